@@ -55,7 +55,7 @@ class SolverError(RnodeError, RuntimeError):
         self._what, self._advice = what, advice
 
     def __reduce__(self) -> tuple[object, ...]:
-        # exceptions cross process borders (data loader workers, DDP): the default would call __init__ with the message alone
+        # exceptions cross process borders; the default would call __init__ with the message alone
         return _rebuild_solver_error, (self.reason, self._what, self._advice, self.t, self.step, self.nfe)
 
 

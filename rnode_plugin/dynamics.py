@@ -1,0 +1,140 @@
+"""One evaluation of everything: the field, its divergence and the penalties, with one product at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .estimators import TraceEstimator, get_estimator
+from .regularizers import Regularizer
+from .types import Rates, VectorField
+
+__all__ = ["Dynamics", "Evaluation"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a penalty may read at one time of one solve.
+
+    Attributes:
+        t: time, a scalar tensor.
+        z: state ``(B, *event)``.
+        dz: velocity ``f(t, z)``, of the same shape.
+        noise: the probe vector of the solve, of the same shape; None where there is none.
+        products: ``noise^T df/dz`` of the same shape (or all rows of the Jacobian, ``(D, B, *event)``, with the
+            exact estimator); None unless somebody asked for products.
+        estimator: reduces the products.
+    """
+
+    t: Tensor
+    z: Tensor
+    dz: Tensor
+    noise: Tensor | None = None
+    products: Tensor | None = None
+    estimator: TraceEstimator | None = None
+
+    def divergence(self) -> Tensor:
+        """``div f (B,)``, exact or estimated (eq. 5)."""
+        products, estimator = self._need_products()
+        return estimator.divergence(products, self.noise)
+
+    def squared_frobenius(self) -> Tensor:
+        """``||df/dz||_F^2 (B,)``, exact or estimated (eq. 16)."""
+        products, estimator = self._need_products()
+        return estimator.squared_frobenius(products)
+
+    def _need_products(self) -> tuple[Tensor, TraceEstimator]:
+        if self.products is None or self.estimator is None:
+            raise ConfigError(
+                "this evaluation has no products with the Jacobian: a regularizer that reads them must say "
+                "`needs_vjp = True`."
+            )
+        return self.products, self.estimator
+
+
+class Dynamics:
+    """The augmented system (RNODE) of a vector field: state, log-determinant and penalties.
+
+    Args:
+        field: ``f(t, z)``. One that has ``forward_and_vjp`` computes its own product; the choice is made here,
+            once.
+        regularizers: penalties to follow.
+        estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"`` or an object.
+        divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
+
+    Raises:
+        ConfigError: for an unknown estimator; later for a penalty whose rate is not of shape ``(B,)``.
+    """
+
+    def __init__(
+        self,
+        field: VectorField,
+        *,
+        regularizers: Iterable[Regularizer] = (),
+        estimator: str | TraceEstimator = "gaussian",
+        divergence: bool = True,
+    ) -> None:
+        self.field = field
+        self.estimator = get_estimator(estimator)
+        self.regularizers = tuple(regularizers)
+        self.divergence = divergence
+        self.needs_products = divergence or any(r.needs_vjp for r in self.regularizers)
+        self._field_and_products = self.estimator.bind(field)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The field's parameters, where it is a module."""
+        if isinstance(self.field, nn.Module):
+            yield from self.field.parameters()
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
+        """Noise for one solve from ``z``; None where no product is needed."""
+        return self.estimator.draw(z, generator=generator) if self.needs_products else None
+
+    def bind(self, noise: Tensor | None) -> _Bound:
+        """The system with its noise fixed, ready to be integrated."""
+        return _Bound(self, noise)
+
+    def evaluate(self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True) -> Rates:
+        """The right-hand side at one time; ``products=False`` leaves out whatever needs a product."""
+        with_products = products and self.needs_products
+        if with_products:
+            dz, rows = self._field_and_products(t, z, noise)
+            # under autocast the field runs in low precision; everything that is summed does not
+            evaluation = Evaluation(t, z, dz.to(z.dtype), noise, rows.to(z.dtype), self.estimator)
+        else:
+            evaluation = Evaluation(t, z, self.field(t, z).to(z.dtype))
+        if evaluation.dz.shape != z.shape:
+            raise ConfigError(
+                f"the vector field returned shape {tuple(evaluation.dz.shape)} for a state of shape "
+                f"{tuple(z.shape)}; f(t, z) must have the shape of z."
+            )
+        penalties = {r.name: self._rate(r, evaluation) for r in self.regularizers if products or not r.needs_vjp}
+        dlogdet = evaluation.divergence() if with_products and self.divergence else None
+        return Rates(evaluation.dz, dlogdet, penalties)
+
+    @staticmethod
+    def _rate(regularizer: Regularizer, evaluation: Evaluation) -> Tensor:
+        rate = regularizer(evaluation)
+        if not isinstance(rate, Tensor) or rate.shape != evaluation.z.shape[:1]:
+            got = tuple(rate.shape) if isinstance(rate, Tensor) else type(rate).__name__
+            raise ConfigError(
+                f"the regularizer {regularizer.name!r} returned {got}; it must return one rate a sample, "
+                f"a tensor of shape {tuple(evaluation.z.shape[:1])}."
+            )
+        return rate
+
+
+@dataclass(frozen=True)
+class _Bound:
+    dynamics: Dynamics
+    noise: Tensor | None
+
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return self.dynamics.evaluate(t, z, self.noise, products=products)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.dynamics.parameters()

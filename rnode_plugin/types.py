@@ -1,0 +1,111 @@
+"""The shapes that the modules agree on: what a field is, what an evaluation returns, what a solve returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = [
+    "BoundDynamics",
+    "FieldWithVJP",
+    "FlowOutput",
+    "Rates",
+    "Solution",
+    "SolveStats",
+    "VectorField",
+]
+
+
+class VectorField(Protocol):
+    """A vector field ``f(t, z)``: time, a scalar tensor, and state ``(B, *event)`` to velocity ``(B, *event)``."""
+
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class FieldWithVJP(Protocol):
+    """A field that brings its own product, faster than automatic differentiation would make it."""
+
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor: ...
+
+    def forward_and_vjp(self, t: Tensor, z: Tensor, noise: Tensor, /) -> tuple[Tensor, Tensor]:
+        """``(f(t, z), noise^T df/dz)``, both ``(B, *event)``, from one pass."""
+        ...
+
+
+class Rates(NamedTuple):
+    """The right-hand side of the augmented system (RNODE) at one time.
+
+    Attributes:
+        dz: velocity, of the state's shape.
+        dlogdet: divergence ``(B,)`` in nats per unit of time; None where no density is followed.
+        penalties: rate of each penalty by name, usually ``(B,)``.
+    """
+
+    dz: Tensor
+    dlogdet: Tensor | None
+    penalties: dict[str, Tensor]
+
+
+class BoundDynamics(Protocol):
+    """What the integrator integrates: an augmented system whose noise is fixed for one solve.
+
+    With ``products=False`` whatever needs a vector-Jacobian product is left out of the result.
+    """
+
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates: ...
+
+
+@dataclass(frozen=True)
+class SolveStats:
+    """What a solve cost.
+
+    Attributes:
+        nfe: evaluations of the vector field, those of rejected steps and of the first step's guess included.
+        steps: accepted steps.
+        rejected: rejected steps.
+    """
+
+    nfe: int
+    steps: int
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of one solve.
+
+    Attributes:
+        t: output times ``(T,)``.
+        z: states at them ``(T, B, *event)``.
+        logdet: log-determinant of the flow's Jacobian from the first time to each output time, ``(T, B)`` in
+            nats (eq. 4); None where the dynamics follow no density.
+        penalties: integral of each penalty along the whole trajectory by name, ``(B,)``; never negative for a
+            rate that is not, whichever way time runs.
+        stats: evaluations and steps.
+    """
+
+    t: Tensor
+    z: Tensor
+    logdet: Tensor | None
+    penalties: dict[str, Tensor]
+    stats: SolveStats
+
+
+@dataclass(frozen=True)
+class FlowOutput:
+    """The result of pushing data through a flow.
+
+    Attributes:
+        z: latent ``(B, D)``: factored-out parts flattened in the order in which they leave, the last scale last.
+        logdet: ``(B,)`` in nats, the logit transform included.
+        regularization: raw integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
+        nfe: evaluations of the vector fields, summed over blocks.
+    """
+
+    z: Tensor
+    logdet: Tensor
+    regularization: dict[str, Tensor]
+    nfe: int
