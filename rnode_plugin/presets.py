@@ -7,12 +7,11 @@ warm-up, the flips, the first step of the adaptive solver, the seed and the epoc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from .recipes import Data, Model, Optimizer, Paper, Recipe, Training
 from .solve.config import Solver
 
-__all__ = ["BUILTIN_RECIPES"]
+__all__ = ["celebahq256", "cifar10", "digits", "imagenet64", "mnist"]
 
 _DOPRI5 = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _RK4 = Solver(method="rk4_38", step=0.25)
@@ -80,12 +79,3 @@ def celebahq256() -> Recipe:
         training=Training(max_epochs=16, sample_images=4),
         paper=Paper(1.04, 0.72, hours=6.6 * 24, gpus=4),
     )
-
-
-BUILTIN_RECIPES: dict[str, Callable[[], Recipe]] = {
-    "digits": digits,
-    "mnist": mnist,
-    "cifar10": cifar10,
-    "imagenet64": imagenet64,
-    "celebahq256": celebahq256,
-}

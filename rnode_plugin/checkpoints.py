@@ -1,0 +1,168 @@
+"""Checkpoints: a recipe as plain data and a state dict, read without running anything that is in the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ._version import __version__
+from .errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .flows.multiscale import MultiscaleFlow
+    from .recipes import Recipe
+
+__all__ = [
+    "BEST",
+    "LAST",
+    "find_checkpoint",
+    "load_flow",
+    "pack",
+    "read_checkpoint",
+    "recipe_of",
+    "save_flow",
+    "write_atomically",
+]
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+_FORMAT = 1
+_KEY = "rnode_plugin"
+_PREFIX = "flow."
+
+
+def pack(recipe: Recipe) -> dict[str, Any]:
+    """What makes a file ours: its format, the version that wrote it, the recipe. Plain data only."""
+    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}}
+
+
+def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
+    """Write the weights of ``flow`` and the recipe that builds it; :func:`load_flow` reads it back.
+
+    Raises:
+        CheckpointError: the file cannot be written; one that was there before is left as it was.
+    """
+    import torch
+
+    state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
+    contents = {**pack(recipe), "state_dict": state}
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> MultiscaleFlow:
+    """The flow of a run folder (its best checkpoint, else its last) or of a ``.ckpt`` file.
+
+    Nothing in the file is executed: only tensors and plain values are read, and the model is built anew from the
+    recipe.
+
+    Raises:
+        CheckpointError: missing, truncated, not ours, or not the weights of the model that its recipe describes.
+    """
+    file = find_checkpoint(path)
+    contents = read_checkpoint(file, map_location=map_location)
+    flow = recipe_of(contents, file).build_flow()
+    state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
+    try:
+        flow.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit the model of its recipe: {error}") from None
+    return flow.to(map_location).eval()  # pyright: ignore[reportReturnType]
+
+
+def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
+    """The checkpoint file that ``path`` means: itself, or one of the run folder ``path``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in (prefer, BEST, LAST):
+            for file in (path / "checkpoints" / name, path / name):
+                if file.is_file():
+                    return file
+        raise CheckpointError(f"no checkpoint in {path}: expected {path / 'checkpoints' / prefer}.")
+    raise CheckpointError(f"no checkpoint at {path}: no such file or folder. Give a run folder or a .ckpt file.")
+
+
+def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The contents of one file of ours.
+
+    Raises:
+        CheckpointError: unreadable, truncated, or written by another program.
+    """
+    import torch
+
+    try:
+        contents = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
+            "file is not opened because it could run code."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read, it is truncated or no checkpoint: {reason}") from None
+    header = contents.get(_KEY) if isinstance(contents, Mapping) else None
+    if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
+        raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
+    if header.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')}; this is "
+            f"{__version__}, which reads format {_FORMAT}. Install that version to use it."
+        )
+    return dict(contents)
+
+
+def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
+    """The recipe in a checkpoint.
+
+    Raises:
+        CheckpointError: it is not one that this version understands.
+    """
+    from .recipes import Recipe
+
+    try:
+        return Recipe.from_plain(contents[_KEY]["recipe"])
+    except ConfigError as error:
+        version = contents[_KEY].get("version")
+        raise CheckpointError(f"the recipe in {path}, written by rnode-plugin {version}: {error}") from None
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Call ``write`` on a temporary file next to ``path``, sync it, and rename it: the old file or the new, never half.
+
+    Raises:
+        CheckpointError: the disk is full, the folder read-only, and the like; nothing half-written stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # a folder cannot be opened there
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
