@@ -112,9 +112,12 @@ class Dynamics:
                 f"the vector field returned shape {tuple(evaluation.dz.shape)} for a state of shape "
                 f"{tuple(z.shape)}; f(t, z) must have the shape of z."
             )
-        penalties = {r.name: self._rate(r, evaluation) for r in self.regularizers if products or not r.needs_vjp}
         dlogdet = evaluation.divergence() if with_products and self.divergence else None
-        return Rates(evaluation.dz, dlogdet, penalties)
+        return Rates(evaluation.dz, dlogdet, self.penalties(evaluation, products=products))
+
+    def penalties(self, evaluation: Evaluation, *, products: bool = True) -> dict[str, Tensor]:
+        """The rate ``(B,)`` of each penalty by name; ``products=False`` leaves out those that read products."""
+        return {r.name: self._rate(r, evaluation) for r in self.regularizers if products or not r.needs_vjp}
 
     @staticmethod
     def _rate(regularizer: Regularizer, evaluation: Evaluation) -> Tensor:
