@@ -16,13 +16,14 @@ them is uninstalled or blocked; all other names keep working.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
     from .solve import Solver
+    from .solve.integrate import Plan
     from .types import Solution
 
 __all__ = [
@@ -37,15 +38,9 @@ __all__ = [
 
 PROJECT = "rnode_plugin"
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 hookspec = pluggy.HookspecMarker(PROJECT)
-_mark = pluggy.HookimplMarker(PROJECT)
-
-
-def hookimpl(function: F) -> F:
-    """Mark a function (of a module, or a method of an object) as the implementation of the hook of its name."""
-    return _mark(function)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of a module, or a method of an object, as an implementation of the hook of that name."""
 
 
 @hookspec
@@ -188,14 +183,15 @@ def rnode_register_commands() -> Mapping[str, Any]:  # pyright: ignore[reportRet
 
 
 @hookspec
-def rnode_after_solve(solution: Solution, solver: Solver) -> None:
+def rnode_after_solve(solution: Solution, solver: Solver | Plan) -> None:
     """Called after each solve, of every face (NeuralODE, CNF, flows), with its result and its settings.
 
     ``solution.z`` has shape ``(T, B, *event)``, ``solution.logdet`` ``(T, B)`` in nats or None,
     ``solution.penalties`` ``{name: (B,)}``, raw integrals; ``solution.stats`` counts evaluations and steps. The
-    tensors belong to the graph of the solve: read, detach, and keep no reference, or its memory stays in use. An
-    implementation may leave out arguments that it does not need. One that raises is reported and is not called
-    again; the solve goes on.
+    tensors belong to the graph of the solve: read, detach, and keep no reference, or its memory stays in use.
+    ``solver`` is a :class:`~rnode_plugin.solve.Solver`, or the :class:`~rnode_plugin.solve.integrate.Plan` that a
+    torchdyn model made of its own settings. An implementation may leave out arguments that it does not need. One
+    that raises is reported and is not called again; the solve goes on.
 
     Example::
 

@@ -24,6 +24,7 @@ from .errors import ConfigError, PluginError, suggest
 
 if TYPE_CHECKING:
     from .solve import Solver
+    from .solve.integrate import Plan
     from .types import Solution
 
 __all__ = [
@@ -197,7 +198,7 @@ class Registry:
         self._load()
         return bool(self._observers)
 
-    def after_solve(self, solution: Solution, solver: Solver) -> None:
+    def after_solve(self, solution: Solution, solver: Solver | Plan) -> None:
         """Tell every observer about a solve. One that raises is reported and not called again."""
         self._load()
         arguments = {"solution": solution, "solver": solver}

@@ -1,0 +1,555 @@
+"""The plugin host: what is registered, what is refused, and that one plugin's fault stays its own."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from importlib import metadata
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rnode_plugin import discovery, hookimpl, plugins
+from rnode_plugin.cli.plugins import plugins as plugins_command
+from rnode_plugin.dynamics import Dynamics
+from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.plugins import KINDS, Registry
+from rnode_plugin.solve import Solver, solve
+
+ROOT = Path(__file__).parents[1]
+
+BUILTIN = {
+    "regularizers": ["jacfrob", "kinetic"],
+    "models": ["MultiscaleFlow"],
+    "datasets": ["celebahq256", "cifar10", "digits", "fashion-mnist", "folder", "imagenet64", "mnist", "svhn"],
+    "recipes": ["celebahq256", "cifar10", "digits", "imagenet64", "mnist"],
+    "commands": ["data", "eval", "exec", "plugins", "recipes", "sample", "train"],
+}
+
+GOOD = """
+    from rnode_plugin import hookimpl
+
+    def speed(evaluation):
+        return evaluation.dz.abs().flatten(1).sum(1)
+
+    @hookimpl
+    def rnode_register_regularizers():
+        return {"speed": speed, "late": __name__ + ":speed"}
+"""
+
+
+def regularizers(body: str) -> str:
+    """A plugin whose only hook has that body."""
+    return f"from rnode_plugin import hookimpl\n@hookimpl\ndef rnode_register_regularizers():\n    {body}\n"
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """``install(distribution, source)``: a distribution with metadata, whose entry point ``NAME-ep`` is a module."""
+    for variable in ("RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK"):
+        monkeypatch.delenv(variable, raising=False)
+    before = set(sys.modules)
+
+    def install(distribution: str, source: str, *, entry_points: str | None = None) -> str:
+        module = "t_" + re.sub(r"\W", "_", distribution)
+        folder = tmp_path / distribution
+        info = folder / f"{distribution.replace('-', '_')}-1.2.dist-info"
+        info.mkdir(parents=True)
+        (folder / f"{module}.py").write_text(textwrap.dedent(source))
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+        listed = entry_points or f"[rnode_plugin]\n{distribution}-ep = {module}\n"
+        (info / "entry_points.txt").write_text(listed)
+        monkeypatch.syspath_prepend(str(folder))
+        return module
+
+    yield install
+    for name in set(sys.modules) - before:
+        if name.startswith("t_"):
+            del sys.modules[name]
+
+
+def row(registry: Registry, name: str) -> plugins.PluginReport:
+    (found,) = [each for each in registry.report() if each.name == name]
+    return found
+
+
+def python(code: str) -> str:
+    """The output of a fresh interpreter that finds this source tree."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+# ours
+
+
+def test_builtin_registers_through_the_hooks():
+    first = Registry().report()[0]
+    assert (first.name, first.distribution, first.status, first.error) == (
+        "builtin",
+        "rnode-plugin",
+        "loaded",
+        None,
+    )
+    assert first.registers == BUILTIN
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BUILTIN.items() for name in names])
+def test_every_builtin_reference_leads_somewhere(kind, name):
+    value = Registry().get(kind, name)
+    if kind == "regularizers":
+        assert value.name == name
+    elif kind == "models":
+        assert issubclass(value, torch.nn.Module)
+    elif kind == "recipes":
+        assert value().name == name
+    elif kind == "commands":
+        assert isinstance(value, click.Command)
+        assert value.name == name
+    else:
+        assert callable(value)
+
+
+def passive_entry_points() -> list[metadata.EntryPoint]:
+    found = []
+    for group in ("torchdyn.regularizers", "torchdyn.models"):
+        text = (ROOT / "pyproject.toml").read_text()
+        table = text.split(f'[project.entry-points."{group}"]\n')[1].split("\n\n")[0]
+        for line in table.splitlines():
+            name, value = (part.strip().strip('"') for part in line.split("="))
+            found.append(metadata.EntryPoint(name, value, group))
+    return found
+
+
+@pytest.mark.parametrize("entry_point", passive_entry_points(), ids=lambda e: f"{e.group}:{e.name}")
+def test_passive_entry_points_load(entry_point):
+    value = entry_point.load()
+    assert getattr(value, "name", getattr(value, "__name__", None)) == entry_point.name
+
+
+def test_passive_groups_list_all_regularizers():
+    listed = {each.name for each in passive_entry_points() if each.group == "torchdyn.regularizers"}
+    assert listed == set(BUILTIN["regularizers"])
+
+
+def test_listing_names_imports_nothing_heavy():
+    out = python("""
+        import sys
+        import rnode_plugin
+        print("pluggy" in sys.modules, "rnode_plugin.plugins" in sys.modules)
+        from rnode_plugin import plugins
+        print("rnode_plugin.builtin" in sys.modules)
+        for kind in plugins.KINDS:
+            plugins.names(kind)
+        plugins.report()
+        print([heavy for heavy in ("torch", "numpy", "torchdyn", "pytorch_lightning") if heavy in sys.modules])
+    """)
+    assert out.split("\n")[:3] == ["False False", "False", "[]"]
+
+
+def test_builtin_without_any_metadata_is_there_once(monkeypatch):
+    monkeypatch.setattr(metadata, "distributions", lambda: [])
+    assert [each.name for each in Registry().report()] == ["builtin"]
+
+
+def test_builtin_with_metadata_seen_twice_is_there_once(install, monkeypatch):
+    install("rnode-plugin", "", entry_points="[rnode_plugin]\nbuiltin = rnode_plugin.builtin\n")
+    both = list(metadata.distributions()) * 2
+    monkeypatch.setattr(metadata, "distributions", lambda: both)
+    assert [each.name for each in Registry().report()].count("builtin") == 1
+
+
+# plugins of others
+
+
+def test_an_installed_plugin_is_found(install):
+    module = install("good", GOOD)
+    registry = Registry()
+    assert registry.names("regularizers") == ["jacfrob", "kinetic", "late", "speed"]
+    assert registry.get("regularizers", "speed") is sys.modules[module].speed
+    assert registry.get("regularizers", "late") is sys.modules[module].speed
+    found = row(registry, "good-ep")
+    assert (found.distribution, found.version, found.status, found.error) == ("good", "1.2", "loaded", None)
+    assert found.registers == {"regularizers": ["late", "speed"]}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import no_such_module_anywhere", r"ModuleNotFoundError: .*no_such_module_anywhere.*\(t_bad.py, line 1\)"),
+        ("x = 1\nx / 0", r"ZeroDivisionError: division by zero \(t_bad.py, line 2\)"),
+        ("raise SystemExit(3)", r"SystemExit: 3 \(t_bad.py, line 1\)"),
+        ("def (", "SyntaxError"),
+        ("", "implements no hook; mark its functions with @rnode_plugin.hookimpl"),
+        (
+            regularizers("return {}").replace("rnode_register_regularizers", "rnode_register_regularisers"),
+            "unknown hook 'rnode_register_regularisers'; did you mean 'rnode_register_regularizers'",
+        ),
+        (regularizers("return {}").replace("()", "(registry)"), "registry"),
+    ],
+)
+def test_a_plugin_that_cannot_load_stops_nobody(install, caplog, source, message):
+    install("bad", source)
+    install("good", GOOD)
+    registry = Registry()
+    with caplog.at_level(logging.WARNING):
+        assert registry.names("regularizers") == ["jacfrob", "kinetic", "late", "speed"]
+    found = row(registry, "bad-ep")
+    assert (found.distribution, found.version, found.status, found.registers) == ("bad", "1.2", "failed", {})
+    assert re.search(message, found.error)
+    assert found.traceback
+    assert "Traceback" in found.traceback
+    (warning,) = caplog.messages
+    assert "plugin 'bad-ep' of bad 1.2" in warning
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return ['speed']", "must return a mapping from names to objects, not list"),
+        ("pass", "not NoneType"),
+        ("yield 'speed'", "not generator"),
+        ("raise RuntimeError('no luck')", r"RuntimeError: no luck \(t_bad.py, line 4\)"),
+        ("return {1: len}", "a name must be a text, not 1"),
+        ("return {'': len}", "a name must be a text, not ''"),
+        ("return {'x': len, 'y': 3}", "'y' must be callable or a text 'module:attribute', not 3"),
+        ("return {'x': 'module.attribute'}", "'x' must be callable or a text 'module:attribute'"),
+    ],
+)
+def test_a_misused_hook_is_reported_and_the_rest_is_kept(install, body, message):
+    extra = "@hookimpl\ndef rnode_register_recipes():\n    return {'mine': dict}\n"
+    install("bad", regularizers(body) + extra)
+    registry = Registry()
+    assert registry.names("regularizers") == ["jacfrob", "kinetic"]
+    assert "mine" in registry.names("recipes")
+    found = row(registry, "bad-ep")
+    assert found.status == "loaded"
+    assert found.registers == {"recipes": ["mine"]}
+    assert found.error.startswith("rnode_register_regularizers: ")
+    assert re.search(message, found.error)
+
+
+def test_a_failed_hook_leaves_no_observer_behind(install):
+    install(
+        "bad",
+        "from rnode_plugin import hookimpl\n"
+        "@hookimpl\ndef rnode_after_solve(solution):\n    raise AssertionError\n"
+        "@hookimpl\ndef rnode_register_nothing():\n    return {}\n",
+    )
+    registry = Registry()
+    assert row(registry, "bad-ep").status == "failed"
+    assert not registry.has_observers()
+
+
+def test_two_entry_points_for_one_object(install):
+    module = install("one", GOOD)
+    install("two", "", entry_points=f"[rnode_plugin]\ntwo-ep = {module}\n")
+    registry = Registry()
+    assert row(registry, "two-ep").error == "the same object is registered as 'one:one-ep' already."
+    assert registry.get("regularizers", "speed") is sys.modules[module].speed
+
+
+def test_unreadable_metadata_of_a_stranger(install, caplog):
+    install("stranger", "", entry_points="[rnode_plugin]\nno equals sign\n")
+    install("good", GOOD)
+    with caplog.at_level(logging.WARNING):
+        assert "speed" in Registry().names("regularizers")
+    assert "the entry points of the distribution stranger cannot be read" in caplog.text
+
+
+def test_a_reference_that_cannot_be_imported_fails_when_asked_for(install):
+    install("late", regularizers("return {'gone': 't_late:gone', 'number': 't_late:five'}") + "five = 5\n")
+    registry = Registry()
+    assert {"gone", "number"} <= set(registry.names("regularizers"))
+    with pytest.raises(
+        PluginError, match=r"the regularizer 'gone' of plugin 'late-ep' of late 1.2 cannot be imported"
+    ):
+        registry.get("regularizers", "gone")
+    with pytest.raises(PluginError, match="must be callable; 't_late:five' is 5"):
+        registry.get("regularizers", "number")
+
+
+def test_a_name_that_two_plugins_want_names_both(install):
+    install("one", regularizers("return {'speed': len, 'alone': len}"))
+    install("two", regularizers("return {'speed': len, 'kinetic': len}"))
+    registry = Registry()
+    with pytest.raises(PluginError, match="plugin 'one-ep' of one 1.2 and by plugin 'two-ep' of two 1.2"):
+        registry.get("regularizers", "speed")
+    with pytest.raises(PluginError, match="plugin 'builtin' of rnode-plugin .* and by plugin 'two-ep' of two 1.2"):
+        registry.get("regularizers", "kinetic")
+    assert registry.get("regularizers", "alone") is len
+    assert registry.get("regularizers", "jacfrob").name == "jacfrob"
+    assert registry.names("regularizers") == ["alone", "jacfrob", "kinetic", "speed"]
+    assert (
+        row(registry, "one-ep").error == "the regularizer 'speed' is registered by plugin 'two-ep' of two 1.2 too"
+    )
+    assert "'kinetic' is registered by plugin 'two-ep'" in row(registry, "builtin").error
+    assert "'kinetic' is registered by plugin 'builtin'" in row(registry, "two-ep").error
+
+
+def test_one_name_in_two_kinds_is_no_clash(install):
+    install("one", regularizers("return {'mnist': len}"))
+    registry = Registry()
+    assert registry.get("regularizers", "mnist") is len
+    assert row(registry, "one-ep").error is None
+
+
+def test_unknown_names(install):
+    install("bad", "import no_such_module_anywhere")
+    registry = Registry()
+    with pytest.raises(ConfigError) as caught:
+        registry.get("regularizers", "kinetik")
+    message = str(caught.value)
+    assert "unknown regularizer 'kinetik'; did you mean 'kinetic'?" in message
+    assert "jacfrob, kinetic" in message
+    assert "Not available: plugin 'bad-ep' of bad 1.2 (failed)" in message
+    with pytest.raises(ConfigError, match="unknown data set 'mnits'; did you mean 'mnist'"):
+        registry.get("datasets", "mnits")
+    with pytest.raises(ConfigError, match="unknown kind of plugin 'regularizer'; did you mean 'regularizers'"):
+        registry.names("regularizer")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "status"),
+    [
+        ("RNODE_DISABLE_PLUGINS", "1", "disabled"),
+        ("RNODE_DISABLE_PLUGINS", "0", "loaded"),
+        ("RNODE_DISABLE_PLUGINS", "", "loaded"),
+        ("RNODE_PLUGINS_BLOCK", "my-good", "blocked"),
+        ("RNODE_PLUGINS_BLOCK", "other, My_Good", "blocked"),
+        ("RNODE_PLUGINS_BLOCK", "my-good-ep", "blocked"),
+        ("RNODE_PLUGINS_BLOCK", "good", "loaded"),
+        ("RNODE_PLUGINS_BLOCK", "", "loaded"),
+    ],
+)
+def test_plugins_can_be_kept_out(install, monkeypatch, variable, value, status):
+    module = install("my-good", GOOD)
+    monkeypatch.setenv(variable, value)
+    registry = Registry()
+    assert row(registry, "my-good-ep").status == status
+    assert (module in sys.modules) == (status == "loaded")
+    assert ("speed" in registry.names("regularizers")) == (status == "loaded")
+    assert registry.get("regularizers", "kinetic").name == "kinetic"
+    if status != "loaded":
+        with pytest.raises(ConfigError, match=rf"my-good 1\.2 \({status}\)"):
+            registry.get("regularizers", "speed")
+
+
+def test_ours_cannot_be_blocked(install, monkeypatch):
+    monkeypatch.setenv("RNODE_PLUGINS_BLOCK", "builtin,rnode-plugin")
+    monkeypatch.setenv("RNODE_DISABLE_PLUGINS", "1")
+    assert Registry().names("regularizers") == BUILTIN["regularizers"]
+
+
+def test_loading_is_done_once_and_whole_for_all_threads(install):
+    module = install("slow", "import time\ntime.sleep(0.3)\n" + textwrap.dedent(GOOD))
+    registry = Registry()
+    seen: list[list[str]] = []
+    start = threading.Barrier(8)
+
+    def ask():
+        start.wait()
+        seen.append(registry.names("regularizers"))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert module in sys.modules
+    assert seen == [["jacfrob", "kinetic", "late", "speed"]] * 8
+    assert len(registry.report()) == len({each.name for each in registry.report()})
+
+
+def test_a_plugin_may_ask_for_names_while_it_is_imported(install, monkeypatch):
+    registry = Registry()
+    monkeypatch.setattr(plugins, "names", registry.names)
+    source = "from rnode_plugin import plugins\nKNOWN = plugins.names('regularizers')\n" + textwrap.dedent(GOOD)
+    module = install("asks", source)
+    assert registry.names("regularizers") == ["jacfrob", "kinetic", "late", "speed"]
+    assert sys.modules[module].KNOWN == ["jacfrob", "kinetic"]
+
+
+def test_an_interrupted_load_can_be_repeated(install):
+    module = install("interrupts", "raise KeyboardInterrupt")
+    registry = Registry()
+    with pytest.raises(KeyboardInterrupt):
+        registry.names("regularizers")
+    (Path(sys.path[0]) / f"{module}.py").write_text(
+        textwrap.dedent(GOOD) + "# another size, so that it is read again"
+    )
+    importlib.invalidate_caches()
+    assert registry.names("regularizers") == ["jacfrob", "kinetic", "late", "speed"]
+    assert [each.name for each in registry.report()].count("builtin") == 1
+
+
+# objects of this process
+
+
+class Speed:
+    @hookimpl
+    def rnode_register_regularizers(self):
+        return {"speed": abs}
+
+
+def test_register_and_unregister():
+    registry = Registry()
+    registry.register(Speed(), name="mine")
+    assert registry.get("regularizers", "speed") is abs
+    found = row(registry, "mine")
+    assert (found.distribution, found.version, found.status) == (None, None, "loaded")
+    with pytest.raises(PluginError, match="a plugin 'mine' is registered already"):
+        registry.register(Speed(), name="mine")
+    registry.unregister("mine")
+    with pytest.raises(ConfigError, match="unknown regularizer 'speed'"):
+        registry.get("regularizers", "speed")
+    with pytest.raises(ConfigError, match="unknown plugin of this process 'mine'"):
+        registry.unregister("mine")
+    registry.register(Speed(), name="mine")
+    assert registry.get("regularizers", "speed") is abs
+
+
+def test_a_bad_object_is_refused_at_once_and_leaves_nothing():
+    class Bad:
+        @hookimpl
+        def rnode_register_regularizers(self):
+            return {"fine": abs}
+
+        @hookimpl
+        def rnode_register_models(self):
+            return [abs]
+
+        @hookimpl
+        def rnode_after_solve(self, solution):
+            raise AssertionError
+
+    class Unknown:
+        @hookimpl
+        def rnode_before_solve(self):
+            raise AssertionError
+
+    class Arguments:
+        @hookimpl
+        def rnode_after_solve(self, solution, fields):
+            raise AssertionError
+
+    registry = Registry()
+    for plugin, message in [
+        (Bad(), "plugin 'x' of this process: rnode_register_models: it must return a mapping"),
+        (Unknown(), "unknown hook 'rnode_before_solve'"),
+        (Arguments(), "fields"),
+        (object(), "implements no hook"),
+    ]:
+        with pytest.raises(PluginError, match=message):
+            registry.register(plugin, name="x")
+        assert registry.names("regularizers") == BUILTIN["regularizers"]
+        assert not registry.has_observers()
+    registry.register(Speed(), name="x")
+
+
+# observers
+
+
+class Observer:
+    def __init__(self):
+        self.seen = []
+
+    @hookimpl
+    def rnode_after_solve(self, solution, solver):
+        self.seen.append((solution.stats.nfe, tuple(solution.z.shape), solver.method))
+
+
+def run_solve() -> torch.Tensor:
+    dynamics = Dynamics(lambda t, z: -z, divergence=False).bind(None)
+    times = torch.linspace(0, 1, 3, dtype=torch.float64)
+    solver = Solver(method="rk4", step=0.25)
+    return solve(dynamics, torch.ones(5, 2, dtype=torch.float64), times, solver).z
+
+
+def test_observers_see_each_solve():
+    assert not plugins.has_observers()
+    observer = Observer()
+    plugins.register(observer, name="observer")
+    try:
+        assert plugins.has_observers()
+        run_solve()
+        run_solve()
+    finally:
+        plugins.unregister("observer")
+    run_solve()
+    assert observer.seen == [(16, (3, 5, 2), "rk4")] * 2
+    assert not plugins.has_observers()
+
+
+def test_an_observer_that_raises_is_reported_and_dropped(caplog):
+    class Raises:
+        calls = 0
+
+        @hookimpl
+        def rnode_after_solve(self, solution):
+            self.calls += 1
+            raise ValueError("not my day")
+
+    bad, good, expected = Raises(), Observer(), run_solve()
+    plugins.register(bad, name="bad")
+    plugins.register(good, name="good")
+    try:
+        assert torch.equal(run_solve(), expected)
+        assert torch.equal(run_solve(), expected)
+        found = {each.name: each for each in plugins.report()}["bad"]
+    finally:
+        plugins.unregister("bad")
+        plugins.unregister("good")
+    assert bad.calls == 1
+    assert len(good.seen) == 2
+    assert not found.observes
+    assert "rnode_after_solve raised ValueError: not my day" in found.error
+    assert "plugin 'bad' of this process: rnode_after_solve raised ValueError" in caplog.text
+
+
+# the command
+
+
+def test_command_lists_plugins(install, monkeypatch):
+    install("good", GOOD)
+    install("bad", "import no_such_module_anywhere")
+    install("kept-out", GOOD)
+    monkeypatch.setenv("RNODE_PLUGINS_BLOCK", "kept-out")
+    monkeypatch.setattr(plugins, "report", Registry().report)
+
+    text = CliRunner().invoke(plugins_command)
+    assert text.exit_code == 0
+    blocks = text.stdout.splitlines()
+    assert "builtin (rnode-plugin" in text.stdout
+    assert blocks[blocks.index("good-ep (good 1.2)") + 1] == "  regularizers: late, speed"
+    assert blocks[blocks.index("bad-ep (bad 1.2)") + 1].startswith("  error: ModuleNotFoundError")
+    assert blocks[blocks.index("kept-out-ep (kept-out 1.2)") + 1] == "  not loaded: blocked"
+
+    parsed = json.loads(CliRunner().invoke(plugins_command, ["--json"]).stdout)
+    rows = {each["name"]: each for each in parsed}
+    assert rows["good-ep"]["registers"] == {"regularizers": ["late", "speed"]}
+    assert (rows["bad-ep"]["distribution"], rows["bad-ep"]["version"]) == ("bad", "1.2")
+    assert "no_such_module_anywhere" in rows["bad-ep"]["error"]
+    assert "Traceback" in rows["bad-ep"]["traceback"]
+    assert set(KINDS) == set(rows["builtin"]["registers"])
+
+
+def test_group_name_is_the_one_that_pyproject_uses():
+    assert f"[project.entry-points.{discovery.GROUP}]\nbuiltin = " in (ROOT / "pyproject.toml").read_text()

@@ -1,0 +1,103 @@
+"""The example of a third-party plugin, built and installed from its own folder and used by a fresh interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "third_party_regularizer"
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")),
+    reason="building the example offline needs pip and setuptools in this environment",
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder that holds the installed example alone. No index is asked: everything is built from the folder."""
+    tmp = tmp_path_factory.mktemp("third_party")
+    source = shutil.copytree(EXAMPLE, tmp / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(tmp / "site"), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert built.returncode == 0, built.stderr
+    return tmp / "site"
+
+
+def run(site: Path, code: str, **variables: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]), **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_it_is_listed_and_can_be_blocked(site):
+    command = "from rnode_plugin.cli.plugins import plugins; plugins(['--json'])"
+    rows = {row["name"]: row for row in json.loads(run(site, command))}
+    found = rows["arclength"]
+    assert (found["distribution"], found["version"], found["error"]) == ("rnode-arclength", "1.0.0", None)
+    assert found["registers"] == {"regularizers": ["arclength"]}
+    for variables in ({"RNODE_DISABLE_PLUGINS": "1"}, {"RNODE_PLUGINS_BLOCK": "rnode_arclength"}):
+        rows = {row["name"]: row for row in json.loads(run(site, command, **variables))}
+        assert rows["arclength"]["registers"] == {}
+        assert rows["builtin"]["registers"]["regularizers"] == ["jacfrob", "kinetic"]
+
+
+def test_listing_it_does_not_import_torch(site):
+    code = """
+        import sys
+        from rnode_plugin import plugins
+        print("arclength" in plugins.names("regularizers"), "torch" in sys.modules)
+    """
+    assert run(site, code).split() == ["True", "False"]
+
+
+def test_its_integral_is_the_length_of_the_path(site):
+    """Closed forms: an arc of a circle, r * omega * T, and a ray, |z0| * (e^(a T) - 1)."""
+    code = """
+        import json, math
+        import torch
+        from rnode_plugin import Dynamics, Solver
+        from rnode_plugin.regularizers import resolve_regularizers
+        from rnode_plugin.solve import solve
+
+        (weighted,) = resolve_regularizers({"arclength": 0.5}).values()
+        z0 = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+        radius = z0.norm(dim=1)
+        turn = torch.tensor([[0.0, -2.0], [2.0, 0.0]], dtype=torch.float64)
+        span = torch.tensor([0.0, 1.5], dtype=torch.float64)
+        solver = Solver(method="dopri5", atol=1e-10, rtol=1e-10)
+
+        def length(field):
+            dynamics = Dynamics(field, regularizers=[weighted.regularizer], divergence=False)
+            return solve(dynamics.bind(None), z0, span, solver).penalties["arclength"]
+
+        arc = length(lambda t, z: z @ turn.T) - radius * 2.0 * 1.5
+        ray = length(lambda t, z: 0.7 * z) - radius * (math.exp(0.7 * 1.5) - 1)
+
+        gain = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        length(lambda t, z: gain * z).sum().backward()
+        print(json.dumps([weighted.strength, arc.abs().max().item(), ray.abs().max().item(), gain.grad.item()]))
+    """
+    strength, arc, ray, gradient = json.loads(run(site, code))
+    assert strength == 0.5
+    assert arc < 1e-8
+    assert ray < 1e-8
+    # the length is |gain| * ..., with a kink at the zero field of a fresh flow; the subgradient there is 0, not NaN
+    assert gradient == 0.0
