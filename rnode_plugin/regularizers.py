@@ -133,7 +133,8 @@ def _resolve_one(entry: Any) -> Regularizer:
         return entry
     if callable(entry) and not isinstance(entry, type):
         name = getattr(entry, "__name__", type(entry).__name__)
-        return FunctionRegularizer(name, lambda e: entry(e.t, e.z, e.dz))
+        rate: Callable[[Tensor, Tensor, Tensor], Any] = entry
+        return FunctionRegularizer(name, lambda e: rate(e.t, e.z, e.dz))
     raise ConfigError(
         f"{entry!r} is no regularizer: give a name, an object with `name`, `needs_vjp` and "
         "`__call__(evaluation)`, or a function rate(t, z, dz) -> (B,)."
