@@ -141,15 +141,20 @@ def rnode_register_recipes() -> Mapping[str, Any]:  # pyright: ignore[reportRetu
     Example::
 
         # my_package/__init__.py
+        import dataclasses
+
         import rnode_plugin
 
-        def mnist_l1():
+        def mnist_kinetic():
             recipe = rnode_plugin.get_recipe("mnist")
-            return recipe.override(["regularizers.l1=0.01", "training.epochs=20"])
+            recipe = recipe.override(["regularizers.jacfrob=0", "training.max_epochs=20"])
+            return dataclasses.replace(
+                recipe, name="mnist-kinetic", description="MNIST with the kinetic penalty alone", paper=None
+            )
 
         @rnode_plugin.hookimpl
         def rnode_register_recipes():
-            return {"mnist-l1": mnist_l1}
+            return {"mnist-kinetic": mnist_kinetic}
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rnode_plugin import discovery, hookimpl, plugins
+from rnode_plugin import discovery, get_recipe, hookimpl, hookspecs, plugins
 from rnode_plugin.cli.plugins import plugins as plugins_command
+from rnode_plugin.data import get_dataset
 from rnode_plugin.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins import KINDS, Registry
@@ -55,7 +57,7 @@ def regularizers(body: str) -> str:
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """``install(distribution, source)``: a distribution with metadata, whose entry point ``NAME-ep`` is a module."""
+    """``install(distribution, source)``: real metadata on the path, whose entry point ``NAME-ep`` is a module."""
     for variable in ("RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK"):
         monkeypatch.delenv(variable, raising=False)
     before = set(sys.modules)
@@ -102,12 +104,8 @@ def python(code: str) -> str:
 
 def test_builtin_registers_through_the_hooks():
     first = Registry().report()[0]
-    assert (first.name, first.distribution, first.status, first.error) == (
-        "builtin",
-        "rnode-plugin",
-        "loaded",
-        None,
-    )
+    assert (first.name, first.distribution) == ("builtin", "rnode-plugin")
+    assert (first.status, first.error) == ("loaded", None)
     assert first.registers == BUILTIN
 
 
@@ -290,9 +288,9 @@ def test_a_name_that_two_plugins_want_names_both(install):
     install("one", regularizers("return {'speed': len, 'alone': len}"))
     install("two", regularizers("return {'speed': len, 'kinetic': len}"))
     registry = Registry()
-    with pytest.raises(PluginError, match="plugin 'one-ep' of one 1.2 and by plugin 'two-ep' of two 1.2"):
+    with pytest.raises(PluginError, match=r"plugin 'one-ep' of one 1\.2 and by plugin 'two-ep' of two 1\.2"):
         registry.get("regularizers", "speed")
-    with pytest.raises(PluginError, match="plugin 'builtin' of rnode-plugin .* and by plugin 'two-ep' of two 1.2"):
+    with pytest.raises(PluginError, match=r"plugin 'builtin' of rnode-plugin \S+ and by plugin 'two-ep'"):
         registry.get("regularizers", "kinetic")
     assert registry.get("regularizers", "alone") is len
     assert registry.get("regularizers", "jacfrob").name == "jacfrob"
@@ -392,9 +390,7 @@ def test_an_interrupted_load_can_be_repeated(install):
     registry = Registry()
     with pytest.raises(KeyboardInterrupt):
         registry.names("regularizers")
-    (Path(sys.path[0]) / f"{module}.py").write_text(
-        textwrap.dedent(GOOD) + "# another size, so that it is read again"
-    )
+    (Path(sys.path[0]) / f"{module}.py").write_text(textwrap.dedent(GOOD))
     importlib.invalidate_caches()
     assert registry.names("regularizers") == ["jacfrob", "kinetic", "late", "speed"]
     assert [each.name for each in registry.report()].count("builtin") == 1
@@ -522,6 +518,74 @@ def test_an_observer_that_raises_is_reported_and_dropped(caplog):
     assert not found.observes
     assert "rnode_after_solve raised ValueError: not my day" in found.error
     assert "plugin 'bad' of this process: rnode_after_solve raised ValueError" in caplog.text
+
+
+# the examples in the documentation of the hooks
+
+
+@pytest.fixture
+def example(install, tmp_path):
+    """``example(hook)``: a registry with the example of the hook's documentation installed as a package."""
+
+    def example(hook: str) -> Registry:
+        code = textwrap.dedent(inspect.getdoc(getattr(hookspecs, hook)).split("Example::\n\n")[1])
+        files = re.split(r"^# t_example/(\w+\.py)\n", code.replace("my_package", "t_example"), flags=re.MULTILINE)
+        install("example", "", entry_points="[rnode_plugin]\nexample = t_example\n")
+        (tmp_path / "example" / "t_example.py").unlink()
+        package = tmp_path / "example" / "t_example"
+        package.mkdir()
+        for name, text in zip(files[1::2], files[2::2], strict=True):
+            (package / name).write_text(text)
+        importlib.invalidate_caches()
+        registry = Registry()
+        found = row(registry, "example")
+        assert (found.status, found.error) == ("loaded", None)
+        return registry
+
+    return example
+
+
+def test_example_of_a_regularizer(example):
+    l1 = example("rnode_register_regularizers").get("regularizers", "l1")
+    z = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+    rates = Dynamics(lambda t, z: 3 * z, regularizers=[l1], divergence=False).bind(None)(torch.tensor(0.0), z)
+    assert rates.penalties["l1"].tolist() == [9.0, 1.5]
+
+
+def test_example_of_a_model(example):
+    flow = example("rnode_register_models").get("models", "wide")((1, 8, 8), layers=2)
+    x = torch.full((2, 1, 8, 8), 0.5)
+    assert flow(x).z.shape == (2, 64)
+    assert flow.log_prob(x).shape == (2,)
+
+
+def test_example_of_a_dataset(example, monkeypatch):
+    monkeypatch.setattr(plugins, "get", example("rnode_register_datasets").get)
+    data = get_dataset("noise", size=4)
+    assert (data.train.shape, data.val.shape) == ((500, 1, 4, 4), (100, 1, 4, 4))
+
+
+def test_example_of_a_recipe(example, monkeypatch):
+    monkeypatch.setattr(plugins, "get", example("rnode_register_recipes").get)
+    recipe = get_recipe("mnist-kinetic")
+    assert recipe.name == "mnist-kinetic"
+    assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.0}
+    assert recipe.training.max_epochs == 20
+
+
+def test_example_of_a_command(example):
+    command = example("rnode_register_commands").get("commands", "parameters")
+    result = CliRunner().invoke(command, ["--help"])
+    assert result.exit_code == 0
+    assert "Count the parameters of the run in folder RUN." in result.output
+
+
+def test_example_of_an_observer(example, monkeypatch):
+    registry = example("rnode_after_solve")
+    monkeypatch.setattr(plugins, "after_solve", registry.after_solve)
+    run_solve()
+    run_solve()
+    assert sys.modules["t_example"].total == 32
 
 
 # the command
