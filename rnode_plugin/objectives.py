@@ -27,9 +27,7 @@ class Objective(NamedTuple):
     penalties: dict[str, Tensor]
 
 
-def penalty(
-    regularization: Mapping[str, Tensor], *, lambdas: Mapping[str, float], dims: int
-) -> dict[str, Tensor]:
+def penalty(regularization: Mapping[str, Tensor], *, lambdas: Mapping[str, float], dims: int) -> dict[str, Tensor]:
     """``lambda * mean over the batch / dims`` of each penalty that ``lambdas`` names.
 
     Args:

@@ -1,0 +1,63 @@
+"""Integrating the augmented system and differentiating through the solve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .config import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, TRACE_QUADRATURES, Solver
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..types import BoundDynamics, Solution
+    from .integrate import Plan
+
+__all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver", "solve"]
+
+
+def solve(
+    dynamics: BoundDynamics,
+    z0: Tensor,
+    t_span: Tensor,
+    solver: Solver | Plan | None = None,
+    *,
+    params: Iterable[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Solution:
+    """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
+
+    Args:
+        dynamics: the system with its noise fixed, ``Dynamics(...).bind(noise)`` or a function
+            ``(t, z, *, products) -> Rates``.
+        z0: state ``(B, *event)`` at ``t_span[0]``.
+        t_span: times ``(T,)``, increasing or decreasing.
+        solver: method, accuracy and gradient; a :class:`Plan` carries a solver object of torchdyn's.
+        params: tensors that a continuous adjoint differentiates with respect to; None: the parameters of
+            ``dynamics``, where it has any. The other gradient modes find them by themselves.
+        generator: draws the stages of a sampled quadrature.
+
+    Returns:
+        Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
+
+    Raises:
+        ConfigError: for times that are not finite and strictly monotonic.
+        SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
+    """
+    from .. import plugins
+    from .adjoint import solve_adjoint
+    from .guards import check_time
+    from .integrate import Plan, integrate
+
+    solver = solver or Solver()
+    plan = solver if isinstance(solver, Plan) else Plan.of(solver)
+    t_span = t_span.to(z0.device)
+    check_time(t_span)
+    if plan.gradient.endswith("adjoint"):
+        wanted = getattr(dynamics, "parameters", tuple)() if params is None else params
+        solution = solve_adjoint(dynamics, z0, t_span, plan, tuple(wanted))
+    else:
+        solution = integrate(dynamics, z0, t_span, plan, generator=generator)
+    plugins.after_solve(solution, solver)
+    return solution

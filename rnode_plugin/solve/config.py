@@ -1,0 +1,88 @@
+"""Which solver, at what accuracy, with which gradient: one frozen, validated object."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import ConfigError, suggest
+
+__all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver"]
+
+FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
+ADAPTIVE_METHODS = ("dopri5", "tsit5")
+METHODS = FIXED_METHODS + ADAPTIVE_METHODS
+GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
+TRACE_QUADRATURES = ("full", "sampled")
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How an initial value problem is integrated and differentiated.
+
+    Args:
+        method: fixed grid: ``euler``, ``midpoint``, ``rk4`` (classical), ``rk4_38`` (3/8 rule, the paper's);
+            adaptive: ``dopri5``, ``tsit5``.
+        step: longest step of a fixed grid; each interval of ``t_span`` is divided evenly into steps no longer
+            than it. None: one step per interval. Adaptive methods do not use it.
+        atol: absolute tolerance of an adaptive method; fixed grids use no tolerance.
+        rtol: relative tolerance, likewise.
+        first_step: first trial step of an adaptive method; None estimates one with one more evaluation.
+        max_nfe: most evaluations that one solve may use; None: no limit.
+        gradient: ``autograd`` keeps all activations; ``checkpointed`` gives the same gradient with the
+            activations of one step at a time, for one more evaluation pass; ``adjoint`` solves the continuous
+            adjoint backward (the paper's; its gradient differs from that of the discrete loss by the
+            discretisation error); ``interpolated_adjoint`` does so along an interpolant of the forward states.
+        trace_quadrature: ``full``, or ``sampled``: in each step of a fixed grid, products with the Jacobian are
+            evaluated at one stage only, drawn with the probability that is its quadrature weight; unbiased.
+        atol_adjoint: tolerance of an adaptive continuous adjoint; None: as ``atol``.
+        rtol_adjoint: likewise, None: as ``rtol``.
+
+    Raises:
+        ConfigError: for an unknown name or a number out of range.
+    """
+
+    method: str = "rk4_38"
+    step: float | None = 0.25
+    atol: float = 1e-5
+    rtol: float = 1e-5
+    first_step: float | None = None
+    max_nfe: int | None = None
+    gradient: str = "autograd"
+    trace_quadrature: str = "full"
+    atol_adjoint: float | None = None
+    rtol_adjoint: float | None = None
+
+    def __post_init__(self) -> None:
+        for value, known, kind in (
+            (self.method, METHODS, "solver method"),
+            (self.gradient, GRADIENTS, "gradient mode"),
+            (self.trace_quadrature, TRACE_QUADRATURES, "trace quadrature"),
+        ):
+            if value not in known:
+                raise ConfigError(suggest(value, known, kind))
+        for name in ("step", "first_step", "max_nfe", "atol_adjoint", "rtol_adjoint", "atol", "rtol"):
+            value = getattr(self, name)
+            optional = name not in ("atol", "rtol")
+            if not ((value is None and optional) or _positive(value)):
+                wanted = "a number > 0 or None" if optional else "a number > 0"
+                raise ConfigError(f"solver.{name} must be {wanted}, not {value!r}.")
+        if self.trace_quadrature == "sampled" and self.adaptive:
+            raise ConfigError(
+                f"trace_quadrature='sampled' needs a fixed grid: {self.method} controls the error of the "
+                f"log-determinant, which a sampled quadrature does not have. Use one of {', '.join(FIXED_METHODS)}."
+            )
+        if self.trace_quadrature == "sampled" and self.gradient.endswith("adjoint"):
+            raise ConfigError(
+                "trace_quadrature='sampled' needs the gradient of the discrete steps: use gradient='autograd' or "
+                "'checkpointed'."
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method chooses its own steps."""
+        return self.method in ADAPTIVE_METHODS
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

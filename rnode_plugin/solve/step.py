@@ -1,0 +1,106 @@
+"""One step of the augmented system: the state by a Runge-Kutta method, everything else by its quadrature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..types import BoundDynamics, Rates
+from .methods import Method
+
+__all__ = ["Step", "StepTaker", "step_taker"]
+
+
+class Step(NamedTuple):
+    """What one step gives.
+
+    Attributes:
+        z: new state.
+        error: its error estimate; None for a fixed grid.
+        last: rates at the new state where the method has evaluated them (first same as last).
+        dlogdet: increment ``(B,)`` of the log-determinant; None where there is none.
+        dlogdet_error: its error estimate.
+        penalties: increment of each penalty.
+        stages: stage velocities, where the method shows them.
+        nfe: evaluations that this step made.
+    """
+
+    z: Tensor
+    error: Tensor | None
+    last: Rates | None
+    dlogdet: Tensor | None
+    dlogdet_error: Tensor | None
+    penalties: dict[str, Tensor]
+    stages: Sequence[Tensor] | None
+    nfe: int
+
+
+StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "int | None"], Step]
+
+
+def step_taker(dynamics: BoundDynamics, method: Method, *, checkpointed: bool = False) -> StepTaker:
+    """A function ``(z, t, dt, first, product_stage) -> Step``.
+
+    ``first`` holds the rates at ``(t, z)`` where the step before has evaluated them. With a ``product_stage``
+    products with the Jacobian are evaluated at that stage only, which then stands for the whole step.
+
+    With ``checkpointed`` a step keeps its inputs alone and runs again when its gradient is asked for.
+    """
+
+    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, product_stage: int | None) -> Step:
+        rates: list[Rates] = [] if first is None else [first]
+
+        def f(time: Tensor, state: Tensor) -> Tensor:
+            rates.append(dynamics(time, state, products=product_stage in (None, len(rates))))
+            return rates[-1].dz
+
+        new_velocity, new, error, stages = method.advance(f, z, t, dt, None if first is None else first.dz)
+        nfe = len(rates) - (first is not None)
+        weights = method.weights or (1.0,)
+        dlogdet, penalties = _quadrature(rates, weights, dt, product_stage)
+        dlogdet_error = None
+        if error is not None and dlogdet is not None and method.error_weights is not None:
+            dlogdet_error = _weigh([r.dlogdet for r in rates], method.error_weights, dt.detach())
+        last = next((r for r in reversed(rates) if r.dz is new_velocity), None)
+        return Step(new, error, last, dlogdet, dlogdet_error, penalties, stages, nfe)
+
+    if not checkpointed:
+        return take
+
+    def take_checkpointed(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, product_stage: int | None) -> Step:
+        step = checkpoint(take, z, t, dt, first, product_stage, use_reentrant=False)
+        assert isinstance(step, Step)
+        return step
+
+    return take_checkpointed
+
+
+def _quadrature(
+    rates: Sequence[Rates], weights: Sequence[float], dt: Tensor, product_stage: int | None
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Integrals over one step of the log-determinant (signed) and the penalties (along the path)."""
+    sampled = None if product_stage is None else rates[product_stage]
+    source = rates[0] if sampled is None else sampled
+    dlogdet = None
+    if source.dlogdet is not None:
+        dlogdet = source.dlogdet * dt if sampled else _weigh([r.dlogdet for r in rates], weights, dt)
+    length = dt.abs()
+    penalties = {
+        name: source.penalties[name] * length
+        if sampled and any(name not in r.penalties for r in rates)
+        else _weigh([r.penalties[name] for r in rates], weights, length)
+        for name in source.penalties
+    }
+    return dlogdet, penalties
+
+
+def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor) -> Tensor:
+    total: Tensor | None = None
+    for value, weight in zip(values, weights, strict=False):
+        if weight and value is not None:
+            total = value * weight if total is None else total.add(value, alpha=weight)
+    assert total is not None
+    return total * dt.to(total.dtype)

@@ -1,0 +1,367 @@
+"""The integrator against closed forms: values, gradients, orders, directions of time, guards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import Linear, Wave, linear_closed_form
+from torch import Tensor
+
+from rnode_plugin.dynamics import Dynamics
+from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.estimators import Exact
+from rnode_plugin.regularizers import jacfrob, kinetic
+from rnode_plugin.solve import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, solve
+from rnode_plugin.types import Rates
+
+GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
+# the step at which each fixed method's error on these problems is far below the tolerance that it is held to
+FINE = {"euler": 1 / 4000, "midpoint": 1 / 400, "rk4": 1 / 40, "rk4_38": 1 / 40}
+TOLERANCE = {"euler": 2e-3, "midpoint": 1e-5, "rk4": 1e-7, "rk4_38": 1e-7, "dopri5": 1e-7, "tsit5": 1e-7}
+
+
+def tight(method: str, gradient: str = "autograd", **changes: object) -> Solver:
+    settings: dict[str, object] = {"method": method, "gradient": gradient, "atol": 1e-10, "rtol": 1e-10}
+    return Solver(**{**settings, "step": FINE.get(method, 0.25), **changes})  # pyright: ignore[reportArgumentType]
+
+
+def linear_dynamics(field: Linear) -> Dynamics:
+    return Dynamics(field, regularizers=[kinetic, jacfrob], estimator=Exact())
+
+
+def loss_of(z: Tensor, logdet: Tensor, kin: Tensor, jac: Tensor) -> Tensor:
+    """Reads every output time, the log-determinant and both penalties, each with its own weight."""
+    weights = torch.linspace(0.5, 1.5, z.numel(), dtype=z.dtype).reshape(z.shape)
+    times = torch.linspace(0.3, 0.9, logdet.numel(), dtype=z.dtype).reshape(logdet.shape)
+    return (weights * z).square().sum() + (times * logdet).sum() + 0.7 * kin.sum() + 0.2 * jac.sum()
+
+
+@pytest.mark.parametrize("backward_in_time", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "euler"])
+def test_linear_field_against_closed_form(method: str, gradient: str, backward_in_time: bool) -> None:
+    times = [0.9, 0.55, 0.1] if backward_in_time else [0.1, 0.55, 0.9]
+    z0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    results = []
+    for exact in (True, False):
+        field = Linear()
+        z = z0.clone().requires_grad_()
+        t = torch.tensor(times, dtype=torch.float64, requires_grad=True)
+        if exact:
+            closed = linear_closed_form(field.a, z, t)
+            parts = (closed.z, closed.logdet, closed.kinetic, closed.jacfrob)
+        else:
+            s = solve(linear_dynamics(field).bind(None), z, t, tight(method, gradient))
+            assert s.logdet is not None
+            parts = (s.z, s.logdet, s.penalties["kinetic"], s.penalties["jacfrob"])
+        gradients = torch.autograd.grad(loss_of(*parts), [field.a, z, t])
+        results.append([p.detach() for p in parts] + list(gradients))
+    # the interpolant is of third order between knots, whatever the method
+    tolerance = max(TOLERANCE[method], 1e-5 if gradient == "interpolated_adjoint" else 0.0)
+    for name, exact, ours in zip(("z", "logdet", "kinetic", "jacfrob", "dA", "dz0", "dt"), *results, strict=True):
+        error = (ours - exact).norm() / exact.norm()
+        assert error < tolerance, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "checkpointed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradcheck_of_the_discrete_solve(method: str, gradient: str) -> None:
+    field = Wave(2)
+    dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
+    noise = torch.randn(2, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    # a loose adaptive solve, whose steps do not move under the differences: max_factor and tolerance leave one step
+    solver = Solver(method=method, step=0.5, atol=10.0, rtol=10.0, first_step=0.5, gradient=gradient)
+    names = [name for name, _ in field.named_parameters()]
+
+    def run(z: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        replaced = dict(zip(names, params, strict=True))
+        swapped = Dynamics(
+            lambda t, z: torch.func.functional_call(field, replaced, (t, z)), regularizers=dynamics.regularizers
+        )
+        s = solve(swapped.bind(noise), z, torch.tensor([0.0, 1.0], dtype=torch.float64), solver)
+        assert s.logdet is not None
+        return s.z[-1], s.logdet[-1], s.penalties["kinetic"], s.penalties["jacfrob"]
+
+    z = torch.randn(2, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64, requires_grad=True)
+    params = [p.detach().clone().requires_grad_() for p in field.parameters()]
+    assert torch.autograd.gradcheck(run, (z, *params), atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointed_is_autograd_to_rounding(method: str) -> None:
+    results = []
+    for gradient in ("autograd", "checkpointed"):
+        field = Wave()
+        z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3).requires_grad_()
+        noise = torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(4, 3)
+        dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
+        t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+        s = solve(dynamics.bind(noise), z, t, Solver(method, step=0.1, atol=1e-4, rtol=1e-4, gradient=gradient))
+        assert s.logdet is not None
+        loss = loss_of(s.z, s.logdet, s.penalties["kinetic"], s.penalties["jacfrob"])
+        results.append((s, torch.autograd.grad(loss, [z, *field.parameters()])))
+    (a, ga), (b, gb) = results
+    assert torch.equal(a.z, b.z)
+    assert a.stats == b.stats
+    for x, y in zip(ga, gb, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_adjoint_approaches_the_discrete_gradient_as_the_step_shrinks() -> None:
+    def gradient_of(step: float, gradient: str) -> Tensor:
+        field = Wave()
+        dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
+        z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        noise = torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(4, 3)
+        s = solve(dynamics.bind(noise), z, t, Solver("rk4", step=step, gradient=gradient))
+        assert s.logdet is not None
+        loss = loss_of(s.z, s.logdet, s.penalties["kinetic"], s.penalties["jacfrob"])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(field.parameters()))])
+
+    gaps = []
+    for step in (0.5, 0.25, 0.125):
+        discrete = gradient_of(step, "autograd")
+        gaps.append(float((gradient_of(step, "adjoint") - discrete).norm() / discrete.norm()))
+    assert gaps[0] > 1e-7, "at a coarse step the two must differ, or this test shows nothing"
+    assert gaps[1] < gaps[0] / 8
+    assert gaps[2] < gaps[1] / 8
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("rk4", 4), ("rk4_38", 4)])
+def test_order_of_fixed_methods(method: str, order: int) -> None:
+    _check_order(method, order, lambda h: Solver(method, step=h), [1 / 16, 1 / 32, 1 / 64])
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_order_of_adaptive_methods(method: str) -> None:
+    # tolerances so loose that every step is accepted, and outputs that cut the interval into equal steps
+    _check_order(
+        method, 5, lambda h: Solver(method, atol=1e6, rtol=1e6, first_step=h), [1 / 8, 1 / 16, 1 / 32]
+    )
+
+
+def _check_order(method: str, order: int, solver_at: object, steps: list[float]) -> None:
+    """The error's slope, by regression, of state, log-determinant and penalties on a field that depends on time."""
+    z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    dynamics = Dynamics(Wave(), regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None)
+    with torch.no_grad():
+        truth = solve(dynamics, z0, torch.tensor([0.0, 2.0]).double(), Solver("dopri5", atol=1e-14, rtol=1e-14))
+    errors: dict[str, list[float]] = {"z": [], "logdet": [], "kinetic": [], "jacfrob": []}
+    for h in steps:
+        t = torch.linspace(0, 2, round(2 / h) + 1, dtype=torch.float64)
+        with torch.no_grad():
+            s = solve(dynamics, z0, t, solver_at(h))  # pyright: ignore[reportCallIssue]
+        assert s.stats.steps == round(2 / h)
+        assert s.logdet is not None
+        assert truth.logdet is not None
+        errors["z"].append(float((s.z[-1] - truth.z[-1]).norm()))
+        errors["logdet"].append(float((s.logdet[-1] - truth.logdet[-1]).norm()))
+        for name in ("kinetic", "jacfrob"):
+            errors[name].append(float((s.penalties[name] - truth.penalties[name]).norm()))
+    log_h = torch.log(torch.tensor(steps, dtype=torch.float64))
+    for name, values in errors.items():
+        log_e = torch.log(torch.tensor(values, dtype=torch.float64))
+        slope = float(
+            ((log_h - log_h.mean()) * (log_e - log_e.mean())).sum() / (log_h - log_h.mean()).square().sum()
+        )
+        assert abs(slope - order) < 0.45, f"{name} converges at order {slope:.2f}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_penalties_leave_steps_and_states_alone(method: str) -> None:
+    z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    noise = torch.ones_like(z0)
+    solver = Solver(method, step=0.1, atol=1e-6, rtol=1e-6)
+    plain = solve(Dynamics(Wave()).bind(noise), z0, t, solver)
+    penalised = solve(Dynamics(Wave(), regularizers=[kinetic, jacfrob]).bind(noise), z0, t, solver)
+    assert plain.stats == penalised.stats
+    assert torch.equal(plain.z, penalised.z)
+
+
+def test_logdet_takes_part_in_the_error_control() -> None:
+    def stiff_divergence(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return Rates(torch.zeros_like(z), torch.cos(40 * t) * torch.ones_like(z[:, 0]), {})
+
+    def without(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return Rates(torch.zeros_like(z), None, {})
+
+    z0, t = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    solver = Solver("dopri5", atol=1e-8, rtol=1e-8, first_step=1 / 6)
+    followed = solve(stiff_divergence, z0, t, solver)
+    assert followed.stats.steps > 3 * solve(without, z0, t, solver).stats.steps
+    assert followed.logdet is not None
+    torch.testing.assert_close(followed.logdet[-1, 0], torch.sin(40 * t[1]) / 40, rtol=1e-6, atol=1e-8)
+
+
+def test_sampled_quadrature_is_unbiased() -> None:
+    """The mean over many draws is the full sum, within 4 standard errors, for every integral and a gradient."""
+    z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    noise = torch.linspace(-2, 1, 6, dtype=torch.float64).reshape(2, 3)
+    field = Wave()
+    bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(noise)
+
+    def sums(quadrature: str, generator: torch.Generator | None = None) -> Tensor:
+        s = solve(bound, z0, t, Solver("rk4_38", step=0.5, trace_quadrature=quadrature), generator=generator)
+        assert s.logdet is not None
+        loss = s.logdet[-1].sum() + s.penalties["jacfrob"].sum()
+        (gradient,) = torch.autograd.grad(loss, field.a)
+        parts = [s.z[-1].sum(), s.penalties["kinetic"].sum(), s.logdet[-1].sum(), s.penalties["jacfrob"].sum()]
+        return torch.cat([torch.stack(parts).detach(), gradient.flatten()])
+
+    full = sums("full")
+    g = torch.Generator().manual_seed(0)
+    draws = torch.stack([sums("sampled", g) for _ in range(600)])
+    torch.testing.assert_close(draws[0, :2], full[:2], rtol=0, atol=0)  # state and kinetic keep the full sum
+    spread = draws[:, 2:].std(0)
+    assert bool((spread > 1e-4).all()), "the stages must differ, or this test shows nothing"
+    distance = (draws[:, 2:].mean(0) - full[2:]).abs() / (spread / len(draws) ** 0.5)
+    assert float(distance.max()) < 4
+
+
+def test_one_product_a_step_with_sampled_quadrature() -> None:
+    calls = {True: 0, False: 0}
+
+    def counting(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        calls[products] += 1
+        return Rates(-z, -torch.ones_like(z[:, 0]) if products else None, {})
+
+    solve(
+        counting, torch.ones(2, 1), torch.tensor([0.0, 1.0]), Solver("rk4", step=0.25, trace_quadrature="sampled")
+    )
+    assert calls == {True: 4, False: 12}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_at_many_times_and_back(method: str) -> None:
+    field, z0 = Linear(), torch.randn(2, 3, dtype=torch.float64)
+    t = torch.linspace(0, 2, 17, dtype=torch.float64)
+    dynamics = linear_dynamics(field).bind(None)
+    with torch.no_grad():
+        there = solve(dynamics, z0, t, tight(method))
+        back = solve(dynamics, there.z[-1], t.flip(0), tight(method))
+    assert there.z.shape == (17, 2, 3)
+    assert torch.equal(there.t, t)
+    tolerance = 10 * TOLERANCE[method]
+    torch.testing.assert_close(back.z[-1], z0, rtol=tolerance, atol=tolerance)
+    for name in there.penalties:
+        assert bool((back.penalties[name] > 0).all()), "a penalty is positive whichever way time runs"
+        torch.testing.assert_close(back.penalties[name], there.penalties[name], rtol=tolerance, atol=tolerance)
+
+
+def test_states_of_any_event_shape() -> None:
+    field = Linear(12)
+    z0 = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    image = solve(linear_dynamics(field).bind(None), z0, t, tight("rk4"))
+    closed = linear_closed_form(field.a, z0, t)
+    torch.testing.assert_close(image.z, closed.z, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(image.logdet, closed.logdet, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(image.penalties["kinetic"], closed.kinetic, rtol=1e-7, atol=1e-9)
+
+
+def test_unused_and_frozen_parameters_with_the_adjoint() -> None:
+    field = Wave()
+    field.register_parameter("unused", torch.nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    field.b.requires_grad_(False)
+    z0 = torch.ones(2, 3, dtype=torch.float64)
+    dynamics = Dynamics(field, regularizers=[kinetic])
+    s = solve(dynamics.bind(torch.ones_like(z0)), z0, torch.tensor([0.0, 1.0]).double(), tight("rk4", "adjoint"))
+    (s.z[-1].sum() + s.penalties["kinetic"].sum()).backward()
+    assert field.a.grad is not None
+    assert field.b.grad is None
+    assert field.unused.grad is None or not field.unused.grad.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_is_reported_with_time_and_step(method: str) -> None:
+    def breaks(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return Rates(torch.where(t > 0.6, torch.nan, 1.0) * z, None, {})
+
+    with pytest.raises(SolverError) as caught:
+        solve(breaks, torch.ones(2, 2), torch.tensor([0.0, 0.5, 1.0]), Solver(method, step=0.125, first_step=0.05))
+    assert caught.value.reason == "nonfinite"
+    assert 0.3 < caught.value.t < 0.65
+    assert "lower the learning rate" in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_explosion_in_finite_time_ends(method: str) -> None:
+    """z' = z^2 from 1 reaches infinity at t = 1: no adaptive solver can pass, none may hang."""
+
+    def blow_up(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return Rates(z.square(), None, {})
+
+    with pytest.raises(SolverError) as caught:
+        solve(blow_up, torch.ones(1, 1), torch.tensor([0.0, 2.0]), Solver(method))
+    assert caught.value.reason in ("underflow", "nonfinite")
+    assert abs(caught.value.t - 1) < 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budget_of_evaluations(method: str) -> None:
+    field = Wave()
+    bound = Dynamics(field).bind(torch.ones(2, 3, dtype=torch.float64))
+    with pytest.raises(SolverError) as caught:
+        solve(
+            bound, torch.ones(2, 3, dtype=torch.float64), torch.tensor([0.0, 1.0]).double(),
+            Solver(method, step=0.01, atol=1e-12, rtol=1e-12, max_nfe=40),
+        )  # fmt: skip
+    assert caught.value.reason == "max_nfe"
+    assert 0 < caught.value.nfe <= 44
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        torch.tensor([0.0]),
+        torch.tensor([0.0, 1.0, 0.5]),
+        torch.tensor([0.0, 0.0]),
+        torch.tensor([0, 1]),
+        torch.tensor([0.0, torch.nan]),
+        torch.tensor([[0.0, 1.0]]),
+    ],
+)
+def test_bad_times_are_refused(t: Tensor) -> None:
+    with pytest.raises(ConfigError, match="t_span"):
+        solve(Dynamics(Wave()).bind(torch.ones(1, 3)), torch.ones(1, 3), t, Solver())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "dopri"}, "did you mean 'dopri5'"),
+        ({"step": 0.0}, "solver.step must be a number > 0 or None"),
+        ({"atol": -1.0}, "solver.atol must be a number > 0"),
+        ({"gradient": "checkpoint"}, "did you mean 'checkpointed'"),
+        ({"method": "dopri5", "trace_quadrature": "sampled"}, "needs a fixed grid"),
+        ({"gradient": "adjoint", "trace_quadrature": "sampled"}, "gradient of the discrete steps"),
+        ({"max_nfe": float("inf")}, "solver.max_nfe"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Solver(**settings)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_second_solve_between_forward_and_backward_changes_nothing(gradient: str) -> None:
+    field = Wave()
+    dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    z = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
+    solver = Solver("rk4", step=0.1, gradient=gradient)
+    gradients = []
+    for another in (False, True):
+        s = solve(dynamics.bind(torch.full_like(z, 0.5)), z, t, solver)
+        if another:
+            solve(dynamics.bind(torch.full_like(z, -3.0)), z + 1, t, solver)
+        assert s.logdet is not None
+        gradients += torch.autograd.grad(s.logdet[-1].sum() + s.penalties["jacfrob"].sum(), field.a)
+    assert torch.equal(*gradients)
+
+
+def test_fixed_methods_are_all_covered() -> None:
+    assert set(FIXED_METHODS) == set(FINE)
