@@ -67,6 +67,16 @@ class FunctionRegularizer:
         return self.rate(evaluation)
 
 
+@dataclass(frozen=True)
+class _PlainRate:
+    """A function of ``(t, z, dz)`` as a rate; a class, so that a model that holds it can be pickled."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Any]
+
+    def __call__(self, evaluation: Evaluation, /) -> Tensor:
+        return self.function(evaluation.t, evaluation.z, evaluation.dz)
+
+
 def _kinetic(evaluation: Evaluation) -> Tensor:
     """``||f(t, z)||^2``, the integrand of the kinetic energy (eq. 9a), summed over the event."""
     return sum_event(evaluation.dz.square())
@@ -133,8 +143,7 @@ def _resolve_one(entry: Any) -> Regularizer:
         return entry
     if callable(entry) and not isinstance(entry, type):
         name = getattr(entry, "__name__", type(entry).__name__)
-        rate: Callable[[Tensor, Tensor, Tensor], Any] = entry
-        return FunctionRegularizer(name, lambda e: rate(e.t, e.z, e.dz))
+        return FunctionRegularizer(name, _PlainRate(entry))
     raise ConfigError(
         f"{entry!r} is no regularizer: give a name, an object with `name`, `needs_vjp` and "
         "`__call__(evaluation)`, or a function rate(t, z, dz) -> (B,)."
