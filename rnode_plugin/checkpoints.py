@@ -23,6 +23,7 @@ __all__ = [
     "LAST",
     "find_checkpoint",
     "load_flow",
+    "load_with_recipe",
     "pack",
     "read_checkpoint",
     "recipe_of",
@@ -63,15 +64,23 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
     Raises:
         CheckpointError: missing, truncated, not ours, or not the weights of the model that its recipe describes.
     """
+    return load_with_recipe(path, map_location=map_location)[0]
+
+
+def load_with_recipe(
+    path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
+) -> tuple[MultiscaleFlow, Recipe]:
+    """:func:`load_flow`, and the recipe that the flow was trained by."""
     file = find_checkpoint(path)
     contents = read_checkpoint(file, map_location=map_location)
-    flow = recipe_of(contents, file).build_flow()
+    recipe = recipe_of(contents, file)
+    flow = recipe.build_flow()
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
     try:
         flow.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit the model of its recipe: {error}") from None
-    return flow.to(map_location).eval()  # pyright: ignore[reportReturnType]
+    return flow.to(map_location).eval(), recipe  # pyright: ignore[reportReturnType]
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
@@ -137,7 +146,7 @@ def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write`` on a temporary file next to ``path``, sync it, and rename it: the old file or the new, never half.
+    """Call ``write`` on a temporary file next to ``path``, sync it, rename it: never half a file.
 
     Raises:
         CheckpointError: the disk is full, the folder read-only, and the like; nothing half-written stays.

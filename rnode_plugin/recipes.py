@@ -44,6 +44,7 @@ class Data:
         flip: mirror each training image left-right with probability 1/2.
         root: folder that holds the data set; None for the default one.
         workers: processes that read batches; 0 reads them in the training process.
+        train_images: train on so many images only, drawn from all of them; None for all.
     """
 
     name: str
@@ -54,9 +55,10 @@ class Data:
     flip: bool = False
     root: str | None = None
     workers: int = 0
+    train_images: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "batch_size", "val_batch_size")
+        _at_least(1, self, "batch_size", "val_batch_size", "train_images")
         _at_least(2, self, "levels")
         _at_least(0, self, "workers")
         if len(self.shape) != 3 or min(self.shape) < 1:
@@ -94,7 +96,8 @@ class Optimizer:
     Attributes:
         lr: learning rate after the warm-up.
         warmup: steps over which the rate rises linearly to ``lr``.
-        schedule: ``constant`` after the warm-up, or ``cosine``: down to zero at step ``training.max_steps``.
+        schedule: ``constant`` after the warm-up, or ``cosine``: down to zero at the last planned step. A limit on
+            time does not change it.
         beta1, beta2: decay rates of Adam's moments.
         weight_decay: L2 coefficient added to the gradient.
     """
@@ -127,6 +130,7 @@ class Training:
         check_every_steps: steps between two validations instead; None for epochs.
         val_images: images of the validation set that a validation uses; None for all. ``rnode-cli eval`` uses all.
         log_every: steps between two rows of the metrics.
+        save_every: steps between two checkpoints, besides the one after each validation.
         sample_temperatures: standard deviations of the latent in the grids, one row of images each.
         sample_images: images per temperature in the grids; 0 for no grids.
     """
@@ -139,11 +143,13 @@ class Training:
     check_every_steps: int | None = None
     val_images: int | None = None
     log_every: int = 10
+    save_every: int = 100
     sample_temperatures: tuple[float, ...] = (0.6, 0.8, 1.0)
     sample_images: int = 8
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "max_epochs", "max_steps", "check_every", "check_every_steps", "val_images", "log_every")
+        _at_least(1, self, "max_epochs", "max_steps", "check_every", "check_every_steps", "val_images")
+        _at_least(1, self, "log_every", "save_every")
         _at_least(0, self, "seed", "sample_images")
         if self.max_epochs is None and self.max_steps is None:
             raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
@@ -197,8 +203,6 @@ class Recipe:
         for name, strength in self.regularizers.items():
             if strength < 0:
                 raise ConfigError(f"regularizers.{name} must not be negative, got {strength}.")
-        if self.optimizer.schedule == "cosine" and self.training.max_steps is None:
-            raise ConfigError("optimizer.schedule=cosine needs training.max_steps, the step at which it ends.")
 
     def override(self, assignments: Iterable[str]) -> Recipe:
         """A copy with ``group.key=value`` texts applied.

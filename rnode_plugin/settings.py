@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from .errors import ConfigError, suggest
 
-__all__ = ["coerce", "from_plain", "override", "to_plain", "walk"]
+__all__ = ["as_text", "coerce", "from_plain", "override", "to_plain", "walk"]
 
 T = TypeVar("T")
 _TRUE, _FALSE, _NONE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}, {"none", "null"}
@@ -54,9 +54,8 @@ def coerce(value: Any, kind: Any) -> Any:
             number = _number(value)
             if math.isfinite(number):
                 return number
-    elif kind is str:
-        if isinstance(value, str) and value:
-            return value
+    elif kind is str and isinstance(value, str) and value:
+        return value
     raise ValueError(f"expected {_describe(kind)}")
 
 
@@ -113,6 +112,15 @@ def _describe(kind: Any) -> str:
     if kind is type(None):
         return "none"
     return plain.get(kind, "a table of names and numbers")
+
+
+def as_text(value: Any) -> str:
+    """A value as :func:`override` reads it back."""
+    if isinstance(value, tuple):
+        return ",".join(as_text(each) for each in value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
 
 
 def to_plain(tree: Any) -> Any:

@@ -1,0 +1,202 @@
+"""What happens around the training steps: stopping, checkpoints, sample grids, and what the terminal shows."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as L
+from pytorch_lightning.callbacks import Callback, ProgressBar, TQDMProgressBar
+
+from .errors import RnodeError, SolverError
+from .sampling import sample_images, save_grid
+
+if TYPE_CHECKING:
+    from .training import FlowModule
+
+__all__ = ["Interrupted", "LineProgress", "RunControl", "SampleGrids", "TrainingError", "progress_display"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingError(RnodeError):
+    """Training cannot go on: a value that is not finite, or a solve that failed."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Raised between two steps, after a checkpoint, when a signal asked to stop."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class RunControl(Callback):
+    """Ends a run in time and keeps its two checkpoints.
+
+    ``last`` is written every ``save_every`` steps and after each validation, ``best`` after a validation with the
+    lowest bits/dim so far. A signal ends the run between two steps, after writing ``last``; a second one ends it
+    at once.
+
+    Args:
+        max_time: seconds after which a last validation ends the run; None for no limit.
+        save_every: steps between two checkpoints.
+    """
+
+    def __init__(self, *, max_time: float | None, save_every: int) -> None:
+        self.best = math.inf
+        self.out_of_time = False
+        self._max_time, self._save_every = max_time, save_every
+        self._start = time.monotonic()
+        self._signum: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # only the main thread may set handlers; in another one the program that owns it decides about signals
+        if threading.current_thread() is threading.main_thread():
+            self._former = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)
+        self._former = {}
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signum = signum
+        signal.signal(signum, self._former[signum])  # the second one acts at once
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: FlowModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = pl_module.batches = batch_idx + 1
+        self.out_of_time = self._max_time is not None and time.monotonic() - self._start >= self._max_time
+        interrupted = self._signum is not None
+        if trainer.world_size > 1:  # all processes must leave at the same step
+            self.out_of_time = trainer.strategy.reduce_boolean_decision(self.out_of_time, all=False)
+            interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
+        if interrupted:
+            self._save(trainer, pl_module.folder.last)
+            raise Interrupted(self._signum or signal.SIGTERM)
+        if self.out_of_time or done == pl_module.plan.total:
+            trainer.should_stop = True  # Lightning validates once more before it stops
+        elif done % pl_module.plan.check_every and done % self._save_every == 0:
+            self._save(trainer, pl_module.folder.last)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: FlowModule) -> None:
+        bits = float(trainer.callback_metrics["val/bpd"])
+        if not math.isfinite(bits):
+            raise TrainingError(f"the validation bits/dim are {bits}.")
+        if bits < self.best:
+            self.best = bits
+            self._save(trainer, pl_module.folder.best)
+        self._save(trainer, pl_module.folder.last)
+
+    def _save(self, trainer: L.Trainer, path: Path) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # what is logged up to a checkpoint must outlive a kill right after it
+        trainer.save_checkpoint(path)
+
+
+class SampleGrids(Callback):
+    """Writes a grid of samples after each validation.
+
+    Args:
+        temperatures: one row of images each.
+        images: in a row.
+        seed: of the latents, the same in every grid.
+    """
+
+    def __init__(self, *, temperatures: tuple[float, ...], images: int, seed: int) -> None:
+        self._temperatures, self._images, self._seed = temperatures, images, seed
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: FlowModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        flow = pl_module.flow
+        try:
+            samples = sample_images(flow, self._images, temperatures=self._temperatures, seed=self._seed)
+        except SolverError as error:  # training may go on where a latent far out cannot be integrated
+            print(f"no grid of samples at step {pl_module.batches}: {error}", file=sys.stderr)
+            return
+        path = pl_module.folder.samples / f"step-{pl_module.batches:07d}.png"
+        save_grid(path, samples, levels=flow.levels, columns=self._images)
+
+
+_SHOWN = {"train/bpd": "bits/dim", "train/nfe": "NFE", "val/bpd": "val bits/dim"}
+
+
+def _shown_metrics(metrics: dict[str, Any]) -> dict[str, str]:
+    shown = {}
+    for name, label in _SHOWN.items():
+        if name in metrics:
+            shown[label] = f"{float(metrics[name]):.0f}" if label == "NFE" else f"{float(metrics[name]):.4f}"
+    return shown
+
+
+class _Bar(TQDMProgressBar):
+    """Lightning's bar over all steps of the run, with bits/dim and NFE."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1)
+
+    def init_validation_tqdm(self) -> Any:
+        bar = super().init_validation_tqdm()
+        bar.disable = True  # a second bar for seconds of validation only makes the terminal jump
+        return bar
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return dict(_shown_metrics(trainer.progress_bar_metrics))
+
+
+class LineProgress(ProgressBar):
+    """A line now and then, for terminals without cursor movement and for log files.
+
+    Args:
+        interval: least seconds between two lines.
+    """
+
+    def __init__(self, interval: float = 10.0) -> None:
+        super().__init__()
+        self._interval, self._last = interval, time.monotonic()
+
+    def disable(self) -> None:
+        self._interval = math.inf
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: FlowModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if time.monotonic() - self._last >= self._interval:
+            self._print(trainer, pl_module, batch_idx + 1)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: FlowModule) -> None:
+        if self._interval < math.inf:
+            self._print(trainer, pl_module, pl_module.batches)
+
+    def _print(self, trainer: L.Trainer, module: FlowModule, done: int) -> None:
+        self._last = time.monotonic()
+        shown = "  ".join(f"{name} {value}" for name, value in _shown_metrics(trainer.progress_bar_metrics).items())
+        pace = module.train_seconds / max(done, 1)
+        print(f"step {done}/{module.plan.total}  {shown}  {pace:.2f} s/step", flush=True)
+
+
+def progress_display() -> ProgressBar:
+    """A bar where the terminal can redraw a line, else plain lines."""
+    redraws = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return _Bar() if redraws else LineProgress()

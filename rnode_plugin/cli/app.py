@@ -1,0 +1,61 @@
+"""The group of all commands, ours and those of plugins, and what becomes of their errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .. import __version__, plugins
+from ..errors import RnodeError, suggest
+
+__all__ = ["main"]
+
+
+class _Failure(click.ClickException):
+    """A failure as one message and exit code 1."""
+
+    exit_code = 1
+
+
+class _Commands(click.Group):
+    """Commands by name from the registry; the module of one is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return plugins.names("commands")
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in plugins.names("commands"):
+            return None
+        return plugins.get("commands", cmd_name)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in (known := self.list_commands(ctx)):
+            raise click.UsageError(suggest(args[0], known, "command"), ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            try:
+                command = plugins.get("commands", name)
+                rows.append((name, command.get_short_help_str(formatter.width - 20)))
+            except RnodeError as error:  # one broken plugin must not take the help away
+                rows.append((name, f"(cannot be loaded: {error})"))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RnodeError as error:
+            raise _Failure(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rnode-cli")
+def main() -> None:
+    """Train, evaluate and sample regularized neural ODE flows (RNODE)."""

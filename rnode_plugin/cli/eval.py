@@ -1,0 +1,75 @@
+"""``rnode-cli eval``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+
+from .options import data_root, device, download
+
+__all__ = ["eval"]
+
+
+@click.command()
+@click.argument("run")
+@click.option("--draws", type=click.IntRange(1), default=3, show_default=True, help="Draws of noise per image.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the held-out images.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images per solve. [default: the recipe's]")
+@click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE",
+              help="Change the test solver: method=rk4, step=0.05, atol=1e-6, ... May be repeated.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
+@data_root
+@download
+@device
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def eval(  # noqa: A001 - the command's name
+    *,
+    run: str,
+    draws: int,
+    limit: int | None,
+    batch_size: int | None,
+    solver_settings: tuple[str, ...],
+    seed: int,
+    data_root: str | None,
+    download: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Bits/dim of RUN, a run folder or a checkpoint, on held-out images.
+
+    Dirty (uniform noise in each bin) and clean (bins' centres), with standard errors over images and over draws of
+    the noise, the solver's NFE, the penalties, and the time.
+    """
+    from ..checkpoints import find_checkpoint, load_with_recipe
+    from ..evaluation import evaluate
+    from ..training import load_images, pick_device
+    from .tables import evaluation_rows, table
+
+    path = find_checkpoint(run)
+    flow, recipe = load_with_recipe(path, map_location=pick_device(device))
+    changes = [f"test_solver.{change}" for change in solver_settings]
+    changes += [f"data.root={data_root}"] if data_root else []
+    recipe = recipe.override(changes)
+    images = load_images(recipe, download=download, all_val=True).limit(None, limit).val
+    result = evaluate(
+        flow,
+        images,
+        batch_size=batch_size or recipe.data.val_batch_size,
+        draws=draws,
+        solver=recipe.test_solver,
+        seed=seed,
+        progress=None if as_json else _show,
+    )
+    if as_json:
+        summary = {"checkpoint": str(path), "recipe": recipe.name, **dataclasses.asdict(result)}
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        click.echo(table([("checkpoint", str(path)), *evaluation_rows(result)]))
+
+
+def _show(done: int, total: int) -> None:
+    stream = click.get_text_stream("stderr")
+    if stream.isatty():
+        click.echo(f"\rbatch {done} of {total}" + ("\n" if done == total else ""), nl=False, err=True)

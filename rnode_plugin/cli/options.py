@@ -1,0 +1,47 @@
+"""Options that several commands share, and a type for spans of time."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+__all__ = ["Duration", "data_root", "device", "download", "settings"]
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Duration(click.ParamType):
+    """Seconds, from ``90``, ``20m``, ``1h30m`` or ``HH:MM:SS``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        text = str(value).strip().lower()
+        seconds = 0.0
+        if re.fullmatch(r"\d+(\.\d+)?", text):
+            seconds = float(text)
+        elif re.fullmatch(r"\d+:\d\d(:\d\d)?", text):
+            for part in text.split(":"):
+                seconds = 60 * seconds + float(part)
+            seconds *= 60 if text.count(":") == 1 else 1
+        elif re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
+            seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", text))
+        if seconds <= 0:
+            self.fail(f"{value!r} is no span of time: write 90 (seconds), 20m, 1h30m or HH:MM:SS.", param, ctx)
+        return seconds
+
+
+settings = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="GROUP.KEY=VALUE",
+    help="Change a setting of the recipe; `rnode-cli recipes show NAME` lists them. May be repeated.",
+)
+data_root = click.option("--data-root", metavar="FOLDER", help="Folder that holds the data set. [default: data]")
+download = click.option("--download", is_flag=True, help="Fetch the data set if it is missing.")
+device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")

@@ -1,0 +1,44 @@
+"""``rnode-cli recipes``."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from .options import settings
+
+__all__ = ["recipes"]
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def recipes(ctx: click.Context) -> None:
+    """List the recipes, or show every setting of one."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from .. import plugins
+    from ..recipes import get_recipe
+    from .tables import table
+
+    click.echo(table((name, get_recipe(name).description) for name in plugins.names("recipes")))
+
+
+@recipes.command()
+@click.argument("name")
+@click.option("--vanilla", is_flag=True, help="The FFJORD baseline of the recipe.")
+@settings
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as it lies in a run's folder.")
+def show(*, name: str, vanilla: bool, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Print every setting of the recipe NAME, as --set takes it."""
+    from ..recipes import get_recipe
+    from ..settings import as_text
+    from .tables import table
+
+    recipe = get_recipe(name)
+    recipe = (recipe.vanilla() if vanilla else recipe).override(assignments)
+    if as_json:
+        click.echo(json.dumps(recipe.to_plain(), indent=2))
+        return
+    click.echo(f"{recipe.name}: {recipe.description}\n")
+    click.echo(table((path, as_text(value)) for path, value in recipe.settings()))

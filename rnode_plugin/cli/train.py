@@ -1,0 +1,136 @@
+"""``rnode-cli train``."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import Duration, data_root, download, settings
+
+if TYPE_CHECKING:
+    from ..recipes import Recipe
+    from ..training import FitResult
+
+__all__ = ["train"]
+
+# options that are nothing but a shorter way to write a setting of the recipe
+_SHORT = {
+    "data": "data.name",
+    "data_root": "data.root",
+    "batch_size": "data.batch_size",
+    "limit_train": "data.train_images",
+    "limit_val": "training.val_images",
+    "max_steps": "training.max_steps",
+    "max_epochs": "training.max_epochs",
+    "val_every": "training.check_every_steps",
+    "precision": "training.precision",
+    "seed": "training.seed",
+}
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@click.option("--vanilla", is_flag=True, help="The FFJORD baseline of the recipe: no penalties, dopri5 at 1e-5.")
+@settings
+@click.option("--data", metavar="NAME", help="Another data set than the recipe's, such as folder.")
+@data_root
+@download
+@click.option("--batch-size", type=int, help="Images per device and step.")
+@click.option("--limit-train", type=int, metavar="N", help="Train on N images only.")
+@click.option("--limit-val", type=int, metavar="N", help="Validate on N images only.")
+@click.option("--max-steps", type=int, metavar="N", help="Stop after N steps of the run.")
+@click.option("--max-epochs", type=int, metavar="N", help="Stop after N epochs of the run.")
+@click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
+@click.option("--val-every", type=int, metavar="N", help="Validate every N steps instead of by epochs.")
+@click.option("--seed", type=int, help="Of the weights, the data order and all noise.")
+@click.option("--precision", help="As Lightning names it: 32-true, bf16-mixed, ...")
+@click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
+@click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")
+@click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")
+@click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
+@click.option("--resume", metavar="RUN", help="Go on with a run: its folder, or a checkpoint.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's files besides metrics.csv.")
+@click.pass_context
+def train(
+    ctx: click.Context,
+    *,
+    recipe: str | None,
+    vanilla: bool,
+    assignments: tuple[str, ...],
+    download: bool,
+    max_time: float | None,
+    accelerator: str,
+    devices: str,
+    num_nodes: int,
+    runs: str,
+    resume: str | None,
+    tensorboard: bool,
+    **short: Any,
+) -> None:
+    """Train the flow of RECIPE on its data set.
+
+    The run's folder is printed first and holds everything: recipe, metrics, checkpoints, samples. With --resume,
+    RECIPE may be left out; settings that are given again change from there on.
+    """
+    if recipe is None and resume is None:
+        raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
+    if resume is not None and vanilla:
+        raise click.UsageError("--vanilla makes another model of the recipe; it cannot go with --resume.", ctx)
+    from ..training import fit
+
+    chosen = _recipe_of_run(resume, recipe, ctx) if resume is not None else _recipe(str(recipe), vanilla)
+    given = [f"{_SHORT[name]}={value}" for name, value in short.items() if value is not None]
+    result = fit(
+        chosen.override([*given, *assignments]),
+        runs=runs,
+        resume=resume,
+        max_time=max_time,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        download=download,
+        tensorboard=tensorboard,
+    )
+    _print(result)
+    if result.evaluation is None:
+        ctx.exit(128 + signal.Signals[result.stopped])
+
+
+def _recipe(name: str, vanilla: bool) -> Recipe:
+    from ..recipes import get_recipe
+
+    return get_recipe(name).vanilla() if vanilla else get_recipe(name)
+
+
+def _recipe_of_run(resume: str, name: str | None, ctx: click.Context) -> Recipe:
+    from ..checkpoints import LAST, find_checkpoint, read_checkpoint, recipe_of
+
+    path = find_checkpoint(resume, prefer=LAST)
+    recipe = recipe_of(read_checkpoint(path), path)
+    if name is not None and name != recipe.name:
+        raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}; leave the recipe out.", ctx)
+    return recipe
+
+
+def _print(result: FitResult) -> None:
+    from .tables import duration, evaluation_rows, table
+
+    folder = result.folder
+    if result.evaluation is None:
+        click.echo(
+            f"\n{result.stopped} after step {result.steps} of {result.planned}; --resume {folder.path} goes on."
+        )
+        return
+    limit = ", time limit" if result.stopped == "max_time" else ""
+    rows = [
+        ("steps", f"{result.steps} of {result.planned}{limit}"),
+        ("training", duration(result.seconds)),
+        *evaluation_rows(result.evaluation),
+        ("checkpoint", str(folder.best)),
+        ("metrics", str(folder.metrics)),
+    ]
+    if result.samples is not None:
+        rows.append(("samples", str(result.samples)))
+    click.echo("\n" + table(rows))

@@ -1,0 +1,156 @@
+"""The LightningModule: a flow, the objective (eq. 17), its optimizer, and what is logged."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .callbacks import TrainingError
+from .checkpoints import pack
+from .data import ImageData, ImageDataset
+from .data.loading import keep_batch
+from .errors import SolverError
+from .evaluation import output_log_prob
+from .flows.transforms import dequantize
+from .objectives import bits_per_dim, objective
+from .randomness import Stream, seed_everything, seeded
+from .recipes import Recipe
+from .runs import RunFolder
+from .schedule import Plan, StepBatches, learning_rate_factor
+
+__all__ = ["FlowModule"]
+
+
+class FlowModule(L.LightningModule):
+    """A flow, the objective (eq. 17) and its optimizer.
+
+    Args:
+        recipe: all settings.
+        data: the images to train on and to validate with.
+        plan: how many steps, and when to validate.
+        folder: where checkpoints and samples go.
+    """
+
+    def __init__(self, recipe: Recipe, data: ImageData, plan: Plan, folder: RunFolder) -> None:
+        super().__init__()
+        self.recipe, self.data, self.plan, self.folder = recipe, data, plan, folder
+        with seeded(recipe.training.seed, Stream.WEIGHTS):
+            self.flow = recipe.build_flow()
+        self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
+        self.batches = 0
+        self.train_seconds = self.seconds_before = 0.0
+        self._start = self._step_start = time.monotonic()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Equation 17 on uint8 images ``(B, C, H, W)``, in nats per dimension."""
+        recipe = self.recipe
+        seed_everything(recipe.training.seed, Stream.TRAIN, self.global_rank, batch_idx)
+        x = dequantize(batch, recipe.data.levels)
+        if recipe.data.flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            x = torch.where(mirrored, x.flip(3), x)
+        try:
+            output = self.flow(x, solver=recipe.solver, penalties=bool(self.lambdas))
+        except SolverError as error:
+            raise TrainingError(f"the solver failed at training step {batch_idx + 1}: {error}") from error
+        log_prob = output_log_prob(output)
+        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims)
+        if not torch.isfinite(goal.loss):
+            raise TrainingError(
+                f"the loss is {float(goal.loss)} at training step {batch_idx + 1} (NFE {output.nfe}). Lower "
+                "optimizer.lr or solver.step, or raise regularizers.jacfrob."
+            )
+        bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
+        self._log("train", bits, output.nfe, output.regularization, len(x))
+        self.log("train/loss", goal.loss.detach())
+        return goal.loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Dirty bits/dim with the test solver; the noise is the same at each validation."""
+        recipe = self.recipe
+        with seeded(recipe.training.seed, Stream.VALIDATE, self.global_rank, batch_idx):
+            x = dequantize(batch, recipe.data.levels)
+            output = self.flow(x)  # its own solver is the recipe's test solver
+        bits = bits_per_dim(output_log_prob(output), dims=recipe.dims, levels=recipe.data.levels).mean()
+        self._log("val", bits, output.nfe, output.regularization, len(x))
+
+    def _log(self, part: str, bits: Tensor, nfe: int, penalties: dict[str, Tensor], images: int) -> None:
+        options: dict[str, Any] = {"batch_size": images, "sync_dist": part == "val"}
+        self.log(f"{part}/bpd", bits, prog_bar=True, **options)
+        self.log(f"{part}/nfe", float(nfe), prog_bar=part == "train", **options)
+        for name, integral in penalties.items():
+            self.log(f"{part}/{name}", integral.detach().mean() / self.recipe.dims, **options)
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        self._step_start = time.monotonic()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # an infinite bound measures the norm and leaves the gradient alone
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"the gradient's norm is {float(norm)} at training step {self.batches + 1}. Lower optimizer.lr or "
+                "solver.step, or raise regularizers.jacfrob."
+            )
+        self.log("train/grad_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
+        now = time.monotonic()
+        self.train_seconds += now - self._step_start
+        self.log("seconds_per_step", now - self._step_start)
+        self.log("train_seconds", self.train_seconds)
+        self.log("seconds", self.seconds)
+        self.log("epoch", (batch_idx + 1) / self.plan.steps_per_epoch)
+        self.log("lr", self.optimizers().param_groups[0]["lr"])  # pyright: ignore
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the run so far, that of its earlier parts included."""
+        return self.seconds_before + time.monotonic() - self._start
+
+    def configure_optimizers(self) -> Any:
+        settings = self.recipe.optimizer
+        adam = torch.optim.Adam(
+            self.flow.parameters(),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+        factor = learning_rate_factor(settings, total=self.plan.total)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(adam, factor)
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        # where a resumed run goes on is decided by the sampler, not by reading and dropping batches
+        seed, rank = self.recipe.training.seed, self.global_rank
+        batches = StepBatches(self.plan, seed=seed, rank=rank, start=self.batches)
+        return self._loader(self.data.train, batches)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        size, world = self.recipe.data.val_batch_size, self.trainer.world_size
+        mine = range(self.global_rank, len(self.data.val), world)
+        return self._loader(self.data.val, [list(mine[i : i + size]) for i in range(0, len(mine), size)])
+
+    def _loader(self, images: Any, batches: Any) -> DataLoader[Tensor]:
+        return DataLoader(
+            ImageDataset(images),
+            batch_sampler=batches,
+            collate_fn=keep_batch,
+            num_workers=self.recipe.data.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = {"batches": self.batches, "seconds": self.seconds, "train_seconds": self.train_seconds}
+        checkpoint.update(pack(self.recipe), progress=progress)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint["progress"]
+        self.batches, self.train_seconds = progress["batches"], progress["train_seconds"]
+        self.seconds_before = progress["seconds"]

@@ -1,0 +1,49 @@
+"""Random streams as functions of what is computed, not of what was computed before.
+
+Each training step, validation batch and sample seeds torch's generators from (seed, purpose, rank, index). So a
+resumed run, or one that validated more often, draws the same noise at the same step, and nothing about a generator
+has to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+__all__ = ["Stream", "seed_everything", "seeded", "stream_seed"]
+
+
+class Stream(IntEnum):
+    """What the noise is for; streams of different purposes are independent."""
+
+    WEIGHTS = 0
+    ORDER = 1
+    TRAIN = 2
+    VALIDATE = 3
+    SAMPLE = 4
+
+
+def stream_seed(seed: int, stream: Stream, *index: int) -> int:
+    """A 63-bit seed for one place in one stream, such as (rank, step)."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed, int(stream), *index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_everything(seed: int, stream: Stream, *index: int) -> None:
+    """Seed torch's generators on every device for one place in one stream."""
+    import torch
+
+    torch.manual_seed(stream_seed(seed, stream, *index))
+
+
+@contextmanager
+def seeded(seed: int, stream: Stream, *index: int) -> Iterator[None]:
+    """Like :func:`seed_everything`, and back to the former state at the end."""
+    import torch
+
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        seed_everything(seed, stream, *index)
+        yield

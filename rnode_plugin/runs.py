@@ -1,0 +1,166 @@
+"""The folder of a run, ``runs/RECIPE/VERSION/``, and what writes into it."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.loggers.logger import rank_zero_experiment
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from . import plugins
+from ._version import __version__
+from .checkpoints import BEST, LAST, read_checkpoint, write_atomically
+from .errors import ConfigError
+from .recipes import Recipe
+
+__all__ = ["AtomicCheckpointIO", "RunFolder", "RunLogger", "environment"]
+
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the lowest validation bits/dim."""
+        return self.path / "checkpoints" / BEST
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint, from which a run goes on."""
+        return self.path / "checkpoints" / LAST
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @staticmethod
+    def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
+        """The next free version under ``runs/RECIPE``.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        parent = Path(runs) / recipe.name
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
+            while True:
+                try:
+                    (parent / str(version)).mkdir()
+                    return RunFolder(parent / str(version))
+                except FileExistsError:  # another run took it in the meantime
+                    version += 1
+        except OSError as error:
+            raise ConfigError(f"cannot make a run folder: {error}. Choose another with --runs.") from None
+
+    @staticmethod
+    def of_checkpoint(checkpoint: Path) -> RunFolder | None:
+        """The run that a checkpoint lies in; None for a file elsewhere."""
+        inside = checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "recipe.json").is_file()
+        return RunFolder(checkpoint.parent.parent) if inside else None
+
+    def describe(self, recipe: Recipe, device: torch.device) -> None:
+        """Write ``recipe.json`` and ``environment.json``.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        for name, contents in (("recipe", recipe.to_plain()), ("environment", environment(device))):
+            text = json.dumps(contents, indent=2) + "\n"
+            write_atomically(self.path / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads, as plain data."""
+    cuda = device.type == "cuda"
+    return {
+        "rnode-plugin": __version__,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "plugins": {
+            each.name: f"{each.distribution} {each.version}"
+            for each in plugins.report()
+            if each.status == "loaded" and each.distribution not in (None, "rnode-plugin")
+        },
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.processor()}".strip(),
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+class _Writer(ExperimentWriter):
+    """Lightning's writer of metrics, but a run that goes on keeps the rows before the step where it does."""
+
+    def __init__(self, log_dir: str, keep: int) -> None:
+        self._keep = keep
+        super().__init__(log_dir)
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self.metrics_keys = list(reader.fieldnames or [])
+            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < self._keep]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class RunLogger(CSVLogger):
+    """``metrics.csv`` in the run's folder itself.
+
+    Args:
+        folder: of the run.
+        keep: number of steps whose rows stay; the rest was logged by a run that stopped without a checkpoint.
+    """
+
+    def __init__(self, folder: RunFolder, *, keep: int = 0) -> None:
+        super().__init__(folder.path, name="", version="")
+        self._keep = keep
+
+    @property
+    def log_dir(self) -> str:
+        return self.root_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _Writer(self.log_dir, self._keep)
+        return self._experiment  # pyright: ignore[reportReturnType]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written all or not at all and read without running code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path), map_location=map_location)

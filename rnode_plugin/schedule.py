@@ -1,0 +1,103 @@
+"""How many steps there are, and which images and learning rate each has: functions of its number alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Sampler
+
+from .errors import ConfigError
+from .randomness import Stream, stream_seed
+from .recipes import Optimizer, Recipe
+
+__all__ = ["Plan", "StepBatches", "learning_rate_factor"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run.
+
+    Attributes:
+        images: training images.
+        batch_size: images per device and step.
+        world: number of devices.
+        total: steps of the whole run.
+        check_every: steps between two validations.
+    """
+
+    images: int
+    batch_size: int
+    world: int
+    total: int
+    check_every: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass; the images that do not fill one wait for another order."""
+        return self.images // (self.batch_size * self.world)
+
+    @staticmethod
+    def of(recipe: Recipe, images: int, world: int = 1) -> Plan:
+        """The plan of a recipe for a number of images and devices.
+
+        Raises:
+            ConfigError: the images do not fill one batch on each device.
+        """
+        batch = recipe.data.batch_size
+        per_epoch = images // (batch * world)
+        if per_epoch == 0:
+            devices = f" on each of {world} devices" if world > 1 else ""
+            raise ConfigError(
+                f"{images} training images do not fill one batch of {batch}{devices}: use a smaller --batch-size."
+            )
+        training = recipe.training
+        limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
+        total = min(limit for limit in limits if limit is not None)
+        check = training.check_every_steps or training.check_every * per_epoch
+        return Plan(images, batch, world, total, min(check, total))
+
+
+class StepBatches(Sampler[list[int]]):
+    """The indices of each step's batch, a function of seed and step.
+
+    Each epoch is a new order of all images, cut into batches for all devices together, of which each takes its
+    part: two devices with half the batch see what one with the whole batch sees.
+
+    Args:
+        plan: of the run.
+        seed: of the orders.
+        rank: number of this device.
+        start: first step, for a run that goes on.
+    """
+
+    def __init__(self, plan: Plan, *, seed: int, rank: int = 0, start: int = 0) -> None:
+        self._plan, self._seed, self._rank, self._start = plan, seed, rank, start
+
+    def __len__(self) -> int:
+        return self._plan.total  # of the whole run: Lightning counts the steps before ``start`` as done
+
+    def __iter__(self) -> Iterator[list[int]]:
+        plan, of_epoch, order = self._plan, -1, torch.empty(0)
+        for step in range(self._start, plan.total):
+            epoch, position = divmod(step, plan.steps_per_epoch)
+            if epoch != of_epoch:
+                seeds = torch.Generator().manual_seed(stream_seed(self._seed, Stream.ORDER, epoch))
+                of_epoch, order = epoch, torch.randperm(plan.images, generator=seeds)
+            first = (position * plan.world + self._rank) * plan.batch_size
+            yield order[first : first + plan.batch_size].tolist()
+
+
+def learning_rate_factor(settings: Optimizer, *, total: int) -> Callable[[int], float]:
+    """The factor on ``settings.lr`` at each step: linear warm-up, then constant or half a cosine down to zero."""
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+        if settings.schedule == "constant":
+            return warmup
+        after = max(0.0, (step - settings.warmup) / max(1, total - settings.warmup))
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
+
+    return factor
