@@ -1,0 +1,216 @@
+"""Recipes against the paper's numbers; typed overrides; the way through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.recipes import Recipe, get_recipe
+from rnode_plugin.settings import as_text, coerce, override
+from rnode_plugin.solve.config import Solver
+
+NAMES = ["digits", "mnist", "cifar10", "imagenet64", "celebahq256"]
+PAPER = NAMES[1:]
+
+
+def test_recipes_need_no_torch() -> None:
+    code = (
+        "import sys; from rnode_plugin.recipes import get_recipe;"
+        f"[get_recipe(n).vanilla().to_plain() for n in {NAMES}]; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "levels", "batch", "gpus", "epochs", "alpha", "flip", "method"),
+    [
+        ("mnist", (1, 28, 28), 256, 200, 1, 100, 1e-5, False, "rk4_38"),
+        ("cifar10", (3, 32, 32), 256, 200, 1, 100, 0.05, True, "rk4_38"),
+        ("imagenet64", (3, 64, 64), 256, 50, 4, 4, 0.05, False, "dopri5"),
+        ("celebahq256", (3, 256, 256), 32, 3, 4, 16, 0.05, True, "dopri5"),
+    ],
+)
+def test_settings_of_the_paper(name, shape, levels, batch, gpus, epochs, alpha, flip, method) -> None:
+    recipe = get_recipe(name)
+    data, optimizer = recipe.data, recipe.optimizer
+    assert (data.name, data.shape, data.levels, data.batch_size, data.flip) == (name, shape, levels, batch, flip)
+    assert (recipe.model.hidden, recipe.model.layers, recipe.model.alpha) == (64, 4, alpha)
+    assert recipe.solver.method == method
+    assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.01}
+    assert (recipe.training.max_epochs, recipe.training.max_steps, recipe.training.seed) == (epochs, None, 42)
+    assert (optimizer.lr, optimizer.warmup, optimizer.schedule, optimizer.weight_decay) == (
+        1e-3,
+        1000,
+        "constant",
+        0,
+    )
+    assert recipe.paper is not None
+    assert recipe.paper.gpus == gpus
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solvers_of_the_paper(name) -> None:
+    recipe = get_recipe(name)
+    for solver in (recipe.test_solver, *([recipe.solver] if recipe.solver.adaptive else [])):
+        assert (solver.method, solver.atol, solver.rtol, solver.first_step) == ("dopri5", 1e-5, 1e-5, 1 / 6)
+    if name in ("mnist", "cifar10"):
+        assert recipe.solver.step == 0.25
+    assert recipe.test_solver.trace_quadrature == "full"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vanilla_is_ffjord(name) -> None:
+    vanilla = get_recipe(name).vanilla()
+    assert vanilla.regularizers == {}
+    assert (vanilla.solver.method, vanilla.solver.atol, vanilla.solver.rtol) == ("dopri5", 1e-5, 1e-5)
+    assert vanilla.solver.trace_quadrature == "full"
+    assert vanilla.name == f"{name}-vanilla" == vanilla.vanilla().name
+    assert vanilla.model == get_recipe(name).model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_there_and_back(name) -> None:
+    recipe = get_recipe(name).override(["regularizers.kinetic=0.5", "data.root=somewhere"])
+    assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
+
+
+def test_every_setting_can_be_written_as_it_is_shown() -> None:
+    recipe = get_recipe("digits").vanilla()
+    other = get_recipe("celebahq256")
+    shared = {path for path, _ in other.settings()}
+    texts = [f"{path}={as_text(value)}" for path, value in recipe.settings() if path in shared]
+    changed = dataclasses.replace(other.override(texts), regularizers={}, paper=None)
+    assert [*map(str, changed.settings())] == [*map(str, recipe.settings())]
+
+
+def test_override_is_typed() -> None:
+    recipe = get_recipe("mnist").override(
+        [
+            "optimizer.lr=5e-4", "optimizer.warmup=1e2", "data.shape=3, 16,16", "data.flip=yes", "solver.step=None",
+            "training.max_steps=7", "training.max_epochs=none", "model.trace_noise=rademacher",
+            "training.sample_temperatures=(0.5,1)", "regularizers.jacfrob=0",
+        ]
+    )  # fmt: skip
+    assert recipe.optimizer.lr == 5e-4
+    assert recipe.optimizer.warmup == 100
+    assert isinstance(recipe.optimizer.warmup, int)
+    assert recipe.data.shape == (3, 16, 16)
+    assert recipe.data.flip is True
+    assert recipe.solver.step is None
+    assert (recipe.training.max_steps, recipe.training.max_epochs) == (7, None)
+    assert recipe.model.trace_noise == "rademacher"
+    assert recipe.training.sample_temperatures == (0.5, 1.0)
+    assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.0}
+    assert get_recipe("mnist").optimizer.lr == 1e-3  # the original is untouched
+
+
+def test_settings_that_belong_together_change_together() -> None:
+    # sampled quadrature is refused with dopri5, so the method must not change first and be checked alone
+    recipe = get_recipe("digits").override(["solver.method=dopri5", "solver.trace_quadrature=full"])
+    assert recipe.solver == dataclasses.replace(
+        get_recipe("digits").solver, method="dopri5", trace_quadrature="full"
+    )
+    with pytest.raises(ConfigError, match="fixed grid"):
+        get_recipe("digits").override(["solver.method=dopri5"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.learning_rate=1", r"unknown setting 'optimizer.learning_rate'.*optimizer.lr"),
+        ("optimizer.lrr=1", r"did you mean 'optimizer.lr'"),
+        ("lr=1", "unknown setting 'lr'"),
+        ("optimizer=1", "unknown setting 'optimizer'"),
+        ("name=other", "unknown setting 'name'"),
+        ("paper.hours=1", "unknown setting 'paper.hours'"),
+        ("optimizer.lr", "write group.key=value"),
+        ("optimizer.lr=", "optimizer.lr: expected a finite number, got ''"),
+        ("optimizer.lr=fast", "optimizer.lr: expected a finite number, got 'fast'"),
+        ("optimizer.lr=nan", "finite"),
+        ("optimizer.lr=0", "must be positive"),
+        ("optimizer.warmup=0.5", "optimizer.warmup: expected a whole number"),
+        ("optimizer.warmup=-1", "at least 0"),
+        ("optimizer.schedule=step", "one of constant, cosine"),
+        ("optimizer.beta1=1", r"\[0, 1\)"),
+        ("data.flip=maybe", "true or false"),
+        ("data.shape=1,28", "3 comma-separated values"),
+        ("data.shape=1,28,x", "3 comma-separated values"),
+        ("data.shape=0,28,28", "all positive"),
+        ("data.batch_size=0", "data.batch_size must be at least 1"),
+        ("data.batch_size=none", "data.batch_size: expected a whole number"),
+        ("data.levels=1", "at least 2"),
+        ("model.alpha=0.5", "between 0 and 0.5"),
+        ("model.trace_noise=uniform", "one of gaussian, rademacher"),
+        ("solver.method=rk5", "unknown solver method 'rk5'"),
+        ("solver.step=-1", "solver.step"),
+        ("training.max_epochs=none", "cannot both be none"),
+        ("training.max_steps=0", "at least 1"),
+        ("training.sample_temperatures=0.5,0", "positive"),
+        ("regularizers.kinetic=-1", "must not be negative"),
+        ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
+        ("regularizers.=1", "unknown setting"),
+    ],
+)
+def test_bad_overrides_are_refused(assignment, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        get_recipe("mnist").override([assignment])
+
+
+def test_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'mnist'.*celebahq256, cifar10, digits, imagenet64, mnist"):
+        get_recipe("minst")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": 1}, "unknown setting 'colour'"),
+        ({"data": {"name": "mnist", "shape": [1, 2, 2], "depth": 3}}, "unknown setting 'data.depth'"),
+        ({"data": {"name": "mnist"}}, "data: missing shape"),
+        ({"data": [1, 2]}, "data: expected a table"),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr: expected a finite number"),
+        ({"regularizers": {"kinetic": "much"}}, "regularizers: expected a"),
+        ({"name": 3}, "name: expected a text"),
+    ],
+)
+def test_bad_plain_recipes_are_refused(change, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe.from_plain({**get_recipe("mnist").to_plain(), **change})
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "wanted"),
+    [
+        ("auto", "float | Literal['auto'] | None", "auto"),
+        ("0.5", "float | Literal['auto'] | None", 0.5),
+        ("none", "str | None", None),
+        ("none", "str", "none"),
+        (True, "bool", True),
+        (3, "float", 3.0),
+        ("1,2,3", "tuple[int, ...]", (1, 2, 3)),
+    ],
+)
+def test_coerce(value, kind, wanted) -> None:
+    got = coerce(value, eval(kind, {"Literal": Literal}))
+    assert got == wanted
+    assert type(got) is type(wanted)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(True, int), (False, float), (1.5, int), ("", str), (None, str)])
+def test_coerce_refuses(value, kind) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        coerce(value, kind)
+
+
+def test_override_does_not_need_a_recipe() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Tree:
+        solver: Solver
+
+    assert override(Tree(Solver()), ["solver.step=0.5"]).solver.step == 0.5
