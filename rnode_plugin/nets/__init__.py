@@ -1,0 +1,6 @@
+"""Vector fields with time as an input, and their products with the Jacobian."""
+
+from .layers import ConcatConv2d, ConcatLinear
+from .stack import FusedStackField, StackField, conv_field, linear_field
+
+__all__ = ["ConcatConv2d", "ConcatLinear", "FusedStackField", "StackField", "conv_field", "linear_field"]

@@ -1,0 +1,188 @@
+"""Layers that see time as one more input, and the products that a hand-written backward needs of them.
+
+A layer's weight holds the time input first: ``(out, 1 + in, 3, 3)`` for a convolution, ``(out, 1 + in)`` for a
+linear map. Nothing is concatenated, though. The layer is affine, so time adds ``t * response``, where the response
+is what the layer makes of a constant one: a map of shape ``(1, out, H, W)`` that differs from a constant only where
+the convolution's zero padding is felt.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+__all__ = ["CONVOLUTION", "LINEAR", "ConcatConv2d", "ConcatLinear", "Products"]
+
+
+class Products(Protocol):
+    """The linear part of a layer (``weight`` is without the time input) and its transposes."""
+
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight of time, with an input of size 1, and the weight of the state."""
+        ...
+
+    def layout(self, x: Tensor) -> Tensor:
+        """``x`` in the memory layout in which the products are fast."""
+        ...
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer: inputs to outputs."""
+        ...
+
+    def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Outputs' cotangents to inputs' cotangents."""
+        ...
+
+    def weight_grad(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        """Cotangent of the weight for inputs ``x`` and outputs' cotangents ``v``."""
+        ...
+
+    def response(self, time: Tensor, x: Tensor) -> Tensor:
+        """What the weight of time makes of a constant 1 beside the state ``x``, for one sample."""
+        ...
+
+    def response_grad(self, v: Tensor, time: Tensor) -> Tensor:
+        """Cotangent of the weight of time for a response's cotangents ``v``."""
+        ...
+
+
+class _Convolution:
+    @staticmethod
+    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight[:, :1], weight[:, 1:].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def layout(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    def transpose(v: Tensor, weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(v, weight, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    def weight_grad(x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        pad = weight.shape[-1] // 2
+        return torch.ops.aten.convolution_backward(
+            v, x, weight, None, (1, 1), (pad, pad), (1, 1), False, (0, 0), 1, (False, True, False)
+        )[1]
+
+    # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
+
+    @staticmethod
+    def response(time: Tensor, x: Tensor) -> Tensor:
+        image = _patches_of_ones(x, time).t() @ time.flatten(1).t()  # (H * W, out), channels last
+        return image.t().unflatten(1, x.shape[2:]).unsqueeze(0)
+
+    @staticmethod
+    def response_grad(v: Tensor, time: Tensor) -> Tensor:
+        image = v.squeeze(0).flatten(1).t()
+        return (_patches_of_ones(v, time) @ image).t().reshape(time.shape)
+
+
+class _Linear:
+    @staticmethod
+    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight[:, :1], weight[:, 1:]
+
+    @staticmethod
+    def layout(x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def transpose(v: Tensor, weight: Tensor) -> Tensor:
+        return v @ weight
+
+    @staticmethod
+    def weight_grad(x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return v.t() @ x
+
+    @staticmethod
+    def response(time: Tensor, x: Tensor) -> Tensor:
+        return time.t()
+
+    @staticmethod
+    def response_grad(v: Tensor, time: Tensor) -> Tensor:
+        return v.t()
+
+
+def _patches_of_ones(x: Tensor, kernel: Tensor) -> Tensor:
+    """What each place of a kernel sees of a zero-padded constant 1, ``(k * k, H * W)``."""
+    size = kernel.shape[-1]
+    return F.unfold(kernel.new_ones(1, 1, *x.shape[2:]), size, padding=size // 2).squeeze(0)
+
+
+CONVOLUTION: Products = _Convolution()
+LINEAR: Products = _Linear()
+
+
+class _Concat(nn.Module):
+    products: Products
+
+    def __init__(self, weight_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        if min(weight_shape) < 1:
+            raise ConfigError(f"a layer needs at least one input and one output, got weight shape {weight_shape}.")
+        self.weight = nn.Parameter(torch.empty(weight_shape))
+        self.bias = nn.Parameter(torch.empty(weight_shape[0]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's own default draw for a layer with the time input among its inputs."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """``layer([t, x])``: time, a scalar, and inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``."""
+        products = self.products
+        time, weight = products.split(self.weight)
+        return products.apply(x, weight, self.bias) + t * products.response(time, x)
+
+    def extra_repr(self) -> str:
+        return f"1 + {self.weight.shape[1] - 1}, {self.weight.shape[0]}"
+
+
+class ConcatConv2d(_Concat):
+    """A 3x3 convolution of the image with time as a constant channel 0, zero padding 1 on both.
+
+    Args:
+        in_channels: channels of the image, time not counted.
+        out_channels: channels of the result.
+
+    The weight is ``(out_channels, 1 + in_channels, 3, 3)``.
+    """
+
+    products = CONVOLUTION
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__((out_channels, 1 + in_channels, 3, 3))
+        # the layout in which torch convolves fastest; a checkpoint knows nothing of it
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+class ConcatLinear(_Concat):
+    """A linear map of the state with time as input 0; the weight is ``(out_features, 1 + in_features)``.
+
+    Args:
+        in_features: size of the state, time not counted.
+        out_features: size of the result.
+    """
+
+    products = LINEAR
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__((out_features, 1 + in_features))

@@ -1,0 +1,300 @@
+"""Fields: the fused field-and-product against automatic differentiation, and layers against their definition."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
+
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.nets import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
+from rnode_plugin.nets.activations import ACTIVATIONS
+
+SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
+
+
+def make_field(kind: str, activation: str = "softplus", *, dtype: torch.dtype = torch.float64) -> FusedStackField:
+    torch.manual_seed(0)
+    build = conv_field if kind == "conv" else linear_field
+    field = build(SHAPES[kind][1], hidden=6, layers=4, activation=activation)
+    for p in field.parameters():
+        nn.init.normal_(p, std=0.5)
+    return field.to(dtype)  # pyright: ignore[reportReturnType]
+
+
+def make_inputs(kind: str, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    shape = SHAPES[kind]
+    t = torch.tensor(0.7, dtype=dtype, requires_grad=True)
+    return (
+        t,
+        torch.randn(shape, dtype=dtype, requires_grad=True),
+        torch.randn(shape, dtype=dtype, requires_grad=True),
+    )
+
+
+def plain(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Layers with a real time channel concatenated, the product by a double backward."""
+    dz = z
+    layers = list(field.layers)
+    for k, layer in enumerate(layers):
+        time = t * torch.ones_like(dz[:, :1])
+        x = torch.cat([time, dz], dim=1)
+        dz = (
+            F.conv2d(x, layer.weight, layer.bias, padding=1)
+            if dz.dim() == 4
+            else F.linear(x, layer.weight, layer.bias)
+        )
+        if k < len(layers) - 1:
+            dz = field._activation.value(dz)
+    (product,) = torch.autograd.grad(dz, z, noise, create_graph=True)
+    return dz, product
+
+
+def gradients(dz: Tensor, product: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+    torch.manual_seed(2)
+    loss = (dz * torch.randn_like(dz)).sum() + (product * torch.randn_like(product)).sum() + product.square().sum()
+    return torch.autograd.grad(loss, wanted)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_fused_equals_autograd(kind: str, activation: str, dtype: torch.dtype) -> None:
+    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
+    field = make_field(kind, activation, dtype=dtype)
+    t, z, noise = make_inputs(kind, dtype=dtype)
+    # time's gradient is one number, a sum of many that cancel: only float64 leaves enough digits to compare
+    wanted = [*([t] if dtype is torch.float64 else []), z, noise, *field.parameters()]
+    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    assert relative(field(t, z), expected[0]) < tolerance
+    for a, b in zip(fused, expected, strict=True):
+        assert relative(a, b) < tolerance
+    for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
+        assert relative(a, b) < tolerance
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_gradcheck(kind: str, activation: str) -> None:
+    field = make_field(kind, activation)
+    t, z, noise = make_inputs(kind)
+    names = [name for name, _ in field.named_parameters()]
+
+    def run(t: Tensor, z: Tensor, noise: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        for name, value in zip(names, values, strict=True):
+            _, index, which = name.split(".")
+            layer = field.layers[int(index)]
+            layer._parameters[which] = value  # pyright: ignore[reportArgumentType]
+        return field.forward_and_vjp(t, z, noise)
+
+    # the last layer's 6 x 9 weights a channel are enough of them; all the others are checked against autograd
+    values = [p.detach().clone().requires_grad_(i >= 6) for i, p in enumerate(field.parameters())]
+    assert gradcheck(run, (t, z, noise, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_product_against_dense_jacobian(kind: str) -> None:
+    field = make_field(kind)
+    t, z, noise = (x.detach() for x in make_inputs(kind))
+    jacobian = torch.autograd.functional.jacobian(lambda z: field(t, z), z)
+    expected = (noise.flatten() @ jacobian.reshape(z.numel(), z.numel())).reshape(z.shape)
+    assert relative(field.forward_and_vjp(t, z, noise)[1], expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_derivatives_stay_right_for_large_activations(kind: str) -> None:
+    # softplus' linear branch, where a derivative taken from the output could lose its digits
+    field = make_field(kind)
+    t, z, noise = make_inputs(kind)
+    with torch.no_grad():
+        z *= 30
+    wanted = [z, *field.parameters()]
+    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
+        assert relative(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("loss", ["velocity", "product"])
+def test_one_output_alone(loss: str) -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+    index = 0 if loss == "velocity" else 1
+    wanted = [z, field.layers[0].weight]
+    a = torch.autograd.grad(field.forward_and_vjp(t, z, noise)[index].square().sum(), wanted)
+    b = torch.autograd.grad(plain(field, t, z, noise)[index].square().sum(), wanted)
+    for x, y in zip(a, b, strict=True):
+        assert relative(x, y) < 1e-12
+
+
+def test_differentiating_twice_gives_autograds_numbers() -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+
+    def second(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        dz, product = outputs
+        (first,) = torch.autograd.grad(dz.square().sum() + product.square().sum(), z, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [z, *field.parameters()], allow_unused=True)
+
+    # all but the last bias, on which the gradient does not depend
+    fused, expected = second(field.forward_and_vjp(t, z, noise)), second(plain(field, t, z, noise))
+    for a, b in zip(fused[:-1], expected[:-1], strict=True):
+        assert relative(a, b) < 1e-10
+
+
+def test_retained_graph_can_be_used_again() -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+    dz, product = field.forward_and_vjp(t, z, noise)
+    loss = dz.square().sum() + product.square().sum()
+    first = torch.autograd.grad(loss, list(field.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(field.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: type) -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+    expected = plain(field, t, z, noise)
+    with mode():
+        outputs = (*field.forward_and_vjp(t, z, noise), field(t, z))
+    assert not any(x.requires_grad for x in outputs)
+    for a, b in zip(outputs, (*expected, expected[0]), strict=True):
+        assert relative(a, b.detach()) < 1e-12
+
+
+def test_frozen_parameters_get_no_gradient_and_change_nothing() -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+    field.layers[1].weight.requires_grad_(False)
+    field.layers[2].bias.requires_grad_(False)
+    wanted = [z, *(p for p in field.parameters() if p.requires_grad)]
+    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
+        assert relative(a, b) < 1e-12
+
+
+def test_non_reentrant_checkpoint() -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+    wanted = [t, z, *field.parameters()]
+    outputs = checkpoint(field.forward_and_vjp, t, z, noise, use_reentrant=False)
+    direct = field.forward_and_vjp(t, z, noise)
+    for a, b in zip(gradients(*outputs, wanted), gradients(*direct, wanted), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_keeps_the_states_dtype() -> None:
+    field = make_field("conv", dtype=torch.float32)
+    t, z, noise = make_inputs("conv", dtype=torch.float32)
+    expected = plain(field, t, z, noise)
+    wanted = [t, z, noise, *field.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = field.forward_and_vjp(t, z, noise)
+        alone = field(t, z)
+    assert all(x.dtype is torch.float32 for x in (*low, alone))
+    # bfloat16 has 8 bits: 2^-8 a rounding, a few of them in a row; and it must show that it was used at all
+    for a, b in zip((*low, alone), (*expected, expected[0]), strict=True):
+        assert 1e-4 < relative(a, b) < 0.03
+    for a, b in zip(gradients(*low, wanted), gradients(*expected, wanted), strict=True):
+        assert a.dtype is b.dtype
+        assert relative(a, b) < 0.05
+    # float64 is what people ask for when they want exactness: autocast leaves it alone, as torch's own does
+    double, inputs = make_field("conv"), make_inputs("conv")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative(double.forward_and_vjp(*inputs)[1], plain(double, *inputs)[1]) < 1e-12
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 4), (9, 9)])
+def test_time_channel_feels_the_padding(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    layer = ConcatConv2d(3, 5).double()
+    x = torch.randn(2, 3, height, width, dtype=torch.float64)
+    time = torch.full((2, 1, height, width), 0.3, dtype=torch.float64)
+    expected = F.conv2d(torch.cat([time, x], dim=1), layer.weight, layer.bias, padding=1)
+    assert relative(layer(0.3, x), expected) < 1e-13
+
+
+def test_linear_layer_is_a_linear_layer_with_time_first() -> None:
+    layer = ConcatLinear(3, 5)
+    assert layer.weight.shape == (5, 4)
+    x = torch.randn(2, 3)
+    expected = F.linear(torch.cat([torch.full((2, 1), 0.3), x], dim=1), layer.weight, layer.bias)
+    torch.testing.assert_close(layer(torch.tensor(0.3), x), expected)
+
+
+@pytest.mark.parametrize("field", [conv_field(2), linear_field(2)])
+def test_fresh_field_is_zero(field: StackField) -> None:
+    z = torch.randn(2, 2, 6, 6) if isinstance(field.layers[0], ConcatConv2d) else torch.randn(2, 2)
+    assert torch.equal(field(torch.tensor(0.5), z), torch.zeros_like(z))
+
+
+def test_plain_and_fused_fields_share_weights_and_numbers() -> None:
+    fused, other = make_field("conv"), conv_field(2, hidden=6, fused=False).double()
+    assert isinstance(fused, FusedStackField)
+    assert not hasattr(other, "forward_and_vjp")
+    other.load_state_dict(fused.state_dict())
+    t, z, _ = make_inputs("conv")
+    assert torch.equal(fused(t, z), other(t, z))
+
+
+def test_weights_are_never_stale() -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+    before = field.forward_and_vjp(t, z, noise)[0]
+    with torch.no_grad():
+        field.layers[0].weight.mul_(2)
+        field.layers[0].weight.data[:, 0] += 1
+    after, expected = field.forward_and_vjp(t, z, noise)[0], plain(field, t, z, noise)[0]
+    assert not torch.equal(before, after)
+    assert relative(after, expected) < 1e-12
+
+
+def test_deepcopy_keeps_weights_and_layout() -> None:
+    field = make_field("conv", dtype=torch.float32)
+    twin = copy.deepcopy(field)
+    assert twin.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
+    t, z, noise = make_inputs("conv", dtype=torch.float32)
+    for a, b in zip(field.forward_and_vjp(t, z, noise), twin.forward_and_vjp(t, z, noise), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_has_the_weights_layout() -> None:
+    # DDP's buckets and foreach optimizers are slower, and warn, where the two differ
+    field = make_field("conv", dtype=torch.float32)
+    dz, product = field.forward_and_vjp(*make_inputs("conv", dtype=torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (dz.sum() + product.square().sum()).backward()
+    for p in field.parameters():
+        assert p.grad is not None
+        assert p.grad.stride() == p.stride()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: conv_field(1, activation="sofplus"), "did you mean 'softplus'"),
+        (lambda: conv_field(0), "size must be at least 1"),
+        (lambda: conv_field(1, layers=0), "layers must be at least 1"),
+        (lambda: StackField([nn.Linear(2, 2)]), "got Linear"),
+        (lambda: StackField([]), "got none"),
+        (lambda: StackField([ConcatConv2d(1, 2), ConcatLinear(2, 1)]), "all of one kind"),
+        (lambda: StackField([ConcatLinear(1, 2), ConcatLinear(3, 1)]), "2 outputs, but layer 1 takes 3 inputs"),
+        (lambda: StackField([ConcatLinear(1, 2)]), "2 outputs, but layer 0 takes 1 inputs"),
+    ],
+)
+def test_what_cannot_work_is_refused(build: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build()  # pyright: ignore[reportCallIssue]
