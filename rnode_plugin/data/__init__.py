@@ -1,0 +1,32 @@
+"""Image data sets: uint8 from the disk to the device.
+
+``get_dataset`` finds one by name (ours or a plugin's), ``loader`` makes batches of it, ``plan_packing`` and
+``pack`` turn folders and archives into arrays that are mapped into memory.
+"""
+
+from .catalog import get_dataset
+from .folders import celebahq256, folder, imagenet64
+from .images import ImageArray, ImageData
+from .loading import ImageDataset, loader
+from .packing import PackingPlan, PackingResult, pack, plan_packing
+from .published import cifar10, digits, fashion_mnist, mnist, svhn
+
+__all__ = [
+    "ImageArray",
+    "ImageData",
+    "ImageDataset",
+    "PackingPlan",
+    "PackingResult",
+    "celebahq256",
+    "cifar10",
+    "digits",
+    "fashion_mnist",
+    "folder",
+    "get_dataset",
+    "imagenet64",
+    "loader",
+    "mnist",
+    "pack",
+    "plan_packing",
+    "svhn",
+]

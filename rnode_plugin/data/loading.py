@@ -1,0 +1,94 @@
+"""Batches: whole slices of uint8, no work per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import ConfigError
+from .images import ImageArray
+
+__all__ = ["ImageDataset", "keep_batch", "loader"]
+
+
+class ImageDataset(Dataset[Tensor]):
+    """Images as a PyTorch data set that hands out a batch in one piece.
+
+    A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, as
+    :func:`loader` does, since its default would take the batch apart.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8; in memory, mapped from disk, or read from files.
+    """
+
+    def __init__(self, images: ImageArray) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image ``(C, H, W)``, uint8."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """The images of a batch in the order asked for, ``(B, C, H, W)``, uint8, in memory of its own."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        # ascending positions: a mapped file is then read in one sweep
+        order = np.argsort(wanted, kind="stable")
+        batch = np.empty((len(wanted), *self._images.shape[1:]), dtype=np.uint8)
+        batch[order] = self._images[wanted[order]]
+        return torch.from_numpy(batch)
+
+
+def keep_batch(batch: Any) -> Any:
+    """The collate function for a batch that is one already."""
+    return batch
+
+
+def loader(
+    images: ImageArray,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    seed: int | None = None,
+    num_workers: int = 0,
+) -> DataLoader[Tensor]:
+    """A plain ``DataLoader`` of uint8 batches ``(B, C, H, W)``.
+
+    Args:
+        images: ``(N, C, H, W)``, uint8, such as ``ImageData.train``.
+        shuffle: a new order each epoch.
+        drop_last: leave out the images that do not fill a batch.
+        seed: of the order; None takes it from PyTorch's global generator.
+        num_workers: processes that read ahead. They pay off for pictures that are decoded while training, not
+            for arrays in memory.
+
+    Raises:
+        ConfigError: sizes that cannot work, or that leave no batch at all.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"the batch size must be at least 1, not {batch_size}.")
+    if num_workers < 0:
+        raise ConfigError(f"the number of workers must be 0 or more, not {num_workers}.")
+    if drop_last and len(images) < batch_size:
+        raise ConfigError(
+            f"{len(images)} images do not fill one batch of {batch_size}; choose a smaller batch size."
+        )
+    return DataLoader(
+        ImageDataset(images),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        collate_fn=keep_batch,
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
