@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .estimators import TraceEstimator, get_estimator
 from .regularizers import Regularizer
-from .types import Rates, VectorField
+from .types import FieldWithVJP, Rates, VectorField
 
 __all__ = ["Dynamics", "Evaluation"]
 
@@ -83,6 +83,7 @@ class Dynamics:
         self.regularizers = tuple(regularizers)
         self.divergence = divergence
         self.needs_products = divergence or any(r.needs_vjp for r in self.regularizers)
+        self.inner_autograd = self.needs_products and not isinstance(field, FieldWithVJP)
         self._field_and_products = self.estimator.bind(field)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -138,6 +139,11 @@ class _Bound:
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return self.dynamics.evaluate(t, z, self.noise, products=products)
+
+    @property
+    def inner_autograd(self) -> bool:
+        """Whether an evaluation differentiates inside, which a checkpoint has to know."""
+        return self.dynamics.inner_autograd
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.dynamics.parameters()

@@ -107,6 +107,73 @@ def test_checkpointed_is_autograd_to_rounding(method: str) -> None:
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 
 
+def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
+    """16 evaluations forward and 16 backward, with and without products; one more finds what the field reads."""
+    for penalties, expected in (([], 32), ([kinetic, jacfrob], 33)):
+        field, calls = Wave(), 0
+
+        def counting(t: Tensor, z: Tensor, field: Wave = field) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return field(t, z)
+
+        z = torch.ones(2, 3, dtype=torch.float64)
+        dynamics = Dynamics(counting, regularizers=penalties, divergence=bool(penalties))
+        solver = Solver("rk4", step=0.25, gradient="checkpointed")
+        s = solve(dynamics.bind(torch.ones_like(z)), z, torch.tensor([0.0, 1.0]).double(), solver)
+        assert s.stats.nfe == 16
+        s.z[-1].sum().backward()
+        assert calls == expected
+
+
+def test_checkpointed_with_parameters_of_another_computation() -> None:
+    """Weights made by a hypernetwork belong to an older graph: the gradient must still reach what made them."""
+    seed = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    z, t = torch.ones(2, 3, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    gradients = []
+    for gradient in ("autograd", "checkpointed"):
+        weights = torch.outer(seed, seed.sin())
+        dynamics = Dynamics(lambda t, z, w=weights: torch.tanh(z @ w), regularizers=[kinetic, jacfrob])
+        s = solve(dynamics.bind(torch.ones_like(z)), z, t, Solver("rk4", gradient=gradient))
+        assert s.logdet is not None
+        gradients += torch.autograd.grad(s.logdet[-1].sum() + s.penalties["jacfrob"].sum(), seed)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+def test_checkpointed_with_dropout_and_parameters_read_at_some_times_only() -> None:
+    class Pieces(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pieces = torch.nn.ModuleList([torch.nn.Linear(3, 3).double() for _ in range(2)])
+
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            piece = self.pieces[int(t >= 0.5)]
+            return torch.nn.functional.dropout(torch.tanh(piece(z)), 0.5)
+
+    torch.manual_seed(0)
+    field, z = Pieces(), torch.ones(2, 3, dtype=torch.float64)
+    results = []
+    for gradient in ("autograd", "checkpointed"):
+        dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
+        bound = dynamics.bind(torch.ones_like(z))
+        t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+        with torch.random.fork_rng():
+            # the evaluation that finds the leaves must not shift the draws
+            s = solve(bound, z, t, Solver("euler", step=0.25, gradient=gradient))
+        loss = s.z[-1].sum() + s.penalties["jacfrob"].sum()
+        results.append((s.z, torch.autograd.grad(loss, list(field.parameters()))))
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert bool(a.any())
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+    readers = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2)]
+    hidden = Dynamics(lambda t, z: z * readers[int(t >= 0.5)], regularizers=[jacfrob])
+    s = solve(hidden.bind(torch.ones_like(z)), z, t, Solver("euler", step=0.25, gradient="checkpointed"))
+    with pytest.raises(ConfigError, match="make it a parameter"):
+        s.z[-1].sum().backward()
+
+
 def test_adjoint_approaches_the_discrete_gradient_as_the_step_shrinks() -> None:
     def gradient_of(step: float, gradient: str) -> Tensor:
         field = Wave()
@@ -136,9 +203,7 @@ def test_order_of_fixed_methods(method: str, order: int) -> None:
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_order_of_adaptive_methods(method: str) -> None:
     # tolerances so loose that every step is accepted, and outputs that cut the interval into equal steps
-    _check_order(
-        method, 5, lambda h: Solver(method, atol=1e6, rtol=1e6, first_step=h), [1 / 8, 1 / 16, 1 / 32]
-    )
+    _check_order(method, 5, lambda h: Solver(method, atol=1e6, rtol=1e6, first_step=h), [1 / 8, 1 / 16, 1 / 32])
 
 
 def _check_order(method: str, order: int, solver_at: object, steps: list[float]) -> None:

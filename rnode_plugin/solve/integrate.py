@@ -31,6 +31,7 @@ class Plan:
 
     ``keep`` says for each time of ``t_span`` whether its state is an output (fixed grids; None: all are).
     ``interpolator`` is torchdyn's: output times between steps are interpolated instead of stepped to.
+    ``every_step`` makes each accepted step of an adaptive method an output, next to the times of ``t_span``.
     ``adjoint`` says how a continuous adjoint goes back; None: as the solve itself.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     trace_quadrature: str = "full"
     keep: Sequence[bool] | None = None
     interpolator: Any = None
+    every_step: bool = False
     adjoint: Plan | None = None
 
     @classmethod
@@ -93,7 +95,8 @@ def integrate(
     Raises:
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
-    take = step_taker(dynamics, plan.method, checkpointed=plan.gradient == "checkpointed")
+    keep_inputs_at = (z0, t_span[0]) if plan.gradient == "checkpointed" else None
+    take = step_taker(dynamics, plan.method, keep_inputs_at=keep_inputs_at)
     if plan.method.adaptive:
         return _Adaptive(dynamics, plan, take, z0, t_span, trace).run()
     return _fixed(plan, take, z0, t_span, generator, trace)
@@ -250,8 +253,9 @@ class _Adaptive:
                 # not equality: rounding may have carried a step that was clipped to this time just past it
                 arrived = not self._before(t_new, self.t_span[upcoming])
                 self.totals.add(step)
-                if arrived:
+                if arrived or self.plan.every_step:
                     self._output(t_new, step.z, self.totals.logdet)
+                if arrived:
                     upcoming = min(upcoming + 1, len(self.t_span) - 1)
                 self.t, self.z, first = t_new, step.z, step.last
                 self._trace()

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..types import BoundDynamics, Rates
 from .methods import Method
+from .replay import checkpointed
 
 __all__ = ["Step", "StepTaker", "step_taker"]
 
@@ -41,19 +41,23 @@ class Step(NamedTuple):
 StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "int | None"], Step]
 
 
-def step_taker(dynamics: BoundDynamics, method: Method, *, checkpointed: bool = False) -> StepTaker:
+def step_taker(
+    dynamics: BoundDynamics, method: Method, *, keep_inputs_at: tuple[Tensor, Tensor] | None = None
+) -> StepTaker:
     """A function ``(z, t, dt, first, product_stage) -> Step``.
 
     ``first`` holds the rates at ``(t, z)`` where the step before has evaluated them. With a ``product_stage``
     products with the Jacobian are evaluated at that stage only, which then stands for the whole step.
 
-    With ``checkpointed`` a step keeps its inputs alone and runs again when its gradient is asked for.
+    Given the first state and time in ``keep_inputs_at``, a step keeps its inputs alone and runs again when its
+    gradient is asked for.
     """
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, product_stage: int | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
 
-        def f(time: Tensor, state: Tensor) -> Tensor:
+        def f(time: Tensor, state: Tensor, args: object = None) -> Tensor:
+            # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
             rates.append(dynamics(time, state, products=product_stage in (None, len(rates))))
             return rates[-1].dz
 
@@ -67,15 +71,9 @@ def step_taker(dynamics: BoundDynamics, method: Method, *, checkpointed: bool = 
         last = next((r for r in reversed(rates) if r.dz is new_velocity), None)
         return Step(new, error, last, dlogdet, dlogdet_error, penalties, stages, nfe)
 
-    if not checkpointed:
+    if keep_inputs_at is None:
         return take
-
-    def take_checkpointed(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, product_stage: int | None) -> Step:
-        step = checkpoint(take, z, t, dt, first, product_stage, use_reentrant=False)
-        assert isinstance(step, Step)
-        return step
-
-    return take_checkpointed
+    return checkpointed(take, dynamics, *keep_inputs_at)
 
 
 def _quadrature(
