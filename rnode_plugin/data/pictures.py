@@ -29,7 +29,7 @@ def is_picture(name: str) -> bool:
 def is_hidden(name: str) -> bool:
     """What file managers and archivers leave behind, in no way part of the data."""
     parts = PurePosixPath(name).parts
-    return any(part.startswith(".") and part != "." for part in parts) or bool(
+    return any(part.startswith(".") and part not in (".", "..") for part in parts) or bool(
         {"__MACOSX", "Thumbs.db", "desktop.ini"}.intersection(parts)
     )
 

@@ -1,0 +1,324 @@
+"""Pictures and packed arrays that a user brings."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from image_files import picture_bytes, random_images, real_data, write_picture
+from PIL import Image
+
+from rnode_plugin.data import ImageDataset, folders, get_dataset
+from rnode_plugin.data.pictures import ImageFiles, decode
+from rnode_plugin.errors import ConfigError, DataError
+
+
+def _write(where, images, split="train", suffix=".png"):
+    for i, image in enumerate(images):
+        write_picture(where / split / f"class{i % 2}" / f"{i:03}{suffix}", image)
+
+
+def _rows(images):
+    return {row.tobytes() for row in images[:]}
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("held_out", ["val", "test", "valid", "validation", "Val"])
+def test_folders_make_the_split(tmp_path, held_out):
+    train, val = random_images(6, seed=1), random_images(4, seed=2)
+    _write(tmp_path, train)
+    _write(tmp_path, val, held_out, ".bmp")
+    (tmp_path / "labels.csv").write_text("ignored")
+    data = get_dataset("folder", root=str(tmp_path))
+    assert (data.shape, data.levels, data.flip) == ((3, 8, 8), 256, False)
+    assert _rows(data.train) == _rows(train)
+    assert _rows(data.val) == _rows(val)
+
+
+def test_without_folders_the_same_part_is_held_out_each_time(tmp_path):
+    images = random_images(30)
+    for i, image in enumerate(images):
+        write_picture(tmp_path / "any" / f"{i:03}.png", image)
+    data = get_dataset("folder", root=str(tmp_path))
+    assert (len(data.train), len(data.val)) == (27, 3)
+    assert _rows(data.train) | _rows(data.val) == _rows(images)
+    again = get_dataset("folder", root=str(tmp_path))
+    assert np.array_equal(again.val[:], data.val[:])
+    assert len(get_dataset("folder", root=str(tmp_path), val_fraction=0.5).val) == 15
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        get_dataset("folder", root=str(tmp_path), val_fraction=1.0)
+
+
+def test_val_comes_before_test(tmp_path):
+    parts = {name: random_images(3, seed=i) for i, name in enumerate(["train", "val", "test"])}
+    for name, images in parts.items():
+        _write(tmp_path, images, name)
+    data = get_dataset("folder", root=str(tmp_path))
+    assert _rows(data.train) == _rows(parts["train"])
+    assert _rows(data.val) == _rows(parts["val"])
+
+
+def test_a_root_called_test_is_no_split(tmp_path):
+    _write(tmp_path / "test", random_images(6), "train")
+    _write(tmp_path / "test", random_images(2, seed=3), "val")
+    data = get_dataset("folder", root=str(tmp_path / "test"))
+    assert (len(data.train), len(data.val)) == (6, 2)
+
+
+def test_real_photographs(tmp_path):
+    count = {"train": 0, "test": 0}
+    with tarfile.open(real_data("cifar10-jpeg.tar")) as archive:
+        for member in archive:
+            split = member.name.split("/")[1] if member.isfile() else ""
+            if split in count and count[split] < 150:
+                path = tmp_path / member.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())
+                count[split] += 1
+    data = get_dataset("folder", root=str(tmp_path / "cifar10-jpeg"))
+    assert (len(data.train), len(data.val), data.shape) == (150, 150, (3, 32, 32))
+    first = sorted((tmp_path / "cifar10-jpeg" / "train").rglob("*.jpg"))[0]
+    assert np.array_equal(data.train[0], np.asarray(Image.open(first)).transpose(2, 0, 1))
+    # one level up the same split is found; a size makes squares of it
+    smaller = get_dataset("folder", root=str(tmp_path), size=16, channels=1, bits=5)
+    assert (len(smaller.train), smaller.shape, smaller.levels) == (150, (1, 16, 16), 32)
+    assert 20 < smaller.train.max() < 32
+
+
+def test_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path):
+    # left third red, middle green, right blue: of 24 x 8 only the middle stays
+    wide = np.zeros((3, 8, 24), np.uint8)
+    wide[0, :, :8], wide[1, :, 8:16], wide[2, :, 16:] = 255, 255, 255
+    write_picture(tmp_path / "a.png", wide)
+    write_picture(tmp_path / "b.png", wide.transpose(0, 2, 1))
+    data = get_dataset("folder", root=str(tmp_path), size=8)
+    green = np.zeros((3, 8, 8), np.uint8)
+    green[1] = 255
+    for images in (data.train, data.val):
+        assert np.array_equal(images[0], green)
+
+    noise = random_images(1, (3, 16, 48))[0]
+    with io.BytesIO(picture_bytes(noise)) as file:
+        small = decode(file, "noise", size=8, channels=3)
+    whole = Image.fromarray(noise.transpose(1, 2, 0)).resize((24, 8), Image.Resampling.LANCZOS)
+    assert np.array_equal(small, np.asarray(whole).transpose(2, 0, 1)[:, :, 8:16])
+
+
+def test_different_sizes_are_named_unless_a_size_is_given(tmp_path):
+    _write(tmp_path, random_images(3))
+    write_picture(tmp_path / "train" / "z.png", random_images(1, (3, 9, 8))[0])
+    _write(tmp_path, random_images(3), "val")
+    with pytest.raises(DataError, match=r"class0/000\.png has 8x8 pixels, train/z\.png has 9x8.*--size"):
+        get_dataset("folder", root=str(tmp_path))
+    assert get_dataset("folder", root=str(tmp_path), size=8).train.shape == (4, 3, 8, 8)
+
+
+def test_large_sets_are_decoded_when_asked_for(tmp_path, monkeypatch):
+    images = random_images(8)
+    _write(tmp_path, images)
+    _write(tmp_path, images, "val")
+    kept = get_dataset("folder", root=str(tmp_path), bits=5)
+    monkeypatch.setattr(folders, "_IN_MEMORY_BYTES", 1000)
+    read = get_dataset("folder", root=str(tmp_path), bits=5)
+    assert isinstance(kept.train, np.ndarray)
+    assert isinstance(read.train, ImageFiles)
+    assert np.array_equal(read.train[:], kept.train)
+    assert np.array_equal(ImageDataset(read.train).__getitems__([5, 2]).numpy(), kept.train[[5, 2]])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("L", [90, 90, 90]),
+        ("RGBA", [90, 90, 90]),
+        ("P", [90, 90, 90]),
+        ("LA", [90, 90, 90]),
+        ("1", [255, 255, 255]),
+    ],
+)
+def test_kinds_of_pixels_become_rgb(tmp_path, mode, expected):
+    grey = Image.new("L", (4, 4), 90 if mode != "1" else 255)
+    grey.convert(mode).save(tmp_path / "a.png")
+    with open(tmp_path / "a.png", "rb") as file:
+        image = decode(file, "a.png", size=None, channels=3)
+    assert image[:, 0, 0].tolist() == expected
+    assert image.shape == (3, 4, 4)
+
+
+def test_pictures_turned_by_their_camera_are_upright(tmp_path):
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    with open(tmp_path / "a.jpg", "rb") as file:
+        assert decode(file, "a.jpg", size=None, channels=3).shape == (3, 8, 4)
+
+
+def _bomb(path):
+    """A file of a hundred bytes that claims ten billion pixels."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(99))),
+    ]
+    framed = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_bytes(b"GIF89a nonsense"), "cannot be read as a picture"),
+        (lambda path: path.write_text("hello"), "cannot be read as a picture: not a picture"),
+        (lambda path: path.write_bytes(b""), "cannot be read as a picture"),
+        (lambda path: Image.new("I;16", (8, 8)).save(path), "8 bits a channel cannot hold"),
+        (lambda path: Image.new("1", (7200, 7200)).save(path), "more than 50,000,000"),
+        (_bomb, "decompression bomb"),
+        (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "not a picture"),
+    ],
+)
+def test_what_is_no_good_picture_is_named(tmp_path, write, message, recwarn):
+    write_picture(tmp_path / "a.png", random_images(1)[0])
+    write(tmp_path / "b.png")
+    with pytest.raises(DataError, match=message) as caught:
+        get_dataset("folder", root=str(tmp_path))
+    assert str(tmp_path / "b.png") in str(caught.value)
+    assert not recwarn.list
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / name, random_images(1, (3, 64, 64))[0])
+    content = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"b\.png cannot be read as a picture"):
+        get_dataset("folder", root=str(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes")
+def test_links_in_circles_and_pipes_do_not_hang(tmp_path):
+    _write(tmp_path, random_images(4), "a")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    data = get_dataset("folder", root=str(tmp_path))
+    assert len(data.train) + len(data.val) == 4
+
+
+def test_empty_missing_and_unclear_folders(tmp_path):
+    with pytest.raises(ConfigError, match="--data-root"):
+        get_dataset("folder")
+    with pytest.raises(DataError, match="is no folder"):
+        get_dataset("folder", root=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="holds no pictures"):
+        get_dataset("folder", root=str(tmp_path))
+    write_picture(tmp_path / "one.png", random_images(1)[0])
+    with pytest.raises(DataError, match="too few to hold one out"):
+        get_dataset("folder", root=str(tmp_path))
+    _write(tmp_path, random_images(2), "train")
+    _write(tmp_path, random_images(2), "val")
+    with pytest.raises(DataError, match=r"one\.png lies beside the folders"):
+        get_dataset("folder", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [{"bits": 0}, {"bits": 9}, {"channels": 2}, {"size": 0}])
+def test_options_that_cannot_be_are_refused(tmp_path, options):
+    with pytest.raises(ConfigError):
+        get_dataset("folder", root=str(tmp_path), **options)
+
+
+# ---- packed arrays
+
+
+def _pack(where, train, val=None):
+    where.mkdir(parents=True, exist_ok=True)
+    np.save(where / "train.npy", train)
+    np.save(where / "val.npy", train[:2] if val is None else val)
+
+
+def test_imagenet64_packed(tmp_path):
+    images = random_images(5, (3, 64, 64))
+    _pack(tmp_path / "imagenet64", images)
+    data = get_dataset("imagenet64", root=str(tmp_path), size=64)
+    assert (data.shape, data.levels, data.flip) == ((3, 64, 64), 256, False)
+    assert not isinstance(data.train, np.ndarray)  # mapped, not loaded
+    assert np.array_equal(data.train[:], images)
+    assert data.limit(3).train.shape == (3, 3, 64, 64)
+
+
+def test_celebahq256_is_five_bits_from_packed_and_from_pictures(tmp_path):
+    images = random_images(4, (3, 256, 256))
+    _pack(tmp_path / "packed" / "celebahq256", images, images[:2])
+    for split, part in (("train", images), ("val", images[:2])):
+        for i, image in enumerate(part):
+            write_picture(tmp_path / "pictures" / "celebahq256" / split / f"{i}.png", image)
+    for source in ("packed", "pictures"):
+        data = get_dataset("celebahq256", root=str(tmp_path / source))
+        assert (data.shape, data.levels, data.flip) == ((3, 256, 256), 32, True)
+        assert np.array_equal(data.train[:], images // 8)
+        assert np.array_equal(data.val[:], images[:2] // 8)
+        assert data.train[:].max() == 31
+
+
+def test_images_that_have_five_bits_already_are_not_reduced_again(tmp_path):
+    _pack(tmp_path / "celebahq256", random_images(4, (3, 256, 256)) // 8)
+    with pytest.raises(DataError, match=r"seems to hold 5 bits already.*Multiply it by 8"):
+        get_dataset("celebahq256", root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 3, 8, 8), np.float32), "holds float32"),
+        (np.zeros((4, 8, 8, 3), np.uint8), "channels first"),
+        (np.zeros((4, 192), np.uint8), "channels first"),
+        (np.zeros((0, 3, 8, 8), np.uint8), "has the shape"),
+        (np.array([{}] * 4), "cannot be read as a packed array"),
+    ],
+)
+def test_arrays_that_are_no_packed_images(tmp_path, array, message):
+    _pack(tmp_path, array)
+    with pytest.raises(DataError, match=message):
+        get_dataset("folder", root=str(tmp_path))
+
+
+def test_damaged_packed_files(tmp_path):
+    _pack(tmp_path, random_images(4))
+    content = (tmp_path / "val.npy").read_bytes()
+    for wrong in (content[:-10], content[:20], b"", b"something else entirely"):
+        (tmp_path / "val.npy").write_bytes(wrong)
+        with pytest.raises(DataError, match=r"val\.npy cannot be read as a packed array"):
+            get_dataset("folder", root=str(tmp_path))
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    (tmp_path / "x.npz").rename(tmp_path / "val.npy")
+    with pytest.raises(DataError, match="archive of arrays"):
+        get_dataset("folder", root=str(tmp_path))
+    (tmp_path / "val.npy").unlink()
+    with pytest.raises(DataError, match=r"only one of train\.npy and val\.npy"):
+        get_dataset("folder", root=str(tmp_path))
+
+
+def test_packed_images_of_another_shape_are_refused(tmp_path):
+    _pack(tmp_path / "imagenet64", random_images(4, (3, 32, 32)))
+    with pytest.raises(DataError, match="are 3x32x32, not 3x64x64; pack them again"):
+        get_dataset("imagenet64", root=str(tmp_path))
+    _pack(tmp_path / "mixed", random_images(4), random_images(4, (3, 9, 9)))
+    with pytest.raises(DataError, match=r"val\.npy are 3x9x9, not 3x8x8"):
+        get_dataset("folder", root=str(tmp_path / "mixed"))
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("imagenet64", "image-net.org"), ("celebahq256", "progressive_growing")]
+)
+def test_missing_sets_say_how_to_get_them(tmp_path, name, where):
+    with pytest.raises(DataError) as caught:
+        get_dataset(name, root=str(tmp_path), download=True)
+    message = str(caught.value)
+    assert where in message
+    assert f"{tmp_path / name} --size" in message
+    assert str(tmp_path / name / "train") in message
