@@ -70,7 +70,7 @@ class _Adjoint(torch.autograd.Function):
         solution = integrate(call.dynamics, z0, t_span, call.plan, trace=trace)
         call.names, call.stats = tuple(solution.penalties), solution.stats
         ctx.call = call
-        ctx.save_for_backward(t_span, solution.z, *params)
+        ctx.save_for_backward(t_span, solution.t, solution.z, *params)
         ctx.mark_non_differentiable(solution.t)
         return solution.t, solution.z, solution.logdet, *solution.penalties.values()
 
@@ -79,25 +79,41 @@ class _Adjoint(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor
     ) -> tuple[Any, ...]:
-        t, z, *params = ctx.saved_tensors
+        t_span, t, z, *params = ctx.saved_tensors
         pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.call.names, dpenalties, strict=True)))
         wants_times, last = ctx.needs_input_grad[2], len(t) - 1
-        dt, a = torch.zeros_like(t), torch.zeros_like(z[0])
+        span_index = _positions(t_span, t) if wants_times else {}
+        dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
         dl = None if dlogdet is None else torch.zeros_like(dlogdet[0])
-        for k in range(last, -1, -1):
-            if wants_times and k > 0:
+        k = last
+        while True:
+            if k > 0 and k in span_index:
                 # moving an output time moves its own output; moving the last one also moves the end of the path
                 mine = None if dlogdet is None else dlogdet[k]
-                dt[k] = pass_.hamiltonian(t[k], z[k], dz[k], mine, penalties=k == last)
+                dt[span_index[k]] = pass_.hamiltonian(t[k], z[k], dz[k], mine, penalties=k == last)
             if k == 0:
                 break
             a = a + dz[k]
             if dl is not None and dlogdet is not None:
                 dl = dl + dlogdet[k]
-            a = pass_.interval(t[k], t[k - 1], z[k], a, dl)
+            before = k - 1
+            if pass_.may_skip:
+                while before > 0 and not _any(dz[before], None if dlogdet is None else dlogdet[before]):
+                    before -= 1
+            a = pass_.interval(t[k], t[before], z[k], a, dl)
+            k = before
         if wants_times:
             dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
         return None, a + dz[0], dt if wants_times else None, *pass_.gradients
+
+
+def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
+    """Where the times of ``t_span`` are among the outputs ``t``, which hold more where every step is an output."""
+    return {int((t - time).abs().argmin()): j for j, time in enumerate(t_span)}
+
+
+def _any(*gradients: Tensor | None) -> bool:
+    return any(bool(g.any()) for g in gradients if g is not None)
 
 
 class _Backward:
@@ -116,6 +132,11 @@ class _Backward:
         self.dpenalties = {name: self.sign * g for name, g in dpenalties.items()}
         self.gradients = [torch.zeros_like(p) for p in params]
         self.path = _Path(call.dynamics, call.trace, self.sign) if call.trace else None
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether outputs without a gradient need no stop: the states come from the interpolant, not from outputs."""
+        return self.path is not None and self.plan.method.adaptive
 
     def interval(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:
         """Take the adjoint from ``t1`` back to ``t0``."""

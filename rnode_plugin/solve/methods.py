@@ -141,8 +141,10 @@ _FAMILIES = {
 }
 
 
-def method_from_torchdyn(solver: Any) -> Method:
+def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
     """A torchdyn solver object (hypersolvers and a user's own included), stepping exactly as in torchdyn.
+
+    ``args`` is handed to its ``step``.
 
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) brings that
     family's quadrature weights. Another one may have an attribute ``weights``, one number per evaluation in a
@@ -161,7 +163,7 @@ def method_from_torchdyn(solver: Any) -> Method:
     def advance(
         f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Sequence[Tensor] | None]:
-        result = solver.step(f, x, t, dt, k1=k1, args={})
+        result = solver.step(f, x, t, dt, k1=k1, args={} if args is None else args)
         return (*result, None) if len(result) == 3 else result
 
     def advance_either_way(
