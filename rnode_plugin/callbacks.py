@@ -39,7 +39,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 class RunControl(Callback):
-    """Ends a run in time and keeps its two checkpoints.
+    """Ends a run in time, writes its metrics and keeps its two checkpoints.
 
     ``last`` is written every ``save_every`` steps and after each validation, ``best`` after a validation with the
     lowest bits/dim so far. A signal ends the run between two steps, after writing ``last``; a second one ends it
@@ -81,7 +81,10 @@ class RunControl(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: FlowModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = pl_module.batches = batch_idx + 1
+        row = pl_module.finish_step(batch_idx)
+        done = pl_module.batches
+        if done % trainer.log_every_n_steps == 0:
+            self._log(trainer, row, done)
         self.out_of_time = self._max_time is not None and time.monotonic() - self._start >= self._max_time
         interrupted = self._signum is not None
         if trainer.world_size > 1:  # all processes must leave at the same step
@@ -97,12 +100,19 @@ class RunControl(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: FlowModule) -> None:
         bits = float(trainer.callback_metrics["val/bpd"])
+        row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self._log(trainer, {**row, "seconds": pl_module.seconds}, pl_module.batches)
         if not math.isfinite(bits):
             raise TrainingError(f"the validation bits/dim are {bits}.")
         if bits < self.best:
             self.best = bits
             self._save(trainer, pl_module.folder.best)
         self._save(trainer, pl_module.folder.last)
+
+    def _log(self, trainer: L.Trainer, row: dict[str, float], step: int) -> None:
+        # written here and not by Lightning, which would write a step's row only after its checkpoint
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
 
     def _save(self, trainer: L.Trainer, path: Path) -> None:
         for logger in trainer.loggers:

@@ -17,7 +17,7 @@ from .data import ImageData, ImageDataset
 from .data.loading import keep_batch
 from .errors import SolverError
 from .evaluation import output_log_prob
-from .flows.transforms import dequantize
+from .flows.transforms import dequantize, random_flip
 from .objectives import bits_per_dim, objective
 from .randomness import Stream, seed_everything, seeded
 from .recipes import Recipe
@@ -44,6 +44,7 @@ class FlowModule(L.LightningModule):
             self.flow = recipe.build_flow()
         self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
         self.batches = 0
+        self.row: dict[str, Any] = {}
         self.train_seconds = self.seconds_before = 0.0
         self._start = self._step_start = time.monotonic()
 
@@ -53,8 +54,7 @@ class FlowModule(L.LightningModule):
         seed_everything(recipe.training.seed, Stream.TRAIN, self.global_rank, batch_idx)
         x = dequantize(batch, recipe.data.levels)
         if recipe.data.flip:
-            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-            x = torch.where(mirrored, x.flip(3), x)
+            x = random_flip(x)
         try:
             output = self.flow(x, solver=recipe.solver, penalties=bool(self.lambdas))
         except SolverError as error:
@@ -67,8 +67,11 @@ class FlowModule(L.LightningModule):
                 "optimizer.lr or solver.step, or raise regularizers.jacfrob."
             )
         bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
-        self._log("train", bits, output.nfe, output.regularization, len(x))
-        self.log("train/loss", goal.loss.detach())
+        self.log("train/bpd", bits, prog_bar=True, logger=False)
+        self.log("train/nfe", float(output.nfe), prog_bar=True, logger=False)
+        self.row = {"train/loss": goal.loss.detach(), "train/bpd": bits, "train/nfe": float(output.nfe)}
+        for name, integral in output.regularization.items():
+            self.row[f"train/{name}"] = integral.detach().mean() / recipe.dims
         return goal.loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -78,14 +81,11 @@ class FlowModule(L.LightningModule):
             x = dequantize(batch, recipe.data.levels)
             output = self.flow(x)  # its own solver is the recipe's test solver
         bits = bits_per_dim(output_log_prob(output), dims=recipe.dims, levels=recipe.data.levels).mean()
-        self._log("val", bits, output.nfe, output.regularization, len(x))
-
-    def _log(self, part: str, bits: Tensor, nfe: int, penalties: dict[str, Tensor], images: int) -> None:
-        options: dict[str, Any] = {"batch_size": images, "sync_dist": part == "val"}
-        self.log(f"{part}/bpd", bits, prog_bar=True, **options)
-        self.log(f"{part}/nfe", float(nfe), prog_bar=part == "train", **options)
-        for name, integral in penalties.items():
-            self.log(f"{part}/{name}", integral.detach().mean() / self.recipe.dims, **options)
+        values = {"bpd": bits, "nfe": float(output.nfe)}
+        values |= {name: integral.mean() / recipe.dims for name, integral in output.regularization.items()}
+        for name, value in values.items():  # means over images, on all devices together
+            options = {"prog_bar": name == "bpd", "batch_size": len(x)}
+            self.log(f"val/{name}", value, logger=False, sync_dist=True, **options)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._step_start = time.monotonic()
@@ -98,16 +98,16 @@ class FlowModule(L.LightningModule):
                 f"the gradient's norm is {float(norm)} at training step {self.batches + 1}. Lower optimizer.lr or "
                 "solver.step, or raise regularizers.jacfrob."
             )
-        self.log("train/grad_norm", norm)
+        self.row |= {"train/grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
 
-    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        now = time.monotonic()
-        self.train_seconds += now - self._step_start
-        self.log("seconds_per_step", now - self._step_start)
-        self.log("train_seconds", self.train_seconds)
-        self.log("seconds", self.seconds)
-        self.log("epoch", (batch_idx + 1) / self.plan.steps_per_epoch)
-        self.log("lr", self.optimizers().param_groups[0]["lr"])  # pyright: ignore
+    def finish_step(self, batch_idx: int) -> dict[str, float]:
+        """Count the step that ends, and return its row of metrics."""
+        taken = time.monotonic() - self._step_start
+        self.batches = batch_idx + 1
+        self.train_seconds += taken
+        times = {"seconds_per_step": taken, "train_seconds": self.train_seconds, "seconds": self.seconds}
+        row = {name: float(value) for name, value in self.row.items()}
+        return {"epoch": self.batches / self.plan.steps_per_epoch, **row, **times}
 
     @property
     def seconds(self) -> float:

@@ -123,7 +123,7 @@ class _Writer(ExperimentWriter):
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             self.metrics_keys = list(reader.fieldnames or [])
-            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < self._keep]
+            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= self._keep]
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()

@@ -279,6 +279,7 @@ _KNOWN_WARNINGS = (
     ".*does not have many workers.*",
     ".*checkpoint that ended before the epoch ended and your dataloader is not resumable.*",
     ".*GPU available but not used.*",
+    ".*treespec, LeafSpec.*is deprecated.*",
 )
 
 
