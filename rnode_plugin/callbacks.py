@@ -1,4 +1,8 @@
-"""What happens around the training steps: stopping, checkpoints, sample grids, and what the terminal shows."""
+"""What happens around the training steps: stopping, checkpoints, sample grids, and what the terminal shows.
+
+The hooks take any LightningModule by their signature; these callbacks are of use for a
+:class:`~rnode_plugin.flow_module.FlowModule` only.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,13 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback, ProgressBar, TQDMProgressBar
 
 from .errors import RnodeError, SolverError
 from .sampling import sample_images, save_grid
-
-if TYPE_CHECKING:
-    from .training import FlowModule
 
 __all__ = ["Interrupted", "LineProgress", "RunControl", "SampleGrids", "TrainingError", "progress_display"]
 
@@ -47,13 +48,14 @@ class RunControl(Callback):
 
     Args:
         max_time: seconds after which a last validation ends the run; None for no limit.
+        log_every: steps between two rows of the metrics.
         save_every: steps between two checkpoints.
     """
 
-    def __init__(self, *, max_time: float | None, save_every: int) -> None:
+    def __init__(self, *, max_time: float | None, log_every: int, save_every: int) -> None:
         self.best = math.inf
         self.out_of_time = False
-        self._max_time, self._save_every = max_time, save_every
+        self._max_time, self._log_every, self._save_every = max_time, log_every, save_every
         self._start = time.monotonic()
         self._signum: int | None = None
         self._former: dict[int, Any] = {}
@@ -79,11 +81,11 @@ class RunControl(Callback):
         signal.signal(signum, self._former[signum])  # the second one acts at once
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: FlowModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         row = pl_module.finish_step(batch_idx)
         done = pl_module.batches
-        if done % trainer.log_every_n_steps == 0:
+        if done % self._log_every == 0:
             self._log(trainer, row, done)
         self.out_of_time = self._max_time is not None and time.monotonic() - self._start >= self._max_time
         interrupted = self._signum is not None
@@ -98,7 +100,7 @@ class RunControl(Callback):
         elif done % pl_module.plan.check_every and done % self._save_every == 0:
             self._save(trainer, pl_module.folder.last)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: FlowModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         bits = float(trainer.callback_metrics["val/bpd"])
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self._log(trainer, {**row, "seconds": pl_module.seconds}, pl_module.batches)
@@ -132,7 +134,7 @@ class SampleGrids(Callback):
     def __init__(self, *, temperatures: tuple[float, ...], images: int, seed: int) -> None:
         self._temperatures, self._images, self._seed = temperatures, images, seed
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: FlowModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         flow = pl_module.flow
@@ -190,16 +192,16 @@ class LineProgress(ProgressBar):
         self._interval = math.inf
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: FlowModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if time.monotonic() - self._last >= self._interval:
             self._print(trainer, pl_module, batch_idx + 1)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: FlowModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._interval < math.inf:
             self._print(trainer, pl_module, pl_module.batches)
 
-    def _print(self, trainer: L.Trainer, module: FlowModule, done: int) -> None:
+    def _print(self, trainer: L.Trainer, module: Any, done: int) -> None:
         self._last = time.monotonic()
         shown = "  ".join(f"{name} {value}" for name, value in _shown_metrics(trainer.progress_bar_metrics).items())
         pace = module.train_seconds / max(done, 1)

@@ -80,7 +80,7 @@ def load_with_recipe(
         flow.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit the model of its recipe: {error}") from None
-    return flow.to(map_location).eval(), recipe  # pyright: ignore[reportReturnType]
+    return flow.to(map_location).eval(), recipe
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:

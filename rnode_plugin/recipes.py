@@ -17,7 +17,7 @@ from .settings import from_plain, override, to_plain, walk
 from .solve.config import Solver
 
 if TYPE_CHECKING:
-    from torch import nn
+    from .flows.multiscale import MultiscaleFlow
 
 __all__ = [
     "Data",
@@ -244,7 +244,7 @@ class Recipe:
         channels, height, width = self.data.shape
         return channels * height * width
 
-    def build_flow(self) -> nn.Module:
+    def build_flow(self) -> MultiscaleFlow:
         """A fresh flow, f = 0, whose solver is ``test_solver``; the training step brings its own."""
         return plugins.get("models", self.model.name)(
             self.data.shape,

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from .callbacks import Interrupted, RunControl, SampleGrids, TrainingError, progress_display
 from .checkpoints import LAST, find_checkpoint, load_flow, read_checkpoint, recipe_of
@@ -131,7 +131,7 @@ def fit(
     training = recipe.training
     data = load_images(recipe, download=download)
     checkpoint = _checkpoint_to_resume(resume, recipe) if resume is not None else None
-    control = RunControl(max_time=max_time, save_every=training.save_every)
+    control = RunControl(max_time=max_time, log_every=training.log_every, save_every=training.save_every)
     callbacks: list[Callback] = [control]
     if training.sample_images:
         options = {"temperatures": training.sample_temperatures, "images": training.sample_images}
@@ -145,7 +145,6 @@ def fit(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            log_every_n_steps=training.log_every,
             enable_progress_bar=progress,
         )
         plan = Plan.of(recipe, len(data.train), trainer.world_size)
@@ -184,6 +183,7 @@ def _trainer(**options: Any) -> L.Trainer:
             enable_model_summary=False,
             use_distributed_sampler=False,  # StepBatches shares out the images
             num_sanity_val_steps=0,
+            log_every_n_steps=1,  # RunControl writes the rows; a larger number only brings a warning
             inference_mode=False,  # a field without a product of its own needs gradients in validation too
             plugins=[AtomicCheckpointIO()],
             **options,

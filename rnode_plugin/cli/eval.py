@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import click
 
@@ -70,6 +71,5 @@ def eval(  # noqa: A001 - the command's name
 
 
 def _show(done: int, total: int) -> None:
-    stream = click.get_text_stream("stderr")
-    if stream.isatty():
+    if sys.stderr.isatty():
         click.echo(f"\rbatch {done} of {total}" + ("\n" if done == total else ""), nl=False, err=True)
