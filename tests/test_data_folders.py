@@ -202,6 +202,7 @@ def test_a_truncated_picture_is_named(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes")
+@pytest.mark.timeout(20)
 def test_links_in_circles_and_pipes_do_not_hang(tmp_path):
     _write(tmp_path, random_images(4), "a")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
