@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +39,10 @@ class Interrupted(Exception):  # noqa: N818 - not an error
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class RunControl(Callback):
@@ -66,15 +72,22 @@ class RunControl(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # only the main thread may set handlers; in another one the program that owns it decides about signals
-        if threading.current_thread() is threading.main_thread():
-            self._former = {signum: signal.signal(signum, self._on_signal) for signum in _SIGNALS}
+    @contextmanager
+    def signals_restored(self) -> Iterator[None]:
+        """Whatever handlers training sets, those from before are back at the end, also after an exception."""
+        self._former = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+        try:
+            yield
+        finally:
+            if _in_main_thread():
+                for signum, handler in self._former.items():
+                    signal.signal(signum, handler)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for signum, handler in self._former.items():
-            signal.signal(signum, handler)
-        self._former = {}
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # here Lightning has set its own, which would end a run between a step and its checkpoint
+        if _in_main_thread():  # in another thread the program that owns it decides about signals
+            for signum in _SIGNALS:
+                signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signum = signum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -110,6 +111,8 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     import torch
 
     try:
+        if not zipfile.is_zipfile(path):  # what torch.save writes; a bare pickle is not even looked at
+            raise zipfile.BadZipFile("it is no archive of torch")
         contents = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
@@ -164,7 +167,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"cannot write {path}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or cannot have been
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -158,7 +158,8 @@ def fit(
         if progress:
             _announce(module, trainer, done)
         try:
-            trainer.fit(module, ckpt_path=checkpoint)
+            with control.signals_restored():
+                trainer.fit(module, ckpt_path=checkpoint)
             stopped = "max_time" if control.out_of_time else "finished"
         except Interrupted as signal:
             return FitResult(folder, module.batches, plan.total, str(signal), module.seconds, None, None)

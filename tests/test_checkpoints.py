@@ -1,0 +1,148 @@
+"""Checkpoints: there and back, and everything that is not one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from rnode_plugin import get_recipe, load_flow
+from rnode_plugin.checkpoints import (
+    find_checkpoint,
+    load_with_recipe,
+    pack,
+    read_checkpoint,
+    save_flow,
+    write_atomically,
+)
+from rnode_plugin.errors import CheckpointError
+from rnode_plugin.recipes import Recipe
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return get_recipe("digits").override(["model.hidden=4", "solver.step=none"])
+
+
+@pytest.fixture
+def file(recipe: Recipe, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    flow = recipe.build_flow()
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_flow(flow, tmp_path / "flow.ckpt", recipe=recipe)
+    torch.save(flow.state_dict(), tmp_path / "weights.pt")
+    return tmp_path / "flow.ckpt"
+
+
+def test_there_and_back(file: Path, recipe: Recipe) -> None:
+    flow, found = load_with_recipe(file)
+    assert found == recipe
+    assert flow.solver == recipe.test_solver
+    assert not flow.training
+    for name, tensor in torch.load(file.parent / "weights.pt").items():
+        assert torch.equal(flow.state_dict()[name], tensor)
+
+
+def test_a_run_folder_means_its_best_checkpoint_else_its_last(file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*expected .*best\.ckpt"):
+        find_checkpoint(run)
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(file.read_bytes())
+    assert find_checkpoint(run) == last
+    best = run / "checkpoints" / "best.ckpt"
+    best.write_bytes(file.read_bytes())
+    assert find_checkpoint(run) == best
+    assert find_checkpoint(run, prefer="last.ckpt") == last
+    load_flow(run)
+
+
+def test_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        load_flow(tmp_path / "nothing.ckpt")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 5000, -1])
+def test_truncated(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_flow(file)
+
+
+@pytest.mark.parametrize("contents", [b"hello", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04nonsense"])
+def test_not_a_checkpoint(tmp_path: Path, contents: bytes) -> None:
+    (tmp_path / "x.ckpt").write_bytes(contents)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_flow(tmp_path / "x.ckpt")
+
+
+def test_foreign(tmp_path: Path) -> None:
+    for contents in ({"state_dict": {}}, [1, 2], {"rnode_plugin": 1, "state_dict": {}}, torch.zeros(3)):
+        torch.save(contents, tmp_path / "x.ckpt")
+        with pytest.raises(CheckpointError, match="holds no recipe"):
+            load_flow(tmp_path / "x.ckpt")
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_the_file_is_executed(file: Path, tmp_path: Path) -> None:
+    contents = read_checkpoint(file)
+    torch.save({**contents, "extra": _Bomb(tmp_path / "ran")}, file)
+    with pytest.raises(CheckpointError, match="could run code"):
+        load_flow(file)
+    file.write_bytes(pickle.dumps(_Bomb(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match="no archive"):
+        load_flow(file)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_format_names_the_version_that_wrote_it(file: Path) -> None:
+    contents = read_checkpoint(file)
+    contents["rnode_plugin"] = {**contents["rnode_plugin"], "format": 99, "version": "7.0"}
+    torch.save(contents, file)
+    with pytest.raises(CheckpointError, match=r"rnode-plugin 7\.0 in format 99"):
+        load_flow(file)
+
+
+def test_a_recipe_of_another_time(file: Path) -> None:
+    contents = read_checkpoint(file)
+    contents["rnode_plugin"]["recipe"]["model"]["colour"] = "red"
+    torch.save(contents, file)
+    with pytest.raises(CheckpointError, match=r"the recipe in .*unknown setting 'model.colour'"):
+        load_flow(file)
+
+
+def test_weights_of_another_model(file: Path, recipe: Recipe) -> None:
+    contents = {**read_checkpoint(file), **pack(recipe.override(["model.hidden=5"]))}
+    torch.save(contents, file)
+    with pytest.raises(CheckpointError, match="does not fit the model of its recipe"):
+        load_flow(file)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(file: Path) -> None:
+    before = file.read_bytes()
+
+    def fail(stream) -> None:
+        stream.write(b"half")
+        raise OSError("No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        write_atomically(file, fail)
+    assert file.read_bytes() == before
+    assert sorted(each.name for each in file.parent.iterdir()) == ["flow.ckpt", "weights.pt"]
+
+
+def test_a_folder_that_cannot_be_made(file: Path, recipe: Recipe) -> None:
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_flow(recipe.build_flow(), file / "below" / "flow.ckpt", recipe=recipe)

@@ -1,0 +1,176 @@
+"""Bits/dim against known densities and plain statistics; samples and their grids."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.evaluation import evaluate, output_log_prob
+from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.randomness import Stream, seeded, stream_seed
+from rnode_plugin.sampling import sample_images, save_grid
+from rnode_plugin.types import FlowOutput
+
+RK4 = Solver(method="rk4", step=0.5)
+
+
+class Known(nn.Module):
+    """A stand-in whose density, penalties and cost are chosen: log p(x) = log-density of the image's mean."""
+
+    image_shape, levels = (1, 2, 2), 4
+
+    def __init__(self, log_prob: Any, nfe: list[int] | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.density, self.nfe, self.seen = log_prob, nfe or [7], []
+
+    def forward(self, x: Tensor, *, solver: Any = None, penalties: bool = True) -> FlowOutput:
+        self.seen.append(x)
+        z = torch.zeros(len(x), 4)
+        logdet = self.density(x) + 2 * math.log(2 * math.pi)  # takes the normal's constant away again
+        found = {"kinetic": 4 * x.flatten(1).mean(1)} if penalties else {}
+        return FlowOutput(z, logdet, found, self.nfe[(len(self.seen) - 1) % len(self.nfe)])
+
+
+def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2)) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, levels, (count, *shape), dtype=np.uint8)
+
+
+def test_a_uniform_density_costs_the_bits_of_its_levels() -> None:
+    result = evaluate(Known(lambda x: torch.zeros(len(x))), images(10), batch_size=4)  # pyright: ignore
+    for bits in (result.dirty, result.clean):
+        assert bits.mean == pytest.approx(2.0, abs=1e-6)  # log2(4 levels), whatever the image
+        assert bits.stderr_images == pytest.approx(0.0, abs=1e-6)
+        assert bits.stderr_draws is None
+    assert (result.images, result.draws) == (10, 1)
+
+
+def test_means_and_standard_errors_are_over_images_not_batches() -> None:
+    flow = Known(lambda x: x.flatten(1).sum(1), nfe=[6, 12, 9])
+    result = evaluate(flow, images(10), batch_size=4, draws=3, seed=5)  # pyright: ignore
+    assert [len(x) for x in flow.seen] == [4, 4, 2] * 6
+    assert (result.nfe_mean, result.nfe_min, result.nfe_max) == (9.0, 6, 12)
+    # draws alternate dirty and clean, three batches each
+    x = torch.cat(flow.seen).reshape(3, 2, 10, -1).double()
+    bits = 2 - x.sum(3) / (4 * math.log(2))
+    for index, found in ((0, result.dirty), (1, result.clean)):
+        each = bits[:, index].numpy()
+        assert found.mean == pytest.approx(each.mean(), abs=1e-6)
+        assert found.stderr_images == pytest.approx(each.mean(0).std(ddof=1) / 10**0.5, abs=1e-6)
+        assert found.stderr_draws == pytest.approx(each.mean(1).std(ddof=1) / 3**0.5, abs=1e-6)
+    assert result.penalties == {"kinetic": pytest.approx(x[:, 0].mean().item(), abs=1e-6)}
+
+
+def test_dirty_is_noise_in_the_bin_and_clean_its_centre() -> None:
+    flow = Known(lambda x: x.flatten(1).sum(1))
+    pictures = images(6)
+    evaluate(flow, pictures, draws=2)  # pyright: ignore
+    dirty, clean, again, centre = (x.numpy() for x in flow.seen)
+    np.testing.assert_allclose(clean, (pictures + 0.5) / 4)
+    np.testing.assert_array_equal(clean, centre)
+    for noisy in (dirty, again):
+        assert ((noisy * 4 - pictures >= 0) & (noisy * 4 - pictures < 1)).all()
+    assert not np.array_equal(dirty, again)
+
+
+def test_a_fresh_flow_is_the_logit_of_a_normal() -> None:
+    flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, alpha=0.05, solver=RK4)
+    pictures = images(7, 17, (1, 8, 8))
+    result = evaluate(flow, pictures, batch_size=3)
+    p = 0.05 + 0.9 * (pictures.astype(np.float64) + 0.5) / 17
+    y = np.log(p / (1 - p))
+    log_prob = (-0.5 * (y**2 + np.log(2 * np.pi)) + np.log(0.9 / (p * (1 - p)))).sum((1, 2, 3))
+    assert result.clean.mean == pytest.approx((np.log2(17) - log_prob / (64 * np.log(2))).mean(), abs=1e-5)
+    assert result.penalties == {"kinetic": 0.0, "jacfrob": 0.0}
+    assert result.nfe_mean == 6 * 2 * 4
+
+
+def test_a_single_image_has_no_standard_error() -> None:
+    assert evaluate(Known(lambda x: torch.zeros(len(x))), images(1)).dirty.stderr_images is None  # pyright: ignore
+
+
+def test_evaluation_leaves_generators_and_gradients_alone() -> None:
+    flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, solver=RK4)
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    calls = []
+    evaluate(flow, images(2, 17, (1, 8, 8)), progress=lambda done, total: calls.append((done, total)))
+    assert torch.equal(torch.rand(4), wanted)
+    assert calls == [(1, 2), (2, 2)]
+    assert all(parameter.grad is None for parameter in flow.parameters())
+
+
+@pytest.mark.parametrize("options", [{"draws": 0}, {"batch_size": 0}])
+def test_bad_counts(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="at least one"):
+        evaluate(Known(lambda x: torch.zeros(len(x))), images(2), **options)  # pyright: ignore
+
+
+def test_log_prob_of_an_output_is_the_flow_s_own() -> None:
+    flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, alpha=0.05, solver=RK4)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.02)
+        x = dequantize(torch.from_numpy(images(3, 17, (1, 8, 8))), 17)
+        noise = flow.draw_noise(3)
+        torch.testing.assert_close(output_log_prob(flow(x, noise=noise)), flow.log_prob(x, noise=noise))
+
+
+# streams -------------------------------------------------------------------------------------------------------
+
+
+def test_streams_are_apart_and_repeat() -> None:
+    seeds = {stream_seed(s, stream, r, i) for s in (0, 1) for stream in Stream for r in (0, 1) for i in range(50)}
+    assert len(seeds) == 2 * len(Stream) * 2 * 50
+    with seeded(1, Stream.TRAIN, 2):
+        first = torch.rand(3)
+    with seeded(1, Stream.TRAIN, 2):
+        assert torch.equal(torch.rand(3), first)
+
+
+# samples -------------------------------------------------------------------------------------------------------
+
+
+def test_temperatures_share_their_latents() -> None:
+    flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, alpha=0.05, solver=RK4)
+    drawn = sample_images(flow, 5, temperatures=(0.5, 1.0), seed=4, batch_size=2)
+    assert {t: tuple(x.shape) for t, x in drawn.items()} == {0.5: (5, 1, 8, 8), 1.0: (5, 1, 8, 8)}
+    inside = (drawn[1.0] > 0) & (drawn[1.0] < 1)  # where the clamp did nothing
+    logits = {t: torch.logit(0.05 + 0.9 * x) for t, x in drawn.items()}
+    torch.testing.assert_close(2 * logits[0.5][inside], logits[1.0][inside], atol=1e-4, rtol=1e-4)
+    assert torch.equal(drawn[0.5], sample_images(flow, 5, temperatures=(0.5,), seed=4, batch_size=2)[0.5])
+    assert not torch.equal(drawn[0.5], sample_images(flow, 5, temperatures=(0.5,), seed=5, batch_size=2)[0.5])
+
+
+@pytest.mark.parametrize("temperatures", [(), (0.0,), (-1.0,), (math.nan,), (math.inf,)])
+def test_bad_temperatures(temperatures: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="temperature"):
+        sample_images(MultiscaleFlow((1, 8, 8), hidden=4), 1, temperatures=temperatures)
+
+
+def test_bad_sample_count() -> None:
+    with pytest.raises(ConfigError, match="at least one image"):
+        sample_images(MultiscaleFlow((1, 8, 8), hidden=4), 0)
+
+
+def test_a_grid_shows_each_image_in_its_bin(tmp_path: Path) -> None:
+    x = torch.tensor([0.0, 0.24, 0.26, 0.999, 1.0]).reshape(5, 1, 1, 1).expand(5, 1, 2, 2)
+    save_grid(tmp_path / "a" / "grid.png", {0.5: x, 1.0: 1 - x}, levels=4)
+    pixels = np.asarray(Image.open(tmp_path / "a" / "grid.png"))[..., 0]
+    scale, cell = 32, 66  # enlarged to 64 pixels, with a margin of 2
+    assert pixels.shape == (2 * (cell + 2), 5 * cell + 2)
+    for row, wanted in enumerate([[0, 0, 85, 255, 255], [255, 255, 170, 0, 0]]):
+        top = row * (cell + 2) + 2 + scale
+        assert [int(pixels[top, 2 + column * cell + scale]) for column in range(5)] == wanted
+    save_grid(tmp_path / "b.png", {1.0: x.expand(5, 3, 2, 2)}, levels=256)
+    assert Image.open(tmp_path / "b.png").size == (3 * cell + 2, 2 * cell + 2)  # about square

@@ -1,0 +1,342 @@
+"""Training: what a run writes, that it repeats itself, goes on exactly, and stops with a message."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rnode_plugin import get_recipe, load_flow
+from rnode_plugin.callbacks import TrainingError
+from rnode_plugin.checkpoints import read_checkpoint, save_flow
+from rnode_plugin.data import get_dataset
+from rnode_plugin.errors import CheckpointError, ConfigError, DataError, SolverError
+from rnode_plugin.flow_module import FlowModule
+from rnode_plugin.objectives import standard_normal_log_prob
+from rnode_plugin.recipes import Optimizer, Recipe
+from rnode_plugin.runs import RunFolder, RunLogger
+from rnode_plugin.schedule import Plan, StepBatches, learning_rate_factor
+from rnode_plugin.training import FitResult, fit, load_images, pick_device
+
+TIMES = {"seconds", "seconds_per_step", "train_seconds"}
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return get_recipe("digits").override(
+        [
+            "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
+            "data.batch_size=50", "data.train_images=200", "training.val_images=60", "data.val_batch_size=40",
+            "training.max_steps=6", "training.check_every_steps=4", "training.sample_images=2",
+            "training.save_every=1", "optimizer.schedule=constant", "optimizer.warmup=3",
+        ]
+    )  # fmt: skip
+
+
+def run(recipe: Recipe, folder: Path, **options: Any) -> FitResult:
+    return fit(recipe, runs=folder, accelerator="cpu", devices=1, progress=False, **options)
+
+
+def rows(result: FitResult) -> list[dict[str, str]]:
+    with result.folder.metrics.open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMES and v} for row in csv.DictReader(file)]
+
+
+def weights(result: FitResult) -> dict[str, torch.Tensor]:
+    return read_checkpoint(result.folder.last)["state_dict"]
+
+
+def assert_same(one: FitResult, other: FitResult) -> None:
+    assert rows(one) == rows(other)
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+    a, b = (read_checkpoint(result.folder.last) for result in (one, other))
+    assert str(a["optimizer_states"]) == str(b["optimizer_states"])
+    assert a["lr_schedulers"] == b["lr_schedulers"]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGTERM) -> None:
+    original = FlowModule.training_step
+
+    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if batch_idx + 1 == step:
+            os.kill(os.getpid(), signum)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(FlowModule, "training_step", training_step)
+
+
+def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path / "runs")
+    folder = result.folder.path
+    assert folder == tmp_path / "runs" / "digits" / "0"
+    assert (result.steps, result.planned, result.stopped) == (6, 6, "finished")
+    assert Recipe.from_plain(json.loads((folder / "recipe.json").read_text())) == recipe
+    versions = json.loads((folder / "environment.json").read_text())
+    assert versions["torch"] == torch.__version__
+    assert versions["threads"] == torch.get_num_threads()
+    assert sorted(each.name for each in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    grids = ["best.png", "step-0000004.png", "step-0000006.png"]
+    assert sorted(each.name for each in (folder / "samples").iterdir()) == grids
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints", "environment.json", "metrics.csv", "recipe.json", "samples",
+    ]  # fmt: skip
+    found = rows(result)
+    assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 4, 5, 6, 6]
+    train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",
+             "train/nfe"}  # fmt: skip
+    assert set(found[0]) == train
+    assert set(found[4]) == {"step", "val/bpd", "val/jacfrob", "val/kinetic", "val/nfe"}
+    assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
+    assert float(found[3]["epoch"]) == 1.0
+    assert float(found[0]["train/nfe"]) == 24  # six blocks of four stages
+    assert result.evaluation is not None
+    assert result.evaluation.images == 60
+    assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
+    assert result.evaluation.dirty.mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
+    assert result.seconds > 0
+
+
+def test_the_same_seed_gives_the_same_numbers_twice(recipe: Recipe, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    one = run(recipe, tmp_path)
+    torch.manual_seed(2)
+    torch.rand(3)
+    assert_same(one, run(recipe, tmp_path))
+    other = run(recipe.override(["training.seed=7"]), tmp_path)
+    assert rows(one)[0]["train/bpd"] != rows(other)[0]["train/bpd"]
+    assert [p.name for p in sorted((tmp_path / "digits").iterdir())] == ["0", "1", "2"]
+
+
+def test_validation_changes_no_step(recipe: Recipe, tmp_path: Path) -> None:
+    often = run(recipe.override(["training.check_every_steps=1", "training.sample_images=0"]), tmp_path)
+    seldom = run(recipe, tmp_path)
+    for name, tensor in weights(often).items():
+        assert torch.equal(tensor, weights(seldom)[name])
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])  # 4: the signal comes right before a validation
+def test_interrupted_and_resumed_equals_uninterrupted(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = run(recipe, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        part = run(recipe, tmp_path / "b")
+    assert (part.stopped, part.steps, part.evaluation) == ("SIGTERM", step, None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are gone again
+    resumed = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
+    assert resumed.folder == part.folder
+    assert resumed.seconds > part.seconds
+    if step == 4:  # its validation fell out
+        assert [row for row in rows(whole) if not ("val/bpd" in row and row["step"] == "4")] == rows(resumed)
+    else:
+        assert_same(whole, resumed)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(resumed)[name])
+
+
+def test_resume_drops_what_was_logged_after_the_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    whole = run(recipe, tmp_path)
+    with whole.folder.metrics.open("a") as file:
+        file.write("9" * 20 + "\n")
+    longer = run(recipe.override(["training.max_steps=8"]), tmp_path, resume=whole.folder.path)
+    fresh = run(recipe.override(["training.max_steps=8"]), tmp_path)
+    wanted = [row for row in rows(fresh) if "train/bpd" in row]
+    assert [row for row in rows(longer) if "train/bpd" in row] == wanted
+
+
+def test_a_second_run_from_a_copied_checkpoint_gets_its_own_folder(recipe: Recipe, tmp_path: Path) -> None:
+    first = run(recipe, tmp_path)
+    copy = tmp_path / "copy.ckpt"
+    copy.write_bytes(first.folder.last.read_bytes())
+    second = run(recipe.override(["training.max_steps=7"]), tmp_path, resume=copy)
+    assert second.folder.path == tmp_path / "digits" / "1"
+    assert [int(row["step"]) for row in rows(second)] == [7, 7]
+
+
+def test_max_time_ends_with_a_validation_and_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    result = run(recipe.override(["training.max_steps=100000"]), tmp_path, max_time=1e-3)
+    assert (result.stopped, result.steps) == ("max_time", 1)
+    assert "val/bpd" in rows(result)[-1]
+    assert read_checkpoint(result.folder.last)["progress"]["batches"] == 1
+    assert result.evaluation is not None
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FlowModule.training_step
+
+    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = original(self, batch, batch_idx)
+        return loss * math.inf if batch_idx == 4 else loss
+
+    monkeypatch.setattr(FlowModule, "training_step", training_step)
+    with pytest.raises(TrainingError, match=r"gradient's norm is .* at training step 5.*last good checkpoint"):
+        run(recipe, tmp_path)
+    folder = RunFolder(tmp_path / "digits" / "0")
+    assert read_checkpoint(folder.last)["progress"]["batches"] == 4
+    assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
+
+
+def test_an_explosion_stops_with_one_message(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="training stopped: .*at training step"):
+        run(recipe.override(["optimizer.lr=1e3", "optimizer.warmup=0"]), tmp_path)
+
+
+def test_a_failed_solve_stops_with_one_message(recipe: Recipe, tmp_path: Path) -> None:
+    vanilla = recipe.vanilla().override(["solver.max_nfe=3"])
+    with pytest.raises(TrainingError, match=r"solver failed at training step 1.*No checkpoint") as caught:
+        run(vanilla, tmp_path)
+    assert isinstance(caught.value.__cause__, TrainingError)
+    assert isinstance(caught.value.__cause__.__cause__, SolverError)
+
+
+def test_vanilla_trains_without_penalties_and_still_measures_them(recipe: Recipe, tmp_path: Path) -> None:
+    vanilla = recipe.vanilla().override(["solver.atol=1e-3", "solver.rtol=1e-3", "training.max_steps=2"])
+    result = run(vanilla, tmp_path)
+    assert result.folder.path.parent.name == "digits-vanilla"
+    first, *_, last = rows(result)
+    assert "train/kinetic" not in first
+    assert float(first["train/loss"]) == pytest.approx(
+        (float(first["train/bpd"]) - math.log2(17)) * math.log(2), abs=1e-5
+    )
+    assert float(last["val/kinetic"]) > 0
+    assert load_flow(result.folder.path).solver == vanilla.test_solver
+
+
+def test_the_step_is_equation_17(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = recipe.override(["regularizers.kinetic=0.3", "regularizers.jacfrob=0", "solver.trace_quadrature=full"])
+    data = load_images(recipe)
+    module = FlowModule(recipe, data, Plan.of(recipe, len(data.train)), RunFolder(tmp_path))
+    module.log = lambda *args, **options: None  # pyright: ignore
+    with torch.no_grad():
+        for parameter in module.flow.parameters():
+            parameter.add_(0.01)
+    seen = {}
+    module.flow.register_forward_hook(lambda flow, args, output: seen.update(output=output))
+    loss = module.training_step(torch.from_numpy(data.train[:5].copy()), 0)
+    output = seen["output"]
+    wanted = -(standard_normal_log_prob(output.z) + output.logdet) + 0.3 * output.regularization["kinetic"]
+    torch.testing.assert_close(loss, wanted.mean() / 64)
+    assert float(output.regularization["jacfrob"].mean()) > 0
+    assert float(module.row["train/jacfrob"]) == pytest.approx(float(output.regularization["jacfrob"].mean()) / 64)
+
+
+def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path)
+    with pytest.raises(ConfigError, match="has done 6 of 6 steps: raise --max-steps"):
+        run(recipe, tmp_path, resume=result.folder.path)
+    with pytest.raises(CheckpointError, match="model.hidden is 8 there and 9 here"):
+        run(recipe.override(["model.hidden=9"]), tmp_path, resume=result.folder.path)
+    save_flow(load_flow(result.folder.path), tmp_path / "flow.ckpt", recipe=recipe)
+    with pytest.raises(CheckpointError, match="weights only"):
+        run(recipe, tmp_path, resume=tmp_path / "flow.ckpt")
+    assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
+
+
+def test_data_that_does_not_fit_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1x8x8 with 17 levels, but the recipe digits is for 1x8x8 with 256"):
+        run(recipe.override(["data.levels=256"]), tmp_path)
+    with pytest.raises(ConfigError, match="unknown data set 'digitz'; did you mean 'digits'"):
+        run(recipe.override(["data.name=digitz"]), tmp_path)
+    with pytest.raises(ConfigError, match="200 training images do not fill one batch of 300"):
+        run(recipe.override(["data.batch_size=300"]), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accelerator": "abacus"}, "device or precision cannot be used.*abacus"),
+        ({"devices": 0}, "device or precision cannot be used"),
+        ({"devices": "many"}, "device or precision cannot be used"),
+        ({"max_time": 0}, "time limit must be positive"),
+    ],
+)
+def test_machines_that_are_not_there(recipe: Recipe, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit(recipe, **{"runs": tmp_path, "accelerator": "cpu", "devices": 1, "progress": False, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_precision(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="precision"):
+        run(recipe.override(["training.precision=8-bits"]), tmp_path)
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ConfigError, match="'abacus' cannot be used"):
+        pick_device("abacus")
+
+
+def test_runs_that_cannot_be_written(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot make a run folder.*--runs"):
+        run(recipe, tmp_path / "file")
+
+
+def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("a,step\n1,1\n2,2\n3,3\n4,3\n5,\nbroken\n")
+    logger = RunLogger(folder, keep=2)
+    logger.log_metrics({"b": 7.0}, step=3)
+    logger.save()
+    assert folder.metrics.read_text().split() == ["a,b,step", "1,,1", "2,,2", ",7.0,3"]
+
+
+# the plan ------------------------------------------------------------------------------------------------------
+
+
+def test_plan(recipe: Recipe) -> None:
+    plan = Plan.of(recipe.override(["training.max_steps=none", "training.max_epochs=3"]), 230)
+    assert (plan.steps_per_epoch, plan.total, plan.check_every) == (4, 12, 4)
+    by_epochs = recipe.override(["training.check_every_steps=none", "training.check_every=2", "training.max_steps=9"])
+    assert Plan.of(by_epochs, 230).check_every == 8
+    assert Plan.of(by_epochs, 230, world=2).steps_per_epoch == 2
+    assert Plan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
+    assert Plan.of(by_epochs, 2000).check_every == 9  # never longer than the run
+
+
+def test_each_epoch_is_a_new_order_of_all_images() -> None:
+    plan = Plan(images=10, batch_size=3, world=1, total=9, check_every=3)
+    batches = list(StepBatches(plan, seed=0))
+    assert len(batches) == len(StepBatches(plan, seed=0)) == 9
+    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 9
+        assert set(epoch) <= set(range(10))
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert list(StepBatches(plan, seed=1)) != batches
+    for start in range(9):
+        assert list(StepBatches(plan, seed=0, start=start)) == batches[start:]
+
+
+def test_devices_share_what_one_would_see() -> None:
+    whole = list(StepBatches(Plan(20, 6, 1, 7, 1), seed=3))
+    parts = [list(StepBatches(Plan(20, 3, 2, 7, 1), seed=3, rank=rank)) for rank in (0, 1)]
+    assert [first + second for first, second in zip(*parts, strict=True)] == whole
+
+
+def test_learning_rate() -> None:
+    constant = learning_rate_factor(Optimizer(warmup=4), total=100)
+    assert [constant(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert learning_rate_factor(Optimizer(warmup=0), total=100)(0) == 1
+    cosine = learning_rate_factor(Optimizer(warmup=4, schedule="cosine"), total=104)
+    assert [cosine(step) for step in (0, 4, 54, 104)] == pytest.approx([0.25, 1, 0.5, 0])
+    assert cosine(200) == pytest.approx(0)
+
+
+def test_limits_on_images(recipe: Recipe) -> None:
+    data = load_images(recipe)
+    assert (len(data.train), len(data.val)) == (200, 60)
+    assert len(load_images(recipe, all_val=True).val) == len(get_dataset("digits").val) == 297
