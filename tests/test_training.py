@@ -188,7 +188,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
 
 
 def test_an_explosion_stops_with_one_message(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="training stopped: .*at training step"):
+    with pytest.raises(TrainingError, match=r"training stopped: .*at training step"):
         run(recipe.override(["optimizer.lr=1e3", "optimizer.warmup=0"]), tmp_path)
 
 
@@ -227,15 +227,16 @@ def test_the_step_is_equation_17(recipe: Recipe, tmp_path: Path) -> None:
     output = seen["output"]
     wanted = -(standard_normal_log_prob(output.z) + output.logdet) + 0.3 * output.regularization["kinetic"]
     torch.testing.assert_close(loss, wanted.mean() / 64)
-    assert float(output.regularization["jacfrob"].mean()) > 0
-    assert float(module.row["train/jacfrob"]) == pytest.approx(float(output.regularization["jacfrob"].mean()) / 64)
+    jacfrob = output.regularization["jacfrob"].detach().mean()
+    assert jacfrob > 0
+    torch.testing.assert_close(module.row["train/jacfrob"], jacfrob / 64)
 
 
 def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, tmp_path: Path) -> None:
     result = run(recipe, tmp_path)
-    with pytest.raises(ConfigError, match="has done 6 of 6 steps: raise --max-steps"):
+    with pytest.raises(ConfigError, match=r"has done 6 of 6 steps: raise --max-steps"):
         run(recipe, tmp_path, resume=result.folder.path)
-    with pytest.raises(CheckpointError, match="model.hidden is 8 there and 9 here"):
+    with pytest.raises(CheckpointError, match=r"model\.hidden is 8 there and 9 here"):
         run(recipe.override(["model.hidden=9"]), tmp_path, resume=result.folder.path)
     save_flow(load_flow(result.folder.path), tmp_path / "flow.ckpt", recipe=recipe)
     with pytest.raises(CheckpointError, match="weights only"):
@@ -300,7 +301,9 @@ def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
 def test_plan(recipe: Recipe) -> None:
     plan = Plan.of(recipe.override(["training.max_steps=none", "training.max_epochs=3"]), 230)
     assert (plan.steps_per_epoch, plan.total, plan.check_every) == (4, 12, 4)
-    by_epochs = recipe.override(["training.check_every_steps=none", "training.check_every=2", "training.max_steps=9"])
+    by_epochs = recipe.override(
+        ["training.check_every_steps=none", "training.check_every=2", "training.max_steps=9"]
+    )
     assert Plan.of(by_epochs, 230).check_every == 8
     assert Plan.of(by_epochs, 230, world=2).steps_per_epoch == 2
     assert Plan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
@@ -311,7 +314,7 @@ def test_each_epoch_is_a_new_order_of_all_images() -> None:
     plan = Plan(images=10, batch_size=3, world=1, total=9, check_every=3)
     batches = list(StepBatches(plan, seed=0))
     assert len(batches) == len(StepBatches(plan, seed=0)) == 9
-    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[*batches[i], *batches[i + 1], *batches[i + 2]] for i in (0, 3, 6)]
     for epoch in epochs:
         assert len(set(epoch)) == 9
         assert set(epoch) <= set(range(10))

@@ -24,10 +24,9 @@ class Duration(click.ParamType):
         seconds = 0.0
         if re.fullmatch(r"\d+(\.\d+)?", text):
             seconds = float(text)
-        elif re.fullmatch(r"\d+:\d\d(:\d\d)?", text):
-            for part in text.split(":"):
-                seconds = 60 * seconds + float(part)
-            seconds *= 60 if text.count(":") == 1 else 1
+        elif re.fullmatch(r"\d+:\d\d:\d\d", text):
+            hours, minutes, rest = map(int, text.split(":"))
+            seconds = 3600.0 * hours + 60 * minutes + rest
         elif re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
             seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", text))
         if seconds <= 0:

@@ -1,0 +1,323 @@
+"""The command line: what it prints, and that whatever goes wrong is one message and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from rnode_plugin import __version__, plugins
+from rnode_plugin.cli import main
+from rnode_plugin.cli.options import Duration
+from rnode_plugin.cli.tables import duration, table
+from rnode_plugin.hookspecs import hookimpl
+
+TINY = [
+    "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--accelerator", "cpu", "--devices", "1",
+    *(part for setting in (
+        "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
+        "training.sample_images=2", "training.check_every_steps=none", "training.check_every=1",
+    ) for part in ("--set", setting)),
+]  # fmt: skip
+
+
+def rnode(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="rnode-cli")
+
+
+def rnode_process(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rnode_plugin", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def failure(result: Result, code: int) -> str:
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    result = rnode("train", "digits", *TINY, "--max-steps", "3", "--runs", str(runs))
+    assert result.exit_code == 0, result.output
+    return runs / "digits" / "0"
+
+
+# help ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    heavy = "torch", "torchdyn", "torchvision", "pytorch_lightning", "matplotlib", "sklearn", "numpy"
+    code = (
+        "import sys\nfrom rnode_plugin.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        f"print('heavy', [m for m in {heavy} if m in sys.modules])"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "heavy []" in done.stdout
+    # processor time, not the clock's: the machine may be busy
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    for name in ("train", "eval", "sample", "recipes", "data", "plugins"):
+        assert re.search(rf"^  {name} +[A-Z]", done.stdout, re.M), name
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "sample", "recipes", "data", "plugins"])
+def test_each_command_has_help(command: str) -> None:
+    result = rnode(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: rnode-cli " + command in result.output
+
+
+def test_version() -> None:
+    assert rnode("--version").output == f"rnode-cli, version {__version__}\n"
+
+
+def test_a_broken_command_leaves_the_help_of_the_others() -> None:
+    class Broken:
+        @hookimpl
+        def rnode_register_commands(self):
+            return {"broken": "no_such_module_at_all:command"}
+
+    plugins.register(Broken(), name="broken-plugin")
+    try:
+        result = rnode("--help")
+        assert result.exit_code == 0
+        assert "cannot be loaded" in result.output
+        assert "Train the flow" in result.output
+        assert "no_such_module_at_all" in failure(rnode("broken"), 1)
+    finally:
+        plugins.unregister("broken-plugin")
+
+
+def test_a_plugin_s_command_is_a_command() -> None:
+    @click.command()
+    def hello() -> None:
+        click.echo("hello there")
+
+    class Friendly:
+        @hookimpl
+        def rnode_register_commands(self):
+            return {"hello": hello}
+
+    plugins.register(Friendly(), name="friendly")
+    try:
+        assert rnode("hello").output == "hello there\n"
+    finally:
+        plugins.unregister("friendly")
+
+
+# recipes -------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_listed_and_shown() -> None:
+    assert re.findall(r"^\w+", rnode("recipes").output, re.M) == plugins.names("recipes")
+    shown = rnode("recipes", "show", "mnist", "--set", "optimizer.lr=5e-4").output
+    assert re.search(r"^optimizer.lr +0.0005$", shown, re.M)
+    assert re.search(r"^data.shape +1,28,28$", shown, re.M)
+    assert re.search(r"^paper.bits_dirty +0.97$", shown, re.M)
+    vanilla = json.loads(rnode("recipes", "show", "mnist", "--vanilla", "--json").output)
+    assert vanilla["regularizers"] == {}
+    assert vanilla["solver"]["method"] == "dopri5"
+
+
+# train, eval, sample -------------------------------------------------------------------------------------------
+
+
+def test_train_ends_with_a_table(trained: Path) -> None:
+    result = rnode("train", "--resume", str(trained), "--max-steps", "5", "--accelerator", "cpu", "--devices", "1")
+    assert result.exit_code == 0, result.output
+    table = dict(re.findall(r"^(\S.*?)  +(\S.*)$", result.output, re.M))
+    assert table["steps"] == "5 of 5"
+    assert re.match(r"\d\.\d{4} ± 0\.\d{4} \(images\)", table["bits/dim dirty"])
+    assert "no bound" in table["bits/dim clean"]
+    assert table["NFE"].startswith("24.0 per batch")
+    assert {"training", "kinetic / dim", "jacfrob / dim", "evaluation"} <= set(table)
+    for name in ("checkpoint", "metrics", "samples"):
+        assert Path(table[name]).is_file()
+    assert "Warning" not in result.output
+    assert result.output.startswith("digits: ")
+    assert str(trained) in result.output
+
+
+def test_eval(trained: Path) -> None:
+    options = ["--draws", "2", "--limit", "30", "--device", "cpu"]
+    found = json.loads(rnode("eval", str(trained), *options, "--json").output)
+    assert (found["images"], found["draws"], found["recipe"]) == (30, 2, "digits")
+    assert 2 < found["clean"]["mean"] < 6
+    assert found["dirty"]["stderr_draws"] > 0
+    assert found["nfe_min"] == found["nfe_max"] == 24
+    text = rnode("eval", str(trained / "checkpoints" / "last.ckpt"), *options).output
+    assert re.search(r"^bits/dim dirty +\d\.\d{4} ± \d\.\d{4} \(images\) ± \d\.\d{4} \(noise\)", text, re.M)
+    assert "30, 2 draws of noise" in text
+    finer = json.loads(rnode("eval", str(trained), *options, "--solver", "step=0.25", "--json").output)
+    assert finer["nfe_max"] == 96
+
+
+def test_eval_uses_all_held_out_images_unless_told(trained: Path) -> None:
+    found = json.loads(rnode("eval", str(trained), "--draws", "1", "--json").output)
+    assert found["images"] == 297  # training validated on 40
+
+
+def test_sample(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "grid.png"
+    result = rnode("sample", str(trained), "-t", "0.5", "-t", "1", "-n", "4", "--out", str(out), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert result.output == f"4 images at temperature 0.5, 1: {out}\n"
+    assert Image.open(out).size == (4 * 66 + 2, 2 * (66 + 2))
+
+
+# what goes wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'"),
+        (["train"], "name a RECIPE"),
+        (["train", "digits", "--max-stepz", "3"], "No such option"),
+        (["train", "digits", "--max-steps", "many"], "not a valid integer"),
+        (["train", "digits", "--max-time", "soon"], "no span of time"),
+        (["train", "digits", "--max-time", "0"], "no span of time"),
+        (["train", "digits", "again"], "unexpected extra argument"),
+        (["train", "--resume", "x", "--vanilla"], "cannot go with --resume"),
+        (["train", "mnist", "--resume", "RUN"], "is a run of digits, not of mnist"),
+        (["eval"], "Missing argument 'RUN'"),
+        (["eval", "RUN", "--draws", "0"], "Invalid value for '--draws'"),
+        (["sample", "RUN", "--temperature", "0"], "Invalid value for '-t'"),
+        (["sample", "RUN", "--count", "0"], "Invalid value for '--count'"),
+        (["recipes", "shwo", "mnist"], "No such command 'shwo'"),
+    ],
+)
+def test_wrong_usage_exits_2(arguments: list[str], message: str, trained: Path) -> None:
+    given = [str(trained) if each == "RUN" else each for each in arguments]
+    assert message in failure(rnode(*given), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "digitz"], "Error: unknown recipe 'digitz'; did you mean 'digits'"),
+        (["train", "digits", "--set", "optimizer.rate=1"], "Error: unknown setting 'optimizer.rate'"),
+        (["train", "digits", "--set", "optimizer.lr=fast"], "Error: optimizer.lr: expected a finite number"),
+        (["train", "digits", "--set", "optimizer.lr"], "write group.key=value"),
+        (["train", "digits", "--max-steps", "0"], "training.max_steps must be at least 1"),
+        (["train", "digits", "--batch-size", "-5"], "data.batch_size must be at least 1"),
+        (["train", "digits", "--batch-size", "5000"], "do not fill one batch"),
+        (["train", "digits", "--limit-train", "0"], "data.train_images must be at least 1"),
+        (["train", "digits", "--seed", "-1"], "training.seed must be at least 0"),
+        (["train", "digits", "--data", "nothing"], "unknown data set 'nothing'"),
+        (["train", "digits", "--data", "folder", "--data-root", "EMPTY"], "folder"),
+        (["train", "mnist", "--data-root", "EMPTY"], "--download"),
+        (["train", "digits", "--accelerator", "abacus"], "device or precision cannot be used"),
+        (["train", "digits", "--precision", "8-bits"], "device or precision cannot be used"),
+        (["train", "digits", "--set", "regularizers.kinetic=-1"], "must not be negative"),
+        (["train", "--resume", "EMPTY"], "no checkpoint in"),
+        (["train", "--resume", "EMPTY/none.ckpt"], "no such file or folder"),
+        (["train", "--resume", "RUN", "--set", "model.hidden=9"], "model.hidden is 8 there and 9 here"),
+        (["train", "--resume", "RUN", "--max-steps", "1"], "nothing is left|raise --max-steps"),
+        (["train", "digits", "--runs", "FILE"], "cannot make a run folder"),
+        (["eval", "EMPTY"], "no checkpoint in"),
+        (["eval", "FILE"], "cannot be read"),
+        (["eval", "RUN", "--device", "abacus"], "'abacus' cannot be used"),
+        (["eval", "RUN", "--solver", "method=rk5"], "unknown solver method 'rk5'"),
+        (["eval", "RUN", "--solver", "methd=rk4"], "unknown setting 'test_solver.methd'"),
+        (["sample", "FILE"], "cannot be read"),
+        (["sample", "RUN", "-n", "1", "--out", "FILE/x.png"], "cannot write"),
+        (["recipes", "show", "nothing"], "unknown recipe 'nothing'"),
+    ],
+)
+def test_failures_exit_1(
+    arguments: list[str], message: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("text")
+    places = {"RUN": trained, "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}
+    given = [re.sub("RUN|EMPTY|FILE", lambda m: str(places[m[0]]), each) for each in arguments]
+    output = failure(rnode(*given), 1)
+    assert re.search(message, output), output
+    assert output.count("Error:") == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "file"]  # nothing was begun
+
+
+def test_an_explosion_is_one_message(tmp_path: Path) -> None:
+    options = ["--set", "optimizer.lr=1e3", "--set", "optimizer.warmup=0", "--max-steps", "20"]
+    result = rnode("train", "digits", *TINY, *options, "--runs", str(tmp_path))
+    assert re.search(r"Error: training stopped: .*last good checkpoint|Error: .*No checkpoint", failure(result, 1))
+
+
+def test_ctrl_c_while_training_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rnode_plugin", "train", "digits", *TINY, "--max-steps", "100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, "--runs", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        wait_for(lambda: (tmp_path / "digits" / "0" / "checkpoints" / "last.ckpt").is_file())
+        process.send_signal(signal.SIGINT)
+        output = process.stdout.read()
+    assert process.returncode == 130, output
+    assert re.search(r"SIGINT after step \d+ of 100000; --resume \S+digits/0 goes on", output)
+    assert "Traceback" not in output
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_as_a_module_in_a_dumb_terminal(tmp_path: Path) -> None:
+    done = rnode_process(
+        "train", "digits", *TINY, "--max-steps", "2", cwd=tmp_path, env={**os.environ, "TERM": "dumb"}
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "step 2/2" in done.stdout
+    assert "\r" not in done.stdout
+    assert [each.name for each in tmp_path.iterdir()] == ["runs"]  # no folder of Lightning's
+    failed = rnode_process("recipes", "show", "nothing")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("Error: unknown recipe")
+
+
+# small parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("1.5", 1.5), ("20m", 1200), ("1h30m", 5400), ("2d", 172800), ("01:30:05", 5405)],
+)
+def test_spans_of_time(text: str, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "1:2:3"])
+def test_not_a_span_of_time(text: str) -> None:
+    with pytest.raises(click.UsageError, match="no span of time"):
+        Duration().convert(text, None, None)
+
+
+def test_tables() -> None:
+    assert table([("a", "1"), ("long", "2")]) == "a     1\nlong  2"
+    assert [duration(s) for s in (1.23, 245, 7620)] == ["1.2 s", "4 min 05 s", "2 h 07 min"]
