@@ -47,5 +47,8 @@ def rnode_register_recipes() -> Mapping[str, str]:
 
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
-    names = ("train", "eval", "sample", "recipes", "data", "plugins", "exec")
-    return {name: f"rnode_plugin.cli.{name}:{name}" for name in names}
+    names = ("train", "eval", "sample", "recipes", "data", "plugins")
+    return {
+        "exec": "rnode_plugin.cli.exec:exec_script",
+        **{name: f"rnode_plugin.cli.{name}:{name}" for name in names},
+    }

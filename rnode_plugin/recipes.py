@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import plugins
-from .errors import ConfigError
+from .errors import ConfigError, PluginError
 from .settings import from_plain, override, to_plain, walk
 from .solve.config import Solver
 
@@ -274,5 +274,9 @@ def get_recipe(name: str) -> Recipe:
 
     Raises:
         ConfigError: for an unknown name; the known ones are listed.
+        PluginError: the plugin that offers it returned something else.
     """
-    return plugins.get("recipes", name)()
+    recipe = plugins.get("recipes", name)()
+    if not isinstance(recipe, Recipe):
+        raise PluginError(f"recipe {name!r}: its plugin returned {type(recipe).__name__}, not a Recipe.")
+    return recipe

@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 
 from rnode_plugin import discovery, get_recipe, hookimpl, hookspecs, plugins
+from rnode_plugin.cli import main
 from rnode_plugin.cli.plugins import plugins as plugins_command
 from rnode_plugin.data import get_dataset
 from rnode_plugin.dynamics import Dynamics
@@ -121,6 +122,7 @@ def test_every_builtin_reference_leads_somewhere(kind, name):
     elif kind == "commands":
         assert isinstance(value, click.Command)
         assert value.name == name
+        assert value.help
     else:
         assert callable(value)
 
@@ -613,6 +615,36 @@ def test_command_lists_plugins(install, monkeypatch):
     assert "no_such_module_anywhere" in rows["bad-ep"]["error"]
     assert "Traceback" in rows["bad-ep"]["traceback"]
     assert set(KINDS) == set(rows["builtin"]["registers"])
+
+
+def test_what_a_plugin_offers_must_be_of_its_kind(monkeypatch):
+    class Wrong:
+        @hookimpl
+        def rnode_register_commands(self):
+            return {"wrong-command": len}
+
+        @hookimpl
+        def rnode_register_recipes(self):
+            return {"wrong-recipe": dict}
+
+        @hookimpl
+        def rnode_register_datasets(self):
+            return {"wrong-data": lambda *, root, download, size: [1, 2]}
+
+    registry = Registry()
+    registry.register(Wrong(), name="wrong")
+    monkeypatch.setattr(plugins, "get", registry.get)
+    monkeypatch.setattr(plugins, "names", registry.names)
+    text = CliRunner().invoke(main, ["--help"])
+    assert text.exit_code == 0
+    assert re.search(r"wrong-command +\(cannot be loaded", text.output)
+    failed = CliRunner().invoke(main, ["wrong-command"])
+    assert failed.exit_code == 1
+    assert failed.output.startswith("Error: the command 'wrong-command'")
+    with pytest.raises(PluginError, match="recipe 'wrong-recipe': its plugin returned dict, not a Recipe"):
+        get_recipe("wrong-recipe")
+    with pytest.raises(PluginError, match="data set 'wrong-data': its plugin returned list, not an ImageData"):
+        get_dataset("wrong-data")
 
 
 def test_group_name_is_the_one_that_pyproject_uses():

@@ -48,7 +48,7 @@ def run(site: Path, code: str, **variables: str) -> str:
 
 
 def test_it_is_listed_and_can_be_blocked(site):
-    command = "from rnode_plugin.cli.plugins import plugins; plugins(['--json'])"
+    command = "from rnode_plugin.cli import main; main(['plugins', '--json'])"
     rows = {row["name"]: row for row in json.loads(run(site, command))}
     found = rows["arclength"]
     assert (found["distribution"], found["version"], found["error"]) == ("rnode-arclength", "1.0.0", None)
@@ -66,6 +66,26 @@ def test_listing_it_does_not_import_torch(site):
         print("arclength" in plugins.names("regularizers"), "torch" in sys.modules)
     """
     assert run(site, code).split() == ["True", "False"]
+
+
+def test_it_is_a_penalty_of_torchdyn_models(site):
+    """README's use: ``NeuralODE`` with the name. The path of a constant field is straight, of length ``|v| T``."""
+    code = """
+        import torch
+        from rnode_plugin import NeuralODE
+
+        layer = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            layer.weight.zero_()
+            layer.bias.copy_(torch.tensor([3.0, 4.0]))
+        model = NeuralODE(layer, solver="rk4", regularizers={"kinetic": 0.01, "arclength": 0.05})
+        model(torch.zeros(3, 2), torch.linspace(0, 2, 5))
+        print(*model.regularization["arclength"].tolist(), model.reg_loss().item())
+    """
+    *lengths, loss = map(float, run(site, code).split()[-4:])
+    assert lengths == pytest.approx([10.0] * 3, rel=1e-6)
+    # eq. 17 divides by the two dimensions; the energy is |v|^2 T = 50
+    assert loss == pytest.approx((0.01 * 50 + 0.05 * 10) / 2, rel=1e-6)
 
 
 def test_its_integral_is_the_length_of_the_path(site):

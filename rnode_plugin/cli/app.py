@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .. import __version__, plugins
-from ..errors import RnodeError, suggest
+from ..errors import PluginError, RnodeError, suggest
 
 __all__ = ["main"]
 
@@ -16,6 +16,13 @@ class _Failure(click.ClickException):
     """A failure as one message and exit code 1."""
 
     exit_code = 1
+
+
+def _command(name: str) -> click.Command:
+    command = plugins.get("commands", name)
+    if not isinstance(command, click.Command):
+        raise PluginError(f"the command {name!r}: its plugin registers {command!r}, which is no click command.")
+    return command
 
 
 class _Commands(click.Group):
@@ -27,7 +34,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in plugins.names("commands"):
             return None
-        return plugins.get("commands", cmd_name)
+        return _command(cmd_name)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in (known := self.list_commands(ctx)):
@@ -38,8 +45,7 @@ class _Commands(click.Group):
         rows = []
         for name in self.list_commands(ctx):
             try:
-                command = plugins.get("commands", name)
-                rows.append((name, command.get_short_help_str(formatter.width - 20)))
+                rows.append((name, _command(name).get_short_help_str(formatter.width - 20)))
             except RnodeError as error:  # one broken plugin must not take the help away
                 rows.append((name, f"(cannot be loaded: {error})"))
         with formatter.section("Commands"):
