@@ -1,4 +1,4 @@
-"""What happens around the training steps: stopping, checkpoints, sample grids, and what the terminal shows.
+"""What happens around the training steps: stopping, metrics, checkpoints, sample grids.
 
 The hooks take any LightningModule by their signature; these callbacks are of use for a
 :class:`~rnode_plugin.flow_module.FlowModule` only.
@@ -7,7 +7,6 @@ The hooks take any LightningModule by their signature; these callbacks are of us
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import threading
@@ -19,12 +18,12 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as L
-from pytorch_lightning.callbacks import Callback, ProgressBar, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback
 
 from .errors import RnodeError, SolverError
 from .sampling import sample_images, save_grid
 
-__all__ = ["Interrupted", "LineProgress", "RunControl", "SampleGrids", "TrainingError", "progress_display"]
+__all__ = ["Interrupted", "RunControl", "SampleGrids", "TrainingError"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -158,70 +157,3 @@ class SampleGrids(Callback):
             return
         path = pl_module.folder.samples / f"step-{pl_module.batches:07d}.png"
         save_grid(path, samples, levels=flow.levels, columns=self._images)
-
-
-_SHOWN = {"train/bpd": "bits/dim", "train/nfe": "NFE", "val/bpd": "val bits/dim"}
-
-
-def _shown_metrics(metrics: dict[str, Any]) -> dict[str, str]:
-    shown = {}
-    for name, label in _SHOWN.items():
-        if name in metrics:
-            shown[label] = f"{float(metrics[name]):.0f}" if label == "NFE" else f"{float(metrics[name]):.4f}"
-    return shown
-
-
-class _Bar(TQDMProgressBar):
-    """Lightning's bar over all steps of the run, with bits/dim and NFE."""
-
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=1)
-
-    def init_validation_tqdm(self) -> Any:
-        bar = super().init_validation_tqdm()
-        bar.disable = True  # a second bar for seconds of validation only makes the terminal jump
-        return bar
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("training")
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        return dict(_shown_metrics(trainer.progress_bar_metrics))
-
-
-class LineProgress(ProgressBar):
-    """A line now and then, for terminals without cursor movement and for log files.
-
-    Args:
-        interval: least seconds between two lines.
-    """
-
-    def __init__(self, interval: float = 10.0) -> None:
-        super().__init__()
-        self._interval, self._last = interval, time.monotonic()
-
-    def disable(self) -> None:
-        self._interval = math.inf
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if time.monotonic() - self._last >= self._interval:
-            self._print(trainer, pl_module, batch_idx + 1)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if self._interval < math.inf:
-            self._print(trainer, pl_module, pl_module.batches)
-
-    def _print(self, trainer: L.Trainer, module: Any, done: int) -> None:
-        self._last = time.monotonic()
-        shown = "  ".join(f"{name} {value}" for name, value in _shown_metrics(trainer.progress_bar_metrics).items())
-        pace = module.train_seconds / max(done, 1)
-        print(f"step {done}/{module.plan.total}  {shown}  {pace:.2f} s/step", flush=True)
-
-
-def progress_display() -> ProgressBar:
-    """A bar where the terminal can redraw a line, else plain lines."""
-    redraws = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    return _Bar() if redraws else LineProgress()

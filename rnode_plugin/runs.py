@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples"
 
+    @property
+    def result(self) -> Path:
+        """How the run ended and what its best weights measure; absent while it runs and after an interruption."""
+        return self.path / "result.json"
+
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
         """The next free version under ``runs/RECIPE``.
@@ -79,14 +85,27 @@ class RunFolder:
         return RunFolder(checkpoint.parent.parent) if inside else None
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
-        """Write ``recipe.json`` and ``environment.json``.
+        """Write ``recipe.json`` and ``environment.json``; the result of an earlier part of the run goes.
 
         Raises:
             CheckpointError: they cannot be written.
         """
-        for name, contents in (("recipe", recipe.to_plain()), ("environment", environment(device))):
-            text = json.dumps(contents, indent=2) + "\n"
-            write_atomically(self.path / f"{name}.json", lambda file, text=text: file.write(text.encode()))
+        self.result.unlink(missing_ok=True)
+        _write_json(self.path / "recipe.json", recipe.to_plain())
+        _write_json(self.path / "environment.json", environment(device))
+
+    def conclude(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json``.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        _write_json(self.result, result)
+
+
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    text = json.dumps(contents, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

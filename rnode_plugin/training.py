@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import warnings
@@ -17,12 +18,13 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
-from .callbacks import Interrupted, RunControl, SampleGrids, TrainingError, progress_display
+from .callbacks import Interrupted, RunControl, SampleGrids, TrainingError
 from .checkpoints import LAST, find_checkpoint, load_flow, read_checkpoint, recipe_of
 from .data import ImageData, get_dataset
 from .errors import CheckpointError, ConfigError, DataError
 from .evaluation import Evaluation, evaluate
 from .flow_module import FlowModule
+from .progress import batch_counter, progress_display
 from .recipes import Recipe
 from .runs import AtomicCheckpointIO, RunFolder, RunLogger
 from .sampling import sample_images, save_grid
@@ -107,7 +109,8 @@ def fit(
     """Train the flow of ``recipe`` and evaluate its best weights.
 
     Writes ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``, ``metrics.csv``, ``checkpoints/``
-    (``best.ckpt``, ``last.ckpt``) and ``samples/``. On a CPU, the same recipe gives the same numbers.
+    (``best.ckpt``, ``last.ckpt``), ``samples/`` and, at the end, ``result.json``. On a CPU, the same recipe gives
+    the same numbers.
 
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
@@ -158,15 +161,21 @@ def fit(
         if progress:
             _announce(module, trainer, done)
         try:
-            with control.signals_restored():
-                trainer.fit(module, ckpt_path=checkpoint)
+            if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
+                module.on_load_checkpoint(read_checkpoint(checkpoint))
+            else:
+                with control.signals_restored():
+                    trainer.fit(module, ckpt_path=checkpoint)
             stopped = "max_time" if control.out_of_time else "finished"
         except Interrupted as signal:
             return FitResult(folder, module.batches, plan.total, str(signal), module.seconds, None, None)
         except TrainingError as error:
             raise TrainingError(f"training stopped: {error} {_what_is_left(folder)}") from error
         seconds = module.seconds
-        evaluation, samples = _conclude(folder, recipe, data, trainer.strategy.root_device)
+        evaluation, samples = _conclude(folder, recipe, data, trainer.strategy.root_device, progress=progress)
+        if trainer.is_global_zero:
+            ended = {"stopped": stopped, "steps": module.batches, "planned": plan.total, "seconds": seconds}
+            folder.conclude({**ended, "evaluation": dataclasses.asdict(evaluation)})
     return FitResult(folder, module.batches, plan.total, stopped, seconds, evaluation, samples)
 
 
@@ -231,10 +240,12 @@ def _steps_done(checkpoint: Path, plan: Plan) -> int:
     """Steps behind a checkpoint.
 
     Raises:
-        ConfigError: none are left to do.
+        ConfigError: none are left to do, nor is the evaluation at the end of the run.
     """
     done = read_checkpoint(checkpoint)["progress"]["batches"]
-    if done >= plan.total:
+    folder = RunFolder.of_checkpoint(checkpoint)
+    to_evaluate = done == plan.total and folder is not None and not folder.result.exists()
+    if done >= plan.total and not to_evaluate:
         raise ConfigError(f"{checkpoint} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
     return done
 
@@ -255,12 +266,18 @@ def _what_is_left(folder: RunFolder) -> str:
 
 
 def _conclude(
-    folder: RunFolder, recipe: Recipe, data: ImageData, device: torch.device
+    folder: RunFolder, recipe: Recipe, data: ImageData, device: torch.device, *, progress: bool
 ) -> tuple[Evaluation, Path | None]:
     """Evaluate the best weights and draw the last grid from them."""
     flow = load_flow(folder.best, map_location=device)
     training = recipe.training
-    evaluation = evaluate(flow, data.val, batch_size=recipe.data.val_batch_size, seed=training.seed)
+    evaluation = evaluate(
+        flow,
+        data.val,
+        batch_size=recipe.data.val_batch_size,
+        seed=training.seed,
+        progress=batch_counter("evaluating the best weights") if progress else None,
+    )
     if not training.sample_images:
         return evaluation, None
     path = folder.samples / "best.png"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 
 import click
 
@@ -45,6 +44,7 @@ def eval(  # noqa: A001 - the command's name
     """
     from ..checkpoints import find_checkpoint, load_with_recipe
     from ..evaluation import evaluate
+    from ..progress import batch_counter
     from ..training import load_images, pick_device
     from .tables import evaluation_rows, table
 
@@ -61,15 +61,10 @@ def eval(  # noqa: A001 - the command's name
         draws=draws,
         solver=recipe.test_solver,
         seed=seed,
-        progress=None if as_json else _show,
+        progress=batch_counter("evaluating"),
     )
     if as_json:
         summary = {"checkpoint": str(path), "recipe": recipe.name, **dataclasses.asdict(result)}
         click.echo(json.dumps(summary, indent=2))
     else:
         click.echo(table([("checkpoint", str(path)), *evaluation_rows(result)]))
-
-
-def _show(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"\rbatch {done} of {total}" + ("\n" if done == total else ""), nl=False, err=True)

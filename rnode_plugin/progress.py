@@ -1,0 +1,105 @@
+"""What the terminal shows while something takes long: a bar where a line can be redrawn, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+import pytorch_lightning as L
+from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
+
+__all__ = ["LineProgress", "batch_counter", "progress_display"]
+
+_INTERVAL = 10.0  # least seconds between two plain lines
+
+_SHOWN = {"train/bpd": "bits/dim", "train/nfe": "NFE", "val/bpd": "val bits/dim"}
+
+
+def _shown_metrics(metrics: dict[str, Any]) -> dict[str, str]:
+    shown = {}
+    for name, label in _SHOWN.items():
+        if name in metrics:
+            shown[label] = f"{float(metrics[name]):.0f}" if label == "NFE" else f"{float(metrics[name]):.4f}"
+    return shown
+
+
+class _Bar(TQDMProgressBar):
+    """Lightning's bar over all steps of the run, with bits/dim and NFE."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return dict(_shown_metrics(trainer.progress_bar_metrics))
+
+
+class LineProgress(ProgressBar):
+    """A line now and then, for terminals without cursor movement and for log files.
+
+    Args:
+        interval: least seconds between two lines.
+    """
+
+    def __init__(self, interval: float = _INTERVAL) -> None:
+        super().__init__()
+        self._interval, self._last = interval, time.monotonic()
+
+    def disable(self) -> None:
+        self._interval = math.inf
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if time.monotonic() - self._last >= self._interval:
+            self._print(trainer, pl_module, batch_idx + 1)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if time.monotonic() - self._last >= self._interval:
+            self._last = time.monotonic()
+            print(f"validating, batch {batch_idx + 1} of {self.total_val_batches}", flush=True)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self._interval < math.inf:
+            self._print(trainer, pl_module, pl_module.batches)
+
+    def _print(self, trainer: L.Trainer, module: Any, done: int) -> None:
+        self._last = time.monotonic()
+        shown = "  ".join(f"{name} {value}" for name, value in _shown_metrics(trainer.progress_bar_metrics).items())
+        pace = module.train_seconds / max(done, 1)
+        print(f"step {done}/{module.plan.total}  {shown}  {pace:.2f} s/step", flush=True)
+
+
+def progress_display() -> ProgressBar:
+    """The display for Lightning's Trainer."""
+    return _Bar() if _redraws(sys.stdout) else LineProgress()
+
+
+def batch_counter(what: str) -> Callable[[int, int], None]:
+    """A callback ``(done, total)`` that shows the count of batches on the standard error."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if _redraws(sys.stderr):
+            print(
+                f"\r{what}, batch {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True
+            )
+        elif time.monotonic() - last >= _INTERVAL:
+            last = time.monotonic()
+            print(f"{what}, batch {done} of {total}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _redraws(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
