@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -86,8 +87,12 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     grids = ["best.png", "step-0000004.png", "step-0000006.png"]
     assert sorted(each.name for each in (folder / "samples").iterdir()) == grids
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoints", "environment.json", "metrics.csv", "recipe.json", "samples",
+        "checkpoints", "environment.json", "metrics.csv", "recipe.json", "result.json", "samples",
     ]  # fmt: skip
+    assert result.evaluation is not None
+    ended = json.loads((folder / "result.json").read_text())
+    assert (ended["stopped"], ended["steps"], ended["planned"]) == ("finished", 6, 6)
+    assert ended["evaluation"] == dataclasses.asdict(result.evaluation)
     found = rows(result)
     assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 4, 5, 6, 6]
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",
@@ -97,7 +102,6 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
     assert float(found[3]["epoch"]) == 1.0
     assert float(found[0]["train/nfe"]) == 24  # six blocks of four stages
-    assert result.evaluation is not None
     assert result.evaluation.images == 60
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
     assert result.evaluation.dirty.mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
@@ -236,6 +240,13 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, tmp_path: Pat
     result = run(recipe, tmp_path)
     with pytest.raises(ConfigError, match=r"has done 6 of 6 steps: raise --max-steps"):
         run(recipe, tmp_path, resume=result.folder.path)
+    assert result.evaluation is not None
+    result.folder.result.unlink()  # as a run leaves it that is killed during its last evaluation
+    again = run(recipe, tmp_path, resume=result.folder.path)
+    assert (again.steps, again.folder, again.stopped) == (6, result.folder, "finished")
+    assert again.evaluation is not None
+    assert again.evaluation.dirty == result.evaluation.dirty
+    assert result.folder.result.exists()
     with pytest.raises(CheckpointError, match=r"model\.hidden is 8 there and 9 here"):
         run(recipe.override(["model.hidden=9"]), tmp_path, resume=result.folder.path)
     save_flow(load_flow(result.folder.path), tmp_path / "flow.ckpt", recipe=recipe)
