@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
 import warnings
@@ -18,6 +19,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
+from . import plugins
 from .callbacks import Interrupted, RunControl, SampleGrids, TrainingError
 from .checkpoints import LAST, find_checkpoint, load_flow, read_checkpoint, recipe_of
 from .data import ImageData, get_dataset
@@ -69,7 +71,11 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
         ConfigError: there is no data set of that name.
     """
     wanted = recipe.data
-    data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1])
+    # a data set of one's own pictures comes in what the recipe asks for; others have what they have
+    asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
+    taken = inspect.signature(plugins.get("datasets", wanted.name)).parameters
+    options = {name: value for name, value in asked.items() if name in taken}
+    data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1], **options)
     if (data.shape, data.levels) != (wanted.shape, wanted.levels):
         raise DataError(
             f"the images of {wanted.name} are {_shape(data.shape)} with {data.levels} levels, but the recipe "

@@ -11,8 +11,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.callbacks import TrainingError
@@ -354,3 +356,14 @@ def test_limits_on_images(recipe: Recipe) -> None:
     data = load_images(recipe)
     assert (len(data.train), len(data.val)) == (200, 60)
     assert len(load_images(recipe, all_val=True).val) == len(get_dataset("digits").val) == 297
+
+
+def test_a_folder_comes_in_the_recipe_s_shape_and_levels(recipe: Recipe, tmp_path: Path) -> None:
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    settings = ["data.name=folder", f"data.root={tmp_path}", "data.levels=16", "data.train_images=none"]
+    data = load_images(recipe.override(settings))
+    assert (data.shape, data.levels) == ((1, 8, 8), 16)
+    assert len(data.train) + len(data.val) == 20
+    assert load_images(recipe.override([*settings, "data.shape=3,8,8"])).shape == (3, 8, 8)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from ..formatting import duration
 
 if TYPE_CHECKING:
     from ..evaluation import BitsPerDim, Evaluation
 
-__all__ = ["duration", "evaluation_rows", "table"]
+__all__ = ["evaluation_rows", "table"]
 
 
-def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Two aligned columns."""
-    rows = list(rows)
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def duration(seconds: float) -> str:
-    """``12.3 s``, ``4 min 05 s`` or ``2 h 07 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns, as many as each row has."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (f"{cell:<{width}}" for row in rows for cell, width in zip(row, widths, strict=True))
+    return "\n".join("  ".join(next(padded) for _ in row).rstrip() for row in rows)
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, str]]:

@@ -115,7 +115,8 @@ def _recipe_of_run(resume: str, name: str | None, ctx: click.Context) -> Recipe:
 
 
 def _print(result: FitResult) -> None:
-    from .tables import duration, evaluation_rows, table
+    from ..formatting import duration
+    from .tables import evaluation_rows, table
 
     folder = result.folder
     if result.evaluation is None:
