@@ -151,7 +151,8 @@ class _Backward:
 
         solution = integrate(adjoint_system, state, torch.stack([t1, t0]), self.plan)
         for i, gradient in enumerate(self.gradients):
-            gradient += solution.penalties[str(i)]
+            # of shape [1] for a scalar parameter where times have that shape
+            gradient += solution.penalties[str(i)].reshape(gradient.shape)
         return solution.z[-1] if path is not None else solution.z[-1, 1]
 
     def hamiltonian(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None, *, penalties: bool) -> Tensor:
