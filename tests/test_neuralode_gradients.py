@@ -1,0 +1,203 @@
+"""Gradients of NeuralODE in every mode: closed forms, what may not disturb them, and what torchdyn loses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from problems import Linear, Wave, linear_closed_form
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torchdyn.models import CNF as TorchdynCNF
+from torchdyn.models.cnf import hutch_trace
+from torchdyn.nn import DataControl
+
+from rnode_plugin import CNF, NeuralODE
+
+MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
+TIGHT = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
+BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def weighted(states: Tensor) -> Tensor:
+    """A loss that reads every output time, each with its own weight."""
+    weights = torch.linspace(0.5, 1.5, len(states), dtype=states.dtype)
+    return (weights[:, None] * states.flatten(1).sin()).sum() / len(states)
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.2)], ids=["forward", "reversed"])
+@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("solver", ["rk4", "rk4_38", "dopri5", "tsit5"])
+def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tuple[float, float]) -> None:
+    """Gradients of states at all output times and of both penalties, for state, parameters and times."""
+    adaptive = solver in ("dopri5", "tsit5")
+    field = Linear(3)
+    z0 = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    t = torch.linspace(*span, 4 if adaptive else 61, dtype=torch.float64).requires_grad_()
+    model = NeuralODE(
+        field, solver, sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact", **(TIGHT if adaptive else {})
+    )
+    t_eval, sol = model(z0, t)
+    at_span = [int((t_eval - time).abs().argmin()) for time in t.detach()]
+    torch.testing.assert_close(t_eval[at_span], t, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(weighted(sol[at_span]) + model.reg_loss(), [z0, t, field.a])
+    exact = linear_closed_form(field.a, z0, t)
+    loss = weighted(exact.z) + 0.3 * exact.kinetic.mean() / 3 + 0.2 * exact.jacfrob.mean() / 3
+    for ours, true in zip(found, torch.autograd.grad(loss, [z0, t, field.a]), strict=True):
+        assert relative(ours, true) < (1e-6 if sensitivity != "interpolated_adjoint" else 1e-5)
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_nonlinear_field_on_images_agrees_with_autograd(sensitivity: str) -> None:
+    """A field of any event shape that depends on time, all modes against backpropagation through fine steps."""
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1).double()
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return torch.tanh(self.conv(x)) * torch.cos(t)
+
+    torch.manual_seed(0)
+    field, x = Images(), torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    t = torch.linspace(0, 1, 3, dtype=torch.float64)
+    gradients = []
+    for mode in ("autograd", sensitivity):
+        torch.manual_seed(5)
+        model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers=BOTH, **TIGHT)
+        t_eval, sol = model(x, t)
+        loss = weighted(sol[[int((t_eval - s).abs().argmin()) for s in t]]) + model.reg_loss()
+        gradients.append(torch.autograd.grad(loss, list(field.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        assert relative(b, a) < 1e-6
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("kind", ["control", "noise"])
+def test_a_second_forward_before_backward_changes_nothing(kind: str, sensitivity: str) -> None:
+    torch.manual_seed(0)
+    if kind == "control":
+        field: nn.Module = nn.Sequential(DataControl(), nn.Linear(6, 3), nn.Tanh())
+    else:
+        field = TorchdynCNF(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), hutch_trace,
+                            torch.distributions.Independent(Normal(torch.zeros(2), torch.ones(2)), 1))  # fmt: skip
+    model = NeuralODE(field, "rk4", sensitivity=sensitivity, regularizers=BOTH)
+    x, other = torch.randn(4, 3), torch.randn(4, 3)
+    gradients = []
+    for disturbed in (False, True):
+        torch.manual_seed(7)
+        _, sol = model(x)
+        loss = sol[-1].square().sum() + model.reg_loss()
+        if disturbed:
+            model(other)
+            model.trajectory(other, torch.linspace(0, 1, 3))
+        gradients.append(torch.autograd.grad(loss, list(field.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_unused_and_frozen_parameters(sensitivity: str) -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.frozen, self.unused = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+            self.frozen.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.used(x) + self.frozen(x))
+
+    torch.manual_seed(0)
+    field = Partly()
+    model = NeuralODE(field, "dopri5", sensitivity=sensitivity, regularizers=BOTH)
+    _, sol = model(torch.randn(4, 3))
+    (sol[-1].sum() + model.reg_loss()).backward()
+    assert field.used.weight.grad is not None
+    assert bool(field.used.weight.grad.any())
+    assert field.frozen.weight.grad is None
+    unused = field.unused.weight.grad
+    assert unused is None or not bool(unused.any())
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "reversed"])
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_integral_loss_has_its_whole_gradient(sensitivity: str, span: tuple[float, float]) -> None:
+    """``a = |f|^2`` of ``f = k x`` depends on the parameter directly; torchdyn's adjoint leaves that part out."""
+    k = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = k
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.k * x
+
+    field = Field()
+    energy = lambda t, x: field(t, x).square().sum(1, keepdim=True)  # noqa: E731
+    x = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=torch.float64)
+    model = NeuralODE(field, "dopri5", sensitivity=sensitivity, integral_loss=energy, **TIGHT)
+    state = torch.cat([torch.zeros(2, 1, dtype=torch.float64), x], 1) if "adjoint" not in sensitivity else x
+    _, sol = model(state, torch.tensor(span, dtype=torch.float64))
+    (sol[-1, :, 0].sum() if "adjoint" not in sensitivity else 0 * sol.sum()).backward()
+    # the integral of k^2 |x|^2 exp(2 k (t - t0)) over time, signed
+    length = span[1] - span[0]
+    exact = (x.square().sum() * k / 2 * (torch.exp(2 * k * length) - 1)) if length else None
+    (true,) = torch.autograd.grad(exact, k)
+    assert abs(float(k.grad - true)) < 1e-6 * abs(float(true))
+
+
+def test_integral_loss_adds_to_another_loss_and_to_penalties() -> None:
+    field = Wave(2)
+    x, t = torch.randn(3, 2, dtype=torch.float64), torch.linspace(0, 1, 3, dtype=torch.float64)
+    cost = lambda t, x: (x.sin() ** 2).sum(1)  # noqa: E731
+    found = []
+    for mode in ("autograd", "adjoint"):
+        model = NeuralODE(field, "dopri5", sensitivity=mode, integral_loss=cost, regularizers={"kinetic": 1.0}, **TIGHT)
+        state = torch.cat([torch.zeros(3, 1, dtype=torch.float64), x], 1) if mode == "autograd" else x
+        _, sol = model(state, t)
+        loss = sol[-1, :, -2:].square().sum() + model.reg_loss()
+        if mode == "autograd":
+            loss = loss + sol[-1, :, 0].sum()
+        found.append(torch.autograd.grad(loss, list(field.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert relative(b, a) < 1e-6
+
+
+@pytest.mark.parametrize("make_cnf", [
+    lambda net: TorchdynCNF(net),
+    lambda net: TorchdynCNF(net, hutch_trace, torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64))),
+    lambda net: CNF(net),
+    lambda net: CNF(net, "rademacher"),
+], ids=["torchdyn", "torchdyn_hutchinson", "exact", "rademacher"])  # fmt: skip
+def test_cnf_with_penalties_agrees_in_all_modes(make_cnf: object) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Softplus(), nn.Linear(8, 2)).double()
+    x = torch.randn(3, 3, dtype=torch.float64)
+    t = torch.linspace(0, 1, 2, dtype=torch.float64)
+    gradients = []
+    for mode in MODES:
+        torch.manual_seed(5)
+        model = NeuralODE(make_cnf(net), "dopri5", sensitivity=mode, regularizers=BOTH, **TIGHT)
+        _, sol = model(x, t)
+        loss = sol[-1, :, 1:].square().sum() + sol[-1, :, 0].sum() + model.reg_loss()
+        # the last bias does not change a Jacobian or a trace, so all parameters but none get a gradient of zero
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert relative(b, a) < 1e-6
+
+
+def test_gradients_survive_a_copy_made_in_between() -> None:
+    torch.manual_seed(0)
+    model, x = NeuralODE(Wave(2), "rk4", regularizers=["kinetic"]), torch.randn(3, 2, dtype=torch.float64)
+    _, sol = model(x)
+    copied = copy.deepcopy(model)
+    (sol[-1].sum() + model.reg_loss()).backward()
+    assert all(p.grad is None for p in copied.parameters())
