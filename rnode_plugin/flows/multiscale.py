@@ -77,10 +77,10 @@ class MultiscaleFlow(nn.Module):
             numbers, slower.
         field: makes the field of a block from the shape of its state, in place of the paper's.
 
-    A fresh flow has f = 0: it is the logit map, and its penalties are zero. The blocks' fields are in :attr:`fields`,
-    in the order in which an image meets them; weights of another implementation of the same layers load in that
-    order by ``flow.load_state_dict(dict(zip(flow.state_dict(), tensors, strict=True)))``: each layer's weight
-    ``(out, 1 + in, 3, 3)``, time as input channel 0, then its bias.
+    A fresh flow has f = 0: it is the logit map, and its penalties are zero. The blocks' fields are in
+    :attr:`fields`, in the order in which an image meets them; weights of another implementation of the same layers
+    load in that order by ``flow.load_state_dict(dict(zip(flow.state_dict(), tensors, strict=True)))``: each layer's
+    weight ``(out, 1 + in, 3, 3)``, time as input channel 0, then its bias.
 
     Under ``torch.autocast`` the fields compute in its dtype, all else in the state's.
 

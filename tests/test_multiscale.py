@@ -1,0 +1,354 @@
+"""The image flow: against dense Jacobians, closed forms, its own inverse and the plain autograd path."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution
+
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.flows.multiscale import MultiscaleFlow, plan_stages
+from rnode_plugin.flows.transforms import logit, squeeze
+from rnode_plugin.objectives import standard_normal_log_prob
+from rnode_plugin.solve import Solver
+
+SHAPE = (1, 8, 8)
+ACCURATE = Solver(method="dopri5", atol=1e-8, rtol=1e-8)
+
+
+def make_flow(shape: tuple[int, int, int] = SHAPE, *, std: float = 0.3, **options: Any) -> MultiscaleFlow:
+    torch.manual_seed(0)
+    flow = MultiscaleFlow(shape, **{"hidden": 4, "layers": 3, "alpha": 0.05, **options}).double()
+    for p in flow.parameters():
+        nn.init.normal_(p, std=std)
+    return flow
+
+
+def images(count: int, shape: tuple[int, int, int] = SHAPE) -> Tensor:
+    return torch.rand(count, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "parameters"),
+    [
+        ((1, 28, 28), 10, 800_636),
+        ((3, 32, 32), 14, 1_358_868),
+        ((3, 64, 64), 18, 1_996_116),
+        ((3, 256, 256), 26, 4_609_236),
+    ],
+)
+def test_the_papers_models_have_the_papers_sizes(shape: tuple[int, int, int], blocks: int, parameters: int) -> None:
+    flow = MultiscaleFlow(shape)
+    assert len(flow.fields) == len(flow.block_shapes) == blocks
+    assert sum(p.numel() for p in flow.parameters()) == parameters
+
+
+def test_stages() -> None:
+    assert [s.shape for s in plan_stages((1, 8, 8))] == [(1, 8, 8), (4, 4, 4), (2, 4, 4)]
+    assert [s.shape for s in plan_stages((1, 28, 28))] == [
+        (1, 28, 28),
+        (4, 14, 14),
+        (2, 14, 14),
+        (8, 7, 7),
+        (4, 7, 7),
+    ]
+    assert [s.shape for s in plan_stages((3, 16, 8))] == [(3, 16, 8), (12, 8, 4), (6, 8, 4)]
+    assert [s.shape for s in plan_stages((3, 9, 32))] == [(3, 9, 32)]
+
+
+def test_fresh_flow_is_the_logit_map_and_parts_leave_in_order() -> None:
+    flow = MultiscaleFlow((2, 16, 16), alpha=0.05)
+    x = images(3, (2, 16, 16)).float()
+    out = flow(x)
+    z, logdet = logit(x, 0.05)
+    parts = []
+    for channels in (2, 4):
+        z = squeeze(z)
+        assert z.shape[1] == 4 * channels
+        parts.append(z[:, 2 * channels :].flatten(1))
+        z = z[:, : 2 * channels]
+    expected = torch.cat([*parts, z.flatten(1)], dim=1)
+    assert out.z.shape == (3, flow.dims)
+    assert torch.equal(out.z, expected)
+    assert torch.equal(out.logdet, logdet)
+    assert set(out.regularization) == {"kinetic", "jacfrob"}
+    assert all(torch.equal(v, torch.zeros(3)) for v in out.regularization.values())
+    assert out.nfe == 10 * 4 * 4
+
+
+def dense_jacobian(flow: MultiscaleFlow, x: Tensor) -> Tensor:
+    """Of the latent with respect to one image ``x (1, C, H, W)``: copy i of the image gives row i."""
+    copies = x.expand(flow.dims, *x.shape[1:]).clone().requires_grad_()
+    z = flow(copies, penalties=False).z
+    (rows,) = torch.autograd.grad(z.diagonal().sum(), copies)
+    return rows.flatten(1)
+
+
+def test_log_determinant_against_the_dense_jacobian() -> None:
+    flow = make_flow(trace_noise="exact", solver=ACCURATE)
+    x = images(1)
+    with torch.no_grad():
+        logdet = flow(x).logdet
+    # Hutchinson's noise leaves the state alone and costs less than the exact divergence
+    expected = torch.linalg.slogdet(dense_jacobian(make_flow(solver=ACCURATE), x)).logabsdet
+    assert abs((logdet - expected).item()) < 1e-7 * abs(expected.item())
+    # the flow does something, so that the above is more than the logit's
+    assert abs((logdet - logit(x, 0.05)[1]).item()) > 0.1
+
+
+def test_all_unit_vectors_as_noise_add_up_to_the_exact_flow() -> None:
+    exact, flow = make_flow(trace_noise="exact"), make_flow()
+    x = images(1)
+    expected = exact(x)
+    units = []
+    for k in range(64):
+        noise = [torch.zeros(1, *shape, dtype=torch.float64) for shape in flow.block_shapes]
+        for eps in noise:
+            if k < eps.numel():
+                eps.view(-1)[k] = 1
+        units.append(flow(x, noise=noise))
+    base = logit(x, 0.05)[1]
+    assert relative(sum(out.logdet - base for out in units) + base, expected.logdet) < 1e-12  # pyright: ignore
+    frobenius = sum(out.regularization["jacfrob"] for out in units)
+    assert relative(frobenius, expected.regularization["jacfrob"]) < 1e-12  # pyright: ignore[reportArgumentType]
+    assert relative(units[0].z, expected.z) < 1e-14
+
+
+def test_round_trip() -> None:
+    flow = make_flow((3, 16, 16), std=0.1).float()
+    x = images(4, (3, 16, 16)).float()
+    solver = Solver(method="dopri5", atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        out = flow(x, solver=solver)
+        assert (flow.inverse(out.z, solver=solver) - x).abs().max() < 1e-5
+        assert out.regularization["kinetic"].min() > 10  # it was no identity
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "checkpointed"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_fused_flow_equals_the_plain_one(gradient: str, dtype: torch.dtype, tolerance: float) -> None:
+    solver = Solver(step=0.5, gradient=gradient)
+    fused, plain = (make_flow(fused=fused).to(dtype) for fused in (True, False))
+    x = images(3).to(dtype)
+    noise = fused.draw_noise(3, generator=torch.Generator().manual_seed(2))
+    results = []
+    for flow in (fused, plain):
+        out = flow(x, noise=noise, solver=solver)
+        scalars = [-standard_normal_log_prob(out.z) - out.logdet, *out.regularization.values()]
+        sum(s.sum() for s in scalars).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        gradient_vector = torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
+        results.append([out.z, *scalars, gradient_vector])
+    for a, b in zip(*results, strict=True):
+        assert relative(a, b) < tolerance
+
+
+def test_bits_per_dim_of_a_known_density() -> None:
+    # a fresh flow models pixels as independent logistic-normal variables, shrunk into [0, 1]
+    flow = MultiscaleFlow(SHAPE, alpha=0.05, levels=17).double()
+    x = images(5)
+    maps = [SigmoidTransform(), AffineTransform(-0.05 / 0.9, 1 / 0.9)]
+    density = TransformedDistribution(Normal(torch.zeros((), dtype=torch.float64), 1.0), maps)
+    log_prob = density.log_prob(x).flatten(1).sum(1)
+    torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=1e-10, atol=0)
+    unscaled = log_prob - 64 * torch.log(torch.tensor(17.0, dtype=torch.float64))  # density of 17 x
+    torch.testing.assert_close(
+        flow.bits_per_dim(x), -unscaled / 64 / torch.log(torch.tensor(2.0)), rtol=1e-7, atol=0
+    )
+
+
+def test_density_integrates_to_the_mass_that_the_latent_gives_it() -> None:
+    # one pixel: the flow is a monotone map of the interval, so the integral of its density is known
+    flow = make_flow((1, 1, 1), trace_noise="exact", solver=ACCURATE)
+    x = torch.linspace(0, 1, 2001, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        density = flow.log_prob(x).exp()
+        ends = flow(x[[0, -1]], penalties=False).z.flatten()
+    mass = torch.special.ndtr(ends).diff().abs().item()
+    weights = torch.ones(2001, dtype=torch.float64)
+    weights[1:-1:2], weights[2:-1:2] = 4, 2  # Simpson's rule
+    assert abs((density * weights).sum().item() / 6000 - mass) < 1e-6
+    assert 0.5 < mass < 1 - 1e-4
+
+
+def test_same_seed_same_numbers() -> None:
+    flow = make_flow()
+    x = images(2)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(flow(x, solver=Solver(trace_quadrature="sampled")))
+    assert torch.equal(runs[0].logdet, runs[1].logdet)
+    assert torch.equal(runs[0].regularization["jacfrob"], runs[1].regularization["jacfrob"])
+    a, b = (flow(x, generator=torch.Generator().manual_seed(6)).logdet for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, flow(x).logdet)
+
+
+class UserField(nn.Module):
+    """A field as a user may write it: no product of its own, a layer that the package knows nothing of."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.sin(self.layer(z) + t).view(len(z), -1).view(z.shape)
+
+
+def test_a_users_own_field() -> None:
+    flow = make_flow(field=lambda shape: UserField(shape[0]), trace_noise="exact", solver=ACCURATE)
+    x = images(1)
+    out = flow(x, solver=Solver(step=0.5))
+    hutchinson = make_flow(field=lambda shape: UserField(shape[0]), solver=ACCURATE)
+    expected = torch.linalg.slogdet(dense_jacobian(hutchinson, x)).logabsdet
+    with torch.no_grad():
+        torch.testing.assert_close(flow(x).logdet[0], expected, rtol=1e-6, atol=0)
+    out.regularization["jacfrob"].sum().backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in flow.parameters())
+
+
+def test_penalties_and_products_are_left_out_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = make_flow()
+    x = images(2)
+    noise = flow.draw_noise(2)
+    with_them, without = flow(x, noise=noise), flow(x, noise=noise, penalties=False)
+    assert without.regularization == {}
+    assert torch.equal(with_them.z, without.z)
+    assert torch.equal(with_them.logdet, without.logdet)
+    assert with_them.nfe == without.nfe == 6 * 4 * 4
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a product was computed")
+
+    for field in flow.fields:
+        monkeypatch.setattr(field, "forward_and_vjp", refuse)
+    flow.inverse(with_them.z)
+    flow.sample(2)
+
+
+def test_log_prob_integrates_in_full_whatever_the_solver() -> None:
+    flow = make_flow()
+    x = images(2)
+    noise = flow.draw_noise(2)
+    full = flow.log_prob(x, noise=noise, solver=Solver())
+    flow.solver = Solver(trace_quadrature="sampled")
+    assert torch.equal(flow.log_prob(x, noise=noise), full)
+
+
+def test_samples_follow_the_temperature() -> None:
+    flow = MultiscaleFlow(SHAPE, alpha=0.05, hidden=4)
+    generator = torch.Generator()
+    warm = flow.sample(200, generator=generator.manual_seed(0))
+    cold = flow.sample(200, temperature=0.5, generator=generator.manual_seed(0))
+    assert warm.shape == (200, 1, 8, 8)
+    assert warm.min() >= 0
+    assert warm.max() <= 1
+    assert not warm.requires_grad
+    inside = (warm > 0) & (warm < 1)  # a fresh flow's latents are the logits, where nothing was clamped
+    torch.testing.assert_close(logit(cold, 0.05)[0][inside] * 2, logit(warm, 0.05)[0][inside], rtol=1e-3, atol=1e-3)
+
+
+def test_state_stays_float32_under_autocast() -> None:
+    flow = make_flow((1, 8, 8), std=0.15).float()
+    x = images(2).float()
+    noise = flow.draw_noise(2)
+    expected = flow(x, noise=noise)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flow(x, noise=noise)
+        assert flow.inverse(out.z).dtype is torch.float32
+    for a, b in ((out.z, expected.z), (out.logdet, expected.logdet)):
+        assert a.dtype is torch.float32
+        assert 0 < relative(a, b) < 0.02
+    sum(v.sum() for v in out.regularization.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in flow.parameters())
+
+
+def test_copies_are_independent_and_files_round_trip() -> None:
+    flow = make_flow()
+    x, noise = images(2), flow.draw_noise(2)
+    before = flow(x, noise=noise).logdet
+    file = io.BytesIO()
+    torch.save(flow, file)
+    file.seek(0)
+    copies = [copy.deepcopy(flow), torch.load(file, weights_only=False)]
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.zero_()
+    for twin in copies:
+        assert torch.equal(twin(x, noise=noise).logdet, before)
+
+
+def test_weights_load_tensor_by_tensor_in_block_order() -> None:
+    source, target = make_flow(), MultiscaleFlow(SHAPE, hidden=4, layers=3, alpha=0.05).double()
+    tensors = [
+        p.detach().clone(memory_format=torch.contiguous_format) for f in source.fields for p in f.parameters()
+    ]
+    assert tensors[0].shape == (4, 2, 3, 3)
+    assert tensors[1].shape == (4,)
+    target.load_state_dict(dict(zip(target.state_dict(), tensors, strict=True)))
+    x, noise = images(2), source.draw_noise(2)
+    assert torch.equal(source(x, noise=noise).z, target(x, noise=noise).z)
+
+
+def noise_of(flow: MultiscaleFlow, *, last: Tensor | None = None) -> list[Tensor | None]:
+    noise = flow.draw_noise(2)
+    return noise if last is None else [*noise[:-1], last]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f: f(torch.rand(2, 1, 8, 9).double()), r"shape \(B, 1, 8, 8\) with B >= 1, not \(2, 1, 8, 9\)"),
+        (lambda f: f(torch.rand(1, 8, 8).double()), r"not \(1, 8, 8\)"),
+        (lambda f: f(torch.rand(0, 1, 8, 8).double()), r"not \(0, 1, 8, 8\)"),
+        (lambda f: f(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), "dequantize"),
+        (lambda f: f(torch.rand(2, 1, 8, 8)), r"float32 on cpu, but torch.float64 on cpu is needed"),
+        (lambda f: f(255 * images(2)), r"lie in \[0, 1\], but hold \[.*divide"),
+        (lambda f: f(images(2) - 1), r"lie in \[0, 1\]"),
+        (lambda f: f(images(2).fill_(torch.nan)), "hold NaN"),
+        (lambda f: f(images(2), noise=noise_of(f)[:-1]), "list of 6 tensors, one for each block, not 5"),
+        (lambda f: f(images(2), noise=torch.zeros(2)), "not a tensor"),
+        (
+            lambda f: f(images(2), noise=noise_of(f, last=torch.zeros(2, 2, 4, 5))),
+            r"noise of block 5 .* \(2, 2, 4, 4\)",
+        ),
+        (
+            lambda f: f(images(2), noise=noise_of(f, last=torch.zeros(2, 2, 4, 4))),
+            "noise of block 5 is torch.float32",
+        ),
+        (lambda f: f.inverse(torch.zeros(2, 63).double()), r"shape \(B, 64\)"),
+        (lambda f: f.inverse(torch.zeros(2, 64)), "the latents are torch.float32"),
+        (lambda f: f.sample(0), "at least 1"),
+        (lambda f: f.sample(1, temperature=0.0), "temperature must be a positive number"),
+        (lambda f: make_flow(trace_noise="exact")(images(2), noise=noise_of(f)), "exact and takes no noise"),
+        (lambda f: MultiscaleFlow((1, 8)), "three positive integers"),
+        (lambda f: MultiscaleFlow((1, 8, 0)), "three positive integers"),
+        (lambda f: MultiscaleFlow(SHAPE, alpha=0.5), "alpha must be between"),
+        (lambda f: MultiscaleFlow(SHAPE, levels=0), "levels must be at least 1"),
+        (lambda f: MultiscaleFlow(SHAPE, activation="relu"), "unknown activation 'relu'"),
+        (lambda f: MultiscaleFlow(SHAPE, regularizers=["kinetik"]), "did you mean 'kinetic'"),
+        (lambda f: MultiscaleFlow(SHAPE, trace_noise="gauss"), "did you mean 'gaussian'"),
+    ],
+)
+def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call(make_flow())
+
+
+def test_solver_is_an_attribute_and_an_argument() -> None:
+    flow = make_flow()
+    x = images(1)
+    assert flow(x).nfe == 6 * 16
+    flow.solver = dataclasses.replace(flow.solver, step=0.5)
+    assert flow(x).nfe == 6 * 8
+    assert flow(x, solver=Solver(method="euler", step=1.0)).nfe == 6
