@@ -44,12 +44,17 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
+def _anywhere(trainer: L.Trainer, decision: bool) -> bool:
+    """Whether any process of the run decides so: all must leave at the same step."""
+    return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
+
+
 class RunControl(Callback):
     """Ends a run in time, writes its metrics and keeps its two checkpoints.
 
     ``last`` is written every ``save_every`` steps and after each validation, ``best`` after a validation with the
     lowest bits/dim so far. A signal ends the run between two steps, after writing ``last``; a second one ends it
-    at once.
+    at once. One that comes during a validation waits for its end.
 
     Args:
         max_time: seconds after which a last validation ends the run; None for no limit.
@@ -99,12 +104,9 @@ class RunControl(Callback):
         done = pl_module.batches
         if done % self._log_every == 0:
             self._log(trainer, row, done)
-        self.out_of_time = self._max_time is not None and time.monotonic() - self._start >= self._max_time
-        interrupted = self._signum is not None
-        if trainer.world_size > 1:  # all processes must leave at the same step
-            self.out_of_time = trainer.strategy.reduce_boolean_decision(self.out_of_time, all=False)
-            interrupted = trainer.strategy.reduce_boolean_decision(interrupted, all=False)
-        if interrupted:
+        late = self._max_time is not None and time.monotonic() - self._start >= self._max_time
+        self.out_of_time = _anywhere(trainer, late)
+        if _anywhere(trainer, self._signum is not None):
             self._save(trainer, pl_module.folder.last)
             raise Interrupted(self._signum or signal.SIGTERM)
         if self.out_of_time or done == pl_module.plan.total:
@@ -122,6 +124,8 @@ class RunControl(Callback):
             self.best = bits
             self._save(trainer, pl_module.folder.best)
         self._save(trainer, pl_module.folder.last)
+        if _anywhere(trainer, self._signum is not None):
+            raise Interrupted(self._signum or signal.SIGTERM)
 
     def _log(self, trainer: L.Trainer, row: dict[str, float], step: int) -> None:
         # written here and not by Lightning, which would write a step's row only after its checkpoint

@@ -149,6 +149,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert torch.equal(tensor, weights(resumed)[name])
 
 
+def test_a_signal_during_the_last_validation_ends_the_run_after_it(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FlowModule.validation_step
+
+    def validation_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> None:
+        if self.batches == 6 and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, batch, batch_idx)
+
+    monkeypatch.setattr(FlowModule, "validation_step", validation_step)
+    result = run(recipe, tmp_path)
+    assert (result.stopped, result.steps, result.evaluation) == ("SIGINT", 6, None)
+    assert "val/bpd" in rows(result)[-1]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
 def test_resume_drops_what_was_logged_after_the_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     whole = run(recipe, tmp_path)
     with whole.folder.metrics.open("a") as file:
