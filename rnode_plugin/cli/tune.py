@@ -1,0 +1,120 @@
+"""``rnode-cli tune-step``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ConfigError
+from .options import data_root, device, download, settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..flows.multiscale import MultiscaleFlow
+    from ..recipes import Recipe
+    from ..tuning import StepRow
+
+__all__ = ["tune_step"]
+
+
+@click.command("tune-step")
+@click.argument("run_or_recipe", metavar="RUN_OR_RECIPE")
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Held-out images to use.")
+@click.option("--method", default="rk4_38", show_default=True, help="Fixed grid: euler, midpoint, rk4 or rk4_38.")
+@click.option("--start", type=float, default=1.0, show_default=True, help="First step to try; halved from there.")
+@click.option("--smallest", type=float, default=1 / 32, show_default=True, help="Last step to try.")
+@click.option("--max-gap", type=float, default=0.005, show_default=True,
+              help="Distance in bits/dim from the adaptive solve that is tolerated.")  # fmt: skip
+@click.option("--max-round-trip", type=float, default=0.5, show_default=True,
+              help="Error of the round trip that is tolerated, in levels of a pixel.")  # fmt: skip
+@click.option("--train-steps", type=click.IntRange(1), default=100, show_default=True,
+              help="For a recipe: steps of training first, since every step fits a fresh flow.")  # fmt: skip
+@settings
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
+@data_root
+@download
+@device
+def tune_step(
+    *,
+    run_or_recipe: str,
+    images: int,
+    train_steps: int,
+    assignments: tuple[str, ...],
+    seed: int,
+    data_root: str | None,
+    download: bool,
+    device: str,
+    **options: Any,
+) -> None:
+    """Find the coarsest step of a fixed grid that RUN_OR_RECIPE can be solved with.
+
+    The step is halved until the discrete flow agrees with a tight adaptive solve on held-out images: in bits/dim,
+    and in where an image comes out that goes to the latent with these steps and back with the adaptive solve. A
+    recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
+    """
+    from ..evaluation import image_batch
+    from ..flows.transforms import dequantize
+    from ..randomness import Stream, seeded
+    from ..solve import Solver
+    from ..training import load_images, pick_device
+    from ..tuning import tune_step
+
+    where = pick_device(device)
+    changes = [*assignments, *([f"data.root={data_root}"] if data_root else [])]
+    flow, recipe = _flow(run_or_recipe, changes, train_steps, where, download=download)
+    held_out = load_images(recipe, download=download, all_val=True).val
+    solver = Solver(method=options.pop("method"))
+    with seeded(seed, Stream.VALIDATE):
+        x = dequantize(image_batch(held_out, slice(0, images)).to(where), recipe.data.levels)
+        click.echo(_HEADER)
+        found = tune_step(flow, x, solver=solver, progress=_show, **options)
+    click.echo(f"{'adaptive':>8}  {found.nfe:>5}  {found.bits_per_dim:>8.4f}")
+    if found.step is None:
+        raise ConfigError(
+            f"no step down to {found.rows[-1].step:g} agrees with the adaptive solve: try a lower --smallest, or "
+            "train with an adaptive method (--set solver.method=dopri5) or larger lambdas."
+        )
+    limits = f"{found.max_gap:g} bits/dim and {found.max_round_trip:g} levels"
+    click.echo(f"\nsolver.step={found.step:g} agrees with the adaptive solve within {limits}.")
+
+
+_HEADER = f"{'step':>8}  {'NFE':>5}  {'bits/dim':>8}  {'gap':>8}  {'round trip':>10}"
+
+
+def _show(row: StepRow) -> None:
+    figures = f"{row.step:>8g}  {row.nfe:>5}  {row.bits_per_dim:>8.4f}  {row.gap:>8.4f}  {row.round_trip:>10.3f}"
+    click.echo(figures + ("  agrees" if row.agrees else ""))
+
+
+def _flow(
+    run_or_recipe: str, changes: list[str], steps: int, where: torch.device, *, download: bool
+) -> tuple[MultiscaleFlow, Recipe]:
+    """A trained flow: a run's, or a recipe's after ``steps`` steps."""
+    from .. import plugins
+    from ..checkpoints import load_with_recipe
+    from ..recipes import get_recipe
+    from ..training import fit
+
+    recipes = plugins.names("recipes")
+    if run_or_recipe not in recipes:
+        if not Path(run_or_recipe).exists():
+            raise ConfigError(f"no run, checkpoint or recipe {run_or_recipe!r}. Recipes: {', '.join(recipes)}.")
+        flow, recipe = load_with_recipe(run_or_recipe, map_location=where)
+        return flow, recipe.override(changes)
+    recipe = get_recipe(run_or_recipe).override(changes)
+    # the run is thrown away: one validation at its end, of a few images
+    short = recipe.override(
+        [
+            "training.max_epochs=none", f"training.max_steps={steps}", f"training.check_every_steps={steps}",
+            "training.val_images=8", "training.sample_images=0",
+        ]
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as runs:
+        result = fit(short, runs=runs, accelerator=where.type, devices=1, download=download, progress=False)
+        if result.evaluation is None:  # a signal ended it
+            raise click.Abort
+        return load_with_recipe(result.folder.last, map_location=where)[0], recipe
