@@ -1,0 +1,170 @@
+"""A plain training loop for the benchmarks: the same weights, images and noise for each method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from usual import UsualFlow
+
+from rnode_plugin import MultiscaleFlow, SolverError, objective
+from rnode_plugin.data import ImageData
+from rnode_plugin.evaluation import image_batch, output_log_prob
+from rnode_plugin.flows.transforms import dequantize, random_flip
+from rnode_plugin.recipes import Recipe
+from rnode_plugin.schedule import Plan, StepBatches, learning_rate_factor
+from rnode_plugin.solve import Solver
+
+__all__ = ["METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
+
+
+def rk4(**changes: object) -> Solver:
+    """The paper's fixed grid, changed in places."""
+    return Solver(**{"method": "rk4_38", "step": 0.25, **changes})  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        solver: ours; None for the usual formulation with ``usual``, torchdiffeq's options.
+        penalties: whether they are trained on.
+        bf16: whether the field computes in bfloat16.
+    """
+
+    solver: Solver | None = None
+    usual: dict[str, object] = field(default_factory=dict)
+    penalties: bool = True
+    bf16: bool = False
+
+
+METHODS = {
+    "vanilla FFJORD": Method(usual={"method": "dopri5", "atol": 1e-5, "rtol": 1e-5}, penalties=False),
+    "usual RNODE": Method(usual={"method": "rk4", "options": {"step_size": 0.25}}),
+    "exact": Method(rk4()),
+    "sampled": Method(rk4(trace_quadrature="sampled")),
+    "sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5)),
+    "sampled, bf16, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), bf16=True),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One validation: after how many steps and seconds of training, and its bits/dim."""
+
+    step: int
+    seconds: float
+    bits_per_dim: float
+
+
+@dataclass
+class Run:
+    """What a method did; ``ended`` says why it stopped."""
+
+    points: list[Point]
+    ended: str = ""
+    nfe: int = 0
+
+
+class Trainer:
+    """Trains the flow of a recipe by one method; the clock runs in :meth:`train_step` alone.
+
+    Args:
+        recipe: model, data order, optimizer and lambdas; its solver is not used.
+        data: its images.
+        method: how the loss and its gradient are computed.
+        steps: planned steps, for the schedule of the learning rate.
+        device: where.
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: ImageData, method: Method, *, steps: int, device: torch.device
+    ) -> None:
+        self.recipe, self.data, self.method, self.device = recipe, data, method, device
+        torch.manual_seed(recipe.training.seed)
+        self.flow: MultiscaleFlow = recipe.build_flow().to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        self.model: nn.Module = self.flow
+        if method.solver is None:
+            self.model = UsualFlow(self.flow, penalties=method.penalties, **method.usual)
+        settings = recipe.optimizer
+        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, (settings.beta1, settings.beta2))
+        factor = learning_rate_factor(settings, total=steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        plan = Plan(len(data.train), recipe.data.batch_size, 1, steps, steps)
+        self._batches: Iterator[list[int]] = iter(StepBatches(plan, seed=recipe.training.seed))
+        self.steps, self.seconds, self.nfe = 0, 0.0, 0
+
+    def images(self) -> Tensor:
+        """The next batch, dequantised; the same for all methods."""
+        generator = torch.Generator(self.device).manual_seed(self.steps)
+        batch = torch.from_numpy(self.data.train[next(self._batches)]).to(self.device)
+        x = dequantize(batch, self.recipe.data.levels, generator=generator)
+        return random_flip(x, generator=generator) if self.recipe.data.flip else x
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Equation 17 with fresh noise; the images of a step and its noise are the same for all methods."""
+        torch.manual_seed(self.steps)
+        noise = self.flow.draw_noise(len(x))
+        precision: AbstractContextManager[object] = nullcontext()
+        if self.method.bf16:
+            precision = torch.autocast(self.device.type, torch.bfloat16)
+        with precision:
+            options = {} if self.method.solver is None else {"solver": self.method.solver}
+            output = self.model(x, noise=noise, **options)
+        self.nfe = output.nfe
+        lambdas = self.recipe.regularizers if self.method.penalties else {}
+        log_prob = output_log_prob(output)
+        return objective(log_prob, output.regularization, lambdas=lambdas, dims=self.recipe.dims).loss
+
+    def train_step(self) -> float:
+        """One step of the optimizer; the loss."""
+        x = self.images()
+        start = time.perf_counter()
+        loss = self.loss(x)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        value = loss.item()  # waits for the device
+        self.seconds += time.perf_counter() - start
+        self.steps += 1
+        return value
+
+    @torch.no_grad()
+    def validate(self, images: int) -> Point:
+        """Dirty bits/dim of held-out images with the recipe's accurate test solver and noise that never changes."""
+        if isinstance(self.model, UsualFlow):
+            self.model.copy_weights_to(self.flow)
+        size, bits = self.recipe.data.val_batch_size, []
+        for first in range(0, images, size):
+            torch.manual_seed(first)
+            batch = image_batch(self.data.val, slice(first, min(first + size, images))).to(self.device)
+            bits.append(self.flow.bits_per_dim(dequantize(batch, self.recipe.data.levels)))
+        return Point(self.steps, self.seconds, float(torch.cat(bits).mean()))
+
+    def run(
+        self, *, steps: int, seconds: float, every: int, images: int, show: Callable[[Point, float], None]
+    ) -> Run:
+        """Train until ``steps`` or ``seconds`` are used up, validating every so many steps and at the end."""
+        result = Run([self.validate(images)])
+        show(result.points[-1], 0.0)
+        try:
+            while self.steps < steps and self.seconds < seconds:
+                loss = self.train_step()
+                if not loss < float("inf"):
+                    result.ended = f"loss {loss} at step {self.steps}"
+                    return result
+                if self.steps % every == 0 or self.steps == steps or self.seconds >= seconds:
+                    result.points.append(self.validate(images))
+                    show(result.points[-1], loss)
+        except (SolverError, AssertionError) as error:  # torchdiffeq asserts that its step does not vanish
+            result.ended = f"step {self.steps + 1}: {error}"
+        else:
+            result.ended = "all steps" if self.steps >= steps else "out of time"
+        result.nfe = self.nfe
+        return result
