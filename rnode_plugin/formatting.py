@@ -1,0 +1,26 @@
+"""Numbers as readers want them."""
+
+from __future__ import annotations
+
+__all__ = ["duration", "significant", "with_error"]
+
+
+def duration(seconds: float) -> str:
+    """``12.3 s``, ``4 min 05 s`` or ``2 h 07 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """``value`` with so many significant digits and no exponent where it can be read without one."""
+    text = f"{value:.{digits}g}"
+    if "e" in text and 1e-4 <= abs(value) < 1e7:
+        text = f"{value:,.0f}" if abs(value) >= 1 else f"{value:.{digits + 3}f}"
+    return text
+
+
+def with_error(value: float, error: float | None) -> str:
+    """``2.971 ± 0.012``; without the second part where no error is known."""
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
