@@ -134,7 +134,7 @@ def test_round_trip() -> None:
         assert out.regularization["kinetic"].min() > 10  # it was no identity
 
 
-@pytest.mark.parametrize("gradient", ["autograd", "checkpointed"])
+@pytest.mark.parametrize("gradient", ["autograd", "checkpointed", "adjoint"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_fused_flow_equals_the_plain_one(gradient: str, dtype: torch.dtype, tolerance: float) -> None:
     solver = Solver(step=0.5, gradient=gradient)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..dynamics import Dynamics
 from ..errors import ConfigError
 from ..estimators import Exact, TraceEstimator, get_estimator
-from ..nets import conv_field
+from ..nets import StackField, conv_field
 from ..objectives import bits_per_dim, standard_normal_log_prob
 from ..regularizers import resolve_regularizers
 from ..solve import Solver, solve
@@ -177,6 +177,7 @@ class MultiscaleFlow(nn.Module):
         else:
             check_noise(noise, self.block_shapes, x)
         z, logdet = logit(x, self.alpha)
+        solver = solver or self.solver
         followed = self.regularizers if penalties else ()
         leaving: list[Tensor] = []
         regularization: dict[str, Tensor] = {r.name: torch.zeros_like(logdet) for r in followed}
@@ -184,8 +185,9 @@ class MultiscaleFlow(nn.Module):
         blocks = zip(self.fields, noise, strict=True)
         for stage in self.stages:
             for field, probe in islice(blocks, _BLOCKS):
-                dynamics = Dynamics(field, regularizers=followed, estimator=self.estimator)
-                solution = _solve(dynamics, z, probe, (0.0, 1.0), solver or self.solver)
+                solution = _solve(
+                    field, z, (0.0, 1.0), solver, probe, regularizers=followed, estimator=self.estimator
+                )
                 z = solution.z[-1]
                 nfe += solution.stats.nfe
                 assert solution.logdet is not None
@@ -247,7 +249,7 @@ class MultiscaleFlow(nn.Module):
                 left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
                 y = torch.cat([y, left], dim=1) if stage.keeps else left
             for field in islice(fields, _BLOCKS):
-                y = _solve(Dynamics(field, divergence=False), y, None, (1.0, 0.0), solver or self.solver).z[-1]
+                y = _solve(field, y, (1.0, 0.0), solver or self.solver, divergence=False).z[-1]
         return inverse_logit(y, self.alpha)
 
     @torch.no_grad()
@@ -285,6 +287,16 @@ class MultiscaleFlow(nn.Module):
 
 
 def _solve(
-    dynamics: Dynamics, z: Tensor, noise: Tensor | None, times: tuple[float, float], solver: Solver
+    field: nn.Module,
+    z: Tensor,
+    times: tuple[float, float],
+    solver: Solver,
+    noise: Tensor | None = None,
+    **options: Any,
 ) -> Solution:
+    # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
+    if isinstance(field, StackField) and not solver.gradient.endswith("adjoint"):
+        dynamics = Dynamics(field.prepare(z), **options)
+    else:
+        dynamics = Dynamics(field, **options)
     return solve(dynamics.bind(noise), z, z.new_tensor(times), solver)

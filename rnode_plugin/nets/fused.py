@@ -22,193 +22,191 @@ from torch import Tensor
 from .activations import Activation
 from .layers import Products
 
-__all__ = ["StackSpec", "run_fused", "run_stack"]
+__all__ = ["Stack", "make_stack", "run_fused", "run_stack"]
 
 
-class StackSpec(NamedTuple):
-    """What a stack is, apart from its parameters.
+Kind = tuple[Products, Activation, torch.dtype]  # what a stack is apart from its tensors
+
+
+class Stack(NamedTuple):
+    """A stack for states of one shape, its parameters in the form in which evaluations use them.
+
+    It is made anew for each solve, with a graph that leads to the parameters: nothing in it can go stale, and what
+    is done here is not done again at each evaluation.
 
     Attributes:
         products: the kind of its layers.
         activation: the function between them.
         dtype: what the layers compute in; the state's dtype unless autocast says otherwise.
+        bias: of all layers, one behind the other.
+        response: what a unit of time adds to the pre-activations of all layers, ``(1, sum of outputs, ...)``.
+        weights: of the state, for each layer.
     """
 
     products: Products
     activation: Activation
     dtype: torch.dtype
+    bias: Tensor
+    response: Tensor
+    weights: tuple[Tensor, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of outputs of each layer."""
+        return [w.shape[0] for w in self.weights]
 
 
-def run_stack(spec: StackSpec, t: Tensor | float, z: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def make_stack(
+    products: Products,
+    activation: Activation,
+    dtype: torch.dtype,
+    parameters: Sequence[tuple[Tensor, Tensor]],
+    z: Tensor,
+) -> Stack:
+    """A :class:`Stack` for states like ``z`` from the weight and the bias of each layer."""
+    times, weights = zip(*(products.split(weight) for weight, _ in parameters), strict=True)
+    response = products.response(torch.cat(times), z)
+    return Stack(products, activation, dtype, torch.cat([b for _, b in parameters]), response, weights)
+
+
+def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
     """The velocity alone, in operations that autograd differentiates as often as one likes.
 
     Args:
-        spec: the stack.
+        stack: the field.
         t: time, a scalar.
         z: state ``(B, *event)``.
-        parameters: weight and bias of each layer in turn.
     """
-    u = spec.products.layout(z.to(spec.dtype))
-    layers = _Layers(spec, parameters, u)
-    shifts = layers.shifts(t)
-    for k in range(layers.count):
+    products = stack.products
+    u = products.layout(z.to(stack.dtype))
+    for k, (weight, shift) in enumerate(zip(stack.weights, _shifts(stack, t), strict=True)):
         if k:
-            u = spec.activation.value(u)
-        u = spec.products.apply(u, layers.weights[k], layers.biases[k]) + shifts[k]
+            u = stack.activation.value(u)
+        u = products.apply(u, weight.to(stack.dtype)) + shift
     return u.to(z.dtype)
 
 
-def run_fused(
-    spec: StackSpec, t: Tensor | float, z: Tensor, noise: Tensor, parameters: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def run_fused(stack: Stack, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """``(f(t, z), noise^T df/dz)``; arguments as for :func:`run_stack`, ``noise`` of the state's shape."""
     if not isinstance(t, Tensor):
         t = z.new_tensor(t)
-    return _FieldAndProduct.apply(spec, t, z, noise, *parameters)
+    return _FieldAndProduct.apply(stack[:3], t, z, noise, stack.bias, stack.response, *stack.weights)
 
 
-class _Layers:
-    """The parameters in the form in which an evaluation uses them; made for one evaluation, so never stale."""
-
-    def __init__(self, spec: StackSpec, parameters: Sequence[Tensor], x: Tensor) -> None:
-        split = [spec.products.split(w.to(spec.dtype)) for w in parameters[::2]]
-        self.weights = [state for _, state in split]
-        self.biases = [b.to(spec.dtype) for b in parameters[1::2]]
-        self.count = len(split)
-        # all layers' responses to time in one product: one small call instead of one a layer
-        self.times = torch.cat([time for time, _ in split])
-        self.sizes = [b.shape[0] for b in self.biases]
-        self._spec, self._x = spec, x
-
-    def responses(self) -> Tensor:
-        """What a unit of time adds to the pre-activations of all layers, ``(1, sum of out, ...)``."""
-        return self._spec.products.response(self.times, self._x)
-
-    def shifts(self, t: Tensor | float) -> tuple[Tensor, ...]:
-        """What time adds to the pre-activations of each layer, ``(1, out, ...)``."""
-        return (self.responses() * t).to(self._spec.dtype).split(self.sizes, dim=1)
+def _shifts(stack: Stack, t: Tensor | float) -> tuple[Tensor, ...]:
+    """What bias and time add to the pre-activations of each layer, ``(1, out, ...)``."""
+    bias = stack.bias.view(1, -1, *[1] * (stack.response.dim() - 2))
+    return (bias + stack.response * t).to(stack.dtype).split(stack.sizes, dim=1)
 
 
 class _FieldAndProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, spec: StackSpec, t: Tensor, z: Tensor, noise: Tensor, *parameters: Tensor
+        ctx: Any, kind: Kind, t: Tensor, z: Tensor, noise: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        products, activation = spec.products, spec.activation
+        stack = Stack(*kind, bias, response, weights)
+        products, activation, dtype = stack.products, stack.activation, stack.dtype
         with torch.autocast(z.device.type, enabled=False):
-            u = products.layout(z.to(spec.dtype))
-            v = products.layout(noise.to(spec.dtype))
-            layers = _Layers(spec, parameters, u)
-            shifts = layers.shifts(t)
+            u = products.layout(z.to(dtype))
+            v = products.layout(noise.to(dtype))
+            low = [w.to(dtype) for w in weights]
+            *hidden, last = zip(low, _shifts(stack, t), strict=True)
             slopes: list[Tensor] = []
             kept: list[Tensor] = []
-            for k in range(layers.count - 1):
-                a = products.apply(u, layers.weights[k], layers.biases[k]).add_(shifts[k])
+            for weight, shift in hidden:
+                a = products.apply(u, weight).add_(shift)
                 u = activation.value(a)
                 slopes.append(activation.slope(a))
                 kept.append(u if activation.keeps_output else a)
-            dz = products.apply(u, layers.weights[-1], layers.biases[-1]).add_(shifts[-1])
+            dz = products.apply(u, last[0]).add_(last[1])
             pulled: list[Tensor] = []  # the g_k, the last one first
-            for k in reversed(range(1, layers.count)):
-                g = products.transpose(v, layers.weights[k])
-                pulled.append(g)
-                v = slopes[k - 1].mul_(g)
-            product = products.transpose(v, layers.weights[0])
-        ctx.spec = spec
-        ctx.save_for_backward(t, z, noise, *parameters, *kept, *reversed(pulled))
+            for weight in low[:0:-1]:
+                pulled.append(products.transpose(v, weight))
+                v = slopes.pop().mul_(pulled[-1])
+            product = products.transpose(v, low[0])
+        ctx.kind = kind
+        ctx.save_for_backward(t, z, noise, bias, response, *weights, *kept, *reversed(pulled))
         return dz.to(z.dtype), product.to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        spec: StackSpec = ctx.spec
-        t, z, noise, *rest = ctx.saved_tensors
-        count = (len(rest) + 2) // 4  # 2 L parameters, 2 (L - 1) kept tensors
-        parameters, kept, pulled = rest[: 2 * count], rest[2 * count : 3 * count - 1], rest[3 * count - 1 :]
+        t, z, noise, bias, response, *rest = ctx.saved_tensors
+        count = (len(rest) + 2) // 3  # L weights, L - 1 kept activations, L - 1 of the product
+        kind: Kind = ctx.kind
+        stack = Stack(*kind, bias, response, tuple(rest[:count]))
         if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: autograd must see it
-            return None, *_differentiable_backward(spec, t, z, noise, parameters, cotangents)
+            return None, *_differentiable_backward(stack, t, z, noise, cotangents)
+        kept, pulled = rest[count : 2 * count - 1], rest[2 * count - 1 :]
         with torch.autocast(z.device.type, enabled=False):
-            needs = ctx.needs_input_grad[1:]
-            return None, *_backward(spec, t, z, noise, parameters, kept, pulled, cotangents, needs)
+            return None, *_backward(stack, t, z, noise, kept, pulled, cotangents, ctx.needs_input_grad[1:])
 
 
 def _backward(
-    spec: StackSpec,
+    stack: Stack,
     t: Tensor,
     z: Tensor,
     noise: Tensor,
-    parameters: Sequence[Tensor],
     kept: Sequence[Tensor],
     pulled: Sequence[Tensor],
     cotangents: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    products, activation = spec.products, spec.activation
-    x = products.layout(z.to(spec.dtype))
-    layers = _Layers(spec, parameters, x)
-    last = layers.count - 1
-    needs_t, needs_z, needs_noise, *needs_parameters = needs
-    grads: list[Tensor | None] = [None] * layers.count
-    a, h = (products.layout(c.to(spec.dtype)) for c in cotangents)
+    products, activation, dtype = stack.products, stack.activation, stack.dtype
+    needs_t, needs_z, needs_noise, needs_bias, needs_response, *needs_weights = needs
+    weights = [w.to(dtype) for w in stack.weights]
+    last = len(weights) - 1
+    a, h = (products.layout(c.to(dtype)) for c in cotangents)
 
     # upward: the transpose of the product
-    inputs, slopes, bends = [x], [], []
+    inputs, slopes, bends = [products.layout(z.to(dtype))], [], []
+    grads: list[Tensor | None] = []
     for k in range(last):
         slope, curvature = activation.derivatives(kept[k])
         inputs.append(kept[k] if activation.keeps_output else activation.value(kept[k]))
         slopes.append(slope)
-        if needs_parameters[2 * k]:
-            grads[k] = products.weight_grad(h, pulled[k] * slope, layers.weights[k])
-        p = products.apply(h, layers.weights[k])
-        h = p * slope
+        v = pulled[k] * slope if needs_weights[k] else pulled[k]
+        grads.append(products.gradients(h, v, weights[k], (False, True))[1] if needs_weights[k] else None)
+        p = products.apply(h, weights[k])
         bends.append(curvature.mul_(p).mul_(pulled[k]))
-    if needs_parameters[2 * last]:
-        grads[last] = products.weight_grad(h, products.layout(noise.to(spec.dtype)), layers.weights[last])
-    noise_grad = products.apply(h, layers.weights[last]).to(noise.dtype) if needs_noise else None
+        h = p.mul_(slope)
+    v = products.layout(noise.to(dtype))
+    grads.append(products.gradients(h, v, weights[last], (False, True))[1] if needs_weights[last] else None)
+    noise_grad = products.apply(h, weights[last]).to(noise.dtype) if needs_noise else None
 
     # downward: backpropagation through the velocity
     sums: list[Tensor] = []
-    z_grad = None
-    for k in reversed(range(layers.count)):
+    below: Any = None
+    for k in range(last, -1, -1):
         sums.append(a.sum(0, keepdim=True))
-        grad = grads[k]
+        below, grad = products.gradients(inputs[k], a, weights[k], (k > 0 or needs_z, needs_weights[k]))
         if grad is not None:
-            grad += products.weight_grad(inputs[k], a, layers.weights[k])
+            grads[k] = grad.add_(grads[k]).to(stack.weights[k].dtype)
         if k:
-            a = bends[k - 1].addcmul_(products.transpose(a, layers.weights[k]), slopes[k - 1])
-        elif needs_z:
-            z_grad = products.transpose(a, layers.weights[0]).to(z.dtype)
+            a = bends[k - 1].addcmul_(below, slopes[k - 1])
 
-    # time and biases act alike on all samples, so one sum over the batch serves all layers at once
-    total = torch.cat(sums[::-1], dim=1)
-    t_grad = (total * layers.responses()).sum().to(t.dtype).reshape(t.shape) if needs_t else None
-    time_grads = (products.response_grad(total, layers.times) * t).split(layers.sizes)
-    bias_grads = total.flatten(2).sum((0, 2)) if total.dim() > 2 else total[0]
-    parameter_grads: list[Tensor | None] = []
-    for k, bias_grad in enumerate(bias_grads.split(layers.sizes)):
-        grad, weight, bias = grads[k], parameters[2 * k], parameters[2 * k + 1]
-        parameter_grads += [
-            None if grad is None else torch.cat([time_grads[k].to(grad.dtype), grad], dim=1).to(weight.dtype),
-            bias_grad.to(bias.dtype) if needs_parameters[2 * k + 1] else None,
-        ]
-    return [t_grad, z_grad, noise_grad, *parameter_grads]
+    # time and biases act alike on all samples: one sum over the batch serves them all
+    total = torch.cat(sums[::-1], dim=1).to(stack.response.dtype)
+    return [
+        (total * stack.response).sum().to(t.dtype).reshape(t.shape) if needs_t else None,
+        below.to(z.dtype) if needs_z else None,
+        noise_grad,
+        total.unflatten(1, (-1, 1)).flatten(2).sum((0, 2)) if needs_bias else None,
+        total * t if needs_response else None,
+        *grads,
+    ]
 
 
 def _differentiable_backward(
-    spec: StackSpec,
-    t: Tensor,
-    z: Tensor,
-    noise: Tensor,
-    parameters: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    stack: Stack, t: Tensor, z: Tensor, noise: Tensor, cotangents: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The same gradients by automatic differentiation, for ``create_graph=True``: slow, but with a graph."""
     with torch.autocast(z.device.type, enabled=False):
-        # products are taken with respect to a node of its own, so that the state's gradient is kept apart
+        # the product is taken with respect to a node of its own, so that the state's gradient is kept apart
         state = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
-        dz = run_stack(spec, t, state, parameters)
+        dz = run_stack(stack, t, state)
         (product,) = torch.autograd.grad(dz, state, noise, create_graph=True)
-        inputs = [x for x in (t, z, noise, *parameters) if x.requires_grad]
-        found = iter(
-            torch.autograd.grad((dz, product), inputs, tuple(cotangents), create_graph=True, allow_unused=True)
-        )
-    return [next(found) if x.requires_grad else None for x in (t, z, noise, *parameters)]
+        arguments = (t, z, noise, stack.bias, stack.response, *stack.weights)
+        inputs = [x for x in arguments if x.requires_grad]
+        grads = torch.autograd.grad((dz, product), inputs, cotangents, create_graph=True, allow_unused=True)
+    found = iter(grads)
+    return [next(found) if x.requires_grad else None for x in arguments]

@@ -9,7 +9,7 @@ the convolution's zero padding is felt.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +39,12 @@ class Products(Protocol):
         """Outputs' cotangents to inputs' cotangents."""
         ...
 
-    def weight_grad(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        """Cotangent of the weight for inputs ``x`` and outputs' cotangents ``v``."""
+    def gradients(self, x: Tensor, v: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
+        """Cotangents of the inputs ``x`` and of the weight for outputs' cotangents ``v``; None if not wanted."""
         ...
 
     def response(self, time: Tensor, x: Tensor) -> Tensor:
-        """What the weight of time makes of a constant 1 beside the state ``x``, for one sample."""
-        ...
-
-    def response_grad(self, v: Tensor, time: Tensor) -> Tensor:
-        """Cotangent of the weight of time for a response's cotangents ``v``."""
+        """What the weight of time makes of a constant 1 beside the state ``x``, ``(1, out, ...)``."""
         ...
 
 
@@ -70,23 +66,19 @@ class _Convolution:
         return F.conv_transpose2d(v, weight, padding=weight.shape[-1] // 2)
 
     @staticmethod
-    def weight_grad(x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    def gradients(x: Tensor, v: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
         pad = weight.shape[-1] // 2
         return torch.ops.aten.convolution_backward(
-            v, x, weight, None, (1, 1), (pad, pad), (1, 1), False, (0, 0), 1, (False, True, False)
-        )[1]
-
-    # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
+            v, x, weight, None, (1, 1), (pad, pad), (1, 1), False, (0, 0), 1, (*wanted, False)
+        )[:2]
 
     @staticmethod
     def response(time: Tensor, x: Tensor) -> Tensor:
-        image = _patches_of_ones(x, time).t() @ time.flatten(1).t()  # (H * W, out), channels last
-        return image.t().unflatten(1, x.shape[2:]).unsqueeze(0)
-
-    @staticmethod
-    def response_grad(v: Tensor, time: Tensor) -> Tensor:
-        image = v.squeeze(0).flatten(1).t()
-        return (_patches_of_ones(v, time) @ image).t().reshape(time.shape)
+        # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
+        size, shape = time.shape[-1], x.shape[2:]
+        patches = F.unfold(time.new_ones(1, 1, *shape), size, padding=size // 2).squeeze(0)
+        image = patches.t() @ time.flatten(1).t()  # (H * W, out), channels last
+        return image.t().unflatten(1, shape).unsqueeze(0)
 
 
 class _Linear:
@@ -107,22 +99,12 @@ class _Linear:
         return v @ weight
 
     @staticmethod
-    def weight_grad(x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        return v.t() @ x
+    def gradients(x: Tensor, v: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
+        return v @ weight if wanted[0] else None, v.t() @ x if wanted[1] else None
 
     @staticmethod
     def response(time: Tensor, x: Tensor) -> Tensor:
         return time.t()
-
-    @staticmethod
-    def response_grad(v: Tensor, time: Tensor) -> Tensor:
-        return v.t()
-
-
-def _patches_of_ones(x: Tensor, kernel: Tensor) -> Tensor:
-    """What each place of a kernel sees of a zero-padded constant 1, ``(k * k, H * W)``."""
-    size = kernel.shape[-1]
-    return F.unfold(kernel.new_ones(1, 1, *x.shape[2:]), size, padding=size // 2).squeeze(0)
 
 
 CONVOLUTION: Products = _Convolution()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .activations import get_activation
-from .fused import StackSpec, run_fused, run_stack
+from .fused import Stack, make_stack, run_fused, run_stack
 from .layers import ConcatConv2d, ConcatLinear, Products
 
 __all__ = ["FusedStackField", "StackField", "conv_field", "linear_field"]
@@ -38,24 +38,34 @@ class StackField(nn.Module):
         self._activation = get_activation(activation)
         self._products = _one_kind(self.layers)
 
+    def prepare(self, z: Tensor) -> PreparedStack:
+        """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
+
+        What depends on the weights alone is computed here, once, with its graph; do not keep the result for longer
+        than the weights.
+        """
+        return PreparedStack(self._stack(z))
+
     def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
         """Velocity ``(B, *event)`` at time ``t``, a scalar, and state ``z (B, *event)``."""
-        spec = self._spec(z)
-        with torch.autocast(z.device.type, enabled=False):
-            return run_stack(spec, t, z, self._weights_and_biases())
+        return self.prepare(z)(t, z)
 
     def extra_repr(self) -> str:
         return f"activation={self._activation.name!r}"
 
-    def _weights_and_biases(self) -> list[Tensor]:
-        return [p for layer in cast("list[ConcatConv2d]", list(self.layers)) for p in (layer.weight, layer.bias)]
-
-    def _spec(self, z: Tensor) -> StackSpec:
-        return StackSpec(self._products, self._activation, _compute_dtype(z))
+    def _stack(self, z: Tensor) -> Stack:
+        layers = cast("list[ConcatConv2d]", list(self.layers))
+        parameters = [(layer.weight, layer.bias) for layer in layers]
+        dtype = _compute_dtype(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return make_stack(self._products, self._activation, dtype, parameters, z)
 
 
 class FusedStackField(StackField):
     """A :class:`StackField` that brings its own product with the Jacobian; same parameters, same numbers."""
+
+    def prepare(self, z: Tensor) -> FusedPreparedStack:
+        return FusedPreparedStack(self._stack(z))
 
     def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """``(f(t, z), noise^T df/dz)``, both ``(B, *event)``, from one pass with a backward by hand.
@@ -64,7 +74,27 @@ class FusedStackField(StackField):
         With ``create_graph=True`` they are computed again by automatic differentiation, so that they can be
         differentiated in turn.
         """
-        return run_fused(self._spec(z), t, z, noise, self._weights_and_biases())
+        return self.prepare(z).forward_and_vjp(t, z, noise)
+
+
+class PreparedStack:
+    """A :class:`StackField` with the weights of the moment; see :meth:`StackField.prepare`."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """Velocity ``(B, *event)``."""
+        with torch.autocast(z.device.type, enabled=False):
+            return run_stack(self._stack, t, z)
+
+
+class FusedPreparedStack(PreparedStack):
+    """A :class:`FusedStackField` with the weights of the moment."""
+
+    def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`FusedStackField.forward_and_vjp`."""
+        return run_fused(self._stack, t, z, noise)
 
 
 def conv_field(
