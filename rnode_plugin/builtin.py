@@ -47,8 +47,9 @@ def rnode_register_recipes() -> Mapping[str, str]:
 
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
-    names = ("train", "eval", "sample", "recipes", "data", "plugins")
+    names = ("train", "eval", "sample", "recipes", "data", "plugins", "report", "compare")
     return {
         "exec": "rnode_plugin.cli.exec:exec_script",
+        "tune-step": "rnode_plugin.cli.tune:tune_step",
         **{name: f"rnode_plugin.cli.{name}:{name}" for name in names},
     }

@@ -1,0 +1,79 @@
+"""``rnode-cli compare``."""
+
+from __future__ import annotations
+
+import signal
+
+import click
+
+from .options import Duration, data_root, download, settings
+
+__all__ = ["compare"]
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--arms", default="vanilla,kinetic,jacfrob,rnode", show_default=True,
+              help="vanilla (no penalty), rnode (all of the recipe's), or single penalties.")  # fmt: skip
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each arm."
+)
+@click.option("--vanilla-solver", type=click.Choice(["recipe", "dopri5"]), default="recipe", show_default=True,
+              help="What the vanilla arm trains with: as all arms (the paper's figure 5), or dopri5 at 1e-5 as "
+                   "FFJORD (figure 2).")  # fmt: skip
+@click.option("--max-steps", type=click.IntRange(1), metavar="N", help="Steps of each arm. [default: the recipe's]")
+@click.option("--max-time", type=Duration(), help="Limit for each arm: 90 (seconds), 20m or 1h30m.")
+@click.option("--checks", type=click.IntRange(1), default=20, show_default=True, metavar="N",
+              help="Validations of each arm, the marks of the figures.")  # fmt: skip
+@settings
+@data_root
+@download
+@click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
+@click.option("--out", metavar="FOLDER", help="Runs and report. [default: comparison/RECIPE]")
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    *,
+    recipe: str,
+    arms: str,
+    seeds: int,
+    vanilla_solver: str,
+    max_steps: int | None,
+    max_time: float | None,
+    checks: int,
+    assignments: tuple[str, ...],
+    data_root: str | None,
+    download: bool,
+    accelerator: str,
+    out: str | None,
+) -> None:
+    """Train RECIPE with and without its penalties and report what they change.
+
+    All arms begin with the same weights and see the same images and noise. The same command goes on where it was
+    stopped. Writes report.html, report.md, figures/ and runs/ into one folder.
+    """
+    from ..comparison import compare
+    from ..recipes import get_recipe
+    from .tables import table
+
+    given = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
+    given += [] if data_root is None else [f"data.root={data_root}"]
+    result = compare(
+        get_recipe(recipe).override([*given, *assignments]),
+        arms=[arm.strip() for arm in arms.split(",")],
+        seeds=seeds,
+        vanilla_solver=vanilla_solver,
+        checks=checks,
+        max_time=max_time,
+        out=out or f"comparison/{recipe}",
+        accelerator=accelerator,
+        download=download,
+        announce=click.echo,
+    )
+    report = result.report
+    heads = ["", *(column.label for column in report.table.columns)]
+    click.echo("\n" + table([heads, *([row.name, *row.cells] for row in report.table.rows)]))
+    click.echo(f"\n{report.html}\n{report.markdown}")
+    if result.stopped is not None:
+        click.echo(f"\n{result.stopped}: the same command goes on.")
+        ctx.exit(128 + signal.Signals[result.stopped])

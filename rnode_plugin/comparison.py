@@ -1,0 +1,180 @@
+"""``compare``: the same recipe with and without its penalties, from the same weights, data order and noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoints import LAST, find_checkpoint, read_checkpoint
+from .errors import CheckpointError, ConfigError, suggest
+from .recipes import Recipe
+from .reports import Report, write_report
+from .reports.reading import Run, read_run
+from .training import fit
+
+__all__ = ["ARMS", "Comparison", "arm_recipes", "compare"]
+
+ARMS = ("vanilla", "kinetic", "jacfrob", "rnode")
+"""The four arms of the paper's ablation (figure 5)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a call of :func:`compare` left behind.
+
+    Attributes:
+        runs: the folder of each arm and seed that was trained, in that order.
+        report: of all of them.
+        stopped: name of the signal that ended the call early; None where all arms are done.
+    """
+
+    runs: tuple[Path, ...]
+    report: Report
+    stopped: str | None
+
+
+def arm_recipes(
+    recipe: Recipe, arms: Sequence[str] = ARMS, *, seeds: int = 1, vanilla_solver: str = "recipe"
+) -> list[Recipe]:
+    """The recipe of each run: for each seed, all arms.
+
+    Args:
+        recipe: what the arms share: weights, data order and noise are functions of its seed.
+        arms: ``vanilla`` (no penalty), ``rnode`` (all penalties of the recipe), or the name of one of them.
+        seeds: runs of each arm; the first has the recipe's seed, the others the next ones.
+        vanilla_solver: ``recipe``: all arms train with the recipe's solver, as in the paper's ablation; ``dopri5``:
+            the vanilla arm trains with Dormand-Prince at 1e-5, as FFJORD does in the paper's comparison of times.
+
+    Raises:
+        ConfigError: an unknown arm, one named twice, no arm, no seed, or another solver.
+    """
+    known = ["vanilla", *recipe.regularizers, "rnode"]
+    for arm in arms:
+        if arm not in known:
+            raise ConfigError(suggest(arm, known, "arm"))
+    if not arms or len(set(arms)) < len(arms) or seeds < 1:
+        raise ConfigError("a comparison needs at least one seed and one arm, and each arm once.")
+    if vanilla_solver not in ("recipe", "dopri5"):
+        raise ConfigError(suggest(vanilla_solver, ("recipe", "dopri5"), "solver of the vanilla arm"))
+    found = []
+    for seed in range(recipe.training.seed, recipe.training.seed + seeds):
+        seeded = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=seed))
+        for arm in arms:
+            if arm == "vanilla":
+                solver = recipe.vanilla().solver if vanilla_solver == "dopri5" else recipe.solver
+                changes = {"regularizers": {}, "solver": solver}
+            elif arm == "rnode":
+                changes = {}
+            else:
+                changes = {"regularizers": {arm: recipe.regularizers[arm]}}
+            found.append(dataclasses.replace(seeded, name=f"{recipe.name}-{arm}", **changes))
+    return found
+
+
+def compare(
+    recipe: Recipe,
+    *,
+    arms: Sequence[str] = ARMS,
+    seeds: int = 1,
+    vanilla_solver: str = "recipe",
+    checks: int = 20,
+    max_time: float | None = None,
+    out: str | os.PathLike[str] = "comparison",
+    accelerator: str = "auto",
+    devices: str | int = 1,
+    download: bool = False,
+    progress: bool = True,
+    announce: Callable[[str], object] = print,
+) -> Comparison:
+    """Train the arms one after another and write one report.
+
+    A call with the same settings in the same folder goes on where the last one stopped: a finished arm is not
+    trained again, an interrupted one is resumed.
+
+    Args:
+        recipe, arms, seeds, vanilla_solver: see :func:`arm_recipes`.
+        checks: validations of each arm, evenly spread over its steps; they are the marks of the figures. Used where
+            the recipe has ``max_steps`` and no ``check_every_steps`` of its own.
+        max_time: seconds for each arm, validations included, those of earlier calls included.
+        out: folder for ``runs/`` and the report.
+        accelerator, devices: for each arm, as Lightning's Trainer takes them.
+        download: fetch the data set if it is missing.
+        progress: show progress on the terminal.
+        announce: called with a line before each arm.
+
+    Raises:
+        ConfigError: settings that cannot work.
+        DataError, CheckpointError, TrainingError: as :func:`~rnode_plugin.training.fit`; arms that are done stay.
+    """
+    if checks < 1:
+        raise ConfigError(f"a comparison needs at least one check, not {checks}.")
+    if max_time is not None and max_time <= 0:
+        raise ConfigError(f"the time limit must be positive, not {max_time} s.")
+    training = recipe.training
+    if training.max_steps is not None and training.check_every_steps is None:
+        every = max(1, training.max_steps // checks)
+        recipe = dataclasses.replace(recipe, training=dataclasses.replace(training, check_every_steps=every))
+    out = Path(out)
+    todo = arm_recipes(recipe, arms, seeds=seeds, vanilla_solver=vanilla_solver)
+    folders: list[Path] = []
+    stopped = None
+    for number, arm in enumerate(todo, 1):
+        run = _earlier_run(out / "runs", arm)
+        head = f"arm {number} of {len(todo)}: {arm.name}, seed {arm.training.seed}, {arm.solver.method}"
+        left = None if max_time is None else max_time - (_seconds_spent(run.path) if run is not None else 0.0)
+        if run is not None and _is_done(run, left):
+            announce(f"{head}: done, in {run.path}")
+            folders.append(run.path)
+            continue
+        announce(head)
+        result = fit(
+            arm,
+            runs=out / "runs",
+            resume=run.path if run is not None and _has_checkpoint(run.path) else None,
+            max_time=None if left is None else max(left, 1e-3),  # at least one step, and the evaluation
+            accelerator=accelerator,
+            devices=devices,
+            download=download,
+            progress=progress,
+        )
+        folders.append(result.folder.path)
+        if result.stopped in signal.Signals.__members__:
+            stopped = result.stopped
+            break
+    title = f"{recipe.name}: with and without the penalties"
+    return Comparison(tuple(folders), write_report(folders, out, title=title), stopped)
+
+
+def _earlier_run(runs: Path, recipe: Recipe) -> Run | None:
+    """The newest run of exactly this recipe."""
+    versions = [path for path in (runs / recipe.name).glob("*") if path.name.isdigit()]
+    for path in sorted(versions, key=lambda path: int(path.name), reverse=True):
+        if (path / "recipe.json").is_file():
+            run = read_run(path)
+            if run.recipe == recipe:
+                return run
+    return None
+
+
+def _is_done(run: Run, left: float | None) -> bool:
+    """Finished, or stopped by a time limit and out of time again."""
+    if run.result is None:
+        return False
+    return run.result["stopped"] == "finished" or (left is not None and left <= 0)
+
+
+def _has_checkpoint(path: Path) -> bool:
+    try:
+        return find_checkpoint(path, prefer=LAST).is_file()
+    except CheckpointError:
+        return False
+
+
+def _seconds_spent(path: Path) -> float:
+    if not _has_checkpoint(path):
+        return 0.0
+    return float(read_checkpoint(find_checkpoint(path, prefer=LAST))["progress"]["seconds"])

@@ -1,0 +1,95 @@
+"""Runs that differ by their seed alone form an arm, with a label, a colour and a line style of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..recipes import Recipe
+from ..solve.config import Solver
+from .reading import Run, arm_of
+
+__all__ = ["Arm", "Look", "group_runs", "solver_text"]
+
+
+class Look(NamedTuple):
+    """How an arm is drawn; colours of Okabe and Ito, which colour-blind readers can tell apart."""
+
+    colour: str
+    line: str | tuple[int, tuple[int, ...]]
+    marker: str
+
+
+_LOOKS = {
+    "vanilla": Look("#d55e00", "--", "o"),
+    "kinetic": Look("#009e73", "-.", "^"),
+    "jacfrob": Look("#cc79a7", ":", "s"),
+    "rnode": Look("#0072b2", "-", "D"),
+}
+_MORE = (
+    Look("#e69f00", (0, (6, 2)), "v"),
+    Look("#56b4e9", (0, (4, 1, 1, 1)), "P"),
+    Look("#808080", (0, (1, 1)), "X"),
+    Look("#b8a800", (0, (8, 2, 2, 2)), "*"),
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of the same settings but for the seed.
+
+    Attributes:
+        label: tells it apart from the other arms of a report.
+        name: what it trains on, see :func:`~rnode_plugin.reports.reading.arm_of`.
+        runs: one for each seed.
+        look: how it is drawn.
+    """
+
+    label: str
+    name: str
+    runs: tuple[Run, ...]
+    look: Look
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings that all of its runs share, but for the seed."""
+        return self.runs[0].recipe
+
+
+def group_runs(runs: Sequence[Run]) -> list[Arm]:
+    """The arms of some runs, in the order in which they come."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        seedless = dataclasses.replace(run.recipe, training=dataclasses.replace(run.recipe.training, seed=0))
+        groups.setdefault(repr(seedless.to_plain()), []).append(run)
+    members = [tuple(group) for group in groups.values()]
+    spare, taken, arms = iter(_MORE * len(members)), set(), []
+    for label, group in zip(_labels([group[0] for group in members]), members, strict=True):
+        name = arm_of(group[0].recipe)
+        look = _LOOKS[name] if name in _LOOKS and name not in taken else next(spare)
+        taken.add(name)
+        arms.append(Arm(label, name, group, look))
+    return arms
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The shortest texts that tell the runs apart."""
+    texts: tuple[Callable[[Run], str], ...] = (
+        lambda run: arm_of(run.recipe),
+        lambda run: f"{arm_of(run.recipe)} ({run.recipe.solver.method})",
+        lambda run: run.recipe.name,
+    )
+    for text in texts:
+        labels = [text(run) for run in runs]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{run.recipe.name}/{run.path.name} {number}" for number, run in enumerate(runs, 1)]
+
+
+def solver_text(solver: Solver) -> str:
+    """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
+    if solver.adaptive:
+        return f"{solver.method}, tolerance {solver.atol:g}"
+    return f"{solver.method}, " + ("one step" if solver.step is None else f"step {solver.step:g}")

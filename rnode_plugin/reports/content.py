@@ -1,0 +1,103 @@
+"""What a report says, before it is a page or Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from ..settings import as_text
+from .arms import Arm
+from .figures import Panel, make_panels
+from .table import Table, against_vanilla, make_table
+
+__all__ = ["NUMBERED", "Content", "Grid", "environment_rows", "settings_rows"]
+
+NUMBERED = {
+    2: "Bits/dim against wall-clock time (the paper's figure 2)",
+    3: "NFE against the Jacobian norm (the paper's figure 3)",
+    5: "What the penalties do during training (the paper's figure 5)",
+}
+"""Headings of the panels by the number of the paper's figure."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of samples, one row of images for each temperature.
+
+    Attributes:
+        name: of its file.
+        label: of the arm.
+        png: the picture.
+        temperatures: of the rows, from the top.
+        origin: which weights it was drawn from.
+    """
+
+    name: str
+    label: str
+    png: bytes
+    temperatures: tuple[float, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that a report shows."""
+
+    title: str
+    made: str
+    arms: tuple[Arm, ...]
+    table: Table
+    changes: tuple[str, ...]
+    panels: tuple[Panel, ...]
+    grids: tuple[Grid, ...]
+
+    @staticmethod
+    def of(arms: Sequence[Arm], title: str | None = None) -> Content:
+        """The content for some arms; ``title`` None for one that names the data sets."""
+        data = ", ".join(dict.fromkeys(arm.recipe.data.name for arm in arms))
+        return Content(
+            title=title or f"Runs on {data}",
+            made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            arms=tuple(arms),
+            table=make_table(arms),
+            changes=tuple(against_vanilla(arms)),
+            panels=tuple(make_panels(arms)),
+            grids=tuple(_grids(arms)),
+        )
+
+
+def _grids(arms: Sequence[Arm]) -> list[Grid]:
+    grids = []
+    for arm in arms:
+        run = next((run for run in arm.runs if run.grid is not None), None)
+        if run is None or run.grid is None:
+            continue
+        best = run.grid.stem == "best"
+        origin = "best weights" if best else f"weights of step {int(run.grid.stem.removeprefix('step-'))}"
+        name = "samples-" + re.sub(r"[^a-z0-9]+", "-", arm.label.lower()).strip("-")
+        temperatures = run.recipe.training.sample_temperatures
+        grids.append(Grid(name, arm.label, run.grid.read_bytes(), temperatures, origin))
+    return grids
+
+
+def settings_rows(arm: Arm) -> list[tuple[str, str]]:
+    """Every setting of an arm, as ``--set`` takes it; the seed is that of the first run."""
+    return [(name, as_text(value)) for name, value in arm.recipe.settings() if not name.startswith("paper.")]
+
+
+def environment_rows(arm: Arm) -> list[tuple[str, str]]:
+    """Versions, device and threads; where the runs of an arm differ, all that occur."""
+    names = dict.fromkeys(name for run in arm.runs for name in run.environment)
+    rows = []
+    for name in names:
+        values = dict.fromkeys(_plain(run.environment.get(name)) for run in arm.runs)
+        rows.append((name, "; ".join(values)))
+    return rows
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
+    return "none" if value is None else str(value)

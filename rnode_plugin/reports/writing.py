@@ -1,0 +1,57 @@
+"""One report folder from runs: ``report.html``, ``report.md`` and ``figures/``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoints import write_atomically
+from .arms import group_runs
+from .content import Content
+from .markdown import markdown
+from .page import page
+from .reading import find_runs, read_run
+from .table import Table
+
+__all__ = ["Report", "write_report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a report lies, and what its table holds."""
+
+    html: Path
+    markdown: Path
+    figures: tuple[Path, ...]
+    table: Table
+
+
+def write_report(
+    runs: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str] = "report", *, title: str | None = None
+) -> Report:
+    """Write the report of some runs, finished or running.
+
+    Args:
+        runs: run folders, or folders with run folders below them.
+        out: folder for ``report.html`` (one file with everything in it, nothing is fetched), ``report.md`` and
+            ``figures/`` (PNG and SVG).
+        title: None for one that names the recipes.
+
+    Raises:
+        ConfigError: there is no run at one of the places, or it cannot be read.
+        CheckpointError: the report cannot be written.
+    """
+    arms = group_runs([read_run(path) for path in find_runs(runs)])
+    out = Path(out)
+    content = Content.of(arms, title)
+    for panel in content.panels:
+        panel.drawing.save(out / "figures", panel.name)
+    for grid in content.grids:
+        write_atomically(out / "figures" / f"{grid.name}.png", lambda file, grid=grid: file.write(grid.png))
+    html, text = out / "report.html", out / "report.md"
+    write_atomically(html, lambda file: file.write(page(content).encode()))
+    write_atomically(text, lambda file: file.write(markdown(content).encode()))
+    names = [panel.name for panel in content.panels] + [grid.name for grid in content.grids]
+    return Report(html, text, tuple(out / "figures" / f"{name}.png" for name in names), content.table)
