@@ -16,6 +16,7 @@ from .cnf import CNF
 from .errors import ConfigError
 from .estimators import TraceEstimator
 from .neuralode import NeuralODE
+from .torchdyn_solvers import resolve_solver
 
 __all__ = ["RegularizedCNF"]
 
@@ -38,7 +39,8 @@ class RegularizedCNF(nn.Module):
             estimator object.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval.
-        solver, atol, rtol, sensitivity, ...: further arguments of :class:`~rnode_plugin.NeuralODE`.
+        solver, sensitivity, ...: further arguments of :class:`~rnode_plugin.NeuralODE`.
+        atol, rtol: tolerances of an adaptive solver; None: 1e-5, the paper's.
 
     Raises:
         ConfigError: for shapes that do not fit together, and all that NeuralODE refuses.
@@ -54,8 +56,8 @@ class RegularizedCNF(nn.Module):
         regularizers: Any = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
         solver: str | nn.Module = "dopri5",
-        atol: float = 1e-5,
-        rtol: float = 1e-5,
+        atol: float | None = None,
+        rtol: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -65,7 +67,11 @@ class RegularizedCNF(nn.Module):
         for name in ("order", "integral_loss", "return_t_eval"):
             if name in options:
                 raise ConfigError(f"{name}= has no meaning for a density; use NeuralODE and CNF for it.")
-        options |= {"solver": solver, "atol": atol, "rtol": rtol, "return_t_eval": False}
+        adaptive = resolve_solver(solver).stepping_class == "adaptive"
+        for name, tolerance in (("atol", atol), ("rtol", rtol)):
+            if tolerance is not None or adaptive:  # a fixed grid warns of tolerances, which it has no use for
+                options[name] = 1e-5 if tolerance is None else tolerance
+        options |= {"solver": solver, "return_t_eval": False}
         cnf = CNF(net, trace_estimator, event_shape=self.event_shape)
         self.ode = NeuralODE(cnf, regularizers=regularizers, **options)
         # The same field without its trace, which samples have no use for. In a tuple, where torch sees no second
