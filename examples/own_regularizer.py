@@ -1,0 +1,73 @@
+"""Regularizers of one's own, in a file: from a function of (t, z, dz), and from an evaluation with the Jacobian.
+
+The map to learn turns and squeezes the plane and keeps areas. The second penalty knows that: it is the squared
+divergence. To offer a penalty to others by name, make it a package: examples/third_party_regularizer is one.
+"""
+
+import argparse
+
+import matplotlib.pyplot as plt
+import torch
+
+from rnode_plugin import NeuralODE
+from rnode_plugin.nets import linear_field
+from rnode_plugin.regularizers import FunctionRegularizer
+
+
+def slow(t, z, dz):
+    """A rate per sample, (B,): how far the speed is above 2, squared. Its integral is what the loss gets."""
+    speed = torch.linalg.vector_norm(dz.flatten(1), dim=1)
+    return (speed - 2).relu().square()
+
+
+# one that reads the Jacobian says so; the solver then makes the products, once for all who want them
+incompressible = FunctionRegularizer("incompressible", lambda e: e.divergence().square(), needs_vjp=True)
+
+ARMS = {"none": {}, "slow": {slow: 0.1}, "incompressible": {incompressible: 0.1}}
+MAP = torch.tensor([[0.0, 2.0], [-0.5, 0.0]])  # of determinant 1
+T_SPAN = torch.linspace(0, 1, 2)
+
+
+def train(regularizers, x, y, *, steps, seed):
+    torch.manual_seed(seed)
+    field = linear_field(2, activation="tanh")
+    model = NeuralODE(field, solver="dopri5", regularizers=regularizers, trace_noise="exact")
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        _, path = model(x, T_SPAN)
+        loss = (path[-1] - y).square().mean() + model.reg_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return field
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="own_regularizer.png", help="file of the plot")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    x, new = torch.randn(20, 2), torch.randn(1000, 2)
+    y = x @ MAP.T + 0.1 * torch.randn(20, 2)  # few points, with noise
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharex=True, sharey=True)
+    print(f"{'regularizer':<14} {'NFE':>4} {'error':>7} {'slow':>7} {'incompressible':>15}   on 1000 new points")
+    for (name, regularizers), axes in zip(ARMS.items(), panels, strict=True):
+        field = train(regularizers, x, y, steps=options.steps, seed=options.seed)
+        # the same field, with both integrals followed
+        model = NeuralODE(field, solver="dopri5", regularizers=[slow, incompressible], trace_noise="exact")
+        with torch.no_grad():
+            _, path = model(new, T_SPAN, penalties=True)
+        error = (path[-1] - new @ MAP.T).square().sum(1).mean().sqrt()
+        means = {key: integral.mean() for key, integral in model.regularization.items()}
+        integrals = f"{means['slow']:>7.3f} {means['incompressible']:>15.3f}"
+        print(f"{name:<14} {model.vf.nfe:>4.0f} {error:>7.3f} {integrals}")
+        axes.plot(*torch.stack([path[-1][:150], new[:150] @ MAP.T]).permute(2, 0, 1), color="0.6", linewidth=0.7)
+        axes.scatter(*path[-1][:150].T, s=8)
+        axes.set(title=f"regularizer: {name}", xlabel="$x_1$", ylabel="$x_2$")
+    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

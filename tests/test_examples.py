@@ -1,0 +1,102 @@
+"""Every example runs as its README says, shortened by --steps, and leaves the file that it promises."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+# each with a number of steps that takes a second or so, and the rows that its table must have
+TABLES = {
+    "density_2d": (2, ["exact +none", "exact +kinetic", "gaussian", "rademacher"]),
+    "drop_in_classifier": (2, ["none", r"\['kinetic', 'jacfrob'\]", r"\{'kinetic': 1, 'jacfrob': 1\}"]),
+    "fine_tune_flow_matching": (1, ["flow matching", "fine-tuned, no penalty", "fine-tuned, both penalties"]),
+    "optimal_transport": (2, [r"least cost of any map, W2\^2: 18\.63", " +0.0", " +0.01", " +0.1"]),
+    "own_regularizer": (2, ["none", "slow", "incompressible"]),
+    "time_series": (2, ["plain", r"\['kinetic'\]", r"\{'kinetic': 1\}"]),
+    "train_images": (2, ["steps +2 ", "bits/dim dirty", "bits/dim clean", "NFE", "kinetic / dim", "jacfrob / dim"]),
+}
+
+
+def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.chdir(folder)  # where the files appear
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_runs_prints_its_table_and_writes_its_file(name, monkeypatch, tmp_path, capsys):
+    steps, rows = TABLES[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="rnode_plugin")  # what people copy must not warn about itself
+        run(name, ["--steps", str(steps)], monkeypatch, tmp_path)
+    printed = capsys.readouterr().out
+    for row in rows:
+        found = re.search(rf"^{row}.*\d", printed, re.MULTILINE)
+        assert found, f"no row {row!r} in\n{printed}"
+    assert "nan" not in printed.lower()
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_file_can_be_chosen(name, monkeypatch, tmp_path):
+    source = (EXAMPLES / f"{name}.py").read_text()
+    assert f'"--output", default="{name}.png"' in source
+    assert len(source.splitlines()) <= 96, "examples are short"
+    assert f"{name}.py" in (EXAMPLES / "README.md").read_text()
+
+
+def part_of(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def test_the_optimal_map_between_gaussians_is_the_closed_form():
+    example = part_of("optimal_transport")
+    p, q, optimal = example["P"], example["Q"], example["optimal"]
+    arrived, cost = optimal(torch.cat([p.mean[None], p.mean + torch.eye(2)]))
+    assert torch.allclose(arrived[0], q.mean, atol=1e-5)
+    linear = (arrived[1:] - arrived[0]).T
+    # the gradient of a convex function (Brenier): symmetric and positive definite, and it carries P to Q
+    assert torch.allclose(linear, linear.T, atol=1e-5)
+    assert bool((torch.linalg.eigvalsh(linear) > 0).all())
+    assert torch.allclose(linear @ p.covariance_matrix @ linear.T, q.covariance_matrix, atol=1e-5)
+    # E ||T(x) - x||^2 in closed form
+    moved = linear - torch.eye(2)
+    expected = (p.mean - q.mean).square().sum() + torch.trace(moved @ p.covariance_matrix @ moved.T)
+    assert torch.allclose(cost, expected, rtol=1e-5)
+
+
+def test_the_own_penalties_are_what_they_say():
+    example = part_of("own_regularizer")
+    z = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    assert torch.allclose(example["slow"](torch.tensor(0.0), z, z), torch.tensor([0.0, 1.0]))
+    from rnode_plugin import Dynamics
+
+    dynamics = Dynamics(lambda t, z: z * torch.tensor([3.0, -1.0]), regularizers=[example["incompressible"]],
+                        estimator="exact", divergence=False)  # fmt: skip
+    rates = dynamics.evaluate(torch.tensor(0.0), z, None)
+    assert torch.allclose(rates.penalties["incompressible"], torch.full((2,), 4.0))  # (3 - 1)^2
+
+
+def test_the_pendulum_keeps_its_energy_but_for_the_friction():
+    example = part_of("time_series")
+    torch.manual_seed(0)
+    angles = example["pendulums"](8).double()
+    t = example["TIMES"].double()
+    assert angles.shape == (8, len(t))
+    h = t[1] - t[0]
+    # central differences of the printed motion obey its equation, up to O(h^2)
+    acceleration = (angles[:, 2:] - 2 * angles[:, 1:-1] + angles[:, :-2]) / h**2
+    speed = (angles[:, 2:] - angles[:, :-2]) / (2 * h)
+    residual = acceleration + 0.1 * speed + 4 * torch.sin(angles[:, 1:-1])
+    assert residual.abs().max() < 0.1 * acceleration.abs().max()
