@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as L
+import torch
 from pytorch_lightning.callbacks import Callback
 
 from .errors import RnodeError, SolverError
@@ -47,6 +48,13 @@ def _in_main_thread() -> bool:
 def _anywhere(trainer: L.Trainer, decision: bool) -> bool:
     """Whether any process of the run decides so: all must leave at the same step."""
     return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
+
+
+def _mean_over_processes(trainer: L.Trainer, row: dict[str, float]) -> dict[str, float]:
+    if trainer.world_size == 1:
+        return row
+    values = torch.tensor(list(row.values()), dtype=torch.float64, device=trainer.strategy.root_device)
+    return dict(zip(row, trainer.strategy.reduce(values, reduce_op="mean").tolist(), strict=True))
 
 
 class RunControl(Callback):
@@ -87,6 +95,9 @@ class RunControl(Callback):
                 for signum, handler in self._former.items():
                     signal.signal(signum, handler)
 
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.folder = trainer.strategy.broadcast(pl_module.folder)  # the first process has made it
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # here Lightning has set its own, which would end a run between a step and its checkpoint
         if _in_main_thread():  # in another thread the program that owns it decides about signals
@@ -103,7 +114,7 @@ class RunControl(Callback):
         row = pl_module.finish_step(batch_idx)
         done = pl_module.batches
         if done % self._log_every == 0:
-            self._log(trainer, row, done)
+            self._log(trainer, _mean_over_processes(trainer, row), done)
         late = self._max_time is not None and time.monotonic() - self._start >= self._max_time
         self.out_of_time = _anywhere(trainer, late)
         if _anywhere(trainer, self._signum is not None):

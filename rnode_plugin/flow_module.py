@@ -34,10 +34,10 @@ class FlowModule(L.LightningModule):
         recipe: all settings.
         data: the images to train on and to validate with.
         plan: how many steps, and when to validate.
-        folder: where checkpoints and samples go.
+        folder: where checkpoints and samples go; a process that is not the first learns it when training starts.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageData, plan: Plan, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, data: ImageData, plan: Plan, folder: RunFolder | None) -> None:
         super().__init__()
         self.recipe, self.data, self.plan, self.folder = recipe, data, plan, folder
         with seeded(recipe.training.seed, Stream.WEIGHTS):

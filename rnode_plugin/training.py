@@ -21,13 +21,14 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from . import plugins
 from .callbacks import Interrupted, RunControl, SampleGrids, TrainingError
-from .checkpoints import LAST, find_checkpoint, load_flow, read_checkpoint, recipe_of
+from .checkpoints import load_flow, read_checkpoint
 from .data import ImageData, get_dataset
-from .errors import CheckpointError, ConfigError, DataError
+from .errors import ConfigError, DataError
 from .evaluation import Evaluation, evaluate
 from .flow_module import FlowModule
 from .progress import batch_counter, progress_display
 from .recipes import Recipe
+from .resuming import checkpoint_to_resume, steps_done
 from .runs import AtomicCheckpointIO, RunFolder, RunLogger
 from .sampling import sample_images, save_grid
 from .schedule import Plan
@@ -45,6 +46,7 @@ class FitResult:
         planned: steps that the recipe asks for.
         stopped: why the call ended: ``"finished"``, ``"max_time"``, or the name of a signal.
         seconds: wall-clock time of the whole run so far, without the final evaluation.
+        first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
         evaluation: of the best weights on the validation images; None after a signal.
         samples: the last grid of samples; None where there is none.
     """
@@ -54,8 +56,9 @@ class FitResult:
     planned: int
     stopped: str
     seconds: float
-    evaluation: Evaluation | None
-    samples: Path | None
+    first_process: bool = True
+    evaluation: Evaluation | None = None
+    samples: Path | None = None
 
 
 def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData:
@@ -139,7 +142,7 @@ def fit(
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
     training = recipe.training
     data = load_images(recipe, download=download)
-    checkpoint = _checkpoint_to_resume(resume, recipe) if resume is not None else None
+    checkpoint = checkpoint_to_resume(resume, recipe) if resume is not None else None
     control = RunControl(max_time=max_time, log_every=training.log_every, save_every=training.save_every)
     callbacks: list[Callback] = [control]
     if training.sample_images:
@@ -158,14 +161,15 @@ def fit(
         )
         plan = Plan.of(recipe, len(data.train), trainer.world_size)
         trainer.val_check_interval = plan.check_every
-        done = _steps_done(checkpoint, plan) if checkpoint is not None else 0
+        done = steps_done(checkpoint, plan) if checkpoint is not None else 0
         inside = RunFolder.of_checkpoint(checkpoint) if checkpoint is not None else None
-        folder = inside or RunFolder.create(runs, recipe)
-        module = FlowModule(recipe, data, plan, folder)
-        folder.describe(recipe, trainer.strategy.root_device)
-        trainer.loggers = _loggers(folder, keep=done, tensorboard=tensorboard)
-        if progress:
-            _announce(module, trainer, done)
+        module = FlowModule(recipe, data, plan, inside)
+        if trainer.is_global_zero:  # one process makes the folder and writes into it
+            module.folder = folder = inside or RunFolder.create(runs, recipe)
+            folder.describe(recipe, trainer.strategy.root_device)
+            trainer.loggers = _loggers(folder, keep=done, tensorboard=tensorboard)
+            if progress:
+                _announce(module, folder, trainer, done)
         try:
             if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
                 module.on_load_checkpoint(read_checkpoint(checkpoint))
@@ -174,15 +178,21 @@ def fit(
                     trainer.fit(module, ckpt_path=checkpoint)
             stopped = "max_time" if control.out_of_time else "finished"
         except Interrupted as signal:
-            return FitResult(folder, module.batches, plan.total, str(signal), module.seconds, None, None)
+            stopped = str(signal)
         except TrainingError as error:
-            raise TrainingError(f"training stopped: {error} {_what_is_left(folder)}") from error
-        seconds = module.seconds
-        evaluation, samples = _conclude(folder, recipe, data, trainer.strategy.root_device, progress=progress)
-        if trainer.is_global_zero:
-            ended = {"stopped": stopped, "steps": module.batches, "planned": plan.total, "seconds": seconds}
-            folder.conclude({**ended, "evaluation": dataclasses.asdict(evaluation)})
-    return FitResult(folder, module.batches, plan.total, stopped, seconds, evaluation, samples)
+            raise TrainingError(f"training stopped: {error} {_what_is_left(module.folder)}") from error
+        assert module.folder is not None  # the first process has told it
+        result = FitResult(
+            folder=module.folder,
+            steps=module.batches,
+            planned=plan.total,
+            stopped=stopped,
+            seconds=module.seconds,
+            first_process=trainer.is_global_zero,
+        )
+        if stopped in ("finished", "max_time") and trainer.is_global_zero:
+            return _conclude(result, recipe, data, trainer.strategy.root_device, progress=progress)
+    return result
 
 
 def _trainer(**options: Any) -> L.Trainer:
@@ -218,64 +228,26 @@ def _loggers(folder: RunFolder, *, keep: int, tensorboard: bool) -> list[Logger]
     return loggers
 
 
-def _checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> Path:
-    """The checkpoint file, after comparing its recipe with the one to train.
-
-    Raises:
-        CheckpointError: there is none, or it holds another model or was trained on other images.
-    """
-    path = find_checkpoint(resume, prefer=LAST)
-    contents = read_checkpoint(path)
-    if "progress" not in contents:
-        raise CheckpointError(f"{path} holds weights only: training cannot go on from it.")
-    old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
-    differ = [name for name in _FIXED if old[name] != new[name]]
-    if differ:
-        what = ", ".join(f"{name} is {old[name]} there and {new[name]} here" for name in differ)
-        raise CheckpointError(f"{path} is of another model: {what}.")
-    return path
-
-
-_FIXED = (
-    "data.name", "data.shape", "data.levels",
-    "model.name", "model.hidden", "model.layers", "model.alpha",
-)  # fmt: skip
-
-
-def _steps_done(checkpoint: Path, plan: Plan) -> int:
-    """Steps behind a checkpoint.
-
-    Raises:
-        ConfigError: none are left to do, nor is the evaluation at the end of the run.
-    """
-    done = read_checkpoint(checkpoint)["progress"]["batches"]
-    folder = RunFolder.of_checkpoint(checkpoint)
-    to_evaluate = done == plan.total and folder is not None and not folder.result.exists()
-    if done >= plan.total and not to_evaluate:
-        raise ConfigError(f"{checkpoint} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
-    return done
-
-
-def _announce(module: FlowModule, trainer: L.Trainer, done: int) -> None:
+def _announce(module: FlowModule, folder: RunFolder, trainer: L.Trainer, done: int) -> None:
     recipe, data, plan = module.recipe, module.data, module.plan
     parameters = sum(p.numel() for p in module.flow.parameters())
     images = f"{len(data.train):,} training and {len(data.val):,} held-out images"
     print(f"{recipe.name}: {parameters:,} parameters, {images}")
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
-    print(f"steps {done} to {plan.total}, batch {plan.batch_size}, {where}, in {module.folder.path}", flush=True)
+    print(f"steps {done} to {plan.total}, batch {plan.batch_size}, {where}, in {folder.path}", flush=True)
 
 
-def _what_is_left(folder: RunFolder) -> str:
-    if folder.last.is_file():
+def _what_is_left(folder: RunFolder | None) -> str:
+    if folder is not None and folder.last.is_file():
         return f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it."
-    return f"No checkpoint had been written to {folder.path} yet."
+    return "No checkpoint had been written yet."
 
 
 def _conclude(
-    folder: RunFolder, recipe: Recipe, data: ImageData, device: torch.device, *, progress: bool
-) -> tuple[Evaluation, Path | None]:
-    """Evaluate the best weights and draw the last grid from them."""
-    flow = load_flow(folder.best, map_location=device)
+    result: FitResult, recipe: Recipe, data: ImageData, device: torch.device, *, progress: bool
+) -> FitResult:
+    """Evaluate the best weights, draw the last grid from them, and write down how the run ended."""
+    flow = load_flow(result.folder.best, map_location=device)
     training = recipe.training
     evaluation = evaluate(
         flow,
@@ -284,14 +256,16 @@ def _conclude(
         seed=training.seed,
         progress=batch_counter("evaluating the best weights") if progress else None,
     )
-    if not training.sample_images:
-        return evaluation, None
-    path = folder.samples / "best.png"
-    samples = sample_images(
-        flow, training.sample_images, temperatures=training.sample_temperatures, seed=training.seed
-    )
-    save_grid(path, samples, levels=recipe.data.levels, columns=training.sample_images)
-    return evaluation, path
+    samples = None
+    if training.sample_images:
+        samples = result.folder.samples / "best.png"
+        images = sample_images(
+            flow, training.sample_images, temperatures=training.sample_temperatures, seed=training.seed
+        )
+        save_grid(samples, images, levels=recipe.data.levels, columns=training.sample_images)
+    ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds")}
+    result.folder.conclude({**ended, "evaluation": dataclasses.asdict(evaluation)})
+    return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

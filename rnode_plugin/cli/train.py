@@ -93,8 +93,9 @@ def train(
         download=download,
         tensorboard=tensorboard,
     )
-    _print(result)
-    if result.evaluation is None:
+    if result.first_process:
+        _print(result)
+    if result.stopped in signal.Signals.__members__:
         ctx.exit(128 + signal.Signals[result.stopped])
 
 
