@@ -1,0 +1,238 @@
+"""CNF: the trace against dense Jacobians on any event shape, products shared with jacfrob, torchdyn's contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.models import CNF as TorchdynCNF
+from torchdyn.models.cnf import autograd_trace, hutch_trace
+from torchdyn.nn import Augmenter, DataControl, DepthCat
+
+import rnode_plugin.cnf_products
+import rnode_plugin.estimators
+from rnode_plugin import CNF, Exact, NeuralODE
+from rnode_plugin.errors import ConfigError
+
+
+def mlp(dims: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(dims, 8), nn.Tanh(), nn.Linear(8, dims)).double()
+
+
+class ConvWithTime(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1).double()
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        time = torch.ones_like(z[:, :1]) * t
+        return torch.tanh(self.conv(torch.cat([z, time], 1)))
+
+
+def dense(field: object, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Trace and squared Frobenius norm of the Jacobian, sample by sample."""
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda s: field(s[None])[0], each).reshape(each.numel(), -1) for each in z
+    ]
+    return torch.stack([j.trace() for j in jacobians]), torch.stack([j.square().sum() for j in jacobians])
+
+
+@pytest.mark.parametrize("estimator", [None, "exact", autograd_trace, Exact()])
+def test_exact_trace_of_flat_and_image_shaped_events(estimator: object) -> None:
+    torch.manual_seed(0)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    net, conv = mlp(), ConvWithTime()
+    flat, images = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    for cnf, z, field in (
+        (CNF(net, estimator), flat, net),
+        (CNF(conv, estimator, event_shape=(2, 4, 4)), images, lambda z: conv(t, z)),
+    ):
+        out = cnf(t, torch.cat([torch.zeros(2, 1, dtype=torch.float64), z.flatten(1)], 1))
+        torch.testing.assert_close(out[:, 0], -dense(field, z)[0])
+        torch.testing.assert_close(out[:, 1:], field(z).flatten(1))
+
+
+@pytest.mark.parametrize("estimator", ["gaussian", "rademacher", hutch_trace])
+def test_hutchinson_trace_is_unbiased_on_images(estimator: object) -> None:
+    torch.manual_seed(0)
+    many, t, conv = 4000, torch.tensor(0.3, dtype=torch.float64), ConvWithTime()
+    z = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    cnf = CNF(conv, estimator, event_shape=(2, 3, 3))
+    cnf.noise = cnf.draw_noise(z.expand(many, -1, -1, -1))
+    with torch.no_grad():
+        trace = -cnf(t, torch.cat([torch.zeros(many, 1), z.flatten(1).expand(many, -1)], 1))[:, 0]
+    exact = dense(lambda z: conv(t, z), z)[0]
+    assert abs(float(trace.mean() - exact)) < 4 * float(trace.std()) / many**0.5
+
+
+@pytest.mark.parametrize("estimator", [None, hutch_trace])
+def test_agrees_with_torchdyns_class_in_either_solver(estimator: object) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
+    noise = MultivariateNormal(torch.zeros(3), torch.eye(3)) if estimator else None
+    x, span, found = torch.randn(5, 4), torch.linspace(0, 1, 3), []
+    for Model in (TorchdynNeuralODE, NeuralODE):
+        for Cnf in (TorchdynCNF, CNF):
+            torch.manual_seed(4)
+            found.append(Model(Cnf(net, estimator, noise), "dopri5", sensitivity="adjoint")(x, span)[1])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_in_nn_sequential_as_in_torchdyns_tests_and_with_depthcat_and_control() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(DataControl(), DepthCat(1), nn.Linear(5, 2))
+    x = torch.randn(4, 2)
+    model = nn.Sequential(
+        Augmenter(1, 1), NeuralODE(nn.Sequential(CNF(inner, "gaussian")), "rk4", return_t_eval=False)
+    )
+    assert model(x)[-1].shape == (4, 3)
+    with_time = nn.Sequential(Augmenter(1, 1), NeuralODE(nn.Sequential(CNF(WithTime())), "rk4", return_t_eval=False))
+    # f(t, z) = t z moves z to exp(1/2) z, with a trace of 2 t: after torchdyn's rk4, whose stage times are late
+    exact = NeuralODE(CNF(WithTime()), "rk4", return_t_eval=False)(torch.cat([torch.zeros(4, 1), x], 1))
+    assert torch.equal(with_time(x), exact)
+
+
+class WithTime(nn.Module):
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return t * z
+
+
+def test_net_that_depends_on_time_gets_it() -> None:
+    x = torch.cat([torch.zeros(3, 1), torch.randn(3, 2)], 1).double()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    sol = NeuralODE(CNF(WithTime()), "dopri5", atol=1e-10, rtol=1e-10)(x, t)[1][-1]
+    torch.testing.assert_close(sol[:, 1:], x[:, 1:] * torch.exp(torch.tensor(0.5).double()))
+    torch.testing.assert_close(sol[:, 0], -torch.ones(3).double())
+
+
+def test_second_order_flow() -> None:
+    """x'' = -x - v/2 as a flow of (x, v): its divergence is -1/2 everywhere."""
+    net = nn.Linear(4, 2, bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.cat([-torch.eye(2), -0.5 * torch.eye(2)], 1))
+    x = torch.cat([torch.zeros(3, 1), torch.randn(3, 4)], 1).double()
+    sol = NeuralODE(CNF(net, order=2), "rk4")(x, torch.linspace(0, 2, 9).double())[1]
+    torch.testing.assert_close(sol[-1, :, 0], torch.full((3,), 2.0).double())
+
+
+class Counter:
+    """Counts calls of torch.autograd.grad."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, original = 0, torch.autograd.grad
+
+        def counted(*args, **kwargs):
+            self.calls += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(torch.autograd, "grad", counted)
+        monkeypatch.setattr("torchdyn.models.cnf.grad", counted)
+
+
+@pytest.mark.parametrize("regularizers", [None, ["kinetic"], ["jacfrob"], ["kinetic", "jacfrob"]])
+@pytest.mark.parametrize("solver", ["euler", "rk4", "dopri5"])
+@pytest.mark.parametrize("make", [
+    lambda: TorchdynCNF(nn.Linear(3, 3), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))),
+    lambda: CNF(nn.Linear(3, 3), "gaussian"),
+    lambda: CNF(nn.Linear(3, 3), "rademacher", event_shape=(3,)),
+    lambda: CNF(nn.Linear(3, 3), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))),
+    lambda: nn.Sequential(CNF(nn.Linear(3, 3), "gaussian")),
+], ids=["torchdyn", "gaussian", "rademacher", "hutch_trace", "sequential"])  # fmt: skip
+def test_exactly_one_product_an_evaluation(
+    make: object, solver: str, regularizers: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = NeuralODE(make(), solver, regularizers=regularizers)
+    counter = Counter(monkeypatch)
+    model(torch.randn(4, 4), torch.linspace(0, 1, 4))
+    assert counter.calls == model.vf.nfe
+
+
+def test_one_product_without_a_cnf_and_none_for_kinetic_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for regularizers, products in ((["kinetic"], 0), (["kinetic", "jacfrob"], 1)):
+        model = NeuralODE(nn.Linear(3, 3), "rk4", regularizers=regularizers)
+        counter = Counter(monkeypatch)
+        model(torch.randn(4, 3), torch.linspace(0, 1, 4))
+        assert counter.calls == products * model.vf.nfe
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize("make", [TorchdynCNF, CNF], ids=["torchdyn", "ours"])
+def test_exact_products_give_the_exact_frobenius_norm(make: type, solver: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 3).double()
+    model = NeuralODE(make(net), solver, regularizers=["jacfrob"])
+    model(torch.randn(4, 4).double())
+    torch.testing.assert_close(model.regularization["jacfrob"], net.weight.square().sum().expand(4))
+
+
+@pytest.mark.parametrize("make", [TorchdynCNF, CNF], ids=["torchdyn", "ours"])
+def test_jacfrob_reads_the_products_of_the_trace(make: type) -> None:
+    """With Hutchinson's estimator on a linear field both are functions of one and the same noise vector."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 3)
+    cnf = make(net, hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3)))
+    model = NeuralODE(cnf, "euler", regularizers=["jacfrob"])
+    _, sol = model(torch.zeros(4, 4))
+    products = cnf.noise @ net.weight
+    torch.testing.assert_close(model.regularization["jacfrob"], products.square().sum(1))
+    torch.testing.assert_close(-sol[-1, :, 0], (products * cnf.noise).sum(1))
+
+
+def test_estimators_of_a_users_own_stay_theirs() -> None:
+    def estimator(x_out: Tensor, x_in: Tensor, noise: Tensor | None = None) -> Tensor:
+        return 3 * autograd_trace(x_out, x_in)
+
+    torch.manual_seed(0)
+    net = nn.Linear(2, 2)
+    x = torch.randn(5, 3)
+    for make in (TorchdynCNF, CNF):
+        model = NeuralODE(make(net, estimator), "euler", regularizers=["kinetic", "jacfrob"])
+        _, sol = model(x)
+        torch.testing.assert_close(sol[-1, :, 0], x[:, 0] - 3 * net.weight.trace())
+        assert model.regularization["jacfrob"].shape == (5,)
+
+
+def test_a_cnf_written_after_torchdyns_is_recognised() -> None:
+    """The class of torchdyn's tutorial, whose first column is a trace as well."""
+
+    class Tutorial(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.trace_estimator, self.noise_dist, self.noise = net, autograd_trace, None, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(True):
+                x_in = x[:, 1:].requires_grad_(True)
+                x_out = self.net(x_in)
+                trace = self.trace_estimator(x_out, x_in, noise=self.noise)
+            return torch.cat([-trace[:, None], x_out], 1) + 0 * x
+
+    net = nn.Linear(2, 2)
+    model = NeuralODE(Tutorial(net), "euler", regularizers=["jacfrob"])
+    model(torch.randn(5, 3))
+    torch.testing.assert_close(model.regularization["jacfrob"], net.weight.square().sum().expand(5))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
+        (lambda: CNF(nn.Linear(2, 2), 3), "trace_estimator"),
+        (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
+        (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "no noise"),
+        (lambda: CNF(nn.Linear(4, 4), event_shape=(2, 2))(torch.zeros(()), torch.zeros(4, 3)), r"\[B, 5\]"),
+        (lambda: CNF(WithTime())(torch.zeros(4, 3)), "no time"),
+        (
+            lambda: NeuralODE(CNF(nn.Linear(2, 2), "gaussian", Independent(Normal(torch.zeros(5), 1.0), 1)))(
+                torch.zeros(4, 3)
+            ),
+            "noise_dist",
+        ),
+    ],
+)
+def test_mistakes(make: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -1,0 +1,198 @@
+"""Copies, files, precision, Lightning and two processes: what people do with a model besides calling it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.models import CNF as TorchdynCNF
+from torchdyn.models.cnf import hutch_trace
+from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
+
+from rnode_plugin import CNF, NeuralODE
+
+MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
+
+
+def speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    return dz.abs().sum(1)
+
+
+def layers() -> nn.Module:
+    return nn.Sequential(DepthCat(1), nn.Linear(4, 3), nn.Tanh(), DataControl(), nn.Linear(6, 3))
+
+
+def galerkin() -> nn.Module:
+    return nn.Sequential(DepthCat(1), GalLinear(3, 3, expfunc=Fourier(2)), DataControl(), nn.Linear(6, 3))
+
+
+def hutchinson() -> nn.Module:
+    return TorchdynCNF(nn.Linear(2, 2), hutch_trace, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+
+
+FIELDS = {"galerkin": galerkin, "torchdyn_cnf": hutchinson, "cnf": lambda: CNF(nn.Linear(2, 2), "gaussian")}
+
+
+def called(field: nn.Module, **options: object) -> NeuralODE:
+    model = NeuralODE(field, "rk4", regularizers=["kinetic", "jacfrob", speed], **options)
+    _, sol = model(torch.randn(4, 3), torch.linspace(0, 1, 3))
+    (sol[-1].sum() + model.reg_loss()).backward()
+    model.zero_grad()
+    model(torch.randn(4, 3))
+    return model
+
+
+def solution(model: nn.Module) -> Tensor:
+    torch.manual_seed(9)
+    return model(torch.ones(4, 3))[1]
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("name", FIELDS)
+def test_deepcopy_and_pickle_after_use(name: str, sensitivity: str) -> None:
+    torch.manual_seed(0)
+    model = called(FIELDS[name](), sensitivity=sensitivity)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(solution(other), solution(model))
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(1)
+        assert not torch.equal(solution(other), solution(model))
+        other.reg_loss().backward()
+
+
+def test_ema_copies_follow() -> None:
+    model = called(galerkin())
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    assert torch.equal(solution(average), solution(model))
+
+
+@pytest.mark.parametrize("regularizers", [None, ["kinetic", "jacfrob"]])
+def test_state_dict_has_torchdyns_keys_and_moves_between_the_two(regularizers: list[str] | None) -> None:
+    for field in (galerkin(), hutchinson(), nn.Linear(3, 3)):
+        theirs, ours = TorchdynNeuralODE(copy.deepcopy(field)), NeuralODE(field, regularizers=regularizers)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        with torch.no_grad():
+            for p in theirs.parameters():
+                p.normal_()
+        ours.load_state_dict(theirs.state_dict())
+        torch.manual_seed(9)
+        expected = theirs(torch.ones(4, 3))[1]
+        assert torch.equal(solution(ours), expected)
+
+
+def test_vf_params_are_those_of_now() -> None:
+    model = NeuralODE(nn.Linear(3, 3))
+    with torch.no_grad():
+        model.vf.vf.vf.weight.fill_(2)
+    assert torch.equal(model.vf_params[:9], torch.full((9,), 2.0))
+    assert model.double().vf_params.dtype == torch.float64
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_double_after_construction(solver: str, sensitivity: str) -> None:
+    torch.manual_seed(0)
+    # torchdyn's Galerkin layers make their weights in single precision
+    model = called(layers(), sensitivity=sensitivity).double()
+    _, sol = model(torch.ones(4, 3, dtype=torch.float64), torch.linspace(0, 1, 3, dtype=torch.float64))
+    (sol[-1].sum() + model.reg_loss()).backward()
+    assert sol.dtype == torch.float64
+    assert all(p.grad.dtype == torch.float64 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_to_cuda_after_construction(sensitivity: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for make in FIELDS.values():
+        model = called(make(), sensitivity=sensitivity).to("cuda")
+        _, sol = model(torch.ones(4, 3, device="cuda"), torch.linspace(0, 1, 3))
+        (sol[-1].sum() + model.reg_loss()).backward()
+        assert sol.is_cuda
+        assert all(p.grad is None or p.grad.is_cuda for p in model.parameters())
+
+
+def test_a_lightning_module_that_owns_one_trains(tmp_path) -> None:
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader, TensorDataset
+
+    class Learner(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = NeuralODE(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), regularizers=["kinetic"])
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            _, sol = self.model(x, torch.linspace(0, 1, 2))
+            return nn.functional.cross_entropy(sol[-1], y) + self.model.reg_loss()
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val", self.model(batch[0])[1][-1].mean())
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    data = DataLoader(TensorDataset(torch.randn(32, 2), torch.randint(0, 2, (32,))), batch_size=16)
+    learner = Learner()
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    before = learner.model.vf_params.detach().clone()
+    trainer.fit(learner, data, data)
+    assert not torch.equal(learner.model.vf_params, before)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    Learner.load_from_checkpoint(tmp_path / "model.ckpt")
+
+
+def _gradients(rank: int, address: str, result: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = f"file://{address}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
+    t = torch.linspace(0, 1, 2, dtype=torch.float64)
+    tight = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+    found = {}
+    for sensitivity in MODES:
+        torch.manual_seed(0)
+        field = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        penalties = {"regularizers": {"kinetic": 0.5, "jacfrob": 0.5}, "trace_noise": "exact"}
+        model = NeuralODE(field, "dopri5", sensitivity=sensitivity, **penalties, **tight)
+        single, gradients = copy.deepcopy(model), []
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for call, node, part in ((parallel, model, x[2 * rank : 2 * rank + 2]), (single, single, x)):
+            _, sol = call(part, t)
+            (sol[-1].square().mean() + node.reg_loss()).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in node.parameters()]))
+        found[sensitivity] = gradients
+    if rank == 0:
+        torch.save(found, result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.ddp
+def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
+    import torch.multiprocessing as mp
+
+    result = str(tmp_path / "gradients.pt")
+    mp.spawn(_gradients, (str(tmp_path / "rendezvous"), result), nprocs=2)
+    for sensitivity, (both, single) in torch.load(result).items():
+        # steps differ with the batch, and cubic interpolation between them is what that mode's accuracy hangs on
+        tolerance = 1e-5 if sensitivity == "interpolated_adjoint" else 1e-7
+        torch.testing.assert_close(both, single, rtol=tolerance, atol=1e-9)
