@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -299,6 +300,19 @@ def test_as_a_module_in_a_dumb_terminal(tmp_path: Path) -> None:
     failed = rnode_process("recipes", "show", "nothing")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("Error: unknown recipe")
+
+
+@pytest.mark.ddp
+def test_two_processes_share_one_run(tmp_path: Path) -> None:
+    done = rnode_process(
+        "train", "digits", *TINY, "--devices", "2", "--batch-size", "25", "--max-steps", "4",
+        "--runs", str(tmp_path), env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out images  40") == 1  # one process reports
+    assert [each.name for each in (tmp_path / "digits").iterdir()] == ["0"]
+    with (tmp_path / "digits" / "0" / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["val/bpd"]] == [4]
 
 
 # small parts ---------------------------------------------------------------------------------------------------

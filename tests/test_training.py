@@ -38,7 +38,7 @@ def recipe() -> Recipe:
             "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
             "data.batch_size=50", "data.train_images=200", "training.val_images=60", "data.val_batch_size=40",
             "training.max_steps=6", "training.check_every_steps=4", "training.sample_images=2",
-            "training.save_every=1", "optimizer.schedule=constant", "optimizer.warmup=3",
+            "training.save_every=1", "optimizer.schedule=constant", "optimizer.warmup=3", "optimizer.lr=2e-3",
         ]
     )  # fmt: skip
 
