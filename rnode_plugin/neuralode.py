@@ -288,7 +288,7 @@ class NeuralODE(torchdyn_neuralde.NeuralODE):
         if interpolator is not None:
             interpolator.sync_device_dtype(x, t_span)
         adjoint = Plan(
-            step_method(self.solver_adjoint, self._named, x, t_span, args),
+            step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True),
             atol=self.atol_adjoint, rtol=self.rtol_adjoint, max_nfe=self._max_nfe,
         )  # fmt: skip
         return Plan(

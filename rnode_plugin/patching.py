@@ -11,12 +11,11 @@ from .neuralode import NeuralODE
 __all__ = ["install", "uninstall"]
 
 # The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
-# and pickle all keep working. Only what our class defines beyond its name and documentation is put in.
-_NOT_BEHAVIOUR = ("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__")
+# and pickle all keep working. It gets what our class defines, but for what Python itself puts into every class.
 _BEHAVIOUR = {
     name: value
     for name, value in vars(NeuralODE).items()
-    if name not in _NOT_BEHAVIOUR and not name.startswith(("__static", "__firstlineno", "_abc_", "__abstract"))
+    if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
 _replaced: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, str_to_solver
+from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT, RungeKutta4, str_to_solver
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
 from .errors import ConfigError, suggest
@@ -77,7 +77,13 @@ def _shared(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def step_method(
-    solver: Any, named: Sequence[tuple[nn.Module, str]], x: Tensor, t_span: Tensor, args: Any
+    solver: Any,
+    named: Sequence[tuple[nn.Module, str]],
+    x: Tensor,
+    t_span: Tensor,
+    args: Any,
+    *,
+    backward: bool = False,
 ) -> Method:
     """How ``solver`` steps on states like ``x``.
 
@@ -86,7 +92,11 @@ def step_method(
         named: solver objects that stand for a name, which in double precision means coefficients of its own.
         x, t_span: state and times, whose type and device the solver is brought to.
         args: for its ``step``.
+        backward: whether the steps are those of an adjoint. It depends on time where the path is interpolated, and
+            owes torchdyn no values: there ``rk4`` asks at the right times.
     """
+    if backward and type(solver) is RungeKutta4:
+        return get_method("rk4")
     if x.dtype is torch.float64:
         solver = next((_shared(name, x.dtype) for built, name in named if built is solver), solver)
     if hasattr(solver, "sync_device_dtype"):

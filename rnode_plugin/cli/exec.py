@@ -33,5 +33,6 @@ def exec_script(script: Path, args: tuple[str, ...]) -> None:
         frames = error.__traceback__
         while frames is not None and Path(frames.tb_frame.f_code.co_filename) != script:
             frames = frames.tb_next
-        sys.excepthook(type(error), error, frames or error.__traceback__)
+        error = error.with_traceback(frames or error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)

@@ -1,0 +1,172 @@
+"""install(), uninstall() and rnode-cli exec: torchdyn's class takes our arguments, and is itself again afterwards."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchdyn.core
+import torchdyn.models
+from click.testing import CliRunner
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE as ImportedBefore
+from torchdyn.core.neuralde import NeuralODE as Theirs
+
+import rnode_plugin
+from rnode_plugin import SolverError
+from rnode_plugin.cli.exec import exec_script
+from rnode_plugin.errors import ConfigError
+
+PRISTINE = dict(vars(Theirs))
+MADE_BEFORE = ImportedBefore(nn.Linear(2, 2), "rk4")
+
+
+class Subclass(ImportedBefore):
+    def __init__(self, **options: object) -> None:
+        super().__init__(nn.Linear(2, 2), "rk4", **options)
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore
+        return super().forward(x)[1][-1]
+
+
+@pytest.fixture
+def installed():
+    rnode_plugin.install()
+    yield
+    rnode_plugin.uninstall()
+
+
+def test_torchdyns_own_class_takes_regularizers(installed: None) -> None:
+    model = ImportedBefore(nn.Linear(2, 2), "rk4", regularizers={"kinetic": 0.5}, max_nfe=100)
+    assert type(model) is Theirs is torchdyn.core.NeuralODE is torchdyn.core.NeuralDE is torchdyn.models.NeuralODE
+    _, sol = model(torch.randn(3, 2))
+    (sol[-1].sum() + model.reg_loss()).backward()
+    assert set(model.regularization) == {"kinetic"}
+    with pytest.raises(SolverError):
+        ImportedBefore(lambda t, x: x**3 * 100)(torch.ones(1, 1), torch.linspace(0, 9, 3))
+
+
+def test_same_values_as_without(installed: None) -> None:
+    field, x = nn.Linear(2, 2), torch.randn(3, 2)
+    after = ImportedBefore(field, "dopri5", regularizers=["kinetic", "jacfrob"])(x)[1]
+    rnode_plugin.uninstall()
+    assert torch.equal(ImportedBefore(field, "dopri5")(x)[1], after)
+
+
+def test_subclasses_isinstance_and_pickle(installed: None) -> None:
+    model, x = Subclass(regularizers=["kinetic"]), torch.randn(3, 2)
+    (model(x).sum() + model.reg_loss()).backward()
+    for other in (model, ImportedBefore(nn.Linear(2, 2), "rk4", regularizers=["kinetic"])):
+        assert isinstance(other, Theirs)
+        copied = pickle.loads(pickle.dumps(other))
+        assert type(copied) is type(other)
+        copied(x)
+        copied.reg_loss()
+    assert isinstance(rnode_plugin.NeuralODE(nn.Linear(2, 2)), Theirs)
+
+
+def test_objects_made_before_and_after(installed: None) -> None:
+    x = torch.randn(3, 2)
+    _, sol = MADE_BEFORE(x)
+    assert MADE_BEFORE.regularization == {}
+    model = ImportedBefore(nn.Linear(2, 2), "rk4", regularizers=["kinetic"])
+    made_with = model(x)[1]
+    rnode_plugin.uninstall()
+    assert torch.equal(MADE_BEFORE(x)[1], sol)
+    assert torch.equal(model(x)[1], made_with)
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_misspelt_arguments_are_type_errors(is_installed: bool) -> None:
+    if is_installed:
+        rnode_plugin.install()
+    try:
+        with pytest.raises(TypeError, match="regularisers"):
+            ImportedBefore(nn.Linear(2, 2), regularisers=["kinetic"])
+        with pytest.raises(TypeError, match="regularizers"):
+            torchdyn.core.MultipleShootingLayer(nn.Linear(2, 2), "mszero", regularizers=["kinetic"])
+    finally:
+        rnode_plugin.uninstall()
+    with pytest.raises(TypeError, match="regularizers"):
+        ImportedBefore(nn.Linear(2, 2), regularizers=["kinetic"])
+
+
+def test_idempotent_and_exactly_reversible() -> None:
+    rnode_plugin.uninstall()
+    assert dict(vars(Theirs)) == PRISTINE
+    rnode_plugin.install()
+    once = dict(vars(Theirs))
+    assert once != PRISTINE
+    rnode_plugin.install()
+    assert dict(vars(Theirs)) == once
+    rnode_plugin.uninstall()
+    assert dict(vars(Theirs)) == PRISTINE
+    rnode_plugin.uninstall()
+    assert dict(vars(Theirs)) == PRISTINE
+
+
+def test_our_own_class_does_not_change(installed: None) -> None:
+    with pytest.raises(ConfigError):
+        rnode_plugin.NeuralODE(nn.Linear(2, 2), regularizers=["kinetics"])
+    model = rnode_plugin.NeuralODE(nn.Linear(2, 2), regularizers=["kinetic"])
+    model(torch.randn(3, 2))
+    model.reg_loss().backward()
+
+
+SCRIPT = """
+import sys
+import torch
+from torchdyn.core import NeuralODE
+import neighbour
+
+model = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=["kinetic"])
+model(torch.randn(3, 2))
+print("loss", float(model.reg_loss()) > 0, __name__, sys.argv[1:], neighbour.VALUE)
+"""
+
+
+def test_exec_runs_an_unmodified_script(tmp_path: Path) -> None:
+    (tmp_path / "neighbour.py").write_text("VALUE = 7\n")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    program = "import sys; from rnode_plugin.cli.exec import exec_script; exec_script(sys.argv[1:])"
+    command = [sys.executable, "-c", program, str(tmp_path / "script.py"), "--epochs", "3", "-v", "data"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "loss True __main__ ['--epochs', '3', '-v', 'data'] 7" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "shown"),
+    [
+        ("import sys\nsys.exit(5)", 5, ""),
+        ("import sys\nsys.exit(0)", 0, ""),
+        ("def f():\n    raise ValueError('broken')\nf()", 1, "ValueError: broken"),
+        ("from rnode_plugin.errors import ConfigError\nraise ConfigError('mine')", 1, "ConfigError: mine"),
+    ],
+)
+def test_exit_code_and_traceback_are_the_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, code: int, shown: str
+) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        done = CliRunner().invoke(exec_script, [str(path)])
+    finally:
+        rnode_plugin.uninstall()
+    assert done.exit_code == code
+    assert shown in done.output
+    if "def f" in script:
+        assert done.output.count("File ") == 2  # the script's two frames
+        assert "runpy" not in done.output
+
+
+def test_exec_of_nothing_is_a_usage_error(tmp_path: Path) -> None:
+    done = CliRunner().invoke(exec_script, [str(tmp_path / "no.py")])
+    assert done.exit_code == 2
+    assert "does not exist" in done.output
