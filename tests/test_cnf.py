@@ -7,12 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
-from torchdyn.models import CNF as TorchdynCNF
+from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import Augmenter, DataControl, DepthCat
 
-import rnode_plugin.cnf_products
-import rnode_plugin.estimators
 from rnode_plugin import CNF, Exact, NeuralODE
 from rnode_plugin.errors import ConfigError
 
@@ -34,7 +32,8 @@ class ConvWithTime(nn.Module):
 def dense(field: object, z: Tensor) -> tuple[Tensor, Tensor]:
     """Trace and squared Frobenius norm of the Jacobian, sample by sample."""
     jacobians = [
-        torch.autograd.functional.jacobian(lambda s: field(s[None])[0], each).reshape(each.numel(), -1) for each in z
+        torch.autograd.functional.jacobian(lambda s: field(s[None])[0], each).reshape(each.numel(), -1)
+        for each in z
     ]
     return torch.stack([j.trace() for j in jacobians]), torch.stack([j.square().sum() for j in jacobians])
 
@@ -89,7 +88,9 @@ def test_in_nn_sequential_as_in_torchdyns_tests_and_with_depthcat_and_control() 
         Augmenter(1, 1), NeuralODE(nn.Sequential(CNF(inner, "gaussian")), "rk4", return_t_eval=False)
     )
     assert model(x)[-1].shape == (4, 3)
-    with_time = nn.Sequential(Augmenter(1, 1), NeuralODE(nn.Sequential(CNF(WithTime())), "rk4", return_t_eval=False))
+    with_time = nn.Sequential(
+        Augmenter(1, 1), NeuralODE(nn.Sequential(CNF(WithTime())), "rk4", return_t_eval=False)
+    )
     # f(t, z) = t z moves z to exp(1/2) z, with a trace of 2 t: after torchdyn's rk4, whose stage times are late
     exact = NeuralODE(CNF(WithTime()), "rk4", return_t_eval=False)(torch.cat([torch.zeros(4, 1), x], 1))
     assert torch.equal(with_time(x), exact)

@@ -86,7 +86,8 @@ BASES = {
         Categorical(torch.tensor([0.3, 0.7])), Independent(Normal(torch.randn(2, 2), torch.ones(2, 2)), 1)
     ),
     "transformed": lambda: TransformedDistribution(
-        Independent(Normal(torch.zeros(2), torch.ones(2)), 1), [AffineTransform(torch.ones(2), torch.ones(2) * 2, 1)]
+        Independent(Normal(torch.zeros(2), torch.ones(2)), 1),
+        [AffineTransform(torch.ones(2), torch.ones(2) * 2, 1)],
     ),
 }
 

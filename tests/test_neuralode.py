@@ -8,7 +8,7 @@ from problems import Linear, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
-from torchdyn.models import CNF as TorchdynCNF
+from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models import HNN
 from torchdyn.models.cnf import hutch_trace
 from torchdyn.nn import Augmenter, DataControl, DepthCat, Fourier, GalConv2d, GalLinear
@@ -41,7 +41,10 @@ def hutchinson_cnf() -> nn.Module:
 FIELDS = {
     "mlp": (lambda: mlp(4, 16, 4), {}),
     "time": (WithTime, {}),
-    "depthcat": (lambda: nn.Sequential(DepthCat(1), nn.Linear(5, 16), nn.Tanh(), DepthCat(1), nn.Linear(17, 4)), {}),
+    "depthcat": (
+        lambda: nn.Sequential(DepthCat(1), nn.Linear(5, 16), nn.Tanh(), DepthCat(1), nn.Linear(17, 4)),
+        {},
+    ),
     "control": (lambda: nn.Sequential(DataControl(), mlp(8, 16, 4)), {}),
     "galerkin": (lambda: nn.Sequential(DepthCat(1), GalLinear(4, 8, expfunc=Fourier(3)), nn.Linear(8, 4)), {}),
     "cnf": (lambda: TorchdynCNF(mlp(3, 16, 3)), {}),
@@ -79,7 +82,12 @@ def test_same_values_and_evaluations_as_torchdyn(name: str, solver: str, regular
     make_field, options = FIELDS[name]
     for points in (2, 5):
         theirs, ours, (t, sol), (our_t, our_sol) = solve_both(
-            make_field, torch.linspace(0, 1, points), torch.randn(6, 4), regularizers=regularizers, solver=solver, **options
+            make_field,
+            torch.linspace(0, 1, points),
+            torch.randn(6, 4),
+            regularizers=regularizers,
+            solver=solver,
+            **options,
         )
         assert torch.equal(our_sol, sol)
         assert torch.equal(our_t, t)
@@ -124,7 +132,12 @@ def test_reversed_time_has_torchdyns_values_at_the_true_times(name: str, solver:
 def test_interpolator_gives_torchdyns_values() -> None:
     torch.manual_seed(0)
     _, _, (t, sol), (our_t, our_sol) = solve_both(
-        WithTime, torch.linspace(0, 1, 9), torch.randn(6, 4), solver="dopri5", interpolator="4th", regularizers=["kinetic"]
+        WithTime,
+        torch.linspace(0, 1, 9),
+        torch.randn(6, 4),
+        solver="dopri5",
+        interpolator="4th",
+        regularizers=["kinetic"],
     )
     assert torch.equal(our_sol, sol)
     assert torch.equal(our_t, t)
@@ -379,7 +392,9 @@ def test_regularizers_as_objects_functions_and_mappings() -> None:
     model(z)
     values = model.regularization
     torch.testing.assert_close(model.reg_loss(), (values["kinetic"].mean() + 2 * values["speed"].mean()) / 2)
-    assert {n: w.strength for n, w in NeuralODE(Linear(2), regularizers="kinetic")._penalties.items()} == {"kinetic": 0.01}
+    assert {n: w.strength for n, w in NeuralODE(Linear(2), regularizers="kinetic")._penalties.items()} == {
+        "kinetic": 0.01
+    }
 
 
 def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
@@ -435,14 +450,16 @@ def test_more_mistakes() -> None:
     with pytest.raises(TypeError, match="regularisers"):
         NeuralODE(WithTime(), regularisers=["kinetic"])
     with pytest.raises(TypeError):
-        NeuralODE(WithTime(), "rk4", 1, 1e-3, 1e-3, "autograd", None, 1e-4, 1e-4, None, None, False, True, (), ["kinetic"])
+        NeuralODE(
+            WithTime(), "rk4", 1, 1e-3, 1e-3, "autograd", None, 1e-4, 1e-4, None, None, False, True, (), ["kinetic"]
+        )
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
     model(torch.randn(2, 4))
     with pytest.raises(ConfigError, match="unknown penalty 'jacfrob'"):
         model.reg_loss(jacfrob=1.0)
     with pytest.raises(ConfigError, match="one tensor"):
         model({"a": torch.randn(2, 4)})
-    with pytest.raises(ConfigError, match="more than|2 CNF modules"):
+    with pytest.raises(ConfigError, match="2 CNF modules"):
         NeuralODE(
             nn.Sequential(TorchdynCNF(mlp(3, 4, 3)), TorchdynCNF(mlp(3, 4, 3))), "rk4", regularizers=["kinetic"]
         )(torch.randn(2, 4))
@@ -453,14 +470,13 @@ def test_max_nfe_and_explosions_end_in_an_error(solver: str) -> None:
     x = torch.ones(2, 2)
     with pytest.raises(SolverError, match="budget of 5"):
         NeuralODE(lambda t, x: -x, solver, max_nfe=5)(x, torch.linspace(0, 1, 50))
-    with pytest.raises(SolverError, match="no longer finite|underflow"):
+    with pytest.raises(SolverError, match=r"no longer finite|underflow"):
         NeuralODE(lambda t, x: x**3 * 100, solver)(x, torch.linspace(0, 9, 10))
     with pytest.raises(SolverError):
         NeuralODE(lambda t, x: x**3 * 100, solver).trajectory(x, torch.linspace(0, 9, 10))
 
 
-@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
-def test_dict_states_go_to_torchdyns_own_loop(sensitivity: str) -> None:
+def test_dict_states_go_to_torchdyns_own_loop() -> None:
     class Whole(Euler):
         def step(self, f, x, t, dt, k1=None, args=None):
             dx = f(t, x)
@@ -469,8 +485,6 @@ def test_dict_states_go_to_torchdyns_own_loop(sensitivity: str) -> None:
     def field(t: Tensor, x: dict[str, Tensor], args: object = None) -> dict[str, Tensor]:
         return {"a": x["b"], "b": -x["a"]}
 
-    if sensitivity == "adjoint":
-        pytest.skip("torchdyn's adjoint takes no dict either")
     x = {"a": torch.ones(1, 1), "b": torch.zeros(1, 1)}
     span = torch.linspace(0, 1, 4)
     expected = TorchdynNeuralODE(field, Whole())(x, span)[1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
-from torchdyn.models import CNF as TorchdynCNF
+from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models.cnf import hutch_trace
 from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
 
@@ -73,7 +73,9 @@ def test_deepcopy_and_pickle_after_use(name: str, sensitivity: str) -> None:
 
 def test_ema_copies_follow() -> None:
     model = called(galerkin())
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
     average.update_parameters(model)
     assert torch.equal(solution(average), solution(model))
 
@@ -132,7 +134,9 @@ def test_a_lightning_module_that_owns_one_trains(tmp_path) -> None:
     class Learner(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = NeuralODE(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), regularizers=["kinetic"])
+            self.model = NeuralODE(
+                nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), regularizers=["kinetic"]
+            )
 
         def training_step(self, batch, batch_idx):
             x, y = batch

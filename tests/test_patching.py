@@ -1,4 +1,4 @@
-"""install(), uninstall() and rnode-cli exec: torchdyn's class takes our arguments, and is itself again afterwards."""
+"""install(), uninstall() and rnode-cli exec: torchdyn's class takes our arguments, and is itself again later."""
 
 from __future__ import annotations
 

@@ -1,0 +1,305 @@
+"""What goes wrong in torchdyn 1.0.6, shown there, and right here. Each test names one trap."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torchdyn.core import NeuralODE as Torchdyn
+from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
+from torchdyn.models.cnf import autograd_trace, hutch_trace
+from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
+from torchdyn.numerics.solvers.ode import DormandPrince45
+
+from rnode_plugin import CNF, NeuralODE, SolverError
+
+TIGHT = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
+
+
+class Scale(nn.Module):
+    """f = a x."""
+
+    def __init__(self, a: float = 1.0) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([a], dtype=torch.float64))
+
+    def forward(self, t: Tensor, x: Tensor, args: object = None) -> Tensor:
+        return self.a * x
+
+
+def gradient(Model: type, field: nn.Module, x: Tensor, t: Tensor, **options: object) -> float:
+    model = Model(field, "dopri5", **TIGHT, **options)
+    sol = model(x, t)[1]
+    loss = 0 * sol.sum() if "integral_loss" in options else sol[-1].sum()
+    return float(torch.autograd.grad(loss, field.a)[0])
+
+
+def test_integral_loss_with_the_adjoint_loses_the_parameters_own_gradient() -> None:
+    """Kinetic energy of f = a x with a = 1 from |x|^2 = 10: a |x|^2 (e^2a - 1) / 2, whose derivative is known."""
+    x, t = torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    e2 = float(torch.exp(torch.tensor(2.0, dtype=torch.float64)))
+    true = 10 * ((e2 - 1) / 2 + e2)
+    field = Scale()
+    energy = lambda t, x: field(t, x).square().sum(1)  # noqa: E731
+    theirs = gradient(Torchdyn, field, x, t, sensitivity="adjoint", integral_loss=energy)
+    assert abs(theirs - true) > 0.5 * true
+    ours = gradient(NeuralODE, field, x, t, sensitivity="adjoint", integral_loss=energy)
+    assert ours == pytest.approx(true, rel=1e-7)
+
+
+def test_reversed_time_with_the_adjoint() -> None:
+    """x exp(a (0 - 1)): the derivative is -x exp(-a)."""
+    x, t = torch.tensor([[1.0, 3.0]], dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
+    true = -4 * float(torch.exp(torch.tensor(-1.0)))
+    assert gradient(Torchdyn, Scale(), x, t, sensitivity="adjoint") != pytest.approx(true, rel=0.1)
+    assert gradient(NeuralODE, Scale(), x, t, sensitivity="adjoint") == pytest.approx(true, rel=1e-6)
+
+
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+def test_adjoint_reads_state_that_another_forward_has_changed(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    field = nn.Sequential(DataControl(), nn.Linear(4, 2), nn.Tanh())
+    x, found = torch.randn(3, 2), {}
+    for Model in (Torchdyn, NeuralODE):
+        for disturbed in (False, True):
+            model = Model(field, "rk4", sensitivity=sensitivity)
+            sol = model(x, torch.linspace(0, 1, 3))[1]
+            if disturbed:
+                model(x + 5, torch.linspace(0, 1, 3))
+            found[Model, disturbed] = torch.autograd.grad(sol[-1].sum(), field[1].weight)[0]
+    assert not torch.allclose(found[Torchdyn, True], found[Torchdyn, False], rtol=1e-2)
+    assert torch.equal(found[NeuralODE, True], found[NeuralODE, False])
+
+
+def test_frozen_parameters_crash_the_adjoint() -> None:
+    for Model in (Torchdyn, NeuralODE):
+        field = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+        field[0].requires_grad_(False)
+        sol = Model(field, "rk4", sensitivity="adjoint")(torch.randn(3, 2), torch.linspace(0, 1, 3))[1]
+        if Model is Torchdyn:
+            with pytest.raises(RuntimeError, match="require grad"):
+                sol[-1].sum().backward()
+        else:
+            sol[-1].sum().backward()
+            assert field[2].weight.grad is not None
+
+
+def test_unused_parameters_break_the_adjoint() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(2, 2), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    for Model in (Torchdyn, NeuralODE):
+        field = Partly()
+        sol = Model(field, "rk4", sensitivity="adjoint")(torch.randn(3, 2), torch.linspace(0, 1, 3))[1]
+        if Model is Torchdyn:
+            with pytest.raises(RuntimeError):
+                sol[-1].sum().backward()
+        else:
+            sol[-1].sum().backward()
+            assert field.used.weight.grad is not None
+
+
+def test_deepcopy_fails() -> None:
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(Torchdyn(nn.Linear(2, 2)))
+    copy.deepcopy(NeuralODE(nn.Linear(2, 2)))
+    pickle.loads(pickle.dumps(NeuralODE(nn.Linear(2, 2))))
+
+
+def test_galerkin_layers_keep_a_graph_that_deepcopy_refuses() -> None:
+    for Model in (Torchdyn, NeuralODE):
+        field = nn.Sequential(DepthCat(1), GalLinear(2, 2, expfunc=Fourier(2)))
+        Model(field, "rk4")(torch.randn(3, 2))
+        if Model is Torchdyn:
+            with pytest.raises(RuntimeError, match="deepcopy"):
+                copy.deepcopy(field)
+        else:
+            copy.deepcopy(field)
+
+
+def test_nan_never_ends_the_adaptive_loop() -> None:
+    """torchdyn would go on for ever: here it is stopped from inside of the field."""
+
+    class StopError(Exception):
+        pass
+
+    def make() -> nn.Module:
+        calls = [0]
+
+        class Field(nn.Module):
+            def forward(self, t: Tensor, x: Tensor, args: object = None) -> Tensor:
+                calls[0] += 1
+                if calls[0] > 500:
+                    raise StopError
+                return x * float("nan") if calls[0] > 10 else x
+
+        return Field()
+
+    x, t = torch.ones(1, 1), torch.linspace(0, 5, 2)
+    with pytest.raises(StopError):
+        Torchdyn(make(), "dopri5", atol=1e-8, rtol=1e-8)(x, t)
+    with pytest.raises(SolverError, match="no longer finite"):
+        NeuralODE(make(), "dopri5", atol=1e-8, rtol=1e-8)(x, t)
+
+
+def test_traces_on_images() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, 1, 3, 3)
+    z = x.clone().requires_grad_()
+    exact = 9 * net.weight[0, 0, 1, 1]  # each output pixel depends on its own input pixel by the kernel's centre
+    assert autograd_trace(net(z), z).shape != (2,)
+    with pytest.raises(RuntimeError):
+        hutch_trace(net(z), z, noise=torch.ones_like(z))
+    state = torch.cat([torch.zeros(2, 1), x.flatten(1)], 1)
+    torch.testing.assert_close(CNF(net, event_shape=(1, 3, 3))(torch.zeros(()), state)[:, 0], -exact.expand(2))
+    hutchinson = CNF(net, "rademacher", event_shape=(1, 3, 3))
+    sol = NeuralODE(hutchinson, "euler")(state)[1]
+    assert sol.shape == (2, 2, 10)
+
+
+def test_cnf_has_no_time() -> None:
+    class Timed(nn.Module):
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            return t * z
+
+    state = torch.cat([torch.zeros(2, 1), torch.ones(2, 2)], 1)
+    with pytest.raises(TypeError):
+        Torchdyn(TorchdynCNF(Timed()), "rk4")(state)
+    assert NeuralODE(CNF(Timed()), "rk4")(state)[1].shape == (2, 2, 3)
+
+
+class Damped(nn.Module):
+    """A layer with attributes of its own that torchdyn takes for its placeholders."""
+
+    def __init__(self, name: str, value: object) -> None:
+        super().__init__()
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -float(getattr(self, self.name)) * x
+
+
+@pytest.mark.parametrize("value", [3.0, torch.tensor(3.0), nn.Parameter(torch.tensor(3.0))])
+def test_a_submodules_own_t_is_overwritten(value: object) -> None:
+    x = torch.ones(1, 2)
+    sol = NeuralODE(Damped("t", value), "euler")(x, torch.tensor([0.5, 0.6]))[1]
+    torch.testing.assert_close(sol[-1], 0.7 * x)
+    if isinstance(value, nn.Parameter):
+        with pytest.raises(TypeError):
+            Torchdyn(Damped("t", value), "euler")(x)
+    else:
+        wrong = Torchdyn(Damped("t", value), "euler")(x, torch.tensor([0.5, 0.6]))[1]
+        torch.testing.assert_close(wrong[-1], 0.95 * x)
+
+
+def test_a_submodules_own_control_and_trace_estimator_are_taken_for_torchdyns() -> None:
+    x = torch.ones(1, 1)
+    sol = NeuralODE(Damped("_control", 3.0), "euler")(x, torch.tensor([0.0, 0.1]))[1]
+    torch.testing.assert_close(sol[-1], 0.7 * x)
+    wrong = Torchdyn(Damped("_control", 3.0), "euler")(x, torch.tensor([0.0, 0.1]))[1]
+    assert not torch.allclose(wrong[-1], sol[-1])
+    NeuralODE(Damped("trace_estimator", 3.0), "euler")(x)
+    with pytest.raises(AttributeError, match="noise_dist"):
+        Torchdyn(Damped("trace_estimator", 3.0), "euler")(x)
+
+
+def test_placeholders_of_a_users_own_layer_are_filled_and_given_back() -> None:
+    class Clock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.t = None
+            self._control = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.t * self._control + 0 * x
+
+    layer, x = Clock(), torch.full((1, 1), 2.0)
+    for _ in range(2):
+        for Model in (NeuralODE, lambda f, s: NeuralODE(nn.Sequential(f), s)):
+            sol = Model(layer, "midpoint")(x, torch.tensor([0.0, 1.0]))[1]
+            torch.testing.assert_close(sol[-1], x + 0.5 * x)
+    assert layer.t is None
+    assert layer._control is None
+
+
+def test_args_never_reach_the_field() -> None:
+    seen: list[object] = []
+
+    def field(t: Tensor, x: Tensor, args: object = None) -> Tensor:
+        seen.append(args)
+        return -x
+
+    for Model in (Torchdyn, NeuralODE):
+        seen.clear()
+        Model(field, "rk4")(torch.ones(1, 1), torch.linspace(0, 1, 2), args={"u": 1.0})
+        assert all(a == ({} if Model is Torchdyn else {"u": 1.0}) for a in seen)
+
+
+def test_rk4_asks_a_field_at_the_wrong_times() -> None:
+    """Kept under its name, values and all; "rk4_38" asks at the right ones."""
+    times: list[float] = []
+
+    def field(t: Tensor, x: Tensor, args: object = None) -> Tensor:
+        times.append(float(t))
+        return x
+
+    for Model, solver, expected in (
+        (Torchdyn, "rk4", [0, 0, 0.5, 0.5]),
+        (NeuralODE, "rk4", [0, 0, 0.5, 0.5]),
+        (NeuralODE, "rk4_38", [0, 1 / 3, 2 / 3, 1]),
+    ):
+        times.clear()
+        Model(field, solver)(torch.ones(1, 1), torch.linspace(0, 1, 2))
+        assert times == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5", DormandPrince45(torch.float64)])
+def test_double_precision_is_single_inside(solver: object) -> None:
+    """The tableau of a name is rounded to single precision, and adaptive steps multiply with a step that is."""
+    x, steps = torch.ones(1, 1, dtype=torch.float64), 201
+    t = torch.linspace(0, 1, steps if solver == "rk4" else 2, dtype=torch.float64)
+    tight = {} if solver == "rk4" else {"atol": 1e-12, "rtol": 1e-12}
+    errors = []
+    for Model in (Torchdyn, NeuralODE):
+        sol = Model(Scale(), solver, **tight)(x, t)[1]
+        errors.append(abs(float(sol[-1]) - float(torch.exp(torch.ones((), dtype=torch.float64)))))
+    assert errors[0] > 2e-9
+    assert errors[1] < 1e-9
+    assert errors[1] < errors[0] / 5
+
+
+def test_reversed_solves_return_mirrored_times() -> None:
+    t = torch.linspace(1, 0, 3)
+    assert torch.equal(Torchdyn(nn.Linear(1, 1))(torch.ones(1, 1), t)[0], -t)
+    assert torch.equal(NeuralODE(nn.Linear(1, 1))(torch.ones(1, 1), t)[0], t)
+
+
+def test_integral_loss_of_a_second_order_field_with_autograd() -> None:
+    cost = lambda t, x: x[:, 0]  # noqa: E731
+    state, t = torch.tensor([[0.0, 1.0, 2.0]]), torch.linspace(0, 1, 2)
+    still = lambda t, x, args=None: 0 * x[:, :1]  # noqa: E731
+    with pytest.raises(AttributeError, match="horder_forward"):
+        Torchdyn(still, "midpoint", order=2, integral_loss=cost)(state, t)
+    sol = NeuralODE(still, "midpoint", order=2, integral_loss=cost)(state, t)[1]
+    torch.testing.assert_close(sol[-1], torch.tensor([[2.0, 3.0, 2.0]]))  # x = 1 + 2 t
+
+
+def test_differentiating_fields_fail_in_inference_mode() -> None:
+    cnf = TorchdynCNF(nn.Linear(2, 2), hutch_trace, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError):
+            Torchdyn(cnf, "rk4")(torch.zeros(1, 3))
+        NeuralODE(cnf, "rk4")(torch.zeros(1, 3))
