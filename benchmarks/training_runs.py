@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +107,13 @@ class Trainer:
         x = dequantize(batch, self.recipe.data.levels, generator=generator)
         return random_flip(x, generator=generator) if self.recipe.data.flip else x
 
-    def loss(self, x: Tensor) -> Tensor:
-        """Equation 17 with fresh noise; the images of a step and its noise are the same for all methods."""
-        torch.manual_seed(self.steps)
-        noise = self.flow.draw_noise(len(x))
+    def draw_noise(self, images: int, seed: int) -> list[Any]:
+        """Noise for the divergence of each block; the same for all methods."""
+        torch.manual_seed(seed)
+        return self.flow.draw_noise(images)
+
+    def loss(self, x: Tensor, noise: list[Any]) -> Tensor:
+        """Equation 17."""
         precision: AbstractContextManager[object] = nullcontext()
         if self.method.bf16:
             precision = torch.autocast(self.device.type, torch.bfloat16)
@@ -125,7 +129,7 @@ class Trainer:
         """One step of the optimizer; the loss."""
         x = self.images()
         start = time.perf_counter()
-        loss = self.loss(x)
+        loss = self.loss(x, self.draw_noise(len(x), self.steps))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
