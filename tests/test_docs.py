@@ -1,0 +1,172 @@
+"""What the documentation says is true: commands parse, Python compiles (and runs where marked), messages exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+
+from rnode_plugin import get_recipe, plugins
+from rnode_plugin.cli import main
+from rnode_plugin.solve import GRADIENTS, METHODS
+
+ROOT = Path(__file__).parents[1]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+RUN_MARK = "<!-- run -->"
+OF_OTHERS = ("arclength",)  # names that the example of a third-party plugin brings
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, and whether the line before it is the mark."""
+
+    where: str
+    language: str
+    text: str
+    marked: bool
+
+
+def blocks(path: Path) -> Iterator[Block]:
+    lines = path.read_text().splitlines()
+    start = None
+    for number, line in enumerate(lines):
+        if not line.startswith("```"):
+            continue
+        if start is None:
+            start = number
+            continue
+        before = lines[start - 1] if start else ""
+        where = f"{path.relative_to(ROOT)}:{start + 1}"
+        yield Block(where, lines[start].strip("` "), "\n".join(lines[start + 1 : number]), before == RUN_MARK)
+        start = None
+    assert start is None, f"{path.name}: a fence is not closed"
+
+
+BLOCKS = [block for path in DOCS for block in blocks(path)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+SHELL = [block for block in BLOCKS if block.language in ("bash", "sh")]
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Each call of rnode-cli: those of fenced blocks, and those of inline code that give arguments."""
+    for block in SHELL:
+        for line in block.text.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;|\|", line):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # variables of the environment
+                    words = words[1:]
+                if words[:1] == ["rnode-cli"]:
+                    yield block.where, words[1:]
+    for path in DOCS:
+        prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"`(rnode-cli [^`]+)`", prose):
+            yield path.name, shlex.split(code.replace("\n", " "))[1:]
+
+
+COMMANDS = list(dict.fromkeys((where, tuple(words)) for where, words in commands()))
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """The parameters of the command that the words call; nothing is run."""
+    command: click.Command = main
+    context = click.Context(command)
+    while isinstance(command, click.Group):  # none of them takes options but --help and --version
+        if not words or words[0] in ("--help", "--version"):
+            return {}
+        name, found, words = command.resolve_command(context, words)
+        assert found is not None
+        command, context = found, click.Context(found, parent=context, info_name=name)
+    return command.make_context(command.name, words, parent=context.parent).params
+
+
+def test_there_is_something_to_check():
+    assert len(PYTHON) >= 8
+    assert len(COMMANDS) >= 25
+    pages = ("mathematics", "torchdyn", "plugins", "reproduce", "choosing", "troubleshooting")
+    assert {path.stem for path in DOCS} >= set(pages)
+
+
+@pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])
+def test_commands_parse(where, words, monkeypatch):
+    # files that a reader has and this test has not
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: Path(value))
+    parameters = parse(list(words))
+    name = parameters.get("recipe") or parameters.get("name") or ""
+    assignments = [text for text in parameters.get("assignments", ()) if not any(n in text for n in OF_OTHERS)]
+    if name.islower() or assignments:  # NAME and RECIPE are placeholders
+        known = plugins.names("recipes")
+        recipe = get_recipe(name if name in known else "digits")
+        assert name in (*known, "") or name.isupper(), f"{where}: no recipe {name}"
+        recipe.override(assignments)
+
+
+def test_a_wrong_command_would_be_noticed():
+    for words in (["trian", "digits"], ["train", "digits", "--nonsense"], ["recipes", "shwo"], ["eval"]):
+        with pytest.raises(click.UsageError):
+            parse(words)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=[block.where for block in PYTHON])
+def test_python_compiles_and_runs_where_marked(block):
+    code = compile(block.text, block.where, "exec")
+    if block.marked:
+        exec(code, {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("path", DOCS, ids=[path.name for path in DOCS])
+def test_links_lead_to_files(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        assert "://" in target or (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_every_message_of_the_troubleshooting_page_is_in_the_code():
+    constants = [text for path in (ROOT / "rnode_plugin").rglob("*.py") for text in texts(path)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(quoted) > 30
+    for message in quoted:
+        # "unknown NAME" is put together from a kind and a name
+        pattern = re.escape(message.replace("…", "\0")).replace("\0", ".*?")
+        generic = message.startswith("unknown ") and any("unknown \0" in text for text in constants)
+        assert generic or any(re.search(pattern, text.replace("\0", "…")) for text in constants), message
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The string constants of a module, with a NUL for each value that is put in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_names_in_the_tables_exist():
+    mathematics = (ROOT / "docs" / "mathematics.md").read_text()
+    for mode in GRADIENTS:
+        assert f"| `{mode}`" in mathematics
+    for method in re.findall(r"\|[^|]*\| `(rk4_38|dopri5|tsit5|rk4|euler|midpoint)`", mathematics):
+        assert method in METHODS
+    hooks = re.findall(r"^\| `(rnode_\w+)\(", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
+    from rnode_plugin import hookspecs
+
+    assert sorted(hooks) == sorted(name for name in hookspecs.__all__ if name.startswith("rnode_"))
+
+
+def test_figures_of_the_reproduction_page_are_those_of_the_recipes():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "docs" / "reproduce.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == ["mnist", "cifar10", "imagenet64", "celebahq256"]
+    for name, cells in rows:
+        recipe = get_recipe(name)
+        paper = recipe.paper
+        assert paper is not None
+        hours, vanilla, devices, bits = cells.split(" | ")
+        assert hours.startswith(f"{paper.hours:g} (" if paper.hours < 100 else f"{paper.hours / 24:g} days (")
+        if paper.vanilla_hours is not None:
+            assert vanilla == f"{paper.vanilla_hours:g} ({paper.vanilla_bits:g} bits/dim)"
+        assert devices == f"{paper.gpus} x {recipe.data.batch_size}"
+        assert bits == f"{paper.bits_dirty:g} / {paper.bits_clean:g}"
