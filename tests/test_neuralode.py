@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Linear, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
@@ -14,24 +13,12 @@ from torchdyn.models.cnf import hutch_trace
 from torchdyn.nn import Augmenter, DataControl, DepthCat, Fourier, GalConv2d, GalLinear
 from torchdyn.numerics.solvers.hyper import HyperEuler
 from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeKutta4
+from torchdyn_fields import WithTime, mlp
 
 from rnode_plugin import NeuralODE, SolverError
 from rnode_plugin.errors import ConfigError
 
 PENALTIES = [None, ["kinetic"], ["kinetic", "jacfrob"]]
-
-
-class WithTime(nn.Module):
-    def __init__(self, dims: int = 4) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dims, dims)
-
-    def forward(self, t: Tensor, x: Tensor, args: object = None) -> Tensor:
-        return torch.tanh(self.linear(x)) * torch.cos(3 * t)
-
-
-def mlp(*sizes: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.Tanh(), nn.Linear(sizes[1], sizes[2]))
 
 
 def hutchinson_cnf() -> nn.Module:
@@ -271,155 +258,6 @@ def test_fields_without_args_work() -> None:
     assert NeuralODE(lambda t, x: -x)(x)[1].shape == (2, 1, 2)
 
 
-def test_penalties_of_a_linear_field_have_their_closed_form() -> None:
-    field = Linear(3)
-    z = torch.randn(5, 3, dtype=torch.float64)
-    t = torch.linspace(0, 1, 3, dtype=torch.float64)
-    model = NeuralODE(
-        field, "dopri5", atol=1e-10, rtol=1e-10, regularizers={"kinetic": 0.5, "jacfrob": 0.25}, trace_noise="exact"
-    )
-    model(z, t)
-    exact = linear_closed_form(field.a, z, t)
-    torch.testing.assert_close(model.regularization["kinetic"], exact.kinetic, rtol=1e-8, atol=0)
-    torch.testing.assert_close(model.regularization["jacfrob"], exact.jacfrob, rtol=1e-8, atol=0)
-    expected = (0.5 * exact.kinetic.mean() + 0.25 * exact.jacfrob.mean()) / 3
-    torch.testing.assert_close(model.reg_loss(), expected, rtol=1e-8, atol=0)
-    torch.testing.assert_close(model.reg_loss(kinetic=0.0), 0.25 * exact.jacfrob.mean() / 3, rtol=1e-8, atol=0)
-
-
-@pytest.mark.parametrize("trace_noise", ["gaussian", "rademacher"])
-def test_estimated_jacfrob_is_unbiased(trace_noise: str) -> None:
-    torch.manual_seed(0)
-    field = Linear(3)
-    model = NeuralODE(field, "rk4", regularizers=["jacfrob"], trace_noise=trace_noise)
-    many = 20000
-    model(torch.zeros(many, 3, dtype=torch.float64))
-    values = model.regularization["jacfrob"].detach()
-    exact = field.a.detach().square().sum()
-    assert abs(values.mean() - exact) < 4 * values.std() / many**0.5
-
-
-def test_penalties_are_those_of_z_alone() -> None:
-    """Neither the trace of a CNF nor the column of an integral loss counts."""
-    torch.manual_seed(0)
-    net, x = mlp(3, 8, 3), torch.randn(6, 3)
-    span = torch.linspace(0, 1, 6)
-    padded = torch.cat([torch.randn(6, 1), x], 1)
-    plain = NeuralODE(net, "rk4", regularizers=["kinetic", "jacfrob"], trace_noise="exact")
-    plain(x, span)
-    loss = lambda t, x: x.square().sum(1)  # noqa: E731
-    for model in (
-        NeuralODE(TorchdynCNF(net), "rk4", regularizers=["kinetic", "jacfrob"]),
-        NeuralODE(net, "rk4", regularizers=["kinetic", "jacfrob"], trace_noise="exact", integral_loss=loss),
-    ):
-        model(padded, span)
-        for name in ("kinetic", "jacfrob"):
-            torch.testing.assert_close(model.regularization[name], plain.regularization[name])
-        torch.testing.assert_close(model.reg_loss(), plain.reg_loss())
-
-
-def test_penalties_of_a_second_order_field_are_those_of_its_first_order_system() -> None:
-    """x'' = -x: the state (x, v) moves with (v, -x), of constant norm, and a Jacobian of squared norm 2."""
-    x = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
-    model = NeuralODE(
-        lambda t, s: -s[:, :1], "dopri5", order=2, atol=1e-9, rtol=1e-9, regularizers=["kinetic", "jacfrob"],
-        trace_noise="exact",
-    )  # fmt: skip
-    model(x, torch.tensor([0.0, 2.0], dtype=torch.float64))
-    both = torch.full((2,), 2.0, dtype=torch.float64)
-    torch.testing.assert_close(model.regularization["kinetic"], both * 1)
-    torch.testing.assert_close(model.regularization["jacfrob"], both * 2)
-
-
-def test_nothing_is_computed_without_gradients_or_in_eval_unless_asked() -> None:
-    torch.manual_seed(0)
-    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
-    with torch.no_grad():
-        model(x)
-    with pytest.raises(ConfigError, match="did not integrate kinetic"):
-        model.reg_loss()
-    model.eval()
-    model(x)
-    with pytest.raises(ConfigError, match="penalties=True"):
-        _ = model.regularization
-    with torch.no_grad():
-        model(x, penalties=True)
-    asked = model.reg_loss()
-    model.train()
-    model(x)
-    torch.testing.assert_close(model.reg_loss(), asked)
-    model(x, penalties=False)
-    with pytest.raises(ConfigError):
-        model.reg_loss()
-
-
-@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"])
-def test_stale_penalties_are_refused(sensitivity: str) -> None:
-    model = NeuralODE(WithTime(), "rk4", sensitivity=sensitivity, regularizers=["kinetic"])
-    with pytest.raises(ConfigError, match="call the model"):
-        model.reg_loss()
-    x = torch.randn(3, 4)
-    _, sol = model(x)
-    torch.testing.assert_close(model.reg_loss(), model.reg_loss())  # twice before backward is fine
-    (sol[-1].sum() + model.reg_loss()).backward()
-    with pytest.raises(ConfigError, match="already gone through"):
-        model.reg_loss()
-    assert model.regularization["kinetic"].shape == (3,)  # to be logged
-    _, sol = model(x)
-    sol[-1].sum().backward()  # through the solution alone
-    with pytest.raises(ConfigError, match="already gone through"):
-        model.reg_loss()
-    model(x)
-    model.reg_loss().backward(retain_graph=True)
-    model.reg_loss().backward()
-
-
-def test_model_without_penalties_has_a_loss_of_zero() -> None:
-    model = NeuralODE(WithTime())
-    model(torch.randn(3, 4))
-    assert float(model.reg_loss()) == 0
-    assert model.regularization == {}
-
-
-def test_regularizers_as_objects_functions_and_mappings() -> None:
-    from rnode_plugin.regularizers import kinetic
-
-    def speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
-        return dz.abs().sum(1)
-
-    model = NeuralODE(Linear(2), "rk4", regularizers={kinetic: 1.0, speed: 2.0})
-    z = torch.randn(3, 2, dtype=torch.float64)
-    model(z)
-    values = model.regularization
-    torch.testing.assert_close(model.reg_loss(), (values["kinetic"].mean() + 2 * values["speed"].mean()) / 2)
-    assert {n: w.strength for n, w in NeuralODE(Linear(2), regularizers="kinetic")._penalties.items()} == {
-        "kinetic": 0.01
-    }
-
-
-def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
-    class Learned(nn.Module):
-        name, needs_vjp = "learned", False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
-
-        def forward(self, evaluation):
-            return self.scale * evaluation.z.square().sum(1)
-
-    z = torch.randn(3, 2, dtype=torch.float64)
-    for sensitivity in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint"):
-        penalty = Learned()
-        tight = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
-        model = NeuralODE(Linear(2), "dopri5", sensitivity=sensitivity, regularizers=[penalty], **tight)
-        assert any(p is penalty.scale for p in model.parameters())
-        model(z)
-        loss = model.reg_loss()
-        loss.backward()
-        torch.testing.assert_close(penalty.scale.grad, loss.detach() / 2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -508,15 +346,3 @@ def test_field_that_marks_its_input_leaves_the_callers_tensor_alone() -> None:
     x = torch.randn(3, 4)
     NeuralODE(HNN(mlp(4, 8, 1)), "rk4")(x)
     assert not x.requires_grad
-
-
-def test_38_rule_has_order_four_with_a_field_that_depends_on_time_and_torchdyns_rk4_has_not() -> None:
-    """x' = cos(t) x has the solution exp(sin t)."""
-
-    def error(solver: str | RungeKutta4, steps: int) -> float:
-        model = NeuralODE(lambda t, x: torch.cos(t) * x, solver)
-        sol = model(torch.ones(1, 1, dtype=torch.float64), torch.linspace(0, 2, steps + 1, dtype=torch.float64))[1]
-        return abs(float(sol[-1]) - float(torch.exp(torch.sin(torch.tensor(2.0, dtype=torch.float64)))))
-
-    assert 14 < error("rk4_38", 64) / error("rk4_38", 128) < 18
-    assert error("rk4", 64) / error("rk4", 128) < 3

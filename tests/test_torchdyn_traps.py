@@ -303,3 +303,15 @@ def test_differentiating_fields_fail_in_inference_mode() -> None:
         with pytest.raises(RuntimeError):
             Torchdyn(cnf, "rk4")(torch.zeros(1, 3))
         NeuralODE(cnf, "rk4")(torch.zeros(1, 3))
+
+
+def test_38_rule_has_order_four_with_a_field_that_depends_on_time_and_torchdyns_rk4_has_not() -> None:
+    """x' = cos(t) x has the solution exp(sin t)."""
+
+    def error(solver: str, steps: int) -> float:
+        model = NeuralODE(lambda t, x: torch.cos(t) * x, solver)
+        sol = model(torch.ones(1, 1, dtype=torch.float64), torch.linspace(0, 2, steps + 1, dtype=torch.float64))[1]
+        return abs(float(sol[-1]) - float(torch.exp(torch.sin(torch.tensor(2.0, dtype=torch.float64)))))
+
+    assert 14 < error("rk4_38", 64) / error("rk4_38", 128) < 18
+    assert error("rk4", 64) / error("rk4", 128) < 3
