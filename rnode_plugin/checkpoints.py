@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ._version import __version__
 from .errors import CheckpointError, ConfigError
+from .weights_file import SUFFIX, read_weights, weights_as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BEST",
     "LAST",
+    "PREVIOUS",
+    "export_flow",
     "find_checkpoint",
     "load_flow",
     "load_with_recipe",
@@ -32,7 +35,7 @@ __all__ = [
     "write_atomically",
 ]
 
-BEST, LAST = "best.ckpt", "last.ckpt"
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 _FORMAT = 1
 _KEY = "rnode_plugin"
 _PREFIX = "flow."
@@ -56,8 +59,34 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
     write_atomically(path, lambda file: torch.save(contents, file))
 
 
+def export_flow(
+    source: str | os.PathLike[str], path: str | os.PathLike[str], *, prefer: str = BEST
+) -> tuple[Path, Recipe]:
+    """Write the weights of a run or checkpoint as ``.safetensors``, with the recipe in the file's metadata.
+
+    Args:
+        source: run folder or checkpoint.
+        path: file to write; :func:`load_flow` reads it, and so does any program that knows the format.
+        prefer: the checkpoint of a run folder.
+
+    Returns:
+        The checkpoint that was read, and its recipe.
+
+    Raises:
+        ConfigError: ``path`` does not end in ``.safetensors``, by which the format is known again.
+        CheckpointError: nothing to read, or the file cannot be written.
+    """
+    if Path(path).suffix != SUFFIX:
+        raise ConfigError(f"the exported file must end in {SUFFIX}, not {str(path)!r}.")
+    file = find_checkpoint(source, prefer=prefer)
+    flow, recipe = load_with_recipe(file)
+    encoded = weights_as_bytes(flow.state_dict(), pack(recipe)[_KEY])
+    write_atomically(path, lambda file: file.write(encoded))
+    return file, recipe
+
+
 def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> MultiscaleFlow:
-    """The flow of a run folder (its best checkpoint, else its last) or of a ``.ckpt`` file.
+    """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
 
     Nothing in the file is executed: only tensors and plain values are read, and the model is built anew from the
     recipe.
@@ -94,12 +123,14 @@ def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path
     if path.is_file():
         return path
     if path.is_dir():
-        for name in (prefer, BEST, LAST):
+        for name in (prefer, BEST, LAST, PREVIOUS):
             for file in (path / "checkpoints" / name, path / name):
                 if file.is_file():
                     return file
         raise CheckpointError(f"no checkpoint in {path}: expected {path / 'checkpoints' / prefer}.")
-    raise CheckpointError(f"no checkpoint at {path}: no such file or folder. Give a run folder or a .ckpt file.")
+    raise CheckpointError(
+        f"no checkpoint at {path}: no such file or folder. Give a run folder, a .ckpt or a .safetensors file."
+    )
 
 
 def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -110,6 +141,9 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     """
     import torch
 
+    if path.suffix == SUFFIX:
+        state, header = read_weights(path, map_location=map_location)
+        return _checked({_KEY: header, "state_dict": state}, path)
     try:
         if not zipfile.is_zipfile(path):  # what torch.save writes; a bare pickle is not even looked at
             raise zipfile.BadZipFile("it is no archive of torch")
@@ -122,6 +156,10 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read, it is truncated or no checkpoint: {reason}") from None
+    return _checked(contents, path)
+
+
+def _checked(contents: Any, path: Path) -> dict[str, Any]:
     header = contents.get(_KEY) if isinstance(contents, Mapping) else None
     if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
         raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
@@ -148,8 +186,15 @@ def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
         raise CheckpointError(f"the recipe in {path}, written by rnode-plugin {version}: {error}") from None
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: str | os.PathLike[str] | None = None
+) -> None:
     """Call ``write`` on a temporary file next to ``path``, sync it, rename it: never half a file.
+
+    Args:
+        path: of the file.
+        write: writes its contents.
+        keep: name that the file which was there before gets; None to replace it.
 
     Raises:
         CheckpointError: the disk is full, the folder read-only, and the like; nothing half-written stays.
@@ -162,6 +207,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.checkpoints import (
+    export_flow,
     find_checkpoint,
     load_with_recipe,
     pack,
@@ -18,7 +20,7 @@ from rnode_plugin.checkpoints import (
     save_flow,
     write_atomically,
 )
-from rnode_plugin.errors import CheckpointError
+from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.recipes import Recipe
 
 
@@ -146,3 +148,57 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(file: Path) -> None
 def test_a_folder_that_cannot_be_made(file: Path, recipe: Recipe) -> None:
     with pytest.raises(CheckpointError, match="cannot write"):
         save_flow(recipe.build_flow(), file / "below" / "flow.ckpt", recipe=recipe)
+
+
+# safetensors ---------------------------------------------------------------------------------------------------
+
+
+def test_export_holds_weights_and_recipe(file: Path, recipe: Recipe, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    out = tmp_path / "deep" / "model.safetensors"
+    assert export_flow(file, out) == (file, recipe)
+    flow, found = load_with_recipe(out)
+    assert found == recipe
+    for name, tensor in load_flow(file).state_dict().items():
+        assert torch.equal(flow.state_dict()[name], tensor)
+    x = torch.rand(2, 1, 8, 8)
+    noise = flow.draw_noise(2)
+    assert torch.equal(flow(x, noise=noise).z, load_flow(file)(x, noise=noise).z)
+    with safe_open(out, framework="pt") as stranger:  # the names that the module itself uses
+        assert set(stranger.keys()) == set(flow.state_dict())
+        assert json.loads(stranger.metadata()["rnode_plugin"])["recipe"] == recipe.to_plain()
+
+
+def test_export_refuses_another_suffix(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must end in \.safetensors, not .*model\.pt"):
+        export_flow(file, tmp_path / "model.pt")
+    assert not (tmp_path / "model.pt").exists()
+
+
+@pytest.mark.parametrize("size", [0, 7, 500, -1])
+def test_a_truncated_export(file: Path, tmp_path: Path, size: int) -> None:
+    out = tmp_path / "model.safetensors"
+    export_flow(file, out)
+    out.write_bytes(out.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="cannot be read, it is truncated or no safetensors file"):
+        load_flow(out)
+
+
+def test_a_safetensors_file_of_somebody_else(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    for metadata in (None, {"rnode_plugin": '"text"'}, {"rnode_plugin": "{}"}):
+        save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata=metadata)
+        with pytest.raises(CheckpointError, match="holds no recipe"):
+            load_flow(tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata={"rnode_plugin": "{"})
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_flow(tmp_path / "x.safetensors")
+
+
+def test_the_file_before_is_kept_where_asked(tmp_path: Path) -> None:
+    for number in range(3):
+        write_atomically(tmp_path / "new", lambda file, n=number: file.write(b"%d" % n), keep=tmp_path / "old")
+    assert (tmp_path / "new").read_bytes() == b"2"
+    assert (tmp_path / "old").read_bytes() == b"1"
