@@ -430,3 +430,12 @@ def test_second_solve_between_forward_and_backward_changes_nothing(gradient: str
 
 def test_fixed_methods_are_all_covered() -> None:
     assert set(FIXED_METHODS) == set(FINE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_penalty_that_is_not_finite_is_reported(method: str) -> None:
+    def overflows(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return Rates(-z, None, {"kinetic": z[:, 0] * torch.inf})
+
+    with pytest.raises(SolverError, match="a penalty is no longer finite"):
+        solve(overflows, torch.ones(2, 2), torch.tensor([0.0, 1.0]), Solver(method))

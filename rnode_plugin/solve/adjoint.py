@@ -135,7 +135,7 @@ class _Backward:
 
     @property
     def may_skip(self) -> bool:
-        """Whether outputs without a gradient need no stop: the states come from the interpolant, not from outputs."""
+        """Whether outputs without a gradient need no stop: the states come from the interpolant."""
         return self.path is not None and self.plan.method.adaptive
 
     def interval(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:

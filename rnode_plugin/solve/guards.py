@@ -18,7 +18,7 @@ def health(*tensors: Tensor | None) -> Tensor:
     (The sum of finite entries can overflow only where they are about to.)
     """
     sums = [x.detach().sum() for x in tensors if x is not None]
-    return torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
+    return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
 
 
 def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:

@@ -159,14 +159,15 @@ def _fixed(
             z, t = step.z, t + dt
             if trace is not None:
                 trace.append((t, z))
-            checks.append(health(z, step.dlogdet, *step.penalties.values()))
+            checks.append(health(z))
             if plan.max_nfe is not None and totals.nfe > plan.max_nfe:
                 fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, plan.max_nfe)
         if keep[k]:
             times.append(t_span[k])
             states.append(z)
             logdets.append(totals.logdet)
-    # one look at the device for the whole solve
+    # one look at the device for the whole solve; what is not finite stays so, and of the integrals the end will do
+    checks[-1] = health(z, totals.logdet, *totals.penalties.values())
     finite = torch.isfinite(torch.stack(checks))
     if not bool(finite.all()):
         bad = int((~finite).nonzero()[0])
@@ -265,6 +266,8 @@ class _Adaptive:
                 rest = resume - dt.detach()
                 dt = rest if bool(self.t + rest != self.t) else resume
             dt = adapt_step(dt.detach(), ratio, *self.controller)
+        if self.totals.penalties and not bool(torch.isfinite(health(*self.totals.penalties.values()))):
+            fail_nonfinite(float(self.t.detach()), self.totals.steps, self.totals.nfe)
         return self.totals.solution(self.times, self.states, self.logdets)
 
     def _before(self, a: Tensor, b: Tensor) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..types import BoundDynamics, Rates
@@ -96,9 +98,22 @@ def _quadrature(
 
 
 def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor) -> Tensor:
+    """``dt`` times the weighted sum."""
+    present = [(value, weight) for value, weight in zip(values, weights, strict=False) if value is not None]
+    first = present[0][0]
+    if first.ndim == 1:  # rates of small problems: few operations count, not what they compute
+        row = _row(tuple(weight for _, weight in present), first.dtype, first.device)
+        return (row * dt.to(first.dtype)) @ torch.stack([value for value, _ in present])
     total: Tensor | None = None
-    for value, weight in zip(values, weights, strict=False):
-        if weight and value is not None:
+    for value, weight in present:
+        if weight:
             total = value * weight if total is None else total.add(value, alpha=weight)
     assert total is not None
     return total * dt.to(total.dtype)
+
+
+@cache
+def _row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # a tensor made in inference mode could not serve a later backward pass
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)
