@@ -66,7 +66,9 @@ def main():
         print(f"{trace:<10} {name:<16} {nll:>6.3f} {nfe:>4.0f} {kinetic:>8.2f} {jacfrob:>8.2f} {pace:>7.1f}")
         axes.pcolormesh(axis.numpy(), axis.numpy(), density.numpy(), shading="auto")
         axes.scatter(*model.sample(300).T, s=2, color="white")
-        axes.set(title=f"{trace}, penalties: {name}", xlabel="$x_1$", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        axes.set(
+            title=f"{trace} trace\npenalties: {name}", xlabel="$x_1$", xlim=(-3, 3), ylim=(-3, 3), aspect="equal"
+        )
     panels[0].set_ylabel("$x_2$")
     figure.savefig(options.output, dpi=150, bbox_inches="tight")
 

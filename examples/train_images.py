@@ -31,6 +31,8 @@ def main():
     )
     result = fit(recipe, runs="runs", devices=options.devices, progress=False)
 
+    if not result.first_process:  # of several, one reports
+        return
     evaluation = result.evaluation
     if evaluation is None:  # a signal stopped it; fit(recipe, resume=result.folder.path) goes on
         raise SystemExit(f"stopped by {result.stopped} after {result.steps} steps")
