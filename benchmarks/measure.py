@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -105,7 +106,8 @@ def alternate(
 def peak_memory(build: Callable[..., Callable[[], object]], *args: Any, device: torch.device) -> Memory:
     """Peak memory of ``build(*args)()``, run twice: the second run meets what the first one left behind.
 
-    On a CPU in a process of its own, so that ``build`` and ``args`` must be picklable.
+    On a CPU in a process of its own, so that ``build`` and ``args`` must be picklable. glibc gives freed tensors back
+    to the system at once there; by default, the holes in its heap would count as memory in use.
     """
     if device.type == "cuda":
         run = build(*args)
@@ -117,6 +119,7 @@ def peak_memory(build: Callable[..., Callable[[], object]], *args: Any, device: 
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
         return Memory(peak, peak - before)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_of_process, torch.get_num_threads(), build, args).result()
 

@@ -84,7 +84,7 @@ def steps(counts: tuple[int, ...], size: int, batch_size: int, device: str, thre
     for gradient in ("checkpointed", "autograd"):
         for count in counts:
             if gradient == "autograd" and count > min(counts):
-                continue  # it grows in proportion, which is known
+                continue  # it is known to grow in proportion
             solver = Solver(step=1 / count, gradient=gradient)
             peak = peak_memory(build_block, shape, batch_size, solver, device, device=where)
             states = count * batch_size * 4 * torch.Size(shape).numel()

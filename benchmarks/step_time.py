@@ -43,13 +43,11 @@ class Path:
         solver: the integrator.
         bf16: whether the field computes in bfloat16.
         fused: whether the field brings its own product with the Jacobian.
-        compiled: whether torch.compile has gone over the field.
     """
 
     solver: Solver = Solver(method="rk4_38", step=0.25)  # noqa: RUF009  (frozen)
     bf16: bool = False
     fused: bool = True
-    compiled: bool = False
 
 
 def _rk4(**changes: object) -> Solver:
@@ -66,7 +64,6 @@ PATHS = {
     "sampled, bf16": Path(_rk4(trace_quadrature="sampled"), bf16=True),
     "sampled, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), bf16=True),
-    "compiled": Path(compiled=True),
 }
 
 
@@ -97,9 +94,6 @@ def build(recipe_name: str, case: str, batch: int, device: str) -> Step:
     options = {"solver": path.solver}
     if case == BASELINE:
         step, options = UsualFlow(flow, method="rk4", options={"step_size": 0.25}), {}
-    if path.compiled:
-        for field in fields:
-            field.forward_and_vjp = torch.compile(field.forward_and_vjp, dynamic=False)
 
     def run() -> Tensor:
         step.zero_grad()
