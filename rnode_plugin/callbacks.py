@@ -21,16 +21,12 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from .errors import RnodeError, SolverError
+from .errors import SolverError, TrainingError
 from .sampling import sample_images, save_grid
 
-__all__ = ["Interrupted", "RunControl", "SampleGrids", "TrainingError"]
+__all__ = ["Interrupted", "RunControl", "SampleGrids"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class TrainingError(RnodeError):
-    """Training cannot go on: a value that is not finite, or a solve that failed."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -111,6 +107,8 @@ class RunControl(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if (batch_idx + 1) % pl_module.plan.accumulate:
+            return  # in the middle of a step
         row = pl_module.finish_step(batch_idx)
         done = pl_module.batches
         if done % self._log_every == 0:
@@ -122,7 +120,7 @@ class RunControl(Callback):
             raise Interrupted(self._signum or signal.SIGTERM)
         if self.out_of_time or done == pl_module.plan.total:
             trainer.should_stop = True  # Lightning validates once more before it stops
-        elif done % pl_module.plan.check_every and done % self._save_every == 0:
+        elif done % pl_module.plan.check_every and done % self._save_every == 0 and not pl_module.guard.in_row:
             self._save(trainer, pl_module.folder.last)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -12,9 +12,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "LocalError",
     "PluginError",
     "RnodeError",
     "SolverError",
+    "TrainingError",
     "suggest",
 ]
 
@@ -57,6 +59,14 @@ class SolverError(RnodeError, RuntimeError):
     def __reduce__(self) -> tuple[object, ...]:
         # exceptions cross process borders; the default would call __init__ with the message alone
         return _rebuild_solver_error, (self.reason, self._what, self._advice, self.t, self.step, self.nfe)
+
+
+class TrainingError(RnodeError):
+    """Training cannot go on; the last good checkpoint stays."""
+
+
+class LocalError(TrainingError):
+    """One process of a run failed by itself; the others only see it go."""
 
 
 def _rebuild_solver_error(reason: str, what: str, advice: str, t: float, step: int, nfe: int) -> SolverError:

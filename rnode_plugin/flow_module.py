@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as L
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .callbacks import TrainingError
 from .checkpoints import pack
 from .data import ImageData, ImageDataset
 from .data.loading import keep_batch
-from .errors import SolverError
+from .errors import LocalError, SolverError, TrainingError
 from .evaluation import output_log_prob
 from .flows.transforms import dequantize, random_flip
+from .guards import StepGuard
 from .objectives import bits_per_dim, objective
 from .randomness import Stream, seed_everything, seeded
 from .recipes import Recipe
@@ -45,41 +46,64 @@ class FlowModule(L.LightningModule):
         self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
         self.batches = 0
         self.row: dict[str, Any] = {}
+        self.guard = StepGuard(recipe.training.max_skipped)
+        self._problem: str | None = None
         self.train_seconds = self.seconds_before = 0.0
         self._start = self._step_start = time.monotonic()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Equation 17 on uint8 images ``(B, C, H, W)``, in nats per dimension."""
         recipe = self.recipe
-        seed_everything(recipe.training.seed, Stream.TRAIN, self.global_rank, batch_idx)
+        step, part = divmod(batch_idx, self.plan.accumulate)
+        if part == 0:
+            self.row, self._problem = {}, None
+        # a device that takes the batches of several in turn draws the noise of each
+        seed_everything(recipe.training.seed, Stream.TRAIN, part * self.plan.world + self.global_rank, step)
         x = dequantize(batch, recipe.data.levels)
         if recipe.data.flip:
             x = random_flip(x)
         try:
             output = self.flow(x, solver=recipe.solver, penalties=bool(self.lambdas))
         except SolverError as error:
-            raise TrainingError(f"the solver failed at training step {batch_idx + 1}: {error}") from error
+            return self._unusable(f"the solver failed ({error})", error.nfe)
         log_prob = output_log_prob(output)
         goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims)
         if not torch.isfinite(goal.loss):
-            raise TrainingError(
-                f"the loss is {float(goal.loss)} at training step {batch_idx + 1} (NFE {output.nfe}). Lower "
-                "optimizer.lr or solver.step, or raise regularizers.jacfrob."
-            )
+            return self._unusable(f"the loss is {float(goal.loss)}", output.nfe)
         bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
         self.log("train/bpd", bits, prog_bar=True, logger=False)
         self.log("train/nfe", float(output.nfe), prog_bar=True, logger=False)
-        self.row = {"train/loss": goal.loss.detach(), "train/bpd": bits, "train/nfe": float(output.nfe)}
-        for name, integral in output.regularization.items():
-            self.row[f"train/{name}"] = integral.detach().mean() / recipe.dims
+        penalties = {name: value.detach().mean() / recipe.dims for name, value in output.regularization.items()}
+        self.guard.remember(output.nfe, float(penalties.get("jacfrob", math.nan)))
+        self._count(goal.loss.detach(), bits, output.nfe, penalties)
         return goal.loss
+
+    def _unusable(self, problem: str, nfe: int) -> Tensor:
+        """A loss whose gradient is NaN: over the mean of the gradients it reaches every process of the run, and all
+        skip the step together."""
+        self._problem = problem
+        self.guard.remember(nfe, math.nan)
+        names = self.recipe.measured if self.lambdas else ()
+        self._count(math.nan, math.nan, nfe, dict.fromkeys(names, math.nan))
+        return math.nan * torch.stack([parameter.sum() for parameter in self.flow.parameters()]).sum()
+
+    def _count(self, loss: Any, bits: Any, nfe: float, penalties: dict[str, Any]) -> None:
+        """Add a batch to the row of its step, whose values are means over its batches."""
+        values = {"loss": loss, "bpd": bits, "nfe": float(nfe), **penalties}
+        for name, value in values.items():
+            key = f"train/{name}"
+            self.row[key] = self.row.get(key, 0.0) + value / self.plan.accumulate
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Dirty bits/dim with the test solver; the noise is the same at each validation."""
         recipe = self.recipe
         with seeded(recipe.training.seed, Stream.VALIDATE, self.global_rank, batch_idx):
             x = dequantize(batch, recipe.data.levels)
-            output = self.flow(x)  # its own solver is the recipe's test solver
+            try:
+                output = self.flow(x)  # its own solver is the recipe's test solver
+            except SolverError as error:
+                where = f"in the validation at training step {self.batches}"
+                raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
         bits = bits_per_dim(output_log_prob(output), dims=recipe.dims, levels=recipe.data.levels).mean()
         values = {"bpd": bits, "nfe": float(output.nfe)}
         values |= {name: integral.mean() / recipe.dims for name, integral in output.regularization.items()}
@@ -88,22 +112,38 @@ class FlowModule(L.LightningModule):
             self.log(f"val/{name}", value, logger=False, sync_dist=True, **options)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        self._step_start = time.monotonic()
+        if batch_idx % self.plan.accumulate == 0:
+            self._step_start = time.monotonic()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # an infinite bound measures the norm and leaves the gradient alone
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)
-        if not torch.isfinite(norm):
-            raise TrainingError(
-                f"the gradient's norm is {float(norm)} at training step {self.batches + 1}. Lower optimizer.lr or "
-                "solver.step, or raise regularizers.jacfrob."
-            )
-        self.row |= {"train/grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+        if torch.isfinite(norm):
+            self.guard.made()
+        else:
+            optimizer.zero_grad()  # without gradients Adam changes neither weights nor moments
+            if self.guard.skip():
+                raise TrainingError(self._why_too_many(float(norm)))
+        skipped = float(self.guard.skipped)
+        self.row |= {"train/grad_norm": norm, "train/skipped": skipped, "lr": optimizer.param_groups[0]["lr"]}
+
+    def _why_too_many(self, norm: float) -> str:
+        """The message of the process where the gradient was spoilt."""
+        step = self.batches + 1
+        problem = self._problem or f"the gradient's norm is {norm}"
+        start = StepBatches(self.plan, seed=self.recipe.training.seed, rank=self.global_rank, start=self.batches)
+        batches = islice(start, self.plan.accumulate)
+        message = self.guard.message(step, problem, [image for batch in batches for image in batch])
+        if self.plan.world == 1:
+            return message
+        found: list[Any] = [None] * self.plan.world
+        torch.distributed.all_gather_object(found, (self._problem is None, message))
+        return min(found)[1]
 
     def finish_step(self, batch_idx: int) -> dict[str, float]:
         """Count the step that ends, and return its row of metrics."""
         taken = time.monotonic() - self._step_start
-        self.batches = batch_idx + 1
+        self.batches = (batch_idx + 1) // self.plan.accumulate
         self.train_seconds += taken
         times = {"seconds_per_step": taken, "train_seconds": self.train_seconds, "seconds": self.seconds}
         row = {name: float(value) for name, value in self.row.items()}
@@ -147,10 +187,16 @@ class FlowModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        progress = {"batches": self.batches, "seconds": self.seconds, "train_seconds": self.train_seconds}
-        checkpoint.update(pack(self.recipe), progress=progress)
+        times = {"seconds": self.seconds, "train_seconds": self.train_seconds}
+        skipped = {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
+        checkpoint.update(pack(self.recipe), progress={"batches": self.batches, **times, **skipped})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.batches, self.train_seconds = progress["batches"], progress["train_seconds"]
         self.seconds_before = progress["seconds"]
+        self.guard.skipped, self.guard.in_row = progress.get("skipped", 0), progress.get("skipped_in_row", 0)
+        # Lightning counts batches; --accumulate, in exchange for devices, changes how many make a step
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for count in (counts["current"], counts["total"]):
+            count.update(dict.fromkeys(count, self.batches * self.plan.accumulate))

@@ -59,7 +59,7 @@ class LineProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if time.monotonic() - self._last >= self._interval:
-            self._print(trainer, pl_module, batch_idx + 1)
+            self._print(trainer, pl_module, pl_module.batches)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -130,6 +130,9 @@ class Training:
         check_every_steps: steps between two validations instead; None for epochs.
         val_images: images of the validation set that a validation uses; None for all. ``rnode-cli eval`` uses all.
         log_every: steps between two rows of the metrics.
+        accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 makes the
+            steps of four devices with 1, to rounding: the same images and the same noise.
+        max_skipped: steps in a row without a usable gradient after which training stops.
         save_every: steps between two checkpoints, besides the one after each validation.
         sample_temperatures: standard deviations of the latent in the grids, one row of images each.
         sample_images: images per temperature in the grids; 0 for no grids.
@@ -143,13 +146,15 @@ class Training:
     check_every_steps: int | None = None
     val_images: int | None = None
     log_every: int = 10
+    accumulate: int = 1
+    max_skipped: int = 5
     save_every: int = 100
     sample_temperatures: tuple[float, ...] = (0.6, 0.8, 1.0)
     sample_images: int = 8
 
     def __post_init__(self) -> None:
         _at_least(1, self, "max_epochs", "max_steps", "check_every", "check_every_steps", "val_images")
-        _at_least(1, self, "log_every", "save_every")
+        _at_least(1, self, "log_every", "save_every", "accumulate", "max_skipped")
         _at_least(0, self, "seed", "sample_images")
         if self.max_epochs is None and self.max_steps is None:
             raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
@@ -244,6 +249,11 @@ class Recipe:
         channels, height, width = self.data.shape
         return channels * height * width
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the penalties that the flow integrates."""
+        return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
+
     def build_flow(self) -> MultiscaleFlow:
         """A fresh flow, f = 0, whose solver is ``test_solver``; the training step brings its own."""
         return plugins.get("models", self.model.name)(
@@ -254,7 +264,7 @@ class Recipe:
             levels=self.data.levels,
             trace_noise=self.model.trace_noise,
             solver=self.test_solver,
-            regularizers=tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers])),
+            regularizers=self.measured,
         )
 
 

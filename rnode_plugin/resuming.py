@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
-from .checkpoints import LAST, find_checkpoint, read_checkpoint, recipe_of
+from .checkpoints import BEST, LAST, PREVIOUS, find_checkpoint, read_checkpoint, recipe_of
 from .errors import CheckpointError, ConfigError
 from .recipes import Recipe
 from .runs import RunFolder
 from .schedule import Plan
 
-__all__ = ["checkpoint_to_resume", "steps_done"]
+__all__ = ["checkpoint_to_resume", "newest_intact", "steps_done"]
 
 _FIXED = (
     "data.name", "data.shape", "data.levels",
     "model.name", "model.hidden", "model.layers", "model.alpha",
 )  # fmt: skip
+
+
+def newest_intact(resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint file that ``resume`` means and its contents: of a run folder, the newest that can be read.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(resume)
+    errors: list[CheckpointError] = []
+    for name in (LAST, PREVIOUS, BEST) if path.is_dir() else ():
+        for file in (path / "checkpoints" / name, path / name):
+            if not file.is_file():
+                continue
+            try:
+                contents = read_checkpoint(file)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            for error in errors:
+                print(f"{error} Going on from {file.name}.", file=sys.stderr)
+            return file, contents
+    if errors:
+        raise errors[0]
+    file = find_checkpoint(path, prefer=LAST)
+    return file, read_checkpoint(file)
 
 
 def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> Path:
@@ -25,8 +53,7 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> Path
     Raises:
         CheckpointError: there is none, or it holds another model or was trained on other images.
     """
-    path = find_checkpoint(resume, prefer=LAST)
-    contents = read_checkpoint(path)
+    path, contents = newest_intact(resume)
     if "progress" not in contents:
         raise CheckpointError(f"{path} holds weights only: training cannot go on from it.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -20,8 +21,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from . import plugins
 from ._version import __version__
-from .checkpoints import BEST, LAST, read_checkpoint, write_atomically
-from .errors import ConfigError
+from .checkpoints import BEST, LAST, PREVIOUS, read_checkpoint, write_atomically
+from .errors import CheckpointError, ConfigError
 from .recipes import Recipe
 
 __all__ = ["AtomicCheckpointIO", "RunFolder", "RunLogger", "environment"]
@@ -90,7 +91,10 @@ class RunFolder:
         Raises:
             CheckpointError: they cannot be written.
         """
-        self.result.unlink(missing_ok=True)
+        try:
+            self.result.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None
         _write_json(self.path / "recipe.json", recipe.to_plain())
         _write_json(self.path / "environment.json", environment(device))
 
@@ -139,14 +143,24 @@ class _Writer(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            self.metrics_keys = list(reader.fieldnames or [])
-            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= self._keep]
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # a kill can cut the last row in two
+        reader = csv.DictReader(io.StringIO(whole, newline=""))
+        self.metrics_keys = list(reader.fieldnames or [])
+        rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) <= self._keep]
+        self._replace(rows, self.metrics_keys)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        self._replace(rows, fieldnames)
+
+    def _replace(self, rows: list[dict[str, Any]], fieldnames: list[str]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.metrics_file_path, lambda file: file.write(text.getvalue().encode()))
 
 
 class RunLogger(CSVLogger):
@@ -177,7 +191,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written all or not at all and read without running code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        path = Path(path)
+        keep = path.with_name(PREVIOUS) if path.name == LAST else None
+        write_atomically(path, lambda file: torch.save(checkpoint, file), keep=keep)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None

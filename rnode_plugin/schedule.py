@@ -26,6 +26,7 @@ class Plan:
         world: number of devices.
         total: steps of the whole run.
         check_every: steps between two validations.
+        accumulate: batches per device and step.
     """
 
     images: int
@@ -33,11 +34,17 @@ class Plan:
     world: int
     total: int
     check_every: int
+    accumulate: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in one pass; the images that do not fill one wait for another order."""
-        return self.images // (self.batch_size * self.world)
+        return self.images // self.images_per_step
+
+    @property
+    def images_per_step(self) -> int:
+        """On all devices together."""
+        return self.batch_size * self.world * self.accumulate
 
     @staticmethod
     def of(recipe: Recipe, images: int, world: int = 1) -> Plan:
@@ -46,25 +53,27 @@ class Plan:
         Raises:
             ConfigError: the images do not fill one batch on each device.
         """
-        batch = recipe.data.batch_size
-        per_epoch = images // (batch * world)
+        training = recipe.training
+        batch, accumulate = recipe.data.batch_size, training.accumulate
+        per_epoch = images // (batch * world * accumulate)
         if per_epoch == 0:
             devices = f" on each of {world} devices" if world > 1 else ""
+            times = f", {accumulate} times" if accumulate > 1 else ""
             raise ConfigError(
-                f"{images} training images do not fill one batch of {batch}{devices}: use a smaller --batch-size."
+                f"{images} training images do not fill one batch of {batch}{devices}{times}: use a smaller "
+                "--batch-size."
             )
-        training = recipe.training
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
         total = min(limit for limit in limits if limit is not None)
         check = training.check_every_steps or training.check_every * per_epoch
-        return Plan(images, batch, world, total, min(check, total))
+        return Plan(images, batch, world, total, min(check, total), accumulate)
 
 
 class StepBatches(Sampler[list[int]]):
-    """The indices of each step's batch, a function of seed and step.
+    """The indices of each step's batches, a function of seed and step.
 
-    Each epoch is a new order of all images, cut into batches for all devices together, of which each takes its
-    part: two devices with half the batch see what one with the whole batch sees.
+    Each epoch is a new order of all images, cut into steps for all devices together, of which each takes its
+    part: two devices with half the batch see what one with the whole batch sees, at once or one after the other.
 
     Args:
         plan: of the run.
@@ -77,7 +86,8 @@ class StepBatches(Sampler[list[int]]):
         self._plan, self._seed, self._rank, self._start = plan, seed, rank, start
 
     def __len__(self) -> int:
-        return self._plan.total  # of the whole run: Lightning counts the steps before ``start`` as done
+        # of the whole run: Lightning counts the steps before ``start`` as done
+        return self._plan.total * self._plan.accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
         plan, of_epoch, order = self._plan, -1, torch.empty(0)
@@ -86,8 +96,10 @@ class StepBatches(Sampler[list[int]]):
             if epoch != of_epoch:
                 seeds = torch.Generator().manual_seed(stream_seed(self._seed, Stream.ORDER, epoch))
                 of_epoch, order = epoch, torch.randperm(plan.images, generator=seeds)
-            first = (position * plan.world + self._rank) * plan.batch_size
-            yield order[first : first + plan.batch_size].tolist()
+            start = position * plan.images_per_step
+            for part in range(plan.accumulate):
+                first = start + (part * plan.world + self._rank) * plan.batch_size
+                yield order[first : first + plan.batch_size].tolist()
 
 
 def learning_rate_factor(settings: Optimizer, *, total: int) -> Callable[[int], float]:

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import signal
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as L
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from . import plugins
-from .callbacks import Interrupted, RunControl, SampleGrids, TrainingError
+from .callbacks import Interrupted, RunControl, SampleGrids
 from .checkpoints import load_flow, read_checkpoint
-from .data import ImageData, get_dataset
-from .errors import ConfigError, DataError
+from .data import ImageData, get_dataset, one_download
+from .errors import ConfigError, DataError, RnodeError
 from .evaluation import Evaluation, evaluate
+from .failures import explained
 from .flow_module import FlowModule
 from .progress import batch_counter, progress_display
 from .recipes import Recipe
 from .resuming import checkpoint_to_resume, steps_done
-from .runs import AtomicCheckpointIO, RunFolder, RunLogger
+from .runs import RunFolder, RunLogger
 from .sampling import sample_images, save_grid
 from .schedule import Plan
+from .trainers import make_trainer, quiet
 
 __all__ = ["FitResult", "fit", "load_images", "pick_device"]
 
@@ -78,7 +77,8 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
     asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
     taken = inspect.signature(plugins.get("datasets", wanted.name)).parameters
     options = {name: value for name, value in asked.items() if name in taken}
-    data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1], **options)
+    with one_download(wanted.root) if download else nullcontext():  # several processes may start at once
+        data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1], **options)
     if (data.shape, data.levels) != (wanted.shape, wanted.levels):
         raise DataError(
             f"the images of {wanted.name} are {_shape(data.shape)} with {data.levels} levels, but the recipe "
@@ -118,8 +118,8 @@ def fit(
     """Train the flow of ``recipe`` and evaluate its best weights.
 
     Writes ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``, ``metrics.csv``, ``checkpoints/``
-    (``best.ckpt``, ``last.ckpt``), ``samples/`` and, at the end, ``result.json``. On a CPU, the same recipe gives
-    the same numbers.
+    (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``), ``samples/`` and, at the end,
+    ``result.json``. On a CPU, the same recipe gives the same numbers.
 
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
@@ -136,7 +136,8 @@ def fit(
         ConfigError: settings that cannot work, here or on this machine.
         DataError: a data set that is missing or does not fit.
         CheckpointError: nothing to go on from, or a checkpoint of another model.
-        TrainingError: a loss, gradient or solve that failed; the last good checkpoint stays.
+        TrainingError: too many steps in a row without a usable gradient, or a failure of the machine; the last good
+            checkpoint stays.
     """
     if max_time is not None and max_time <= 0:
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
@@ -150,17 +151,22 @@ def fit(
         callbacks.append(SampleGrids(seed=training.seed, **options))
     if progress:
         callbacks.append(progress_display())
-    with _quiet():
-        trainer = _trainer(
+    with quiet():
+        trainer = make_trainer(
             callbacks=callbacks,
             precision=training.precision,
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
             enable_progress_bar=progress,
+            accumulate_grad_batches=training.accumulate,
         )
         plan = Plan.of(recipe, len(data.train), trainer.world_size)
-        trainer.val_check_interval = plan.check_every
+        trainer.val_check_interval = plan.check_every * plan.accumulate
+        if len(data.val) < trainer.world_size:
+            raise ConfigError(
+                f"{len(data.val)} held-out images are too few for {trainer.world_size} devices: each needs one."
+            )
         done = steps_done(checkpoint, plan) if checkpoint is not None else 0
         inside = RunFolder.of_checkpoint(checkpoint) if checkpoint is not None else None
         module = FlowModule(recipe, data, plan, inside)
@@ -174,13 +180,14 @@ def fit(
             if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
                 module.on_load_checkpoint(read_checkpoint(checkpoint))
             else:
-                with control.signals_restored():
+                with control.signals_restored(), explained():
                     trainer.fit(module, ckpt_path=checkpoint)
             stopped = "max_time" if control.out_of_time else "finished"
         except Interrupted as signal:
             stopped = str(signal)
-        except TrainingError as error:
-            raise TrainingError(f"training stopped: {error} {_what_is_left(module.folder)}") from error
+        except RnodeError as error:
+            left = _what_is_left(module, trainer, new=inside is None)
+            raise type(error)(f"training stopped: {error} {left}") from error
         assert module.folder is not None  # the first process has told it
         result = FitResult(
             folder=module.folder,
@@ -193,29 +200,6 @@ def fit(
         if stopped in ("finished", "max_time") and trainer.is_global_zero:
             return _conclude(result, recipe, data, trainer.strategy.root_device, progress=progress)
     return result
-
-
-def _trainer(**options: Any) -> L.Trainer:
-    """Lightning's Trainer.
-
-    Raises:
-        ConfigError: what it refuses: an accelerator that is not there, a precision that it does not know.
-    """
-    try:
-        return L.Trainer(
-            max_epochs=1,  # one pass over StepBatches is the whole run
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,  # StepBatches shares out the images
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,  # RunControl writes the rows; a larger number only brings a warning
-            inference_mode=False,  # a field without a product of its own needs gradients in validation too
-            plugins=[AtomicCheckpointIO()],
-            **options,
-        )
-    except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
-        raise ConfigError(f"this device or precision cannot be used: {' '.join(str(error).split())}") from None
 
 
 def _loggers(folder: RunFolder, *, keep: int, tensorboard: bool) -> list[Logger]:
@@ -237,9 +221,16 @@ def _announce(module: FlowModule, folder: RunFolder, trainer: L.Trainer, done: i
     print(f"steps {done} to {plan.total}, batch {plan.batch_size}, {where}, in {folder.path}", flush=True)
 
 
-def _what_is_left(folder: RunFolder | None) -> str:
+def _what_is_left(module: FlowModule, trainer: L.Trainer, *, new: bool) -> str:
+    """End the other processes, which may wait for this one for ever, and say how the run can go on."""
+    folder, launcher = module.folder, trainer.strategy.launcher
+    if trainer.is_global_zero and launcher is not None:
+        launcher.kill(signal.SIGKILL)
     if folder is not None and folder.last.is_file():
-        return f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it."
+        best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
+        return f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
+    if folder is not None and new and trainer.is_global_zero and module.batches == 0:
+        shutil.rmtree(folder.path, ignore_errors=True)  # nothing has happened in it
     return "No checkpoint had been written yet."
 
 
@@ -270,29 +261,3 @@ def _conclude(
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-# Lightning's notes about choices that are made here on purpose
-_KNOWN_WARNINGS = (
-    ".*does not have many workers.*",
-    ".*checkpoint that ended before the epoch ended and your dataloader is not resumable.*",
-    ".*GPU available but not used.*",
-    ".*treespec, LeafSpec.*is deprecated.*",
-)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning's notes at level INFO and the known warnings stay off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for message in _KNOWN_WARNINGS:
-            warnings.filterwarnings("ignore", message=message)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

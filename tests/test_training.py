@@ -17,10 +17,9 @@ import torch
 from PIL import Image
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.callbacks import TrainingError
 from rnode_plugin.checkpoints import read_checkpoint, save_flow
 from rnode_plugin.data import get_dataset
-from rnode_plugin.errors import CheckpointError, ConfigError, DataError, SolverError
+from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rnode_plugin.flow_module import FlowModule
 from rnode_plugin.objectives import standard_normal_log_prob
 from rnode_plugin.recipes import Optimizer, Recipe
@@ -85,7 +84,8 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     versions = json.loads((folder / "environment.json").read_text())
     assert versions["torch"] == torch.__version__
     assert versions["threads"] == torch.get_num_threads()
-    assert sorted(each.name for each in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    checkpoints = sorted(each.name for each in (folder / "checkpoints").iterdir())
+    assert checkpoints == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     grids = ["best.png", "step-0000004.png", "step-0000006.png"]
     assert sorted(each.name for each in (folder / "samples").iterdir()) == grids
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -98,7 +98,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     found = rows(result)
     assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 4, 5, 6, 6]
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",
-             "train/nfe"}  # fmt: skip
+             "train/nfe", "train/skipped"}  # fmt: skip
     assert set(found[0]) == train
     assert set(found[4]) == {"step", "val/bpd", "val/jacfrob", "val/kinetic", "val/nfe"}
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
@@ -193,34 +193,9 @@ def test_max_time_ends_with_a_validation_and_a_checkpoint(recipe: Recipe, tmp_pa
     assert result.evaluation is not None
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = FlowModule.training_step
-
-    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        loss = original(self, batch, batch_idx)
-        return loss * math.inf if batch_idx == 4 else loss
-
-    monkeypatch.setattr(FlowModule, "training_step", training_step)
-    with pytest.raises(TrainingError, match=r"gradient's norm is .* at training step 5.*last good checkpoint"):
-        run(recipe, tmp_path)
-    folder = RunFolder(tmp_path / "digits" / "0")
-    assert read_checkpoint(folder.last)["progress"]["batches"] == 4
-    assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
-
-
 def test_an_explosion_stops_with_one_message(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"training stopped: .*at training step"):
         run(recipe.override(["optimizer.lr=1e3", "optimizer.warmup=0"]), tmp_path)
-
-
-def test_a_failed_solve_stops_with_one_message(recipe: Recipe, tmp_path: Path) -> None:
-    vanilla = recipe.vanilla().override(["solver.max_nfe=3"])
-    with pytest.raises(TrainingError, match=r"solver failed at training step 1.*No checkpoint") as caught:
-        run(vanilla, tmp_path)
-    assert isinstance(caught.value.__cause__, TrainingError)
-    assert isinstance(caught.value.__cause__.__cause__, SolverError)
 
 
 def test_vanilla_trains_without_penalties_and_still_measures_them(recipe: Recipe, tmp_path: Path) -> None:

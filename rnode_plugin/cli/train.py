@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import DataError, LocalError, RnodeError
 from .options import Duration, data_root, download, settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..recipes import Recipe
     from ..training import FitResult
 
@@ -25,6 +29,7 @@ _SHORT = {
     "max_steps": "training.max_steps",
     "max_epochs": "training.max_epochs",
     "val_every": "training.check_every_steps",
+    "accumulate": "training.accumulate",
     "precision": "training.precision",
     "seed": "training.seed",
 }
@@ -38,6 +43,7 @@ _SHORT = {
 @data_root
 @download
 @click.option("--batch-size", type=int, help="Images per device and step.")
+@click.option("--accumulate", type=int, metavar="N", help="Average the gradients of N batches for one step.")
 @click.option("--limit-train", type=int, metavar="N", help="Train on N images only.")
 @click.option("--limit-val", type=int, metavar="N", help="Validate on N images only.")
 @click.option("--max-steps", type=int, metavar="N", help="Stop after N steps of the run.")
@@ -80,23 +86,38 @@ def train(
         raise click.UsageError("--vanilla makes another model of the recipe; it cannot go with --resume.", ctx)
     from ..training import fit
 
-    chosen = _recipe_of_run(resume, recipe, ctx) if resume is not None else _recipe(str(recipe), vanilla)
     given = [f"{_SHORT[name]}={value}" for name, value in short.items() if value is not None]
-    result = fit(
-        chosen.override([*given, *assignments]),
-        runs=runs,
-        resume=resume,
-        max_time=max_time,
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        download=download,
-        tensorboard=tensorboard,
-    )
-    if result.first_process:
-        _print(result)
+    try:
+        if resume is not None:
+            chosen, checkpoint = _run(resume, recipe, ctx)
+        else:
+            chosen, checkpoint = _recipe(str(recipe), vanilla), None
+        result = fit(
+            chosen.override([*given, *assignments]),
+            runs=runs,
+            resume=checkpoint,
+            max_time=max_time,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            download=download,
+            tensorboard=tensorboard,
+        )
+    except RnodeError as error:
+        if _first_process() or isinstance(error, (DataError, LocalError)):
+            raise
+        # the first process says the same. Lightning kills it at sight of another exit code, maybe before it could
+        ctx.exit(0)
+    if not result.first_process:
+        return
+    _print(result)
     if result.stopped in signal.Signals.__members__:
         ctx.exit(128 + signal.Signals[result.stopped])
+
+
+def _first_process() -> bool:
+    """Whether this is the process of a run, or of a machine of the run, that was started first."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def _recipe(name: str, vanilla: bool) -> Recipe:
@@ -105,14 +126,16 @@ def _recipe(name: str, vanilla: bool) -> Recipe:
     return get_recipe(name).vanilla() if vanilla else get_recipe(name)
 
 
-def _recipe_of_run(resume: str, name: str | None, ctx: click.Context) -> Recipe:
-    from ..checkpoints import LAST, find_checkpoint, read_checkpoint, recipe_of
+def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Path]:
+    """The recipe of a run to go on with, and its newest intact checkpoint."""
+    from ..checkpoints import recipe_of
+    from ..resuming import newest_intact
 
-    path = find_checkpoint(resume, prefer=LAST)
-    recipe = recipe_of(read_checkpoint(path), path)
+    path, contents = newest_intact(resume)
+    recipe = recipe_of(contents, path)
     if name is not None and name != recipe.name:
         raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}; leave the recipe out.", ctx)
-    return recipe
+    return recipe, path
 
 
 def _print(result: FitResult) -> None:

@@ -5,6 +5,7 @@
 """
 
 from .catalog import get_dataset
+from .downloads import one_download
 from .folders import celebahq256, folder, imagenet64
 from .images import ImageArray, ImageData
 from .loading import ImageDataset, loader
@@ -26,6 +27,7 @@ __all__ = [
     "imagenet64",
     "loader",
     "mnist",
+    "one_download",
     "pack",
     "plan_packing",
     "svhn",

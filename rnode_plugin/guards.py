@@ -1,0 +1,65 @@
+"""Which training steps count, and what is said when too many in a row did not."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+
+__all__ = ["StepGuard"]
+
+_REMEMBERED = 20  # steps whose NFE and Jacobian norm a message compares
+_LISTED = 16  # images that a message names
+
+
+class StepGuard:
+    """Counts the steps without a usable gradient, and remembers how hard the last solves were.
+
+    Args:
+        limit: steps in a row that may be skipped before training stops.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.skipped = self.in_row = 0
+        self._limit = limit
+        self._solves: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
+
+    def remember(self, nfe: float, jacfrob: float) -> None:
+        """NFE and mean Jacobian penalty per dimension of one solve; NaN where it was not measured."""
+        self._solves.append((nfe, jacfrob))
+
+    def made(self) -> None:
+        """Count a step whose gradient was used."""
+        self.in_row = 0
+
+    def skip(self) -> bool:
+        """Count a skipped step; whether it was one too many."""
+        self.skipped += 1
+        self.in_row += 1
+        return self.in_row >= self._limit
+
+    def message(self, step: int, problem: str, images: Sequence[int]) -> str:
+        """Why training stops at ``step``, whose batch was ``images``, and what can be done."""
+        named = ", ".join(map(str, images[:_LISTED]))
+        more = f" and {len(images) - _LISTED} more" if len(images) > _LISTED else ""
+        first = step - self.in_row + 1
+        which = f"steps {first} to {step} were" if first < step else f"step {step} was"
+        sentences = (
+            f"{problem} at training step {step}; {which} skipped, and so many in a row are too many.",
+            f"The batch was the training images {named}{more}.",
+            self.trend(),
+            "Raise regularizers.jacfrob, or lower solver.step or optimizer.lr.",
+        )
+        return " ".join(filter(None, sentences))
+
+    def trend(self) -> str:
+        """How NFE and Jacobian norm moved over the last solves: a sentence, or nothing where none is known."""
+        said = []
+        for name, column in (("NFE", 0), ("the Jacobian norm (jacfrob / dim)", 1)):
+            values = [solve[column] for solve in self._solves if math.isfinite(solve[column])]
+            if len(values) > 1:
+                first, last = values[0], values[-1]
+                verb = "rose" if last > first else "fell"
+                way = f"{verb} from {first:.3g} to {last:.3g}" if last != first else f"stayed at {first:.3g}"
+                said.append(f"{name} {way}")
+        return f"Over the last {len(self._solves)} solves {' and '.join(said)}." if said else ""
