@@ -47,7 +47,7 @@ def rnode_register_recipes() -> Mapping[str, str]:
 
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
-    names = ("train", "eval", "sample", "recipes", "data", "plugins", "report", "compare", "export")
+    names = ("train", "eval", "sample", "recipes", "data", "plugins", "report", "compare", "export", "figure")
     return {
         "exec": "rnode_plugin.cli.exec:exec_script",
         "tune-step": "rnode_plugin.cli.tune:tune_step",

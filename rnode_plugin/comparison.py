@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoints import LAST, find_checkpoint, read_checkpoint
-from .errors import CheckpointError, ConfigError, suggest
+from .errors import ConfigError, suggest
 from .recipes import Recipe
 from .reports import Report, write_report
 from .reports.reading import Run, read_run
+from .resuming import newest_intact
 from .training import fit
 
 __all__ = ["ARMS", "Comparison", "arm_recipes", "compare"]
@@ -168,13 +168,8 @@ def _is_done(run: Run, left: float | None) -> bool:
 
 
 def _has_checkpoint(path: Path) -> bool:
-    try:
-        return find_checkpoint(path, prefer=LAST).is_file()
-    except CheckpointError:
-        return False
+    return any((path / "checkpoints").glob("*.ckpt"))
 
 
 def _seconds_spent(path: Path) -> float:
-    if not _has_checkpoint(path):
-        return 0.0
-    return float(read_checkpoint(find_checkpoint(path, prefer=LAST))["progress"]["seconds"])
+    return float(newest_intact(path)[1]["progress"]["seconds"]) if _has_checkpoint(path) else 0.0
