@@ -127,8 +127,9 @@ def _newest_grid(folder: Path) -> Path | None:
 def _read_metrics(path: Path) -> tuple[Columns, Columns]:
     rows: list[dict[str, float]] = []
     if path.is_file():
-        with path.open(newline="") as file:
-            rows = [_numbers(row) for row in csv.DictReader(file)]
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # a running run may be in the middle of a row, and of a number
+        rows = [_numbers(row) for row in csv.DictReader(whole.splitlines())]
     steps = _columns([row for row in rows if "train/bpd" in row], ("step", "epoch", "train_seconds"))
     checks = _columns([row for row in rows if "val/bpd" in row], ("step", "val/bpd"))
     # a validation is logged by its step alone; how long training had taken by then, its neighbours know
@@ -140,7 +141,7 @@ def _read_metrics(path: Path) -> tuple[Columns, Columns]:
 
 
 def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
-    """What can be read of a row; the last one of a running run may be cut anywhere."""
+    """The cells of a row that hold something; a row of training has none of validation."""
     numbers = {}
     for name, text in row.items():
         try:

@@ -1,0 +1,52 @@
+"""Run folders with known contents, as training writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rnode_plugin.recipes import Recipe
+
+HEADER = "epoch,seconds_per_step,step,train/bpd,train/nfe,train_seconds,val/bpd,val/jacfrob,val/kinetic,val/nfe"
+
+
+def write_run(
+    path: Path,
+    recipe: Recipe,
+    *,
+    steps: int = 40,
+    checks: Sequence[int] = (10, 20, 30, 40),
+    bits: float = 2.0,
+    jacfrob: float = 1.0,
+    nfe: float = 90.0,
+    finished: bool = True,
+    stopped: str = "finished",
+) -> Path:
+    """A run of ``steps`` steps of half a second, ten to an epoch; its values are functions of the step's number."""
+    path.mkdir(parents=True)
+    (path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
+    (path / "environment.json").write_text(json.dumps({"torch": "2.9", "threads": 2, "plugins": {"a": "b 1"}}))
+    rows = [HEADER]
+    for step in range(1, steps + 1):
+        rows.append(f"{step / 10},0.5,{step},{bits + 10 / step},{40 + step},{step / 2},,,,")
+        if step in checks:
+            rows.append(f",,{step},,,,{bits + 8 / step},{jacfrob * step / steps},{step / 100},{nfe + step}")
+    (path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    if finished:
+        evaluation = {
+            "dirty": {"mean": bits, "stderr_images": 0.02, "stderr_draws": None},
+            "clean": {"mean": bits - 0.1, "stderr_images": 0.03, "stderr_draws": None},
+            "nfe_mean": nfe,
+            "penalties": {"kinetic": 0.4, "jacfrob": jacfrob},
+        }
+        ended: dict[str, Any] = {"stopped": stopped, "steps": steps, "planned": steps, "evaluation": evaluation}
+        (path / "result.json").write_text(json.dumps(ended))
+    (path / "samples").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 90), dtype=np.uint8)
+    Image.fromarray(pixels).save(path / "samples" / ("best.png" if finished else "step-0000030.png"))
+    return path
