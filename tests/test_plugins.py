@@ -36,7 +36,20 @@ BUILTIN = {
     "models": ["MultiscaleFlow"],
     "datasets": ["celebahq256", "cifar10", "digits", "fashion-mnist", "folder", "imagenet64", "mnist", "svhn"],
     "recipes": ["celebahq256", "cifar10", "digits", "imagenet64", "mnist"],
-    "commands": ["data", "eval", "exec", "plugins", "recipes", "sample", "train"],
+    "commands": [
+        "compare",
+        "data",
+        "eval",
+        "exec",
+        "export",
+        "figure",
+        "plugins",
+        "recipes",
+        "report",
+        "sample",
+        "train",
+        "tune-step",
+    ],
 }
 
 GOOD = """
