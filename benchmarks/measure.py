@@ -106,7 +106,7 @@ def alternate(
 def peak_memory(build: Callable[..., Callable[[], object]], *args: Any, device: torch.device) -> Memory:
     """Peak memory of ``build(*args)()``, run twice: the second run meets what the first one left behind.
 
-    On a CPU in a process of its own, so that ``build`` and ``args`` must be picklable. glibc gives freed tensors back
+    On a CPU in a process of its own, so ``build`` and ``args`` must be picklable. glibc gives freed tensors back
     to the system at once there; by default, the holes in its heap would count as memory in use.
     """
     if device.type == "cuda":
