@@ -58,7 +58,7 @@ class RunControl(Callback):
 
     ``last`` is written every ``save_every`` steps and after each validation, ``best`` after a validation with the
     lowest bits/dim so far. A signal ends the run between two steps, after writing ``last``; a second one ends it
-    at once. One that comes during a validation waits for its end.
+    at once. One that comes during a validation, or right before, waits for its end.
 
     Args:
         max_time: seconds after which a last validation ends the run; None for no limit.
@@ -115,12 +115,14 @@ class RunControl(Callback):
             self._log(trainer, _mean_over_processes(trainer, row), done)
         late = self._max_time is not None and time.monotonic() - self._start >= self._max_time
         self.out_of_time = _anywhere(trainer, late)
-        if _anywhere(trainer, self._signum is not None):
+        validates = self.out_of_time or done == pl_module.plan.total or done % pl_module.plan.check_every == 0
+        # a run that stopped here would go on without this step's validation
+        if _anywhere(trainer, self._signum is not None) and not validates:
             self._save(trainer, pl_module.folder.last)
             raise Interrupted(self._signum or signal.SIGTERM)
         if self.out_of_time or done == pl_module.plan.total:
             trainer.should_stop = True  # Lightning validates once more before it stops
-        elif done % pl_module.plan.check_every and done % self._save_every == 0 and not pl_module.guard.in_row:
+        elif not validates and done % self._save_every == 0 and not pl_module.guard.in_row:
             self._save(trainer, pl_module.folder.last)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -141,12 +141,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     resumed = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
     assert resumed.folder == part.folder
     assert resumed.seconds > part.seconds
-    if step == 4:  # its validation fell out
-        assert [row for row in rows(whole) if not ("val/bpd" in row and row["step"] == "4")] == rows(resumed)
-    else:
-        assert_same(whole, resumed)
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(resumed)[name])
+    assert_same(whole, resumed)
 
 
 def test_a_signal_during_the_last_validation_ends_the_run_after_it(

@@ -1,0 +1,162 @@
+"""Steps without a usable gradient: skipped and counted, and too many in a row end the run with one message."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import rows, tiny_recipe
+
+from rnode_plugin import load_flow
+from rnode_plugin.checkpoints import read_checkpoint
+from rnode_plugin.errors import RnodeError, SolverError, TrainingError
+from rnode_plugin.flow_module import FlowModule
+from rnode_plugin.guards import StepGuard
+from rnode_plugin.recipes import Recipe
+from rnode_plugin.runs import RunFolder
+from rnode_plugin.schedule import Plan, StepBatches
+from rnode_plugin.training import FitResult, fit
+
+
+def run(recipe: Recipe, folder: Path, **options) -> FitResult:
+    return fit(recipe, runs=folder, accelerator="cpu", devices=1, progress=False, **options)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, factor: float = math.inf) -> None:
+    """Multiply the loss, and with it the gradient, of some steps."""
+    original = FlowModule.training_step
+
+    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = original(self, batch, batch_idx)
+        return loss * factor if batch_idx + 1 in steps else loss
+
+    monkeypatch.setattr(FlowModule, "training_step", training_step)
+
+
+def states(folder: RunFolder) -> tuple[dict, dict]:
+    contents = read_checkpoint(folder.last)
+    return contents["state_dict"], contents["optimizer_states"][0]["state"]
+
+
+def test_a_bad_gradient_changes_neither_weights_nor_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = run(tiny_recipe("training.max_steps=2"), tmp_path / "short")
+    spoil(monkeypatch, 3)
+    result = run(tiny_recipe("training.max_steps=3"), tmp_path / "bad")
+    assert result.stopped == "finished"
+    for one, other in zip(states(short.folder), states(result.folder), strict=True):
+        assert str(one) == str(other)
+    train = [row for row in rows(result.folder.path) if "train/loss" in row]
+    assert [float(row["train/skipped"]) for row in train] == [0, 0, 1]
+    assert not math.isfinite(float(train[-1]["train/grad_norm"]))
+    assert read_checkpoint(result.folder.last)["progress"]["skipped"] == 1
+
+
+def test_good_steps_in_between_start_the_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 2, 3, 5, 6)
+    result = run(tiny_recipe("training.max_skipped=3"), tmp_path)
+    assert (result.stopped, result.steps) == ("finished", 8)
+    progress = read_checkpoint(result.folder.last)["progress"]
+    assert (progress["skipped"], progress["skipped_in_row"]) == (4, 0)
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 6, 7)
+    recipe = tiny_recipe("training.max_skipped=2")
+    with pytest.raises(TrainingError) as caught:
+        run(recipe, tmp_path)
+    message = str(caught.value)
+    assert "gradient's norm is" in message
+    assert "at training step 7; steps 6 to 7 were skipped" in message
+    assert "NFE stayed at 24 and the Jacobian norm (jacfrob / dim) rose from" in message
+    assert "Raise regularizers.jacfrob" in message
+    folder = RunFolder(tmp_path / "digits" / "0")
+    assert f"The last good checkpoint is {folder.last}" in message
+    assert read_checkpoint(folder.last)["progress"]["batches"] == 5
+    assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
+    batch = list(StepBatches(Plan.of(recipe, 80), seed=42))[6]
+    assert f"the training images {', '.join(map(str, batch[:16]))} and 4 more" in message
+
+
+def test_a_run_goes_on_after_the_cause_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe("training.max_skipped=2")
+    with monkeypatch.context() as patch:
+        spoil(patch, 3, 4)
+        with pytest.raises(TrainingError):
+            run(recipe, tmp_path)
+    result = run(recipe, tmp_path, resume=tmp_path / "digits" / "0")
+    assert (result.stopped, result.steps) == ("finished", 8)
+    assert [row["step"] for row in rows(result.folder.path) if "train/loss" in row] == list("12345678")
+
+
+def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:
+    recipe = tiny_recipe("solver.trace_quadrature=full").vanilla().override(["solver.max_nfe=3"])
+    with pytest.raises(
+        TrainingError, match=r"solver failed \(the budget of 3 evaluations.* steps 1 to 5"
+    ) as caught:
+        run(recipe, tmp_path)
+    assert "NFE" in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", ["underflow", "nonfinite"])
+def test_a_failed_solve_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    original = FlowModule.training_step
+
+    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(self.flow, "forward", fail)
+                return original(self, batch, batch_idx)
+        return original(self, batch, batch_idx)
+
+    def fail(*args, **options):
+        raise SolverError(reason, "it stopped", "Do something.", t=0.5, step=3, nfe=77)
+
+    monkeypatch.setattr(FlowModule, "training_step", training_step)
+    result = run(tiny_recipe("training.max_steps=3"), tmp_path)
+    train = [row for row in rows(result.folder.path) if "train/loss" in row]
+    assert [row["train/nfe"] for row in train] == ["24.0", "77.0", "24.0"]
+    assert [float(row["train/skipped"]) for row in train] == [0, 1, 1]
+    assert set(train[0]) == set(train[1])  # in a run of several processes, means are taken over equal rows
+
+
+def test_the_message_names_what_rose() -> None:
+    guard = StepGuard(3)
+    for nfe, jacfrob in ((32, 0.4), (100, 3.0), (410, 19.0), (500, math.nan)):
+        guard.remember(nfe, jacfrob)
+    assert [guard.skip() for _ in range(3)] == [False, False, True]
+    message = guard.message(12, "the loss is nan", [5, 6])
+    assert message.startswith("the loss is nan at training step 12; steps 10 to 12 were skipped")
+    assert "images 5, 6." in message
+    assert "NFE rose from 32 to 500 and the Jacobian norm (jacfrob / dim) rose from 0.4 to 19." in message
+
+
+def test_nothing_is_said_of_what_was_not_measured() -> None:
+    guard = StepGuard(1)
+    guard.skip()
+    assert "solves" not in guard.message(1, "the loss is nan", [0])
+    guard.remember(10, math.nan)
+    guard.remember(8, math.nan)
+    assert guard.trend() == "Over the last 2 solves NFE fell from 10 to 8."
+
+
+# accumulation --------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_leaves_the_objective_as_it_is(tmp_path: Path) -> None:
+    """Two batches of ten, one after the other, give the gradient of both at once with the same noise."""
+    recipe = tiny_recipe("training.accumulate=2", "data.batch_size=10", "training.max_steps=4")
+    result = run(recipe, tmp_path)
+    train = [row for row in rows(result.folder.path) if "train/loss" in row]
+    assert [row["step"] for row in train] == list("1234")
+    assert [row["epoch"] for row in train] == ["0.25", "0.5", "0.75", "1.0"]  # 20 of 80 images each
+    assert [row["step"] for row in rows(result.folder.path) if "val/bpd" in row] == ["4"]
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_accumulation_of_nothing(bad: int) -> None:
+    with pytest.raises(RnodeError, match=r"training\.accumulate must be at least 1"):
+        tiny_recipe(f"training.accumulate={bad}")

@@ -1,0 +1,266 @@
+"""Real processes, killed, starved and robbed of their files: a run ends as if nothing had happened, or says why."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import rows, tiny_recipe, train
+
+from rnode_plugin.checkpoints import read_checkpoint
+from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.resuming import newest_intact
+from rnode_plugin.training import fit
+
+# children of a server that has imported all: a start costs no seconds, and no thread of this process is copied
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["rnode_plugin.training"])
+
+STEPS = ["training.max_steps=24", "training.check_every_steps=8"]
+
+
+class Child:
+    """A process that trains, and what it printed."""
+
+    def __init__(self, runs: Path, settings: list[str], before: str = "", **options: Any) -> None:
+        self._output = runs.parent / "output.txt"
+        self._process: BaseProcess = CONTEXT.Process(
+            target=train, args=(runs, self._output, settings, options, before)
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    def kill_after(self, seconds: float, signum: int) -> None:
+        self._process.join(seconds)
+        if self._process.is_alive() and self.pid is not None:
+            os.kill(self.pid, signum)
+
+    def end(self) -> tuple[int | None, str]:
+        self._process.join(120)
+        assert not self._process.is_alive(), "it hangs"
+        return self._process.exitcode, self._output.read_text()
+
+    def error(self) -> str:
+        code, output = self.end()
+        assert code == 1, output
+        return output.strip().splitlines()[-1]  # of the traceback; the command line prints this line alone
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Weights, optimizer, schedule and metrics, to the bit."""
+    a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (one, other))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step"):
+        assert repr_exact(a[key]) == repr_exact(b[key]), key
+    assert rows(one) == rows(other)
+
+
+def repr_exact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: repr_exact(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [repr_exact(each) for each in value]
+    return value.numpy().tobytes() if hasattr(value, "numpy") else value
+
+
+def one_run(runs: Path) -> Path:
+    (run,) = (runs / "digits").iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("whole") / "runs"
+    assert Child(runs, STEPS).end()[0] == 0
+    return one_run(runs)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments_and_resumed(whole: Path, tmp_path: Path, seed: int) -> None:
+    moments = random.Random(seed)
+    runs = tmp_path / "runs"
+    killed = []
+    while True:
+        has_begun = (runs / "digits" / "0" / "checkpoints" / "last.ckpt").is_file()
+        child = Child(runs, STEPS, **({"resume": one_run(runs)} if has_begun else {}))
+        if len(killed) < 5:
+            child.kill_after(moments.uniform(0.3, 1.6), moments.choice([signal.SIGKILL, signal.SIGTERM]))
+        code, output = child.end()
+        if code == 0 and "ended: finished" in output:
+            break
+        assert code in (0, -signal.SIGKILL, -signal.SIGTERM), output
+        killed.append((code, output))
+        if not has_begun:
+            for run in (runs / "digits").glob("*"):
+                if not (run / "checkpoints" / "last.ckpt").is_file():  # it was killed before its first checkpoint
+                    for file in sorted(run.rglob("*"), reverse=True):
+                        file.unlink() if file.is_file() else file.rmdir()
+                    run.rmdir()
+    assert killed
+    assert_same(whole, one_run(runs))
+
+
+def at(step: int, what: str) -> str:
+    return f"def at(step):\n    if step == {step}:\n        {what}\n"
+
+
+@pytest.mark.parametrize("signum", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("step", [2, 9])  # 9: right after a validation
+def test_killed_in_a_step(whole: Path, tmp_path: Path, signum: str, step: int) -> None:
+    runs = tmp_path / "runs"
+    code, output = Child(runs, STEPS, at(step, f"os.kill(os.getpid(), signal.{signum})")).end()
+    if signum == "SIGKILL":
+        assert code == -signal.SIGKILL
+    else:
+        assert (code, "ended: SIGTERM" in output) == (0, True), output
+    done = read_checkpoint(one_run(runs) / "checkpoints" / "last.ckpt")["progress"]["batches"]
+    assert done == (step - 1 if signum == "SIGKILL" else step)
+    assert Child(runs, STEPS, resume=one_run(runs)).end()[0] == 0
+    assert_same(whole, one_run(runs))
+
+
+def test_killed_while_a_checkpoint_is_written(whole: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    die = """
+import torch
+save, calls = torch.save, []
+def dying(contents, file):
+    calls.append(1)
+    if len(calls) == 4:
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(contents, file)
+torch.save = dying
+"""
+    assert Child(runs, STEPS, die).end()[0] == -signal.SIGKILL
+    assert Child(runs, STEPS, resume=one_run(runs)).end()[0] == 0
+    assert_same(whole, one_run(runs))
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_truncated_newest_checkpoint(
+    whole: Path, tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    Child(runs, STEPS, at(12, "os.kill(os.getpid(), signal.SIGKILL)")).end()
+    run = one_run(runs)
+    os.truncate(run / "checkpoints" / "last.ckpt", size)
+    found, contents = newest_intact(run)
+    assert (found.name, contents["progress"]["batches"]) == ("previous.ckpt", 10)
+    assert "last.ckpt cannot be read" in (said := capsys.readouterr().err)
+    assert "Going on from previous.ckpt" in said
+    assert Child(runs, STEPS, resume=run).end()[0] == 0
+    assert_same(whole, run)
+    for name in ("last", "previous", "best"):
+        os.truncate(run / "checkpoints" / f"{name}.ckpt", size)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
+        newest_intact(run)
+
+
+def test_a_time_limit_and_then_the_rest(whole: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    code, output = Child(runs, STEPS, at(5, "import time; time.sleep(3)"), max_time=3.0).end()
+    assert (code, "ended: max_time" in output) == (0, True), output
+    done = read_checkpoint(one_run(runs) / "checkpoints" / "last.ckpt")["progress"]["batches"]
+    assert done <= 5
+    assert Child(runs, STEPS, resume=one_run(runs)).end()[0] == 0
+    a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (whole, one_run(runs)))
+    assert repr_exact(a["state_dict"]) == repr_exact(b["state_dict"])
+    train_rows = [[row for row in rows(run) if "train/loss" in row] for run in (whole, one_run(runs))]
+    assert train_rows[0] == train_rows[1]
+
+
+# what the machine takes away -----------------------------------------------------------------------------------
+
+
+def assert_intact(runs: Path, steps: int) -> None:
+    run = one_run(runs)
+    assert newest_intact(run)[1]["progress"]["batches"] == steps
+    assert not [file.name for file in run.rglob("*") if file.name.endswith(".tmp")]
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """From step 5 on no file may grow beyond what metrics need and a checkpoint exceeds."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    message = Child(tmp_path / "runs", STEPS, at(5, limit)).error()
+    assert "cannot write" in message
+    assert "last.ckpt" in message
+    assert "goes on from it" in message
+    assert_intact(tmp_path / "runs", 4)
+
+
+def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
+    metrics = tmp_path / "runs" / "digits" / "0" / "metrics.csv"
+    message = Child(
+        tmp_path / "runs", STEPS, at(5, f"os.remove({str(metrics)!r}); os.mkdir({str(metrics)!r})")
+    ).error()
+    assert f"training stopped: the system refused: Is a directory ({metrics})" in message
+    assert_intact(tmp_path / "runs", 4)
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    Child(runs, STEPS, at(5, "os.kill(os.getpid(), signal.SIGTERM)")).end()
+    checkpoints = one_run(runs) / "checkpoints"
+    before = {file.name: file.read_bytes() for file in checkpoints.iterdir()}
+    # the superuser may write into a folder whatever its mode says, so the system's answer is put in its place
+    refuse = """
+import errno, pathlib
+original = pathlib.Path.open
+def refuse(self, mode="r", *rest, **options):
+    if "w" in mode:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+    return original(self, mode, *rest, **options)
+pathlib.Path.open = refuse
+"""
+    message = Child(runs, STEPS, refuse, resume=one_run(runs)).error()
+    assert "CheckpointError: cannot write" in message
+    assert {file.name: file.read_bytes() for file in checkpoints.iterdir()} == before
+
+
+def pictures(folder: Path) -> list[str]:
+    folder.mkdir()
+    for number in range(120):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return [*STEPS, "data.name=folder", f"data.root={folder}", "data.levels=256"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_vanish(tmp_path: Path, workers: int) -> None:
+    settings = [*pictures(tmp_path / "pictures"), f"data.workers={workers}"]
+    vanish = f"import shutil; shutil.rmtree({str(tmp_path / 'pictures')!r}, ignore_errors=True)"
+    large = "import rnode_plugin.data.folders as folders; folders._IN_MEMORY_BYTES = 0\n"  # read while training
+    message = Child(tmp_path / "runs", settings, large + at(3, vanish)).error()
+    assert "DataError: training stopped: " in message
+    assert ".png cannot be read" in message
+    assert "goes on from it" in message
+    assert read_checkpoint(one_run(tmp_path / "runs") / "checkpoints" / "last.ckpt")["progress"]["batches"] >= 2
+
+
+def test_a_worker_that_dies(tmp_path: Path) -> None:
+    kill_children = (
+        "import glob; me = os.getpid(); "
+        "kids = [int(p.split('/')[2]) for p in glob.glob('/proc/[0-9]*/stat') "
+        "if open(p).read().rsplit(')', 1)[1].split()[1] == str(me)]; "
+        "[os.kill(pid, signal.SIGKILL) for pid in kids]; import time; time.sleep(0.3)"
+    )
+    message = Child(tmp_path / "runs", [*STEPS, "data.workers=1"], at(3, kill_children)).error()
+    assert "training stopped: a process that reads batches died" in message
+    assert "data.workers=0" in message
+    assert "goes on from it" in message
+
+
+def test_fewer_held_out_images_than_devices(tmp_path: Path) -> None:
+    recipe = tiny_recipe("training.val_images=1")
+    with pytest.raises(ConfigError, match="1 held-out images are too few for 2 devices"):
+        fit(recipe, runs=tmp_path / "runs", accelerator="cpu", devices=2, progress=False)
+    assert not (tmp_path / "runs").exists()
