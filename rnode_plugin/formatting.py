@@ -14,11 +14,10 @@ def duration(seconds: float) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """``value`` with so many significant digits and no exponent where it can be read without one."""
-    text = f"{value:.{digits}g}"
-    if "e" in text and 1e-4 <= abs(value) < 1e7:
-        text = f"{value:,.0f}" if abs(value) >= 1 else f"{value:.{digits + 3}f}"
-    return text
+    """``value`` with so many significant digits; a whole number from ten on without a point."""
+    if abs(value) >= 10 ** (digits - 1) or (value == round(value) and abs(value) >= 10):
+        return f"{value:,.0f}"
+    return f"{value:#.{digits}g}" if value else "0"
 
 
 def with_error(value: float, error: float | None) -> str:

@@ -59,12 +59,13 @@ class Arm:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """The arms of some runs, in the order in which they come."""
+    """The arms of some runs: the paper's four first, the others in the order in which they come."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         seedless = dataclasses.replace(run.recipe, training=dataclasses.replace(run.recipe.training, seed=0))
         groups.setdefault(repr(seedless.to_plain()), []).append(run)
-    members = [tuple(group) for group in groups.values()]
+    places = list(_LOOKS)
+    members = sorted(map(tuple, groups.values()), key=lambda group: _place(group[0], places))
     spare, taken, arms = iter(_MORE * len(members)), set(), []
     for label, group in zip(_labels([group[0] for group in members]), members, strict=True):
         name = arm_of(group[0].recipe)
@@ -72,6 +73,11 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
         taken.add(name)
         arms.append(Arm(label, name, group, look))
     return arms
+
+
+def _place(run: Run, places: Sequence[str]) -> int:
+    name = arm_of(run.recipe)
+    return places.index(name) if name in places else len(places)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

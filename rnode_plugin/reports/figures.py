@@ -90,6 +90,10 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
     return panels
 
 
+def _plain(value: float, position: int) -> str:
+    return f"{value:g}"
+
+
 def _style(arm: Arm, **more: Any) -> dict[str, Any]:
     return {"color": arm.look.colour, "linestyle": arm.look.line, "linewidth": 1.8, **more}
 
@@ -186,6 +190,10 @@ def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str, *, log: b
             axes.plot(run.checks["epoch"], values, label=name, **_style(arm), **_marks(arm))
     if log and positive:
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter(_plain)
+        if high / low < 30:  # one or two powers of ten alone would be too few numbers
+            axes.yaxis.set_minor_formatter(_plain)
     axes.set_xlabel("epoch [passes over the training images]")
     axes.set_ylabel(label + ("" if log else " [evaluations]"))
     axes.legend()

@@ -23,7 +23,11 @@ def page(content: Content) -> str:
     if content.grids:
         grids = "".join(map(_grid, content.grids))
         heading = "Samples by temperature (the paper's figures 4, 6 to 8)"
-        sections.append(_section(heading, f'<div class="panels">{grids}</div>'))
+        note = (
+            '<div class="notes"><p>The number of a row is its temperature, the standard deviation of the latents, '
+        )
+        note += "which are the same in every row.</p></div>"
+        sections.append(_section(heading, f'<div class="panels wide">{grids}</div>{note}'))
     sections.append(_section("Settings and environment", "".join(_details(content))))
     body = "\n".join(sections)
     return _PAGE.format(title=escape(content.title), made=escape(content.made), style=_STYLE, body=body)
@@ -53,7 +57,7 @@ def _table(table: Table) -> str:
     body = "\n".join(rows)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Results">'
-        f"<table><thead><tr><td></td>{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+        f'<table class="results"><thead><tr><td></td>{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>'
     )
 
 
@@ -72,8 +76,7 @@ def _grid(grid: Grid) -> str:
         f"<figure><h3>{escape(grid.label)}</h3>"
         f'<div class="grid"><div class="rows" aria-hidden="true">{temperatures}</div>'
         f'<img alt="Samples of {escape(grid.label)}, one row each at temperature {listed}" '
-        f'src="data:image/png;base64,{data}"></div><figcaption>{escape(grid.origin)}; the number of a row is its '
-        "temperature, the standard deviation of the latents, which are the same in every row.</figcaption></figure>"
+        f'src="data:image/png;base64,{data}"></div><figcaption>{escape(grid.origin)}</figcaption></figure>'
     )
 
 
@@ -119,8 +122,15 @@ tbody th { font-weight: 600; position: sticky; left: 0; background: var(--paper)
   min-width: 9.5rem; max-width: 16rem; }
 tbody th small { display: block; font-weight: 400; }
 tbody td { white-space: nowrap; }
+@media (max-width: 40rem) {
+  .results { font-size: 0.82rem; }
+  .results th, .results td { padding-right: 0.6rem; white-space: normal; }
+  .results tbody th { min-width: 6.4rem; }
+  .results td { min-width: 4rem; }
+}
 .paper { font-style: italic; color: var(--accent); }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; padding: 0.9rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   max-width: 38rem; }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
