@@ -29,7 +29,7 @@ def digits() -> Recipe:
         solver=Solver(method="rk4_38", step=0.5, trace_quadrature="sampled"),
         test_solver=_DOPRI5,
         optimizer=Optimizer(lr=5e-3, warmup=50, schedule="cosine"),
-        training=Training(max_epochs=None, max_steps=700, check_every=10, log_every=1, sample_images=16),
+        training=Training(max_epochs=None, max_steps=600, check_every=10, log_every=1, sample_images=16),
     )
 
 
