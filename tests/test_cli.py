@@ -210,47 +210,47 @@ def test_wrong_usage_exits_2(arguments: list[str], message: str, trained: Path) 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "code"),
     [
-        (["train", "digitz"], "Error: unknown recipe 'digitz'; did you mean 'digits'"),
-        (["train", "digits", "--set", "optimizer.rate=1"], "Error: unknown setting 'optimizer.rate'"),
-        (["train", "digits", "--set", "optimizer.lr=fast"], "Error: optimizer.lr: expected a finite number"),
-        (["train", "digits", "--set", "optimizer.lr"], "write group.key=value"),
-        (["train", "digits", "--max-steps", "0"], "training.max_steps must be at least 1"),
-        (["train", "digits", "--batch-size", "-5"], "data.batch_size must be at least 1"),
-        (["train", "digits", "--batch-size", "5000"], "do not fill one batch"),
-        (["train", "digits", "--limit-train", "0"], "data.train_images must be at least 1"),
-        (["train", "digits", "--seed", "-1"], "training.seed must be at least 0"),
-        (["train", "digits", "--data", "nothing"], "unknown data set 'nothing'"),
-        (["train", "digits", "--data", "folder", "--data-root", "EMPTY"], "folder"),
-        (["train", "mnist", "--data-root", "EMPTY"], "--download"),
-        (["train", "digits", "--accelerator", "abacus"], "device or precision cannot be used"),
-        (["train", "digits", "--precision", "8-bits"], "device or precision cannot be used"),
-        (["train", "digits", "--set", "regularizers.kinetic=-1"], "must not be negative"),
-        (["train", "--resume", "EMPTY"], "no checkpoint in"),
-        (["train", "--resume", "EMPTY/none.ckpt"], "no such file or folder"),
-        (["train", "--resume", "RUN", "--set", "model.hidden=9"], "model.hidden is 8 there and 9 here"),
-        (["train", "--resume", "RUN", "--max-steps", "1"], "nothing is left|raise --max-steps"),
-        (["train", "digits", "--runs", "FILE"], "cannot make a run folder"),
-        (["eval", "EMPTY"], "no checkpoint in"),
-        (["eval", "FILE"], "cannot be read"),
-        (["eval", "RUN", "--device", "abacus"], "'abacus' cannot be used"),
-        (["eval", "RUN", "--solver", "method=rk5"], "unknown solver method 'rk5'"),
-        (["eval", "RUN", "--solver", "methd=rk4"], "unknown setting 'test_solver.methd'"),
-        (["sample", "FILE"], "cannot be read"),
-        (["sample", "RUN", "-n", "1", "--out", "FILE/x.png"], "cannot write"),
-        (["recipes", "show", "nothing"], "unknown recipe 'nothing'"),
+        (["train", "digitz"], "Error: unknown recipe 'digitz'; did you mean 'digits'", 2),
+        (["train", "digits", "--set", "optimizer.rate=1"], "Error: unknown setting 'optimizer.rate'", 2),
+        (["train", "digits", "--set", "optimizer.lr=fast"], "Error: optimizer.lr: expected a finite number", 2),
+        (["train", "digits", "--set", "optimizer.lr"], "write group.key=value", 2),
+        (["train", "digits", "--max-steps", "0"], "training.max_steps must be at least 1", 2),
+        (["train", "digits", "--batch-size", "-5"], "data.batch_size must be at least 1", 2),
+        (["train", "digits", "--batch-size", "5000"], "do not fill one batch", 2),
+        (["train", "digits", "--limit-train", "0"], "data.train_images must be at least 1", 2),
+        (["train", "digits", "--seed", "-1"], "training.seed must be at least 0", 2),
+        (["train", "digits", "--data", "nothing"], "unknown data set 'nothing'", 2),
+        (["train", "digits", "--data", "folder", "--data-root", "EMPTY"], "folder", 1),
+        (["train", "mnist", "--data-root", "EMPTY"], "--download", 1),
+        (["train", "digits", "--accelerator", "abacus"], "device or precision cannot be used", 2),
+        (["train", "digits", "--precision", "8-bits"], "device or precision cannot be used", 2),
+        (["train", "digits", "--set", "regularizers.kinetic=-1"], "must not be negative", 2),
+        (["train", "--resume", "EMPTY"], "no checkpoint in", 1),
+        (["train", "--resume", "EMPTY/none.ckpt"], "no such file or folder", 1),
+        (["train", "--resume", "RUN", "--set", "model.hidden=9"], "model.hidden is 8 there and 9 here", 1),
+        (["train", "--resume", "RUN", "--max-steps", "1"], "nothing is left|raise --max-steps", 2),
+        (["train", "digits", "--runs", "FILE"], "cannot make a run folder", 2),
+        (["eval", "EMPTY"], "no checkpoint in", 1),
+        (["eval", "FILE"], "cannot be read", 1),
+        (["eval", "RUN", "--device", "abacus"], "'abacus' cannot be used", 2),
+        (["eval", "RUN", "--solver", "method=rk5"], "unknown solver method 'rk5'", 2),
+        (["eval", "RUN", "--solver", "methd=rk4"], "unknown setting 'test_solver.methd'", 2),
+        (["sample", "FILE"], "cannot be read", 1),
+        (["sample", "RUN", "-n", "1", "--out", "FILE/x.png"], "cannot write", 1),
+        (["recipes", "show", "nothing"], "unknown recipe 'nothing'", 2),
     ],
 )
-def test_failures_exit_1(
-    arguments: list[str], message: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_errors_exit_2_for_what_cannot_work_and_1_for_what_failed(
+    arguments: list[str], message: str, code: int, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
     places = {"RUN": trained, "EMPTY": tmp_path / "empty", "FILE": tmp_path / "file"}
     given = [re.sub("RUN|EMPTY|FILE", lambda m: str(places[m[0]]), each) for each in arguments]
-    output = failure(rnode(*given), 1)
+    output = failure(rnode(*given), code)
     assert re.search(message, output), output
     assert output.count("Error:") == 1
     assert sorted(each.name for each in tmp_path.iterdir()) == ["empty", "file"]  # nothing was begun
@@ -298,7 +298,7 @@ def test_as_a_module_in_a_dumb_terminal(tmp_path: Path) -> None:
     assert "\r" not in done.stdout
     assert [each.name for each in tmp_path.iterdir()] == ["runs"]  # no folder of Lightning's
     failed = rnode_process("recipes", "show", "nothing")
-    assert (failed.returncode, failed.stdout) == (1, "")
+    assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("Error: unknown recipe")
 
 

@@ -177,12 +177,12 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_the_commands_mistakes(tmp_path: Path) -> None:
     for arguments, code, message in (
-        (["digitz"], 1, "did you mean 'digits'"),
-        (["digits", "--arms", "vanilla,rnod"], 1, "did you mean 'rnode'"),
-        (["digits", "--arms", ""], 1, "unknown arm ''"),
+        (["digitz"], 2, "did you mean 'digits'"),
+        (["digits", "--arms", "vanilla,rnod"], 2, "did you mean 'rnode'"),
+        (["digits", "--arms", ""], 2, "unknown arm ''"),
         (["digits", "--seeds", "0"], 2, "--seeds"),
         (["digits", "--max-time", "soon"], 2, "no span of time"),
-        (["digits", "--set", "optimizer.rate=1"], 1, "optimizer.lr"),
+        (["digits", "--set", "optimizer.rate=1"], 2, "optimizer.lr"),
         ([], 2, "RECIPE"),
     ):
         result = rnode(*arguments, "--out", str(tmp_path / "c"))

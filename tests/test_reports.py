@@ -302,6 +302,6 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
     assert "2.0200 ± 0.0200" in result.output
     assert "rnode" in result.output.splitlines()[0]
     missing = CliRunner().invoke(main, ["report", str(tmp_path / "none"), "--out", str(out)])
-    assert missing.exit_code == 1
+    assert missing.exit_code == 2
     assert "no run at" in missing.output
     assert CliRunner().invoke(main, ["report"]).exit_code == 2

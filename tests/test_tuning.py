@@ -237,6 +237,6 @@ def test_command_trains_a_recipe_first(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_command_refusals(arguments: list[str], message: str, checkpoint: Path) -> None:
     result = rnode(*(str(checkpoint) if each == "CHECKPOINT" else each for each in arguments))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert isinstance(result.exception, SystemExit)

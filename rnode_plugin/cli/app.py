@@ -7,15 +7,17 @@ from typing import Any
 import click
 
 from .. import __version__, plugins
-from ..errors import PluginError, RnodeError, suggest
+from ..errors import ConfigError, PluginError, RnodeError, suggest
 
 __all__ = ["main"]
 
 
 class _Failure(click.ClickException):
-    """A failure as one message and exit code 1."""
+    """An error as one message: exit code 2 where what was asked for cannot work, 1 where it failed."""
 
-    exit_code = 1
+    def __init__(self, error: RnodeError) -> None:
+        super().__init__(str(error))
+        self.exit_code = 2 if isinstance(error, ConfigError) else 1
 
 
 def _command(name: str) -> click.Command:
@@ -55,7 +57,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except RnodeError as error:
-            raise _Failure(str(error)) from error
+            raise _Failure(error) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)

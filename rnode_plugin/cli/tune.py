@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RnodeError
 from .options import data_root, device, download, settings
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def tune_step(
         found = tune_step(flow, x, solver=solver, progress=_show, **options)
     click.echo(f"{'adaptive':>8}  {found.nfe:>5}  {found.bits_per_dim:>8.4f}")
     if found.step is None:
-        raise ConfigError(
+        raise RnodeError(
             f"no step down to {found.rows[-1].step:g} agrees with the adaptive solve: try a lower --smallest, or "
             "train with an adaptive method (--set solver.method=dopri5) or larger lambdas."
         )

@@ -102,7 +102,7 @@ class _Call:
     def __init__(self, function: Callable[..., Any], structure: Any, flat: list[Any]) -> None:
         self.function, self.structure = function, structure
         self.where = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-        self.flat = flat
+        self.flat: list[Any] = flat
         self.output_structure: Any = None
         self.outputs: list[Any] = []
         self.is_tensor: list[bool] = []
