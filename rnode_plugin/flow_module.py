@@ -104,12 +104,22 @@ class FlowModule(L.LightningModule):
             except SolverError as error:
                 where = f"in the validation at training step {self.batches}"
                 raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
-        bits = bits_per_dim(output_log_prob(output), dims=recipe.dims, levels=recipe.data.levels).mean()
-        values = {"bpd": bits, "nfe": float(output.nfe)}
-        values |= {name: integral.mean() / recipe.dims for name, integral in output.regularization.items()}
-        for name, value in values.items():  # means over images, on all devices together
-            options = {"prog_bar": name == "bpd", "batch_size": len(x)}
-            self.log(f"val/{name}", value, logger=False, sync_dist=True, **options)
+        bits = bits_per_dim(output_log_prob(output), dims=recipe.dims, levels=recipe.data.levels)
+        sums = {"bpd": bits.sum(), "nfe": float(output.nfe) * len(x)}
+        sums |= {name: integral.sum() / recipe.dims for name, integral in output.regularization.items()}
+        for name, value in {"images": float(len(x)), **sums}.items():
+            self._val_sums[name] = self._val_sums.get(name, 0.0) + float(value)
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_sums: dict[str, float] = {}
+
+    def on_validation_epoch_end(self) -> None:
+        # means over all images of all processes; self.log(sync_dist=True) rounds the mean number of images down
+        sums = torch.tensor(list(self._val_sums.values()), dtype=torch.float64, device=self.device)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        for name, value in zip(self._val_sums, (sums / sums[0]).tolist(), strict=True):
+            if name != "images":
+                self.log(f"val/{name}", value, prog_bar=name == "bpd", logger=False)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         if batch_idx % self.plan.accumulate == 0:

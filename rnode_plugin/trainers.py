@@ -31,6 +31,8 @@ def make_trainer(*, devices: str | int, num_nodes: int, **options: Any) -> L.Tra
     Raises:
         ConfigError: what it refuses: an accelerator that is not there, a precision that it does not know.
     """
+    if num_nodes < 1:
+        raise ConfigError(f"the number of machines must be at least 1, not {num_nodes}.")
     torchrun = TorchElasticEnvironment.detect()
     if torchrun and devices == "auto":
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

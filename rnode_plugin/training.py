@@ -188,6 +188,8 @@ def fit(
         except RnodeError as error:
             left = _what_is_left(module, trainer, new=inside is None)
             raise type(error)(f"training stopped: {error} {left}") from error
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
         assert module.folder is not None  # the first process has told it
         result = FitResult(
             folder=module.folder,

@@ -1,0 +1,248 @@
+"""What a user can get wrong, over command line and API: the exit code, and the words that name the fix.
+
+Exit code 2: what was asked for cannot work; 1: it was tried and failed.
+
+Nothing prints a traceback and nothing leaves files behind.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from rnode_plugin import MultiscaleFlow, NeuralODE, get_recipe, load_flow
+from rnode_plugin.checkpoints import export_flow, pack, read_checkpoint, save_flow
+from rnode_plugin.cli import main
+from rnode_plugin.data import ImageData, get_dataset, loader
+from rnode_plugin.errors import RnodeError
+from rnode_plugin.evaluation import evaluate
+from rnode_plugin.sampling import sample_images
+from rnode_plugin.solve import Solver, solve
+from rnode_plugin.training import fit
+
+RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that are wrong in many ways, and one good checkpoint."""
+    shelf = tmp_path_factory.mktemp("shelf")
+    (shelf / "empty").mkdir()
+    (shelf / "text").write_text("not what you think")
+    save_flow(RECIPE.build_flow(), shelf / "good.ckpt", recipe=RECIPE)
+    good = (shelf / "good.ckpt").read_bytes()
+    (shelf / "half.ckpt").write_bytes(good[: len(good) // 2])
+    (shelf / "code.ckpt").write_bytes(pickle.dumps(print))
+    export_flow(shelf / "good.ckpt", shelf / "good.safetensors")
+    (shelf / "half.safetensors").write_bytes((shelf / "good.safetensors").read_bytes()[:900])
+    contents = read_checkpoint(shelf / "good.ckpt")
+    torch.save({**contents, **pack(RECIPE.override(["model.hidden=5"]))}, shelf / "other_model.ckpt")
+    future = {**contents["rnode_plugin"], "format": 2, "version": "9.9"}
+    torch.save({**contents, "rnode_plugin": future}, shelf / "future.ckpt")
+    torch.save({"weight": torch.zeros(2)}, shelf / "foreign.ckpt")
+    for name, sizes in (("mixed", (8, 9)), ("few", (8,)), ("large", (16,) * 20)):
+        (shelf / name).mkdir()
+        for number, size in enumerate(sizes):
+            pixels = np.random.default_rng(number).integers(0, 256, (size, size), dtype=np.uint8)
+            Image.fromarray(pixels).save(shelf / name / f"{number}.png")
+    shutil.copytree(shelf / "large", shelf / "damaged")
+    (shelf / "damaged" / "3.png").write_bytes((shelf / "damaged" / "3.png").read_bytes()[:60])
+    shutil.copytree(shelf / "large", shelf / "not_pictures")
+    (shelf / "not_pictures" / "4.png").write_text("hello")
+    return shelf
+
+
+def folder(name: str) -> list[str]:
+    return ["train", "digits", "--data", "folder", "--data-root", f"SHELF/{name}", "--set", "data.levels=256"]
+
+
+# arguments, exit code, words of the message
+COMMANDS: list[tuple[list[str], int, str]] = [
+    (["trian", "digits"], 2, r"unknown command 'trian'; did you mean 'train'"),
+    (["train"], 2, r"name a RECIPE; `rnode-cli recipes` lists them"),
+    (["train", "digtis"], 2, r"unknown recipe 'digtis'; did you mean 'digits'\? Known: "),
+    (["train", "digits", "--devics", "2"], 2, r"No such option '?--devics'?.*--devices"),
+    (["train", "digits", "--max-steps", "few"], 2, r"'few' is not a valid integer"),
+    (["train", "digits", "--max-steps", "0"], 2, r"training\.max_steps must be at least 1, not 0"),
+    (["train", "digits", "--max-time", "soon"], 2, r"no span of time: write 90 \(seconds\), 20m"),
+    (["train", "digits", "--batch-size", "0"], 2, r"data\.batch_size must be at least 1"),
+    (["train", "digits", "--batch-size", "1501"], 2, r"1500 training images do not fill one batch of 1501"),
+    (["train", "digits", "--batch-size", "800", "--accumulate", "2"], 2, r"of 800, 2 times: use a smaller"),
+    (["train", "digits", "--batch-size", "800", "--devices", "2"], 2, r"of 800 on each of 2 devices: use"),
+    (["train", "digits", "--accumulate", "0"], 2, r"training\.accumulate must be at least 1"),
+    (["train", "digits", "--limit-val", "1", "--devices", "3"], 2, r"1 held-out images are too few for 3 devices"),
+    (["train", "digits", "--devices", "0"], 2, r"device or precision cannot be used"),
+    (["train", "digits", "--devices", "-3"], 2, r"device or precision cannot be used"),
+    (["train", "digits", "--devices", "two"], 2, r"device or precision cannot be used"),
+    (["train", "digits", "--num-nodes", "0"], 2, r"number of machines must be at least 1"),
+    (["train", "digits", "--accelerator", "abacus"], 2, r"device or precision cannot be used.*abacus"),
+    (["train", "digits", "--precision", "8-bits"], 2, r"device or precision cannot be used.*8-bits"),
+    (["train", "digits", "--set", "optimizer.lr=-1"], 2, r"optimizer\.lr must be positive, not -1"),
+    (["train", "digits", "--set", "optimizer.lr=nan"], 2, r"optimizer\.lr: expected a finite number"),
+    (["train", "digits", "--set", "optimiser.lr=1"], 2, r"'optimiser\.lr'; did you mean 'optimizer\.lr'"),
+    (["train", "digits", "--set", "optimizer.lr"], 2, r"write group\.key=value"),
+    (["train", "digits", "--set", "regularizers.jacfrob=-0.1"], 2, r"regularizers\.jacfrob must not be negative"),
+    (["train", "digits", "--set", "regularizers.jacfrb=0.1"], 2, r"'jacfrb'; did you mean 'jacfrob'"),
+    (["train", "digits", "--set", "solver.method=rk5"], 2, r"unknown solver method 'rk5'; did you mean"),
+    (["train", "digits", "--set", "solver.step=-0.5"], 2, r"solver\.step must be a number > 0 or None"),
+    (["train", "digits", "--set", "solver.method=dopri5"], 2, r"trace_quadrature='sampled' needs a fixed grid"),
+    (["train", "digits", "--set", "model.alpha=0.7"], 2, r"model\.alpha must be between 0 and 0\.5"),
+    (["train", "digits", "--set", "model.name=Flow"], 2, r"unknown model 'Flow'"),
+    (["train", "digits", "--set", "data.levels=256"], 1, r"with 17 levels, but the recipe digits is for .* 256"),
+    (["train", "digits", "--set", "data.shape=1,8"], 2, r"data\.shape: expected 3 comma-separated values"),
+    (["train", "digits", "--seed", "-1"], 2, r"training\.seed must be at least 0"),
+    (["train", "digits", "--data", "digitz"], 2, r"unknown data set 'digitz'; did you mean 'digits'"),
+    (["train", "mnist", "--data-root", "SHELF/empty"], 1, r"Pass --download to fetch it, or put train-images"),
+    (["train", "imagenet64", "--data-root", "SHELF/empty"], 1, r"Get Imagenet64_train_part1"),
+    (folder("empty"), 1, r"empty holds no pictures"),
+    (folder("nowhere"), 1, r"is no folder; --data-root must name one that holds pictures"),
+    (folder("not_pictures"), 1, r"4\.png cannot be read as a picture: not a picture"),
+    (folder("damaged"), 1, r"3\.png cannot be read as a picture"),
+    (["train", "digits", "--runs", "SHELF/text"], 2, r"cannot make a run folder: .*Choose another with --runs"),
+    (["train", "--resume", "SHELF/empty"], 1, r"no checkpoint in .*expected .*last\.ckpt"),
+    (["train", "--resume", "SHELF/nowhere"], 1, r"no such file or folder\. Give a run folder, a \.ckpt or"),
+    (["train", "--resume", "SHELF/good.ckpt"], 1, r"holds weights only: training cannot go on from it"),
+    (["train", "--resume", "SHELF/good.safetensors"], 1, r"holds weights only"),
+    (["train", "--resume", "SHELF/half.ckpt"], 1, r"half\.ckpt cannot be read, it is truncated or no checkpoint"),
+    (["train", "mnist", "--resume", "SHELF/good.ckpt"], 2, r"is a run of digits, not of mnist; leave"),
+    (["train", "--resume", "SHELF/good.ckpt", "--vanilla"], 2, r"cannot go with --resume"),
+    (["eval", "SHELF/empty"], 1, r"no checkpoint in"),
+    (["eval", "SHELF/text"], 1, r"text cannot be read, it is truncated or no checkpoint"),
+    (["eval", "SHELF/code.ckpt"], 1, r"code\.ckpt cannot be read"),
+    (["eval", "SHELF/foreign.ckpt"], 1, r"not a checkpoint of rnode-plugin: it holds no recipe"),
+    (["eval", "SHELF/future.ckpt"], 1, r"written by rnode-plugin 9\.9 in format 2; .* Install that version"),
+    (["eval", "SHELF/other_model.ckpt"], 1, r"does not fit the model of its recipe"),
+    (["eval", "SHELF/half.safetensors"], 1, r"truncated or no safetensors file"),
+    (["eval", "SHELF/good.ckpt", "--device", "cuda:77"], 2, r"the device 'cuda:77' cannot be used"),
+    (["eval", "SHELF/good.ckpt", "--solver", "method=rk9"], 2, r"unknown solver method 'rk9'"),
+    (["eval", "SHELF/good.ckpt", "--draws", "0"], 2, r"Invalid value for '--draws'"),
+    (["sample", "SHELF/good.ckpt", "-t", "-1"], 2, r"Invalid value for '-t'"),
+    (["sample", "SHELF/good.ckpt", "-n", "1", "--out", "SHELF/text/x.png"], 1, r"cannot write .*x\.png"),
+    (["sample", "SHELF/half.ckpt"], 1, r"cannot be read, it is truncated"),
+    (["export", "SHELF/good.ckpt", "model.pt"], 2, r"must end in \.safetensors"),
+    (["export", "SHELF/nowhere", "model.safetensors"], 1, r"no such file or folder"),
+    (["export", "SHELF/good.ckpt", "SHELF/text/m.safetensors"], 1, r"cannot write .*m\.safetensors"),
+    (["recipes", "show", "minst"], 2, r"unknown recipe 'minst'; did you mean 'mnist'"),
+    (["report", "SHELF/nowhere"], 2, r"no run at .*: give a run folder"),
+    (["report", "SHELF/empty"], 2, r"no run at .*: give a run folder"),
+    (["compare", "digits", "--arms", "vanilla,rnod"], 2, r"unknown arm 'rnod'; did you mean 'rnode'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), COMMANDS)
+def test_command_line(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(map(str, shelf.rglob("*")))
+    device = ["--accelerator", "cpu"] if arguments[0] == "train" and "--accelerator" not in arguments else []
+    given = [part.replace("SHELF", str(shelf)) for part in arguments]
+    result = CliRunner().invoke(main, [*given, *device], prog_name="rnode-cli")
+    output = " ".join(result.output.split())
+    assert result.exit_code == code, output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert re.search(words, output), output
+    assert "Traceback" not in output
+    assert output.count("Error:") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(map(str, shelf.rglob("*"))) == before
+
+
+def small_flow(**options: Any) -> MultiscaleFlow:
+    return MultiscaleFlow((1, 8, 8), hidden=4, solver=Solver(step=None), **options)
+
+
+def image_data(**changes: Any) -> ImageData:
+    images = np.zeros((4, 1, 8, 8), np.uint8)
+    return ImageData(**{"name": "own", "train": images, "val": images, "shape": (1, 8, 8), "levels": 17, **changes})
+
+
+def ode(**options: Any) -> NeuralODE:
+    return NeuralODE(torch.nn.Linear(2, 2), **options)
+
+
+# what is called, words of the message
+CALLS: list[tuple[Callable[[], object], str]] = [
+    (lambda: small_flow()(torch.rand(2, 1, 8, 9)), r"takes images of shape \(B, 1, 8, 8\)"),
+    (lambda: small_flow()(torch.rand(1, 8, 8)), r"takes images of shape \(B, 1, 8, 8\)"),
+    (lambda: small_flow()(torch.rand(0, 1, 8, 8)), r"with B >= 1"),
+    (lambda: small_flow()(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), r"dequantize turns uint8 images into them"),
+    (lambda: small_flow()(torch.rand(2, 1, 8, 8).double()), r"convert them with \.to\(\)"),
+    (lambda: small_flow()(torch.full((2, 1, 8, 8), torch.nan)), r"in \[0, 1\], but hold NaN"),
+    (lambda: small_flow()(255 * torch.rand(2, 1, 8, 8)), r"divide pixel values by the levels"),
+    (lambda: small_flow()(torch.rand(2, 1, 8, 8), noise=[]), r"a list of 6 tensors, one for each block"),
+    (lambda: small_flow().inverse(torch.zeros(2, 63)), r"latents must be of shape \(B, 64\)"),
+    (lambda: small_flow().sample(0), r"at least 1, not 0"),
+    (lambda: small_flow().sample(1, temperature=-1.0), r"temperature must be a positive number"),
+    (lambda: small_flow(alpha=0.5), r"alpha must be between 0 and 0\.5"),
+    (lambda: small_flow(regularizers=("kinetik",)), r"did you mean 'kinetic'"),
+    (lambda: small_flow(trace_noise="gauss"), r"'gauss'; did you mean 'gaussian'"),
+    (lambda: MultiscaleFlow((8, 8)), r"three positive integers"),
+    (lambda: Solver(method="rk4_83"), r"unknown solver method 'rk4_83'; did you mean 'rk4_38'"),
+    (lambda: Solver(atol=0.0), r"solver\.atol must be a number > 0"),
+    (lambda: Solver(max_nfe=-1), r"solver\.max_nfe"),
+    (lambda: Solver(gradient="adjont"), r"did you mean 'adjoint'"),
+    (lambda: _solve([0.0]), r"at least two times"),
+    (lambda: _solve([0.0, 0.0]), r"strictly increasing or decreasing"),
+    (lambda: _solve([0.0, float("nan")]), r"t_span must be finite"),
+    (lambda: ode(regularizers={"kinetic": -1.0}), r"lambda of 'kinetic' must be a finite number >= 0, not -1"),
+    (lambda: ode(regularizers=["jacobi"]), r"unknown .*'jacobi'"),
+    (lambda: evaluate(small_flow(), np.zeros((0, 1, 8, 8), np.uint8)), r"at least one image"),
+    (lambda: evaluate(small_flow(), np.zeros((2, 1, 8, 8), np.uint8), draws=0), r"one draw"),
+    (lambda: sample_images(small_flow(), 1, temperatures=[0.0]), r"positive number"),
+    (lambda: image_data(train=np.zeros((4, 1, 8, 8), np.float32)), r"are float32; they must be uint8"),
+    (lambda: image_data(val=np.zeros((4, 8, 8), np.uint8)), r"have the shape \(4, 8, 8\), not \(N, 1, 8, 8\)"),
+    (lambda: image_data(train=np.full((4, 1, 8, 8), 200, np.uint8)), r"hold the value 200; .* largest is 16"),
+    (lambda: image_data(levels=300), r"levels must be 2 to 256"),
+    (lambda: image_data().limit(0), r"must be at least 1, not 0"),
+    (lambda: get_dataset("digits", size=9), r"comes in 8x8 pixels only, not 9x9"),
+    (lambda: get_dataset("digits", bits=3), r"bits.*It takes: "),
+    (lambda: loader(image_data().train, batch_size=0), r"batch size must be at least 1"),
+    (lambda: loader(image_data().train, batch_size=5, drop_last=True), r"choose a smaller batch size"),
+    (lambda: fit(RECIPE, max_time=-1), r"time limit must be positive"),
+    (lambda: load_flow("nowhere.ckpt"), r"no such file or folder"),
+]  # fmt: skip
+
+
+def _solve(times: list[float]) -> object:
+    from rnode_plugin.dynamics import Dynamics
+
+    dynamics = Dynamics(lambda t, z: z, divergence=False)
+    return solve(dynamics.bind(None), torch.ones(1, 2), torch.tensor(times), Solver())
+
+
+@pytest.mark.parametrize(("call", "words"), CALLS, ids=lambda value: value[:40] if isinstance(value, str) else "")
+def test_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object], words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RnodeError, match=words):
+        call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_recipe_s_checkpoint_is_refused_with_what_differs(tmp_path: Path) -> None:
+    contents = {**pack(RECIPE), "state_dict": RECIPE.build_flow().state_dict(), "progress": {"batches": 1}}
+    torch.save(contents, tmp_path / "run.ckpt")
+    other = RECIPE.override(["model.hidden=6", "model.alpha=0.1"])
+    with pytest.raises(
+        RnodeError, match=r"model\.hidden is 4 there and 6 here, model\.alpha is 0\.05 there and 0\.1"
+    ):
+        fit(other, runs=tmp_path / "runs", resume=tmp_path / "run.ckpt", accelerator="cpu", devices=1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_cuda_where_there_is_none(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RnodeError, match=r"device or precision cannot be used: .*(CUDA|GPU|gpu|cuda)"):
+        fit(RECIPE, runs=tmp_path / "runs", accelerator="gpu", devices=1)
+    assert not (tmp_path / "runs").exists()

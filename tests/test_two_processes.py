@@ -1,0 +1,178 @@
+"""Two processes over gloo: the gradients of one, the numbers of one, one writer, and one message."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import SETTINGS, rows
+
+from rnode_plugin import get_recipe
+from rnode_plugin.checkpoints import read_checkpoint
+from rnode_plugin.evaluation import output_log_prob
+from rnode_plugin.objectives import objective
+
+pytestmark = pytest.mark.ddp
+
+
+def command(runs: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
+    fixed = [*changed(*SETTINGS), "--accelerator", "cpu", "--runs", str(runs)]
+    return [*launcher, "-m", "rnode_plugin", "train", "digits", *fixed, *arguments]
+
+
+def changed(*settings: str) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def train(
+    runs: Path, *arguments: str, env: dict[str, str] | None = None, **options
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(
+        command(runs, *arguments, **options), capture_output=True, text=True, timeout=200, env=environment
+    )
+
+
+def weights(run: Path) -> torch.Tensor:
+    state = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+    return torch.cat([tensor.flatten() for tensor in state.values()])
+
+
+def _gradients(rank: int, address: str, result: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = f"file://{address}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    recipe = get_recipe("cifar10").override(["data.shape=3,8,8", "model.hidden=8"])
+    torch.manual_seed(0)
+    flow = recipe.build_flow().double()
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    noise = flow.draw_noise(4)
+    parallel = torch.nn.parallel.DistributedDataParallel(flow)
+    found = []
+    for model, mine in ((parallel, slice(2 * rank, 2 * rank + 2)), (flow, slice(None))):
+        flow.zero_grad()
+        output = model(x[mine], noise=[eps[mine] for eps in noise if eps is not None], solver=recipe.solver)
+        log_prob = output_log_prob(output)
+        objective(log_prob, output.regularization, lambdas=recipe.regularizers, dims=recipe.dims).loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None]))
+    if rank == 0:
+        torch.save(found, result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_the_gradient_of_half_the_batch_each_is_that_of_the_whole(tmp_path: Path) -> None:
+    import torch.multiprocessing as mp
+
+    result = str(tmp_path / "gradients.pt")
+    mp.spawn(_gradients, (str(tmp_path / "rendezvous"), result), nprocs=2)
+    both, single = torch.load(result)
+    assert single.norm() > 1e-3
+    torch.testing.assert_close(both, single, rtol=1e-10, atol=1e-12)
+
+
+def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
+    """The same images, noise and objective: the same metrics and weights to rounding; each image counts once."""
+    two = train(tmp_path / "two", "--devices", "2", *changed("data.batch_size=10", "training.max_steps=5"))
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("held-out images  31") == 1  # one process reports
+    one = train(tmp_path / "one", "--devices", "1", "--accumulate", "2",
+                *changed("data.batch_size=10", "training.max_steps=5"))  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    a, b = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
+    torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
+    assert len(rows(a)) == len(rows(b)) == 7
+    for of_two, of_one in zip(rows(a), rows(b), strict=True):
+        assert set(of_two) == set(of_one)
+        for name, value in of_two.items():
+            tolerance = 5e-3 if name == "val/bpd" else 2e-4  # validation draws its noise by process
+            assert float(value) == pytest.approx(float(of_one[name]), rel=tolerance, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_devices_exchanged_for_accumulation_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    a, b = tmp_path / "a" / "digits" / "0", tmp_path / "b" / "digits" / "0"
+    settings = "data.batch_size=10"
+    assert train(tmp_path / "a", "--devices", "2", *changed(settings, "training.max_steps=3")).returncode == 0
+    longer = (*changed("training.max_steps=6"), "--resume")
+    assert train(tmp_path, *longer, str(a), "--devices", "1", "--accumulate", "2").returncode == 0
+    assert train(tmp_path / "b", "--devices", "2", *changed(settings, "training.max_steps=6")).returncode == 0
+    torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
+    steps = [row["step"] for row in rows(a) if "train/loss" in row]
+    assert steps == list("123456")
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = train(tmp_path, *changed("training.max_steps=2"), launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert [each.name for each in (tmp_path / "digits").iterdir()] == ["0"]
+    assert done.stdout.count("bits/dim dirty") == 1
+    assert json.loads((tmp_path / "digits" / "0" / "result.json").read_text())["steps"] == 2
+
+
+def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = train(tmp_path, "--devices", "2", env={"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"})
+    assert done.returncode == 1, done.stderr
+    assert f"port {port}, where the processes of this run meet, is in use" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "digits").iterdir())
+
+
+@pytest.mark.slow
+def test_one_process_killed_and_the_run_resumed(tmp_path: Path) -> None:
+    """SIGTERM to the first process, then SIGKILL of all, and the run ends as one that nothing happened to."""
+    options = ("--devices", "2", *changed("training.max_steps=40", "training.check_every_steps=20"))
+    whole = train(tmp_path / "a", *options)
+    assert whole.returncode == 0, whole.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = tmp_path / "b" / "digits" / "0"
+    resume: tuple[str, ...] = ()
+    for signum, after in ((signal.SIGTERM, 3), (signal.SIGKILL, 9)):
+        with subprocess.Popen(
+            command(tmp_path / "b", *options, *resume),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+        ) as process:  # fmt: skip
+            _wait_for(run, after)
+            if signum == signal.SIGKILL:
+                os.killpg(process.pid, signum)
+            else:
+                process.send_signal(signum)
+            assert process.stdout is not None
+            output = process.stdout.read()
+        assert process.returncode == (143 if signum == signal.SIGTERM else -signal.SIGKILL), output
+        assert "Traceback" not in output
+        resume = ("--resume", str(run))
+    assert train(tmp_path / "b", *options, *resume).returncode == 0
+    assert torch.equal(weights(run), weights(tmp_path / "a" / "digits" / "0"))
+    assert rows(run) == rows(tmp_path / "a" / "digits" / "0")
+
+
+def _wait_for(run: Path, step: int) -> None:
+    end = time.monotonic() + 100
+    while time.monotonic() < end:
+        if (run / "metrics.csv").is_file():
+            with (run / "metrics.csv").open() as file:
+                if any(int(row["step"]) >= step for row in csv.DictReader(file) if (row["step"] or "").isdigit()):
+                    return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
