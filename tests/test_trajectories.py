@@ -136,7 +136,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown data set 'moon'; did you mean 'moons'"):
         plane_data("moon", 10)
     result = CliRunner().invoke(main, ["figure", "trajectories", "--data", "moon", "--out", str(tmp_path)])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "did you mean 'moons'" in result.output
     assert "training" not in result.output  # refused before anything is trained
     assert CliRunner().invoke(main, ["figure", "trajectories", "--strength", "0"]).exit_code == 2
