@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,14 +92,26 @@ def figure_trajectories(
         fields, measured = [], []
         for label, strengths in flows.items():
             announce(f"{name}, {x.shape[1]}-D: training with {label}")
-            fields.append(train_field(x, lambdas=strengths, steps=steps or _STEPS[x.shape[1]], seed=seed))
-            measured.append(measure(fields[-1], fresh))
+            with _one_thread():
+                fields.append(train_field(x, lambdas=strengths, steps=steps or _STEPS[x.shape[1]], seed=seed))
+                measured.append(measure(fields[-1], fresh))
         rows = list(zip(fields, measured, flows, (_WITHOUT, _WITH), strict=True))
         stem = f"trajectories-{x.shape[1]}d"
         drawing = draw(stem, partial(_paint_rows, paint=paint, rows=rows, fresh=fresh), nrows=2, ncols=3, **grid)
         drawing.save(Path(out), stem)
         figures.append(TrajectoryFigure(name, Path(out) / f"{stem}.png", Path(out) / f"{stem}.svg", *measured))
     return figures
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small cost more on several threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _paint_rows(axes: Any, *, paint: _Paint, rows: list[tuple[Any, ...]], fresh: Tensor) -> None:
