@@ -13,11 +13,15 @@ __all__ = ["main"]
 
 
 class _Failure(click.ClickException):
-    """An error as one message: exit code 2 where what was asked for cannot work, 1 where it failed."""
+    """What was asked for failed."""
 
-    def __init__(self, error: RnodeError) -> None:
-        super().__init__(str(error))
-        self.exit_code = 2 if isinstance(error, ConfigError) else 1
+    exit_code = 1
+
+
+class _Misuse(_Failure):
+    """What was asked for cannot work."""
+
+    exit_code = 2
 
 
 def _command(name: str) -> click.Command:
@@ -57,7 +61,8 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except RnodeError as error:
-            raise _Failure(error) from error
+            kind = _Misuse if isinstance(error, ConfigError) else _Failure
+            raise kind(str(error)) from error
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
