@@ -60,7 +60,10 @@ def _known(error: RuntimeError) -> TrainingError | None:
             "in a container); --set data.workers=0 reads in the training process."
         )
     if isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST):
-        return TrainingError(f"another process of this run ended or cannot be reached: {_first_line(error)}")
+        return TrainingError(
+            "another process of this run ended or cannot be reached; it says why if it could, but not if the system"
+            " killed it, as for want of memory."
+        )
     return None
 
 

@@ -17,6 +17,7 @@ from torchdyn.numerics.solvers.ode import Tsitouras45
 from .errors import ConfigError, suggest
 from .estimators import get_estimator
 from .last_solve import LastSolve, attach
+from .parallel import OneProcessADevice
 from .regularizers import Weighted, resolve_regularizers
 from .solve import GRADIENTS, solve
 from .solve.integrate import Plan
@@ -30,7 +31,7 @@ _torchdyn_init = torchdyn_neuralde.NeuralODE.__init__
 _torchdyn_odeint = torchdyn_neuralde.NeuralODE.odeint
 
 
-class NeuralODE(torchdyn_neuralde.NeuralODE):
+class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5).
 
     Without new arguments it returns what torchdyn's class returns, to the bit where the coefficients of the solver

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import pytest
 import torch
 from tiny_runs import SETTINGS, rows
 
-from rnode_plugin import get_recipe
+from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.checkpoints import read_checkpoint
+from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation import output_log_prob
 from rnode_plugin.objectives import objective
 
@@ -108,7 +110,7 @@ def test_devices_exchanged_for_accumulation_in_the_middle_of_a_run(tmp_path: Pat
     a, b = tmp_path / "a" / "digits" / "0", tmp_path / "b" / "digits" / "0"
     settings = "data.batch_size=10"
     assert train(tmp_path / "a", "--devices", "2", *changed(settings, "training.max_steps=3")).returncode == 0
-    longer = (*changed("training.max_steps=6"), "--resume")
+    longer = (*changed(settings, "training.max_steps=6"), "--resume")
     assert train(tmp_path, *longer, str(a), "--devices", "1", "--accumulate", "2").returncode == 0
     assert train(tmp_path / "b", "--devices", "2", *changed(settings, "training.max_steps=6")).returncode == 0
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
@@ -176,3 +178,16 @@ def _wait_for(run: Path, step: int) -> None:
                     return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize("make", [
+    lambda: NeuralODE(torch.nn.Linear(2, 2)),
+    lambda: torch.nn.Sequential(torch.nn.Linear(2, 2), NeuralODE(torch.nn.Linear(2, 2))),
+    lambda: RegularizedCNF(torch.nn.Linear(2, 2), event_shape=2),
+    lambda: get_recipe("digits").build_flow(),
+])  # fmt: skip
+def test_data_parallel_is_refused(make: Callable[[], torch.nn.Module]) -> None:
+    model = make()
+    with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process a device"):
+        # as torch.nn.parallel.replicate does before it copies to the devices
+        [module._replicate_for_data_parallel() for module in model.modules()]

@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..estimators import Exact, TraceEstimator, get_estimator
 from ..nets import StackField, conv_field
 from ..objectives import bits_per_dim, standard_normal_log_prob
+from ..parallel import OneProcessADevice
 from ..regularizers import resolve_regularizers
 from ..solve import Solver, solve
 from ..types import FlowOutput, Solution
@@ -60,7 +61,7 @@ def plan_stages(image_shape: Shape) -> list[Stage]:
     return [*stages, Stage((c, h, w), False, 0)]
 
 
-class MultiscaleFlow(nn.Module):
+class MultiscaleFlow(OneProcessADevice, nn.Module):
     """Images to a standard normal latent and back (FFJORD's multi-scale architecture; section 6 of the paper).
 
     Args:
