@@ -85,7 +85,6 @@ def compare(
     max_time: float | None = None,
     out: str | os.PathLike[str] = "comparison",
     accelerator: str = "auto",
-    devices: str | int = 1,
     download: bool = False,
     progress: bool = True,
     announce: Callable[[str], object] = print,
@@ -101,7 +100,7 @@ def compare(
             the recipe has ``max_steps`` and no ``check_every_steps`` of its own.
         max_time: seconds for each arm, validations included, those of earlier calls included.
         out: folder for ``runs/`` and the report.
-        accelerator, devices: for each arm, as Lightning's Trainer takes them.
+        accelerator: as Lightning's Trainer takes it; each arm has one device.
         download: fetch the data set if it is missing.
         progress: show progress on the terminal.
         announce: called with a line before each arm.
@@ -137,7 +136,7 @@ def compare(
             resume=run.path if run is not None and _has_checkpoint(run.path) else None,
             max_time=None if left is None else max(left, 1e-3),  # at least one step, and the evaluation
             accelerator=accelerator,
-            devices=devices,
+            devices=1,
             download=download,
             progress=progress,
         )

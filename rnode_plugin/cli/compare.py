@@ -51,6 +51,9 @@ def compare(
 
     All arms begin with the same weights and see the same images and noise. The same command goes on where it was
     stopped. Writes report.html, report.md, figures/ and runs/ into one folder.
+
+    On several devices, give each (CUDA_VISIBLE_DEVICES) a command with arms of its own and the same --out, and then
+    `rnode-cli report OUT/runs --out OUT`.
     """
     from ..comparison import compare
     from ..recipes import get_recipe

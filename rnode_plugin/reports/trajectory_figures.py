@@ -53,6 +53,18 @@ class TrajectoryFigure:
     with_penalties: Measured
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small cost more on several threads than on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def figure_trajectories(
     out: str | os.PathLike[str] = "figures",
     *,
@@ -92,26 +104,14 @@ def figure_trajectories(
         fields, measured = [], []
         for label, strengths in flows.items():
             announce(f"{name}, {x.shape[1]}-D: training with {label}")
-            with _one_thread():
-                fields.append(train_field(x, lambdas=strengths, steps=steps or _STEPS[x.shape[1]], seed=seed))
-                measured.append(measure(fields[-1], fresh))
+            fields.append(train_field(x, lambdas=strengths, steps=steps or _STEPS[x.shape[1]], seed=seed))
+            measured.append(measure(fields[-1], fresh))
         rows = list(zip(fields, measured, flows, (_WITHOUT, _WITH), strict=True))
         stem = f"trajectories-{x.shape[1]}d"
         drawing = draw(stem, partial(_paint_rows, paint=paint, rows=rows, fresh=fresh), nrows=2, ncols=3, **grid)
         drawing.save(Path(out), stem)
         figures.append(TrajectoryFigure(name, Path(out) / f"{stem}.png", Path(out) / f"{stem}.svg", *measured))
     return figures
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Products this small cost more on several threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _paint_rows(axes: Any, *, paint: _Paint, rows: list[tuple[Any, ...]], fresh: Tensor) -> None:
