@@ -15,8 +15,8 @@ import torch
 from measure import device_option, peak_memory, print_environment, set_up, table, threads_option
 
 from rnode_plugin import Dynamics, Solver, get_recipe, objective
-from rnode_plugin.evaluation import output_log_prob
 from rnode_plugin.nets import conv_field
+from rnode_plugin.objectives import output_log_prob
 from rnode_plugin.regularizers import resolve_regularizers
 from rnode_plugin.solve import solve
 

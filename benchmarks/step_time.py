@@ -30,7 +30,7 @@ from torch import Tensor
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
-from rnode_plugin.evaluation import output_log_prob
+from rnode_plugin.objectives import output_log_prob
 
 BASELINE, EXACT = "usual formulation", "exact"
 

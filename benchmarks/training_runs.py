@@ -14,8 +14,9 @@ from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, SolverError, objective
 from rnode_plugin.data import ImageData
-from rnode_plugin.evaluation import image_batch, output_log_prob
+from rnode_plugin.evaluation import image_batch
 from rnode_plugin.flows.transforms import dequantize, random_flip
+from rnode_plugin.objectives import output_log_prob
 from rnode_plugin.recipes import Recipe
 from rnode_plugin.schedule import Plan, StepBatches, learning_rate_factor
 from rnode_plugin.solve import Solver

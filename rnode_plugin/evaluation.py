@@ -13,15 +13,14 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .flows.transforms import dequantize
-from .objectives import bits_per_dim, standard_normal_log_prob
+from .objectives import bits_per_dim, output_log_prob
 from .randomness import Stream, seeded
 
 if TYPE_CHECKING:
     from .flows.multiscale import MultiscaleFlow
     from .solve import Solver
-    from .types import FlowOutput
 
-__all__ = ["BitsPerDim", "Evaluation", "evaluate", "image_batch", "output_log_prob"]
+__all__ = ["BitsPerDim", "Evaluation", "evaluate", "image_batch"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,6 @@ class Evaluation:
     nfe_max: int
     penalties: dict[str, float]
     seconds: float
-
-
-def output_log_prob(output: FlowOutput) -> Tensor:
-    """Log-density ``(B,)`` in nats of the images that gave ``output`` (eq. 4), under a standard normal latent."""
-    return standard_normal_log_prob(output.z) + output.logdet
 
 
 def image_batch(images: Any, part: slice) -> Tensor:

@@ -16,10 +16,9 @@ from .checkpoints import pack
 from .data import ImageData, ImageDataset
 from .data.loading import keep_batch
 from .errors import LocalError, SolverError, TrainingError
-from .evaluation import output_log_prob
 from .flows.transforms import dequantize, random_flip
 from .guards import StepGuard
-from .objectives import bits_per_dim, objective
+from .objectives import bits_per_dim, objective, output_log_prob
 from .randomness import Stream, seed_everything, seeded
 from .recipes import Recipe
 from .runs import RunFolder

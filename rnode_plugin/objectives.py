@@ -9,8 +9,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .errors import ConfigError, suggest
+from .types import FlowOutput
 
-__all__ = ["Objective", "bits_per_dim", "objective", "penalty", "standard_normal_log_prob"]
+__all__ = ["Objective", "bits_per_dim", "objective", "output_log_prob", "penalty", "standard_normal_log_prob"]
 
 
 class Objective(NamedTuple):
@@ -87,3 +88,8 @@ def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int = 1) -> Tensor:
 def standard_normal_log_prob(z: Tensor) -> Tensor:
     """``log N(z; 0, I)`` of ``z (B, D)``, ``(B,)`` in nats."""
     return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+def output_log_prob(output: FlowOutput) -> Tensor:
+    """Log-density of the images that a flow was given, with respect to [0, 1], ``(B,)`` in nats (eq. 4)."""
+    return standard_normal_log_prob(output.z) + output.logdet

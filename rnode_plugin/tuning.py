@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, SolverError
-from .objectives import bits_per_dim, standard_normal_log_prob
+from .objectives import bits_per_dim, output_log_prob
 from .solve import Solver
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def tune_step(
 
     def encode(solver: Solver) -> tuple[Tensor, Tensor, int]:
         output = flow(x, noise=noise, solver=solver, penalties=False)
-        log_prob = standard_normal_log_prob(output.z) + output.logdet
-        return output.z, bits_per_dim(log_prob, dims=flow.dims, levels=flow.levels).double(), output.nfe
+        bits = bits_per_dim(output_log_prob(output), dims=flow.dims, levels=flow.levels)
+        return output.z, bits.double(), output.nfe
 
     _, expected, reference_nfe = encode(reference)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation import evaluate, output_log_prob
+from rnode_plugin.evaluation import evaluate
 from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.objectives import output_log_prob
 from rnode_plugin.randomness import Stream, seeded, stream_seed
 from rnode_plugin.sampling import sample_images, save_grid
 from rnode_plugin.types import FlowOutput

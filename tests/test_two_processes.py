@@ -21,8 +21,7 @@ from tiny_runs import SETTINGS, rows
 from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.checkpoints import read_checkpoint
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation import output_log_prob
-from rnode_plugin.objectives import objective
+from rnode_plugin.objectives import objective, output_log_prob
 
 pytestmark = pytest.mark.ddp
 

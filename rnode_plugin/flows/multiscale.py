@@ -15,7 +15,7 @@ from ..dynamics import Dynamics
 from ..errors import ConfigError
 from ..estimators import Exact, TraceEstimator, get_estimator
 from ..nets import StackField, conv_field
-from ..objectives import bits_per_dim, standard_normal_log_prob
+from ..objectives import bits_per_dim, output_log_prob
 from ..parallel import OneProcessADevice
 from ..regularizers import resolve_regularizers
 from ..solve import Solver, solve
@@ -215,8 +215,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         The divergence is integrated in full even with a solver that samples it.
         """
         solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
-        out = self(x, noise=noise, solver=solver, penalties=False, generator=generator)
-        return standard_normal_log_prob(out.z) + out.logdet
+        return output_log_prob(self(x, noise=noise, solver=solver, penalties=False, generator=generator))
 
     def bits_per_dim(
         self,
