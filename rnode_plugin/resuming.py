@@ -13,7 +13,7 @@ from .recipes import Recipe
 from .runs import RunFolder
 from .schedule import Plan
 
-__all__ = ["checkpoint_to_resume", "newest_intact", "steps_done"]
+__all__ = ["check_steps_left", "checkpoint_to_resume", "newest_intact"]
 
 _FIXED = (
     "data.name", "data.shape", "data.levels",
@@ -47,8 +47,8 @@ def newest_intact(resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]
     return file, read_checkpoint(file)
 
 
-def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> Path:
-    """The checkpoint file, after comparing its recipe with the one to train.
+def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, int]:
+    """The checkpoint file and the steps behind it, after comparing its recipe with the one to train.
 
     Raises:
         CheckpointError: there is none, or it holds another model or was trained on other images.
@@ -61,18 +61,16 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> Path
     if differ:
         what = ", ".join(f"{name} is {old[name]} there and {new[name]} here" for name in differ)
         raise CheckpointError(f"{path} is of another model: {what}.")
-    return path
+    return path, contents["progress"]["batches"]
 
 
-def steps_done(checkpoint: Path, plan: Plan) -> int:
-    """Steps behind a checkpoint.
+def check_steps_left(checkpoint: Path, done: int, plan: Plan) -> None:
+    """Refuse a checkpoint with ``done`` steps behind it that nothing follows.
 
     Raises:
         ConfigError: none are left to do, nor is the evaluation at the end of the run.
     """
-    done = read_checkpoint(checkpoint)["progress"]["batches"]
     folder = RunFolder.of_checkpoint(checkpoint)
     to_evaluate = done == plan.total and folder is not None and not folder.result.exists()
     if done >= plan.total and not to_evaluate:
         raise ConfigError(f"{checkpoint} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
-    return done

@@ -26,7 +26,7 @@ from .failures import explained
 from .flow_module import FlowModule
 from .progress import batch_counter, progress_display
 from .recipes import Recipe
-from .resuming import checkpoint_to_resume, steps_done
+from .resuming import check_steps_left, checkpoint_to_resume
 from .runs import RunFolder, RunLogger
 from .sampling import sample_images, save_grid
 from .schedule import Plan
@@ -143,7 +143,7 @@ def fit(
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
     training = recipe.training
     data = load_images(recipe, download=download)
-    checkpoint = checkpoint_to_resume(resume, recipe) if resume is not None else None
+    checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
     control = RunControl(max_time=max_time, log_every=training.log_every, save_every=training.save_every)
     callbacks: list[Callback] = [control]
     if training.sample_images:
@@ -167,8 +167,10 @@ def fit(
             raise ConfigError(
                 f"{len(data.val)} held-out images are too few for {trainer.world_size} devices: each needs one."
             )
-        done = steps_done(checkpoint, plan) if checkpoint is not None else 0
-        inside = RunFolder.of_checkpoint(checkpoint) if checkpoint is not None else None
+        inside = None
+        if checkpoint is not None:
+            check_steps_left(checkpoint, done, plan)
+            inside = RunFolder.of_checkpoint(checkpoint)
         module = FlowModule(recipe, data, plan, inside)
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             module.folder = folder = inside or RunFolder.create(runs, recipe)
