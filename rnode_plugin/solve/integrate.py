@@ -20,7 +20,7 @@ from ..types import BoundDynamics, Rates, Solution, SolveStats
 from .config import Solver
 from .guards import fail_max_nfe, fail_nonfinite, fail_underflow, health
 from .methods import Method, get_method
-from .step import Step, StepTaker, step_taker
+from .step import Step, StepTaker, step_taker, weight_row
 
 __all__ = ["Plan", "integrate"]
 
@@ -199,7 +199,8 @@ def _draw_stage(plan: Plan, generator: torch.Generator | None) -> int | None:
     """The stage that stands for the step in a sampled quadrature, drawn with its weight as probability."""
     if plan.trace_quadrature != "sampled":
         return None
-    weights = torch.tensor(plan.method.weights, dtype=torch.float64)
+    assert plan.method.weights is not None  # a sampled quadrature is for the methods known by name
+    weights = weight_row(plan.method.weights, torch.float64, torch.device("cpu"))
     return int(torch.multinomial(weights, 1, generator=generator))
 
 

@@ -13,7 +13,7 @@ from ..types import BoundDynamics, Rates
 from .methods import Method
 from .replay import checkpointed
 
-__all__ = ["Step", "StepTaker", "step_taker"]
+__all__ = ["Step", "StepTaker", "step_taker", "weight_row"]
 
 
 class Step(NamedTuple):
@@ -102,7 +102,7 @@ def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor
     present = [(value, weight) for value, weight in zip(values, weights, strict=False) if value is not None]
     first = present[0][0]
     if first.ndim == 1:  # rates of small problems: few operations count, not what they compute
-        row = _row(tuple(weight for _, weight in present), first.dtype, first.device)
+        row = weight_row(tuple(weight for _, weight in present), first.dtype, first.device)
         return (row * dt.to(first.dtype)) @ torch.stack([value for value, _ in present])
     total: Tensor | None = None
     for value, weight in present:
@@ -113,7 +113,8 @@ def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor
 
 
 @cache
-def _row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights as a tensor, made once: every step needs them. Not to be written into."""
     # a tensor made in inference mode could not serve a later backward pass
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=dtype, device=device)
