@@ -109,10 +109,10 @@ class RunControl(Callback):
     ) -> None:
         if (batch_idx + 1) % pl_module.plan.accumulate:
             return  # in the middle of a step
-        row = pl_module.finish_step(batch_idx)
+        pl_module.finish_step(batch_idx)
         done = pl_module.batches
         if done % self._log_every == 0:
-            self._log(trainer, _mean_over_processes(trainer, row), done)
+            self._log(trainer, _mean_over_processes(trainer, pl_module.metrics()), done)
         late = self._max_time is not None and time.monotonic() - self._start >= self._max_time
         self.out_of_time = _anywhere(trainer, late)
         validates = self.out_of_time or done == pl_module.plan.total or done % pl_module.plan.check_every == 0

@@ -47,7 +47,7 @@ class FlowModule(L.LightningModule):
         self.row: dict[str, Any] = {}
         self.guard = StepGuard(recipe.training.max_skipped)
         self._problem: str | None = None
-        self.train_seconds = self.seconds_before = 0.0
+        self.train_seconds = self.seconds_before = self._taken = 0.0
         self._start = self._step_start = time.monotonic()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -149,12 +149,16 @@ class FlowModule(L.LightningModule):
         torch.distributed.all_gather_object(found, (self._problem is None, message))
         return min(found)[1]
 
-    def finish_step(self, batch_idx: int) -> dict[str, float]:
-        """Count the step that ends, and return its row of metrics."""
-        taken = time.monotonic() - self._step_start
+    def finish_step(self, batch_idx: int) -> None:
+        """Count the step that ends."""
+        self._taken = time.monotonic() - self._step_start
         self.batches = (batch_idx + 1) // self.plan.accumulate
-        self.train_seconds += taken
-        times = {"seconds_per_step": taken, "train_seconds": self.train_seconds, "seconds": self.seconds}
+        self.train_seconds += self._taken
+
+    def metrics(self) -> dict[str, float]:
+        """The row of metrics of the step that has ended."""
+        times = {"seconds_per_step": self._taken, "train_seconds": self.train_seconds, "seconds": self.seconds}
+        # tensors of a device come over one by one, which is for the steps that are logged
         row = {name: float(value) for name, value in self.row.items()}
         return {"epoch": self.batches / self.plan.steps_per_epoch, **row, **times}
 

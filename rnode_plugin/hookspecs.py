@@ -194,6 +194,7 @@ def rnode_after_solve(solution: Solution, solver: Solver | Plan) -> None:
     ``solution.z`` has shape ``(T, B, *event)``, ``solution.logdet`` ``(T, B)`` in nats or None,
     ``solution.penalties`` ``{name: (B,)}``, raw integrals; ``solution.stats`` counts evaluations and steps. The
     tensors belong to the graph of the solve: read, detach, and keep no reference, or its memory stays in use.
+    Whether the blocks of a flow stayed finite is looked at once, after the last one.
     ``solver`` is a :class:`~rnode_plugin.solve.Solver`, or the :class:`~rnode_plugin.solve.integrate.Plan` that a
     torchdyn model made of its own settings. An implementation may leave out arguments that it does not need. One
     that raises is reported and is not called again; the solve goes on.

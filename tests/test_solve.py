@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import Linear, Wave, linear_closed_form
@@ -12,6 +14,7 @@ from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.estimators import Exact
 from rnode_plugin.regularizers import jacfrob, kinetic
 from rnode_plugin.solve import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, solve
+from rnode_plugin.solve.guards import check_health
 from rnode_plugin.types import Rates
 
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
@@ -439,3 +442,32 @@ def test_a_penalty_that_is_not_finite_is_reported(method: str) -> None:
 
     with pytest.raises(SolverError, match="a penalty is no longer finite"):
         solve(overflows, torch.ones(2, 2), torch.tensor([0.0, 1.0]), Solver(method))
+
+
+def test_a_fixed_grid_asks_the_device_nothing() -> None:
+    """Tensors without numbers refuse every question that has to be answered on the host."""
+    field = Linear().to("meta")
+    z0, checks = torch.empty(2, 3, dtype=torch.float64, device="meta"), []
+    bound = linear_dynamics(field).bind(None)
+    times = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    solution = solve(bound, z0, times, Solver(step=0.25), checks=checks)
+    assert solution.stats.nfe == 16
+    solution.z.sum().backward()
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        check_health(checks)
+
+
+def test_several_solves_are_looked_at_together() -> None:
+    def fails_at(time: float) -> Any:
+        def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+            return Rates(torch.where(t >= time, torch.nan, z), None, {})
+
+        return rates
+
+    checks, z, times = [], torch.ones(2, 3), torch.tensor([0.0, 1.0])
+    for time in (2.0, 0.4, 0.0):
+        solve(fails_at(time), z, times, Solver("euler", step=0.25), checks=checks)
+    with pytest.raises(SolverError, match=r"no longer finite") as caught:
+        check_health(checks)
+    assert (caught.value.t, caught.value.step, caught.value.nfe) == (0.5, 2, 3)
+    check_health(checks[:1])

@@ -19,6 +19,7 @@ from ..objectives import bits_per_dim, output_log_prob
 from ..parallel import OneProcessADevice
 from ..regularizers import resolve_regularizers
 from ..solve import Solver, solve
+from ..solve.guards import HealthCheck, check_health
 from ..types import FlowOutput, Solution
 from .checks import check_image_shape, check_images, check_latents, check_noise
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
@@ -182,12 +183,12 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         followed = self.regularizers if penalties else ()
         leaving: list[Tensor] = []
         regularization: dict[str, Tensor] = {r.name: torch.zeros_like(logdet) for r in followed}
-        nfe = 0
+        nfe, checks = 0, []
         blocks = zip(self.fields, noise, strict=True)
         for stage in self.stages:
             for field, probe in islice(blocks, _BLOCKS):
                 solution = _solve(
-                    field, z, (0.0, 1.0), solver, probe, regularizers=followed, estimator=self.estimator
+                    field, z, (0.0, 1.0), solver, checks, probe, regularizers=followed, estimator=self.estimator
                 )
                 z = solution.z[-1]
                 nfe += solution.stats.nfe
@@ -200,6 +201,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             else:
                 leaving.append(z[:, stage.keeps :].flatten(1))
                 z = z[:, : stage.keeps]
+        check_health(checks)
         return FlowOutput(torch.cat(leaving, dim=1), logdet, regularization, nfe)
 
     def log_prob(
@@ -239,7 +241,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             SolverError: where the integration fails.
         """
         check_latents(z, self.dims, self._like())
-        y, end, fields = z, self.dims, reversed(self.fields)
+        y, end, fields, checks = z, self.dims, reversed(self.fields), []
         for stage in reversed(self.stages):
             c, h, w = stage.shape
             if stage.squeezes:
@@ -249,7 +251,8 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
                 left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
                 y = torch.cat([y, left], dim=1) if stage.keeps else left
             for field in islice(fields, _BLOCKS):
-                y = _solve(field, y, (1.0, 0.0), solver or self.solver, divergence=False).z[-1]
+                y = _solve(field, y, (1.0, 0.0), solver or self.solver, checks, divergence=False).z[-1]
+        check_health(checks)
         return inverse_logit(y, self.alpha)
 
     @torch.no_grad()
@@ -291,6 +294,7 @@ def _solve(
     z: Tensor,
     times: tuple[float, float],
     solver: Solver,
+    checks: list[HealthCheck],
     noise: Tensor | None = None,
     **options: Any,
 ) -> Solution:
@@ -299,4 +303,5 @@ def _solve(
         dynamics = Dynamics(field.prepare(z), **options)
     else:
         dynamics = Dynamics(field, **options)
-    return solve(dynamics.bind(noise), z, z.new_tensor(times), solver)
+    # times on the CPU: nothing that the host wants to know of a fixed grid has to come from the device
+    return solve(dynamics.bind(noise), z, torch.tensor(times, dtype=z.dtype), solver, checks=checks)

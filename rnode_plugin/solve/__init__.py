@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..types import BoundDynamics, Solution
+    from .guards import HealthCheck
     from .integrate import Plan
 
 __all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver", "solve"]
@@ -25,6 +26,7 @@ def solve(
     *,
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
+    checks: list[HealthCheck] | None = None,
 ) -> Solution:
     """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
@@ -32,11 +34,13 @@ def solve(
         dynamics: the system with its noise fixed, ``Dynamics(...).bind(noise)`` or a function
             ``(t, z, *, products) -> Rates``.
         z0: state ``(B, *event)`` at ``t_span[0]``.
-        t_span: times ``(T,)``, increasing or decreasing.
+        t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the device.
         solver: method, accuracy and gradient; a :class:`Plan` carries a solver object of torchdyn's.
         params: tensors that a continuous adjoint differentiates with respect to; None: the parameters of
             ``dynamics``, where it has any. The other gradient modes find them by themselves.
         generator: draws the stages of a sampled quadrature.
+        checks: a list that receives, in place of an error, what tells whether a fixed grid stayed finite: several
+            solves in a row are looked at together by :func:`~rnode_plugin.solve.guards.check_health`.
 
     Returns:
         Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
@@ -52,12 +56,11 @@ def solve(
 
     solver = solver or Solver()
     plan = solver if isinstance(solver, Plan) else Plan.of(solver)
-    t_span = t_span.to(z0.device)
     check_time(t_span)
     if plan.gradient.endswith("adjoint"):
         wanted = getattr(dynamics, "parameters", tuple)() if params is None else params
-        solution = solve_adjoint(dynamics, z0, t_span, plan, tuple(wanted))
+        solution = solve_adjoint(dynamics, z0, t_span.to(z0.device), plan, tuple(wanted))
     else:
-        solution = integrate(dynamics, z0, t_span, plan, generator=generator)
+        solution = integrate(dynamics, z0, t_span, plan, generator=generator, checks=checks)
     plugins.after_solve(solution, solver)
     return solution

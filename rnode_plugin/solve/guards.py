@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, SolverError
 
-__all__ = ["check_time", "fail_max_nfe", "fail_nonfinite", "fail_underflow", "health"]
+__all__ = ["HealthCheck", "check_health", "check_time", "fail_max_nfe", "fail_nonfinite", "fail_underflow", "health"]
 
 
 def health(*tensors: Tensor | None) -> Tensor:
@@ -19,6 +20,32 @@ def health(*tensors: Tensor | None) -> Tensor:
     """
     sums = [x.detach().sum() for x in tensors if x is not None]
     return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
+
+
+class HealthCheck(NamedTuple):
+    """Whether a solve on a fixed grid stayed finite, as long as nobody has asked the device.
+
+    Attributes:
+        finite: one entry for each step, ``(steps,)``.
+        fail: raises the error of the first step that did not.
+    """
+
+    finite: Tensor
+    fail: Callable[[int], NoReturn]
+
+
+def check_health(checks: Sequence[HealthCheck]) -> None:
+    """One look at the device for all of these solves.
+
+    Raises:
+        SolverError: of the first one that is no longer finite.
+    """
+    if not checks or bool(torch.cat([check.finite for check in checks]).all()):
+        return
+    for check in checks:
+        bad = (~check.finite).nonzero()
+        if len(bad):
+            check.fail(int(bad[0]))
 
 
 def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:

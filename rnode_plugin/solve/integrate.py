@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torchdyn.numerics.utils import adapt_step, hairer_norm, init_step
 
 from ..types import BoundDynamics, Rates, Solution, SolveStats
 from .config import Solver
-from .guards import fail_max_nfe, fail_nonfinite, fail_underflow, health
+from .guards import HealthCheck, check_health, fail_max_nfe, fail_nonfinite, fail_underflow, health
 from .methods import Method, get_method
 from .step import Step, StepTaker, step_taker, weight_row
 
@@ -81,25 +81,34 @@ def integrate(
     *,
     generator: torch.Generator | None = None,
     trace: list[tuple[Tensor, Tensor]] | None = None,
+    checks: list[HealthCheck] | None = None,
 ) -> Solution:
     """Integrate from ``t_span[0]`` through all of ``t_span``; differentiable through the steps taken.
 
     Args:
         dynamics: the augmented system, its noise fixed.
         z0: state ``(B, *event)`` at ``t_span[0]``.
-        t_span: times ``(T,)``, increasing or decreasing, on the state's device.
+        t_span: times ``(T,)``, increasing or decreasing.
         plan: method, accuracy and gradient.
         generator: draws the stages of a sampled quadrature.
         trace: a list that receives the time and state of every accepted step, the initial one first.
+        checks: see :func:`~rnode_plugin.solve.solve`.
 
     Raises:
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
+    counts = [] if plan.method.adaptive else _substeps(t_span, plan.step)
+    t_span = t_span.to(z0.device)
     keep_inputs_at = (z0, t_span[0]) if plan.gradient == "checkpointed" else None
     take = step_taker(dynamics, plan.method, keep_inputs_at=keep_inputs_at)
     if plan.method.adaptive:
         return _Adaptive(dynamics, plan, take, z0, t_span, trace).run()
-    return _fixed(plan, take, z0, t_span, generator, trace)
+    solution, check = _fixed(plan, take, z0, t_span, counts, generator, trace)
+    if checks is None:
+        check_health([check])
+    else:
+        checks.append(check)
+    return solution
 
 
 class _Totals:
@@ -136,11 +145,11 @@ def _fixed(
     take: StepTaker,
     z: Tensor,
     t_span: Tensor,
+    counts: Sequence[int],
     generator: torch.Generator | None,
     trace: list[tuple[Tensor, Tensor]] | None,
-) -> Solution:
+) -> tuple[Solution, HealthCheck]:
     keep = [True] * len(t_span) if plan.keep is None else list(plan.keep)
-    counts = _substeps(t_span, plan.step)
     totals, checks = _Totals(), []
     times, states = ([t_span[0]], [z]) if keep[0] else ([], [])
     logdets: list[Tensor | None] = [None] * len(states)
@@ -166,14 +175,13 @@ def _fixed(
             times.append(t_span[k])
             states.append(z)
             logdets.append(totals.logdet)
-    # one look at the device for the whole solve; what is not finite stays so, and of the integrals the end will do
+    # what is not finite stays so, and of the integrals the end will do
     checks[-1] = health(z, totals.logdet, *totals.penalties.values())
-    finite = torch.isfinite(torch.stack(checks))
-    if not bool(finite.all()):
-        bad = int((~finite).nonzero()[0])
-        per_step = totals.nfe // totals.steps
-        fail_nonfinite(_grid_time(t_span, counts, bad), bad, (bad + 1) * per_step)
-    return totals.solution(times, states, logdets)
+
+    def fail(bad: int) -> NoReturn:
+        fail_nonfinite(_grid_time(t_span, counts, bad), bad, (bad + 1) * totals.nfe // totals.steps)
+
+    return totals.solution(times, states, logdets), HealthCheck(torch.isfinite(torch.stack(checks)), fail)
 
 
 def _substeps(t_span: Tensor, step: float | None) -> list[int]:
