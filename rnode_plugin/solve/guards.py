@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ..errors import ConfigError, SolverError
 
-__all__ = ["HealthCheck", "check_health", "check_time", "fail_max_nfe", "fail_nonfinite", "fail_underflow", "health"]
+__all__ = [
+    "HealthCheck",
+    "check_health",
+    "check_time",
+    "fail_max_nfe",
+    "fail_nonfinite",
+    "fail_underflow",
+    "health",
+]
 
 
 def health(*tensors: Tensor | None) -> Tensor:
