@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.nets import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
 from rnode_plugin.nets.activations import ACTIVATIONS
+from rnode_plugin.nets.stack import PreparedStack
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
 
@@ -298,3 +299,84 @@ def test_gradient_has_the_weights_layout() -> None:
 def test_what_cannot_work_is_refused(build: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build()  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("activation", ["softplus", "silu"])  # one that is kept by its output, one by its input
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_prepared_field_gives_the_same_numbers(kind: str, activation: str) -> None:
+    field = make_field(kind, activation)
+    t, z, noise = make_inputs(kind)
+    wanted = [t, z, noise, *field.parameters()]
+    prepared = field.prepare(z, noise)
+    # two evaluations share what was prepared, and the gradients of both reach the weights through it
+    fused = [prepared.forward_and_vjp(s, z, noise) for s in (t, 2 * t)]
+    expected = [plain(field, s, z, noise) for s in (t, 2 * t)]
+    for a, b in zip([*fused[0], *fused[1]], [*expected[0], *expected[1]], strict=True):
+        assert relative(a, b) < 1e-12
+    sums = [[pair[0][i] + pair[1][i] for i in (0, 1)] for pair in (fused, expected)]
+    for a, b in zip(gradients(*sums[0], wanted), gradients(*sums[1], wanted), strict=True):
+        assert relative(a, b) < 1e-12
+
+
+def test_a_field_prepared_for_one_noise_takes_another() -> None:
+    field = make_field("conv")
+    t, z, noise = make_inputs("conv")
+    other = torch.randn_like(noise)
+    product = field.prepare(z, noise).forward_and_vjp(t, z, other)[1]
+    assert relative(product, plain(field, t, z, other)[1]) < 1e-12
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_prepared_velocity_has_autograds_gradients(kind: str, activation: str) -> None:
+    field = make_field(kind, activation)
+    t, z, noise = make_inputs(kind)
+    wanted = [t, z, *field.parameters()]
+    fast, expected = field.prepare(z)(t, z), field(t, z)
+    assert relative(fast, expected) < 1e-14
+    found = torch.autograd.grad(fast, wanted, noise.detach(), create_graph=True)
+    for a, b, c in zip(
+        torch.autograd.grad(field.prepare(z)(t, z), wanted, noise.detach()),
+        torch.autograd.grad(expected, wanted, noise.detach(), create_graph=True),
+        found,
+        strict=True,
+    ):
+        assert relative(a, b) < 1e-12
+        assert relative(c, b) < 1e-12
+    # and those can be differentiated again
+    twice = torch.autograd.grad(found[1].square().sum(), wanted[1:-1])
+    for a, b in zip(twice, second_gradients(field, t, z, noise, wanted), strict=True):
+        assert relative(a, b) < 1e-10
+
+
+def second_gradients(
+    field: StackField, t: Tensor, z: Tensor, noise: Tensor, wanted: list[Tensor]
+) -> tuple[Tensor, ...]:
+    (first,) = torch.autograd.grad(field(t, z), z, noise.detach(), create_graph=True)
+    return torch.autograd.grad(first.square().sum(), wanted[1:-1])
+
+
+def hidden_tensors_saved(prepared: PreparedStack, t: Tensor, z: Tensor) -> int:
+    """How many tensors of a hidden layer's size an evaluation keeps for its backward pass."""
+    saved: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        prepared(t, z)
+    return sum(x.shape == (3, 6, 5, 4) for x in saved.values())
+
+
+def test_a_velocity_saves_half_of_what_autograd_saves() -> None:
+    t, z, _ = make_inputs("conv")
+    assert hidden_tensors_saved(make_field("conv").prepare(z), t, z) == 3
+    assert hidden_tensors_saved(conv_field(2, hidden=6, fused=False).double().prepare(z), t, z) == 6
+
+
+def test_torch_func_still_differentiates_a_field() -> None:
+    field = make_field("conv")
+    t, z, noise = (x.detach() for x in make_inputs("conv"))
+    _, pull = torch.func.vjp(lambda z: field(t, z), z)
+    assert relative(pull(noise)[0], field.forward_and_vjp(t, z, noise)[1]) < 1e-12

@@ -300,7 +300,7 @@ def _solve(
 ) -> Solution:
     # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
     if isinstance(field, StackField) and not solver.gradient.endswith("adjoint"):
-        dynamics = Dynamics(field.prepare(z), **options)
+        dynamics = Dynamics(field.prepare(z, noise), **options)
     else:
         dynamics = Dynamics(field, **options)
     # times on the CPU: nothing that the host wants to know of a fixed grid has to come from the device

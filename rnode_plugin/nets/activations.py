@@ -33,6 +33,10 @@ class Activation(NamedTuple):
     keeps_output: bool
     derivatives: Callable[[Tensor], tuple[Tensor, Tensor]]
 
+    def output(self, kept: Tensor) -> Tensor:
+        """s(a) from what was kept of it."""
+        return kept if self.keeps_output else self.value(kept)
+
 
 def _softplus(a: Tensor) -> Tensor:
     # beyond 40 the linear branch is exact in float64 as well; torch's default of 20 has a kink of 2e-9 there

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .activations import get_activation
-from .fused import Stack, make_stack, run_fused, run_stack
+from .fused import pull_noise, run_fused, run_velocity
 from .layers import ConcatConv2d, ConcatLinear, Products
+from .plain import Stack, make_stack, run_stack
 
 __all__ = ["FusedStackField", "StackField", "conv_field", "linear_field"]
 
@@ -38,11 +39,11 @@ class StackField(nn.Module):
         self._activation = get_activation(activation)
         self._products = _one_kind(self.layers)
 
-    def prepare(self, z: Tensor) -> PreparedStack:
+    def prepare(self, z: Tensor, noise: Tensor | None = None) -> PreparedStack:
         """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
 
-        What depends on the weights alone is computed here, once, with its graph; do not keep the result for longer
-        than the weights.
+        What depends on the weights and the ``noise`` of the solve alone is computed here, once, with its graph; do
+        not keep the result for longer than the weights.
         """
         return PreparedStack(self._stack(z))
 
@@ -64,8 +65,12 @@ class StackField(nn.Module):
 class FusedStackField(StackField):
     """A :class:`StackField` that brings its own product with the Jacobian; same parameters, same numbers."""
 
-    def prepare(self, z: Tensor) -> FusedPreparedStack:
-        return FusedPreparedStack(self._stack(z))
+    def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
+        return FusedPreparedStack(self._stack(z), noise)
+
+    def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
+        # not the one with a backward by hand: somebody may transform this with torch.func
+        return PreparedStack(self._stack(z))(t, z)
 
     def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """``(f(t, z), noise^T df/dz)``, both ``(B, *event)``, from one pass with a backward by hand.
@@ -90,11 +95,24 @@ class PreparedStack:
 
 
 class FusedPreparedStack(PreparedStack):
-    """A :class:`FusedStackField` with the weights of the moment."""
+    """A :class:`FusedStackField` with the weights of the moment, and ready for the products with one ``noise``."""
+
+    def __init__(self, stack: Stack, noise: Tensor | None = None) -> None:
+        super().__init__(stack)
+        self._noise = noise
+        self._pulled = None if noise is None else self._pull(noise)
+
+    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        return run_velocity(self._stack, t, z)
 
     def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`FusedStackField.forward_and_vjp`."""
-        return run_fused(self._stack, t, z, noise)
+        """As :meth:`FusedStackField.forward_and_vjp`; another noise than the one prepared for takes longer."""
+        pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
+        return run_fused(self._stack, t, z, pulled)
+
+    def _pull(self, noise: Tensor) -> Tensor:
+        with torch.autocast(noise.device.type, enabled=False):
+            return pull_noise(self._stack, noise)
 
 
 def conv_field(
