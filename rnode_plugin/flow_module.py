@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from .checkpoints import pack
 from .data import ImageData, ImageDataset
 from .data.loading import keep_batch
-from .errors import LocalError, SolverError, TrainingError
+from .errors import CheckpointError, LocalError, SolverError, TrainingError
 from .flows.transforms import dequantize, random_flip
 from .guards import StepGuard
 from .objectives import bits_per_dim, objective, output_log_prob
@@ -137,17 +138,21 @@ class FlowModule(L.LightningModule):
         self.row |= {"train/grad_norm": norm, "train/skipped": skipped, "lr": optimizer.param_groups[0]["lr"]}
 
     def _why_too_many(self, norm: float) -> str:
-        """The message of the process where the gradient was spoilt."""
+        """The message of the process where the gradient was spoilt; its batch goes into a file of the run."""
+        assert self.folder is not None  # this is a step of training
         step = self.batches + 1
         problem = self._problem or f"the gradient's norm is {norm}"
         start = StepBatches(self.plan, seed=self.recipe.training.seed, rank=self.global_rank, start=self.batches)
-        batches = islice(start, self.plan.accumulate)
-        message = self.guard.message(step, problem, [image for batch in batches for image in batch])
-        if self.plan.world == 1:
-            return message
-        found: list[Any] = [None] * self.plan.world
-        torch.distributed.all_gather_object(found, (self._problem is None, message))
-        return min(found)[1]
+        images = [image for batch in islice(start, self.plan.accumulate) for image in batch]
+        message = self.guard.message(step, problem, images, self.folder.skipped)
+        if self.plan.world > 1:
+            found: list[Any] = [None] * self.plan.world
+            torch.distributed.all_gather_object(found, (self._problem is None, message, images))
+            _, message, images = min(found)
+        if self.global_rank == 0:
+            with suppress(CheckpointError):  # where the disk is full too, the message still has its first images
+                self.folder.name_skipped(step, images)
+        return message
 
     def finish_step(self, batch_idx: int) -> None:
         """Count the step that ends."""

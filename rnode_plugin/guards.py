@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Sequence
 
@@ -38,10 +39,14 @@ class StepGuard:
         self.in_row += 1
         return self.in_row >= self._limit
 
-    def message(self, step: int, problem: str, images: Sequence[int]) -> str:
-        """Why training stops at ``step``, whose batch was ``images``, and what can be done."""
+    def message(self, step: int, problem: str, images: Sequence[int], listed_in: str | os.PathLike[str]) -> str:
+        """Why training stops at ``step``, whose batch was ``images``, and what can be done.
+
+        Args:
+            listed_in: file that names all of the images where they are too many for a sentence.
+        """
         named = ", ".join(map(str, images[:_LISTED]))
-        more = f" and {len(images) - _LISTED} more" if len(images) > _LISTED else ""
+        more = f" and {len(images) - _LISTED} more (all in {listed_in})" if len(images) > _LISTED else ""
         first = step - self.in_row + 1
         which = f"steps {first} to {step} were" if first < step else f"step {step} was"
         sentences = (

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class RunFolder:
         """How the run ended and what its best weights measure; absent while it runs and after an interruption."""
         return self.path / "result.json"
 
+    @property
+    def skipped(self) -> Path:
+        """The training images of the step that ended the run for want of a usable gradient; absent otherwise."""
+        return self.path / "skipped.json"
+
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
         """The next free version under ``runs/RECIPE``.
@@ -86,17 +91,26 @@ class RunFolder:
         return RunFolder(checkpoint.parent.parent) if inside else None
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
-        """Write ``recipe.json`` and ``environment.json``; the result of an earlier part of the run goes.
+        """Write ``recipe.json`` and ``environment.json``; how an earlier part of the run ended goes.
 
         Raises:
             CheckpointError: they cannot be written.
         """
         try:
-            self.result.unlink(missing_ok=True)
+            for file in (self.result, self.skipped):
+                file.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None
         _write_json(self.path / "recipe.json", recipe.to_plain())
         _write_json(self.path / "environment.json", environment(device))
+
+    def name_skipped(self, step: int, images: Sequence[int]) -> None:
+        """Write ``skipped.json``: the images of the batch that could not be used at ``step``.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        _write_json(self.skipped, {"step": step, "images": list(images)})
 
     def conclude(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json``.

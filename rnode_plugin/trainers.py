@@ -71,6 +71,7 @@ _KNOWN_WARNINGS = (
     ".*checkpoint that ended before the epoch ended and your dataloader is not resumable.*",
     ".*GPU available but not used.*",
     ".*treespec, LeafSpec.*is deprecated.*",
+    ".*recommended to use .self.log.*sync_dist=True.*",  # of means that are of all processes already
 )
 
 

@@ -20,7 +20,7 @@ from . import plugins
 from .callbacks import Interrupted, RunControl, SampleGrids
 from .checkpoints import load_flow, read_checkpoint
 from .data import ImageData, get_dataset, one_download
-from .errors import ConfigError, DataError, RnodeError
+from .errors import ConfigError, DataError, LocalError, RnodeError
 from .evaluation import Evaluation, evaluate
 from .failures import explained
 from .flow_module import FlowModule
@@ -189,7 +189,9 @@ def fit(
             stopped = str(signal)
         except RnodeError as error:
             left = _what_is_left(module, trainer, new=inside is None)
-            raise type(error)(f"training stopped: {error} {left}") from error
+            # what cannot work was said before the start: now it is one process that failed
+            kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
+            raise kind(f"training stopped: {error} {left}") from error
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
         assert module.folder is not None  # the first process has told it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_checkpoint(folder.last)["progress"]["batches"] == 5
     assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
     batch = list(StepBatches(Plan.of(recipe, 80), seed=42))[6]
-    assert f"the training images {', '.join(map(str, batch[:16]))} and 4 more" in message
+    assert f"the training images {', '.join(map(str, batch[:16]))} and 4 more (all in {folder.skipped})" in message
+    assert json.loads(folder.skipped.read_text()) == {"step": 7, "images": batch}
 
 
 def test_a_run_goes_on_after_the_cause_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +91,7 @@ def test_a_run_goes_on_after_the_cause_is_gone(tmp_path: Path, monkeypatch: pyte
             run(recipe, tmp_path)
     result = run(recipe, tmp_path, resume=tmp_path / "digits" / "0")
     assert (result.stopped, result.steps) == ("finished", 8)
+    assert not result.folder.skipped.exists()
     assert [row["step"] for row in rows(result.folder.path) if "train/loss" in row] == list("12345678")
 
 
@@ -128,16 +131,17 @@ def test_the_message_names_what_rose() -> None:
     for nfe, jacfrob in ((32, 0.4), (100, 3.0), (410, 19.0), (500, math.nan)):
         guard.remember(nfe, jacfrob)
     assert [guard.skip() for _ in range(3)] == [False, False, True]
-    message = guard.message(12, "the loss is nan", [5, 6])
+    message = guard.message(12, "the loss is nan", [5, 6], "all.json")
     assert message.startswith("the loss is nan at training step 12; steps 10 to 12 were skipped")
     assert "images 5, 6." in message
+    assert "all.json" not in message
     assert "NFE rose from 32 to 500 and the Jacobian norm (jacfrob / dim) rose from 0.4 to 19." in message
 
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
     guard = StepGuard(1)
     guard.skip()
-    assert "solves" not in guard.message(1, "the loss is nan", [0])
+    assert "solves" not in guard.message(1, "the loss is nan", [0], "all.json")
     guard.remember(10, math.nan)
     guard.remember(8, math.nan)
     assert guard.trend() == "Over the last 2 solves NFE fell from 10 to 8."

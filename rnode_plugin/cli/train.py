@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import DataError, LocalError, RnodeError
+from ..errors import ConfigError, RnodeError, TrainingError
 from .options import Duration, data_root, download, settings
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def train(
             tensorboard=tensorboard,
         )
     except RnodeError as error:
-        if _first_process() or isinstance(error, (DataError, LocalError)):
+        if _reports() or type(error) not in (ConfigError, TrainingError):  # it may be the only one that failed
             raise
         # the first process says the same. Lightning kills it at sight of another exit code, maybe before it could
         ctx.exit(0)
@@ -115,9 +115,9 @@ def train(
         ctx.exit(128 + signal.Signals[result.stopped])
 
 
-def _first_process() -> bool:
-    """Whether this is the process of a run, or of a machine of the run, that was started first."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+def _reports() -> bool:
+    """Whether this process says what stopped all of them: the first of its machine, or of what srun shows."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _recipe(name: str, vanilla: bool) -> Recipe:
