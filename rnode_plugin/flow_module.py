@@ -69,7 +69,7 @@ class FlowModule(L.LightningModule):
         log_prob = output_log_prob(output)
         goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims)
         if not torch.isfinite(goal.loss):
-            return self._unusable(f"the loss is {float(goal.loss)}", output.nfe)
+            return self._unusable(f"the loss is {goal.loss.item()}", output.nfe)
         bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
         self.log("train/bpd", bits, prog_bar=True, logger=False)
         self.log("train/nfe", float(output.nfe), prog_bar=True, logger=False)

@@ -2,78 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from child_runs import STEPS, Child, assert_intact, assert_same, at, one_run, repr_exact
 from PIL import Image
-from tiny_runs import rows, tiny_recipe, train
+from tiny_runs import rows, tiny_recipe
 
 from rnode_plugin.checkpoints import read_checkpoint
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.resuming import newest_intact
 from rnode_plugin.training import fit
-
-# children of a server that has imported all: a start costs no seconds, and no thread of this process is copied
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["rnode_plugin.training"])
-
-STEPS = ["training.max_steps=24", "training.check_every_steps=8"]
-
-
-class Child:
-    """A process that trains, and what it printed."""
-
-    def __init__(self, runs: Path, settings: list[str], before: str = "", **options: Any) -> None:
-        self._output = runs.parent / "output.txt"
-        self._process: BaseProcess = CONTEXT.Process(
-            target=train, args=(runs, self._output, settings, options, before)
-        )
-        self._process.start()
-        self.pid = self._process.pid
-
-    def kill_after(self, seconds: float, signum: int) -> None:
-        self._process.join(seconds)
-        if self._process.is_alive() and self.pid is not None:
-            os.kill(self.pid, signum)
-
-    def end(self) -> tuple[int | None, str]:
-        self._process.join(120)
-        assert not self._process.is_alive(), "it hangs"
-        return self._process.exitcode, self._output.read_text()
-
-    def error(self) -> str:
-        code, output = self.end()
-        assert code == 1, output
-        return output.strip().splitlines()[-1]  # of the traceback; the command line prints this line alone
-
-
-def assert_same(one: Path, other: Path) -> None:
-    """Weights, optimizer, schedule and metrics, to the bit."""
-    a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (one, other))
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step"):
-        assert repr_exact(a[key]) == repr_exact(b[key]), key
-    assert rows(one) == rows(other)
-
-
-def repr_exact(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: repr_exact(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [repr_exact(each) for each in value]
-    return value.numpy().tobytes() if hasattr(value, "numpy") else value
-
-
-def one_run(runs: Path) -> Path:
-    (run,) = (runs / "digits").iterdir()
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +54,6 @@ def test_killed_at_random_moments_and_resumed(whole: Path, tmp_path: Path, seed:
                         file.unlink() if file.is_file() else file.rmdir()
                     run.rmdir()
     assert_same(whole, one_run(runs))
-
-
-def at(step: int, what: str) -> str:
-    return f"def at(step):\n    if step == {step}:\n        {what}\n"
 
 
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGTERM"])
@@ -184,12 +124,6 @@ def test_a_time_limit_and_then_the_rest(whole: Path, tmp_path: Path) -> None:
 
 
 # what the machine takes away -----------------------------------------------------------------------------------
-
-
-def assert_intact(runs: Path, steps: int) -> None:
-    run = one_run(runs)
-    assert newest_intact(run)[1]["progress"]["batches"] == steps
-    assert not [file.name for file in run.rglob("*") if file.name.endswith(".tmp")]
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
