@@ -50,8 +50,16 @@ def test_read_only(disk: Path) -> None:
     checkpoint = one_run(disk) / "checkpoints" / "last.ckpt"
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     for arguments, code, words in (
-        (["train", "--resume", str(one_run(disk)), "--accelerator", "cpu"], 1, f"cannot write into {one_run(disk)}"),
-        (["train", "digits", *settings, "--accelerator", "cpu", "--runs", str(disk)], 2, "Choose another with --runs"),
+        (
+            ["train", "--resume", str(one_run(disk)), "--accelerator", "cpu"],
+            1,
+            f"cannot write into {one_run(disk)}",
+        ),
+        (
+            ["train", "digits", *settings, "--accelerator", "cpu", "--runs", str(disk)],
+            2,
+            "Choose another with --runs",
+        ),
         (["export", str(checkpoint), str(disk / "model.safetensors")], 1, "cannot write"),
     ):
         done = CliRunner().invoke(main, arguments)

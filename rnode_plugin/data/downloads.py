@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..errors import DataError
 from .published import DEFAULT_ROOT
@@ -25,7 +26,11 @@ def one_download(root: str | None) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".download.lock")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"another process downloads to {folder}: waiting for it", file=sys.stderr)
+            lock.acquire()
     except OSError as error:
         raise DataError(
             f"nothing can be downloaded to {folder}: {error.strerror}. --data-root names another folder."
