@@ -54,10 +54,10 @@ def _known(error: RuntimeError) -> TrainingError | None:
         return TrainingError(
             f"port {port}, where the processes of this run meet, is in use: set MASTER_PORT to a free one."
         )
-    if "connectfullmesh" in text:  # gloo gives out the address that this machine's name stands for
+    if "connectfullmesh" in text:
         return LocalError(
-            f"the processes of this run cannot reach one another ({_first_line(error).split('] ')[-1]}): set "
-            "GLOO_SOCKET_IFNAME, on GPUs NCCL_SOCKET_IFNAME, to the network interface between the machines."
+            f"the processes of this run cannot reach one another ({_first_line(error).split('] ')[-1]}): is "
+            "there a firewall, or has GLOO_SOCKET_IFNAME to name the network interface between the machines?"
         )
     if "dataloader worker" in text:
         return LocalError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,9 +62,34 @@ def make_trainer(*, devices: str | int, num_nodes: int, **options: Any) -> L.Tra
         if isinstance(launcher, _SubprocessScriptLauncher):  # it would look at them only when training starts
             sizes = {"num_devices": launcher.num_processes, "num_nodes": launcher.num_nodes}
             launcher.cluster_environment.validate_settings(**sizes)
+        _check_address(trainer)
         return trainer
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"this device or precision cannot be used: {' '.join(str(error).split())}") from None
+
+
+def _check_address(trainer: L.Trainer) -> None:
+    """Refuse what gloo would wait half an hour for: it has itself called at the address of this machine's name.
+
+    Raises:
+        ConfigError: no other machine can reach it there.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.num_nodes == 1 or environment is None or trainer.strategy.root_device.type != "cpu":
+        return
+    name = socket.gethostname()
+    if _is_loopback(name) and not _is_loopback(environment.main_address) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        raise ConfigError(
+            f"the name of this machine, {name}, stands for an address that others cannot reach: set "
+            "GLOO_SOCKET_IFNAME to the network interface that leads to them (`ip address` lists the interfaces)."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except OSError:  # a name that nobody knows: whoever needs it will say so
+        return False
 
 
 # Lightning's notes about choices that are made here on purpose

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from rnode_plugin import MultiscaleFlow, NeuralODE, get_recipe, load_flow
 from rnode_plugin.checkpoints import export_flow, pack, read_checkpoint, save_flow
 from rnode_plugin.cli import main
 from rnode_plugin.data import ImageData, get_dataset, loader
-from rnode_plugin.errors import RnodeError
+from rnode_plugin.errors import ConfigError, RnodeError
 from rnode_plugin.evaluation import evaluate
 from rnode_plugin.sampling import sample_images
 from rnode_plugin.solve import Solver, solve
+from rnode_plugin.trainers import make_trainer
 from rnode_plugin.training import fit
 
 RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
@@ -246,3 +248,18 @@ def test_cuda_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(RnodeError, match=r"device or precision cannot be used: .*(CUDA|GPU|gpu|cuda)"):
         fit(RECIPE, runs=tmp_path / "runs", accelerator="gpu", devices=1)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_machine_that_others_cannot_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian installs it, a machine's name stands for 127.0.1.1, and gloo would wait for calls there."""
+    addresses = {"10.0.0.7": "10.0.0.7", "127.0.0.1": "127.0.0.1"}
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: addresses.get(name, "127.0.1.1"))
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
+    options = {"callbacks": [], "accelerator": "cpu", "devices": 1, "num_nodes": 2}
+    with pytest.raises(ConfigError, match=r"address that others cannot reach: set GLOO_SOCKET_IFNAME"):
+        make_trainer(**options)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    make_trainer(**options)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # all on one machine
+    make_trainer(**options)

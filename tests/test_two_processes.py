@@ -1,4 +1,4 @@
-"""Two processes over gloo: the gradients of one, the numbers of one, one writer, and one message."""
+"""Two processes over gloo: the numbers of one, one writer, and one message."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from tiny_runs import SETTINGS, rows
 from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.checkpoints import read_checkpoint
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.objectives import objective, output_log_prob
 
 pytestmark = pytest.mark.ddp
 
@@ -47,43 +45,6 @@ def train(
 def weights(run: Path) -> torch.Tensor:
     state = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
     return torch.cat([tensor.flatten() for tensor in state.values()])
-
-
-def _gradients(rank: int, address: str, result: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    store = f"file://{address}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    recipe = get_recipe("cifar10").override(["data.shape=3,8,8", "model.hidden=8"])
-    torch.manual_seed(0)
-    flow = recipe.build_flow().double()
-    for parameter in flow.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    noise = flow.draw_noise(4)
-    parallel = torch.nn.parallel.DistributedDataParallel(flow)
-    found = []
-    for model, mine in ((parallel, slice(2 * rank, 2 * rank + 2)), (flow, slice(None))):
-        flow.zero_grad()
-        output = model(x[mine], noise=[eps[mine] for eps in noise if eps is not None], solver=recipe.solver)
-        log_prob = output_log_prob(output)
-        objective(log_prob, output.regularization, lambdas=recipe.regularizers, dims=recipe.dims).loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None]))
-    if rank == 0:
-        torch.save(found, result)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_the_gradient_of_half_the_batch_each_is_that_of_the_whole(tmp_path: Path) -> None:
-    import torch.multiprocessing as mp
-
-    result = str(tmp_path / "gradients.pt")
-    mp.spawn(_gradients, (str(tmp_path / "rendezvous"), result), nprocs=2)
-    both, single = torch.load(result)
-    assert single.norm() > 1e-3
-    torch.testing.assert_close(both, single, rtol=1e-10, atol=1e-12)
 
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
