@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import zipfile
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from .flows.multiscale import MultiscaleFlow
     from .recipes import Recipe
+    from .solve.config import Solver
 
 __all__ = [
     "BEST",
@@ -32,6 +34,7 @@ __all__ = [
     "read_checkpoint",
     "recipe_of",
     "save_flow",
+    "training_solver",
     "write_atomically",
 ]
 
@@ -111,6 +114,14 @@ def load_with_recipe(
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not fit the model of its recipe: {error}") from None
     return flow.to(map_location).eval(), recipe
+
+
+def training_solver(path: Path) -> Solver:
+    """The solver that the weights of a checkpoint file were trained with; a step that was found, as it was then."""
+    contents = read_checkpoint(path)
+    solver = recipe_of(contents, path).solver
+    found = contents.get("progress", {}).get("step_size")
+    return solver if found is None else dataclasses.replace(solver, step=found)
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import sys
 import time
 from contextlib import suppress
 from itertools import islice
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .auto_step import AutoStep
 from .checkpoints import pack
 from .data import ImageData, ImageDataset
 from .data.loading import keep_batch
@@ -24,8 +27,12 @@ from .randomness import Stream, seed_everything, seeded
 from .recipes import Recipe
 from .runs import RunFolder
 from .schedule import Plan, StepBatches, learning_rate_factor
+from .solve import Solver
+from .types import FlowOutput
 
 __all__ = ["FlowModule"]
+
+_MAX_GAP = 0.02  # bits/dim between the training solver and the accurate one, beyond which a line warns
 
 
 class FlowModule(L.LightningModule):
@@ -44,10 +51,14 @@ class FlowModule(L.LightningModule):
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
         self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
+        self.auto: AutoStep | None = None
+        if recipe.solver.step == "auto":
+            self.auto = AutoStep(recipe.solver, data.val, seed=recipe.training.seed)
         self.batches = 0
         self.row: dict[str, Any] = {}
         self.guard = StepGuard(recipe.training.max_skipped)
         self._problem: str | None = None
+        self._warned = False
         self.train_seconds = self.seconds_before = self._taken = 0.0
         self._start = self._step_start = time.monotonic()
 
@@ -56,14 +67,15 @@ class FlowModule(L.LightningModule):
         recipe = self.recipe
         step, part = divmod(batch_idx, self.plan.accumulate)
         if part == 0:
-            self.row, self._problem = {}, None
+            self.row = {} if self.auto is None else {"train/step_size": self.auto.step}
+            self._problem = None
         # a device that takes the batches of several in turn draws the noise of each
         seed_everything(recipe.training.seed, Stream.TRAIN, part * self.plan.world + self.global_rank, step)
         x = dequantize(batch, recipe.data.levels)
         if recipe.data.flip:
             x = random_flip(x)
         try:
-            output = self.flow(x, solver=recipe.solver, penalties=bool(self.lambdas))
+            output = self.flow(x, solver=self.solver, penalties=bool(self.lambdas))
         except SolverError as error:
             return self._unusable(f"the solver failed ({error})", error.nfe)
         log_prob = output_log_prob(output)
@@ -96,19 +108,34 @@ class FlowModule(L.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Dirty bits/dim with the test solver; the noise is the same at each validation."""
+        try:
+            # rounded to 8 or 11 bits a field is too rough for an adaptive method, which would never end
+            with torch.autocast(self.device.type, enabled=False):
+                bits, output = self._bits(batch, batch_idx)
+        except SolverError as error:
+            where = f"in the validation at training step {self.batches}"
+            raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
+        sums = {"images": len(bits), "bpd": bits.sum(), "nfe": output.nfe * len(bits)}
+        sums |= {name: integral.sum() / self.recipe.dims for name, integral in output.regularization.items()}
+        if batch_idx == 0 and not self.solver.adaptive:
+            sums |= {"gap_images": len(bits), "gap": (self._training_bits(batch, batch_idx) - bits).sum()}
+        for name, value in sums.items():
+            self._val_sums[name] = self._val_sums.get(name, 0.0) + float(value)
+
+    def _training_bits(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Bits/dim by the training solver, its products at all stages and its precision, with the same noise."""
+        solver = dataclasses.replace(self.solver, trace_quadrature="full")
+        try:
+            return self._bits(batch, batch_idx, solver=solver, penalties=False)[0]
+        except SolverError:
+            return torch.full((len(batch),), math.inf, device=batch.device)
+
+    def _bits(self, batch: Tensor, batch_idx: int, **options: Any) -> tuple[Tensor, FlowOutput]:
+        """Bits/dim of validation images ``(B,)``, and where the flow has taken them."""
         recipe = self.recipe
         with seeded(recipe.training.seed, Stream.VALIDATE, self.global_rank, batch_idx):
-            x = dequantize(batch, recipe.data.levels)
-            try:
-                output = self.flow(x)  # its own solver is the recipe's test solver
-            except SolverError as error:
-                where = f"in the validation at training step {self.batches}"
-                raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
-        bits = bits_per_dim(output_log_prob(output), dims=recipe.dims, levels=recipe.data.levels)
-        sums = {"bpd": bits.sum(), "nfe": float(output.nfe) * len(x)}
-        sums |= {name: integral.sum() / recipe.dims for name, integral in output.regularization.items()}
-        for name, value in {"images": float(len(x)), **sums}.items():
-            self._val_sums[name] = self._val_sums.get(name, 0.0) + float(value)
+            output = self.flow(dequantize(batch, recipe.data.levels), **options)  # by default the test solver
+        return bits_per_dim(output_log_prob(output), dims=recipe.dims, levels=recipe.data.levels), output
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums: dict[str, float] = {}
@@ -117,13 +144,43 @@ class FlowModule(L.LightningModule):
         # means over all images of all processes; self.log(sync_dist=True) rounds the mean number of images down
         sums = torch.tensor(list(self._val_sums.values()), dtype=torch.float64, device=self.device)
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        for name, value in zip(self._val_sums, (sums / sums[0]).tolist(), strict=True):
-            if name != "images":
-                self.log(f"val/{name}", value, prog_bar=name == "bpd", logger=False)
+        totals = dict(zip(self._val_sums, sums.tolist(), strict=True))
+        images, of_gap = totals.pop("images"), totals.pop("gap_images", None)
+        means = {name: total / (of_gap if name == "gap" else images) for name, total in totals.items()}
+        for name, value in means.items():
+            self.log(f"val/{name}", value, prog_bar=name == "bpd", logger=False)
+        if abs(means.get("gap", 0.0)) > _MAX_GAP and not self._warned and self.global_rank == 0:
+            self._warned = True
+            print(self._about_gap(means["gap"]), file=sys.stderr, flush=True)
+
+    def _about_gap(self, gap: float) -> str:
+        finer = "lower solver.step (or --set solver.step=auto)"
+        if self.auto is not None:
+            finer = "lower training.tune_every"
+        return (
+            f"warning: at step {self.batches} the training solver is off by {gap:+.3f} bits/dim from the accurate "
+            f"one (val/gap), so the model learns its errors: {finer}, or raise the lambdas."
+        )
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         if batch_idx % self.plan.accumulate == 0:
             self._step_start = time.monotonic()
+            self._tune()
+
+    @property
+    def solver(self) -> Solver:
+        """The integrator of the training steps at the moment."""
+        return self.recipe.solver if self.auto is None else self.auto.solver
+
+    def _tune(self) -> None:
+        """Measure the step anew where that is due; all processes go on with what the first one found."""
+        auto = self.auto
+        if auto is None or not (auto.step is None or self.batches % self.recipe.training.tune_every == 0):
+            return
+        found = self.trainer.strategy.broadcast(auto.measure(self.flow, self.device))
+        line = auto.take(found, self.batches)
+        if line and self.global_rank == 0:
+            print(line, file=sys.stderr, flush=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # an infinite bound measures the norm and leaves the gradient alone
@@ -207,13 +264,16 @@ class FlowModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         times = {"seconds": self.seconds, "train_seconds": self.train_seconds}
         skipped = {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
-        checkpoint.update(pack(self.recipe), progress={"batches": self.batches, **times, **skipped})
+        step = {} if self.auto is None else {"step_size": self.auto.step}
+        checkpoint.update(pack(self.recipe), progress={"batches": self.batches, **times, **skipped, **step})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.batches, self.train_seconds = progress["batches"], progress["train_seconds"]
         self.seconds_before = progress["seconds"]
         self.guard.skipped, self.guard.in_row = progress.get("skipped", 0), progress.get("skipped_in_row", 0)
+        if self.auto is not None:
+            self.auto.step = progress.get("step_size")
         # Lightning counts batches; --accumulate, in exchange for devices, changes how many make a step
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for count in (counts["current"], counts["total"]):

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     TRAIN = 2
     VALIDATE = 3
     SAMPLE = 4
+    TUNE = 5
 
 
 def stream_seed(seed: int, stream: Stream, *index: int) -> int:

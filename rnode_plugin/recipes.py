@@ -126,6 +126,7 @@ class Training:
         max_steps: optimizer steps; None where ``max_epochs`` decides alone. The first limit that is met stops.
         seed: of the weights, the data order and all noise.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``.
+        tune_every: steps between two measurements of ``solver.step=auto``.
         check_every: epochs between two validations, each with a grid of samples.
         check_every_steps: steps between two validations instead; None for epochs.
         val_images: images of the validation set that a validation uses; None for all. ``rnode-cli eval`` uses all.
@@ -142,6 +143,7 @@ class Training:
     max_steps: int | None = None
     seed: int = 42
     precision: str = "32-true"
+    tune_every: int = 100
     check_every: int = 1
     check_every_steps: int | None = None
     val_images: int | None = None
@@ -154,7 +156,7 @@ class Training:
 
     def __post_init__(self) -> None:
         _at_least(1, self, "max_epochs", "max_steps", "check_every", "check_every_steps", "val_images")
-        _at_least(1, self, "log_every", "save_every", "accumulate", "max_skipped")
+        _at_least(1, self, "log_every", "save_every", "accumulate", "max_skipped", "tune_every")
         _at_least(0, self, "seed", "sample_images")
         if self.max_epochs is None and self.max_steps is None:
             raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
@@ -208,6 +210,15 @@ class Recipe:
         for name, strength in self.regularizers.items():
             if strength < 0:
                 raise ConfigError(f"regularizers.{name} must not be negative, got {strength}.")
+        if self.test_solver.step == "auto":
+            raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
+        rounding = next((eps for name, eps in _ROUNDING.items() if self.training.precision.startswith(name)), 0.0)
+        if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
+            raise ConfigError(
+                f"{self.solver.method} cannot train with training.precision={self.training.precision}: rounding of "
+                f"the field, about {rounding:.1g}, hides the errors that its tolerances allow, and its steps would "
+                "shrink without end. Use a fixed grid (solver.method=rk4_38), or 32-true."
+            )
 
     def override(self, assignments: Iterable[str]) -> Recipe:
         """A copy with ``group.key=value`` texts applied.
@@ -266,6 +277,9 @@ class Recipe:
             solver=self.test_solver,
             regularizers=self.measured,
         )
+
+
+_ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with
 
 
 def _at_least(least: int, group: Any, *names: str) -> None:

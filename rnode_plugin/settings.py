@@ -103,7 +103,8 @@ def _describe(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in get_args(kind))
     if origin is Literal:
-        return "one of " + ", ".join(str(option) for option in get_args(kind))
+        options = [str(option) for option in get_args(kind)]
+        return options[0] if len(options) == 1 else "one of " + ", ".join(options)
     if origin is tuple:
         items = get_args(kind)
         count = "" if items[-1] is Ellipsis else f"{len(items)} "

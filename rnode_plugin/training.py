@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from . import plugins
 from .callbacks import Interrupted, RunControl, SampleGrids
-from .checkpoints import load_flow, read_checkpoint
+from .checkpoints import load_flow, read_checkpoint, training_solver
 from .data import ImageData, get_dataset, one_download
 from .errors import ConfigError, DataError, LocalError, RnodeError
 from .evaluation import Evaluation, evaluate
@@ -45,6 +45,7 @@ class FitResult:
         planned: steps that the recipe asks for.
         stopped: why the call ended: ``"finished"``, ``"max_time"``, or the name of a signal.
         seconds: wall-clock time of the whole run so far, without the final evaluation.
+        step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
         evaluation: of the best weights on the validation images; None after a signal.
         samples: the last grid of samples; None where there is none.
@@ -55,6 +56,7 @@ class FitResult:
     planned: int
     stopped: str
     seconds: float
+    step_size: float | None = None
     first_process: bool = True
     evaluation: Evaluation | None = None
     samples: Path | None = None
@@ -201,6 +203,7 @@ def fit(
             planned=plan.total,
             stopped=stopped,
             seconds=module.seconds,
+            step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
         )
         if stopped in ("finished", "max_time") and trainer.is_global_zero:
@@ -251,6 +254,7 @@ def _conclude(
         data.val,
         batch_size=recipe.data.val_batch_size,
         seed=training.seed,
+        training_solver=training_solver(result.folder.best),
         progress=batch_counter("evaluating the best weights") if progress else None,
     )
     samples = None
@@ -260,7 +264,7 @@ def _conclude(
             flow, training.sample_images, temperatures=training.sample_temperatures, seed=training.seed
         )
         save_grid(samples, images, levels=recipe.data.levels, columns=training.sample_images)
-    ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds")}
+    ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
     result.folder.conclude({**ended, "evaluation": dataclasses.asdict(evaluation)})
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 

@@ -42,7 +42,7 @@ def eval(  # noqa: A001 - the command's name
     Dirty (uniform noise in each bin) and clean (bins' centres), with standard errors over images and over draws of
     the noise, the solver's NFE, the penalties, and the time.
     """
-    from ..checkpoints import find_checkpoint, load_with_recipe
+    from ..checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..evaluation import evaluate
     from ..progress import batch_counter
     from ..training import load_images, pick_device
@@ -60,6 +60,7 @@ def eval(  # noqa: A001 - the command's name
         batch_size=batch_size or recipe.data.val_batch_size,
         draws=draws,
         solver=recipe.test_solver,
+        training_solver=training_solver(path),
         seed=seed,
         progress=batch_counter("evaluating"),
     )

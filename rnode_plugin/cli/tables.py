@@ -30,9 +30,13 @@ def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("bits/dim dirty", f"{_bits(evaluation.dirty)}  uniform noise in each bin: bounds the discrete likelihood"),
         ("bits/dim clean", f"{_bits(evaluation.clean)}  density at the bins' centres: no bound"),
         ("NFE", f"{evaluation.nfe_mean:.1f}{spread} per batch, all blocks"),
+        *([] if (gap := evaluation.gap) is None else [("solver gap", _GAP.format(gap))]),
         *((f"{name} / dim", f"{value:.5f}") for name, value in evaluation.penalties.items()),
         ("evaluation", duration(evaluation.seconds)),
     ]
+
+
+_GAP = "{:+.4f}  bits/dim by the training solver, less those above; the first batch"
 
 
 def _bits(bits: BitsPerDim) -> str:

@@ -152,6 +152,11 @@ def _print(result: FitResult) -> None:
     rows = [
         ("steps", f"{result.steps} of {result.planned}{limit}"),
         ("training", duration(result.seconds)),
+        *(
+            []
+            if result.step_size is None
+            else [("solver.step", f"{result.step_size:g} at the end, by measurement")]
+        ),
         *evaluation_rows(result.evaluation),
         ("checkpoint", str(folder.best)),
         ("metrics", str(folder.metrics)),

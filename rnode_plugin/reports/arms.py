@@ -98,4 +98,6 @@ def solver_text(solver: Solver) -> str:
     """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
     if solver.adaptive:
         return f"{solver.method}, tolerance {solver.atol:g}"
-    return f"{solver.method}, " + ("one step" if solver.step is None else f"step {solver.step:g}")
+    if solver.step is None:
+        return f"{solver.method}, one step"
+    return f"{solver.method}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"

@@ -55,6 +55,7 @@ class _Figures:
     nfe_train: float
     jacfrob: float
     kinetic: float
+    gap: float
     train_seconds: float
     seconds_per_step: float
     steps: float
@@ -75,6 +76,7 @@ def _figures(run: Run) -> _Figures:
     else:
         names = {"dirty": "val/bpd", "nfe_test": "val/nfe", "jacfrob": "val/jacfrob", "kinetic": "val/kinetic"}
         measured |= {name: _last(checks.get(column)) for name, column in names.items()}
+    measured["gap"] = _gap(run)
     nfe = steps.get("train/nfe", np.array([]))
     times = steps.get("seconds_per_step", np.array([]))
     return _Figures(
@@ -84,6 +86,12 @@ def _figures(run: Run) -> _Figures:
         seconds_per_step=float(np.median(times)) if len(times) else nan,
         steps=run.done,
     )
+
+
+def _gap(run: Run) -> float:
+    """Of the best validation, whose weights the table is about."""
+    gaps, bits = run.checks.get("val/gap"), run.checks["val/bpd"]
+    return float(gaps[np.argmin(bits)]) if gaps is not None else math.nan
 
 
 def _last(values: np.ndarray | None) -> float:
@@ -135,17 +143,29 @@ def make_table(arms: Sequence[Arm]) -> Table:
         row("nfe_train", "NFE, training", "a step, all blocks, last tenth of the steps", known("nfe_train")),
         row("jacfrob", "Jacobian norm", "∫ ‖εᵀ∇f‖² dt / dim, test solver", known("jacfrob")),
         row("kinetic", "kinetic energy", "∫ ‖f‖² dt / dim, test solver", known("kinetic")),
+        row(
+            "gap",
+            "solver gap",
+            "bits/dim by the training solver, less the accurate ones",
+            known("gap", lambda v: f"{v:+.4f}".replace("-", "−")),
+        ),
         row("time", "training time", "without validation", known("train_seconds", duration)),
         row("pace", "time a step", "median", known("seconds_per_step", lambda s: f"{significant(s)} s")),
         row("steps", "steps", "", lambda a: f"{_mean(a, 'steps'):,.0f}"),
         row("parameters", "parameters", "", lambda a: f"{a.runs[0].parameters:,}"),
-        row("solver", "training solver", "", lambda a: solver_text(a.recipe.solver)),
+        row("solver", "training solver", "", _training_solver),
         row("test_solver", "test solver", "", lambda a: solver_text(a.recipe.test_solver)),
         row("lambdas", "λ", "kinetic, jacfrob", _lambdas),
         row("seeds", "seeds", "", lambda a: ", ".join(str(run.recipe.training.seed) for run in a.runs)),
         row("state", "state", "", lambda a: "; ".join(dict.fromkeys(run.state for run in a.runs))),
     ]
     return Table(tuple(columns), tuple(rows), tuple(_notes(arms, paper is not None)))
+
+
+def _training_solver(arm: Arm) -> str:
+    found = [_last(run.steps.get("train/step_size")) for run in arm.runs]
+    ends = dict.fromkeys(f"{step:g}" for step in found if not math.isnan(step))
+    return solver_text(arm.recipe.solver) + (f" ({', '.join(ends)} at the end)" if ends else "")
 
 
 def _lambdas(arm: Arm) -> str:

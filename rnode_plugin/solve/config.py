@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import ConfigError, suggest
 
@@ -24,7 +25,8 @@ class Solver:
         method: fixed grid: ``euler``, ``midpoint``, ``rk4`` (classical), ``rk4_38`` (3/8 rule, the paper's);
             adaptive: ``dopri5``, ``tsit5``.
         step: longest step of a fixed grid; each interval of ``t_span`` is divided evenly into steps no longer
-            than it. None: one step per interval. Adaptive methods do not use it.
+            than it. None: one step per interval. ``"auto"``, for training by a recipe alone: the coarsest that
+            agrees with an adaptive solve, measured now and then. Adaptive methods do not use it.
         atol: absolute tolerance of an adaptive method; fixed grids use no tolerance.
         rtol: relative tolerance, likewise.
         first_step: first trial step of an adaptive method; None estimates one with one more evaluation.
@@ -43,7 +45,7 @@ class Solver:
     """
 
     method: str = "rk4_38"
-    step: float | None = 0.25
+    step: float | Literal["auto"] | None = 0.25
     atol: float = 1e-5
     rtol: float = 1e-5
     first_step: float | None = None
@@ -64,9 +66,16 @@ class Solver:
         for name in ("step", "first_step", "max_nfe", "atol_adjoint", "rtol_adjoint", "atol", "rtol"):
             value = getattr(self, name)
             optional = name not in ("atol", "rtol")
+            if name == "step" and value == "auto":
+                continue
             if not ((value is None and optional) or _positive(value)):
                 wanted = "a number > 0 or None" if optional else "a number > 0"
                 raise ConfigError(f"solver.{name} must be {wanted}, not {value!r}.")
+        if self.step == "auto" and self.adaptive:
+            raise ConfigError(
+                f"solver.step='auto' needs a fixed grid, but {self.method} chooses its own steps: use one of "
+                f"{', '.join(FIXED_METHODS)}."
+            )
         if self.trace_quadrature == "sampled" and self.adaptive:
             raise ConfigError(
                 f"trace_quadrature='sampled' needs a fixed grid: {self.method} controls the error of the "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torchdyn.numerics.utils import adapt_step, hairer_norm, init_step
 
+from ..errors import ConfigError
 from ..types import BoundDynamics, Rates, Solution, SolveStats
 from .config import Solver
 from .guards import HealthCheck, check_health, fail_max_nfe, fail_nonfinite, fail_underflow, health
@@ -50,7 +51,16 @@ class Plan:
 
     @classmethod
     def of(cls, solver: Solver) -> Plan:
-        """The plan of a :class:`Solver`."""
+        """The plan of a :class:`Solver`.
+
+        Raises:
+            ConfigError: its step is still to be found.
+        """
+        if solver.step == "auto":
+            raise ConfigError(
+                "solver.step='auto' is a step that is found while a recipe trains: everywhere else give a number; "
+                "rnode-cli tune-step finds one for a trained flow."
+            )
         method = get_method(solver.method)
         shared: dict[str, Any] = {
             "method": method,
