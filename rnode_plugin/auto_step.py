@@ -76,7 +76,7 @@ class AutoStep:
             return None
         line = f"solver.step {old:g} -> {new:g} at step {at}"
         # a finer one: why the old one would not do; a coarser one: that it does
-        row = next(row for row in found.rows if row.step == max(old, new))
+        row = next((row for row in found.rows if row.step == max(old, new)), found.rows[-1])
         line += f": {_figures(row.gap, row.round_trip)} at {row.step:g}"
         if found.step is None:
             line += f", and no step down to {new:g} agrees with an adaptive solve: raise the lambdas"

@@ -278,3 +278,4 @@ class FlowModule(L.LightningModule):
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for count in (counts["current"], counts["total"]):
             count.update(dict.fromkeys(count, self.batches * self.plan.accumulate))
+        counts["is_last_batch"] = False  # the run may be planned to be longer than it was

@@ -12,7 +12,10 @@ from PIL import Image
 
 from rnode_plugin.recipes import Recipe
 
-HEADER = "epoch,seconds_per_step,step,train/bpd,train/nfe,train_seconds,val/bpd,val/jacfrob,val/kinetic,val/nfe"
+HEADER = (
+    "epoch,seconds_per_step,step,train/bpd,train/nfe,train_seconds,val/bpd,val/jacfrob,val/kinetic,val/nfe,"
+    "val/gap,train/step_size"
+)
 
 
 def write_run(
@@ -32,10 +35,13 @@ def write_run(
     (path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
     (path / "environment.json").write_text(json.dumps({"torch": "2.9", "threads": 2, "plugins": {"a": "b 1"}}))
     rows = [HEADER]
+    found = "0.25" if recipe.solver.step == "auto" else ""
     for step in range(1, steps + 1):
-        rows.append(f"{step / 10},0.5,{step},{bits + 10 / step},{40 + step},{step / 2},,,,")
+        rows.append(f"{step / 10},0.5,{step},{bits + 10 / step},{40 + step},{step / 2},,,,,,{found}")
         if step in checks:
-            rows.append(f",,{step},,,,{bits + 8 / step},{jacfrob * step / steps},{step / 100},{nfe + step}")
+            rows.append(
+                f",,{step},,,,{bits + 8 / step},{jacfrob * step / steps},{step / 100},{nfe + step},{-step / 1e4},"
+            )
     (path / "metrics.csv").write_text("\n".join(rows) + "\n")
     if finished:
         evaluation = {

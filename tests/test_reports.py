@@ -85,6 +85,13 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
     assert any("last validation" in note for note in table.notes)
 
 
+def test_the_training_solver_and_what_it_is_off_by(tmp_path: Path) -> None:
+    write_run(tmp_path / "0", digits().override(["solver.step=auto"]), checks=(10, 20))
+    table = table_of(tmp_path / "0")
+    assert cell(table, "solver gap", "rnode") == "−0.0020"  # of the lowest validation bits/dim
+    assert cell(table, "training solver", "rnode") == "rk4_38, step auto (0.25 at the end)"
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     path = tmp_path / "0"
     path.mkdir()

@@ -100,7 +100,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",
              "train/nfe", "train/skipped"}  # fmt: skip
     assert set(found[0]) == train
-    assert set(found[4]) == {"step", "val/bpd", "val/jacfrob", "val/kinetic", "val/nfe"}
+    assert set(found[4]) == {"step", "val/bpd", "val/gap", "val/jacfrob", "val/kinetic", "val/nfe"}
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
     assert float(found[3]["epoch"]) == 1.0
     assert float(found[0]["train/nfe"]) == 24  # six blocks of four stages

@@ -1,0 +1,273 @@
+"""``solver.step=auto``, and what a fixed grid is off by: measured while training, the same after a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_tuning import LEVELS, Bounded, Scaling, flow_of
+from tiny_runs import rows, tiny_recipe
+
+from rnode_plugin import MultiscaleFlow, Solver, auto_step, get_recipe, load_flow
+from rnode_plugin.auto_step import AutoStep
+from rnode_plugin.checkpoints import read_checkpoint
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.evaluation import evaluate
+from rnode_plugin.flow_module import FlowModule
+from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.randomness import Stream, seeded
+from rnode_plugin.recipes import Recipe
+from rnode_plugin.training import FitResult, fit, load_images
+
+CPU = torch.device("cpu")
+IMAGES = np.random.default_rng(0).integers(0, LEVELS, (20, 1, 4, 4), dtype=np.uint8)
+AUTO = ["solver.step=auto", "training.tune_every=2"]
+
+
+def run(recipe: Recipe, runs: Path, **options: Any) -> FitResult:
+    return fit(recipe, runs=runs, accelerator="cpu", devices=1, progress=False, **options)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tolerance so tight that a few steps of training change what it asks for."""
+    tune_step = functools.partial(auto_step.tune_step, max_gap=1e-5, smallest=1 / 8)
+    monkeypatch.setattr(auto_step, "tune_step", tune_step)
+
+
+@pytest.fixture(autouse=True)
+def in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = dequantize
+
+    def like_the_flow(images: torch.Tensor, levels: int, **options: Any) -> torch.Tensor:
+        x = original(images, levels, **options)
+        return x.double() if levels == LEVELS and images.shape[-1] == 4 else x
+
+    monkeypatch.setattr(auto_step, "dequantize", like_the_flow)
+
+
+def test_the_step_follows_the_field() -> None:
+    field = Scaling(0.3)
+    flow, auto = flow_of(field), AutoStep(Solver(), IMAGES, seed=0)
+    said = []
+    for at, rate in enumerate((0.3, 0.8, 0.8, 1.2, 0.5)):
+        torch.nn.init.constant_(field.rate, rate)
+        found = auto.measure(flow, CPU)
+        assert found is not None
+        said.append(auto.take(found, at))
+        assert auto.solver == Solver(step=found.step)
+    assert said[0] is None
+    assert said[2] is None
+    first, finer, coarser = (line for line in said if line)
+    assert first.startswith("solver.step 1 -> 0.25 at step 1: gap ")
+    assert "bits/dim, round trip" in first
+    assert first.endswith("levels at 1.")
+    assert finer.startswith("solver.step 0.25 -> 0.125 at step 3: gap ")
+    assert finer.endswith("levels at 0.25.")
+    assert coarser.startswith("solver.step 0.125 -> 0.5 at step 4: gap ")
+    assert coarser.endswith("levels at 0.5.")
+    gap = float(coarser.split("gap ")[1].split()[0])
+    assert gap <= 0.005
+
+
+def test_where_no_step_agrees_the_smallest_is_taken_and_said_once(strict: None) -> None:
+    flow, auto = flow_of(Scaling(1.0)), AutoStep(Solver(method="euler"), IMAGES, seed=0)
+    first, second = (auto.take(auto.measure(flow, CPU), at) for at in (10, 20))
+    assert first is not None
+    assert first.startswith("solver.step 1 -> 0.125 at step 10: gap ")
+    assert "no step down to 0.125 agrees with an adaptive solve: raise the lambdas." in first
+    assert (auto.step, second) == (1 / 8, None)
+
+
+def test_where_the_adaptive_solve_fails_the_step_stays_and_it_is_said_once() -> None:
+    auto = AutoStep(Solver(), IMAGES, seed=0)
+    auto.step = 0.25
+    broken = flow_of(Bounded(8.0))
+    said = [auto.take(auto.measure(broken, CPU), at) for at in (10, 20)]
+    assert said == [
+        "solver.step stays 0.25 at step 10: the adaptive solve that it is held against fails.", None,
+    ]  # fmt: skip
+    assert auto.step == 0.25
+
+
+def test_a_measurement_is_a_function_of_the_weights() -> None:
+    flow = MultiscaleFlow((1, 4, 4), levels=LEVELS, field=lambda shape: Scaling(0.8)).double()
+    auto = AutoStep(Solver(), IMAGES, seed=0)
+    before = torch.get_rng_state()
+    one = auto.measure(flow, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert one == auto.measure(flow, CPU)
+    assert one != AutoStep(Solver(), IMAGES, seed=1).measure(flow, CPU)
+
+
+# in a run ------------------------------------------------------------------------------------------------------
+
+
+def steps_of(result: FitResult) -> list[float]:
+    return [float(row["train/step_size"]) for row in rows(result.folder.path) if "train/step_size" in row]
+
+
+def test_a_run_that_is_stopped_and_resumed(
+    strict: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(*AUTO, "optimizer.lr=4e-2", "optimizer.warmup=0")
+    whole = run(recipe, tmp_path / "whole")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("solver.step")]
+    steps = steps_of(whole)
+    assert len(steps) == 8
+    assert all(a == b for a, b in zip(steps[::2], steps[1::2], strict=True)), "it changes where it is measured"
+    assert len(said) == sum(a != b for a, b in zip(steps[:-1], steps[1:], strict=True)) > 0
+    nfe = [float(row["train/nfe"]) for row in rows(whole.folder.path) if "train/nfe" in row]
+    assert nfe == [6 * 4 / step for step in steps]
+    assert whole.step_size == steps[-1] != 1
+    original = FlowModule.training_step
+    changed = next(i for i, (a, b) in enumerate(zip(steps, steps[1:], strict=False)) if a != b) + 1
+    for stop in (changed, changed + 1):  # right before the change is measured, and right after
+
+        def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int, stop: int = stop) -> torch.Tensor:
+            if batch_idx + 1 == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FlowModule, "training_step", training_step)
+            part = run(recipe, tmp_path / str(stop))
+        assert (part.stopped, part.steps) == ("SIGTERM", stop)
+        rest = run(recipe, tmp_path, resume=part.folder.path)
+        assert rows(rest.folder.path) == rows(whole.folder.path)
+        a, b = (read_checkpoint(each.folder.last) for each in (rest, whole))
+        assert a["progress"]["step_size"] == b["progress"]["step_size"] == whole.step_size
+        for name, tensor in a["state_dict"].items():
+            assert torch.equal(tensor, b["state_dict"][name]), name
+
+
+def test_a_run_turns_to_auto_and_back(strict: None, tmp_path: Path) -> None:
+    fixed = tiny_recipe("training.max_steps=3", "training.save_every=1", "solver.step=0.5")
+    first = run(fixed, tmp_path)
+    auto = fixed.override([*AUTO, "training.max_steps=4", "training.tune_every=100"])
+    second = run(auto, tmp_path, resume=first.folder.path)
+    assert second.step_size is not None, "measured where it begins, however far the next round number"
+    third = run(auto.override(["solver.step=1", "training.max_steps=5"]), tmp_path, resume=first.folder.path)
+    assert third.step_size is None
+    nfe = [float(row["train/nfe"]) for row in rows(third.folder.path) if "train/nfe" in row]
+    assert nfe == [48, 48, 48, 24 / second.step_size, 24]
+
+
+def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> None:
+    recipe = tiny_recipe(*AUTO)
+    data = load_images(recipe)
+    module: Any = FlowModule(recipe, data, plan=None, folder=None)  # pyright: ignore[reportArgumentType]
+    mine = auto_step.AutoStep(recipe.solver, data.val, seed=42).measure(module.flow, CPU)
+    assert mine is not None
+    assert mine.step == 1
+    theirs = dataclasses.replace(mine, rows=(dataclasses.replace(mine.rows[-1], step=0.125),))
+
+    class Strategy:
+        def broadcast(self, found: object) -> object:
+            assert found == mine
+            return theirs
+
+    module._fabric = None
+    module._trainer = type("Trainer", (), {"strategy": Strategy(), "global_rank": 1})()
+    module._tune()
+    assert module.solver.step == 0.125
+
+
+# the gap -------------------------------------------------------------------------------------------------------
+
+
+def gaps(result: FitResult) -> list[float]:
+    return [float(row["val/gap"]) for row in rows(result.folder.path) if "val/gap" in row]
+
+
+def test_the_gap_of_each_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [
+        "optimizer.lr=2e-2", "optimizer.warmup=0", "training.max_steps=1", "solver.method=euler",
+        "solver.trace_quadrature=sampled", "test_solver.step=0.25",
+    ]  # fmt: skip
+    recipe = tiny_recipe(*settings)
+    result = run(recipe, tmp_path)
+    (gap,) = gaps(result)
+    flow = load_flow(result.folder.last)
+    with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
+        x = dequantize(torch.as_tensor(load_images(recipe).val[:10]), 17)
+        noise = flow.draw_noise(10)
+        solvers = recipe.test_solver, Solver("euler", None)
+        fine, coarse = (flow.bits_per_dim(x, noise=noise, solver=solver) for solver in solvers)
+    assert gap == pytest.approx(float((coarse - fine).mean()), rel=1e-4)
+    assert abs(gap) > 0.02
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        f"warning: at step 1 the training solver is off by {gap:+.3f} bits/dim from the accurate one (val/gap), so "
+        "the model learns its errors: lower solver.step (or --set solver.step=auto), or raise the lambdas."
+    ]
+    assert result.evaluation is not None
+    images = load_images(recipe).val
+    of_grid = evaluate(flow, images, batch_size=10, seed=42, solver=recipe.solver).dirty.mean
+    accurate = evaluate(flow, images, batch_size=10, seed=42).dirty.mean
+    both = evaluate(flow, images, batch_size=len(images), seed=42, training_solver=recipe.solver)
+    assert both.gap is not None
+    assert math.copysign(1, both.gap) == math.copysign(1, of_grid - accurate)
+    assert result.evaluation.gap == pytest.approx(gap, rel=0.5)
+
+
+def test_a_training_solver_that_fails_on_held_out_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe("training.max_steps=4")
+    original = MultiscaleFlow.forward
+
+    def forward(self: MultiscaleFlow, x: torch.Tensor, **options: Any) -> Any:
+        if not self.training and options.get("solver") is not None:
+            options["solver"] = dataclasses.replace(options["solver"], max_nfe=2)
+        return original(self, x, **options)
+
+    monkeypatch.setattr(MultiscaleFlow, "forward", forward)
+    module_gap = FlowModule._training_bits
+    found = []
+    monkeypatch.setattr(FlowModule, "_training_bits", lambda *args: found.append(module_gap(*args)) or found[-1])
+    with pytest.raises(Exception, match="budget"):  # the evaluation at the end has the same solver
+        run(recipe, tmp_path)
+    assert torch.isinf(found[0]).all()
+
+
+def test_no_gap_for_an_adaptive_training_solver(tmp_path: Path) -> None:
+    recipe = tiny_recipe("training.max_steps=4")
+    solver = Solver(method="dopri5", atol=1e-3, rtol=1e-3)
+    result = run(dataclasses.replace(recipe, solver=solver), tmp_path)
+    assert gaps(result) == []
+    assert result.evaluation is not None
+    assert result.evaluation.gap is None
+
+
+# settings ------------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_a_value_of_the_step_and_of_nothing_else() -> None:
+    recipe = get_recipe("digits").override(["solver.step=auto"])
+    assert recipe.solver.step == "auto"
+    assert Recipe.from_plain(recipe.to_plain()) == recipe
+    for assignments, words in (
+        (["test_solver.method=rk4", "test_solver.step=auto"], "test_solver.step cannot be auto"),
+        (["solver.step=auto", "solver.method=dopri5", "solver.trace_quadrature=full"], "dopri5 chooses its own"),
+        (["solver.step=automatic"], "solver.step: expected a finite number or auto or none, got 'automatic'"),
+        (["solver.atol=auto"], "solver.atol: expected a finite number"),
+        (["training.tune_every=0"], "training.tune_every must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            get_recipe("digits").override(assignments)
+    with pytest.raises(ConfigError, match="dopri5 chooses its own steps"):
+        get_recipe("digits").vanilla().override(["solver.step=auto"])
+
+
+def test_auto_outside_of_training_is_refused() -> None:
+    flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=Solver(step="auto"))
+    with pytest.raises(ConfigError, match=r"everywhere else give a number; rnode-cli tune-step finds one"):
+        flow(torch.rand(2, 1, 4, 4))
