@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["AutoStep"]
 
-_START = 1.0
+_START = 0.5  # the paper's; what trains on coarser steps soon learns to exploit them
+_CALM = 1 / 4  # share of the tolerances that a coarser step may use up, so that it does not come and go
 _IMAGES = 16
 
 
 class AutoStep:
     """The coarsest step, from 0.5 down, at which a flow agrees with a tight adaptive solve.
+
+    A coarser one than that of the moment has to agree four times as well.
 
     Each check measures on the same held-out images with the same noise (:func:`~rnode_plugin.tuning.tune_step`),
     so that its result is a function of the weights alone.
@@ -71,12 +74,17 @@ class AutoStep:
             self.step = old
             line = f"solver.step stays {old:g} at step {at}: the adaptive solve that it is held against fails."
             return None if again else line
-        new = self.step = found.rows[-1].step
+        best = found.rows[-1]
+        new = best.step
+        calm = best.gap <= _CALM * found.max_gap and best.round_trip <= _CALM * found.max_round_trip
+        if new > old and not calm:
+            new = max(old, new / 2)
+        self.step = new
         if new == old:
             return None
         line = f"solver.step {old:g} -> {new:g} at step {at}"
         # a finer one: why the old one would not do; a coarser one: that it does
-        row = next((row for row in found.rows if row.step == max(old, new)), found.rows[-1])
+        row = next((row for row in found.rows if row.step == max(old, new)), best)
         line += f": {_figures(row.gap, row.round_trip)} at {row.step:g}"
         if found.step is None:
             line += f", and no step down to {new:g} agrees with an adaptive solve: raise the lambdas"

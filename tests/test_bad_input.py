@@ -97,7 +97,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--set", "regularizers.jacfrb=0.1"], 2, r"'jacfrb'; did you mean 'jacfrob'"),
     (["train", "digits", "--set", "solver.method=rk5"], 2, r"unknown solver method 'rk5'; did you mean"),
     (["train", "digits", "--set", "solver.step=-0.5"], 2, r"solver\.step must be a number > 0 or None"),
-    (["train", "digits", "--vanilla", "--precision", "bf16-mixed"], 2, r"dopri5 cannot train with training\.precision"),
+    (["train", "digits", "--vanilla", "--precision", "bf16-mixed"], 2, r"dopri5 cannot train with training\.prec"),
     (["train", "digits", "--vanilla", "--set", "solver.step=auto"], 2, r"dopri5 chooses its own steps"),
     (["train", "digits", "--set", "solver.method=dopri5"], 2, r"trace_quadrature='sampled' needs a fixed grid"),
     (["train", "digits", "--set", "model.alpha=0.7"], 2, r"model\.alpha must be between 0 and 0\.5"),
