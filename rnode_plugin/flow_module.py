@@ -19,9 +19,11 @@ from .auto_step import AutoStep
 from .checkpoints import pack
 from .data import ImageData, ImageDataset
 from .data.loading import keep_batch
-from .errors import CheckpointError, LocalError, SolverError, TrainingError
+from .errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
 from .flows.transforms import dequantize, random_flip
+from .formatting import duration
 from .guards import StepGuard
+from .nets import compile_fields, compiling
 from .objectives import bits_per_dim, objective, output_log_prob
 from .randomness import Stream, seed_everything, seeded
 from .recipes import Recipe
@@ -50,6 +52,9 @@ class FlowModule(L.LightningModule):
         self.recipe, self.data, self.plan, self.folder = recipe, data, plan, folder
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
+        if recipe.training.compile and not compile_fields(self.flow):
+            raise ConfigError(f"the model {recipe.model.name} has no field that can be compiled: train without.")
+        self._compiling = recipe.training.compile
         self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
         self.auto: AutoStep | None = None
         if recipe.solver.step == "auto":
@@ -165,7 +170,29 @@ class FlowModule(L.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         if batch_idx % self.plan.accumulate == 0:
             self._step_start = time.monotonic()
+            if self._compiling:
+                self._compile(batch)
             self._tune()
+
+    def _compile(self, batch: Tensor) -> None:
+        """Go through a step that changes nothing, so that what has to be compiled is, and say how long it took."""
+        self._compiling = False
+        say = self.global_rank == 0 and compiling.works()
+        if say:
+            print("compiling: the first step takes longer", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        with seeded(self.recipe.training.seed, Stream.TUNE), self.trainer.precision_plugin.train_step_context():
+            x = dequantize(batch, self.recipe.data.levels)
+            try:
+                output = self.flow(x, solver=self.solver, penalties=bool(self.lambdas))
+            except SolverError:  # the step itself will say so
+                return
+            goal = objective(
+                output_log_prob(output), output.regularization, lambdas=self.lambdas, dims=self.recipe.dims
+            )
+            torch.autograd.grad(goal.loss, list(self.flow.parameters()), allow_unused=True)
+        if say and compiling.works():
+            print(f"compiled in {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
 
     @property
     def solver(self) -> Solver:

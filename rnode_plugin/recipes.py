@@ -126,6 +126,7 @@ class Training:
         max_steps: optimizer steps; None where ``max_epochs`` decides alone. The first limit that is met stops.
         seed: of the weights, the data order and all noise.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``.
+        compile: send the evaluations of the fused fields through torch.compile while training.
         tune_every: steps between two measurements of ``solver.step=auto``.
         check_every: epochs between two validations, each with a grid of samples.
         check_every_steps: steps between two validations instead; None for epochs.
@@ -143,6 +144,7 @@ class Training:
     max_steps: int | None = None
     seed: int = 42
     precision: str = "32-true"
+    compile: bool = False
     tune_every: int = 100
     check_every: int = 1
     check_every_steps: int | None = None

@@ -31,6 +31,7 @@ _SHORT = {
     "val_every": "training.check_every_steps",
     "accumulate": "training.accumulate",
     "precision": "training.precision",
+    "compile": "training.compile",
     "seed": "training.seed",
 }
 
@@ -52,6 +53,9 @@ _SHORT = {
 @click.option("--val-every", type=int, metavar="N", help="Validate every N steps instead of by epochs.")
 @click.option("--seed", type=int, help="Of the weights, the data order and all noise.")
 @click.option("--precision", help="As Lightning names it: 32-true, bf16-mixed, ...")
+@click.option(
+    "--compile/--no-compile", default=None, help="Train with torch.compile; the first step takes minutes."
+)
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")
 @click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")

@@ -15,12 +15,13 @@ without the detour of a double backward; the velocity alone takes three.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compiling import compiled
 from .plain import Kind, Stack, run_layers, run_stack, shifts
 
 __all__ = ["pull_noise", "run_fused", "run_velocity"]
@@ -61,7 +62,7 @@ class _Velocity(torch.autograd.Function):
     ) -> tuple[Tensor]:
         stack = Stack(*kind, bias, response, weights)
         with torch.autocast(z.device.type, enabled=False):
-            a, kept, _ = _ascend(stack, t, z, [w.to(stack.dtype) for w in weights], slopes=False)
+            a, kept = _run(_velocity, stack, t, z)
         ctx.kind = kind
         ctx.save_for_backward(t, z, bias, response, *weights, *kept)
         return (a.to(z.dtype),)
@@ -76,9 +77,8 @@ class _Velocity(torch.autograd.Function):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: autograd must see it
                 outputs = (run_stack(stack, t, z),)
                 return None, *_by_autograd(outputs, cotangents, (t, z, bias, response, *stack.weights))
-            weights = [w.to(stack.dtype) for w in stack.weights]
-            a = stack.products.layout(cotangents[0].to(stack.dtype))
-            return None, *_descend(stack, t, z, weights, a, rest[count:], ctx.needs_input_grad[1:])
+            kept, needs = tuple(rest[count:]), ctx.needs_input_grad[1:]
+            return None, *_run(_velocity_backward, stack, t, z, kept, cotangents[0], needs)
 
 
 class _FieldAndProduct(torch.autograd.Function):
@@ -88,15 +88,9 @@ class _FieldAndProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         stack = Stack(*kind, bias, response, weights)
         with torch.autocast(z.device.type, enabled=False):
-            low = [w.to(stack.dtype) for w in weights]
-            a, kept, slopes = _ascend(stack, t, z, low, slopes=True)
-            g = pulled.to(stack.dtype)
-            between: list[Tensor] = []  # the g_k below the one given, the last of them first
-            for weight in low[-2::-1]:
-                g = stack.products.transpose(slopes.pop().mul_(g), weight)
-                between.append(g)
+            a, g, kept, between = _run(_field_and_product, stack, t, z, pulled)
         ctx.kind = kind
-        ctx.save_for_backward(t, z, pulled, bias, response, *weights, *kept, *between[-2::-1])
+        ctx.save_for_backward(t, z, pulled, bias, response, *weights, *kept, *between)
         return a.to(z.dtype), g.to(z.dtype)
 
     @staticmethod
@@ -108,8 +102,40 @@ class _FieldAndProduct(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             if torch.is_grad_enabled():
                 return None, *_differentiable_backward(stack, t, z, pulled, cotangents)
-            kept, between = rest[count : 2 * count - 1], rest[2 * count - 1 :]
-            return None, *_backward(stack, t, z, kept, [*between, pulled], cotangents, ctx.needs_input_grad[1:])
+            kept, between = tuple(rest[count : 2 * count - 1]), tuple(rest[2 * count - 1 :])
+            needs = ctx.needs_input_grad[1:]
+            return None, *_run(_backward, stack, t, z, kept, (*between, pulled), cotangents, needs)
+
+
+def _run(function: Callable[..., Any], stack: Stack, *args: Any) -> Any:
+    """One of the four passes below, as it is or compiled."""
+    return (compiled(function) if stack.compiled else function)(stack, *args)
+
+
+def _velocity(stack: Stack, t: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The velocity, and what its backward pass needs of each activation."""
+    return _ascend(stack, t, z, [w.to(stack.dtype) for w in stack.weights], slopes=False)[:2]
+
+
+def _velocity_backward(
+    stack: Stack, t: Tensor, z: Tensor, kept: Sequence[Tensor], cotangent: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    weights = [w.to(stack.dtype) for w in stack.weights]
+    return _descend(stack, t, z, weights, stack.products.layout(cotangent.to(stack.dtype)), kept, needs)
+
+
+def _field_and_product(
+    stack: Stack, t: Tensor, z: Tensor, pulled: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Velocity, product, what is kept of each activation, and the ``g_k`` between the first and the given one."""
+    weights = [w.to(stack.dtype) for w in stack.weights]
+    a, kept, slopes = _ascend(stack, t, z, weights, slopes=True)
+    g = pulled.to(stack.dtype)
+    between: list[Tensor] = []
+    for weight in weights[-2::-1]:
+        g = stack.products.transpose(slopes.pop().mul_(g), weight)
+        between.append(g)
+    return a, g, kept, between[-2::-1]
 
 
 def _ascend(

@@ -14,7 +14,7 @@ from .layers import Products
 __all__ = ["Kind", "Stack", "make_stack", "run_layers", "run_stack", "shifts"]
 
 
-Kind = tuple[Products, Activation, torch.dtype]  # what a stack is apart from its tensors
+Kind = tuple[Products, Activation, torch.dtype, bool]  # what a stack is apart from its tensors
 
 
 class Stack(NamedTuple):
@@ -27,6 +27,7 @@ class Stack(NamedTuple):
         products: the kind of its layers.
         activation: the function between them.
         dtype: what the layers compute in; the state's dtype unless autocast says otherwise.
+        compiled: whether the passes with a backward by hand go through torch.compile.
         bias: of all layers, one behind the other.
         response: what a unit of time adds to the pre-activations of all layers, ``(1, sum of outputs, ...)``.
         weights: of the state, for each layer.
@@ -35,13 +36,14 @@ class Stack(NamedTuple):
     products: Products
     activation: Activation
     dtype: torch.dtype
+    compiled: bool
     bias: Tensor
     response: Tensor
     weights: tuple[Tensor, ...]
 
     @property
     def kind(self) -> Kind:
-        return self.products, self.activation, self.dtype
+        return self.products, self.activation, self.dtype, self.compiled
 
 
 def make_stack(
@@ -50,11 +52,14 @@ def make_stack(
     dtype: torch.dtype,
     parameters: Sequence[tuple[Tensor, Tensor]],
     z: Tensor,
+    *,
+    compiled: bool = False,
 ) -> Stack:
     """A :class:`Stack` for states like ``z`` from the weight and the bias of each layer."""
     times, weights = zip(*(products.split(weight) for weight, _ in parameters), strict=True)
     response = products.response(torch.cat(times), z)
-    return Stack(products, activation, dtype, torch.cat([b for _, b in parameters]), response, weights)
+    bias = torch.cat([b for _, b in parameters])
+    return Stack(products, activation, dtype, compiled, bias, response, weights)
 
 
 def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
