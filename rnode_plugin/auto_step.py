@@ -55,12 +55,16 @@ class AutoStep:
 
     def measure(self, flow: MultiscaleFlow, device: torch.device) -> StepTable | None:
         """What each step gives now; None where the adaptive solve itself fails."""
-        with seeded(self._seed, Stream.TUNE):
-            x = dequantize(image_batch(self._images, slice(0, _IMAGES)).to(device), flow.levels)
-            try:
+        mode = flow.training
+        flow.eval()
+        try:
+            with seeded(self._seed, Stream.TUNE):
+                x = dequantize(image_batch(self._images, slice(0, _IMAGES)).to(device), flow.levels)
                 return tune_step(flow, x, solver=self._solver, start=_START)
-            except SolverError:
-                return None
+        except SolverError:
+            return None
+        finally:
+            flow.train(mode)
 
     def take(self, found: StepTable | None, at: int) -> str | None:
         """Switch to the step that was found at training step ``at``.

@@ -109,6 +109,7 @@ def test_a_measurement_is_a_function_of_the_weights() -> None:
     before = torch.get_rng_state()
     one = auto.measure(flow, CPU)
     assert torch.equal(torch.get_rng_state(), before)
+    assert flow.training
     torch.rand(3)
     assert one == auto.measure(flow, CPU)
     assert one != AutoStep(Solver(), IMAGES, seed=1).measure(flow, CPU)
