@@ -14,7 +14,8 @@ import tempfile
 
 import torch
 
-from rnode_plugin import MultiscaleFlow, Solver, evaluate, get_recipe, load_flow
+from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
+from rnode_plugin.evaluation import evaluate
 from rnode_plugin.training import fit, load_images
 
 FINE = Solver(method="rk4_38", step=1 / 8)

@@ -114,7 +114,7 @@ class FlowModule(L.LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Dirty bits/dim with the test solver; the noise is the same at each validation."""
         try:
-            # rounded to 8 or 11 bits a field is too rough for an adaptive method, which would never end
+            # rounded to 8 or 11 bits a field is too rough for an adaptive method, which may never end
             with torch.autocast(self.device.type, enabled=False):
                 bits, output = self._bits(batch, batch_idx)
         except SolverError as error:

@@ -1,0 +1,50 @@
+"""bf16-mixed: the field in bfloat16, everything else and all validation in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import rows, tiny_recipe
+
+from rnode_plugin import Solver, get_recipe, load_flow
+from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.randomness import Stream, seeded
+from rnode_plugin.training import fit, load_images
+
+
+def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
+    recipe = get_recipe("digits").override(["model.hidden=32"])
+    torch.manual_seed(0)
+    flow = recipe.build_flow()
+    for field in flow.fields:  # as smooth as a trained one, and not zero
+        field.layers[-1].reset_parameters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    x = dequantize(torch.as_tensor(load_images(recipe).val[:32]), 17)
+    noise = flow.draw_noise(len(x))
+    bits = []
+    for bf16 in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            bits.append(flow.bits_per_dim(x, noise=noise, solver=Solver(step=0.5)))
+    one, other = bits
+    assert one.dtype == other.dtype == torch.float32
+    with torch.no_grad():
+        fresh = recipe.build_flow().bits_per_dim(x, noise=noise)
+    assert abs(float(one.mean() - fresh.mean())) > 0.05, "the flow does something"
+    assert 0 < abs(float(one.mean() - other.mean())) < 0.005
+
+
+def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
+    """An adaptive solve of a field in bfloat16 takes many more evaluations, if it ends."""
+    recipe = tiny_recipe(
+        "training.precision=bf16-mixed", "training.max_steps=4", "data.val_batch_size=31", "optimizer.lr=2e-2",
+        "test_solver.method=dopri5", "test_solver.max_nfe=300",
+    )  # fmt: skip
+    result = fit(recipe, runs=tmp_path, accelerator="cpu", devices=1, progress=False)
+    (check,) = [row for row in rows(result.folder.path) if "val/bpd" in row]
+    flow = load_flow(result.folder.last)
+    with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
+        x = dequantize(torch.as_tensor(load_images(recipe).val), 17)
+        bits = flow.bits_per_dim(x)
+    assert float(check["val/bpd"]) == pytest.approx(float(bits.mean()), abs=1e-5)
+    assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"
