@@ -3,7 +3,8 @@
     python benchmarks/time_to_quality.py digits --seconds 600
 
 All methods start from the same weights and see the same images with the same noise at the same step. Only training
-steps are on the clock; every validation uses the recipe's dopri5 at 1e-5. Writes a CSV and a plot.
+steps are on the clock; every validation uses the recipe's dopri5 at 1e-5. Writes a CSV and a plot. With --method,
+the other methods keep what an earlier call wrote for them: compare them only if both had the machine alike.
 """
 
 from __future__ import annotations
@@ -28,6 +29,17 @@ def seconds_to(run: Run, bits: float) -> float | None:
             part = (before.bits_per_dim - bits) / (before.bits_per_dim - after.bits_per_dim)
             return before.seconds + part * (after.seconds - before.seconds)
     return None
+
+
+def read_csv(path: Path) -> dict[str, Run]:
+    """What :func:`write_csv` wrote; nothing where it has not yet."""
+    runs: dict[str, Run] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                point = Point(int(row["step"]), float(row["seconds"]), float(row["bits_per_dim"]))
+                runs.setdefault(row["method"], Run([], "earlier call")).points.append(point)
+    return runs
 
 
 def write_csv(path: Path, runs: dict[str, Run]) -> None:
@@ -92,7 +104,9 @@ def main(
     # methods stop at different steps, so none of them may have a rate that ends in zero
     settings = get_recipe(recipe).override(["optimizer.schedule=constant", *assignments])
     data = load_images(settings)
-    runs: dict[str, Run] = {}
+    results = Path(out) / f"time_to_quality_{recipe}.csv"
+    earlier = read_csv(results) if methods else {}
+    runs: dict[str, Run] = {name: earlier[name] for name in METHODS if name in earlier}
     for name in methods or METHODS:
 
         def show(point: Point, loss: float, name: str = name) -> None:
@@ -103,10 +117,9 @@ def main(
         trainer = Trainer(settings, data, METHODS[name], steps=steps, device=where)
         limit = min(val_images, len(data.val))
         runs[name] = trainer.run(steps=steps, seconds=seconds, every=every, images=limit, show=show)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / f"time_to_quality_{recipe}.csv", runs)
-    draw(folder / f"time_to_quality_{recipe}.png", runs, f"{recipe}, batch {settings.data.batch_size}, {where}")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(results, runs)
+    draw(results.with_suffix(".png"), runs, f"{recipe}, batch {settings.data.batch_size}, {where}")
     click.echo("\n" + summary(runs))
 
 
