@@ -6,12 +6,14 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as L
+import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -63,6 +65,8 @@ def make_trainer(*, devices: str | int, num_nodes: int, **options: Any) -> L.Tra
             sizes = {"num_devices": launcher.num_processes, "num_nodes": launcher.num_nodes}
             launcher.cluster_environment.validate_settings(**sizes)
         _check_address(trainer)
+        if trainer.is_global_zero:
+            _note_slow_precision(trainer)
         return trainer
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"this device or precision cannot be used: {' '.join(str(error).split())}") from None
@@ -90,6 +94,14 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
     except OSError:  # a name that nobody knows: whoever needs it will say so
         return False
+
+
+def _note_slow_precision(trainer: L.Trainer) -> None:
+    """Lower precision is chosen for speed; where it costs time instead, say so."""
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and "bf16" in str(trainer.precision) and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        note = "this processor has no bf16 instructions, so bf16 is several times slower than 32-true here"
+        print(f"note: {note}.", file=sys.stderr, flush=True)
 
 
 # Lightning's notes about choices that are made here on purpose

@@ -11,6 +11,7 @@ from tiny_runs import rows, tiny_recipe
 from rnode_plugin import Solver, get_recipe, load_flow
 from rnode_plugin.flows.transforms import dequantize
 from rnode_plugin.randomness import Stream, seeded
+from rnode_plugin.trainers import make_trainer
 from rnode_plugin.training import fit, load_images
 
 
@@ -48,3 +49,18 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
         bits = flow.bits_per_dim(x)
     assert float(check["val/bpd"]) == pytest.approx(float(bits.mean()), abs=1e-5)
     assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"
+
+
+@pytest.mark.parametrize(("precision", "capability", "noted"), [
+    ("bf16-mixed", "AVX2", True), ("bf16-mixed", "AVX512", False), ("32-true", "AVX2", False),
+])  # fmt: skip
+def test_bf16_on_a_processor_without_it_is_noted(
+    precision: str,
+    capability: str,
+    noted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    make_trainer(accelerator="cpu", devices=1, num_nodes=1, precision=precision)
+    assert ("no bf16 instructions" in capsys.readouterr().err) == noted
