@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,11 +34,13 @@ class BitsPerDim:
         stderr_images: standard error from the choice of images: of each image's mean over draws;
             None for a single image.
         stderr_draws: standard error from the noise: of the means over all images; None with a single draw.
+        images: bits/dim of each image, its mean over draws. Two models are best compared image by image.
     """
 
     mean: float
     stderr_images: float | None
     stderr_draws: float | None
+    images: tuple[float, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -164,4 +166,4 @@ def _summary(bits: Tensor) -> BitsPerDim:
     draws, count = bits.shape
     of_images = float(bits.mean(0).std(unbiased=True) / count**0.5) if count > 1 else None
     of_draws = float(bits.mean(1).std(unbiased=True) / draws**0.5) if draws > 1 else None
-    return BitsPerDim(float(bits.mean()), of_images, of_draws)
+    return BitsPerDim(float(bits.mean()), of_images, of_draws, tuple(bits.mean(0).tolist()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["duration", "significant", "with_error"]
+__all__ = ["change_with_error", "duration", "significant", "with_error"]
 
 
 def duration(seconds: float) -> str:
@@ -23,3 +23,8 @@ def significant(value: float, digits: int = 3) -> str:
 def with_error(value: float, error: float | None) -> str:
     """``2.971 ± 0.012``; without the second part where no error is known."""
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def change_with_error(value: float, error: float) -> str:
+    """``−0.021 ± 0.003``, always with a sign."""
+    return f"{value:+.4f} ± {error:.4f}".replace("-", "−")

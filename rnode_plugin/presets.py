@@ -42,7 +42,7 @@ def mnist() -> Recipe:
         solver=_RK4,
         test_solver=_DOPRI5,
         training=Training(val_images=1000),
-        paper=Paper(0.97, 0.92, hours=24.4, gpus=1, vanilla_bits=0.97, vanilla_hours=68.5),
+        paper=Paper(0.97, 0.92, hours=24.4, gpus=1, parameters=800_000, vanilla_bits=0.97, vanilla_hours=68.5),
     )
 
 
@@ -55,7 +55,7 @@ def cifar10() -> Recipe:
         solver=_RK4,
         test_solver=_DOPRI5,
         training=Training(val_images=1000),
-        paper=Paper(3.38, 3.25, hours=31.8, gpus=1, vanilla_bits=3.36, vanilla_hours=91.3),
+        paper=Paper(3.38, 3.25, hours=31.8, gpus=1, parameters=1_360_000, vanilla_bits=3.36, vanilla_hours=91.3),
     )
 
 
@@ -68,7 +68,7 @@ def imagenet64() -> Recipe:
         solver=_DOPRI5_LEAN,
         test_solver=_DOPRI5,
         training=Training(max_epochs=4, val_images=1000),
-        paper=Paper(3.83, 3.72, hours=64.1, gpus=4),
+        paper=Paper(3.83, 3.72, hours=64.1, gpus=4, parameters=2_000_000),
     )
 
 
@@ -81,5 +81,5 @@ def celebahq256() -> Recipe:
         solver=_DOPRI5_LEAN,
         test_solver=_DOPRI5,
         training=Training(max_epochs=16, val_images=300, sample_images=4),
-        paper=Paper(1.04, 0.72, hours=6.6 * 24, gpus=4),
+        paper=Paper(1.04, 0.72, hours=6.6 * 24, gpus=4, parameters=4_610_000),
     )

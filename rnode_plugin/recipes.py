@@ -168,11 +168,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Paper:
-    """What the paper reports for this data set (Table 1); nothing here was measured by this package.
+    """What the paper reports for this data set (Tables 1 and 2); nothing here was measured by this package.
 
     Attributes:
         bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centres.
         hours, gpus: time of the RNODE run and the devices it took.
+        parameters: of the model, to the three digits that Table 2 gives.
         vanilla_bits, vanilla_hours: the same for FFJORD; None where the paper did not run it or it did not train.
     """
 
@@ -180,6 +181,7 @@ class Paper:
     bits_clean: float
     hours: float
     gpus: int
+    parameters: int
     vanilla_bits: float | None = None
     vanilla_hours: float | None = None
 
@@ -238,6 +240,11 @@ class Recipe:
         solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
         name = self.name if self.name.endswith("-vanilla") else f"{self.name}-vanilla"
         return dataclasses.replace(self, name=name, solver=solver, regularizers={})
+
+    @property
+    def trains_as_ffjord(self) -> bool:
+        """Whether the training solver is that of the FFJORD baseline."""
+        return self.solver == self.vanilla().solver
 
     def settings(self) -> list[tuple[str, Any]]:
         """Every setting as ``("group.key", value)``."""

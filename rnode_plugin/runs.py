@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -23,6 +24,7 @@ from . import plugins
 from ._version import __version__
 from .checkpoints import BEST, LAST, PREVIOUS, read_checkpoint, write_atomically
 from .errors import CheckpointError, ConfigError
+from .evaluation import Evaluation
 from .recipes import Recipe
 
 __all__ = ["AtomicCheckpointIO", "RunFolder", "RunLogger", "environment"]
@@ -64,6 +66,11 @@ class RunFolder:
         """The training images of the step that ended the run for want of a usable gradient; absent otherwise."""
         return self.path / "skipped.json"
 
+    @property
+    def images(self) -> Path:
+        """Bits/dim of each held-out image in that result, one row each: ``image``, ``dirty``, ``clean``."""
+        return self.path / "images.csv"
+
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
         """The next free version under ``runs/RECIPE``.
@@ -97,7 +104,7 @@ class RunFolder:
             CheckpointError: they cannot be written.
         """
         try:
-            for file in (self.result, self.skipped):
+            for file in (self.result, self.images, self.skipped):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None
@@ -112,13 +119,25 @@ class RunFolder:
         """
         _write_json(self.skipped, {"step": step, "images": list(images)})
 
-    def conclude(self, result: Mapping[str, Any]) -> None:
-        """Write ``result.json``.
+    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation) -> None:
+        """Write ``result.json`` and, before it, ``images.csv``.
+
+        Args:
+            ended: how the run ended.
+            evaluation: of its best weights.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: they cannot be written.
         """
-        _write_json(self.result, result)
+        measured = dataclasses.asdict(evaluation)
+        columns = [measured[kind].pop("images") for kind in ("dirty", "clean")]
+        rows = (
+            f"{number},{dirty:.8g},{clean:.8g}\n"
+            for number, (dirty, clean) in enumerate(zip(*columns, strict=True))
+        )
+        text = "image,dirty,clean\n" + "".join(rows)
+        write_atomically(self.images, lambda file: file.write(text.encode()))
+        _write_json(self.result, {**ended, "evaluation": measured})
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:

@@ -121,7 +121,8 @@ def fit(
 
     Writes ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``, ``metrics.csv``, ``checkpoints/``
     (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``), ``samples/`` and, at the end,
-    ``result.json``. On a CPU, the same recipe gives the same numbers.
+    ``result.json`` and ``images.csv`` (bits/dim of each held-out image). On a CPU, the same recipe gives the same
+    numbers.
 
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
@@ -265,7 +266,7 @@ def _conclude(
         )
         save_grid(samples, images, levels=recipe.data.levels, columns=training.sample_images)
     ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
-    result.folder.conclude({**ended, "evaluation": dataclasses.asdict(evaluation)})
+    result.folder.conclude(ended, evaluation)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 
 

@@ -29,8 +29,12 @@ def write_run(
     nfe: float = 90.0,
     finished: bool = True,
     stopped: str = "finished",
+    images: Sequence[float] = (),
 ) -> Path:
-    """A run of ``steps`` steps of half a second, ten to an epoch; its values are functions of the step's number."""
+    """A run of ``steps`` steps of half a second, ten to an epoch; its values are functions of the step's number.
+
+    ``images`` are bits/dim of the held-out images.
+    """
     path.mkdir(parents=True)
     (path / "recipe.json").write_text(json.dumps(recipe.to_plain()))
     (path / "environment.json").write_text(json.dumps({"torch": "2.9", "threads": 2, "plugins": {"a": "b 1"}}))
@@ -52,6 +56,9 @@ def write_run(
         }
         ended: dict[str, Any] = {"stopped": stopped, "steps": steps, "planned": steps, "evaluation": evaluation}
         (path / "result.json").write_text(json.dumps(ended))
+        if images:
+            lines = [f"{number},{each},{each - 0.1}" for number, each in enumerate(images)]
+            (path / "images.csv").write_text("\n".join(["image,dirty,clean", *lines]) + "\n")
     (path / "samples").mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90), dtype=np.uint8)
     Image.fromarray(pixels).save(path / "samples" / ("best.png" if finished else "step-0000030.png"))

@@ -52,6 +52,8 @@ def test_settings_of_the_paper(name, shape, levels, batch, gpus, epochs, alpha, 
     )
     assert recipe.paper is not None
     assert recipe.paper.gpus == gpus
+    count = sum(p.numel() for p in recipe.build_flow().parameters())
+    assert count == pytest.approx(recipe.paper.parameters, rel=3e-3)  # Table 2 has three digits
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,11 +20,12 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.formatting import significant, with_error
 from rnode_plugin.recipes import Recipe
 from rnode_plugin.reports import write_report
-from rnode_plugin.reports.arms import group_runs, solver_text
+from rnode_plugin.reports.arms import Arm, group_runs, solver_text
 from rnode_plugin.reports.curves import rolling
 from rnode_plugin.reports.drawing import draw
-from rnode_plugin.reports.reading import arm_of, find_runs, read_run
-from rnode_plugin.reports.table import Table, against_vanilla, make_table
+from rnode_plugin.reports.differences import base_of, paired_difference
+from rnode_plugin.reports.reading import arm_of, read_run, read_runs
+from rnode_plugin.reports.table import Table, against_base, make_table
 from rnode_plugin.solve import Solver
 
 
@@ -102,17 +103,57 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     assert "<svg" not in report.html.read_text()
 
 
+def paths_of(*given: Path) -> list[Path]:
+    return [run.path for run in read_runs(given)[0]]
+
+
 def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
-    assert find_runs([tmp_path / "r", runs[0]]) == [runs[1], runs[2], runs[0]]
-    assert find_runs([runs[1], tmp_path / "r"]) == runs[1:]  # each once
+    assert paths_of(tmp_path / "r", runs[0]) == [runs[1], runs[2], runs[0]]
+    assert paths_of(runs[1], tmp_path / "r") == runs[1:]  # each once
     with pytest.raises(ConfigError, match=r"no run at .*nothing: give a run folder"):
-        find_runs([tmp_path / "nothing"])
-    (runs[0] / "recipe.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"recipe\.json cannot be read"):
-        read_run(runs[0])
-    (runs[0] / "recipe.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="expected a table"):
-        read_run(runs[0])
+        read_runs([tmp_path / "nothing"])
+
+
+def test_a_run_is_no_second_seed_of_itself(runs: list[Path], tmp_path: Path) -> None:
+    again = write_run(tmp_path / "r" / "2", digits(seed=43), steps=30, finished=False)
+    found, left_out = read_runs([tmp_path / "r"])
+    assert [run.path for run in found] == runs[1:]  # the finished one
+    assert left_out == [f"{again} has the settings and the seed of {runs[2]}."]
+
+
+WRONG = {
+    "recipe.json": [("{", "cannot be read"), ("[1]", "expected a table"), ("\udcff", "cannot be read"),
+                    ('{"name": "x", "colour": 1}', "not of this version: unknown setting 'colour'")],
+    "result.json": [("{}", "not what a run"), ('{"stopped": "finished", "steps": 1, "planned": 1}', "not what a run"),
+                    ("null", "expected a table")],
+    "metrics.csv": [("step\n\udcff\n", "cannot be read")],
+    "environment.json": [("[]", "expected a table")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "text", "message"), [(f, *case) for f, cases in WRONG.items() for case in cases])
+def test_a_broken_run_is_refused_by_name_and_left_out_below_a_folder(
+    runs: list[Path], tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    (runs[1] / file).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_run(runs[1])
+    assert str(runs[1] / file) in str(caught.value)
+    result = CliRunner().invoke(main, ["report", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert f"left out: {runs[1] / file}" in result.output
+    assert "Left out:" in (tmp_path / "out" / "report.md").read_text()
+    assert "Left out:" in (tmp_path / "out" / "report.html").read_text()
+    assert CliRunner().invoke(main, ["report", str(runs[1]), "--out", str(tmp_path / "no")]).exit_code == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_file_of_metrics_without_our_columns_is_a_run_without_steps(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "0", digits(), finished=False)
+    for text in ("", "a,b\n1,2\n", "step,train/bpd\n1,2\nx,y\n"):
+        (path / "metrics.csv").write_text(text)
+        assert read_run(path).done == 0
+        write_report([path], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +172,7 @@ def test_names_of_arms(penalties: tuple[str, ...], name: str) -> None:
 def test_seeds_are_one_arm_and_other_settings_another(runs: list[Path], tmp_path: Path) -> None:
     arms = group_runs([read_run(path) for path in reversed(runs)])
     assert [(arm.label, len(arm.runs)) for arm in arms] == [("vanilla", 1), ("rnode", 2)]
-    dopri5 = Solver(method="dopri5")
+    dopri5 = Solver(method="dopri5", atol=1e-4)
     other = write_run(tmp_path / "o", dataclasses.replace(digits(penalties=()), solver=dopri5))
     arms = group_runs([read_run(path) for path in [*runs, other]])
     method = digits().solver.method
@@ -160,11 +201,94 @@ def test_the_table(runs: list[Path]) -> None:
     assert not any(column.paper for column in table.columns)
 
 
-def test_a_ratio_is_told_once_all_is_finished(runs: list[Path], tmp_path: Path) -> None:
-    (told,) = against_vanilla(group_runs([read_run(path) for path in runs]))
-    assert told.startswith("rnode against vanilla: bits/dim −0.0800, test NFE × 0.708, Jacobian norm × 0.375")
+def test_a_ratio_is_told_once_both_are_finished(runs: list[Path], tmp_path: Path) -> None:
+    (told,) = against_base(group_runs([read_run(path) for path in runs]))
+    assert told.startswith("rnode against vanilla: test NFE × 0.708, Jacobian norm × 0.375")
     running = write_run(tmp_path / "k", digits(penalties=("kinetic",)), finished=False)
-    assert against_vanilla(group_runs([read_run(path) for path in [*runs, running]])) == []
+    assert against_base(group_runs([read_run(path) for path in [*runs, running]])) == [told]
+
+
+def arms_of(*paths: Path) -> list[Arm]:
+    return group_runs([read_run(path) for path in paths])
+
+
+def test_arms_are_compared_image_by_image(tmp_path: Path) -> None:
+    # images differ far more from each other than the arms do
+    plain = [1.0, 2.0, 3.0, 4.0]
+    vanilla = write_run(tmp_path / "v", digits(penalties=()), images=plain)
+    better = write_run(tmp_path / "r", digits(), images=[0.9, 1.88, 2.9, 3.88])
+    unclear = write_run(tmp_path / "k", digits(penalties=("kinetic",)), images=[0.5, 2.5, 2.6, 4.6])
+    worse = write_run(tmp_path / "j", digits(penalties=("jacfrob",)), images=[x + 0.25 for x in plain])
+    arms = {arm.label: arm for arm in arms_of(vanilla, better, unclear, worse)}
+    difference = paired_difference(arms["rnode"], arms["vanilla"])
+    assert difference is not None
+    assert difference.mean == pytest.approx(-0.11)
+    # deviations ±0.01 from the mean: sqrt(4 * 0.01^2 / 3) / sqrt(4)
+    assert difference.error == pytest.approx(0.01 / 3**0.5)
+    assert (difference.count, difference.unit, difference.verdict) == (4, "images", "better")
+    verdicts = [
+        each.verdict
+        for name in ("kinetic", "jacfrob")
+        if (each := paired_difference(arms[name], arms["vanilla"])) is not None
+    ]
+    assert verdicts == ["no difference shown", "worse"]
+    table = make_table(list(arms.values()))
+    assert cell(table, "against vanilla", "rnode") == "−0.1100 ± 0.0058: better"
+    assert cell(table, "against vanilla", "vanilla") == ""
+    assert any("image by image" in note for note in table.notes)
+    assert any("several seeds" in note for note in table.notes)
+    told = against_base(list(arms.values()))
+    assert "rnode against vanilla: bits/dim −0.1100 ± 0.0058 over 4 images (better), test NFE × 1.00" in told[2]
+
+
+def test_the_verdict_is_that_of_students_t(tmp_path: Path) -> None:
+    # three differences of mean 1 and standard error 0.25 or so: 4.303 standard errors decide, not 1.96
+    for spread, verdict in ((0.35, "worse"), (0.45, "no difference shown")):
+        folder = tmp_path / verdict
+        vanilla = write_run(folder / "v", digits(penalties=()), images=[0.0, 0.0, 0.0])
+        other = write_run(folder / "r", digits(), images=[1 - spread, 1.0, 1 + spread])
+        base, arm = arms_of(vanilla, other)
+        difference = paired_difference(arm, base)
+        assert difference is not None
+        assert difference.error == pytest.approx(spread / 3**0.5)
+        assert difference.verdict == verdict
+
+
+def test_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    runs = []
+    for seed, (plain, other) in {42: (1.0, 0.9), 43: (3.0, 2.8), 44: (9.0, 8.7)}.items():
+        images = {"v": [plain, plain + 1], "r": [other, other + 1]}
+        runs.append(write_run(tmp_path / f"v{seed}", digits(penalties=(), seed=seed), images=images["v"]))
+        runs.append(write_run(tmp_path / f"r{seed}", digits(seed=seed), images=images["r"]))
+    extra = write_run(tmp_path / "r45", digits(seed=45), images=[0.0, 0.0])  # nobody to be paired with
+    base, arm = arms_of(*runs, extra)
+    difference = paired_difference(arm, base)
+    assert difference is not None
+    assert (difference.count, difference.unit) == (3, "seeds")
+    assert difference.mean == pytest.approx(-0.2)
+    assert difference.error == pytest.approx(0.1 / 3**0.5)
+    assert difference.verdict == "no difference shown"  # 3.46 standard errors, of three
+
+
+def test_what_cannot_be_paired_is_not(tmp_path: Path) -> None:
+    vanilla = write_run(tmp_path / "v", digits(penalties=()), images=[1.0, 2.0])
+    for number, recipe in enumerate((digits(seed=43), digits("training.val_images=2"), digits("data.val_batch_size=1"))):
+        base, arm = arms_of(vanilla, write_run(tmp_path / str(number), recipe, images=[1.0, 2.0]))
+        assert paired_difference(arm, base) is None
+    base, arm = arms_of(vanilla, write_run(tmp_path / "old", digits()))  # written before images.csv was
+    assert paired_difference(arm, base) is None
+    assert "against vanilla" not in [row.name for row in make_table([base, arm]).rows]
+
+
+def test_what_the_others_are_compared_with(tmp_path: Path) -> None:
+    plain = digits(penalties=())
+    ffjord = dataclasses.replace(plain, solver=plain.vanilla().solver)
+    paths = [write_run(tmp_path / str(n), each) for n, each in enumerate((ffjord, plain, digits()))]
+    arms = arms_of(*paths)
+    assert [arm.label for arm in arms] == ["vanilla", "ffjord", "rnode"]
+    assert base_of(arms).label == "vanilla"
+    assert base_of(arms[1:]).label == "ffjord"
+    assert base_of(arms[2:]).label == "rnode"
 
 
 def test_the_papers_figures_are_marked(tmp_path: Path) -> None:
@@ -174,8 +298,12 @@ def test_the_papers_figures_are_marked(tmp_path: Path) -> None:
     assert papers == ["RNODE, the paper", "FFJORD, the paper"]
     assert cell(report.table, "bits/dim, dirty", "RNODE, the paper") == "0.97"
     assert cell(report.table, "bits/dim, clean", "RNODE, the paper") == "0.92"
-    assert cell(report.table, "training time", "FFJORD, the paper") == "68.5 h"
+    assert cell(report.table, "training time", "FFJORD, the paper") == "68.5 h on 1 GPU"
     assert cell(report.table, "NFE, test", "RNODE, the paper") == ""
+    assert cell(report.table, "parameters", "RNODE, the paper") == "8.00e5"
+    assert cell(report.table, "parameters", "FFJORD, the paper") == ""
+    own = sum(p.numel() for p in recipe.build_flow().parameters())
+    assert cell(report.table, "parameters", "rnode") == f"{own:,}"
     assert any("nothing in them was measured here" in note for note in report.table.notes)
     assert '<td class="paper">0.97</td>' in report.html.read_text()
     assert "*0.97*" in report.markdown.read_text()

@@ -14,13 +14,11 @@ __all__ = ["compare"]
 @click.command()
 @click.argument("recipe")
 @click.option("--arms", default="vanilla,kinetic,jacfrob,rnode", show_default=True,
-              help="vanilla (no penalty), rnode (all of the recipe's), or single penalties.")  # fmt: skip
+              help="vanilla (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all of the recipe's), "
+                   "or single penalties.")  # fmt: skip
 @click.option(
     "--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each arm."
 )
-@click.option("--vanilla-solver", type=click.Choice(["recipe", "dopri5"]), default="recipe", show_default=True,
-              help="What the vanilla arm trains with: as all arms (the paper's figure 5), or dopri5 at 1e-5 as "
-                   "FFJORD (figure 2).")  # fmt: skip
 @click.option("--max-steps", type=click.IntRange(1), metavar="N", help="Steps of each arm. [default: the recipe's]")
 @click.option("--max-time", type=Duration(), help="Limit for each arm: 90 (seconds), 20m or 1h30m.")
 @click.option("--checks", type=click.IntRange(1), default=20, show_default=True, metavar="N",
@@ -29,6 +27,9 @@ __all__ = ["compare"]
 @data_root
 @download
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
+@click.option("--devices", default="auto", show_default=True,
+              help="Arms that train at the same time: how many, or on which GPUs: 4, or 0,2. auto is one for each "
+                   "GPU, or for each core of a CPU.")  # fmt: skip
 @click.option("--out", metavar="FOLDER", help="Runs and report. [default: comparison/RECIPE]")
 @click.pass_context
 def compare(
@@ -37,7 +38,6 @@ def compare(
     recipe: str,
     arms: str,
     seeds: int,
-    vanilla_solver: str,
     max_steps: int | None,
     max_time: float | None,
     checks: int,
@@ -45,6 +45,7 @@ def compare(
     data_root: str | None,
     download: bool,
     accelerator: str,
+    devices: str,
     out: str | None,
 ) -> None:
     """Train RECIPE with and without its penalties and report what they change.
@@ -52,10 +53,10 @@ def compare(
     All arms begin with the same weights and see the same images and noise. The same command goes on where it was
     stopped. Writes report.html, report.md, figures/ and runs/ into one folder.
 
-    On several devices, give each (CUDA_VISIBLE_DEVICES) a command with arms of its own and the same --out, and then
-    `rnode-cli report OUT/runs --out OUT`.
+    With arms that train at the same time on a CPU the steps take longer than alone, alike for all arms.
     """
     from ..comparison import compare
+    from ..errors import TrainingError
     from ..recipes import get_recipe
     from .tables import table
 
@@ -65,11 +66,11 @@ def compare(
         get_recipe(recipe).override([*given, *assignments]),
         arms=[arm.strip() for arm in arms.split(",")],
         seeds=seeds,
-        vanilla_solver=vanilla_solver,
         checks=checks,
         max_time=max_time,
         out=out or f"comparison/{recipe}",
         accelerator=accelerator,
+        devices=devices,
         download=download,
         announce=click.echo,
     )
@@ -77,6 +78,8 @@ def compare(
     heads = ["", *(column.label for column in report.table.columns)]
     click.echo("\n" + table([heads, *([row.name, *row.cells] for row in report.table.rows)]))
     click.echo(f"\n{report.html}\n{report.markdown}")
+    if result.failed:
+        raise TrainingError(" ".join(result.failed))
     if result.stopped is not None:
         click.echo(f"\n{result.stopped}: the same command goes on.")
         ctx.exit(128 + signal.Signals[result.stopped])

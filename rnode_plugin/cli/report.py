@@ -14,7 +14,8 @@ __all__ = ["report"]
 def report(*, runs: tuple[str, ...], out: str, title: str | None) -> None:
     """Table and figures of RUN..., finished or still running.
 
-    RUN is a run folder or a folder with run folders below it. Runs that differ by their seed alone are one arm.
+    RUN is a run folder or a folder with run folders below it; of those below, the ones that cannot be read are left
+    out. Runs that differ by their seed alone are one arm.
     Writes report.html (one file that opens offline), report.md and figures/ (PNG and SVG).
     """
     from ..reports import write_report
@@ -23,4 +24,6 @@ def report(*, runs: tuple[str, ...], out: str, title: str | None) -> None:
     written = write_report(runs, out, title=title)
     heads = ["", *(column.label for column in written.table.columns)]
     click.echo(table([heads, *([row.name, *row.cells] for row in written.table.rows)]))
+    for message in written.left_out:
+        click.echo(f"left out: {message}", err=True)
     click.echo(f"\n{written.html}\n{written.markdown}")

@@ -24,12 +24,12 @@ class Look(NamedTuple):
 
 _LOOKS = {
     "vanilla": Look("#d55e00", "--", "o"),
+    "ffjord": Look("#e69f00", (0, (6, 2)), "v"),
     "kinetic": Look("#009e73", "-.", "^"),
     "jacfrob": Look("#cc79a7", ":", "s"),
     "rnode": Look("#0072b2", "-", "D"),
 }
 _MORE = (
-    Look("#e69f00", (0, (6, 2)), "v"),
     Look("#56b4e9", (0, (4, 1, 1, 1)), "P"),
     Look("#808080", (0, (1, 1)), "X"),
     Look("#b8a800", (0, (8, 2, 2, 2)), "*"),
@@ -59,7 +59,7 @@ class Arm:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """The arms of some runs: the paper's four first, the others in the order in which they come."""
+    """The arms of some runs: the paper's first, the others in the order in which they come."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         seedless = dataclasses.replace(run.recipe, training=dataclasses.replace(run.recipe.training, seed=0))

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from ..settings import as_text
 from .arms import Arm
 from .figures import Panel, make_panels
-from .table import Table, against_vanilla, make_table
+from .table import Table, against_base, make_table
 
 __all__ = ["NUMBERED", "Content", "Grid", "environment_rows", "settings_rows"]
 
@@ -52,9 +52,10 @@ class Content:
     changes: tuple[str, ...]
     panels: tuple[Panel, ...]
     grids: tuple[Grid, ...]
+    left_out: tuple[str, ...]
 
     @staticmethod
-    def of(arms: Sequence[Arm], title: str | None = None) -> Content:
+    def of(arms: Sequence[Arm], title: str | None = None, *, left_out: Sequence[str] = ()) -> Content:
         """The content for some arms; ``title`` None for one that names the data sets."""
         data = ", ".join(dict.fromkeys(arm.recipe.data.name for arm in arms))
         return Content(
@@ -62,9 +63,10 @@ class Content:
             made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             arms=tuple(arms),
             table=make_table(arms),
-            changes=tuple(against_vanilla(arms)),
+            changes=tuple(against_base(arms)),
             panels=tuple(make_panels(arms)),
             grids=tuple(_grids(arms)),
+            left_out=tuple(left_out),
         )
 
 

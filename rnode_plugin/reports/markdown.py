@@ -24,6 +24,7 @@ def markdown(content: Content) -> str:
     if content.changes:
         parts.append("\n".join(f"- {change}" for change in content.changes))
     parts += table.notes
+    parts += [f"Left out: {message}" for message in content.left_out]
     for number, heading in NUMBERED.items():
         panels = [panel for panel in content.panels if panel.number == number]
         if panels:

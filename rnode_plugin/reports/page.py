@@ -38,8 +38,9 @@ def _section(heading: str, body: str) -> str:
 
 
 def _results(content: Content) -> str:
+    left_out = [f"Left out: {message}" for message in content.left_out]
     changes = "".join(f"<li>{escape(change)}</li>" for change in content.changes)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in content.table.notes)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (*content.table.notes, *left_out))
     return _table(content.table) + (f"<ul>{changes}</ul>" if changes else "") + f'<div class="notes">{notes}</div>'
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from ..recipes import Recipe
 
-__all__ = ["Run", "arm_of", "find_runs", "read_run"]
+__all__ = ["Run", "arm_of", "read_run", "read_runs"]
 
 Columns = Mapping[str, NDArray[np.float64]]
 
@@ -33,6 +33,7 @@ class Run:
         steps: one entry for each logged training step: ``step``, ``epoch``, ``train_seconds``, ``train/bpd``, ...
         checks: one entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...
         result: how it ended and what its best weights measure; None for a run that has not ended by itself.
+        images: bits/dim of each held-out image in that result, ``dirty`` and ``clean``; empty where unknown.
         grid: the newest grid of samples as PNG; None where there is none.
     """
 
@@ -42,6 +43,7 @@ class Run:
     steps: Columns
     checks: Columns
     result: Mapping[str, Any] | None
+    images: Columns
     grid: Path | None
 
     @property
@@ -64,47 +66,91 @@ class Run:
 
 
 def arm_of(recipe: Recipe) -> str:
-    """The name of what a recipe trains on: ``vanilla``, one penalty, ``rnode`` for the paper's two, or ``a+b``."""
+    """The name of what a recipe trains on.
+
+    Without penalties ``ffjord`` where the solver is that of the FFJORD baseline, else ``vanilla``; with them the
+    name of the only one, ``rnode`` for the paper's two, or ``a+b``.
+    """
     names = [name for name, strength in recipe.regularizers.items() if strength > 0]
     if set(names) == {"kinetic", "jacfrob"}:
         return "rnode"
-    return "+".join(names) or "vanilla"
+    return "+".join(names) or ("ffjord" if recipe.trains_as_ffjord else "vanilla")
 
 
-def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The run folders among ``paths``, and those below the ones that are none themselves.
+def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
+    """The runs at ``paths`` and below those that are no runs, and a message for each one that is left out.
 
     Raises:
-        ConfigError: there is no run at one of them.
+        ConfigError: there is no run at one of the paths, or it cannot be read.
     """
-    found: dict[Path, None] = {}
+    runs: dict[Path, Run] = {}
+    left_out: dict[str, None] = {}
     for path in map(Path, paths):
-        inside = [path] if (path / "recipe.json").is_file() else sorted(p.parent for p in path.rglob("recipe.json"))
+        if (path / "recipe.json").is_file():
+            runs[path] = read_run(path)
+            continue
+        inside = sorted(recipe.parent for recipe in path.rglob("recipe.json"))
+        for each in inside:
+            try:
+                runs[each] = read_run(each)
+            except ConfigError as error:
+                left_out[str(error)] = None
         if not inside:
             raise ConfigError(f"no run at {path}: give a run folder (it holds recipe.json), or a folder of them.")
-        found |= dict.fromkeys(inside)
-    return list(found)
+    if not runs:
+        raise ConfigError(" ".join(left_out))
+    alone: dict[str, Run] = {}
+    for run in runs.values():  # a repetition is no second seed, and would make the standard error too small
+        same = repr(run.recipe.to_plain())
+        other = alone.setdefault(same, run)
+        if other is not run:
+            alone[same] = max(other, run, key=lambda each: (each.result is not None, each.done))
+            left = other if alone[same] is run else run
+            left_out[f"{left.path} has the settings and the seed of {alone[same].path}."] = None
+    return list(alone.values()), list(left_out)
 
 
 def read_run(path: Path) -> Run:
     """Read a run folder; what a running run has not written yet is empty.
 
     Raises:
-        ConfigError: its recipe is unreadable.
+        ConfigError: one of its files is unreadable, or of another version.
     """
     plain = _read_json(path / "recipe.json")
     if plain is None:
         raise ConfigError(f"{path} is no run folder: there is no readable recipe.json in it.")
+    try:
+        recipe = Recipe.from_plain(plain)
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'recipe.json'} is not of this version: {error}") from None
     steps, checks = _read_metrics(path / "metrics.csv")
     return Run(
         path=path,
-        recipe=Recipe.from_plain(plain),
+        recipe=recipe,
         environment=_read_json(path / "environment.json") or {},
         steps=steps,
         checks=checks,
-        result=_read_json(path / "result.json"),
+        result=_checked_result(path / "result.json"),
+        images=_columns(_read_rows(path / "images.csv"), ("image", "dirty", "clean")),
         grid=_newest_grid(path / "samples"),
     )
+
+
+def _checked_result(path: Path) -> dict[str, Any] | None:
+    result = _read_json(path)
+    if result is None:
+        return None
+    try:
+        evaluation = result["evaluation"]
+        numbers = [evaluation["nfe_mean"], *evaluation["penalties"].values(), result["steps"], result["planned"]]
+        for name in ("dirty", "clean"):
+            numbers += [evaluation[name]["mean"], evaluation[name]["stderr_images"] or 0.0]
+        understood = isinstance(result["stopped"], str) and all(isinstance(each, (int, float)) for each in numbers)
+    except (KeyError, TypeError, AttributeError):
+        understood = False
+    if not understood:
+        raise ConfigError(f"{path} is not what a run of this version writes.")
+    return result
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -124,12 +170,22 @@ def _newest_grid(folder: Path) -> Path | None:
     return best if best.is_file() else max(folder.glob("step-*.png"), default=None)
 
 
-def _read_metrics(path: Path) -> tuple[Columns, Columns]:
-    rows: list[dict[str, float]] = []
-    if path.is_file():
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    try:
         text = path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # a running run may be in the middle of a row, and of a number
-        rows = [_numbers(row) for row in csv.DictReader(whole.splitlines())]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    whole = text[: text.rfind("\n") + 1]  # a running run may be in the middle of a row, and of a number
+    try:
+        return [_numbers(row) for row in csv.DictReader(whole.splitlines())]
+    except csv.Error as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _read_metrics(path: Path) -> tuple[Columns, Columns]:
+    rows = _read_rows(path)
     steps = _columns([row for row in rows if "train/bpd" in row], ("step", "epoch", "train_seconds"))
     checks = _columns([row for row in rows if "val/bpd" in row], ("step", "val/bpd"))
     # a validation is logged by its step alone; how long training had taken by then, its neighbours know

@@ -12,7 +12,7 @@ from .arms import group_runs
 from .content import Content
 from .markdown import markdown
 from .page import page
-from .reading import find_runs, read_run
+from .reading import read_runs
 from .table import Table
 
 __all__ = ["Report", "write_report"]
@@ -20,12 +20,13 @@ __all__ = ["Report", "write_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Where a report lies, and what its table holds."""
+    """Where a report lies, what its table holds, and which runs could not be read."""
 
     html: Path
     markdown: Path
     figures: tuple[Path, ...]
     table: Table
+    left_out: tuple[str, ...]
 
 
 def write_report(
@@ -34,18 +35,19 @@ def write_report(
     """Write the report of some runs, finished or running.
 
     Args:
-        runs: run folders, or folders with run folders below them.
+        runs: run folders, or folders with run folders below them; of those below, the ones that cannot be read are
+            left out and named in the report.
         out: folder for ``report.html`` (one file with everything in it, nothing is fetched), ``report.md`` and
             ``figures/`` (PNG and SVG).
-        title: None for one that names the recipes.
+        title: None for one that names the data sets.
 
     Raises:
         ConfigError: there is no run at one of the places, or it cannot be read.
         CheckpointError: the report cannot be written.
     """
-    arms = group_runs([read_run(path) for path in find_runs(runs)])
+    found, left_out = read_runs(runs)
     out = Path(out)
-    content = Content.of(arms, title)
+    content = Content.of(group_runs(found), title, left_out=left_out)
     for panel in content.panels:
         panel.drawing.save(out / "figures", panel.name)
     for grid in content.grids:
@@ -54,4 +56,6 @@ def write_report(
     write_atomically(html, lambda file: file.write(page(content).encode()))
     write_atomically(text, lambda file: file.write(markdown(content).encode()))
     names = [panel.name for panel in content.panels] + [grid.name for grid in content.grids]
-    return Report(html, text, tuple(out / "figures" / f"{name}.png" for name in names), content.table)
+    return Report(
+        html, text, tuple(out / "figures" / f"{name}.png" for name in names), content.table, tuple(left_out)
+    )
