@@ -13,13 +13,9 @@ P = MultivariateNormal(torch.tensor([-2.0, 0.0]), torch.tensor([[2.0, 0.9], [0.9
 Q = MultivariateNormal(torch.tensor([2.0, 1.0]), torch.tensor([[0.4, -0.3], [-0.3, 1.5]]))
 
 
-class Field(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
-
+class Field(nn.Sequential):
     def forward(self, t, z):
-        return self.net(torch.cat([z, t.expand(len(z), 1)], 1))
+        return super().forward(torch.cat([z, t.expand(len(z), 1)], 1))
 
 
 def root(matrix):
@@ -30,8 +26,7 @@ def root(matrix):
 def optimal(x):
     """The map that carries P to Q at the least mean of ||T(x) - x||^2, and that mean, the squared distance W2^2."""
     s = root(P.covariance_matrix)
-    middle = root(s @ Q.covariance_matrix @ s)
-    inverse = torch.linalg.inv(s)
+    middle, inverse = root(s @ Q.covariance_matrix @ s), torch.linalg.inv(s)
     bures = torch.trace(P.covariance_matrix + Q.covariance_matrix - 2 * middle)
     return Q.mean + (x - P.mean) @ (inverse @ middle @ inverse), (P.mean - Q.mean).square().sum() + bures
 
@@ -40,7 +35,8 @@ def train(strength, *, steps, seed):
     """Equation 22 of the paper: the likelihood asks that P arrive at Q, the penalty that it travel little."""
     torch.manual_seed(seed)
     options = {"trace_estimator": "exact", "solver": "rk4_38", "t_span": torch.linspace(0, 1, 5)}
-    model = RegularizedCNF(Field(), Q, regularizers={"kinetic": strength}, **options)
+    field = Field(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+    model = RegularizedCNF(field, Q, regularizers={"kinetic": strength}, **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
@@ -72,10 +68,9 @@ def main():
             arrived, _ = model.transform(x)
         error = (arrived - goal).square().sum(1).mean().sqrt()  # root mean square distance
         print(f"{strength:>6} {energy:>15.3f} {error:>17.3f} {divergence:>21.4f}")
-        few = slice(0, 80)
-        axes.plot(*torch.stack([x[few], arrived[few]]).permute(2, 0, 1), color="0.7", linewidth=0.7)
-        axes.scatter(*arrived[few].T, s=12, label="learnt map")
-        axes.scatter(*goal[few].T, s=12, marker="x", label="optimal map")
+        axes.plot(*torch.stack([x[:80], arrived[:80]]).permute(2, 0, 1), color="0.7", linewidth=0.7)
+        axes.scatter(*arrived[:80].T, s=12, label="learnt map")
+        axes.scatter(*goal[:80].T, s=12, marker="x", label="optimal map")
         axes.set(title=f"lambda = {strength}", xlabel="$x_1$", ylabel="$x_2$")
     panels[0].legend()
     figure.savefig(options.output, dpi=150, bbox_inches="tight")

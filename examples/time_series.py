@@ -11,7 +11,7 @@ from rnode_plugin.nets import linear_field
 
 TIMES = torch.linspace(0, 4, 21)
 SEEN, NOISE = 6, 0.05  # the first 6 angles are the input; standard deviation of the noise in radians
-ARMS = {"plain": None, "['kinetic']": ["kinetic"], "{'kinetic': 1}": {"kinetic": 1}}  # a name alone: lambda = 0.01
+ARMS = {"plain": {"kinetic": 0}, "['kinetic']": ["kinetic"], "{'kinetic': 1}": {"kinetic": 1}}
 
 
 def pendulums(count):
@@ -20,8 +20,8 @@ def pendulums(count):
     def motion(t, x):
         return torch.stack([x[:, 1], -0.1 * x[:, 1] - 4 * torch.sin(x[:, 0])], 1)
 
-    start = torch.empty(count, 2).uniform_(-2, 2)
-    return NeuralODE(motion, solver="dopri5", atol=1e-6, rtol=1e-6).trajectory(start, TIMES)[..., 0].T
+    ode = NeuralODE(motion, solver="dopri5", atol=1e-6, rtol=1e-6)
+    return ode.trajectory(torch.empty(count, 2).uniform_(-2, 2), TIMES)[..., 0].T
 
 
 class LatentODE(nn.Module):
@@ -30,24 +30,19 @@ class LatentODE(nn.Module):
     def __init__(self, regularizers):
         super().__init__()
         self.encode = nn.Sequential(nn.Linear(SEEN, 32), nn.Tanh(), nn.Linear(32, 8))
-        field = linear_field(8, layers=2, activation="tanh")
-        # output times are interpolated, so that the solver takes the steps that the dynamics need and no more
-        options = {"interpolator": "4th", "atol": 1e-4, "rtol": 1e-4, "return_t_eval": False}
-        self.ode = NeuralODE(field, solver="dopri5", regularizers=regularizers, **options)
+        # output times are interpolated: the solver takes no more steps than the dynamics need
+        options = {"solver": "dopri5", "interpolator": "4th", "atol": 1e-4, "rtol": 1e-4, "return_t_eval": False}
+        self.ode = NeuralODE(linear_field(8, layers=2, activation="tanh"), regularizers=regularizers, **options)
 
     def forward(self, angles):
         return self.ode(self.encode(angles[:, :SEEN]), TIMES)[..., 0].T
 
 
-def train(regularizers, angles, *, steps, seed):
-    torch.manual_seed(seed)
-    model = LatentODE(regularizers)
+def train(model, angles, *, steps):
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
-        loss = (model(angles) - angles).square().mean() / NOISE**2
-        if regularizers is not None:
-            loss = loss + model.ode.reg_loss()
+        loss = (model(angles) - angles).square().mean() / NOISE**2 + model.ode.reg_loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -69,9 +64,10 @@ def main():
     axes.plot(TIMES[:SEEN], given[0, :SEEN], "k.", label="seen")
     print(f"{'regularizers':<16} {'NFE':>4} {'error, rad':>11}   on 256 held-out series, without noise")
     for name, regularizers in ARMS.items():
-        model = train(regularizers, angles, steps=options.steps, seed=options.seed)
+        torch.manual_seed(options.seed)
+        model = train(LatentODE(regularizers), angles, steps=options.steps)
+        model.ode.vf.nfe = 0
         with torch.no_grad():
-            model.ode.vf.nfe = 0
             predicted = model(given)
         error = (predicted - held_out).square().mean().sqrt()
         print(f"{name:<16} {model.ode.vf.nfe:>4.0f} {error:>11.4f}")

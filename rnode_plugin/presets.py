@@ -24,12 +24,12 @@ def digits() -> Recipe:
     return Recipe(
         name="digits",
         description="8x8 handwritten digits of scikit-learn, 17 grey levels: minutes on a CPU, no download",
-        data=Data("digits", (1, 8, 8), levels=17, batch_size=100, val_batch_size=297),
-        model=Model(alpha=0.05),
+        data=Data("digits", (1, 8, 8), levels=17, batch_size=50, val_batch_size=297),
+        model=Model(hidden=32),
         solver=Solver(method="rk4_38", step=0.5, trace_quadrature="sampled"),
         test_solver=_DOPRI5,
         optimizer=Optimizer(lr=5e-3, warmup=50, schedule="cosine"),
-        training=Training(max_epochs=None, max_steps=600, check_every=10, log_every=1, sample_images=16),
+        training=Training(max_epochs=None, max_steps=600, check_every=5, log_every=1, sample_images=16),
     )
 
 
