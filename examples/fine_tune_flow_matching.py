@@ -55,8 +55,10 @@ def main():
     parser.add_argument("--output", default="fine_tune_flow_matching.png", help="file of the plot")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    held_out = ring(1000)
-    matched = Velocity(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    test, matched = (
+        ring(1000),
+        Velocity(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2)),
+    )
     minimize(matching_loss, matched, steps=10 * options.steps, lr=3e-3)
     fields, both = {"flow matching": matched}, {"kinetic": 0.03, "jacfrob": 0.03}
     for name, regularizers in (("fine-tuned, no penalty", {}), ("fine-tuned, both penalties", both)):
@@ -67,12 +69,12 @@ def main():
     for (name, velocity), axes in zip(fields.items(), panels, strict=True):
         model = density(velocity, ["kinetic", "jacfrob"])
         with torch.no_grad():
-            nll = -model.log_prob(held_out, penalties=True).mean()
+            nll = -model.log_prob(test, penalties=True).mean()
             nfe, (kinetic, jacfrob) = model.ode.vf.nfe, [cost.mean() for cost in model.regularization.values()]
-            paths = NeuralODE(velocity).trajectory(held_out[:100], torch.linspace(1, 0, 50))
+            paths = NeuralODE(velocity).trajectory(test[:100], torch.linspace(1, 0, 50))
         print(f"{name:<27} {nfe:>4.0f} {nll:>10.3f} {kinetic:>8.2f} {jacfrob:>8.2f}")
         axes.plot(paths[..., 0], paths[..., 1], color="C0", linewidth=0.5)
-        axes.scatter(*held_out[:100].T, s=8, color="C1")
+        axes.scatter(*test[:100].T, s=8, color="C1")
         axes.set(title=f"{name}, NFE {nfe:.0f}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     figure.savefig(options.output, dpi=150, bbox_inches="tight")
 

@@ -69,8 +69,7 @@ def main():
         model.ode.vf.nfe = 0
         with torch.no_grad():
             predicted = model(given)
-        error = (predicted - held_out).square().mean().sqrt()
-        print(f"{name:<16} {model.ode.vf.nfe:>4.0f} {error:>11.4f}")
+        print(f"{name:<16} {model.ode.vf.nfe:>4.0f} {(predicted - held_out).square().mean().sqrt():>11.4f}")
         axes.plot(TIMES, predicted[0], label=name)
     axes.set(xlabel="time, s", ylabel="angle, rad")
     axes.legend()
