@@ -89,12 +89,21 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     grids = ["best.png", "step-0000004.png", "step-0000006.png"]
     assert sorted(each.name for each in (folder / "samples").iterdir()) == grids
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoints", "environment.json", "metrics.csv", "recipe.json", "result.json", "samples",
+        "checkpoints", "environment.json", "images.csv", "metrics.csv", "recipe.json", "result.json", "samples",
     ]  # fmt: skip
     assert result.evaluation is not None
     ended = json.loads((folder / "result.json").read_text())
     assert (ended["stopped"], ended["steps"], ended["planned"]) == ("finished", 6, 6)
-    assert ended["evaluation"] == dataclasses.asdict(result.evaluation)
+    measured = dataclasses.asdict(result.evaluation)
+    bits = {kind: measured[kind].pop("images") for kind in ("dirty", "clean")}
+    assert ended["evaluation"] == measured
+    with (folder / "images.csv").open() as file:
+        of_images = list(csv.DictReader(file))
+    assert [int(row["image"]) for row in of_images] == list(range(result.evaluation.images))
+    for kind, values in bits.items():
+        assert [float(row[kind]) for row in of_images] == pytest.approx(values, rel=1e-6)
+        assert np.mean(values) == pytest.approx(measured[kind]["mean"])
+        assert np.std(values, ddof=1) / len(values) ** 0.5 == pytest.approx(measured[kind]["stderr_images"])
     found = rows(result)
     assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 4, 5, 6, 6]
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",

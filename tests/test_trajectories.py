@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -119,10 +120,18 @@ def test_penalties_make_trajectories_straighter_and_more_even() -> None:
 
 
 def test_the_command_draws_both_figures(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["figure", "trajectories", "--steps", "2", "--out", str(tmp_path)])
+    result = CliRunner().invoke(
+        main, ["figure", "trajectories", "--steps", "2", "--seeds", "2", "--out", str(tmp_path)]
+    )
     assert result.exit_code == 0, result.output
     assert result.output.count("path length / displacement") == 2
     assert result.output.count("speed variation") == 2
+    assert result.output.count("training with") == 8  # two figures, two seeds, two flows
+    for line in result.output.splitlines():
+        if line.startswith("path length / displacement"):
+            for mean, least, most in re.findall(r"(\S+) \((\S+) to (\S+)\)", line):
+                assert 1 <= float(least) < float(mean) < float(most)
+            assert line.count(" to ") == 2
     for dims in (1, 2):
         png = tmp_path / f"trajectories-{dims}d.png"
         assert str(png) in result.output

@@ -16,22 +16,25 @@ def figure() -> None:
 @click.option("--out", default="figures", show_default=True, metavar="FOLDER", help="Where the figures go.")
 @click.option("--data", default="moons", show_default=True, metavar="NAME",
               help="torchdyn's toy data in the plane: moons, spirals, gaussians or gaussians_spiral.")  # fmt: skip
-@click.option("--strength", type=click.FloatRange(0, min_open=True), default=0.01, show_default=True,
+@click.option("--strength", type=click.FloatRange(0, min_open=True), default=0.05, show_default=True,
               help="Lambda of both penalties.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), metavar="N",
               help="Of each training. [default: 300 in one dimension, 500 in two]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of data, weights and batches.")
-def trajectories(*, out: str, data: str, strength: float, steps: int | None, seed: int) -> None:
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Measure N trainings of each flow; the figures show the first.")  # fmt: skip
+def trajectories(*, out: str, data: str, strength: float, steps: int | None, seed: int, seeds: int) -> None:
     """Figure 1: trajectories with and without the penalties.
 
     A one-dimensional mixture is carried to a Gaussian, and torchdyn's toy data in two dimensions likewise; the two
-    flows of a figure start from the same weights. Prints how straight and even their trajectories are.
+    flows of a figure start from the same weights. Prints how straight and even their trajectories are: with several
+    seeds the mean, and in brackets the least and the most.
     """
     from ..reports.trajectory_figures import figure_trajectories
     from .tables import table
 
-    for each in figure_trajectories(out, data=data, strength=strength, steps=steps, seed=seed, announce=click.echo):
-        without, penalised = each.without, each.with_penalties
+    options = {"data": data, "strength": strength, "steps": steps, "seed": seed, "seeds": seeds}
+    for each in figure_trajectories(out, **options, announce=click.echo):
         rows: list[tuple[str, ...]] = [(each.data, "no penalty", f"lambda {strength:g}")]
         for name, text in (
             ("nll", "negative log-likelihood, nats/dim"),
@@ -41,6 +44,16 @@ def trajectories(*, out: str, data: str, strength: float, steps: int | None, see
             ("kinetic", "kinetic energy / dim"),
             ("jacfrob", "squared Jacobian norm / dim"),
         ):
-            values = [getattr(without, name), getattr(penalised, name)]
-            rows.append((text, *(str(value) if isinstance(value, int) else f"{value:.4f}" for value in values)))
+            flows = ([getattr(one, name) for one in flow] for flow in (each.without, each.with_penalties))
+            rows.append((text, *(_spread(values) for values in flows)))
         click.echo(f"\n{table(rows)}\n{each.png}\n{each.svg}")
+
+
+def _spread(values: list[float]) -> str:
+    """The mean of what was measured; of several numbers, the least and the most too."""
+
+    def text(value: float) -> str:
+        return f"{value:.0f}" if isinstance(values[0], int) else f"{value:.4f}"
+
+    mean = text(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"

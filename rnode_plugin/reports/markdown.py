@@ -13,6 +13,8 @@ def markdown(content: Content) -> str:
     """The text of ``report.md``; pictures are ``figures/NAME.png``."""
     table = content.table
     parts = [f"# {content.title}", f"Made {content.made} by `rnode-cli report`."]
+    if content.changes:
+        parts.append("\n".join(f"- {change}" for change in content.changes))
     heads = ["", *(f"*{c.label}*" if c.paper else c.label for c in table.columns)]
     rows = []
     for row in table.rows:
@@ -21,8 +23,6 @@ def markdown(content: Content) -> str:
                  for cell, column in zip(row.cells, table.columns, strict=True))  # fmt: skip
         rows.append([name, *cells])
     parts.append(_table(heads, rows))
-    if content.changes:
-        parts.append("\n".join(f"- {change}" for change in content.changes))
     parts += table.notes
     parts += [f"Left out: {message}" for message in content.left_out]
     for number, heading in NUMBERED.items():

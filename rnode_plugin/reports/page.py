@@ -41,7 +41,7 @@ def _results(content: Content) -> str:
     left_out = [f"Left out: {message}" for message in content.left_out]
     changes = "".join(f"<li>{escape(change)}</li>" for change in content.changes)
     notes = "".join(f"<p>{escape(note)}</p>" for note in (*content.table.notes, *left_out))
-    return _table(content.table) + (f"<ul>{changes}</ul>" if changes else "") + f'<div class="notes">{notes}</div>'
+    return (f"<ul>{changes}</ul>" if changes else "") + _table(content.table) + f'<div class="notes">{notes}</div>'
 
 
 def _table(table: Table) -> str:
@@ -113,6 +113,7 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 0.8rem; }
 h3 { font-size: 1rem; margin: 0 0 0.4rem; }
 .made, figcaption, .notes, small { color: var(--quiet); font-size: 0.85rem; }
 .made { margin: 0.2rem 0 0; }
+ul { margin: 0 0 1rem; padding-left: 1.2rem; max-width: 60rem; }
 .notes p { margin: 0.5rem 0; max-width: 60rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }

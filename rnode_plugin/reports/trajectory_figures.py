@@ -43,14 +43,15 @@ class TrajectoryFigure:
     Attributes:
         data: name of the data.
         png, svg: the files.
-        without, with_penalties: what was measured of the two flows on fresh samples.
+        without, with_penalties: what was measured of the two flows on fresh samples, for each seed; the figure
+            shows the first.
     """
 
     data: str
     png: Path
     svg: Path
-    without: Measured
-    with_penalties: Measured
+    without: tuple[Measured, ...]
+    with_penalties: tuple[Measured, ...]
 
 
 @contextmanager
@@ -69,9 +70,10 @@ def figure_trajectories(
     out: str | os.PathLike[str] = "figures",
     *,
     data: str = "moons",
-    strength: float = 0.01,
+    strength: float = 0.05,
     steps: int | None = None,
     seed: int = 0,
+    seeds: int = 1,
     announce: Callable[[str], object] = print,
 ) -> list[TrajectoryFigure]:
     """Train the flows of figure 1 and draw them: a one-dimensional mixture, and toy data in the plane.
@@ -84,6 +86,7 @@ def figure_trajectories(
         strength: lambda of both penalties.
         steps: of each training; None for 300 in one dimension and 500 in two.
         seed: of data, weights and batches.
+        seeds: how many, from that one on; the figures are of the first.
         announce: called with a line before each training.
 
     Raises:
@@ -91,25 +94,32 @@ def figure_trajectories(
         CheckpointError: the figures cannot be written.
         SolverError: a flow that cannot be integrated.
     """
-    if strength <= 0 or (steps is not None and steps < 1):
-        raise ConfigError("a figure needs a positive strength of the penalties and at least one step.")
-    plane = [plane_data(data, count, seed=each) for count, each in ((_TRAIN, seed), (_TEST, seed + 1))]
-    line = [mixture(count, seed=each) for count, each in ((_TRAIN, seed), (_TEST, seed + 1))]
+    if strength <= 0 or seeds < 1 or (steps is not None and steps < 1):
+        raise ConfigError("a figure needs a positive strength of the penalties, a seed and a step at least.")
+    plane_data(data, 2)  # an unknown name is refused before anything is trained
     flows = {"no penalty": {}, f"λ = {strength:g}": {"kinetic": strength, "jacfrob": strength}}
     figures = []
-    for name, (x, fresh), paint, grid in (
-        ("mixture", line, _paint_line, {"size": (8.0, 5.6), "width_ratios": [1, 3, 1]}),
-        (data, plane, _paint_plane, {"size": (8.6, 5.6)}),
+    draws: dict[str, Callable[..., Tensor]] = {"mixture": mixture, data: partial(plane_data, data)}
+    for name, paint, grid in (
+        ("mixture", _paint_line, {"size": (8.0, 5.6), "width_ratios": [1, 3, 1]}),
+        (data, _paint_plane, {"size": (8.6, 5.6)}),
     ):
-        fields, measured = [], []
-        for label, strengths in flows.items():
-            announce(f"{name}, {x.shape[1]}-D: training with {label}")
-            fields.append(train_field(x, lambdas=strengths, steps=steps or _STEPS[x.shape[1]], seed=seed))
-            measured.append(measure(fields[-1], fresh))
-        rows = list(zip(fields, measured, flows, (_WITHOUT, _WITH), strict=True))
-        stem = f"trajectories-{x.shape[1]}d"
+        found: dict[str, list[Measured]] = {label: [] for label in flows}
+        fields: list[nn.Module] = []
+        fresh = draws[name](_TEST, seed=seed + 1)
+        dims = fresh.shape[1]
+        for each in range(seed, seed + seeds):
+            x, test = draws[name](_TRAIN, seed=each), draws[name](_TEST, seed=each + 1)
+            for label, strengths in flows.items():
+                announce(f"{name}, {dims}-D, seed {each}: training with {label}")
+                fields.append(train_field(x, lambdas=strengths, steps=steps or _STEPS[dims], seed=each))
+                found[label].append(measure(fields[-1], test))
+        first = [measured[0] for measured in found.values()]
+        rows = list(zip(fields[:2], first, flows, (_WITHOUT, _WITH), strict=True))
+        stem = f"trajectories-{dims}d"
         drawing = draw(stem, partial(_paint_rows, paint=paint, rows=rows, fresh=fresh), nrows=2, ncols=3, **grid)
         drawing.save(Path(out), stem)
+        measured = (tuple(each) for each in found.values())
         figures.append(TrajectoryFigure(name, Path(out) / f"{stem}.png", Path(out) / f"{stem}.svg", *measured))
     return figures
 
