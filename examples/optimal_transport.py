@@ -4,13 +4,22 @@ import argparse
 
 import matplotlib.pyplot as plt
 import torch
+from torch import nn
 from torch.distributions import MultivariateNormal
 
 from rnode_plugin import RegularizedCNF
-from rnode_plugin.nets import linear_field
 
 P = MultivariateNormal(torch.tensor([-2.0, 0.0]), torch.tensor([[2.0, 0.9], [0.9, 0.6]]))
 Q = MultivariateNormal(torch.tensor([2.0, 1.0]), torch.tensor([[0.4, -0.3], [-0.3, 1.5]]))
+
+
+class Field(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+
+    def forward(self, t, z):
+        return self.net(torch.cat([z, t.expand(len(z), 1)], 1))
 
 
 def root(matrix):
@@ -30,8 +39,7 @@ def train(strength, *, steps, seed):
     """Equation 22 of the paper: the likelihood asks that P arrive at Q, the penalty that it travel little."""
     torch.manual_seed(seed)
     options = {"trace_estimator": "exact", "solver": "rk4_38", "t_span": torch.linspace(0, 1, 5)}
-    field = linear_field(2, hidden=32, activation="tanh")
-    model = RegularizedCNF(field, Q, regularizers={"kinetic": strength}, **options)
+    model = RegularizedCNF(Field(), Q, regularizers={"kinetic": strength}, **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
