@@ -2,6 +2,7 @@
 
 python benchmarks/memory.py steps
 python benchmarks/memory.py batch celebahq256 --first-block
+python benchmarks/memory.py saved celebahq256
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rnode_plugin.regularizers import resolve_regularizers
 from rnode_plugin.solve import solve
 
 _PENALTIES = tuple(entry.regularizer for entry in resolve_regularizers(["kinetic", "jacfrob"]).values())
+_EVALUATIONS = 6  # of a step of dopri5; its first is the last of the step before
 
 
 def build_block(shape: Sequence[int], batch: int, solver: Solver, device: str) -> Callable[[], None]:
@@ -41,6 +43,28 @@ def build_block(shape: Sequence[int], batch: int, solver: Solver, device: str) -
         torch.stack(parts).sum().backward()
 
     return run
+
+
+def saved_by_evaluation(shape: Sequence[int]) -> int:
+    """Bytes that autograd keeps of one evaluation of a block's field, product and penalties, an image."""
+    storages: dict[int, Any] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no address is used twice
+        return x
+
+    field: Any = conv_field(shape[0])
+    field.layers[-1].reset_parameters()
+    dynamics = Dynamics(field, regularizers=_PENALTIES)
+    kept = []
+    # differences leave out what is there once a solve, and what does not depend on the batch
+    for batch, steps in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        storages.clear()
+        z = torch.randn(batch, *shape).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            solve(dynamics.bind(dynamics.draw(z)), z, z.new_tensor([0.0, 1.0]), Solver(step=1 / steps))
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    return ((kept[3] - kept[2]) - (kept[1] - kept[0])) // 4  # evaluations in a step of RK4
 
 
 def build_flow(recipe_name: str, batch: int, device: str) -> Callable[[], None]:
@@ -124,6 +148,33 @@ def batch(recipe: str, batches: tuple[int, ...], first_block: bool, device: str,
         click.echo(
             f"\nslope {_mb(slope)} an image; extrapolated to the recipe's batch of {full}: {expected / 1e9:.1f} GB"
         )
+
+
+@main.command()
+@click.argument("recipe", type=click.Choice(["imagenet64", "celebahq256"]))
+@click.option("--size", "sizes", multiple=True, type=int, default=(16, 32, 64), show_default=True)
+@threads_option
+def saved(recipe: str, sizes: tuple[int, ...], threads: int) -> None:
+    """What a checkpointed step of the first block keeps, counted, against the measured slope at smaller sizes.
+
+    The count is proportional to the number of pixels, so the full size needs no run.
+    """
+    where = set_up("cpu", threads)
+    print_environment(where)
+    settings = get_recipe(recipe)
+    channels, full = settings.data.shape[:2]
+    solver = dataclasses.replace(settings.solver, gradient="checkpointed")
+    rows, of_pixel = [], 0.0
+    for size in sizes:
+        shape = (channels, size, size)
+        of_pixel = saved_by_evaluation(shape) / size**2
+        low, high = (peak_memory(build_block, shape, n, solver, "cpu", device=where).above for n in (1, 9))
+        step = _EVALUATIONS * of_pixel * size**2
+        rows.append([size, f"{of_pixel:.0f}", _mb(step), _mb((high - low) / 8), f"{(high - low) / 8 / step:.2f}"])
+    click.echo(f"{recipe}, first block, {solver.method}, checkpointed; bytes an image\n")
+    columns = ["size", "an evaluation keeps, a pixel", "a step keeps", "measured slope", "measured / counted"]
+    click.echo(table(columns, rows))
+    click.echo(f"\nat {full}: a step keeps {_mb(_EVALUATIONS * of_pixel * full**2)} an image")
 
 
 def _mb(size: float) -> str:
