@@ -55,7 +55,10 @@ def both_ways(field: Any, z: torch.Tensor, **options: bool) -> tuple[list[torch.
     return plain, fast
 
 
+# in a process where something has imported the standard library's distutils before, torch's compiler may not start
 @needs_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_compiled_values_and_gradients_are_the_plain_ones() -> None:
     torch.manual_seed(0)
     plain, fast = both_ways(linear_field(3, hidden=5, layers=2), torch.randn(4, 3), velocity=False)
