@@ -122,6 +122,7 @@ def steps_of(result: FitResult) -> list[float]:
     return [float(row["train/step_size"]) for row in rows(result.folder.path) if "train/step_size" in row]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
