@@ -156,7 +156,6 @@ def test_a_time_limit_is_for_each_arm_and_can_be_raised(recipe: Recipe, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_other_settings_are_other_runs(recipe: Recipe, tmp_path: Path) -> None:
     one = run(recipe, tmp_path, arms=["rnode"], seeds=2)
     assert [path.name for path in one.runs] == ["0", "1"]  # one for each seed
@@ -234,7 +233,6 @@ def test_a_process_that_is_killed_is_told_from_one_that_ends(recipe: Recipe, tmp
     assert lines.get(timeout=60) == (arm, None)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_the_processes_of_the_arms_end_with_the_first(tmp_path: Path, signum: int) -> None:
