@@ -194,7 +194,7 @@ def fit(
             left = _what_is_left(module, trainer, new=inside is None)
             # what cannot work was said before the start: now it is one process that failed
             kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
-            raise kind(f"training stopped: {error} {left}") from error
+            raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
         assert module.folder is not None  # the first process has told it
