@@ -24,7 +24,7 @@ from .flows.transforms import dequantize, random_flip
 from .formatting import duration
 from .guards import StepGuard
 from .nets import compile_fields, compiling
-from .objectives import bits_per_dim, objective, output_log_prob
+from .objectives import Objective, bits_per_dim, objective, output_log_prob
 from .randomness import Stream, seed_everything, seeded
 from .recipes import Recipe
 from .runs import RunFolder
@@ -80,11 +80,9 @@ class FlowModule(L.LightningModule):
         if recipe.data.flip:
             x = random_flip(x)
         try:
-            output = self.flow(x, solver=self.solver, penalties=bool(self.lambdas))
+            output, log_prob, goal = self._objective(x)
         except SolverError as error:
             return self._unusable(f"the solver failed ({error})", error.nfe)
-        log_prob = output_log_prob(output)
-        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims)
         if not torch.isfinite(goal.loss):
             return self._unusable(f"the loss is {goal.loss.item()}", output.nfe)
         bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
@@ -94,6 +92,13 @@ class FlowModule(L.LightningModule):
         self.guard.remember(output.nfe, float(penalties.get("jacfrob", math.nan)))
         self._count(goal.loss.detach(), bits, output.nfe, penalties)
         return goal.loss
+
+    def _objective(self, x: Tensor) -> tuple[FlowOutput, Tensor, Objective]:
+        """Where a training step takes dequantised images, their log-density ``(B,)`` in nats, and equation 17."""
+        output = self.flow(x, solver=self.solver, penalties=bool(self.lambdas))
+        log_prob = output_log_prob(output)
+        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=self.recipe.dims)
+        return output, log_prob, goal
 
     def _unusable(self, problem: str, nfe: int) -> Tensor:
         """A loss whose gradient is NaN: over the mean of the gradients it reaches every process of the run, and all
@@ -184,12 +189,9 @@ class FlowModule(L.LightningModule):
         with seeded(self.recipe.training.seed, Stream.TUNE), self.trainer.precision_plugin.train_step_context():
             x = dequantize(batch, self.recipe.data.levels)
             try:
-                output = self.flow(x, solver=self.solver, penalties=bool(self.lambdas))
+                goal = self._objective(x)[2]
             except SolverError:  # the step itself will say so
                 return
-            goal = objective(
-                output_log_prob(output), output.regularization, lambdas=self.lambdas, dims=self.recipe.dims
-            )
             torch.autograd.grad(goal.loss, list(self.flow.parameters()), allow_unused=True)
         if say and compiling.works():
             print(f"compiled in {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 _PROGRAM = """
@@ -36,6 +37,11 @@ FlowModule.training_step = training_step
 if __name__ == "__main__":
     main()
 """
+
+
+def train_digits(*arguments: str) -> list[str]:
+    """The command that trains the digits' recipe on the CPU."""
+    return [sys.executable, "-m", "rnode_plugin", "train", "digits", "--accelerator", "cpu", *arguments]
 
 
 def program(folder: Path, statements: str = "def at(self, step): pass") -> Path:

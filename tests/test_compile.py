@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import train_digits
 from tiny_runs import SETTINGS, rows, tiny_recipe
 from torch._dynamo.exc import TorchDynamoException
 
@@ -161,20 +161,8 @@ def test_without_a_compiler_a_run_goes_on_after_one_line(tmp_path: Path) -> None
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "rnode_plugin",
-        "train",
-        "digits",
-        *settings,
-        "--compile",
-        "--accelerator",
-        "cpu",
-    ]
-    done = subprocess.run(
-        [*command, "--runs", str(tmp_path / "b")], capture_output=True, text=True, timeout=280, env=environment
-    )
+    command = train_digits(*settings, "--compile", "--runs", str(tmp_path / "b"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "compile" in line]
     assert [line.split(":")[0] for line in lines] == ["torch.compile does not work here, going on without it"]

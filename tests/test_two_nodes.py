@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import program, still_running
+from programs import program, still_running, train_digits
 from tiny_runs import SETTINGS, rows
 
 from rnode_plugin.checkpoints import read_checkpoint
@@ -104,20 +104,9 @@ def weights(run: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def one_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("one")
-    command = [
-        sys.executable,
-        "-m",
-        "rnode_plugin",
-        "train",
-        "digits",
-        *SET,
-        "--accelerator",
-        "cpu",
-        "--devices",
-        "2",
-    ]
+    command = train_digits(*SET, "--devices", "2", "--runs", str(runs))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--runs", str(runs)], check=True, timeout=400, env=env)
+    subprocess.run(command, check=True, timeout=400, env=env)
     return runs / "digits" / "0"
 
 
