@@ -30,6 +30,7 @@ from torch import Tensor
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
+from rnode_plugin.nets import compile_fields
 from rnode_plugin.objectives import output_log_prob
 
 BASELINE, EXACT = "usual formulation", "exact"
@@ -43,11 +44,13 @@ class Path:
         solver: the integrator.
         bf16: whether the field computes in bfloat16.
         fused: whether the field brings its own product with the Jacobian.
+        compiled: whether torch.compile has a share in it.
     """
 
     solver: Solver = Solver(method="rk4_38", step=0.25)  # noqa: RUF009  (frozen)
     bf16: bool = False
     fused: bool = True
+    compiled: bool = False
 
 
 def _rk4(**changes: object) -> Solver:
@@ -64,6 +67,10 @@ PATHS = {
     "sampled, bf16": Path(_rk4(trace_quadrature="sampled"), bf16=True),
     "sampled, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), bf16=True),
+    "compiled": Path(compiled=True),
+    "compiled, checkpointed": Path(_rk4(gradient="checkpointed"), compiled=True),
+    "compiled, sampled": Path(_rk4(trace_quadrature="sampled"), compiled=True),
+    "compiled, sampled, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), compiled=True),
 }
 
 
@@ -90,6 +97,8 @@ def build(recipe_name: str, case: str, batch: int, device: str) -> Step:
     flow.to(device)
     x = torch.rand(batch, *shape).to(device)
     noise = [torch.randn(batch, *block).to(device) for block in flow.block_shapes]
+    if path.compiled:
+        compile_fields(flow)
     step: MultiscaleFlow | UsualFlow = flow
     options = {"solver": path.solver}
     if case == BASELINE:

@@ -60,7 +60,8 @@ def plain(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tenso
 
 def gradients(dz: Tensor, product: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
     torch.manual_seed(2)
-    loss = (dz * torch.randn_like(dz)).sum() + (product * torch.randn_like(product)).sum() + product.square().sum()
+    first, second = torch.randn(2, *dz.shape, dtype=dz.dtype)  # not randn_like, which fills in the order of memory
+    loss = (dz * first).sum() + (product * second).sum() + product.square().sum()
     return torch.autograd.grad(loss, wanted)
 
 

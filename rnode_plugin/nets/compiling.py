@@ -1,4 +1,4 @@
-"""torch.compile for the passes of the fused field, and what happens where it does not work."""
+"""torch.compile for pieces of the fused field, and what happens where it does not work."""
 
 from __future__ import annotations
 

@@ -21,12 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activations import Activation
 from .compiling import compiled
+from .maps import LayerMap
 from .plain import Kind, Stack, run_layers, run_stack, shifts
 
 __all__ = ["pull_noise", "run_fused", "run_velocity"]
 
 Gradients = list[Tensor | None]
+Given = tuple[Kind, tuple[LayerMap, ...]]  # what autograd does not see of a stack
 
 
 def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
 
 def run_velocity(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
     """As :func:`~.plain.run_stack`, saving half as much for the backward pass."""
-    (dz,) = _Velocity.apply(stack.kind, _time(t, z), z, stack.bias, stack.response, *stack.weights)
+    (dz,) = _Velocity.apply((stack.kind, stack.maps), _time(t, z), z, stack.bias, stack.response, *stack.weights)
     return dz
 
 
@@ -48,7 +51,8 @@ def run_fused(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor) -> tup
     """``(f(t, z), noise^T df/dz)`` for noise as :func:`pull_noise` made it; ``t`` and ``z`` as in ``run_stack``."""
     if len(stack.weights) == 1:  # a linear field: its Jacobian depends on nothing
         return run_stack(stack, t, z), pulled.to(z.dtype)
-    return _FieldAndProduct.apply(stack.kind, _time(t, z), z, pulled, stack.bias, stack.response, *stack.weights)
+    given = stack.kind, stack.maps
+    return _FieldAndProduct.apply(given, _time(t, z), z, pulled, stack.bias, stack.response, *stack.weights)
 
 
 def _time(t: Tensor | float, z: Tensor) -> Tensor:
@@ -58,12 +62,12 @@ def _time(t: Tensor | float, z: Tensor) -> Tensor:
 class _Velocity(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, t: Tensor, z: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
+        ctx: Any, given: Given, t: Tensor, z: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
     ) -> tuple[Tensor]:
-        stack = Stack(*kind, bias, response, weights)
+        stack = _stack(given, bias, response, weights)
         with torch.autocast(z.device.type, enabled=False):
-            a, kept = _run(_velocity, stack, t, z)
-        ctx.kind = kind
+            a, kept, _ = _ascend(stack, t, z, slopes=False)
+        ctx.given = given
         ctx.save_for_backward(t, z, bias, response, *weights, *kept)
         return (a.to(z.dtype),)
 
@@ -71,25 +75,32 @@ class _Velocity(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         t, z, bias, response, *rest = ctx.saved_tensors
         count = (len(rest) + 1) // 2  # L weights, L - 1 kept activations
-        kind: Kind = ctx.kind
-        stack = Stack(*kind, bias, response, tuple(rest[:count]))
+        stack = _stack(ctx.given, bias, response, tuple(rest[:count]))
         with torch.autocast(z.device.type, enabled=False):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: autograd must see it
                 outputs = (run_stack(stack, t, z),)
                 return None, *_by_autograd(outputs, cotangents, (t, z, bias, response, *stack.weights))
             kept, needs = tuple(rest[count:]), ctx.needs_input_grad[1:]
-            return None, *_run(_velocity_backward, stack, t, z, kept, cotangents[0], needs)
+            a = stack.products.layout(cotangents[0].to(stack.dtype))
+            return None, *_descend(stack, t, z, a, kept, needs)
 
 
 class _FieldAndProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kind: Kind, t: Tensor, z: Tensor, pulled: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
+        ctx: Any,
+        given: Given,
+        t: Tensor,
+        z: Tensor,
+        pulled: Tensor,
+        bias: Tensor,
+        response: Tensor,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        stack = Stack(*kind, bias, response, weights)
+        stack = _stack(given, bias, response, weights)
         with torch.autocast(z.device.type, enabled=False):
-            a, g, kept, between = _run(_field_and_product, stack, t, z, pulled)
-        ctx.kind = kind
+            a, g, kept, between = _field_and_product(stack, t, z, pulled)
+        ctx.given = given
         ctx.save_for_backward(t, z, pulled, bias, response, *weights, *kept, *between)
         return a.to(z.dtype), g.to(z.dtype)
 
@@ -97,63 +108,47 @@ class _FieldAndProduct(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         t, z, pulled, bias, response, *rest = ctx.saved_tensors
         count = (len(rest) + 3) // 3  # L weights, L - 1 kept activations, L - 2 of the product
-        kind: Kind = ctx.kind
-        stack = Stack(*kind, bias, response, tuple(rest[:count]))
+        stack = _stack(ctx.given, bias, response, tuple(rest[:count]))
         with torch.autocast(z.device.type, enabled=False):
             if torch.is_grad_enabled():
                 return None, *_differentiable_backward(stack, t, z, pulled, cotangents)
             kept, between = tuple(rest[count : 2 * count - 1]), tuple(rest[2 * count - 1 :])
             needs = ctx.needs_input_grad[1:]
-            return None, *_run(_backward, stack, t, z, kept, (*between, pulled), cotangents, needs)
+            return None, *_backward(stack, t, z, kept, (*between, pulled), cotangents, needs)
 
 
-def _run(function: Callable[..., Any], stack: Stack, *args: Any) -> Any:
-    """One of the four passes below, as it is or compiled."""
-    return (compiled(function) if stack.compiled else function)(stack, *args)
-
-
-def _velocity(stack: Stack, t: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The velocity, and what its backward pass needs of each activation."""
-    return _ascend(stack, t, z, [w.to(stack.dtype) for w in stack.weights], slopes=False)[:2]
-
-
-def _velocity_backward(
-    stack: Stack, t: Tensor, z: Tensor, kept: Sequence[Tensor], cotangent: Tensor, needs: Sequence[bool]
-) -> Gradients:
-    weights = [w.to(stack.dtype) for w in stack.weights]
-    return _descend(stack, t, z, weights, stack.products.layout(cotangent.to(stack.dtype)), kept, needs)
+def _stack(given: Given, bias: Tensor, response: Tensor, weights: tuple[Tensor, ...]) -> Stack:
+    kind, maps = given
+    return Stack(*kind, bias, response, weights, maps)
 
 
 def _field_and_product(
     stack: Stack, t: Tensor, z: Tensor, pulled: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Velocity, product, what is kept of each activation, and the ``g_k`` between the first and the given one."""
-    weights = [w.to(stack.dtype) for w in stack.weights]
-    a, kept, slopes = _ascend(stack, t, z, weights, slopes=True)
+    a, kept, slopes = _ascend(stack, t, z, slopes=True)
     g = pulled.to(stack.dtype)
     between: list[Tensor] = []
-    for weight in weights[-2::-1]:
-        g = stack.products.transpose(slopes.pop().mul_(g), weight)
+    for layer in stack.maps[-2::-1]:
+        g = layer.transpose(slopes.pop().mul_(g))
         between.append(g)
     return a, g, kept, between[-2::-1]
 
 
-def _ascend(
-    stack: Stack, t: Tensor, z: Tensor, weights: Sequence[Tensor], *, slopes: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _ascend(stack: Stack, t: Tensor, z: Tensor, *, slopes: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Velocity, what is kept of each activation, and the activations' slopes where they are asked for."""
-    products, activation = stack.products, stack.activation
     kept: list[Tensor] = []
     found: list[Tensor] = []
-    a = u = products.layout(z.to(stack.dtype))
-    for k, (weight, shift) in enumerate(zip(weights, shifts(stack, t), strict=True)):
-        if k:
-            u = activation.value(a)
-            kept.append(u if activation.keeps_output else a)
-            if slopes:
-                found.append(activation.slope(a))
-        a = products.apply(u, weight).add_(shift)
-    return a, kept, found
+    activate = _piece(stack, _activate)
+    u = stack.products.layout(z.to(stack.dtype))
+    *inner, (last, last_shift) = zip(stack.maps, shifts(stack, t), strict=True)
+    for layer, shift in inner:
+        a = layer.apply(u)
+        u, slope = activate(stack.activation, a, shift, slopes)
+        kept.append(u if stack.activation.keeps_output else a)
+        if slope is not None:
+            found.append(slope)
+    return last.apply(u).add_(last_shift), kept, found
 
 
 def _backward(
@@ -167,22 +162,25 @@ def _backward(
 ) -> Gradients:
     products, dtype = stack.products, stack.dtype
     needs_t, needs_z, needs_pulled, *others = needs
-    weights = [w.to(dtype) for w in stack.weights]
     a, h = (products.layout(c.to(dtype)) for c in cotangents)
     # upward: the transpose of the product
     slopes: list[Tensor] = []
     bends: list[Tensor] = []
     grads: Gradients = []
+    bend, follow = _piece(stack, _bend), _piece(stack, _follow)
     for k, g in enumerate(pulled):
-        slope, curvature = stack.activation.derivatives(kept[k])
-        g = g.to(dtype)
-        grads.append(products.weight_gradient(h, g * slope, weights[k]) if others[2 + k] else None)
-        p = products.apply(h, weights[k])
-        bends.append(curvature.mul_(p).mul_(g))
-        h = p.mul_(slope)
+        slope, bent, v = bend(stack.activation, kept[k], g.to(dtype))
+        layer, grad = stack.maps[k], None
+        if others[2 + k]:
+            h, grad = layer.apply_with_gradient(h, v)
+        else:
+            h = layer.apply(h)
+        grads.append(grad)
+        follow(h, bent, slope)
+        bends.append(bent)
         slopes.append(slope)
     rest = (needs_t, needs_z, *others)
-    t_grad, z_grad, *found = _descend(stack, t, z, weights, a, kept, rest, slopes=slopes, bends=bends, grads=grads)
+    t_grad, z_grad, *found = _descend(stack, t, z, a, kept, rest, slopes=slopes, bends=bends, grads=grads)
     return [t_grad, z_grad, h.to(pulled[-1].dtype) if needs_pulled else None, *found]
 
 
@@ -190,7 +188,6 @@ def _descend(
     stack: Stack,
     t: Tensor,
     z: Tensor,
-    weights: Sequence[Tensor],
     a: Tensor,
     kept: Sequence[Tensor],
     needs: Sequence[bool],
@@ -206,33 +203,72 @@ def _descend(
     """
     products, activation = stack.products, stack.activation
     needs_t, needs_z, needs_bias, needs_response, *needs_weights = needs
-    found: Gradients = [None] * len(weights)
+    found: Gradients = [None] * len(stack.maps)
     sums: list[Tensor] = []
-    z_grad: Tensor | None = None
-    for k in range(len(weights) - 1, -1, -1):
+    below: Tensor | None = None
+    for k in range(len(stack.maps) - 1, -1, -1):
+        layer, grad = stack.maps[k], None
         sums.append(products.sum_batch(a))
         if needs_weights[k]:
             u = activation.output(kept[k - 1]) if k else products.layout(z.to(stack.dtype))
-            grad = products.weight_gradient(u, a, weights[k])
+            if k or needs_z:
+                below, grad = layer.transpose_with_gradient(a, u)
+            else:
+                grad = layer.gradient(u, a)
             other = grads[k] if k < len(grads) else None
             if other is not None:
                 grad = grad.add_(other)
             found[k] = grad.to(stack.weights[k].dtype)
+        elif k or needs_z:
+            below = layer.transpose(a)
         if k:
-            below = products.transpose(a, weights[k])
-            slope = activation.derivatives(kept[k - 1])[0] if slopes is None else slopes[k - 1]
-            a = below.mul_(slope) if bends is None else bends[k - 1].addcmul_(below, slope)
-        elif needs_z:
-            z_grad = products.transpose(a, weights[0]).to(z.dtype)
+            assert below is not None
+            if bends is None or slopes is None:
+                a = _piece(stack, _pull)(activation, kept[k - 1], below)
+            else:
+                a = _piece(stack, _join)(bends[k - 1], below, slopes[k - 1])
     # time and biases act alike on all samples: one sum over the batch serves them all
     total = torch.cat(sums[::-1], dim=1).to(stack.response.dtype)
     return [
         (total * stack.response).sum().to(t.dtype).reshape(t.shape) if needs_t else None,
-        z_grad,
+        below.to(z.dtype) if needs_z and below is not None else None,
         total.unflatten(1, (-1, 1)).flatten(2).sum((0, 2)) if needs_bias else None,
         total * t if needs_response else None,
         *found,
     ]
+
+
+# What is done between the products, element by element: torch.compile makes one loop of each.
+
+
+def _piece(stack: Stack, function: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled(function) if stack.compiled else function
+
+
+def _activate(activation: Activation, a: Tensor, shift: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """The activation and, if asked for, its slope at ``a + shift``, which overwrites ``a``."""
+    a += shift
+    return activation.value(a), activation.slope(a) if slope else None
+
+
+def _bend(activation: Activation, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``s'``, ``s'' g`` and ``s' g``."""
+    slope, curvature = activation.derivatives(kept)
+    return slope, curvature.mul_(g), slope * g
+
+
+def _follow(p: Tensor, bent: Tensor, slope: Tensor) -> None:
+    """``s'' g p`` into ``bent`` and ``s' p`` into ``p``."""
+    bent *= p
+    p *= slope
+
+
+def _pull(activation: Activation, kept: Tensor, below: Tensor) -> Tensor:
+    return activation.derivatives(kept)[0].mul_(below)
+
+
+def _join(bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
+    return torch.addcmul(bent, below, slope)
 
 
 def _differentiable_backward(

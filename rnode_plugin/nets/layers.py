@@ -16,12 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .columns import Columns
+from .compiling import works
+from .maps import LayerMap
+from .winograd import Winograd
 
 __all__ = ["CONVOLUTION", "LINEAR", "ConcatConv2d", "ConcatLinear", "Products"]
 
+_FEW = 8  # channels, up to which a convolution is faster as one product of matrices
+_MANY = 32  # channels, from which on it is faster as 36 of a sixteenth of the size, and compiled
+
 
 class Products(Protocol):
-    """The linear part of a layer (``weight`` is without the time input) and its transposes."""
+    """The linear parts of layers of one kind (``weight`` is without the time input)."""
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The weight of time, with an input of size 1, and the weight of the state."""
@@ -39,8 +46,11 @@ class Products(Protocol):
         """Outputs' cotangents to inputs' cotangents."""
         ...
 
-    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        """Cotangent of the weight for inputs ``x`` and outputs' cotangents ``v``."""
+    def prepare(self, weight: Tensor, x: Tensor, *, compiled: bool) -> LayerMap:
+        """A layer's products, without a graph, for the evaluations of one solve from a state like ``x``.
+
+        ``compiled`` says that torch.compile will see them.
+        """
         ...
 
     def sum_batch(self, v: Tensor) -> Tensor:
@@ -53,72 +63,92 @@ class Products(Protocol):
 
 
 class _Convolution:
-    @staticmethod
-    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight[:, :1], weight[:, 1:].contiguous(memory_format=torch.channels_last)
 
-    @staticmethod
-    def layout(x: Tensor) -> Tensor:
+    def layout(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)
 
-    @staticmethod
-    def apply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
 
-    @staticmethod
-    def transpose(v: Tensor, weight: Tensor) -> Tensor:
-        return F.conv_transpose2d(v, weight, padding=weight.shape[-1] // 2)
+    def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(v, weight, padding=1)
 
-    @staticmethod
-    def weight_gradient(x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        pad = weight.shape[-1] // 2
-        return torch.ops.aten.convolution_backward(
-            v, x, weight, None, (1, 1), (pad, pad), (1, 1), False, (0, 0), 1, (False, True, False)
-        )[1]
+    def prepare(self, weight: Tensor, x: Tensor, *, compiled: bool) -> LayerMap:
+        # on other devices, and in low precision, the libraries' own convolutions are the fast ones
+        if x.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+            channels = min(weight.shape[:2])
+            if channels <= _FEW:
+                return Columns(weight)
+            if channels >= _MANY and compiled and works():
+                return Winograd(weight)
+        return _ConvolutionMap(weight)
 
-    @staticmethod
-    def sum_batch(v: Tensor) -> Tensor:
+    def sum_batch(self, v: Tensor) -> Tensor:
         # in the order of the memory: torch sums channels last twenty times as slowly
         flat = v.permute(0, 2, 3, 1).flatten(1).sum(0)
         return flat.view(1, *v.shape[2:], v.shape[1]).permute(0, 3, 1, 2)
 
-    @staticmethod
-    def response(time: Tensor, x: Tensor) -> Tensor:
+    def response(self, time: Tensor, x: Tensor) -> Tensor:
         # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
-        size, shape = time.shape[-1], x.shape[2:]
-        patches = F.unfold(time.new_ones(1, 1, *shape), size, padding=size // 2).squeeze(0)
+        shape = x.shape[2:]
+        patches = F.unfold(time.new_ones(1, 1, *shape), 3, padding=1).squeeze(0)
         image = patches.t() @ time.flatten(1).t()  # (H * W, out), channels last
         return image.t().unflatten(1, shape).unsqueeze(0)
 
 
 class _Linear:
-    @staticmethod
-    def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight[:, :1], weight[:, 1:]
 
-    @staticmethod
-    def layout(x: Tensor) -> Tensor:
+    def layout(self, x: Tensor) -> Tensor:
         return x
 
-    @staticmethod
-    def apply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    @staticmethod
-    def transpose(v: Tensor, weight: Tensor) -> Tensor:
+    def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         return v @ weight
 
-    @staticmethod
-    def weight_gradient(x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        return v.t() @ x
+    def prepare(self, weight: Tensor, x: Tensor, *, compiled: bool) -> LayerMap:
+        return _LinearMap(weight)
 
-    @staticmethod
-    def sum_batch(v: Tensor) -> Tensor:
+    def sum_batch(self, v: Tensor) -> Tensor:
         return v.sum(0, keepdim=True)
 
-    @staticmethod
-    def response(time: Tensor, x: Tensor) -> Tensor:
+    def response(self, time: Tensor, x: Tensor) -> Tensor:
         return time.t()
+
+
+class _ConvolutionMap(LayerMap):
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self._weight, padding=1)
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return F.conv_transpose2d(v, self._weight, padding=1)
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.aten.convolution_backward(
+            v, x, self._weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
+        )[1]
+
+
+class _LinearMap(LayerMap):
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight)
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return v @ self._weight
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        return v.t() @ x
 
 
 CONVOLUTION: Products = _Convolution()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .activations import Activation
 from .layers import Products
+from .maps import LayerMap
 
 __all__ = ["Kind", "Stack", "make_stack", "run_layers", "run_stack", "shifts"]
 
@@ -27,10 +28,11 @@ class Stack(NamedTuple):
         products: the kind of its layers.
         activation: the function between them.
         dtype: what the layers compute in; the state's dtype unless autocast says otherwise.
-        compiled: whether the passes with a backward by hand go through torch.compile.
+        compiled: whether the passes with a backward by hand go through torch.compile, piece by piece.
         bias: of all layers, one behind the other.
         response: what a unit of time adds to the pre-activations of all layers, ``(1, sum of outputs, ...)``.
         weights: of the state, for each layer.
+        maps: the layers' products for passes with a backward by hand; none where there are no such passes.
     """
 
     products: Products
@@ -40,6 +42,7 @@ class Stack(NamedTuple):
     bias: Tensor
     response: Tensor
     weights: tuple[Tensor, ...]
+    maps: tuple[LayerMap, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -53,13 +56,20 @@ def make_stack(
     parameters: Sequence[tuple[Tensor, Tensor]],
     z: Tensor,
     *,
+    fast: bool = False,
     compiled: bool = False,
 ) -> Stack:
-    """A :class:`Stack` for states like ``z`` from the weight and the bias of each layer."""
+    """A :class:`Stack` for states like ``z`` from the weight and the bias of each layer.
+
+    ``fast`` makes it one for the passes with a backward by hand, ``compiled`` one for torch.compile.
+    """
     times, weights = zip(*(products.split(weight) for weight, _ in parameters), strict=True)
     response = products.response(torch.cat(times), z)
     bias = torch.cat([b for _, b in parameters])
-    return Stack(products, activation, dtype, compiled, bias, response, weights)
+    maps: tuple[LayerMap, ...] = ()
+    if fast:
+        maps = tuple(products.prepare(weight.detach().to(dtype), z, compiled=compiled) for weight in weights)
+    return Stack(products, activation, dtype, compiled, bias, response, weights, maps)
 
 
 def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ class StackField(nn.Module):
     def extra_repr(self) -> str:
         return f"activation={self._activation.name!r}"
 
-    def _stack(self, z: Tensor) -> Stack:
+    def _stack(self, z: Tensor, **options: bool) -> Stack:
         layers = cast("list[ConcatConv2d]", list(self.layers))
         parameters = [(layer.weight, layer.bias) for layer in layers]
         dtype = _compute_dtype(z)
         with torch.autocast(z.device.type, enabled=False):
-            return make_stack(self._products, self._activation, dtype, parameters, z)
+            return make_stack(self._products, self._activation, dtype, parameters, z, **options)
 
 
 class FusedStackField(StackField):
@@ -70,7 +70,7 @@ class FusedStackField(StackField):
 
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
         # not where shapes come and go, as in validation and sampling: each would be compiled anew
-        return FusedPreparedStack(self._stack(z)._replace(compiled=self.compiled and self.training), noise)
+        return FusedPreparedStack(self._stack(z, fast=True, compiled=self.compiled and self.training), noise)
 
     def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
         # not the one with a backward by hand: somebody may transform this with torch.func
