@@ -30,7 +30,8 @@ def problem(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def exact(x: Tensor, weight: Tensor, v: Tensor) -> dict[str, Tensor]:
-    x, weight, v = x.double().requires_grad_(), weight.double().requires_grad_(), v.double()
+    x, weight = (each.detach().clone().double().requires_grad_() for each in (x, weight))
+    v = v.double()
     y = F.conv2d(x, weight, padding=1)
     transpose, gradient = torch.autograd.grad(y, (x, weight), v)
     return {"apply": y.detach(), "transpose": transpose, "gradient": gradient}

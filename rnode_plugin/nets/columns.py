@@ -59,11 +59,14 @@ class Columns(LayerMap):
     def _narrow(self, many: Tensor) -> Tensor:
         batch, _, h, w = many.shape
         parts = (self._weight @ _rows(many).t()).view(3, 3, self._few, batch, h, w)
-        padded = parts.new_zeros(self._few, batch, h + 2, w + 2)
-        for i in range(3):
-            for j in range(3):
-                padded[:, :, i : i + h, j : j + w].add_(parts[i, j])
-        return padded[:, :, 1 : h + 1, 1 : w + 1].transpose(0, 1).contiguous()
+        # to each pixel what its neighbours have for it: first along rows, then along columns
+        before, out, after = parts.unbind(1)
+        out[..., :-1].add_(before[..., 1:])
+        out[..., 1:].add_(after[..., :-1])
+        above, out, below = out.unbind(0)
+        out[..., :-1, :].add_(above[..., 1:, :])
+        out[..., 1:, :].add_(below[..., :-1, :])
+        return out.transpose(0, 1).contiguous()
 
     def _gradient(self, neighbours: Tensor, many: Tensor) -> Tensor:
         taps = (neighbours @ _rows(many)).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)
