@@ -16,6 +16,7 @@ from rnode_plugin import MultiscaleFlow, SolverError, objective
 from rnode_plugin.data import ImageData
 from rnode_plugin.evaluation import image_batch
 from rnode_plugin.flows.transforms import dequantize, random_flip
+from rnode_plugin.nets import compile_fields
 from rnode_plugin.objectives import output_log_prob
 from rnode_plugin.recipes import Recipe
 from rnode_plugin.schedule import Plan, StepBatches, learning_rate_factor
@@ -37,12 +38,14 @@ class Method:
         solver: ours; None for the usual formulation with ``usual``, torchdiffeq's options.
         penalties: whether they are trained on.
         bf16: whether the field computes in bfloat16.
+        compiled: whether torch.compile has a share in it.
     """
 
     solver: Solver | None = None
     usual: dict[str, object] = field(default_factory=dict)
     penalties: bool = True
     bf16: bool = False
+    compiled: bool = False
 
 
 METHODS = {
@@ -52,6 +55,8 @@ METHODS = {
     "sampled": Method(rk4(trace_quadrature="sampled")),
     "sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), bf16=True),
+    "compiled": Method(rk4(), compiled=True),
+    "compiled, sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), compiled=True),
 }
 
 
@@ -93,6 +98,8 @@ class Trainer:
         self.model: nn.Module = self.flow
         if method.solver is None:
             self.model = UsualFlow(self.flow, penalties=method.penalties, **method.usual)
+        if method.compiled:
+            compile_fields(self.flow)
         settings = recipe.optimizer
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, (settings.beta1, settings.beta2))
         factor = learning_rate_factor(settings, total=steps)
@@ -100,6 +107,9 @@ class Trainer:
         plan = Plan(len(data.train), recipe.data.batch_size, 1, steps, steps)
         self._batches: Iterator[list[int]] = iter(StepBatches(plan, seed=recipe.training.seed))
         self.steps, self.seconds, self.nfe = 0, 0.0, 0
+        if method.compiled:  # once for all runs of a machine, and so not on the clock of one
+            x = torch.rand(recipe.data.batch_size, *recipe.data.shape, device=device)
+            self.loss(x, self.draw_noise(len(x), 0)).backward()
 
     def images(self) -> Tensor:
         """The next batch, dequantised; the same for all methods."""
@@ -145,11 +155,13 @@ class Trainer:
         """Dirty bits/dim of held-out images with the recipe's accurate test solver and noise that never changes."""
         if isinstance(self.model, UsualFlow):
             self.model.copy_weights_to(self.flow)
+        self.flow.eval()  # accurate solves of other batches are not to be compiled
         size, bits = self.recipe.data.val_batch_size, []
         for first in range(0, images, size):
             torch.manual_seed(first)
             batch = image_batch(self.data.val, slice(first, min(first + size, images))).to(self.device)
             bits.append(self.flow.bits_per_dim(dequantize(batch, self.recipe.data.levels)))
+        self.flow.train()
         return Point(self.steps, self.seconds, float(torch.cat(bits).mean()))
 
     def run(

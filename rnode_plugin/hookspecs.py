@@ -23,7 +23,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from .solve import Solver
-    from .solve.integrate import Plan
+    from .solve.plan import Plan
     from .types import Solution
 
 __all__ = [
@@ -195,7 +195,7 @@ def rnode_after_solve(solution: Solution, solver: Solver | Plan) -> None:
     ``solution.penalties`` ``{name: (B,)}``, raw integrals; ``solution.stats`` counts evaluations and steps. The
     tensors belong to the graph of the solve: read, detach, and keep no reference, or its memory stays in use.
     Whether the blocks of a flow stayed finite is looked at once, after the last one.
-    ``solver`` is a :class:`~rnode_plugin.solve.Solver`, or the :class:`~rnode_plugin.solve.integrate.Plan` that a
+    ``solver`` is a :class:`~rnode_plugin.solve.Solver`, or the :class:`~rnode_plugin.solve.plan.Plan` that a
     torchdyn model made of its own settings. An implementation may leave out arguments that it does not need. One
     that raises is reported and is not called again; the solve goes on.
 

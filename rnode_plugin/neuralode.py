@@ -20,7 +20,7 @@ from .last_solve import LastSolve, attach
 from .parallel import OneProcessADevice
 from .regularizers import Weighted, resolve_regularizers
 from .solve import GRADIENTS, solve
-from .solve.integrate import Plan
+from .solve.plan import Plan
 from .torchdyn_solvers import as_times, kept_times, resolve_solver, step_method
 from .vectorfield import INTEGRAL_LOSS, bind_field, count_columns
 

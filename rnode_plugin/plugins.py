@@ -24,7 +24,7 @@ from .errors import ConfigError, PluginError, suggest
 
 if TYPE_CHECKING:
     from .solve import Solver
-    from .solve.integrate import Plan
+    from .solve.plan import Plan
     from .types import Solution
 
 __all__ = [

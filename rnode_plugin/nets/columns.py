@@ -1,7 +1,7 @@
 """3x3 convolutions between few channels and many on a CPU, as one product of two matrices.
 
 The nine neighbours of each pixel of the few channels side by side are a matrix, and the convolution is its product
-with the weights. Libraries made for many channels on both sides are slow where one side has 1 to 12.
+with the weights. Libraries made for many channels on both sides are slow where one side has a few.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ..types import BoundDynamics, Solution
     from .guards import HealthCheck
-    from .integrate import Plan
+    from .plan import Plan
 
 __all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver", "solve"]
 
@@ -52,7 +52,8 @@ def solve(
     from .. import plugins
     from .adjoint import solve_adjoint
     from .guards import check_time
-    from .integrate import Plan, integrate
+    from .integrate import integrate
+    from .plan import Plan
 
     solver = solver or Solver()
     plan = solver if isinstance(solver, Plan) else Plan.of(solver)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..types import BoundDynamics, Rates, Solution, SolveStats
-from .integrate import Plan, integrate
+from .integrate import integrate
+from .plan import Plan
 
 __all__ = ["solve_adjoint"]
 
