@@ -24,7 +24,7 @@ from .winograd import Winograd
 __all__ = ["CONVOLUTION", "LINEAR", "ConcatConv2d", "ConcatLinear", "Products"]
 
 _FEW = 8  # channels, up to which a convolution is faster as one product of matrices
-_MANY = 32  # channels, from which on it is faster as 36 of a sixteenth of the size, and compiled
+_MANY = 32  # channels, from which on Winograd's method pays where torch.compile works
 
 
 class Products(Protocol):
