@@ -174,9 +174,9 @@ class FlowModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         if batch_idx % self.plan.accumulate == 0:
-            self._step_start = time.monotonic()
             if self._compiling:
                 self._compile(batch)
+            self._step_start = time.monotonic()  # compiling is wall-clock time of the run, not of a step
             self._tune()
 
     def _compile(self, batch: Tensor) -> None:

@@ -74,7 +74,8 @@ def test_compiled_convolutions_are_the_plain_ones(activation: str) -> None:
     torch.manual_seed(0)
     plain, fast = both_ways(conv_field(2, hidden=32, activation=activation), torch.randn(3, 2, 5, 5))
     for one, other in zip(plain, fast, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        # by norms: Winograd's convolutions round all of a tile alike, so what is nearly zero loses relative digits
+        assert (one - other).norm() <= 1e-5 * one.norm()
 
 
 @pytest.mark.gpu
