@@ -98,8 +98,6 @@ class Trainer:
         self.model: nn.Module = self.flow
         if method.solver is None:
             self.model = UsualFlow(self.flow, penalties=method.penalties, **method.usual)
-        if method.compiled:
-            compile_fields(self.flow)
         settings = recipe.optimizer
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, (settings.beta1, settings.beta2))
         factor = learning_rate_factor(settings, total=steps)
@@ -108,6 +106,7 @@ class Trainer:
         self._batches: Iterator[list[int]] = iter(StepBatches(plan, seed=recipe.training.seed))
         self.steps, self.seconds, self.nfe = 0, 0.0, 0
         if method.compiled:  # once for all runs of a machine, and so not on the clock of one
+            compile_fields(self.flow)
             x = torch.rand(recipe.data.batch_size, *recipe.data.shape, device=device)
             self.loss(x, self.draw_noise(len(x), 0)).backward()
 

@@ -54,7 +54,7 @@ _SHORT = {
 @click.option("--seed", type=int, help="Of the weights, the data order and all noise.")
 @click.option("--precision", help="As Lightning names it: 32-true, bf16-mixed, ...")
 @click.option(
-    "--compile/--no-compile", default=None, help="Train with torch.compile; the first step takes a minute."
+    "--compile/--no-compile", default=None, help="Train with torch.compile, which takes a minute at first."
 )
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")

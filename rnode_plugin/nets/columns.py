@@ -42,13 +42,13 @@ class Columns(LayerMap):
 
     def apply_with_gradient(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self._outputs_are_few:
-            return self.apply(x), self.gradient(x, v)
+            return super().apply_with_gradient(x, v)
         neighbours = _neighbours(x)
         return self._widen(neighbours, x), self._gradient(neighbours, v)
 
     def transpose_with_gradient(self, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self._outputs_are_few:
-            return self.transpose(v), self.gradient(x, v)
+            return super().transpose_with_gradient(v, x)
         neighbours = _neighbours(v)
         return self._widen(neighbours, v), self._gradient(neighbours, x)
 

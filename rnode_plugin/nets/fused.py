@@ -23,13 +23,11 @@ from torch import Tensor
 
 from .activations import Activation
 from .compiling import compiled
-from .maps import LayerMap
 from .plain import Kind, Stack, run_layers, run_stack, shifts
 
 __all__ = ["pull_noise", "run_fused", "run_velocity"]
 
 Gradients = list[Tensor | None]
-Given = tuple[Kind, tuple[LayerMap, ...]]  # what autograd does not see of a stack
 
 
 def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
@@ -43,7 +41,7 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
 
 def run_velocity(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
     """As :func:`~.plain.run_stack`, saving half as much for the backward pass."""
-    (dz,) = _Velocity.apply((stack.kind, stack.maps), _time(t, z), z, stack.bias, stack.response, *stack.weights)
+    (dz,) = _Velocity.apply(stack.kind, _time(t, z), z, stack.bias, stack.response, *stack.weights)
     return dz
 
 
@@ -51,8 +49,7 @@ def run_fused(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor) -> tup
     """``(f(t, z), noise^T df/dz)`` for noise as :func:`pull_noise` made it; ``t`` and ``z`` as in ``run_stack``."""
     if len(stack.weights) == 1:  # a linear field: its Jacobian depends on nothing
         return run_stack(stack, t, z), pulled.to(z.dtype)
-    given = stack.kind, stack.maps
-    return _FieldAndProduct.apply(given, _time(t, z), z, pulled, stack.bias, stack.response, *stack.weights)
+    return _FieldAndProduct.apply(stack.kind, _time(t, z), z, pulled, stack.bias, stack.response, *stack.weights)
 
 
 def _time(t: Tensor | float, z: Tensor) -> Tensor:
@@ -62,12 +59,12 @@ def _time(t: Tensor | float, z: Tensor) -> Tensor:
 class _Velocity(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, given: Given, t: Tensor, z: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
+        ctx: Any, kind: Kind, t: Tensor, z: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
     ) -> tuple[Tensor]:
-        stack = _stack(given, bias, response, weights)
+        stack = Stack(*kind, bias, response, weights)
         with torch.autocast(z.device.type, enabled=False):
             a, kept, _ = _ascend(stack, t, z, slopes=False)
-        ctx.given = given
+        ctx.kind = kind
         ctx.save_for_backward(t, z, bias, response, *weights, *kept)
         return (a.to(z.dtype),)
 
@@ -75,7 +72,8 @@ class _Velocity(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         t, z, bias, response, *rest = ctx.saved_tensors
         count = (len(rest) + 1) // 2  # L weights, L - 1 kept activations
-        stack = _stack(ctx.given, bias, response, tuple(rest[:count]))
+        kind: Kind = ctx.kind
+        stack = Stack(*kind, bias, response, tuple(rest[:count]))
         with torch.autocast(z.device.type, enabled=False):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: autograd must see it
                 outputs = (run_stack(stack, t, z),)
@@ -88,19 +86,12 @@ class _Velocity(torch.autograd.Function):
 class _FieldAndProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        given: Given,
-        t: Tensor,
-        z: Tensor,
-        pulled: Tensor,
-        bias: Tensor,
-        response: Tensor,
-        *weights: Tensor,
+        ctx: Any, kind: Kind, t: Tensor, z: Tensor, pulled: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        stack = _stack(given, bias, response, weights)
+        stack = Stack(*kind, bias, response, weights)
         with torch.autocast(z.device.type, enabled=False):
             a, g, kept, between = _field_and_product(stack, t, z, pulled)
-        ctx.given = given
+        ctx.kind = kind
         ctx.save_for_backward(t, z, pulled, bias, response, *weights, *kept, *between)
         return a.to(z.dtype), g.to(z.dtype)
 
@@ -108,18 +99,14 @@ class _FieldAndProduct(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         t, z, pulled, bias, response, *rest = ctx.saved_tensors
         count = (len(rest) + 3) // 3  # L weights, L - 1 kept activations, L - 2 of the product
-        stack = _stack(ctx.given, bias, response, tuple(rest[:count]))
+        kind: Kind = ctx.kind
+        stack = Stack(*kind, bias, response, tuple(rest[:count]))
         with torch.autocast(z.device.type, enabled=False):
             if torch.is_grad_enabled():
                 return None, *_differentiable_backward(stack, t, z, pulled, cotangents)
             kept, between = tuple(rest[count : 2 * count - 1]), tuple(rest[2 * count - 1 :])
             needs = ctx.needs_input_grad[1:]
             return None, *_backward(stack, t, z, kept, (*between, pulled), cotangents, needs)
-
-
-def _stack(given: Given, bias: Tensor, response: Tensor, weights: tuple[Tensor, ...]) -> Stack:
-    kind, maps = given
-    return Stack(*kind, bias, response, weights, maps)
 
 
 def _field_and_product(
@@ -207,7 +194,7 @@ def _descend(
     sums: list[Tensor] = []
     below: Tensor | None = None
     for k in range(len(stack.maps) - 1, -1, -1):
-        layer, grad = stack.maps[k], None
+        layer = stack.maps[k]
         sums.append(products.sum_batch(a))
         if needs_weights[k]:
             u = activation.output(kept[k - 1]) if k else products.layout(z.to(stack.dtype))
@@ -226,7 +213,8 @@ def _descend(
             if bends is None or slopes is None:
                 a = _piece(stack, _pull)(activation, kept[k - 1], below)
             else:
-                a = _piece(stack, _join)(bends[k - 1], below, slopes[k - 1])
+                a = bends[k - 1]
+                _piece(stack, _join)(a, below, slopes[k - 1])
     # time and biases act alike on all samples: one sum over the batch serves them all
     total = torch.cat(sums[::-1], dim=1).to(stack.response.dtype)
     return [
@@ -264,11 +252,13 @@ def _follow(p: Tensor, bent: Tensor, slope: Tensor) -> None:
 
 
 def _pull(activation: Activation, kept: Tensor, below: Tensor) -> Tensor:
+    """``s' below``."""
     return activation.derivatives(kept)[0].mul_(below)
 
 
-def _join(bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
-    return torch.addcmul(bent, below, slope)
+def _join(bent: Tensor, below: Tensor, slope: Tensor) -> None:
+    """``s'' g p + s' below`` into ``bent``."""
+    bent.addcmul_(below, slope)
 
 
 def _differentiable_backward(

@@ -46,8 +46,12 @@ class Products(Protocol):
         """Outputs' cotangents to inputs' cotangents."""
         ...
 
-    def prepare(self, weight: Tensor, x: Tensor, *, compiled: bool) -> LayerMap:
-        """A layer's products, without a graph, for the evaluations of one solve from a state like ``x``.
+    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        """Cotangent of the weight for inputs ``x`` and outputs' cotangents ``v``."""
+        ...
+
+    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
+        """A layer's products, without a graph, for the evaluations of one solve.
 
         ``compiled`` says that torch.compile will see them.
         """
@@ -75,15 +79,20 @@ class _Convolution:
     def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         return F.conv_transpose2d(v, weight, padding=1)
 
-    def prepare(self, weight: Tensor, x: Tensor, *, compiled: bool) -> LayerMap:
+    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.aten.convolution_backward(
+            v, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
+        )[1]
+
+    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
         # on other devices, and in low precision, the libraries' own convolutions are the fast ones
-        if x.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
             channels = min(weight.shape[:2])
             if channels <= _FEW:
                 return Columns(weight)
             if channels >= _MANY and compiled and works():
                 return Winograd(weight)
-        return _ConvolutionMap(weight)
+        return _Direct(self, weight)
 
     def sum_batch(self, v: Tensor) -> Tensor:
         # in the order of the memory: torch sums channels last twenty times as slowly
@@ -111,8 +120,11 @@ class _Linear:
     def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         return v @ weight
 
-    def prepare(self, weight: Tensor, x: Tensor, *, compiled: bool) -> LayerMap:
-        return _LinearMap(weight)
+    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return v.t() @ x
+
+    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
+        return _Direct(self, weight)
 
     def sum_batch(self, v: Tensor) -> Tensor:
         return v.sum(0, keepdim=True)
@@ -121,34 +133,20 @@ class _Linear:
         return time.t()
 
 
-class _ConvolutionMap(LayerMap):
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight.detach()
+class _Direct(LayerMap):
+    """A layer's products as they are."""
+
+    def __init__(self, products: Products, weight: Tensor) -> None:
+        self._products, self._weight = products, weight.detach()
 
     def apply(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self._weight, padding=1)
+        return self._products.apply(x, self._weight)
 
     def transpose(self, v: Tensor) -> Tensor:
-        return F.conv_transpose2d(v, self._weight, padding=1)
+        return self._products.transpose(v, self._weight)
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        return torch.ops.aten.convolution_backward(
-            v, x, self._weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
-        )[1]
-
-
-class _LinearMap(LayerMap):
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight.detach()
-
-    def apply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight)
-
-    def transpose(self, v: Tensor) -> Tensor:
-        return v @ self._weight
-
-    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        return v.t() @ x
+        return self._products.weight_gradient(x, v, self._weight)
 
 
 CONVOLUTION: Products = _Convolution()

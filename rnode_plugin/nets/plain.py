@@ -15,7 +15,7 @@ from .maps import LayerMap
 __all__ = ["Kind", "Stack", "make_stack", "run_layers", "run_stack", "shifts"]
 
 
-Kind = tuple[Products, Activation, torch.dtype, bool]  # what a stack is apart from its tensors
+Kind = tuple[Products, Activation, torch.dtype, bool, tuple[LayerMap, ...]]  # what autograd does not see of a stack
 
 
 class Stack(NamedTuple):
@@ -29,24 +29,24 @@ class Stack(NamedTuple):
         activation: the function between them.
         dtype: what the layers compute in; the state's dtype unless autocast says otherwise.
         compiled: whether the passes with a backward by hand go through torch.compile, piece by piece.
+        maps: the layers' products for passes with a backward by hand; none where there are no such passes.
         bias: of all layers, one behind the other.
         response: what a unit of time adds to the pre-activations of all layers, ``(1, sum of outputs, ...)``.
         weights: of the state, for each layer.
-        maps: the layers' products for passes with a backward by hand; none where there are no such passes.
     """
 
     products: Products
     activation: Activation
     dtype: torch.dtype
     compiled: bool
+    maps: tuple[LayerMap, ...]
     bias: Tensor
     response: Tensor
     weights: tuple[Tensor, ...]
-    maps: tuple[LayerMap, ...] = ()
 
     @property
     def kind(self) -> Kind:
-        return self.products, self.activation, self.dtype, self.compiled
+        return self.products, self.activation, self.dtype, self.compiled, self.maps
 
 
 def make_stack(
@@ -68,8 +68,8 @@ def make_stack(
     bias = torch.cat([b for _, b in parameters])
     maps: tuple[LayerMap, ...] = ()
     if fast:
-        maps = tuple(products.prepare(weight.detach().to(dtype), z, compiled=compiled) for weight in weights)
-    return Stack(products, activation, dtype, compiled, bias, response, weights, maps)
+        maps = tuple(products.prepare(weight.detach().to(dtype), compiled=compiled) for weight in weights)
+    return Stack(products, activation, dtype, compiled, maps, bias, response, weights)
 
 
 def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:

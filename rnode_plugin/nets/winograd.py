@@ -32,7 +32,7 @@ __all__ = ["Winograd"]
 
 _TILE, _VALUES = 4, 6  # outputs of a tile in a row, and values that they depend on
 _LOW, _HIGH = math.sqrt(0.5), math.sqrt(2.0)  # the points, besides their negatives, 0 and infinity
-_TAPS = torch.tensor(
+_ONCE = torch.tensor(
     [
         [1, 0, 0],
         [-1 / 3, -_LOW / 3, -1 / 6],
@@ -43,6 +43,7 @@ _TAPS = torch.tensor(
     ],
     dtype=torch.float64,
 )  # three taps to their values, with the scales that the other transforms leave out
+_TAPS = torch.kron(_ONCE, _ONCE)  # in two dimensions, (36, 9)
 
 
 class Winograd(LayerMap):
@@ -56,7 +57,7 @@ class Winograd(LayerMap):
 
     def __init__(self, weight: Tensor) -> None:
         weight = weight.detach()
-        self._taps = torch.kron(_TAPS, _TAPS).to(weight)  # (36, 9)
+        self._taps = _TAPS.to(weight)
         flat = weight.permute(2, 3, 1, 0).flatten(0, 1)
         self._values = (self._taps @ flat.flatten(1)).unflatten(1, flat.shape[1:])  # (36, in, out)
 
