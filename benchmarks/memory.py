@@ -16,10 +16,10 @@ import torch
 from measure import device_option, peak_memory, print_environment, set_up, table, threads_option
 
 from rnode_plugin import Dynamics, Solver, get_recipe, objective
-from rnode_plugin.nets import conv_field
-from rnode_plugin.objectives import output_log_prob
-from rnode_plugin.regularizers import resolve_regularizers
-from rnode_plugin.solve import solve
+from rnode_plugin.core.objective import output_log_prob
+from rnode_plugin.fields import conv_field
+from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.solvers import solve
 
 _PENALTIES = tuple(entry.regularizer for entry in resolve_regularizers(["kinetic", "jacfrob"]).values())
 _EVALUATIONS = 6  # of a step of dopri5; its first is the last of the step before

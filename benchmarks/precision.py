@@ -15,8 +15,9 @@ import tempfile
 import torch
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
-from rnode_plugin.evaluation import evaluate
-from rnode_plugin.training import fit, load_images
+from rnode_plugin.evaluation.bits import evaluate
+from rnode_plugin.evaluation.images import load_images
+from rnode_plugin.training.fit import fit
 
 FINE = Solver(method="rk4_38", step=1 / 8)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from training_runs import METHODS, Trainer, rk4
 
 from rnode_plugin import get_recipe
-from rnode_plugin.training import load_images
+from rnode_plugin.evaluation.images import load_images
 
 
 def gradient(trainer: Trainer, x: Tensor, seed: int, quadrature: str, step: float) -> Tensor:

@@ -30,8 +30,8 @@ from torch import Tensor
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
-from rnode_plugin.nets import compile_fields
-from rnode_plugin.objectives import output_log_prob
+from rnode_plugin.core.objective import output_log_prob
+from rnode_plugin.fields import compile_fields
 
 BASELINE, EXACT = "usual formulation", "exact"
 

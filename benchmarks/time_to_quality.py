@@ -17,7 +17,7 @@ from measure import device_option, print_environment, set_up, table, threads_opt
 from training_runs import METHODS, Point, Run, Trainer
 
 from rnode_plugin import get_recipe
-from rnode_plugin.training import load_images
+from rnode_plugin.evaluation.images import load_images
 
 VANILLA = "vanilla FFJORD"
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, SolverError, objective
+from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.data import ImageData
-from rnode_plugin.evaluation import image_batch
+from rnode_plugin.evaluation.bits import image_batch
+from rnode_plugin.fields import compile_fields
 from rnode_plugin.flows.transforms import dequantize, random_flip
-from rnode_plugin.nets import compile_fields
-from rnode_plugin.objectives import output_log_prob
-from rnode_plugin.recipes import Recipe
-from rnode_plugin.schedule import Plan, StepBatches, learning_rate_factor
-from rnode_plugin.solve import Solver
+from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.solvers import Solver
+from rnode_plugin.training.schedule import RunPlan, StepBatches, learning_rate_factor
 
 __all__ = ["METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
 
@@ -102,7 +102,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, (settings.beta1, settings.beta2))
         factor = learning_rate_factor(settings, total=steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        plan = Plan(len(data.train), recipe.data.batch_size, 1, steps, steps)
+        plan = RunPlan(len(data.train), recipe.data.batch_size, 1, steps, steps)
         self._batches: Iterator[list[int]] = iter(StepBatches(plan, seed=recipe.training.seed))
         self.steps, self.seconds, self.nfe = 0, 0.0, 0
         if method.compiled:  # once for all runs of a machine, and so not on the clock of one

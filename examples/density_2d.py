@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from rnode_plugin import RegularizedCNF
-from rnode_plugin.nets import linear_field
+from rnode_plugin.fields import linear_field
 
 ARMS = [("exact", {}), ("exact", {"kinetic": 0.01, "jacfrob": 0.01})]
 ARMS += [(noise, {"kinetic": 0.01, "jacfrob": 0.01}) for noise in ("gaussian", "rademacher")]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rnode_plugin import NeuralODE
-from rnode_plugin.nets import linear_field
+from rnode_plugin.fields import linear_field
 
 TIMES = torch.linspace(0, 4, 21)
 SEEN, NOISE = 6, 0.05  # the first 6 angles are the input; standard deviation of the noise in radians

@@ -6,8 +6,8 @@ On several GPUs: python train_images.py --devices 4 (Lightning starts a process 
 import argparse
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.sampling import sample_images, save_grid
-from rnode_plugin.training import fit
+from rnode_plugin.evaluation.sampling import sample_images, save_grid
+from rnode_plugin.training.fit import fit
 
 
 def main():

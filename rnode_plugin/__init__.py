@@ -12,24 +12,24 @@ from ._version import __version__
 
 # name -> module that defines it
 _PUBLIC = {
-    "CNF": "cnf",
-    "NeuralODE": "neuralode",
-    "RegularizedCNF": "density",
+    "CNF": "torchdyn.cnf",
+    "NeuralODE": "torchdyn.neural_ode",
+    "RegularizedCNF": "torchdyn.density",
     "MultiscaleFlow": "flows.multiscale",
     "FlowOutput": "types",
     "Solution": "types",
-    "Solver": "solve",
-    "Dynamics": "dynamics",
-    "Regularizer": "regularizers",
-    "Exact": "estimators",
-    "Hutchinson": "estimators",
-    "objective": "objectives",
-    "bits_per_dim": "objectives",
-    "get_recipe": "recipes",
-    "load_flow": "checkpoints",
-    "install": "patching",
-    "uninstall": "patching",
-    "hookimpl": "hookspecs",
+    "Solver": "solvers",
+    "Dynamics": "core.augmented",
+    "Regularizer": "core.regularizers",
+    "Exact": "core.trace_estimators",
+    "Hutchinson": "core.trace_estimators",
+    "objective": "core.objective",
+    "bits_per_dim": "core.objective",
+    "get_recipe": "recipes.schema",
+    "load_flow": "training.runs.checkpoints",
+    "install": "torchdyn.patch",
+    "uninstall": "torchdyn.patch",
+    "hookimpl": "plugins.hookspecs",
     "RnodeError": "errors",
     "SolverError": "errors",
 }
@@ -37,20 +37,20 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from .checkpoints import load_flow
-    from .cnf import CNF
-    from .density import RegularizedCNF
-    from .dynamics import Dynamics
+    from .core.augmented import Dynamics
+    from .core.objective import bits_per_dim, objective
+    from .core.regularizers import Regularizer
+    from .core.trace_estimators import Exact, Hutchinson
     from .errors import RnodeError, SolverError
-    from .estimators import Exact, Hutchinson
     from .flows.multiscale import MultiscaleFlow
-    from .hookspecs import hookimpl
-    from .neuralode import NeuralODE
-    from .objectives import bits_per_dim, objective
-    from .patching import install, uninstall
-    from .recipes import get_recipe
-    from .regularizers import Regularizer
-    from .solve import Solver
+    from .plugins.hookspecs import hookimpl
+    from .recipes.schema import get_recipe
+    from .solvers import Solver
+    from .torchdyn.cnf import CNF
+    from .torchdyn.density import RegularizedCNF
+    from .torchdyn.neural_ode import NeuralODE
+    from .torchdyn.patch import install, uninstall
+    from .training.runs.checkpoints import load_flow
     from .types import FlowOutput, Solution
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from tiny_runs import rows, train
 
-from rnode_plugin.checkpoints import read_checkpoint
-from rnode_plugin.resuming import newest_intact
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.runs.resume import newest_intact
 
 # children of a server that has imported all: a start costs no seconds, and no thread of this process is copied
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["rnode_plugin.training"])
+CONTEXT.set_forkserver_preload(["rnode_plugin.training.fit"])
 
 STEPS = ["training.max_steps=24", "training.check_every_steps=8"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 _PROGRAM = """
 import os
-import rnode_plugin.flow_module as module
+import rnode_plugin.training.lightning.module as module
 from rnode_plugin.cli import main
 from rnode_plugin.errors import SolverError
-from rnode_plugin.flow_module import FlowModule
+from rnode_plugin.training.lightning.module import FlowModule
 
 original, log_prob, folder = FlowModule.training_step, module.output_log_prob, FOLDER
 rank = int(os.environ.get("LOCAL_RANK", "0"))

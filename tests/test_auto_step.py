@@ -17,16 +17,18 @@ import torch
 from test_tuning import LEVELS, Bounded, Scaling, flow_of
 from tiny_runs import rows, tiny_recipe
 
-from rnode_plugin import MultiscaleFlow, Solver, auto_step, get_recipe, load_flow
-from rnode_plugin.auto_step import AutoStep
-from rnode_plugin.checkpoints import read_checkpoint
+from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
+from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation import evaluate
-from rnode_plugin.flow_module import FlowModule
+from rnode_plugin.evaluation.bits import evaluate
+from rnode_plugin.evaluation.images import load_images
 from rnode_plugin.flows.transforms import dequantize
-from rnode_plugin.randomness import Stream, seeded
-from rnode_plugin.recipes import Recipe
-from rnode_plugin.training import FitResult, fit, load_images
+from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.training import auto_step
+from rnode_plugin.training.auto_step import AutoStep
+from rnode_plugin.training.fit import FitResult, fit
+from rnode_plugin.training.lightning.module import FlowModule
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, LEVELS, (20, 1, 4, 4), dtype=np.uint8)

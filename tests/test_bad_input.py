@@ -22,15 +22,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, get_recipe, load_flow
-from rnode_plugin.checkpoints import export_flow, pack, read_checkpoint, save_flow
 from rnode_plugin.cli import main
 from rnode_plugin.data import ImageData, get_dataset, loader
 from rnode_plugin.errors import ConfigError, RnodeError
-from rnode_plugin.evaluation import evaluate
-from rnode_plugin.sampling import sample_images
-from rnode_plugin.solve import Solver, solve
-from rnode_plugin.trainers import make_trainer
-from rnode_plugin.training import fit
+from rnode_plugin.evaluation.bits import evaluate
+from rnode_plugin.evaluation.sampling import sample_images
+from rnode_plugin.solvers import Solver, solve
+from rnode_plugin.training.fit import fit
+from rnode_plugin.training.lightning.trainer import make_trainer
+from rnode_plugin.training.runs.checkpoints import export_flow, pack, read_checkpoint, save_flow
 
 RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
 
@@ -219,7 +219,7 @@ CALLS: list[tuple[Callable[[], object], str]] = [
 
 
 def _solve(times: list[float]) -> object:
-    from rnode_plugin.dynamics import Dynamics
+    from rnode_plugin.core.augmented import Dynamics
 
     dynamics = Dynamics(lambda t, z: z, divergence=False)
     return solve(dynamics.bind(None), torch.ones(1, 2), torch.tensor(times), Solver())

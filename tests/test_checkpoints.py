@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.checkpoints import (
+from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.training.runs.checkpoints import (
     export_flow,
     find_checkpoint,
     load_with_recipe,
@@ -20,8 +22,6 @@ from rnode_plugin.checkpoints import (
     save_flow,
     write_atomically,
 )
-from rnode_plugin.errors import CheckpointError, ConfigError
-from rnode_plugin.recipes import Recipe
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from rnode_plugin import __version__, plugins
+from rnode_plugin import __version__
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import Duration
 from rnode_plugin.cli.tables import duration, table
-from rnode_plugin.hookspecs import hookimpl
+from rnode_plugin.plugins import registry as plugins
+from rnode_plugin.plugins.hookspecs import hookimpl
 
 TINY = [
     "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--accelerator", "cpu", "--devices", "1",

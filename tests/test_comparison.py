@@ -18,15 +18,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from rnode_plugin import arm_schedule, get_recipe
-from rnode_plugin.arm_process import ArmProcess
-from rnode_plugin.arm_schedule import places_of
-from rnode_plugin.checkpoints import read_checkpoint
+from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
-from rnode_plugin.comparison import ARMS, Comparison, arm_recipes, compare
+from rnode_plugin.comparison import scheduler as arm_schedule
+from rnode_plugin.comparison.compare import ARMS, Comparison, arm_recipes, compare
+from rnode_plugin.comparison.scheduler import places_of
+from rnode_plugin.comparison.worker import ArmProcess
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
-from rnode_plugin.flow_module import FlowModule
-from rnode_plugin.recipes import Recipe
+from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.training.lightning.module import FlowModule
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 TINY = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none", "data.batch_size=50",

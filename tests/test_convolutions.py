@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnode_plugin.nets import compile_fields, compiling, conv_field, winograd
-from rnode_plugin.nets.columns import Columns
-from rnode_plugin.nets.maps import LayerMap
-from rnode_plugin.nets.winograd import Winograd
+from rnode_plugin.fields import compile_fields, compiling, conv_field, winograd
+from rnode_plugin.fields.kernels.base import LayerMap
+from rnode_plugin.fields.kernels.im2col import Columns
+from rnode_plugin.fields.kernels.winograd import Winograd
 
 # batch, in, out, H, W: whole tiles and cut ones, one tile, less than a tile, a single pixel
 SHAPES = [(2, 5, 3, 8, 12), (3, 4, 7, 14, 13), (1, 3, 3, 4, 4), (2, 9, 2, 3, 5), (1, 2, 2, 1, 1), (2, 1, 6, 9, 4)]

@@ -10,8 +10,8 @@ from torch.utils.data import DistributedSampler
 
 from rnode_plugin.data import ImageDataset, loader
 from rnode_plugin.data.images import Selection
-from rnode_plugin.data.packed import PackedImages
-from rnode_plugin.data.pictures import ImageFiles
+from rnode_plugin.data.packing.packed import PackedImages
+from rnode_plugin.data.packing.pictures import ImageFiles
 from rnode_plugin.errors import ConfigError, DataError
 
 

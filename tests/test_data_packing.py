@@ -95,7 +95,7 @@ def _imagenet(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", ["zips", "compressed", "folder", "files"])
 def test_the_published_imagenet_batches(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr("rnode_plugin.data.npz._ROWS", 2)
+    monkeypatch.setattr("rnode_plugin.data.packing.npz._ROWS", 2)
     (tmp_path / "in").mkdir()
     sources, parts = _imagenet(tmp_path / "in", layout)
     result = prepare(*sources, target=tmp_path / "out", size=8)
@@ -181,7 +181,7 @@ def test_options_that_cannot_be_are_refused(tmp_path, options):
 
 
 def test_many_images_have_a_header_that_fits(tmp_path):
-    from rnode_plugin.data.packed import PackedWriter
+    from rnode_plugin.data.packing.packed import PackedWriter
 
     with PackedWriter(tmp_path / "train.npy") as writer:
         writer.append(random_images(1, (3, 256, 256)))

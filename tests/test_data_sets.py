@@ -14,9 +14,9 @@ import torchvision.datasets
 from image_files import random_images, real_data
 
 import rnode_plugin
-from rnode_plugin import plugins
 from rnode_plugin.data import ImageData, get_dataset
 from rnode_plugin.errors import ConfigError, DataError, PluginError
+from rnode_plugin.plugins import registry as plugins
 
 
 def test_digits_are_the_real_ones_with_a_fixed_split():

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
-from rnode_plugin.estimators import Hutchinson
-from rnode_plugin.nets import conv_field
-from rnode_plugin.objectives import objective, output_log_prob
-from rnode_plugin.solve import GRADIENTS
+from rnode_plugin.core.objective import objective, output_log_prob
+from rnode_plugin.core.trace_estimators import Hutchinson
+from rnode_plugin.fields import conv_field
+from rnode_plugin.solvers import GRADIENTS
 
 pytestmark = pytest.mark.ddp
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import click
 import pytest
 
-from rnode_plugin import get_recipe, plugins
+from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
-from rnode_plugin.solve import GRADIENTS, METHODS
+from rnode_plugin.plugins import registry as plugins
+from rnode_plugin.solvers import GRADIENTS, METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
@@ -155,7 +156,7 @@ def test_names_in_the_tables_exist():
     for method in re.findall(r"\|[^|]*\| `(rk4_38|dopri5|tsit5|rk4|euler|midpoint)`", mathematics):
         assert method in METHODS
     hooks = re.findall(r"^\| `(rnode_\w+)\(", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
-    from rnode_plugin import hookspecs
+    from rnode_plugin.plugins import hookspecs
 
     assert sorted(hooks) == sorted(name for name in hookspecs.__all__ if name.startswith("rnode_"))
 

@@ -7,11 +7,13 @@ import torch
 from problems import Linear, Wave
 from torch import Tensor, nn
 
-from rnode_plugin.dynamics import Dynamics, Evaluation
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.field_evaluation import FieldEvaluation
+from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
+from rnode_plugin.core.regularizers import FunctionRegularizer, jacfrob, kinetic
+from rnode_plugin.core.trace_estimators import Exact, Hutchinson, field_and_vjp, get_estimator
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.estimators import Exact, Hutchinson, field_and_vjp, get_estimator
-from rnode_plugin.objectives import bits_per_dim, objective, standard_normal_log_prob
-from rnode_plugin.regularizers import FunctionRegularizer, jacfrob, kinetic, resolve_regularizers
+from rnode_plugin.plugins.resolve import resolve_regularizers
 
 
 class Convolution(nn.Module):
@@ -156,7 +158,7 @@ def test_resolving_regularizers() -> None:
     own = FunctionRegularizer("own", lambda e: e.z.sum(1))
     resolved = resolve_regularizers({"kinetic": 0.1, speed: 2, own: 0})
     assert [(n, w.strength) for n, w in resolved.items()] == [("kinetic", 0.1), ("speed", 2.0), ("own", 0.0)]
-    evaluation = Evaluation(torch.tensor(0.0), torch.ones(2, 3), torch.full((2, 3), -2.0))
+    evaluation = FieldEvaluation(torch.tensor(0.0), torch.ones(2, 3), torch.full((2, 3), -2.0))
     assert resolved["speed"].regularizer(evaluation).tolist() == [6.0, 6.0]
     assert resolve_regularizers("kinetic")["kinetic"].strength == 0.01
     assert resolve_regularizers(["kinetic", jacfrob])["jacfrob"].regularizer is jacfrob

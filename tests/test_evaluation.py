@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin.core.objective import output_log_prob
+from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation import evaluate
+from rnode_plugin.evaluation.bits import evaluate
+from rnode_plugin.evaluation.sampling import sample_images, save_grid
 from rnode_plugin.flows.transforms import dequantize
-from rnode_plugin.objectives import output_log_prob
-from rnode_plugin.randomness import Stream, seeded, stream_seed
-from rnode_plugin.sampling import sample_images, save_grid
 from rnode_plugin.types import FlowOutput
 
 RK4 = Solver(method="rk4", step=0.5)

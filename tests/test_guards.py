@@ -11,14 +11,14 @@ import torch
 from tiny_runs import rows, tiny_recipe
 
 from rnode_plugin import load_flow
-from rnode_plugin.checkpoints import read_checkpoint
 from rnode_plugin.errors import RnodeError, SolverError, TrainingError
-from rnode_plugin.flow_module import FlowModule
-from rnode_plugin.guards import StepGuard
-from rnode_plugin.recipes import Recipe
-from rnode_plugin.runs import RunFolder
-from rnode_plugin.schedule import Plan, StepBatches
-from rnode_plugin.training import FitResult, fit
+from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.training.fit import FitResult, fit
+from rnode_plugin.training.lightning.module import FlowModule
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.runs.folder import RunFolder
+from rnode_plugin.training.schedule import RunPlan, StepBatches
+from rnode_plugin.training.step_guard import StepGuard
 
 
 def run(recipe: Recipe, folder: Path, **options) -> FitResult:
@@ -78,7 +78,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert f"The last good checkpoint is {folder.last}" in message
     assert read_checkpoint(folder.last)["progress"]["batches"] == 5
     assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
-    batch = list(StepBatches(Plan.of(recipe, 80), seed=42))[6]
+    batch = list(StepBatches(RunPlan.of(recipe, 80), seed=42))[6]
     assert f"the training images {', '.join(map(str, batch[:16]))} and 4 more (all in {folder.skipped})" in message
     assert json.loads(folder.skipped.read_text()) == {"step": 7, "images": batch}
 

@@ -14,10 +14,10 @@ from child_runs import STEPS, Child, assert_intact, assert_same, at, one_run, re
 from PIL import Image
 from tiny_runs import rows, tiny_recipe
 
-from rnode_plugin.checkpoints import read_checkpoint
 from rnode_plugin.errors import CheckpointError, ConfigError
-from rnode_plugin.resuming import newest_intact
-from rnode_plugin.training import fit
+from rnode_plugin.training.fit import fit
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.runs.resume import newest_intact
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution
 
+from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import MultiscaleFlow, plan_stages
 from rnode_plugin.flows.transforms import logit, squeeze
-from rnode_plugin.objectives import standard_normal_log_prob
-from rnode_plugin.solve import Solver
+from rnode_plugin.solvers import Solver
 
 SHAPE = (1, 8, 8)
 ACCURATE = Solver(method="dopri5", atol=1e-8, rtol=1e-8)

@@ -13,9 +13,9 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.nets import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
-from rnode_plugin.nets.activations import ACTIVATIONS
-from rnode_plugin.nets.stack import PreparedStack
+from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
+from rnode_plugin.fields.activations import ACTIVATIONS
+from rnode_plugin.fields.stack import PreparedStack
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
 

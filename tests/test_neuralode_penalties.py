@@ -124,7 +124,7 @@ def test_model_without_penalties_has_a_loss_of_zero() -> None:
 
 
 def test_regularizers_as_objects_functions_and_mappings() -> None:
-    from rnode_plugin.regularizers import kinetic
+    from rnode_plugin.core.regularizers import kinetic
 
     def speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         return dz.abs().sum(1)

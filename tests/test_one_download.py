@@ -40,7 +40,7 @@ def fetch(root: str, url: str, sums: dict[str, str], barrier: Any, result: str) 
     os.environ["no_proxy"] = "127.0.0.1"
     from torchvision.datasets import MNIST
 
-    from rnode_plugin.training import load_images
+    from rnode_plugin.evaluation.images import load_images
 
     MNIST.mirrors, MNIST.resources = [url], list(sums.items())
     recipe = get_recipe("mnist").override([f"data.root={root}"])

@@ -14,8 +14,8 @@ import torch
 from programs import program, still_running
 from tiny_runs import SETTINGS, rows, tiny_recipe
 
-from rnode_plugin.checkpoints import read_checkpoint
-from rnode_plugin.schedule import Plan, StepBatches
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.schedule import RunPlan, StepBatches
 
 pytestmark = pytest.mark.ddp
 
@@ -66,7 +66,7 @@ def at(self, step):
     run_folder = tmp_path / "runs" / "digits" / "0"
     (line,) = errors.strip().splitlines()
     assert line.startswith("Error: training stopped: the loss is nan at training step 7; steps 6 to 7 were skipped")
-    batch = list(StepBatches(Plan.of(tiny_recipe(), 80, world=2), seed=42, rank=1))[6]  # of the second process
+    batch = list(StepBatches(RunPlan.of(tiny_recipe(), 80, world=2), seed=42, rank=1))[6]  # of the second process
     assert f"The batch was the training images {', '.join(map(str, batch[:16]))} and 4 more" in line
     assert json.loads((run_folder / "skipped.json").read_text()) == {"step": 7, "images": batch}
     assert f"--resume {run_folder} goes on from it" in line

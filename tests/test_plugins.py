@@ -20,14 +20,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rnode_plugin import discovery, get_recipe, hookimpl, hookspecs, plugins
+from rnode_plugin import get_recipe, hookimpl
 from rnode_plugin.cli import main
 from rnode_plugin.cli.plugins import plugins as plugins_command
+from rnode_plugin.core.augmented import Dynamics
 from rnode_plugin.data import get_dataset
-from rnode_plugin.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError, PluginError
-from rnode_plugin.plugins import KINDS, Registry
-from rnode_plugin.solve import Solver, solve
+from rnode_plugin.plugins import discovery, hookspecs
+from rnode_plugin.plugins import registry as plugins
+from rnode_plugin.plugins.registry import KINDS, Registry
+from rnode_plugin.solvers import Solver, observers, solve
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,9 +168,9 @@ def test_listing_names_imports_nothing_heavy():
     out = python("""
         import sys
         import rnode_plugin
-        print("pluggy" in sys.modules, "rnode_plugin.plugins" in sys.modules)
-        from rnode_plugin import plugins
-        print("rnode_plugin.builtin" in sys.modules)
+        print("pluggy" in sys.modules, "rnode_plugin.plugins.registry" in sys.modules)
+        from rnode_plugin.plugins import registry as plugins
+        print("rnode_plugin.plugins.builtin" in sys.modules)
         for kind in plugins.KINDS:
             plugins.names(kind)
         plugins.report()
@@ -183,7 +185,7 @@ def test_builtin_without_any_metadata_is_there_once(monkeypatch):
 
 
 def test_builtin_with_metadata_seen_twice_is_there_once(install, monkeypatch):
-    install("rnode-plugin", "", entry_points="[rnode_plugin]\nbuiltin = rnode_plugin.builtin\n")
+    install("rnode-plugin", "", entry_points="[rnode_plugin]\nbuiltin = rnode_plugin.plugins.builtin\n")
     both = list(metadata.distributions()) * 2
     monkeypatch.setattr(metadata, "distributions", lambda: both)
     assert [each.name for each in Registry().report()].count("builtin") == 1
@@ -268,7 +270,7 @@ def test_a_failed_hook_leaves_no_observer_behind(install):
     )
     registry = Registry()
     assert row(registry, "bad-ep").status == "failed"
-    assert not registry.has_observers()
+    assert not any(plugin.observes for plugin in registry.report())
 
 
 def test_two_entry_points_for_one_object(install):
@@ -394,7 +396,10 @@ def test_loading_is_done_once_and_whole_for_all_threads(install):
 def test_a_plugin_may_ask_for_names_while_it_is_imported(install, monkeypatch):
     registry = Registry()
     monkeypatch.setattr(plugins, "names", registry.names)
-    source = "from rnode_plugin import plugins\nKNOWN = plugins.names('regularizers')\n" + textwrap.dedent(GOOD)
+    source = (
+        "from rnode_plugin.plugins import registry as plugins\nKNOWN = plugins.names('regularizers')\n"
+        + textwrap.dedent(GOOD)
+    )
     module = install("asks", source)
     assert registry.names("regularizers") == ["jacfrob", "kinetic", "late", "speed"]
     assert sys.modules[module].KNOWN == ["jacfrob", "kinetic"]
@@ -471,7 +476,7 @@ def test_a_bad_object_is_refused_at_once_and_leaves_nothing():
         with pytest.raises(PluginError, match=message):
             registry.register(plugin, name="x")
         assert registry.names("regularizers") == BUILTIN["regularizers"]
-        assert not registry.has_observers()
+        assert not any(plugin.observes for plugin in registry.report())
     registry.register(Speed(), name="x")
 
 
@@ -494,19 +499,23 @@ def run_solve() -> torch.Tensor:
     return solve(dynamics, torch.ones(5, 2, dtype=torch.float64), times, solver).z
 
 
+def observed() -> bool:
+    return any(plugin.observes for plugin in plugins.report())
+
+
 def test_observers_see_each_solve():
-    assert not plugins.has_observers()
+    assert not observed()
     observer = Observer()
     plugins.register(observer, name="observer")
     try:
-        assert plugins.has_observers()
+        assert observed()
         run_solve()
         run_solve()
     finally:
         plugins.unregister("observer")
     run_solve()
     assert observer.seen == [(16, (3, 5, 2), "rk4")] * 2
-    assert not plugins.has_observers()
+    assert not observed()
 
 
 def test_an_observer_that_raises_is_reported_and_dropped(caplog):
@@ -597,7 +606,7 @@ def test_example_of_a_command(example):
 
 def test_example_of_an_observer(example, monkeypatch):
     registry = example("rnode_after_solve")
-    monkeypatch.setattr(plugins, "after_solve", registry.after_solve)
+    monkeypatch.setattr(observers, "_observers", [registry.after_solve])
     run_solve()
     run_solve()
     assert sys.modules["t_example"].total == 32

@@ -9,10 +9,11 @@ import torch
 from tiny_runs import rows, tiny_recipe
 
 from rnode_plugin import Solver, get_recipe, load_flow
+from rnode_plugin.core.random_streams import Stream, seeded
+from rnode_plugin.evaluation.images import load_images
 from rnode_plugin.flows.transforms import dequantize
-from rnode_plugin.randomness import Stream, seeded
-from rnode_plugin.trainers import make_trainer
-from rnode_plugin.training import fit, load_images
+from rnode_plugin.training.fit import fit
+from rnode_plugin.training.lightning.trainer import make_trainer
 
 
 def test_bits_per_dim_of_a_field_in_bfloat16() -> None:

@@ -11,9 +11,9 @@ from typing import Literal
 import pytest
 
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes import Recipe, get_recipe
-from rnode_plugin.settings import as_text, coerce, override
-from rnode_plugin.solve.config import Solver
+from rnode_plugin.recipes.overrides import as_text, coerce, override
+from rnode_plugin.recipes.schema import Recipe, get_recipe
+from rnode_plugin.solvers.config import Solver
 
 NAMES = ["digits", "mnist", "cifar10", "imagenet64", "celebahq256"]
 PAPER = NAMES[1:]
@@ -21,7 +21,7 @@ PAPER = NAMES[1:]
 
 def test_recipes_need_no_torch() -> None:
     code = (
-        "import sys; from rnode_plugin.recipes import get_recipe;"
+        "import sys; from rnode_plugin.recipes.schema import get_recipe;"
         f"[get_recipe(n).vanilla().to_plain() for n in {NAMES}]; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

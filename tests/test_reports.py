@@ -17,16 +17,16 @@ from run_folders import write_run
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.formatting import significant, with_error
-from rnode_plugin.recipes import Recipe
+from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.reports import write_report
 from rnode_plugin.reports.arms import Arm, group_runs, solver_text
-from rnode_plugin.reports.curves import rolling
 from rnode_plugin.reports.differences import base_of, paired_difference
-from rnode_plugin.reports.drawing import draw
+from rnode_plugin.reports.figures.curves import rolling
+from rnode_plugin.reports.figures.drawing import draw
 from rnode_plugin.reports.reading import arm_of, read_run, read_runs
 from rnode_plugin.reports.table import Table, against_base, make_table
-from rnode_plugin.solve import Solver
+from rnode_plugin.solvers import Solver
+from rnode_plugin.text import significant, with_error
 
 
 def digits(*settings: str, penalties: tuple[str, ...] = ("kinetic", "jacfrob"), seed: int = 42) -> Recipe:

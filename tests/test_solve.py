@@ -9,12 +9,12 @@ import torch
 from problems import Linear, Wave, linear_closed_form
 from torch import Tensor
 
-from rnode_plugin.dynamics import Dynamics
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.regularizers import jacfrob, kinetic
+from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
-from rnode_plugin.estimators import Exact
-from rnode_plugin.regularizers import jacfrob, kinetic
-from rnode_plugin.solve import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, solve
-from rnode_plugin.solve.guards import check_health
+from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, solve
+from rnode_plugin.solvers.health import check_health
 from rnode_plugin.types import Rates
 
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")

@@ -62,7 +62,7 @@ def test_it_is_listed_and_can_be_blocked(site):
 def test_listing_it_does_not_import_torch(site):
     code = """
         import sys
-        from rnode_plugin import plugins
+        from rnode_plugin.plugins import registry as plugins
         print("arclength" in plugins.names("regularizers"), "torch" in sys.modules)
     """
     assert run(site, code).split() == ["True", "False"]
@@ -94,8 +94,8 @@ def test_its_integral_is_the_length_of_the_path(site):
         import json, math
         import torch
         from rnode_plugin import Dynamics, Solver
-        from rnode_plugin.regularizers import resolve_regularizers
-        from rnode_plugin.solve import solve
+        from rnode_plugin.plugins.resolve import resolve_regularizers
+        from rnode_plugin.solvers import solve
 
         (weighted,) = resolve_regularizers({"arclength": 0.5}).values()
         z0 = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)

@@ -315,3 +315,45 @@ def test_38_rule_has_order_four_with_a_field_that_depends_on_time_and_torchdyns_
 
     assert 14 < error("rk4_38", 64) / error("rk4_38", 128) < 18
     assert error("rk4", 64) / error("rk4", 128) < 3
+
+
+def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
+    """The integrator's own copies of torchdyn's numerics give the same numbers, so a model keeps its steps."""
+    from torchdyn.numerics.solvers._constants import construct_dopri5, construct_rk4, construct_tsit5
+    from torchdyn.numerics.utils import adapt_step, hairer_norm, init_step
+
+    from rnode_plugin.solvers.step_control import Controller, guess_first_step, rms_norm
+    from rnode_plugin.solvers.tableaus import get_method
+
+    constructors = {"rk4": construct_rk4, "dopri5": construct_dopri5, "tsit5": construct_tsit5}
+    for name, construct in constructors.items():
+        _, rows, b, error = construct(torch.float64)
+        method = get_method(name)
+        assert method.weights == tuple(b.tolist())
+        assert method.error_weights == (tuple(error.tolist()) if method.adaptive else None)
+        probes = torch.eye(len(b) + 1, dtype=torch.float64)  # k_i = e_i: a step shows its coefficients
+        stages = iter(probes[1:])
+        arguments: list[torch.Tensor] = []
+
+        def field(t: torch.Tensor, x: torch.Tensor, stages=stages, arguments=arguments) -> torch.Tensor:
+            arguments.append(x)
+            return next(stages)
+
+        one = torch.ones(1, dtype=torch.float64)
+        method.advance(field, probes[0], 0 * one, one, None)
+        for argument, row in zip(arguments[1:], rows, strict=True):
+            assert argument[1 : 1 + len(row)].tolist() == row.tolist()
+
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        for scale in (1e-12, 1e-3, 1.0, 1e3):
+            x = scale * torch.randn(5, 3, generator=generator, dtype=dtype)
+            t = torch.rand((), generator=generator, dtype=dtype)
+            assert torch.equal(rms_norm(x), hairer_norm(x))
+            theirs = init_step(lambda t, z: z.sin() - t, x.sin() - t, x, t, 5, 1e-3, 1e-4)
+            ours = guess_first_step(lambda t, z: z.sin() - t, x.sin() - t, x, t, order=5, atol=1e-3, rtol=1e-4)
+            assert torch.equal(ours, theirs)
+            factors = [torch.tensor([v], dtype=dtype) for v in (0.9, 0.2, 10.0)]
+            for ratio in (0.0, 1e-9, 0.5, 1.0, 1.7, 1e6):
+                step, of = torch.tensor([scale], dtype=dtype), torch.tensor(ratio, dtype=dtype)
+                assert torch.equal(Controller(*factors, 5).next_step(step, of), adapt_step(step, of, *factors, 5))

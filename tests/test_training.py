@@ -17,15 +17,17 @@ import torch
 from PIL import Image
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.checkpoints import read_checkpoint, save_flow
+from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
-from rnode_plugin.flow_module import FlowModule
-from rnode_plugin.objectives import standard_normal_log_prob
-from rnode_plugin.recipes import Optimizer, Recipe
-from rnode_plugin.runs import RunFolder, RunLogger
-from rnode_plugin.schedule import Plan, StepBatches, learning_rate_factor
-from rnode_plugin.training import FitResult, fit, load_images, pick_device
+from rnode_plugin.evaluation.images import load_images, pick_device
+from rnode_plugin.recipes.schema import Optimizer, Recipe
+from rnode_plugin.training.fit import FitResult, fit
+from rnode_plugin.training.lightning.module import FlowModule
+from rnode_plugin.training.lightning.run_logger import RunLogger
+from rnode_plugin.training.runs.checkpoints import read_checkpoint, save_flow
+from rnode_plugin.training.runs.folder import RunFolder
+from rnode_plugin.training.schedule import RunPlan, StepBatches, learning_rate_factor
 
 TIMES = {"seconds", "seconds_per_step", "train_seconds"}
 
@@ -218,7 +220,7 @@ def test_vanilla_trains_without_penalties_and_still_measures_them(recipe: Recipe
 def test_the_step_is_equation_17(recipe: Recipe, tmp_path: Path) -> None:
     recipe = recipe.override(["regularizers.kinetic=0.3", "regularizers.jacfrob=0", "solver.trace_quadrature=full"])
     data = load_images(recipe)
-    module = FlowModule(recipe, data, Plan.of(recipe, len(data.train)), RunFolder(tmp_path))
+    module = FlowModule(recipe, data, RunPlan.of(recipe, len(data.train)), RunFolder(tmp_path))
     module.log = lambda *args, **options: None  # pyright: ignore
     with torch.no_grad():
         for parameter in module.flow.parameters():
@@ -308,19 +310,19 @@ def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
 
 
 def test_plan(recipe: Recipe) -> None:
-    plan = Plan.of(recipe.override(["training.max_steps=none", "training.max_epochs=3"]), 230)
+    plan = RunPlan.of(recipe.override(["training.max_steps=none", "training.max_epochs=3"]), 230)
     assert (plan.steps_per_epoch, plan.total, plan.check_every) == (4, 12, 4)
     by_epochs = recipe.override(
         ["training.check_every_steps=none", "training.check_every=2", "training.max_steps=9"]
     )
-    assert Plan.of(by_epochs, 230).check_every == 8
-    assert Plan.of(by_epochs, 230, world=2).steps_per_epoch == 2
-    assert Plan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
-    assert Plan.of(by_epochs, 2000).check_every == 9  # never longer than the run
+    assert RunPlan.of(by_epochs, 230).check_every == 8
+    assert RunPlan.of(by_epochs, 230, world=2).steps_per_epoch == 2
+    assert RunPlan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
+    assert RunPlan.of(by_epochs, 2000).check_every == 9  # never longer than the run
 
 
 def test_each_epoch_is_a_new_order_of_all_images() -> None:
-    plan = Plan(images=10, batch_size=3, world=1, total=9, check_every=3)
+    plan = RunPlan(images=10, batch_size=3, world=1, total=9, check_every=3)
     batches = list(StepBatches(plan, seed=0))
     assert len(batches) == len(StepBatches(plan, seed=0)) == 9
     epochs = [[*batches[i], *batches[i + 1], *batches[i + 2]] for i in (0, 3, 6)]
@@ -334,8 +336,8 @@ def test_each_epoch_is_a_new_order_of_all_images() -> None:
 
 
 def test_devices_share_what_one_would_see() -> None:
-    whole = list(StepBatches(Plan(20, 6, 1, 7, 1), seed=3))
-    parts = [list(StepBatches(Plan(20, 3, 2, 7, 1), seed=3, rank=rank)) for rank in (0, 1)]
+    whole = list(StepBatches(RunPlan(20, 6, 1, 7, 1), seed=3))
+    parts = [list(StepBatches(RunPlan(20, 3, 2, 7, 1), seed=3, rank=rank)) for rank in (0, 1)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.trajectories import (
+from rnode_plugin.evaluation.trajectories import (
     PLANE_DATA,
     follow,
     log_density,

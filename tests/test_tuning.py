@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe
-from rnode_plugin.checkpoints import save_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.evaluation.step_size import tune_step
 from rnode_plugin.flows.transforms import inverse_logit, logit
-from rnode_plugin.tuning import tune_step
+from rnode_plugin.training.runs.checkpoints import save_flow
 
 SHAPE, LEVELS, ALPHA = (1, 4, 4), 17, 0.05  # two blocks and no squeeze
 TIGHT = Solver(method="dopri5", atol=1e-11, rtol=1e-11)

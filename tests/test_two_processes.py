@@ -18,8 +18,8 @@ import torch
 from tiny_runs import SETTINGS, rows
 
 from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
-from rnode_plugin.checkpoints import read_checkpoint
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.ddp
 

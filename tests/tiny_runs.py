@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rnode_plugin import get_recipe
-from rnode_plugin.recipes import Recipe
+from rnode_plugin.recipes.schema import Recipe
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
@@ -42,8 +42,8 @@ def train(runs: Path, output: Path, settings: list[str], options: dict[str, Any]
         os.dup2(file.fileno(), 2)
     import torch
 
-    from rnode_plugin.flow_module import FlowModule
-    from rnode_plugin.training import fit
+    from rnode_plugin.training.fit import fit
+    from rnode_plugin.training.lightning.module import FlowModule
 
     torch.set_num_threads(1)
     original = FlowModule.training_step

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from .. import __version__, plugins
+from .._version import __version__
 from ..errors import ConfigError, PluginError, RnodeError, suggest
+from ..plugins import registry
 
 __all__ = ["main"]
 
@@ -25,7 +26,7 @@ class _Misuse(_Failure):
 
 
 def _command(name: str) -> click.Command:
-    command = plugins.get("commands", name)
+    command = registry.get("commands", name)
     if not isinstance(command, click.Command):
         raise PluginError(f"the command {name!r}: its plugin registers {command!r}, which is no click command.")
     return command
@@ -35,10 +36,10 @@ class _Commands(click.Group):
     """Commands by name from the registry; the module of one is imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return plugins.names("commands")
+        return registry.names("commands")
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in plugins.names("commands"):
+        if cmd_name not in registry.names("commands"):
             return None
         return _command(cmd_name)
 

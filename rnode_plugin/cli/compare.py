@@ -55,9 +55,9 @@ def compare(
 
     With arms that train at the same time on a CPU the steps take longer than alone, alike for all arms.
     """
-    from ..comparison import compare
+    from ..comparison.compare import compare
     from ..errors import TrainingError
-    from ..recipes import get_recipe
+    from ..recipes.schema import get_recipe
     from .tables import table
 
     given = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]

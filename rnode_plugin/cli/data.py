@@ -20,10 +20,10 @@ def list_datasets() -> None:
     """Show the data sets that a recipe or --set data.name=NAME can use."""
     import inspect
 
-    from .. import plugins
+    from ..plugins import registry
 
-    for name in plugins.names("datasets"):
-        summary = (inspect.getdoc(plugins.get("datasets", name)) or "").partition("\n")[0]
+    for name in registry.names("datasets"):
+        summary = (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]
         click.echo(f"{name:<14} {summary}".rstrip())
 
 

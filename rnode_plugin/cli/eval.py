@@ -42,10 +42,10 @@ def eval(  # noqa: A001 - the command's name
     Dirty (uniform noise in each bin) and clean (bins' centres), with standard errors over images and over draws of
     the noise, the solver's NFE, the penalties, and the time.
     """
-    from ..checkpoints import find_checkpoint, load_with_recipe, training_solver
-    from ..evaluation import evaluate
-    from ..progress import batch_counter
-    from ..training import load_images, pick_device
+    from ..evaluation.bits import evaluate
+    from ..evaluation.images import load_images, pick_device
+    from ..training.progress import batch_counter
+    from ..training.runs.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from .tables import evaluation_rows, table
 
     path = find_checkpoint(run)

@@ -21,7 +21,7 @@ def exec_script(script: Path, args: tuple[str, ...]) -> None:
     """
     import runpy
 
-    from ..patching import install
+    from ..torchdyn.patch import install
 
     install()
     sys.argv = [str(script), *args]

@@ -17,7 +17,7 @@ def export(*, run: str, file: str, last: bool) -> None:
     The recipe goes along in the file's metadata: `load_flow`, `eval` and `sample` take the file like a run folder,
     and any program that reads safetensors gets the weights.
     """
-    from ..checkpoints import BEST, LAST, export_flow
+    from ..training.runs.checkpoints import BEST, LAST, export_flow
 
     source, recipe = export_flow(run, file, prefer=LAST if last else BEST)
     click.echo(f"{recipe.name}, weights of {source}: {file}")

@@ -30,7 +30,7 @@ def trajectories(*, out: str, data: str, strength: float, steps: int | None, see
     flows of a figure start from the same weights. Prints how straight and even their trajectories are: with several
     seeds the mean, and in brackets the least and the most.
     """
-    from ..reports.trajectory_figures import figure_trajectories
+    from ..reports.figures.trajectories import figure_trajectories
     from .tables import table
 
     options = {"data": data, "strength": strength, "steps": steps, "seed": seed, "seeds": seeds}

@@ -7,7 +7,7 @@ import json
 
 import click
 
-from .. import plugins as registry
+from ..plugins import registry as registry
 
 __all__ = ["plugins"]
 

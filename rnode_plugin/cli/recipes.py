@@ -17,11 +17,11 @@ def recipes(ctx: click.Context) -> None:
     """List the recipes, or show every setting of one."""
     if ctx.invoked_subcommand is not None:
         return
-    from .. import plugins
-    from ..recipes import get_recipe
+    from ..plugins import registry
+    from ..recipes.schema import get_recipe
     from .tables import table
 
-    click.echo(table((name, get_recipe(name).description) for name in plugins.names("recipes")))
+    click.echo(table((name, get_recipe(name).description) for name in registry.names("recipes")))
 
 
 @recipes.command()
@@ -31,8 +31,8 @@ def recipes(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as it lies in a run's folder.")
 def show(*, name: str, vanilla: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it."""
-    from ..recipes import get_recipe
-    from ..settings import as_text
+    from ..recipes.overrides import as_text
+    from ..recipes.schema import get_recipe
     from .tables import table
 
     recipe = get_recipe(name)

@@ -36,9 +36,9 @@ def sample(
 
     Each temperature is a block of rows, made from the same latents.
     """
-    from ..checkpoints import load_with_recipe
-    from ..sampling import sample_images, save_grid
-    from ..training import pick_device
+    from ..evaluation.images import pick_device
+    from ..evaluation.sampling import sample_images, save_grid
+    from ..training.runs.checkpoints import load_with_recipe
 
     flow, recipe = load_with_recipe(run, map_location=pick_device(device))
     images = sample_images(flow, count, temperatures=temperatures, seed=seed, batch_size=batch_size)

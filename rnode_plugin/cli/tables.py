@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..formatting import duration
+from ..text import duration
 
 if TYPE_CHECKING:
-    from ..evaluation import BitsPerDim, Evaluation
+    from ..evaluation.bits import BitsPerDim, EvaluationResult
 
 __all__ = ["evaluation_rows", "table"]
 
@@ -21,7 +21,7 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(next(padded) for _ in row).rstrip() for row in rows)
 
 
-def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
+def evaluation_rows(evaluation: EvaluationResult) -> list[tuple[str, str]]:
     """What an evaluation measured, one row each."""
     spread = "" if evaluation.nfe_min == evaluation.nfe_max else f" ({evaluation.nfe_min} to {evaluation.nfe_max})"
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""

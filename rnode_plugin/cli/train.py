@@ -14,8 +14,8 @@ from .options import Duration, data_root, download, settings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..recipes import Recipe
-    from ..training import FitResult
+    from ..recipes.schema import Recipe
+    from ..training.fit import FitResult
 
 __all__ = ["train"]
 
@@ -88,7 +88,7 @@ def train(
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
     if resume is not None and vanilla:
         raise click.UsageError("--vanilla makes another model of the recipe; it cannot go with --resume.", ctx)
-    from ..training import fit
+    from ..training.fit import fit
 
     given = [f"{_SHORT[name]}={value}" for name, value in short.items() if value is not None]
     try:
@@ -125,15 +125,15 @@ def _reports() -> bool:
 
 
 def _recipe(name: str, vanilla: bool) -> Recipe:
-    from ..recipes import get_recipe
+    from ..recipes.schema import get_recipe
 
     return get_recipe(name).vanilla() if vanilla else get_recipe(name)
 
 
 def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Path]:
     """The recipe of a run to go on with, and its newest intact checkpoint."""
-    from ..checkpoints import recipe_of
-    from ..resuming import newest_intact
+    from ..training.runs.checkpoints import recipe_of
+    from ..training.runs.resume import newest_intact
 
     path, contents = newest_intact(resume)
     recipe = recipe_of(contents, path)
@@ -143,7 +143,7 @@ def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Pat
 
 
 def _print(result: FitResult) -> None:
-    from ..formatting import duration
+    from ..text import duration
     from .tables import evaluation_rows, table
 
     folder = result.folder

@@ -14,9 +14,9 @@ from .options import data_root, device, download, settings
 if TYPE_CHECKING:
     import torch
 
+    from ..evaluation.step_size import StepRow
     from ..flows.multiscale import MultiscaleFlow
-    from ..recipes import Recipe
-    from ..tuning import StepRow
+    from ..recipes.schema import Recipe
 
 __all__ = ["tune_step"]
 
@@ -56,12 +56,12 @@ def tune_step(
     and in where an image comes out that goes to the latent with these steps and back with the adaptive solve. A
     recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
     """
-    from ..evaluation import image_batch
+    from ..core.random_streams import Stream, seeded
+    from ..evaluation.bits import image_batch
+    from ..evaluation.images import load_images, pick_device
+    from ..evaluation.step_size import tune_step
     from ..flows.transforms import dequantize
-    from ..randomness import Stream, seeded
-    from ..solve import Solver
-    from ..training import load_images, pick_device
-    from ..tuning import tune_step
+    from ..solvers import Solver
 
     where = pick_device(device)
     changes = [*assignments, *([f"data.root={data_root}"] if data_root else [])]
@@ -94,12 +94,12 @@ def _flow(
     run_or_recipe: str, changes: list[str], steps: int, where: torch.device, *, download: bool
 ) -> tuple[MultiscaleFlow, Recipe]:
     """A trained flow: a run's, or a recipe's after ``steps`` steps."""
-    from .. import plugins
-    from ..checkpoints import load_with_recipe
-    from ..recipes import get_recipe
-    from ..training import fit
+    from ..plugins import registry
+    from ..recipes.schema import get_recipe
+    from ..training.fit import fit
+    from ..training.runs.checkpoints import load_with_recipe
 
-    recipes = plugins.names("recipes")
+    recipes = registry.names("recipes")
     if run_or_recipe not in recipes:
         if not Path(run_or_recipe).exists():
             raise ConfigError(f"no run, checkpoint or recipe {run_or_recipe!r}. Recipes: {', '.join(recipes)}.")

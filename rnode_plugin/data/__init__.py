@@ -9,7 +9,7 @@ from .downloads import one_download
 from .folders import celebahq256, folder, imagenet64
 from .images import ImageArray, ImageData
 from .loading import ImageDataset, loader
-from .packing import PackingPlan, PackingResult, pack, plan_packing
+from .packing.pack import PackingPlan, PackingResult, pack, plan_packing
 from .published import cifar10, digits, fashion_mnist, mnist, svhn
 
 __all__ = [

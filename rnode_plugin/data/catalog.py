@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from .. import plugins
 from ..errors import ConfigError, PluginError
+from ..plugins import registry
 from .images import ImageData
 
 __all__ = ["get_dataset"]
@@ -29,7 +29,7 @@ def get_dataset(
         DataError: it is missing (the message says where to get it) or not what it should be.
         PluginError: the plugin that offers it returned something else.
     """
-    load = plugins.get("datasets", name)
+    load = registry.get("datasets", name)
     arguments = {"root": root, "download": download, "size": size, **options}
     try:
         inspect.signature(load).bind(**arguments)

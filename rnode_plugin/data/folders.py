@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from .images import ImageArray, ImageData
-from .packed import TRAIN_FILE, VAL_FILE, PackedImages
-from .pictures import ImageFiles, is_picture, walk
+from .packing.packed import TRAIN_FILE, VAL_FILE, PackedImages
+from .packing.pictures import ImageFiles, is_picture, walk
 from .published import DEFAULT_ROOT
 from .splits import VAL_FRACTION, assign, split_named
 

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..dynamics import Dynamics
+from ..core.augmented import Dynamics
+from ..core.no_data_parallel import OneProcessADevice
+from ..core.objective import bits_per_dim, output_log_prob
+from ..core.regularizers import jacfrob, kinetic, weigh_regularizers
+from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..estimators import Exact, TraceEstimator, get_estimator
-from ..nets import StackField, conv_field
-from ..objectives import bits_per_dim, output_log_prob
-from ..parallel import OneProcessADevice
-from ..regularizers import resolve_regularizers
-from ..solve import Solver, solve
-from ..solve.guards import HealthCheck, check_health
+from ..fields import StackField, conv_field
+from ..solvers import Solver, solve
+from ..solvers.health import HealthCheck, check_health
 from ..types import FlowOutput, Solution
 from .checks import check_image_shape, check_images, check_latents, check_noise
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
@@ -69,7 +69,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         image_shape: ``(C, H, W)``.
         hidden: channels of the hidden convolutions of a block's field.
         layers: convolutions of a block's field.
-        activation: between them, see :class:`~rnode_plugin.nets.StackField`.
+        activation: between them, see :class:`~rnode_plugin.fields.StackField`.
         alpha: margin of the logit transform, ``y = logit(alpha + (1 - 2 alpha) x)``.
         levels: number of values a pixel of the data can take; :meth:`bits_per_dim` counts with it.
         solver: the integrator where a call brings none; also an attribute, :attr:`solver`.
@@ -100,7 +100,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         alpha: float = 1e-5,
         levels: int = 256,
         solver: Solver | None = None,
-        regularizers: Any = ("kinetic", "jacfrob"),
+        regularizers: Any = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "gaussian",
         fused: bool = True,
         field: Callable[[Shape], nn.Module] | None = None,
@@ -113,7 +113,8 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         self.alpha, self.levels = alpha, levels
         self.solver = solver or Solver()
         self.estimator = get_estimator(trace_noise)
-        self.regularizers = tuple(entry.regularizer for entry in resolve_regularizers(regularizers).values())
+        weighted = weigh_regularizers(regularizers, by_name=_registered)
+        self.regularizers = tuple(entry.regularizer for entry in weighted.values())
         self.stages = plan_stages(self.image_shape)
 
         def default(shape: Shape) -> nn.Module:
@@ -287,6 +288,13 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""
         return next(self.parameters(), torch.empty(0))
+
+
+def _registered(name: str) -> Any:
+    """The regularizer of a name: only a name loads the plugin host."""
+    from ..plugins import registry
+
+    return registry.get("regularizers", name)
 
 
 def _solve(

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..recipes import Recipe
-from ..solve.config import Solver
+from ..recipes.schema import Recipe
+from ..solvers.config import Solver
 from .reading import Run, arm_of
 
 __all__ = ["Arm", "Look", "group_runs", "solver_text"]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from ..settings import as_text
+from ..recipes.overrides import as_text
 from .arms import Arm
-from .figures import Panel, make_panels
+from .figures.figures import Panel, make_panels
 from .table import Table, against_base, make_table
 
 __all__ = ["NUMBERED", "Content", "Grid", "environment_rows", "settings_rows"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 
 from .content import NUMBERED, Content, Grid, environment_rows, settings_rows
-from .figures import Panel
+from .figures.figures import Panel
 from .table import Table
 
 __all__ = ["page"]

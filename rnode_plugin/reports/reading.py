@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
-from ..recipes import Recipe
+from ..recipes.schema import Recipe
 
 __all__ = ["Run", "arm_of", "read_run", "read_runs"]
 

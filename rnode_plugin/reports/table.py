@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..formatting import change_with_error, duration, significant, with_error
+from ..text import change_with_error, duration, significant, with_error
 from .arms import Arm, solver_text
 from .differences import base_of, paired_difference
 from .measured import error_of, last_steps, mean_of

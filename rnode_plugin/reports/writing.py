@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints import write_atomically
+from ..files import write_atomically
 from .arms import group_runs
 from .content import Content
 from .markdown import markdown

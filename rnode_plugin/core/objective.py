@@ -1,0 +1,95 @@
+"""The objective (eq. 17) and bits per dimension: the only place that knows about units and lambda."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import ConfigError, suggest
+from ..types import FlowOutput
+
+__all__ = ["Objective", "bits_per_dim", "objective", "output_log_prob", "penalty", "standard_normal_log_prob"]
+
+
+class Objective(NamedTuple):
+    """The objective and its parts, scalars, in nats per dimension, mean over the batch.
+
+    Attributes:
+        loss: ``nll`` plus all of ``penalties``.
+        nll: negative log-likelihood.
+        penalties: lambda times the mean integral over d, by name.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    penalties: dict[str, Tensor]
+
+
+def penalty(regularization: Mapping[str, Tensor], *, lambdas: Mapping[str, float], dims: int) -> dict[str, Tensor]:
+    """``lambda * mean over the batch / dims`` of each penalty that ``lambdas`` names.
+
+    Args:
+        regularization: raw integral of each penalty, ``(B,)``.
+        lambdas: strength by name.
+        dims: number of dimensions d of one sample.
+
+    Raises:
+        ConfigError: where ``lambdas`` names a penalty that was not integrated.
+    """
+    terms: dict[str, Tensor] = {}
+    for name, strength in lambdas.items():
+        if name not in regularization:
+            raise ConfigError(suggest(name, regularization, "penalty"))
+        terms[name] = strength * regularization[name].mean() / dims
+    return terms
+
+
+def objective(
+    log_prob: Tensor,
+    regularization: Mapping[str, Tensor] | None = None,
+    *,
+    lambdas: Mapping[str, float] | None = None,
+    dims: int,
+) -> Objective:
+    """Equation 17: mean over samples and dimensions of ``-log p + lambda_K E + lambda_J n``, in nats/dim.
+
+    Args:
+        log_prob: ``log q(z(T)) + l(T)`` of each sample, ``(B,)`` in nats (eq. 4).
+        regularization: raw integral of each penalty, ``(B,)``, summed over blocks and dimensions.
+        lambdas: strength by name; penalties that it does not name do not count.
+        dims: number of dimensions d of one sample, for an image C*H*W.
+
+    Raises:
+        ConfigError: where ``lambdas`` names a penalty that was not integrated.
+    """
+    nll = -log_prob.mean() / dims
+    terms = penalty(regularization or {}, lambdas=lambdas or {}, dims=dims)
+    loss = nll
+    for term in terms.values():
+        loss = loss + term
+    return Objective(loss, nll, terms)
+
+
+def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int = 1) -> Tensor:
+    """``-log2 p / d`` of each sample for pixel values in bins: ``(B,)``.
+
+    Args:
+        log_prob: log-density ``(B,)`` in nats with respect to data scaled to [0, 1].
+        dims: number of dimensions d of one sample.
+        levels: number of values a pixel can take; a bin is 1/levels wide, so the density of the unscaled data
+            is 1/levels of the density here in each dimension. 1 for data that was never binned.
+    """
+    return math.log2(levels) - log_prob / (dims * math.log(2))
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """``log N(z; 0, I)`` of ``z (B, D)``, ``(B,)`` in nats."""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+def output_log_prob(output: FlowOutput) -> Tensor:
+    """Log-density of the images that a flow was given, with respect to [0, 1], ``(B,)`` in nats (eq. 4)."""
+    return standard_normal_log_prob(output.z) + output.logdet

@@ -1,0 +1,16 @@
+"""Regularizers: objects with a name, what they need, and a rate ``(B,)`` whose integral is a penalty."""
+
+from .base import DEFAULT_LAMBDA, FunctionRegularizer, PlainRate, Regularizer, Weighted
+from .rates import jacfrob, kinetic
+from .spec import weigh_regularizers
+
+__all__ = [
+    "DEFAULT_LAMBDA",
+    "FunctionRegularizer",
+    "PlainRate",
+    "Regularizer",
+    "Weighted",
+    "jacfrob",
+    "kinetic",
+    "weigh_regularizers",
+]

@@ -1,0 +1,145 @@
+"""How coarse the steps of a fixed grid may be, by measurement: the paper's heuristic (section 6) made exact.
+
+The paper halves the step, from 0.5, until the discrete dynamics are stable and perform well. Here they must agree
+with those of a tight adaptive solve: in the likelihood of held-out images, and in where they take these images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..core.objective import bits_per_dim, output_log_prob
+from ..errors import ConfigError, SolverError
+from ..solvers import Solver
+
+if TYPE_CHECKING:
+    from ..flows.multiscale import MultiscaleFlow
+
+__all__ = ["REFERENCE", "StepRow", "StepTable", "tune_step"]
+
+REFERENCE = Solver(method="dopri5", atol=1e-6, rtol=1e-6)
+"""The adaptive solve that a discrete flow has to agree with."""
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """What one step size gives.
+
+    Attributes:
+        step: its length.
+        nfe: evaluations of all blocks together.
+        bits_per_dim: mean over the images; infinite where the solve fails.
+        gap: mean over the images of the distance in bits/dim from the adaptive solve, same images, same noise.
+        round_trip: images go to the latent with these steps and back with the adaptive solve; root mean square of
+            what a pixel is off then, in levels of the data.
+        agrees: whether both are within the tolerances.
+    """
+
+    step: float
+    nfe: int
+    bits_per_dim: float
+    gap: float
+    round_trip: float
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """What :func:`tune_step` measured, coarse to fine.
+
+    Attributes:
+        rows: one for each step that was tried; all but the last disagree with the adaptive solve.
+        bits_per_dim: that of the adaptive solve, mean over the images.
+        nfe: its evaluations.
+        max_gap, max_round_trip: the tolerances.
+    """
+
+    rows: tuple[StepRow, ...]
+    bits_per_dim: float
+    nfe: int
+    max_gap: float
+    max_round_trip: float
+
+    @property
+    def step(self) -> float | None:
+        """The coarsest step that agrees; None if none did."""
+        return self.rows[-1].step if self.rows[-1].agrees else None
+
+
+@torch.no_grad()
+def tune_step(
+    flow: MultiscaleFlow,
+    x: Tensor,
+    *,
+    solver: Solver | None = None,
+    start: float = 1.0,
+    smallest: float = 1 / 32,
+    max_gap: float = 0.005,
+    max_round_trip: float = 0.5,
+    reference: Solver = REFERENCE,
+    generator: torch.Generator | None = None,
+    progress: Callable[[StepRow], None] | None = None,
+) -> StepTable:
+    """Halve the step from ``start`` until the discrete flow agrees with ``reference``.
+
+    Args:
+        flow: the model; a fresh one (f = 0) agrees at any step.
+        x: held-out images ``(B, C, H, W)`` in [0, 1], dequantised, on the flow's device.
+        solver: the fixed grid whose step is looked for; None for the 3/8 rule.
+        start: first step to try.
+        smallest: no step below it is tried.
+        max_gap: tolerance of :attr:`StepRow.gap`, bits/dim.
+        max_round_trip: tolerance of :attr:`StepRow.round_trip`, levels of the data.
+        reference: the adaptive solve.
+        generator: draws the noise of the divergence, once for all solves; of the flow's device.
+        progress: called with each row as it is found.
+
+    Raises:
+        ConfigError: for an adaptive ``solver``, or numbers that are not positive.
+        SolverError: where the adaptive solve itself fails.
+    """
+    solver = dataclasses.replace(solver or Solver(), trace_quadrature="full")
+    if solver.adaptive:
+        raise ConfigError(f"{solver.method} chooses its own steps: tune the step of a fixed grid, such as rk4_38.")
+    numbers = {"start": start, "smallest": smallest, "max_gap": max_gap, "max_round_trip": max_round_trip}
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} must be a positive number, not {value!r}.")
+    if smallest > start:
+        raise ConfigError(f"the smallest step, {smallest:g}, is above the first one to try, {start:g}.")
+    noise = flow.draw_noise(len(x), generator=generator)
+
+    def encode(solver: Solver) -> tuple[Tensor, Tensor, int]:
+        output = flow(x, noise=noise, solver=solver, penalties=False)
+        bits = bits_per_dim(output_log_prob(output), dims=flow.dims, levels=flow.levels)
+        return output.z, bits.double(), output.nfe
+
+    _, expected, reference_nfe = encode(reference)
+
+    def measure(step: float) -> StepRow:
+        at_step = dataclasses.replace(solver, step=step)
+        try:
+            z, bits, nfe = encode(at_step)
+            back = flow.inverse(z, solver=reference)
+        except SolverError as error:  # this step is too coarse for these dynamics: they blow up
+            return StepRow(step, error.nfe, math.inf, math.inf, math.inf, agrees=False)
+        gap = float((bits - expected).abs().mean())
+        round_trip = float((back - x).double().square().mean().sqrt()) * flow.levels
+        agrees = gap <= max_gap and round_trip <= max_round_trip
+        return StepRow(step, nfe, float(bits.mean()), gap, round_trip, agrees)
+
+    rows: list[StepRow] = []
+    step = start
+    while step >= smallest and not (rows and rows[-1].agrees):
+        rows.append(measure(step))
+        if progress is not None:
+            progress(rows[-1])
+        step /= 2
+    return StepTable(tuple(rows), float(expected.mean()), reference_nfe, max_gap, max_round_trip)

@@ -1,0 +1,212 @@
+"""Layers that see time as one more input, and the products that a hand-written backward needs of them.
+
+A layer's weight holds the time input first: ``(out, 1 + in, 3, 3)`` for a convolution, ``(out, 1 + in)`` for a
+linear map. Nothing is concatenated, though. The layer is affine, so time adds ``t * response``, where the response
+is what the layer makes of a constant one: a map of shape ``(1, out, H, W)`` that differs from a constant only where
+the convolution's zero padding is felt.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .kernels.base import LayerMap
+from .kernels.compile import works
+from .kernels.im2col import Columns
+from .kernels.winograd import Winograd
+
+__all__ = ["CONVOLUTION", "LINEAR", "ConcatConv2d", "ConcatLinear", "Products"]
+
+_FEW = 8  # channels, up to which a convolution is faster as one product of matrices
+_MANY = 32  # channels, from which on Winograd's method pays where torch.compile works
+
+
+class Products(Protocol):
+    """The linear parts of layers of one kind (``weight`` is without the time input)."""
+
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight of time, with an input of size 1, and the weight of the state."""
+        ...
+
+    def layout(self, x: Tensor) -> Tensor:
+        """``x`` in the memory layout in which the products are fast."""
+        ...
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer: inputs to outputs."""
+        ...
+
+    def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Outputs' cotangents to inputs' cotangents."""
+        ...
+
+    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        """Cotangent of the weight for inputs ``x`` and outputs' cotangents ``v``."""
+        ...
+
+    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
+        """A layer's products, without a graph, for the evaluations of one solve.
+
+        ``compiled`` says that torch.compile will see them.
+        """
+        ...
+
+    def sum_batch(self, v: Tensor) -> Tensor:
+        """Sum over the samples, ``(1, out, ...)``."""
+        ...
+
+    def response(self, time: Tensor, x: Tensor) -> Tensor:
+        """What the weight of time makes of a constant 1 beside the state ``x``, ``(1, out, ...)``."""
+        ...
+
+
+class _Convolution:
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight[:, :1], weight[:, 1:].contiguous(memory_format=torch.channels_last)
+
+    def layout(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
+        return F.conv_transpose2d(v, weight, padding=1)
+
+    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.aten.convolution_backward(
+            v, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
+        )[1]
+
+    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
+        # on other devices, and in low precision, the libraries' own convolutions are the fast ones
+        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+            channels = min(weight.shape[:2])
+            if channels <= _FEW:
+                return Columns(weight)
+            if channels >= _MANY and compiled and works():
+                return Winograd(weight)
+        return _Direct(self, weight)
+
+    def sum_batch(self, v: Tensor) -> Tensor:
+        # in the order of the memory: torch sums channels last twenty times as slowly
+        flat = v.permute(0, 2, 3, 1).flatten(1).sum(0)
+        return flat.view(1, *v.shape[2:], v.shape[1]).permute(0, 3, 1, 2)
+
+    def response(self, time: Tensor, x: Tensor) -> Tensor:
+        # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
+        shape = x.shape[2:]
+        patches = F.unfold(time.new_ones(1, 1, *shape), 3, padding=1).squeeze(0)
+        image = patches.t() @ time.flatten(1).t()  # (H * W, out), channels last
+        return image.t().unflatten(1, shape).unsqueeze(0)
+
+
+class _Linear:
+    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight[:, :1], weight[:, 1:]
+
+    def layout(self, x: Tensor) -> Tensor:
+        return x
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
+        return v @ weight
+
+    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return v.t() @ x
+
+    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
+        return _Direct(self, weight)
+
+    def sum_batch(self, v: Tensor) -> Tensor:
+        return v.sum(0, keepdim=True)
+
+    def response(self, time: Tensor, x: Tensor) -> Tensor:
+        return time.t()
+
+
+class _Direct(LayerMap):
+    """A layer's products as they are."""
+
+    def __init__(self, products: Products, weight: Tensor) -> None:
+        self._products, self._weight = products, weight.detach()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._products.apply(x, self._weight)
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return self._products.transpose(v, self._weight)
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        return self._products.weight_gradient(x, v, self._weight)
+
+
+CONVOLUTION: Products = _Convolution()
+LINEAR: Products = _Linear()
+
+
+class _Concat(nn.Module):
+    products: Products
+
+    def __init__(self, weight_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        if min(weight_shape) < 1:
+            raise ConfigError(f"a layer needs at least one input and one output, got weight shape {weight_shape}.")
+        self.weight = nn.Parameter(torch.empty(weight_shape))
+        self.bias = nn.Parameter(torch.empty(weight_shape[0]))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's own default draw for a layer with the time input among its inputs."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(self.weight[0].numel())
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """``layer([t, x])``: time, a scalar, and inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``."""
+        products = self.products
+        time, weight = products.split(self.weight)
+        return products.apply(x, weight, self.bias) + t * products.response(time, x)
+
+    def extra_repr(self) -> str:
+        return f"1 + {self.weight.shape[1] - 1}, {self.weight.shape[0]}"
+
+
+class ConcatConv2d(_Concat):
+    """A 3x3 convolution of the image with time as a constant channel 0, zero padding 1 on both.
+
+    Args:
+        in_channels: channels of the image, time not counted.
+        out_channels: channels of the result.
+
+    The weight is ``(out_channels, 1 + in_channels, 3, 3)``.
+    """
+
+    products = CONVOLUTION
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__((out_channels, 1 + in_channels, 3, 3))
+        # the layout in which torch convolves fastest; a checkpoint knows nothing of it
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+class ConcatLinear(_Concat):
+    """A linear map of the state with time as input 0; the weight is ``(out_features, 1 + in_features)``.
+
+    Args:
+        in_features: size of the state, time not counted.
+        out_features: size of the result.
+    """
+
+    products = LINEAR
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__((out_features, 1 + in_features))

@@ -1,0 +1,199 @@
+"""Vector fields that are stacks of layers with time as an input, as in FFJORD and RNODE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .activations import get_activation
+from .fused import pull_noise, run_fused, run_velocity
+from .layers import ConcatConv2d, ConcatLinear, Products
+from .prepared import Stack, make_stack, run_stack
+
+__all__ = ["FusedStackField", "StackField", "compile_fields", "conv_field", "linear_field"]
+
+
+class StackField(nn.Module):
+    """``f(t, z)``: layers with an activation between them; a plain module for automatic differentiation.
+
+    Args:
+        layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind, the last one's outputs as many as the first
+            one's inputs.
+        activation: ``"softplus"``, ``"tanh"``, ``"elu"``, ``"silu"`` or ``"gelu"``.
+
+    The layers keep the weights that they come with; :func:`conv_field` and :func:`linear_field` start from f = 0.
+    Under ``torch.autocast`` the layers compute in its dtype; the result has the state's.
+
+    Raises:
+        ConfigError: for another kind of layer, sizes that do not fit or an unknown activation.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], *, activation: str = "softplus") -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._activation = get_activation(activation)
+        self._products = _one_kind(self.layers)
+
+    def prepare(self, z: Tensor, noise: Tensor | None = None) -> PreparedStack:
+        """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
+
+        What depends on the weights and the ``noise`` of the solve alone is computed here, once, with its graph; do
+        not keep the result for longer than the weights.
+        """
+        return PreparedStack(self._stack(z))
+
+    def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """Velocity ``(B, *event)`` at time ``t``, a scalar, and state ``z (B, *event)``."""
+        return self.prepare(z)(t, z)
+
+    def extra_repr(self) -> str:
+        return f"activation={self._activation.name!r}"
+
+    def _stack(self, z: Tensor, **options: bool) -> Stack:
+        layers = cast("list[ConcatConv2d]", list(self.layers))
+        parameters = [(layer.weight, layer.bias) for layer in layers]
+        dtype = _compute_dtype(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return make_stack(self._products, self._activation, dtype, parameters, z, **options)
+
+
+class FusedStackField(StackField):
+    """A :class:`StackField` that brings its own product with the Jacobian; same parameters, same numbers."""
+
+    compiled = False
+    """Whether evaluations in training mode go through torch.compile."""
+
+    def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
+        # not where shapes come and go, as in validation and sampling: each would be compiled anew
+        return FusedPreparedStack(self._stack(z, fast=True, compiled=self.compiled and self.training), noise)
+
+    def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
+        # not the one with a backward by hand: somebody may transform this with torch.func
+        return PreparedStack(self._stack(z))(t, z)
+
+    def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f(t, z), noise^T df/dz)``, both ``(B, *event)``, from one pass with a backward by hand.
+
+        First-order gradients of both with respect to time, state, noise and parameters cost no double backward.
+        With ``create_graph=True`` they are computed again by automatic differentiation, so that they can be
+        differentiated in turn.
+        """
+        return self.prepare(z).forward_and_vjp(t, z, noise)
+
+
+class PreparedStack:
+    """A :class:`StackField` with the weights of the moment; see :meth:`StackField.prepare`."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """Velocity ``(B, *event)``."""
+        with torch.autocast(z.device.type, enabled=False):
+            return run_stack(self._stack, t, z)
+
+
+class FusedPreparedStack(PreparedStack):
+    """A :class:`FusedStackField` with the weights of the moment, and ready for the products with one ``noise``."""
+
+    def __init__(self, stack: Stack, noise: Tensor | None = None) -> None:
+        super().__init__(stack)
+        self._noise = noise
+        self._pulled = None if noise is None else self._pull(noise)
+
+    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        return run_velocity(self._stack, t, z)
+
+    def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`FusedStackField.forward_and_vjp`; another noise than the one prepared for takes longer."""
+        pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
+        return run_fused(self._stack, t, z, pulled)
+
+    def _pull(self, noise: Tensor) -> Tensor:
+        with torch.autocast(noise.device.type, enabled=False):
+            return pull_noise(self._stack, noise)
+
+
+def conv_field(
+    channels: int, *, hidden: int = 64, layers: int = 4, activation: str = "softplus", fused: bool = True
+) -> StackField:
+    """The paper's field for images ``(B, channels, H, W)``: 3x3 convolutions, ``hidden`` channels between them.
+
+    The weight and the bias of the last layer are zero, so f = 0.
+
+    Args:
+        channels: channels of the image.
+        hidden: channels between the layers.
+        layers: number of layers.
+        activation: as for :class:`StackField`.
+        fused: whether the field brings its own product (fast) or leaves it to automatic differentiation.
+    """
+    return _build(ConcatConv2d, channels, hidden, layers, activation, fused)
+
+
+def linear_field(
+    features: int, *, hidden: int = 64, layers: int = 3, activation: str = "softplus", fused: bool = True
+) -> StackField:
+    """A multilayer perceptron as the field of flat states ``(B, features)``; arguments as for the images'."""
+    return _build(ConcatLinear, features, hidden, layers, activation, fused)
+
+
+def compile_fields(model: nn.Module) -> int:
+    """Send the evaluations of all fused fields of a model through torch.compile, as long as it is in training mode.
+
+    Where torch.compile fails, one line says so and all goes on as before.
+
+    Returns:
+        The number of these fields.
+    """
+    fields = [each for each in model.modules() if isinstance(each, FusedStackField)]
+    for field in fields:
+        field.compiled = True
+    return len(fields)
+
+
+def _build(
+    layer: type[ConcatConv2d] | type[ConcatLinear],
+    size: int,
+    hidden: int,
+    layers: int,
+    activation: str,
+    fused: bool,
+) -> StackField:
+    for name, value in (("size", size), ("hidden", hidden), ("layers", layers)):
+        if value < 1:
+            raise ConfigError(f"a field's {name} must be at least 1, got {value}.")
+    sizes = [size, *[hidden] * (layers - 1), size]
+    stack = [layer(i, o) for i, o in pairwise(sizes)]
+    # f = 0, so that a fresh flow is the identity and costs a solver nothing (the paper's section 6)
+    nn.init.zeros_(stack[-1].weight)
+    nn.init.zeros_(stack[-1].bias)
+    return (FusedStackField if fused else StackField)(stack, activation=activation)
+
+
+def _one_kind(layers: nn.ModuleList) -> Products:
+    kinds = {type(layer) for layer in layers}
+    if len(kinds) != 1 or not issubclass(kinds.copy().pop(), (ConcatConv2d, ConcatLinear)):
+        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise ConfigError(f"a stack needs ConcatConv2d or ConcatLinear layers, all of one kind; got {found}.")
+    stack = cast("list[ConcatConv2d]", list(layers))
+    for k, layer in enumerate(stack):
+        follows = stack[(k + 1) % len(stack)]
+        if layer.weight.shape[0] != follows.weight.shape[1] - 1:
+            raise ConfigError(
+                f"layer {k} of the stack has {layer.weight.shape[0]} outputs, but layer {(k + 1) % len(stack)} "
+                f"takes {follows.weight.shape[1] - 1} inputs besides time."
+            )
+    return stack[0].products
+
+
+def _compute_dtype(z: Tensor) -> torch.dtype:
+    device = z.device.type
+    if z.dtype is torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return z.dtype

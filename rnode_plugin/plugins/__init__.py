@@ -1,0 +1,5 @@
+"""The plugin host: who offers which regularizer, model, data set, recipe and command."""
+
+from .registry import get, names, register, report, unregister
+
+__all__ = ["get", "names", "register", "report", "unregister"]

@@ -1,0 +1,55 @@
+"""What this package registers itself, through the hooks that everybody uses.
+
+Everything is named by its place, so that listing names imports neither torch nor the command's modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .hookspecs import hookimpl
+
+__all__: list[str] = []
+
+
+@hookimpl
+def rnode_register_regularizers() -> Mapping[str, str]:
+    return {
+        "kinetic": "rnode_plugin.core.regularizers:kinetic",
+        "jacfrob": "rnode_plugin.core.regularizers:jacfrob",
+    }
+
+
+@hookimpl
+def rnode_register_models() -> Mapping[str, str]:
+    return {"MultiscaleFlow": "rnode_plugin.flows.multiscale:MultiscaleFlow"}
+
+
+@hookimpl
+def rnode_register_datasets() -> Mapping[str, str]:
+    return {
+        "digits": "rnode_plugin.data:digits",
+        "mnist": "rnode_plugin.data:mnist",
+        "fashion-mnist": "rnode_plugin.data:fashion_mnist",
+        "cifar10": "rnode_plugin.data:cifar10",
+        "svhn": "rnode_plugin.data:svhn",
+        "imagenet64": "rnode_plugin.data:imagenet64",
+        "celebahq256": "rnode_plugin.data:celebahq256",
+        "folder": "rnode_plugin.data:folder",
+    }
+
+
+@hookimpl
+def rnode_register_recipes() -> Mapping[str, str]:
+    names = ("digits", "mnist", "cifar10", "imagenet64", "celebahq256")
+    return {name: f"rnode_plugin.recipes.presets:{name}" for name in names}
+
+
+@hookimpl
+def rnode_register_commands() -> Mapping[str, str]:
+    names = ("train", "eval", "sample", "recipes", "data", "plugins", "report", "compare", "export", "figure")
+    return {
+        "exec": "rnode_plugin.cli.exec:exec_script",
+        "tune-step": "rnode_plugin.cli.tune:tune_step",
+        **{name: f"rnode_plugin.cli.{name}:{name}" for name in names},
+    }

@@ -1,0 +1,327 @@
+"""The registry: who offers which regularizer, model, data set, recipe and command.
+
+Plugins are loaded when the first question is asked, never at import, and one by one: one that cannot be imported,
+or that misuses a hook, is reported with its distribution, and everything else works. How to write one is told in
+:mod:`rnode_plugin.plugins.hookspecs`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from ..errors import ConfigError, PluginError, suggest
+from ..solvers import observers
+from . import hookspecs
+from .discovery import discover, import_reference, one_line
+
+if TYPE_CHECKING:
+    from ..solvers import Solver
+    from ..solvers.plan import SolvePlan
+    from ..types import Solution
+
+__all__ = [
+    "KINDS",
+    "PluginReport",
+    "Registry",
+    "get",
+    "names",
+    "register",
+    "report",
+    "unregister",
+]
+
+KINDS = {
+    "regularizers": "regularizer",
+    "models": "model",
+    "datasets": "data set",
+    "recipes": "recipe",
+    "commands": "command",
+}
+"""What can be registered, and what one of it is called in a message."""
+
+_REGISTRATION_HOOKS = {f"rnode_register_{kind}": kind for kind in KINDS}
+_OBSERVER_HOOK = "rnode_after_solve"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PluginReport:
+    """What is known about one plugin.
+
+    Attributes:
+        name: of its entry point, or the one given to :func:`register`.
+        distribution, version: the package that brought it; None for an object registered in this process.
+        status: ``"loaded"``, ``"failed"``, ``"blocked"`` or ``"disabled"``.
+        registers: names by kind; kinds without a name are absent.
+        observes: whether it is called after each solve.
+        error: what went wrong, in a line; None if nothing did. A loaded plugin can have one too: the hook that it
+            misused, or a name that another plugin registers as well.
+        traceback: of the last exception behind ``error``, where there is one.
+    """
+
+    name: str
+    distribution: str | None
+    version: str | None
+    status: str
+    registers: dict[str, list[str]]
+    observes: bool
+    error: str | None
+    traceback: str | None
+
+
+@dataclass(eq=False)
+class _Plugin:
+    """One plugin while the registry works on it."""
+
+    name: str
+    distribution: str | None = None
+    version: str | None = None
+    status: str = "loaded"
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    traceback: str | None = None
+
+    def __str__(self) -> str:
+        if self.distribution is None:
+            return f"plugin {self.name!r} of this process"
+        return f"plugin {self.name!r} of {self.distribution} {self.version}"
+
+    @property
+    def key(self) -> str:
+        """Unique for pluggy: two packages may call their entry points the same."""
+        return self.name if self.distribution is None else f"{self.distribution}:{self.name}"
+
+    def fail(self, what: str, error: BaseException) -> None:
+        """Keep an error for the report."""
+        self.errors.append(what)
+        self.traceback = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+class Registry:
+    """All plugins of one process. The functions of this module ask one that everybody shares.
+
+    Args:
+        watch_solves: whether to pass each solve on to ``rnode_after_solve`` once the plugins are loaded.
+    """
+
+    def __init__(self, *, watch_solves: bool = False) -> None:
+        self._watch_solves = watch_solves
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._plugins: list[_Plugin] = []
+        self._observers: list[tuple[_Plugin, pluggy.HookImpl]] = []
+        # re-entrant: a plugin may ask for a name of another while it is imported
+        self._lock = threading.RLock()
+        self._loading = self._loaded = False
+
+    def get(self, kind: str, name: str) -> Any:
+        """The object that is registered as ``name``; a ``"module:attribute"`` is imported now.
+
+        Raises:
+            ConfigError: nobody registers the name, or there is no such kind; the known ones are listed.
+            PluginError: two plugins register it, or its module cannot be imported.
+        """
+        owners = [plugin for plugin in self._of_kind(kind) if name in plugin.values[kind]]
+        what = KINDS[kind]
+        if not owners:
+            absent = [f"{plugin} ({plugin.status})" for plugin in self._plugins if plugin.status != "loaded"]
+            note = f" Not available: {', '.join(absent)}." if absent else ""
+            raise ConfigError(suggest(name, self.names(kind), what) + note)
+        if len(owners) > 1:
+            raise PluginError(
+                f"the {what} {name!r} is registered by {' and by '.join(map(str, owners))}; uninstall one of them, "
+                "or name it in RNODE_PLUGINS_BLOCK."
+            )
+        values = owners[0].values[kind]
+        if isinstance(values[name], str):
+            values[name] = import_reference(values[name], f"the {what} {name!r} of {owners[0]}")
+        return values[name]
+
+    def names(self, kind: str) -> list[str]:
+        """All names of one kind, sorted.
+
+        Raises:
+            ConfigError: there is no such kind.
+        """
+        return sorted({name for plugin in self._of_kind(kind) for name in plugin.values[kind]})
+
+    def report(self) -> list[PluginReport]:
+        """What is known about each plugin: ours first, then by distribution, then those of this process."""
+        self._load()
+        return [self._report(plugin) for plugin in tuple(self._plugins)]
+
+    def register(self, plugin: object, *, name: str) -> None:
+        """Register an object of this process, such as a class instance in a notebook, as a plugin.
+
+        Args:
+            plugin: an object or module with functions marked by ``hookimpl``.
+            name: what reports and :meth:`unregister` call it.
+
+        Raises:
+            PluginError: the name is taken, or the plugin misuses a hook; then nothing of it stays registered.
+        """
+        self._load()
+        record = _Plugin(name)
+        with self._lock:
+            if any(other.key == name for other in self._plugins):
+                raise PluginError(f"a plugin {name!r} is registered already; call unregister({name!r}) first.")
+            try:
+                self._attach(record, plugin)
+            except pluggy.PluginValidationError as error:
+                raise PluginError(f"{record}: {one_line(error)}") from error
+            if record.errors:
+                self._detach(record)
+                raise PluginError(f"{record}: {'; '.join(record.errors)}")
+            self._plugins.append(record)
+
+    def unregister(self, name: str) -> None:
+        """Take back a :meth:`register`.
+
+        Raises:
+            ConfigError: no object of this process is registered under that name.
+        """
+        with self._lock:
+            mine = {plugin.name: plugin for plugin in self._plugins if plugin.distribution is None}
+            if name not in mine:
+                raise ConfigError(suggest(name, mine, "plugin of this process"))
+            self._detach(mine[name])
+            self._plugins.remove(mine[name])
+
+    def after_solve(self, solution: Solution, solver: Solver | SolvePlan) -> None:
+        """Tell every observer about a solve. One that raises is reported and not called again."""
+        arguments = {"solution": solution, "solver": solver}
+        for observer in tuple(self._observers):
+            plugin, implementation = observer
+            try:
+                implementation.function(*(arguments[name] for name in implementation.argnames))
+            except Exception as error:
+                with self._lock:
+                    self._observers = [other for other in self._observers if other is not observer]
+                plugin.fail(f"{_OBSERVER_HOOK} raised {one_line(error)}; it is not called again", error)
+                _log.warning("%s: %s", plugin, plugin.errors[-1])
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        with self._lock:
+            if self._loaded or self._loading:
+                return
+            self._loading = True
+            try:
+                known = {plugin.key for plugin in self._plugins}  # empty, but for a Ctrl-C during an earlier load
+                for candidate in discover():
+                    record = _Plugin(candidate.name, candidate.distribution, candidate.version, candidate.status)
+                    if record.key not in known:
+                        self._load_one(record, candidate.entry_point)
+                self._loaded = True
+                if self._watch_solves:
+                    observers.subscribe(self.after_solve)
+            finally:
+                self._loading = False
+
+    def _load_one(self, record: _Plugin, entry_point: EntryPoint) -> None:
+        if record.status == "loadable":
+            try:
+                self._attach(record, entry_point.load())
+                record.status = "loaded"
+            except (Exception, SystemExit) as error:  # a module that ends the program ends itself only
+                record.status = "failed"
+                record.fail(one_line(error), error)
+        self._plugins.append(record)
+        for what in record.errors:
+            _log.warning("%s: %s (more: rnode-cli plugins --json)", record, what)
+
+    def _attach(self, record: _Plugin, plugin: object) -> None:
+        """Register with pluggy and ask every registration hook; what a hook does wrong is kept in ``record``.
+
+        Raises:
+            PluginError, pluggy.PluginValidationError: it is no plugin at all; then it is not registered.
+        """
+        if self._manager.is_registered(plugin):
+            raise PluginError(f"the same object is registered as {self._manager.get_name(plugin)!r} already.")
+        try:
+            self._manager.register(plugin, name=record.key)
+            for hook, implementation in self._implementations(plugin):
+                if hook == _OBSERVER_HOOK:
+                    self._observers = [*self._observers, (record, implementation)]
+                    continue
+                try:
+                    values = _checked(implementation.function())
+                    record.values.setdefault(_REGISTRATION_HOOKS[hook], {}).update(values)
+                except Exception as error:
+                    record.fail(f"{hook}: {one_line(error)}", error)
+        except BaseException:
+            self._detach(record)
+            raise
+
+    def _implementations(self, plugin: object) -> list[tuple[str, pluggy.HookImpl]]:
+        callers = self._manager.get_hookcallers(plugin)
+        if not callers:
+            raise PluginError("it implements no hook; mark its functions with @rnode_plugin.hookimpl.")
+        known = [*_REGISTRATION_HOOKS, _OBSERVER_HOOK]
+        for caller in callers:
+            if caller.name not in known:
+                raise PluginError(suggest(caller.name, known, "hook"))
+        return [(c.name, each) for c in callers for each in c.get_hookimpls() if each.plugin is plugin]
+
+    def _detach(self, record: _Plugin) -> None:
+        if self._manager.has_plugin(record.key):
+            self._manager.unregister(name=record.key)
+        self._observers = [observer for observer in self._observers if observer[0] is not record]
+
+    def _of_kind(self, kind: str) -> list[_Plugin]:
+        if kind not in KINDS:
+            raise ConfigError(suggest(kind, KINDS, "kind of plugin"))
+        self._load()
+        return [plugin for plugin in tuple(self._plugins) if kind in plugin.values]
+
+    def _report(self, plugin: _Plugin) -> PluginReport:
+        errors = list(plugin.errors)
+        for kind, values in plugin.values.items():
+            for other in self._of_kind(kind):
+                both = sorted(values.keys() & other.values[kind].keys()) if other is not plugin else []
+                errors += [f"the {KINDS[kind]} {name!r} is registered by {other} too" for name in both]
+        return PluginReport(
+            name=plugin.name,
+            distribution=plugin.distribution,
+            version=plugin.version,
+            status=plugin.status,
+            registers={kind: sorted(plugin.values[kind]) for kind in KINDS if plugin.values.get(kind)},
+            observes=any(owner is plugin for owner, _ in self._observers),
+            error="; ".join(errors) or None,
+            traceback=plugin.traceback,
+        )
+
+
+def _checked(values: Any) -> dict[str, Any]:
+    """What a registration hook returned.
+
+    Raises:
+        PluginError: it is not a mapping from names to objects or ``"module:attribute"`` texts.
+    """
+    if not isinstance(values, Mapping):
+        raise PluginError(f"it must return a mapping from names to objects, not {type(values).__name__}.")
+    for name, value in values.items():
+        if not isinstance(name, str) or not name:
+            raise PluginError(f"a name must be a text, not {name!r}.")
+        if not callable(value) and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)):
+            raise PluginError(f"{name!r} must be callable or a text 'module:attribute', not {value!r}.")
+    return dict(values)
+
+
+_shared = Registry(watch_solves=True)
+get = _shared.get
+names = _shared.names
+report = _shared.report
+register = _shared.register
+unregister = _shared.unregister

@@ -1,0 +1,199 @@
+"""The paper's figures 2, 3 and 5 from runs, each panel a figure of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..arms import Arm
+from .curves import rolling
+from .drawing import Drawing, draw
+
+__all__ = ["Panel", "make_panels"]
+
+_WINDOW = 1 / 20  # of the longest run: the paper averages over three hours of some sixty
+_SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
+_JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
+_KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
+_NFE = "NFE of the test solver"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure, drawn.
+
+    Attributes:
+        name: of its files.
+        title: what it shows.
+        caption: what has to be known to read it.
+        number: the figure of the paper that it belongs to.
+        drawing: as PNG and SVG.
+    """
+
+    name: str
+    title: str
+    caption: str
+    number: int
+    drawing: Drawing
+
+
+def make_panels(arms: Sequence[Arm]) -> list[Panel]:
+    """All panels for which the runs hold something."""
+    checked = [arm for arm in arms if any(len(run.checks["step"]) for run in arm.runs)]
+    panels: list[Panel] = []
+
+    def add(name: str, title: str, caption: str, number: int, paint: Callable[[Any], None]) -> None:
+        panels.append(Panel(name, title, caption, number, draw(name, paint)))
+
+    if any(len(run.steps["step"]) for arm in arms for run in arm.runs):
+        add(
+            "bits-training",
+            "Training bits/dim against time",
+            "Each training batch: mean (line) and the middle 90 % (band) of the batches in a window of a twentieth "
+            "of the longest run. Time without validation.",
+            2,
+            lambda axes: _bits_of_batches(axes, arms),
+        )
+    if checked:
+        add(
+            "bits-validation",
+            "Held-out bits/dim against time",
+            "Dirty bits/dim of the held-out images at each validation, with the test solver. Time without "
+            "validation.",
+            2,
+            lambda axes: _bits_of_checks(axes, checked),
+        )
+        add(
+            "nfe-jacobian",
+            "NFE against the Jacobian norm",
+            "One mark for each validation during training: evaluations that the adaptive test solver takes for a "
+            "batch, against the Jacobian norm of the same solve. " + _correlations(checked),
+            3,
+            lambda axes: _nfe_against_jacobian(axes, checked),
+        )
+        for name, title, column, label, log in (
+            ("jacobian-epoch", "Jacobian norm during training", "val/jacfrob", _JACOBIAN, True),
+            ("kinetic-epoch", "Kinetic energy during training", "val/kinetic", _KINETIC, True),
+            ("nfe-epoch", "NFE during training", "val/nfe", _NFE, False),
+        ):
+            add(
+                name,
+                title,
+                "At each validation, on the held-out images, with the test solver.",
+                5,
+                lambda axes, column=column, label=label, log=log: _by_epoch(axes, checked, column, label, log=log),
+            )
+    return panels
+
+
+def _plain(value: float, position: int) -> str:
+    return f"{value:g}"
+
+
+def _style(arm: Arm, **more: Any) -> dict[str, Any]:
+    return {"color": arm.look.colour, "linestyle": arm.look.line, "linewidth": 1.8, **more}
+
+
+def _marks(arm: Arm) -> dict[str, Any]:
+    return {"marker": arm.look.marker, "markersize": 4.5, "markeredgewidth": 0}
+
+
+def _time_unit(arms: Sequence[Arm]) -> tuple[float, float, str]:
+    """The longest training time in seconds, seconds of the unit for it, and the unit's name."""
+    longest = max((run.steps["train_seconds"].max(initial=0) for arm in arms for run in arm.runs), default=0)
+    return next((longest, size, name) for least, size, name in _SPAN_UNITS if longest >= least)
+
+
+def _bits_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
+    longest, unit, name = _time_unit(arms)
+    settled = []
+    for arm in arms:
+        time = np.concatenate([run.steps["train_seconds"] for run in arm.runs])
+        bits = np.concatenate([run.steps["train/bpd"] for run in arm.runs])
+        curve = rolling(time, bits, window=longest * _WINDOW)
+        if len(curve.x):
+            axes.fill_between(curve.x / unit, curve.low, curve.high, color=arm.look.colour, alpha=0.18, linewidth=0)
+            axes.plot(curve.x / unit, curve.mean, label=arm.label, **_style(arm))
+            settled.append((curve.x, curve.low, curve.high))
+    _cut_start(axes, settled)
+    axes.set_xlabel(f"training time [{name}]")
+    axes.set_ylabel("training batches, dirty [bits/dim]")
+    axes.legend()
+
+
+def _bits_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
+    _, unit, name = _time_unit(arms)
+    settled = []
+    for arm in arms:
+        for number, run in enumerate(arm.runs):
+            time, bits = run.checks["train_seconds"], run.checks["val/bpd"]
+            label = arm.label if number == 0 else None
+            axes.plot(time / unit, bits, label=label, **_style(arm), **_marks(arm))
+            settled.append((time, bits, bits))
+    _cut_start(axes, settled)
+    axes.set_xlabel(f"training time [{name}]")
+    axes.set_ylabel("held-out, dirty [bits/dim]")
+    axes.legend()
+
+
+def _cut_start(axes: Any, curves: Sequence[tuple[Any, Any, Any]]) -> None:
+    """Leave the fall of the first tenth out of sight, where it would flatten all that differs later."""
+    late = [(low[x >= x.max() / 10], high[x >= x.max() / 10]) for x, low, high in curves if len(x) > 5]
+    if late:
+        bottom = min(float(low.min()) for low, _ in late)
+        top = max(float(high.max()) for _, high in late)
+        margin = 0.05 * (top - bottom) or 0.05
+        axes.set_ylim(bottom - margin, top + margin)
+
+
+def _nfe_against_jacobian(axes: Any, arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        jacobian, nfe = _pairs(arm)
+        axes.scatter(jacobian, nfe, s=26, color=arm.look.colour, marker=arm.look.marker, alpha=0.75, linewidth=0,
+                     label=arm.label)  # fmt: skip
+    axes.set_xlabel(_JACOBIAN)
+    axes.set_ylabel(f"{_NFE} [evaluations]")
+    axes.legend()
+
+
+def _pairs(arm: Arm) -> tuple[Any, Any]:
+    def column(name: str) -> Any:
+        return np.concatenate([run.checks.get(name, np.full(len(run.checks["step"]), np.nan)) for run in arm.runs])
+
+    return column("val/jacfrob"), column("val/nfe")
+
+
+def _correlations(arms: Sequence[Arm]) -> str:
+    """The correlation within each arm, where there are enough marks to speak of one."""
+    found = []
+    for arm in arms:
+        jacobian, nfe = _pairs(arm)
+        keep = np.isfinite(jacobian) & np.isfinite(nfe)
+        if keep.sum() >= 5 and nfe[keep].std() > 0 and jacobian[keep].std() > 0:
+            found.append(f"{arm.label} {np.corrcoef(jacobian[keep], nfe[keep])[0, 1]:.2f}".replace("-", "−"))
+    return f"Correlation: {', '.join(found)}." if found else ""
+
+
+def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str, *, log: bool) -> None:
+    positive = True
+    for arm in arms:
+        for number, run in enumerate(arm.runs):
+            values = run.checks.get(column)
+            if values is None:
+                continue
+            positive = positive and bool(np.nanmin(values, initial=math.inf) > 0)
+            name = arm.label if number == 0 else None
+            axes.plot(run.checks["epoch"], values, label=name, **_style(arm), **_marks(arm))
+    if log and positive:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter(_plain)
+        if high / low < 30:  # one or two powers of ten alone would be too few numbers
+            axes.yaxis.set_minor_formatter(_plain)
+    axes.set_xlabel("epoch [passes over the training images]")
+    axes.set_ylabel(label + ("" if log else " [evaluations]"))
+    axes.legend()

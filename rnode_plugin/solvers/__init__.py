@@ -1,0 +1,67 @@
+"""Integrating the augmented system and differentiating through the solve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .config import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, TRACE_QUADRATURES, Solver
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..types import BoundDynamics, Solution
+    from .health import HealthCheck
+    from .plan import SolvePlan
+
+__all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver", "solve"]
+
+
+def solve(
+    dynamics: BoundDynamics,
+    z0: Tensor,
+    t_span: Tensor,
+    solver: Solver | SolvePlan | None = None,
+    *,
+    params: Iterable[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+    checks: list[HealthCheck] | None = None,
+) -> Solution:
+    """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
+
+    Args:
+        dynamics: the system with its noise fixed, ``Dynamics(...).bind(noise)`` or a function
+            ``(t, z, *, products) -> Rates``.
+        z0: state ``(B, *event)`` at ``t_span[0]``.
+        t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the device.
+        solver: method, accuracy and gradient; a :class:`SolvePlan` carries a solver object of torchdyn's.
+        params: tensors that a continuous adjoint differentiates with respect to; None: the parameters of
+            ``dynamics``, where it has any. The other gradient modes find them by themselves.
+        generator: draws the stages of a sampled quadrature.
+        checks: a list that receives, in place of an error, what tells whether a fixed grid stayed finite: several
+            solves in a row are looked at together by :func:`~rnode_plugin.solvers.health.check_health`.
+
+    Returns:
+        Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
+
+    Raises:
+        ConfigError: for times that are not finite and strictly monotonic.
+        SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
+    """
+    from .adjoint import solve_adjoint
+    from .health import check_time
+    from .integrate import integrate
+    from .observers import notify
+    from .plan import SolvePlan
+
+    solver = solver or Solver()
+    plan = solver if isinstance(solver, SolvePlan) else SolvePlan.of(solver)
+    check_time(t_span)
+    if plan.gradient.endswith("adjoint"):
+        wanted = getattr(dynamics, "parameters", tuple)() if params is None else params
+        solution = solve_adjoint(dynamics, z0, t_span.to(z0.device), plan, tuple(wanted))
+    else:
+        solution = integrate(dynamics, z0, t_span, plan, generator=generator, checks=checks)
+    notify(solution, solver)
+    return solution

@@ -1,0 +1,210 @@
+"""The continuous adjoint (Pontryagin et al., 1962; Chen et al., 2018), right for penalties and parameters.
+
+For a loss of the states at the output times, the log-determinants and the penalties, with Hamiltonian
+``H = a . f + l div f + sum_p w_p r_p`` (``l`` and ``w_p``: the loss's derivatives with respect to the integrals,
+constant along the path), the adjoint obeys ``da/dt = -dH/dz``, jumps by the loss's derivative at each output
+time, and the parameters' gradient is the integral of ``dH/dtheta``. That integral is a quadrature: it is computed
+as penalties are, outside of the error norm.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..types import BoundDynamics, Rates, Solution, SolveStats
+from .integrate import integrate
+from .plan import SolvePlan
+
+__all__ = ["solve_adjoint"]
+
+
+def solve_adjoint(
+    dynamics: BoundDynamics, z0: Tensor, t_span: Tensor, plan: SolvePlan, params: Sequence[Tensor]
+) -> Solution:
+    """Integrate without a graph and attach the continuous adjoint as the gradient.
+
+    Gradients reach ``z0``, ``t_span`` and those of ``params`` that require one.
+
+    Args:
+        dynamics: the augmented system; it must give the same rates in the backward pass as in the forward one.
+        z0: state ``(B, *event)``.
+        t_span: times ``(T,)``.
+        plan: ``plan.adjoint`` says how the backward system is solved (None: as the forward one).
+        params: all tensors that the dynamics read and that a gradient is wanted for.
+
+    Raises:
+        SolverError: from either direction.
+    """
+    # the backward pass starts from every time of t_span; which of them are outputs is settled outside of it
+    call = _Call(dynamics, replace(plan, keep=None))
+    wanted = [p for p in params if p.requires_grad]
+    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
+    assert call.stats is not None
+    if plan.keep is not None:
+        kept = [i for i, keep in enumerate(plan.keep) if keep]
+        times, z, logdet = times[kept], z[kept], None if logdet is None else logdet[kept]
+    return Solution(times, z, logdet, dict(zip(call.names, integrals, strict=True)), call.stats)
+
+
+@dataclass
+class _Call:
+    """What the two passes of one solve share with each other and with the caller."""
+
+    dynamics: BoundDynamics
+    plan: SolvePlan
+    names: tuple[str, ...] = ()
+    stats: SolveStats | None = None
+    trace: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
+        trace = call.trace if call.plan.gradient == "interpolated_adjoint" else None
+        solution = integrate(call.dynamics, z0, t_span, call.plan, trace=trace)
+        call.names, call.stats = tuple(solution.penalties), solution.stats
+        ctx.call = call
+        ctx.save_for_backward(t_span, solution.t, solution.z, *params)
+        ctx.mark_non_differentiable(solution.t)
+        return solution.t, solution.z, solution.logdet, *solution.penalties.values()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor
+    ) -> tuple[Any, ...]:
+        t_span, t, z, *params = ctx.saved_tensors
+        pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.call.names, dpenalties, strict=True)))
+        wants_times, last = ctx.needs_input_grad[2], len(t) - 1
+        span_index = _positions(t_span, t) if wants_times else {}
+        dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
+        dl = None if dlogdet is None else torch.zeros_like(dlogdet[0])
+        k = last
+        while True:
+            if k > 0 and k in span_index:
+                # moving an output time moves its own output; moving the last one also moves the end of the path
+                mine = None if dlogdet is None else dlogdet[k]
+                dt[span_index[k]] = pass_.hamiltonian(t[k], z[k], dz[k], mine, penalties=k == last)
+            if k == 0:
+                break
+            a = a + dz[k]
+            if dl is not None and dlogdet is not None:
+                dl = dl + dlogdet[k]
+            before = k - 1
+            if pass_.may_skip:
+                while before > 0 and not _any(dz[before], None if dlogdet is None else dlogdet[before]):
+                    before -= 1
+            a = pass_.interval(t[k], t[before], z[k], a, dl)
+            k = before
+        if wants_times:
+            dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
+        return None, a + dz[0], dt if wants_times else None, *pass_.gradients
+
+
+def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
+    """Where the times of ``t_span`` are among the outputs ``t``, which hold more where every step is an output."""
+    return {int((t - time).abs().argmin()): j for j, time in enumerate(t_span)}
+
+
+def _any(*gradients: Tensor | None) -> bool:
+    return any(bool(g.any()) for g in gradients if g is not None)
+
+
+class _Backward:
+    """The backward system of one solve and the parameters' gradients that it accumulates."""
+
+    def __init__(
+        self, call: _Call, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
+    ) -> None:
+        self.dynamics = call.dynamics
+        self.plan = replace(
+            call.plan.adjoint or call.plan, gradient="autograd", adjoint=None, keep=None, interpolator=None
+        )
+        self.params = params
+        self.sign = 1.0 if bool(t[-1] >= t[0]) else -1.0
+        # a penalty is integrated along the path, whichever way time runs
+        self.dpenalties = {name: self.sign * g for name, g in dpenalties.items()}
+        self.gradients = [torch.zeros_like(p) for p in params]
+        self.path = _Path(call.dynamics, call.trace, self.sign) if call.trace else None
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether outputs without a gradient need no stop: the states come from the interpolant."""
+        return self.path is not None and self.plan.method.adaptive
+
+    def interval(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:
+        """Take the adjoint from ``t1`` back to ``t0``."""
+        path = self.path
+        state = a if path is not None else torch.stack([z, a])
+
+        def adjoint_system(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+            z, a = (path(t), z) if path is not None else z.unbind()
+            dz, da, *dparams = self._gradients(t, z, a, dl)
+            rate = -da if path is not None else torch.stack([dz, -da])
+            return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
+
+        solution = integrate(adjoint_system, state, torch.stack([t1, t0]), self.plan)
+        for i, gradient in enumerate(self.gradients):
+            # of shape [1] for a scalar parameter where times have that shape
+            gradient += solution.penalties[str(i)].reshape(gradient.shape)
+        return solution.z[-1] if path is not None else solution.z[-1, 1]
+
+    def hamiltonian(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None, *, penalties: bool) -> Tensor:
+        """``H``, summed over the batch, without a graph."""
+        return self._hamiltonian(self.dynamics(t, z), a, dl, penalties=penalties)
+
+    def _hamiltonian(self, rates: Rates, a: Tensor, dl: Tensor | None, *, penalties: bool = True) -> Tensor:
+        total = (a * rates.dz).sum()
+        if dl is not None and rates.dlogdet is not None:
+            total = total + (dl * rates.dlogdet).sum()
+        if penalties:
+            for name, weight in self.dpenalties.items():
+                total = total + (weight * rates.penalties[name]).sum()
+        return total
+
+    def _gradients(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> list[Tensor]:
+        """``dz/dt``, ``dH/dz`` and ``dH/dtheta`` of each parameter."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            rates = self.dynamics(t.detach(), z)
+            total = self._hamiltonian(rates, a, dl)
+            inputs = [z, *self.params]
+            found: Sequence[Tensor | None] = [None] * len(inputs)
+            if total.requires_grad:  # not so for a field without state and parameters
+                found = torch.autograd.grad(total, inputs, allow_unused=True)
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+        return [rates.dz.detach(), *filled]
+
+
+class _Path:
+    """Cubic Hermite interpolation of the accepted states; the velocities at the knots are evaluated when needed."""
+
+    def __init__(self, dynamics: BoundDynamics, trace: Sequence[tuple[Tensor, Tensor]], sign: float) -> None:
+        self.dynamics, self.trace = dynamics, trace
+        self.keys = [sign * float(t) for t, _ in trace]
+        self.sign = sign
+        self.velocities: dict[int, Tensor] = {}
+
+    def __call__(self, t: Tensor) -> Tensor:
+        right = bisect.bisect_left(self.keys, self.sign * float(t))
+        right = min(max(right, 1), len(self.keys) - 1)
+        (t0, z0), (t1, z1) = self.trace[right - 1 : right + 1]
+        v0, v1 = self._velocity(right - 1), self._velocity(right)
+        h = t1 - t0
+        s = (t - t0) / h
+        z = z0 + s * (z1 - z0)
+        bend = (1 - s) * (h * v0 - (z1 - z0)) - s * (h * v1 - (z1 - z0))
+        return z + s * (1 - s) * bend
+
+    def _velocity(self, knot: int) -> Tensor:
+        if knot not in self.velocities:
+            t, z = self.trace[knot]
+            self.velocities[knot] = self.dynamics(t, z, products=False).dz.detach()
+        return self.velocities[knot]

@@ -1,0 +1,27 @@
+"""Who is told about each solve: functions that subscribe here, the plugin host among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..types import Solution
+
+__all__ = ["notify", "subscribe"]
+
+Observer = Callable[["Solution", Any], object]
+
+_observers: list[Observer] = []
+
+
+def subscribe(observer: Observer) -> None:
+    """Call ``observer(solution, solver)`` after each solve of this process; once, however often it subscribes."""
+    if observer not in _observers:
+        _observers.append(observer)
+
+
+def notify(solution: Solution, solver: Any) -> None:
+    """Tell everybody about a solve."""
+    for observer in _observers:
+        observer(solution, solver)

@@ -1,0 +1,155 @@
+"""Runge-Kutta methods by name: their tableaus, and one step of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, suggest
+from .config import METHODS
+
+__all__ = ["Field", "Method", "StepFunction", "StepResult", "get_method"]
+
+Field = Callable[[Tensor, Tensor], Tensor]
+# f at the new state or None, the new state, its error estimate or None, the stages' velocities or None
+StepResult = tuple["Tensor | None", Tensor, "Tensor | None", "Sequence[Tensor] | None"]
+StepFunction = Callable[[Field, Tensor, Tensor, Tensor, "Tensor | None"], StepResult]
+"""``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to take a step.
+
+    Attributes:
+        name: for messages.
+        advance: the step itself.
+        order: order of convergence, which the step-size controller uses.
+        adaptive: whether ``advance`` gives an error estimate.
+        weights: quadrature weight of each evaluation of the field in a step, in their order. None where they
+            are not known (a user's solver object): a rate then counts with its value at the start of the step.
+        error_weights: the same for the error estimate of a quadrature.
+        safety, min_factor, max_factor: constants of the step-size controller.
+    """
+
+    name: str
+    advance: StepFunction
+    order: int
+    adaptive: bool
+    weights: tuple[float, ...] | None
+    error_weights: tuple[float, ...] | None = None
+    safety: float = 0.9
+    min_factor: float = 0.2
+    max_factor: float = 10.0
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that a step needs at most."""
+        return len(self.weights) if self.weights else 1
+
+
+@dataclass(frozen=True)
+class _Tableau:
+    """An explicit Runge-Kutta tableau in double precision; row i of ``a`` belongs to stage i + 1."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    error: tuple[float, ...] | None
+    order: int
+
+    @property
+    def fsal(self) -> bool:
+        """Whether the last stage is taken at the new state, so that its velocity is the next step's first."""
+        return bool(self.a) and len(self.a) == len(self.b) - 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0
+
+    def advance(self, f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
+        stages = [f(t, x) if k1 is None else k1]
+        argument = x
+        for c, row in zip(self.c, self.a, strict=True):
+            argument = _combine(x, dt, row, stages)
+            stages.append(f(t + c * dt, argument))
+        new = argument if self.fsal else _combine(x, dt, self.b, stages)
+        error = None if self.error is None else _combine(None, dt, self.error, stages)
+        return (stages[-1] if self.fsal else None), new, error, stages
+
+
+def _combine(x: Tensor | None, dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for weight, stage in zip(row, stages, strict=False):
+        if weight:
+            total = stage * weight if total is None else torch.add(total, stage, alpha=weight)
+    assert total is not None
+    increment = total * dt.to(total.dtype)
+    return increment if x is None else x + increment
+
+
+_DOPRI5_B = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0.0)
+# the embedded solution of order 4
+_DOPRI5_B4 = (1951 / 21600, 0.0, 22642 / 50085, 451 / 720, -12231 / 42400, 649 / 6300, 1 / 60)
+_DOPRI5_A = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    _DOPRI5_B[:-1],
+)
+_TSIT5_B = (
+    0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774, 0.0,
+)  # fmt: skip
+_TSIT5_ERROR = (
+    0.0017800110522257773, 0.0008164344596567463, -0.007880878010261994, 0.1447110071732629, -0.5823571654525552,
+    0.45808210592918686, -0.015151515151515152,
+)  # fmt: skip
+_TSIT5_A = (
+    (0.161,),
+    (-0.008480655492356989, 0.335480655492357),
+    (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
+    (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
+    (5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383),
+    _TSIT5_B[:-1],
+)
+
+
+def _tableau(
+    rows: tuple[tuple[float, ...], ...], b: tuple[float, ...], order: int, *, error: tuple[float, ...] | None = None
+) -> _Tableau:
+    """A tableau whose times are the sums of its rows."""
+    return _Tableau(tuple(sum(row) for row in rows), rows, b, error, order)
+
+
+# Dormand and Prince (1980); Tsitouras (2011); the others are in every textbook
+_TABLEAUS = {
+    "euler": _tableau((), (1.0,), 1),
+    "midpoint": _tableau(((0.5,),), (0.0, 1.0), 2),
+    "rk4": _tableau(((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), 4),
+    "rk4_38": _Tableau(
+        (1 / 3, 2 / 3, 1.0),
+        ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
+        (1 / 8, 3 / 8, 3 / 8, 1 / 8),
+        None,
+        4,
+    ),
+    "dopri5": _tableau(
+        _DOPRI5_A, _DOPRI5_B, 5, error=tuple(b - b4 for b, b4 in zip(_DOPRI5_B, _DOPRI5_B4, strict=True))
+    ),
+    "tsit5": _tableau(_TSIT5_A, _TSIT5_B, 5, error=_TSIT5_ERROR),
+}
+
+
+@cache
+def get_method(name: str) -> Method:
+    """A method by its name, with coefficients in double precision whatever the state's type.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in METHODS:
+        raise ConfigError(suggest(name, METHODS, "solver method"))
+    tableau = _TABLEAUS[name]
+    return Method(name, tableau.advance, tableau.order, tableau.error is not None, tableau.b, tableau.error)

@@ -1,0 +1,162 @@
+"""CNF: torchdyn's continuous-normalizing-flow field for any event shape, its products shared with the penalties."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchdyn.models import cnf as torchdyn_cnf
+
+from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .shared_trace import Seen
+
+__all__ = ["CNF"]
+
+
+class CNF(torchdyn_cnf.CNF):
+    """The field ``(t, [a, z]) -> [-div f(t, z), f(t, z)]`` on a state ``[B, 1 + D]`` (eq. 3 and 4).
+
+    torchdyn's contract: the first column accumulates minus the divergence in nats, so that after a solve
+    ``log p(x) = log q(z) - column``. To be put into a :class:`~rnode_plugin.NeuralODE`, which draws the noise once
+    a solve and lets ``jacfrob`` read the products that the trace is made of; torchdyn's own class takes it too.
+
+    Args:
+        net: ``net(t, z)`` or ``net(z)``, of the shape of ``z``.
+        trace_estimator: None or ``"exact"`` for the exact divergence, ``"gaussian"`` or ``"rademacher"`` for
+            Hutchinson's estimator, a :class:`~rnode_plugin.core.trace_estimators.TraceEstimator`, one of torchdyn's
+            two functions, or a function of your own ``(x_out, x_in, noise=...) -> (B,)``.
+        noise_dist: distribution of the noise ``(D,)`` with ``sample(shape)``; None: the estimator draws its own.
+        order: order of the differential equation; ``z`` then holds position, velocity, ... along its first
+            dimension.
+        event_shape: shape that ``net`` wants for ``z``; None: ``(D,)``.
+
+    Raises:
+        ConfigError: for an unknown estimator or an order below 1; when evaluated, for a state of another shape, for
+            a stochastic estimator without noise and for a time-dependent net without time.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        trace_estimator: str | TraceEstimator | Callable[..., Tensor] | None = None,
+        noise_dist: Any = None,
+        order: int = 1,
+        *,
+        event_shape: Sequence[int] | None = None,
+    ) -> None:
+        if order < 1:
+            raise ConfigError(f"order must be at least 1, not {order}.")
+        super().__init__(net, None, noise_dist, order)
+        self.trace_estimator = _estimator(trace_estimator)
+        self.event_shape = None if event_shape is None else tuple(event_shape)
+        self.t: Tensor | None = None  # filled as DepthCat's is, for when the module is called with the state alone
+        if isinstance(self.trace_estimator, TraceEstimator):
+            self.observer: Seen | None = None
+        target = net.forward if isinstance(net, nn.Module) else net
+        names = inspect.signature(target).parameters
+        self._net_takes_time, self._net_takes_args = "t" in names, "args" in names
+
+    def forward(self, t: Tensor, x: Tensor | None = None, args: Any = None) -> Tensor:  # pyright: ignore
+        """The field at ``t`` and ``x [B, 1 + D]``; ``cnf(x)``, in an nn.Sequential, is at the solver's time."""
+        if x is None:
+            x, t = t, self.t  # pyright: ignore[reportAssignmentType]
+        z = self._event(x)
+        field = self._field(t, args)
+        t = z.new_zeros(()) if t is None else t
+        if isinstance(self.trace_estimator, TraceEstimator):
+            dz, trace = self._estimate(self.trace_estimator, field, t, z)
+        else:
+            with torch.enable_grad():
+                z = z.requires_grad_()
+                dz = field(t, z)
+                trace = self.trace_estimator(dz, z, noise=self._noise_like(z))
+        return torch.cat([-trace[:, None], dz.flatten(1)], 1)
+
+    def velocity(self, t: Tensor | None, z: Tensor, args: Any = None) -> Tensor:
+        """``f(t, z)``, of the shape of ``z (B, *event_shape)``, without its trace."""
+        return self._field(t, args)(t, z)  # pyright: ignore[reportArgumentType]
+
+    def draw_noise(self, state: Tensor) -> Tensor | None:
+        """Noise for one solve from ``state (B, D)``; None where the estimator needs none."""
+        if not isinstance(self.trace_estimator, TraceEstimator):
+            return None
+        return self.trace_estimator.draw(state)
+
+    def _estimate(
+        self, estimator: TraceEstimator, field: Callable[[Tensor, Tensor], Tensor], t: Tensor, z: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        noise = self._noise_like(z)
+        if noise is None and isinstance(estimator, Hutchinson):
+            raise ConfigError(
+                "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, which "
+                "draws the noise once a solve, or give it a noise_dist."
+            )
+        dz, products = estimator.bind(field)(t, z, noise)
+        dz, products = dz.to(z.dtype), products.to(z.dtype)
+        seen = self.observer
+        if seen is not None:
+            seen.z, seen.dz, seen.products, seen.noise, seen.estimator = z, dz, products, noise, estimator
+        return dz, estimator.divergence(products, noise)
+
+    def _field(self, t: Tensor | None, args: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        net, order = self.net, self.order
+        if self._net_takes_time and t is None:
+            raise ConfigError("the net of this CNF depends on time, and no time is known: call it as cnf(t, x).")
+        if self._net_takes_args:
+            velocity = lambda t, z: net(t, z, args={} if args is None else args)  # noqa: E731
+        elif self._net_takes_time:
+            velocity = net  # as it is: it may bring its own product
+        else:
+            velocity = lambda t, z: net(z)  # noqa: E731
+        if order == 1:
+            return velocity
+
+        def system(t: Tensor, z: Tensor) -> Tensor:
+            size = z.shape[1] // order
+            return torch.cat([z[:, size : size * order], velocity(t, z)], 1)
+
+        return system
+
+    def _event(self, x: Tensor) -> Tensor:
+        z = x[:, 1:]
+        if self.event_shape is None:
+            return z
+        if x.ndim != 2 or z.shape[1] != math.prod(self.event_shape):
+            raise ConfigError(
+                f"a CNF with event_shape={self.event_shape} takes states [B, {1 + math.prod(self.event_shape)}] "
+                f"(trace, then the flattened event), not {list(x.shape)}; flatten the event, a zero first."
+            )
+        return z.reshape(-1, *self.event_shape)
+
+    def _noise_like(self, z: Tensor) -> Tensor | None:
+        noise = self.noise
+        if noise is None:
+            return None
+        if noise.numel() != z.numel():
+            raise ConfigError(
+                f"the noise of this CNF has shape {tuple(noise.shape)} for a state of shape {tuple(z.shape)}: give "
+                "a noise_dist whose samples have as many entries as one event."
+            )
+        return noise.reshape(z.shape)
+
+
+def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> TraceEstimator | Callable[..., Tensor]:
+    if spec is None or spec is torchdyn_cnf.autograd_trace:
+        return get_estimator("exact")
+    if spec is torchdyn_cnf.hutch_trace:
+        return get_estimator("gaussian")
+    if isinstance(spec, (str, TraceEstimator)):
+        return get_estimator(spec)
+    if callable(spec):
+        return spec
+    raise ConfigError(
+        f"trace_estimator={spec!r} is none: give 'exact', 'gaussian', 'rademacher', an estimator object or a "
+        "function (x_out, x_in, noise=...) -> (B,)."
+    )

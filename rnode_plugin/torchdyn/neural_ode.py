@@ -1,0 +1,300 @@
+"""NeuralODE: torchdyn's class with ``regularizers=`` and gradients that are right in every mode."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import torch
+import torchsde
+from torch import Tensor, nn
+from torchdyn.core import neuralde as torchdyn_neuralde
+from torchdyn.core.defunc import SDEFunc
+from torchdyn.numerics.interpolators import str_to_interp
+from torchdyn.numerics.solvers.ode import Tsitouras45
+
+from ..core.no_data_parallel import OneProcessADevice
+from ..core.regularizers import Weighted
+from ..core.trace_estimators import get_estimator
+from ..errors import ConfigError, suggest
+from ..plugins.resolve import resolve_regularizers
+from ..solvers import GRADIENTS, solve
+from ..solvers.plan import SolvePlan
+from .bind import INTEGRAL_LOSS, bind_field, count_columns
+from .penalties import LastSolve, attach
+from .solver_names import as_times, kept_times, resolve_solver, step_method
+
+__all__ = ["NeuralODE"]
+
+# kept from before install() can replace them
+_torchdyn_init = torchdyn_neuralde.NeuralODE.__init__
+_torchdyn_odeint = torchdyn_neuralde.NeuralODE.odeint
+
+
+class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
+    """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5).
+
+    Without new arguments it returns what torchdyn's class returns, to the bit where the coefficients of the solver
+    are the same: torchdyn rounds those of a solver given by name to single precision, this class does so only for
+    states in single precision.
+
+    Args:
+        vector_field, solver, order, atol, rtol, solver_adjoint, atol_adjoint, rtol_adjoint, interpolator,
+            integral_loss, seminorm, return_t_eval, optimizable_params: torchdyn's. ``solver`` also takes
+            ``"rk4_38"``, the 3/8 rule: torchdyn's ``"rk4"`` evaluates the stages 2 to 4 of a time-dependent field
+            at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which costs it its order; under its
+            name it stays as it is. ``seminorm`` changes nothing, here as there: a continuous adjoint never
+            controls the error of the parameters' gradient.
+        sensitivity: ``"autograd"``, ``"adjoint"``, ``"interpolated_adjoint"`` or ``"checkpointed"`` (autograd's
+            gradient with the activations of one step at a time).
+        regularizers: names (``"kinetic"``, ``"jacfrob"``, those of plugins), regularizer objects or functions
+            ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
+        trace_noise: noise of the product that ``jacfrob`` needs where no CNF makes one: ``"gaussian"``,
+            ``"rademacher"``, or ``"exact"`` for the whole Jacobian.
+        max_nfe: most evaluations of the field that one solve may use; None: no limit.
+
+    After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
+    :meth:`reg_loss` their weighted sum. They concern ``z`` alone, without the columns of a trace or an integral
+    loss. For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...) and the field that of its
+    first-order system.
+
+    ``integral_loss`` with an adjoint is added to the loss by itself, as in torchdyn, with its whole gradient.
+
+    Raises:
+        ConfigError: for an unknown solver, sensitivity, regularizer or noise, and for what cannot carry penalties
+            (multiple shooting, SDEs).
+        SolverError: when called: non-finite state, step-size underflow, ``max_nfe`` used up.
+    """
+
+    vf: Any
+    solver: Any
+    solver_adjoint: Any
+    integral_loss: Any
+    interpolator: Any
+
+    # defaults for objects that an older process pickled, or that were made before install()
+    _penalties: dict[str, Weighted] = {}  # noqa: RUF012  (never written to)
+    _trace_noise: str = "gaussian"
+    _max_nfe: int | None = None
+    _named: tuple[tuple[nn.Module, str], ...] = ()
+    _last: LastSolve | None = None
+
+    def __init__(
+        self,
+        vector_field: Callable[..., Any] | nn.Module,
+        solver: str | nn.Module = "tsit5",
+        order: int = 1,
+        atol: float = 1e-3,
+        rtol: float = 1e-3,
+        sensitivity: str = "autograd",
+        solver_adjoint: str | nn.Module | None = None,
+        atol_adjoint: float = 1e-4,
+        rtol_adjoint: float = 1e-4,
+        interpolator: str | Callable[..., Any] | None = None,
+        integral_loss: Callable[..., Tensor] | None = None,
+        seminorm: bool = False,
+        return_t_eval: bool = True,
+        optimizable_params: Iterable[nn.Parameter] | Generator[nn.Parameter, None, None] = (),
+        *,
+        regularizers: Any = None,
+        trace_noise: str = "gaussian",
+        max_nfe: int | None = None,
+    ) -> None:
+        penalties = resolve_regularizers(regularizers)
+        get_estimator(trace_noise)
+        if sensitivity not in GRADIENTS:
+            raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
+        if max_nfe is not None and not (isinstance(max_nfe, int) and max_nfe > 0):
+            raise ConfigError(f"max_nfe must be a whole number > 0 or None, not {max_nfe!r}.")
+        if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
+            raise ConfigError("this vector field is that of an SDE; NeuralODE solves ordinary ones.")
+        forward = resolve_solver(solver)
+        backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
+        _torchdyn_init(
+            self, vector_field, solver=forward, order=order, atol=atol, rtol=rtol, sensitivity=sensitivity,
+            atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint, interpolator=interpolator,
+            integral_loss=integral_loss, seminorm=seminorm, return_t_eval=return_t_eval,
+            optimizable_params=optimizable_params,
+        )  # fmt: skip
+        self.solver_adjoint = backward
+        self._penalties, self._trace_noise, self._max_nfe = penalties, trace_noise, max_nfe
+        named = ((forward, solver), (backward, solver_adjoint))
+        self._named = tuple((built, name) for built, name in named if isinstance(name, str))
+        with_parameters = [w.regularizer for w in penalties.values() if isinstance(w.regularizer, nn.Module)]
+        if with_parameters:
+            self.regularizer_modules = nn.ModuleList(with_parameters)
+        if sensitivity == "checkpointed":
+            self.vf.sensitivity = "autograd"  # decides whether integral_loss is a column of the state
+
+    def forward(
+        self,
+        x: Any,
+        t_span: Any = None,
+        save_at: Any = (),
+        args: Any = {},  # noqa: B006  (torchdyn's default; never written to)
+        *,
+        penalties: bool | None = None,
+    ) -> Any:
+        """Solve from ``x (B, ...)`` through ``t_span``: ``(t_eval, solution (T, B, ...))``, or the solution alone.
+
+        Args:
+            x: initial state.
+            t_span: times, increasing or decreasing; None: ``self.t_span``, or 0 to 1.
+            save_at: times of ``t_span`` to keep (fixed steps only).
+            args: given to the field where it takes ``args``, and to a solver object's ``step``.
+            penalties: whether to integrate the penalties; None: in training mode with gradients enabled.
+
+        With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in torchdyn.
+        """
+        x, t_span = self._prep_integration(x, t_span)
+        t_eval, sol = self.odeint(x, t_span, save_at, args, penalties=penalties)
+        return (t_eval, sol) if self.return_t_eval else sol
+
+    def odeint(
+        self,
+        x: Any,
+        t_span: Any,
+        save_at: Any = (),
+        args: Any = {},  # noqa: B006
+        *,
+        penalties: bool | None = None,
+    ) -> tuple[Tensor, Any]:
+        """``(t_eval, solution)``; see :meth:`forward`."""
+        self._last = None
+        if isinstance(x, dict):
+            if self._penalties:
+                raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
+            return _torchdyn_odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
+        if penalties is None:
+            penalties = torch.is_grad_enabled() and self.training
+        followed = self._penalties if penalties else {}
+        solution, left = self._solve(x, t_span, save_at, args, self.sensalg, followed)
+        self._last = left
+        return solution
+
+    def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
+        """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties."""
+        x, t_span = self._prep_integration(x, t_span)
+        (_, sol), _ = self._solve(x, t_span, (), {}, "autograd", {}, interpolate=False)
+        return sol
+
+    @property
+    def regularization(self) -> dict[str, Tensor]:
+        """Integral of each penalty along the last call's trajectory, ``(B,)`` by name, differentiable.
+
+        Raises:
+            ConfigError: where there is none: no call yet, or one that did not follow penalties.
+        """
+        if self._last is None:
+            raise ConfigError("there are no penalties yet: call the model first.")
+        return self._last.values()
+
+    def reg_loss(self, **lambdas: float) -> Tensor:
+        """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
+
+        Args:
+            lambdas: strengths to use instead of the constructor's, by name of the penalty.
+
+        Raises:
+            ConfigError: where there is nothing to sum (see :attr:`regularization`), where backward has already
+                gone through it and freed it, and for an unknown name.
+        """
+        for name in lambdas:
+            if name not in self._penalties:
+                raise ConfigError(suggest(name, self._penalties, "penalty"))
+        if self._last is None:
+            raise ConfigError("there are no penalties yet: call the model, then reg_loss().")
+        return self._last.loss({name: w.strength for name, w in self._penalties.items()} | lambdas)
+
+    @property
+    def vf_params(self) -> Tensor:
+        """The parameters of the vector field in one row, as they are now.
+
+        torchdyn stores this tensor; not a leaf of a graph, it would make deepcopy and pickle fail.
+        """
+        return torch.cat([p.contiguous().flatten() for p in self.vf.parameters()])
+
+    @vf_params.setter
+    def vf_params(self, value: Tensor) -> None:
+        """torchdyn's constructor and solves assign it; there is nothing to keep."""
+
+    def _prep_integration(self, x: Any, t_span: Any) -> Any:
+        # control and noise are set by the solve, at every evaluation
+        if t_span is None:
+            t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
+        return x, t_span
+
+    def _solve(
+        self,
+        x: Tensor,
+        t_span: Any,
+        save_at: Any,
+        args: Any,
+        gradient: str,
+        followed: dict[str, Weighted],
+        *,
+        interpolate: bool = True,
+    ) -> tuple[tuple[Tensor, Tensor], LastSolve]:
+        t_span = as_times(t_span, x)
+        if torch.is_inference_mode_enabled():
+            # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
+            with torch.inference_mode(False), torch.no_grad():
+                x, t_span = x.clone(), t_span.clone()
+                return self._solve(x, t_span, save_at, args, gradient, followed, interpolate=interpolate)
+        # a field may call x.requires_grad_(): let that be on a tensor of our own
+        x = x.view_as(x)
+        regularizers = [w.regularizer for w in followed.values()]
+        hidden = self.integral_loss if torch.is_grad_enabled() and self._cost_is_hidden(gradient) else None
+        rates = bind_field(
+            self.vf, x, args=args, regularizers=regularizers, trace_noise=self._trace_noise, hidden_cost=hidden
+        )
+        plan = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
+        nfe = self.vf.nfe
+        params = self._parameters_of_the_field(hidden)
+        rates.parameters = lambda: params  # pyright: ignore[reportAttributeAccessIssue]
+        solution = solve(rates, x, t_span, plan)
+        if gradient == "checkpointed":
+            self.vf.nfe = nfe + solution.stats.nfe  # looking for what a replay needs is no step
+        integrals = dict(solution.penalties)
+        cost = integrals.pop(INTEGRAL_LOSS, None)
+        if cost is not None and bool(t_span[-1] < t_span[0]):
+            cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
+        sol, integrals = attach(solution.z, integrals, cost)
+        dims = x.shape[1:].numel() - count_columns(self.vf).total
+        return (solution.t, sol), LastSolve(integrals, dims, tuple(n for n in self._penalties if n not in followed))
+
+    def _cost_is_hidden(self, gradient: str) -> bool:
+        return self.integral_loss is not None and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd"
+
+    def _parameters_of_the_field(self, hidden_cost: Any) -> list[Tensor]:
+        modules = [self.vf, getattr(self, "regularizer_modules", None), hidden_cost]
+        found = (p for m in modules if isinstance(m, nn.Module) for p in m.parameters())
+        return list({id(p): p for p in found}.values())
+
+    def _plan(
+        self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: str, *, interpolate: bool
+    ) -> SolvePlan:
+        method = step_method(self.solver, self._named, x, t_span, args)
+        keep = None
+        if len(save_at) > 0:
+            if method.adaptive:
+                warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=4)
+            else:
+                keep = kept_times(t_span, save_at)
+        if not method.adaptive and (self.atol, self.rtol) != (1e-3, 1e-3):
+            warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=4)
+        interpolator = self.interpolator if interpolate and not isinstance(self.solver, Tsitouras45) else None
+        if isinstance(interpolator, str):
+            interpolator = str_to_interp(interpolator, x.dtype)
+        if interpolator is not None:
+            interpolator.sync_device_dtype(x, t_span)
+        adjoint = SolvePlan(
+            step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True),
+            atol=self.atol_adjoint, rtol=self.rtol_adjoint, max_nfe=self._max_nfe,
+        )  # fmt: skip
+        return SolvePlan(
+            method, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient, keep=keep,
+            interpolator=interpolator if method.adaptive else None, adjoint=adjoint,
+            every_step=method.adaptive and gradient == "interpolated_adjoint",
+        )  # fmt: skip

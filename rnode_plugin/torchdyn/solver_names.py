@@ -1,0 +1,209 @@
+"""Solver names and solver objects as torchdyn's classes take them, and the 3/8 rule in the same dress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdyn.numerics.solvers.ode import (
+    MS_SOLVER_DICT,
+    SOLVER_DICT,
+    DormandPrince45,
+    Euler,
+    Midpoint,
+    RungeKutta4,
+    Tsitouras45,
+    str_to_solver,
+)
+from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
+
+from ..errors import ConfigError, suggest
+from ..solvers.tableaus import Field, Method, StepResult, get_method
+
+__all__ = ["RungeKutta38", "as_times", "kept_times", "method_from_torchdyn", "resolve_solver", "step_method"]
+
+
+class RungeKutta38(DiffEqSolver):
+    """Kutta's 3/8 rule (order 4, fixed steps), the paper's training solver; torchdyn's name for it: none.
+
+    Unlike torchdyn's ``rk4`` it asks a time-dependent field at the times of its stages, t, t + h/3, t + 2h/3 and
+    t + h.
+    """
+
+    weights = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(order=4)
+        self.dtype = dtype
+
+    def step(
+        self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None
+    ) -> tuple[None, Tensor, None]:
+        _, new, _, _ = get_method("rk4_38").advance(f, x, t, dt, k1)
+        return None, new, None
+
+
+def resolve_solver(solver: str | nn.Module, role: str = "solver") -> nn.Module:
+    """torchdyn's solver object for a name, or the object itself.
+
+    Raises:
+        ConfigError: for an unknown name, or a multiple-shooting solver, whose iterates are no trajectory that a
+            penalty could be integrated along.
+    """
+    if isinstance(solver, MultipleShootingDiffeqSolver) or (
+        isinstance(solver, str) and solver in MS_SOLVER_DICT and solver not in SOLVER_DICT
+    ):
+        raise ConfigError(
+            f"{role}={solver!r} is a multiple-shooting solver, which works on all times at once and has no steps "
+            "to integrate penalties along. Use a sequential one such as 'dopri5', 'tsit5' or 'rk4' here, or "
+            "torchdyn's MultipleShootingLayer, which takes no regularizers."
+        )
+    if not isinstance(solver, str):
+        if callable(getattr(solver, "step", None)) and hasattr(solver, "stepping_class"):
+            return solver
+        raise ConfigError(
+            f"{role}={solver!r} is no solver: give a name, or an object with `step(f, x, t, dt, k1, args)` and "
+            "`stepping_class` ('fixed' or 'adaptive')."
+        )
+    return _build(solver, torch.float32, role)
+
+
+def _build(name: str, dtype: torch.dtype, role: str) -> nn.Module:
+    # torchdyn builds the tableau of a name in single precision and only then converts it to the type of the state
+    if name == "rk4_38":
+        return RungeKutta38(dtype)
+    if name not in SOLVER_DICT:
+        raise ConfigError(suggest(name, (*SOLVER_DICT, "rk4_38"), role))
+    return str_to_solver(name, dtype)
+
+
+@cache
+def _shared(name: str, dtype: torch.dtype) -> nn.Module:
+    return _build(name, dtype, "solver")
+
+
+def step_method(
+    solver: Any,
+    named: Sequence[tuple[nn.Module, str]],
+    x: Tensor,
+    t_span: Tensor,
+    args: Any,
+    *,
+    backward: bool = False,
+) -> Method:
+    """How ``solver`` steps on states like ``x``.
+
+    Args:
+        solver: torchdyn's or a user's solver object.
+        named: solver objects that stand for a name, which in double precision means coefficients of its own.
+        x, t_span: state and times, whose type and device the solver is brought to.
+        args: for its ``step``.
+        backward: whether the steps are those of an adjoint. It depends on time where the path is interpolated, and
+            owes torchdyn no values: there ``rk4`` asks at the right times.
+    """
+    if backward and type(solver) is RungeKutta4:
+        return get_method("rk4")
+    if x.dtype is torch.float64:
+        solver = next((_shared(name, x.dtype) for built, name in named if built is solver), solver)
+    if hasattr(solver, "sync_device_dtype"):
+        solver.sync_device_dtype(x, t_span)
+    return method_from_torchdyn(solver, args)
+
+
+def as_times(t_span: Any, x: Tensor) -> Tensor:
+    """``t_span``, a tensor or a list of numbers or tensors, as a tensor on the device of ``x``."""
+    if isinstance(t_span, Tensor):
+        return t_span.to(x.device)
+    if all(isinstance(t, Tensor) for t in t_span):
+        return torch.cat([t.reshape(1) for t in t_span]).to(x.device)
+    return torch.tensor(t_span, dtype=x.real.dtype, device=x.device)
+
+
+def kept_times(t_span: Tensor, save_at: Any) -> list[bool]:
+    """Which times of ``t_span`` are in ``save_at``.
+
+    Raises:
+        ConfigError: unless each of ``save_at`` is one of them, once.
+    """
+    save_at = save_at.to(t_span) if isinstance(save_at, Tensor) else torch.tensor(save_at).to(t_span)
+    matches = torch.isclose(t_span[:, None], save_at[None])
+    if not bool((matches.sum(0) == 1).all()):
+        raise ConfigError("each time of save_at must be one of t_span, once and only once.")
+    return matches.any(1).tolist()
+
+
+_FAMILIES = {
+    Euler: "euler",
+    Midpoint: "midpoint",
+    RungeKutta4: "rk4",
+    DormandPrince45: "dopri5",
+    Tsitouras45: "tsit5",
+}
+
+
+class _Mirrored:
+    """A field seen in a mirror of time, ``-f(-t, x)``, which remembers the velocities it has turned around."""
+
+    def __init__(self, field: Field) -> None:
+        self._field = field
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        velocity = self._field(-t, x)
+        self._pairs.append((-velocity, velocity))
+        return self._pairs[-1][0]
+
+    def original(self, mirrored: Tensor | None) -> Tensor | None:
+        """The field's own velocity behind a mirrored one; None for a tensor that is not one of them."""
+        return next((velocity for opposite, velocity in self._pairs if opposite is mirrored), None)
+
+
+def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
+    """A torchdyn solver object (hypersolvers and a user's own included), stepping exactly as in torchdyn.
+
+    ``args`` is handed to its ``step``.
+
+    A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) brings that
+    family's quadrature weights. Another one may have an attribute ``weights``, one number per evaluation in a
+    step; without it a penalty's rate counts with its value at the start of each step.
+
+    Raises:
+        ConfigError: for an object without ``step`` and ``stepping_class``.
+    """
+    if not callable(getattr(solver, "step", None)) or not hasattr(solver, "stepping_class"):
+        raise ConfigError(
+            f"{solver!r} is not a solver: give one of torchdyn's names, or an object with "
+            "`step(f, x, t, dt, k1, args)` and `stepping_class` ('fixed' or 'adaptive'). Multiple-shooting solvers "
+            "cannot carry penalties."
+        )
+
+    def advance(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
+        result = solver.step(f, x, t, dt, k1=k1, args={} if args is None else args)
+        return (*result, None) if len(result) == 3 else result
+
+    def advance_either_way(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
+        if bool(dt > 0):
+            return advance(f, x, t, dt, k1)
+        # torchdyn never shows a solver a negative step: it mirrors time and the field; so do we for solvers that
+        # may do more with dt than scale velocities
+        mirrored = _Mirrored(f)
+        new_velocity, new, error, _ = advance(mirrored, x, -t, -dt, None if k1 is None else -k1)
+        return mirrored.original(new_velocity), new, error, None
+
+    family = next((get_method(name) for kind, name in _FAMILIES.items() if isinstance(solver, kind)), None)
+    weights = getattr(solver, "weights", family.weights if family else None)
+    return Method(
+        type(solver).__name__,
+        advance if type(solver) in _FAMILIES else advance_either_way,
+        getattr(solver, "order", 1),
+        solver.stepping_class == "adaptive",
+        None if weights is None else tuple(float(w) for w in weights),
+        family.error_weights if family else None,
+        *(
+            float(getattr(solver, name, default))
+            for name, default in (("safety", 0.9), ("min_factor", 0.2), ("max_factor", 10.0))
+        ),
+    )

@@ -1,0 +1,196 @@
+"""Checkpoints: a recipe as plain data and a state dict, read without running anything that is in the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..._version import __version__
+from ...errors import CheckpointError, ConfigError
+from ...files import write_atomically
+from .weights_file import SUFFIX, read_weights, weights_as_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...flows.multiscale import MultiscaleFlow
+    from ...recipes.schema import Recipe
+    from ...solvers.config import Solver
+
+__all__ = [
+    "BEST",
+    "LAST",
+    "PREVIOUS",
+    "export_flow",
+    "find_checkpoint",
+    "load_flow",
+    "load_with_recipe",
+    "pack",
+    "read_checkpoint",
+    "recipe_of",
+    "save_flow",
+    "training_solver",
+]
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+_FORMAT = 1
+_KEY = "rnode_plugin"
+_PREFIX = "flow."
+
+
+def pack(recipe: Recipe) -> dict[str, Any]:
+    """What makes a file ours: its format, the version that wrote it, the recipe. Plain data only."""
+    return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}}
+
+
+def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
+    """Write the weights of ``flow`` and the recipe that builds it; :func:`load_flow` reads it back.
+
+    Raises:
+        CheckpointError: the file cannot be written; one that was there before is left as it was.
+    """
+    import torch
+
+    state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
+    contents = {**pack(recipe), "state_dict": state}
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def export_flow(
+    source: str | os.PathLike[str], path: str | os.PathLike[str], *, prefer: str = BEST
+) -> tuple[Path, Recipe]:
+    """Write the weights of a run or checkpoint as ``.safetensors``, with the recipe in the file's metadata.
+
+    Args:
+        source: run folder or checkpoint.
+        path: file to write; :func:`load_flow` reads it, and so does any program that knows the format.
+        prefer: the checkpoint of a run folder.
+
+    Returns:
+        The checkpoint that was read, and its recipe.
+
+    Raises:
+        ConfigError: ``path`` does not end in ``.safetensors``, by which the format is known again.
+        CheckpointError: nothing to read, or the file cannot be written.
+    """
+    if Path(path).suffix != SUFFIX:
+        raise ConfigError(f"the exported file must end in {SUFFIX}, not {str(path)!r}.")
+    file = find_checkpoint(source, prefer=prefer)
+    flow, recipe = load_with_recipe(file)
+    encoded = weights_as_bytes(flow.state_dict(), pack(recipe)[_KEY])
+    write_atomically(path, lambda file: file.write(encoded))
+    return file, recipe
+
+
+def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> MultiscaleFlow:
+    """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
+
+    Nothing in the file is executed: only tensors and plain values are read, and the model is built anew from the
+    recipe.
+
+    Raises:
+        CheckpointError: missing, truncated, not ours, or not the weights of the model that its recipe describes.
+    """
+    return load_with_recipe(path, map_location=map_location)[0]
+
+
+def load_with_recipe(
+    path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
+) -> tuple[MultiscaleFlow, Recipe]:
+    """:func:`load_flow`, and the recipe that the flow was trained by."""
+    file = find_checkpoint(path)
+    contents = read_checkpoint(file, map_location=map_location)
+    recipe = recipe_of(contents, file)
+    flow = recipe.build_flow()
+    state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
+    try:
+        flow.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not fit the model of its recipe: {error}") from None
+    return flow.to(map_location).eval(), recipe
+
+
+def training_solver(path: Path) -> Solver:
+    """The solver that the weights of a checkpoint file were trained with; a step that was found, as it was then."""
+    contents = read_checkpoint(path)
+    solver = recipe_of(contents, path).solver
+    found = contents.get("progress", {}).get("step_size")
+    return solver if found is None else dataclasses.replace(solver, step=found)
+
+
+def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
+    """The checkpoint file that ``path`` means: itself, or one of the run folder ``path``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in (prefer, BEST, LAST, PREVIOUS):
+            for file in (path / "checkpoints" / name, path / name):
+                if file.is_file():
+                    return file
+        raise CheckpointError(f"no checkpoint in {path}: expected {path / 'checkpoints' / prefer}.")
+    raise CheckpointError(
+        f"no checkpoint at {path}: no such file or folder. Give a run folder, a .ckpt or a .safetensors file."
+    )
+
+
+def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The contents of one file of ours.
+
+    Raises:
+        CheckpointError: unreadable, truncated, or written by another program.
+    """
+    import torch
+
+    if path.suffix == SUFFIX:
+        state, header = read_weights(path, map_location=map_location)
+        return _checked({_KEY: header, "state_dict": state}, path)
+    try:
+        if not zipfile.is_zipfile(path):  # what torch.save writes; a bare pickle is not even looked at
+            raise zipfile.BadZipFile("it is no archive of torch")
+        contents = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
+            "file is not opened because it could run code."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read, it is truncated or no checkpoint: {reason}") from None
+    return _checked(contents, path)
+
+
+def _checked(contents: Any, path: Path) -> dict[str, Any]:
+    header = contents.get(_KEY) if isinstance(contents, Mapping) else None
+    if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
+        raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
+    if header.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')}; this is "
+            f"{__version__}, which reads format {_FORMAT}. Install that version to use it."
+        )
+    return dict(contents)
+
+
+def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
+    """The recipe in a checkpoint.
+
+    Raises:
+        CheckpointError: it is not one that this version understands.
+    """
+    from ...recipes.schema import Recipe
+
+    try:
+        return Recipe.from_plain(contents[_KEY]["recipe"])
+    except ConfigError as error:
+        version = contents[_KEY].get("version")
+        raise CheckpointError(f"the recipe in {path}, written by rnode-plugin {version}: {error}") from None

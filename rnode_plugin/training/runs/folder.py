@@ -1,0 +1,161 @@
+"""The folder of a run, ``runs/RECIPE/VERSION/``, and what writes into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._version import __version__
+from ...errors import CheckpointError, ConfigError
+from ...evaluation.bits import EvaluationResult
+from ...files import write_atomically
+from ...plugins import registry
+from ...recipes.schema import Recipe
+from .checkpoints import BEST, LAST
+
+__all__ = ["RunFolder", "environment"]
+
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the lowest validation bits/dim."""
+        return self.path / "checkpoints" / BEST
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint, from which a run goes on."""
+        return self.path / "checkpoints" / LAST
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended and what its best weights measure; absent while it runs and after an interruption."""
+        return self.path / "result.json"
+
+    @property
+    def skipped(self) -> Path:
+        """The training images of the step that ended the run for want of a usable gradient; absent otherwise."""
+        return self.path / "skipped.json"
+
+    @property
+    def images(self) -> Path:
+        """Bits/dim of each held-out image in that result, one row each: ``image``, ``dirty``, ``clean``."""
+        return self.path / "images.csv"
+
+    @staticmethod
+    def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
+        """The next free version under ``runs/RECIPE``.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        parent = Path(runs) / recipe.name
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
+            while True:
+                try:
+                    (parent / str(version)).mkdir()
+                    return RunFolder(parent / str(version))
+                except FileExistsError:  # another run took it in the meantime
+                    version += 1
+        except OSError as error:
+            raise ConfigError(f"cannot make a run folder: {error}. Choose another with --runs.") from None
+
+    @staticmethod
+    def of_checkpoint(checkpoint: Path) -> RunFolder | None:
+        """The run that a checkpoint lies in; None for a file elsewhere."""
+        inside = checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "recipe.json").is_file()
+        return RunFolder(checkpoint.parent.parent) if inside else None
+
+    def describe(self, recipe: Recipe, device: torch.device) -> None:
+        """Write ``recipe.json`` and ``environment.json``; how an earlier part of the run ended goes.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        try:
+            for file in (self.result, self.images, self.skipped):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None
+        _write_json(self.path / "recipe.json", recipe.to_plain())
+        _write_json(self.path / "environment.json", environment(device))
+
+    def name_skipped(self, step: int, images: Sequence[int]) -> None:
+        """Write ``skipped.json``: the images of the batch that could not be used at ``step``.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        _write_json(self.skipped, {"step": step, "images": list(images)})
+
+    def conclude(self, ended: Mapping[str, Any], evaluation: EvaluationResult) -> None:
+        """Write ``result.json`` and, before it, ``images.csv``.
+
+        Args:
+            ended: how the run ended.
+            evaluation: of its best weights.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        measured = dataclasses.asdict(evaluation)
+        columns = [measured[kind].pop("images") for kind in ("dirty", "clean")]
+        rows = (
+            f"{number},{dirty:.8g},{clean:.8g}\n"
+            for number, (dirty, clean) in enumerate(zip(*columns, strict=True))
+        )
+        text = "image,dirty,clean\n" + "".join(rows)
+        write_atomically(self.images, lambda file: file.write(text.encode()))
+        _write_json(self.result, {**ended, "evaluation": measured})
+
+
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    text = json.dumps(contents, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads, as plain data."""
+    cuda = device.type == "cuda"
+    return {
+        "rnode-plugin": __version__,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "torch": torch.__version__,  # with its build: a wheel does not say in its metadata for which CUDA it is
+        "plugins": {
+            each.name: f"{each.distribution} {each.version}"
+            for each in registry.report()
+            if each.status == "loaded" and each.distribution not in (None, "rnode-plugin")
+        },
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.processor()}".strip(),
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }

@@ -1,0 +1,66 @@
+"""Runs that version 0.1 wrote: they load, evaluate, report and go on to the same numbers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rnode_plugin import load_flow
+from rnode_plugin.cli import main
+from rnode_plugin.reports.reading import read_run
+
+OLD = Path(__file__).parent / "old_runs"
+# the last bits of a sum depend on the processor
+CLOSE = 2e-4
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    """A run of 8 steps that was stopped after its checkpoint at step 5."""
+    return Path(shutil.copytree(OLD / "interrupted", tmp_path / "runs" / "digits" / "0"))
+
+
+def test_it_loads_with_its_numbers() -> None:
+    flow = load_flow(OLD / "finished")
+    result = json.loads((OLD / "finished" / "result.json").read_text())
+    with (OLD / "finished" / "images.csv").open() as file:
+        clean = [float(row["clean"]) for row in csv.DictReader(file)]
+    done = CliRunner().invoke(main, ["eval", str(OLD / "finished"), "--limit", str(len(clean)), "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert flow.dims == 64
+    assert found["clean"]["mean"] == pytest.approx(result["evaluation"]["clean"]["mean"], abs=CLOSE)
+
+
+def test_it_goes_on_where_it_stopped(interrupted: Path) -> None:
+    before = rows(interrupted)
+    done = CliRunner().invoke(main, ["train", "--resume", str(interrupted), "--accelerator", "cpu"])
+    assert done.exit_code == 0, done.output
+    after, whole = rows(interrupted), rows(OLD / "finished")
+    assert len(before) == 6
+    assert after[:6] == [{**row, **dict.fromkeys(after[0].keys() - row.keys(), "")} for row in before]
+    assert [row["step"] for row in after] == [row["step"] for row in whole]
+    for mine, theirs in zip(after, whole, strict=True):
+        for name in ("train/loss", "train/bpd", "train/grad_norm", "train/kinetic", "val/bpd", "lr"):
+            if theirs[name]:
+                assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=CLOSE), (name, theirs["step"])
+    weights = [
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (interrupted, OLD / "finished")
+    ]
+    for name, tensor in weights[1]["state_dict"].items():
+        torch.testing.assert_close(weights[0]["state_dict"][name], tensor, atol=CLOSE, rtol=0)
+
+
+def test_it_reports() -> None:
+    assert read_run(OLD / "finished").recipe.name == "digits"
