@@ -20,12 +20,12 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import (
     FusedStackField,
     compile_fields,
-    compiling,
     conv_field,
     fused,
     linear_field,
-    winograd,
 )
+from rnode_plugin.fields.kernels import compile as compiling
+from rnode_plugin.fields.kernels import winograd
 from rnode_plugin.training.fit import fit
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 

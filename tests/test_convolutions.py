@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnode_plugin.fields import compile_fields, compiling, conv_field, winograd
+from rnode_plugin.fields import compile_fields, conv_field
+from rnode_plugin.fields.kernels import compile as compiling
+from rnode_plugin.fields.kernels import winograd
 from rnode_plugin.fields.kernels.base import LayerMap
 from rnode_plugin.fields.kernels.im2col import Columns
 from rnode_plugin.fields.kernels.winograd import Winograd
