@@ -60,6 +60,11 @@ _SHORT = {
 @click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")
 @click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
+@click.option(
+    "--run-folder",
+    metavar="FOLDER",
+    help="Exact folder of a new run, missing or empty, instead of one under --runs.",
+)
 @click.option("--resume", metavar="RUN", help="Go on with a run: its folder, or a checkpoint.")
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard's files besides metrics.csv.")
 @click.pass_context
@@ -75,17 +80,22 @@ def train(
     devices: str,
     num_nodes: int,
     runs: str,
+    run_folder: str | None,
     resume: str | None,
     tensorboard: bool,
     **short: Any,
 ) -> None:
-    """Train the flow of RECIPE on its data set.
+    """Train the flow of RECIPE on its data set. RECIPE is a name or a recipe.json, such as that of another run.
 
     The run's folder is printed first and holds everything: recipe, metrics, checkpoints, samples. With --resume,
-    RECIPE may be left out; settings that are given again change from there on.
+    RECIPE may be left out; settings that are given again change from there on, all of them with a recipe.json.
     """
     if recipe is None and resume is None:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
+    if resume is not None and run_folder is not None:
+        raise click.UsageError(
+            "a run that is resumed stays in its folder: --run-folder cannot go with --resume.", ctx
+        )
     if resume is not None and vanilla:
         raise click.UsageError("--vanilla makes another model of the recipe; it cannot go with --resume.", ctx)
     from ..training.fit import fit
@@ -99,6 +109,7 @@ def train(
         result = fit(
             chosen.override([*given, *assignments]),
             runs=runs,
+            run_folder=run_folder,
             resume=checkpoint,
             max_time=max_time,
             accelerator=accelerator,
@@ -125,17 +136,22 @@ def _reports() -> bool:
 
 
 def _recipe(name: str, vanilla: bool) -> Recipe:
+    from ..recipes.reading import is_recipe_file, read_recipe
     from ..recipes.schema import get_recipe
 
-    return get_recipe(name).vanilla() if vanilla else get_recipe(name)
+    recipe = read_recipe(name) if is_recipe_file(name) else get_recipe(name)
+    return recipe.vanilla() if vanilla else recipe
 
 
 def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Path]:
     """The recipe of a run to go on with, and its newest intact checkpoint."""
+    from ..recipes.reading import is_recipe_file, read_recipe
     from ..training.runs.checkpoints import recipe_of
     from ..training.runs.resume import newest_intact
 
     path, contents = newest_intact(resume)
+    if name is not None and is_recipe_file(name):
+        return read_recipe(name), path
     recipe = recipe_of(contents, path)
     if name is not None and name != recipe.name:
         raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}; leave the recipe out.", ctx)

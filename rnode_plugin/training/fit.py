@@ -65,6 +65,7 @@ def fit(
     recipe: Recipe,
     *,
     runs: str | os.PathLike[str] = "runs",
+    run_folder: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     max_time: float | None = None,
     accelerator: str = "auto",
@@ -84,6 +85,7 @@ def fit(
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
         runs: folder of all runs.
+        run_folder: exact folder of a new run, missing or empty, instead of the next free one under ``runs``.
         resume: run folder or checkpoint to go on from, in the same folder where it lies in one.
         max_time: seconds after which this call ends with a last validation and a checkpoint; the schedule of the
             learning rate does not change.
@@ -99,6 +101,8 @@ def fit(
         TrainingError: too many steps in a row without a usable gradient, or a failure of the machine; the last good
             checkpoint stays.
     """
+    if run_folder is not None and resume is not None:
+        raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
     if max_time is not None and max_time <= 0:
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
     training = recipe.training
@@ -133,7 +137,13 @@ def fit(
             inside = RunFolder.of_checkpoint(checkpoint)
         module = FlowModule(recipe, data, plan, inside)
         if trainer.is_global_zero:  # one process makes the folder and writes into it
-            module.folder = folder = inside or RunFolder.create(runs, recipe)
+            if inside is not None:
+                folder = inside
+            elif run_folder is not None:
+                folder = RunFolder.claim(run_folder)
+            else:
+                folder = RunFolder.create(runs, recipe)
+            module.folder = folder
             folder.describe(recipe, trainer.strategy.root_device)
             trainer.loggers = _loggers(folder, keep=done, tensorboard=tensorboard)
             if progress:

@@ -87,6 +87,25 @@ class RunFolder:
             raise ConfigError(f"cannot make a run folder: {error}. Choose another with --runs.") from None
 
     @staticmethod
+    def claim(path: str | os.PathLike[str]) -> RunFolder:
+        """A run folder at exactly ``path``, made if it is not there.
+
+        Raises:
+            ConfigError: it cannot be made, or it holds something already.
+        """
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            taken = next(path.iterdir(), None)
+        except OSError as error:
+            raise ConfigError(f"cannot make the run folder {path}: {error.strerror}.") from None
+        if taken is not None:
+            raise ConfigError(
+                f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
+            )
+        return RunFolder(path)
+
+    @staticmethod
     def of_checkpoint(checkpoint: Path) -> RunFolder | None:
         """The run that a checkpoint lies in; None for a file elsewhere."""
         inside = checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "recipe.json").is_file()
