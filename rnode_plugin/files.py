@@ -1,22 +1,54 @@
-"""write_atomically: the one writer of files, which never leaves half a file."""
+"""Files that are written: ``write_atomically``, the one writer, and ``check_path_name``."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import socket
+import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 
-__all__ = ["write_atomically"]
+__all__ = ["check_path_name", "write_atomically"]
+
+_PATH_NAME = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
+_MAX_NAME_BYTES = 100  # file systems take 255 bytes, and suffixes are added
+_LEFTOVER_SECONDS = 3600.0
+
+
+def check_path_name(name: str, what: str) -> str:
+    """``name`` itself, if it can be the name of one folder or file on every system.
+
+    It consists of letters, digits, spaces and ``_ . , + = @ -``, begins with a letter, a digit or ``_``, and has at
+    most 100 bytes. So it leads neither up nor to an absolute path, and is not hidden.
+
+    Args:
+        what: what has this name, for the message, such as ``"recipe"``.
+
+    Raises:
+        ConfigError: it cannot be such a name.
+    """
+    if not isinstance(name, str) or not _PATH_NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES:
+        shown = name if len(repr(name)) <= 2 * _MAX_NAME_BYTES else f"{str(name)[:_MAX_NAME_BYTES]}..."
+        raise ConfigError(
+            f"the {what} name {shown!r} cannot name a folder: use up to {_MAX_NAME_BYTES} letters, digits, spaces "
+            "and _ . , + = @ -, with a letter or digit first."
+        )
+    return name
 
 
 def write_atomically(
     path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: str | os.PathLike[str] | None = None
 ) -> None:
     """Call ``write`` on a temporary file next to ``path``, sync it, rename it: never half a file.
+
+    Whenever the process is killed, ``path`` is complete: the old file or the new one. Links are followed. Only
+    regular files are replaced, never a device, a pipe or a folder.
 
     Args:
         path: of the file.
@@ -26,23 +58,95 @@ def write_atomically(
     Raises:
         CheckpointError: the disk is full, the folder read-only, and the like; nothing half-written stays.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(path)
+    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = _resolved(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        if keep is not None and target.exists():
+            _keep(target, Path(keep))
+        temporary.replace(target)
+        _sync_folder(target.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise CheckpointError(f"cannot write {path}: {_reason(error)}.") from error
     finally:
-        with contextlib.suppress(OSError):  # it is not there, or cannot have been
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # it is not there, or cannot have been
+                temporary.unlink()
+
+
+def _resolved(path: Path) -> Path:
+    """The file itself behind links, if a file may be written there.
+
+    Raises:
+        OSError: links in a circle, or something that is not a regular file.
+    """
+    if path.is_symlink():
+        path = Path(os.path.realpath(path, strict=False))
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):  # the second: making the folder says what is in the way
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode) or not path.name:
+        raise OSError("it is a folder; name a file")
+    if not stat.S_ISREG(mode):
+        raise OSError("it is a device or a pipe, and only regular files are replaced; name another file")
+    return path
+
+
+def _keep(target: Path, name: Path) -> None:
+    """Give the old file a second name, so that ``target`` is there all the time."""
+    second = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.old.tmp")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            second.unlink()
+        os.link(target, second)
+    except OSError:  # a file system without hard links
+        target.replace(name)
+        return
+    second.replace(name)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote this file."""
+    here = re.compile(re.escape(f".{target.name}.{socket.gethostname()}.") + r"(\d+)(\.old)?\.tmp")
+    for name in os.listdir(target.parent):
+        if not (name.startswith(f".{target.name}.") and name.endswith(".tmp")):
+            continue
+        file = target.parent / name
+        with contextlib.suppress(OSError):  # another process removes it too
+            owner = here.fullmatch(name)
+            gone = owner is not None and not _is_running(int(owner[1]))
+            if gone or time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS:
+                file.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # there is no harmless way to ask
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, also if torch's writer of archives has wrapped it in words of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return (cause.strerror or str(cause)).rstrip(".")
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,180 @@
+"""The one writer of files: what it replaces, what it leaves, and which names may become paths."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rnode_plugin import get_recipe
+from rnode_plugin.cli import main
+from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.files import check_path_name, write_atomically
+from rnode_plugin.training.runs.checkpoints import save_flow
+
+posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
+
+
+def put(path: Path | str, content: bytes, **options) -> None:
+    write_atomically(path, lambda file: file.write(content), **options)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.iterdir())
+
+
+@posix
+def test_links_are_followed(tmp_path: Path) -> None:
+    for folder in ("data", "links"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "real").write_bytes(b"old")
+    (tmp_path / "links" / "near").symlink_to("../data/real")
+    (tmp_path / "links" / "far").symlink_to("near")
+    (tmp_path / "links" / "dangling").symlink_to("../data/new")
+    put(tmp_path / "links" / "far", b"new")
+    put(tmp_path / "links" / "dangling", b"first")
+    assert (tmp_path / "data" / "real").read_bytes() == b"new"
+    assert (tmp_path / "data" / "new").read_bytes() == b"first"
+    assert all((tmp_path / "links" / name).is_symlink() for name in ("near", "far", "dangling"))
+    assert names(tmp_path / "data") == ["new", "real"]
+    assert names(tmp_path / "links") == ["dangling", "far", "near"]
+
+
+@posix
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to_device").symlink_to("/dev/null")
+    (tmp_path / "circle").symlink_to("circle")
+    for name, words in (
+        ("pipe", "a device or a pipe"),
+        ("to_device", "a device or a pipe"),
+        ("folder", "is a folder"),
+        ("circle", "symbolic links"),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot write .*{name}: .*{words}"):
+            put(tmp_path / name, b"x")
+    for folder in (".", "..", "/"):
+        with pytest.raises(CheckpointError, match="is a folder"):
+            put(folder, b"x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["circle", "folder", "pipe", "to_device"]
+
+
+@posix
+def test_commands_refuse_to_write_over_devices_and_folders(tmp_path: Path) -> None:
+    flow = get_recipe("digits").override(["model.hidden=2", "test_solver.method=euler", "test_solver.step=1"])
+    save_flow(flow.build_flow(), tmp_path / "flow.ckpt", recipe=flow)
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    for out in (str(tmp_path / "null.png"), str(tmp_path), "."):
+        done = CliRunner().invoke(main, ["sample", str(tmp_path / "flow.ckpt"), "-n", "1", "--out", out])
+        assert (done.exit_code, done.output.count("Error: cannot write")) == (1, 1), done.output
+    assert names(tmp_path) == ["flow.ckpt", "null.png"]
+
+
+def test_what_was_there_can_be_kept(tmp_path: Path) -> None:
+    for content in (b"1", b"2", b"3"):
+        put(tmp_path / "last", content, keep=tmp_path / "previous")
+    assert (tmp_path / "last").read_bytes() == b"3"
+    assert (tmp_path / "previous").read_bytes() == b"2"
+    assert names(tmp_path) == ["last", "previous"]
+
+
+def test_what_was_there_is_there_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between any two steps, a process leaves the file under its name: no step takes it away."""
+    put(tmp_path / "last", b"1")
+    seen = []
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        seen.append((tmp_path / "last").read_bytes())
+        result = original(self, target)
+        seen.append((tmp_path / "last").read_bytes())
+        return result
+
+    monkeypatch.setattr(Path, "replace", replace)
+    put(tmp_path / "last", b"2", keep=tmp_path / "previous")
+    assert seen == [b"1", b"1", b"1", b"2"]
+
+
+def test_a_file_system_without_hard_links_keeps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    for content in (b"1", b"2"):
+        put(tmp_path / "last", content, keep=tmp_path / "previous")
+    assert (tmp_path / "last").read_bytes() + (tmp_path / "previous").read_bytes() == b"21"
+    assert names(tmp_path) == ["last", "previous"]
+
+
+@posix
+def test_files_of_killed_writers_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here = socket.gethostname()
+    for name in (f".last.{here}.{gone.pid}.tmp", f".last.{here}.{gone.pid}.old.tmp", ".last.elsewhere.7.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    kept = [f".last.{here}.{os.getppid()}.tmp", ".last.elsewhere.8.tmp", f".other.{here}.{gone.pid}.tmp"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / ".last.elsewhere.7.tmp", (1, 1))
+    put(tmp_path / "last", b"whole")
+    assert names(tmp_path) == sorted([*kept, "last"])
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    put(tmp_path / "a", b"old")
+
+    def fail(file) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"cannot write .*a: No space left on device\.$"):
+        write_atomically(tmp_path / "a", fail)
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+@posix
+@pytest.mark.parametrize("megabytes", [0.02, 0.5])
+def test_a_full_disk_is_called_that_by_torch_s_writer_too(tmp_path: Path, megabytes: float) -> None:
+    """Whether the disk is full at the first bytes of an archive or in the middle of a tensor."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "weights"
+    code = (
+        "import resource, signal, torch\nfrom rnode_plugin.files import write_atomically\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 1e6)}, {resource.RLIM_INFINITY}))\n"
+        f"write_atomically({str(path)!r}, lambda f: torch.save({{'w': torch.zeros(10**6)}}, f))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.endswith("weights: File too large."), done.stderr
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["digits", "my recipe 2", "é-1", "a.b,c+d=e@f", "_x", "x" * 100])
+def test_names_that_may_become_paths(name: str) -> None:
+    assert check_path_name(name, "recipe") == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", ".hidden", "../x", "/tmp/x", "a/b", "a\\b", "C:x", "a\0b", "a\nb", "x" * 101, "é" * 51, " a",
+     "a ", "a.", "-x", None, 3],
+)  # fmt: skip
+def test_names_that_may_not(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"the recipe name .* cannot name a folder"):
+        check_path_name(name, "recipe")
+
+
+def test_torch_reads_what_was_written(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "w", lambda file: torch.save({"a": torch.ones(2)}, file))
+    assert torch.load(tmp_path / "w", weights_only=True)["a"].tolist() == [1, 1]
