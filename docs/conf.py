@@ -42,33 +42,36 @@ intersphinx_mapping = {
 if not os.environ.get("DOCS_ONLINE"):
     intersphinx_mapping = {}
 
-# Pages that show a file from outside of docs/, and with it where links to that file lead.
+# Pages that show a file from outside of docs/. A link to such a file becomes a link to its page.
 SHOWN = {
     "benchmarks": ROOT / "benchmarks" / "README.md",
     "changelog": ROOT / "CHANGELOG.md",
     "contributing": ROOT / "CONTRIBUTING.md",
     "gallery": ROOT / "examples" / "README.md",
+    "index": ROOT / "README.md",
     "third_party_plugin": ROOT / "examples" / "third_party_regularizer" / "README.md",
 }
+SHOWS = re.compile(r"^The site shows \[.*\]\(.*\) here\.$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
-    """Put the file that a page shows in its place, and turn links to such files into links to their pages."""
-    file = SHOWN.get(page, DOCS / f"{page}.md")
-    if not file.exists():
-        return
+    """Put the file that a page shows in the place of the line that says so, and mend the links."""
 
-    def target(link: re.Match[str]) -> str:
-        path, hash_, anchor = link[1].partition("#")
-        if not path or "://" in path:
-            return link[0]
-        found = (file.parent / path).resolve()
-        for name, shown in SHOWN.items():
-            if shown == found:
-                found = DOCS / f"{name}.md"
-        return f"]({relpath(found, (DOCS / page).parent)}{hash_}{anchor})"
+    def mended(text: str, folder: Path) -> str:
+        def link(found: re.Match[str]) -> str:
+            if "://" in found[1]:
+                return found[0]
+            target = (folder / found[1]).resolve()
+            target = next((DOCS / f"{name}.md" for name, file in SHOWN.items() if file == target), target)
+            return f"]({relpath(target, (DOCS / page).parent)}{found[2] or ''})"
 
-    source[0] = re.sub(r"\]\(([^)\s]+)\)", target, file.read_text() if page in SHOWN else source[0])
+        return LINK.sub(link, text)
+
+    text = mended(source[0], (DOCS / page).parent)
+    if page in SHOWN:
+        text = SHOWS.sub(lambda _: mended(SHOWN[page].read_text(), SHOWN[page].parent), text)
+    source[0] = text
 
 
 def setup(app: Any) -> None:
