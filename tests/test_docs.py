@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,7 +20,12 @@ from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.solvers import GRADIENTS, METHODS
 
 ROOT = Path(__file__).parents[1]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+DOCS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "examples").rglob("README.md")),
+]
 RUN_MARK = "<!-- run -->"
 OF_OTHERS = ("arclength",)  # names that the example of a third-party plugin brings
 
@@ -53,12 +60,20 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 SHELL = [block for block in BLOCKS if block.language in ("bash", "sh")]
 
 
+def parts(line: str) -> Iterator[list[str]]:
+    """The words of each command of a line of shell, which ``&&``, ``;`` or ``|`` part."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+    lexer.whitespace_split = True
+    for parting, words in itertools.groupby(lexer, lambda word: set(word) <= set(";&|")):
+        if not parting:
+            yield list(words)
+
+
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Each call of rnode-cli: those of fenced blocks (``where`` has the line), and those of inline code."""
     for block in SHELL:
         for line in block.text.replace("\\\n", " ").splitlines():
-            for part in re.split(r"&&|;|\|", line):
-                words = shlex.split(part, comments=True)
+            for words in parts(line):
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # variables of the environment
                     words = words[1:]
                 if words[:1] == ["rnode-cli"]:
@@ -129,15 +144,27 @@ def test_links_lead_to_files(path):
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_code():
-    constants = [text for path in (ROOT / "rnode_plugin").rglob("*.py") for text in texts(path)]
+    modules = sorted((ROOT / "rnode_plugin").rglob("*.py"))
+    constants = [text for path in modules for text in texts(path)]
+    kinds = {kind for path in modules for kind in suggested_kinds(path)} | set(plugins.KINDS.values())
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
     assert len(quoted) > 30
     for message in quoted:
-        # "unknown NAME" is put together from a kind and a name
+        if message.startswith("unknown "):  # "unknown KIND NAME" is put together by suggest()
+            assert message.removeprefix("unknown ").removesuffix(" …") in kinds, message
+            continue
         pattern = re.escape(message.replace("…", "\0")).replace("\0", ".*?")
-        generic = message.startswith("unknown ") and any("unknown \0" in text for text in constants)
-        assert generic or any(re.search(pattern, text.replace("\0", "…")) for text in constants), message
+        assert any(re.search(pattern, text.replace("\0", "…")) for text in constants), message
+
+
+def suggested_kinds(path: Path) -> Iterator[str]:
+    """What the calls of ``suggest(name, known, KIND)`` in a module call a thing."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "suggest":
+            kind = node.args[2]
+            if isinstance(kind, ast.Constant):
+                yield kind.value
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -151,14 +178,35 @@ def texts(path: Path) -> Iterator[str]:
 
 def test_names_in_the_tables_exist():
     mathematics = (ROOT / "docs" / "mathematics.md").read_text()
-    for mode in GRADIENTS:
-        assert f"| `{mode}`" in mathematics
-    for method in re.findall(r"\|[^|]*\| `(rk4_38|dopri5|tsit5|rk4|euler|midpoint)`", mathematics):
-        assert method in METHODS
+    for name in (*GRADIENTS, "gaussian", "rademacher", "exact"):
+        assert f"| `{name}`" in mathematics
+    solvers = table_of(ROOT / "docs" / "choosing.md", "Solver")
+    named = {name for row in solvers for name in re.findall(r"`(\w+)`", row[1]) if not name.endswith("nfe")}
+    assert len(named) >= 4
+    assert named <= {*METHODS, *GRADIENTS}
     hooks = re.findall(r"^\| `(rnode_\w+)\(", (ROOT / "docs" / "plugins.md").read_text(), re.MULTILINE)
     from rnode_plugin.plugins import hookspecs
 
     assert sorted(hooks) == sorted(name for name in hookspecs.__all__ if name.startswith("rnode_"))
+
+
+def table_of(path: Path, heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without its head."""
+    section = re.split(rf"^#+ {re.escape(heading)}$", path.read_text(), flags=re.MULTILINE)[1]
+    rows = re.findall(r"^\|(.*)\|$", re.split(r"^#", section, flags=re.MULTILINE)[0], re.MULTILINE)
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows[2:]]
+
+
+def test_what_the_paper_has_is_where_the_table_says():
+    rows = table_of(ROOT / "docs" / "mathematics.md", "From the paper to the code")
+    code = [name for row in rows for name in re.findall(r"`(rnode_plugin[\w.:]*)`", row[2])]
+    assert len(rows) > 20
+    assert len(code) >= len(rows)
+    for name in code:
+        pkgutil.resolve_name(name)
+    said = " ".join(row[0] for row in rows)
+    for equation in (*range(1, 6), 8, *range(10, 18), 22):  # 6, 7 and 9b to 9d are not computed
+        assert f"({equation})" in said or f"({equation}a)" in said, equation
 
 
 def test_figures_of_the_reproduction_page_are_those_of_the_recipes():

@@ -45,6 +45,7 @@ BUILTIN = {
         "exec",
         "export",
         "figure",
+        "info",
         "plugins",
         "recipes",
         "report",

@@ -39,13 +39,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     are the same: torchdyn rounds those of a solver given by name to single precision, this class does so only for
     states in single precision.
 
+    The arguments before ``regularizers`` are torchdyn's, in its order. ``seminorm`` changes nothing, here as there:
+    a continuous adjoint never controls the error of the parameters' gradient.
+
     Args:
-        vector_field, solver, order, atol, rtol, solver_adjoint, atol_adjoint, rtol_adjoint, interpolator,
-            integral_loss, seminorm, return_t_eval, optimizable_params: torchdyn's. ``solver`` also takes
-            ``"rk4_38"``, the 3/8 rule: torchdyn's ``"rk4"`` evaluates the stages 2 to 4 of a time-dependent field
-            at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which costs it its order; under its
-            name it stays as it is. ``seminorm`` changes nothing, here as there: a continuous adjoint never
-            controls the error of the parameters' gradient.
+        solver: a name or object of torchdyn's, or ``"rk4_38"``, the 3/8 rule. torchdyn's ``"rk4"`` evaluates stages
+            2 to 4 of a time-dependent field at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which
+            costs it its order; it stays as it is under its name.
         sensitivity: ``"autograd"``, ``"adjoint"``, ``"interpolated_adjoint"`` or ``"checkpointed"`` (autograd's
             gradient with the activations of one step at a time).
         regularizers: names (``"kinetic"``, ``"jacfrob"``, those of plugins), regularizer objects or functions
