@@ -41,6 +41,10 @@ class Activation(ABC):
     def __repr__(self) -> str:
         return f"Activation({self.name!r})"
 
+    def on(self, device: torch.device) -> Activation:
+        """The form of this activation that is fast on a device."""
+        return self
+
     @abstractmethod
     def value(self, a: Tensor) -> Tensor:
         """``s(a)``."""
@@ -83,11 +87,15 @@ class Activation(ABC):
 
 
 class _Softplus(Activation):
-    """``log(1 + exp(a))``; instead of s' its complement ``q = 1 - s' = exp(-u)`` is used, because s'' = s' q."""
+    """``log(1 + exp(a))``, kept by its input: one operation for everything that is needed of it."""
 
     name = "softplus"
+    keeps_output = False
     # torch's default of 20 has a kink of 2e-9 there; beyond 40 the linear branch is exact in float64 too
     _threshold = 40.0
+
+    def on(self, device: torch.device) -> Activation:
+        return _SOFTPLUS_BY_OUTPUT if device.type == "cpu" else self
 
     def value(self, a: Tensor) -> Tensor:
         return F.softplus(a, threshold=self._threshold)
@@ -96,21 +104,42 @@ class _Softplus(Activation):
         return torch.sigmoid(a)
 
     def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        return _aten.softplus_backward(g, a, 1, self._threshold)
+
+    def kept_slope(self, kept: Tensor) -> Tensor:
+        return torch.sigmoid(kept)
+
+    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
+        return saved * p  # s'' g p = (1 - s') v p; join brings the factor
+
+    def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
+        return torch.lerp(bent, below, slope, out=bent)
+
+    def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
+        return _aten.softplus_backward(below, kept, 1, self._threshold)
+
+
+class _SoftplusByOutput(_Softplus):
+    """The same for processors, where the logarithm takes longest: kept by its output, it is taken once.
+
+    ``q = 1 - s' = exp(-u)`` stands for the slope.
+    """
+
+    keeps_output = True
+
+    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
         if g.shape != a.shape or g.stride() != a.stride():
-            return _aten.softplus_backward(g, a, 1, self._threshold)
-        return _aten.softplus_backward(g, a, 1, self._threshold, grad_input=a)  # saves memory new to the processor
+            return super().pull(a, u, g)
+        return _aten.softplus_backward(g, a, 1, self._threshold, grad_input=a)  # new memory costs more than the sums
 
     def kept_slope(self, kept: Tensor) -> Tensor:
         return torch.neg(kept).exp_()
-
-    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
-        return saved * p
 
     def follow(self, slope: Tensor, p: Tensor) -> Tensor:
         return p.addcmul_(p, slope, value=-1)
 
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
-        return torch.lerp(below, bent, slope, out=bent)  # q v p + (1 - q) below
+        return torch.lerp(below, bent, slope, out=bent)
 
     def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
         return below.addcmul_(below, self.kept_slope(kept), value=-1)
@@ -212,6 +241,7 @@ class _Gelu(_FromInput):
         return torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
 
 
+_SOFTPLUS_BY_OUTPUT = _SoftplusByOutput()
 ACTIVATIONS: dict[str, Activation] = {each.name: each for each in (_Softplus(), _Tanh(), _Elu(), _Silu(), _Gelu())}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -67,6 +68,13 @@ class Products(Protocol):
         """Sum over the samples, as one row in the order of memory."""
         ...
 
+    def shift_rows(self, time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
+        """What the bias and a unit of time add for a state with these spatial dimensions, ``(2, out * ...)``.
+
+        Both are rows in the order of memory.
+        """
+        ...
+
     def response(self, time: Tensor, x: Tensor) -> Tensor:
         """What the weight of time makes of a constant 1 beside the state ``x``, ``(1, out, ...)``."""
         ...
@@ -74,7 +82,8 @@ class Products(Protocol):
 
 class _Convolution:
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return weight[:, :1], weight[:, 1:].contiguous(memory_format=torch.channels_last)
+        time, state = weight.split([1, weight.shape[1] - 1], dim=1)
+        return time, state.contiguous(memory_format=torch.channels_last)
 
     def layout(self, x: Tensor) -> Tensor:
         if x.shape[1] > 1:
@@ -112,17 +121,32 @@ class _Convolution:
             return (v.new_ones(1, len(v)) @ rows.reshape(len(v), -1)).view(-1)
         return rows.sum(0).view(-1)
 
+    def shift_rows(self, time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
+        h, w = event
+        columns = torch.cat([bias.unsqueeze(1), time.flatten(1)], 1)  # (out, 1 + 9)
+        return (_shift_basis(h, w, bias.dtype, bias.device) @ columns.t()).view(2, -1)
+
     def response(self, time: Tensor, x: Tensor) -> Tensor:
         # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
-        shape = x.shape[2:]
-        patches = F.unfold(time.new_ones(1, 1, *shape), 3, padding=1).squeeze(0)
-        image = patches.t() @ time.flatten(1).t()  # (H * W, out), channels last
-        return image.t().unflatten(1, shape).unsqueeze(0)
+        h, w = x.shape[2:]
+        basis = _shift_basis(h, w, time.dtype, time.device)[h * w :, 1:]
+        image = basis @ time.flatten(1).t()  # (H * W, out), channels last
+        return image.t().unflatten(1, (h, w)).unsqueeze(0)
+
+
+@lru_cache(maxsize=64)
+def _shift_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(2 H W, 10)``: the maps that a bias of 1 makes, then those of each tap of a constant image of 1."""
+    with torch.inference_mode(False), torch.no_grad():
+        patches = F.unfold(torch.ones(1, 1, h, w, dtype=dtype, device=device), 3, padding=1)[0].t()
+        one, zero = torch.ones_like(patches[:, :1]), torch.zeros_like(patches)
+        return torch.cat([torch.cat([one, zero], 1), torch.cat([zero[:, :1], patches], 1)])
 
 
 class _Linear:
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return weight[:, :1], weight[:, 1:]
+        time, state = weight.split([1, weight.shape[1] - 1], dim=1)
+        return time, state
 
     def layout(self, x: Tensor) -> Tensor:
         return x
@@ -144,6 +168,9 @@ class _Linear:
 
     def sum_batch(self, v: Tensor) -> Tensor:
         return v.sum(0)
+
+    def shift_rows(self, time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
+        return torch.stack([bias, time.squeeze(1)])
 
     def response(self, time: Tensor, x: Tensor) -> Tensor:
         return time.t()

@@ -113,45 +113,44 @@ class Stack:
         ``fast`` makes it one for the passes with a backward by hand, ``compiled`` one for torch.compile.
         """
         weights = tuple(weight for _, weight, _ in layers)
-        zeros = [w.new_zeros(w.shape[0]) for w in weights]
-        biases = [zero if b is None else b for zero, (_, _, b) in zip(zeros, layers, strict=True)]
+        activation = activation.on(z.device)
+        biases = [w.new_zeros(w.shape[0]) if b is None else b for _, w, b in layers]
+        times = [w.new_zeros(w.shape[0], 1, *w.shape[2:]) if time is None else time for time, w, _ in layers]
         event = tuple(z.shape[2:])
-        if all(time is None for time, _, _ in layers):
-            response = z.new_zeros(1, sum(len(zero) for zero in zeros), *event, dtype=weights[0].dtype)
-        else:
-            filled = [w.new_zeros(w.shape[0], 1, *w.shape[2:]) for w in weights]
-            times = [zero if time is None else time for zero, (time, _, _) in zip(filled, layers, strict=True)]
-            response = products.response(torch.cat(times), z)
+        response = products.response(torch.cat(times), z)
         bias = torch.cat(biases).view(1, -1, *[1] * len(event))
         structure = Structure(products, activation, dtype, tuple(tuple(w.shape) for w in weights), event)
         parts = Parts(weights, bias, response)
-        return cls(structure, parts, _fast(structure, parts, compiled=compiled) if fast else None)
+        if not fast:
+            return cls(structure, parts)
+        rows = [products.shift_rows(time, bias, event) for time, bias in zip(times, biases, strict=True)]
+        packed = pack(structure, weights, rows)
+        return cls(structure, parts, _fast(structure, packed, compiled=compiled))
 
 
-def _fast(structure: Structure, parts: Parts, *, compiled: bool) -> FastParts:
-    packed = pack(structure, parts)
-    maps = [
-        structure.products.prepare(w.detach().to(structure.dtype), compiled=compiled) for w in parts.weights
-    ]
-    sizes = structure.row_sizes
-    shifts = sum(sizes[len(parts.weights) :])
+def _fast(structure: Structure, packed: Tensor, *, compiled: bool) -> FastParts:
+    parts, products = _cut(structure, packed.detach()), structure.products
+    weights = map(products.unflatten, parts, structure.shapes)
+    maps = [products.prepare(w.to(structure.dtype), compiled=compiled) for w in weights]
+    shifts = sum(structure.row_sizes[len(maps) :])
     _, bias, response = packed.detach().split([len(packed) - 2 * shifts, shifts, shifts])
     return FastParts(packed, tuple(maps), bias, response, compiled)
 
 
-def pack(structure: Structure, parts: Parts) -> Tensor:
-    """All parts in one row: weights, bias maps, responses, each layer by layer and in the order of memory."""
-    products, response = structure.products, parts.response
-    maps = [parts.bias.expand_as(response), response]
-    rows = [products.flatten(w) for w in parts.weights]
-    rows += [products.flatten(part) for each in maps for part in each.split(structure.outputs, dim=1)]
-    return torch.cat(rows)
+def pack(structure: Structure, weights: Sequence[Tensor], shift_rows: Sequence[Tensor]) -> Tensor:
+    """All parameters in one row: weights, biases, responses, each layer by layer and in the order of memory."""
+    rows = [structure.products.flatten(w) for w in weights]
+    return torch.cat([*rows, *(row[0] for row in shift_rows), *(row[1] for row in shift_rows)])
+
+
+def _cut(structure: Structure, packed: Tensor) -> tuple[Tensor, ...]:
+    sizes = structure.row_sizes
+    return packed.split([*sizes, *sizes[len(structure.shapes) :]])
 
 
 def unpack(structure: Structure, packed: Tensor) -> Parts:
     """The parts of a packed row, with a graph that leads to it."""
-    sizes, count = structure.row_sizes, len(structure.shapes)
-    rows = packed.split([*sizes, *sizes[count:]])
+    rows, count = _cut(structure, packed), len(structure.shapes)
     flat = [structure.products.unflatten(r, s) for r, s in zip(rows, structure.shapes, strict=False)]
     maps = [_as_map(structure, r, n) for r, n in zip(rows[count:], structure.outputs * 2, strict=True)]
     return Parts(tuple(flat), torch.cat(maps[:count], dim=1), torch.cat(maps[count:], dim=1))

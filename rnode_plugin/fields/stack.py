@@ -47,6 +47,10 @@ class StackField(nn.Module):
         """
         return PreparedStack(self._stack(z))
 
+    def layout(self, x: Tensor) -> Tensor:
+        """``x (B, *event)`` in the memory layout in which this field is fast, and in which its velocity comes."""
+        return self._products.layout(x)
+
     def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
         """Velocity ``(B, *event)`` at time ``t``, a scalar, and state ``z (B, *event)``."""
         return self.prepare(z)(t, z)
