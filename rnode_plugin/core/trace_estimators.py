@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from ..types import FieldWithVJP, VectorField
+from .reductions import sum_products, sum_squares
 
 __all__ = ["Exact", "Hutchinson", "TraceEstimator", "field_and_vjp", "get_estimator", "sum_event"]
 
@@ -113,10 +114,10 @@ class Hutchinson(TraceEstimator):
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         assert noise is not None
-        return sum_event(products * noise)
+        return sum_products(products, noise)
 
     def squared_frobenius(self, products: Tensor) -> Tensor:
-        return sum_event(products.square())
+        return sum_squares(products)
 
 
 class Exact(TraceEstimator):

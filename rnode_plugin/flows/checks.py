@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..solvers.health import HealthCheck
 
-__all__ = ["check_image_shape", "check_images", "check_latents", "check_noise"]
+__all__ = ["check_image_shape", "check_images", "check_latents", "check_noise", "range_check"]
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -21,7 +22,7 @@ def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def check_images(x: Tensor, image_shape: Sequence[int], like: Tensor) -> None:
-    """Images ``(B, C, H, W)`` in [0, 1] of the dtype and on the device of ``like``."""
+    """Images ``(B, C, H, W)`` of the dtype and on the device of ``like``."""
     if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape) or len(x) == 0:
         expected = ", ".join(map(str, image_shape))
         raise ConfigError(f"this flow takes images of shape (B, {expected}) with B >= 1, not {tuple(x.shape)}.")
@@ -31,11 +32,17 @@ def check_images(x: Tensor, image_shape: Sequence[int], like: Tensor) -> None:
             "rnode_plugin.flows.transforms.dequantize turns uint8 images into them."
         )
     _check_kind(x, like, "the images are")
-    # one look at the device for both ends; NaN makes both of them NaN
-    low, high = torch.stack(x.detach().aminmax()).tolist()
-    if not (low >= 0 and high <= 1):
-        found = "NaN" if low != low else f"[{low:.6g}, {high:.6g}]"
+
+
+def range_check(x: Tensor) -> HealthCheck:
+    """Whether images lie in [0, 1], to be asked together with the health of the solves."""
+    low, high = x.detach().aminmax()
+
+    def fail(_: int) -> NoReturn:
+        found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
         raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
+
+    return HealthCheck(((low >= 0) & (high <= 1)).reshape(1), fail)
 
 
 def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], like: Tensor) -> None:

@@ -21,7 +21,7 @@ from ..fields import StackField, conv_field
 from ..solvers import Solver, solve
 from ..solvers.health import HealthCheck, check_health
 from ..types import FlowOutput, Solution
-from .checks import check_image_shape, check_images, check_latents, check_noise
+from .checks import check_image_shape, check_images, check_latents, check_noise, range_check
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
 
 __all__ = ["MultiscaleFlow", "Stage", "plan_stages"]
@@ -173,6 +173,10 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             SolverError: where the integration fails.
         """
         check_images(x, self.image_shape, self._like())
+        solver = solver or self.solver
+        checks = [range_check(x)]
+        if solver.adaptive:  # which would meet what a wrong image leads to, and fail with another error
+            check_health(checks)
         if noise is None:
             noise = self.draw_noise(len(x), generator=generator)
         elif isinstance(self.estimator, Exact):
@@ -180,11 +184,10 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         else:
             check_noise(noise, self.block_shapes, x)
         z, logdet = logit(x, self.alpha)
-        solver = solver or self.solver
         followed = self.regularizers if penalties else ()
         leaving: list[Tensor] = []
         regularization: dict[str, Tensor] = {r.name: torch.zeros_like(logdet) for r in followed}
-        nfe, checks = 0, []
+        nfe = 0
         blocks = zip(self.fields, noise, strict=True)
         for stage in self.stages:
             for field, probe in islice(blocks, _BLOCKS):
@@ -308,6 +311,7 @@ def _solve(
 ) -> Solution:
     # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
     if isinstance(field, StackField) and not solver.gradient.endswith("adjoint"):
+        z, noise = field.layout(z), None if noise is None else field.layout(noise)
         dynamics = Dynamics(field.prepare(z, noise), **options)
     else:
         dynamics = Dynamics(field, **options)

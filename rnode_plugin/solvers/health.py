@@ -43,12 +43,15 @@ class HealthCheck(NamedTuple):
 
 
 def check_health(checks: Sequence[HealthCheck]) -> None:
-    """One look at the device for all of these solves.
+    """One look at the device for all of these solves; none on ``meta``, where there is nothing to see.
 
     Raises:
         SolverError: of the first one that is no longer finite.
     """
-    if not checks or bool(torch.cat([check.finite for check in checks]).all()):
+    if not checks:
+        return
+    finite = torch.cat([check.finite for check in checks])
+    if finite.is_meta or bool(finite.all()):
         return
     for check in checks:
         bad = (~check.finite).nonzero()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..field_evaluation import FieldEvaluation
-from ..trace_estimators import sum_event
+from ..reductions import sum_squares
 from .base import FunctionRegularizer
 
 __all__ = ["jacfrob", "kinetic"]
@@ -13,7 +13,7 @@ __all__ = ["jacfrob", "kinetic"]
 
 def _kinetic(evaluation: FieldEvaluation) -> Tensor:
     """``||f(t, z)||^2``, the integrand of the kinetic energy (eq. 9a), summed over the event."""
-    return sum_event(evaluation.dz.square())
+    return sum_squares(evaluation.dz)
 
 
 def _jacfrob(evaluation: FieldEvaluation) -> Tensor:
