@@ -1,8 +1,7 @@
-"""CNF: torchdyn's continuous-normalizing-flow field for any event shape, its products shared with the penalties."""
+"""CNF: torchdyn's field of a continuous normalizing flow, for any event shape; penalties share its products."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,11 @@ from torchdyn.models import cnf as torchdyn_cnf
 
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
+from ..types import FieldWithVJP
+from .checks import check_order, check_shape
+from .lost_graph import refuse_lost_graph
+from .signature import accepts, field_takes
+from .velocity import Velocity, called_as_it_takes, first_order_system
 
 if TYPE_CHECKING:
     from .shared_trace import Seen
@@ -24,8 +28,8 @@ class CNF(torchdyn_cnf.CNF):
     """The field ``(t, [a, z]) -> [-div f(t, z), f(t, z)]`` on a state ``[B, 1 + D]`` (eq. 3 and 4).
 
     torchdyn's contract: the first column accumulates minus the divergence in nats, so that after a solve
-    ``log p(x) = log q(z) - column``. To be put into a :class:`~rnode_plugin.NeuralODE`, which draws the noise once
-    a solve and lets ``jacfrob`` read the products that the trace is made of; torchdyn's own class takes it too.
+    ``log p(x) = log q(z) - column``. Put it into a :class:`~rnode_plugin.NeuralODE`, which draws the noise once per
+    solve and lets ``jacfrob`` read the products that the trace is made of; torchdyn's own class takes it too.
 
     Args:
         net: ``net(t, z)`` or ``net(z)``, of the shape of ``z``.
@@ -36,10 +40,14 @@ class CNF(torchdyn_cnf.CNF):
         order: order of the differential equation; ``z`` then holds position, velocity, ... along its first
             dimension.
         event_shape: shape that ``net`` wants for ``z``; None: ``(D,)``.
+        conditional: the net is ``net(t, z, context)``, and ``args`` of the solve is its context, a tensor with one
+            row per sample.
 
     Raises:
-        ConfigError: for an unknown estimator or an order below 1; when evaluated, for a state of another shape, for
-            a stochastic estimator without noise and for a time-dependent net without time.
+        ConfigError: for an unknown estimator, an order or an event shape that is not made of whole numbers above
+            0, and a conditional net that does not take three arguments; when evaluated, for a state of another
+            shape, a stochastic estimator without noise, a net that depends on time without a time, a conditional
+            one without a context, and a net that cuts its graph.
     """
 
     def __init__(
@@ -50,18 +58,17 @@ class CNF(torchdyn_cnf.CNF):
         order: int = 1,
         *,
         event_shape: Sequence[int] | None = None,
+        conditional: bool = False,
     ) -> None:
-        if order < 1:
-            raise ConfigError(f"order must be at least 1, not {order}.")
-        super().__init__(net, None, noise_dist, order)
+        if conditional and not accepts(net, None, None, None):
+            raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
+        super().__init__(net, None, noise_dist, check_order(order))
         self.trace_estimator = _estimator(trace_estimator)
-        self.event_shape = None if event_shape is None else tuple(event_shape)
+        self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
+        self.conditional = conditional
         self.t: Tensor | None = None  # filled as DepthCat's is, for when the module is called with the state alone
         if isinstance(self.trace_estimator, TraceEstimator):
             self.observer: Seen | None = None
-        target = net.forward if isinstance(net, nn.Module) else net
-        names = inspect.signature(target).parameters
-        self._net_takes_time, self._net_takes_args = "t" in names, "args" in names
 
     def forward(self, t: Tensor, x: Tensor | None = None, args: Any = None) -> Tensor:  # pyright: ignore
         """The field at ``t`` and ``x [B, 1 + D]``; ``cnf(x)``, in an nn.Sequential, is at the solver's time."""
@@ -84,20 +91,20 @@ class CNF(torchdyn_cnf.CNF):
         return self._field(t, args)(t, z)  # pyright: ignore[reportArgumentType]
 
     def draw_noise(self, state: Tensor) -> Tensor | None:
-        """Noise for one solve from ``state (B, D)``; None where the estimator needs none."""
+        """Noise for one solve from ``state (B, D)``; None if the estimator needs none."""
         if not isinstance(self.trace_estimator, TraceEstimator):
             return None
         return self.trace_estimator.draw(state)
 
-    def _estimate(
-        self, estimator: TraceEstimator, field: Callable[[Tensor, Tensor], Tensor], t: Tensor, z: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _estimate(self, estimator: TraceEstimator, field: Velocity, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         noise = self._noise_like(z)
         if noise is None and isinstance(estimator, Hutchinson):
             raise ConfigError(
                 "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, which "
-                "draws the noise once a solve, or give it a noise_dist."
+                "draws the noise once per solve, or give it a noise_dist."
             )
+        if not isinstance(field, FieldWithVJP):  # such a field makes its products without autograd
+            field = refuse_lost_graph(field)
         dz, products = estimator.bind(field)(t, z, noise)
         dz, products = dz.to(z.dtype), products.to(z.dtype)
         seen = self.observer
@@ -105,24 +112,19 @@ class CNF(torchdyn_cnf.CNF):
             seen.z, seen.dz, seen.products, seen.noise, seen.estimator = z, dz, products, noise, estimator
         return dz, estimator.divergence(products, noise)
 
-    def _field(self, t: Tensor | None, args: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        net, order = self.net, self.order
-        if self._net_takes_time and t is None:
+    def _field(self, t: Tensor | None, args: Any) -> Velocity:
+        net = self.net
+        if self.conditional:
+            if not isinstance(args, Tensor):
+                raise ConfigError(
+                    "this CNF is conditional: give the solve a context, model(x, t_span, args=context)."
+                )
+            velocity: Velocity = lambda t, z: net(t, z, args)  # noqa: E731
+        elif field_takes(net).time and t is None:
             raise ConfigError("the net of this CNF depends on time, and no time is known: call it as cnf(t, x).")
-        if self._net_takes_args:
-            velocity = lambda t, z: net(t, z, args={} if args is None else args)  # noqa: E731
-        elif self._net_takes_time:
-            velocity = net  # as it is: it may bring its own product
         else:
-            velocity = lambda t, z: net(z)  # noqa: E731
-        if order == 1:
-            return velocity
-
-        def system(t: Tensor, z: Tensor) -> Tensor:
-            size = z.shape[1] // order
-            return torch.cat([z[:, size : size * order], velocity(t, z)], 1)
-
-        return system
+            velocity = called_as_it_takes(net, args)
+        return velocity if self.order == 1 else first_order_system(velocity, self.order)
 
     def _event(self, x: Tensor) -> Tensor:
         z = x[:, 1:]
@@ -157,6 +159,6 @@ def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> Tra
     if callable(spec):
         return spec
     raise ConfigError(
-        f"trace_estimator={spec!r} is none: give 'exact', 'gaussian', 'rademacher', an estimator object or a "
-        "function (x_out, x_in, noise=...) -> (B,)."
+        f"trace_estimator={spec!r} is not an estimator: give 'exact', 'gaussian', 'rademacher', an estimator "
+        "object or a function (x_out, x_in, noise=...) -> (B,)."
     )

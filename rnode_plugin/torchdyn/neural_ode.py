@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,19 +11,19 @@ import torchsde
 from torch import Tensor, nn
 from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
-from torchdyn.numerics.interpolators import str_to_interp
-from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..core.no_data_parallel import OneProcessADevice
-from ..core.regularizers import Weighted
+from ..core.regularizers import Weighted, check_lambda
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers
 from ..solvers import GRADIENTS, solve
-from ..solvers.plan import SolvePlan
-from .bind import INTEGRAL_LOSS, bind_field, count_columns
-from .penalties import LastSolve, attach
-from .solver_names import as_times, kept_times, resolve_solver, step_method
+from .bind import INTEGRAL_LOSS, bind_field, tensors_of
+from .checks import check_interpolator, check_max_nfe, check_order, check_state, check_times, check_tolerances
+from .penalties import LastCalls, SolvePenalties, attach
+from .planning import plan_solve
+from .solver_names import resolve_solver
+from .state_layout import Penalized, check_penalized, layout_of
 
 __all__ = ["NeuralODE"]
 
@@ -50,20 +50,26 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             gradient with the activations of one step at a time).
         regularizers: names (``"kinetic"``, ``"jacfrob"``, those of plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
-        trace_noise: noise of the product that ``jacfrob`` needs where no CNF makes one: ``"gaussian"``,
+        trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,
             ``"rademacher"``, or ``"exact"`` for the whole Jacobian.
         max_nfe: most evaluations of the field that one solve may use; None: no limit.
+        penalized: the columns (dimension 1) of the state that the penalties are about, a slice or a mask ``(D,)``
+            of booleans: for a field of your own that keeps a divergence or a cost in the state. They count without
+            the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
+            CNF's trace, which are recognised (any module with ``noise_dist``, ``noise`` and ``trace_estimator``
+            counts as a CNF).
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
-    :meth:`reg_loss` their weighted sum. They concern ``z`` alone, without the columns of a trace or an integral
-    loss. For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...) and the field that of its
-    first-order system.
+    :meth:`reg_loss` their weighted sum. :meth:`trajectory` follows no penalties and leaves those of the last call
+    as they are. For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...) and the field that
+    of its first-order system.
 
     ``integral_loss`` with an adjoint is added to the loss by itself, as in torchdyn, with its whole gradient.
 
     Raises:
-        ConfigError: for an unknown solver, sensitivity, regularizer or noise, and for what cannot carry penalties
-            (multiple shooting, SDEs).
+        ConfigError: for an unknown solver, sensitivity, regularizer, noise or interpolator, a number out of range,
+            and for what cannot carry penalties (multiple shooting, SDEs); when called, for a state that is not a
+            tensor and times that are not a row that runs one way.
         SolverError: when called: non-finite state, step-size underflow, ``max_nfe`` used up.
     """
 
@@ -78,7 +84,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _trace_noise: str = "gaussian"
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
-    _last: LastSolve | None = None
+    _penalized: Penalized | None = None
+    _calls: LastCalls | None = None
 
     def __init__(
         self,
@@ -100,27 +107,27 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         regularizers: Any = None,
         trace_noise: str = "gaussian",
         max_nfe: int | None = None,
+        penalized: slice | Tensor | Iterable[bool] | None = None,
     ) -> None:
         penalties = resolve_regularizers(regularizers)
         get_estimator(trace_noise)
+        tolerances = check_tolerances(atol=atol, rtol=rtol, atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint)
         if sensitivity not in GRADIENTS:
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
-        if max_nfe is not None and not (isinstance(max_nfe, int) and max_nfe > 0):
-            raise ConfigError(f"max_nfe must be a whole number > 0 or None, not {max_nfe!r}.")
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
             raise ConfigError("this vector field is that of an SDE; NeuralODE solves ordinary ones.")
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         _torchdyn_init(
-            self, vector_field, solver=forward, order=order, atol=atol, rtol=rtol, sensitivity=sensitivity,
-            atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint, interpolator=interpolator,
-            integral_loss=integral_loss, seminorm=seminorm, return_t_eval=return_t_eval,
-            optimizable_params=optimizable_params,
+            self, vector_field, solver=forward, order=check_order(order), sensitivity=sensitivity,
+            interpolator=check_interpolator(interpolator), integral_loss=integral_loss, seminorm=seminorm,
+            return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
         )  # fmt: skip
         self.solver_adjoint = backward
-        self._penalties, self._trace_noise, self._max_nfe = penalties, trace_noise, max_nfe
-        named = ((forward, solver), (backward, solver_adjoint))
-        self._named = tuple((built, name) for built, name in named if isinstance(name, str))
+        self._penalties, self._trace_noise = penalties, trace_noise
+        self._max_nfe, self._penalized = check_max_nfe(max_nfe), check_penalized(penalized)
+        built = ((forward, solver), (backward, solver_adjoint))
+        self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         with_parameters = [w.regularizer for w in penalties.values() if isinstance(w.regularizer, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
@@ -161,7 +168,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """``(t_eval, solution)``; see :meth:`forward`."""
-        self._last = None
+        calls = self._last_calls()
+        calls.begin()
         if isinstance(x, dict):
             if self._penalties:
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
@@ -170,42 +178,60 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             penalties = torch.is_grad_enabled() and self.training
         followed = self._penalties if penalties else {}
         solution, left = self._solve(x, t_span, save_at, args, self.sensalg, followed)
-        self._last = left
+        calls.add(left)
         return solution
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
-        """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties."""
+        """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties.
+
+        :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
+        """
         x, t_span = self._prep_integration(x, t_span)
         (_, sol), _ = self._solve(x, t_span, (), {}, "autograd", {}, interpolate=False)
         return sol
+
+    def collect_penalties(self) -> AbstractContextManager[None]:
+        """For a loss that solves several times: :meth:`reg_loss` of all calls in a ``with`` block, summed::
+
+            with model.collect_penalties():
+                for x in sequence:
+                    h = model(jump(x, h))[1][-1]
+            (loss(h) + model.reg_loss()).backward()
+
+        The sum stands until the next call after the block. Such blocks cannot be nested (ConfigError).
+        """
+        return self._last_calls().collect()
 
     @property
     def regularization(self) -> dict[str, Tensor]:
         """Integral of each penalty along the last call's trajectory, ``(B,)`` by name, differentiable.
 
+        After :meth:`collect_penalties` it is the sum over the collected calls.
+
         Raises:
-            ConfigError: where there is none: no call yet, or one that did not follow penalties.
+            ConfigError: if there is none: no call yet, or one that did not follow penalties.
         """
-        if self._last is None:
-            raise ConfigError("there are no penalties yet: call the model first.")
-        return self._last.values()
+        return self._last_calls().values()
 
     def reg_loss(self, **lambdas: float) -> Tensor:
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
+
+        It belongs to the last call, or to all calls of a :meth:`collect_penalties` block. A batch without samples
+        counts as 0.
 
         Args:
             lambdas: strengths to use instead of the constructor's, by name of the penalty.
 
         Raises:
-            ConfigError: where there is nothing to sum (see :attr:`regularization`), where backward has already
-                gone through it and freed it, and for an unknown name.
+            ConfigError: if there is nothing to sum (see :attr:`regularization`), if backward has already gone
+                through it and freed it, for an unknown name, and for a strength that is negative or not finite.
         """
-        for name in lambdas:
-            if name not in self._penalties:
+        strengths = {name: w.strength for name, w in self._penalties.items()}
+        for name, strength in lambdas.items():
+            if name not in strengths:
                 raise ConfigError(suggest(name, self._penalties, "penalty"))
-        if self._last is None:
-            raise ConfigError("there are no penalties yet: call the model, then reg_loss().")
-        return self._last.loss({name: w.strength for name, w in self._penalties.items()} | lambdas)
+            strengths[name] = check_lambda(name, strength)
+        return self._last_calls().loss(strengths)
 
     @property
     def vf_params(self) -> Tensor:
@@ -225,6 +251,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         return x, t_span
 
+    def _last_calls(self) -> LastCalls:
+        if self._calls is None:
+            self._calls = LastCalls()
+        return self._calls
+
     def _solve(
         self,
         x: Tensor,
@@ -235,25 +266,24 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         followed: dict[str, Weighted],
         *,
         interpolate: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor], LastSolve]:
-        t_span = as_times(t_span, x)
+    ) -> tuple[tuple[Tensor, Tensor], SolvePenalties]:
+        # a field or a penalty may mark its state or write into it: let that be a tensor of our own
+        x = check_state(x).clone()
+        t_span = check_times(t_span, x)
         if torch.is_inference_mode_enabled():
             # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
             with torch.inference_mode(False), torch.no_grad():
                 x, t_span = x.clone(), t_span.clone()
                 return self._solve(x, t_span, save_at, args, gradient, followed, interpolate=interpolate)
-        # a field may call x.requires_grad_(): let that be on a tensor of our own
-        x = x.view_as(x)
-        regularizers = [w.regularizer for w in followed.values()]
         hidden = self.integral_loss if torch.is_grad_enabled() and self._cost_is_hidden(gradient) else None
-        rates = bind_field(
-            self.vf, x, args=args, regularizers=regularizers, trace_noise=self._trace_noise, hidden_cost=hidden
-        )
-        plan = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
+        field = bind_field(
+            self.vf, x, args=args, regularizers=[w.regularizer for w in followed.values()],
+            trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden,
+            tensors=tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args),
+        )  # fmt: skip
+        plan = plan_solve(self, x, t_span, save_at, args, gradient, interpolate=interpolate)
         nfe = self.vf.nfe
-        params = self._parameters_of_the_field(hidden)
-        rates.parameters = lambda: params  # pyright: ignore[reportAttributeAccessIssue]
-        solution = solve(rates, x, t_span, plan)
+        solution = solve(field, x, t_span, plan)
         if gradient == "checkpointed":
             self.vf.nfe = nfe + solution.stats.nfe  # looking for what a replay needs is no step
         integrals = dict(solution.penalties)
@@ -261,40 +291,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
         sol, integrals = attach(solution.z, integrals, cost)
-        dims = x.shape[1:].numel() - count_columns(self.vf).total
-        return (solution.t, sol), LastSolve(integrals, dims, tuple(n for n in self._penalties if n not in followed))
+        missing = tuple(name for name in self._penalties if name not in followed)
+        dims = layout_of(self.vf, self._penalized).dims(x) if followed else 1
+        return (solution.t, sol), SolvePenalties(integrals, dims, missing)
 
     def _cost_is_hidden(self, gradient: str) -> bool:
         return self.integral_loss is not None and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd"
-
-    def _parameters_of_the_field(self, hidden_cost: Any) -> list[Tensor]:
-        modules = [self.vf, getattr(self, "regularizer_modules", None), hidden_cost]
-        found = (p for m in modules if isinstance(m, nn.Module) for p in m.parameters())
-        return list({id(p): p for p in found}.values())
-
-    def _plan(
-        self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: str, *, interpolate: bool
-    ) -> SolvePlan:
-        method = step_method(self.solver, self._named, x, t_span, args)
-        keep = None
-        if len(save_at) > 0:
-            if method.adaptive:
-                warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=4)
-            else:
-                keep = kept_times(t_span, save_at)
-        if not method.adaptive and (self.atol, self.rtol) != (1e-3, 1e-3):
-            warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=4)
-        interpolator = self.interpolator if interpolate and not isinstance(self.solver, Tsitouras45) else None
-        if isinstance(interpolator, str):
-            interpolator = str_to_interp(interpolator, x.dtype)
-        if interpolator is not None:
-            interpolator.sync_device_dtype(x, t_span)
-        adjoint = SolvePlan(
-            step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True),
-            atol=self.atol_adjoint, rtol=self.rtol_adjoint, max_nfe=self._max_nfe,
-        )  # fmt: skip
-        return SolvePlan(
-            method, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient, keep=keep,
-            interpolator=interpolator if method.adaptive else None, adjoint=adjoint,
-            every_step=method.adaptive and gradient == "interpolated_adjoint",
-        )  # fmt: skip

@@ -12,15 +12,15 @@ from torch import Tensor
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 
 from ..core.field_evaluation import FieldEvaluation
-from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
+from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator
 from ..errors import ConfigError
 
-__all__ = ["Seen", "observing", "probe_for"]
+__all__ = ["Seen", "can_observe", "observing"]
 
 
 @dataclass
 class Seen:
-    """What a CNF computed in one evaluation; empty where nothing was asked of it."""
+    """What a CNF computed in one evaluation; empty if nothing was asked of it."""
 
     z: Tensor | None = None
     dz: Tensor | None = None
@@ -35,59 +35,80 @@ class Seen:
         return FieldEvaluation(t, self.z, self.dz.to(self.z.dtype), self.noise, self.products, self.estimator)
 
 
-def probe_for(cnf: Any, z: Tensor, trace_noise: str) -> Tensor | None:
-    """Noise for a product of our own, where the CNF's estimator is one that we cannot look into."""
-    if hasattr(cnf, "observer") or cnf.trace_estimator in (autograd_trace, hutch_trace):
-        return None
-    return get_estimator(trace_noise).draw(z)
+def can_observe(cnf: Any, x: Tensor) -> bool:
+    """Whether we know the products that this CNF makes for states like ``x``.
+
+    We do for ours, and for one with an estimator of torchdyn's on flat states. Any other estimator is a function
+    of its author's own, with arguments and products that only he knows.
+    """
+    return _has_observer(cnf) or (x.ndim == 2 and cnf.trace_estimator in (autograd_trace, hutch_trace))
 
 
 @contextmanager
-def observing(cnf: Any, probe: Tensor | None, *, products: bool) -> Iterator[Seen]:
+def observing(cnf: Any, *, products: bool) -> Iterator[Seen]:
     """Let the next evaluation of ``cnf`` leave what it computes in the object that this yields."""
     seen = Seen()
     if not products:
         yield seen
         return
-    keep_graph = torch.is_grad_enabled()
-    own, name = cnf.__dict__, "observer" if hasattr(cnf, "observer") else "trace_estimator"
-    before = own.get(name, cnf)
-    own[name] = seen if name == "observer" else _recording(cnf.trace_estimator, seen, probe, keep_graph=keep_graph)
-    try:
+    with _listening(cnf, seen):
         yield seen
-    finally:
-        if before is cnf:  # the estimator is a submodule, which the entry has only hidden
-            del own[name]
-        else:
-            own[name] = before
     if seen.products is None:
         raise ConfigError("the CNF of the vector field was not evaluated; penalties cannot read its products.")
 
 
-def _recording(
-    estimator: Callable[..., Tensor], seen: Seen, probe: Tensor | None, *, keep_graph: bool
-) -> Callable[..., Tensor]:
-    """The same trace as ``estimator``'s, to the bit, with its products written down."""
+def _listening(cnf: Any, seen: Seen) -> Any:
+    if _has_observer(cnf):
+        return _replaced(cnf, "observer", seen)
+    recording = _recording(cnf.trace_estimator, seen, keep_graph=torch.is_grad_enabled())
+    return _replaced(cnf, "trace_estimator", recording)
+
+
+def _has_observer(cnf: Any) -> bool:
+    return hasattr(cnf, "observer")
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of ``module`` with another value for a while. A plain entry hides a submodule of that name."""
+    own = vars(module)
+    had, before = name in own, own.get(name)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            own[name] = before
+        else:
+            del own[name]
+
+
+def _recording(estimator: Callable[..., Tensor], seen: Seen, *, keep_graph: bool) -> Callable[..., Tensor]:
+    """The same trace as one of torchdyn's estimators, to the bit, with its products written down."""
 
     def products(output: Tensor, z: Tensor, direction: Tensor) -> Tensor:
         return torch.autograd.grad(output, z, direction, create_graph=keep_graph, retain_graph=True)[0]
 
+    def hutchinson(x_out: Tensor, x_in: Tensor, noise: Tensor) -> Tensor:
+        row = products(x_out, x_in, noise)
+        seen.products, seen.noise, seen.estimator = row, noise, Hutchinson()
+        return torch.einsum("bi,bi->b", row, noise)
+
+    def exact(x_out: Tensor, x_in: Tensor) -> Tensor:
+        ones = torch.ones_like(x_out[:, 0])
+        rows = [products(x_out[:, i], x_in, ones) for i in range(x_in.shape[1])]
+        seen.products, seen.estimator = torch.stack(rows), Exact()
+        total = rows[0][:, 0]
+        for i, row in enumerate(rows[1:], start=1):
+            total = total + row[:, i]
+        return total
+
     def trace(x_out: Tensor, x_in: Tensor, noise: Tensor | None = None, **kwargs: Any) -> Tensor:
         seen.z, seen.dz = x_in, x_out
-        if estimator is hutch_trace and noise is not None:
-            row = products(x_out, x_in, noise)
-            seen.products, seen.noise, seen.estimator = row, noise, Hutchinson()
-            return torch.einsum("bi,bi->b", row, noise)
-        if estimator is autograd_trace and x_in.ndim == 2:
-            ones = torch.ones_like(x_out[:, 0])
-            rows = [products(x_out[:, i], x_in, ones) for i in range(x_in.shape[1])]
-            seen.products, seen.estimator = torch.stack(rows), Exact()
-            total = rows[0][:, 0]
-            for i, row in enumerate(rows[1:], start=1):
-                total = total + row[:, i]
-            return total
-        direction = torch.randn_like(x_in) if probe is None else probe
-        seen.products, seen.noise, seen.estimator = products(x_out, x_in, direction), direction, Hutchinson()
-        return estimator(x_out, x_in, noise=noise, **kwargs)
+        if estimator is autograd_trace:
+            return exact(x_out, x_in)
+        if noise is None:
+            raise ConfigError("torchdyn's hutch_trace needs noise: give the CNF a noise_dist.")
+        return hutchinson(x_out, x_in, noise)
 
     return trace

@@ -23,7 +23,7 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 from ..errors import ConfigError, suggest
 from ..solvers.tableaus import Field, Method, StepResult, get_method
 
-__all__ = ["RungeKutta38", "as_times", "kept_times", "method_from_torchdyn", "resolve_solver", "step_method"]
+__all__ = ["RungeKutta38", "kept_times", "method_from_torchdyn", "resolve_solver", "step_method"]
 
 
 class RungeKutta38(DiffEqSolver):
@@ -111,15 +111,6 @@ def step_method(
     if hasattr(solver, "sync_device_dtype"):
         solver.sync_device_dtype(x, t_span)
     return method_from_torchdyn(solver, args)
-
-
-def as_times(t_span: Any, x: Tensor) -> Tensor:
-    """``t_span``, a tensor or a list of numbers or tensors, as a tensor on the device of ``x``."""
-    if isinstance(t_span, Tensor):
-        return t_span.to(x.device)
-    if all(isinstance(t, Tensor) for t in t_span):
-        return torch.cat([t.reshape(1) for t in t_span]).to(x.device)
-    return torch.tensor(t_span, dtype=x.real.dtype, device=x.device)
 
 
 def kept_times(t_span: Tensor, save_at: Any) -> list[bool]:

@@ -2,7 +2,7 @@
 
 from .base import DEFAULT_LAMBDA, FunctionRegularizer, PlainRate, Regularizer, Weighted
 from .rates import jacfrob, kinetic
-from .spec import weigh_regularizers
+from .spec import check_lambda, weigh_regularizers
 
 __all__ = [
     "DEFAULT_LAMBDA",
@@ -10,6 +10,7 @@ __all__ = [
     "PlainRate",
     "Regularizer",
     "Weighted",
+    "check_lambda",
     "jacfrob",
     "kinetic",
     "weigh_regularizers",

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import ConfigError
 from .base import DEFAULT_LAMBDA, FunctionRegularizer, PlainRate, Regularizer, Weighted
 
-__all__ = ["weigh_regularizers"]
+__all__ = ["check_lambda", "weigh_regularizers"]
 
 
 def weigh_regularizers(
@@ -47,7 +47,7 @@ def weigh_regularizers(
         regularizer = _regularizer(entry, by_name)
         if regularizer.name in resolved:
             raise ConfigError(f"the regularizer {regularizer.name!r} is named twice; name each once.")
-        resolved[regularizer.name] = Weighted(regularizer, _check_lambda(regularizer.name, strength))
+        resolved[regularizer.name] = Weighted(regularizer, check_lambda(regularizer.name, strength))
     return resolved
 
 
@@ -65,7 +65,12 @@ def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
     )
 
 
-def _check_lambda(name: str, strength: Any) -> float:
+def check_lambda(name: str, strength: Any) -> float:
+    """``strength``, the lambda of a penalty, as a number.
+
+    Raises:
+        ConfigError: if it is negative or not finite.
+    """
     try:
         value = float(strength)
     except (TypeError, ValueError):

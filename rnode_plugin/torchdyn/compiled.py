@@ -1,0 +1,69 @@
+"""Compiled vector fields: the original behind them, and how to run it where a field is differentiated twice.
+
+``torch.compile`` does not support double backward, and it frees the buffers that a second product would need. A
+penalty such as ``jacfrob`` and the trace of a CNF differentiate the field and then the result, so they run the
+original code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from inspect import isfunction
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+
+__all__ = ["has_compiled_parts", "original", "run_original"]
+
+# Private names of torch, here and nowhere else. A test fails by name when one of them goes.
+_COMPILED_MODULE = "_orig_mod"
+_COMPILED_IN_PLACE = "_compiled_call_impl"
+_COMPILED_FUNCTION = "_torchdynamo_orig_callable"
+
+
+def original(field: Any) -> Any:
+    """The module or function that ``torch.compile`` was given; ``field`` itself if it is not compiled."""
+    for name in (_COMPILED_MODULE, _COMPILED_FUNCTION):
+        found = getattr(field, name, None)
+        if found is not None:
+            return original(found)
+    return field
+
+
+def has_compiled_parts(field: Any) -> bool:
+    """Whether ``field``, or a module inside it, is compiled."""
+    if original(field) is not field:
+        return True
+    if not isinstance(field, nn.Module):
+        return False
+    return any(
+        original(module) is not module
+        or getattr(module, _COMPILED_IN_PLACE, None) is not None
+        or any(isfunction(value) and original(value) is not value for value in vars(module).values())
+        for module in field.modules()
+    )
+
+
+def run_original(velocity: Callable[..., Any]) -> Callable[..., Any]:
+    """``velocity`` with everything compiled inside it replaced by its original during the call.
+
+    Raises:
+        ConfigError: before torch 2.6, which cannot do that.
+    """
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ConfigError(
+            "this vector field is compiled, and jacfrob or a trace differentiates it twice, which torch.compile "
+            "does not support: give the module as it was before torch.compile, or use torch 2.6 or later."
+        )
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        # inside a compiled region nobody may change the stance; the caller's compiler decides there
+        inside = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if inside else torch.compiler.set_stance("force_eager"):
+            return velocity(*args, **kwargs)
+
+    return evaluate
