@@ -224,7 +224,7 @@ def test_wrong_usage_exits_2(arguments: list[str], message: str, trained: Path) 
         (["train", "digits", "--seed", "-1"], "training.seed must be at least 0", 2),
         (["train", "digits", "--data", "nothing"], "unknown data set 'nothing'", 2),
         (["train", "digits", "--data", "folder", "--data-root", "EMPTY"], "folder", 1),
-        (["train", "mnist", "--data-root", "EMPTY"], "--download", 1),
+        (["train", "mnist", "--data-root", "EMPTY", "--no-download"], "put train-images-idx3-ubyte.gz and", 1),
         (["train", "digits", "--accelerator", "abacus"], "device or precision cannot be used", 2),
         (["train", "digits", "--precision", "8-bits"], "device or precision cannot be used", 2),
         (["train", "digits", "--set", "regularizers.kinetic=-1"], "must not be negative", 2),

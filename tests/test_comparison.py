@@ -213,7 +213,7 @@ def test_what_concerns_all_arms_ends_the_comparison(
 ) -> None:
     missing = recipe.override([f"data.root={tmp_path}", "data.name=mnist", "data.shape=1,28,28", "data.levels=256"])
     monkeypatch.setattr(arm_schedule, "train_arm", lambda *args: pytest.fail("trained without images"))
-    with pytest.raises(DataError, match="--download"):
+    with pytest.raises(DataError, match="--no-download"):
         run(missing, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

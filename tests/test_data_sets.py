@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
+import gzip
+import re
+import time
 import zlib
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import torchvision.datasets
 from image_files import random_images, real_data
+from published_sets import publish, serve
 
 import rnode_plugin
-from rnode_plugin.data import ImageData, get_dataset
+from rnode_plugin.data import ImageData, downloads, get_dataset
 from rnode_plugin.errors import ConfigError, DataError, PluginError
 from rnode_plugin.plugins import registry as plugins
 
@@ -52,89 +53,190 @@ def test_mnist_is_read_from_the_real_files():
     assert data.train[0].tobytes() == raw[16 : 16 + 784]
 
 
-def test_damaged_mnist_is_one_message(tmp_path):
-    shutil.copytree(real_data("MNIST"), tmp_path / "MNIST")
-    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    file.chmod(0o644)
-    with open(file, "r+b") as handle:
-        handle.truncate(10_000)
-    with pytest.raises(DataError, match="mnist cannot be read from"):
-        get_dataset("mnist", root=str(tmp_path))
+def sample_images(name: str) -> tuple[np.ndarray, np.ndarray]:
+    shape = (1, 28, 28) if name in ("mnist", "fashion-mnist") else (3, 32, 32)
+    return random_images(15, shape, 1), random_images(4, shape, 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "folder", "url"),
-    [
-        ("mnist", "MNIST/raw", "ossci-datasets"),
-        ("fashion-mnist", "FashionMNIST/raw", "fashion-mnist.s3-website"),
-        ("cifar10", "cifar-10-batches-py", "cs.toronto.edu"),
-        ("svhn", "", "ufldl.stanford.edu"),
+def below(folder: Path) -> list[str]:
+    return sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file())
+
+
+FILES = {
+    "mnist": ["MNIST/raw/t10k-images-idx3-ubyte", "MNIST/raw/train-images-idx3-ubyte"],
+    "fashion-mnist": ["FashionMNIST/raw/t10k-images-idx3-ubyte", "FashionMNIST/raw/train-images-idx3-ubyte"],
+    "cifar10": [
+        "cifar-10-batches-py/batches.meta",
+        *(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)),
+        "cifar-10-batches-py/test_batch",
     ],
-)
-def test_a_missing_data_set_says_what_from_where_and_to_which_path(name, folder, url, tmp_path):
+    "svhn": ["test_32x32.mat", "train_32x32.mat"],
+}
+
+
+@pytest.fixture(params=sorted(FILES))
+def published(request, tmp_path, monkeypatch):
+    """``(name, what its publisher sends, address, how often each was asked for)`` of each published data set."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    files: dict[str, bytes] = {}
+    with serve(files) as (url, asked):
+        files |= publish(monkeypatch, request.param, *sample_images(request.param), url)
+        yield request.param, files, url, asked
+
+
+def assert_right(name: str, data: ImageData) -> None:
+    train, val = sample_images(name)
+    assert np.array_equal(data.train, train)
+    assert np.array_equal(data.val, val)
+    assert (data.name, data.shape, data.levels, data.flip) == (name, train.shape[1:], 256, name == "cifar10")
+
+
+def test_a_published_set_is_downloaded_once_and_whole(published, tmp_path, capfd):
+    name, _, _, asked = published
+    assert_right(name, get_dataset(name, root=str(tmp_path / "new" / "data"), download=True))
+    assert f"downloading {name}, " in capfd.readouterr().err
+    assert below(tmp_path / "new" / "data") == FILES[name]
+    assert set(asked.values()) == {1}
+    before = dict(asked)
+    assert_right(name, get_dataset(name, root=str(tmp_path / "new" / "data"), download=True))
+    assert_right(name, get_dataset(name, root=str(tmp_path / "new" / "data")))
+    assert asked == before
+    # torchvision reads them too
+    class_name = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}[name]
+    cls = getattr(torchvision.datasets, class_name)
+    if class_name in ("CIFAR10", "SVHN"):
+        assert len(cls(str(tmp_path / "new" / "data")).data) == 15
+
+
+def test_a_missing_set_says_what_from_where_and_to_which_path(published, tmp_path):
+    name, files, url, asked = published
     with pytest.raises(DataError) as caught:
-        get_dataset(name, root=str(tmp_path))
+        get_dataset(name, root=str(tmp_path / "data"))
     message = str(caught.value)
-    assert message.startswith(f"{name} cannot be read from {tmp_path}")
-    assert "--download" in message
-    assert url in message
-    assert str(tmp_path / folder) in message
-    assert "download=True" not in message
+    assert message.startswith(f"{name} is not in {tmp_path / 'data'}, which lacks ")
+    assert all(file in message for file in FILES[name])
+    assert "--no-download" in message
+    assert f"from {url.rstrip('/')} into {(tmp_path / 'data' / FILES[name][0]).parent}".startswith(
+        f"from {url.rstrip('/')} into {tmp_path / 'data'}"
+    )
+    assert all(file in message for file in files if "labels" not in file)
+    assert "--data-root" in message
+    assert not asked
     assert list(tmp_path.iterdir()) == []
 
 
-class _FakePublished:
-    """Stands for a class of torchvision, which would need a network; notes how it is called."""
+def test_archives_put_there_by_hand_are_unpacked_without_a_network(published, tmp_path):
+    name, files, _, asked = published
+    place = tmp_path / (
+        f"{ {'mnist': 'MNIST', 'fashion-mnist': 'FashionMNIST'}.get(name) }/raw" if "mnist" in name else ""
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        (place / file).write_bytes(content)
+    assert_right(name, get_dataset(name, root=str(tmp_path), download=False))
+    assert not asked
+    assert set(FILES[name]) <= set(below(tmp_path))
+    assert all((place / file).read_bytes() == content for file, content in files.items())
 
-    calls: list[dict]
 
-    def __init__(self, root, download, **which):
-        self.calls.append({"root": root, "download": download, "timeout": socket.getdefaulttimeout(), **which})
-        self.data = self.parts["train" if which in ({"train": True}, {"split": "train"}) else "val"]
+def test_a_damaged_file_is_named_and_fetched_again(published, tmp_path, capsys):
+    name, *_ = published
+    get_dataset(name, root=str(tmp_path), download=True)
+    file = tmp_path / FILES[name][1]
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:7], b"", whole + b"more"):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{file.name} is damaged.*--no-download"):
+            get_dataset(name, root=str(tmp_path))
+        assert file.read_bytes() == damaged
+        assert_right(name, get_dataset(name, root=str(tmp_path), download=True))
+        assert re.search(rf"{file.name} is damaged.*Fetching it again", capsys.readouterr().err)
+        assert file.read_bytes() == whole
+    assert below(tmp_path) == FILES[name]
+
+
+def test_what_is_sent_must_be_the_published_file(published, tmp_path):
+    name, files, url, _ = published
+    first = next(file for file in files if "labels" not in file)
+    whole = files[first]
+    for sent in (whole[:-5], b"<html>Please log in</html>", b""):
+        files[first] = sent
+        with pytest.raises(DataError, match=rf"{name}: the download to .* failed: .*{first}: what it sent is not"):
+            get_dataset(name, root=str(tmp_path / "data"), download=True)
+        assert list(tmp_path.iterdir()) == []
+    del files[first]
+    with pytest.raises(DataError, match=rf"{first}: HTTP 404 .*put .*{first}.* from {url.rstrip('/')} into "):
+        get_dataset(name, root=str(tmp_path / "data"), download=True)
+    files[first] = whole
+    assert_right(name, get_dataset(name, root=str(tmp_path / "data"), download=True))
+
+
+def test_another_mirror_is_asked_and_a_silent_one_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(downloads, "_SILENT_SECONDS", 0.3)
+    files: dict[str, bytes] = {}
+
+    def silent(name, handler):
+        time.sleep(1)
+        return True
+
+    with serve({}, answer=silent) as (dead, _), serve(files) as (url, _):
+        files |= publish(monkeypatch, "mnist", *sample_images("mnist"), url)
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [dead, url])
+        assert_right("mnist", get_dataset("mnist", root=str(tmp_path / "one"), download=True))
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [dead])
+        with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: timed out"):
+            get_dataset("mnist", root=str(tmp_path / "other"), download=True)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [url])  # nobody listens there any more
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz: Connection refused"):
+        get_dataset("mnist", root=str(tmp_path / "other"), download=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["one"]
+
+
+def test_an_interrupted_download_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    files: dict[str, bytes] = {}
+    with serve(files) as (url, _):
+        files |= publish(monkeypatch, "mnist", *sample_images("mnist"), url)
+
+        def interrupt(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gzip, "open", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                get_dataset("mnist", root=str(tmp_path / "data"), download=True)
+        assert list(tmp_path.iterdir()) == []
+        # what a process that was killed leaves is no hindrance
+        (tmp_path / "data" / ".download" / "MNIST" / "raw").mkdir(parents=True)
+        (tmp_path / "data" / ".download" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(b"half")
+        assert_right("mnist", get_dataset("mnist", root=str(tmp_path / "data"), download=True))
+        assert below(tmp_path) == [f"data/{file}" for file in FILES["mnist"]]
 
 
 @pytest.mark.parametrize(
-    ("name", "class_name", "layout", "shape", "flip"),
+    ("content", "words"),
     [
-        ("mnist", "MNIST", "nhw", (1, 28, 28), False),
-        ("fashion-mnist", "FashionMNIST", "nhw", (1, 28, 28), False),
-        ("cifar10", "CIFAR10", "nhwc", (3, 32, 32), True),
-        ("svhn", "SVHN", "nchw", (3, 32, 32), False),
+        (bytes([0, 0, 8, 1]) + bytes(12), "begins with 00000801, not 00000803"),
+        (
+            bytes([0, 0, 8, 3]) + np.array([3, 28, 28], ">i4").tobytes() + bytes(784),
+            "784 bytes .* header says 2,352",
+        ),
+        (bytes([0, 0, 8, 3]) + np.array([0, 28, 28], ">i4").tobytes(), "0 bytes of pixels"),
+        (bytes([0, 0, 8, 3]) + b"\xff" * 12, "header says"),
+        (
+            bytes([0, 0, 8, 3]) + np.array([1, 14, 56], ">i4").tobytes() + bytes(784),
+            r"images of shape \(1, 14, 56\)",
+        ),
     ],
 )
-def test_published_sets_come_out_channels_first(monkeypatch, tmp_path, name, class_name, layout, shape, flip):
-    images = {"train": random_images(5, shape, 1), "val": random_images(3, shape, 2)}
-    convert = {
-        "nhw": lambda a: torch.from_numpy(a[:, 0]),
-        "nhwc": lambda a: a.transpose(0, 2, 3, 1),
-        "nchw": lambda a: a,
-    }[layout]
-    fake = type("Fake", (_FakePublished,), {"parts": {k: convert(v) for k, v in images.items()}, "calls": []})
-    monkeypatch.setattr(torchvision.datasets, class_name, fake)
-    data = get_dataset(name, root=str(tmp_path), download=True)
-    assert np.array_equal(data.train, images["train"])
-    assert np.array_equal(data.val, images["val"])
-    assert (data.name, data.shape, data.levels, data.flip) == (name, shape, 256, flip)
-    assert [(c["root"], c["download"]) for c in fake.calls] == [(str(tmp_path), True)] * 2
-    assert all(c["timeout"] for c in fake.calls)  # a silent server must not hang a run
-    assert socket.getdefaulttimeout() is None
-
-
-def test_a_failed_download_is_one_message(monkeypatch, tmp_path):
-    def unreachable(**options):
-        raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", unreachable)
-    with pytest.raises(DataError, match=r"cifar10: the download to .* failed: .*name resolution.*cs\.toronto\.edu"):
-        get_dataset("cifar10", root=str(tmp_path), download=True)
-    assert socket.getdefaulttimeout() is None
-
-
-def test_files_of_another_set_are_refused(monkeypatch, tmp_path):
-    other = SimpleNamespace(data=np.zeros((4, 16, 16, 3), np.uint8))
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda **options: other)
-    with pytest.raises(DataError, match=r"cifar10: the files in .* hold images of shape \(16, 16, 3\)"):
-        get_dataset("cifar10", root=str(tmp_path))
+def test_idx_files_that_are_not_what_they_say(tmp_path, content, words):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(DataError, match=f"(?s){words}"):
+        get_dataset("mnist", root=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "cifar10", "imagenet64", "celebahq256"])
@@ -146,7 +248,7 @@ def test_a_size_that_does_not_exist_is_refused(name, tmp_path):
 def test_unknown_names_and_options_list_the_known_ones():
     with pytest.raises(ConfigError, match="unknown data set 'mnits'; did you mean 'mnist'"):
         get_dataset("mnits")
-    with pytest.raises(ConfigError, match=r"'digits': .*'bits'.* It takes: root, download, size"):
+    with pytest.raises(ConfigError, match=r"'digits': .*'bits'.* It takes: root, size"):
         get_dataset("digits", bits=5)
 
 

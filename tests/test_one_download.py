@@ -2,98 +2,130 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from child_runs import CONTEXT
+from image_files import random_images
+from published_sets import publish, serve
 
 from rnode_plugin import get_recipe
+from rnode_plugin.data import downloads, get_dataset, one_download
+from rnode_plugin.errors import DataError
 
-pytestmark = pytest.mark.ddp
-
-_COUNTS = {"train": 20, "t10k": 10}
-
-
-def published() -> dict[str, bytes]:
-    """A small MNIST as its publisher has it: four gzipped IDX files."""
-    files = {}
-    draw = np.random.default_rng(0)
-    for part, count in _COUNTS.items():
-        pixels = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8).tobytes()
-        sizes = np.array([count, 28, 28], dtype=">i4").tobytes()
-        files[f"{part}-images-idx3-ubyte.gz"] = gzip.compress(bytes([0, 0, 8, 3]) + sizes + pixels)
-        labels = np.array([count], dtype=">i4").tobytes() + bytes(count)
-        files[f"{part}-labels-idx1-ubyte.gz"] = gzip.compress(bytes([0, 0, 8, 1]) + labels)
-    return files
+SHAPE = (1, 28, 28)
+IMAGES = random_images(20, SHAPE, 1), random_images(10, SHAPE, 2)
 
 
-def fetch(root: str, url: str, sums: dict[str, str], barrier: Any, result: str) -> None:
+def fetch(root: str, url: str, barrier: Any, result: str) -> None:
     os.environ["no_proxy"] = "127.0.0.1"
-    from torchvision.datasets import MNIST
-
     from rnode_plugin.evaluation.images import load_images
 
-    MNIST.mirrors, MNIST.resources = [url], list(sums.items())
+    publish(None, "mnist", *IMAGES, url)
     recipe = get_recipe("mnist").override([f"data.root={root}"])
     barrier.wait(60)
     data = load_images(recipe, download=True)
     np.savez(result, train=np.asarray(data.train), val=np.asarray(data.val))
 
 
-def test_one_downloads_and_the_other_waits(tmp_path: Path) -> None:
-    files, asked = published(), Counter[str]()
+@pytest.mark.ddp
+def test_one_downloads_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = publish(monkeypatch, "mnist", *IMAGES, "unused")
+    # so slow that the other process is there before it is done
+    with serve(files, delay=0.3) as (url, asked):
 
-    class Publisher(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name = self.path.strip("/")
-            asked[name] += 1
-            time.sleep(0.3)  # so that the other process is there before it is done
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(files[name])))
-            self.end_headers()
-            self.wfile.write(files[name])
+        def download(name: str, processes: int) -> Counter[str]:
+            """What so many processes ask for that start at once."""
+            asked.clear()
+            barrier = CONTEXT.Barrier(processes)
+            started = [
+                CONTEXT.Process(
+                    target=fetch, args=(str(tmp_path / name), url, barrier, str(tmp_path / f"{name}{i}"))
+                )
+                for i in range(processes)
+            ]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join(100)
+            assert [process.exitcode for process in started] == [0] * processes
+            return Counter(asked)
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Publisher)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    sums = {name: hashlib.md5(contents).hexdigest() for name, contents in files.items()}
-    url = f"http://127.0.0.1:{server.server_port}/"
-
-    def download(name: str, processes: int) -> Counter[str]:
-        """What so many processes ask for that start at once."""
-        asked.clear()
-        barrier = CONTEXT.Barrier(processes)
-        started = [
-            CONTEXT.Process(
-                target=fetch, args=(str(tmp_path / name), url, sums, barrier, str(tmp_path / f"{name}{i}"))
-            )
-            for i in range(processes)
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(100)
-        assert [process.exitcode for process in started] == [0] * processes
-        return Counter(asked)
-
-    try:
         by_one = download("one", 1)
-        assert set(by_one) == set(files)
+        assert set(by_one) == {name for name in files if "images" in name}
         assert download("two", 2) == by_one
-    finally:
-        server.shutdown()
     one, other = (np.load(tmp_path / f"two{i}.npz") for i in range(2))
-    assert (len(one["train"]), len(one["val"])) == (20, 10)
-    for part in ("train", "val"):
-        assert np.array_equal(one[part], other[part])
+    for part, images in zip(("train", "val"), IMAGES, strict=True):
+        assert np.array_equal(one[part], images)
+        assert np.array_equal(other[part], images)
+    assert sorted(each.name for each in (tmp_path / "two").rglob("*")) == [
+        "MNIST", "raw", "t10k-images-idx3-ubyte", "train-images-idx3-ubyte"
+    ]  # fmt: skip
+
+
+def test_who_waits_for_ever_is_told_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import sys, time\nfrom rnode_plugin.data import one_download\n"
+        "with one_download(sys.argv[1]):\n    print('holds', flush=True)\n    time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds\n"
+        monkeypatch.setattr(downloads, "_WAIT_SECONDS", 0.2)
+        words = rf"process {holder.pid} on \S+ has held .*\.download\.lock"
+        with pytest.raises(DataError, match=words), one_download(tmp_path):
+            pytest.fail("two hold it")
+        assert f"process {holder.pid} on" in capsys.readouterr().err
+    finally:
+        holder.kill()
+        holder.wait()
+    with one_download(tmp_path):  # the lock of a process that was killed is free
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_data_set_may_call_another(tmp_path: Path) -> None:
+    with one_download(tmp_path), one_download(str(tmp_path)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["/proc", "/proc/below", "FILE", "FILE/below"])
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    root = place.replace("FILE", str(tmp_path / "file"))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"nothing can be downloaded to .*--data-root names another folder"):
+        get_dataset("mnist", root=root, download=True)
+    assert time.monotonic() - start < 5
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_on_a_read_only_disk_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = publish(monkeypatch, "mnist", *IMAGES, "unused")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
+        pytest.skip("this test may not mount a file system")
+    try:
+        (disk / "MNIST" / "raw").mkdir(parents=True)
+        for name, content in files.items():
+            (disk / "MNIST" / "raw" / name).write_bytes(content)
+        get_dataset("mnist", root=str(disk))  # unpacks what lies there
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        data = get_dataset("mnist", root=str(disk), download=True)
+        assert np.array_equal(data.train, IMAGES[0])
+        with pytest.raises(DataError, match=r"nothing can be downloaded to .*: Read-only file system"):
+            get_dataset("cifar10", root=str(disk), download=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -42,5 +42,10 @@ settings = click.option(
     help="Change a setting of the recipe; `rnode-cli recipes show NAME` lists them. May be repeated.",
 )
 data_root = click.option("--data-root", metavar="FOLDER", help="Folder that holds the data set. [default: data]")
-download = click.option("--download", is_flag=True, help="Fetch the data set if it is missing.")
+download = click.option(
+    "--download/--no-download",
+    default=True,
+    show_default=True,
+    help="Fetch the data set if it is missing or damaged.",
+)
 device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")

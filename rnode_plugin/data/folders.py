@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from .downloads import DEFAULT_ROOT
 from .images import ImageArray, ImageData
 from .packing.packed import TRAIN_FILE, VAL_FILE, PackedImages
 from .packing.pictures import ImageFiles, is_picture, walk
-from .published import DEFAULT_ROOT
 from .splits import VAL_FRACTION, assign, split_named
 
 __all__ = ["celebahq256", "folder", "imagenet64"]
@@ -23,7 +23,6 @@ _IN_MEMORY_BYTES = 2**30
 def folder(
     *,
     root: str | None = None,
-    download: bool = False,
     size: int | None = None,
     channels: int | None = None,
     bits: int = 8,
@@ -54,7 +53,7 @@ def folder(
     return _read("folder", where, size=size, channels=channels, bits=bits, val_fraction=val_fraction)
 
 
-def imagenet64(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData:
     """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or packed by `data prepare`."""
     return _user_provided(
         "imagenet64",
@@ -69,7 +68,7 @@ def imagenet64(*, root: str | None = None, download: bool = False, size: int | N
     )
 
 
-def celebahq256(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageData:
     """CelebA-HQ at 3x256x256, 5 bits (when read): train/ and val/ of pictures, or packed by `data prepare`."""
     return _user_provided(
         "celebahq256",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
 
 import torch
 
-from ..data import ImageData, get_dataset, one_download
+from ..data import ImageData, get_dataset
 from ..errors import ConfigError, DataError
 from ..plugins import registry
 from ..recipes.schema import Recipe
@@ -32,8 +31,7 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
     asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
     taken = inspect.signature(registry.get("datasets", wanted.name)).parameters
     options = {name: value for name, value in asked.items() if name in taken}
-    with one_download(wanted.root) if download else nullcontext():  # several processes may start at once
-        data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1], **options)
+    data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1], **options)
     if (data.shape, data.levels) != (wanted.shape, wanted.levels):
         raise DataError(
             f"the images of {wanted.name} are {_shape(data.shape)} with {data.levels} levels, but the recipe "

@@ -105,10 +105,12 @@ def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportRetur
 def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
     """Image data sets for ``rnode-cli train --set data.name=NAME``.
 
-    A data set is a function with keyword-only arguments ``root`` (folder of the data, or None for the default),
-    ``download`` (bool) and ``size`` (height and width in pixels, or None for the native one), which returns a
+    A data set is a function with keyword-only arguments ``root`` (folder of the data, or None for the default) and
+    ``size`` (height and width in pixels, or None for the native one), which returns a
     :class:`~rnode_plugin.data.ImageData`: uint8 images ``train`` and ``val``, ``(N, C, H, W)``, whose values run
-    from 0 to ``levels - 1`` (256 for 8 bits).
+    from 0 to ``levels - 1`` (256 for 8 bits). One that can be downloaded also takes ``download`` (bool). It is called
+    with ``download=False`` first; if that fails and a download is allowed, with ``download=True``, in one process
+    at a time.
 
     Example::
 
@@ -116,7 +118,7 @@ def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportRet
         import numpy as np
         from rnode_plugin.data import ImageData
 
-        def noise(*, root=None, download=False, size=None):
+        def noise(*, root=None, size=None):
             side = size or 8
             images = np.random.default_rng(0).integers(0, 256, (600, 1, side, side), dtype=np.uint8)
             return ImageData(
