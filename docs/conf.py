@@ -46,9 +46,11 @@ if not os.environ.get("DOCS_ONLINE"):
 SHOWN = {
     "benchmarks": ROOT / "benchmarks" / "README.md",
     "changelog": ROOT / "CHANGELOG.md",
+    "code_of_conduct": ROOT / "CODE_OF_CONDUCT.md",
     "contributing": ROOT / "CONTRIBUTING.md",
     "gallery": ROOT / "examples" / "README.md",
     "index": ROOT / "README.md",
+    "security": ROOT / "SECURITY.md",
     "third_party_plugin": ROOT / "examples" / "third_party_regularizer" / "README.md",
 }
 SHOWS = re.compile(r"^The site shows \[.*\]\(.*\) here\.$", re.MULTILINE)
@@ -70,6 +72,7 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
 
     text = mended(source[0], (DOCS / page).parent)
     if page in SHOWN:
+        app.env.note_dependency(str(SHOWN[page]))  # so that a change of the file rebuilds the page
         text = SHOWS.sub(lambda _: mended(SHOWN[page].read_text(), SHOWN[page].parent), text)
     source[0] = text
 

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import click
 import pytest
+import yaml
 
+import rnode_plugin
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.plugins import registry as plugins
@@ -101,6 +103,7 @@ def parse(words: list[str]) -> dict[str, Any]:
 
 
 def test_there_is_something_to_check():
+    assert NOTEBOOKS
     assert len(PYTHON) >= 8
     assert len(COMMANDS) >= 25
     pages = ("mathematics", "torchdyn", "plugins", "reproduce", "choosing", "troubleshooting")
@@ -137,6 +140,24 @@ def test_python_compiles_and_runs_where_marked(block):
         exec(code, {"__name__": "docs"})
 
 
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.name for path in NOTEBOOKS])
+def test_notebooks_run(path, tmp_path):
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    nfe = [int(count) for count in re.findall(r"NFE (\d+)", printed)]
+    assert len(nfe) == 2
+    assert nfe[1] < nfe[0], "the page says that the penalties save evaluations"
+
+
 @pytest.mark.parametrize("path", DOCS, ids=[path.name for path in DOCS])
 def test_links_lead_to_files(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
@@ -163,7 +184,7 @@ def suggested_kinds(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "suggest":
             kind = node.args[2]
-            if isinstance(kind, ast.Constant):
+            if isinstance(kind, ast.Constant) and isinstance(kind.value, str):
                 yield kind.value
 
 
@@ -222,3 +243,20 @@ def test_figures_of_the_reproduction_page_are_those_of_the_recipes():
             assert vanilla == f"{paper.vanilla_hours:g} ({paper.vanilla_bits:g} bits/dim)"
         assert devices == f"{paper.gpus} x {recipe.data.batch_size}"
         assert bits == f"{paper.bits_dirty:g} / {paper.bits_clean:g}"
+
+
+def test_the_public_names_are_in_the_reference():
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^\.\. auto\w+:: rnode_plugin\.(\w+)$", pages, re.MULTILINE)
+    assert set(shown) == set(rnode_plugin.__all__) - {"__version__"}
+
+
+def test_the_citation_and_the_workflows_can_be_read():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["title"].startswith("rnode-plugin")
+    assert "version" not in citation, "the version is in _version.py alone"
+    for path in (ROOT / ".github").rglob("*.yml"):
+        content = yaml.safe_load(path.read_text())
+        for job in content.get("jobs", {}).values():
+            for script in re.findall(r"bash (\.ci/\w+)", str(job["steps"])):
+                assert (ROOT / script).exists(), f"{path.name}: {script}"

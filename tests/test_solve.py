@@ -453,8 +453,7 @@ def test_a_fixed_grid_asks_the_device_nothing() -> None:
     solution = solve(bound, z0, times, Solver(step=0.25), checks=checks)
     assert solution.stats.nfe == 16
     solution.z.sum().backward()
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        check_health(checks)
+    check_health(checks)  # without values there is nothing to look at
 
 
 def test_several_solves_are_looked_at_together() -> None:
