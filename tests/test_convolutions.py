@@ -81,12 +81,12 @@ def test_which_convolution_is_taken_where(monkeypatch: pytest.MonkeyPatch) -> No
         field = conv_field(1, hidden=32)
         if compiled:
             compile_fields(field)
-        return [type(layer).__name__ for layer in field.prepare(z)._stack.maps]  # pyright: ignore[reportAttributeAccessIssue]
+        return [type(layer).__name__ for layer in field.prepare(z)._stack.fast.maps]  # pyright: ignore[reportAttributeAccessIssue]
 
-    assert taken(compiled=False) == ["Columns", "_Direct", "_Direct", "Columns"]
+    assert taken(compiled=False) == ["Columns", "DirectConvolution", "DirectConvolution", "Columns"]
     assert taken(compiled=True) == ["Columns", "Winograd", "Winograd", "Columns"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert taken(compiled=True) == ["_Direct"] * 4
+        assert taken(compiled=True) == ["DirectConvolution"] * 4
     # without a compiler Winograd's sums are slower than what they save
     monkeypatch.setattr(compiling, "_failed", ["no compiler"])
-    assert taken(compiled=True) == ["Columns", "_Direct", "_Direct", "Columns"]
+    assert taken(compiled=True) == ["Columns", "DirectConvolution", "DirectConvolution", "Columns"]

@@ -1,10 +1,15 @@
-"""Activations with the two derivatives that the fused field-and-product needs."""
+"""Pointwise activations with the derivatives that a backward pass by hand needs.
+
+Write s for the activation, a for a pre-activation, u = s(a), and g for the cotangent of u in a product with the
+Jacobian, which goes on as v = s'(a) g. A backward pass meets a cotangent p of v. It needs ``h = s' p``, the next
+cotangent upward, and ``s'' g p + s' b``, the cotangent of a, where b is the cotangent of u from the layers above.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,86 +19,200 @@ from ..errors import ConfigError, suggest
 
 __all__ = ["ACTIVATIONS", "Activation", "get_activation"]
 
+_aten = torch.ops.aten
 
-class Activation(NamedTuple):
-    """An elementwise function s and what a hand-written backward needs of it.
+
+class Activation(ABC):
+    """A pointwise function s and what a backward pass by hand needs of it.
+
+    ``value`` and ``slope`` can be differentiated and transformed. The other methods are for passes without a graph;
+    they may overwrite what their docstrings name.
 
     Attributes:
         name: what a user calls it.
-        value: a -> s(a), differentiable twice by autograd.
-        slope: a -> s'(a).
-        keeps_output: whether ``derivatives`` starts from s(a) rather than from a. Then the backward pass, which
-            needs s(a) for the weight gradients anyway, computes no activation again.
-        derivatives: what was kept -> (s', s'').
+        keeps_output: whether a pass keeps s(a), which the weights' gradients need anyway, instead of a.
+        keeps_pulled: whether a pass keeps v instead of g.
     """
 
-    name: str
-    value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]
-    keeps_output: bool
-    derivatives: Callable[[Tensor], tuple[Tensor, Tensor]]
+    name: ClassVar[str]
+    keeps_output: ClassVar[bool] = True
+    keeps_pulled: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        return f"Activation({self.name!r})"
+
+    @abstractmethod
+    def value(self, a: Tensor) -> Tensor:
+        """``s(a)``."""
+
+    @abstractmethod
+    def slope(self, a: Tensor) -> Tensor:
+        """``s'(a)``."""
+
+    @abstractmethod
+    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        """``s'(a) g`` from both a and u = s(a); may overwrite ``a`` unless it is kept."""
+
+    @abstractmethod
+    def kept_slope(self, kept: Tensor) -> Tensor:
+        """What ``follow``, ``join`` and ``pull_kept`` need of s', from what was kept of the activation."""
 
     def output(self, kept: Tensor) -> Tensor:
-        """s(a) from what was kept of it."""
+        """``s(a)`` from what was kept of it."""
         return kept if self.keeps_output else self.value(kept)
 
+    def pulled(self, saved: Tensor, slope: Tensor) -> Tensor:
+        """``v`` from what was kept of the product."""
+        return saved if self.keeps_pulled else slope * saved
 
-def _softplus(a: Tensor) -> Tensor:
-    # beyond 40 the linear branch is exact in float64 as well; torch's default of 20 has a kink of 2e-9 there
-    return F.softplus(a, threshold=40.0)
+    @abstractmethod
+    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
+        """The part of the cotangent of a that the product adds, in the form that :meth:`join` takes."""
 
+    def follow(self, slope: Tensor, p: Tensor) -> Tensor:
+        """``s' p``, which overwrites ``p``."""
+        return p.mul_(slope)
 
-def _softplus_derivatives(u: Tensor) -> tuple[Tensor, Tensor]:
-    slope = torch.expm1(-u).neg_()  # sigmoid(a) = 1 - exp(-softplus(a)), without cancellation for small u
-    return slope, torch.addcmul(slope, slope, slope, value=-1)
+    def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
+        """``s'' g p + s' below``, which overwrites ``bent``."""
+        return bent.addcmul_(below, slope)
 
-
-def _tanh_slope(a: Tensor) -> Tensor:
-    return 1 - torch.tanh(a).square_()
-
-
-def _tanh_derivatives(u: Tensor) -> tuple[Tensor, Tensor]:
-    slope = 1 - u * u
-    return slope, -2 * u * slope
-
-
-def _elu_slope(a: Tensor) -> Tensor:
-    return a.clamp(max=0).exp_()
+    def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
+        """``s' below``, which overwrites ``below``."""
+        return below.mul_(self.kept_slope(kept))
 
 
-def _elu_derivatives(u: Tensor) -> tuple[Tensor, Tensor]:
-    slope = u.clamp(max=0) + 1
-    return slope, torch.where(u > 0, 0, slope)
+class _Softplus(Activation):
+    """``log(1 + exp(a))``; instead of s' its complement ``q = 1 - s' = exp(-u)`` is used, because s'' = s' q."""
+
+    name = "softplus"
+    # torch's default of 20 has a kink of 2e-9 there; beyond 40 the linear branch is exact in float64 too
+    _threshold = 40.0
+
+    def value(self, a: Tensor) -> Tensor:
+        return F.softplus(a, threshold=self._threshold)
+
+    def slope(self, a: Tensor) -> Tensor:
+        return torch.sigmoid(a)
+
+    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        if g.shape != a.shape or g.stride() != a.stride():
+            return _aten.softplus_backward(g, a, 1, self._threshold)
+        return _aten.softplus_backward(g, a, 1, self._threshold, grad_input=a)  # saves memory new to the processor
+
+    def kept_slope(self, kept: Tensor) -> Tensor:
+        return torch.neg(kept).exp_()
+
+    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
+        return saved * p
+
+    def follow(self, slope: Tensor, p: Tensor) -> Tensor:
+        return p.addcmul_(p, slope, value=-1)
+
+    def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
+        return torch.lerp(below, bent, slope, out=bent)  # q v p + (1 - q) below
+
+    def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
+        return below.addcmul_(below, self.kept_slope(kept), value=-1)
 
 
-def _silu_slope(a: Tensor) -> Tensor:
-    return _silu_derivatives(a)[0]
+class _Tanh(Activation):
+    name = "tanh"
+
+    def value(self, a: Tensor) -> Tensor:
+        return torch.tanh(a)
+
+    def slope(self, a: Tensor) -> Tensor:
+        return 1 - torch.tanh(a).square()
+
+    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        return _aten.tanh_backward(g, u)
+
+    def kept_slope(self, kept: Tensor) -> Tensor:
+        return torch.addcmul(_one(kept), kept, kept, value=-1)
+
+    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
+        return (saved * p).mul_(kept).mul_(-2)  # s'' = -2 u s'
+
+    def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
+        return _aten.tanh_backward(below, kept)
 
 
-def _silu_derivatives(a: Tensor) -> tuple[Tensor, Tensor]:
-    s = torch.sigmoid(a)
-    return s * (1 + a * (1 - s)), s * (1 - s) * (2 + a * (1 - 2 * s))
+class _Elu(Activation):
+    name = "elu"
+
+    def value(self, a: Tensor) -> Tensor:
+        return F.elu(a)
+
+    def slope(self, a: Tensor) -> Tensor:
+        return a.clamp(max=0).exp()
+
+    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        return _aten.elu_backward(g, 1.0, 1, 1, True, u)
+
+    def kept_slope(self, kept: Tensor) -> Tensor:
+        return kept.clamp(max=0).add_(1)
+
+    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
+        return (saved * p).mul_(kept < 0)  # s'' = s' there, else 0
 
 
-def _gelu_slope(a: Tensor) -> Tensor:
-    return _gelu_derivatives(a)[0]
+class _FromInput(Activation):
+    """An activation whose derivatives need a; its slope may vanish where its curvature does not."""
+
+    keeps_output = False
+    keeps_pulled = False
+
+    def kept_slope(self, kept: Tensor) -> Tensor:
+        return self.slope(kept)
+
+    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
+        return self._curvature(kept).mul_(saved).mul(p)
+
+    @abstractmethod
+    def _curvature(self, a: Tensor) -> Tensor:
+        """``s''(a)``."""
 
 
-def _gelu_derivatives(a: Tensor) -> tuple[Tensor, Tensor]:
-    density = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * density, density * (2 - a * a)
+class _Silu(_FromInput):
+    name = "silu"
+
+    def value(self, a: Tensor) -> Tensor:
+        return F.silu(a)
+
+    def slope(self, a: Tensor) -> Tensor:
+        s = torch.sigmoid(a)
+        return s * (1 + a * (1 - s))
+
+    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        return _aten.silu_backward(g, a)
+
+    def _curvature(self, a: Tensor) -> Tensor:
+        s = torch.sigmoid(a)
+        return s * (1 - s) * (2 + a * (1 - 2 * s))
 
 
-ACTIVATIONS = {
-    activation.name: activation
-    for activation in (
-        Activation("softplus", _softplus, torch.sigmoid, True, _softplus_derivatives),
-        Activation("tanh", torch.tanh, _tanh_slope, True, _tanh_derivatives),
-        Activation("elu", F.elu, _elu_slope, True, _elu_derivatives),
-        Activation("silu", F.silu, _silu_slope, False, _silu_derivatives),
-        Activation("gelu", F.gelu, _gelu_slope, False, _gelu_derivatives),
-    )
-}
+class _Gelu(_FromInput):
+    name = "gelu"
+
+    def value(self, a: Tensor) -> Tensor:
+        return F.gelu(a)
+
+    def slope(self, a: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * self._density(a)
+
+    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+        return _aten.gelu_backward(g, a)
+
+    def _curvature(self, a: Tensor) -> Tensor:
+        return self._density(a) * (2 - a * a)
+
+    @staticmethod
+    def _density(a: Tensor) -> Tensor:
+        return torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+
+
+ACTIVATIONS: dict[str, Activation] = {each.name: each for each in (_Softplus(), _Tanh(), _Elu(), _Silu(), _Gelu())}
 
 
 def get_activation(name: str) -> Activation:
@@ -106,3 +225,7 @@ def get_activation(name: str) -> Activation:
         return ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ConfigError(suggest(name, ACTIVATIONS, "activation")) from None
+
+
+def _one(like: Tensor) -> Tensor:
+    return like.new_ones(())

@@ -1,33 +1,35 @@
-r"""A stack's velocity, alone or with its product with the Jacobian, as one node of the graph: a backward by hand.
+r"""A stack's velocity, alone or with its product with the Jacobian, as one graph node with a backward by hand.
 
 With layers ``a_k = W_k u_{k-1} + b_k + t r_k``, ``u_k = s(a_k)``, ``u_0 = z`` and ``dz = a_L``, the product
 ``e^T df/dz`` runs backward through the stack: ``g_{L-1} = W_L^T e``, ``v_k = s'(a_k) g_k``,
 ``g_{k-1} = W_k^T v_k``, and ends as ``g_0``. The noise e is the same in a whole solve, and so is ``g_{L-1}``: here
-it is an input.
+it is an input. Several noises at once, for the whole Jacobian, are a dimension in front of the batch.
 
 Given cotangents D of the velocity and P of the product, their gradients are two sweeps. Upward, the product's own
 transpose, ``h_0 = P``, ``p_k = W_k h_{k-1}``, ``h_k = s'(a_k) p_k``, with ``s''(a_k) g_k p_k`` as what the product
-adds to the cotangent of ``a_k``, and ``h_{L-1}`` at its end as the cotangent of ``g_{L-1}``; downward, ordinary
-backpropagation from D that picks those up. Saved are one tensor for ``a_k`` and one for ``g_k`` a layer, the last
-``g_k`` once a solve. All in all an evaluation and its gradient take six times the convolutions of a forward pass,
-without the detour of a double backward; the velocity alone takes three.
+adds to the cotangent of ``a_k``, and ``h_{L-1}`` at its end as the cotangent of ``g_{L-1}``. Downward, ordinary
+backpropagation from D picks those up. A pass keeps one tensor for ``a_k`` and one for ``g_k`` per hidden layer. An
+evaluation and its gradient take six times the convolutions of a forward pass, without a double backward; the
+velocity alone takes three.
+
+All parameters are one row (:func:`~rnode_plugin.fields.prepared.pack`), so an evaluation has one gradient for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .activations import Activation
+from .autocast import without_autocast
 from .kernels.compile import compiled
-from .prepared import Kind, Stack, run_layers, run_stack, shifts
+from .prepared import FastParts, Stack, Structure, run_stack, run_vjp, unpack
+from .transforms_active import needs_plain_pass
 
 __all__ = ["pull_noise", "run_fused", "run_velocity"]
-
-Gradients = list[Tensor | None]
 
 
 def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
@@ -35,245 +37,335 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
 
     It has the noise's dtype, in which the gradients of many evaluations add up, whatever the layers compute in.
     """
-    v = stack.products.layout(noise.to(stack.dtype))
-    return stack.products.transpose(v, stack.weights[-1].to(stack.dtype)).to(noise.dtype)
+    products, dtype = stack.structure.products, stack.structure.dtype
+    v = products.layout(noise.to(dtype))
+    return products.transpose(v, stack.parts.weights[-1].to(dtype)).to(noise.dtype)
 
 
 def run_velocity(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
-    """As :func:`~.plain.run_stack`, saving half as much for the backward pass."""
-    (dz,) = _Velocity.apply(stack.kind, _time(t, z), z, stack.bias, stack.response, *stack.weights)
+    """As :func:`~rnode_plugin.fields.prepared.run_stack`, saving half as much for the backward pass."""
+    t, fast = _time(t, z), stack.fast
+    if fast is None or needs_plain_pass(t, z, fast.packed):
+        return run_stack(stack, t, z)
+    dz, *_ = _Velocity.apply(_Fixed(stack.structure, fast), t, z, fast.packed)  # pyright: ignore[reportGeneralTypeIssues]
     return dz
 
 
 def run_fused(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor]:
-    """``(f(t, z), noise^T df/dz)`` for noise as :func:`pull_noise` made it; ``t`` and ``z`` as in ``run_stack``."""
-    if len(stack.weights) == 1:  # a linear field: its Jacobian depends on nothing
-        return run_stack(stack, t, z), pulled.to(z.dtype)
-    return _FieldAndProduct.apply(stack.kind, _time(t, z), z, pulled, stack.bias, stack.response, *stack.weights)
+    """``(f(t, z), noise^T df/dz)`` for noise as :func:`pull_noise` made it; ``t`` and ``z`` as in ``run_stack``.
+
+    For ``pulled (K, B, ...)`` or ``(K, 1, ...)`` of linear layers there are K products, ``(K, B, ...)``.
+    """
+    t, fast = _time(t, z), stack.fast
+    linear = len(stack.structure.shapes) == 1  # its Jacobian depends on nothing
+    if linear or fast is None or needs_plain_pass(t, z, pulled, fast.packed):
+        dz, product = run_vjp(stack, t, z, pulled)
+        return dz, product.expand(*pulled.shape[: pulled.dim() - z.dim()], *z.shape)
+    fixed = _Fixed(stack.structure, fast)
+    dz, product, *_ = _FieldAndProduct.apply(fixed, t, z, pulled, fast.packed)  # pyright: ignore[reportGeneralTypeIssues]
+    return dz, product
 
 
 def _time(t: Tensor | float, z: Tensor) -> Tensor:
     return t if isinstance(t, Tensor) else z.new_tensor(t)
 
 
+class _Fixed(NamedTuple):
+    """What autograd does not see of an evaluation."""
+
+    structure: Structure
+    fast: FastParts
+
+    @property
+    def hidden(self) -> int:
+        """The number of activations."""
+        return len(self.structure.shapes) - 1
+
+    def plain(self, packed: Tensor) -> Stack:
+        """The same stack with a graph that leads to ``packed``."""
+        return Stack(self.structure, unpack(self.structure, packed))
+
+
+class _Kept(NamedTuple):
+    """What a pass keeps of each hidden layer, first layer first."""
+
+    activations: Sequence[Tensor]
+    products: Sequence[Tensor] = ()
+
+
+class _Needs(NamedTuple):
+    """Whose gradients are asked for; the inputs of :class:`_FieldAndProduct` that autograd sees."""
+
+    t: bool
+    z: bool
+    pulled: bool
+    packed: bool
+
+
+class _Up(NamedTuple):
+    """What the sweep upward leaves for the one downward, for each hidden layer."""
+
+    bends: Sequence[Tensor]
+    slopes: Sequence[Tensor]
+    gradients: Sequence[Tensor]  # of the weights
+
+
 class _Velocity(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kind: Kind, t: Tensor, z: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
-    ) -> tuple[Tensor]:
-        stack = Stack(*kind, bias, response, weights)
-        with torch.autocast(z.device.type, enabled=False):
-            a, kept, _ = _ascend(stack, t, z, slopes=False)
-        ctx.kind = kind
-        ctx.save_for_backward(t, z, bias, response, *weights, *kept)
-        return (a.to(z.dtype),)
+    def forward(fixed: _Fixed, t: Tensor, z: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+        with without_autocast(z):
+            a, activations = _ascend(fixed, t, z)
+        return a.to(z.dtype), *activations
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        t, z, bias, response, *rest = ctx.saved_tensors
-        count = (len(rest) + 1) // 2  # L weights, L - 1 kept activations
-        kind: Kind = ctx.kind
-        stack = Stack(*kind, bias, response, tuple(rest[:count]))
-        with torch.autocast(z.device.type, enabled=False):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fixed, *tensors = inputs
+        _keep(ctx, tensors, output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        fixed: _Fixed = ctx.fixed
+        t, z, packed, *activations = ctx.saved_tensors
+        dz = cotangents[0]
+        if dz is None:
+            return None, None, None, None
+        with without_autocast(z):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: autograd must see it
-                outputs = (run_stack(stack, t, z),)
-                return None, *_by_autograd(outputs, cotangents, (t, z, bias, response, *stack.weights))
-            kept, needs = tuple(rest[count:]), ctx.needs_input_grad[1:]
-            a = stack.products.layout(cotangents[0].to(stack.dtype))
-            return None, *_descend(stack, t, z, a, kept, needs)
+                outputs = (run_stack(fixed.plain(packed), t, z),)
+                return None, *_by_autograd(outputs, (dz,), (t, z, packed))
+            _, needs_t, needs_z, needs_packed = ctx.needs_input_grad
+            needs = _Needs(needs_t, needs_z, False, needs_packed)
+            a = fixed.structure.products.layout(dz.to(fixed.structure.dtype))
+            return None, *_descend(fixed, t, z, a, activations, needs, packed.dtype)
 
 
 class _FieldAndProduct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kind: Kind, t: Tensor, z: Tensor, pulled: Tensor, bias: Tensor, response: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        stack = Stack(*kind, bias, response, weights)
-        with torch.autocast(z.device.type, enabled=False):
-            a, g, kept, between = _field_and_product(stack, t, z, pulled)
-        ctx.kind = kind
-        ctx.save_for_backward(t, z, pulled, bias, response, *weights, *kept, *between)
-        return a.to(z.dtype), g.to(z.dtype)
+    def forward(fixed: _Fixed, t: Tensor, z: Tensor, pulled: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+        with without_autocast(z):
+            pre: list[tuple[Tensor, Tensor]] = []
+            a, activations = _ascend(fixed, t, z, pre=pre)
+            g, products = _pull_through(fixed, pulled, pre)
+        return a.to(z.dtype), g.to(z.dtype), *activations, *products
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        t, z, pulled, bias, response, *rest = ctx.saved_tensors
-        count = (len(rest) + 3) // 3  # L weights, L - 1 kept activations, L - 2 of the product
-        kind: Kind = ctx.kind
-        stack = Stack(*kind, bias, response, tuple(rest[:count]))
-        with torch.autocast(z.device.type, enabled=False):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fixed, *tensors = inputs
+        _keep(ctx, tensors, output[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        fixed: _Fixed = ctx.fixed
+        t, z, pulled, packed, *rest = ctx.saved_tensors
+        kept = _Kept(rest[: fixed.hidden], rest[fixed.hidden :])
+        dz, product = cotangents[:2]
+        with without_autocast(z):
             if torch.is_grad_enabled():
-                return None, *_differentiable_backward(stack, t, z, pulled, cotangents)
-            kept, between = tuple(rest[count : 2 * count - 1]), tuple(rest[2 * count - 1 :])
-            needs = ctx.needs_input_grad[1:]
-            return None, *_backward(stack, t, z, kept, (*between, pulled), cotangents, needs)
+                outputs = run_vjp(fixed.plain(packed), t, z, pulled)
+                return None, *_by_autograd(outputs, (dz, product), (t, z, pulled, packed))
+            needs = _Needs(*ctx.needs_input_grad[1:])
+            return None, *_backward(fixed, t, z, pulled, kept, (dz, product), needs, packed.dtype)
 
 
-def _field_and_product(
-    stack: Stack, t: Tensor, z: Tensor, pulled: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Velocity, product, what is kept of each activation, and the ``g_k`` between the first and the given one."""
-    a, kept, slopes = _ascend(stack, t, z, slopes=True)
-    g = pulled.to(stack.dtype)
-    between: list[Tensor] = []
-    for layer in stack.maps[-2::-1]:
-        g = layer.transpose(slopes.pop().mul_(g))
-        between.append(g)
-    return a, g, kept, between[-2::-1]
+def _keep(ctx: Any, inputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*inputs, *kept)
 
 
-def _ascend(stack: Stack, t: Tensor, z: Tensor, *, slopes: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Velocity, what is kept of each activation, and the activations' slopes where they are asked for."""
+def _ascend(
+    fixed: _Fixed, t: Tensor, z: Tensor, *, pre: list[tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Velocity and what is kept of each activation; ``pre`` receives each pre-activation with its activation."""
+    structure, fast = fixed
     kept: list[Tensor] = []
-    found: list[Tensor] = []
-    activate = _piece(stack, _activate)
-    u = stack.products.layout(z.to(stack.dtype))
-    *inner, (last, last_shift) = zip(stack.maps, shifts(stack, t), strict=True)
+    u = structure.products.layout(z.to(structure.dtype))
+    *inner, (last, last_shift) = zip(fast.maps, _shifts(fixed, t), strict=True)
     for layer, shift in inner:
-        a = layer.apply(u)
-        u, slope = activate(stack.activation, a, shift, slopes)
-        kept.append(u if stack.activation.keeps_output else a)
-        if slope is not None:
-            found.append(slope)
-    return last.apply(u).add_(last_shift), kept, found
+        if fast.compiled:
+            a, u = compiled(_activate)(structure.activation, layer.apply(u), shift)
+        else:
+            a = layer.shifted(u, shift)
+            u = structure.activation.value(a)
+        kept.append(u if structure.activation.keeps_output else a)
+        if pre is not None:
+            pre.append((a, u))
+    return last.shifted(u, last_shift), kept
+
+
+def _shifts(fixed: _Fixed, t: Tensor) -> list[Tensor]:
+    """What bias and time add to the pre-activations of each layer, ``(1, out, ...)``."""
+    structure, fast = fixed
+    row = torch.addcmul(fast.bias, fast.response, t.to(fast.bias.dtype)).to(structure.dtype)
+    rows = row.split(structure.row_sizes[len(structure.shapes) :])
+    shapes = [(1, outputs, *structure.event) for outputs in structure.outputs]
+    return [structure.products.unflatten(r, shape) for r, shape in zip(rows, shapes, strict=True)]
+
+
+def _pull_through(
+    fixed: _Fixed, pulled: Tensor, pre: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The product, and what is kept of it at each hidden layer."""
+    structure, fast = fixed
+    activation = structure.activation
+    pull = _piece(fast, _pull)
+    g = pulled.to(structure.dtype)
+    kept: list[Tensor] = []
+    for layer in fast.maps[-2::-1]:
+        v = pull(activation, *pre.pop(), g)
+        kept.append(v if activation.keeps_pulled else g)
+        g = layer.transpose(v)
+    # the last g is an input, which autograd keeps already
+    return g, tuple(kept[::-1] if activation.keeps_pulled else kept[:0:-1])
 
 
 def _backward(
-    stack: Stack,
+    fixed: _Fixed,
     t: Tensor,
     z: Tensor,
-    kept: Sequence[Tensor],
-    pulled: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> Gradients:
-    products, dtype = stack.products, stack.dtype
-    needs_t, needs_z, needs_pulled, *others = needs
-    a, h = (products.layout(c.to(dtype)) for c in cotangents)
-    # upward: the transpose of the product
-    slopes: list[Tensor] = []
-    bends: list[Tensor] = []
-    grads: Gradients = []
-    bend, follow = _piece(stack, _bend), _piece(stack, _follow)
-    for k, g in enumerate(pulled):
-        slope, bent, v = bend(stack.activation, kept[k], g.to(dtype))
-        layer, grad = stack.maps[k], None
-        if others[2 + k]:
-            h, grad = layer.apply_with_gradient(h, v)
+    pulled: Tensor,
+    kept: _Kept,
+    cotangents: Sequence[Tensor | None],
+    needs: _Needs,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to time, state, pulled noise and parameters (of ``dtype``)."""
+    products, compute = fixed.structure.products, fixed.structure.dtype
+    dz, product = cotangents
+    a = products.layout((torch.zeros_like(z) if dz is None else dz).to(compute))
+    if product is None:  # nobody asked for the product's gradient
+        t_grad, z_grad, packed_grad = _descend(fixed, t, z, a, kept.activations, needs, dtype)
+        return t_grad, z_grad, None, packed_grad
+    saved = kept.products
+    if not fixed.structure.activation.keeps_pulled:
+        saved = [*saved, pulled.to(compute)]
+    h, up = _climb(fixed, products.layout(product.to(compute)), kept.activations, saved, needs)
+    t_grad, z_grad, packed_grad = _descend(fixed, t, z, a, kept.activations, needs, dtype, up=up)
+    pulled_grad = h.sum_to_size(pulled.shape).to(pulled.dtype) if needs.pulled else None
+    return t_grad, z_grad, pulled_grad, packed_grad
+
+
+def _climb(
+    fixed: _Fixed, h: Tensor, activations: Sequence[Tensor], saved: Sequence[Tensor], needs: _Needs
+) -> tuple[Tensor, _Up]:
+    """The transpose of the product, from its cotangent ``h`` up to that of the pulled noise."""
+    structure, fast = fixed
+    activation = structure.activation
+    bend, follow = _piece(fast, _bend), _piece(fast, _follow)
+    bends, slopes, gradients = [], [], []
+    for layer, kept, g in zip(fast.maps, activations, saved, strict=False):
+        slope, v = bend(activation, kept, g)
+        if needs.packed:
+            p, gradient = layer.apply_with_gradient(h, v)
+            gradients.append(gradient)
         else:
-            h = layer.apply(h)
-        grads.append(grad)
-        follow(h, bent, slope)
+            p = layer.apply(h)
+        bent, h = follow(activation, kept, g, slope, p)
         bends.append(bent)
         slopes.append(slope)
-    rest = (needs_t, needs_z, *others)
-    t_grad, z_grad, *found = _descend(stack, t, z, a, kept, rest, slopes=slopes, bends=bends, grads=grads)
-    return [t_grad, z_grad, h.to(pulled[-1].dtype) if needs_pulled else None, *found]
+    return h, _Up(bends, slopes, gradients)
 
 
 def _descend(
-    stack: Stack,
+    fixed: _Fixed,
     t: Tensor,
     z: Tensor,
     a: Tensor,
-    kept: Sequence[Tensor],
-    needs: Sequence[bool],
+    activations: Sequence[Tensor],
+    needs: _Needs,
+    dtype: torch.dtype,
     *,
-    slopes: Sequence[Tensor] | None = None,
-    bends: Sequence[Tensor] | None = None,
-    grads: Sequence[Tensor | None] = (),
-) -> Gradients:
-    """Backpropagation through the velocity from its cotangent ``a``.
+    up: _Up | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backpropagation through the velocity from its cotangent ``a``: gradients of time, state and parameters.
 
-    Given from the product: the slopes, what it adds to the cotangents of the pre-activations (overwritten here),
-    and its part of the weights' gradients.
+    ``up`` is what the product adds.
     """
-    products, activation = stack.products, stack.activation
-    needs_t, needs_z, needs_bias, needs_response, *needs_weights = needs
-    found: Gradients = [None] * len(stack.maps)
+    structure, fast = fixed
+    products, activation = structure.products, structure.activation
+    pull, join = _piece(fast, _pull_kept), _piece(fast, _join)
+    gradients: list[Tensor] = []
     sums: list[Tensor] = []
     below: Tensor | None = None
-    for k in range(len(stack.maps) - 1, -1, -1):
-        layer = stack.maps[k]
-        sums.append(products.sum_batch(a))
-        if needs_weights[k]:
-            u = activation.output(kept[k - 1]) if k else products.layout(z.to(stack.dtype))
-            if k or needs_z:
-                below, grad = layer.transpose_with_gradient(a, u)
+    for k in range(fixed.hidden, -1, -1):
+        layer = fast.maps[k]
+        if needs.t or needs.packed:
+            sums.append(products.sum_batch(a))
+        goes_on = k > 0 or needs.z
+        if needs.packed:
+            u = activation.output(activations[k - 1]) if k else products.layout(z.to(structure.dtype))
+            if goes_on:
+                below, gradient = layer.transpose_with_gradient(a, u)
             else:
-                grad = layer.gradient(u, a)
-            other = grads[k] if k < len(grads) else None
-            if other is not None:
-                grad = grad.add_(other)
-            found[k] = grad.to(stack.weights[k].dtype)
-        elif k or needs_z:
+                gradient = layer.gradient(u, a)
+            gradients.append(gradient)
+        elif goes_on:
             below = layer.transpose(a)
         if k:
             assert below is not None
-            if bends is None or slopes is None:
-                a = _piece(stack, _pull)(activation, kept[k - 1], below)
+            if up is None:
+                a = pull(activation, activations[k - 1], below)
             else:
-                a = bends[k - 1]
-                _piece(stack, _join)(a, below, slopes[k - 1])
-    # time and biases act alike on all samples: one sum over the batch serves them all
-    total = torch.cat(sums[::-1], dim=1).to(stack.response.dtype)
-    return [
-        (total * stack.response).sum().to(t.dtype).reshape(t.shape) if needs_t else None,
-        below.to(z.dtype) if needs_z and below is not None else None,
-        total.unflatten(1, (-1, 1)).flatten(2).sum((0, 2)) if needs_bias else None,
-        total * t if needs_response else None,
-        *found,
-    ]
+                a = join(activation, up.bends[k - 1], below, up.slopes[k - 1])
+    sums.reverse()
+    gradients.reverse()
+    if up is not None and up.gradients:
+        torch._foreach_add_(gradients[:-1], list(up.gradients))
+    z_grad = below.to(z.dtype) if needs.z and below is not None else None
+    t_grad = (torch.cat(sums).to(dtype) * fast.response).sum().to(t.dtype).reshape(t.shape) if needs.t else None
+    if not needs.packed:
+        return t_grad, z_grad, None
+    # biases and responses of time act alike on all samples: one sum over the batch serves both
+    rows = [products.flatten(gradient) for gradient in gradients]
+    timed = torch._foreach_mul(sums, t.reshape(()).to(sums[0].dtype))
+    return t_grad, z_grad, torch.cat([*rows, *sums, *timed]).to(dtype)
 
 
-# What is done between the products, element by element: torch.compile makes one loop of each.
+# What is done between the products, entry by entry: torch.compile makes one loop of each.
 
 
-def _piece(stack: Stack, function: Callable[..., Any]) -> Callable[..., Any]:
-    return compiled(function) if stack.compiled else function
+def _piece(fast: FastParts, function: Callable[..., Any]) -> Callable[..., Any]:
+    return compiled(function) if fast.compiled else function
 
 
-def _activate(activation: Activation, a: Tensor, shift: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """The activation and, if asked for, its slope at ``a + shift``, which overwrites ``a``."""
+def _activate(activation: Activation, a: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """``a + shift``, which overwrites ``a``, and its activation."""
     a += shift
-    return activation.value(a), activation.slope(a) if slope else None
+    return a, activation.value(a)
 
 
-def _bend(activation: Activation, kept: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``s'``, ``s'' g`` and ``s' g``."""
-    slope, curvature = activation.derivatives(kept)
-    return slope, curvature.mul_(g), slope * g
+def _pull(activation: Activation, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    return activation.pull(a, u, g)
 
 
-def _follow(p: Tensor, bent: Tensor, slope: Tensor) -> None:
-    """``s'' g p`` into ``bent`` and ``s' p`` into ``p``."""
-    bent *= p
-    p *= slope
+def _bend(activation: Activation, kept: Tensor, saved: Tensor) -> tuple[Tensor, Tensor]:
+    """The slope and ``v = s' g``."""
+    slope = activation.kept_slope(kept)
+    return slope, activation.pulled(saved, slope)
 
 
-def _pull(activation: Activation, kept: Tensor, below: Tensor) -> Tensor:
-    """``s' below``."""
-    return activation.derivatives(kept)[0].mul_(below)
+def _follow(activation: Activation, kept: Tensor, saved: Tensor, slope: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """What the product adds to the cotangent of ``a``, and ``h = s' p``, which overwrites ``p``."""
+    bent = activation.bend(kept, saved, p)
+    if bent.dim() > kept.dim() or bent.shape != kept.shape:  # one for each of several noises
+        bent = bent.sum(0)
+    return bent, activation.follow(slope, p)
 
 
-def _join(bent: Tensor, below: Tensor, slope: Tensor) -> None:
-    """``s'' g p + s' below`` into ``bent``."""
-    bent.addcmul_(below, slope)
+def _pull_kept(activation: Activation, kept: Tensor, below: Tensor) -> Tensor:
+    return activation.pull_kept(below, kept)
 
 
-def _differentiable_backward(
-    stack: Stack, t: Tensor, z: Tensor, pulled: Tensor, cotangents: Sequence[Tensor]
-) -> Gradients:
+def _join(activation: Activation, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
+    return activation.join(bent, below, slope)
+
+
+def _by_autograd(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], arguments: Sequence[Tensor]
+) -> list[Tensor | None]:
     """The same gradients by automatic differentiation, for ``create_graph=True``: slow, but with a graph."""
-    # the product is taken with respect to a node of its own, so that the state's gradient is kept apart
-    state = z.view_as(z) if z.requires_grad else z.detach().requires_grad_()
-    dz, last = run_layers(stack, t, state)
-    (product,) = torch.autograd.grad(last, state, pulled.to(last.dtype), create_graph=True)
-    arguments = (t, z, pulled, stack.bias, stack.response, *stack.weights)
-    return _by_autograd((dz, product), cotangents, arguments)
-
-
-def _by_autograd(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], arguments: Sequence[Tensor]) -> Gradients:
+    given = [(x, c) for x, c in zip(outputs, cotangents, strict=True) if c is not None and x.requires_grad]
     inputs = [x for x in arguments if x.requires_grad]
-    found = iter(torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, allow_unused=True))
+    ends, seeds = zip(*given, strict=True)
+    found = iter(torch.autograd.grad(ends, inputs, seeds, create_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in arguments]

@@ -9,6 +9,7 @@ the convolution's zero padding is felt.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .kernels.base import LayerMap
 from .kernels.compile import works
+from .kernels.direct import DirectConvolution, DirectLinear
 from .kernels.im2col import Columns
 from .kernels.winograd import Winograd
 
@@ -38,16 +40,20 @@ class Products(Protocol):
         """``x`` in the memory layout in which the products are fast."""
         ...
 
+    def flatten(self, weight: Tensor) -> Tensor:
+        """The weight as one row, in the order of memory."""
+        ...
+
+    def unflatten(self, row: Tensor, shape: Sequence[int]) -> Tensor:
+        """The weight of that shape from its row; a view."""
+        ...
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer: inputs to outputs."""
         ...
 
     def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         """Outputs' cotangents to inputs' cotangents."""
-        ...
-
-    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        """Cotangent of the weight for inputs ``x`` and outputs' cotangents ``v``."""
         ...
 
     def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
@@ -58,7 +64,7 @@ class Products(Protocol):
         ...
 
     def sum_batch(self, v: Tensor) -> Tensor:
-        """Sum over the samples, ``(1, out, ...)``."""
+        """Sum over the samples, as one row in the order of memory."""
         ...
 
     def response(self, time: Tensor, x: Tensor) -> Tensor:
@@ -71,18 +77,24 @@ class _Convolution:
         return weight[:, :1], weight[:, 1:].contiguous(memory_format=torch.channels_last)
 
     def layout(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last)
+        if x.shape[1] > 1:
+            return x.contiguous(memory_format=torch.channels_last)
+        # one channel is in both layouts, but torch goes by strides: give it those of the fast one
+        batch, _, h, w = x.shape
+        return x.reshape(batch, h, w, 1).permute(0, 3, 1, 2)
+
+    def flatten(self, weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).reshape(-1)
+
+    def unflatten(self, row: Tensor, shape: Sequence[int]) -> Tensor:
+        outputs, inputs, *taps = shape
+        return row.view(outputs, *taps, inputs).permute(0, 3, 1, 2)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=1)
 
     def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         return F.conv_transpose2d(v, weight, padding=1)
-
-    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.aten.convolution_backward(
-            v, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
-        )[1]
 
     def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
         # on other devices, and in low precision, the libraries' own convolutions are the fast ones
@@ -92,12 +104,13 @@ class _Convolution:
                 return Columns(weight)
             if channels >= _MANY and compiled and works():
                 return Winograd(weight)
-        return _Direct(self, weight)
+        return DirectConvolution(weight)
 
     def sum_batch(self, v: Tensor) -> Tensor:
-        # in the order of the memory: torch sums channels last twenty times as slowly
-        flat = v.permute(0, 2, 3, 1).flatten(1).sum(0)
-        return flat.view(1, *v.shape[2:], v.shape[1]).permute(0, 3, 1, 2)
+        rows = v.permute(0, 2, 3, 1)
+        if v.device.type == "cpu":  # torch sums channels last twenty times as slowly as this
+            return (v.new_ones(1, len(v)) @ rows.reshape(len(v), -1)).view(-1)
+        return rows.sum(0).view(-1)
 
     def response(self, time: Tensor, x: Tensor) -> Tensor:
         # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
@@ -114,39 +127,26 @@ class _Linear:
     def layout(self, x: Tensor) -> Tensor:
         return x
 
+    def flatten(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1)
+
+    def unflatten(self, row: Tensor, shape: Sequence[int]) -> Tensor:
+        return row.view(*shape)
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
     def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         return v @ weight
 
-    def weight_gradient(self, x: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        return v.t() @ x
-
     def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
-        return _Direct(self, weight)
+        return DirectLinear(weight)
 
     def sum_batch(self, v: Tensor) -> Tensor:
-        return v.sum(0, keepdim=True)
+        return v.sum(0)
 
     def response(self, time: Tensor, x: Tensor) -> Tensor:
         return time.t()
-
-
-class _Direct(LayerMap):
-    """A layer's products as they are."""
-
-    def __init__(self, products: Products, weight: Tensor) -> None:
-        self._products, self._weight = products, weight.detach()
-
-    def apply(self, x: Tensor) -> Tensor:
-        return self._products.apply(x, self._weight)
-
-    def transpose(self, v: Tensor) -> Tensor:
-        return self._products.transpose(v, self._weight)
-
-    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        return self._products.weight_gradient(x, v, self._weight)
 
 
 CONVOLUTION: Products = _Convolution()

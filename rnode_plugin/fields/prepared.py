@@ -1,9 +1,10 @@
-"""A stack of layers made ready for one solve, and its velocity in operations that autograd knows."""
+"""A stack of layers prepared for one solve, and its passes in operations that autograd and torch.func know."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,64 +13,158 @@ from .activations import Activation
 from .kernels.base import LayerMap
 from .layers import Products
 
-__all__ = ["Kind", "Stack", "make_stack", "run_layers", "run_stack", "shifts"]
+__all__ = ["FastParts", "Parts", "Stack", "Structure", "pack", "run_jvp", "run_stack", "run_vjp", "shifts", "unpack"]
 
 
-Kind = tuple[Products, Activation, torch.dtype, bool, tuple[LayerMap, ...]]  # what autograd does not see of a stack
-
-
-class Stack(NamedTuple):
-    """A stack for states of one shape, its parameters in the form in which evaluations use them.
-
-    It is made anew for each solve, with a graph that leads to the parameters: nothing in it can go stale, and what
-    is done here is not done again at each evaluation.
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What a stack is, apart from its parameters.
 
     Attributes:
         products: the kind of its layers.
         activation: the function between them.
         dtype: what the layers compute in; the state's dtype unless autocast says otherwise.
-        compiled: whether the passes with a backward by hand go through torch.compile, piece by piece.
-        maps: the layers' products for passes with a backward by hand; none where there are no such passes.
-        bias: of all layers, one behind the other.
-        response: what a unit of time adds to the pre-activations of all layers, ``(1, sum of outputs, ...)``.
-        weights: of the state, for each layer.
+        shapes: of the layers' weights, time left out.
+        event: spatial shape of the state, ``(H, W)`` for images, ``()`` for flat states.
     """
 
     products: Products
     activation: Activation
     dtype: torch.dtype
-    compiled: bool
+    shapes: tuple[tuple[int, ...], ...]
+    event: tuple[int, ...]
+
+    @property
+    def outputs(self) -> list[int]:
+        """Outputs of each layer."""
+        return [shape[0] for shape in self.shapes]
+
+    @cached_property
+    def row_sizes(self) -> list[int]:
+        """Entries of each layer's weight and of each layer's map of pre-activations, in a packed row."""
+        pixels = torch.Size(self.event).numel()
+        return [torch.Size(s).numel() for s in self.shapes] + [n * pixels for n in self.outputs]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A stack's parameters in the form in which evaluations use them, with a graph.
+
+    Attributes:
+        weights: of the state, for each layer.
+        bias: of all layers, one behind the other; of the shape of ``response``, or with spatial dimensions of 1.
+        response: what a unit of time adds to the pre-activations of all layers, ``(1, sum of outputs, ...)``.
+    """
+
+    weights: tuple[Tensor, ...]
+    bias: Tensor
+    response: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FastParts:
+    """What the passes with a backward by hand need besides.
+
+    Attributes:
+        packed: all :class:`Parts` in one row, with their graph: an evaluation has one gradient for all of them.
+        maps: the layers' products; no graph.
+        bias, response: maps of all layers as rows in the order of memory; no graph.
+        compiled: whether the passes go through torch.compile, piece by piece.
+    """
+
+    packed: Tensor
     maps: tuple[LayerMap, ...]
     bias: Tensor
     response: Tensor
-    weights: tuple[Tensor, ...]
-
-    @property
-    def kind(self) -> Kind:
-        return self.products, self.activation, self.dtype, self.compiled, self.maps
+    compiled: bool
 
 
-def make_stack(
-    products: Products,
-    activation: Activation,
-    dtype: torch.dtype,
-    parameters: Sequence[tuple[Tensor, Tensor]],
-    z: Tensor,
-    *,
-    fast: bool = False,
-    compiled: bool = False,
-) -> Stack:
-    """A :class:`Stack` for states like ``z`` from the weight and the bias of each layer.
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A stack for states of one shape.
 
-    ``fast`` makes it one for the passes with a backward by hand, ``compiled`` one for torch.compile.
+    It is made for one solve, with a graph that leads to the parameters: nothing in it can go stale, and what is done
+    here is not done again at each evaluation.
+
+    Attributes:
+        structure: what it is.
+        parts: its parameters.
+        fast: for passes with a backward by hand; None if there are none.
     """
-    times, weights = zip(*(products.split(weight) for weight, _ in parameters), strict=True)
-    response = products.response(torch.cat(times), z)
-    bias = torch.cat([b for _, b in parameters])
-    maps: tuple[LayerMap, ...] = ()
-    if fast:
-        maps = tuple(products.prepare(weight.detach().to(dtype), compiled=compiled) for weight in weights)
-    return Stack(products, activation, dtype, compiled, maps, bias, response, weights)
+
+    structure: Structure
+    parts: Parts
+    fast: FastParts | None = None
+
+    @classmethod
+    def make(
+        cls,
+        products: Products,
+        activation: Activation,
+        dtype: torch.dtype,
+        layers: Sequence[tuple[Tensor | None, Tensor, Tensor | None]],
+        z: Tensor,
+        *,
+        fast: bool = False,
+        compiled: bool = False,
+    ) -> Stack:
+        """A stack for states like ``z`` from each layer's weights of time and state, and its bias.
+
+        ``fast`` makes it one for the passes with a backward by hand, ``compiled`` one for torch.compile.
+        """
+        weights = tuple(weight for _, weight, _ in layers)
+        zeros = [w.new_zeros(w.shape[0]) for w in weights]
+        biases = [zero if b is None else b for zero, (_, _, b) in zip(zeros, layers, strict=True)]
+        event = tuple(z.shape[2:])
+        if all(time is None for time, _, _ in layers):
+            response = z.new_zeros(1, sum(len(zero) for zero in zeros), *event, dtype=weights[0].dtype)
+        else:
+            filled = [w.new_zeros(w.shape[0], 1, *w.shape[2:]) for w in weights]
+            times = [zero if time is None else time for zero, (time, _, _) in zip(filled, layers, strict=True)]
+            response = products.response(torch.cat(times), z)
+        bias = torch.cat(biases).view(1, -1, *[1] * len(event))
+        structure = Structure(products, activation, dtype, tuple(tuple(w.shape) for w in weights), event)
+        parts = Parts(weights, bias, response)
+        return cls(structure, parts, _fast(structure, parts, compiled=compiled) if fast else None)
+
+
+def _fast(structure: Structure, parts: Parts, *, compiled: bool) -> FastParts:
+    packed = pack(structure, parts)
+    maps = [
+        structure.products.prepare(w.detach().to(structure.dtype), compiled=compiled) for w in parts.weights
+    ]
+    sizes = structure.row_sizes
+    shifts = sum(sizes[len(parts.weights) :])
+    _, bias, response = packed.detach().split([len(packed) - 2 * shifts, shifts, shifts])
+    return FastParts(packed, tuple(maps), bias, response, compiled)
+
+
+def pack(structure: Structure, parts: Parts) -> Tensor:
+    """All parts in one row: weights, bias maps, responses, each layer by layer and in the order of memory."""
+    products, response = structure.products, parts.response
+    maps = [parts.bias.expand_as(response), response]
+    rows = [products.flatten(w) for w in parts.weights]
+    rows += [products.flatten(part) for each in maps for part in each.split(structure.outputs, dim=1)]
+    return torch.cat(rows)
+
+
+def unpack(structure: Structure, packed: Tensor) -> Parts:
+    """The parts of a packed row, with a graph that leads to it."""
+    sizes, count = structure.row_sizes, len(structure.shapes)
+    rows = packed.split([*sizes, *sizes[count:]])
+    flat = [structure.products.unflatten(r, s) for r, s in zip(rows, structure.shapes, strict=False)]
+    maps = [_as_map(structure, r, n) for r, n in zip(rows[count:], structure.outputs * 2, strict=True)]
+    return Parts(tuple(flat), torch.cat(maps[:count], dim=1), torch.cat(maps[count:], dim=1))
+
+
+def _as_map(structure: Structure, row: Tensor, outputs: int) -> Tensor:
+    return structure.products.unflatten(row, (1, outputs, *structure.event))
+
+
+def shifts(stack: Stack, t: Tensor | float) -> tuple[Tensor, ...]:
+    """What bias and time add to the pre-activations of each layer, ``(1, out, ...)``."""
+    structure, parts = stack.structure, stack.parts
+    return (parts.bias + parts.response * t).to(structure.dtype).split(structure.outputs, dim=1)
 
 
 def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
@@ -80,21 +175,50 @@ def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
         t: time, a scalar.
         z: state ``(B, *event)``.
     """
-    return run_layers(stack, t, z)[0]
+    return _pre_activations(stack, t, z)[-1].to(z.dtype)
 
 
-def run_layers(stack: Stack, t: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity, and the input of the last layer; arguments as for :func:`run_stack`."""
-    products = stack.products
-    a = u = products.layout(z.to(stack.dtype))
-    for k, (weight, shift) in enumerate(zip(stack.weights, shifts(stack, t), strict=True)):
-        u = stack.activation.value(a) if k else a
-        a = products.apply(u, weight.to(stack.dtype)) + shift
-    return a.to(z.dtype), u
+def run_vjp(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor]:
+    """The velocity and its product ``e^T df/dz``, as often differentiable as one likes.
+
+    Args:
+        stack, t, z: as for :func:`run_stack`.
+        pulled: ``W_L^T e``, of the shape of the last layer's input, or ``(K, B, ...)`` for K products.
+    """
+    structure = stack.structure
+    *inner, dz = _pre_activations(stack, t, z)
+    g = pulled.to(structure.dtype)
+    for a, weight in zip(inner[::-1], stack.parts.weights[-2::-1], strict=True):
+        v = structure.products.layout(structure.activation.slope(a) * g)
+        g = structure.products.transpose(v, weight.to(structure.dtype))
+    return dz.to(z.dtype), g.to(z.dtype)
 
 
-def shifts(stack: Stack, t: Tensor | float) -> tuple[Tensor, ...]:
-    """What bias and time add to the pre-activations of each layer, ``(1, out, ...)``."""
-    bias = stack.bias.view(1, -1, *[1] * (stack.response.dim() - 2))
-    sizes = [w.shape[0] for w in stack.weights]
-    return (bias + stack.response * t).to(stack.dtype).split(sizes, dim=1)
+def run_jvp(stack: Stack, t: Tensor | float, z: Tensor, v: Tensor, dt: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The velocity and ``df/dz v + df/dt dt``, as often differentiable as one likes.
+
+    Args:
+        stack, t, z: as for :func:`run_stack`.
+        v: direction, of the shape of ``z``.
+        dt: tangent of time, a scalar.
+    """
+    structure, products = stack.structure, stack.structure.products
+    *inner, dz = _pre_activations(stack, t, z)
+    turns = (stack.parts.response * dt).to(structure.dtype).split(structure.outputs, dim=1)
+    y = products.layout(v.to(structure.dtype))
+    for k, (weight, turn) in enumerate(zip(stack.parts.weights, turns, strict=True)):
+        y = products.apply(y, weight.to(structure.dtype)) + turn
+        if k < len(inner):
+            y = structure.activation.slope(inner[k]) * y
+    return dz.to(z.dtype), y.to(z.dtype)
+
+
+def _pre_activations(stack: Stack, t: Tensor | float, z: Tensor) -> list[Tensor]:
+    structure, products = stack.structure, stack.structure.products
+    found: list[Tensor] = []
+    u = products.layout(z.to(structure.dtype))
+    for weight, shift in zip(stack.parts.weights, shifts(stack, t), strict=True):
+        if found:
+            u = structure.activation.value(found[-1])
+        found.append(products.apply(u, weight.to(structure.dtype)) + shift)
+    return found

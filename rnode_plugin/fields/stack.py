@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .activations import get_activation
+from .autocast import compute_dtype, without_autocast
 from .fused import pull_noise, run_fused, run_velocity
 from .layers import ConcatConv2d, ConcatLinear, Products
-from .prepared import Stack, make_stack, run_stack
+from .prepared import Stack, run_stack
 
 __all__ = ["FusedStackField", "StackField", "compile_fields", "conv_field", "linear_field"]
 
@@ -56,10 +56,10 @@ class StackField(nn.Module):
 
     def _stack(self, z: Tensor, **options: bool) -> Stack:
         layers = cast("list[ConcatConv2d]", list(self.layers))
-        parameters = [(layer.weight, layer.bias) for layer in layers]
-        dtype = _compute_dtype(z)
-        with torch.autocast(z.device.type, enabled=False):
-            return make_stack(self._products, self._activation, dtype, parameters, z, **options)
+        dtype = compute_dtype(z)
+        with without_autocast(z):
+            parameters = [(*self._products.split(layer.weight), layer.bias) for layer in layers]
+            return Stack.make(self._products, self._activation, dtype, parameters, z, **options)
 
 
 class FusedStackField(StackField):
@@ -94,7 +94,7 @@ class PreparedStack:
 
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
         """Velocity ``(B, *event)``."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             return run_stack(self._stack, t, z)
 
 
@@ -115,7 +115,7 @@ class FusedPreparedStack(PreparedStack):
         return run_fused(self._stack, t, z, pulled)
 
     def _pull(self, noise: Tensor) -> Tensor:
-        with torch.autocast(noise.device.type, enabled=False):
+        with without_autocast(noise):
             return pull_noise(self._stack, noise)
 
 
@@ -190,10 +190,3 @@ def _one_kind(layers: nn.ModuleList) -> Products:
                 f"takes {follows.weight.shape[1] - 1} inputs besides time."
             )
     return stack[0].products
-
-
-def _compute_dtype(z: Tensor) -> torch.dtype:
-    device = z.device.type
-    if z.dtype is torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return z.dtype

@@ -1,4 +1,4 @@
-"""The linear part of one layer, made ready for the many evaluations of one solve."""
+"""LayerMap: the linear part of one layer, prepared for the many evaluations of one solve."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["LayerMap"]
 class LayerMap(ABC):
     """``x -> W x`` for one weight, its transpose, and the gradient of ``v^T W x`` with respect to the weight.
 
-    A map is made once a solve from the weight of that moment, without the time input, and carries no graph: the
-    passes in :mod:`~rnode_plugin.fields.fused` return the weight's gradient themselves. The two combined
-    methods are for maps that can share work between a product and a gradient; each equals the two together.
+    A map is made once per solve from the weight of that moment, without the time input. It carries no graph: the
+    passes in :mod:`~rnode_plugin.fields.fused` return the weight's gradient themselves. The combined methods are for
+    maps that can share work between two results; each equals the two single calls.
     """
 
     @abstractmethod
@@ -28,6 +28,10 @@ class LayerMap(ABC):
     @abstractmethod
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
         """Cotangent of the weight, in its shape, for inputs ``x`` and outputs' cotangents ``v``."""
+
+    def shifted(self, x: Tensor, shift: Tensor) -> Tensor:
+        """``apply(x) + shift`` for ``shift (1, out, ...)``."""
+        return self.apply(x).add_(shift)
 
     def apply_with_gradient(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``apply(x)`` and ``gradient(x, v)``."""

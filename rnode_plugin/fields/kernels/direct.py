@@ -1,0 +1,72 @@
+"""Layers' products in torch's own operations: convolutions and matrix products as the libraries do them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import LayerMap
+
+__all__ = ["DirectConvolution", "DirectLinear"]
+
+
+class DirectConvolution(LayerMap):
+    """A 3x3 convolution with zero padding 1, by the library's convolutions.
+
+    Args:
+        weight: ``(out, in, 3, 3)``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self._weight, padding=1)
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return F.conv_transpose2d(v, self._weight, padding=1)
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        return self._backward(v, x, (False, True, False))[1]
+
+    def apply_with_gradient(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if x.device.type == "cpu":  # oneDNN is slower at the backward pass of a transposed convolution
+            return super().apply_with_gradient(x, v)
+        # v -> W^T v is a layer too, whose gradients for the cotangent x are these two
+        result, gradient, _ = torch.ops.aten.convolution_backward(
+            x, v, self._weight, None, (1, 1), (1, 1), (1, 1), True, (0, 0), 1, (True, True, False)
+        )
+        return result, gradient
+
+    def transpose_with_gradient(self, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        result, gradient, _ = self._backward(v, x, (True, True, False))
+        return result, gradient
+
+    def _backward(self, v: Tensor, x: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(
+            v, x, self._weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, wanted
+        )
+
+
+class DirectLinear(LayerMap):
+    """A linear map of ``(..., in)``; leading dimensions are samples, or probes and samples.
+
+    Args:
+        weight: ``(out, in)``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight)
+
+    def shifted(self, x: Tensor, shift: Tensor) -> Tensor:
+        return F.linear(x, self._weight, shift[0])
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return v @ self._weight
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        return v.reshape(-1, v.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
