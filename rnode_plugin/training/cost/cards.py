@@ -9,7 +9,7 @@ from ...errors import ConfigError, suggest
 __all__ = ["BANDWIDTH_SHARE", "CARDS", "COMPUTE_SHARE", "LAUNCH_SECONDS", "Card", "get_card"]
 
 COMPUTE_SHARE = (0.25, 0.6)
-"""Share of the peak that convolutions of 64 channels reach, at least and at most: an assumption, not a measurement."""
+"""Share of the peak that convolutions of 64 channels reach, at least and at most: assumed, not measured."""
 
 BANDWIDTH_SHARE = (0.5, 0.85)
 """Share of the memory's peak bandwidth, likewise an assumption."""
@@ -45,8 +45,8 @@ CARDS = {
     "h100": Card("NVIDIA H100 SXM5 80 GB", 66.9, 494.7, 989.4, 3350, 80, "NVIDIA H100 datasheet"),
     "a100": Card("NVIDIA A100 SXM4 80 GB", 19.5, 156, 312, 2039, 80, "NVIDIA A100 datasheet"),
     "a10": Card("NVIDIA A10", 31.2, 62.5, 125, 600, 24, "NVIDIA A10 datasheet"),
-    "rtx4090": Card("NVIDIA GeForce RTX 4090", 82.6, 82.6, 165.2, 1008, 24, "NVIDIA Ada architecture whitepaper"),
-    "2080ti": Card("NVIDIA GeForce RTX 2080 Ti", 13.4, 13.4, None, 616, 11, "NVIDIA Turing architecture whitepaper"),
+    "rtx4090": Card("NVIDIA GeForce RTX 4090", 82.6, 82.6, 165.2, 1008, 24, "NVIDIA Ada whitepaper"),
+    "2080ti": Card("NVIDIA GeForce RTX 2080 Ti", 13.4, 13.4, None, 616, 11, "NVIDIA Turing whitepaper"),
 }
 
 

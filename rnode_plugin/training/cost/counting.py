@@ -1,4 +1,4 @@
-"""count: FLOPs, bytes, device kernels, host reads and peak memory of a computation, without running it on a device."""
+"""count: FLOPs, bytes, device kernels, host reads and peak memory of a computation, without a device."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class _Counter(TorchDispatchMode):
         for tensor in results:
             self._allocate(tensor)
         if packet in _READS:
-            self._reads += 1
+            self._reads += _on_device(args)
         elif is_kernel(func):
             operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             self._operations[packet.__name__] += 1
@@ -135,6 +135,11 @@ class _Counter(TorchDispatchMode):
             peak_memory=self._peak,
             by_operation=dict(self._operations.most_common()),
         )
+
+
+def _on_device(args: Any) -> bool:
+    """Whether an operation reads a tensor that is not the host's own, such as a solve's times."""
+    return any(isinstance(x, Tensor) and x.device.type != "cpu" for x in tree_leaves(args))
 
 
 def _size(tensor: Tensor) -> int:

@@ -56,9 +56,7 @@ def fixed_solver(solver: Solver, *, nfe_per_block: int = NFE_PER_BLOCK) -> Solve
     return Solver(method="rk4_38", step=1 / steps, gradient=solver.gradient)
 
 
-def training_step(
-    flow: MultiscaleFlow, recipe: Recipe, x: torch.Tensor, solver: Solver
-) -> Callable[[], int]:
+def training_step(flow: MultiscaleFlow, recipe: Recipe, x: torch.Tensor, solver: Solver) -> Callable[[], int]:
     """A function that runs forward and backward of equation 17 once, and returns the NFE."""
     lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
 
@@ -84,19 +82,17 @@ def count_step(
         nfe_per_block: evaluations per block if the training solver is adaptive.
 
     Raises:
-        ConfigError: for a gradient mode that the solver does not offer, or a model that cannot be built without values.
+        ConfigError: for a gradient mode that the solver does not offer, or a model that needs values to be built.
     """
     solver = fixed_solver(recipe.solver, nfe_per_block=nfe_per_block)
     if gradient is not None:
         solver = dataclasses.replace(solver, gradient=gradient)
     size = batch or recipe.data.batch_size
-    costs = {}
-    # the state of Adam: two more tensors of each parameter's size
-    for images in (size, max(1, size // 2)) if size > 1 else (1, 2):
-        nfe, parameters, costs[images] = _count(recipe, solver, images)
-    other = next(images for images in costs if images != size)
-    slope = (costs[size].peak_memory - costs[other].peak_memory) / (size - other)
-    return StepCost(solver.gradient, size, nfe, parameters, costs[size], slope)
+    nfe, parameters, cost = _count(recipe, solver, size)
+    other = size // 2 if size > 1 else 2
+    _, _, cost_of_other = _count(recipe, solver, other)
+    slope = (cost.peak_memory - cost_of_other.peak_memory) / (size - other)
+    return StepCost(solver.gradient, size, nfe, parameters, cost, slope)
 
 
 def _count(recipe: Recipe, solver: Solver, batch: int) -> tuple[int, int, Cost]:
@@ -111,8 +107,10 @@ def _count(recipe: Recipe, solver: Solver, batch: int) -> tuple[int, int, Cost]:
     cost = count(lambda: found.append(step()), alive=(*parameters, x))
     held = sum(p.numel() * p.element_size() for p in parameters)
     # Adam's two moments are there during every step but the first
-    return found[0], sum(p.numel() for p in parameters), dataclasses.replace(
-        cost, peak_memory=cost.peak_memory + 2 * held
+    return (
+        found[0],
+        sum(p.numel() for p in parameters),
+        dataclasses.replace(cost, peak_memory=cost.peak_memory + 2 * held),
     )
 
 
