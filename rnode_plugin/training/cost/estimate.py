@@ -81,7 +81,8 @@ def predict_seconds(cost: Cost, card: Card, precision: str = "32-true") -> Range
 
     The device computes and moves bytes at shares of its peaks
     (:data:`~rnode_plugin.training.cost.cards.COMPUTE_SHARE` and its neighbours). The host launches kernels
-    meanwhile, and the slower of the two decides. In bf16 the fields move between half and all of the bytes of 32-true.
+    meanwhile, and the slower of the two decides. In bf16 the fields move between half and all of the bytes of
+    32-true.
 
     Raises:
         ConfigError: for a precision that the card has no fast arithmetic for, or that is not counted here.
