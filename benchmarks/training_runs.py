@@ -14,6 +14,7 @@ from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, SolverError, objective
 from rnode_plugin.core.objective import output_log_prob
+from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.data import ImageData
 from rnode_plugin.evaluation.bits import image_batch
 from rnode_plugin.fields import compile_fields
@@ -23,6 +24,9 @@ from rnode_plugin.solvers import Solver
 from rnode_plugin.training.schedule import RunPlan, StepBatches, learning_rate_factor
 
 __all__ = ["METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
+
+
+_PIXELS, _PROBES = 0, 1  # purposes of noise at one step
 
 
 def rk4(**changes: object) -> Solver:
@@ -112,14 +116,19 @@ class Trainer:
 
     def images(self) -> Tensor:
         """The next batch, dequantised; the same for all methods."""
-        generator = torch.Generator(self.device).manual_seed(self.steps)
+        seed = stream_seed(self.recipe.training.seed, Stream.TRAIN, _PIXELS, self.steps)
+        generator = torch.Generator(self.device).manual_seed(seed)
         batch = torch.from_numpy(self.data.train[next(self._batches)]).to(self.device)
         x = dequantize(batch, self.recipe.data.levels, generator=generator)
         return random_flip(x, generator=generator) if self.recipe.data.flip else x
 
-    def draw_noise(self, images: int, seed: int) -> list[Any]:
-        """Noise for the divergence of each block; the same for all methods."""
-        torch.manual_seed(seed)
+    def draw_noise(self, images: int, step: int) -> list[Any]:
+        """Noise for the divergence of each block; the same for all methods.
+
+        Independent of the noise of :meth:`images`: with one seed for both, probes would follow the pixels' noise
+        and bias the divergence.
+        """
+        torch.manual_seed(stream_seed(self.recipe.training.seed, Stream.TRAIN, _PROBES, step))
         return self.flow.draw_noise(images)
 
     def loss(self, x: Tensor, noise: list[Any]) -> Tensor:

@@ -50,6 +50,7 @@ def rnode_register_commands() -> Mapping[str, str]:
     names = ("train", "eval", "sample", "recipes", "data", "plugins", "report", "compare", "export", "figure")
     return {
         "exec": "rnode_plugin.cli.exec:exec_script",
+        "estimate": "rnode_plugin.cli.estimate:estimate",
         "info": "rnode_plugin.cli.info:info",
         "tune-step": "rnode_plugin.cli.tune:tune_step",
         **{name: f"rnode_plugin.cli.{name}:{name}" for name in names},
