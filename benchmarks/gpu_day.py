@@ -9,10 +9,10 @@ sizes, on any device: it shows that the script works, and its numbers mean nothi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,14 @@ def measure_steps(device: torch.device, *, rehearse: bool) -> Rows:
             row["ratio"] = times[BASELINE].median / times[name].median
             if device.type == "cuda":
                 row["memory"] = peak_memory(build_run, recipe, name, batch, device.type, device=device).total
-            if name in ("checkpointed", "adjoint", EXACT):
-                row |= _predicted(recipe, batch, PATHS[name].solver.gradient, device)
+            if name in ("checkpointed", EXACT):  # a continuous adjoint cannot be counted without values
+                row |= _predicted(recipe, batch, PATHS[name].solver, device)
             rows.append(row)
     return rows
 
 
-def _predicted(recipe: str, batch: int, gradient: str, device: torch.device) -> dict[str, Any]:
-    counted = count_step(get_recipe(recipe), gradient=gradient, batch=batch)
+def _predicted(recipe: str, batch: int, solver: Solver, device: torch.device) -> dict[str, Any]:
+    counted = count_step(dataclasses.replace(get_recipe(recipe), solver=solver), batch=batch)
     found: dict[str, Any] = {"counted_memory": counted.cost.peak_memory, "counted_kernels": counted.cost.kernels}
     name = torch.cuda.get_device_name(device).lower().replace(" ", "") if device.type == "cuda" else ""
     card = next((card for key, card in CARDS.items() if key in name), None)
@@ -207,7 +207,8 @@ def measure_quality(device: torch.device, *, rehearse: bool) -> Rows:
     images = 20 if rehearse else 1000
     every = 1 if rehearse else 250
     run = trainer.run(steps=steps, seconds=seconds, every=every, images=images, show=lambda point, loss: None)
-    return [{"recipe": recipe.name, "path": method, "ended": run.ended, **asdict(point)} for point in run.points]
+    shared = {"recipe": recipe.name, "path": method, "ended": run.ended}
+    return [{**shared, **dataclasses.asdict(point)} for point in run.points]
 
 
 def _seconds(timing: Timing) -> dict[str, float]:
