@@ -21,7 +21,7 @@ def slow(t, z, dz):
 
 
 # one that reads the Jacobian says so; the solver then makes the products, once for all who want them
-incompressible = FunctionRegularizer("incompressible", lambda e: e.divergence().square(), needs_vjp=True)
+incompressible = FunctionRegularizer("incompressible", lambda e: e.divergence().square(), needs={"vjp"})
 
 ARMS = {"none": {}, "slow": {slow: 0.1}, "incompressible": {incompressible: 0.1}}
 MAP = torch.tensor([[0.0, 2.0], [-0.5, 0.0]])  # of determinant 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -9,11 +10,16 @@ from torch import Tensor
 
 __all__ = [
     "BoundDynamics",
+    "FieldWithAux",
+    "FieldWithDivergence",
+    "FieldWithJVP",
     "FieldWithVJP",
     "FlowOutput",
     "Rates",
     "Solution",
     "SolveStats",
+    "StepRecord",
+    "Trajectory",
     "VectorField",
 ]
 
@@ -35,6 +41,33 @@ class FieldWithVJP(Protocol):
         ...
 
 
+@runtime_checkable
+class FieldWithJVP(Protocol):
+    """A field that brings its own product along a direction of state and time."""
+
+    def forward_and_jvp(self, t: Tensor, z: Tensor, v: Tensor, dt: float, /) -> tuple[Tensor, Tensor]:
+        """``(f(t, z), df/dz v + dt df/dt)``, both ``(B, *event)``, from one pass."""
+        ...
+
+
+@runtime_checkable
+class FieldWithDivergence(Protocol):
+    """A field that knows its exact divergence in closed form."""
+
+    def forward_and_divergence(self, t: Tensor, z: Tensor, /) -> tuple[Tensor, Tensor]:
+        """``(f(t, z), div f)``, ``(B, *event)`` and ``(B,)``, from one pass."""
+        ...
+
+
+@runtime_checkable
+class FieldWithAux(Protocol):
+    """A field that knows more than its velocity, such as a potential that knows its rate of change."""
+
+    def aux(self, t: Tensor, z: Tensor, /) -> Mapping[str, Tensor]:
+        """Values by name at one time; ``hjb`` reads ``"potential_rate"``, the ``(B,)`` of a potential's d/dt."""
+        ...
+
+
 class Rates(NamedTuple):
     """The right-hand side of the augmented system (RNODE) at one time.
 
@@ -52,10 +85,54 @@ class Rates(NamedTuple):
 class BoundDynamics(Protocol):
     """What the integrator integrates: an augmented system whose noise is fixed for one solve.
 
-    With ``products=False`` whatever needs a vector-Jacobian product is left out of the result.
+    With ``products=False`` whatever needs a product with the Jacobian is left out of the result. An attribute
+    ``path``, if there is one, holds the penalties of steps and trajectories
+    (:class:`~rnode_plugin.core.path_penalties.PathPenalties`).
     """
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates: ...
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a solve, as a step penalty sees it.
+
+    Attributes:
+        t: time at its start, a tensor of one entry.
+        h: its length, positive, a tensor of one entry.
+        z0, z1: states ``(B, *event)`` at its two ends.
+        times, states, velocities: of each stage, in the order of their evaluation.
+        error: the embedded estimate of the error of ``z1``, ``(B, *event)``; None if the method has none.
+        pair: indices of two stages at the same time; None if the method has no two.
+        atol, rtol: the solve's tolerances; a fixed grid does not use them.
+    """
+
+    t: Tensor
+    h: Tensor
+    z0: Tensor
+    z1: Tensor
+    times: Sequence[Tensor]
+    states: Sequence[Tensor]
+    velocities: Sequence[Tensor]
+    error: Tensor | None
+    pair: tuple[int, int] | None
+    atol: float
+    rtol: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """States along one solve, as a trajectory penalty sees them.
+
+    Attributes:
+        t: times ``(T,)`` in the order of the solve: both ends, and between them those that the penalty asked for.
+        z: states at them, ``(T, B, *event)``.
+        integrals: integral along the path of each rate that the penalty asked for by name, ``(B,)``.
+    """
+
+    t: Tensor
+    z: Tensor
+    integrals: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,8 +159,8 @@ class Solution:
         z: states at them ``(T, B, *event)``.
         logdet: log-determinant of the flow's Jacobian from the first time to each output time, ``(T, B)`` in
             nats (eq. 4); None where the dynamics follow no density.
-        penalties: integral of each penalty along the whole trajectory by name, ``(B,)``; never negative for a
-            rate that is not, whichever way time runs.
+        penalties: each penalty of the whole trajectory by name, ``(B,)``; the integral of a rate that is never
+            negative is not negative either, whichever way time runs.
         stats: evaluations and steps.
     """
 

@@ -79,7 +79,7 @@ class Field(nn.Module):
 class Learned(nn.Module):
     """A penalty with a parameter of its own, which the states do not depend on."""
 
-    name, needs_vjp = "learned", False
+    name, needs = "learned", frozenset[str]()
 
     def __init__(self) -> None:
         super().__init__()

@@ -141,7 +141,7 @@ def test_regularizers_as_objects_functions_and_mappings() -> None:
 
 def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
     class Learned(nn.Module):
-        name, needs_vjp = "learned", False
+        name, needs = "learned", frozenset[str]()
 
         def __init__(self) -> None:
             super().__init__()

@@ -56,7 +56,7 @@ def test_it_is_listed_and_can_be_blocked(site):
     for variables in ({"RNODE_DISABLE_PLUGINS": "1"}, {"RNODE_PLUGINS_BLOCK": "rnode_arclength"}):
         rows = {row["name"]: row for row in json.loads(run(site, command, **variables))}
         assert rows["arclength"]["registers"] == {}
-        assert rows["builtin"]["registers"]["regularizers"] == ["jacfrob", "kinetic"]
+        assert {"jacfrob", "kinetic"} < set(rows["builtin"]["registers"]["regularizers"])
 
 
 def test_listing_it_does_not_import_torch(site):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..types import FieldWithVJP, Rates, VectorField
+from ..types import FieldWithDivergence, FieldWithVJP, Rates, VectorField
+from .checked_call import checked_call
+from .derivatives import FieldDerivatives
 from .field_evaluation import FieldEvaluation
-from .regularizers import Regularizer
-from .trace_estimators import TraceEstimator, get_estimator
+from .path_penalties import PathPenalties, hidden_rates
+from .regularizers import Regularizer, kind_of
+from .trace_estimators import Exact, TraceEstimator, get_estimator
 
 __all__ = ["Dynamics"]
 
@@ -21,14 +25,17 @@ class Dynamics:
     """The augmented system (RNODE) of a vector field: state, log-determinant and penalties.
 
     Args:
-        field: ``f(t, z)``. One that has ``forward_and_vjp`` computes its own product; the choice is made here,
-            once.
-        regularizers: penalties to follow.
-        estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"`` or an object.
+        field: ``f(t, z)``. One that has ``forward_and_vjp`` computes its own product, one with ``forward_and_jvp``
+            its own product along a direction; the choice is made here, once.
+        regularizers: rates, step penalties and trajectory penalties to follow. A span policy is not one of the
+            dynamics: whoever chooses the times of a solve applies it.
+        estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
+            :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
+        event: takes from a state what step and trajectory penalties are about; None: all of it.
 
     Raises:
-        ConfigError: for an unknown estimator; later for a penalty whose rate is not of shape ``(B,)``.
+        ConfigError: for an unknown estimator and a span policy; later for a penalty that does not return ``(B,)``.
     """
 
     def __init__(
@@ -38,22 +45,48 @@ class Dynamics:
         regularizers: Iterable[Regularizer] = (),
         estimator: str | TraceEstimator = "gaussian",
         divergence: bool = True,
+        event: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.field = field
         self.estimator = get_estimator(estimator)
         self.regularizers = tuple(regularizers)
         self.divergence = divergence
-        self.needs_products = divergence or any(r.needs_vjp for r in self.regularizers)
-        self.inner_autograd = self.needs_products and not isinstance(field, FieldWithVJP)
+        kinds: dict[str, list[Any]] = {"rate": [], "step": [], "trajectory": [], "span": []}
+        for regularizer in self.regularizers:
+            kinds[kind_of(regularizer)].append(regularizer)
+        if kinds["span"]:
+            raise ConfigError(
+                f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "
+                "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
+            )
+        hidden = hidden_rates(kinds["trajectory"], kinds["rate"])
+        self.rates = (*kinds["rate"], *hidden)
+        self.path: PathPenalties | None = None
+        if kinds["step"] or kinds["trajectory"]:
+            self.path = PathPenalties(
+                tuple(r for r in kinds["step"] if not r.local),
+                tuple(r for r in kinds["step"] if r.local),
+                tuple(kinds["trajectory"]),
+                hidden=frozenset(r.name for r in hidden),
+                **({} if event is None else {"event": event}),
+            )
+        needs = {need for rate in self.rates for need in rate.needs}
+        self.needs_products = divergence or "vjp" in needs
+        self.inner_autograd = "jvp" in needs or (self.needs_products and not isinstance(field, FieldWithVJP))
+        self._derivatives = FieldDerivatives(field) if needs & {"vjp", "jvp"} else None
+        self._velocity_and_divergence = None
+        knows = isinstance(self.estimator, Exact) and isinstance(field, FieldWithDivergence)
+        if knows and divergence and "vjp" not in needs:  # no Jacobian needed
+            self._velocity_and_divergence = field.forward_and_divergence  # pyright: ignore[reportAttributeAccessIssue]
         self._field_and_products = self.estimator.bind(field)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The field's parameters, where it is a module."""
+        """The field's parameters, if it is a module."""
         if isinstance(self.field, nn.Module):
             yield from self.field.parameters()
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
-        """Noise for one solve from ``z``; None where no product is needed."""
+        """Noise for one solve from ``z``; None if no product is needed."""
         return self.estimator.draw(z, generator=generator) if self.needs_products else None
 
     def bind(self, noise: Tensor | None) -> _Bound:
@@ -63,34 +96,43 @@ class Dynamics:
     def evaluate(self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True) -> Rates:
         """The right-hand side at one time; ``products=False`` leaves out whatever needs a product."""
         with_products = products and self.needs_products
-        if with_products:
-            dz, rows = self._field_and_products(t, z, noise)
-            # under autocast the field runs in low precision; everything that is summed does not
-            evaluation = FieldEvaluation(t, z, dz.to(z.dtype), noise, rows.to(z.dtype), self.estimator)
+        rows = known = None
+        if not with_products:
+            dz = self.field(t, z)
+        elif self._velocity_and_divergence is not None:
+            dz, known = self._velocity_and_divergence(t, z)
         else:
-            evaluation = FieldEvaluation(t, z, self.field(t, z).to(z.dtype))
-        if evaluation.dz.shape != z.shape:
+            dz, rows = self._field_and_products(t, z, noise)
+        if dz.shape != z.shape:
             raise ConfigError(
-                f"the vector field returned shape {tuple(evaluation.dz.shape)} for a state of shape "
-                f"{tuple(z.shape)}; f(t, z) must have the shape of z."
+                f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
+                "must have the shape of z."
             )
-        dlogdet = evaluation.divergence() if with_products and self.divergence else None
-        return Rates(evaluation.dz, dlogdet, self.penalties(evaluation, products=products))
+        # under autocast the field runs in low precision; everything that is summed does not
+        dz = dz.to(z.dtype)
+        evaluation = FieldEvaluation(
+            t,
+            z,
+            dz,
+            noise,
+            None if rows is None else rows.to(z.dtype),
+            self.estimator,
+            self.field,
+            self._derivatives,
+        )
+        dlogdet = None
+        if with_products and self.divergence:
+            dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
+        return Rates(dz, dlogdet, self.penalties(evaluation, products=products))
 
     def penalties(self, evaluation: FieldEvaluation, *, products: bool = True) -> dict[str, Tensor]:
-        """The rate ``(B,)`` of each penalty by name; ``products=False`` leaves out those that read products."""
-        return {r.name: self._rate(r, evaluation) for r in self.regularizers if products or not r.needs_vjp}
-
-    @staticmethod
-    def _rate(regularizer: Regularizer, evaluation: FieldEvaluation) -> Tensor:
-        rate = regularizer(evaluation)
-        if not isinstance(rate, Tensor) or rate.shape != evaluation.z.shape[:1]:
-            got = tuple(rate.shape) if isinstance(rate, Tensor) else type(rate).__name__
-            raise ConfigError(
-                f"the regularizer {regularizer.name!r} returned {got}; it must return one rate a sample, "
-                f"a tensor of shape {tuple(evaluation.z.shape[:1])}."
-            )
-        return rate
+        """The rate ``(B,)`` of each penalty by name; ``products=False`` leaves out those that need anything."""
+        seen = (evaluation.z, evaluation.dz)
+        return {
+            rate.name: checked_call(rate, evaluation, seen, evaluation.z)
+            for rate in self.rates
+            if products or not rate.needs
+        }
 
 
 @dataclass(frozen=True)
@@ -105,6 +147,11 @@ class _Bound:
     def inner_autograd(self) -> bool:
         """Whether an evaluation differentiates inside, which a checkpoint has to know."""
         return self.dynamics.inner_autograd
+
+    @property
+    def path(self) -> PathPenalties | None:
+        """The penalties that are not rates."""
+        return self.dynamics.path
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.dynamics.parameters()

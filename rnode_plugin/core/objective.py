@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,22 +28,30 @@ class Objective(NamedTuple):
     penalties: dict[str, Tensor]
 
 
-def penalty(regularization: Mapping[str, Tensor], *, lambdas: Mapping[str, float], dims: int) -> dict[str, Tensor]:
+def penalty(
+    regularization: Mapping[str, Tensor],
+    *,
+    lambdas: Mapping[str, float],
+    dims: int,
+    undivided: Collection[str] = (),
+) -> dict[str, Tensor]:
     """``lambda * mean over the batch / dims`` of each penalty that ``lambdas`` names.
 
     Args:
-        regularization: raw integral of each penalty, ``(B,)``.
+        regularization: raw value of each penalty, ``(B,)``.
         lambdas: strength by name.
         dims: number of dimensions d of one sample.
+        undivided: names of the penalties that are not divided by ``dims``, those that are no sum over the event.
 
     Raises:
-        ConfigError: where ``lambdas`` names a penalty that was not integrated.
+        ConfigError: if ``lambdas`` names a penalty that was not integrated.
     """
     terms: dict[str, Tensor] = {}
     for name, strength in lambdas.items():
         if name not in regularization:
             raise ConfigError(suggest(name, regularization, "penalty"))
-        terms[name] = strength * regularization[name].mean() / dims
+        mean = strength * regularization[name].mean()
+        terms[name] = mean if name in undivided else mean / dims
     return terms
 
 
@@ -53,20 +61,22 @@ def objective(
     *,
     lambdas: Mapping[str, float] | None = None,
     dims: int,
+    undivided: Collection[str] = (),
 ) -> Objective:
     """Equation 17: mean over samples and dimensions of ``-log p + lambda_K E + lambda_J n``, in nats/dim.
 
     Args:
         log_prob: ``log q(z(T)) + l(T)`` of each sample, ``(B,)`` in nats (eq. 4).
-        regularization: raw integral of each penalty, ``(B,)``, summed over blocks and dimensions.
+        regularization: raw value of each penalty, ``(B,)``, summed over blocks and dimensions.
         lambdas: strength by name; penalties that it does not name do not count.
         dims: number of dimensions d of one sample, for an image C*H*W.
+        undivided: see :func:`penalty`.
 
     Raises:
-        ConfigError: where ``lambdas`` names a penalty that was not integrated.
+        ConfigError: if ``lambdas`` names a penalty that was not integrated.
     """
     nll = -log_prob.mean() / dims
-    terms = penalty(regularization or {}, lambdas=lambdas or {}, dims=dims)
+    terms = penalty(regularization or {}, lambdas=lambdas or {}, dims=dims, undivided=undivided)
     loss = nll
     for term in terms.values():
         loss = loss + term

@@ -1,7 +1,7 @@
 """Sums of products and of squares over an event, with few device kernels.
 
-On a CPU torch's own operations are the fast ones. Elsewhere a launch costs more than the arithmetic of a rate: there
-a sum is one product of matrices forward and one or two operations backward.
+On a CPU torch's own operations are the fast ones. Elsewhere a launch costs more than the arithmetic of a rate:
+there a sum is one product of matrices forward and one or two operations backward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["sum_products", "sum_squares"]
+__all__ = ["sum_event", "sum_products", "sum_squares"]
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
+    return x.flatten(1).sum(1)
 
 
 def sum_products(x: Tensor, y: Tensor) -> Tensor:

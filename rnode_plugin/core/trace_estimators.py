@@ -1,123 +1,187 @@
-"""Divergence of a vector field and the Frobenius norm of its Jacobian, exact or by Hutchinson's estimator.
+"""Divergence of a vector field and Frobenius norm of its Jacobian: exact, by Hutchinson's estimator, by Hutch++.
 
-Both come from the same products ``e^T J`` with ``J = df/dz``, taken for probe vectors ``e`` that stay fixed
-during one solve. Everything else that wants the Jacobian (the ``jacfrob`` penalty) reads those products too, so
-that an evaluation never pays for a second one.
+Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe vectors ``v``. Everything else that
+wants the Jacobian (the penalties ``jacfrob``, ``curl`` and ``strain``) reads those products too, so that an
+evaluation never pays for a second one.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from ..types import FieldWithVJP, VectorField
+from .derivatives import field_and_vjp, in_transform, vjp_of
 from .reductions import sum_products, sum_squares
 
-__all__ = ["Exact", "Hutchinson", "TraceEstimator", "field_and_vjp", "get_estimator", "sum_event"]
+__all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Probes", "TraceEstimator", "get_estimator"]
 
 FieldAndProduct = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 
-
-def sum_event(x: Tensor) -> Tensor:
-    """Sum over all but the first dimension: ``(B, *event) -> (B,)``."""
-    return x.reshape(x.shape[0], -1).sum(1)
+_NOISES = ("gaussian", "rademacher")
 
 
-def field_and_vjp(field: VectorField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """``(f(t, z), noise^T df/dz)`` for any differentiable field, by automatic differentiation.
+class Probes(NamedTuple):
+    """Probe vectors whose weighted outer products have the identity as their mean.
 
-    Works under ``no_grad`` and ``inference_mode`` too; the result then carries no graph.
+    So ``sum_i w_i g(v_i)`` is an unbiased estimate of the trace of any quadratic form ``g``.
+
+    Attributes:
+        weights: ``w_i``, one for each probe.
+        vectors: ``v_i``, each ``(B, *event)``.
+        rows: ``v_i^T J``, each ``(B, *event)``.
     """
-    keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    # A tensor made in inference mode cannot be saved for a backward pass: a clone outside of it can.
-    with torch.inference_mode(False), torch.enable_grad():
-        t, noise = (x.clone() if x.is_inference() else x for x in (t, noise))
-        if z.is_inference():
-            z = z.clone()
-        if not (keep_graph and z.requires_grad):
-            z = z.detach().requires_grad_()
-        dz = field(t, z)
-        (vjp,) = _grad(dz, z, noise, create_graph=keep_graph)
-    return (dz, vjp) if keep_graph else (dz.detach(), vjp.detach())
 
-
-def _grad(dz: Tensor, z: Tensor, noise: Tensor, *, create_graph: bool, retain: bool = False) -> tuple[Tensor]:
-    if not dz.requires_grad:  # a field that ignores both its state and all parameters
-        return (torch.zeros_like(z),)
-    (vjp,) = torch.autograd.grad(
-        dz, z, noise.to(dz.dtype), create_graph=create_graph, retain_graph=create_graph or retain, allow_unused=True
-    )
-    return (torch.zeros_like(z) if vjp is None else vjp,)
+    weights: tuple[float, ...]
+    vectors: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
 
 
 class TraceEstimator(ABC):
     """How to obtain the divergence and the Frobenius norm from products with the Jacobian.
 
-    :meth:`draw` is called once a solve, :meth:`bind` once per field; the function that it returns is called at
-    every evaluation and gives the velocity and the products, which the other two methods reduce.
+    :meth:`draw` is called once per solve, :meth:`bind` once per field. The function that :meth:`bind` returns is
+    called at every evaluation and gives the velocity and the products, which the other methods reduce.
     """
 
     @abstractmethod
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
-        """Noise for one solve from the state ``z (B, *event)``; None where the estimator needs none."""
+        """Noise for one solve from the state ``z (B, *event)``; None if the estimator needs none."""
 
     @abstractmethod
     def bind(self, field: VectorField) -> FieldAndProduct:
         """Choose, once, how ``(t, z, noise) -> (f(t, z), products)`` is computed for this field."""
 
     @abstractmethod
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        """The probe vectors behind ``products``."""
+
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         """``div f (B,)`` (eq. 3) or an unbiased estimate of it (eq. 5)."""
+        probes = self.probes(products, noise)
+        terms = (w * sum_products(v, row) for w, v, row in zip(*probes, strict=True))
+        return torch.stack(list(terms)).sum(0)
 
-    @abstractmethod
-    def squared_frobenius(self, products: Tensor) -> Tensor:
+    def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         """``||df/dz||_F^2 (B,)`` (eq. 13) or an unbiased estimate of it (eq. 16)."""
+        probes = self.probes(products, noise)
+        terms = (w * sum_squares(row) for w, _, row in zip(*probes, strict=True))
+        return torch.stack(list(terms)).sum(0)
 
 
 class Hutchinson(TraceEstimator):
-    """Hutchinson's unbiased estimator with one probe vector: one product an evaluation, whatever the dimension.
+    """Hutchinson's unbiased estimator, the mean over one or more probe vectors: one product each.
 
     Args:
         noise: ``"gaussian"`` (the paper's) or ``"rademacher"`` (signs; smaller variance of the divergence).
+        probes: number of probe vectors; the variance falls in proportion, the cost grows.
+
+    The noise of one probe has the shape of the state, that of k probes ``(k, B, *event)``.
 
     Raises:
-        ConfigError: for another kind of noise.
+        ConfigError: for another kind of noise or a number below 1.
     """
 
-    def __init__(self, noise: str = "gaussian") -> None:
-        if noise not in ("gaussian", "rademacher"):
-            raise ConfigError(suggest(noise, ("gaussian", "rademacher"), "trace noise"))
+    def __init__(self, noise: str = "gaussian", *, probes: int = 1) -> None:
+        if noise not in _NOISES:
+            raise ConfigError(suggest(noise, _NOISES, "trace noise"))
         self.noise = noise
+        self.count = _positive(probes, "probes")
 
     def __repr__(self) -> str:
-        return f"Hutchinson({self.noise!r})"
+        return f"Hutchinson({self.noise!r}{f', probes={self.count}' if self.count > 1 else ''})"
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        if self.noise == "gaussian":
-            return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-        signs = torch.randint(0, 2, z.shape, dtype=torch.int8, device=z.device, generator=generator)
-        return signs.to(z.dtype) * 2 - 1
+        shape = z.shape if self.count == 1 else torch.Size([self.count, *z.shape])
+        return _draw(self.noise, shape, z, generator)
 
     def bind(self, field: VectorField) -> FieldAndProduct:
+        if self.count > 1:
+            several = _products_of(field)
+            return lambda t, z, noise: several(t, z, list(_given(noise)))
         if isinstance(field, FieldWithVJP):
             return field.forward_and_vjp  # pyright: ignore[reportReturnType]  (noise is never None here)
+        return lambda t, z, noise: field_and_vjp(field, t, z, _given(noise))
+
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        noise = _given(noise)
+        if self.count == 1:
+            return Probes((1.0,), (noise,), (products,))
+        return Probes((1 / self.count,) * self.count, tuple(noise), tuple(products))
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        return sum_products(products, _given(noise)) if self.count == 1 else super().divergence(products, noise)
+
+    def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        return sum_squares(products) if self.count == 1 else super().squared_frobenius(products, noise)
+
+
+class HutchPlusPlus(TraceEstimator):
+    """Hutch++ (Meyer et al., 2021): exact on a few directions that ``J`` favours, Hutchinson on the rest.
+
+    Good for fields whose Jacobian is close to low rank. With ``Q`` an orthonormal basis of ``J^T S`` for a random
+    ``S`` of ``rank`` columns, the trace is ``tr(Q^T J Q)`` plus Hutchinson's estimate of the rest with probes
+    ``(I - Q Q^T) g``. ``Q`` is found again at each evaluation and detached. Value and gradient stay unbiased, as
+    they are for any fixed ``Q``, and the gradient of the QR decomposition, not finite at ``J = 0``, is not needed.
+    Three products per rank and evaluation: as many probes ``g`` as columns of ``S``.
+
+    Args:
+        rank: columns of ``S``; less than the number of dimensions.
+        noise: ``"rademacher"`` or ``"gaussian"``.
+
+    The noise is ``(2 rank, B, *event)``: ``S``, then ``g``.
+
+    Raises:
+        ConfigError: for another kind of noise or a rank below 1; when drawn, for a rank that is not smaller than
+            the number of dimensions.
+    """
+
+    def __init__(self, rank: int = 2, *, noise: str = "rademacher") -> None:
+        if noise not in _NOISES:
+            raise ConfigError(suggest(noise, _NOISES, "trace noise"))
+        self.rank, self.noise = _positive(rank, "rank"), noise
+
+    def __repr__(self) -> str:
+        return f"HutchPlusPlus({self.rank}, noise={self.noise!r})"
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        dims = math.prod(z.shape[1:])
+        if self.rank >= dims:
+            raise ConfigError(
+                f"Hutch++ of rank {self.rank} on {dims} dimensions: the rank must be smaller; use 'exact' instead."
+            )
+        return _draw(self.noise, torch.Size([2 * self.rank, *z.shape]), z, generator)
+
+    def bind(self, field: VectorField) -> FieldAndProduct:
+        several = _products_of(field)
 
         def products(t: Tensor, z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-            assert noise is not None
-            return field_and_vjp(field, t, z, noise)
+            noise = _given(noise)
+            with torch.no_grad():
+                sketch = several(t, z.detach(), list(noise[: self.rank]))[1]
+                vectors = self._directions(sketch, noise[self.rank :])
+            dz, rows = several(t, z, list(vectors))
+            return dz, torch.stack([vectors.to(rows.dtype), rows])
 
         return products
 
-    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        assert noise is not None
-        return sum_products(products, noise)
+    def _directions(self, sketch: Tensor, noise: Tensor) -> Tensor:
+        """``Q`` and projected noise, ``(2 rank, B, *event)``, from ``J^T S`` and ``g``, ``(rank, B, *event)``."""
+        columns = sketch.to(noise.dtype).flatten(2).permute(1, 2, 0)  # (B, D, rank)
+        q = torch.linalg.qr(columns)[0]
+        g = noise.flatten(2).permute(1, 2, 0)
+        rest = g - q @ (q.mT @ g)
+        return torch.cat([q, rest], 2).permute(2, 0, 1).reshape(2 * self.rank, *noise.shape[1:])
 
-    def squared_frobenius(self, products: Tensor) -> Tensor:
-        return sum_squares(products)
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        vectors, rows = products
+        return Probes((1.0,) * self.rank + (1 / self.rank,) * self.rank, tuple(vectors), tuple(rows))
 
 
 class Exact(TraceEstimator):
@@ -133,62 +197,93 @@ class Exact(TraceEstimator):
         return None
 
     def bind(self, field: VectorField) -> FieldAndProduct:
-        return _rows_in_one_batch(field) if isinstance(field, FieldWithVJP) else _rows_one_by_one(field)
+        several = _products_of(field)
+        return lambda t, z, noise: several(t, z, _basis(z))
+
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        return Probes((1.0,) * len(products), tuple(_basis(products[0])), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         # (D, B, *event) -> (D, B, D) -> the diagonal
         return products.reshape(*products.shape[:2], -1).diagonal(dim1=0, dim2=2).sum(-1)
 
-    def squared_frobenius(self, products: Tensor) -> Tensor:
+    def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         return products.square().transpose(0, 1).reshape(products.shape[1], -1).sum(1)
 
 
-def _basis(z: Tensor) -> Tensor:
-    """The unit vectors of the event space for each sample: ``(D, B, *event)``."""
-    dims = z[0].numel()
+def _given(noise: Tensor | None) -> Tensor:
+    assert noise is not None
+    return noise
+
+
+def _draw(kind: str, shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    if kind == "gaussian":
+        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    signs = torch.randint(0, 2, shape, dtype=torch.int8, device=like.device, generator=generator)
+    return signs.to(like.dtype) * 2 - 1
+
+
+def _basis(z: Tensor) -> list[Tensor]:
+    """The unit vectors of the event space for each sample, each ``(B, *event)``."""
+    dims = math.prod(z.shape[1:])
     eye = torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
-    return eye.expand(dims, *z.shape)
+    return list(eye.expand(dims, *z.shape))
 
 
-def _rows_in_one_batch(field: FieldWithVJP) -> FieldAndProduct:
-    def products(t: Tensor, z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        basis = _basis(z)
-        dims, batch = basis.shape[:2]
-        repeated = z.unsqueeze(0).expand(dims, *z.shape).reshape(dims * batch, *z.shape[1:])
-        dz, rows = field.forward_and_vjp(t, repeated, basis.reshape(dims * batch, *z.shape[1:]))
-        return dz[:batch], rows.reshape(dims, *z.shape)
+def _products_of(field: VectorField) -> Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
+    """``(t, z, vectors) -> (f(t, z), v^T df/dz of each vector, stacked)``."""
+    return _in_one_batch(field) if isinstance(field, FieldWithVJP) else _one_by_one(field)
+
+
+def _in_one_batch(field: FieldWithVJP) -> Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
+    def products(t: Tensor, z: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        count, batch = len(vectors), len(z)
+        repeated = z.unsqueeze(0).expand(count, *z.shape).reshape(count * batch, *z.shape[1:])
+        dz, rows = field.forward_and_vjp(t, repeated, torch.cat(vectors))
+        return dz[:batch], rows.reshape(count, *z.shape)
 
     return products
 
 
-def _rows_one_by_one(field: VectorField) -> FieldAndProduct:
-    def products(t: Tensor, z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _one_by_one(field: VectorField) -> Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
+    def products(t: Tensor, z: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if in_transform():
+            dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]
+            return dz, torch.stack([pull(v.to(dz.dtype))[0] for v in vectors])
         keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            if t.is_inference():
-                t = t.clone()
-            if z.is_inference():
-                z = z.clone()
+            t, z, *vectors = (x.clone() if x.is_inference() else x for x in (t, z, *vectors))
             if not (keep_graph and z.requires_grad):
                 z = z.detach().requires_grad_()
             dz = field(t, z)
-            rows = [_grad(dz, z, e, create_graph=keep_graph, retain=True)[0] for e in _basis(z)]
-        jacobian = torch.stack(rows)
-        return (dz, jacobian) if keep_graph else (dz.detach(), jacobian.detach())
+            rows = torch.stack([vjp_of(dz, z, v, create_graph=keep_graph, retain=True) for v in vectors])
+        return (dz, rows) if keep_graph else (dz.detach(), rows.detach())
 
     return products
 
 
 def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
-    """An estimator from its name: ``"gaussian"``, ``"rademacher"`` (both Hutchinson) or ``"exact"``.
+    """An estimator from its name.
+
+    ``"gaussian"`` and ``"rademacher"`` are Hutchinson's, ``"rademacher:4"`` with 4 probes; ``"hutch++"`` or
+    ``"hutch++:3"`` of rank 3; ``"exact"``.
 
     Raises:
-        ConfigError: for another name.
+        ConfigError: for another name or a number below 1.
     """
     if isinstance(spec, TraceEstimator):
         return spec
-    if spec == "exact":
+    name, _, option = str(spec).partition(":")
+    if name == "exact" and not option:
         return Exact()
-    if spec in ("gaussian", "rademacher"):
-        return Hutchinson(spec)
-    raise ConfigError(suggest(str(spec), ("exact", "gaussian", "rademacher"), "trace estimator"))
+    if name in (*_NOISES, "hutch++") and (option.isdecimal() or ":" not in str(spec)):
+        if name == "hutch++":
+            return HutchPlusPlus(int(option or 2))
+        return Hutchinson(name, probes=int(option or 1))
+    raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "hutch++"), "trace estimator"))
+
+
+def _positive(value: int, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} of a trace estimator must be a whole number of at least 1, not {value!r}.")
+    return value

@@ -295,9 +295,9 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
 
 def _registered(name: str) -> Any:
     """The regularizer of a name: only a name loads the plugin host."""
-    from ..plugins import registry
+    from ..plugins.resolve import get_regularizer
 
-    return registry.get("regularizers", name)
+    return get_regularizer(name)
 
 
 def _solve(

@@ -14,9 +14,18 @@ __all__: list[str] = []
 
 @hookimpl
 def rnode_register_regularizers() -> Mapping[str, str]:
+    home = "rnode_plugin.core.regularizers"
+    objects = (
+        "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",
+        "curl", "strain", "hjb", "error", "stiffness", "local_error", "local_stiffness",
+    )  # fmt: skip
     return {
-        "kinetic": "rnode_plugin.core.regularizers:kinetic",
-        "jacfrob": "rnode_plugin.core.regularizers:jacfrob",
+        **{name: f"{home}:{name}" for name in objects},
+        "taylor": f"{home}:Taylor",
+        "straightness": f"{home}:Straightness",
+        "trajectory_polynomial": f"{home}:TrajectoryPolynomial",
+        "steer": f"{home}:Steer",
+        "learned_end_time": f"{home}:LearnedEndTime",
     }
 
 

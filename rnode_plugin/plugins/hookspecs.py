@@ -47,8 +47,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
     """Penalties for ``regularizers=["length"]`` and for the ``regularizers`` group of a recipe.
 
-    A penalty is a callable with two attributes. ``name`` is the name it is registered under. ``needs_vjp`` says
-    whether it reads ``evaluation.divergence()`` or ``evaluation.squared_frobenius()``. Called with an
+    A regularizer is a callable with a ``name``, the one it is registered under, or a class of such objects that
+    takes options and ``name=``, for names like ``"taylor:3"``. Its ``kind`` is ``"rate"`` (if it is missing),
+    ``"step"``, ``"trajectory"`` or ``"span"``; :mod:`rnode_plugin.core.regularizers.base` states what each must
+    offer. A rate has ``needs``, what it reads of an evaluation: ``"vjp"`` for ``divergence()``,
+    ``squared_frobenius()`` and ``vjp(v)``, ``"jvp"`` for ``jvp(v, dt)`` and ``total_derivative(order)``, ``"aux"``
+    for what the field offers by name. Called with an
     :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` (time ``t`` of shape ``()``, state ``z`` and
     velocity ``dz`` of shape ``(B, *event)``) it returns its rate per unit of time and per sample, ``(B,)``: the sum
     over the event, not a mean. The solver integrates it; the objective takes the mean over the batch and divides by
@@ -59,17 +63,17 @@ def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[repor
         # my_package/penalties.py
         from rnode_plugin.core.regularizers import FunctionRegularizer
 
-        def _l1(evaluation):
-            return evaluation.dz.abs().flatten(1).sum(1)  # (B, *event) -> (B,)
+        def _quartic(evaluation):
+            return evaluation.dz.pow(4).flatten(1).sum(1)  # (B, *event) -> (B,)
 
-        l1 = FunctionRegularizer("l1", _l1)
+        quartic = FunctionRegularizer("quartic", _quartic)
 
         # my_package/__init__.py
         import rnode_plugin
 
         @rnode_plugin.hookimpl
         def rnode_register_regularizers():
-            return {"l1": "my_package.penalties:l1"}
+            return {"quartic": "my_package.penalties:quartic"}
     """
 
 

@@ -230,9 +230,11 @@ class Recipe:
         Raises:
             ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
         """
+        from ..plugins.resolve import get_regularizer  # imports torch
+
         changed = override(self, assignments, fixed=("paper",))
         for name in changed.regularizers.keys() - self.regularizers.keys():
-            registry.get("regularizers", name)  # an unknown name is refused here, not after the data is loaded
+            get_regularizer(name)  # an unknown name is refused here, not after the data is loaded
         return changed
 
     def vanilla(self) -> Recipe:

@@ -46,22 +46,28 @@ def solve(
         Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
 
     Raises:
-        ConfigError: for times that are not finite and strictly monotonic.
+        ConfigError: for times that are not finite and strictly monotonic, and for a step penalty that the method
+            or the gradient mode cannot have.
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
     from .adjoint import solve_adjoint
     from .health import check_time
     from .integrate import integrate
     from .observers import notify
+    from .path import solve_with_path
     from .plan import SolvePlan
 
     solver = solver or Solver()
     plan = solver if isinstance(solver, SolvePlan) else SolvePlan.of(solver)
     check_time(t_span)
-    if plan.gradient.endswith("adjoint"):
-        wanted = getattr(dynamics, "parameters", tuple)() if params is None else params
-        solution = solve_adjoint(dynamics, z0, t_span.to(z0.device), plan, tuple(wanted))
-    else:
-        solution = integrate(dynamics, z0, t_span, plan, generator=generator, checks=checks)
+
+    def run(t_span: Tensor, plan: SolvePlan, trace: list[tuple[Tensor, Tensor]] | None = None) -> Solution:
+        if plan.gradient.endswith("adjoint"):
+            wanted = getattr(dynamics, "parameters", tuple)() if params is None else params
+            return solve_adjoint(dynamics, z0, t_span.to(z0.device), plan, tuple(wanted), trace=trace)
+        return integrate(dynamics, z0, t_span, plan, generator=generator, trace=trace, checks=checks)
+
+    path = getattr(dynamics, "path", None)
+    solution = run(t_span, plan) if path is None else solve_with_path(dynamics, path, t_span, plan, run)
     notify(solution, solver)
     return solution

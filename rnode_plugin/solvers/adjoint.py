@@ -26,7 +26,13 @@ __all__ = ["solve_adjoint"]
 
 
 def solve_adjoint(
-    dynamics: BoundDynamics, z0: Tensor, t_span: Tensor, plan: SolvePlan, params: Sequence[Tensor]
+    dynamics: BoundDynamics,
+    z0: Tensor,
+    t_span: Tensor,
+    plan: SolvePlan,
+    params: Sequence[Tensor],
+    *,
+    trace: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Solution:
     """Integrate without a graph and attach the continuous adjoint as the gradient.
 
@@ -38,12 +44,13 @@ def solve_adjoint(
         t_span: times ``(T,)``.
         plan: ``plan.adjoint`` says how the backward system is solved (None: as the forward one).
         params: all tensors that the dynamics read and that a gradient is wanted for.
+        trace: a list that receives the time and state of every accepted step, the initial one first.
 
     Raises:
         SolverError: from either direction.
     """
     # the backward pass starts from every time of t_span; which of them are outputs is settled outside of it
-    call = _Call(dynamics, replace(plan, keep=None))
+    call = _Call(dynamics, replace(plan, keep=None), watched=trace)
     wanted = [p for p in params if p.requires_grad]
     times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
     assert call.stats is not None
@@ -62,13 +69,16 @@ class _Call:
     names: tuple[str, ...] = ()
     stats: SolveStats | None = None
     trace: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    watched: list[tuple[Tensor, Tensor]] | None = None
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
-        trace = call.trace if call.plan.gradient == "interpolated_adjoint" else None
+        trace = call.trace if call.plan.gradient == "interpolated_adjoint" else call.watched
         solution = integrate(call.dynamics, z0, t_span, call.plan, trace=trace)
+        if call.watched is not None and trace is not call.watched:
+            call.watched += call.trace
         call.names, call.stats = tuple(solution.penalties), solution.stats
         ctx.call = call
         ctx.save_for_backward(t_span, solution.t, solution.z, *params)

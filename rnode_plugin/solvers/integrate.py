@@ -47,7 +47,7 @@ def integrate(
     counts = [] if plan.method.adaptive else _substeps(t_span, plan.step)
     t_span = t_span.to(z0.device)
     keep_inputs_at = (z0, t_span[0]) if plan.gradient == "checkpointed" else None
-    take = step_taker(dynamics, plan.method, keep_inputs_at=keep_inputs_at)
+    take = step_taker(dynamics, plan.method, tolerance=(plan.atol, plan.rtol), keep_inputs_at=keep_inputs_at)
     if plan.method.adaptive:
         return Adaptive(dynamics, plan, take, z0, t_span, trace).run()
     solution, check = _fixed(plan, take, z0, t_span, counts, generator, trace)

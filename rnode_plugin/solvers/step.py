@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import BoundDynamics, Rates
+from ..types import BoundDynamics, Rates, StepRecord
 from .recompute import checkpointed
 from .tableaus import Method
 
@@ -22,11 +22,12 @@ class Step(NamedTuple):
     Attributes:
         z: new state.
         error: its error estimate; None for a fixed grid.
-        last: rates at the new state where the method has evaluated them (first same as last).
+        last: rates at the new state if the method has evaluated them (first same as last).
         dlogdet: increment ``(B,)`` of the log-determinant; None where there is none.
         dlogdet_error: its error estimate.
-        penalties: increment of each penalty.
-        stages: stage velocities, where the method shows them.
+        penalties: increment of the integral of each rate.
+        path: reduction and value of each step penalty.
+        stages: stage velocities, if the method shows them.
         nfe: evaluations that this step made.
     """
 
@@ -36,6 +37,7 @@ class Step(NamedTuple):
     dlogdet: Tensor | None
     dlogdet_error: Tensor | None
     penalties: dict[str, Tensor]
+    path: dict[str, tuple[str, Tensor]]
     stages: Sequence[Tensor] | None
     nfe: int
 
@@ -44,21 +46,33 @@ StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "int | None"], Ste
 
 
 def step_taker(
-    dynamics: BoundDynamics, method: Method, *, keep_inputs_at: tuple[Tensor, Tensor] | None = None
+    dynamics: BoundDynamics,
+    method: Method,
+    *,
+    tolerance: tuple[float, float] = (0.0, 0.0),
+    keep_inputs_at: tuple[Tensor, Tensor] | None = None,
+    local: bool = False,
 ) -> StepTaker:
     """A function ``(z, t, dt, first, product_stage) -> Step``.
 
-    ``first`` holds the rates at ``(t, z)`` where the step before has evaluated them. With a ``product_stage``
+    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``product_stage``
     products with the Jacobian are evaluated at that stage only, which then stands for the whole step.
 
     Given the first state and time in ``keep_inputs_at``, a step keeps its inputs alone and runs again when its
-    gradient is asked for.
+    gradient is asked for. ``tolerance`` (absolute, relative) is what step penalties are told; a ``local`` step
+    computes the local ones, the others see the accepted steps.
     """
+    path = getattr(dynamics, "path", None)
+    if path is not None and not (path.local if local else path.steps):
+        path = None
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, product_stage: int | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
+        asked: list[tuple[Tensor, Tensor]] = [] if first is None else [(t, z)]
 
         def f(time: Tensor, state: Tensor, args: object = None) -> Tensor:
+            if path is not None:
+                asked.append((time, state))
             # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
             rates.append(dynamics(time, state, products=product_stage in (None, len(rates))))
             return rates[-1].dz
@@ -71,7 +85,14 @@ def step_taker(
         if error is not None and dlogdet is not None and method.error_weights is not None:
             dlogdet_error = _weigh([r.dlogdet for r in rates], method.error_weights, dt.detach())
         last = next((r for r in reversed(rates) if r.dz is new_velocity), None)
-        return Step(new, error, last, dlogdet, dlogdet_error, penalties, stages, nfe)
+        of_path: dict[str, tuple[str, Tensor]] = {}
+        if path is not None:
+            times, states = zip(*asked, strict=True)
+            record = StepRecord(
+                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, *tolerance
+            )
+            of_path = path.of_step(record, local=local)
+        return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, stages, nfe)
 
     if keep_inputs_at is None:
         return take

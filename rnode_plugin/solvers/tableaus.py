@@ -34,6 +34,7 @@ class Method:
             are not known (a user's solver object): a rate then counts with its value at the start of the step.
         error_weights: the same for the error estimate of a quadrature.
         safety, min_factor, max_factor: constants of the step-size controller.
+        nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
     """
 
     name: str
@@ -45,11 +46,19 @@ class Method:
     safety: float = 0.9
     min_factor: float = 0.2
     max_factor: float = 10.0
+    nodes: tuple[float, ...] | None = None
 
     @property
     def stages(self) -> int:
         """Evaluations that a step needs at most."""
         return len(self.weights) if self.weights else 1
+
+    @property
+    def pair(self) -> tuple[int, int] | None:
+        """The last two stages at one time: dopri5's and tsit5's at the end of the step, rk4's in its middle."""
+        nodes = self.nodes or ()
+        same = [(i, j) for j in range(len(nodes)) for i in range(j) if abs(nodes[i] - nodes[j]) < 1e-9]
+        return same[-1] if same else None
 
 
 @dataclass(frozen=True)
@@ -152,4 +161,6 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ConfigError(suggest(name, METHODS, "solver method"))
     tableau = _TABLEAUS[name]
-    return Method(name, tableau.advance, tableau.order, tableau.error is not None, tableau.b, tableau.error)
+    nodes = (0.0, *tableau.c)
+    adaptive = tableau.error is not None
+    return Method(name, tableau.advance, tableau.order, adaptive, tableau.b, tableau.error, nodes=nodes)

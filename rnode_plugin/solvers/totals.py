@@ -1,4 +1,4 @@
-"""What a solve adds up on its way."""
+"""Totals: the running integrals of a solve, and the reduction of step penalties over its accepted steps."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ class Totals:
     def __init__(self) -> None:
         self.logdet: Tensor | None = None
         self.penalties: dict[str, Tensor] = {}
+        self._means: set[str] = set()  # penalties that are sums until the number of steps is known
         self.nfe = self.steps = self.rejected = 0
 
     def add(self, step: Step) -> None:
         self.logdet = self.logdet_after(step)
         for name, value in step.penalties.items():
             self.penalties[name] = self.penalties[name] + value if name in self.penalties else value
+        for name, (reduction, value) in step.path.items():
+            before = self.penalties.get(name)
+            if before is not None:
+                value = torch.maximum(before, value) if reduction == "max" else before + value
+            self.penalties[name] = value
+            if reduction == "mean":
+                self._means.add(name)
         self.steps += 1
 
     def logdet_after(self, step: Step) -> Tensor | None:
@@ -39,4 +47,5 @@ class Totals:
             path = torch.stack([torch.zeros_like(total) if x is None else x for x in logdet])
         times = torch.stack([x.reshape(()) for x in t])
         stats = SolveStats(self.nfe, self.steps, self.rejected)
-        return Solution(times, torch.stack(list(z)), path, self.penalties, stats)
+        penalties = {k: v / self.steps if k in self._means else v for k, v in self.penalties.items()}
+        return Solution(times, torch.stack(list(z)), path, penalties, stats)

@@ -136,9 +136,9 @@ class RegularizedCNF(nn.Module):
         """``x (B, *event_shape)`` that flows to ``z``."""
         return self._without_trace[0](z, self.t_span.to(z).flip(0))[-1]
 
-    def reg_loss(self, **lambdas: float) -> Tensor:
+    def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """The penalties of the last :meth:`log_prob` in nats/dim; see :meth:`NeuralODE.reg_loss`."""
-        return self.ode.reg_loss(**lambdas)
+        return self.ode.reg_loss(step=step, **lambdas)
 
     @property
     def regularization(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
 
 from ..core.no_data_parallel import OneProcessADevice
-from ..core.regularizers import Weighted, check_lambda
+from ..core.regularizers import Weighted, check_lambda, is_divided_by_dims, strength_at
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers
@@ -213,13 +213,14 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         """
         return self._last_calls().values()
 
-    def reg_loss(self, **lambdas: float) -> Tensor:
+    def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
 
         It belongs to the last call, or to all calls of a :meth:`collect_penalties` block. A batch without samples
         counts as 0.
 
         Args:
+            step: steps that the optimizer has taken, for a lambda that is a function of it.
             lambdas: strengths to use instead of the constructor's, by name of the penalty.
 
         Raises:
@@ -231,7 +232,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             if name not in strengths:
                 raise ConfigError(suggest(name, self._penalties, "penalty"))
             strengths[name] = check_lambda(name, strength)
-        return self._last_calls().loss(strengths)
+        return self._last_calls().loss({name: strength_at(name, s, step) for name, s in strengths.items()})
 
     @property
     def vf_params(self) -> Tensor:
@@ -292,8 +293,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
         sol, integrals = attach(solution.z, integrals, cost)
         missing = tuple(name for name in self._penalties if name not in followed)
+        undivided = frozenset(name for name, w in followed.items() if not is_divided_by_dims(w.regularizer))
         dims = layout_of(self.vf, self._penalized).dims(x) if followed else 1
-        return (solution.t, sol), SolvePenalties(integrals, dims, missing)
+        return (solution.t, sol), SolvePenalties(integrals, dims, missing, undivided)
 
     def _cost_is_hidden(self, gradient: str) -> bool:
         return self.integral_loss is not None and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd"

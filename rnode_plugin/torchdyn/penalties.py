@@ -22,10 +22,17 @@ class SolvePenalties:
         integrals: ``(B,)`` by name, from :func:`attach`.
         dims: number of dimensions of ``z`` per sample.
         missing: names of penalties that the solve did not follow.
+        undivided: names of penalties that are not divided by ``dims``.
     """
 
-    def __init__(self, integrals: dict[str, Tensor], dims: int, missing: tuple[str, ...] = ()) -> None:
-        self._integrals, self._dims, self._missing = integrals, dims, missing
+    def __init__(
+        self,
+        integrals: dict[str, Tensor],
+        dims: int,
+        missing: tuple[str, ...] = (),
+        undivided: frozenset[str] = frozenset(),
+    ) -> None:
+        self._integrals, self._dims, self._missing, self._undivided = integrals, dims, missing, undivided
 
     def values(self) -> dict[str, Tensor]:
         """The integrals by name.
@@ -54,7 +61,7 @@ class SolvePenalties:
             )
         if any(len(value) == 0 for value in integrals.values()):
             return torch.stack([value.sum() for value in integrals.values()]).sum()
-        terms = penalty(integrals, lambdas=lambdas, dims=self._dims)
+        terms = penalty(integrals, lambdas=lambdas, dims=self._dims, undivided=self._undivided)
         return torch.stack(list(terms.values())).sum() if terms else torch.zeros(())
 
 

@@ -186,6 +186,10 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
 
     family = next((get_method(name) for kind, name in _FAMILIES.items() if isinstance(solver, kind)), None)
     weights = getattr(solver, "weights", family.weights if family else None)
+    safety, least, most = (
+        float(getattr(solver, name, default))
+        for name, default in (("safety", 0.9), ("min_factor", 0.2), ("max_factor", 10.0))
+    )
     return Method(
         type(solver).__name__,
         advance if type(solver) in _FAMILIES else advance_either_way,
@@ -193,8 +197,8 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         solver.stepping_class == "adaptive",
         None if weights is None else tuple(float(w) for w in weights),
         family.error_weights if family else None,
-        *(
-            float(getattr(solver, name, default))
-            for name, default in (("safety", 0.9), ("min_factor", 0.2), ("max_factor", 10.0))
-        ),
+        safety,
+        least,
+        most,
+        family.nodes if family and type(solver) is not RungeKutta4 else None,
     )

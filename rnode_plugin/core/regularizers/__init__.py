@@ -1,17 +1,79 @@
-"""Regularizers: objects with a name, what they need, and a rate ``(B,)`` whose integral is a penalty."""
+"""Regularizers: rates, step penalties, trajectory penalties and span policies."""
 
-from .base import DEFAULT_LAMBDA, FunctionRegularizer, PlainRate, Regularizer, Weighted
-from .rates import jacfrob, kinetic
-from .spec import check_lambda, weigh_regularizers
+from .base import (
+    DEFAULT_LAMBDA,
+    KINDS,
+    FunctionRegularizer,
+    PlainRate,
+    Rate,
+    Regularizer,
+    SpanPolicy,
+    StepPenalty,
+    TrajectoryPenalty,
+    Weighted,
+    is_divided_by_dims,
+    kind_of,
+    span_policy,
+)
+from .rates import (
+    Taylor,
+    curl,
+    directional,
+    directional_vjp,
+    hjb,
+    jacdiag,
+    jacfrob,
+    jacoffdiag,
+    kinetic,
+    l1,
+    strain,
+    total_derivative,
+)
+from .schedules import LinearWarmup, Strength, check_lambda, linear_warmup, strength_at
+from .spans import LearnedEndTime, Steer
+from .spec import weigh_regularizers
+from .steps import FunctionStepPenalty, error, local_error, local_stiffness, stiffness
+from .trajectories import Straightness, TrajectoryPolynomial
 
 __all__ = [
     "DEFAULT_LAMBDA",
+    "KINDS",
     "FunctionRegularizer",
+    "FunctionStepPenalty",
+    "LearnedEndTime",
+    "LinearWarmup",
     "PlainRate",
+    "Rate",
     "Regularizer",
+    "SpanPolicy",
+    "Steer",
+    "StepPenalty",
+    "Straightness",
+    "Strength",
+    "Taylor",
+    "TrajectoryPenalty",
+    "TrajectoryPolynomial",
     "Weighted",
     "check_lambda",
+    "curl",
+    "directional",
+    "directional_vjp",
+    "error",
+    "hjb",
+    "is_divided_by_dims",
+    "jacdiag",
     "jacfrob",
+    "jacoffdiag",
+    "kind_of",
     "kinetic",
+    "l1",
+    "linear_warmup",
+    "local_error",
+    "local_stiffness",
+    "span_policy",
+    "stiffness",
+    "strain",
+    "strength_at",
+    "total_derivative",
     "weigh_regularizers",
 ]

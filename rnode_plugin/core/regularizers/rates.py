@@ -1,25 +1,172 @@
-"""The paper's two rates: ``kinetic`` (eq. 9a) and ``jacfrob`` (eqs. 13 and 16)."""
+"""Rates, integrated along the trajectory: the paper's ``kinetic`` and ``jacfrob`` and the literature's others.
+
+D is the number of dimensions of one sample's event, ``J = df/dz``, ``v`` the trace estimator's probes. Each rate is
+``(B,)``, summed over the event; the objective alone divides by D.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from ...errors import ConfigError
 from ..field_evaluation import FieldEvaluation
-from ..reductions import sum_squares
+from ..reductions import sum_event, sum_squares
+from ..trace_estimators import Exact
 from .base import FunctionRegularizer
 
-__all__ = ["jacfrob", "kinetic"]
+__all__ = [
+    "Taylor",
+    "curl",
+    "directional",
+    "directional_vjp",
+    "hjb",
+    "jacdiag",
+    "jacfrob",
+    "jacoffdiag",
+    "kinetic",
+    "l1",
+    "strain",
+    "total_derivative",
+]
 
 
 def _kinetic(evaluation: FieldEvaluation) -> Tensor:
-    """``||f(t, z)||^2``, the integrand of the kinetic energy (eq. 9a), summed over the event."""
+    """``||f(t, z)||^2``, the integrand of the kinetic energy (RNODE, eq. 9a). No product.
+
+    The authors' code takes half the mean over D.
+    """
     return sum_squares(evaluation.dz)
 
 
 def _jacfrob(evaluation: FieldEvaluation) -> Tensor:
-    """``||eps^T df/dz||^2`` (eq. 16), or ``||df/dz||_F^2`` itself (eq. 13) with the exact estimator."""
+    """``||v^T J||^2`` (RNODE, eq. 16), or ``||J||_F^2`` itself (eq. 13) with the exact estimator.
+
+    The authors' code takes the mean over D; FFJORD's code the root of the mean square, averaged over the batch.
+    The shared product.
+    """
     return evaluation.squared_frobenius()
 
 
+def _total_derivative(evaluation: FieldEvaluation) -> Tensor:
+    """``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7). One jvp along (f, 1).
+
+    The authors' code takes half the mean of ``(J^T f + df/dt)^2``, with the transposed product, which is not the
+    second derivative, and fails for a field that ignores time.
+    """
+    return sum_squares(evaluation.total_derivative(2))
+
+
+def _directional(evaluation: FieldEvaluation) -> Tensor:
+    """``||J f||^2``, the first term of RNODE's eq. 7. One jvp along f."""
+    return sum_squares(evaluation.jvp(evaluation.dz))
+
+
+def _directional_vjp(evaluation: FieldEvaluation) -> Tensor:
+    """``||J^T f||^2``, what RNODE's and FFJORD's codes compute under the name "directional". One vjp with f.
+
+    FFJORD's code takes the root of the mean square.
+    """
+    return sum_squares(evaluation.vjp(evaluation.dz))
+
+
+def _l1(evaluation: FieldEvaluation) -> Tensor:
+    """``||f||_1`` (FFJORD's code, which takes the mean). No product."""
+    return sum_event(evaluation.dz.abs())
+
+
+def _jacdiag(evaluation: FieldEvaluation) -> Tensor:
+    """``sum_i J_ii^2``. The exact Jacobian: D products, for small D.
+
+    FFJORD's code means this, takes the root of the mean square, and slices the first column by mistake.
+    """
+    return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
+
+
+def _jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
+    """``sum_{i != j} J_ij^2`` (FFJORD's code, which takes the mean). The exact Jacobian: D products."""
+    squares = evaluation.jacobian().square()
+    return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _curl(evaluation: FieldEvaluation) -> Tensor:
+    """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
+
+    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
+    """
+    return _with_transpose(evaluation, -1.0)
+
+
+def _strain(evaluation: FieldEvaluation) -> Tensor:
+    """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
+
+    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
+    """
+    return _with_transpose(evaluation, 1.0) / 4
+
+
+def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
+    """``||J + sign J^T||_F^2``."""
+    if isinstance(evaluation.estimator, Exact):
+        jacobian = evaluation.jacobian()
+        return (jacobian + sign * jacobian.mT).square().sum((1, 2))
+    total: Tensor | None = None
+    for weight, v, row in zip(*evaluation.probes(), strict=True):
+        term = weight * sum_squares(row + sign * evaluation.jvp(v))
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _hjb(evaluation: FieldEvaluation) -> Tensor:
+    """``|dPhi/dt - ||grad Phi||^2 / 2|`` for a potential field ``f = -grad Phi`` (OT-Flow; Onken et al., 2021).
+
+    0 if Phi solves the Hamilton-Jacobi-Bellman equation, as that of the optimal transport does. Read from the
+    field's ``aux``: no product. Not divided by D.
+    """
+    return (evaluation.aux("potential_rate") - sum_squares(evaluation.dz) / 2).abs()
+
+
 kinetic = FunctionRegularizer("kinetic", _kinetic)
-jacfrob = FunctionRegularizer("jacfrob", _jacfrob, needs_vjp=True)
+jacfrob = FunctionRegularizer("jacfrob", _jacfrob, needs=frozenset({"vjp"}))
+total_derivative = FunctionRegularizer("total_derivative", _total_derivative, needs=frozenset({"jvp"}))
+directional = FunctionRegularizer("directional", _directional, needs=frozenset({"jvp"}))
+directional_vjp = FunctionRegularizer("directional_vjp", _directional_vjp, needs=frozenset({"vjp"}))
+l1 = FunctionRegularizer("l1", _l1)
+jacdiag = FunctionRegularizer("jacdiag", _jacdiag, needs=frozenset({"vjp"}))
+jacoffdiag = FunctionRegularizer("jacoffdiag", _jacoffdiag, needs=frozenset({"vjp"}))
+curl = FunctionRegularizer("curl", _curl, needs=frozenset({"vjp", "jvp"}))
+strain = FunctionRegularizer("strain", _strain, needs=frozenset({"vjp", "jvp"}))
+hjb = FunctionRegularizer("hjb", _hjb, needs=frozenset({"aux"}), divided_by_dims=False)
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """``||d^K z/dt^K||^2`` (TayNODE; Kelly et al., 2020), summed over the event.
+
+    ``K - 1`` nested jvps through the field's plain path, a cost of about ``2^K`` evaluations; order 2 is
+    ``total_derivative``. The authors' code has a true Taylor mode and takes the mean over D; lambda 0.01 for
+    tabular data.
+
+    Args:
+        order: K, 2 to 5.
+        name: the key of its penalty; ``"taylor:K"`` if left out.
+
+    Raises:
+        ConfigError: for another order.
+    """
+
+    order: int = 3
+    name: str = ""
+    needs: frozenset[str] = frozenset({"jvp"})
+    divided_by_dims: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.order, int) or isinstance(self.order, bool) or not 2 <= self.order <= 5:
+            raise ConfigError(f"taylor takes a whole order from 2 to 5, not {self.order!r}: 'taylor:3'.")
+        if not self.name:
+            object.__setattr__(self, "name", f"taylor:{self.order}")
+
+    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
+        return sum_squares(evaluation.total_derivative(self.order))
