@@ -1,4 +1,4 @@
-"""``split_named`` and ``assign``: which pictures train and which are held out, by the names of folders and files."""
+"""``split_named`` and ``assign``: which pictures train and which are held out, by names of folders and files."""
 
 from __future__ import annotations
 
