@@ -1,4 +1,4 @@
-"""Files that are written: ``write_atomically``, the one writer, and ``check_path_name``."""
+"""Files that are written: ``Draft`` and ``write_atomically``, the one writer, and ``check_path_name``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 from .errors import CheckpointError, ConfigError
 
-__all__ = ["check_path_name", "write_atomically"]
+__all__ = ["Draft", "check_path_name", "write_atomically"]
 
 _PATH_NAME = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
 _MAX_NAME_BYTES = 100  # file systems take 255 bytes, and suffixes are added
@@ -42,13 +43,58 @@ def check_path_name(name: str, what: str) -> str:
     return name
 
 
+class Draft:
+    """A file that is written next to ``path`` and gets its name when it is complete.
+
+    As a context manager it opens ``file`` for writing, and removes what it has written unless :meth:`publish` was
+    called. Links are followed. Only regular files are replaced, never a device, a pipe or a folder.
+
+    Raises:
+        OSError: here and in all methods, whatever the system refuses.
+    """
+
+    file: BinaryIO
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+
+    def __enter__(self) -> Draft:
+        self._target = _resolved(self._path)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(self._target)
+        name = f".{self._target.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        self._temporary = self._target.with_name(name)
+        self.file = self._temporary.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # what cannot be written cannot be flushed either
+            self.file.close()
+        with contextlib.suppress(OSError):  # it was published
+            self._temporary.unlink()
+
+    def finish(self) -> None:
+        """Bring everything to the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def publish(self, *, keep: str | os.PathLike[str] | None = None) -> None:
+        """Give the finished file its name, in one step; the one that was there before gets the name ``keep``."""
+        if keep is not None and self._target.exists():
+            _keep(self._target, Path(keep))
+        self._temporary.replace(self._target)
+        _sync_folder(self._target.parent)
+
+
 def write_atomically(
     path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: str | os.PathLike[str] | None = None
 ) -> None:
-    """Call ``write`` on a temporary file next to ``path``, sync it, rename it: never half a file.
+    """Call ``write`` on a :class:`Draft` of ``path`` and publish it: never half a file.
 
-    Whenever the process is killed, ``path`` is complete: the old file or the new one. Links are followed. Only
-    regular files are replaced, never a device, a pipe or a folder.
+    Whenever the process is killed, ``path`` is complete: the old file or the new one.
 
     Args:
         path: of the file.
@@ -58,27 +104,13 @@ def write_atomically(
     Raises:
         CheckpointError: the disk is full, the folder read-only, and the like; nothing half-written stays.
     """
-    target = Path(path)
-    temporary = None
     try:
-        target = _resolved(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        temporary = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and target.exists():
-            _keep(target, Path(keep))
-        temporary.replace(target)
-        _sync_folder(target.parent)
+        with Draft(path) as draft:
+            write(draft.file)
+            draft.finish()
+            draft.publish(keep=keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"cannot write {path}: {_reason(error)}.") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):  # it is not there, or cannot have been
-                temporary.unlink()
 
 
 def _resolved(path: Path) -> Path:

@@ -109,7 +109,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "mnist", "--data-root", "SHELF/empty", "--no-download"], 1, r"Leave out --no-download .*, or put t"),
     (["train", "imagenet64", "--data-root", "SHELF/empty"], 1, r"Get Imagenet64_train_part1"),
     (folder("empty"), 1, r"empty holds no pictures"),
-    (folder("nowhere"), 1, r"is no folder; --data-root must name one that holds pictures"),
+    (folder("nowhere"), 1, r"is not a folder; --data-root must name one that holds pictures"),
     (folder("not_pictures"), 1, r"4\.png cannot be read as a picture: not a picture"),
     (folder("damaged"), 1, r"3\.png cannot be read as a picture"),
     (["train", "digits", "--runs", "SHELF/text"], 2, r"cannot make a run folder: .*Choose another with --runs"),

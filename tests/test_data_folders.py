@@ -214,7 +214,7 @@ def test_links_in_circles_and_pipes_do_not_hang(tmp_path):
 def test_empty_missing_and_unclear_folders(tmp_path):
     with pytest.raises(ConfigError, match="--data-root"):
         get_dataset("folder")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         get_dataset("folder", root=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="holds no pictures"):
         get_dataset("folder", root=str(tmp_path))
@@ -295,6 +295,10 @@ def test_damaged_packed_files(tmp_path):
         (tmp_path / "val.npy").write_bytes(wrong)
         with pytest.raises(DataError, match=r"val\.npy cannot be read as a packed array"):
             get_dataset("folder", root=str(tmp_path))
+    # a header that claims fewer images than there are
+    (tmp_path / "val.npy").write_bytes(content.replace(b"(2, 3, 8, 8)", b"(1, 3, 8, 8)"))
+    with pytest.raises(DataError, match=r"val\.npy is damaged: it has 512 bytes, and its header says 320"):
+        get_dataset("folder", root=str(tmp_path))
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
     (tmp_path / "x.npz").rename(tmp_path / "val.npy")
     with pytest.raises(DataError, match="archive of arrays"):
@@ -313,9 +317,7 @@ def test_packed_images_of_another_shape_are_refused(tmp_path):
         get_dataset("folder", root=str(tmp_path / "mixed"))
 
 
-@pytest.mark.parametrize(
-    ("name", "where"), [("imagenet64", "image-net.org"), ("celebahq256", "progressive_growing")]
-)
+@pytest.mark.parametrize(("name", "where"), [("imagenet64", "image-net.org"), ("celebahq256", "celeba-tfr.tar")])
 def test_missing_sets_say_how_to_get_them(tmp_path, name, where):
     with pytest.raises(DataError) as caught:
         get_dataset(name, root=str(tmp_path), download=True)

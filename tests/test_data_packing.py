@@ -159,6 +159,17 @@ def test_a_target_that_cannot_be_written(tmp_path):
         prepare(tmp_path / "a.zip", target=tmp_path / "file" / "out")
 
 
+def test_a_failed_run_leaves_no_folder_that_was_not_there(tmp_path):
+    files, *_ = split_pictures()
+    write_zip(tmp_path / "a.zip", files | {"set/val/0.png": b"bad"})
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "new" / "deep" / "out", tmp_path / "there" / "out", tmp_path / "there"):
+        with pytest.raises(DataError, match="cannot be read as a picture"):
+            prepare(tmp_path / "a.zip", target=target)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.zip", "there"]
+    assert list((tmp_path / "there").iterdir()) == []
+
+
 def test_a_source_that_changes_meanwhile(tmp_path):
     for i in range(4):
         write_picture(tmp_path / "in" / f"{i}.png", random_images(1, SHAPE)[0])

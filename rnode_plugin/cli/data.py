@@ -1,9 +1,9 @@
-"""``rnode-cli data``: which image data sets there are, and how to pack one."""
+"""``rnode-cli data``: list the image data sets, and pack one."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -44,7 +44,7 @@ def list_datasets() -> None:
     type=click.Choice(["fail", "skip"]),
     default="fail",
     show_default=True,
-    help="What to do with a file that is no readable picture.",
+    help="What to do with a file that is not a readable picture.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace train.npy and val.npy in TARGET.")
 def prepare(
@@ -53,23 +53,26 @@ def prepare(
     size: int | None,
     channels: str,
     val_fraction: float,
-    on_error: str,
+    on_error: Literal["fail", "skip"],
     overwrite: bool,
 ) -> None:
     """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
 
-    A SOURCE is a folder, a zip or tar archive of pictures, or the published ImageNet 64x64 archives
-    (Imagenet64_train_part1_npz.zip, ..., Imagenet64_val_npz.zip), which must be given together. Several make one
-    data set. Pictures of another size are scaled to --size by their shorter side and cut around the middle.
+    A SOURCE is a folder, or a zip or tar archive, of pictures; the published ImageNet 64x64 archives
+    (Imagenet64_train_part1_npz.zip, ..., Imagenet64_val_npz.zip), which must be given together; TFRecord files, as
+    CelebA-HQ is passed on (celebahq-r08.tfrecords, celeba-tfr.tar); or parquet files of the Hugging Face Hub, which
+    need the extra `parquet`. Several make one data set. Pictures of another size are scaled to --size by their
+    shorter side and cut around the middle.
 
     The files hold 8 bits a value; celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
     before all of it is written.
     """
     from ..data import pack, plan_packing
+    from ..data.progress import byte_bar
 
     click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
     plan = plan_packing(sources, val_fraction=val_fraction)
-    with click.progressbar(length=plan.nbytes, label="Packing", file=sys.stderr) as bar:
+    with byte_bar("packing", plan.nbytes) as bar:
         result = pack(
             plan,
             target,

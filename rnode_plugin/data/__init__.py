@@ -1,4 +1,4 @@
-"""Image data sets: uint8 from the disk to the device.
+"""Image data sets, uint8: by name, as batches, and packed into arrays that are mapped into memory.
 
 ``get_dataset`` finds one by name (ours or a plugin's), ``loader`` makes batches of it, ``plan_packing`` and
 ``pack`` turn folders and archives into arrays that are mapped into memory.
@@ -9,7 +9,8 @@ from .downloads import one_download
 from .folders import celebahq256, folder, imagenet64
 from .images import ImageArray, ImageData
 from .loading import ImageDataset, loader
-from .packing.pack import PackingPlan, PackingResult, pack, plan_packing
+from .packing.pack import PackingResult, pack
+from .packing.plan import PackingPlan, plan_packing
 from .published import cifar10, digits, fashion_mnist, mnist, svhn
 
 __all__ = [

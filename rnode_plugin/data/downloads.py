@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import DataError
+from .progress import byte_bar
 
 __all__ = ["DEFAULT_ROOT", "fetch", "has_md5", "one_download"]
 
@@ -140,22 +141,15 @@ def fetch(urls: Sequence[str], target: Path, *, md5: str, what: str) -> None:
 
 
 def _receive(url: str, target: Path, what: str) -> None:
-    from tqdm import tqdm
-
     request = urllib.request.Request(url, headers={"User-Agent": "rnode-plugin"})
-    with urllib.request.urlopen(request, timeout=_SILENT_SECONDS) as response, target.open("wb") as file:
-        bar = tqdm(
-            total=response.length,
-            desc=f"downloading {what}, {target.name}",
-            unit="B",
-            unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
-            leave=sys.stderr.isatty(),
-        )
-        with bar:
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
+    with (
+        urllib.request.urlopen(request, timeout=_SILENT_SECONDS) as response,
+        target.open("wb") as file,
+        byte_bar(f"downloading {what}, {target.name}", response.length) as bar,
+    ):
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))
 
 
 def _said(error: Exception) -> str:

@@ -47,8 +47,8 @@ def folder(
     where = Path(root)
     if not where.is_dir():
         raise DataError(
-            f"folder: {where} is no folder; --data-root must name one that holds pictures. An archive goes through "
-            "`rnode-cli data prepare` first."
+            f"folder: {where} is not a folder; --data-root must name one that holds pictures. An archive goes "
+            "through `rnode-cli data prepare` first."
         )
     return _read("folder", where, size=size, channels=channels, bits=bits, val_fraction=val_fraction)
 
@@ -77,9 +77,10 @@ def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageDat
         native=256,
         bits=5,
         flip=True,
-        source="the 30,000 CelebA-HQ pictures (of any size from 256 on; "
-        "https://github.com/tkarras/progressive_growing_of_gans tells how to get them)",
-        command="rnode-cli data prepare PICTURES {target} --size 256",
+        source="the 30,000 CelebA-HQ pictures of 256x256 pixels or more (the folder CelebA-HQ-img of "
+        "CelebAMask-HQ.zip, celebahq-r08.tfrecords of progressive growing, celeba-tfr.tar of Glow from "
+        "https://openaipublic.azureedge.net/glow-demo/data, or parquet files of the Hugging Face Hub)",
+        command="rnode-cli data prepare PICTURES_OR_ARCHIVE {target} --size 256",
     )
 
 

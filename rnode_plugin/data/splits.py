@@ -1,4 +1,4 @@
-"""Which pictures train and which are held out, read from the names of folders and files."""
+"""``split_named`` and ``assign``: which pictures train and which are held out, by names of folders and files."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _FOLDERS = {
     "testing": "test",
 }
 _BATCH = re.compile(r"(train|val)_data(_batch_\d+)?\.npz")  # as the ImageNet 64x64 archives name theirs
+_SHARD = re.compile(r"([a-z]+)-.*\.(parquet|tfrecords?)")  # train-00000-of-00006.parquet
 
 
 def split_named(name: str) -> str | None:
@@ -33,6 +34,8 @@ def split_named(name: str) -> str | None:
     *folders, file = PurePosixPath(name).parts
     if batch := _BATCH.fullmatch(file):
         return batch[1]
+    if (shard := _SHARD.fullmatch(file)) and shard[1] in _FOLDERS:
+        return _FOLDERS[shard[1]]
     return next((_FOLDERS[f.lower()] for f in folders[:3] if f.lower() in _FOLDERS), None)
 
 
@@ -41,11 +44,11 @@ def assign(
 ) -> list[str | None]:
     """Say of each picture whether it is ``"train"``, ``"val"`` or None (left out).
 
-    With folders for both, these count, and ``test`` only where there is no ``val``. Without, a fixed random
+    With folders for both, these count, and ``test`` only if there is no ``val``. Without, a fixed random
     ``val_fraction`` of all pictures is held out.
 
     Args:
-        splits: what :func:`split_named` found, one a picture.
+        splits: what :func:`split_named` found, one per picture.
         names: of the pictures, for messages.
         val_fraction: between 0 and 1.
         where: the folder or archive, for messages.
@@ -67,7 +70,7 @@ def assign(
     if not 0 < val_fraction < 1:
         raise ConfigError(f"the held-out fraction must lie between 0 and 1, not {val_fraction}.")
     if len(splits) < 2:
-        raise DataError(f"{where}: {len(splits)} picture is too few to hold one out; two are needed at least.")
+        raise DataError(f"{where}: {len(splits)} picture is too few to hold one out; at least two are needed.")
     n_val = min(max(1, round(len(splits) * val_fraction)), len(splits) - 1)
     result: list[str | None] = ["train"] * len(splits)
     for position in shuffled(len(splits))[:n_val]:

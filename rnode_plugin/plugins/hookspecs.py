@@ -112,9 +112,9 @@ def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportRet
     A data set is a function with keyword-only arguments ``root`` (folder of the data, or None for the default) and
     ``size`` (height and width in pixels, or None for the native one), which returns a
     :class:`~rnode_plugin.data.ImageData`: uint8 images ``train`` and ``val``, ``(N, C, H, W)``, whose values run
-    from 0 to ``levels - 1`` (256 for 8 bits). One that can be downloaded also takes ``download`` (bool). It is called
-    with ``download=False`` first; if that fails and a download is allowed, with ``download=True``, in one process
-    at a time.
+    from 0 to ``levels - 1`` (256 for 8 bits). One that can be downloaded also takes ``download`` (bool): it is
+    called with ``download=False`` first, and with ``download=True`` if that fails and a download is allowed, in one
+    process at a time.
 
     Example::
 

@@ -1,48 +1,29 @@
-"""From folders and archives of pictures to packed arrays: first a plan, then the work."""
+"""``pack``: from planned folders and archives to the packed arrays ``train.npy`` and ``val.npy``."""
 
 from __future__ import annotations
 
+import contextlib
 import io
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from ...errors import ConfigError, DataError, suggest
-from ..splits import VAL_FRACTION, assign, split_named
-from .archives import READ_ERRORS, Member, members
+from ...errors import ConfigError, DataError, RnodeError, suggest
+from . import parquet, tfrecords
+from .archives import Member, members
 from .npz import batch_images
 from .packed import TRAIN_FILE, VAL_FILE, PackedWriter
-from .pictures import decode, is_picture
+from .pictures import decode, fit_pixels
+from .plan import PackingPlan, PlannedFile, is_batch, is_parquet, is_tfrecords, is_wanted, listing
 
-__all__ = ["PackingPlan", "PackingResult", "pack", "plan_packing"]
+__all__ = ["PackingResult", "pack"]
 
 _MAX_PICTURE_BYTES = 2**28
-_PICKLE = re.compile(r"(train_data_batch_\d+|val_data)")
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class PackingPlan:
-    """What will be packed.
-
-    Attributes:
-        sources: folders and archives, in the order in which they are read.
-        names: of the files to read, each with its source.
-        splits: ``"train"``, ``"val"`` or None (left out), one a name.
-        rejected: names of files that are no pictures by their names.
-        nbytes: size of the files to read, the measure of progress.
-    """
-
-    sources: tuple[Path, ...]
-    names: list[str]
-    splits: list[str | None]
-    rejected: list[str]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -55,56 +36,13 @@ class PackingResult:
     skipped: list[str]
 
 
-def plan_packing(sources: Sequence[Path], *, val_fraction: float = VAL_FRACTION) -> PackingPlan:
-    """List the sources and decide what trains and what is held out, as :func:`splits.assign` says.
-
-    Args:
-        sources: folders, zip and tar archives of pictures; folders, archives or files of the published ImageNet
-            batches (``train_data_batch_1.npz`` to ``_10``, ``val_data.npz``). Several make one data set.
-
-    Raises:
-        DataError: a source is missing, damaged, empty, or its split is unclear.
-    """
-    names: list[str] = []
-    splits: list[str | None] = []
-    rejected: list[str] = []
-    nbytes = 0
-    for source in sources:
-        # a source that is all of one split, such as train.zip, says so by its own name
-        fallback = split_named(f"{source.name.split('.')[0]}/file")
-        for member in members(source):
-            name = f"{source}: {member.name}"
-            if _is_batch(member.name) or is_picture(member.name):
-                names.append(name)
-                splits.append(split_named(member.name) or fallback)
-                nbytes += member.nbytes
-            elif _PICKLE.fullmatch(PurePosixPath(member.name).name):
-                raise DataError(
-                    f"{name} is a Python pickle, which can run any code when it is read. Get the archives with npz "
-                    "files instead: Imagenet64_train_part1_npz.zip and so on."
-                )
-            else:
-                rejected.append(name)
-    where = " ".join(map(str, sources))
-    if not names:
-        raise DataError(f"{where}: no pictures and no npz batches.{_listing(' Found instead', rejected)}")
-    batches = [_is_batch(name) for name in names]
-    if any(batches) and not (all(batches) and {"train", "val"} <= set(splits)):
-        raise DataError(
-            f"{where}: npz batches must come without other pictures, and train_data_batch_1.npz, ... together with "
-            "val_data.npz; give all archives in one command."
-        )
-    assigned = assign(splits, names, val_fraction=val_fraction, where=where)
-    return PackingPlan(tuple(sources), names, assigned, rejected, nbytes)
-
-
 def pack(
     plan: PackingPlan,
     target: Path,
     *,
     size: int | None = None,
     channels: int = 3,
-    on_error: str = "fail",
+    on_error: Literal["fail", "skip"] = "fail",
     overwrite: bool = False,
     advance: Callable[[int], object] = lambda nbytes: None,
 ) -> PackingResult:
@@ -116,7 +54,8 @@ def pack(
         size: height and width to bring pictures to (see :func:`pictures.decode`); None: all have the same.
             Published batches keep their size.
         channels: 3 for colour, 1 for grey.
-        on_error: ``"fail"`` at the first file that is no readable picture, or ``"skip"`` and name it in the result.
+        on_error: ``"fail"`` at the first file that is not a readable picture, or ``"skip"`` and name it in the
+            result.
         overwrite: replace packed files.
         advance: called with the number of bytes dealt with since the last call.
 
@@ -129,124 +68,209 @@ def pack(
     if channels not in (1, 3) or (size is not None and size < 1):
         raise ConfigError(f"channels must be 1 or 3 and the size at least 1, not {channels} and {size}.")
     if plan.rejected and on_error == "fail":
-        listing = _listing("these files are no pictures", plan.rejected)
-        raise DataError(f"{listing} Remove them, or pass --on-error skip.")
-    there = [str(target / file) for file in (TRAIN_FILE, VAL_FILE) if (target / file).exists()]
-    if there and not overwrite:
-        raise DataError(f"{' and '.join(there)} exist already; pass --overwrite to replace them.")
-    skipped = list(plan.rejected)
-    unreadable = skipped if on_error == "skip" else None
-    shape: tuple[int, int, int] | None = None
+        names = listing("these files are no pictures", plan.rejected)
+        raise DataError(f"{names} Remove them, or pass --on-error skip.")
+    _check_target(target, overwrite=overwrite)
+    reader = _Reader(size=size, channels=channels, skip=on_error == "skip", scratch=target)
+    reader.skipped += plan.rejected
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
+        with _new_folder(target), ExitStack() as stack:
             writers = {
-                split: stack.enter_context(PackedWriter(target / file))
-                for split, file in (("train", TRAIN_FILE), ("val", VAL_FILE))
+                "train": stack.enter_context(PackedWriter(target / TRAIN_FILE)),
+                "val": stack.enter_context(PackedWriter(target / VAL_FILE)),
             }
-            for name, split, member in _planned(plan):
-                if split is None:
-                    advance(member.nbytes)
-                    continue
-                for images in _images(name, member, size, channels, target, unreadable):
-                    found = images.shape[1], images.shape[2], images.shape[3]
-                    if shape is None:
-                        shape = found
-                        _check_space(plan, target, found)
-                    if found != shape:
-                        raise DataError(
-                            f"the pictures differ in size: {name} is {_product(found)}, those before are "
-                            f"{_product(shape)}. Give the size that all are to be brought to (--size)."
-                        )
+            for planned, member in _planned(plan):
+                for split, images in reader.images(planned, member):
+                    if not any(writer.count for writer in writers.values()):
+                        _check_space(plan, target, images.shape[1:])
                     writers[split].append(images)
                 advance(member.nbytes)
-            counts = {split: writer.count for split, writer in writers.items()}
-            if shape is None or 0 in counts.values():
-                listing = _listing(" Skipped", skipped)
-                raise DataError(f"no readable picture to train on, or none to hold out.{listing}")
+            if not all(writer.count for writer in writers.values()):
+                names = listing(" Skipped", reader.skipped)
+                raise DataError(f"no readable picture to train on, or none to hold out.{names}")
             for writer in writers.values():
                 writer.finish()
             for writer in writers.values():
                 writer.publish()
     except OSError as error:
         raise DataError(f"cannot write to {target}: {error.strerror or error}.") from error
-    return PackingResult(train=counts["train"], val=counts["val"], shape=shape, skipped=skipped)
+    assert reader.shape is not None  # there were images
+    counts = {split: writer.count for split, writer in writers.items()}
+    return PackingResult(**counts, shape=reader.shape, skipped=reader.skipped)
 
 
-def _planned(plan: PackingPlan) -> Iterator[tuple[str, str | None, Member]]:
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    there = [str(target / file) for file in (TRAIN_FILE, VAL_FILE) if (target / file).exists()]
+    if there and not overwrite:
+        raise DataError(f"{' and '.join(there)} exist already; pass --overwrite to replace them.")
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make the folder; if it fails, those that were made and stayed empty go again."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in new:
+                each.rmdir()
+        raise
+
+
+def _planned(plan: PackingPlan) -> Iterator[tuple[PlannedFile, Member]]:
     """The sources once more, with what was planned for each file."""
     position = 0
     for source in plan.sources:
         for member in members(source):
-            if not (_is_batch(member.name) or is_picture(member.name)):
+            if not is_wanted(member.name):
                 continue
-            if position == len(plan.names) or plan.names[position] != f"{source}: {member.name}":
+            if position == len(plan.files) or plan.files[position].name != f"{source}: {member.name}":
                 raise DataError(f"{source} has changed while it was read; start again.")
-            yield plan.names[position], plan.splits[position], member
+            yield plan.files[position], member
             position += 1
-    if position < len(plan.names):
-        raise DataError(f"{plan.names[position]} is gone since the packing began; start again.")
+    if position < len(plan.files):
+        raise DataError(f"{plan.files[position].name} is gone since the packing began; start again.")
 
 
-def _images(
-    name: str, member: Member, size: int | None, channels: int, scratch: Path, skipped: list[str] | None
-) -> Iterator[np.ndarray]:
-    """The images of one file, ``(n, C, H, W)``; a bad picture goes to ``skipped`` if there is such a list."""
-    if _is_batch(member.name):
-        yield from _batch(name, member, size, channels, scratch)
-        return
+class _Reader:
+    """Reads the images of one file after the other, all in one shape.
+
+    Attributes:
+        shape: (C, H, W) of all images; None before the first.
+        skipped: names of what was left out as unreadable.
+    """
+
+    def __init__(self, *, size: int | None, channels: int, skip: bool, scratch: Path) -> None:
+        self._size, self._channels, self._skip, self._scratch = size, channels, skip, scratch
+        self._raw_shape: tuple[int, ...] | None = None
+        self.shape: tuple[int, int, int] | None = None
+        self.skipped: list[str] = []
+
+    def images(self, planned: PlannedFile, member: Member) -> Iterator[tuple[str, np.ndarray]]:
+        """``(split, images (n, C, H, W))`` for all that are not left out.
+
+        Raises:
+            DataError: damaged, or of another shape than those before.
+        """
+        if is_batch(member.name):
+            found = self._of_batch(planned, member)
+        elif is_tfrecords(member.name) or is_parquet(member.name):
+            found = self._of_container(planned, member)
+        else:
+            found = self._of_picture(planned, member)
+        for split, images in found:
+            shape = images.shape[1], images.shape[2], images.shape[3]
+            if self.shape not in (None, shape):
+                raise DataError(
+                    f"the pictures differ in size: {planned.name} is {_product(shape)}, those before are "
+                    f"{_product(self.shape or ())}. Give the size that all are to be brought to (--size)."
+                )
+            self.shape = shape
+            yield split, images
+
+    def _of_batch(self, planned: PlannedFile, member: Member) -> Iterator[tuple[str, np.ndarray]]:
+        (split,) = planned.splits
+        if split is None:
+            return
+        for images in batch_images(member, planned.name, scratch=self._scratch):
+            side = images.shape[2]
+            if self._channels != 3 or self._size not in (None, side):
+                raise DataError(
+                    f"{planned.name} holds {side}x{side} RGB images, which are packed as they are: --size {side}."
+                )
+            yield split, images
+
+    def _of_picture(self, planned: PlannedFile, member: Member) -> Iterator[tuple[str, np.ndarray]]:
+        (split,) = planned.splits
+        if split is None:
+            return
+        with self._may_skip(planned.name):
+            yield split, self._decoded(_content(member, planned.name), planned.name)[None]
+
+    def _of_container(self, planned: PlannedFile, member: Member) -> Iterator[tuple[str, np.ndarray]]:
+        contained = _contained(member, planned.name)
+        for number, split in enumerate(planned.splits):
+            image = next(contained, None)
+            if image is None:
+                break
+            name = f"{planned.name}, image {number}"
+            if split is not None:
+                with self._may_skip(name):
+                    yield split, self._decoded(image, name)[None]
+        else:
+            if next(contained, None) is None:
+                return
+        raise DataError(f"{planned.name} has changed while it was read; start again.")
+
+    def _decoded(self, image: bytes | np.ndarray, name: str) -> np.ndarray:
+        if isinstance(image, bytes):
+            return decode(io.BytesIO(image), name, size=self._size, channels=self._channels)
+        if self._raw_shape not in (None, image.shape):  # the same pictures come in a file for each resolution
+            raise ConfigError(
+                f"{name} is {_product(image.shape)}, those before are {_product(self._raw_shape or ())}: give the "
+                "files of one resolution only."
+            )
+        self._raw_shape = image.shape
+        return fit_pixels(image, size=self._size, channels=self._channels)
+
+    @contextmanager
+    def _may_skip(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            if not self._skip:
+                raise DataError(f"{error} Remove it, or pass --on-error skip.") from error
+            self.skipped.append(name)
+
+
+def _contained(member: Member, name: str) -> Iterator[bytes | np.ndarray]:
+    """The images of a TFRecord or parquet file: pixels, or encoded pictures."""
     try:
-        picture = _picture(name, member, size, channels)
-    except DataError as error:
-        if skipped is None:
-            raise DataError(f"{error} Remove it, or pass --on-error skip.") from error
-        skipped.append(name)
-    else:
-        yield picture[None]
+        with member.open() as file:
+            if is_tfrecords(member.name):
+                yield from map(tfrecords.pixels_of, tfrecords.records(file))
+            else:
+                yield from parquet.encoded_pictures(file)
+    except RnodeError:
+        raise
+    except Exception as error:  # on garbage a reader raises whatever it stumbled over
+        raise DataError(f"{name} is damaged: {' '.join(str(error).split())}. Download it again.") from error
 
 
-def _batch(name: str, member: Member, size: int | None, channels: int, scratch: Path) -> Iterator[np.ndarray]:
-    for images in batch_images(member, name, scratch=scratch):
-        side = images.shape[2]
-        if channels != 3 or size not in (None, side):
-            raise DataError(f"{name} holds {side}x{side} RGB images, which are packed as they are: --size {side}.")
-        yield images
-
-
-def _picture(name: str, member: Member, size: int | None, channels: int) -> np.ndarray:
+def _content(member: Member, name: str) -> bytes:
     try:
         with member.open() as file:
             content = file.read(_MAX_PICTURE_BYTES + 1)
-    except READ_ERRORS as error:
-        raise DataError(f"{name} cannot be read: {error}.") from error
+    except Exception as error:  # on garbage a reader raises whatever it stumbled over
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise DataError(f"{name} cannot be read: {reason}.") from error
     if len(content) > _MAX_PICTURE_BYTES:
         raise DataError(f"{name} is larger than {_MAX_PICTURE_BYTES >> 20} MB.")
-    return decode(io.BytesIO(content), name, size=size, channels=channels)
+    return content
 
 
 def _product(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _is_batch(name: str) -> bool:
-    return name.endswith(".npz")
-
-
-def _check_space(plan: PackingPlan, target: Path, shape: tuple[int, int, int]) -> None:
+def _check_space(plan: PackingPlan, target: Path, shape: tuple[int, ...]) -> None:
     """Before hours of work, and before an archive that unpacks to far more than it seems fills the disk."""
-    per_picture = int(np.prod(shape))
-    batches = any(map(_is_batch, plan.names))
-    needed = plan.nbytes if batches else per_picture * sum(split is not None for split in plan.splits)
+    images = sum(split is not None for file in plan.files for split in file.splits)
+    batches = is_batch(plan.files[0].name)
+    needed = plan.nbytes if batches else int(np.prod(shape)) * images
     free = shutil.disk_usage(target).free
     if needed > free:
-        raise DataError(
-            f"the packed images need about {needed / 1e9:.1f} GB in {target}, where {free / 1e9:.1f} GB are free."
-        )
+        raise DataError(f"the packed images need about {_size(needed)} in {target}, where {_size(free)} are free.")
 
 
-def _listing(what: str, names: Sequence[str]) -> str:
-    """``what: a, b, c and 7 more.``, or nothing if there are no names."""
-    if not names:
-        return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{what}: {', '.join(names[:_SHOWN])}{more}."
+def _size(nbytes: float) -> str:
+    """``512 bytes``, ``3.4 MB``."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} bytes"
+    for unit in ("kB", "MB", "GB"):
+        nbytes /= 1000
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+    return f"{nbytes / 1000:.3g} TB"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from ...errors import DataError
+from ...files import Draft
 
 __all__ = ["TRAIN_FILE", "VAL_FILE", "PackedImages", "PackedWriter"]
 
@@ -40,13 +38,17 @@ class PackedImages:
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} cannot be read as a packed array: {error}. Make it again with "
                             "`rnode-cli data prepare`.") from error  # fmt: skip
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.memmap):
             raise DataError(f"{path} is an archive of arrays (.npz), not one array.")
         if array.dtype != np.uint8:
             raise DataError(f"{path} holds {array.dtype}; packed images are uint8 with values 0 to 255.")
         if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
             raise DataError(f"{path} has the shape {array.shape}; packed images are (N, C, H, W), channels first, "
                             "with 1 or 3 of them.")  # fmt: skip
+        whole, found = array.offset + array.nbytes, path.stat().st_size
+        if found != whole:  # a damaged header can claim fewer images than there are
+            raise DataError(f"{path} is damaged: it has {found:,} bytes, and its header says {whole:,}. Make it "
+                            "again with `rnode-cli data prepare`.")  # fmt: skip
         self._array = array
         if shift:
             probe = array[np.linspace(0, len(array) - 1, min(len(array), _PROBED)).astype(int)]
@@ -77,27 +79,27 @@ def _reopen(path: Path, shift: int) -> PackedImages:
     return PackedImages(path, shift=shift)
 
 
-class PackedWriter:
-    """Writes one packed file image by image; it appears under its name only when it is complete.
-
-    As a context manager it removes what it has written unless :meth:`publish` was called.
+class PackedWriter(Draft):
+    """Writes one packed file image by image; it appears under its name when it is published.
 
     Args:
-        path: the file to make. Until then the data is in a hidden file beside it.
+        path: the file to make.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        self._file = open(self._draft, "xb")  # noqa: SIM115 - closed by __exit__
-        self._file.write(bytes(_HEADER_BYTES))
+        super().__init__(path)
         self._image_shape: tuple[int, ...] = ()
         self.count = 0
+
+    def __enter__(self) -> PackedWriter:
+        super().__enter__()
+        self.file.write(bytes(_HEADER_BYTES))
+        return self
 
     def append(self, images: np.ndarray) -> None:
         """Add images ``(n, C, H, W)``, uint8, all of the shape of the first."""
         self._image_shape = images.shape[1:]
-        self._file.write(np.ascontiguousarray(images).data)
+        self.file.write(np.ascontiguousarray(images).data)
         self.count += len(images)
 
     def finish(self) -> None:
@@ -106,27 +108,6 @@ class PackedWriter:
         shape = (self.count, *self._image_shape)
         text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
         start = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
-        self._file.seek(0)
-        self._file.write(start + text.encode().ljust(_HEADER_BYTES - 11) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def publish(self) -> None:
-        """Give the finished file its name, in one step."""
-        os.replace(self._draft, self._path)
-        if os.name == "posix":  # the name itself is on the disk once the folder is
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-    def __enter__(self) -> PackedWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._draft.unlink(missing_ok=True)
+        self.file.seek(0)
+        self.file.write(start + text.encode().ljust(_HEADER_BYTES - 11) + b"\n")
+        super().finish()

@@ -6,13 +6,16 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import DataError
 
-__all__ = ["ImageFiles", "decode", "is_hidden", "is_picture", "walk"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["ImageFiles", "decode", "fit_pixels", "is_hidden", "is_picture", "walk"]
 
 # JPEG covers the multi-picture files of cameras; formats whose readers start other programs are left out
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -27,7 +30,7 @@ def is_picture(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """What file managers and archivers leave behind, in no way part of the data."""
+    """Whether a file is what file managers and archivers leave behind, and not part of the data."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") and part not in (".", "..") for part in parts) or bool(
         {"__MACOSX", "Thumbs.db", "desktop.ini"}.intersection(parts)
@@ -77,15 +80,35 @@ def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np
                     raise DataError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS:,}")
                 if image.mode not in _MODES:
                     raise DataError(f"pixels of the kind {image.mode!r}, which 8 bits a channel cannot hold")
-                picture: Image.Image = ImageOps.exif_transpose(image)
-                picture = picture.convert("RGB" if channels == 3 else "L")
-                if size is not None and picture.size != (size, size):
-                    picture = ImageOps.fit(picture, (size, size), method=Image.Resampling.LANCZOS)
-                pixels = np.asarray(picture, dtype=np.uint8)
+                pixels = _fit(ImageOps.exif_transpose(image), size, channels)
+                if image.format == "PNG":  # Pillow reads the pixels without looking at their checksums
+                    file.seek(0)
+                    with Image.open(file, formats=("PNG",)) as again:
+                        again.verify()
     # on garbage a decoder raises whatever it stumbled over: OSError, SyntaxError, struct.error, ValueError, ...
     except Exception as error:
         reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{name} cannot be read as a picture: {reason}.") from error
+    return pixels
+
+
+def fit_pixels(pixels: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
+    """Pixels ``(C, H, W)``, uint8, brought to a size and a number of channels as :func:`decode` brings pictures."""
+    from PIL import Image
+
+    if size in (None, pixels.shape[1]) and pixels.shape[1] == pixels.shape[2] and channels == pixels.shape[0]:
+        return pixels
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return _fit(image, size, channels)
+
+
+def _fit(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    image = image.convert("RGB" if channels == 3 else "L")
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
 
 
