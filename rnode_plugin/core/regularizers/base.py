@@ -29,6 +29,12 @@ class Regularizer(Protocol):
         name: the key of its integral in every result.
         needs_vjp: whether it reads products with the Jacobian; without such a penalty (and without a density
             to follow) an evaluation costs no vector-Jacobian product.
+
+    Example:
+        >>> from rnode_plugin.core.regularizers import FunctionRegularizer
+        >>> l1 = FunctionRegularizer("l1", lambda evaluation: evaluation.dz.abs().flatten(1).sum(1))
+        >>> isinstance(l1, Regularizer)
+        True
     """
 
     @property
