@@ -22,7 +22,16 @@ __all__ = [
 
 
 class RnodeError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose.
+
+    Example:
+        >>> from rnode_plugin import Solver
+        >>> try:
+        ...     Solver(method="rk5")
+        ... except RnodeError as error:
+        ...     print(str(error).partition(" Known")[0])
+        unknown solver method 'rk5'; did you mean 'rk4'?
+    """
 
 
 class ConfigError(RnodeError, ValueError):
@@ -49,6 +58,17 @@ class SolverError(RnodeError, RuntimeError):
         t: the time that was reached.
         step: the number of accepted steps until then.
         nfe: the number of evaluations of the vector field until then.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import Dynamics, Solver
+        >>> from rnode_plugin.solvers import solve
+        >>> dynamics = Dynamics(lambda t, z: z**2, divergence=False)  # z(t) = 1 / (1 - t)
+        >>> try:
+        ...     _ = solve(dynamics.bind(None), torch.ones(1, 1), torch.tensor([0.0, 2.0]), Solver(method="dopri5"))
+        ... except SolverError as error:
+        ...     print(error.reason, round(error.t, 1))
+        underflow 1.0
     """
 
     def __init__(self, reason: str, what: str, advice: str, *, t: float, step: int, nfe: int) -> None:

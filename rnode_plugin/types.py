@@ -162,6 +162,19 @@ class Solution:
         penalties: each penalty of the whole trajectory by name, ``(B,)``; the integral of a rate that is never
             negative is not negative either, whichever way time runs.
         stats: evaluations and steps.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import Dynamics, Solver
+        >>> from rnode_plugin.core.regularizers import kinetic
+        >>> from rnode_plugin.solvers import solve
+        >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic], estimator="exact")
+        >>> z0, times = torch.ones(1, 2), torch.linspace(0, 1, 2)
+        >>> solution = solve(dynamics.bind(None), z0, times, Solver(method="dopri5"))
+        >>> [round(value, 4) for value in solution.z[-1, 0].tolist()]  # exp(-1)
+        [0.3679, 0.3679]
+        >>> round(solution.logdet[-1].item(), 3), round(solution.penalties["kinetic"].item(), 3)  # -2, 1 - exp(-2)
+        (-2.0, 0.865)
     """
 
     t: Tensor
@@ -180,6 +193,13 @@ class FlowOutput:
         logdet: ``(B,)`` in nats, the logit transform included.
         regularization: raw integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
         nfe: evaluations of the vector fields, summed over blocks.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import MultiscaleFlow
+        >>> out = MultiscaleFlow((1, 8, 8), hidden=8)(torch.rand(2, 1, 8, 8))
+        >>> tuple(out.z.shape), tuple(out.logdet.shape), sorted(out.regularization)
+        ((2, 64), (2,), ['jacfrob', 'kinetic'])
     """
 
     z: Tensor

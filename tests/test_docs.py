@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
+import inspect
 import itertools
 import pkgutil
 import re
@@ -260,3 +263,21 @@ def test_the_citation_and_the_workflows_can_be_read():
         for job in content.get("jobs", {}).values():
             for script in re.findall(r"bash (\.ci/\w+)", str(job["steps"])):
                 assert (ROOT / script).exists(), f"{path.name}: {script}"
+
+
+PUBLIC = {name: getattr(rnode_plugin, name) for name in rnode_plugin.__all__}
+WITH_EXAMPLES = [path for path in sorted((ROOT / "rnode_plugin").rglob("*.py")) if ">>> " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=[str(path.relative_to(ROOT)) for path in WITH_EXAMPLES])
+def test_examples_in_docstrings_run(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    # with the public names alone: what an example needs besides, it imports
+    result = doctest.testmod(importlib.import_module(name), globs=dict(PUBLIC))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC.keys() - {"__version__", "hookimpl"}))
+def test_each_public_name_has_an_example(name):
+    assert ">>> " in (inspect.getdoc(PUBLIC[name]) or "")

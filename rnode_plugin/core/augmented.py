@@ -36,6 +36,14 @@ class Dynamics:
 
     Raises:
         ConfigError: for an unknown estimator and a span policy; later for a penalty that does not return ``(B,)``.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.core.regularizers import jacfrob, kinetic
+        >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic, jacfrob], estimator="exact")
+        >>> rates = dynamics.evaluate(torch.tensor(0.0), torch.ones(1, 3), None)
+        >>> rates.dlogdet.item(), rates.penalties["kinetic"].item(), rates.penalties["jacfrob"].item()
+        (-3.0, 3.0, 3.0)
     """
 
     def __init__(

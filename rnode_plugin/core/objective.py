@@ -74,6 +74,13 @@ def objective(
 
     Raises:
         ConfigError: if ``lambdas`` names a penalty that was not integrated.
+
+    Example:
+        >>> import torch
+        >>> log_prob, energy = torch.tensor([-2.0, -4.0]), torch.tensor([1.0, 3.0])
+        >>> result = objective(log_prob, {"kinetic": energy}, lambdas={"kinetic": 0.01}, dims=2)
+        >>> round(result.nll.item(), 3), round(result.loss.item(), 3)
+        (1.5, 1.51)
     """
     nll = -log_prob.mean() / dims
     terms = penalty(regularization or {}, lambdas=lambdas or {}, dims=dims, undivided=undivided)
@@ -91,6 +98,12 @@ def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int = 1) -> Tensor:
         dims: number of dimensions d of one sample.
         levels: number of values a pixel can take; a bin is 1/levels wide, so the density of the unscaled data
             is 1/levels of the density here in each dimension. 1 for data that was never binned.
+
+    Example:
+        >>> import torch
+        >>> uniform = torch.zeros(2)  # log-density 0 on [0, 1]: each of 256 levels is equally likely
+        >>> bits_per_dim(uniform, dims=784, levels=256)
+        tensor([8., 8.])
     """
     return math.log2(levels) - log_prob / (dims * math.log(2))
 

@@ -86,6 +86,16 @@ class Hutchinson(TraceEstimator):
 
     Raises:
         ConfigError: for another kind of noise or a number below 1.
+
+    Example:
+        >>> import torch
+        >>> estimator = Hutchinson("rademacher")
+        >>> evaluate = estimator.bind(lambda t, z: torch.tensor([1.0, 2.0]) * z)
+        >>> z = torch.ones(3, 2)
+        >>> noise = estimator.draw(z)
+        >>> dz, products = evaluate(torch.tensor(0.0), z, noise)
+        >>> estimator.divergence(products, noise)  # signs are exact if the Jacobian is diagonal
+        tensor([3., 3., 3.])
     """
 
     def __init__(self, noise: str = "gaussian", *, probes: int = 1) -> None:
@@ -188,6 +198,14 @@ class Exact(TraceEstimator):
     """The whole Jacobian, one product per dimension: exact, for few dimensions.
 
     The products are its rows, ``(D, B, *event)``.
+
+    Example:
+        >>> import torch
+        >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> evaluate = Exact().bind(lambda t, z: z @ matrix.T)
+        >>> dz, rows = evaluate(torch.tensor(0.0), torch.ones(1, 2), None)
+        >>> Exact().divergence(rows, None), Exact().squared_frobenius(rows)
+        (tensor([5.]), tensor([30.]))
     """
 
     def __repr__(self) -> str:

@@ -88,6 +88,15 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
 
     Raises:
         ConfigError: for a shape or a setting that cannot work.
+
+    Example:
+        >>> import torch
+        >>> flow = MultiscaleFlow((1, 8, 8), hidden=8, levels=17)
+        >>> images = torch.rand(2, 1, 8, 8)
+        >>> tuple(flow(images).z.shape), tuple(flow.bits_per_dim(images).shape)
+        ((2, 64), (2,))
+        >>> tuple(flow.sample(4, temperature=0.8).shape)
+        (4, 1, 8, 8)
     """
 
     def __init__(

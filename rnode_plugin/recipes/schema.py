@@ -310,6 +310,13 @@ def get_recipe(name: str) -> Recipe:
     Raises:
         ConfigError: for an unknown name; the known ones are listed.
         PluginError: the plugin that offers it returned something else.
+
+    Example:
+        >>> recipe = get_recipe("digits").override(["optimizer.lr=1e-3"])
+        >>> recipe.optimizer.lr, recipe.data.shape
+        (0.001, (1, 8, 8))
+        >>> tuple(recipe.build_flow().sample(2).shape)
+        (2, 1, 8, 8)
     """
     recipe = registry.get("recipes", name)()
     if not isinstance(recipe, Recipe):

@@ -42,6 +42,12 @@ class Solver:
 
     Raises:
         ConfigError: for an unknown name or a number out of range.
+
+    Example:
+        >>> Solver(method="dopri5", atol=1e-5, rtol=1e-5).adaptive
+        True
+        >>> Solver(method="rk4_38", step=0.25).adaptive
+        False
     """
 
     method: str = "rk4_38"

@@ -48,6 +48,17 @@ class CNF(torchdyn_cnf.CNF):
             0, and a conditional net that does not take three arguments; when evaluated, for a state of another
             shape, a stochastic estimator without noise, a net that depends on time without a time, a conditional
             one without a context, and a net that cuts its graph.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import NeuralODE
+        >>> net = torch.nn.Linear(2, 2)
+        >>> model = NeuralODE(CNF(net, "exact"), solver="dopri5", regularizers=["jacfrob"])
+        >>> x = torch.randn(5, 2)
+        >>> _, trajectory = model(torch.cat([torch.zeros(5, 1), x], 1), torch.linspace(0, 1, 2))
+        >>> minus_logdet, z = trajectory[-1, :, 0], trajectory[-1, :, 1:]
+        >>> bool(torch.allclose(minus_logdet, -net.weight.diagonal().sum(), atol=1e-5))
+        True
     """
 
     def __init__(

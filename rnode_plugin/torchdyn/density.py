@@ -44,6 +44,16 @@ class RegularizedCNF(nn.Module):
 
     Raises:
         ConfigError: for shapes that do not fit together, and all that NeuralODE refuses.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.fields import linear_field
+        >>> model = RegularizedCNF(linear_field(2), event_shape=2, trace_estimator="exact")
+        >>> x = torch.randn(8, 2)
+        >>> loss = -model.log_prob(x).mean() / model.dims + model.reg_loss()
+        >>> loss.backward()
+        >>> tuple(model.sample(3, temperature=0.8).shape)
+        (3, 2)
     """
 
     def __init__(

@@ -71,6 +71,16 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             and for what cannot carry penalties (multiple shooting, SDEs); when called, for a state that is not a
             tensor and times that are not a row that runs one way.
         SolverError: when called: non-finite state, step-size underflow, ``max_nfe`` used up.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.fields import linear_field
+        >>> model = NeuralODE(linear_field(2), solver="dopri5", regularizers={"kinetic": 0.1, "jacfrob": 0.01})
+        >>> t_eval, trajectory = model(torch.randn(64, 2), torch.linspace(0, 1, 2))
+        >>> tuple(trajectory.shape), tuple(model.regularization["kinetic"].shape)
+        ((2, 64, 2), (64,))
+        >>> loss = trajectory[-1].square().mean() + model.reg_loss()
+        >>> loss.backward()
     """
 
     vf: Any

@@ -30,6 +30,17 @@ def install() -> None:
     ``sensitivity="checkpointed"``. A second call changes nothing.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
+
+    Example:
+        >>> import torch
+        >>> from torchdyn.core import NeuralODE
+        >>> install()
+        >>> from rnode_plugin.fields import linear_field
+        >>> model = NeuralODE(linear_field(2), solver="rk4", regularizers=["kinetic"])
+        >>> _ = model(torch.randn(8, 2), torch.linspace(0, 1, 5))
+        >>> tuple(model.regularization["kinetic"].shape)
+        (8,)
+        >>> uninstall()
     """
     if _replaced:
         return
@@ -43,6 +54,14 @@ def uninstall() -> None:
 
     Objects stay usable; what they were given beyond torchdyn's arguments no longer has an effect, and those with
     ``sensitivity="checkpointed"``, which torchdyn does not know, must be made anew.
+
+    Example:
+        >>> import inspect
+        >>> from torchdyn.core import NeuralODE
+        >>> install()
+        >>> uninstall()
+        >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
+        False
     """
     for name, value in _replaced.items():
         if value is _ABSENT:

@@ -58,6 +58,12 @@ class Regularizer(Protocol):
 
     Attributes:
         name: the key of its penalty in every result.
+
+    Example:
+        >>> from rnode_plugin.core.regularizers import FunctionRegularizer
+        >>> l1 = FunctionRegularizer("l1", lambda evaluation: evaluation.dz.abs().flatten(1).sum(1))
+        >>> isinstance(l1, Regularizer)
+        True
     """
 
     @property

@@ -95,6 +95,16 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
     Raises:
         CheckpointError: missing, truncated, not ours, or not the weights of the model that its recipe describes.
+
+    Example:
+        >>> import tempfile
+        >>> from rnode_plugin.training.runs.checkpoints import save_flow
+        >>> recipe = get_recipe("digits")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_flow(recipe.build_flow(), f"{folder}/flow.ckpt", recipe=recipe)
+        ...     flow = load_flow(f"{folder}/flow.ckpt")
+        >>> tuple(flow.sample(1).shape)
+        (1, 1, 8, 8)
     """
     return load_with_recipe(path, map_location=map_location)[0]
 
