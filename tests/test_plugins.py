@@ -46,6 +46,7 @@ BUILTIN = {
     "commands": [
         "compare",
         "data",
+        "estimate",
         "eval",
         "exec",
         "export",

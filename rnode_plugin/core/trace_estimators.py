@@ -204,7 +204,7 @@ class Exact(TraceEstimator):
         >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> evaluate = Exact().bind(lambda t, z: z @ matrix.T)
         >>> dz, rows = evaluate(torch.tensor(0.0), torch.ones(1, 2), None)
-        >>> Exact().divergence(rows, None), Exact().squared_frobenius(rows)
+        >>> Exact().divergence(rows, None), Exact().squared_frobenius(rows, None)
         (tensor([5.]), tensor([30.]))
     """
 
