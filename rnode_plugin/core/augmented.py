@@ -89,9 +89,10 @@ class Dynamics:
         self._field_and_products = self.estimator.bind(field)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The field's parameters, if it is a module."""
-        if isinstance(self.field, nn.Module):
-            yield from self.field.parameters()
+        """The parameters of the field and of the regularizers, of those that are modules."""
+        for part in (self.field, *self.rates):
+            if isinstance(part, nn.Module):
+                yield from part.parameters()
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
         """Noise for one solve from ``z``; None if no product is needed."""

@@ -113,6 +113,11 @@ class FusedPreparedStack(PreparedStack):
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
         return run_velocity(self._stack, t, z)
 
+    @property
+    def plain_path(self) -> PreparedStack:
+        """The same field in operations that autograd knows, as often differentiable as one likes."""
+        return PreparedStack(self._stack)
+
     def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`FusedStackField.forward_and_vjp`; another noise than the one prepared for takes longer."""
         pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.augmented import Dynamics
 from ..core.no_data_parallel import OneProcessADevice
 from ..core.objective import bits_per_dim, output_log_prob
-from ..core.regularizers import jacfrob, kinetic, weigh_regularizers
+from ..core.regularizers import jacfrob, kind_of, kinetic, span_policy, weigh_regularizers
 from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields import StackField, conv_field
@@ -124,6 +124,9 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         self.estimator = get_estimator(trace_noise)
         weighted = weigh_regularizers(regularizers, by_name=_registered)
         self.regularizers = tuple(entry.regularizer for entry in weighted.values())
+        with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
+        if with_parameters:
+            self.regularizer_modules = nn.ModuleList(with_parameters)
         self.stages = plan_stages(self.image_shape)
 
         def default(shape: Shape) -> nn.Module:
@@ -193,15 +196,18 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         else:
             check_noise(noise, self.block_shapes, x)
         z, logdet = logit(x, self.alpha)
-        followed = self.regularizers if penalties else ()
+        policy = span_policy(self.regularizers)
+        training = penalties and self.training and torch.is_grad_enabled()
+        followed = [r for r in self.regularizers if kind_of(r) != "span"] if penalties else []
         leaving: list[Tensor] = []
         regularization: dict[str, Tensor] = {r.name: torch.zeros_like(logdet) for r in followed}
         nfe = 0
         blocks = zip(self.fields, noise, strict=True)
         for stage in self.stages:
             for field, probe in islice(blocks, _BLOCKS):
+                times = self._times(z, training=training)
                 solution = _solve(
-                    field, z, (0.0, 1.0), solver, checks, probe, regularizers=followed, estimator=self.estimator
+                    field, z, times, solver, checks, probe, regularizers=followed, estimator=self.estimator
                 )
                 z = solution.z[-1]
                 nfe += solution.stats.nfe
@@ -215,6 +221,8 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
                 leaving.append(z[:, stage.keeps :].flatten(1))
                 z = z[:, : stage.keeps]
         check_health(checks)
+        if policy is not None and penalties:
+            regularization[policy.name] = policy(x)
         return FlowOutput(torch.cat(leaving, dim=1), logdet, regularization, nfe)
 
     def log_prob(
@@ -264,7 +272,8 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
                 left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
                 y = torch.cat([y, left], dim=1) if stage.keeps else left
             for field in islice(fields, _BLOCKS):
-                y = _solve(field, y, (1.0, 0.0), solver or self.solver, checks, divergence=False).z[-1]
+                times = self._times(y, training=False).flip(0)
+                y = _solve(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
         check_health(checks)
         return inverse_logit(y, self.alpha)
 
@@ -297,6 +306,12 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
         return self.inverse(z * temperature, solver=solver).clamp(0, 1)
 
+    def _times(self, z: Tensor, *, training: bool) -> Tensor:
+        """The times of one block, ``(2,)``, on the CPU: nothing that the host asks of them waits for the device."""
+        times = torch.tensor((0.0, 1.0), dtype=z.dtype)
+        policy = span_policy(self.regularizers)
+        return times if policy is None else policy.times(times, training=training)
+
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""
         return next(self.parameters(), torch.empty(0))
@@ -312,7 +327,7 @@ def _registered(name: str) -> Any:
 def _solve(
     field: nn.Module,
     z: Tensor,
-    times: tuple[float, float],
+    times: Tensor,
     solver: Solver,
     checks: list[HealthCheck],
     noise: Tensor | None = None,
@@ -320,9 +335,11 @@ def _solve(
 ) -> Solution:
     # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
     if isinstance(field, StackField) and not solver.gradient.endswith("adjoint"):
-        z, noise = field.layout(z), None if noise is None else field.layout(noise)
-        dynamics = Dynamics(field.prepare(z, noise), **options)
+        z = field.layout(z)
+        prepared = None
+        if noise is not None and noise.shape == z.shape:  # not that of several probes
+            noise = prepared = field.layout(noise)
+        dynamics = Dynamics(field.prepare(z, prepared), **options)
     else:
         dynamics = Dynamics(field, **options)
-    # times on the CPU: nothing that the host wants to know of a fixed grid has to come from the device
-    return solve(dynamics.bind(noise), z, torch.tensor(times, dtype=z.dtype), solver, checks=checks)
+    return solve(dynamics.bind(noise), z, times, solver, checks=checks)

@@ -7,7 +7,7 @@ every evaluation, also those that a backward pass repeats. Another solve in betw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..core.augmented import Dynamics
+from ..core.derivatives import FieldDerivatives
 from ..core.field_evaluation import FieldEvaluation
+from ..core.path_penalties import PathPenalties
 from ..core.regularizers import Regularizer
 from ..errors import ConfigError
-from ..types import BoundDynamics, Rates
+from ..types import BoundDynamics, FieldWithAux, Rates
 from .compiled import has_compiled_parts, run_original
 from .lost_graph import refuse_lost_graph
-from .shared_trace import can_observe, observing
+from .shared_trace import WithoutTrace, can_observe, observing
 from .slots import find_slots
 from .state_layout import Penalized, StateLayout, is_cnf, layout_of
-from .velocity import Velocity, counters, unwrapped, with_slots
+from .velocity import Velocity, counted, counters, unwrapped, with_slots
 
 __all__ = ["INTEGRAL_LOSS", "BoundField", "bind_field", "tensors_of"]
 
@@ -40,6 +42,7 @@ class BoundField:
 
     rates: BoundDynamics
     tensors: tuple[Tensor, ...]
+    path: PathPenalties | None = None
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return self.rates(t, z, products=products)
@@ -67,7 +70,7 @@ def bind_field(
         vf: torchdyn's wrapped vector field.
         x: initial state ``(B, ...)``.
         args: handed to fields that take ``args``.
-        regularizers: penalties, rates of ``z`` alone. If a CNF makes products with the Jacobian they are its
+        regularizers: penalties of ``z`` alone. If a CNF makes products with the Jacobian they are its
             products; otherwise one product with noise of the kind ``trace_noise`` is made.
         penalized: the columns of the state that are ``z``; None: all but those of a cost and a trace.
         hidden_cost: ``integral_loss`` if it is not a column of the state; its rate, summed over the batch, is
@@ -84,15 +87,19 @@ def bind_field(
             "penalized=, the columns of the state that they are about."
         )
     velocity = unwrapped(vf, args)
-    if (layout.trace or _needs_products(regularizers)) and has_compiled_parts(vf):
+    if (layout.trace or _differentiates(regularizers)) and has_compiled_parts(vf):
         velocity = run_original(velocity)
-    velocity = with_slots(velocity, find_slots(vf, x, layout), counters(vf))
-    rates = _rates(velocity, vf, layout.without_cost(x), layout, regularizers, trace_noise)
+    source = _Source(with_slots(velocity, find_slots(vf, x, layout)), vf)
+    state = layout.without_cost(x)
+    dynamics = None
+    if regularizers:
+        dynamics = _dynamics(source, vf, state, layout, regularizers, trace_noise)
+    rates = _rates(counted(source, counters(vf)), vf, state, layout, dynamics)
     if layout.cost:
         rates = _with_cost_column(rates, vf.integral_loss)
     elif hidden_cost is not None:
         rates = _with_hidden_cost(rates, hidden_cost)
-    return BoundField(rates, tuple(tensors))
+    return BoundField(rates, tuple(tensors), None if dynamics is None else dynamics.path)
 
 
 def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:
@@ -102,24 +109,47 @@ def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:
     return list({id(x): x for x in [*found, *given]}.values())
 
 
-def _needs_products(regularizers: Sequence[Regularizer]) -> bool:
-    return Dynamics(lambda t, z: z, regularizers=regularizers, divergence=False).needs_products
+def _differentiates(regularizers: Sequence[Regularizer]) -> bool:
+    dynamics = Dynamics(lambda t, z: z, regularizers=regularizers, divergence=False)
+    return dynamics.needs_products or dynamics.inner_autograd
 
 
-def _rates(
-    velocity: Velocity,
+class _Source:
+    """The velocity without being counted, and what the user's field offers besides."""
+
+    def __init__(self, velocity: Velocity, vf: Any) -> None:
+        self._velocity = velocity
+        offers = next((m for m in vf.modules() if isinstance(m, FieldWithAux)), None)
+        if offers is not None:
+            self.aux = offers.aux
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self._velocity(t, x)
+
+
+def _dynamics(
+    source: _Source,
     vf: Any,
     x: Tensor,
     layout: StateLayout,
     regularizers: Sequence[Regularizer],
     trace_noise: str,
-) -> BoundDynamics:
+) -> Dynamics:
+    """The penalties and their products, for a state without a running cost."""
+    field: Any = refuse_lost_graph(counted(source, counters(vf)))
+    field.plain_path = source
+    if hasattr(source, "aux"):
+        field.aux = source.aux
+    return Dynamics(
+        field, regularizers=regularizers, estimator=trace_noise, divergence=False,
+        event=lambda state: (inner := layout.without_cost(state))[:, layout.columns(inner)],
+    )  # fmt: skip
+
+
+def _rates(velocity: Velocity, vf: Any, x: Tensor, layout: StateLayout, dynamics: Dynamics | None) -> BoundDynamics:
     """The rates of the state without a running cost, by the cheapest way to the products that are needed."""
-    if not regularizers:
+    if dynamics is None:
         return _plain(velocity)
-    dynamics = Dynamics(
-        refuse_lost_graph(velocity), regularizers=regularizers, estimator=trace_noise, divergence=False
-    )
     if layout.penalized is None and not layout.trace:
         return _of_whole_state(velocity, dynamics, x)
     cnf = next((m for m in vf.modules() if is_cnf(m)), None)
@@ -147,13 +177,19 @@ def _of_whole_state(velocity: Velocity, dynamics: Dynamics, x: Tensor) -> BoundD
 
 def _shared_with_trace(velocity: Velocity, dynamics: Dynamics, cnf: Any) -> BoundDynamics:
     """Penalties of ``z`` behind the trace of a CNF, which read the products that the trace is made of."""
+    field: Any = dynamics.field
+    inner: Any = WithoutTrace(field.plain_path, cnf)
+    if hasattr(field, "aux"):
+        inner.aux = field.aux
+    derivatives = FieldDerivatives(inner)
 
     def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         if not products:
             return Rates(_at_least(velocity(t, z), z), None, {})
         with observing(cnf, products=dynamics.needs_products) as seen:
             dx = _at_least(velocity(t, z), z)
-        return Rates(dx, None, dynamics.penalties(seen.evaluation(t, z, dx)))
+        evaluation = replace(seen.evaluation(t, z, dx), field=inner, derivatives=derivatives)
+        return Rates(dx, None, dynamics.penalties(evaluation))
 
     return rates
 
@@ -163,16 +199,34 @@ def _of_columns(velocity: Velocity, dynamics: Dynamics, x: Tensor, layout: State
     columns = layout.columns(x)
     noise, padded = dynamics.draw(x[:, columns]), None
     if noise is not None:
+        if noise.shape != x[:, columns].shape:
+            raise ConfigError(
+                f"penalties of some columns work with one probe, not with {dynamics.estimator}: use 'gaussian', "
+                "'rademacher' or 'exact'."
+            )
         padded = torch.zeros_like(x)
         padded[:, columns] = noise
     velocity_and_products = dynamics.estimator.bind(dynamics.field)
+    index = torch.arange(x.shape[1], device=x.device)[columns]
+    field: Any = dynamics.field
+    source = field.plain_path
+
+    def of_block(evaluation: FieldEvaluation, whole: Tensor) -> FieldEvaluation:
+        """With derivatives by these columns; the others stay as they are at this evaluation."""
+
+        def block(t: Tensor, z: Tensor) -> Tensor:
+            state = whole.index_copy(1, index, z)
+            return source(t, state)[:, columns]
+
+        return replace(evaluation, field=source, derivatives=FieldDerivatives(block))
 
     def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         if not products:
             return Rates(_at_least(velocity(t, z), z), None, {})
         if not dynamics.needs_products:
             dx = _at_least(velocity(t, z), z)
-            return Rates(dx, None, dynamics.penalties(FieldEvaluation(t, z[:, columns], dx[:, columns])))
+            bare = FieldEvaluation(t, z[:, columns], dx[:, columns])
+            return Rates(dx, None, dynamics.penalties(of_block(bare, z)))
         dx, rows = velocity_and_products(t, z, padded)
         dx, rows = _at_least(dx, z), rows.to(z.dtype)
         if rows.ndim > z.ndim:  # the whole Jacobian, a row for each dimension of one sample
@@ -181,7 +235,7 @@ def _of_columns(velocity: Velocity, dynamics: Dynamics, x: Tensor, layout: State
         else:
             block = rows[:, columns]
         evaluation = FieldEvaluation(t, z[:, columns], dx[:, columns], noise, block, dynamics.estimator)
-        return Rates(dx, None, dynamics.penalties(evaluation))
+        return Rates(dx, None, dynamics.penalties(of_block(evaluation, z)))
 
     return rates
 

@@ -13,7 +13,7 @@ from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
 
 from ..core.no_data_parallel import OneProcessADevice
-from ..core.regularizers import Weighted, check_lambda, is_divided_by_dims, strength_at
+from ..core.regularizers import Weighted, check_lambda, kind_of, span_policy, strength_at, undivided
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers
@@ -287,8 +287,12 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 x, t_span = x.clone(), t_span.clone()
                 return self._solve(x, t_span, save_at, args, gradient, followed, interpolate=interpolate)
         hidden = self.integral_loss if torch.is_grad_enabled() and self._cost_is_hidden(gradient) else None
+        regularizers = [w.regularizer for w in followed.values()]
+        policy = span_policy([w.regularizer for w in self._penalties.values()])
+        if policy is not None:
+            t_span = policy.times(t_span, training=bool(followed) and self.training and torch.is_grad_enabled())
         field = bind_field(
-            self.vf, x, args=args, regularizers=[w.regularizer for w in followed.values()],
+            self.vf, x, args=args, regularizers=[r for r in regularizers if kind_of(r) != "span"],
             trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden,
             tensors=tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args),
         )  # fmt: skip
@@ -298,14 +302,15 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if gradient == "checkpointed":
             self.vf.nfe = nfe + solution.stats.nfe  # looking for what a replay needs is no step
         integrals = dict(solution.penalties)
+        if policy is not None and followed:
+            integrals[policy.name] = policy(x)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
         sol, integrals = attach(solution.z, integrals, cost)
         missing = tuple(name for name in self._penalties if name not in followed)
-        undivided = frozenset(name for name, w in followed.items() if not is_divided_by_dims(w.regularizer))
         dims = layout_of(self.vf, self._penalized).dims(x) if followed else 1
-        return (solution.t, sol), SolvePenalties(integrals, dims, missing, undivided)
+        return (solution.t, sol), SolvePenalties(integrals, dims, missing, undivided(regularizers))
 
     def _cost_is_hidden(self, gradient: str) -> bool:
         return self.integral_loss is not None and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd"

@@ -12,10 +12,10 @@ from torch import Tensor
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 
 from ..core.field_evaluation import FieldEvaluation
-from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator
+from ..core.trace_estimators import Exact, Hutchinson, Probes, TraceEstimator
 from ..errors import ConfigError
 
-__all__ = ["Seen", "can_observe", "observing"]
+__all__ = ["Seen", "WithoutTrace", "can_observe", "observing"]
 
 
 @dataclass
@@ -55,6 +55,40 @@ def observing(cnf: Any, *, products: bool) -> Iterator[Seen]:
         yield seen
     if seen.products is None:
         raise ConfigError("the CNF of the vector field was not evaluated; penalties cannot read its products.")
+
+
+class WithoutTrace:
+    """The velocity of ``z`` alone, behind a field of states with a trace in their first column.
+
+    Args:
+        field: the whole field, which evaluates ``cnf``.
+        cnf: the module that makes the trace; here it makes none.
+    """
+
+    def __init__(self, field: Callable[[Tensor, Tensor], Tensor], cnf: Any) -> None:
+        self._field, self._cnf = field, cnf
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        state = torch.cat([z.new_zeros(len(z), 1), z.flatten(1)], 1)
+        none = _NoTrace() if _has_observer(self._cnf) else lambda x_out, x_in, **_: x_out.new_zeros(len(x_out))
+        with _replaced(self._cnf, "trace_estimator", none):
+            return self._field(t, state)[:, 1:].reshape(z.shape)
+
+
+class _NoTrace(TraceEstimator):
+    """A trace of zero, for nothing: the velocity alone is wanted."""
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
+        return None
+
+    def bind(self, field: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        return lambda t, z, noise: (field(t, z), z.new_zeros(len(z)))
+
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        return Probes((), (), ())
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        return products
 
 
 def _listening(cnf: Any, seen: Seen) -> Any:

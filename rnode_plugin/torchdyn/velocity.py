@@ -15,7 +15,16 @@ from torchdyn.core.defunc import DEFunc, DEFuncBase
 from .signature import field_takes
 from .slots import Slots
 
-__all__ = ["Counter", "Velocity", "called_as_it_takes", "counters", "first_order_system", "unwrapped", "with_slots"]
+__all__ = [
+    "Counter",
+    "Velocity",
+    "called_as_it_takes",
+    "counted",
+    "counters",
+    "first_order_system",
+    "unwrapped",
+    "with_slots",
+]
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,22 +49,28 @@ def counters(vf: Any) -> tuple[Counter, ...]:
     return (vars(vf), vars(vf.vf)) if type(vf.vf) is DEFuncBase else (vars(vf),)
 
 
-def with_slots(velocity: Velocity, slots: Slots, counted: tuple[Counter, ...]) -> Velocity:
-    """``velocity`` that fills the placeholders first and counts evaluations as torchdyn does."""
-
-    def plain(t: Tensor, x: Tensor) -> Tensor:
-        for counter in counted:
-            counter["nfe"] += 1
-        return velocity(t, x)
+def with_slots(velocity: Velocity, slots: Slots) -> Velocity:
+    """``velocity`` that fills the placeholders first."""
 
     def filled(t: Tensor, x: Tensor) -> Tensor:
         slots.fill(t)
         try:
-            return plain(t, x)
+            return velocity(t, x)
         finally:
             slots.clear(t)
 
-    return filled if slots else plain
+    return filled if slots else velocity
+
+
+def counted(velocity: Velocity, counters: tuple[Counter, ...]) -> Velocity:
+    """``velocity`` that counts evaluations as torchdyn does."""
+
+    def counting(t: Tensor, x: Tensor) -> Tensor:
+        for counter in counters:
+            counter["nfe"] += 1
+        return velocity(t, x)
+
+    return counting
 
 
 def first_order_system(velocity: Velocity, order: int) -> Velocity:

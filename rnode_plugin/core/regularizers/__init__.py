@@ -11,9 +11,9 @@ from .base import (
     StepPenalty,
     TrajectoryPenalty,
     Weighted,
-    is_divided_by_dims,
     kind_of,
     span_policy,
+    undivided,
 )
 from .rates import (
     Taylor,
@@ -60,7 +60,6 @@ __all__ = [
     "directional_vjp",
     "error",
     "hjb",
-    "is_divided_by_dims",
     "jacdiag",
     "jacfrob",
     "jacoffdiag",
@@ -75,5 +74,6 @@ __all__ = [
     "strain",
     "strength_at",
     "total_derivative",
+    "undivided",
     "weigh_regularizers",
 ]

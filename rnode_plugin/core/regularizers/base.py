@@ -35,9 +35,9 @@ __all__ = [
     "StepPenalty",
     "TrajectoryPenalty",
     "Weighted",
-    "is_divided_by_dims",
     "kind_of",
     "span_policy",
+    "undivided",
 ]
 
 DEFAULT_LAMBDA = 0.01
@@ -229,9 +229,9 @@ def kind_of(regularizer: Any) -> str:
     return getattr(regularizer, "kind", "rate")
 
 
-def is_divided_by_dims(regularizer: Any) -> bool:
-    """Whether the objective divides this penalty by the number of dimensions."""
-    return getattr(regularizer, "divided_by_dims", True)
+def undivided(regularizers: Collection[Any]) -> frozenset[str]:
+    """Names of those whose penalty the objective does not divide by the number of dimensions."""
+    return frozenset(r.name for r in regularizers if not getattr(r, "divided_by_dims", True))
 
 
 def span_policy(regularizers: Collection[Any]) -> SpanPolicy | None:

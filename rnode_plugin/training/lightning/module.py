@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from ...core.objective import Objective, bits_per_dim, objective, output_log_prob
 from ...core.random_streams import Stream, seed_everything, seeded
+from ...core.regularizers import undivided
 from ...data import ImageData, ImageDataset
 from ...data.loading import keep_batch
 from ...errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
@@ -98,7 +99,10 @@ class FlowModule(L.LightningModule):
         """Where a training step takes dequantised images, their log-density ``(B,)`` in nats, and equation 17."""
         output = self.flow(x, solver=self.solver, penalties=bool(self.lambdas))
         log_prob = output_log_prob(output)
-        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=self.recipe.dims)
+        whole = undivided(getattr(self.flow, "regularizers", ()))
+        goal = objective(
+            log_prob, output.regularization, lambdas=self.lambdas, dims=self.recipe.dims, undivided=whole
+        )
         return output, log_prob, goal
 
     def _unusable(self, problem: str, nfe: int) -> Tensor:
