@@ -12,6 +12,11 @@ from ..errors import ConfigError, PluginError, RnodeError
 
 __all__ = ["checked_call"]
 
+_WRITES = (
+    "the regularizer {!r} writes into the state or the velocity that it is shown, which changes the solve: use "
+    "dz.square(), not dz.square_(), and so on."
+)
+
 
 def checked_call(regularizer: Any, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
     """``regularizer(record)``, a real floating-point tensor ``(B,)``.
@@ -33,16 +38,15 @@ def checked_call(regularizer: Any, record: Any, untouched: Sequence[Tensor], lik
     except (RnodeError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if "allocate memory" in str(error):
-            raise
         text = " ".join(str(error).split())
+        if "allocate memory" in text:
+            raise
+        if "in-place operation" in text:
+            raise ConfigError(_WRITES.format(regularizer.name)) from error
         raise PluginError(f"the regularizer {regularizer.name!r} raised {type(error).__name__}: {text}") from error
     for x, before in zip(untouched, versions, strict=True):
         if before is not None and x._version != before:
-            raise ConfigError(
-                f"the regularizer {regularizer.name!r} writes into the state or the velocity that it is shown, "
-                "which changes the solve: use dz.square(), not dz.square_(), and so on."
-            )
+            raise ConfigError(_WRITES.format(regularizer.name))
     if not isinstance(value, Tensor) or value.shape != like.shape[:1]:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(

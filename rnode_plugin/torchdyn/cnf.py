@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
-from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
+from ..core.trace_estimators import Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..types import FieldWithVJP
 from .checks import check_order, check_shape
@@ -109,7 +109,7 @@ class CNF(torchdyn_cnf.CNF):
 
     def _estimate(self, estimator: TraceEstimator, field: Velocity, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         noise = self._noise_like(z)
-        if noise is None and isinstance(estimator, Hutchinson):
+        if noise is None and isinstance(estimator, (Hutchinson, HutchPlusPlus)):
             raise ConfigError(
                 "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, which "
                 "draws the noise once per solve, or give it a noise_dist."
@@ -152,6 +152,8 @@ class CNF(torchdyn_cnf.CNF):
         noise = self.noise
         if noise is None:
             return None
+        if noise.ndim == 3 and noise.shape[1:].numel() == z.numel():  # several probes (k, B, D)
+            return noise.reshape(len(noise), *z.shape)
         if noise.numel() != z.numel():
             raise ConfigError(
                 f"the noise of this CNF has shape {tuple(noise.shape)} for a state of shape {tuple(z.shape)}: give "

@@ -1,0 +1,446 @@
+"""Rates against dense Jacobians, their integrals against scipy, their gradients against finite differences."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from dense_rates import dense_rates, integrals
+from problems import Linear, Wave
+from torch import Tensor, nn
+
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.regularizers import FunctionRegularizer, Taylor
+from rnode_plugin.core.trace_estimators import Hutchinson, HutchPlusPlus, get_estimator
+from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.plugins.resolve import resolve_regularizers
+
+RATES = [
+    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",
+    "curl", "strain", "taylor:2", "taylor:3", "taylor:4",
+]  # fmt: skip
+ESTIMATED = ["jacfrob", "curl", "strain"]
+SPAN = (0.0, 0.5)
+TIGHT = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+
+
+class Image(nn.Module):
+    """A nonlinear field on images that depends on time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Conv2d(2, 2, 3, padding=1).double()
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(self.net(z) + t) * (1 + t)
+
+
+def rates_of(
+    field: nn.Module, names: list[str], t: Tensor, z: Tensor, estimator: object = "exact"
+) -> dict[str, Tensor]:
+    regularizers = [entry.regularizer for entry in resolve_regularizers(names).values()]
+    dynamics = Dynamics(field, regularizers=regularizers, estimator=estimator)  # pyright: ignore[reportArgumentType]
+    return dynamics.evaluate(t, z, dynamics.draw(z)).penalties
+
+
+@pytest.mark.parametrize(("field", "shape"), [(Wave(), (3,)), (Image(), (2, 2, 2))], ids=["flat", "image"])
+def test_rates_equal_those_of_a_dense_jacobian(field: nn.Module, shape: tuple[int, ...]) -> None:
+    t = torch.tensor(0.3, dtype=torch.float64)
+    z = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = rates_of(field, RATES, t, z)
+    for i, sample in enumerate(z):
+        exact = dense_rates(lambda t, x: field(t, x.reshape(1, *shape)).flatten(), t, sample.flatten())
+        for name in RATES:
+            torch.testing.assert_close(found[name][i], exact[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@functools.cache
+def reference() -> tuple[Wave, Tensor, list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Field, states, a direction in parameter space, integrals, and their derivatives in that direction."""
+    field, g = Wave(), torch.Generator().manual_seed(3)
+    z0 = torch.randn(2, 3, generator=g, dtype=torch.float64)
+    direction = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in field.parameters()]
+
+    def at(shift: float) -> dict[str, Tensor]:
+        a, b, w = (p.detach() + shift * d for p, d in zip(field.parameters(), direction, strict=True))
+        return integrals(lambda t, z: w * torch.cos(t) * torch.tanh(a @ z + b), z0, SPAN)
+
+    step = 1e-5
+    values, above, below = at(0.0), at(step), at(-step)
+    return field, z0, direction, values, {name: (above[name] - below[name]) / (2 * step) for name in values}
+
+
+@pytest.mark.parametrize("mode", ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"])
+def test_penalties_and_gradients_equal_scipy_and_finite_differences(mode: str) -> None:
+    """Values to 1e-6 and the parameters' gradient, along a random direction, to 1e-5."""
+    field, z0, direction, exact, slopes = reference()
+    names = [name for name in RATES if not (mode.endswith("adjoint") and name == "taylor:4")]  # slow, nothing new
+    model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers=names, trace_noise="exact", **TIGHT)
+    model(z0, torch.tensor(SPAN, dtype=torch.float64))
+    found = model.regularization
+    for name in names:
+        torch.testing.assert_close(found[name], exact[name], rtol=1e-6, atol=0, msg=name)
+    if mode == "interpolated_adjoint":
+        return  # its gradient has the error of an interpolant; test_solve bounds it
+    # one backward pass for all of them in an adjoint, each weighed so that none is hidden by another
+    groups = [names] if mode.endswith("adjoint") else [[name] for name in names]
+    for group in groups:
+        loss = sum(found[name].sum() / exact[name].sum() for name in group)
+        gradients = torch.autograd.grad(loss, list(field.parameters()), retain_graph=True)  # pyright: ignore
+        slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+        wanted = sum(slopes[name].sum() / exact[name].sum() for name in group)
+        torch.testing.assert_close(slope, wanted, rtol=1e-5, atol=1e-7, msg=str(group))  # pyright: ignore
+
+
+@pytest.mark.parametrize("estimator", ["gaussian", "rademacher", "gaussian:3", "rademacher:2", "hutch++:1"])
+def test_estimates_are_unbiased(estimator: str) -> None:
+    """Over 6000 draws each mean lies within 4 standard errors of the exact value."""
+    many, t = 6000, torch.tensor(0.3, dtype=torch.float64)
+    z = torch.tensor([[0.4, -0.3, 0.8]], dtype=torch.float64)
+    exact = rates_of(Wave(), ESTIMATED, t, z)
+    torch.manual_seed(1)
+    regularizers = [entry.regularizer for entry in resolve_regularizers(ESTIMATED).values()]
+    dynamics = Dynamics(Wave(), regularizers=regularizers, estimator=estimator)
+    found = dynamics.evaluate(t, z.expand(many, 3), dynamics.draw(z.expand(many, 3)))
+    with torch.no_grad():
+        trace = Dynamics(Wave(), estimator="exact").evaluate(t, z, None).dlogdet
+    assert found.dlogdet is not None
+    assert trace is not None
+    for name, draws, wanted in [
+        ("divergence", found.dlogdet, trace),
+        *((name, found.penalties[name], exact[name]) for name in ESTIMATED),
+    ]:
+        error = draws.detach().std() / many**0.5
+        assert error > 1e-5, f"{name}: draws that do not vary test nothing"
+        assert abs(draws.detach().mean() - wanted.detach()[0]) < 4 * error, name
+
+
+def test_more_probes_and_hutch_plus_plus_have_less_variance() -> None:
+    """On a Jacobian of rank one Hutch++ is exact."""
+    a = torch.outer(torch.arange(1.0, 6.0), torch.ones(5)).double()
+    z = torch.zeros(2000, 5, dtype=torch.float64)
+    t = torch.tensor(0.0)
+
+    def draws(estimator: object) -> Tensor:
+        torch.manual_seed(0)
+        dynamics = Dynamics(lambda t, z: z @ a.T, estimator=estimator)  # pyright: ignore[reportArgumentType]
+        found = dynamics.evaluate(t, z, dynamics.draw(z)).dlogdet
+        assert found is not None
+        return found
+
+    one, four = draws(Hutchinson("gaussian")).var(), draws(Hutchinson("gaussian", probes=4)).var()
+    assert 3 < one / four < 5.3
+    torch.testing.assert_close(draws(HutchPlusPlus(1)), a.trace().expand(2000))
+
+
+def test_hutch_plus_plus_has_finite_gradients_at_zero() -> None:
+    field = nn.Linear(4, 4).double()
+    nn.init.zeros_(field.weight)
+    nn.init.zeros_(field.bias)
+    dynamics = Dynamics(lambda t, z: field(z), regularizers=resolved("jacfrob"), estimator="hutch++:2")
+    z = torch.randn(3, 4, dtype=torch.float64)
+    rates = dynamics.evaluate(torch.tensor(0.0), z, dynamics.draw(z))
+    assert rates.dlogdet is not None
+    (rates.dlogdet.sum() + rates.penalties["jacfrob"].sum()).backward()
+    assert field.weight.grad is not None
+    assert bool(field.weight.grad.isfinite().all())
+
+
+def resolved(*names: str) -> list[object]:
+    return [entry.regularizer for entry in resolve_regularizers(list(names)).values()]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("gaussian:0", "at least 1"),
+        ("gauss", "unknown trace estimator"),
+        ("exact:2", "unknown trace estimator"),
+        ("gaussian:x", "unknown trace estimator"),
+    ],
+)
+def test_bad_estimators_are_refused(spec: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        get_estimator(spec)
+    with pytest.raises(ConfigError, match="rank must be smaller"):
+        HutchPlusPlus(3).draw(torch.zeros(2, 3))
+
+
+def test_linear_field_in_closed_form() -> None:
+    """``d^K z/dt^K = A^K z``, all orders; ``curl`` and ``strain`` are those of A."""
+    field = Linear(3)
+    a, z = field.a.detach(), torch.randn(4, 3, dtype=torch.float64)
+    names = ["directional", "directional_vjp", "curl", "strain", *(f"taylor:{k}" for k in (2, 3, 4, 5))]
+    found = rates_of(field, names, torch.tensor(0.0, dtype=torch.float64), z)
+    for order in (2, 3, 4, 5):
+        wanted = (z @ torch.matrix_power(a, order).T).square().sum(1)
+        torch.testing.assert_close(found[f"taylor:{order}"].detach(), wanted)
+    torch.testing.assert_close(found["directional"].detach(), (z @ (a @ a).T).square().sum(1))
+    torch.testing.assert_close(found["directional_vjp"].detach(), (z @ a.T @ a).square().sum(1))
+    torch.testing.assert_close(found["curl"].detach(), (a - a.T).square().sum().expand(4))
+    torch.testing.assert_close(found["strain"].detach(), ((a + a.T) / 2).square().sum().expand(4))
+
+
+def test_all_are_zero_with_a_finite_gradient_at_f_equal_to_zero() -> None:
+    field = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    nn.init.zeros_(field[2].weight)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(field[2].bias)  # pyright: ignore[reportArgumentType]
+    z = torch.randn(2, 3, dtype=torch.float64)
+    for estimator in ("exact", "gaussian"):
+        found = rates_of(lambda t, z: field(z), RATES, torch.tensor(0.2).double(), z, estimator)  # pyright: ignore
+        for name, rate in found.items():
+            assert rate.tolist() == [0.0, 0.0], name
+            gradients = torch.autograd.grad(rate.sum(), field[2].weight, retain_graph=True)  # pyright: ignore
+            assert bool(gradients[0].isfinite().all()), name
+
+
+@pytest.mark.parametrize("estimator", ["exact", "gaussian", "rademacher:2"])
+def test_curl_of_a_gradient_field_and_strain_of_a_rotation_are_zero(estimator: str) -> None:
+    z, t = torch.randn(3, 2, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    weight = torch.randn(5, 2, dtype=torch.float64)
+    gradient: Callable[..., Tensor] = lambda t, z: torch.tanh(z @ weight.T) @ weight  # noqa: E731
+    rotation: Callable[..., Tensor] = lambda t, z: torch.stack([-z[:, 1], z[:, 0]], 1)  # noqa: E731
+    assert rates_of(gradient, ["curl"], t, z, estimator)["curl"].abs().max() < 1e-20  # pyright: ignore
+    assert rates_of(gradient, ["strain"], t, z, estimator)["strain"].min() > 1e-3  # pyright: ignore
+    assert rates_of(rotation, ["strain"], t, z, estimator)["strain"].abs().max() < 1e-20  # pyright: ignore
+    assert rates_of(rotation, ["curl"], t, z, estimator)["curl"].min() > 1e-3  # pyright: ignore
+
+
+class OwnTanh(torch.autograd.Function):
+    """A Function of a user's own, with a forward-mode rule: nested, torch takes its second derivative for 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        ctx.save_for_forward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (y,) = ctx.saved_tensors
+        return tangent * (1 - y * y)
+
+
+class NoForwardMode(torch.autograd.Function):
+    """One without."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+class InnerAutograd(nn.Module):
+    """A Hamiltonian field: it differentiates inside, and marks its state for that."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z.requires_grad_()
+            energy = (torch.tanh(z) ** 2).sum() + (z[:, 0] * z[:, 1] ** 2).sum() * (1 + t)
+            gradient = torch.autograd.grad(energy, z, create_graph=True)[0]
+        return torch.stack([gradient[:, 1], -gradient[:, 0]], 1)
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", [OwnTanh, NoForwardMode])
+def test_a_field_with_its_own_autograd_function_has_right_higher_derivatives(function: type, context: type) -> None:
+    a = Wave().a.detach()
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    names = ["total_derivative", "taylor:3", "taylor:4", "curl", "jacdiag"]
+    wanted = rates_of(lambda t, z: torch.tanh(z @ a.T) * (1 + t), names, t, z)  # pyright: ignore
+    with context():
+        found = rates_of(lambda t, z: function.apply(z @ a.T) * (1 + t), names, t + 0, z + 0)  # pyright: ignore
+    for name in names:
+        torch.testing.assert_close(found[name].detach().clone(), wanted[name], msg=name)
+
+
+def test_a_field_that_differentiates_inside_has_right_derivatives() -> None:
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    # df/dz f + df/dt by central differences along the trajectory
+    field, h = InnerAutograd(), 1e-5
+    velocity = field(t, z.clone()).detach()
+    wanted = (field(t + h, z + h * velocity) - field(t - h, z - h * velocity)) / (2 * h)
+    found = rates_of(field, ["total_derivative"], t, z)["total_derivative"]
+    torch.testing.assert_close(found.detach(), wanted.detach().square().sum(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jacrev"])
+def test_rates_under_functional_transforms(transform: str) -> None:
+    field, t = Wave(), torch.tensor(0.3, dtype=torch.float64)
+    names = ["total_derivative", "taylor:3", "curl", "jacfrob", "jacdiag"]
+    regularizers = resolved(*names)
+    z = torch.randn(4, 1, 3, dtype=torch.float64)
+    noise = torch.randn(1, 3, dtype=torch.float64)
+
+    def penalties(z: Tensor) -> Tensor:
+        dynamics = Dynamics(field, regularizers=regularizers)  # pyright: ignore[reportArgumentType]
+        return torch.stack(list(dynamics.evaluate(t, z, noise).penalties.values()))
+
+    if transform == "vmap":
+        found, wanted = torch.func.vmap(penalties)(z), torch.stack([penalties(each) for each in z])
+    else:
+        found = torch.func.jacrev(penalties)(z[0])
+        wanted = torch.autograd.functional.jacobian(penalties, z[0])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_each_product_is_made_once() -> None:
+    """``total_derivative`` and ``taylor:2`` share one product, ``curl`` and ``strain`` another."""
+    calls: list[tuple[str, float]] = []
+
+    class Counting(Wave):
+        def forward_and_jvp(self, t: Tensor, z: Tensor, v: Tensor, dt: float) -> tuple[Tensor, Tensor]:
+            calls.append(("jvp", dt))
+            return torch.func.jvp(self, (t, z), (torch.full_like(t, dt), v))
+
+        def forward_and_vjp(self, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            calls.append(("vjp", 0.0))
+            dz, pull = torch.func.vjp(lambda z: Wave.forward(self, t, z), z)[:2]
+            return dz, pull(v)[0]
+
+    field, t, z = Counting(), torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    names = ["kinetic", "jacfrob", "total_derivative", "taylor:2", "curl", "strain"]
+    torch.manual_seed(0)
+    found = rates_of(field, names, t, z, "gaussian")
+    assert sorted(calls) == [("jvp", 0.0), ("jvp", 1.0), ("vjp", 0.0)]
+    torch.manual_seed(0)
+    plain = rates_of(Wave(), names, t, z, "gaussian")
+    for name in names:
+        torch.testing.assert_close(found[name], plain[name])
+
+
+def test_a_cnf_gives_the_same_penalties_as_its_net_alone() -> None:
+    """The derivatives are those of the field without its trace, and they are no evaluations."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    z = torch.randn(4, 3, dtype=torch.float64)
+    names = ["total_derivative", "taylor:3", "curl", "directional_vjp", "jacdiag", "straightness"]
+    span = torch.linspace(0, 1, 4, dtype=torch.float64)
+    alone = NeuralODE(net, "dopri5", regularizers=names, trace_noise="exact", atol=1e-8, rtol=1e-8)
+    alone(z, span)
+    state = torch.cat([torch.zeros(4, 1, dtype=torch.float64), z], 1)
+    from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
+
+    for cnf in (CNF(net, "exact"), TorchdynCNF(net)):
+        model = NeuralODE(cnf, "dopri5", regularizers=names, atol=1e-8, rtol=1e-8)
+        model(state, span)
+        plain = NeuralODE(cnf, "dopri5", atol=1e-8, rtol=1e-8)
+        plain(state, span)
+        assert model.vf.nfe == plain.vf.nfe
+        for name in names:
+            # the trace has its part in the choice of the steps
+            torch.testing.assert_close(model.regularization[name], alone.regularization[name], rtol=1e-4, atol=1e-8)
+
+
+def test_penalties_of_some_columns() -> None:
+    """A user's field with a column of its own: the penalties are those of the others."""
+    net, z = Wave(), torch.randn(4, 3, dtype=torch.float64)
+
+    class Padded(nn.Module):
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return torch.cat([net(t, x[:, :3]), x[:, :1].square()], 1)
+
+    names = ["total_derivative", "taylor:3", "curl", "jacdiag", "straightness"]
+    options = {"regularizers": names, "trace_noise": "exact", "solver": "rk4_38"}
+    span = torch.linspace(0, 1, 4, dtype=torch.float64)
+    alone, padded = NeuralODE(net, **options), NeuralODE(Padded(), penalized=slice(0, 3), **options)
+    alone(z, span)
+    padded(torch.cat([z, z[:, :1]], 1), span)
+    for name in names:
+        torch.testing.assert_close(padded.regularization[name], alone.regularization[name], msg=name)
+    with pytest.raises(ConfigError, match="work with one probe"):
+        NeuralODE(Padded(), "rk4", penalized=slice(0, 3), regularizers=["jacfrob"], trace_noise="gaussian:2")(
+            torch.cat([z, z[:, :1]], 1)
+        )
+
+
+def test_density_of_images_with_probes() -> None:
+    torch.manual_seed(0)
+    model = RegularizedCNF(
+        Image().float(), event_shape=(2, 2, 2), trace_estimator="rademacher:2", solver="rk4_38",
+        t_span=[0.0, 0.5, 1.0], regularizers=["jacfrob", "total_derivative", "curl"],
+    )  # fmt: skip
+    x = torch.randn(3, 2, 2, 2)
+    loss = -model.log_prob(x).mean() + model.reg_loss()
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    assert set(model.regularization) == {"jacfrob", "total_derivative", "curl"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("taylor:1", "order from 2 to 5"),
+        ("taylor:2.5", "order from 2 to 5"),
+        ("taylor:x", "is not a number"),
+        ("taylor:2,3,4", "does not take the options"),
+        ("taylor:depth=3", "does not take the options"),
+        ("kinetic:2", "takes no options"),
+        ("tailor:2", "did you mean 'taylor'"),
+    ],
+)
+def test_bad_names_with_options_are_refused(name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve_regularizers([name])
+
+
+def test_names_with_options_and_objects_are_the_same() -> None:
+    assert resolve_regularizers(["taylor:3"])["taylor:3"].regularizer == Taylor(order=3)
+    assert resolve_regularizers(["taylor:order=3"])["taylor:order=3"].regularizer == Taylor(3, "taylor:order=3")
+    assert resolve_regularizers([Taylor(4)]).keys() == {"taylor:4"}
+    with pytest.raises(ConfigError, match="is a class"):
+        resolve_regularizers([Taylor])
+
+
+@pytest.mark.parametrize("mode", ["autograd", "checkpointed", "adjoint"])
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        (lambda t, z, dz: dz.square_().sum(1), ConfigError, "'bad' writes into"),
+        (lambda t, z, dz: z.mul_(0).sum(1), ConfigError, "'bad' writes into"),
+        (lambda t, z, dz: (dz > 0).sum(1), ConfigError, "'bad' returned torch.int64"),
+        (lambda t, z, dz: dz[:, 0] > 0, ConfigError, "'bad' returned torch.bool"),
+        (lambda t, z, dz: dz[:, 0] * 1j, ConfigError, "'bad' returned torch.complex128"),
+        (lambda t, z, dz: dz.sum(), ConfigError, r"'bad' returned shape \(\)"),
+        (lambda t, z, dz: dz @ z, PluginError, "'bad' raised RuntimeError"),
+    ],
+)
+def test_a_bad_penalty_is_named(function: Callable[..., Tensor], error: type, words: str, mode: str) -> None:
+    def bad(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+        return function(t, z, dz)
+
+    model = NeuralODE(Wave(), "rk4", sensitivity=mode, regularizers=[bad])
+    with pytest.raises(error, match=words):
+        model(torch.randn(2, 3, dtype=torch.float64))
+
+
+def test_undeclared_needs_are_named() -> None:
+    z, t = torch.ones(2, 3, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    for need, rate in (
+        ("jvp", lambda e: e.jvp(e.dz).sum(1)),
+        ("vjp", lambda e: e.vjp(e.dz).sum(1)),
+        ("vjp", lambda e: e.divergence()),
+    ):
+        shy = FunctionRegularizer("shy", rate)
+        with pytest.raises(ConfigError, match=f'needs = {{"{need}"}}'):
+            Dynamics(Wave(), regularizers=[shy], divergence=False).evaluate(t, z, None)
+    with pytest.raises(ConfigError, match="it can need aux, jvp, vjp"):
+        resolve_regularizers([FunctionRegularizer("greedy", lambda e: e.z, needs={"everything"})])
+    with pytest.raises(ConfigError, match="too many for 200 dimensions"):
+        rates_of(lambda t, z: z * 2, ["jacdiag"], t, torch.zeros(1, 200), "gaussian")  # pyright: ignore
