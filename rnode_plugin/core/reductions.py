@@ -67,18 +67,19 @@ class _Squares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
-        rows, each = x.flatten(1).unsqueeze(2), gradient.view(-1, 1, 1)
-        if x.dim() == 4 and not x.is_contiguous():
-            rows = x.permute(0, 2, 3, 1).flatten(1).unsqueeze(2)
-        product = torch.baddbmm(each, rows, each, beta=0, alpha=2)  # 2 g x as one operation
-        if x.dim() == 4 and not x.is_contiguous():
-            batch, channels, h, w = x.shape
-            return product.view(batch, h, w, channels).permute(0, 3, 1, 2)
-        return product.view(x.shape)
+        each = gradient.view(-1, 1, 1)
+        rows, shape = _rows(x)
+        product = torch.baddbmm(each, rows.unsqueeze(2), each, beta=0, alpha=2)  # 2 g x as one operation
+        return product.view(shape).permute(0, 3, 1, 2) if len(shape) == 4 else product.view(shape)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """By one product of matrices per sample, in the order of memory if both agree on one."""
-    if x.dim() == 4 and not x.is_contiguous():
-        x, y = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
-    return torch.bmm(x.flatten(1).unsqueeze(1), y.flatten(1).unsqueeze(2)).view(-1)
+    """By one product of matrices per sample."""
+    (rows, _), (columns, _) = _rows(x), _rows(y)
+    return torch.bmm(rows.unsqueeze(1), columns.unsqueeze(2)).view(-1)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, torch.Size]:
+    """``(B, D)``, of images with their channels last, and the shape before flattening."""
+    last = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    return last.flatten(1), last.shape

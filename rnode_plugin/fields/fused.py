@@ -39,7 +39,7 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
     """
     products, dtype = stack.structure.products, stack.structure.dtype
     v = products.layout(noise.to(dtype))
-    return products.transpose(v, stack.parts.weights[-1].to(dtype)).to(noise.dtype)
+    return products.layout(products.transpose(v, stack.last_weight.to(dtype))).to(noise.dtype)
 
 
 def run_velocity(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
@@ -83,7 +83,8 @@ class _Fixed(NamedTuple):
 
     def plain(self, packed: Tensor) -> Stack:
         """The same stack with a graph that leads to ``packed``."""
-        return Stack(self.structure, unpack(self.structure, packed))
+        parts = unpack(self.structure, packed)
+        return Stack(self.structure, parts.weights[-1], parts)
 
 
 class _Kept(NamedTuple):

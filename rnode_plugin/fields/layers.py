@@ -82,8 +82,9 @@ class Products(Protocol):
 
 class _Convolution:
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        time, state = weight.split([1, weight.shape[1] - 1], dim=1)
-        return time, state.contiguous(memory_format=torch.channels_last)
+        # in the order of memory, so that gradients come in it too
+        time, state = weight.permute(0, 2, 3, 1).split([1, weight.shape[1] - 1], dim=3)
+        return time.permute(0, 3, 1, 2), state.contiguous().permute(0, 3, 1, 2)
 
     def layout(self, x: Tensor) -> Tensor:
         if x.shape[1] > 1:
@@ -123,8 +124,8 @@ class _Convolution:
 
     def shift_rows(self, time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
         h, w = event
-        columns = torch.cat([bias.unsqueeze(1), time.flatten(1)], 1)  # (out, 1 + 9)
-        return (_shift_basis(h, w, bias.dtype, bias.device) @ columns.t()).view(2, -1)
+        rows = torch.cat([bias.unsqueeze(0), time.flatten(1).t()])  # (1 + 9, out)
+        return (_shift_basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
 
     def response(self, time: Tensor, x: Tensor) -> Tensor:
         # a convolution of a constant image, as one product of two matrices: torch has no fast path for it

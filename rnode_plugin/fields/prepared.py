@@ -88,13 +88,23 @@ class Stack:
 
     Attributes:
         structure: what it is.
-        parts: its parameters.
+        last_weight: of the last layer, with its graph.
+        given: the parameters; None if they come from ``fast``.
         fast: for passes with a backward by hand; None if there are none.
     """
 
     structure: Structure
-    parts: Parts
+    last_weight: Tensor
+    given: Parts | None
     fast: FastParts | None = None
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The parameters with their graph, for the passes in this module."""
+        if self.given is not None:
+            return self.given
+        assert self.fast is not None
+        return unpack(self.structure, self.fast.packed)
 
     @classmethod
     def make(
@@ -117,15 +127,13 @@ class Stack:
         biases = [w.new_zeros(w.shape[0]) if b is None else b for _, w, b in layers]
         times = [w.new_zeros(w.shape[0], 1, *w.shape[2:]) if time is None else time for time, w, _ in layers]
         event = tuple(z.shape[2:])
-        response = products.response(torch.cat(times), z)
-        bias = torch.cat(biases).view(1, -1, *[1] * len(event))
         structure = Structure(products, activation, dtype, tuple(tuple(w.shape) for w in weights), event)
-        parts = Parts(weights, bias, response)
         if not fast:
-            return cls(structure, parts)
+            bias = torch.cat(biases).view(1, -1, *[1] * len(event))
+            return cls(structure, weights[-1], Parts(weights, bias, products.response(torch.cat(times), z)))
         rows = [products.shift_rows(time, bias, event) for time, bias in zip(times, biases, strict=True)]
         packed = pack(structure, weights, rows)
-        return cls(structure, parts, _fast(structure, packed, compiled=compiled))
+        return cls(structure, weights[-1], None, _fast(structure, packed, compiled=compiled))
 
 
 def _fast(structure: Structure, packed: Tensor, *, compiled: bool) -> FastParts:
@@ -139,8 +147,8 @@ def _fast(structure: Structure, packed: Tensor, *, compiled: bool) -> FastParts:
 
 def pack(structure: Structure, weights: Sequence[Tensor], shift_rows: Sequence[Tensor]) -> Tensor:
     """All parameters in one row: weights, biases, responses, each layer by layer and in the order of memory."""
-    rows = [structure.products.flatten(w) for w in weights]
-    return torch.cat([*rows, *(row[0] for row in shift_rows), *(row[1] for row in shift_rows)])
+    biases, responses = zip(*(row.unbind() for row in shift_rows), strict=True)
+    return torch.cat([*(structure.products.flatten(w) for w in weights), *biases, *responses])
 
 
 def _cut(structure: Structure, packed: Tensor) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -42,7 +43,8 @@ def range_check(x: Tensor) -> HealthCheck:
         found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
         raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
 
-    return HealthCheck(((low >= 0) & (high <= 1)).reshape(1), fail)
+    outside = torch.stack([-low, high - 1]).clamp(min=0)
+    return HealthCheck(outside / (outside == 0), fail)  # 0 / 1, or a positive number / 0
 
 
 def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], like: Tensor) -> None:

@@ -34,11 +34,11 @@ class HealthCheck(NamedTuple):
     """Whether a solve on a fixed grid stayed finite, as long as nobody has asked the device.
 
     Attributes:
-        finite: one entry for each step, ``(steps,)``.
+        values: one entry for each step, ``(steps,)``, that is finite if the solve still was.
         fail: raises the error of the first step that did not.
     """
 
-    finite: Tensor
+    values: Tensor
     fail: Callable[[int], NoReturn]
 
 
@@ -50,11 +50,11 @@ def check_health(checks: Sequence[HealthCheck]) -> None:
     """
     if not checks:
         return
-    finite = torch.cat([check.finite for check in checks])
-    if finite.is_meta or bool(finite.all()):
+    values = torch.cat([check.values for check in checks])
+    if values.is_meta or bool(torch.isfinite(values).all()):
         return
     for check in checks:
-        bad = (~check.finite).nonzero()
+        bad = (~torch.isfinite(check.values)).nonzero()
         if len(bad):
             check.fail(int(bad[0]))
 

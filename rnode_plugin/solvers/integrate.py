@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -45,8 +45,10 @@ def integrate(
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
     counts = [] if plan.method.adaptive else _substeps(t_span, plan.step)
-    t_span = t_span.to(z0.device)
-    keep_inputs_at = (z0, t_span[0]) if plan.gradient == "checkpointed" else None
+    host_knows = not plan.method.adaptive and t_span.device.type == "cpu" and not t_span.requires_grad
+    if not host_knows:
+        t_span = t_span.to(z0.device)
+    keep_inputs_at = (z0, t_span[0].to(z0.device)) if plan.gradient == "checkpointed" else None
     take = step_taker(dynamics, plan.method, tolerance=(plan.atol, plan.rtol), keep_inputs_at=keep_inputs_at)
     if plan.method.adaptive:
         return Adaptive(dynamics, plan, take, z0, t_span, trace).run()
@@ -69,28 +71,26 @@ def _fixed(
 ) -> tuple[Solution, HealthCheck]:
     keep = [True] * len(t_span) if plan.keep is None else list(plan.keep)
     totals, checks = Totals(), []
-    times, states = ([t_span[0]], [z]) if keep[0] else ([], [])
+    outputs = t_span.to(z.device)
+    times, states = ([outputs[0]], [z]) if keep[0] else ([], [])
     logdets: list[Tensor | None] = [None] * len(states)
-    t = t_span[0]
     if trace is not None:
-        trace.append((t, z))
+        trace.append((outputs[0], z))
+    steps = iter(_grid(t_span, counts, z.device))
     for k in range(1, len(t_span)):
-        count, start = counts[k - 1], t
-        for i in range(1, count + 1):
-            # with one step an interval this is torchdyn's grid to the bit: dt is what is left to the next time
-            goal = t_span[k] if i == count else start + (t_span[k] - start) * (i / count)
-            dt = goal - t
-            step = take(z, t, dt, None, _draw_stage(plan, generator))
+        for start, dt, t in itertools.islice(steps, counts[k - 1]):
+            step = take(z, start, dt, None, _draw_stage(plan, generator))
             totals.add(step)
             totals.nfe += step.nfe
-            z, t = step.z, t + dt
+            z = step.z
             if trace is not None:
                 trace.append((t, z))
             checks.append(health(z))
             if plan.max_nfe is not None and totals.nfe > plan.max_nfe:
                 fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, plan.max_nfe)
         if keep[k]:
-            times.append(t_span[k])
+            z = _with_its_own_layout(z)
+            times.append(outputs[k])
             states.append(z)
             logdets.append(totals.logdet)
     # what is not finite stays so, and of the integrals the end will do
@@ -99,7 +99,40 @@ def _fixed(
     def fail(bad: int) -> NoReturn:
         fail_nonfinite(_grid_time(t_span, counts, bad), bad, (bad + 1) * totals.nfe // totals.steps)
 
-    return totals.solution(times, states, logdets), HealthCheck(torch.isfinite(torch.stack(checks)), fail)
+    return totals.solution(times, states, logdets), HealthCheck(torch.stack(checks), fail)
+
+
+def _with_its_own_layout(z: Tensor) -> Tensor:
+    """``z``, whose gradient comes in the memory layout of ``z``: the stack of all outputs has another one."""
+    if not z.requires_grad or z.is_contiguous():
+        return z
+    shape, strides = z.shape, z.stride()
+    z = z.view_as(z)
+    z.register_hook(lambda g: g if g.stride() == strides else g.new_empty_strided(shape, strides).copy_(g))
+    return z
+
+
+class _GridStep(NamedTuple):
+    start: Tensor
+    dt: Tensor
+    end: Tensor
+
+
+def _grid(t_span: Tensor, counts: Sequence[int], device: torch.device) -> list[_GridStep]:
+    """The steps of a fixed grid, starts and ends on ``device``, lengths where ``t_span`` is.
+
+    With one step per interval this is torchdyn's grid to the bit: dt is what is left to the next time.
+    """
+    times, lengths = [t_span[0]], []
+    for k, count in enumerate(counts, start=1):
+        start = times[-1]
+        for i in range(1, count + 1):
+            goal = t_span[k] if i == count else start + (t_span[k] - start) * (i / count)
+            lengths.append(goal - times[-1])
+            times.append(times[-1] + lengths[-1])
+    if t_span.device != device:
+        times = list(torch.stack(times).to(device).unbind())  # all at once
+    return [_GridStep(*step) for step in zip(times, lengths, times[1:], strict=False)]
 
 
 def _substeps(t_span: Tensor, step: float | None) -> list[int]:

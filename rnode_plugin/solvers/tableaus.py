@@ -88,6 +88,11 @@ class _Tableau:
 
 
 def _combine(x: Tensor | None, dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
+    if x is not None and dt.device != x.device:  # a length that the host knows: one operation per stage
+        for weight, stage in zip(row, stages, strict=False):
+            if weight:
+                x = torch.add(x, stage, alpha=weight * float(dt))
+        return x
     total: Tensor | None = None
     for weight, stage in zip(row, stages, strict=False):
         if weight:

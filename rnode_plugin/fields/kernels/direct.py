@@ -22,13 +22,13 @@ class DirectConvolution(LayerMap):
         self._weight = weight.detach()
 
     def apply(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self._weight, padding=1)
+        return _channels_last(F.conv2d(x, self._weight, padding=1))
 
     def transpose(self, v: Tensor) -> Tensor:
-        return F.conv_transpose2d(v, self._weight, padding=1)
+        return _channels_last(F.conv_transpose2d(v, self._weight, padding=1))
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        return self._backward(v, x, (False, True, False))[1]
+        return _channels_last(self._backward(v, x, (False, True, False))[1])
 
     def apply_with_gradient(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if x.device.type == "cpu":  # oneDNN is slower at the backward pass of a transposed convolution
@@ -37,11 +37,11 @@ class DirectConvolution(LayerMap):
         result, gradient, _ = torch.ops.aten.convolution_backward(
             x, v, self._weight, None, (1, 1), (1, 1), (1, 1), True, (0, 0), 1, (True, True, False)
         )
-        return result, gradient
+        return _channels_last(result), _channels_last(gradient)
 
     def transpose_with_gradient(self, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         result, gradient, _ = self._backward(v, x, (True, True, False))
-        return result, gradient
+        return _channels_last(result), _channels_last(gradient)
 
     def _backward(self, v: Tensor, x: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.convolution_backward(
@@ -70,3 +70,11 @@ class DirectLinear(LayerMap):
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
         return v.reshape(-1, v.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    """A convolution's result; on ``meta``, which forgets it, in the layout that a device's libraries give it."""
+    if not y.is_meta:
+        return y
+    _, channels, h, w = y.shape
+    return y.as_strided(y.shape, (h * w * channels, 1, w * channels, channels))
