@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..core.augmented import Dynamics
 from ..core.field_evaluation import FieldEvaluation
+from ..core.nested import tree_leaves
 from ..core.regularizers import Regularizer
 from ..errors import ConfigError
 from ..types import BoundDynamics, Rates
