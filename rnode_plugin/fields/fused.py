@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.transforms_active import needs_plain_pass
 from .activations import Activation
 from .autocast import without_autocast
 from .kernels.compile import compiled
 from .prepared import FastParts, Stack, Structure, run_stack, run_vjp, unpack
-from .transforms_active import needs_plain_pass
 
 __all__ = ["pull_noise", "run_fused", "run_velocity"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..core.augmented import Dynamics
 from ..core.derivatives import FieldDerivatives
 from ..core.field_evaluation import FieldEvaluation
+from ..core.nested import tree_leaves
 from ..core.path_penalties import PathPenalties
 from ..core.regularizers import Regularizer
 from ..errors import ConfigError

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from ...core.nested import tree_leaves
 
 __all__ = ["Cost", "count", "is_kernel"]
 
