@@ -84,7 +84,7 @@ class FieldDerivatives:
 
     def jacobian_rows(self, t: Tensor, z: Tensor) -> Tensor:
         """All rows of ``df/dz``, ``(D, B, *event)``, one product each."""
-        basis = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device).reshape(-1, 1, *z.shape[1:])
+        basis = torch.eye(z.shape[1:].numel(), dtype=z.dtype, device=z.device).reshape(-1, 1, *z.shape[1:])
         return torch.stack([self.vjp(t, z, v.expand_as(z)) for v in basis])
 
     def total_derivative(self, t: Tensor, z: Tensor, order: int) -> Tensor:

@@ -17,21 +17,21 @@ __all__ = ["sum_event", "sum_products", "sum_squares"]
 
 
 def sum_event(x: Tensor) -> Tensor:
-    """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
-    return x.flatten(1).sum(1)
+    """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
+    return x.flatten(1).sum(1) if x.ndim > 1 else x
 
 
 def sum_products(x: Tensor, y: Tensor) -> Tensor:
     """``sum x y`` over all but the first dimension: two ``(B, *event)`` to ``(B,)``."""
-    if x.device.type == "cpu" or needs_plain_pass(x, y):
-        return (x * y).flatten(1).sum(1)
+    if x.device.type == "cpu" or x.ndim == 1 or needs_plain_pass(x, y):
+        return sum_event(x * y)
     return _Products.apply(x, y)  # pyright: ignore[reportReturnType]
 
 
 def sum_squares(x: Tensor) -> Tensor:
     """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
-    if x.device.type == "cpu" or needs_plain_pass(x):
-        return x.square().flatten(1).sum(1)
+    if x.device.type == "cpu" or x.ndim == 1 or needs_plain_pass(x):
+        return sum_event(x.square())
     return _Squares.apply(x)  # pyright: ignore[reportReturnType]
 
 

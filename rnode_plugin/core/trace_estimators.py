@@ -223,10 +223,10 @@ class Exact(TraceEstimator):
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         # (D, B, *event) -> (D, B, D) -> the diagonal
-        return products.reshape(*products.shape[:2], -1).diagonal(dim1=0, dim2=2).sum(-1)
+        return products.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return products.square().transpose(0, 1).reshape(products.shape[1], -1).sum(1)
+        return sum_squares(products.transpose(0, 1))
 
 
 def _given(noise: Tensor | None) -> Tensor:

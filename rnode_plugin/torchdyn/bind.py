@@ -81,11 +81,8 @@ def bind_field(
         ConfigError: for penalties on a field with more than one CNF.
     """
     layout = layout_of(vf, penalized)
-    if regularizers and penalized is None and layout.trace > 1:
-        raise ConfigError(
-            f"the vector field holds {layout.trace} CNF modules; penalties need one, to tell z from the trace, or "
-            "penalized=, the columns of the state that they are about."
-        )
+    if regularizers:
+        _check_penalized_state(x, layout)
     velocity = unwrapped(vf, args)
     if (layout.trace or _differentiates(regularizers)) and has_compiled_parts(vf):
         velocity = run_original(velocity)
@@ -107,6 +104,18 @@ def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:
     found = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
     given = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.requires_grad]
     return list({id(x): x for x in [*found, *given]}.values())
+
+
+def _check_penalized_state(x: Tensor, layout: StateLayout) -> None:
+    if x.ndim == 0:
+        raise ConfigError("penalties need a state with a batch dimension, (B, ...), not a single number.")
+    if x.is_complex():
+        raise ConfigError("penalties need a real state: give a complex one as torch.view_as_real(x).")
+    if layout.penalized is None and layout.trace > 1:
+        raise ConfigError(
+            f"the vector field holds {layout.trace} CNF modules; penalties need one, to tell z from the trace, or "
+            "penalized=, the columns of the state that they are about."
+        )
 
 
 def _differentiates(regularizers: Sequence[Regularizer]) -> bool:

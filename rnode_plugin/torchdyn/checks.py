@@ -65,24 +65,32 @@ def check_interpolator(interpolator: str | Callable[..., Any] | None) -> Any:
 def check_shape(shape: Sequence[int] | int, name: str) -> torch.Size:
     """The shape of one sample or context: a whole number >= 1 or a sequence of them."""
     sizes: Any = [shape] if is_count(shape) else shape
-    if not isinstance(sizes, Sequence) or not all(is_count(size) and size > 0 for size in sizes):
-        raise ConfigError(f"{name} must hold whole numbers >= 1, not {shape!r}.")
+    good = isinstance(sizes, Sequence) and len(sizes) > 0 and all(is_count(size) and size > 0 for size in sizes)
+    if not good:
+        raise ConfigError(f"{name} must hold one or more whole numbers >= 1, not {shape!r}.")
     return torch.Size(int(size) for size in sizes)
 
 
-def check_state(x: Any) -> Tensor:
+def check_state(x: Any, *, adaptive: bool) -> Tensor:
     """The initial state; one of integers becomes one of torch's default floating-point type."""
     if not isinstance(x, Tensor):
         raise ConfigError(
             f"the initial state must be a tensor (B, ...), not {type(x).__name__}: torch.as_tensor(x) makes one."
         )
+    if adaptive and x.dtype in (torch.float16, torch.bfloat16, torch.complex32):
+        raise ConfigError(
+            f"a solver that chooses its steps needs a state of float32 or float64, not {x.dtype}, which cannot "
+            "show the errors that it compares. Use a fixed-step solver, or torch.autocast, which leaves the state "
+            "as it is."
+        )
     return x if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
 
 
-def check_times(t_span: Any, x: Tensor) -> Tensor:
+def check_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
     """``t_span``, a tensor or a sequence of numbers or tensors, as a tensor of its own on the device of ``x``.
 
-    Whole numbers become times of the state's precision.
+    Whole numbers become times of the state's precision. So do more precise times with adaptive steps, whose size
+    would raise the state to their own.
 
     Raises:
         ConfigError: for what is not a row of at least two times that run one way. torchdyn's fixed solvers walk to
@@ -94,8 +102,9 @@ def check_times(t_span: Any, x: Tensor) -> Tensor:
         raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
     if times.is_complex() or times.dtype == torch.bool:
         raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
-    if not times.is_floating_point():
-        times = times.to(x.real.dtype)
+    precision = x.real.dtype
+    if not times.is_floating_point() or (adaptive and torch.promote_types(times.dtype, precision) != precision):
+        times = times.to(precision)
     if times.ndim == 1 and len(times) > 2:
         steps = times.detach().diff()
         if bool(torch.isfinite(steps).all()) and not bool((steps > 0).all() | (steps < 0).all()):

@@ -146,7 +146,7 @@ class CNF(torchdyn_cnf.CNF):
                 f"a CNF with event_shape={self.event_shape} takes states [B, {1 + math.prod(self.event_shape)}] "
                 f"(trace, then the flattened event), not {list(x.shape)}; flatten the event, a zero first."
             )
-        return z.reshape(-1, *self.event_shape)
+        return z.reshape(len(z), *self.event_shape)
 
     def _noise_like(self, z: Tensor) -> Tensor | None:
         noise = self.noise

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import weakref
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
-from torch.distributions.transforms import Transform
+from torch.distributions import Distribution
 
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
+from .base_distribution import base_and_shape, moved, shrunk_samples
+from .checks import check_shape, is_count
 from .cnf import CNF
+from .contexts import context_rows
+from .flow_distribution import FlowDistribution
 from .neural_ode import NeuralODE
 from .solver_names import resolve_solver
 
@@ -30,13 +33,15 @@ class RegularizedCNF(nn.Module):
         loss = -model.log_prob(x).mean() / model.dims + model.reg_loss()      # eq. 17, nats/dim
 
     Args:
-        net: the field, ``net(t, z)`` or ``net(z)`` on ``z (B, *event_shape)``; torchdyn's DepthCat and Galerkin
-            layers may be in it.
+        net: the field, ``net(t, z)`` or ``net(z)`` on ``z (B, *event_shape)``; with a ``context_shape``
+            ``net(t, z, context)``. torchdyn's DepthCat and Galerkin layers may be in it.
         base: distribution of ``z`` with an empty batch shape and the event shape of the data; None: the standard
             normal. Its tensors follow ``.to()`` of the model; they are not trained.
-        event_shape: shape of one sample; may be left out where ``base`` has it.
-        trace_estimator: ``"gaussian"``, ``"rademacher"`` (Hutchinson, noise drawn once a solve), ``"exact"``, or an
-            estimator object.
+        event_shape: shape of one sample; may be left out if ``base`` has it.
+        context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
+            ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach it in every gradient mode.
+        trace_estimator: ``"gaussian"``, ``"rademacher"`` (Hutchinson, noise drawn once per solve), ``"exact"``, or
+            an estimator object.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval.
         solver, sensitivity, ...: further arguments of :class:`~rnode_plugin.NeuralODE`.
@@ -62,6 +67,7 @@ class RegularizedCNF(nn.Module):
         base: Distribution | None = None,
         *,
         event_shape: Sequence[int] | int | None = None,
+        context_shape: Sequence[int] | int | None = None,
         trace_estimator: str | TraceEstimator = "gaussian",
         regularizers: Any = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
@@ -71,10 +77,10 @@ class RegularizedCNF(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.event_shape = _event_shape(base, event_shape)
-        self.base = _standard_normal(self.event_shape) if base is None else copy.deepcopy(base)
+        self.base, self.event_shape = base_and_shape(base, event_shape)
+        self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
         self.dims = self.event_shape.numel()
-        for name in ("order", "integral_loss", "return_t_eval"):
+        for name in ("order", "integral_loss", "return_t_eval", "penalized"):
             if name in options:
                 raise ConfigError(f"{name}= has no meaning for a density; use NeuralODE and CNF for it.")
         adaptive = resolve_solver(solver).stepping_class == "adaptive"
@@ -82,72 +88,129 @@ class RegularizedCNF(nn.Module):
             if tolerance is not None or adaptive:  # a fixed grid warns of tolerances, which it has no use for
                 options[name] = 1e-5 if tolerance is None else tolerance
         options |= {"solver": solver, "return_t_eval": False}
-        cnf = CNF(net, trace_estimator, event_shape=self.event_shape)
+        conditional = self.context_shape is not None
+        cnf = CNF(net, trace_estimator, event_shape=self.event_shape, conditional=conditional)
         self.ode = NeuralODE(cnf, regularizers=regularizers, **options)
-        # The same field without its trace, which samples have no use for. In a tuple, where torch sees no second
+        # The same field without its trace, which samples do not need. In a tuple, where torch sees no second
         # module with the same parameters.
         self._without_trace = (NeuralODE(_Velocity(cnf), **options),)
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
         self.register_buffer("t_span", times, persistent=False)
         self.t_span: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """:meth:`log_prob`, so that the model can be wrapped (DistributedDataParallel)."""
-        return self.log_prob(x)
+    @classmethod
+    def from_velocity(
+        cls,
+        net: nn.Module,
+        data_time: float = 1.0,
+        *,
+        noise_time: float | None = None,
+        steps: int = 1,
+        **options: Any,
+    ) -> RegularizedCNF:
+        """The density of a flow-matching model: its samples follow ``net(t, x)`` from the base to the data.
 
-    def log_prob(self, x: Tensor, *, penalties: bool | None = None) -> Tensor:
+        ``log_prob`` solves from the data to the noise, ``sample`` the other way. Choose ``trace_estimator="exact"``
+        for exact log-densities, another one for unbiased estimates.
+
+        Args:
+            net: the velocity, ``net(t, x)``, or ``net(t, x, context)`` with a ``context_shape``.
+            data_time: the time at which its paths arrive at the data: 1 for flow matching, 0 in diffusion's order.
+            noise_time: the time at which they are the base's; None: ``1 - data_time``.
+            steps: steps of a fixed-step solver between the two.
+            options: further arguments of the class, such as ``event_shape`` or ``base``; ``regularizers`` are none
+                unless given.
+
+        Raises:
+            ConfigError: for times that are not two different finite numbers, and all that the class refuses.
+        """
+        noise_time = 1.0 - data_time if noise_time is None else noise_time
+        if not (math.isfinite(data_time) and math.isfinite(noise_time)) or data_time == noise_time:
+            raise ConfigError(f"data_time={data_time} and noise_time={noise_time} must be two different numbers.")
+        if not (is_count(steps) and steps > 0):
+            raise ConfigError(f"steps must be a whole number >= 1, not {steps!r}.")
+        if "t_span" in options:
+            raise ConfigError("from_velocity takes data_time, noise_time and steps instead of t_span.")
+        options = {"regularizers": (), **options}
+        return cls(net, t_span=torch.linspace(data_time, noise_time, steps + 1), **options)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """:meth:`log_prob`, so that the model can be wrapped (DistributedDataParallel)."""
+        return self.log_prob(x, context)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = None) -> Tensor:
         """``log p(x) (B,)`` in nats, of ``x (B, *event_shape)``; unbiased with Hutchinson's estimator.
 
         Args:
             x: samples.
+            context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
             penalties: as in :meth:`NeuralODE.forward`.
 
         Raises:
-            ConfigError: for another shape.
+            ConfigError: for another shape, and for a context that is missing, misshapen or not asked for.
             SolverError: from the solve.
         """
-        z, logdet = self.transform(x, penalties=penalties)
-        return self.base.log_prob(z) + logdet
+        z, logdet = self.transform(x, context, penalties=penalties)
+        return self._base_log_prob(z) + logdet
 
-    def transform(self, x: Tensor, *, penalties: bool | None = None) -> tuple[Tensor, Tensor]:
+    def transform(
+        self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``."""
-        if x.shape[1:] != self.event_shape:
-            raise ConfigError(
-                f"this density is one of samples {tuple(self.event_shape)}: give (B, *{tuple(self.event_shape)}), "
-                f"not {tuple(x.shape)}."
-            )
-        flat = x.flatten(1)
-        state = torch.cat([torch.zeros_like(flat[:, :1]), flat], 1)
-        end = self.ode(state, self.t_span.to(x), penalties=penalties)[-1]
-        return end[:, 1:].reshape(x.shape), -end[:, 0]
+        z, column = self._with_trace(x, context, self.t_span, penalties=penalties)
+        return z, -column
 
-    @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0) -> Tensor:
+    def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
         """``(n, *event_shape)``: base samples, drawn to the base's mean by ``temperature``, taken back to the data.
 
+        Args:
+            n: number of samples.
+            temperature: 1 for the density itself, less for samples nearer to its mode.
+            context: ``context_shape`` for all samples, or ``(n, *context_shape)`` with one for each.
+
         Raises:
-            ConfigError: for a temperature that is not positive, or not 1 with a base that has no mean.
+            ConfigError: for a temperature that is not positive, or not 1 with a base that has no mean, for a number
+                of samples below 0, and for a context that is missing, misshapen or not asked for.
             SolverError: from the solve.
         """
-        if not temperature > 0:
-            raise ConfigError(f"temperature must be > 0, not {temperature}.")
-        z = self.base.sample(torch.Size([n]))
-        if temperature != 1:
-            try:
-                mean = self.base.mean
-            except NotImplementedError:
-                raise ConfigError(
-                    f"{type(self.base).__name__} has no mean for a temperature to shrink its samples to; use 1."
-                ) from None
-            z = mean + temperature * (z - mean)
-        return self.inverse(z)
+        if not (is_count(n) and n >= 0):
+            raise ConfigError(f"the number of samples must be a whole number >= 0, not {n!r}.")
+        with torch.no_grad():
+            return self.inverse(shrunk_samples(self.base, n, temperature), context)
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``x (B, *event_shape)`` that flows to ``z``."""
-        return self._without_trace[0](z, self.t_span.to(z).flip(0))[-1]
+        self._check(z)
+        rows = context_rows(context, self.context_shape, z)
+        return self._without_trace[0](z, self.t_span.to(z).flip(0), args=rows)[-1]
+
+    def inverse_and_log_prob(
+        self, z: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve."""
+        x, logdet = self._with_trace(z, context, self.t_span.flip(0), penalties=penalties)
+        return x, self._base_log_prob(z) + logdet
+
+    def distribution(self, context: Tensor | None = None) -> FlowDistribution:
+        """The density as a :class:`torch.distributions.Distribution`, its batch shape that of the contexts.
+
+        Args:
+            context: ``(*batch_shape, *context_shape)``; only for a conditional density.
+
+        Raises:
+            ConfigError: for a context that is missing, misshapen or not asked for.
+        """
+        return FlowDistribution(self, context)
+
+    def collect_penalties(self) -> AbstractContextManager[None]:
+        """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
+        return self.ode.collect_penalties()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
-        """The penalties of the last :meth:`log_prob` in nats/dim; see :meth:`NeuralODE.reg_loss`."""
+        """The penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob` in nats/dim.
+
+        See :meth:`NeuralODE.reg_loss`. :meth:`inverse` and :meth:`sample` follow no penalties and leave them alone.
+        """
         return self.ode.reg_loss(step=step, **lambdas)
 
     @property
@@ -157,8 +220,32 @@ class RegularizedCNF(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
-        self.base = _moved(self.base, fn)
+        self.base = moved(self.base, fn)
         return self
+
+    def _with_trace(
+        self, x: Tensor, context: Tensor | None, t_span: Tensor, *, penalties: bool | None
+    ) -> tuple[Tensor, Tensor]:
+        """Where the flow takes ``x``, and minus the integral of its divergence over time, ``(B,)`` in nats."""
+        self._check(x)
+        flat = x.flatten(1)
+        state = torch.cat([torch.zeros_like(flat[:, :1]), flat], 1)
+        rows = context_rows(context, self.context_shape, x)
+        end = self.ode(state, t_span.to(state), args=rows, penalties=penalties)[-1]
+        return end[:, 1:].reshape(x.shape), end[:, 0]
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        # torch's Independent fails for a batch without samples
+        return self.base.log_prob(z) if len(z) > 0 else z.flatten(1).sum(1)
+
+    def _check(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"samples must be a tensor, not {type(x).__name__}: torch.as_tensor(x) makes one.")
+        if x.shape[1:] != self.event_shape:
+            raise ConfigError(
+                f"this density is one of samples {tuple(self.event_shape)}: give (B, *{tuple(self.event_shape)}), "
+                f"not {tuple(x.shape)}."
+            )
 
 
 class _Velocity(nn.Module):
@@ -170,39 +257,3 @@ class _Velocity(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
         return self.cnf.velocity(t, x, args)
-
-
-def _event_shape(base: Distribution | None, event_shape: Sequence[int] | int | None) -> torch.Size:
-    if event_shape is not None:
-        event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
-    if base is None:
-        if event_shape is None:
-            raise ConfigError("give event_shape=, the shape of one sample, or a base distribution that has it.")
-        return event_shape
-    if base.batch_shape:
-        raise ConfigError(
-            f"the base distribution has batch shape {tuple(base.batch_shape)}: its density must be one of a whole "
-            f"sample. Wrap it, torch.distributions.Independent(base, {len(base.batch_shape)})."
-        )
-    if event_shape is not None and base.event_shape != event_shape:
-        raise ConfigError(f"event_shape={tuple(event_shape)} and the base's {tuple(base.event_shape)} differ.")
-    return base.event_shape
-
-
-def _standard_normal(shape: torch.Size) -> Distribution:
-    return Independent(Normal(torch.zeros(shape), torch.ones(shape)), len(shape))
-
-
-def _moved(part: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """A distribution with ``fn`` applied to all of its tensors; they are no parameters and torch moves none."""
-    if isinstance(part, Tensor):
-        return fn(part.detach())
-    if isinstance(part, (list, tuple)):
-        return type(part)(_moved(each, fn) for each in part) if not isinstance(part, torch.Size) else part
-    if isinstance(part, (Distribution, Transform)):
-        moved = copy.copy(part)
-        # a transform remembers its inverse, which has the old tensors
-        values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn) for k, v in part.__dict__.items()}
-        moved.__dict__.update(values)
-        return moved
-    return part

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torchsde
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
 
@@ -278,13 +279,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         *,
         interpolate: bool = True,
     ) -> tuple[tuple[Tensor, Tensor], SolvePenalties]:
-        # a field or a penalty may mark its state or write into it: let that be a tensor of our own
-        x = check_state(x).clone()
-        t_span = check_times(t_span, x)
+        adaptive = self.solver.stepping_class == "adaptive"
+        x = check_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
+        t_span = check_times(t_span, x, adaptive=adaptive)
         if torch.is_inference_mode_enabled():
             # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
             with torch.inference_mode(False), torch.no_grad():
-                x, t_span = x.clone(), t_span.clone()
+                x, t_span, args = tree_map_only(Tensor, Tensor.clone, (x, t_span, args))
                 return self._solve(x, t_span, save_at, args, gradient, followed, interpolate=interpolate)
         hidden = self.integral_loss if torch.is_grad_enabled() and self._cost_is_hidden(gradient) else None
         regularizers = [w.regularizer for w in followed.values()]

@@ -10,7 +10,7 @@ from torchdyn.numerics.interpolators import str_to_interp
 from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..solvers.plan import SolvePlan
-from ..solvers.tableaus import Method
+from ..solvers.tableaus import Method, get_method
 from .solver_names import kept_times, step_method
 
 __all__ = ["plan_solve"]
@@ -26,11 +26,13 @@ def plan_solve(
     Options without an effect are told by a warning, as torchdyn does.
     """
     method = step_method(model.solver, model._named, x, t_span, args)
-    adjoint = SolvePlan(
-        step_method(model.solver_adjoint, model._named, x, t_span, args, backward=True),
-        atol=model.atol_adjoint, rtol=model.rtol_adjoint, max_nfe=model._max_nfe,
-    )  # fmt: skip
     _warn_of_tolerances(model, method)
+    backward = step_method(model.solver_adjoint, model._named, x, t_span, args, backward=True)
+    if x.ndim > 0 and len(x) == 0:  # a batch without samples has no error to choose steps by
+        method, backward = (get_method("euler") if m.adaptive else m for m in (method, backward))
+    adjoint = SolvePlan(
+        backward, atol=model.atol_adjoint, rtol=model.rtol_adjoint, max_nfe=model._max_nfe,
+    )  # fmt: skip
     return SolvePlan(
         method, atol=model.atol, rtol=model.rtol, max_nfe=model._max_nfe, gradient=gradient,
         keep=_kept(method, t_span, save_at),

@@ -115,7 +115,7 @@ def _add_control(slots: Slots, module: nn.Module, x: Tensor, ahead: int, shape: 
         return
     control = x[:, ahead:].detach()
     slot = Slot(vars(module), CONTROL)
-    slots.values.append((slot, control if shape is None else control.reshape(-1, *shape)))
+    slots.values.append((slot, control if shape is None else control.reshape(len(control), *shape)))
     if not own:
         slots.borrowed.append(slot)
 

@@ -1,0 +1,83 @@
+"""torch.func over fixed-step solves of torchdyn's face, penalties included: the derivatives of plain autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp
+from torchdyn_fields import mlp
+
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+
+SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
+
+
+def make(kind: str, solver: str = "rk4") -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A model and a scalar loss of its input that reads the solution and every penalty."""
+    torch.manual_seed(0)
+    net = mlp(2, 6, 2).double()
+    if kind == "density":
+        density = RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver=solver, t_span=SPAN).double()
+        return density, lambda x: density.log_prob(x).sum() + density.reg_loss()
+    penalties = {"plain": None, "kinetic": ["kinetic"], "both": ["kinetic", "jacfrob"], "cnf": ["jacfrob"]}[kind]
+    model = NeuralODE(CNF(net) if kind == "cnf" else net, solver, regularizers=penalties, trace_noise="exact")
+
+    def loss(x: Tensor) -> Tensor:
+        state = torch.cat([torch.zeros_like(x[:, :1]), x], 1) if kind == "cnf" else x
+        return model(state, SPAN)[1][-1].sin().sum() + model.reg_loss()
+
+    return model, loss
+
+
+KINDS = ["plain", "kinetic", "both", "cnf", "density"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_by_the_input(kind: str) -> None:
+    _, loss = make(kind)
+    x, direction = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    leaf = x.clone().requires_grad_()
+    value = loss(leaf)
+    (expected,) = torch.autograd.grad(value, leaf)
+    torch.testing.assert_close(grad(loss)(x), expected)
+    torch.testing.assert_close(jacrev(loss)(x), expected)
+    out, pull = vjp(loss, x)
+    torch.testing.assert_close(out, value.detach())
+    torch.testing.assert_close(pull(torch.tensor(2.0).double())[0], 2 * expected)
+    out, along = jvp(loss, (x,), (direction,))
+    torch.testing.assert_close(along, (expected * direction).sum())
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_by_the_parameters(kind: str) -> None:
+    model, loss = make(kind)
+    x = torch.randn(3, 2).double()
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return loss(x)
+
+    whole = Loss()
+    parameters = {name: p.detach() for name, p in whole.named_parameters()}
+    found = grad(lambda p: functional_call(whole, p, (x,)))(parameters)
+    loss(x).backward()
+    for name, p in whole.named_parameters():
+        torch.testing.assert_close(found[name], p.grad)
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4_38"])
+def test_jacobians_of_the_flow_in_both_modes(solver: str) -> None:
+    model = NeuralODE(mlp(2, 6, 2).double(), solver, regularizers=["kinetic"])
+    x = torch.randn(2).double()
+    flow = lambda x: model(x[None], SPAN)[1][-1, 0]  # noqa: E731
+    expected = torch.autograd.functional.jacobian(flow, x)
+    torch.testing.assert_close(jacrev(flow)(x), expected)
+    torch.testing.assert_close(jacfwd(flow)(x), expected)

@@ -1,0 +1,439 @@
+"""States, times, options and penalties that people hand over by mistake: they work, or a sentence says why not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
+from torchdyn_fields import WithTime, mlp
+
+import rnode_plugin
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin.errors import ConfigError
+
+MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
+BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
+
+
+# --- times and states ---
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4", "dopri5"])
+@pytest.mark.parametrize("span", [torch.arange(0, 4), torch.arange(4, 0, -1), [0, 1, 2], range(3)], ids=str)
+def test_whole_numbers_are_times(span: object, solver: str) -> None:
+    torch.manual_seed(0)
+    field, x = WithTime(), torch.randn(3, 4)
+    t, sol = NeuralODE(field, solver)(x, span)
+    floats = torch.tensor(list(span), dtype=torch.float32)
+    assert torch.equal(t, floats)
+    assert torch.equal(sol, NeuralODE(field, solver)(x, floats)[1])
+
+
+def test_whole_numbers_are_times_under_install() -> None:
+    torch.manual_seed(0)
+    field, x, span = mlp(4, 8, 4), torch.randn(3, 4), torch.arange(0, 4)
+    expected = TorchdynNeuralODE(field, "rk4").trajectory(x, span)
+    rnode_plugin.install()
+    try:
+        torch.testing.assert_close(TorchdynNeuralODE(field, "rk4").trajectory(x, span), expected)
+    finally:
+        rnode_plugin.uninstall()
+
+
+def test_times_more_precise_than_the_state_do_not_raise_it() -> None:
+    sol = NeuralODE(mlp(4, 8, 4), "dopri5")(torch.randn(3, 4), torch.linspace(0, 1, 3, dtype=torch.float64))[1]
+    assert sol.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [
+        ([0.0, 1.0, 0.5], "turns back"),
+        ([0.0, 0.5, 0.5, 1.0], "stands still"),
+        ([0.0, float("nan")], "finite"),
+        (torch.tensor([0.0]), "at least two"),
+        ([], "at least two"),
+        (3.0, "row of times"),
+        ("ab", "row of times"),
+        (torch.tensor([0.0, 1.0j]), "real times"),
+    ],
+)
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_times_that_cannot_be_walked(span: object, message: str, solver: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NeuralODE(WithTime(), solver)(torch.randn(3, 4), span)
+
+
+def test_states_that_are_no_tensors() -> None:
+    for state in ([1.0, 2.0], torch.ones(2, 4).numpy(), 3.0, None):
+        with pytest.raises(ConfigError, match="must be a tensor"):
+            NeuralODE(WithTime(), "rk4")(state)
+        with pytest.raises(ConfigError, match="must be a tensor"):
+            NeuralODE(WithTime(), "rk4").trajectory(state, torch.linspace(0, 1, 2))
+        with pytest.raises(ConfigError, match="must be a tensor"):
+            RegularizedCNF(mlp(2, 4, 2), event_shape=2).log_prob(state)
+
+
+def test_states_of_integers_and_without_a_batch() -> None:
+    decay = lambda t, x, args=None: -x  # noqa: E731
+    whole = torch.ones(3, 2, dtype=torch.long)
+    # torchdyn rounds its coefficients to whole numbers here, and x stays where it is
+    assert torch.equal(NeuralODE(decay, "rk4")(whole)[1], NeuralODE(decay, "rk4")(whole.float())[1])
+    row = NeuralODE(decay, "rk4", regularizers=["kinetic"])
+    row(torch.ones(3))  # the entries of a row are samples with one dimension each
+    assert row.regularization["kinetic"].shape == (3,)
+    number = torch.tensor(1.0)
+    assert torch.equal(NeuralODE(decay, "euler")(number)[1], TorchdynNeuralODE(decay, "euler")(number)[1])
+    with pytest.raises(ConfigError, match="batch dimension"):
+        row(number)
+
+
+@pytest.mark.parametrize("name", ["kinetic", "jacfrob"])
+def test_complex_states_carry_no_penalties(name: str) -> None:
+    z = torch.randn(3, 2, dtype=torch.complex128)
+    model = NeuralODE(lambda t, x: 2j * x, "rk4_38", regularizers=[name])
+    with pytest.raises(ConfigError, match="view_as_real"):
+        model(z)
+    end = model.eval()(z, torch.linspace(0, 1, 50))[1][-1]
+    torch.testing.assert_close(end, z * torch.exp(torch.tensor(2j)), rtol=1e-5, atol=1e-6)
+    # |dz|^2 of the same motion on real pairs
+    real = NeuralODE(lambda t, x: torch.view_as_real(2j * torch.view_as_complex(x)), "rk4_38", regularizers=[name])
+    real(torch.view_as_real(z), torch.linspace(0, 1, 50))
+    if name == "kinetic":
+        torch.testing.assert_close(real.regularization[name], 4 * z.abs().square().sum(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_batches_without_samples(solver: str, sensitivity: str) -> None:
+    net = mlp(2, 4, 2)
+    for noise in ("gaussian", "exact"):
+        for field, x in ((net, torch.zeros(0, 2)), (CNF(net, noise), torch.zeros(0, 3))):
+            model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=BOTH, trace_noise=noise)
+            _, sol = model(x, torch.linspace(0, 1, 3))
+            assert sol.shape == (3, *x.shape)
+            assert model.regularization["jacfrob"].shape == (0,)
+            (sol.sum() + model.reg_loss()).backward()
+        flow = RegularizedCNF(net, event_shape=2, solver=solver, trace_estimator=noise, sensitivity=sensitivity)
+        assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
+        assert float(flow.reg_loss().detach()) == 0
+        assert flow.sample(0).shape == flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_works_on_a_fixed_grid_and_is_refused_with_adaptive_steps(dtype: torch.dtype) -> None:
+    model = NeuralODE(mlp(2, 4, 2), "rk4", regularizers=BOTH).to(dtype)
+    _, sol = model(torch.ones(3, 2, dtype=dtype))
+    (sol.float().sum() + model.reg_loss()).backward()
+    assert sol.dtype == dtype
+    with pytest.raises(ConfigError, match="float32 or float64"):
+        NeuralODE(mlp(2, 4, 2).to(dtype), "dopri5")(torch.ones(3, 2, dtype=dtype))
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *[({name: value}, name) for name in ("atol", "rtol", "atol_adjoint") for value in (-1, float("inf"))],
+        *[({"rtol_adjoint": value}, "rtol_adjoint") for value in (float("nan"), None, "small", True)],
+        *[({"order": value}, "order must be a whole number") for value in (0, -1, 1.5, True)],
+        ({"interpolator": "5th"}, "did you mean '4th'"),
+        ({"interpolator": 4}, "interpolator"),
+        ({"max_nfe": True}, "max_nfe"),
+        ({"penalized": 3}, "penalized="),
+        ({"penalized": [1, 0]}, "penalized="),
+    ],
+)
+def test_options_out_of_range(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NeuralODE(WithTime(), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CNF(mlp(2, 4, 2), order=1.5), "order"),
+        (lambda: CNF(mlp(2, 4, 2), event_shape=(-1, 2)), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=-2), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=(2, 0)), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2.5), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(-1), "number of samples"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1.5), "number of samples"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1, "hot"), "temperature"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).inverse(torch.zeros(4, 3)), "give"),
+    ],
+)
+def test_numbers_that_no_density_has(make: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+# --- columns ---
+
+
+class Wrapper(nn.Module):
+    """A CNF written by a user, its divergence in the last column, as torchcfm has it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = x[:, :-1].requires_grad_()
+            dz = self.net(z)
+            trace = sum(torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(2))
+        return torch.cat([dz, trace[:, None]], 1)
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("trace_noise", ["exact", "rademacher"])
+@pytest.mark.parametrize("penalized", [slice(None, -1), slice(0, 2), torch.tensor([True, True, False])], ids=str)
+def test_penalized_columns_leave_a_divergence_of_ones_own_out(
+    penalized: object, trace_noise: str, sensitivity: str
+) -> None:
+    torch.manual_seed(0)
+    net, x = mlp(2, 8, 2), torch.randn(5, 2)
+    span, found = torch.linspace(0, 1, 3), []
+    for field, state, columns in (
+        (net, x, None),
+        (Wrapper(net), torch.cat([x, torch.zeros(5, 1)], 1), penalized),
+    ):
+        torch.manual_seed(1)
+        model = NeuralODE(
+            field, "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise=trace_noise, penalized=columns
+        )
+        model(state, span)
+        loss = model.reg_loss()
+        found.append([*model.regularization.values(), loss, *torch.autograd.grad(loss, list(net.parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        # columns that an adjoint interpolates next to others differ by its own error
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_penalized_a_column_of_ones_own_counts_as_state() -> None:
+    torch.manual_seed(0)
+    net, x = mlp(2, 8, 2), torch.randn(5, 2)
+    model = NeuralODE(Wrapper(net), "rk4", regularizers=["kinetic"])
+    model(torch.cat([x, torch.zeros(5, 1)], 1))
+    plain = NeuralODE(net, "rk4", regularizers=["kinetic"])
+    plain(x)
+    assert bool((model.regularization["kinetic"] > plain.regularization["kinetic"]).all())
+
+
+def test_penalized_overrides_a_recognised_trace_and_counts_behind_an_integral_loss() -> None:
+    torch.manual_seed(0)
+    net, x = mlp(2, 8, 2), torch.randn(5, 2)
+    plain = NeuralODE(net, "rk4", regularizers=BOTH, trace_noise="exact")
+    plain(x)
+    two = nn.Sequential(TorchdynCNF(net))
+    overridden = NeuralODE(two, "rk4", regularizers=BOTH, trace_noise="exact", penalized=slice(1, None))
+    overridden(torch.cat([torch.zeros(5, 1), x], 1))
+    cost = NeuralODE(
+        Wrapper(net), "rk4", regularizers=BOTH, trace_noise="exact", penalized=slice(None, -1),
+        integral_loss=lambda t, x: x.square().sum(1),
+    )  # fmt: skip
+    cost(torch.cat([torch.zeros(5, 1), x, torch.zeros(5, 1)], 1))
+    for model in (overridden, cost):
+        torch.testing.assert_close(model.regularization, plain.regularization)
+        torch.testing.assert_close(model.reg_loss(), plain.reg_loss())
+
+
+@pytest.mark.parametrize(
+    ("penalized", "message"),
+    [(slice(5, 9), "no column"), ([True, False], "mask of 2 columns"), ([False] * 4, "no column")],
+)
+def test_penalized_columns_that_are_not_there(penalized: object, message: str) -> None:
+    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)
+    with pytest.raises(ConfigError, match=message):
+        model(torch.randn(2, 4))
+
+
+def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
+    """A public project's class: named as torchdyn's, called with the model, the batch and a device."""
+
+    class Project(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.noise_dist, self.noise = net, None, None
+            self.trace_estimator = lambda model, batch, device: model.weight.trace().expand(len(batch)).to(device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            trace = self.trace_estimator(self.net, x[:, 1:], x.device)
+            return torch.cat([-trace[:, None], self.net(x[:, 1:])], 1)
+
+    net, x = nn.Linear(2, 2), torch.randn(5, 3)
+    model = NeuralODE(Project(net), "euler", regularizers=["jacfrob", "kinetic"], trace_noise="exact")
+    model(x)
+    torch.testing.assert_close(model.regularization["jacfrob"], net.weight.square().sum().expand(5))
+    torch.testing.assert_close(model.regularization["kinetic"], net(x[:, 1:]).square().sum(1))
+
+
+# --- penalties ---
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_a_penalty_that_writes_never_reaches_the_callers_tensors(sensitivity: str) -> None:
+    def erase(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+        with torch.no_grad():
+            z.zero_()
+            t.zero_()
+        return dz.square().sum(1)
+
+    x, span = torch.ones(3, 4), torch.linspace(1, 2, 3)
+    model = NeuralODE(WithTime(), "rk4", sensitivity=sensitivity, regularizers=[erase])
+    try:  # noqa: SIM105
+        model(x, span)
+    except (ConfigError, RuntimeError):
+        pass
+    assert torch.equal(x, torch.ones(3, 4))
+    assert torch.equal(span, torch.linspace(1, 2, 3))
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_the_solution_may_be_changed_in_place(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    field, x, found = mlp(2, 8, 2), torch.randn(3, 2), []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        model = NeuralODE(field, "rk4", sensitivity=sensitivity, regularizers=BOTH)
+        _, sol = model(x, torch.linspace(0, 1, 3))
+        penalties = model.regularization["kinetic"]
+        sol = sol.mul_(2) if in_place else sol * 2
+        penalties = penalties.mul_(3) if in_place else penalties * 3
+        loss = sol.sum() + penalties.sum()
+        found.append([loss, *torch.autograd.grad(loss, list(field.parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+class Cut(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(2, 2), how
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        if self.how == "detach":
+            return self.linear(x).detach()
+        with torch.no_grad():
+            return self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach"])
+def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
+    x = torch.randn(3, 2)
+    state = torch.cat([torch.zeros(3, 1), x], 1)
+    NeuralODE(Cut(how), "rk4", regularizers=["kinetic"])(x)
+    for options in ({"regularizers": ["jacfrob"]}, {"regularizers": ["jacfrob"], "penalized": slice(0, 1)}):
+        for sensitivity in MODES:
+            with pytest.raises(ConfigError, match="without a graph"):
+                NeuralODE(Cut(how), "rk4", sensitivity=sensitivity, **options)(x)
+    with pytest.raises(ConfigError, match="without a graph"):
+        NeuralODE(CNF(Cut(how)), "rk4")(state)
+    with torch.no_grad(), pytest.raises(ConfigError, match="without a graph"):
+        NeuralODE(CNF(Cut(how)), "rk4")(state)
+
+
+def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:
+    model = NeuralODE(lambda t, x: torch.ones_like(x) * t, "rk4", regularizers=["jacfrob"])
+    model(torch.randn(3, 2))
+    assert torch.equal(model.regularization["jacfrob"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -0.1, "much", None])
+def test_strengths_that_the_constructor_refuses(strength: object) -> None:
+    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
+    model(torch.randn(3, 4))
+    with pytest.raises(ConfigError, match="lambda of 'kinetic'"):
+        model.reg_loss(kinetic=strength)
+
+
+def test_a_trajectory_leaves_the_penalties_of_the_last_call() -> None:
+    torch.manual_seed(0)
+    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
+    model(x)
+    before = model.reg_loss()
+    model.trajectory(x + 5, torch.linspace(0, 1, 3))
+    assert torch.equal(model.reg_loss(), before)
+
+
+# --- several solves per loss ---
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_collected_penalties_are_the_sum_over_calls(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    model = NeuralODE(mlp(2, 8, 2), "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact")
+    batches, found = [torch.randn(n, 2) for n in (3, 3, 3)], []
+    for collecting in (True, False):
+        total, gradients = torch.zeros(()), torch.zeros(())
+        if collecting:
+            with model.collect_penalties():
+                for x in batches:
+                    gradients = gradients + model(x)[1][-1].sum()
+            total = model.reg_loss(kinetic=0.5)
+            sums = model.regularization["kinetic"]
+        else:
+            each = []
+            for x in batches:
+                gradients = gradients + model(x)[1][-1].sum()
+                total = total + model.reg_loss(kinetic=0.5)
+                each.append(model.regularization["kinetic"])
+            torch.testing.assert_close(sums, torch.stack(each).sum(0))
+        found.append([total, *torch.autograd.grad(total + gradients, list(model.parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_what_a_collection_holds_and_for_how_long() -> None:
+    torch.manual_seed(0)
+    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
+    with pytest.raises(ConfigError, match="call the model"), model.collect_penalties():
+        model.reg_loss()
+    with model.collect_penalties():
+        model(torch.randn(3, 4))
+        model(torch.randn(5, 4))
+        with pytest.raises(ConfigError, match="already collecting"), model.collect_penalties():
+            pass
+    assert float(model.reg_loss().detach()) > 0
+    with pytest.raises(ConfigError, match="different sizes"):
+        _ = model.regularization
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with pytest.raises(ConfigError, match="call the model"):
+        other.reg_loss()
+    model.reg_loss().backward()
+    with pytest.raises(ConfigError, match="already gone through"):
+        model.reg_loss()
+    x = torch.randn(3, 4)
+    model(x)  # a call after the block stands alone again
+    alone = model.reg_loss()
+    model(x)
+    assert torch.equal(model.reg_loss(), alone)
+    with model.collect_penalties():
+        model(x)
+        model(x, penalties=False)
+    with pytest.raises(ConfigError, match="did not integrate"):
+        model.reg_loss()
+
+
+def test_a_recurrent_model_with_the_penalties_of_all_its_solves() -> None:
+    """A jump and a solve per element of a sequence, as torchdyn's HybridNeuralDE (which 1.0.6 cannot import)."""
+    torch.manual_seed(0)
+    node, jump = NeuralODE(mlp(4, 8, 4), "rk4", regularizers=["kinetic"]), nn.RNNCell(2, 4)
+    h, total = torch.zeros(3, 4), torch.zeros(())
+    with node.collect_penalties():
+        for x in torch.randn(5, 3, 2):
+            before = jump(x, h)
+            h = node(before)[1][-1]
+            total = total + 0.01 * node.vf.vf.vf(before).square().sum(1).mean() / 4  # of the first stage alone
+    whole = node.reg_loss()
+    torch.testing.assert_close(whole, total, rtol=0.2, atol=0)
+    whole.backward()
+    assert bool(jump.weight_ih.grad.any())
