@@ -10,6 +10,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ..errors import ConfigError, DataError, LocalError, RnodeError, TrainingError
+from ..plugins import registry
 
 __all__ = ["explained"]
 
@@ -41,8 +42,10 @@ def explained() -> Iterator[None]:
         raise LocalError(f"the system refused: {reason}{place}.") from error
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
-    except RuntimeError as error:
-        if (known := _known(error)) is None:
+    except Exception as error:
+        known = _known(error) if isinstance(error, RuntimeError) else None
+        known = known or registry.culprit(error)
+        if known is None:
             raise
         raise known from error
 
