@@ -181,6 +181,8 @@ class Registry:
 
         For what is called far from where it was looked up: a penalty's rate, a model's ``forward``, a command.
         """
+        while error.__cause__ is not None:  # the mathematics names the regularizer, and does not know its plugin
+            error = error.__cause__
         calls = blame.calls_inside(error)
         for plugin in self._others():
             registered = [

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from ..errors import ConfigError, DataError, LocalError, RnodeError, TrainingError
+from ..errors import ConfigError, DataError, LocalError, PluginError, RnodeError, TrainingError
 from ..plugins import registry
 
 __all__ = ["explained"]
@@ -29,6 +29,8 @@ def explained() -> Iterator[None]:
         yield
     except DataError as error:  # a worker sends its whole traceback along
         raise DataError(_last_line(error)) from error
+    except PluginError as error:
+        raise (registry.culprit(error) or error) from error.__cause__
     except RnodeError:
         raise
     except torch.OutOfMemoryError as error:
