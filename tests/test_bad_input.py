@@ -90,6 +90,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--num-nodes", "0"], 2, r"number of machines must be at least 1"),
     (["train", "digits", "--accelerator", "abacus"], 2, r"device or precision cannot be used.*abacus"),
     (["train", "digits", "--precision", "8-bits"], 2, r"device or precision cannot be used.*8-bits"),
+    (["train", "digits", "--precision", "16-mixed"], 2, r"=16-mixed needs a GPU: on a CPU use 32-true or bf16-mix"),
     (["train", "digits", "--set", "optimizer.lr=-1"], 2, r"optimizer\.lr must be positive, not -1"),
     (["train", "digits", "--set", "optimizer.lr=nan"], 2, r"optimizer\.lr: expected a finite number"),
     (["train", "digits", "--set", "optimiser.lr=1"], 2, r"'optimiser\.lr'; did you mean 'optimizer\.lr'"),
