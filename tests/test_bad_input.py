@@ -27,6 +27,7 @@ from rnode_plugin.data import ImageData, get_dataset, loader
 from rnode_plugin.errors import ConfigError, RnodeError
 from rnode_plugin.evaluation.bits import evaluate
 from rnode_plugin.evaluation.sampling import sample_images
+from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.solvers import Solver, solve
 from rnode_plugin.training.fit import fit
 from rnode_plugin.training.lightning.trainer import make_trainer
@@ -89,6 +90,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--num-nodes", "0"], 2, r"number of machines must be at least 1"),
     (["train", "digits", "--accelerator", "abacus"], 2, r"device or precision cannot be used.*abacus"),
     (["train", "digits", "--precision", "8-bits"], 2, r"device or precision cannot be used.*8-bits"),
+    (["train", "digits", "--precision", "16-mixed"], 2, r"=16-mixed needs a GPU: on a CPU use 32-true or bf16-mix"),
     (["train", "digits", "--set", "optimizer.lr=-1"], 2, r"optimizer\.lr must be positive, not -1"),
     (["train", "digits", "--set", "optimizer.lr=nan"], 2, r"optimizer\.lr: expected a finite number"),
     (["train", "digits", "--set", "optimiser.lr=1"], 2, r"'optimiser\.lr'; did you mean 'optimizer\.lr'"),
@@ -265,3 +267,40 @@ def test_a_machine_that_others_cannot_reach(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # all on one machine
     make_trainer(**options)
+
+
+def test_settings_are_named_as_they_are_set() -> None:
+    """A solver does not know which of the recipe's two it is; its messages must."""
+    for setting, words in (
+        ("test_solver.first_step=-1", r"^test_solver\.first_step must be a number > 0 or None, not -1\.0"),
+        ("test_solver.step=auto", r"^test_solver\.step='auto' needs a fixed grid"),
+        ("solver.step=-1", r"^solver\.step must be"),
+        ("solver.gradient=adjoint", r"^solver: trace_quadrature='sampled' needs .*or trace_quadrature='full'"),
+        ("data.batch_size=0", r"^data\.batch_size must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            get_recipe("digits").override([setting])
+    plain = get_recipe("digits").to_plain()
+    plain["test_solver"]["atol"] = -1
+    with pytest.raises(ConfigError, match=r"^test_solver\.atol must be a number > 0"):
+        Recipe.from_plain(plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "dopri5"], r"dopri5 chooses its own steps"),
+        (["--method", "rk5"], r"unknown solver method 'rk5'"),
+        (["--start", "-1"], r"start must be a positive number, not -1"),
+        (["--smallest", "nan"], r"smallest must be a positive number, not nan"),
+        (["--smallest", "2"], r"the smallest step, 2, is above the first one to try, 1"),
+        (["--max-gap", "0"], r"max_gap must be a positive number"),
+    ],
+)
+def test_tune_step_looks_at_its_options_first(
+    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rnode_plugin.training.fit.fit", lambda *a, **o: pytest.fail("trained before it looked"))
+    done = CliRunner().invoke(main, ["tune-step", "digits", *options, "--device", "cpu"])
+    assert done.exit_code == 2, done.output
+    assert re.search(words, done.output)

@@ -680,3 +680,163 @@ def test_what_a_plugin_offers_must_be_of_its_kind(monkeypatch):
 
 def test_group_name_is_the_one_that_pyproject_uses():
     assert f"[project.entry-points.{discovery.GROUP}]\nbuiltin = " in (ROOT / "pyproject.toml").read_text()
+
+
+# what happens inside a plugin
+
+
+FAILS = """
+    import dataclasses
+    import click, torch
+    import rnode_plugin
+    from rnode_plugin import MultiscaleFlow, hookimpl
+    from rnode_plugin.core.regularizers import FunctionRegularizer
+
+    def _rate(evaluation):
+        raise ZeroDivisionError("no rate")
+
+    rate = FunctionRegularizer("bad-rate", _rate)
+
+    class Flow(MultiscaleFlow):
+        def forward(self, *args, **kwargs):
+            return {}["no forward"]
+
+    class Unbuilt(MultiscaleFlow):
+        def __init__(self, *args, **kwargs):
+            raise OSError("no model")
+
+    def nothing(*args, **kwargs):
+        return None
+
+    def data(*, root, size):
+        raise LookupError("no data")
+
+    def recipe():
+        return rnode_plugin.get_recipe("digits").override(["optimizer.rate=1"])
+
+    def raises():
+        raise AssertionError("no recipe")
+
+    @click.command()
+    def command():
+        raise ValueError("no command")
+
+    @hookimpl
+    def rnode_register_regularizers():
+        return {"bad-rate": rate}
+
+    @hookimpl
+    def rnode_register_models():
+        return {"bad-model": Flow, "unbuilt": Unbuilt, "none": nothing}
+
+    @hookimpl
+    def rnode_register_datasets():
+        return {"bad-data": data}
+
+    @hookimpl
+    def rnode_register_recipes():
+        return {"bad-recipe": recipe, "worse": raises}
+
+    @hookimpl
+    def rnode_register_commands():
+        return {"bad-command": command}
+"""
+TRAIN = [
+    "train", "digits", "--max-steps", "1", "--limit-val", "8", "--accelerator", "cpu", "--devices", "1",
+    "--set", "model.hidden=4", "--set", "training.sample_images=0", "--set", "test_solver.method=rk4",
+    "--set", "test_solver.step=1", "--set", "data.val_batch_size=8",
+]  # fmt: skip
+
+
+@pytest.fixture
+def failing(install, monkeypatch, tmp_path):
+    """The shared registry with an installed plugin in which everything fails; the working directory is empty."""
+    install("fails", FAILS)
+    registry = Registry()
+    for name in ("get", "names", "guard", "culprit", "report"):
+        monkeypatch.setattr(plugins, name, getattr(registry, name))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return registry
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "cause"),
+    [
+        (
+            [*TRAIN, "--set", "regularizers.bad-rate=1"],
+            "the regularizer 'bad-rate' of ",
+            "ZeroDivisionError: no rate",
+        ),
+        ([*TRAIN, "--set", "model.name=bad-model"], "the model 'bad-model' of ", "KeyError: 'no forward'"),
+        ([*TRAIN, "--set", "model.name=unbuilt"], "the model 'unbuilt' of ", "OSError: no model"),
+        ([*TRAIN, "--data", "bad-data"], "the data set 'bad-data' of ", "LookupError: no data"),
+        (["train", "bad-recipe"], "the recipe 'bad-recipe' of ", "unknown setting 'optimizer.rate'"),
+        (["train", "worse"], "the recipe 'worse' of ", "AssertionError: no recipe"),
+        (["bad-command"], "the command 'bad-command' of ", "ValueError: no command"),
+    ],
+)
+def test_what_fails_inside_a_plugin_names_it_and_the_cause(failing, tmp_path, arguments, what, cause):
+    for debug in ([], ["--debug"]):
+        done = CliRunner().invoke(main, [*debug, *arguments], prog_name="rnode-cli")
+        output = " ".join(done.output.split())
+        assert done.exit_code == 1, output
+        assert f"{what}plugin 'fails-ep' of fails 1.2 failed: " in output
+        assert cause in output
+        assert ("Traceback" in output) == bool(debug)
+        assert ("--debug" in output) == (not debug)
+        assert [each for each in (tmp_path / "here").rglob("*") if each.is_file()] == []
+
+
+def test_a_model_that_is_none(failing):
+    done = CliRunner().invoke(main, [*TRAIN, "--set", "model.name=none"])
+    assert done.exit_code == 1
+    assert "model 'none': its plugin returned NoneType, not a flow" in done.output
+
+
+def test_a_broken_recipe_leaves_the_list_of_the_others(failing):
+    done = CliRunner().invoke(main, ["recipes"])
+    assert done.exit_code == 0, done.output
+    assert re.search(
+        r"^bad-recipe +\(cannot be loaded: the recipe 'bad-recipe' of plugin", done.output, re.MULTILINE
+    )
+    assert re.search(r"^worse +\(cannot be loaded", done.output, re.MULTILINE)
+    assert re.search(r"^digits +8x8", done.output, re.MULTILINE)
+
+
+def test_a_bug_of_ours_keeps_its_traceback(failing, monkeypatch):
+    """Nobody is blamed for it, though a plugin is installed and this test calls."""
+    import rnode_plugin.recipes.schema as schema
+
+    def broken(name):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(schema, "get_recipe", broken)
+    done = CliRunner().invoke(main, ["recipes", "show", "digits"])
+    assert isinstance(done.exception, RuntimeError), done.output
+
+
+def test_a_regularizer_under_another_name_than_its_own_is_refused(install):
+    source = (
+        "from rnode_plugin import hookimpl\nfrom rnode_plugin.core.regularizers import FunctionRegularizer\n"
+        "mine = FunctionRegularizer('mine', abs)\n"
+        "@hookimpl\ndef rnode_register_regularizers():\n    return {'other': OTHER, 'mine': mine}\n"
+    )
+    install("direct", source.replace("OTHER", "mine"))
+    assert "registered as 'other' calls itself 'mine'" in str(row(Registry(), "direct-ep").error)
+    install("text", source.replace("OTHER", "'t_text:mine'"))
+    registry = Registry()
+    assert registry.get("regularizers", "mine").name == "mine"
+    with pytest.raises(PluginError, match="registered as 'other' calls itself 'mine': register it under its own"):
+        registry.get("regularizers", "other")
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", ".x", "a\nb"])
+def test_names_that_would_lead_elsewhere_as_a_path_are_refused(name):
+    class Plugin:
+        @hookimpl
+        def rnode_register_recipes(self):
+            return {name: dict}
+
+    with pytest.raises(PluginError, match=r"the recipe name .* cannot name a folder"):
+        Registry().register(Plugin(), name="x")

@@ -1,7 +1,8 @@
-"""The group of all commands, ours and those of plugins, and what becomes of their errors."""
+"""``main``: the group of all commands, ours and those of plugins; errors become messages and exit codes."""
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import click
@@ -28,7 +29,7 @@ class _Misuse(_Failure):
 def _command(name: str) -> click.Command:
     command = registry.get("commands", name)
     if not isinstance(command, click.Command):
-        raise PluginError(f"the command {name!r}: its plugin registers {command!r}, which is no click command.")
+        raise PluginError(f"the command {name!r}: its plugin registers {command!r}, which is not a click command.")
     return command
 
 
@@ -61,15 +62,26 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except RnodeError as error:
-            kind = _Misuse if isinstance(error, ConfigError) else _Failure
-            raise kind(str(error)) from error
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
+        except Exception as error:
+            known = error if isinstance(error, RnodeError) else registry.culprit(error)
+            if known is None:  # a bug of this package
+                raise
+            hint = ""
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            elif isinstance(known, PluginError):
+                hint = " `rnode-cli --debug ...` shows the traceback."
+            kind = _Misuse if isinstance(known, ConfigError) else _Failure
+            raise kind(f"{known}{hint}") from error
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rnode-cli")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(*, debug: bool) -> None:
     """Train, evaluate and sample regularized neural ODE flows (RNODE)."""

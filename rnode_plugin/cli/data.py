@@ -20,10 +20,14 @@ def list_datasets() -> None:
     """Show the data sets that a recipe or --set data.name=NAME can use."""
     import inspect
 
+    from ..errors import RnodeError
     from ..plugins import registry
 
     for name in registry.names("datasets"):
-        summary = (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]
+        try:
+            summary = (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]
+        except RnodeError as error:  # one broken plugin must not take the list away
+            summary = f"(cannot be loaded: {error})"
         click.echo(f"{name:<14} {summary}".rstrip())
 
 

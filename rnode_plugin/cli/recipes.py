@@ -17,11 +17,18 @@ def recipes(ctx: click.Context) -> None:
     """List the recipes, or show every setting of one."""
     if ctx.invoked_subcommand is not None:
         return
+    from ..errors import RnodeError
     from ..plugins import registry
     from ..recipes.schema import get_recipe
     from .tables import table
 
-    click.echo(table((name, get_recipe(name).description) for name in registry.names("recipes")))
+    rows = []
+    for name in registry.names("recipes"):
+        try:
+            rows.append((name, get_recipe(name).description))
+        except RnodeError as error:  # one broken plugin must not take the list away
+            rows.append((name, f"(cannot be loaded: {error})"))
+    click.echo(table(rows))
 
 
 @recipes.command()

@@ -1,4 +1,4 @@
-"""``rnode-cli tune-step``."""
+"""``rnode-cli tune-step``: find the coarsest step of a fixed grid by measurement."""
 
 from __future__ import annotations
 
@@ -59,15 +59,16 @@ def tune_step(
     from ..core.random_streams import Stream, seeded
     from ..evaluation.bits import image_batch
     from ..evaluation.images import load_images, pick_device
-    from ..evaluation.step_size import tune_step
+    from ..evaluation.step_size import check_tuning, tune_step
     from ..flows.transforms import dequantize
     from ..solvers import Solver
 
+    solver = Solver(method=options.pop("method"))
+    check_tuning(solver, **options)
     where = pick_device(device)
     changes = [*assignments, *([f"data.root={data_root}"] if data_root else [])]
     flow, recipe = _flow(run_or_recipe, changes, train_steps, where, download=download)
     held_out = load_images(recipe, download=download, all_val=True).val
-    solver = Solver(method=options.pop("method"))
     with seeded(seed, Stream.VALIDATE):
         x = dequantize(image_batch(held_out, slice(0, images)).to(where), recipe.data.levels)
         click.echo(_HEADER)
@@ -76,10 +77,18 @@ def tune_step(
     if found.step is None:
         raise RnodeError(
             f"no step down to {found.rows[-1].step:g} agrees with the adaptive solve: try a lower --smallest, or "
-            "train with an adaptive method (--set solver.method=dopri5) or larger lambdas."
+            f"train with {_adaptive(recipe)}larger lambdas."
         )
     limits = f"{found.max_gap:g} bits/dim and {found.max_round_trip:g} levels"
     click.echo(f"\nsolver.step={found.step:g} agrees with the adaptive solve within {limits}.")
+
+
+def _adaptive(recipe: Recipe) -> str:
+    """The advice to train with an adaptive method, with all settings that go with it; none if it is one already."""
+    if recipe.solver.adaptive:
+        return ""
+    full = "" if recipe.solver.trace_quadrature == "full" else " --set solver.trace_quadrature=full"
+    return f"an adaptive method (--set solver.method=dopri5{full}) or "
 
 
 _HEADER = f"{'step':>8}  {'NFE':>5}  {'bits/dim':>8}  {'gap':>8}  {'round trip':>10}"

@@ -44,7 +44,8 @@ def get_dataset(
         raise ConfigError(f"data set {name!r}: {error}. It takes: {known}.") from error
 
     def loaded() -> ImageData:
-        data = load(**arguments)
+        with registry.guard("datasets", name):
+            data = load(**arguments)
         if not isinstance(data, ImageData):
             raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not an ImageData.")
         return data

@@ -22,7 +22,7 @@ from ..solvers import Solver
 if TYPE_CHECKING:
     from ..flows.multiscale import MultiscaleFlow
 
-__all__ = ["REFERENCE", "StepRow", "StepTable", "tune_step"]
+__all__ = ["REFERENCE", "StepRow", "StepTable", "check_tuning", "tune_step"]
 
 REFERENCE = Solver(method="dopri5", atol=1e-6, rtol=1e-6)
 """The adaptive solve that a discrete flow has to agree with."""
@@ -73,6 +73,22 @@ class StepTable:
         return self.rows[-1].step if self.rows[-1].agrees else None
 
 
+def check_tuning(solver: Solver, *, start: float, smallest: float, max_gap: float, max_round_trip: float) -> None:
+    """Refuse what :func:`tune_step` cannot work with, before a flow is trained for it.
+
+    Raises:
+        ConfigError: for an adaptive ``solver``, or numbers that are not positive.
+    """
+    if solver.adaptive:
+        raise ConfigError(f"{solver.method} chooses its own steps: tune the step of a fixed grid, such as rk4_38.")
+    numbers = {"start": start, "smallest": smallest, "max_gap": max_gap, "max_round_trip": max_round_trip}
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} must be a positive number, not {value!r}.")
+    if smallest > start:
+        raise ConfigError(f"the smallest step, {smallest:g}, is above the first one to try, {start:g}.")
+
+
 @torch.no_grad()
 def tune_step(
     flow: MultiscaleFlow,
@@ -106,14 +122,7 @@ def tune_step(
         SolverError: where the adaptive solve itself fails.
     """
     solver = dataclasses.replace(solver or Solver(), trace_quadrature="full")
-    if solver.adaptive:
-        raise ConfigError(f"{solver.method} chooses its own steps: tune the step of a fixed grid, such as rk4_38.")
-    numbers = {"start": start, "smallest": smallest, "max_gap": max_gap, "max_round_trip": max_round_trip}
-    for name, value in numbers.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name} must be a positive number, not {value!r}.")
-    if smallest > start:
-        raise ConfigError(f"the smallest step, {smallest:g}, is above the first one to try, {start:g}.")
+    check_tuning(solver, start=start, smallest=smallest, max_gap=max_gap, max_round_trip=max_round_trip)
     noise = flow.draw_noise(len(x), generator=generator)
 
     def encode(solver: Solver) -> tuple[Tensor, Tensor, int]:

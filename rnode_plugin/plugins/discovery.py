@@ -22,10 +22,10 @@ import pluggy
 from .._version import __version__
 from ..errors import PluginError
 
-__all__ = ["GROUP", "Candidate", "discover", "import_reference", "one_line"]
+__all__ = ["GROUP", "OUR_MODULE", "Candidate", "discover", "import_reference", "one_line"]
 
 GROUP = "rnode_plugin"
-_OUR_DISTRIBUTION, _OUR_MODULE = "rnode-plugin", "rnode_plugin.plugins.builtin"
+_OUR_DISTRIBUTION, OUR_MODULE = "rnode-plugin", "rnode_plugin.plugins.builtin"
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def discover() -> list[Candidate]:
     others: list[Candidate] = []
     for entry_point, distribution in _entry_points():
         name, version = distribution.name, distribution.version
-        if _normal(name) == _OUR_DISTRIBUTION and entry_point.value == _OUR_MODULE:
+        if _normal(name) == _OUR_DISTRIBUTION and entry_point.value == OUR_MODULE:
             ours.append(Candidate(entry_point.name, name, version, "loadable", entry_point))
             continue
         if disabled:
@@ -68,7 +68,7 @@ def discover() -> list[Candidate]:
             status = "blocked" if blocked & {_normal(entry_point.name), _normal(name)} else "loadable"
         others.append(Candidate(entry_point.name, name, version, status, entry_point))
     if not ours:
-        entry_point = metadata.EntryPoint("builtin", _OUR_MODULE, GROUP)
+        entry_point = metadata.EntryPoint("builtin", OUR_MODULE, GROUP)
         ours.append(Candidate("builtin", _OUR_DISTRIBUTION, __version__, "loadable", entry_point))
     return ours + sorted(others, key=lambda candidate: (candidate.distribution, candidate.name))
 

@@ -11,17 +11,20 @@ import logging
 import re
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from ..errors import ConfigError, PluginError, suggest
+from ..errors import ConfigError, PluginError, RnodeError, suggest
+from ..files import check_path_name
 from ..solvers import observers
-from . import hookspecs
-from .discovery import discover, import_reference, one_line
+from . import blame, hookspecs
+from .discovery import OUR_MODULE, discover, import_reference, one_line
 
 if TYPE_CHECKING:
     from ..solvers import Solver
@@ -32,7 +35,9 @@ __all__ = [
     "KINDS",
     "PluginReport",
     "Registry",
+    "culprit",
     "get",
+    "guard",
     "names",
     "register",
     "report",
@@ -90,11 +95,16 @@ class _Plugin:
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     traceback: str | None = None
+    module: str = ""
 
     def __str__(self) -> str:
         if self.distribution is None:
             return f"plugin {self.name!r} of this process"
         return f"plugin {self.name!r} of {self.distribution} {self.version}"
+
+    @property
+    def is_ours(self) -> bool:
+        return self.module == OUR_MODULE
 
     @property
     def key(self) -> str:
@@ -145,7 +155,52 @@ class Registry:
         values = owners[0].values[kind]
         if isinstance(values[name], str):
             values[name] = import_reference(values[name], f"the {what} {name!r} of {owners[0]}")
+            _check_own_name(kind, name, values[name])
         return values[name]
+
+    @contextmanager
+    def guard(self, kind: str, name: str) -> Iterator[None]:
+        """Call what :meth:`get` returned inside of this: whatever it raises then names its plugin.
+
+        Errors of this package pass through, but for a recipe: it takes no argument, so the fault is its own. So do
+        all errors of what this package itself registers: they are bugs.
+
+        Raises:
+            PluginError: it raised something.
+        """
+        owners = [plugin for plugin in self._of_kind(kind) if name in plugin.values[kind]]
+        if owners and owners[0].is_ours:
+            yield
+            return
+        of = f" of {owners[0]}" if owners else ""
+        with blame.named(f"the {KINDS[kind]} {name!r}{of}", also=(RnodeError,) if kind == "recipes" else ()):
+            yield
+
+    def culprit(self, error: BaseException) -> PluginError | None:
+        """The error that names the plugin in whose code an exception was raised; None if it was in no plugin's.
+
+        For what is called far from where it was looked up: a penalty's rate, a model's ``forward``, a command.
+        """
+        while error.__cause__ is not None:  # the mathematics names the regularizer, and does not know its plugin
+            error = error.__cause__
+        calls = blame.calls_inside(error)
+        for plugin in self._others():
+            registered = [
+                (kind, name, value) for kind in plugin.values for name, value in plugin.values[kind].items()
+            ]
+            for kind, name, value in registered:
+                codes = blame.codes_of(value)
+                if any(code in codes for _, code in calls):
+                    return PluginError(f"the {KINDS[kind]} {name!r} of {plugin} failed: {one_line(error)}.")
+        for plugin in self._others():
+            package = plugin.module.partition(".")[0]
+            if any(module.partition(".")[0] == package for module, _ in calls):
+                return PluginError(f"{plugin} failed: {one_line(error)}.")
+        return None
+
+    def _others(self) -> list[_Plugin]:
+        """The plugins that are loaded already and are not ours."""
+        return [plugin for plugin in tuple(self._plugins) if plugin.module not in (OUR_MODULE, "__main__")]
 
     def names(self, kind: str) -> list[str]:
         """All names of one kind, sorted.
@@ -171,7 +226,9 @@ class Registry:
             PluginError: the name is taken, or the plugin misuses a hook; then nothing of it stays registered.
         """
         self._load()
-        record = _Plugin(name)
+        record = _Plugin(
+            name, module=type(plugin).__module__ if not isinstance(plugin, ModuleType) else plugin.__name__
+        )
         with self._lock:
             if any(other.key == name for other in self._plugins):
                 raise PluginError(f"a plugin {name!r} is registered already; call unregister({name!r}) first.")
@@ -221,6 +278,7 @@ class Registry:
                 known = {plugin.key for plugin in self._plugins}  # empty, but for a Ctrl-C during an earlier load
                 for candidate in discover():
                     record = _Plugin(candidate.name, candidate.distribution, candidate.version, candidate.status)
+                    record.module = candidate.entry_point.value.partition(":")[0]
                     if record.key not in known:
                         self._load_one(record, candidate.entry_point)
                 self._loaded = True
@@ -256,8 +314,8 @@ class Registry:
                     self._observers = [*self._observers, (record, implementation)]
                     continue
                 try:
-                    values = _checked(implementation.function())
-                    record.values.setdefault(_REGISTRATION_HOOKS[hook], {}).update(values)
+                    kind = _REGISTRATION_HOOKS[hook]
+                    record.values.setdefault(kind, {}).update(_checked(kind, implementation.function()))
                 except Exception as error:
                     record.fail(f"{hook}: {one_line(error)}", error)
         except BaseException:
@@ -303,24 +361,46 @@ class Registry:
         )
 
 
-def _checked(values: Any) -> dict[str, Any]:
+def _checked(kind: str, values: Any) -> dict[str, Any]:
     """What a registration hook returned.
 
     Raises:
-        PluginError: it is not a mapping from names to objects or ``"module:attribute"`` texts.
+        PluginError: it is not a mapping from names to objects or ``"module:attribute"`` texts, or a name cannot be
+            one: it may become that of a folder.
     """
     if not isinstance(values, Mapping):
         raise PluginError(f"it must return a mapping from names to objects, not {type(values).__name__}.")
     for name, value in values.items():
         if not isinstance(name, str) or not name:
             raise PluginError(f"a name must be a text, not {name!r}.")
+        try:
+            check_path_name(name, KINDS[kind])
+        except ConfigError as error:
+            raise PluginError(str(error)) from None
         if not callable(value) and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)):
             raise PluginError(f"{name!r} must be callable or a text 'module:attribute', not {value!r}.")
+        if not isinstance(value, str):
+            _check_own_name(kind, name, value)
     return dict(values)
+
+
+def _check_own_name(kind: str, name: str, value: Any) -> None:
+    """A regularizer's own name is the key of its penalty in every result, and its lambda stands under the other.
+
+    Raises:
+        PluginError: the two differ.
+    """
+    own = None if kind != "regularizers" or isinstance(value, type) else getattr(value, "name", None)
+    if isinstance(own, str) and own != name:
+        raise PluginError(
+            f"the regularizer registered as {name!r} calls itself {own!r}: register it under its own name."
+        )
 
 
 _shared = Registry(watch_solves=True)
 get = _shared.get
+guard = _shared.guard
+culprit = _shared.culprit
 names = _shared.names
 report = _shared.report
 register = _shared.register

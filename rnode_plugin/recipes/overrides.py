@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from ..errors import ConfigError, suggest
@@ -158,7 +159,7 @@ def from_plain(cls: type[T], plain: Any, where: str = "") -> T:
     missing = [name for name, field in fields.items() if name not in values and _required(field)]
     if missing:
         raise ConfigError(f"{where or cls.__name__}: missing {', '.join(missing)}.")
-    return cls(**values)
+    return _made(where, cls, **values)
 
 
 def override(tree: T, assignments: Iterable[str], *, fixed: Iterable[str] = ()) -> T:
@@ -191,8 +192,25 @@ def override(tree: T, assignments: Iterable[str], *, fixed: Iterable[str] = ()) 
         else:
             hints = typing.get_type_hints(type(old))
             typed = {key: _typed(value, hints[key], f"{group}.{key}") for key, value in values.items()}
-            new[group] = dataclasses.replace(old, **typed)
+            new[group] = _made(group, dataclasses.replace, old, **typed)
     return dataclasses.replace(tree, **new)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _made(group: str, make: Callable[..., Any], *arguments: Any, **values: Any) -> Any:
+    """``make(...)``; a class that fills several groups, such as a solver, names its own settings in messages.
+
+    Raises:
+        ConfigError: with the settings named as they are set, ``test_solver.first_step`` for ``solver.first_step``.
+    """
+    try:
+        return make(*arguments, **values)
+    except ConfigError as error:
+        own = "|".join(map(re.escape, values))
+        text = re.sub(rf"(?<![\w.])[a-z]+\.({own})\b", rf"{group}.\1", str(error)) if own and group else str(error)
+        prefix = (
+            "" if not group or text.startswith(("unknown", f"{group}.")) or f"{group}." in text else f"{group}: "
+        )
+        raise ConfigError(f"{prefix}{text}") from None
 
 
 def walk(tree: Any) -> list[tuple[str, Any]]:

@@ -277,17 +277,28 @@ class Recipe:
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
 
     def build_flow(self) -> MultiscaleFlow:
-        """A fresh flow, f = 0, whose solver is ``test_solver``; the training step brings its own."""
-        return registry.get("models", self.model.name)(
-            self.data.shape,
-            hidden=self.model.hidden,
-            layers=self.model.layers,
-            alpha=self.model.alpha,
-            levels=self.data.levels,
-            trace_noise=self.model.trace_noise,
-            solver=self.test_solver,
-            regularizers=self.measured,
-        )
+        """A fresh flow, f = 0, whose solver is ``test_solver``; the training step brings its own.
+
+        Raises:
+            PluginError: the plugin that offers the model failed, or returned something else.
+        """
+        model = registry.get("models", self.model.name)
+        with registry.guard("models", self.model.name):
+            flow = model(
+                self.data.shape,
+                hidden=self.model.hidden,
+                layers=self.model.layers,
+                alpha=self.model.alpha,
+                levels=self.data.levels,
+                trace_noise=self.model.trace_noise,
+                solver=self.test_solver,
+                regularizers=self.measured,
+            )
+        if not callable(getattr(flow, "log_prob", None)):
+            raise PluginError(
+                f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a flow with `log_prob`."
+            )
+        return flow
 
 
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with
@@ -309,7 +320,7 @@ def get_recipe(name: str) -> Recipe:
 
     Raises:
         ConfigError: for an unknown name; the known ones are listed.
-        PluginError: the plugin that offers it returned something else.
+        PluginError: the plugin that offers it failed, or returned something else.
 
     Example:
         >>> recipe = get_recipe("digits").override(["optimizer.lr=1e-3"])
@@ -318,7 +329,9 @@ def get_recipe(name: str) -> Recipe:
         >>> tuple(recipe.build_flow().sample(2).shape)
         (2, 1, 8, 8)
     """
-    recipe = registry.get("recipes", name)()
+    build = registry.get("recipes", name)
+    with registry.guard("recipes", name):
+        recipe = build()
     if not isinstance(recipe, Recipe):
         raise PluginError(f"recipe {name!r}: its plugin returned {type(recipe).__name__}, not a Recipe.")
     return recipe

@@ -85,12 +85,13 @@ class Solver:
         if self.trace_quadrature == "sampled" and self.adaptive:
             raise ConfigError(
                 f"trace_quadrature='sampled' needs a fixed grid: {self.method} controls the error of the "
-                f"log-determinant, which a sampled quadrature does not have. Use one of {', '.join(FIXED_METHODS)}."
+                f"log-determinant, which a sampled quadrature does not have. Use one of "
+                f"{', '.join(FIXED_METHODS)}, or trace_quadrature='full'."
             )
         if self.trace_quadrature == "sampled" and self.gradient.endswith("adjoint"):
             raise ConfigError(
                 "trace_quadrature='sampled' needs the gradient of the discrete steps: use gradient='autograd' or "
-                "'checkpointed'."
+                "'checkpointed', or trace_quadrature='full'."
             )
 
     @property

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from ..errors import ConfigError, DataError, LocalError, RnodeError, TrainingError
+from ..errors import ConfigError, DataError, LocalError, PluginError, RnodeError, TrainingError
+from ..plugins import registry
 
 __all__ = ["explained"]
 
@@ -28,6 +29,8 @@ def explained() -> Iterator[None]:
         yield
     except DataError as error:  # a worker sends its whole traceback along
         raise DataError(_last_line(error)) from error
+    except PluginError as error:
+        raise (registry.culprit(error) or error) from error.__cause__
     except RnodeError:
         raise
     except torch.OutOfMemoryError as error:
@@ -41,8 +44,10 @@ def explained() -> Iterator[None]:
         raise LocalError(f"the system refused: {reason}{place}.") from error
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
-    except RuntimeError as error:
-        if (known := _known(error)) is None:
+    except Exception as error:
+        known = _known(error) if isinstance(error, RuntimeError) else None
+        known = known or registry.culprit(error)
+        if known is None:
             raise
         raise known from error
 

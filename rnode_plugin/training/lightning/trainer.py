@@ -64,12 +64,23 @@ def make_trainer(*, devices: str | int, num_nodes: int, **options: Any) -> L.Tra
         if isinstance(launcher, _SubprocessScriptLauncher):  # it would look at them only when training starts
             sizes = {"num_devices": launcher.num_processes, "num_nodes": launcher.num_nodes}
             launcher.cluster_environment.validate_settings(**sizes)
+        _check_precision(trainer, str(options.get("precision", "32-true")))
         _check_address(trainer)
         if trainer.is_global_zero:
             _note_slow_precision(trainer)
         return trainer
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"this device or precision cannot be used: {' '.join(str(error).split())}") from None
+
+
+def _check_precision(trainer: L.Trainer, asked: str) -> None:
+    """Lightning replaces 16-mixed by bf16-mixed on a CPU, with a warning that drowns.
+
+    Raises:
+        ConfigError: it has replaced the precision that was asked for.
+    """
+    if asked.startswith("16") and str(trainer.precision).startswith("bf16"):
+        raise ConfigError(f"training.precision={asked} needs a GPU: on a CPU use 32-true or {trainer.precision}.")
 
 
 def _check_address(trainer: L.Trainer) -> None:
