@@ -26,6 +26,8 @@ _PUBLIC = {
     "objective": "core.objective",
     "bits_per_dim": "core.objective",
     "get_recipe": "recipes.schema",
+    "RnodeModule": "training.lightning.module",
+    "ImageDataModule": "training.lightning.datamodule",
     "load_flow": "training.runs.checkpoints",
     "install": "torchdyn.patch",
     "uninstall": "torchdyn.patch",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from .torchdyn.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE
     from .torchdyn.patch import install, uninstall
+    from .training.lightning.datamodule import ImageDataModule
+    from .training.lightning.module import RnodeModule
     from .training.runs.checkpoints import load_flow
     from .types import FlowOutput, Solution
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 _PROGRAM = """
 import os
-import rnode_plugin.training.lightning.module as module
+import sys
+import pytorch_lightning
+import rnode_plugin.training.step_objective as objective
 from rnode_plugin.cli import main
-from rnode_plugin.errors import SolverError
-from rnode_plugin.training.lightning.module import FlowModule
+from rnode_plugin.errors import LocalError, SolverError
 
-original, log_prob, folder = FlowModule.training_step, module.output_log_prob, FOLDER
+log_prob, folder = objective.output_log_prob, FOLDER
 rank = int(os.environ.get("LOCAL_RANK", "0"))
 node = int(os.environ.get("NODE_RANK", "0"))
 
@@ -24,19 +25,24 @@ def fail(*arguments, **options):
 
 STATEMENTS
 
-def training_step(self, batch, batch_idx):
-    step = batch_idx + 1
-    with open(f"{folder}/{node}.{rank}.pid", "w") as file:
-        file.write(str(os.getpid()))
-    module.output_log_prob = log_prob
-    self.flow.__dict__.pop("forward", None)
-    at(self, step)
-    return original(self, batch, batch_idx)
+class Act(pytorch_lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with open(f"{folder}/{node}.{rank}.pid", "w") as file:
+            file.write(str(os.getpid()))
+        objective.output_log_prob = log_prob
+        pl_module.flow.__dict__.pop("forward", None)
+        at(pl_module, trainer.global_step + 1)
 
-FlowModule.training_step = training_step
+    def on_train_end(self, trainer, pl_module):
+        at_end(pl_module)
+
 if __name__ == "__main__":
+    if "program:Act" not in sys.argv:  # the other processes are started with the same arguments
+        sys.argv += ["--callback", "program:Act"]
     main()
 """
+
+_NOTHING = "def at(module, step): pass\ndef at_end(module): pass\n"
 
 
 def train_digits(*arguments: str) -> list[str]:
@@ -44,16 +50,16 @@ def train_digits(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "rnode_plugin", "train", "digits", "--accelerator", "cpu", *arguments]
 
 
-def program(folder: Path, statements: str = "def at(self, step): pass") -> Path:
+def program(folder: Path, statements: str = "") -> Path:
     """A file in ``folder`` to run instead of ``-m rnode_plugin``.
 
     Args:
-        statements: define ``at(self, step)``, which each process calls before each of its steps; they may use
-            ``rank`` and ``node``, and ``spoil`` and ``fail`` in place of ``module.output_log_prob`` and
-            ``self.flow.forward`` for this step.
+        statements: may define ``at(module, step)``, which each process calls before each of its steps, and
+            ``at_end(module)``. They may use ``rank`` and ``node``, and ``spoil`` and ``fail`` in place of
+            ``objective.output_log_prob`` and ``module.flow.forward`` for this step.
     """
     file = folder / "program.py"
-    file.write_text(_PROGRAM.replace("FOLDER", repr(str(folder))).replace("STATEMENTS", statements))
+    file.write_text(_PROGRAM.replace("FOLDER", repr(str(folder))).replace("STATEMENTS", _NOTHING + statements))
     return file
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_tuning import LEVELS, Bounded, Scaling, flow_of
-from tiny_runs import rows, tiny_recipe
+from tiny_runs import rows, run, signal_at, tiny_recipe
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
@@ -26,17 +25,14 @@ from rnode_plugin.flows.transforms import dequantize
 from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.training import auto_step
 from rnode_plugin.training.auto_step import AutoStep
-from rnode_plugin.training.fit import FitResult, fit
-from rnode_plugin.training.lightning.module import FlowModule
+from rnode_plugin.training.fit import FitResult
+from rnode_plugin.training.lightning.datamodule import ImageDataModule
+from rnode_plugin.training.lightning.module import RnodeModule
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, LEVELS, (20, 1, 4, 4), dtype=np.uint8)
 AUTO = ["solver.step=auto", "training.tune_every=2"]
-
-
-def run(recipe: Recipe, runs: Path, **options: Any) -> FitResult:
-    return fit(recipe, runs=runs, accelerator="cpu", devices=1, progress=False, **options)
 
 
 @pytest.fixture
@@ -59,11 +55,11 @@ def in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_step_follows_the_field() -> None:
     field = Scaling(0.3)
-    flow, auto = flow_of(field), AutoStep(Solver(), IMAGES, seed=0)
+    flow, auto = flow_of(field), AutoStep(Solver(), seed=0)
     said, steps = [], []
     for at, rate in enumerate((0.3, 0.8, 0.8, 1.2, 0.65, 0.5)):
         torch.nn.init.constant_(field.rate, rate)
-        found = auto.measure(flow, CPU)
+        found = auto.measure(flow, IMAGES, CPU)
         assert found is not None
         said.append(auto.take(found, at))
         steps.append(auto.solver.step)
@@ -86,8 +82,8 @@ def test_the_step_follows_the_field() -> None:
 
 
 def test_where_no_step_agrees_the_smallest_is_taken_and_said_once(short: None) -> None:
-    flow, auto = flow_of(Scaling(1.0)), AutoStep(Solver(method="euler"), IMAGES, seed=0)
-    first, second = (auto.take(auto.measure(flow, CPU), at) for at in (10, 20))
+    flow, auto = flow_of(Scaling(1.0)), AutoStep(Solver(method="euler"), seed=0)
+    first, second = (auto.take(auto.measure(flow, IMAGES, CPU), at) for at in (10, 20))
     assert first is not None
     assert first.startswith("solver.step 0.5 -> 0.125 at step 10: gap ")
     assert "no step down to 0.125 agrees with an adaptive solve: raise the lambdas." in first
@@ -95,10 +91,10 @@ def test_where_no_step_agrees_the_smallest_is_taken_and_said_once(short: None) -
 
 
 def test_where_the_adaptive_solve_fails_the_step_stays_and_it_is_said_once() -> None:
-    auto = AutoStep(Solver(), IMAGES, seed=0)
+    auto = AutoStep(Solver(), seed=0)
     auto.step = 0.25
     broken = flow_of(Bounded(8.0))
-    said = [auto.take(auto.measure(broken, CPU), at) for at in (10, 20)]
+    said = [auto.take(auto.measure(broken, IMAGES, CPU), at) for at in (10, 20)]
     assert said == [
         "solver.step stays 0.25 at step 10: the adaptive solve that it is held against fails.", None,
     ]  # fmt: skip
@@ -107,14 +103,14 @@ def test_where_the_adaptive_solve_fails_the_step_stays_and_it_is_said_once() -> 
 
 def test_a_measurement_is_a_function_of_the_weights() -> None:
     flow = MultiscaleFlow((1, 4, 4), levels=LEVELS, field=lambda shape: Scaling(0.8)).double()
-    auto = AutoStep(Solver(), IMAGES, seed=0)
+    auto = AutoStep(Solver(), seed=0)
     before = torch.get_rng_state()
-    one = auto.measure(flow, CPU)
+    one = auto.measure(flow, IMAGES, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert flow.training
     torch.rand(3)
-    assert one == auto.measure(flow, CPU)
-    assert one != AutoStep(Solver(), IMAGES, seed=1).measure(flow, CPU)
+    assert one == auto.measure(flow, IMAGES, CPU)
+    assert one != AutoStep(Solver(), seed=1).measure(flow, IMAGES, CPU)
 
 
 # in a run ------------------------------------------------------------------------------------------------------
@@ -125,9 +121,7 @@ def steps_of(result: FitResult) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_and_resumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(*AUTO, "optimizer.lr=2e-2", "optimizer.warmup=0", "solver.method=euler")
     whole = run(recipe, tmp_path / "whole")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("solver.step")]
@@ -138,18 +132,9 @@ def test_a_run_that_is_stopped_and_resumed(
     nfe = [float(row["train/nfe"]) for row in rows(whole.folder.path) if "train/nfe" in row]
     assert nfe == [6 / step for step in steps]
     assert whole.step_size == steps[-1]
-    original = FlowModule.training_step
     changed = next(i for i, (a, b) in enumerate(itertools.pairwise(steps)) if a != b) + 1
     for stop in (changed, changed + 1):  # right before the change is measured, and right after
-
-        def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int, stop: int = stop) -> torch.Tensor:
-            if batch_idx + 1 == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, batch, batch_idx)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FlowModule, "training_step", training_step)
-            part = run(recipe, tmp_path / str(stop))
+        part = run(recipe, tmp_path / str(stop), callbacks=[signal_at(stop)])
         assert (part.stopped, part.steps) == ("SIGTERM", stop)
         rest = run(recipe, tmp_path, resume=part.folder.path)
         assert rows(rest.folder.path) == rows(whole.folder.path)
@@ -174,8 +159,8 @@ def test_a_run_turns_to_auto_and_back(tmp_path: Path) -> None:
 def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> None:
     recipe = tiny_recipe(*AUTO)
     data = load_images(recipe)
-    module: Any = FlowModule(recipe, data, plan=None, folder=None)  # pyright: ignore[reportArgumentType]
-    mine = auto_step.AutoStep(recipe.solver, data.val, seed=42).measure(module.flow, CPU)
+    module: Any = RnodeModule(recipe)
+    mine = auto_step.AutoStep(recipe.solver, seed=42).measure(module.flow, data.val, CPU)
     assert mine is not None
     assert mine.step == 0.5
     theirs = dataclasses.replace(mine, rows=(dataclasses.replace(mine.rows[-1], step=0.125),))
@@ -186,7 +171,9 @@ def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> No
             return theirs
 
     module._fabric = None
-    module._trainer = type("Trainer", (), {"strategy": Strategy(), "global_rank": 1})()
+    images = ImageDataModule(recipe, images=data)
+    attributes = {"strategy": Strategy(), "global_rank": 1, "global_step": 0, "datamodule": images}
+    module._trainer = type("Trainer", (), attributes)()
     module._tune()
     assert module.solver.step == 0.125
 
@@ -239,12 +226,11 @@ def test_a_training_solver_that_fails_on_held_out_images(tmp_path: Path, monkeyp
         return original(self, x, **options)
 
     monkeypatch.setattr(MultiscaleFlow, "forward", forward)
-    module_gap = FlowModule._training_bits
-    found = []
-    monkeypatch.setattr(FlowModule, "_training_bits", lambda *args: found.append(module_gap(*args)) or found[-1])
-    with pytest.raises(Exception, match="budget"):  # the evaluation at the end has the same solver
-        run(recipe, tmp_path)
-    assert torch.isinf(found[0]).all()
+    result = run(recipe, tmp_path)
+    assert gaps(result) == [math.inf]
+    assert result.evaluation is not None
+    assert result.evaluation.gap == math.inf
+    assert json.loads(result.folder.result.read_text())["evaluation"]["gap"] == math.inf
 
 
 def test_no_gap_for_an_adaptive_training_solver(tmp_path: Path) -> None:
@@ -273,7 +259,7 @@ def test_auto_is_a_value_of_the_step_and_of_nothing_else() -> None:
         with pytest.raises(ConfigError, match=words):
             get_recipe("digits").override(assignments)
     with pytest.raises(ConfigError, match="dopri5 chooses its own steps"):
-        get_recipe("digits").vanilla().override(["solver.step=auto"])
+        get_recipe("digits").ffjord().override(["solver.step=auto"])
 
 
 def test_auto_outside_of_training_is_refused() -> None:

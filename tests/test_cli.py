@@ -132,7 +132,7 @@ def test_recipes_are_listed_and_shown() -> None:
     assert re.search(r"^optimizer.lr +0.0005$", shown, re.M)
     assert re.search(r"^data.shape +1,28,28$", shown, re.M)
     assert re.search(r"^paper.bits_dirty +0.97$", shown, re.M)
-    vanilla = json.loads(rnode("recipes", "show", "mnist", "--vanilla", "--json").output)
+    vanilla = json.loads(rnode("recipes", "show", "mnist", "--ffjord", "--json").output)
     assert vanilla["regularizers"] == {}
     assert vanilla["solver"]["method"] == "dopri5"
 
@@ -196,7 +196,7 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
         (["train", "digits", "--max-time", "soon"], "no span of time"),
         (["train", "digits", "--max-time", "0"], "no span of time"),
         (["train", "digits", "again"], "unexpected extra argument"),
-        (["train", "--resume", "x", "--vanilla"], "cannot go with --resume"),
+        (["train", "--resume", "x", "--ffjord"], "cannot go with --resume"),
         (["train", "mnist", "--resume", "RUN"], "is a run of digits, not of mnist"),
         (["eval"], "Missing argument 'RUN'"),
         (["eval", "RUN", "--draws", "0"], "Invalid value for '--draws'"),

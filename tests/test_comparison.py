@@ -26,7 +26,7 @@ from rnode_plugin.comparison.scheduler import places_of
 from rnode_plugin.comparison.worker import ArmProcess
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.recipes.schema import Recipe
-from rnode_plugin.training.lightning.module import FlowModule
+from rnode_plugin.training.lightning.module import RnodeModule
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 TINY = [
@@ -65,7 +65,7 @@ def test_the_recipes_of_the_arms(recipe: Recipe) -> None:
     assert len({(each.data, each.model, each.solver, each.optimizer, each.training) for each in
                 (vanilla, kinetic, jacfrob, rnode)}) == 1  # fmt: skip
     ffjord, same = arm_recipes(recipe, ("ffjord", "vanilla"))
-    assert ffjord.solver == recipe.vanilla().solver
+    assert ffjord.solver == recipe.ffjord().solver
     assert ffjord.solver.method == "dopri5"
     assert ffjord.name == "digits-ffjord"
     assert (ffjord.regularizers, same) == ({}, vanilla)
@@ -120,15 +120,15 @@ def test_an_interrupted_arm_goes_on_and_ends_as_if_nothing_had_been(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(recipe, tmp_path / "whole")
-    original = FlowModule.training_step
+    original = RnodeModule.training_step
 
-    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if self.recipe.name == "digits-rnode" and batch_idx == 2:
+    def training_step(self: RnodeModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.recipe.name == "digits-rnode" and self.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FlowModule, "training_step", training_step)
+        patch.setattr(RnodeModule, "training_step", training_step)
         stopped = run(recipe, tmp_path / "parts")
     assert stopped.stopped == "SIGTERM"
     assert [column.label for column in stopped.report.table.columns] == ["vanilla", "rnode"]  # both are reported
@@ -192,13 +192,13 @@ def test_arms_at_the_same_time_are_the_same_arms(recipe: Recipe, tmp_path: Path)
 def test_an_arm_that_fails_leaves_the_others_alone(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = FlowModule.training_step
+    original = RnodeModule.training_step
 
-    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+    def training_step(self: RnodeModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         loss = original(self, batch, batch_idx)
-        return loss * float("nan") if self.recipe.name == "digits-vanilla" and batch_idx > 0 else loss
+        return loss * float("nan") if self.recipe.name == "digits-vanilla" and self.global_step > 0 else loss
 
-    monkeypatch.setattr(FlowModule, "training_step", training_step)
+    monkeypatch.setattr(RnodeModule, "training_step", training_step)
     result = run(recipe.override(["training.max_skipped=1"]), tmp_path)
     (message,) = result.failed
     assert message.startswith("digits-vanilla, seed 42: training stopped: the gradient's norm is nan")

@@ -5,35 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from tiny_runs import rows, tiny_recipe
+from tiny_runs import BeforeStep, SpoiltGradient, rows, run, tiny_recipe
 
 from rnode_plugin import load_flow
 from rnode_plugin.errors import RnodeError, SolverError, TrainingError
-from rnode_plugin.recipes.schema import Recipe
-from rnode_plugin.training.fit import FitResult, fit
-from rnode_plugin.training.lightning.module import FlowModule
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 from rnode_plugin.training.runs.folder import RunFolder
-from rnode_plugin.training.schedule import RunPlan, StepBatches
+from rnode_plugin.training.schedule import EpochOrder
 from rnode_plugin.training.step_guard import StepGuard
-
-
-def run(recipe: Recipe, folder: Path, **options) -> FitResult:
-    return fit(recipe, runs=folder, accelerator="cpu", devices=1, progress=False, **options)
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, factor: float = math.inf) -> None:
-    """Multiply the loss, and with it the gradient, of some steps."""
-    original = FlowModule.training_step
-
-    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        loss = original(self, batch, batch_idx)
-        return loss * factor if batch_idx + 1 in steps else loss
-
-    monkeypatch.setattr(FlowModule, "training_step", training_step)
 
 
 def states(folder: RunFolder) -> tuple[dict, dict]:
@@ -41,12 +23,9 @@ def states(folder: RunFolder) -> tuple[dict, dict]:
     return contents["state_dict"], contents["optimizer_states"][0]["state"]
 
 
-def test_a_bad_gradient_changes_neither_weights_nor_moments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_gradient_changes_neither_weights_nor_moments(tmp_path: Path) -> None:
     short = run(tiny_recipe("training.max_steps=2"), tmp_path / "short")
-    spoil(monkeypatch, 3)
-    result = run(tiny_recipe("training.max_steps=3"), tmp_path / "bad")
+    result = run(tiny_recipe("training.max_steps=3"), tmp_path / "bad", callbacks=[SpoiltGradient(3)])
     assert result.stopped == "finished"
     for one, other in zip(states(short.folder), states(result.folder), strict=True):
         assert str(one) == str(other)
@@ -56,19 +35,18 @@ def test_a_bad_gradient_changes_neither_weights_nor_moments(
     assert read_checkpoint(result.folder.last)["progress"]["skipped"] == 1
 
 
-def test_good_steps_in_between_start_the_count_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, 2, 3, 5, 6)
-    result = run(tiny_recipe("training.max_skipped=3"), tmp_path)
+def test_good_steps_in_between_start_the_count_again(tmp_path: Path) -> None:
+    spoilt = SpoiltGradient(2, 3, 5, 6)
+    result = run(tiny_recipe("training.max_skipped=3"), tmp_path, callbacks=[spoilt])
     assert (result.stopped, result.steps) == ("finished", 8)
     progress = read_checkpoint(result.folder.last)["progress"]
     assert (progress["skipped"], progress["skipped_in_row"]) == (4, 0)
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil(monkeypatch, 6, 7)
+def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     recipe = tiny_recipe("training.max_skipped=2")
     with pytest.raises(TrainingError) as caught:
-        run(recipe, tmp_path)
+        run(recipe, tmp_path, callbacks=[SpoiltGradient(6, 7)])
     message = str(caught.value)
     assert "gradient's norm is" in message
     assert "at training step 7; steps 6 to 7 were skipped" in message
@@ -78,17 +56,17 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert f"The last good checkpoint is {folder.last}" in message
     assert read_checkpoint(folder.last)["progress"]["batches"] == 5
     assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
-    batch = list(StepBatches(RunPlan.of(recipe, 80), seed=42))[6]
+    order = EpochOrder(80, batch_size=20, seed=42)
+    order.set_epoch(1)  # four steps to an epoch
+    batch = list(order)[40:60]
     assert f"the training images {', '.join(map(str, batch[:16]))} and 4 more (all in {folder.skipped})" in message
     assert json.loads(folder.skipped.read_text()) == {"step": 7, "images": batch}
 
 
-def test_a_run_goes_on_after_the_cause_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_after_the_cause_is_gone(tmp_path: Path) -> None:
     recipe = tiny_recipe("training.max_skipped=2")
-    with monkeypatch.context() as patch:
-        spoil(patch, 3, 4)
-        with pytest.raises(TrainingError):
-            run(recipe, tmp_path)
+    with pytest.raises(TrainingError):
+        run(recipe, tmp_path, callbacks=[SpoiltGradient(3, 4)])
     result = run(recipe, tmp_path, resume=tmp_path / "digits" / "0")
     assert (result.stopped, result.steps) == ("finished", 8)
     assert not result.folder.skipped.exists()
@@ -96,7 +74,7 @@ def test_a_run_goes_on_after_the_cause_is_gone(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:
-    recipe = tiny_recipe("solver.trace_quadrature=full").vanilla().override(["solver.max_nfe=3"])
+    recipe = tiny_recipe("solver.trace_quadrature=full").ffjord().override(["solver.max_nfe=3"])
     with pytest.raises(
         TrainingError, match=r"solver failed \(the budget of 3 evaluations.* steps 1 to 5"
     ) as caught:
@@ -105,21 +83,16 @@ def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", ["underflow", "nonfinite"])
-def test_a_failed_solve_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    original = FlowModule.training_step
-
-    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if batch_idx == 1:
-            with monkeypatch.context() as patch:
-                patch.setattr(self.flow, "forward", fail)
-                return original(self, batch, batch_idx)
-        return original(self, batch, batch_idx)
-
+def test_a_failed_solve_is_skipped(tmp_path: Path, reason: str) -> None:
     def fail(*args, **options):
         raise SolverError(reason, "it stopped", "Do something.", t=0.5, step=3, nfe=77)
 
-    monkeypatch.setattr(FlowModule, "training_step", training_step)
-    result = run(tiny_recipe("training.max_steps=3"), tmp_path)
+    def at(module: Any, step: int) -> None:
+        module.flow.__dict__.pop("forward", None)
+        if step == 2:
+            module.flow.forward = fail
+
+    result = run(tiny_recipe("training.max_steps=3"), tmp_path, callbacks=[BeforeStep(at)])
     train = [row for row in rows(result.folder.path) if "train/loss" in row]
     assert [row["train/nfe"] for row in train] == ["24.0", "77.0", "24.0"]
     assert [float(row["train/skipped"]) for row in train] == [0, 1, 1]

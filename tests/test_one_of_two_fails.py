@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from programs import program, still_running
-from tiny_runs import SETTINGS, rows, tiny_recipe
+from tiny_runs import SETTINGS, rows
 
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
-from rnode_plugin.training.schedule import RunPlan, StepBatches
+from rnode_plugin.training.schedule import EpochOrder
 
 pytestmark = pytest.mark.ddp
 
@@ -39,12 +39,13 @@ def test_both_skip_a_step_that_one_cannot_use(tmp_path: Path) -> None:
     """A NaN at step 3 and a failed solve at step 5, in the second process alone."""
     code, _, errors = run(tmp_path, """
 import torch
-def at(self, step):
+def at(module, step):
     if rank == 1 and step == 3:
-        module.output_log_prob = spoil
+        objective.output_log_prob = spoil
     if rank == 1 and step == 5:
-        self.flow.forward = fail
-FlowModule.on_train_end = lambda self: torch.save(self.flow.state_dict(), f"{folder}/{rank}.pt")
+        module.flow.forward = fail
+def at_end(module):
+    torch.save(module.flow.state_dict(), f"{folder}/{rank}.pt")
 """)  # fmt: skip
     assert code == 0, errors
     assert not errors.strip()
@@ -57,16 +58,18 @@ FlowModule.on_train_end = lambda self: torch.save(self.flow.state_dict(), f"{fol
 
 def test_too_many_end_both_with_one_message(tmp_path: Path) -> None:
     statements = """
-def at(self, step):
+def at(module, step):
     if rank == 1 and step >= 6:
-        module.output_log_prob = spoil
+        objective.output_log_prob = spoil
 """
     code, output, errors = run(tmp_path, statements, "training.max_skipped=2")
     assert code == 1
     run_folder = tmp_path / "runs" / "digits" / "0"
     (line,) = errors.strip().splitlines()
     assert line.startswith("Error: training stopped: the loss is nan at training step 7; steps 6 to 7 were skipped")
-    batch = list(StepBatches(RunPlan.of(tiny_recipe(), 80, world=2), seed=42, rank=1))[6]  # of the second process
+    order = EpochOrder(80, batch_size=20, seed=42, world=2, rank=1)  # of the second process: two steps an epoch
+    order.set_epoch(3)
+    batch = list(order)[:20]
     assert f"The batch was the training images {', '.join(map(str, batch[:16]))} and 4 more" in line
     assert json.loads((run_folder / "skipped.json").read_text()) == {"step": 7, "images": batch}
     assert f"--resume {run_folder} goes on from it" in line
@@ -78,13 +81,13 @@ def at(self, step):
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "words"), [
     ("raise OSError(5, 'Input/output error', 'x.png')", "the system refused: Input/output error (x.png)"),
-    ("raise module.LocalError('it failed.')", "training stopped: it failed."),
+    ("raise LocalError('it failed.')", "training stopped: it failed."),
     ("from rnode_plugin.errors import ConfigError; raise ConfigError('wrong.')", "training stopped: wrong."),
     ("os.kill(os.getpid(), 9)", "another process of this run ended or cannot be reached"),
     ("os._exit(0)", "another process of this run ended or cannot be reached"),
 ])  # fmt: skip
 def test_the_second_process_fails_alone(tmp_path: Path, what: str, words: str) -> None:
-    code, _, errors = run(tmp_path, f"def at(self, step):\n    if rank == 1 and step == 5:\n        {what}")
+    code, _, errors = run(tmp_path, f"def at(module, step):\n    if rank == 1 and step == 5:\n        {what}")
     assert code == 1
     assert words in errors
     assert "Traceback" not in errors

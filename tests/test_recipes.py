@@ -22,7 +22,7 @@ PAPER = NAMES[1:]
 def test_recipes_need_no_torch() -> None:
     code = (
         "import sys; from rnode_plugin.recipes.schema import get_recipe;"
-        f"[get_recipe(n).vanilla().to_plain() for n in {NAMES}]; assert 'torch' not in sys.modules"
+        f"[get_recipe(n).ffjord().to_plain() for n in {NAMES}]; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -67,13 +67,13 @@ def test_solvers_of_the_paper(name) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_vanilla_is_ffjord(name) -> None:
-    vanilla = get_recipe(name).vanilla()
-    assert vanilla.regularizers == {}
-    assert (vanilla.solver.method, vanilla.solver.atol, vanilla.solver.rtol) == ("dopri5", 1e-5, 1e-5)
-    assert vanilla.solver.trace_quadrature == "full"
-    assert vanilla.name == f"{name}-vanilla" == vanilla.vanilla().name
-    assert vanilla.model == get_recipe(name).model
+def test_the_ffjord_baseline(name) -> None:
+    ffjord = get_recipe(name).ffjord()
+    assert ffjord.regularizers == {}
+    assert (ffjord.solver.method, ffjord.solver.atol, ffjord.solver.rtol) == ("dopri5", 1e-5, 1e-5)
+    assert ffjord.solver.trace_quadrature == "full"
+    assert ffjord.name == f"{name}-ffjord" == ffjord.ffjord().name
+    assert ffjord.model == get_recipe(name).model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +83,7 @@ def test_json_there_and_back(name) -> None:
 
 
 def test_every_setting_can_be_written_as_it_is_shown() -> None:
-    recipe = get_recipe("digits").vanilla()
+    recipe = get_recipe("digits").ffjord()
     other = get_recipe("celebahq256")
     shared = {path for path, _ in other.settings()}
     texts = [f"{path}={as_text(value)}" for path, value in recipe.settings() if path in shared]

@@ -13,44 +13,37 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as L
+import tiny_runs
 import torch
 from PIL import Image
+from tiny_runs import run, signal_at, tiny_recipe
+from torch.utils.data import BatchSampler
 
-from rnode_plugin import get_recipe, load_flow
+from rnode_plugin import load_flow
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rnode_plugin.evaluation.images import load_images, pick_device
 from rnode_plugin.recipes.schema import Optimizer, Recipe
 from rnode_plugin.training.fit import FitResult, fit
-from rnode_plugin.training.lightning.module import FlowModule
-from rnode_plugin.training.lightning.run_logger import RunLogger
+from rnode_plugin.training.lightning.metrics_file import MetricsTable
+from rnode_plugin.training.lightning.module import RnodeModule
 from rnode_plugin.training.runs.checkpoints import read_checkpoint, save_flow
-from rnode_plugin.training.runs.folder import RunFolder
-from rnode_plugin.training.schedule import RunPlan, StepBatches, learning_rate_factor
-
-TIMES = {"seconds", "seconds_per_step", "train_seconds"}
+from rnode_plugin.training.schedule import EpochOrder, EvenShare, RunPlan, learning_rate_factor
 
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return get_recipe("digits").override(
-        [
-            "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
-            "data.batch_size=50", "data.train_images=200", "training.val_images=60", "data.val_batch_size=40",
-            "training.max_steps=6", "training.check_every_steps=4", "training.sample_images=2",
-            "training.save_every=1", "optimizer.schedule=constant", "optimizer.warmup=3", "optimizer.lr=2e-3",
-        ]
+    """Six steps, four to an epoch, with a validation after the fourth and the last."""
+    return tiny_recipe(
+        "data.batch_size=50", "data.train_images=200", "training.val_images=60", "data.val_batch_size=40",
+        "training.max_steps=6", "training.sample_images=2",
     )  # fmt: skip
 
 
-def run(recipe: Recipe, folder: Path, **options: Any) -> FitResult:
-    return fit(recipe, runs=folder, accelerator="cpu", devices=1, progress=False, **options)
-
-
 def rows(result: FitResult) -> list[dict[str, str]]:
-    with result.folder.metrics.open() as file:
-        return [{k: v for k, v in row.items() if k not in TIMES and v} for row in csv.DictReader(file)]
+    return tiny_runs.rows(result.folder.path)
 
 
 def weights(result: FitResult) -> dict[str, torch.Tensor]:
@@ -64,17 +57,6 @@ def assert_same(one: FitResult, other: FitResult) -> None:
     a, b = (read_checkpoint(result.folder.last) for result in (one, other))
     assert str(a["optimizer_states"]) == str(b["optimizer_states"])
     assert a["lr_schedulers"] == b["lr_schedulers"]
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, signum: int = signal.SIGTERM) -> None:
-    original = FlowModule.training_step
-
-    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if batch_idx + 1 == step:
-            os.kill(os.getpid(), signum)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(FlowModule, "training_step", training_step)
 
 
 def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
@@ -140,13 +122,9 @@ def test_validation_changes_no_step(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])  # 4: the signal comes right before a validation
-def test_interrupted_and_resumed_equals_uninterrupted(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path, step: int) -> None:
     whole = run(recipe, tmp_path / "a")
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        part = run(recipe, tmp_path / "b")
+    part = run(recipe, tmp_path / "b", callbacks=[signal_at(step)])
     assert (part.stopped, part.steps, part.evaluation) == ("SIGTERM", step, None)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are gone again
     resumed = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
@@ -155,18 +133,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert_same(whole, resumed)
 
 
-def test_a_signal_during_the_last_validation_ends_the_run_after_it(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = FlowModule.validation_step
+def test_a_signal_during_the_last_validation_ends_the_run_after_it(recipe: Recipe, tmp_path: Path) -> None:
+    class InTheLastValidation(L.Callback):
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.global_step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    def validation_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> None:
-        if self.batches == 6 and batch_idx == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        original(self, batch, batch_idx)
-
-    monkeypatch.setattr(FlowModule, "validation_step", validation_step)
-    result = run(recipe, tmp_path)
+    result = run(recipe, tmp_path, callbacks=[InTheLastValidation()])
     assert (result.stopped, result.steps, result.evaluation) == ("SIGINT", 6, None)
     assert "val/bpd" in rows(result)[-1]
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -204,24 +177,23 @@ def test_an_explosion_stops_with_one_message(recipe: Recipe, tmp_path: Path) -> 
         run(recipe.override(["optimizer.lr=1e3", "optimizer.warmup=0"]), tmp_path)
 
 
-def test_vanilla_trains_without_penalties_and_still_measures_them(recipe: Recipe, tmp_path: Path) -> None:
-    vanilla = recipe.vanilla().override(["solver.atol=1e-3", "solver.rtol=1e-3", "training.max_steps=2"])
-    result = run(vanilla, tmp_path)
-    assert result.folder.path.parent.name == "digits-vanilla"
+def test_ffjord_trains_without_penalties_and_still_measures_them(recipe: Recipe, tmp_path: Path) -> None:
+    ffjord = recipe.ffjord().override(["solver.atol=1e-3", "solver.rtol=1e-3", "training.max_steps=2"])
+    result = run(ffjord, tmp_path)
+    assert result.folder.path.parent.name == "digits-ffjord"
     first, *_, last = rows(result)
     assert "train/kinetic" not in first
     assert float(first["train/loss"]) == pytest.approx(
         (float(first["train/bpd"]) - math.log2(17)) * math.log(2), abs=1e-5
     )
     assert float(last["val/kinetic"]) > 0
-    assert load_flow(result.folder.path).solver == vanilla.test_solver
+    assert load_flow(result.folder.path).solver == ffjord.test_solver
 
 
-def test_the_step_is_equation_17(recipe: Recipe, tmp_path: Path) -> None:
+def test_the_step_is_equation_17(recipe: Recipe) -> None:
     recipe = recipe.override(["regularizers.kinetic=0.3", "regularizers.jacfrob=0", "solver.trace_quadrature=full"])
     data = load_images(recipe)
-    module = FlowModule(recipe, data, RunPlan.of(recipe, len(data.train)), RunFolder(tmp_path))
-    module.log = lambda *args, **options: None  # pyright: ignore
+    module = RnodeModule(recipe)
     with torch.no_grad():
         for parameter in module.flow.parameters():
             parameter.add_(0.01)
@@ -233,7 +205,7 @@ def test_the_step_is_equation_17(recipe: Recipe, tmp_path: Path) -> None:
     torch.testing.assert_close(loss, wanted.mean() / 64)
     jacfrob = output.regularization["jacfrob"].detach().mean()
     assert jacfrob > 0
-    torch.testing.assert_close(module.row["train/jacfrob"], jacfrob / 64)
+    torch.testing.assert_close(module._row.values["train/jacfrob"], jacfrob / 64)
 
 
 def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, tmp_path: Path) -> None:
@@ -298,12 +270,13 @@ def test_runs_that_cannot_be_written(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.metrics.write_text("a,step\n1,1\n2,2\n3,3\n4,3\n5,\nbroken\n")
-    logger = RunLogger(folder, keep=2)
-    logger.log_metrics({"b": 7.0}, step=3)
-    logger.save()
-    assert folder.metrics.read_text().split() == ["a,b,step", "1,,1", "2,,2", ",7.0,3"]
+    file = tmp_path / "metrics.csv"
+    file.write_text("a,step\n1,1\n2,2\n3,3\n4,3\n5,\nbroken\n")
+    table = MetricsTable(file, keep=2)
+    assert file.read_text().split() == ["a,step", "1,1", "2,2"]
+    table.add({"b": 7.0}, step=3)
+    table.add({"b": 8.0}, step=4)
+    assert file.read_text().split() == ["a,b,step", "1,,1", "2,,2", ",7.0,3", ",8.0,4"]
 
 
 # the plan ------------------------------------------------------------------------------------------------------
@@ -321,31 +294,50 @@ def test_plan(recipe: Recipe) -> None:
     assert RunPlan.of(by_epochs, 2000).check_every == 9  # never longer than the run
 
 
+def batches(order: EpochOrder, epoch: int | None = None) -> list[list[int]]:
+    if epoch is not None:
+        order.set_epoch(epoch)
+    return [list(each) for each in BatchSampler(order, order._batch_size, drop_last=True)]
+
+
 def test_each_epoch_is_a_new_order_of_all_images() -> None:
-    plan = RunPlan(images=10, batch_size=3, world=1, total=9, check_every=3)
-    batches = list(StepBatches(plan, seed=0))
-    assert len(batches) == len(StepBatches(plan, seed=0)) == 9
-    epochs = [[*batches[i], *batches[i + 1], *batches[i + 2]] for i in (0, 3, 6)]
+    order = EpochOrder(10, batch_size=3, seed=0)
+    epochs = [batches(order, epoch) for epoch in range(3)]
+    assert len(order) == 9
     for epoch in epochs:
-        assert len(set(epoch)) == 9
-        assert set(epoch) <= set(range(10))
+        images = [index for batch in epoch for index in batch]
+        assert len(set(images)) == 9
+        assert set(images) <= set(range(10))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert list(StepBatches(plan, seed=1)) != batches
-    for start in range(9):
-        assert list(StepBatches(plan, seed=0, start=start)) == batches[start:]
+    assert batches(order, 1) == epochs[1]
+    assert batches(EpochOrder(10, batch_size=3, seed=1)) != epochs[0]
+
+
+@pytest.mark.parametrize("done", range(9))
+def test_an_order_goes_on_after_the_batches_that_were_trained(done: int) -> None:
+    whole = [batch for epoch in range(3) for batch in batches(EpochOrder(10, batch_size=3, seed=0), epoch)]
+    order = EpochOrder(10, batch_size=3, seed=0, done=done)
+    first = batches(order)  # as a worker that reads ahead does, before Lightning has set the epoch
+    assert first == whole[done : (done // 3 + 1) * 3]
+    assert batches(order, done // 3) == first
+    assert batches(order, done // 3 + 1) == batches(EpochOrder(10, batch_size=3, seed=0), done // 3 + 1)
+    assert len(order) == 9, "Lightning counts the batches before as done"
 
 
 def test_devices_share_what_one_would_see() -> None:
-    whole = list(StepBatches(RunPlan(20, 6, 1, 7, 1), seed=3))
-    parts = [list(StepBatches(RunPlan(20, 3, 2, 7, 1), seed=3, rank=rank)) for rank in (0, 1)]
+    whole = batches(EpochOrder(20, batch_size=6, seed=3), 2)
+    parts = [batches(EpochOrder(20, batch_size=3, seed=3, world=2, rank=rank), 2) for rank in (0, 1)]
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
+    in_turn = batches(EpochOrder(20, batch_size=3, seed=3, accumulate=2), 2)
+    assert [first + second for first, second in zip(in_turn[::2], in_turn[1::2], strict=True)] == whole
+    assert [list(EvenShare(5, world=2, rank=rank)) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
 
 
 def test_learning_rate() -> None:
-    constant = learning_rate_factor(Optimizer(warmup=4), total=100)
+    constant = learning_rate_factor(Optimizer(warmup=4), lambda: 100)
     assert [constant(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert learning_rate_factor(Optimizer(warmup=0), total=100)(0) == 1
-    cosine = learning_rate_factor(Optimizer(warmup=4, schedule="cosine"), total=104)
+    assert learning_rate_factor(Optimizer(warmup=0), lambda: 100)(0) == 1
+    cosine = learning_rate_factor(Optimizer(warmup=4, schedule="cosine"), lambda: 104)
     assert [cosine(step) for step in (0, 4, 54, 104)] == pytest.approx([0.25, 1, 0.5, 0])
     assert cosine(200) == pytest.approx(0)
 

@@ -63,7 +63,7 @@ def start(
     how: str,
     runs: list[Path],
     *extra: str,
-    statements: str = "def at(*_): pass",
+    statements: str = "",
     option: str = "--runs",
 ) -> list[tuple[int, str, str]]:
     """Exit code, standard output and errors of each machine."""
@@ -129,7 +129,7 @@ def test_as_on_one_machine(machines: list[str], one_machine: Path, tmp_path: Pat
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_machine_that_dies(machines: list[str], tmp_path: Path, which: int) -> None:
     """The other one ends too and says why; the checkpoint is there."""
-    statements = f"def at(self, step):\n    if node == {which} and step == 5:\n        os.kill(os.getpid(), 9)"
+    statements = f"def at(module, step):\n    if node == {which} and step == 5:\n        os.kill(os.getpid(), 9)"
     ended = start(machines, tmp_path, "environment", [tmp_path / "runs"] * 2, statements=statements)
     assert ended[which][0] == -9
     code, _, errors = ended[1 - which]
@@ -143,7 +143,7 @@ def test_a_machine_that_dies(machines: list[str], tmp_path: Path, which: int) ->
 
 def test_a_guard_ends_both(machines: list[str], tmp_path: Path) -> None:
     """Each machine has a terminal of its own: both say why."""
-    statements = "def at(self, step):\n    if node == 1 and step > 2:\n        module.output_log_prob = spoil"
+    statements = "def at(module, step):\n    if node == 1 and step > 2:\n        objective.output_log_prob = spoil"
     ended = start(
         machines, tmp_path, "environment", [tmp_path / "runs"] * 2, "--set", "training.max_skipped=2",
         statements=statements,

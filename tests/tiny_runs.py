@@ -1,15 +1,20 @@
-"""A run of the digits that takes seconds, for tests that kill, starve and compare runs."""
+"""Runs of the digits that take seconds, and a callback that does something to them at a step."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as L
+
 from rnode_plugin import get_recipe
 from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.training.fit import FitResult, fit
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
@@ -22,7 +27,13 @@ _TIMES = {"seconds", "seconds_per_step", "train_seconds"}
 
 
 def tiny_recipe(*settings: str) -> Recipe:
+    """Eight steps of 20 images, four to an epoch, with a validation after every fourth."""
     return get_recipe("digits").override([*SETTINGS, *settings])
+
+
+def run(recipe: Recipe, runs: Path, **options: Any) -> FitResult:
+    """Train in this process on one CPU without a word."""
+    return fit(recipe, runs=runs, **{"accelerator": "cpu", "devices": 1, "progress": False, **options})
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -31,29 +42,47 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in _TIMES and v} for row in csv.DictReader(file)]
 
 
+class BeforeStep(L.Callback):
+    """Calls ``act(module, step)`` right before each training step, counted from 1."""
+
+    def __init__(self, act: Callable[[Any, int], object]) -> None:
+        self._act = act
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._act(pl_module, trainer.global_step + 1)
+
+
+def signal_at(step: int, signum: int = signal.SIGTERM) -> L.Callback:
+    """A callback that sends this process a signal in a step."""
+    return BeforeStep(lambda module, at: os.kill(os.getpid(), signum) if at == step else None)
+
+
+class SpoiltGradient(L.Callback):
+    """Multiplies the gradient of some steps, counted from 1."""
+
+    def __init__(self, *steps: int, factor: float = math.inf) -> None:
+        self._steps, self._factor = steps, factor
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step + 1 in self._steps:
+            for parameter in pl_module.flow.parameters():
+                parameter.grad *= self._factor
+
+
 def train(runs: Path, output: Path, settings: list[str], options: dict[str, Any], before: str = "") -> None:
     """Train in a process of its own, as the command line does, with all that is printed in a file.
 
     Args:
-        before: Python statements to run first, in a function whose ``step`` is called before each training step.
+        before: Python statements to run first, whose function ``at(step)`` is called before each training step.
     """
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import torch
 
-    from rnode_plugin.training.fit import fit
-    from rnode_plugin.training.lightning.module import FlowModule
-
     torch.set_num_threads(1)
-    original = FlowModule.training_step
     names: dict[str, Any] = {"os": os, "signal": signal, "at": lambda step: None}
     exec(before, names)
-
-    def training_step(self: FlowModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        names["at"](batch_idx + 1)
-        return original(self, batch, batch_idx)
-
-    FlowModule.training_step = training_step  # pyright: ignore[reportAttributeAccessIssue]
-    result = fit(tiny_recipe(*settings), runs=runs, accelerator="cpu", devices=1, progress=False, **options)
+    callback = BeforeStep(lambda module, step: names["at"](step))
+    result = run(tiny_recipe(*settings), runs, callbacks=[callback], **options)
     print("ended:", result.stopped)

@@ -33,17 +33,17 @@ def recipes(ctx: click.Context) -> None:
 
 @recipes.command()
 @click.argument("name")
-@click.option("--vanilla", is_flag=True, help="The FFJORD baseline of the recipe.")
+@click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe.")
 @settings
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as it lies in a run's folder.")
-def show(*, name: str, vanilla: bool, assignments: tuple[str, ...], as_json: bool) -> None:
+def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it."""
     from ..recipes.overrides import as_text
     from ..recipes.schema import get_recipe
     from .tables import table
 
     recipe = get_recipe(name)
-    recipe = (recipe.vanilla() if vanilla else recipe).override(assignments)
+    recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
     if as_json:
         click.echo(json.dumps(recipe.to_plain(), indent=2))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,7 +39,7 @@ _SHORT = {
 
 @click.command()
 @click.argument("recipe", required=False)
-@click.option("--vanilla", is_flag=True, help="The FFJORD baseline of the recipe: no penalties, dopri5 at 1e-5.")
+@click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe: no penalties, dopri5 at 1e-5.")
 @settings
 @click.option("--data", metavar="NAME", help="Another data set than the recipe's, such as folder.")
 @data_root
@@ -66,13 +67,26 @@ _SHORT = {
     help="Exact folder of a new run, missing or empty, instead of one under --runs.",
 )
 @click.option("--resume", metavar="RUN", help="Go on with a run: its folder, or a checkpoint.")
-@click.option("--tensorboard", is_flag=True, help="Write TensorBoard's files besides metrics.csv.")
+@click.option(
+    "--logger",
+    "loggers",
+    multiple=True,
+    metavar="csv|tensorboard|wandb|mlflow",
+    help="Log there too, besides metrics.csv. May be repeated.",
+)
+@click.option(
+    "--callback",
+    "callbacks",
+    multiple=True,
+    metavar="MODULE:NAME",
+    help="A callback of Lightning: an object, or a class or function that makes one. May be repeated.",
+)
 @click.pass_context
 def train(
     ctx: click.Context,
     *,
     recipe: str | None,
-    vanilla: bool,
+    ffjord: bool,
     assignments: tuple[str, ...],
     download: bool,
     max_time: float | None,
@@ -82,7 +96,8 @@ def train(
     runs: str,
     run_folder: str | None,
     resume: str | None,
-    tensorboard: bool,
+    loggers: tuple[str, ...],
+    callbacks: tuple[str, ...],
     **short: Any,
 ) -> None:
     """Train the flow of RECIPE on its data set. RECIPE is a name or a recipe.json, such as that of another run.
@@ -96,8 +111,8 @@ def train(
         raise click.UsageError(
             "a run that is resumed stays in its folder: --run-folder cannot go with --resume.", ctx
         )
-    if resume is not None and vanilla:
-        raise click.UsageError("--vanilla makes another model of the recipe; it cannot go with --resume.", ctx)
+    if resume is not None and ffjord:
+        raise click.UsageError("--ffjord makes another model of the recipe; it cannot go with --resume.", ctx)
     from ..training.fit import fit
 
     given = [f"{_SHORT[name]}={value}" for name, value in short.items() if value is not None]
@@ -105,7 +120,7 @@ def train(
         if resume is not None:
             chosen, checkpoint = _run(resume, recipe, ctx)
         else:
-            chosen, checkpoint = _recipe(str(recipe), vanilla), None
+            chosen, checkpoint = _recipe(str(recipe), ffjord), None
         result = fit(
             chosen.override([*given, *assignments]),
             runs=runs,
@@ -116,7 +131,8 @@ def train(
             devices=devices,
             num_nodes=num_nodes,
             download=download,
-            tensorboard=tensorboard,
+            loggers=loggers,
+            callbacks=[_callback(name) for name in callbacks],
         )
     except RnodeError as error:
         if _reports() or type(error) not in (ConfigError, TrainingError):  # it may be the only one that failed
@@ -135,12 +151,36 @@ def _reports() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
 
 
-def _recipe(name: str, vanilla: bool) -> Recipe:
+def _callback(name: str) -> Any:
+    """The callback of Lightning that ``MODULE:NAME`` means.
+
+    Raises:
+        ConfigError: it cannot be imported, or is something else.
+    """
+    import importlib
+
+    from pytorch_lightning.callbacks import Callback
+
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a module of one's own lies next to where the command is given
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        made = found if isinstance(found, Callback) else found()
+    except Exception as error:  # whatever the module or the constructor raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"--callback {name} cannot be made: {reason}. Write MODULE:NAME.") from error
+    if not isinstance(made, Callback):
+        raise ConfigError(f"--callback {name} makes a {type(made).__name__}, not a callback of Lightning.")
+    return made
+
+
+def _recipe(name: str, ffjord: bool) -> Recipe:
     from ..recipes.reading import is_recipe_file, read_recipe
     from ..recipes.schema import get_recipe
 
     recipe = read_recipe(name) if is_recipe_file(name) else get_recipe(name)
-    return recipe.vanilla() if vanilla else recipe
+    return recipe.ffjord() if ffjord else recipe
 
 
 def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Path]:
@@ -164,9 +204,9 @@ def _print(result: FitResult) -> None:
 
     folder = result.folder
     if result.evaluation is None:
-        click.echo(
-            f"\n{result.stopped} after step {result.steps} of {result.planned}; --resume {folder.path} goes on."
-        )
+        how = "ended it at once; the last checkpoint is of step" if result.at_once else "after step"
+        goes_on = f"--resume {folder.path} goes on." if result.steps else "No checkpoint had been written yet."
+        click.echo(f"\n{result.stopped} {how} {result.steps} of {result.planned}; {goes_on}")
         return
     limit = ", time limit" if result.stopped == "max_time" else ""
     rows = [

@@ -70,7 +70,7 @@ def arm_recipes(recipe: Recipe, arms: Sequence[str] = ARMS, *, seeds: int = 1) -
             if arm == "vanilla":
                 changes = {"regularizers": {}}
             elif arm == "ffjord":
-                changes = {"regularizers": {}, "solver": recipe.vanilla().solver}
+                changes = {"regularizers": {}, "solver": recipe.ffjord().solver}
             elif arm != "rnode":
                 changes = {"regularizers": {arm: recipe.regularizers[arm]}}
             found.append(dataclasses.replace(seeded, name=f"{recipe.name}-{arm}", **changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..core.objective import bits_per_dim, output_log_prob
 from ..core.random_streams import Stream, seeded
-from ..errors import ConfigError
+from ..errors import ConfigError, SolverError
 from ..flows.transforms import dequantize
 from ..types import FlowOutput
 
@@ -56,7 +57,8 @@ class EvaluationResult:
         penalties: mean integral of each penalty by name, divided by the number of dimensions.
         seconds: wall-clock time.
         gap: mean bits/dim by the training solver, less those by the accurate one, of the dirty images of the first
-            batch with the same noise; None where the training solver is not a fixed grid with a known step.
+            batch with the same noise; infinite if the training solver fails there, None if it is not a fixed grid
+            with a known step.
     """
 
     images: int
@@ -145,8 +147,11 @@ def evaluate(
     gap = None
     if training_solver is not None and not training_solver.adaptive and training_solver.step != "auto":
         full = dataclasses.replace(training_solver, trace_quadrature="full")
-        coarse = bits_of(encode(0, full, draw=0, clean=False, penalties=False))
-        gap = float((coarse - bits[False][0][: len(coarse)]).mean())
+        try:
+            coarse = bits_of(encode(0, full, draw=0, clean=False, penalties=False))
+            gap = float((coarse - bits[False][0][: len(coarse)]).mean())
+        except SolverError:  # the gap informs; a training solver that fails is infinitely far off
+            gap = math.inf
     return EvaluationResult(
         images=len(images),
         draws=draws,

@@ -1,4 +1,4 @@
-"""One frozen tree of settings per experiment of the paper, and a small one for the digits of scikit-learn.
+"""Recipe: one frozen tree of settings for an experiment; ``presets`` holds those of the paper.
 
 A recipe is everything that decides what a run computes. It is written next to the run and into every checkpoint
 as plain JSON, and a flow is rebuilt from that alone.
@@ -7,6 +7,7 @@ as plain JSON, and a flow is rebuilt from that alone.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -134,6 +135,8 @@ class Training:
         log_every: steps between two rows of the metrics.
         accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 makes the
             steps of four devices with 1, to rounding: the same images and the same noise.
+        ema: decay of an exponential moving average of the weights, such as 0.999, which validations, checkpoints,
+            evaluation and sampling then use; None for the weights as they are trained.
         max_skipped: steps in a row without a usable gradient after which training stops.
         save_every: steps between two checkpoints, besides the one after each validation.
         sample_temperatures: standard deviations of the latent in the grids, one row of images each.
@@ -151,6 +154,7 @@ class Training:
     val_images: int | None = None
     log_every: int = 10
     accumulate: int = 1
+    ema: float | None = None
     max_skipped: int = 5
     save_every: int = 100
     sample_temperatures: tuple[float, ...] = (0.6, 0.8, 1.0)
@@ -162,6 +166,8 @@ class Training:
         _at_least(0, self, "seed", "sample_images")
         if self.max_epochs is None and self.max_steps is None:
             raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"training.ema must be between 0 and 1, not {self.ema}.")
         if not self.sample_temperatures or min(self.sample_temperatures) <= 0:
             raise ConfigError("training.sample_temperatures must be positive numbers.")
 
@@ -211,6 +217,11 @@ class Recipe:
     paper: Paper | None = None
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                "a recipe's name becomes a folder: use at most 100 letters, digits and . _ + -, a letter or digit "
+                f"first, not {self.name[:120]!r}."
+            )
         for name, strength in self.regularizers.items():
             if strength < 0:
                 raise ConfigError(f"regularizers.{name} must not be negative, got {strength}.")
@@ -237,16 +248,21 @@ class Recipe:
             get_regularizer(name)  # an unknown name is refused here, not after the data is loaded
         return changed
 
-    def vanilla(self) -> Recipe:
+    def ffjord(self) -> Recipe:
         """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5."""
         solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
-        name = self.name if self.name.endswith("-vanilla") else f"{self.name}-vanilla"
+        name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         return dataclasses.replace(self, name=name, solver=solver, regularizers={})
+
+    @property
+    def weights(self) -> str:
+        """Which weights a checkpoint of this recipe gives to evaluation, sampling and export."""
+        return "as trained" if self.training.ema is None else f"moving average, decay {self.training.ema:g}"
 
     @property
     def trains_as_ffjord(self) -> bool:
         """Whether the training solver is that of the FFJORD baseline."""
-        return self.solver == self.vanilla().solver
+        return self.solver == self.ffjord().solver
 
     def settings(self) -> list[tuple[str, Any]]:
         """Every setting as ``("group.key", value)``."""
@@ -301,6 +317,8 @@ class Recipe:
         return flow
 
 
+# a folder on every system, inside the one that it is asked for in; "-" would look like an option
+_NAME = re.compile(r"[^\W_][\w.+-]{0,99}(?<!\.)")
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with
 
 

@@ -36,16 +36,15 @@ class AutoStep:
 
     Args:
         solver: the fixed grid.
-        images: held-out ones, uint8 ``(N, C, H, W)``; the first 16 are used.
         seed: of the noise.
 
     Attributes:
         step: as found by the last check; None before the first one.
     """
 
-    def __init__(self, solver: Solver, images: ImageArray, *, seed: int) -> None:
+    def __init__(self, solver: Solver, *, seed: int) -> None:
         self.step: float | None = None
-        self._solver, self._images, self._seed = solver, images, seed
+        self._solver, self._seed = solver, seed
         self._failing = False
 
     @property
@@ -53,13 +52,19 @@ class AutoStep:
         """The grid with the step of the moment."""
         return dataclasses.replace(self._solver, step=self.step or _START)
 
-    def measure(self, flow: MultiscaleFlow, device: torch.device) -> StepTable | None:
-        """What each step gives now; None where the adaptive solve itself fails."""
+    def measure(self, flow: MultiscaleFlow, images: ImageArray, device: torch.device) -> StepTable | None:
+        """What each step gives now; None if the adaptive solve itself fails.
+
+        Args:
+            flow: the model.
+            images: held-out ones, uint8 ``(N, C, H, W)``; the first 16 are used.
+            device: of the model.
+        """
         mode = flow.training
         flow.eval()
         try:
             with seeded(self._seed, Stream.TUNE):
-                x = dequantize(image_batch(self._images, slice(0, _IMAGES)).to(device), flow.levels)
+                x = dequantize(image_batch(images, slice(0, _IMAGES)).to(device), flow.levels)
                 return tune_step(flow, x, solver=self._solver, start=_START)
         except SolverError:
             return None

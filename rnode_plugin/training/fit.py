@@ -1,4 +1,4 @@
-"""``fit``: train the flow of a recipe with Lightning's Trainer. The command line calls nothing else."""
+"""fit: train the flow of a recipe in a run folder. The command line calls nothing else."""
 
 from __future__ import annotations
 
@@ -6,29 +6,40 @@ import dataclasses
 import os
 import shutil
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 
 from ..data import ImageData
-from ..errors import ConfigError, LocalError, RnodeError
-from ..evaluation.bits import EvaluationResult, evaluate
+from ..errors import CheckpointError, ConfigError, LocalError, RnodeError
+from ..evaluation.bits import EvaluationResult
 from ..evaluation.images import load_images
-from ..evaluation.sampling import sample_images, save_grid
-from ..recipes.schema import Recipe
+from ..recipes.schema import Recipe, Training
+from .conclude import conclude
 from .failures import explained
-from .lightning.callbacks import Interrupted, RunControl, SampleGrids
-from .lightning.module import FlowModule
-from .lightning.run_logger import RunLogger
-from .lightning.trainer import make_trainer, quiet
-from .progress import batch_counter, progress_display
-from .runs.checkpoints import load_flow, read_checkpoint, training_solver
+from .lightning.datamodule import ImageDataModule
+from .lightning.loggers import check_loggers, make_logger
+from .lightning.metrics_file import MetricsFile, MetricsTable
+from .lightning.module import RnodeModule
+from .lightning.position import RunPosition
+from .lightning.private import end_other_processes, put_first
+from .lightning.run_checkpoints import RunCheckpoints
+from .lightning.sample_grids import SampleGrids
+from .lightning.stopping import Interrupted, StopAfterStep, StoppedAtOnce, signals_restored
+from .lightning.trainer import check_options, follow_plan, make_trainer, quiet
+from .lightning.weight_average import WeightAverage
+from .progress import progress_display
+from .runs.checkpoints import read_checkpoint
 from .runs.folder import RunFolder
-from .runs.resume import check_steps_left, checkpoint_to_resume
+from .runs.lock import training_lock
+from .runs.resume import check_steps_left, checkpoint_to_resume, newest_intact
 from .schedule import RunPlan
 
 __all__ = ["FitResult", "fit"]
@@ -40,14 +51,17 @@ class FitResult:
 
     Attributes:
         folder: of the run.
-        steps: optimizer steps of the whole run so far, and of those planned.
+        steps: optimizer steps of the whole run so far.
         planned: steps that the recipe asks for.
-        stopped: why the call ended: ``"finished"``, ``"max_time"``, or the name of a signal.
+        stopped: why the call ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
+            of a signal.
         seconds: wall-clock time of the whole run so far, without the final evaluation.
         step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
         evaluation: of the best weights on the validation images; None after a signal.
-        samples: the last grid of samples; None where there is none.
+        samples: the last grid of samples; None if there is none.
+        at_once: whether a second signal ended the call in the middle of a step; ``steps`` are then those of the
+            last checkpoint.
     """
 
     folder: RunFolder
@@ -59,11 +73,14 @@ class FitResult:
     first_process: bool = True
     evaluation: EvaluationResult | None = None
     samples: Path | None = None
+    at_once: bool = False
 
 
 def fit(
     recipe: Recipe,
     *,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger | str] = (),
     runs: str | os.PathLike[str] = "runs",
     run_folder: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -72,30 +89,36 @@ def fit(
     devices: str | int = "auto",
     num_nodes: int = 1,
     download: bool = False,
-    tensorboard: bool = False,
     progress: bool = True,
+    **trainer_options: Any,
 ) -> FitResult:
     """Train the flow of ``recipe`` and evaluate its best weights.
 
-    Writes ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``, ``metrics.csv``, ``checkpoints/``
-    (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``), ``samples/`` and, at the end,
-    ``result.json`` and ``images.csv`` (bits/dim of each held-out image). On a CPU, the same recipe gives the same
-    numbers.
+    This is :class:`~rnode_plugin.training.lightning.module.RnodeModule` with
+    :class:`~rnode_plugin.training.lightning.datamodule.ImageDataModule` in Lightning's Trainer, with callbacks of
+    ours that write ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``, ``metrics.csv``,
+    ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``), ``samples/`` and, at
+    the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out image). On a CPU, the same recipe gives
+    the same numbers.
 
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
+        callbacks: of Lightning, before ours.
+        loggers: of Lightning, or names of them: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``. They get what the
+            module logs, besides ``metrics.csv``.
         runs: folder of all runs.
         run_folder: exact folder of a new run, missing or empty, instead of the next free one under ``runs``.
-        resume: run folder or checkpoint to go on from, in the same folder where it lies in one.
+        resume: run folder or checkpoint to go on from, in the same folder if it lies in one.
         max_time: seconds after which this call ends with a last validation and a checkpoint; the schedule of the
             learning rate does not change.
         accelerator, devices, num_nodes: as Lightning's Trainer takes them.
         download: fetch the data set if it is missing.
-        tensorboard: write TensorBoard's files besides; needs the extra ``tensorboard``.
         progress: show progress on the terminal.
+        trainer_options: other options of Lightning's Trainer, such as ``strategy`` or ``profiler``.
 
     Raises:
-        ConfigError: settings that cannot work, here or on this machine.
+        ConfigError: settings that cannot work, here or on this machine; a Trainer option that the recipe decides; a
+            run that another process trains.
         DataError: a data set that is missing or does not fit.
         CheckpointError: nothing to go on from, or a checkpoint of another model.
         TrainingError: too many steps in a row without a usable gradient, or a failure of the machine; the last good
@@ -105,133 +128,179 @@ def fit(
         raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
     if max_time is not None and max_time <= 0:
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
-    training = recipe.training
+    check_options(trainer_options)
+    check_loggers(loggers)
     data = load_images(recipe, download=download)
     checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
-    control = RunControl(max_time=max_time, log_every=training.log_every, save_every=training.save_every)
-    callbacks: list[Callback] = [control]
-    if training.sample_images:
-        options = {"temperatures": training.sample_temperatures, "images": training.sample_images}
-        callbacks.append(SampleGrids(seed=training.seed, **options))
-    if progress:
-        callbacks.append(progress_display())
-    with quiet():
+    ours = _Callbacks(recipe.training, max_time=max_time)
+    with quiet(), ExitStack() as stack:
         trainer = make_trainer(
-            callbacks=callbacks,
-            precision=training.precision,
+            callbacks=[
+                *callbacks,
+                *ours.before_saving,
+                *([progress_display()] if progress else []),
+                ours.checkpoints,
+            ],
+            precision=recipe.training.precision,
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
+            max_epochs=-1,
+            val_check_interval=1,  # follow_plan sets it, and the number of steps, when the devices are known
+            check_val_every_n_epoch=None,
+            accumulate_grad_batches=recipe.training.accumulate,
+            log_every_n_steps=recipe.training.log_every,
             enable_progress_bar=progress,
-            accumulate_grad_batches=training.accumulate,
+            logger=[logger for logger in loggers if isinstance(logger, Logger)],
+            **trainer_options,
         )
-        plan = RunPlan.of(recipe, len(data.train), trainer.world_size)
-        trainer.val_check_interval = plan.check_every * plan.accumulate
-        if len(data.val) < trainer.world_size:
-            raise ConfigError(
-                f"{len(data.val)} held-out images are too few for {trainer.world_size} devices: each needs one."
-            )
-        inside = None
+        plan = follow_plan(trainer, recipe, len(data.train))
+        images = ImageDataModule(recipe, images=data)
+        images.trainer = trainer
+        images.setup("fit")  # refuses too few images before there is a folder
         if checkpoint is not None:
             check_steps_left(checkpoint, done, plan)
-            inside = RunFolder.of_checkpoint(checkpoint)
-        module = FlowModule(recipe, data, plan, inside)
+        module = RnodeModule(recipe)
+        put_first(trainer, RunPosition(plan))
         if trainer.is_global_zero:  # one process makes the folder and writes into it
-            if inside is not None:
-                folder = inside
-            elif run_folder is not None:
-                folder = RunFolder.claim(run_folder)
-            else:
-                folder = RunFolder.create(runs, recipe)
-            module.folder = folder
+            folder = _open(recipe, checkpoint, runs, run_folder)
+            stack.enter_context(training_lock(folder.path))
             folder.describe(recipe, trainer.strategy.root_device)
-            trainer.loggers = _loggers(folder, keep=done, tensorboard=tensorboard)
+            ours.write_into(folder, keep=done)
+            module.folder = folder
+            trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if progress:
-                _announce(module, folder, trainer, done)
-        try:
-            if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
-                module.on_load_checkpoint(read_checkpoint(checkpoint))
-            else:
-                with control.signals_restored(), explained():
-                    trainer.fit(module, ckpt_path=checkpoint)
-            stopped = "max_time" if control.out_of_time else "finished"
-        except Interrupted as signal:
-            stopped = str(signal)
-        except RnodeError as error:
-            left = _what_is_left(module, trainer, new=inside is None)
-            # what cannot work was said before the start: now it is one process that failed
-            kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
-            raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
+                _announce(module, data, plan, trainer, done)
+        is_new = checkpoint is None or RunFolder.of_checkpoint(checkpoint) is None
+        with _errors_with_advice(module, ours, trainer, is_new=is_new):
+            stopped, at_once = _train(module, images, trainer, ours.stop, plan, checkpoint, done)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
-        assert module.folder is not None  # the first process has told it
         result = FitResult(
-            folder=module.folder,
-            steps=module.batches,
+            folder=ours.folder,
+            steps=_saved_steps(ours.folder) if at_once else max(trainer.global_step, done),
             planned=plan.total,
             stopped=stopped,
-            seconds=module.seconds,
+            seconds=module.clock.run,
             step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
+            at_once=at_once,
         )
-        if stopped in ("finished", "max_time") and trainer.is_global_zero:
-            return _conclude(result, recipe, data, trainer.strategy.root_device, progress=progress)
-    return result
+        if stopped in signal.Signals.__members__ or not trainer.is_global_zero:
+            return result
+        ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
+        device = trainer.strategy.root_device
+        evaluation, samples = conclude(result.folder, ended, recipe, data, device, progress=progress)
+        return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 
 
-def _loggers(folder: RunFolder, *, keep: int, tensorboard: bool) -> list[Logger]:
-    loggers: list[Logger] = [RunLogger(folder, keep=keep)]
-    if tensorboard:
-        try:
-            loggers.append(TensorBoardLogger(folder.path, name="", version="tensorboard"))
-        except ModuleNotFoundError:
-            raise ConfigError("TensorBoard is not installed: pip install 'rnode-plugin[tensorboard]'.") from None
-    return loggers
+class _Callbacks:
+    """Our callbacks of a run, in the order in which Lightning has to call them.
+
+    Samples and validations see the averaged weights; metrics are written before the checkpoint of their step; the
+    checkpoints come last, and save once more if the run is stopped.
+    """
+
+    def __init__(self, training: Training, *, max_time: float | None) -> None:
+        self.stop = StopAfterStep(max_time=max_time)
+        self.checkpoints = RunCheckpoints(save_every=training.save_every)
+        self._metrics = MetricsFile()
+        self._samples = SampleGrids(
+            temperatures=training.sample_temperatures, images=training.sample_images, seed=training.seed
+        )
+        samples = [self._samples] if training.sample_images else []
+        average = [] if training.ema is None else [WeightAverage(training.ema)]
+        self.before_saving: list[Callback] = [*samples, *average, self._metrics, self.stop]
+
+    def write_into(self, folder: RunFolder, *, keep: int) -> None:
+        """Say in the first process where the run is, and up to which step its metrics stay."""
+        self.checkpoints.folder = folder.last.parent
+        self._samples.folder = folder.samples
+        self._metrics.table = MetricsTable(folder.metrics, keep=keep)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Of the run, once the first process has told it to all."""
+        assert self.checkpoints.folder is not None
+        return RunFolder(self.checkpoints.folder.parent)
 
 
-def _announce(module: FlowModule, folder: RunFolder, trainer: L.Trainer, done: int) -> None:
-    recipe, data, plan = module.recipe, module.data, module.plan
+def _open(
+    recipe: Recipe,
+    checkpoint: Path | None,
+    runs: str | os.PathLike[str],
+    run_folder: str | os.PathLike[str] | None,
+) -> RunFolder:
+    """The folder of the run that goes on, or a new one."""
+    inside = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)
+    if inside is not None:
+        return inside
+    return RunFolder.create(runs, recipe) if run_folder is None else RunFolder.claim(run_folder)
+
+
+def _train(
+    module: RnodeModule,
+    images: ImageDataModule,
+    trainer: L.Trainer,
+    stop: StopAfterStep,
+    plan: RunPlan,
+    checkpoint: Path | None,
+    done: int,
+) -> tuple[str, bool]:
+    """Train; why it ended, as :class:`FitResult` says it, and whether that was at once."""
+    if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
+        module.on_load_checkpoint(read_checkpoint(checkpoint))
+        return "finished", False
+    try:
+        with signals_restored(), explained():
+            trainer.fit(module, images, ckpt_path=checkpoint)
+    except Interrupted as interruption:
+        return str(interruption), False
+    except StoppedAtOnce as interruption:
+        end_other_processes(trainer, signal.SIGKILL)
+        return str(interruption), True
+    if stop.out_of_time:
+        return "max_time", False
+    return "finished" if trainer.global_step >= plan.total else "early", False
+
+
+def _saved_steps(folder: RunFolder) -> int:
+    try:
+        return newest_intact(folder.path)[1]["progress"]["batches"]
+    except CheckpointError:  # it was stopped before the first one
+        return 0
+
+
+def _announce(module: RnodeModule, data: ImageData, plan: RunPlan, trainer: L.Trainer, done: int) -> None:
+    assert module.folder is not None
     parameters = sum(p.numel() for p in module.flow.parameters())
     images = f"{len(data.train):,} training and {len(data.val):,} held-out images"
-    print(f"{recipe.name}: {parameters:,} parameters, {images}")
+    print(f"{module.recipe.name}: {parameters:,} parameters, {images}")
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
-    print(f"steps {done} to {plan.total}, batch {plan.batch_size}, {where}, in {folder.path}", flush=True)
+    print(f"steps {done} to {plan.total}, batch {plan.batch_size}, {where}, in {module.folder.path}", flush=True)
 
 
-def _what_is_left(module: FlowModule, trainer: L.Trainer, *, new: bool) -> str:
-    """End the other processes, which may wait for this one for ever, and say how the run can go on."""
-    folder, launcher = module.folder, trainer.strategy.launcher
-    if trainer.is_global_zero and launcher is not None:
-        launcher.kill(signal.SIGKILL)
-    if folder is not None and folder.last.is_file():
-        best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
-        return f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
-    if folder is not None and new and trainer.is_global_zero and module.batches == 0:
-        shutil.rmtree(folder.path, ignore_errors=True)  # nothing has happened in it
+@contextmanager
+def _errors_with_advice(
+    module: RnodeModule, ours: _Callbacks, trainer: L.Trainer, *, is_new: bool
+) -> Iterator[None]:
+    """Add to an error how the run can go on, and end the other processes, which may wait for this one for ever."""
+    try:
+        yield
+    except RnodeError as error:
+        end_other_processes(trainer, signal.SIGKILL)
+        left = _what_is_left(module, ours, remove=is_new and trainer.is_global_zero and trainer.global_step == 0)
+        # what cannot work was said before the start: now it is one process that failed
+        kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
+        raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
+
+
+def _what_is_left(module: RnodeModule, ours: _Callbacks, *, remove: bool) -> str:
+    if ours.checkpoints.folder is not None:
+        folder = ours.folder
+        if folder.last.is_file():
+            best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
+            return f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
+        if remove:
+            shutil.rmtree(folder.path, ignore_errors=True)  # nothing has happened in it
     return "No checkpoint had been written yet."
-
-
-def _conclude(
-    result: FitResult, recipe: Recipe, data: ImageData, device: torch.device, *, progress: bool
-) -> FitResult:
-    """Evaluate the best weights, draw the last grid from them, and write down how the run ended."""
-    flow = load_flow(result.folder.best, map_location=device)
-    training = recipe.training
-    evaluation = evaluate(
-        flow,
-        data.val,
-        batch_size=recipe.data.val_batch_size,
-        seed=training.seed,
-        training_solver=training_solver(result.folder.best),
-        progress=batch_counter("evaluating the best weights") if progress else None,
-    )
-    samples = None
-    if training.sample_images:
-        samples = result.folder.samples / "best.png"
-        images = sample_images(
-            flow, training.sample_images, temperatures=training.sample_temperatures, seed=training.seed
-        )
-        save_grid(samples, images, levels=recipe.data.levels, columns=training.sample_images)
-    ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
-    result.folder.conclude(ended, evaluation)
-    return dataclasses.replace(result, evaluation=evaluation, samples=samples)

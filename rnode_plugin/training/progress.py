@@ -35,7 +35,19 @@ class _Bar(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.reset(trainer.max_steps)
         self.train_progress_bar.set_description("training")
+        self._show(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        self._show(trainer)
+
+    def _show(self, trainer: L.Trainer) -> None:
+        self.train_progress_bar.n = trainer.global_step
+        self.train_progress_bar.refresh()
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         return dict(_shown_metrics(trainer.progress_bar_metrics))
@@ -59,7 +71,7 @@ class LineProgress(ProgressBar):
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if time.monotonic() - self._last >= self._interval:
-            self._print(trainer, pl_module, pl_module.batches)
+            self._print(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -70,13 +82,13 @@ class LineProgress(ProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._interval < math.inf:
-            self._print(trainer, pl_module, pl_module.batches)
+            self._print(trainer, pl_module)
 
-    def _print(self, trainer: L.Trainer, module: Any, done: int) -> None:
+    def _print(self, trainer: L.Trainer, module: Any) -> None:
         self._last = time.monotonic()
         shown = "  ".join(f"{name} {value}" for name, value in _shown_metrics(trainer.progress_bar_metrics).items())
-        pace = module.train_seconds / max(done, 1)
-        print(f"step {done}/{module.plan.total}  {shown}  {pace:.2f} s/step", flush=True)
+        pace = module.clock.training / max(trainer.global_step, 1)
+        print(f"step {trainer.global_step}/{trainer.max_steps}  {shown}  {pace:.2f} s/step", flush=True)
 
 
 def progress_display() -> ProgressBar:

@@ -1,4 +1,4 @@
-"""How many steps there are, and which images and learning rate each has: functions of its number alone."""
+"""The steps of a run, the order of its images, and its learning rate: functions of seed and step alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler
 
 from ..core.random_streams import Stream, stream_seed
 from ..errors import ConfigError
 from ..recipes.schema import Optimizer, Recipe
 
-__all__ = ["RunPlan", "StepBatches", "learning_rate_factor"]
+__all__ = ["EpochOrder", "EvenShare", "RunPlan", "learning_rate_factor"]
 
 
 @dataclass(frozen=True)
@@ -69,47 +69,98 @@ class RunPlan:
         return RunPlan(images, batch, world, total, min(check, total), accumulate)
 
 
-class StepBatches(Sampler[list[int]]):
-    """The indices of each step's batches, a function of seed and step.
+class EpochOrder(DistributedSampler[int]):
+    """The training images of one device in the order in which it takes them.
 
-    Each epoch is a new order of all images, cut into steps for all devices together, of which each takes its
-    part: two devices with half the batch see what one with the whole batch sees, at once or one after the other.
+    Each epoch is a new order of all images, a function of seed and epoch. Batch ``b`` of an epoch is the next
+    ``world * batch_size`` images of that order, of which each device takes its part: two devices with half the
+    batch see what one device with the whole batch sees, at once or one after the other. The images that do not fill
+    a whole step wait for another order.
 
     Args:
-        plan: of the run.
+        images: number of training images.
+        batch_size: images per device and batch.
         seed: of the orders.
-        rank: number of this device.
-        start: first step, for a run that goes on.
+        accumulate: batches per device and step.
+        world, rank: number of devices, and which of them this one is.
+        done: batches that this device has trained on already; the first iteration continues after them.
+        limit: batches per epoch, or which part of them, as the Trainer's ``limit_train_batches``.
+
+    Attributes:
+        batches: per device and epoch, as many as fill whole steps.
     """
 
-    def __init__(self, plan: RunPlan, *, seed: int, rank: int = 0, start: int = 0) -> None:
-        self._plan, self._seed, self._rank, self._start = plan, seed, rank, start
+    def __init__(
+        self,
+        images: int,
+        *,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        done: int = 0,
+        limit: int | float | None = None,
+    ) -> None:
+        super().__init__(range(images), num_replicas=world, rank=rank, seed=seed, drop_last=True)  # pyright: ignore[reportArgumentType]
+        self._images, self._batch_size = images, batch_size
+        whole = images // (batch_size * world)
+        # fewer images than one step needs: Lightning makes its step at the end of the epoch
+        self.batches = whole // accumulate * accumulate or whole
+        taken = self.batches
+        if isinstance(limit, int):
+            taken = min(limit, taken)
+        elif limit is not None:
+            taken = int(limit * taken)
+        self._start = divmod(done, max(1, taken))
 
     def __len__(self) -> int:
-        # of the whole run: Lightning counts the steps before ``start`` as done
-        return self._plan.total * self._plan.accumulate
+        return self.batches * self._batch_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        plan, of_epoch, order = self._plan, -1, torch.empty(0)
-        for step in range(self._start, plan.total):
-            epoch, position = divmod(step, plan.steps_per_epoch)
-            if epoch != of_epoch:
-                seeds = torch.Generator().manual_seed(stream_seed(self._seed, Stream.ORDER, epoch))
-                of_epoch, order = epoch, torch.randperm(plan.images, generator=seeds)
-            start = position * plan.images_per_step
-            for part in range(plan.accumulate):
-                first = start + (part * plan.world + self._rank) * plan.batch_size
-                yield order[first : first + plan.batch_size].tolist()
+    def __iter__(self) -> Iterator[int]:
+        # Lightning sets the epoch after workers were asked for their first batches, so a run that goes on knows it
+        # from the start
+        epoch = max(self.epoch, self._start[0])
+        first = self._start[1] if epoch == self._start[0] else 0
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, Stream.ORDER, epoch))
+        order = torch.randperm(self._images, generator=generator)
+        for batch in range(first, self.batches):
+            start = (batch * self.num_replicas + self.rank) * self._batch_size
+            yield from order[start : start + self._batch_size].tolist()
 
 
-def learning_rate_factor(settings: Optimizer, *, total: int) -> Callable[[int], float]:
-    """The factor on ``settings.lr`` at each step: linear warm-up, then constant or half a cosine down to zero."""
+class EvenShare(DistributedSampler[int]):
+    """Every ``world``-th image, each image on exactly one device, so that means count each image once.
+
+    Args:
+        images: number of images.
+        world, rank: number of devices, and which of them this one is.
+    """
+
+    def __init__(self, images: int, *, world: int = 1, rank: int = 0) -> None:
+        super().__init__(range(images), num_replicas=world, rank=rank, shuffle=False)  # pyright: ignore[reportArgumentType]
+        self._mine = range(rank, images, world)
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._mine)
+
+
+def learning_rate_factor(settings: Optimizer, total: Callable[[], float]) -> Callable[[int], float]:
+    """The factor on ``settings.lr`` at each step: linear warm-up, then constant or half a cosine down to zero.
+
+    Args:
+        settings: of the optimizer.
+        total: gives the steps of the whole run; called for the cosine only, and only after the warm-up.
+    """
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
-        if settings.schedule == "constant":
+        if settings.schedule == "constant" or step <= settings.warmup:
             return warmup
-        after = max(0.0, (step - settings.warmup) / max(1, total - settings.warmup))
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
+        after = (step - settings.warmup) / max(1, total() - settings.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
 
     return factor

@@ -34,31 +34,34 @@ class StepGuard:
         self.in_row = 0
 
     def skip(self) -> bool:
-        """Count a skipped step; whether it was one too many."""
+        """Count a skipped step; return whether it was one too many."""
         self.skipped += 1
         self.in_row += 1
         return self.in_row >= self._limit
 
-    def message(self, step: int, problem: str, images: Sequence[int], listed_in: str | os.PathLike[str]) -> str:
-        """Why training stops at ``step``, whose batch was ``images``, and what can be done.
+    def message(
+        self, step: int, problem: str, images: Sequence[int], listed_in: str | os.PathLike[str] | None
+    ) -> str:
+        """Why training stops at ``step``, and what can be done.
 
         Args:
-            listed_in: file that names all of the images where they are too many for a sentence.
+            step: number of the step, from 1.
+            problem: what was wrong with it.
+            images: its batch; empty if that is not known.
+            listed_in: file that names all of the images if they are too many for a sentence; None for no file.
         """
-        named = ", ".join(map(str, images[:_LISTED]))
-        more = f" and {len(images) - _LISTED} more (all in {listed_in})" if len(images) > _LISTED else ""
         first = step - self.in_row + 1
         which = f"steps {first} to {step} were" if first < step else f"step {step} was"
         sentences = (
             f"{problem} at training step {step}; {which} skipped, and so many in a row are too many.",
-            f"The batch was the training images {named}{more}.",
+            _named(images, listed_in),
             self.trend(),
             "Raise regularizers.jacfrob, or lower solver.step or optimizer.lr.",
         )
         return " ".join(filter(None, sentences))
 
     def trend(self) -> str:
-        """How NFE and Jacobian norm moved over the last solves: a sentence, or nothing where none is known."""
+        """How NFE and Jacobian norm moved over the last solves: a sentence, or nothing if none is known."""
         said = []
         for name, column in (("NFE", 0), ("the Jacobian norm (jacfrob / dim)", 1)):
             values = [solve[column] for solve in self._solves if math.isfinite(solve[column])]
@@ -68,3 +71,12 @@ class StepGuard:
                 way = f"{verb} from {first:.3g} to {last:.3g}" if last != first else f"stayed at {first:.3g}"
                 said.append(f"{name} {way}")
         return f"Over the last {len(self._solves)} solves {' and '.join(said)}." if said else ""
+
+
+def _named(images: Sequence[int], listed_in: str | os.PathLike[str] | None) -> str:
+    if not images:
+        return ""
+    named = ", ".join(map(str, images[:_LISTED]))
+    where = f" (all in {listed_in})" if listed_in is not None else ""
+    more = f" and {len(images) - _LISTED} more{where}" if len(images) > _LISTED else ""
+    return f"The batch was the training images {named}{more}."

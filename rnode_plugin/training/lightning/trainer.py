@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,19 +17,59 @@ import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from ...errors import ConfigError
+from ...recipes.schema import Recipe
+from ..schedule import RunPlan
 from .checkpoint_io import AtomicCheckpointIO
+from .private import check_processes
 
-__all__ = ["make_trainer", "quiet"]
+__all__ = ["check_options", "follow_plan", "make_trainer", "quiet"]
+
+# options of Lightning's Trainer that would contradict the recipe, and what decides instead
+_DECIDED = {
+    "precision": "training.precision",
+    "max_steps": "training.max_steps",
+    "min_steps": "training.max_steps",
+    "max_epochs": "training.max_epochs",
+    "min_epochs": "training.max_epochs",
+    "accumulate_grad_batches": "training.accumulate",
+    "val_check_interval": "training.check_every_steps",
+    "check_val_every_n_epoch": "training.check_every",
+    "log_every_n_steps": "training.log_every",
+    "limit_train_batches": "data.train_images",
+    "limit_val_batches": "training.val_images",
+    "overfit_batches": "data.train_images",
+    "fast_dev_run": "training.max_steps",
+}
+_ARGUMENTS = {
+    "logger": "loggers",
+    "max_time": "max_time of fit, in seconds",
+    "enable_progress_bar": "progress",
+    "enable_checkpointing": "training.save_every",
+    "default_root_dir": "runs",
+}
 
 
-def make_trainer(*, devices: str | int, num_nodes: int, **options: Any) -> L.Trainer:
-    """Lightning's Trainer, on the devices that torchrun was asked for where it started this process.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of Lightning's Trainer that the recipe decides.
+
+    Raises:
+        ConfigError: with the setting, or the argument of ``fit``, that takes its place.
+    """
+    for name in options:
+        if name in _DECIDED:
+            raise ConfigError(f"the recipe decides {name}: change {_DECIDED[name]}, as with --set.")
+        if name in _ARGUMENTS:
+            raise ConfigError(f"fit does not take Lightning's {name}: give {_ARGUMENTS[name]}.")
+
+
+def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **options: Any) -> L.Trainer:
+    """Lightning's Trainer, on the devices that torchrun was asked for if it started this process.
 
     Args:
         devices, num_nodes: as Lightning's Trainer takes them; ``auto`` means torchrun's own numbers under torchrun.
+        plugins: besides ours.
         options: what depends on the run.
 
     Raises:
@@ -45,25 +85,16 @@ def make_trainer(*, devices: str | int, num_nodes: int, **options: Any) -> L.Tra
     if not torchrun and SLURMEnvironment.detect():
         # a requeued job goes on by --resume; Lightning's own way writes other files elsewhere
         environment.append(SLURMEnvironment(auto_requeue=False))
+    more = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] * (plugins is not None)
+    defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
     try:
         trainer = L.Trainer(
             devices=devices,
             num_nodes=num_nodes,
-            max_epochs=1,  # one pass over StepBatches is the whole run
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,  # StepBatches shares out the images
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,  # RunControl writes the rows; a larger number only brings a warning
-            inference_mode=False,  # a field without a product of its own needs gradients in validation too
-            plugins=[AtomicCheckpointIO(), *environment],
-            **options,
+            plugins=[AtomicCheckpointIO(), *environment, *more],
+            **{**defaults, **options},
         )
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):  # it would look at them only when training starts
-            sizes = {"num_devices": launcher.num_processes, "num_nodes": launcher.num_nodes}
-            launcher.cluster_environment.validate_settings(**sizes)
+        check_processes(trainer)
         _check_precision(trainer, str(options.get("precision", "32-true")))
         _check_address(trainer)
         if trainer.is_global_zero:
@@ -81,6 +112,23 @@ def _check_precision(trainer: L.Trainer, asked: str) -> None:
     """
     if asked.startswith("16") and str(trainer.precision).startswith("bf16"):
         raise ConfigError(f"training.precision={asked} needs a GPU: on a CPU use 32-true or {trainer.precision}.")
+
+
+def follow_plan(trainer: L.Trainer, recipe: Recipe, images: int) -> RunPlan:
+    """Set the steps and validations of a Trainer, which depend on how many devices it has found.
+
+    Args:
+        trainer: of the run.
+        recipe: its settings.
+        images: number of training images.
+
+    Raises:
+        ConfigError: the images do not fill one batch on each device.
+    """
+    plan = RunPlan.of(recipe, images, trainer.world_size)
+    trainer.fit_loop.epoch_loop.max_steps = plan.total
+    trainer.val_check_interval = plan.check_every * plan.accumulate
+    return plan
 
 
 def _check_address(trainer: L.Trainer) -> None:
@@ -115,12 +163,12 @@ def _note_slow_precision(trainer: L.Trainer) -> None:
         print(f"note: {note}.", file=sys.stderr, flush=True)
 
 
-# Lightning's notes about choices that are made here on purpose
+# Lightning's notes about choices that are made on purpose
 _KNOWN_WARNINGS = (
     ".*does not have many workers.*",
-    ".*checkpoint that ended before the epoch ended and your dataloader is not resumable.*",
     ".*GPU available but not used.*",
     ".*treespec, LeafSpec.*is deprecated.*",
+    ".*smaller than the logging interval.*",  # metrics are logged by steps, across epochs
     ".*recommended to use .self.log.*sync_dist=True.*",  # of means that are of all processes already
 )
 

@@ -1,0 +1,131 @@
+"""ImageDataModule: the images of a recipe as a LightningDataModule, in an order that survives interruptions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as L
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ...data import ImageArray, ImageData, ImageDataset
+from ...data.loading import keep_batch
+from ...errors import ConfigError
+from ...evaluation.images import load_images
+from ...recipes.schema import Recipe
+from ..schedule import EpochOrder, EvenShare
+from .private import batches_trained
+
+__all__ = ["ImageDataModule"]
+
+
+class _Resumable(DataLoader[Tensor]):
+    """A loader that needs no state: its sampler finds its place from the batches that were trained on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class ImageDataModule(L.LightningDataModule):
+    """The training and held-out images of a recipe, for any ``Trainer``.
+
+    Batches are uint8 ``(B, C, H, W)``. The order of an epoch is a function of the recipe's seed and the epoch. A
+    run that is resumed goes on after the batches that were trained on, whatever a worker had read ahead.
+
+    Args:
+        recipe: names the data set, how many of its images to use, the batch sizes and the workers.
+        images: the images themselves, if they are loaded already.
+        download: fetch the data set if it is missing.
+    """
+
+    def __init__(self, recipe: Recipe, *, images: ImageData | None = None, download: bool = False) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self._images, self._download = images, download
+
+    @property
+    def images(self) -> ImageData:
+        """All images.
+
+        Raises:
+            DataError: the data set is missing or does not fit the recipe.
+        """
+        if self._images is None:
+            self._images = load_images(self.recipe)
+        return self._images
+
+    def prepare_data(self) -> None:
+        """Download what is missing, once per machine."""
+        if self._images is None and self._download:
+            load_images(self.recipe, download=True)
+
+    def setup(self, stage: str) -> None:
+        world, held_out = self._world, len(self.images.val)
+        if held_out < world:
+            raise ConfigError(f"{held_out} held-out images are too few for {world} devices: each needs one.")
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Batches of the training images; only as many per epoch as fill whole steps.
+
+        Raises:
+            ConfigError: the images do not fill one batch on each device.
+        """
+        done = 0 if self.trainer is None else batches_trained(self.trainer)
+        return self._loader(self.images.train, self.recipe.data.batch_size, self._order(done))
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Batches of the held-out images, each image on one device."""
+        share = EvenShare(len(self.images.val), world=self._world, rank=self._rank)
+        return self._loader(self.images.val, self.recipe.data.val_batch_size, share)
+
+    def images_of_step(self, step: int) -> list[int]:
+        """Numbers of the training images that this device takes at ``step``, counted from 0."""
+        size, batches = self.recipe.data.batch_size, self._accumulate
+        indices = iter(self._order(step * batches))
+        return [index for index, _ in zip(indices, range(size * batches), strict=False)]
+
+    def _order(self, done: int) -> EpochOrder:
+        order = EpochOrder(
+            len(self.images.train),
+            batch_size=self.recipe.data.batch_size,
+            seed=self.recipe.training.seed,
+            accumulate=self._accumulate,
+            world=self._world,
+            rank=self._rank,
+            done=done,
+            limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
+        )
+        if not order.batches:
+            size = self.recipe.data.batch_size
+            raise ConfigError(
+                f"{len(self.images.train)} training images do not fill one batch of {size} on each of "
+                f"{self._world} devices: set a smaller data.batch_size."
+            )
+        return order
+
+    def _loader(self, images: ImageArray, batch_size: int, sampler: EpochOrder | EvenShare) -> DataLoader[Tensor]:
+        workers = self.recipe.data.workers
+        return _Resumable(
+            ImageDataset(images),
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=keep_batch,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    @property
+    def _world(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _accumulate(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
