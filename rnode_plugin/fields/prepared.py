@@ -13,7 +13,18 @@ from .activations import Activation
 from .kernels.base import LayerMap
 from .layers import Products
 
-__all__ = ["FastParts", "Parts", "Stack", "Structure", "pack", "run_jvp", "run_stack", "run_vjp", "shifts", "unpack"]
+__all__ = [
+    "FastParts",
+    "Parts",
+    "Stack",
+    "Structure",
+    "pack",
+    "run_jvp",
+    "run_stack",
+    "run_vjp",
+    "shifts",
+    "unpack",
+]
 
 
 @dataclass(frozen=True, eq=False)
