@@ -7,12 +7,12 @@ as plain JSON, and a flow is rebuilt from that alone.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, PluginError
+from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.config import Solver
 from .overrides import from_plain, override, to_plain, walk
@@ -217,11 +217,7 @@ class Recipe:
     paper: Paper | None = None
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ConfigError(
-                "a recipe's name becomes a folder: use at most 100 letters, digits and . _ + -, a letter or digit "
-                f"first, not {self.name[:120]!r}."
-            )
+        check_path_name(self.name, "recipe")  # it becomes a folder
         for name, strength in self.regularizers.items():
             if strength < 0:
                 raise ConfigError(f"regularizers.{name} must not be negative, got {strength}.")
@@ -318,7 +314,6 @@ class Recipe:
 
 
 # a folder on every system, inside the one that it is asked for in; "-" would look like an option
-_NAME = re.compile(r"[^\W_][\w.+-]{0,99}(?<!\.)")
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with
 
 
