@@ -14,7 +14,7 @@ __all__ = ["PotentialField"]
 
 
 class _Layer(NamedTuple):
-    """One layer of the network at one state: its weight, and both derivatives of its activation, ``(B, hidden)``."""
+    """One layer at one state: its weight, and both derivatives of its activation, ``(B, hidden)``."""
 
     weight: Tensor
     slope: Tensor

@@ -12,7 +12,7 @@ from torchdyn.models import cnf as torchdyn_cnf
 
 from ..core.trace_estimators import Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..types import FieldWithDivergence, FieldWithVJP
+from ..types import FieldWithVJP
 from .checks import check_order, check_shape
 from .lost_graph import refuse_lost_graph
 from .signature import accepts, field_takes
@@ -114,8 +114,9 @@ class CNF(torchdyn_cnf.CNF):
                 "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, which "
                 "draws the noise once per solve, or give it a noise_dist."
             )
-        if isinstance(estimator, Exact) and isinstance(field, FieldWithDivergence) and self.observer is None:
-            dz, divergence = field.forward_and_divergence(t, z)
+        closed = getattr(field, "forward_and_divergence", None)
+        if closed is not None and isinstance(estimator, Exact) and self.observer is None:
+            dz, divergence = closed(t, z)
             return dz.to(z.dtype), divergence.to(z.dtype)
         if not isinstance(field, FieldWithVJP):  # such a field makes its products without autograd
             field = refuse_lost_graph(field)
