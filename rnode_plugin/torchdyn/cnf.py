@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
-from ..core.trace_estimators import Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
+from ..core.trace_estimators import Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..types import FieldWithVJP
 from .checks import check_order, check_shape
@@ -114,6 +114,10 @@ class CNF(torchdyn_cnf.CNF):
                 "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, which "
                 "draws the noise once per solve, or give it a noise_dist."
             )
+        closed = getattr(field, "forward_and_divergence", None)
+        if closed is not None and isinstance(estimator, Exact) and self.observer is None:
+            dz, divergence = closed(t, z)
+            return dz.to(z.dtype), divergence.to(z.dtype)
         if not isinstance(field, FieldWithVJP):  # such a field makes its products without autograd
             field = refuse_lost_graph(field)
         dz, products = estimator.bind(field)(t, z, noise)

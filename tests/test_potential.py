@@ -1,0 +1,110 @@
+"""PotentialField against automatic differentiation, and the penalty that reads it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rnode_plugin import NeuralODE, RegularizedCNF
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.regularizers import curl, hjb
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.fields.potential import PotentialField
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_gradient_divergence_and_rate_are_those_of_the_potential(layers: int) -> None:
+    torch.manual_seed(0)
+    field = PotentialField(4, hidden=6, layers=layers, rank=3).double()
+    nn.init.normal_(field.biases[0])
+    nn.init.normal_(field.b)
+    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 2, 2, dtype=torch.float64)
+
+    def potential(t: Tensor, z: Tensor) -> Tensor:
+        return field.potential(t, z[None])[0]
+
+    dz, divergence = field.forward_and_divergence(t, z)
+    torch.testing.assert_close(dz, field(t, z))
+    for i, sample in enumerate(z):
+        by_t, by_z = torch.func.grad(potential, argnums=(0, 1))(t, sample)
+        torch.testing.assert_close(dz[i], -by_z)
+        torch.testing.assert_close(field.aux(t, z)["potential_rate"][i], by_t)
+        hessian = torch.func.hessian(potential, argnums=1)(t, sample).reshape(4, 4)
+        torch.testing.assert_close(divergence[i], -hessian.trace())
+
+
+def test_the_exact_trace_of_a_density_needs_no_jacobian() -> None:
+    torch.manual_seed(0)
+    field = PotentialField(2, hidden=8)
+    options = {"event_shape": 2, "solver": "rk4_38", "t_span": [0.0, 0.5, 1.0], "trace_estimator": "exact"}
+    model = RegularizedCNF(field, regularizers=["kinetic", "hjb"], **options)  # pyright: ignore[reportArgumentType]
+    plain = RegularizedCNF(_Plain(field), regularizers=["kinetic"], **options)  # pyright: ignore[reportArgumentType]
+    x = torch.randn(4, 2)
+    calls = 0
+    original = torch.autograd.grad
+
+    def counting(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)  # pyright: ignore
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", counting)
+        found = model.log_prob(x)
+        assert calls == 0
+    torch.testing.assert_close(found, plain.log_prob(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.regularization["kinetic"], plain.regularization["kinetic"])
+    (model.reg_loss() - found.mean()).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in field.parameters())
+    # with a penalty that reads the Jacobian the same density comes from it
+    both = RegularizedCNF(field, regularizers=["jacfrob"], **options)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(both.log_prob(x), found, rtol=1e-5, atol=1e-5)
+
+
+class _Plain(nn.Module):
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.field(t, z)
+
+
+class _Exact(nn.Module):
+    """Phi = ||z||^2 / (2 (2 - t)), a solution of the HJB equation: straight lines into the origin at t = 2."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return -z / (2 - t)
+
+    def aux(self, t: Tensor, z: Tensor) -> dict[str, Tensor]:
+        return {"potential_rate": z.square().sum(1) / (2 * (2 - t) ** 2)}
+
+
+def test_hjb_is_zero_for_a_solution_and_its_closed_form_otherwise() -> None:
+    z = torch.randn(3, 2, dtype=torch.float64)
+    model = NeuralODE(_Exact(), "dopri5", atol=1e-9, rtol=1e-9, regularizers=["hjb", "straightness"])
+    model(z, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    for name in ("hjb", "straightness"):
+        assert model.regularization[name].abs().max() < 1e-7, name
+    torch.manual_seed(0)
+    field = PotentialField(2).double()
+    dynamics = Dynamics(field, regularizers=[hjb, curl], estimator="gaussian")
+    t = torch.tensor(0.4, dtype=torch.float64)
+    found = dynamics.evaluate(t, z, dynamics.draw(z)).penalties
+    wanted = (field.aux(t, z)["potential_rate"] - field(t, z).square().sum(1) / 2).abs()
+    torch.testing.assert_close(found["hjb"], wanted)
+    assert found["curl"].abs().max() < 1e-20  # a gradient field
+    model = NeuralODE(field, "rk4_38", regularizers={"hjb": 1.0})
+    model(z)
+    torch.testing.assert_close(model.reg_loss(), model.regularization["hjb"].mean())  # not divided by D
+
+
+def test_what_cannot_work_is_refused() -> None:
+    z = torch.randn(3, 2)
+    with pytest.raises(ConfigError, match=r"offers no 'potential_rate'.*PotentialField"):
+        NeuralODE(nn.Linear(2, 2), "rk4", regularizers=["hjb"])(z)
+    with pytest.raises(ConfigError, match="layers must be a whole number"):
+        PotentialField(2, layers=0)
+    with pytest.raises(ConfigError, match="has 3 dimensions"):
+        PotentialField(3)(torch.tensor(0.0), z)

@@ -1,0 +1,304 @@
+"""Trajectory penalties, span policies and lambda schedules, at every face that takes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from problems import Linear, Wave
+from torch import Tensor, nn
+
+from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.regularizers import (
+    LearnedEndTime,
+    Steer,
+    Straightness,
+    TrajectoryPolynomial,
+    linear_warmup,
+)
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.fields import conv_field
+from rnode_plugin.plugins.resolve import resolve_regularizers
+
+MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
+TIGHT = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+
+
+def states(batch: int = 3, dims: int = 3) -> Tensor:
+    return torch.randn(batch, dims, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def path(a: Tensor, z: Tensor, times: Tensor) -> Tensor:
+    """States of ``z' = A z``, ``(T, B, D)``."""
+    return torch.stack([z @ torch.linalg.matrix_exp(a * t).T for t in times])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_straightness_of_a_linear_field(mode: str) -> None:
+    """``int |Az|^2 dt - |z(T) - z(0)|^2 / T`` by Gauss's rule, and its gradient."""
+    field, z, end = Linear(3), states(), 1.5
+    model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers=["straightness"], **TIGHT)
+    model(z, torch.tensor([0.0, end], dtype=torch.float64))
+    assert set(model.regularization) == {"straightness"}  # the energy that it reads is not one of its own
+    nodes, weights = (torch.as_tensor(x) for x in np.polynomial.legendre.leggauss(20))
+    velocities = path(field.a, z, (nodes + 1) * end / 2) @ field.a.T
+    energy = (weights[:, None] * velocities.square().sum(2)).sum(0) * end / 2
+    moved = path(field.a, z, torch.tensor([end])).double()[0] - z
+    wanted = energy - moved.square().sum(1) / end
+    torch.testing.assert_close(model.regularization["straightness"], wanted, rtol=1e-6, atol=0)
+    ours = torch.autograd.grad(model.regularization["straightness"].sum(), field.a)[0]
+    theirs = torch.autograd.grad(wanted.sum(), field.a)[0]
+    tolerance = 1e-3 if mode == "interpolated_adjoint" else 1e-5
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_straightness_beside_kinetic_and_of_a_straight_path() -> None:
+    field = nn.Linear(3, 3).double()
+    nn.init.zeros_(field.weight)
+    for solver in ("rk4_38", "dopri5"):
+        model = NeuralODE(field, solver, regularizers=["kinetic", "straightness"])
+        model(states(), torch.tensor([2.0, 0.5], dtype=torch.float64))
+        assert model.regularization["straightness"].abs().max() < 1e-12
+        assert model.regularization["kinetic"].min() > 1e-3
+        model.reg_loss().backward()
+        assert bool(field.weight.grad.isfinite().all())  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", [1, 2])
+def test_trajectory_polynomial_is_the_residual_of_a_fit(mode: str, order: int) -> None:
+    field, z = Linear(3), states()
+    name = f"trajectory_polynomial:{order},points=3"
+    model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers=[name], **TIGHT)
+    torch.manual_seed(7)
+    t_eval, sol = model(z, torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
+    if mode != "interpolated_adjoint":  # where each step is an output
+        assert t_eval.tolist() == [0.0, 1.0, 2.0]
+        torch.testing.assert_close(sol.detach(), path(field.a, z, t_eval).detach(), rtol=1e-6, atol=1e-8)
+    torch.manual_seed(7)
+    drawn = 2 * torch.rand(3, dtype=torch.float64)
+    times = torch.cat([torch.tensor([0.0, 2.0], dtype=torch.float64), drawn])
+    exact = path(field.a, z, times).flatten(1)
+    fit = np.polynomial.polynomial.Polynomial.fit
+    residual = sum(fit(times.numpy(), column, order, full=True)[1][0][0] for column in exact.detach().numpy().T)
+    torch.testing.assert_close(model.regularization[name].sum().item(), residual, rtol=1e-5, atol=1e-12)
+    # the gradient, of the same times
+    powers = torch.stack([times**k for k in range(order + 1)], 1)
+    loss = (exact - powers @ torch.linalg.lstsq(powers, exact).solution).square().sum()
+    ours = torch.autograd.grad(model.regularization[name].sum(), field.a)[0]
+    tolerance = 1e-2 if mode == "interpolated_adjoint" else 1e-4
+    torch.testing.assert_close(ours, torch.autograd.grad(loss, field.a)[0], rtol=tolerance, atol=tolerance)
+
+
+def test_extra_times_are_no_outputs_on_a_fixed_grid_either() -> None:
+    model = NeuralODE(Linear(3), "rk4_38", regularizers=["trajectory_polynomial", "straightness"])
+    span = torch.linspace(0, 1, 5, dtype=torch.float64)
+    t_eval, sol = model(states(), span, save_at=span[1:4])
+    assert t_eval.tolist() == span[1:4].tolist()
+    assert len(sol) == 3
+    t_eval, sol = model(states(), span.flip(0))
+    assert t_eval.tolist() == span.flip(0).tolist()
+    assert set(model.regularization) == {"trajectory_polynomial", "straightness"}
+
+
+def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
+    class At:
+        name, kind, rates = "at", "trajectory", ()
+
+        def __init__(self, *times: float) -> None:
+            self.wanted = times
+
+        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
+            return torch.tensor(self.wanted, dtype=torch.float64)
+
+        def __call__(self, trajectory):
+            assert trajectory.t.tolist() == [0.0, 0.25, 0.5, 1.0]
+            return trajectory.z[2].square().sum(1)
+
+    span = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    for solver in ("rk4_38", "dopri5"):
+        model = NeuralODE(Linear(3), solver, regularizers=[At(0.5, 0.25)])
+        t_eval, sol = model(states(), span)
+        assert t_eval.tolist() == span.tolist()
+        torch.testing.assert_close(model.regularization["at"], sol[1].square().sum(1))
+    with pytest.raises(ConfigError, match="'at' wants states at"):
+        NeuralODE(Linear(3), "rk4_38", regularizers=[At(1.5)])(states(), span)
+
+
+def test_steer_draws_the_end_in_training_alone() -> None:
+    field = Linear(3)
+    model = NeuralODE(field, "rk4_38", regularizers=["steer:0.4", "kinetic"])
+    span = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    torch.manual_seed(0)
+    ends = []
+    for _ in range(300):
+        t_eval, sol = model(states(1), span)
+        ends.append(float(t_eval[-1].detach()))
+        assert float(t_eval[1]) == pytest.approx(ends[-1] / 2)
+    torch.testing.assert_close(sol.detach(), path(field.a, states(1), t_eval).detach(), rtol=1e-2, atol=1e-2)
+    ends = torch.tensor(ends)
+    assert 0.6 <= ends.min() < 0.63
+    assert 1.37 < ends.max() <= 1.4
+    assert abs(ends.mean() - 1) < 4 * ends.std() / 300**0.5
+    assert abs(ends.var() - 0.8**2 / 12) < 0.01  # of a uniform distribution
+    assert float(model.reg_loss()) == float(0.01 * model.regularization["kinetic"].mean() / 3)
+    model.eval()
+    assert model(states(1), span)[0].tolist() == span.tolist()
+    model.train()
+    with torch.no_grad():
+        assert model(states(1), span)[0].tolist() == span.tolist()
+    assert model.trajectory(states(1), span).shape[0] == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_learned_end_time_has_the_gradient_of_the_end(mode: str) -> None:
+    """``|z(T)|^2`` and ``c T^2 / 2`` for ``z' = A z``, in evaluation too."""
+    field, z = Linear(3), states()
+    policy = LearnedEndTime(1.5)
+    model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers={policy: 0.3, "kinetic": 0.0}, **TIGHT)
+    assert any(p is policy.end for p in model.parameters())
+    t_eval, sol = model(z, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert float(t_eval[-1].detach()) == 1.5
+    loss = sol[-1].square().sum() + model.reg_loss()
+    (slope,) = torch.autograd.grad(loss, policy.end)
+    end = z @ torch.linalg.matrix_exp(field.a * 1.5).T
+    wanted = 2 * (end * (end @ field.a.T)).sum() + 0.3 * 1.5
+    torch.testing.assert_close(slope.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+    model.eval()
+    assert float(model(z, torch.tensor([0.0, 1.0]).double())[0][-1].detach()) == 1.5
+    backward = model(z, torch.tensor([1.0, 0.0]).double())[0].detach()
+    assert backward[[0, -1]].tolist() == [1.5, 0.0]
+    policy.end.data.fill_(-0.5)
+    with pytest.raises(ConfigError, match=r"has fallen to -0\.5"):
+        model(z)
+
+
+def test_a_density_samples_with_its_learned_end_time() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    policy = LearnedEndTime(1.7)
+    model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", regularizers=[policy])
+    x = torch.randn(4, 2)
+    z, _ = model.transform(x)
+    torch.testing.assert_close(model.inverse(z), x, rtol=1e-3, atol=1e-3)
+    policy.end.data.fill_(0.5)
+    assert not torch.allclose(model.inverse(z), x, atol=1e-2)
+    loss = -model.log_prob(x).mean() + model.reg_loss()
+    loss.backward()
+    assert policy.end.grad is not None
+    assert policy.end.grad.abs() > 0
+
+
+def small_flow(*regularizers: object) -> MultiscaleFlow:
+    torch.manual_seed(0)
+    flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=Solver("rk4", step=0.5), regularizers=regularizers)
+    for field in flow.fields:
+        for parameter in field.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return flow
+
+
+def test_the_image_flow_takes_every_kind() -> None:
+    x = torch.rand(3, 1, 4, 4)
+    names = ["kinetic", "total_derivative", "directional", "directional_vjp", "taylor:3", "curl", "l1",
+             "stiffness", "local_error", "straightness", "trajectory_polynomial", "learned_end_time"]  # fmt: skip
+    found: list[list[Tensor]] = []
+    for gradient in ("autograd", "checkpointed"):
+        flow = small_flow(*names).double()
+        solver = Solver("rk4", step=0.5, gradient=gradient)
+        torch.manual_seed(1)
+        out = flow(x.double(), solver=solver)
+        assert set(out.regularization) == set(names)
+        assert all(bool((value > 0).all()) for value in out.regularization.values())
+        sum(value.sum() for value in out.regularization.values()).backward()  # pyright: ignore
+        found.append([p.grad.clone() for p in flow.parameters()])  # pyright: ignore[reportOptionalMemberAccess]
+    torch.testing.assert_close(*found)
+    latent = flow(x.double()).z
+    torch.testing.assert_close(flow.inverse(latent), x.double(), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ConfigError, match="use 'autograd' or 'checkpointed'"):
+        small_flow("stiffness")(x, solver=Solver("dopri5", gradient="adjoint"))
+
+
+def test_fused_and_plain_fields_give_the_same_penalties() -> None:
+    names = ["total_derivative", "directional", "directional_vjp", "taylor:3", "curl", "strain"]
+    fused, plain = (conv_field(2, hidden=3, layers=3, fused=fused).double() for fused in (True, False))
+    for parameter in fused.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    plain.load_state_dict(fused.state_dict())
+    z = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    noise, t = torch.randn_like(z), torch.tensor(0.3, dtype=torch.float64)
+    regularizers = [entry.regularizer for entry in resolve_regularizers(names).values()]
+    found = []
+    for field in (fused, plain):
+        dynamics = Dynamics(field.prepare(z, noise), regularizers=regularizers)
+        rates = dynamics.evaluate(t, z, noise).penalties
+        loss = sum(rate.sum() for rate in rates.values())
+        found.append((rates, torch.autograd.grad(loss, list(field.parameters()))))  # pyright: ignore
+    for name in names:
+        torch.testing.assert_close(found[0][0][name], found[1][0][name], msg=name)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_several_probes_through_the_image_flow() -> None:
+    x = torch.rand(3, 1, 4, 4)
+    for estimator in ("rademacher:3", "hutch++:2"):
+        flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=Solver("rk4", step=0.5), trace_noise=estimator,
+                              regularizers=["jacfrob", "curl"])  # fmt: skip
+        out = flow(x)
+        (out.logdet.sum() + out.regularization["jacfrob"].sum()).backward()
+        assert all(bool(p.grad.isfinite().all()) for p in flow.parameters() if p.grad is not None)
+
+
+def test_steer_in_the_image_flow_is_for_training_alone() -> None:
+    flow, x = small_flow("steer:0.5"), torch.rand(2, 1, 4, 4)
+    torch.manual_seed(0)
+    first, second = flow(x).z.detach(), flow(x).z.detach()
+    assert not torch.equal(first, second)
+    flow.eval()
+    assert torch.equal(flow(x).z, flow(x).z)
+    assert flow(x).regularization["steer:0.5"].tolist() == [0.0, 0.0]
+
+
+def test_a_lambda_may_depend_on_the_step() -> None:
+    model = NeuralODE(Linear(3), "rk4", regularizers={"kinetic": linear_warmup(10, 0.5), "l1": 0.1})
+    model(states())
+    kinetic, l1 = (model.regularization[name].mean().detach() / 3 for name in ("kinetic", "l1"))
+    for step, strength in ((0, 0.0), (4, 0.2), (10, 0.5), (99, 0.5)):
+        torch.testing.assert_close(model.reg_loss(step=step).detach(), strength * kinetic + 0.1 * l1)
+    torch.testing.assert_close(model.reg_loss(kinetic=1.0).detach(), kinetic + 0.1 * l1)
+    with pytest.raises(ConfigError, match=r"'kinetic' depends on .*: give it, reg_loss\(step=n\)"):
+        model.reg_loss()
+    for bad in (lambda step: -1.0, lambda step: float("nan"), lambda step: "much"):
+        model = NeuralODE(Linear(3), "rk4", regularizers={"kinetic": bad})
+        model(states())
+        with pytest.raises(ConfigError, match="finite number >= 0"):
+            model.reg_loss(step=1)
+    with pytest.raises(ConfigError, match="whole number of steps"):
+        linear_warmup(0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"steer": 0.3}, "has no penalty and takes no lambda"),
+        (["steer", "learned_end_time"], "both change the times of a solve"),
+        (["steer:0"], "width must be a number > 0"),
+        (["learned_end_time:nan"], "finite number"),
+        (["trajectory_polynomial:3,points=2"], "at least points=3"),
+        (["trajectory_polynomial:0"], "whole number of at least 1"),
+        (["straightness:2"], "does not take the options"),
+    ],
+)
+def test_bad_settings_are_refused(spec: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        resolve_regularizers(spec)
+
+
+def test_objects_and_what_is_refused_when_called() -> None:
+    resolved = resolve_regularizers({Straightness(): 0.1, TrajectoryPolynomial(2, 3): 5.0, Steer(0.1): None})
+    assert [entry.strength for entry in resolved.values()] == [0.1, 5.0, 1.0]
+    with pytest.raises(ConfigError, match="must be smaller than the solve's length"):
+        NeuralODE(Linear(3), "rk4", regularizers=["steer:1.5"])(states())
+    with pytest.raises(ConfigError, match="changes the times of a solve"):
+        Dynamics(Wave(), regularizers=[Steer()])

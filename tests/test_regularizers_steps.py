@@ -1,0 +1,242 @@
+"""Step penalties against replayed frozen steps by scipy's coefficients; local ones against a time average."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from problems import Linear, Wave
+from scipy.integrate._ivp.rk import RK45
+from torch import Tensor, nn
+
+from rnode_plugin import NeuralODE, Solver
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.regularizers import FunctionStepPenalty, error, local_error, local_stiffness, stiffness
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import solve
+from rnode_plugin.solvers.integrate import integrate
+from rnode_plugin.solvers.plan import SolvePlan
+from rnode_plugin.types import StepRecord
+
+T = torch.tensor([0.0, 2.0], dtype=torch.float64)
+TIGHT = Solver("dopri5", atol=1e-6, rtol=1e-6)
+STEPS = [error, stiffness]
+
+
+def states(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.square().mean(1).sqrt()
+
+
+def replay(field: nn.Module, z: Tensor, times: Tensor) -> dict[str, Tensor]:
+    """``error`` and ``stiffness`` of Dormand and Prince's steps between fixed times."""
+    a, b, c, e = (torch.as_tensor(x) for x in (RK45.A, RK45.B, RK45.C, RK45.E))
+    e = e * 2 / 3  # torchdyn, like torchdiffeq, has an embedded solution of its own, two thirds as far away
+    errors, ratios = [], []
+    for t, h in zip(times[:-1], times.diff(), strict=True):
+        k = [field(t, z)]
+        for i in range(1, 6):
+            last = z + h * sum(a[i, j] * k[j] for j in range(i))
+            k.append(field(t + c[i] * h, last))
+        z = z + h * sum(b[j] * k[j] for j in range(6))
+        k.append(field(t + h, z))
+        errors.append(rms(h * sum(e[j] * k[j] for j in range(7))) * h)
+        ratios.append(rms(k[6] - k[5]) / rms(z - last))
+    return {"error": torch.stack(errors).sum(0), "stiffness": torch.stack(ratios).mean(0)}
+
+
+@functools.cache
+def accepted_times() -> Tensor:
+    trace: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        integrate(Dynamics(Wave(), divergence=False).bind(None), states(), T, SolvePlan.of(TIGHT), trace=trace)
+    times = torch.stack([t.reshape(()) for t, _ in trace])
+    assert len(times) > 4, "one step replays nothing"
+    return times
+
+
+@pytest.mark.parametrize("mode", ["autograd", "checkpointed"])
+def test_values_and_gradients_are_those_of_the_accepted_steps(mode: str) -> None:
+    """The steps frozen: differences across accept and reject mean nothing."""
+    field, z = Wave(), states()
+    solver = Solver("dopri5", atol=1e-6, rtol=1e-6, gradient=mode)
+    found = solve(Dynamics(field, regularizers=STEPS, divergence=False).bind(None), z, T, solver).penalties
+    wanted = replay(field, z, accepted_times())
+    for name in ("error", "stiffness"):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-8, atol=0, msg=name)
+        ours = torch.autograd.grad(found[name].sum(), list(field.parameters()), retain_graph=True)
+        theirs = torch.autograd.grad(wanted[name].sum(), list(field.parameters()), retain_graph=True)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-10, msg=name)
+
+
+def test_gradient_of_frozen_steps_against_finite_differences() -> None:
+    """On a fixed grid the steps do not move: rk4's pair in the middle."""
+    field, z, g = Wave(), states(), torch.Generator().manual_seed(5)
+    direction = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in field.parameters()]
+    solver = Solver("rk4", step=0.25)
+
+    def value(shift: float) -> Tensor:
+        moved = {
+            name: p.detach() + shift * d for (name, p), d in zip(field.named_parameters(), direction, strict=True)
+        }
+        dynamics = Dynamics(
+            lambda t, z: torch.func.functional_call(field, moved, (t, z)),
+            regularizers=[stiffness],
+            divergence=False,
+        )
+        return solve(dynamics.bind(None), z, T, solver).penalties["stiffness"].sum()
+
+    found = solve(Dynamics(field, regularizers=[stiffness], divergence=False).bind(None), z, T, solver)
+    gradients = torch.autograd.grad(found.penalties["stiffness"].sum(), list(field.parameters()))
+    slope = sum((a * d).sum() for a, d in zip(gradients, direction, strict=True))
+    torch.testing.assert_close(slope, (value(1e-5) - value(-1e-5)) / 2e-5, rtol=1e-5, atol=0)  # pyright: ignore
+
+
+def test_stiffness_of_a_scalar_linear_field_is_its_rate() -> None:
+    for method in ("dopri5", "tsit5", "rk4"):
+        dynamics = Dynamics(lambda t, z: -3.0 * z, regularizers=[stiffness, local_stiffness], divergence=False)
+        found = solve(dynamics.bind(None), states(), T, Solver(method, step=0.1)).penalties
+        for name in ("stiffness", "local_stiffness"):
+            torch.testing.assert_close(found[name], torch.full((3,), 3.0, dtype=torch.float64), msg=name)
+
+
+def test_reductions_and_what_a_step_shows() -> None:
+    seen: list[StepRecord] = []
+
+    def value(step: StepRecord) -> Tensor:
+        seen.append(step)
+        return step.h * step.z0[:, 0].square()
+
+    penalties = [FunctionStepPenalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
+    dynamics = Dynamics(Wave(), regularizers=penalties, divergence=False)
+    found = solve(dynamics.bind(None), states(), T, Solver("rk4_38", step=0.5, atol=1e-3, rtol=1e-2))
+    assert len(seen) == 12
+    values = torch.stack([value(step) for step in seen[:12:3]])
+    torch.testing.assert_close(found.penalties["sum"], values.sum(0))
+    torch.testing.assert_close(found.penalties["mean"], values.mean(0))
+    torch.testing.assert_close(found.penalties["max"], values.max(0).values)
+    first = seen[0]
+    assert (first.atol, first.rtol, first.error, first.pair) == (1e-3, 1e-2, None, None)
+    assert [round(float(t), 6) for t in first.times] == [0.0, 0.166667, 0.333333, 0.5]
+    for t, z, v in zip(first.times, first.states, first.velocities, strict=True):
+        torch.testing.assert_close(Wave()(t, z), v)
+    torch.testing.assert_close(seen[3].z0, first.z1)
+    back = solve(dynamics.bind(None), found.z[-1].detach(), T.flip(0), Solver("rk4_38", step=0.5))
+    assert bool((back.penalties["sum"] > 0).all())  # h is a length
+
+
+def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
+    """A linear field: the value of a step from any time is known. 300 solves, 4 standard errors."""
+    field = Linear(3)
+    a, z0 = field.a.detach(), states(1)
+    step, many = 0.5, 300
+
+    def exact(s: float) -> Tensor:
+        start = z0 @ torch.matrix_exp(a * s).T
+        # as long as the accepted step, or as what is left of the solve
+        length = min(step, 2.0 - s)
+        record: list[StepRecord] = []
+        one = Dynamics(field, regularizers=[FunctionStepPenalty("x", lambda r: record.append(r) or r.z0[:, 0])],
+                       divergence=False)  # fmt: skip
+        with torch.no_grad():
+            solve(one.bind(None), start, torch.tensor([0.0, length]).double(), Solver("tsit5", first_step=length,
+                  atol=1e3, rtol=1e3))  # fmt: skip
+        assert len(record) == 1
+        return torch.stack([local_error(record[0]), local_stiffness(record[0])])
+
+    grid = (torch.arange(100) + 0.5) / 50
+    average = torch.stack([exact(float(s)) for s in grid]).mean(0)[:, 0]
+    torch.manual_seed(0)
+    dynamics = Dynamics(field, regularizers=[local_error, local_stiffness], divergence=False)
+    draws = []
+    for _ in range(many):
+        with torch.no_grad():
+            found = solve(dynamics.bind(None), z0, T, Solver("rk4_38", step=step))
+        draws.append(torch.stack([found.penalties["local_error"], found.penalties["local_stiffness"]]))
+        assert found.stats.nfe == 16 + 9  # the steps, the interpolant's ends, the extra step
+    values = torch.stack(draws)[:, :, 0]
+    deviation = values.std(0) / many**0.5
+    assert bool((deviation > 1e-9).all())
+    assert bool(((values.mean(0) - average).abs() < 4 * deviation).all())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_local_penalties_are_the_same_in_every_mode_and_cut_at_the_start(backward: bool) -> None:
+    span = T.flip(0) if backward else T
+    results = []
+    for mode in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint"):
+        torch.manual_seed(3)
+        field, z = Wave(), states().requires_grad_()
+        model = NeuralODE(
+            field, "dopri5", sensitivity=mode, atol=1e-6, rtol=1e-6, regularizers=["local_error", "local_stiffness"]
+        )
+        model(z, span)
+        found = model.regularization
+        loss = found["local_error"].sum() * 1e6 + found["local_stiffness"].sum()
+        gradients = torch.autograd.grad(loss, [z, *field.parameters()], allow_unused=True)
+        assert gradients[0] is None or not gradients[0].any()
+        assert bool(gradients[1].any())  # pyright: ignore[reportOptionalMemberAccess]
+        results.append([loss.detach(), *gradients[1:]])
+    for other in results[1:]:
+        for mine, reference in zip(other, results[0], strict=True):
+            torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "tsit5"])
+def test_all_are_zero_with_a_finite_gradient_at_f_equal_to_zero(solver: str) -> None:
+    field = nn.Linear(3, 3).double()
+    nn.init.zeros_(field.weight)
+    nn.init.zeros_(field.bias)
+    names = ["error", "stiffness", "local_error", "local_stiffness", "straightness", "trajectory_polynomial"]
+    model = NeuralODE(field, solver, regularizers=dict.fromkeys(names, 1.0))
+    model(states())
+    for name in names:
+        # a polynomial's fit of a constant has rounding
+        assert model.regularization[name].abs().max() <= 1e-28 * (name == "trajectory_polynomial"), name
+    model.reg_loss().backward()
+    assert field.weight.grad is not None
+    assert field.weight.grad.isfinite().all()
+
+
+def test_the_objective_does_not_divide_them_by_the_dimensions() -> None:
+    model = NeuralODE(Wave(), "dopri5", regularizers={"stiffness": 2.0, "kinetic": 3.0})
+    model(states())
+    found = model.regularization
+    wanted = 2 * found["stiffness"].mean() + 3 * found["kinetic"].mean() / 3
+    torch.testing.assert_close(model.reg_loss(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "mode", "words"),
+    [
+        ("error", "rk4_38", "autograd", "has no error estimate; use dopri5 or tsit5, or 'local_error'"),
+        (
+            "stiffness",
+            "rk4_38",
+            "autograd",
+            "no two stages at one time; use dopri5, tsit5 or rk4, or 'local_error'",
+        ),
+        ("error", "dopri5", "adjoint", "use 'autograd' or 'checkpointed', or 'local_error'"),
+        ("stiffness", "dopri5", "interpolated_adjoint", "use 'autograd' or 'checkpointed'"),
+    ],
+)
+def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        NeuralODE(Wave(), solver, sensitivity=mode, regularizers=[name])(states())
+
+
+def test_values_without_gradients_work_in_every_mode() -> None:
+    z, found = states(), []
+    for mode in ("autograd", "checkpointed", "adjoint"):
+        model = NeuralODE(Wave(), "dopri5", sensitivity=mode, regularizers=["error", "stiffness"])
+        with torch.no_grad():
+            model(z, penalties=True)
+        found.append(model.regularization)
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value)
