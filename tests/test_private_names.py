@@ -20,7 +20,7 @@ NAMES = {
 @pytest.mark.parametrize(
     "name",
     ["torch._C:_are_functorch_transforms_active"]
-    + [f"torch.utils._pytree:tree_{kind}" for kind in ("flatten", "leaves", "unflatten")],
+    + [f"torch.utils._pytree:tree_{kind}" for kind in ("flatten", "leaves", "map_only", "unflatten")],
 )
 def test_torch_has_the_name(name: str) -> None:
     assert callable(pkgutil.resolve_name(name)), name

@@ -440,7 +440,7 @@ def test_a_penalty_that_is_not_finite_is_reported(method: str) -> None:
     def overflows(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return Rates(-z, None, {"kinetic": z[:, 0] * torch.inf})
 
-    with pytest.raises(SolverError, match="a penalty is no longer finite"):
+    with pytest.raises(SolverError, match="the penalty 'kinetic' is no longer finite"):
         solve(overflows, torch.ones(2, 2), torch.tensor([0.0, 1.0]), Solver(method))
 
 

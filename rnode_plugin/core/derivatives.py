@@ -17,13 +17,9 @@ from torch.autograd.function import BackwardCFunction
 
 from ..errors import RnodeError
 from ..types import FieldWithJVP, FieldWithVJP, VectorField
+from .transforms_active import transforms_active
 
-__all__ = ["FieldDerivatives", "field_and_vjp", "in_transform", "vjp_of"]
-
-
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is running: autograd's own functions fail inside of one."""
-    return torch._C._are_functorch_transforms_active()
+__all__ = ["FieldDerivatives", "field_and_vjp", "vjp_of"]
 
 
 def field_and_vjp(field: VectorField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +28,7 @@ def field_and_vjp(field: VectorField, t: Tensor, z: Tensor, noise: Tensor) -> tu
     Works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func`` too. Without gradients enabled
     the result carries no graph.
     """
-    if in_transform():
+    if transforms_active():
         dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]
         return dz, pull(noise.to(dz.dtype))[0]
     keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -72,13 +68,13 @@ class FieldDerivatives:
 
     def vjp(self, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
         """``v^T df/dz``, of the shape of ``z (B, *event)``."""
-        if self._own_vjp is not None and not in_transform():
+        if self._own_vjp is not None and not transforms_active():
             return self._own_vjp(t, z, v)[1].to(z.dtype)
         return field_and_vjp(self._plain, t, z, v)[1].to(z.dtype)
 
     def jvp(self, t: Tensor, z: Tensor, v: Tensor, dt: float = 0.0) -> Tensor:
         """``df/dz v + dt df/dt``, of the shape of ``z (B, *event)``."""
-        if self._own_jvp is not None and not in_transform():
+        if self._own_jvp is not None and not transforms_active():
             return self._own_jvp(t, z, v, dt)[1].to(z.dtype)
         return self._apply(lambda push, t, z, v: push(self._plain, t, z, v, dt), t, z, v)
 
@@ -103,7 +99,7 @@ class FieldDerivatives:
 
     def _apply(self, compute: Callable[..., Tensor], t: Tensor, z: Tensor, *rest: Tensor) -> Tensor:
         """``compute(push, t, z, *rest)`` with the way to push tangents that suits the field."""
-        if in_transform():
+        if transforms_active():
             return compute(_push_forward, t, z, *rest).to(z.dtype)
         if self._forward_mode is None:
             self._forward_mode = not self._has_own_functions(t, z)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from ..types import FieldWithVJP, VectorField
-from .derivatives import field_and_vjp, in_transform, vjp_of
+from .derivatives import field_and_vjp, vjp_of
 from .reductions import sum_products, sum_squares
+from .transforms_active import transforms_active
 
 __all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Probes", "TraceEstimator", "get_estimator"]
 
@@ -265,7 +266,7 @@ def _in_one_batch(field: FieldWithVJP) -> Callable[[Tensor, Tensor, list[Tensor]
 
 def _one_by_one(field: VectorField) -> Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
     def products(t: Tensor, z: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if in_transform():
+        if transforms_active():
             dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]
             return dz, torch.stack([pull(v.to(dz.dtype))[0] for v in vectors])
         keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -31,25 +31,28 @@ def solve(
     """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
     Args:
-        dynamics: the system with its noise fixed, ``Dynamics(...).bind(noise)`` or a function
+        dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``, or a function
             ``(t, z, *, products) -> Rates``.
         z0: state ``(B, *event)`` at ``t_span[0]``.
         t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the device.
-        solver: method, accuracy and gradient; a :class:`SolvePlan` carries a solver object of torchdyn's.
+        solver: method, accuracy and gradient; a :class:`SolvePlan` carries a solver object of torchdyn's. Inside a
+            transform of torch.func every gradient mode is that of the steps taken, as with ``autograd``.
         params: tensors that a continuous adjoint differentiates with respect to; None: the parameters of
-            ``dynamics``, where it has any. The other gradient modes find them by themselves.
+            ``dynamics``, if it has any. The other gradient modes find them by themselves.
         generator: draws the stages of a sampled quadrature.
-        checks: a list that receives, in place of an error, what tells whether a fixed grid stayed finite: several
-            solves in a row are looked at together by :func:`~rnode_plugin.solvers.health.check_health`.
+        checks: a list that receives, instead of an error, what tells whether a fixed grid stayed finite.
+            :func:`~rnode_plugin.solvers.health.check_health` looks at several solves together.
 
     Returns:
         Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
 
     Raises:
-        ConfigError: for times that are not finite and strictly monotonic, and for a step penalty that the method
-            or the gradient mode cannot have.
+        ConfigError: for times that are not finite and strictly monotonic, for a step penalty that the method or the
+            gradient mode cannot have, and for an adaptive method where nothing can be read: inside
+            ``torch.func.vmap`` and on the device ``meta``.
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
+    from ..core.transforms_active import transforms_active
     from .adjoint import solve_adjoint
     from .health import check_time
     from .integrate import integrate
@@ -62,7 +65,7 @@ def solve(
     check_time(t_span)
 
     def run(t_span: Tensor, plan: SolvePlan, trace: list[tuple[Tensor, Tensor]] | None = None) -> Solution:
-        if plan.gradient.endswith("adjoint"):
+        if plan.gradient.endswith("adjoint") and not transforms_active():
             wanted = getattr(dynamics, "parameters", tuple)() if params is None else params
             return solve_adjoint(dynamics, z0, t_span.to(z0.device), plan, tuple(wanted), trace=trace)
         return integrate(dynamics, z0, t_span, plan, generator=generator, trace=trace, checks=checks)

@@ -1,10 +1,10 @@
-"""The continuous adjoint (Pontryagin et al., 1962; Chen et al., 2018), right for penalties and parameters.
+"""The continuous adjoint (Pontryagin et al., 1962; Chen et al., 2018), with penalties and parameters.
 
 For a loss of the states at the output times, the log-determinants and the penalties, with Hamiltonian
 ``H = a . f + l div f + sum_p w_p r_p`` (``l`` and ``w_p``: the loss's derivatives with respect to the integrals,
 constant along the path), the adjoint obeys ``da/dt = -dH/dz``, jumps by the loss's derivative at each output
-time, and the parameters' gradient is the integral of ``dH/dtheta``. That integral is a quadrature: it is computed
-as penalties are, outside of the error norm.
+time, and the parameters' gradient is the integral of ``dH/dtheta``. That integral is a quadrature, computed like
+penalties: it does not enter the error norm.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def solve_adjoint(
         z0: state ``(B, *event)``.
         t_span: times ``(T,)``.
         plan: ``plan.adjoint`` says how the backward system is solved (None: as the forward one).
-        params: all tensors that the dynamics read and that a gradient is wanted for.
+        params: the tensors that the dynamics read and that need a gradient.
         trace: a list that receives the time and state of every accepted step, the initial one first.
 
     Raises:
         SolverError: from either direction.
     """
     # the backward pass starts from every time of t_span; which of them are outputs is settled outside of it
-    call = _Call(dynamics, replace(plan, keep=None), watched=trace)
+    call = _AdjointCall(dynamics, replace(plan, keep=None), watched=trace)
     wanted = [p for p in params if p.requires_grad]
     times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
     assert call.stats is not None
@@ -61,7 +61,7 @@ def solve_adjoint(
 
 
 @dataclass
-class _Call:
+class _AdjointCall:
     """What the two passes of one solve share with each other and with the caller."""
 
     dynamics: BoundDynamics
@@ -74,7 +74,7 @@ class _Call:
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
+    def forward(ctx: Any, call: _AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
         trace = call.trace if call.plan.gradient == "interpolated_adjoint" else call.watched
         solution = integrate(call.dynamics, z0, t_span, call.plan, trace=trace)
         if call.watched is not None and trace is not call.watched:
@@ -119,7 +119,7 @@ class _Adjoint(torch.autograd.Function):
 
 
 def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
-    """Where the times of ``t_span`` are among the outputs ``t``, which hold more where every step is an output."""
+    """Where the times of ``t_span`` are among the outputs ``t``, which hold more if every step is an output."""
     return {int((t - time).abs().argmin()): j for j, time in enumerate(t_span)}
 
 
@@ -131,7 +131,7 @@ class _Backward:
     """The backward system of one solve and the parameters' gradients that it accumulates."""
 
     def __init__(
-        self, call: _Call, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
+        self, call: _AdjointCall, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
     ) -> None:
         self.dynamics = call.dynamics
         self.plan = replace(
@@ -162,7 +162,7 @@ class _Backward:
 
         solution = integrate(adjoint_system, state, torch.stack([t1, t0]), self.plan)
         for i, gradient in enumerate(self.gradients):
-            # of shape [1] for a scalar parameter where times have that shape
+            # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)
         return solution.z[-1] if path is not None else solution.z[-1, 1]
 
@@ -211,7 +211,7 @@ class _Path:
         s = (t - t0) / h
         z = z0 + s * (z1 - z0)
         bend = (1 - s) * (h * v0 - (z1 - z0)) - s * (h * v1 - (z1 - z0))
-        return z + s * (1 - s) * bend
+        return (z + s * (1 - s) * bend).to(z0.dtype)
 
     def _velocity(self, knot: int) -> Tensor:
         if knot not in self.velocities:

@@ -8,13 +8,24 @@ from typing import Literal
 
 from ..errors import ConfigError, suggest
 
-__all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver"]
+__all__ = [
+    "ADAPTIVE_METHODS",
+    "DEFAULT_MAX_NFE",
+    "FIXED_METHODS",
+    "GRADIENTS",
+    "METHODS",
+    "TRACE_QUADRATURES",
+    "Solver",
+]
 
 FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
 ADAPTIVE_METHODS = ("dopri5", "tsit5")
 METHODS = FIXED_METHODS + ADAPTIVE_METHODS
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
 TRACE_QUADRATURES = ("full", "sampled")
+
+DEFAULT_MAX_NFE = 100_000
+"""Evaluations that an adaptive solve may use unless it is told otherwise: a stiff field must not run for ever."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +36,21 @@ class Solver:
         method: fixed grid: ``euler``, ``midpoint``, ``rk4`` (classical), ``rk4_38`` (3/8 rule, the paper's);
             adaptive: ``dopri5``, ``tsit5``.
         step: longest step of a fixed grid; each interval of ``t_span`` is divided evenly into steps no longer
-            than it. None: one step per interval. ``"auto"``, for training by a recipe alone: the coarsest that
-            agrees with an adaptive solve, measured now and then. Adaptive methods do not use it.
+            than it. None: one step per interval. ``"auto"``, only for training by a recipe: the coarsest step
+            that agrees with an adaptive solve, measured now and then. Adaptive methods do not use it.
         atol: absolute tolerance of an adaptive method; fixed grids use no tolerance.
-        rtol: relative tolerance, likewise.
+        rtol: relative tolerance of an adaptive method.
         first_step: first trial step of an adaptive method; None estimates one with one more evaluation.
-        max_nfe: most evaluations that one solve may use; None: no limit.
+        max_nfe: most evaluations that one solve may use; None: 100,000 for an adaptive method, no limit for a
+            fixed grid.
         gradient: ``autograd`` keeps all activations; ``checkpointed`` gives the same gradient with the
             activations of one step at a time, for one more evaluation pass; ``adjoint`` solves the continuous
-            adjoint backward (the paper's; its gradient differs from that of the discrete loss by the
+            adjoint backward (as in the paper; its gradient differs from that of the discrete loss by the
             discretisation error); ``interpolated_adjoint`` does so along an interpolant of the forward states.
         trace_quadrature: ``full``, or ``sampled``: in each step of a fixed grid, products with the Jacobian are
             evaluated at one stage only, drawn with the probability that is its quadrature weight; unbiased.
         atol_adjoint: tolerance of an adaptive continuous adjoint; None: as ``atol``.
-        rtol_adjoint: likewise, None: as ``rtol``.
+        rtol_adjoint: relative tolerance of the same; None: as ``rtol``.
 
     Raises:
         ConfigError: for an unknown name or a number out of range.

@@ -1,19 +1,21 @@
-"""The ends that a solve can come to other than its final time, each with one message that says what to try."""
+"""Checks of a solve: its times, whether it stayed finite, and the errors it can end in, each with what to try."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, SolverError
+from .host import read
 
 __all__ = [
     "HealthCheck",
     "check_health",
     "check_time",
+    "fail_integrals",
     "fail_max_nfe",
     "fail_nonfinite",
     "fail_underflow",
@@ -22,16 +24,16 @@ __all__ = [
 
 
 def health(*tensors: Tensor | None) -> Tensor:
-    """A number that is finite exactly where all entries are, without waiting for the device.
+    """A number that is finite if and only if all entries are, without waiting for the device.
 
-    (The sum of finite entries can overflow only where they are about to.)
+    (The sum of finite entries can overflow only if they are about to.)
     """
     sums = [x.detach().sum() for x in tensors if x is not None]
     return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
 
 
 class HealthCheck(NamedTuple):
-    """Whether a solve on a fixed grid stayed finite, as long as nobody has asked the device.
+    """Whether a solve on a fixed grid stayed finite; nobody has asked the device yet.
 
     Attributes:
         values: one entry for each step, ``(steps,)``, that is finite if the solve still was.
@@ -43,15 +45,14 @@ class HealthCheck(NamedTuple):
 
 
 def check_health(checks: Sequence[HealthCheck]) -> None:
-    """One look at the device for all of these solves; none on ``meta``, where there is nothing to see.
+    """One look at the device for all of these solves; none if there is nothing to see (``meta``, ``vmap``).
 
     Raises:
         SolverError: of the first one that is no longer finite.
     """
     if not checks:
         return
-    values = torch.cat([check.values for check in checks])
-    if values.is_meta or bool(torch.isfinite(values).all()):
+    if read(torch.isfinite(torch.cat([check.values for check in checks])).all()) in (True, None):
         return
     for check in checks:
         bad = (~torch.isfinite(check.values)).nonzero()
@@ -62,11 +63,31 @@ def check_health(checks: Sequence[HealthCheck]) -> None:
 def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:
     raise SolverError(
         "nonfinite",
-        "the state, its log-determinant or a penalty is no longer finite",
+        "the state or its log-determinant is no longer finite",
         "The dynamics have exploded: lower the learning rate, raise lambda of 'jacfrob' or 'kinetic', shorten the "
         "step or tighten the tolerances; check the input for NaN.",
         t=t, step=step, nfe=nfe,
     )  # fmt: skip
+
+
+def fail_integrals(
+    z: Tensor, logdet: Tensor | None, penalties: Mapping[str, Tensor], t: float, step: int, nfe: int
+) -> NoReturn:
+    """Fail with the name of the first penalty that is not finite, unless the state or the logdet is not."""
+    name = next((name for name, x in penalties.items() if not _is_finite(x)), None)
+    if name is None or not _is_finite(z) or not (logdet is None or _is_finite(logdet)):
+        fail_nonfinite(t, step, nfe)
+    raise SolverError(
+        "nonfinite",
+        f"the penalty {name!r} is no longer finite, but the state is",
+        "Its rate must be finite at every state on the way: look for a division by zero, a root or a logarithm of "
+        "zero, and for numbers too large for the state's precision.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x.detach()).all())
 
 
 def fail_underflow(t: float, step: int, nfe: int, dt: float) -> NoReturn:
@@ -83,8 +104,8 @@ def fail_max_nfe(t: float, step: int, nfe: int, limit: int) -> NoReturn:
     raise SolverError(
         "max_nfe",
         f"the budget of {limit} evaluations is used up",
-        "Raise max_nfe, loosen atol and rtol, or raise lambda of 'jacfrob' or 'kinetic' so that the dynamics stay "
-        "simple.",
+        f"Raise it, for example to max_nfe={10 * limit}, loosen atol and rtol, or raise lambda of 'jacfrob' or "
+        "'kinetic' so that the dynamics stay simple. A stiff field may need a fixed grid.",
         t=t, step=step, nfe=nfe,
     )  # fmt: skip
 

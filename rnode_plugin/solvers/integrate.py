@@ -1,4 +1,4 @@
-"""The one integrator: fixed grid or adaptive steps, either way in time, penalties outside the error norm."""
+"""integrate: the one integrator, for fixed grids and adaptive steps, in both directions of time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..types import BoundDynamics, Solution
 from .adaptive import Adaptive
-from .health import HealthCheck, check_health, fail_max_nfe, fail_nonfinite, health
+from .health import HealthCheck, check_health, fail_integrals, fail_max_nfe, fail_nonfinite, health
 from .plan import SolvePlan
 from .step import StepTaker, step_taker, weight_row
 from .totals import Totals
@@ -45,7 +45,7 @@ def integrate(
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
     counts = [] if plan.method.adaptive else _substeps(t_span, plan.step)
-    host_knows = not plan.method.adaptive and t_span.device.type == "cpu" and not t_span.requires_grad
+    host_knows = t_span.device.type == "cpu" and (plan.method.adaptive or not t_span.requires_grad)
     if not host_knows:
         t_span = t_span.to(z0.device)
     keep_inputs_at = (z0, t_span[0].to(z0.device)) if plan.gradient == "checkpointed" else None
@@ -93,11 +93,14 @@ def _fixed(
             times.append(outputs[k])
             states.append(z)
             logdets.append(totals.logdet)
-    # what is not finite stays so, and of the integrals the end will do
+    # what is not finite stays so: it is enough to look at the integrals at the end
     checks[-1] = health(z, totals.logdet, *totals.penalties.values())
 
     def fail(bad: int) -> NoReturn:
-        fail_nonfinite(_grid_time(t_span, counts, bad), bad, (bad + 1) * totals.nfe // totals.steps)
+        where = (_grid_time(t_span, counts, bad), bad, (bad + 1) * totals.nfe // totals.steps)
+        if bad < totals.steps - 1:
+            fail_nonfinite(*where)
+        fail_integrals(z, totals.logdet, totals.penalties, *where)
 
     return totals.solution(times, states, logdets), HealthCheck(torch.stack(checks), fail)
 
@@ -140,7 +143,7 @@ def _substeps(t_span: Tensor, step: float | None) -> list[int]:
     if step is None:
         return [1] * (len(t_span) - 1)
     times = t_span.detach().tolist()
-    # forgiving rounding: 1 / 0.1 is ten steps, not eleven
+    # forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four
     return [max(1, math.ceil(abs(b - a) / step - 1e-6)) for a, b in itertools.pairwise(times)]
 
 
@@ -158,6 +161,6 @@ def _draw_stage(plan: SolvePlan, generator: torch.Generator | None) -> int | Non
     """The stage that stands for the step in a sampled quadrature, drawn with its weight as probability."""
     if plan.trace_quadrature != "sampled":
         return None
-    assert plan.method.weights is not None  # a sampled quadrature is for the methods known by name
+    assert plan.method.weights is not None  # only methods known by name have a sampled quadrature
     weights = weight_row(plan.method.weights, torch.float64, torch.device("cpu"))
     return int(torch.multinomial(weights, 1, generator=generator))

@@ -1,13 +1,14 @@
-"""A :class:`~rnode_plugin.solvers.Solver` made concrete: what the integrator is told."""
+"""SolvePlan: all that the integrator is told about one solve."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .config import Solver
+from .config import DEFAULT_MAX_NFE, Solver
 from .tableaus import Method, get_method
 
 __all__ = ["SolvePlan"]
@@ -15,12 +16,19 @@ __all__ = ["SolvePlan"]
 
 @dataclass(frozen=True)
 class SolvePlan:
-    """A :class:`Solver` made concrete; see there for the meaning of the fields.
+    """A :class:`Solver` made concrete, or a solver object of torchdyn's.
 
-    ``keep`` says for each time of ``t_span`` whether its state is an output (fixed grids; None: all are).
-    ``interpolator`` is torchdyn's: output times between steps are interpolated instead of stepped to.
-    ``every_step`` makes each accepted step of an adaptive method an output, next to the times of ``t_span``.
-    ``adjoint`` says how a continuous adjoint goes back; None: as the solve itself.
+    Args:
+        method: how to take a step.
+        step, atol, rtol, first_step, max_nfe, gradient, trace_quadrature: as in :class:`Solver`. Tolerances may be
+            zero, but not both.
+        keep: for each time of ``t_span`` whether its state is an output (fixed grids); None: all are.
+        interpolator: torchdyn's: output times between steps are interpolated instead of stepped to.
+        every_step: makes each accepted step of an adaptive method an output, next to the times of ``t_span``.
+        adjoint: how a continuous adjoint goes back; None: as the solve itself.
+
+    Raises:
+        ConfigError: for a tolerance that is negative or not finite, and for two that are zero.
     """
 
     method: Method
@@ -35,6 +43,22 @@ class SolvePlan:
     interpolator: Any = None
     every_step: bool = False
     adjoint: SolvePlan | None = None
+
+    def __post_init__(self) -> None:
+        tolerances = {"atol": self.atol, "rtol": self.rtol}
+        for name, value in tolerances.items():
+            # a tensor of tolerances is looked at where it is given: here a look would cost each solve a wait
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a finite number >= 0, not {value!r}.")
+        if self.method.adaptive and all(isinstance(x, (int, float)) and x == 0 for x in tolerances.values()):
+            raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
+
+    @property
+    def budget(self) -> int | None:
+        """The most evaluations of the solve; None: no limit."""
+        if self.max_nfe is None and self.method.adaptive:
+            return DEFAULT_MAX_NFE
+        return self.max_nfe
 
     @classmethod
     def of(cls, solver: Solver) -> SolvePlan:

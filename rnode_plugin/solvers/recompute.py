@@ -76,8 +76,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: FlatCall, *tensors: Tensor) -> tuple[Tensor, ...]:
-        kind = tensors[0].device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.autocast = _autocast_of(tensors[0].device.type)
         ctx.random = (torch.get_rng_state(), *get_device_states(*tensors[: call.count]))
         outputs = call.run(tensors[: call.count])
         call.forget()
@@ -95,7 +94,7 @@ class _Replay(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         # all require a gradient, so that nothing inside makes a leaf of its own from one that does not
         inputs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in tensors[: call.count]]
-        with torch.enable_grad(), _random_state(*ctx.random), _autocast(*ctx.autocast):
+        with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
             start = next_number(torch.zeros((), requires_grad=True))
             outputs = call.run(inputs)
         known = [*inputs, *tensors[call.count :]]
@@ -131,5 +130,9 @@ def _random_state(cpu: Tensor, devices: list[int], states: list[Tensor]) -> Iter
         yield
 
 
-def _autocast(kind: str, dtype: torch.dtype, enabled: bool) -> torch.autocast:
-    return torch.autocast(kind, dtype=dtype, enabled=enabled)
+def _autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """A context of autocast as it is now on devices of this kind."""
+    if not torch.amp.is_autocast_available(kind):  # such as meta
+        return contextlib.nullcontext
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)

@@ -91,7 +91,7 @@ def _combine(x: Tensor | None, dt: Tensor, row: Sequence[float], stages: Sequenc
     if x is not None and dt.device != x.device:  # a length that the host knows: one operation per stage
         for weight, stage in zip(row, stages, strict=False):
             if weight:
-                x = torch.add(x, stage, alpha=weight * float(dt))
+                x = torch.add(x, stage, alpha=weight * float(dt.detach()))
         return x
     total: Tensor | None = None
     for weight, stage in zip(row, stages, strict=False):

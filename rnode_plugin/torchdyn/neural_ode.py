@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torchsde
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
 
+from ..core.nested import tree_map_only
 from ..core.no_data_parallel import OneProcessADevice
 from ..core.regularizers import Weighted, check_lambda, kind_of, span_policy, strength_at, undivided
 from ..core.trace_estimators import get_estimator

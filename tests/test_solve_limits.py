@@ -1,0 +1,164 @@
+"""What a solve may not do: run for ever, lose a NaN, wait for the device, or fail on an empty batch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from problems import Linear, Wave
+from torch import Tensor
+
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.regularizers import jacfrob, kinetic
+from rnode_plugin.core.trace_estimators import Exact
+from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, Solver, config, solve
+from rnode_plugin.solvers.plan import SolvePlan
+from rnode_plugin.solvers.tableaus import get_method
+from rnode_plugin.types import Rates
+
+T = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+
+def decay(t: Tensor, z: Tensor, *, products: bool = True, rate: float = 1.0) -> Rates:
+    return Rates(-rate * z, None, {})
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rnode_plugin.solvers.plan.DEFAULT_MAX_NFE", 300)
+    stiff = functools.partial(decay, rate=1e5)
+    with pytest.raises(SolverError, match=r"budget of 300 evaluations.* max_nfe=3000") as caught:
+        solve(stiff, torch.ones(1, 1, dtype=torch.float64), T, Solver(method))
+    assert caught.value.reason == "max_nfe"
+    assert caught.value.nfe <= 300
+    solve(stiff, torch.ones(1, 1, dtype=torch.float64), T / 1e4, Solver(method, max_nfe=3000))
+
+
+def test_the_default_budget_is_generous_and_for_adaptive_methods_only() -> None:
+    assert config.DEFAULT_MAX_NFE >= 100_000
+    assert SolvePlan.of(Solver("dopri5")).budget == config.DEFAULT_MAX_NFE
+    assert SolvePlan.of(Solver("dopri5", max_nfe=7)).budget == 7
+    assert SolvePlan.of(Solver("rk4")).budget is None
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["atol", "rtol"])
+def test_a_plan_refuses_tolerances_that_are_none(name: str, bad: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a finite number >= 0"):
+        SolvePlan(get_method("dopri5"), **{name: bad})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_plan_refuses_to_ask_for_no_error_at_all() -> None:
+    with pytest.raises(ConfigError, match="both 0"):
+        SolvePlan(get_method("dopri5"), atol=0.0, rtol=0.0)
+    SolvePlan(get_method("dopri5"), atol=0.0)
+    SolvePlan(get_method("rk4"), atol=0.0, rtol=0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
+    def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return Rates(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
+
+    with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
+        solve(rates, torch.ones(2, 2), T.float(), Solver(method))
+    assert caught.value.reason == "nonfinite"
+    assert "exploded" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_that_explodes_is_not_blamed_on_the_penalties(method: str) -> None:
+    def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        dz = torch.where(t > 0.5, torch.inf, z)
+        return Rates(dz, None, {"kinetic": dz.square().sum(1)})
+
+    with pytest.raises(SolverError, match=r"the state .* is no longer finite.* exploded"):
+        solve(rates, torch.ones(2, 2), T.float(), Solver(method, step=0.2))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_batch_stays_empty(method: str, gradient: str) -> None:
+    z, field = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True), Wave()
+    bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(torch.zeros_like(z))
+    s = solve(bound, z, torch.tensor([1.0, 0.3, 0.0]).double(), Solver(method, gradient=gradient))
+    assert s.logdet is not None
+    assert (s.z.shape, s.logdet.shape, s.penalties["jacfrob"].shape) == ((3, 0, 3), (3, 0), (0,))
+    (s.z.sum() + s.logdet.sum() + s.penalties["jacfrob"].sum()).backward()
+    assert z.grad is not None
+    assert z.grad.shape == (0, 3)
+    assert field.a.grad is None or not field.a.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
+    """Right within its precision, or refused in one sentence."""
+    field, noise = Linear().to(dtype), torch.ones(2, 3, dtype=dtype)
+    bound = Dynamics(field, regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None)
+    exact = solve(
+        Dynamics(Linear(), regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None), noise.double(), T
+    )
+    assert exact.logdet is not None
+    precision = torch.finfo(dtype).eps
+    for method in ("rk4", "dopri5"):
+        z = noise.clone().requires_grad_()
+        s = solve(bound, z, T.float(), Solver(method, atol=precision, rtol=precision, gradient=gradient))
+        assert s.z.dtype is dtype
+        assert s.logdet is not None
+        torch.testing.assert_close(s.z[-1].double(), exact.z[-1], rtol=4 * precision, atol=4 * precision)
+        torch.testing.assert_close(s.logdet[-1].double(), exact.logdet[-1], rtol=4 * precision, atol=4 * precision)
+        (s.z.sum() + s.penalties["jacfrob"].sum()).backward()
+        assert z.grad is not None
+        assert bool(z.grad.isfinite().all())
+    with pytest.raises(ConfigError, match=r"dopri5 cannot meet a tolerance of 1e-05 with a state in torch\."):
+        solve(bound, noise, T.float(), Solver("dopri5", gradient=gradient))
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_the_number_of_steps_forgives_rounding_and_nothing_more(method: str) -> None:
+    """1.1 - 0.8 is a little more than 0.3: three steps of 0.1, not four. What is longer by 1e-4 takes a fourth."""
+    for end, steps in ((1.1, 3), (1.10001, 4)):
+        t = torch.tensor([0.8, end], dtype=torch.float64)
+        assert float(t[1] - t[0]) > 0.3
+        assert solve(decay, torch.ones(1, 1, dtype=torch.float64), t, Solver(method, step=0.1)).stats.steps == steps
+
+
+class Watched(Tensor):
+    """A tensor that counts what is read from it and from all that is computed from it."""
+
+    reads = 0
+    ASKING = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in cls.ASKING:
+            cls.reads += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_each_attempted_step_reads_one_number(method: str) -> None:
+    field = Wave()
+    bound = Dynamics(field, regularizers=[kinetic]).bind(torch.ones(2, 3, dtype=torch.float64))
+    z = torch.ones(2, 3, dtype=torch.float64).as_subclass(Watched)
+    t = torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64)
+    for first_step, more in ((None, 2), (1.5, 0)):
+        Watched.reads = 0
+        with torch.no_grad():
+            s = solve(bound, z, t, Solver(method, atol=1e-6, rtol=1e-6, first_step=first_step))
+        assert s.stats.rejected > 0
+        attempts = s.stats.steps + s.stats.rejected
+        assert Watched.reads == attempts + more + 1  # and one look at the penalties
+
+
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_a_fixed_grid_reads_one_number_in_all(method: str) -> None:
+    bound = Dynamics(Wave(), regularizers=[kinetic, jacfrob]).bind(torch.ones(2, 3, dtype=torch.float64))
+    z = torch.ones(2, 3, dtype=torch.float64).as_subclass(Watched)
+    Watched.reads = 0
+    solve(bound, z, torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64), Solver(method))
+    assert Watched.reads == 1

@@ -1,0 +1,118 @@
+"""Solves inside the transforms of torch.func and on the device meta, against plain autograd."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from problems import Wave
+from torch import Tensor
+
+from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.regularizers import jacfrob, kinetic
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import FIXED_METHODS, Solver, solve
+
+T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+Z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+NOISE = torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(4, 3)
+FIELD = Wave()
+WEIGHTS = {name: p.detach() for name, p in FIELD.named_parameters()}
+close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+GRADIENTS = ("autograd", "checkpointed", "adjoint")
+
+
+def losses(z: Tensor, solver: Solver, *, weights: Mapping[str, Tensor] = WEIGHTS, noise: Tensor = NOISE) -> Tensor:
+    """One number for each sample that reads the states, the log-determinant and both penalties."""
+
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        return torch.func.functional_call(FIELD, dict(weights), (t, z))
+
+    s = solve(Dynamics(field, regularizers=[kinetic, jacfrob]).bind(noise), z, T, solver)
+    assert s.logdet is not None
+    total = s.z.square().sum((0, 2)) + 0.3 * s.logdet.sum(0)
+    return total + 0.7 * s.penalties["kinetic"] + 0.2 * s.penalties["jacfrob"]
+
+
+def fixed(method: str = "rk4", gradient: str = "autograd") -> Solver:
+    return Solver(method, step=0.25, gradient=gradient)
+
+
+def by_autograd(solver: Solver) -> tuple[Tensor, Tensor]:
+    """Gradients of the summed losses with respect to the state and one of the weights."""
+    z, a = Z.clone().requires_grad_(), WEIGHTS["a"].clone().requires_grad_()
+    total = losses(z, solver, weights={**WEIGHTS, "a": a}).sum()
+    dz, da = torch.autograd.grad(total, [z, a])
+    return dz, da
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("method", FIXED_METHODS)
+def test_grad_vjp_and_jvp(method: str, gradient: str) -> None:
+    dz, da = by_autograd(fixed(method))
+    solver = fixed(method, gradient)
+    of_z = torch.func.grad(lambda z: losses(z, solver).sum())(Z)
+    of_a = torch.func.grad(lambda a: losses(Z, solver, weights={**WEIGHTS, "a": a}).sum())(WEIGHTS["a"])
+    value, pull = torch.func.vjp(lambda z: losses(z, solver), Z)[:2]
+    pushed = torch.func.jvp(lambda z: losses(z, solver), (Z,), (NOISE,))[1]
+    close(of_z, dz)
+    close(of_a, da)
+    close(pull(torch.ones_like(value))[0], dz)
+    close(pushed, (dz * NOISE).sum(1))  # samples do not mix
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_vmap_and_jacrev(gradient: str) -> None:
+    solver = fixed(gradient=gradient)
+
+    def one(z: Tensor, noise: Tensor) -> Tensor:
+        return losses(z[None], solver, noise=noise[None])[0]
+
+    dz, _ = by_autograd(fixed())
+    close(torch.func.vmap(one)(Z, NOISE), losses(Z, fixed()))
+    close(torch.func.vmap(torch.func.grad(one))(Z, NOISE), dz)
+    jacobian = torch.func.jacrev(lambda z: losses(z, solver))(Z)
+    close(jacobian.sum(0), dz)
+
+
+def test_an_ensemble_of_weights() -> None:
+    """As in torch's own guide: one solve for stacked weights."""
+    scales = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    stacked = {name: torch.stack([s * p for s in scales]) for name, p in WEIGHTS.items()}
+    together = torch.func.vmap(lambda w: losses(Z, fixed(), weights=w))(stacked)
+    alone = [losses(Z, fixed(), weights={name: s * p for name, p in WEIGHTS.items()}) for s in scales]
+    close(together, torch.stack(alone))
+
+
+def test_nobody_elses_tensor_is_made_to_require_a_gradient() -> None:
+    z, noise, t = Z.clone(), NOISE.clone(), T.clone()
+    for method in ("rk4", "dopri5"):
+        solve(Dynamics(FIELD, regularizers=[jacfrob]).bind(noise), z, t, Solver(method))
+    assert not any(x.requires_grad for x in (z, noise, t))
+
+
+def test_adaptive_steps_inside_of_grad_and_not_inside_of_vmap() -> None:
+    solver = Solver("dopri5")
+    dz, _ = by_autograd(solver)
+    close(torch.func.grad(lambda z: losses(z, solver).sum())(Z), dz)
+    for refused in (solver, Solver("dopri5", first_step=0.1)):
+        alone = functools.partial(losses, solver=refused, noise=NOISE[:1])
+        with pytest.raises(ConfigError, match=r"dopri5 chooses its steps .* use a fixed grid"):
+            torch.func.vmap(lambda z, alone=alone: alone(z[None]))(Z)
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "checkpointed"])
+def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradient: str) -> None:
+    """Tensors without numbers refuse every question that has to be answered on the host."""
+    field = Wave().to("meta")
+    z = torch.empty(2, 3, dtype=torch.float64, device="meta", requires_grad=True)
+    bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(torch.empty_like(z))
+    s = solve(bound, z, T, fixed(gradient=gradient))
+    assert s.logdet is not None
+    (s.z.sum() + s.logdet.sum() + s.penalties["jacfrob"].sum()).backward()
+    assert z.grad is not None
+    assert z.grad.is_meta
+    with pytest.raises(ConfigError, match="device meta"):
+        solve(bound, z, T, Solver("dopri5"))
