@@ -17,13 +17,9 @@ from torch.autograd.function import BackwardCFunction
 
 from ..errors import RnodeError
 from ..types import FieldWithJVP, FieldWithVJP, VectorField
+from .transformed import in_transform
 
-__all__ = ["FieldDerivatives", "field_and_vjp", "in_transform", "vjp_of"]
-
-
-def in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is running: autograd's own functions fail inside of one."""
-    return torch._C._are_functorch_transforms_active()
+__all__ = ["FieldDerivatives", "field_and_vjp", "vjp_of"]
 
 
 def field_and_vjp(field: VectorField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

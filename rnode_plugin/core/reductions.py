@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from .transformed import is_transformed
 
 __all__ = ["sum_event", "sum_products", "sum_squares"]
 
@@ -22,21 +23,16 @@ def sum_event(x: Tensor) -> Tensor:
 
 def sum_products(x: Tensor, y: Tensor) -> Tensor:
     """``sum x y`` over all but the first dimension: two ``(B, *event)`` to ``(B,)``."""
-    if x.device.type == "cpu" or _is_transformed(x, y):
+    if x.device.type == "cpu" or is_transformed(x, y):
         return (x * y).flatten(1).sum(1)
     return _Products.apply(x, y)  # pyright: ignore[reportReturnType]
 
 
 def sum_squares(x: Tensor) -> Tensor:
     """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
-    if x.device.type == "cpu" or _is_transformed(x):
+    if x.device.type == "cpu" or is_transformed(x):
         return x.square().flatten(1).sum(1)
     return _Squares.apply(x)  # pyright: ignore[reportReturnType]
-
-
-def _is_transformed(*tensors: Tensor) -> bool:
-    active = torch._C._are_functorch_transforms_active()
-    return active or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 class _Products(torch.autograd.Function):

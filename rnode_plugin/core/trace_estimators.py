@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from ..types import FieldWithVJP, VectorField
-from .derivatives import field_and_vjp, in_transform, vjp_of
+from .derivatives import field_and_vjp, vjp_of
 from .reductions import sum_products, sum_squares
+from .transformed import in_transform
 
 __all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Probes", "TraceEstimator", "get_estimator"]
 

@@ -130,7 +130,9 @@ class _SoftplusByOutput(_Softplus):
     def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
         if g.shape != a.shape or g.stride() != a.stride():
             return super().pull(a, u, g)
-        return _aten.softplus_backward(g, a, 1, self._threshold, grad_input=a)  # new memory costs more than the sums
+        return _aten.softplus_backward(
+            g, a, 1, self._threshold, grad_input=a
+        )  # new memory costs more than the sums
 
     def kept_slope(self, kept: Tensor) -> Tensor:
         return torch.neg(kept).exp_()

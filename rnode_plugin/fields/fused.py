@@ -12,7 +12,8 @@ backpropagation from D picks those up. A pass keeps one tensor for ``a_k`` and o
 evaluation and its gradient take six times the convolutions of a forward pass, without a double backward; the
 velocity alone takes three.
 
-All parameters are one row (:func:`~rnode_plugin.fields.prepared.pack`), so an evaluation has one gradient for them.
+All parameters are one row (:attr:`~rnode_plugin.fields.prepared.FastParts.packed`), so an evaluation has one
+gradient for them.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.transformed import is_transformed
 from .activations import Activation
 from .autocast import without_autocast
 from .kernels.compile import compiled
 from .prepared import FastParts, Stack, Structure, run_stack, run_vjp, unpack
-from .transforms_active import needs_plain_pass
 
 __all__ = ["pull_noise", "run_fused", "run_velocity"]
 
@@ -45,7 +46,7 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
 def run_velocity(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
     """As :func:`~rnode_plugin.fields.prepared.run_stack`, saving half as much for the backward pass."""
     t, fast = _time(t, z), stack.fast
-    if fast is None or needs_plain_pass(t, z, fast.packed):
+    if fast is None or is_transformed(t, z, fast.packed):
         return run_stack(stack, t, z)
     dz, *_ = _Velocity.apply(_Fixed(stack.structure, fast), t, z, fast.packed)  # pyright: ignore[reportGeneralTypeIssues]
     return dz
@@ -58,7 +59,7 @@ def run_fused(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor) -> tup
     """
     t, fast = _time(t, z), stack.fast
     linear = len(stack.structure.shapes) == 1  # its Jacobian depends on nothing
-    if linear or fast is None or needs_plain_pass(t, z, pulled, fast.packed):
+    if linear or fast is None or is_transformed(t, z, pulled, fast.packed):
         dz, product = run_vjp(stack, t, z, pulled)
         return dz, product.expand(*pulled.shape[: pulled.dim() - z.dim()], *z.shape)
     fixed = _Fixed(stack.structure, fast)
