@@ -24,6 +24,7 @@ from rnode_plugin.fields import (
     fused,
     linear_field,
 )
+from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.kernels import compile as compiling
 from rnode_plugin.fields.kernels import winograd
 from rnode_plugin.training.fit import fit
@@ -61,6 +62,18 @@ def both_ways(field: Any, z: torch.Tensor, **options: bool) -> tuple[list[torch.
     fast = numbers(field, z, **options)
     assert compiling.works()
     return plain, fast
+
+
+@needs_compiler
+def test_a_compiled_piece_equals_the_plain_one() -> None:
+    torch.manual_seed(0)
+    arguments = [ACTIVATIONS["softplus"], *torch.randn(3, 4, 5)]
+    plain = fused._join(ACTIVATIONS["softplus"], *(x.clone() for x in arguments[1:]))
+    assert fused.compiled(fused._join) is not fused._join
+    fast = fused.compiled(fused._join)(ACTIVATIONS["softplus"], *(x.clone() for x in arguments[1:]))
+    assert compiling.works()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(fast, plain)
 
 
 # in a process where something has imported the standard library's distutils before, torch's compiler may not start
@@ -113,7 +126,7 @@ def test_in_training_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == []
     assert compile_fields(field) == 1
     numbers(field, z)
-    between = {"_activate", "_pull", "_bend", "_follow", "_join"}
+    between = {"_activate", "_pull", "_bend", "_follow", "_join", "_pull_kept"}
     assert set(called) == between | {"_spread", "_gather", "_spread_transposed", "_gather_transposed"}
     called.clear()
     numbers(field.eval(), z)
@@ -133,7 +146,7 @@ def test_a_run_says_that_it_compiles_and_changes_nothing_else(
     assert said[0] == "compiling: the first step takes longer"
     assert said[1].startswith("compiled in ")
     assert len(said) == 2
-    assert len(seen) == len(set(seen)) == 5  # the pieces of a narrow field
+    assert len(seen) == len(set(seen)) == 6  # the pieces of a narrow field
     assert rows(plain.folder.path) == rows(fast.folder.path)
     a, b = (read_checkpoint(each.folder.last)["state_dict"] for each in (plain, fast))
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -9,15 +9,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.utils.checkpoint import checkpoint
 
+from rnode_plugin.core.transforms_active import transforms_active
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
-from rnode_plugin.fields.activations import ACTIVATIONS
+from rnode_plugin.fields.activations import ACTIVATIONS, Activation
 from rnode_plugin.fields.stack import PreparedStack
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of the activations that is for other devices than a CPU."""
+    monkeypatch.setattr(type(ACTIVATIONS["softplus"]), "on", Activation.on)
 
 
 def make_field(kind: str, activation: str = "softplus", *, dtype: torch.dtype = torch.float64) -> FusedStackField:
@@ -376,8 +383,79 @@ def test_a_velocity_saves_half_of_what_autograd_saves() -> None:
     assert hidden_tensors_saved(conv_field(2, hidden=6, fused=False).double().prepare(z), t, z) == 6
 
 
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("kind", SHAPES)
+def test_softplus_as_on_a_device_equals_autograd(kind: str) -> None:
+    field = make_field(kind)
+    t, z, noise = make_inputs(kind)
+    wanted = [t, z, noise, *field.parameters()]
+    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
+        assert relative(a, b) < 1e-12
+    for a, b in zip(
+        torch.autograd.grad(field.prepare(z)(t, z), wanted[:2], noise.detach()),
+        torch.autograd.grad(field(t, z), wanted[:2], noise.detach()),
+        strict=True,
+    ):
+        assert relative(a, b) < 1e-12
+
+
 def test_torch_func_still_differentiates_a_field() -> None:
     field = make_field("conv")
     t, z, noise = (x.detach() for x in make_inputs("conv"))
-    _, pull = torch.func.vjp(lambda z: field(t, z), z)
-    assert relative(pull(noise)[0], field.forward_and_vjp(t, z, noise)[1]) < 1e-12
+    for function in (field, field.prepare(z)):
+        _, pull = torch.func.vjp(lambda z, function=function: function(t, z), z)
+        assert relative(pull(noise)[0], field.forward_and_vjp(t, z, noise)[1]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_fused_field_under_the_transforms_of_torch_func(kind: str) -> None:
+    field = make_field(kind)
+    t, z, noise = (x.detach() for x in make_inputs(kind))
+    prepared = field.prepare(z, noise)
+
+    def product(z: Tensor) -> Tensor:
+        return prepared.forward_and_vjp(t, z, noise)[1]
+
+    expected = torch.autograd.functional.jacobian(lambda z: plain(field, t, z, noise)[1], z.requires_grad_())
+    z = z.detach()
+    assert relative(torch.func.jacrev(product)(z), expected) < 1e-12
+    assert relative(torch.func.jacfwd(product)(z), expected) < 1e-12
+    direction = torch.randn_like(z)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(product(forward_ad.make_dual(z, direction))).tangent
+    assert relative(tangent, torch.func.jvp(product, (z,), (direction,))[1]) < 1e-12
+    many = torch.stack([z, 2 * z, z - 1])
+    for a, b in zip(torch.func.vmap(product)(many), many, strict=True):
+        assert relative(a, product(b)) < 1e-12
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(field, parameters, (t, z)).square().sum()
+
+    found = torch.func.grad(loss)({name: p.detach() for name, p in field.named_parameters()})
+    direct = torch.autograd.grad(field.prepare(z)(t, z).square().sum(), list(field.parameters()))
+    for a, b in zip(found.values(), direct, strict=True):
+        assert relative(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_product_along_a_direction_of_state_and_time(kind: str, activation: str) -> None:
+    field = make_field(kind, activation)
+    t, z, v = make_inputs(kind)
+    dt = torch.tensor(-1.3, dtype=torch.float64)
+    expected = torch.func.jvp(field, (t, z), (dt, v))
+    found = field.prepare(z).forward_and_jvp(t, z, v, dt)
+    wanted = [t, z, v, *field.parameters()]
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a, b) < 1e-12
+    for a, b in zip(gradients(*found, wanted), gradients(*expected, wanted), strict=True):
+        assert relative(a, b) < 1e-11
+    assert relative(field.forward_and_jvp(t, z, v)[1], torch.func.jvp(lambda z: field(t, z), (z,), (v,))[1]) < 1e-12
+
+
+def test_the_private_name_of_torch_that_transforms_are_asked_by() -> None:
+    assert not transforms_active()
+    seen: list[bool] = []
+    torch.func.vmap(lambda x: seen.append(transforms_active()) or x)(torch.zeros(2))
+    assert seen == [True]

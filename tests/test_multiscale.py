@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution
 
-from rnode_plugin.core.objective import standard_normal_log_prob
+from rnode_plugin import get_recipe
+from rnode_plugin.core.objective import objective, output_log_prob, standard_normal_log_prob
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.flows import multiscale
 from rnode_plugin.flows.multiscale import MultiscaleFlow, plan_stages
 from rnode_plugin.flows.transforms import logit, squeeze
 from rnode_plugin.solvers import Solver
+from rnode_plugin.training.cost.counting import count
 
 SHAPE = (1, 8, 8)
 ACCURATE = Solver(method="dopri5", atol=1e-8, rtol=1e-8)
@@ -352,3 +355,38 @@ def test_solver_is_an_attribute_and_an_argument() -> None:
     flow.solver = dataclasses.replace(flow.solver, step=0.5)
     assert flow(x).nfe == 6 * 8
     assert flow(x, solver=Solver(method="euler", step=1.0)).nfe == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "solver", "kernels", "gigabytes"),
+    [
+        ("mnist", Solver(step=0.25), 11_700, 215),
+        ("mnist", Solver(step=0.5, trace_quadrature="sampled"), 4_500, 64),
+        ("cifar10", Solver(step=0.25), 16_400, 297),
+    ],
+)
+def test_a_training_step_keeps_its_number_of_device_kernels(
+    recipe: str, solver: Solver, kernels: int, gigabytes: int
+) -> None:
+    settings = get_recipe(recipe)
+    with torch.device("meta"):
+        flow, x = settings.build_flow(), torch.empty(200, *settings.data.shape)
+
+    def step() -> None:
+        output = flow(x, solver=solver)
+        loss = objective(
+            output_log_prob(output), output.regularization, lambdas=settings.regularizers, dims=settings.dims
+        ).loss
+        loss.backward()
+
+    cost = count(step)
+    assert 0.97 * kernels < cost.kernels <= kernels
+    assert cost.bytes <= gigabytes * 1e9
+    assert cost.host_reads == 0
+
+
+def test_wrong_images_are_noticed_in_the_one_read_after_the_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, reads = make_flow(), []
+    monkeypatch.setattr(multiscale, "check_health", lambda checks: reads.append(len(checks)))
+    flow(255 * images(2))
+    assert reads == [1 + len(flow.fields)]

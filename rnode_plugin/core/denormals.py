@@ -1,10 +1,9 @@
 """flush_denormals: numbers too small for full precision become zero in this process.
 
-Where they come from: softplus of a very negative pre-activation a is exp(a), and so is its slope. In float32 both are
-denormal for a between -103 and -87, and products of small slopes over several layers, the weights' gradients and
-Adam's second moments get there sooner. Processors take up to a hundred times as long for an operation on such a
-number. No other form of the activation avoids them: the exact value is that small. It does not matter to a result, as
-it is smaller than the rounding of anything it is added to, so it may as well be zero.
+A number below 1e-38 in float32 is a denormal, and processors are slow on them: softplus of pre-activations near
+-95, whose value exp(-95) is one, takes 26 times as long as elsewhere, its product with a slope 17 times. Products
+of small slopes over several layers get there sooner. The exact value is that small, so no other form of an
+activation avoids it. It is smaller than the rounding of all that it is added to, so it may as well be zero.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ __all__ = ["flush_denormals"]
 
 
 def flush_denormals() -> bool:
-    """Treat denormal numbers as zero in this thread and in all threads that torch starts from now on.
+    """Treat denormal numbers as zero in this process: training, evaluation and sampling call it first.
 
-    The mode belongs to a thread. Threads take it from the one that starts them, so call this at the start of a
-    program, before the first parallel operation. A library must not call it: it would change a user's arithmetic.
+    It reaches torch's threads for parallel operations, and threads that are started later. A library must not call
+    it: it would change a user's arithmetic.
 
     Returns:
         Whether the processor can do it.

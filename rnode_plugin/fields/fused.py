@@ -12,7 +12,8 @@ backpropagation from D picks those up. A pass keeps one tensor for ``a_k`` and o
 evaluation and its gradient take six times the convolutions of a forward pass, without a double backward; the
 velocity alone takes three.
 
-All parameters are one row (:func:`~rnode_plugin.fields.prepared.pack`), so an evaluation has one gradient for them.
+All parameters are one row (:attr:`~rnode_plugin.fields.prepared.FastParts.packed`), so an evaluation has one
+gradient for them.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class _Convolution:
 
     def layout(self, x: Tensor) -> Tensor:
         if x.shape[1] > 1:
-            return x.contiguous(memory_format=torch.channels_last)
+            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # vmap knows no other way to say it
         # one channel is in both layouts, but torch goes by strides: give it those of the fast one
         batch, _, h, w = x.shape
         return x.reshape(batch, h, w, 1).permute(0, 3, 1, 2)

@@ -18,11 +18,9 @@ __all__ = [
     "Parts",
     "Stack",
     "Structure",
-    "pack",
     "run_jvp",
     "run_stack",
     "run_vjp",
-    "shifts",
     "unpack",
 ]
 
@@ -94,8 +92,8 @@ class FastParts:
 class Stack:
     """A stack for states of one shape.
 
-    It is made for one solve, with a graph that leads to the parameters: nothing in it can go stale, and what is done
-    here is not done again at each evaluation.
+    It is made for one solve, with a graph that leads to the parameters: nothing in it can go stale, and what is
+    done here is not done again at each evaluation.
 
     Attributes:
         structure: what it is.
@@ -143,7 +141,7 @@ class Stack:
             bias = torch.cat(biases).view(1, -1, *[1] * len(event))
             return cls(structure, weights[-1], Parts(weights, bias, products.response(torch.cat(times), z)))
         rows = [products.shift_rows(time, bias, event) for time, bias in zip(times, biases, strict=True)]
-        packed = pack(structure, weights, rows)
+        packed = _pack(structure, weights, rows)
         return cls(structure, weights[-1], None, _fast(structure, packed, compiled=compiled))
 
 
@@ -156,7 +154,7 @@ def _fast(structure: Structure, packed: Tensor, *, compiled: bool) -> FastParts:
     return FastParts(packed, tuple(maps), bias, response, compiled)
 
 
-def pack(structure: Structure, weights: Sequence[Tensor], shift_rows: Sequence[Tensor]) -> Tensor:
+def _pack(structure: Structure, weights: Sequence[Tensor], shift_rows: Sequence[Tensor]) -> Tensor:
     """All parameters in one row: weights, biases, responses, each layer by layer and in the order of memory."""
     biases, responses = zip(*(row.unbind() for row in shift_rows), strict=True)
     return torch.cat([*(structure.products.flatten(w) for w in weights), *biases, *responses])
@@ -179,7 +177,7 @@ def _as_map(structure: Structure, row: Tensor, outputs: int) -> Tensor:
     return structure.products.unflatten(row, (1, outputs, *structure.event))
 
 
-def shifts(stack: Stack, t: Tensor | float) -> tuple[Tensor, ...]:
+def _shifts(stack: Stack, t: Tensor | float) -> tuple[Tensor, ...]:
     """What bias and time add to the pre-activations of each layer, ``(1, out, ...)``."""
     structure, parts = stack.structure, stack.parts
     return (parts.bias + parts.response * t).to(structure.dtype).split(structure.outputs, dim=1)
@@ -235,7 +233,7 @@ def _pre_activations(stack: Stack, t: Tensor | float, z: Tensor) -> list[Tensor]
     structure, products = stack.structure, stack.structure.products
     found: list[Tensor] = []
     u = products.layout(z.to(structure.dtype))
-    for weight, shift in zip(stack.parts.weights, shifts(stack, t), strict=True):
+    for weight, shift in zip(stack.parts.weights, _shifts(stack, t), strict=True):
         if found:
             u = structure.activation.value(found[-1])
         found.append(products.apply(u, weight.to(structure.dtype)) + shift)

@@ -13,7 +13,7 @@ from .activations import get_activation
 from .autocast import compute_dtype, without_autocast
 from .fused import pull_noise, run_fused, run_velocity
 from .layers import ConcatConv2d, ConcatLinear, Products
-from .prepared import Stack, run_stack
+from .prepared import Stack, run_jvp, run_stack
 
 __all__ = ["FusedStackField", "StackField", "compile_fields", "conv_field", "linear_field"]
 
@@ -89,6 +89,18 @@ class FusedStackField(StackField):
         """
         return self.prepare(z).forward_and_vjp(t, z, noise)
 
+    def forward_and_jvp(
+        self, t: Tensor | float, z: Tensor, v: Tensor, dt: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """``(f(t, z), df/dz v + df/dt dt)``, both ``(B, *event)``, from one pass.
+
+        Args:
+            t, z: as for :meth:`forward`.
+            v: direction, of the shape of ``z``.
+            dt: tangent of time, a scalar.
+        """
+        return self.prepare(z).forward_and_jvp(t, z, v, dt)
+
 
 class PreparedStack:
     """A :class:`StackField` with the weights of the moment; see :meth:`StackField.prepare`."""
@@ -122,6 +134,13 @@ class FusedPreparedStack(PreparedStack):
         """As :meth:`FusedStackField.forward_and_vjp`; another noise than the one prepared for takes longer."""
         pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
         return run_fused(self._stack, t, z, pulled)
+
+    def forward_and_jvp(
+        self, t: Tensor | float, z: Tensor, v: Tensor, dt: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`FusedStackField.forward_and_jvp`."""
+        with without_autocast(z):
+            return run_jvp(self._stack, t, z, v, dt)
 
     def _pull(self, noise: Tensor) -> Tensor:
         with without_autocast(noise):

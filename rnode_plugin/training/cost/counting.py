@@ -22,7 +22,8 @@ _CONVOLUTIONS = {_ATEN.convolution, _ATEN._convolution, _ATEN.convolution_backwa
 _READS = {_ATEN._local_scalar_dense, _ATEN.nonzero, _ATEN.equal, _ATEN.is_nonzero}
 _NO_KERNEL = {
     _ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.detach,
-    _ATEN.lift_fresh, _ATEN._unsafe_view, _ATEN.resize_, _ATEN.set_, _ATEN.sym_size, _ATEN.is_same_size,
+    _ATEN.lift_fresh, _ATEN._unsafe_view, _ATEN.resize_, _ATEN.set_, _ATEN.squeeze_, _ATEN.sym_size,
+    _ATEN.is_same_size,
 }  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def count(run: Callable[[], object], *, alive: tuple[Tensor, ...] = ()) -> Cost:
 class _Counter(TorchDispatchMode):
     def __init__(self, alive: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self._operations: Counter[str] = Counter()
+        # by device or host: a solve on a device computes its times on the host
+        self._operations: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
         self._convolution = self._matmul = self._bytes = self._reads = 0
         self._live = self._peak = 0
         self._known: set[int] = set()
@@ -95,7 +97,8 @@ class _Counter(TorchDispatchMode):
             self._reads += _on_device(args)
         elif is_kernel(func):
             operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            self._operations[packet.__name__] += 1
+            elsewhere = any(x.device.type != "cpu" for x in (*operands, *results))
+            self._operations[elsewhere][packet.__name__] += 1
             # an operation in place returns its argument, which it reads and writes
             self._bytes += sum(map(_size, operands)) + sum(map(_size, results))
             self._count_flops(packet, args, kwargs or {}, out)
@@ -127,14 +130,15 @@ class _Counter(TorchDispatchMode):
         self._live -= size
 
     def cost(self) -> Cost:
+        operations = self._operations[True] or self._operations[False]
         return Cost(
             convolution_flops=self._convolution,
             matmul_flops=self._matmul,
             bytes=self._bytes,
-            kernels=sum(self._operations.values()),
+            kernels=sum(operations.values()),
             host_reads=self._reads,
             peak_memory=self._peak,
-            by_operation=dict(self._operations.most_common()),
+            by_operation=dict(operations.most_common()),
         )
 
 
