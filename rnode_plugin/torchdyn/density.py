@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..core.regularizers import span_policy
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from .base_distribution import base_and_shape, moved, shrunk_samples
@@ -91,9 +92,11 @@ class RegularizedCNF(nn.Module):
         conditional = self.context_shape is not None
         cnf = CNF(net, trace_estimator, event_shape=self.event_shape, conditional=conditional)
         self.ode = NeuralODE(cnf, regularizers=regularizers, **options)
-        # The same field without its trace, which samples do not need. In a tuple, where torch sees no second
-        # module with the same parameters.
-        self._without_trace = (NeuralODE(_Velocity(cnf), **options),)
+        # The same field without its trace, which samples do not need; an end time that is learned is theirs too.
+        # In a tuple, where torch sees no second module with the same parameters.
+        policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
+        spans = () if policy is None else (policy,)
+        self._without_trace = (NeuralODE(_Velocity(cnf), regularizers=spans, **options),)
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
         self.register_buffer("t_span", times, persistent=False)
         self.t_span: Tensor
@@ -182,7 +185,7 @@ class RegularizedCNF(nn.Module):
         """``x (B, *event_shape)`` that flows to ``z``."""
         self._check(z)
         rows = context_rows(context, self.context_shape, z)
-        return self._without_trace[0](z, self.t_span.to(z).flip(0), args=rows)[-1]
+        return self._without_trace[0](z, self.t_span.to(z).flip(0), args=rows, penalties=False)[-1]
 
     def inverse_and_log_prob(
         self, z: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
