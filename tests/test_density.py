@@ -19,6 +19,7 @@ from torch.distributions import (
 from torchdyn.nn import DepthCat
 
 from rnode_plugin import RegularizedCNF
+from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
 
 TIGHT = {"atol": 1e-10, "rtol": 1e-10}
@@ -156,6 +157,22 @@ def test_copies_and_state_dict_hold_each_parameter_once() -> None:
         copied.ode.vf.vf.net.bias.zero_()
     x = torch.randn(3, 2)
     torch.testing.assert_close(copied.inverse(copied.transform(x)[0]), x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", [LearnedEndTime(2.0), Steer(0.5)], ids=["learned", "steer"])
+def test_samples_run_through_the_time_that_the_density_runs_through(policy: object) -> None:
+    torch.manual_seed(0)
+    model = RegularizedCNF(linear(0.3 * torch.randn(2, 2)), event_shape=2, regularizers=[policy], **TIGHT).double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    model.eval()
+    z, _ = model.transform(x)
+    for training in (False, True):  # a random end is for the penalized solves of training alone
+        model.train(training)
+        torch.testing.assert_close(model.inverse(z), x, rtol=1e-7, atol=1e-7)
+    if isinstance(policy, LearnedEndTime):
+        torch.testing.assert_close(copy.deepcopy(model).inverse(z), x, rtol=1e-7, atol=1e-7)
+        model.inverse(z).sum().backward()
+        assert policy.end.grad is not None
 
 
 def test_usable_in_a_lightning_module(tmp_path) -> None:

@@ -92,10 +92,11 @@ class RegularizedCNF(nn.Module):
         conditional = self.context_shape is not None
         cnf = CNF(net, trace_estimator, event_shape=self.event_shape, conditional=conditional)
         self.ode = NeuralODE(cnf, regularizers=regularizers, **options)
-        # The same field without its trace, which samples do not need. In a tuple, where torch sees no second
-        # module with the same parameters.
-        policy = span_policy([entry.regularizer for entry in self.ode._penalties.values()])
-        self._without_trace = (NeuralODE(_Velocity(cnf), regularizers=policy, **options),)
+        # The same field without its trace, which samples do not need; an end time that is learned is theirs too.
+        # In a tuple, where torch sees no second module with the same parameters.
+        policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
+        spans = () if policy is None else (policy,)
+        self._without_trace = (NeuralODE(_Velocity(cnf), regularizers=spans, **options),)
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
         self.register_buffer("t_span", times, persistent=False)
         self.t_span: Tensor
