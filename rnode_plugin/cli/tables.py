@@ -1,4 +1,4 @@
-"""Results as text."""
+"""Tables in the terminal: aligned columns, and the rows of an evaluation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["evaluation_rows", "table"]
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns, as many as each row has."""
-    rows = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = (f"{cell:<{width}}" for row in rows for cell, width in zip(row, widths, strict=True))
-    return "\n".join("  ".join(next(padded) for _ in row).rstrip() for row in rows)
+    """Aligned columns; all rows have the same number of cells."""
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def evaluation_rows(evaluation: EvaluationResult) -> list[tuple[str, str]]:

@@ -8,12 +8,9 @@ or that misuses a hook, is reported with its distribution, and everything else w
 from __future__ import annotations
 
 import logging
-import re
 import threading
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from ..errors import ConfigError, PluginError, RnodeError, suggest
-from ..files import check_path_name
 from ..solvers import observers
 from . import blame, hookspecs
 from .discovery import OUR_MODULE, discover, import_reference, one_line
+from .records import KINDS, PluginRecord, PluginReport, check_own_name, checked_values
 
 if TYPE_CHECKING:
     from ..solvers import Solver
@@ -44,77 +41,10 @@ __all__ = [
     "unregister",
 ]
 
-KINDS = {
-    "regularizers": "regularizer",
-    "models": "model",
-    "datasets": "data set",
-    "recipes": "recipe",
-    "commands": "command",
-}
-"""What can be registered, and what one of it is called in a message."""
-
 _REGISTRATION_HOOKS = {f"rnode_register_{kind}": kind for kind in KINDS}
 _OBSERVER_HOOK = "rnode_after_solve"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PluginReport:
-    """What is known about one plugin.
-
-    Attributes:
-        name: of its entry point, or the one given to :func:`register`.
-        distribution, version: the package that brought it; None for an object registered in this process.
-        status: ``"loaded"``, ``"failed"``, ``"blocked"`` or ``"disabled"``.
-        registers: names by kind; kinds without a name are absent.
-        observes: whether it is called after each solve.
-        error: what went wrong, in a line; None if nothing did. A loaded plugin can have one too: the hook that it
-            misused, or a name that another plugin registers as well.
-        traceback: of the last exception behind ``error``, where there is one.
-    """
-
-    name: str
-    distribution: str | None
-    version: str | None
-    status: str
-    registers: dict[str, list[str]]
-    observes: bool
-    error: str | None
-    traceback: str | None
-
-
-@dataclass(eq=False)
-class _Plugin:
-    """One plugin while the registry works on it."""
-
-    name: str
-    distribution: str | None = None
-    version: str | None = None
-    status: str = "loaded"
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-    traceback: str | None = None
-    module: str = ""
-
-    def __str__(self) -> str:
-        if self.distribution is None:
-            return f"plugin {self.name!r} of this process"
-        return f"plugin {self.name!r} of {self.distribution} {self.version}"
-
-    @property
-    def is_ours(self) -> bool:
-        return self.module == OUR_MODULE
-
-    @property
-    def key(self) -> str:
-        """Unique for pluggy: two packages may call their entry points the same."""
-        return self.name if self.distribution is None else f"{self.distribution}:{self.name}"
-
-    def fail(self, what: str, error: BaseException) -> None:
-        """Keep an error for the report."""
-        self.errors.append(what)
-        self.traceback = "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
 
 class Registry:
@@ -128,8 +58,8 @@ class Registry:
         self._watch_solves = watch_solves
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._plugins: list[_Plugin] = []
-        self._observers: list[tuple[_Plugin, pluggy.HookImpl]] = []
+        self._plugins: list[PluginRecord] = []
+        self._observers: list[tuple[PluginRecord, pluggy.HookImpl]] = []
         # re-entrant: a plugin may ask for a name of another while it is imported
         self._lock = threading.RLock()
         self._loading = self._loaded = False
@@ -155,7 +85,7 @@ class Registry:
         values = owners[0].values[kind]
         if isinstance(values[name], str):
             values[name] = import_reference(values[name], f"the {what} {name!r} of {owners[0]}")
-            _check_own_name(kind, name, values[name])
+            check_own_name(kind, name, values[name])
         return values[name]
 
     @contextmanager
@@ -198,7 +128,7 @@ class Registry:
                 return PluginError(f"{plugin} failed: {one_line(error)}.")
         return None
 
-    def _others(self) -> list[_Plugin]:
+    def _others(self) -> list[PluginRecord]:
         """The plugins that are loaded already and are not ours."""
         return [plugin for plugin in tuple(self._plugins) if plugin.module not in (OUR_MODULE, "__main__")]
 
@@ -226,7 +156,7 @@ class Registry:
             PluginError: the name is taken, or the plugin misuses a hook; then nothing of it stays registered.
         """
         self._load()
-        record = _Plugin(
+        record = PluginRecord(
             name, module=type(plugin).__module__ if not isinstance(plugin, ModuleType) else plugin.__name__
         )
         with self._lock:
@@ -277,7 +207,8 @@ class Registry:
             try:
                 known = {plugin.key for plugin in self._plugins}  # empty, but for a Ctrl-C during an earlier load
                 for candidate in discover():
-                    record = _Plugin(candidate.name, candidate.distribution, candidate.version, candidate.status)
+                    status = candidate.status
+                    record = PluginRecord(candidate.name, candidate.distribution, candidate.version, status)
                     record.module = candidate.entry_point.value.partition(":")[0]
                     if record.key not in known:
                         self._load_one(record, candidate.entry_point)
@@ -287,7 +218,7 @@ class Registry:
             finally:
                 self._loading = False
 
-    def _load_one(self, record: _Plugin, entry_point: EntryPoint) -> None:
+    def _load_one(self, record: PluginRecord, entry_point: EntryPoint) -> None:
         if record.status == "loadable":
             try:
                 self._attach(record, entry_point.load())
@@ -299,7 +230,7 @@ class Registry:
         for what in record.errors:
             _log.warning("%s: %s (more: rnode-cli plugins --json)", record, what)
 
-    def _attach(self, record: _Plugin, plugin: object) -> None:
+    def _attach(self, record: PluginRecord, plugin: object) -> None:
         """Register with pluggy and ask every registration hook; what a hook does wrong is kept in ``record``.
 
         Raises:
@@ -315,7 +246,7 @@ class Registry:
                     continue
                 try:
                     kind = _REGISTRATION_HOOKS[hook]
-                    record.values.setdefault(kind, {}).update(_checked(kind, implementation.function()))
+                    record.values.setdefault(kind, {}).update(checked_values(kind, implementation.function()))
                 except Exception as error:
                     record.fail(f"{hook}: {one_line(error)}", error)
         except BaseException:
@@ -332,18 +263,18 @@ class Registry:
                 raise PluginError(suggest(caller.name, known, "hook"))
         return [(c.name, each) for c in callers for each in c.get_hookimpls() if each.plugin is plugin]
 
-    def _detach(self, record: _Plugin) -> None:
+    def _detach(self, record: PluginRecord) -> None:
         if self._manager.has_plugin(record.key):
             self._manager.unregister(name=record.key)
         self._observers = [observer for observer in self._observers if observer[0] is not record]
 
-    def _of_kind(self, kind: str) -> list[_Plugin]:
+    def _of_kind(self, kind: str) -> list[PluginRecord]:
         if kind not in KINDS:
             raise ConfigError(suggest(kind, KINDS, "kind of plugin"))
         self._load()
         return [plugin for plugin in tuple(self._plugins) if kind in plugin.values]
 
-    def _report(self, plugin: _Plugin) -> PluginReport:
+    def _report(self, plugin: PluginRecord) -> PluginReport:
         errors = list(plugin.errors)
         for kind, values in plugin.values.items():
             for other in self._of_kind(kind):
@@ -358,42 +289,6 @@ class Registry:
             observes=any(owner is plugin for owner, _ in self._observers),
             error="; ".join(errors) or None,
             traceback=plugin.traceback,
-        )
-
-
-def _checked(kind: str, values: Any) -> dict[str, Any]:
-    """What a registration hook returned.
-
-    Raises:
-        PluginError: it is not a mapping from names to objects or ``"module:attribute"`` texts, or a name cannot be
-            one: it may become that of a folder.
-    """
-    if not isinstance(values, Mapping):
-        raise PluginError(f"it must return a mapping from names to objects, not {type(values).__name__}.")
-    for name, value in values.items():
-        if not isinstance(name, str) or not name:
-            raise PluginError(f"a name must be a text, not {name!r}.")
-        try:
-            check_path_name(name, KINDS[kind])
-        except ConfigError as error:
-            raise PluginError(str(error)) from None
-        if not callable(value) and not (isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)):
-            raise PluginError(f"{name!r} must be callable or a text 'module:attribute', not {value!r}.")
-        if not isinstance(value, str):
-            _check_own_name(kind, name, value)
-    return dict(values)
-
-
-def _check_own_name(kind: str, name: str, value: Any) -> None:
-    """A regularizer's own name is the key of its penalty in every result, and its lambda stands under the other.
-
-    Raises:
-        PluginError: the two differ.
-    """
-    own = None if kind != "regularizers" or isinstance(value, type) else getattr(value, "name", None)
-    if isinstance(own, str) and own != name:
-        raise PluginError(
-            f"the regularizer registered as {name!r} calls itself {own!r}: register it under its own name."
         )
 
 

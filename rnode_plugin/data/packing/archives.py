@@ -25,6 +25,7 @@ CONTAINERS = (".npz", ".tfrecords", ".tfrecord", ".parquet")
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06")  # the second: an archive without members
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _BLOCK = 2**20
+_MAX_PADDING = 2**22  # more zeros than any block size of a tape: the rest of a download that never came
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def _check_end(archive: tarfile.TarFile, before: str) -> None:
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError(f"it ends after {before}, without the mark of a complete archive")
+    zeros = 0
     while block:
-        if block.count(0) != len(block):
+        zeros += len(block)
+        if block.count(0) != len(block) or zeros > _MAX_PADDING:
             raise tarfile.ReadError(f"what follows {before} is damaged, and all that comes after it is lost")
         block = file.read(_BLOCK)

@@ -35,8 +35,9 @@ class PackedImages:
         self._path, self._shift = path, shift
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read as a packed array: {error}. Make it again with "
+        except Exception as error:  # NumPy's reader of headers is Python's own: on garbage it raises anything
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise DataError(f"{path} cannot be read as a packed array: {reason}. Make it again with "
                             "`rnode-cli data prepare`.") from error  # fmt: skip
         if not isinstance(array, np.memmap):
             raise DataError(f"{path} is an archive of arrays (.npz), not one array.")

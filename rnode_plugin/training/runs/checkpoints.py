@@ -167,13 +167,16 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     try:
         if not zipfile.is_zipfile(path):  # what torch.save writes; a bare pickle is not even looked at
             raise zipfile.BadZipFile("it is no archive of torch")
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums of its own archives
+            if (bad := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
         contents = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
             "file is not opened because it could run code."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # on garbage a reader raises whatever it stumbled over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read, it is truncated or no checkpoint: {reason}") from None
     return _checked(contents, path)
