@@ -1,6 +1,8 @@
-"""Numbers as readers want them."""
+"""Durations and numbers as text: significant digits, values with their errors."""
 
 from __future__ import annotations
+
+import math
 
 __all__ = ["change_with_error", "duration", "significant", "with_error"]
 
@@ -21,10 +23,21 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """``2.971 ± 0.012``; without the second part where no error is known."""
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+    """``2.971 ± 0.012``: two significant digits of the error, as many places of the value; or the value alone."""
+    if error is None:
+        return f"{value:.4f}"
+    if error == 0:
+        return f"{value:.4f} ± 0"
+    places = _places(error)
+    return f"{value:.{places}f} ± {error:.{places}f}"
 
 
 def change_with_error(value: float, error: float) -> str:
-    """``−0.021 ± 0.003``, always with a sign."""
-    return f"{value:+.4f} ± {error:.4f}".replace("-", "−")
+    """``−0.021 ± 0.003`` as :func:`with_error`, always with a sign."""
+    sign = "" if value < 0 else "+"
+    return sign + with_error(value, error).replace("-", "−")
+
+
+def _places(error: float) -> int:
+    """Decimal places that show two significant digits of an error."""
+    return max(0, 1 - math.floor(math.log10(error))) if math.isfinite(error) else 4

@@ -161,7 +161,7 @@ def test_eval(trained: Path) -> None:
     found = json.loads(rnode("eval", str(trained), *options, "--json").output)
     assert (found["images"], found["draws"], found["recipe"]) == (30, 2, "digits")
     assert 2 < found["clean"]["mean"] < 6
-    assert found["dirty"]["stderr_draws"] > 0
+    assert found["dirty"]["stderr_noise"] > 0
     assert found["nfe_min"] == found["nfe_max"] == 24
     text = rnode("eval", str(trained / "checkpoints" / "last.ckpt"), *options).output
     assert re.search(r"^bits/dim dirty +\d\.\d{4} ± \d\.\d{4} \(images\) ± \d\.\d{4} \(noise\)", text, re.M)

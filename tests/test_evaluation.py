@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rnode_plugin import MultiscaleFlow, Solver
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
+from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.bits import evaluate
 from rnode_plugin.evaluation.sampling import sample_images, save_grid
@@ -51,7 +52,7 @@ def test_a_uniform_density_costs_the_bits_of_its_levels() -> None:
     for bits in (result.dirty, result.clean):
         assert bits.mean == pytest.approx(2.0, abs=1e-6)  # log2(4 levels), whatever the image
         assert bits.stderr_images == pytest.approx(0.0, abs=1e-6)
-        assert bits.stderr_draws is None
+        assert bits.stderr_noise == pytest.approx(0.0, abs=1e-6)
     assert (result.images, result.draws) == (10, 1)
 
 
@@ -67,7 +68,7 @@ def test_means_and_standard_errors_are_over_images_not_batches() -> None:
         each = bits[:, index].numpy()
         assert found.mean == pytest.approx(each.mean(), abs=1e-6)
         assert found.stderr_images == pytest.approx(each.mean(0).std(ddof=1) / 10**0.5, abs=1e-6)
-        assert found.stderr_draws == pytest.approx(each.mean(1).std(ddof=1) / 3**0.5, abs=1e-6)
+        assert found.stderr_noise == pytest.approx((each.var(0, ddof=1).mean() / 3 / 10) ** 0.5, abs=1e-6)
     assert result.penalties == {"kinetic": pytest.approx(x[:, 0].mean().item(), abs=1e-6)}
 
 
@@ -86,13 +87,94 @@ def test_dirty_is_noise_in_the_bin_and_clean_its_centre() -> None:
 def test_a_fresh_flow_is_the_logit_of_a_normal() -> None:
     flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, alpha=0.05, solver=RK4)
     pictures = images(7, 17, (1, 8, 8))
-    result = evaluate(flow, pictures, batch_size=3)
+    result = evaluate(flow, pictures, batch_size=3, draws=1)
     p = 0.05 + 0.9 * (pictures.astype(np.float64) + 0.5) / 17
     y = np.log(p / (1 - p))
     log_prob = (-0.5 * (y**2 + np.log(2 * np.pi)) + np.log(0.9 / (p * (1 - p)))).sum((1, 2, 3))
     assert result.clean.mean == pytest.approx((np.log2(17) - log_prob / (64 * np.log(2))).mean(), abs=1e-5)
     assert result.penalties == {"kinetic": 0.0, "jacfrob": 0.0}
     assert result.nfe_mean == 6 * 2 * 4
+
+
+class Noisy(Known):
+    """Bits/dim of an image: ``spread`` times its first pixel's level, plus ``noise`` times a standard normal."""
+
+    def __init__(self, spread: float, noise: float) -> None:
+        def density(x: Tensor) -> Tensor:
+            level = (x[:, 0, 0, 0] * 4).floor()
+            return -(spread * level + noise * torch.randn(len(x))) * 4 * math.log(2)
+
+        super().__init__(density)
+
+
+@pytest.mark.parametrize(("noise", "draws"), [(0.2, 1), (0.7, 2), (1.2, 5), (5.0, 8)])
+def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int) -> None:
+    """Levels 0 to 3 have variance 1.25. The noise may have a quarter of it: noise² / 0.3125 draws, at most 8."""
+    pictures = images(4000)
+    found = evaluate(Noisy(1.0, noise), pictures, batch_size=4000)  # pyright: ignore
+    assert found.draws == draws, found.draws
+    own = np.var(pictures[:, 0, 0, 0])
+    for bits in (found.dirty, found.clean):
+        assert bits.stderr_noise == pytest.approx(noise / (draws * 4000) ** 0.5, rel=0.05)
+        assert bits.stderr_images == pytest.approx(((own + noise**2 / draws) / 4000) ** 0.5, rel=0.05)
+
+
+def test_the_error_of_the_noise_is_what_evaluations_differ_by() -> None:
+    """Of 60 evaluations the standard deviation is known to 9 % (one standard error)."""
+    flow = Noisy(1.0, 0.3)
+    found = [evaluate(flow, images(40), batch_size=8, seed=seed) for seed in range(60)]  # pyright: ignore
+    assert {each.draws for each in found} == {1}
+    differ = np.std([each.dirty.mean for each in found], ddof=1)
+    claimed = np.mean([each.dirty.stderr_noise for each in found if each.dirty.stderr_noise is not None])
+    assert differ == pytest.approx(claimed, rel=0.25)
+
+
+def test_the_first_images_are_drawn_twice_and_only_once_more_if_that_is_enough() -> None:
+    flow = Noisy(1.0, 0.3)
+    calls: list[tuple[int, int]] = []
+    evaluate(flow, images(100), batch_size=20, progress=lambda *counts: calls.append(counts))  # pyright: ignore
+    assert len(flow.seen) == 2 * (5 + 2)  # clean and dirty, five batches, two of them twice
+    assert calls == [(done, 14) for done in range(1, 15)]
+
+
+def active_flow(shape: tuple[int, int, int], trace_noise: str) -> MultiscaleFlow:
+    torch.manual_seed(0)
+    flow = MultiscaleFlow(shape, hidden=4, levels=17, alpha=0.05, solver=RK4, trace_noise=trace_noise)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return flow
+
+
+def test_the_trace_is_exact_in_few_dimensions() -> None:
+    pictures = images(9, 17, (1, 4, 4))
+    gaussian = evaluate(active_flow((1, 4, 4), "gaussian"), pictures, draws=2)
+    exact = evaluate(active_flow((1, 4, 4), "exact"), pictures, draws=2)
+    assert gaussian.clean.images == pytest.approx(exact.clean.images, abs=1e-6)
+    assert gaussian.clean.stderr_noise == 0
+    assert gaussian.penalties["jacfrob"] == pytest.approx(exact.penalties["jacfrob"], abs=1e-6)
+    assert gaussian.dirty.stderr_noise is not None
+    assert gaussian.dirty.stderr_noise > 0  # of the dequantisation
+
+
+def test_rademacher_probes_in_many_dimensions() -> None:
+    flow = active_flow((1, 8, 8), "gaussian")
+    pictures = images(8, 17, (1, 8, 8))
+    probes: list[Tensor] = []
+    draw = Hutchinson.draw
+
+    def recorded(self: Hutchinson, z: Tensor, **options: Any) -> Tensor:
+        probes.append(draw(self, z, **options))
+        return probes[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hutchinson, "draw", recorded)
+        found = evaluate(flow, pictures, draws=2)
+    assert len(probes) == 2 * 2 * len(flow.fields)
+    assert all((probe.abs() == 1).all() for probe in probes)
+    exact = evaluate(active_flow((1, 8, 8), "exact"), pictures, draws=1)
+    assert found.clean.stderr_noise is not None
+    assert found.clean.mean == pytest.approx(exact.clean.mean, abs=4 * found.clean.stderr_noise)
 
 
 def test_a_single_image_has_no_standard_error() -> None:
@@ -105,9 +187,10 @@ def test_evaluation_leaves_generators_and_gradients_alone() -> None:
     wanted = torch.rand(4)
     torch.manual_seed(3)
     calls = []
-    evaluate(flow, images(2, 17, (1, 8, 8)), progress=lambda done, total: calls.append((done, total)))
+    evaluate(flow, images(2, 17, (1, 8, 8)), draws=1, progress=lambda done, total: calls.append((done, total)))
     assert torch.equal(torch.rand(4), wanted)
     assert calls == [(1, 2), (2, 2)]
+    assert flow.estimator.noise == "gaussian"  # pyright: ignore[reportAttributeAccessIssue]
     assert all(parameter.grad is None for parameter in flow.parameters())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -21,12 +22,15 @@ from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.reports import write_report
 from rnode_plugin.reports.arms import Arm, group_runs, solver_text
 from rnode_plugin.reports.differences import base_of, paired_difference
-from rnode_plugin.reports.figures.curves import rolling
+from rnode_plugin.reports.figures.curves import common_time, rolling
 from rnode_plugin.reports.figures.drawing import draw
+from rnode_plugin.reports.figures.trade_off import sweeps_of, trade_off
+from rnode_plugin.reports.notes import against_base
 from rnode_plugin.reports.reading import arm_of, read_run, read_runs
-from rnode_plugin.reports.table import Table, against_base, make_table
+from rnode_plugin.reports.rendering import escape_markdown
+from rnode_plugin.reports.table import Table, make_table
 from rnode_plugin.solvers import Solver
-from rnode_plugin.text import significant, with_error
+from rnode_plugin.text import change_with_error, significant, with_error
 
 
 def digits(*settings: str, penalties: tuple[str, ...] = ("kinetic", "jacfrob"), seed: int = 42) -> Recipe:
@@ -36,7 +40,7 @@ def digits(*settings: str, penalties: tuple[str, ...] = ("kinetic", "jacfrob"), 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """A vanilla run and two seeds of an rnode run."""
+    """A run without penalties and two seeds of an rnode run."""
     return [
         write_run(tmp_path / "v" / "0", digits(penalties=()), bits=2.1, jacfrob=4.0, nfe=120),
         write_run(tmp_path / "r" / "0", digits(), bits=2.0, jacfrob=1.0, nfe=80),
@@ -93,14 +97,25 @@ def test_the_training_solver_and_what_it_is_off_by(tmp_path: Path) -> None:
     assert cell(table, "training solver", "rnode") == "rk4_38, step auto (0.25 at the end)"
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    path = tmp_path / "0"
-    path.mkdir()
-    (path / "recipe.json").write_text((write_run(tmp_path / "1", digits()) / "recipe.json").read_text())
-    report = write_report([path], tmp_path / "out")
-    assert cell(report.table, "steps", "rnode") == "0"
-    assert report.figures == ()
-    assert "<svg" not in report.html.read_text()
+def test_a_run_without_a_logged_step_is_left_out_by_name(runs: list[Path], tmp_path: Path) -> None:
+    """A seed that was killed early, or that was refused, does not take the report of the others away."""
+    begun = write_run(tmp_path / "r" / "2", digits(seed=44), steps=0, checks=(), finished=False)
+    early = write_run(tmp_path / "r" / "3", digits(seed=45), steps=0, checks=(), finished=False)
+    (early / "metrics.csv").unlink()
+    report = write_report([tmp_path / "r", runs[0]], tmp_path / "out")
+    assert report.left_out == (f"{begun} has no logged step.", f"{early} has no logged step.")
+    assert cell(report.table, "seeds", "rnode") == "42, 43"
+    assert {path.stem for path in report.figures} >= {"bits-training", "bits-validation"}
+    with pytest.raises(ConfigError, match="3 has no logged step"):
+        write_report([early], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_seed_without_a_validation_leaves_its_arm_without_bits(runs: list[Path], tmp_path: Path) -> None:
+    write_run(tmp_path / "r" / "2", digits(seed=44), steps=5, checks=(), finished=False)
+    report = write_report([tmp_path / "r", runs[0]], tmp_path / "out")
+    assert cell(report.table, "seeds", "rnode") == "42, 43, 44"
+    assert cell(report.table, "bits/dim, dirty", "rnode") == ""
 
 
 def paths_of(*given: Path) -> list[Path]:
@@ -153,13 +168,12 @@ def test_a_file_of_metrics_without_our_columns_is_a_run_without_steps(tmp_path: 
     for text in ("", "a,b\n1,2\n", "step,train/bpd\n1,2\nx,y\n"):
         (path / "metrics.csv").write_text(text)
         assert read_run(path).done == 0
-        write_report([path], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("penalties", "name"),
     [
-        ((), "vanilla"),
+        ((), "none"),
         (("kinetic",), "kinetic"),
         (("jacfrob", "kinetic"), "rnode"),
         (("jacfrob", "x"), "jacfrob+x"),
@@ -171,12 +185,12 @@ def test_names_of_arms(penalties: tuple[str, ...], name: str) -> None:
 
 def test_seeds_are_one_arm_and_other_settings_another(runs: list[Path], tmp_path: Path) -> None:
     arms = group_runs([read_run(path) for path in reversed(runs)])
-    assert [(arm.label, len(arm.runs)) for arm in arms] == [("vanilla", 1), ("rnode", 2)]
+    assert [(arm.label, len(arm.runs)) for arm in arms] == [("none", 1), ("rnode", 2)]
     dopri5 = Solver(method="dopri5", atol=1e-4)
     other = write_run(tmp_path / "o", dataclasses.replace(digits(penalties=()), solver=dopri5))
     arms = group_runs([read_run(path) for path in [*runs, other]])
     method = digits().solver.method
-    assert [arm.label for arm in arms] == [f"vanilla ({method})", "vanilla (dopri5)", f"rnode ({method})"]
+    assert [arm.label for arm in arms] == [f"none ({method})", "none (dopri5)", "rnode"]
     assert len({arm.look.colour for arm in arms}) == 3
     assert len({str(arm.look.line) for arm in arms}) == 3
     wide = write_run(tmp_path / "w", digits("model.layers=3"))
@@ -186,24 +200,25 @@ def test_seeds_are_one_arm_and_other_settings_another(runs: list[Path], tmp_path
 
 def test_the_table(runs: list[Path]) -> None:
     table = table_of(*runs)
-    assert [column.label for column in table.columns] == ["vanilla", "rnode"]
-    assert cell(table, "bits/dim, dirty", "vanilla") == "2.1000 ± 0.0200"  # over the images of the one run
-    assert cell(table, "bits/dim, dirty", "rnode") == "2.0200 ± 0.0200"  # over two seeds: half of their distance
-    assert cell(table, "bits/dim, clean", "vanilla") == "2.0000 ± 0.0300"
+    assert [column.label for column in table.columns] == ["none", "rnode"]
+    assert cell(table, "bits/dim, dirty", "none") == "2.100 ± 0.020"  # over the images of the one run
+    assert cell(table, "bits/dim, dirty", "rnode") == "2.020 ± 0.020"  # over two seeds: half of their distance
+    assert cell(table, "bits/dim, clean", "none") == "2.000 ± 0.030"
     assert cell(table, "NFE, test", "rnode") == "85"
-    assert cell(table, "NFE, training", "vanilla") == "78.5"  # of the last four steps: 77, 78, 79, 80
+    assert cell(table, "NFE, training", "none") == "78.5"  # of the last four steps: 77, 78, 79, 80
     assert cell(table, "Jacobian norm", "rnode") == "1.50"
-    assert cell(table, "kinetic energy", "vanilla") == "0.400"
-    assert cell(table, "training time", "vanilla") == "20.0 s"
-    assert cell(table, "time a step", "vanilla") == "0.500 s"
-    assert cell(table, "λ", "vanilla") == "0, 0"
+    assert cell(table, "kinetic energy", "none") == "0.400"
+    assert cell(table, "training time", "none") == "20.0 s"
+    assert cell(table, "time per step", "none") == "0.500 s"
+    assert cell(table, "λ", "none") == "none"
+    assert cell(table, "λ", "rnode") == "kinetic 0.01, jacfrob 0.01"
     assert cell(table, "seeds", "rnode") == "42, 43"
     assert not any(column.paper for column in table.columns)
 
 
 def test_a_ratio_is_told_once_both_are_finished(runs: list[Path], tmp_path: Path) -> None:
     (told,) = against_base(group_runs([read_run(path) for path in runs]))
-    assert told.startswith("rnode against vanilla: test NFE × 0.708, Jacobian norm × 0.375")
+    assert told.startswith("rnode against none: test NFE × 0.708, Jacobian norm × 0.375")
     running = write_run(tmp_path / "k", digits(penalties=("kinetic",)), finished=False)
     assert against_base(group_runs([read_run(path) for path in [*runs, running]])) == [told]
 
@@ -220,7 +235,7 @@ def test_arms_are_compared_image_by_image(tmp_path: Path) -> None:
     unclear = write_run(tmp_path / "k", digits(penalties=("kinetic",)), images=[0.5, 2.5, 2.6, 4.6])
     worse = write_run(tmp_path / "j", digits(penalties=("jacfrob",)), images=[x + 0.25 for x in plain])
     arms = {arm.label: arm for arm in arms_of(vanilla, better, unclear, worse)}
-    difference = paired_difference(arms["rnode"], arms["vanilla"])
+    difference = paired_difference(arms["rnode"], arms["none"])
     assert difference is not None
     assert difference.mean == pytest.approx(-0.11)
     # deviations ±0.01 from the mean: sqrt(4 * 0.01^2 / 3) / sqrt(4)
@@ -229,16 +244,16 @@ def test_arms_are_compared_image_by_image(tmp_path: Path) -> None:
     verdicts = [
         each.verdict
         for name in ("kinetic", "jacfrob")
-        if (each := paired_difference(arms[name], arms["vanilla"])) is not None
+        if (each := paired_difference(arms[name], arms["none"])) is not None
     ]
     assert verdicts == ["no difference shown", "worse"]
     table = make_table(list(arms.values()))
-    assert cell(table, "against vanilla", "rnode") == "−0.1100 ± 0.0058: better"
-    assert cell(table, "against vanilla", "vanilla") == ""
+    assert cell(table, "against none", "rnode") == "−0.1100 ± 0.0058: better"
+    assert cell(table, "against none", "none") == ""
     assert any("image by image" in note for note in table.notes)
     assert any("several seeds" in note for note in table.notes)
     told = against_base(list(arms.values()))
-    assert "rnode against vanilla: bits/dim −0.1100 ± 0.0058 over 4 images (better), test NFE × 1.00" in told[2]
+    assert "rnode against none: bits/dim −0.1100 ± 0.0058 over 4 images (better), test NFE × 1.00" in told[2]
 
 
 def test_the_verdict_is_that_of_students_t(tmp_path: Path) -> None:
@@ -279,7 +294,7 @@ def test_what_cannot_be_paired_is_not(tmp_path: Path) -> None:
         assert paired_difference(arm, base) is None
     base, arm = arms_of(vanilla, write_run(tmp_path / "old", digits()))  # written before images.csv was
     assert paired_difference(arm, base) is None
-    assert "against vanilla" not in [row.name for row in make_table([base, arm]).rows]
+    assert "against none" not in [row.name for row in make_table([base, arm]).rows]
 
 
 def test_what_the_others_are_compared_with(tmp_path: Path) -> None:
@@ -287,8 +302,8 @@ def test_what_the_others_are_compared_with(tmp_path: Path) -> None:
     ffjord = dataclasses.replace(plain, solver=plain.vanilla().solver)
     paths = [write_run(tmp_path / str(n), each) for n, each in enumerate((ffjord, plain, digits()))]
     arms = arms_of(*paths)
-    assert [arm.label for arm in arms] == ["vanilla", "ffjord", "rnode"]
-    assert base_of(arms).label == "vanilla"
+    assert [arm.label for arm in arms] == ["none", "ffjord", "rnode"]
+    assert base_of(arms).label == "none"
     assert base_of(arms[1:]).label == "ffjord"
     assert base_of(arms[2:]).label == "rnode"
 
@@ -311,6 +326,21 @@ def test_the_papers_figures_are_marked(tmp_path: Path) -> None:
     assert "*0.97*" in report.markdown.read_text()
 
 
+def test_seeds_are_averaged_at_equal_steps() -> None:
+    """Where a fast seed ends, a mean over time would fall to the slow one's values, or jump up to them."""
+    steps = np.arange(1.0, 101.0)
+    fast = (steps, 1.0 * steps, 10 / steps)
+    slow = (steps[:80], 3.0 * steps[:80], 10 / steps[:80] + 1)  # has not reached the end
+    time, bits = common_time([fast, slow])
+    assert time.tolist() == [*(2.0 * steps[:80]), *(2.0 * steps[:80])]
+    np.testing.assert_array_equal(bits, [*(10 / steps[:80]), *(10 / steps[:80] + 1)])
+    curve = rolling(time, bits, window=4.0)
+    assert (np.diff(curve.mean) <= 1e-12).all()  # both fall, so their mean does
+    sparse = (steps[::10], steps[::10], steps[::10])  # logged less often
+    time, bits = common_time([sparse, (steps, 5 * steps, steps)])
+    np.testing.assert_allclose(time, 3 * bits)
+
+
 def test_rolling_mean_and_band() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.permutation(np.linspace(0, 10, 500)), rng.normal(size=500)
@@ -331,8 +361,12 @@ def test_numbers_as_text() -> None:
     assert [significant(v) for v in (0.0, 0.00123456, 1234.6, 123456.0, 0.5, 1.0, 48.0, 78.5, 114.0)] == [
         "0", "0.00123", "1,235", "123,456", "0.500", "1.00", "48", "78.5", "114",
     ]  # fmt: skip
-    assert with_error(1.23456, 0.01) == "1.2346 ± 0.0100"
+    assert with_error(1.23456, 0.01) == "1.235 ± 0.010"
     assert with_error(1.23456, None) == "1.2346"
+    assert with_error(12.3, 4.56) == "12.3 ± 4.6"
+    assert with_error(-0.5, 0.0) == "-0.5000 ± 0"
+    assert change_with_error(-0.00012345, 0.0000321) == "−0.000123 ± 0.000032"  # not 0.0001 ± 0.0000
+    assert change_with_error(0.01, 0.002) == "+0.0100 ± 0.0020"
     assert solver_text(Solver(method="rk4", step=0.25)) == "rk4, step 0.25"
     assert solver_text(Solver(method="dopri5", atol=1e-5)) == "dopri5, tolerance 1e-05"
 
@@ -381,8 +415,73 @@ def test_the_page_needs_nothing_but_itself(runs: list[Path], tmp_path: Path) -> 
     assert 'name="viewport"' in text
     assert "prefers-color-scheme: dark" in text
     assert "#24292f" not in text  # the ink of the figures takes the page's colour
-    for word in ("vanilla", "rnode", "figure 2", "figure 3", "figure 5", "temperature", "solver.method", "threads"):
+    for word in ("none", "rnode", "figure 2", "figure 3", "figure 5", "temperature", "solver.method", "threads"):
         assert word in text
+
+
+def test_markdown_shows_texts_to_the_letter(runs: list[Path], tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script> | *a* `b` [c](d) ![e](f)\n# g"
+    shown = escape_markdown(evil)
+    assert shown == r"&lt;script&gt;alert(1)&lt;/script&gt; \| \*a\* \`b\` \[c\](d) !\[e\](f) # g"
+    assert escape_markdown("# a") == r"\# a"
+    assert escape_markdown("1. a") == r"1\. a"
+    assert escape_markdown("data.val_images _b_") == r"data.val_images \_b\_"
+    folder = tmp_path / "x" / "<b>`|"
+    folder.parent.mkdir()
+    runs[0].rename(folder)
+    (folder / "environment.json").write_text('{"device": "a|b <img src=x onerror=alert(1)>"}')
+    report = write_report([folder, *runs[1:]], tmp_path / "out", title=evil)
+    text = report.markdown.read_text()
+    assert text.startswith(f"# {shown}\n")
+    assert f"`` {folder} ``, seed 42" in text
+    assert "<img" not in text
+    assert r"a\|b &lt;img" in text
+    assert "<img src=x" not in report.html.read_text()
+    assert "<script" not in text + report.html.read_text()
+
+
+def test_arms_against_nfe(tmp_path: Path) -> None:
+    recipe = digits(penalties=("kinetic",))
+    write_run(tmp_path / "none", digits(penalties=()), bits=2.1, nfe=120)
+    for number, (strength, bits, nfe) in enumerate([(1.0, 2.3, 60), (0.01, 2.12, 100), (0.1, 2.15, 80)]):
+        for seed in (1, 2):
+            arm = dataclasses.replace(recipe, regularizers={"kinetic": strength})
+            arm = arm.override([f"training.seed={seed}"])
+            write_run(tmp_path / f"k{number}{seed}", arm, bits=bits + 0.02 * seed, nfe=nfe + 2 * seed)
+    arms = group_runs(read_runs([tmp_path])[0])
+    assert sorted(arm.label for arm in arms) == ["kinetic=0.01", "kinetic=0.1", "kinetic=1", "none"]
+    assert len({arm.look for arm in arms}) == 4
+    points = {point.arm.label: point for point in trade_off(arms)}
+    assert (points["none"].nfe, points["none"].nfe_error) == (120, None)
+    assert (points["none"].bits, points["none"].bits_error) == (2.1, 0.02)  # over the images
+    assert points["kinetic=0.1"].nfe == 83
+    assert points["kinetic=0.1"].nfe_error == pytest.approx(1.0)  # over two seeds: half of their distance
+    assert points["kinetic=0.1"].bits_error == pytest.approx(0.01)
+    (sweep,) = sweeps_of(list(points.values()))
+    assert [point.arm.label for point in sweep] == ["kinetic=0.01", "kinetic=0.1", "kinetic=1"]
+    report = write_report([tmp_path], tmp_path / "out")
+    svg = (tmp_path / "out" / "figures" / "bits-nfe.svg").read_text()
+    for text in ("NFE of the test solver [evaluations]", "held-out, dirty [bits/dim]", "none", "kinetic=0.1"):
+        assert text in svg
+    assert "What the penalties buy" in report.html.read_text()
+
+
+def test_many_arms_look_different(tmp_path: Path) -> None:
+    for number in range(20):
+        arm = dataclasses.replace(digits(), regularizers={"kinetic": 0.01 * (number + 1)})
+        write_run(tmp_path / str(number), arm)
+    arms = group_runs(read_runs([tmp_path])[0])
+    assert len({arm.look for arm in arms}) == len({arm.label for arm in arms}) == 20
+
+
+def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "0", digits(penalties=("kinetic",)), finished=False)
+    result = json.loads((write_run(tmp_path / "1", digits()) / "result.json").read_text())
+    result["evaluation"]["penalties"]["taylor:3"] = 0.25
+    (path / "result.json").write_text(json.dumps(result))
+    table = table_of(path, tmp_path / "1")
+    assert cell(table, "taylor:3", "kinetic") == "0.250"
+    assert cell(table, "taylor:3", "rnode") == ""
 
 
 def test_the_files_of_a_report(runs: list[Path], tmp_path: Path) -> None:
@@ -390,8 +489,8 @@ def test_the_files_of_a_report(runs: list[Path], tmp_path: Path) -> None:
     report = write_report(runs, out)
     names = {path.stem for path in report.figures}
     assert names == {
-        "bits-training", "bits-validation", "nfe-jacobian", "jacobian-epoch", "kinetic-epoch", "nfe-epoch",
-        "samples-vanilla", "samples-rnode",
+        "bits-nfe", "bits-training", "bits-validation", "nfe-jacobian", "jacobian-epoch", "kinetic-epoch",
+        "nfe-epoch", "samples-none", "samples-rnode",
     }  # fmt: skip
     for path in report.figures:
         with Image.open(path) as image:
@@ -417,7 +516,7 @@ def test_axes_are_named_with_their_units(runs: list[Path], tmp_path: Path) -> No
         "kinetic-epoch": ["epoch [passes over the training images]", "kinetic energy: ∫ ‖f‖² dt / dim"],
     }.items():
         svg = (tmp_path / "out" / "figures" / f"{name}.svg").read_text()
-        for label in [*labels, "vanilla", "rnode"]:
+        for label in [*labels, "none", "rnode"]:
             assert label in svg, name
 
 
@@ -436,7 +535,7 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["report", str(tmp_path / "r"), str(runs[0]), "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert str(out / "report.html") in result.output
-    assert "2.0200 ± 0.0200" in result.output
+    assert "2.020 ± 0.020" in result.output
     assert "rnode" in result.output.splitlines()[0]
     missing = CliRunner().invoke(main, ["report", str(tmp_path / "none"), "--out", str(out)])
     assert missing.exit_code == 2

@@ -49,7 +49,7 @@ onload = () => {{
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    arms = {"vanilla": (), "kinetic": ("kinetic",), "jacfrob": ("jacfrob",), "rnode": ("kinetic", "jacfrob")}
+    arms = {"none": (), "kinetic": ("kinetic",), "jacfrob": ("jacfrob",), "rnode": ("kinetic", "jacfrob")}
     runs = [
         write_run(folder / name, digits(penalties=penalties), bits=2 + 0.1 * number, jacfrob=4.0 - number)
         for number, (name, penalties) in enumerate(arms.items())
@@ -93,11 +93,11 @@ def test_the_report_in_a_browser(report: Path, tmp_path: Path, screen: str, dark
     found, picture = browse(tmp_path, report, width=width, dark=dark)
     assert found["title"] == "Runs on digits"
     assert found["scroll"] == width  # nothing makes the page wider than the screen
-    assert len(found["figures"]) == 10
+    assert len(found["figures"]) == 11
     for left, right, _, _ in found["figures"]:
         assert left >= 0
         assert right <= width
-    assert len(found["svgs"]) == 6
+    assert len(found["svgs"]) == 7
     for _, _, shown_width, shown_height in found["svgs"]:
         assert shown_width >= 280
         assert shown_height == pytest.approx(shown_width * 3.5 / 4.8, rel=0.02)

@@ -13,9 +13,13 @@ __all__ = ["compare"]
 
 @click.command()
 @click.argument("recipe")
-@click.option("--arms", default="vanilla,kinetic,jacfrob,rnode", show_default=True,
-              help="vanilla (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all of the recipe's), "
-                   "or single penalties.")  # fmt: skip
+@click.option("--arm", "arms", multiple=True, metavar="ARM",
+              help="none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all of the recipe's), or "
+                   "penalties with lambdas: kinetic, kinetic=0.1+jacfrob. May be repeated. [default: none, each "
+                   "penalty of the recipe, rnode]")  # fmt: skip
+@click.option("--sweep", "sweeps", multiple=True, metavar="PENALTY=L,L,...",
+              help="An arm for each lambda: kinetic=0.001,0.01,0.1. Several penalties, joined by +, form a grid. "
+                   "May be repeated.")  # fmt: skip
 @click.option(
     "--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each arm."
 )
@@ -36,7 +40,8 @@ def compare(
     ctx: click.Context,
     *,
     recipe: str,
-    arms: str,
+    arms: tuple[str, ...],
+    sweeps: tuple[str, ...],
     seeds: int,
     max_steps: int | None,
     max_time: float | None,
@@ -48,12 +53,13 @@ def compare(
     devices: str,
     out: str | None,
 ) -> None:
-    """Train RECIPE with and without its penalties and report what they change.
+    """Train RECIPE with different penalties and report what they change.
 
     All arms begin with the same weights and see the same images and noise. The same command goes on where it was
-    stopped. Writes report.html, report.md, figures/ and runs/ into one folder.
+    stopped, and with more arms trains only those that are new. Writes report.html, report.md, figures/ and runs/
+    into one folder. `rnode-cli regularizers` lists the penalties.
 
-    With arms that train at the same time on a CPU the steps take longer than alone, alike for all arms.
+    Arms that train at the same time on a CPU take longer steps than one alone, all of them alike.
     """
     from ..comparison.compare import compare
     from ..errors import TrainingError
@@ -64,7 +70,8 @@ def compare(
     given += [] if data_root is None else [f"data.root={data_root}"]
     result = compare(
         get_recipe(recipe).override([*given, *assignments]),
-        arms=[arm.strip() for arm in arms.split(",")],
+        arms=[arm.strip() for arm in arms],
+        sweeps=sweeps,
         seeds=seeds,
         checks=checks,
         max_time=max_time,

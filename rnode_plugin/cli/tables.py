@@ -41,5 +41,5 @@ _GAP = "{:+.4f}  bits/dim by the training solver, less those above; the first ba
 
 def _bits(bits: BitsPerDim) -> str:
     errors = [] if bits.stderr_images is None else [f"± {bits.stderr_images:.4f} (images)"]
-    errors += [] if bits.stderr_draws is None else [f"± {bits.stderr_draws:.4f} (noise)"]
+    errors += [] if bits.stderr_noise is None else [f"± {bits.stderr_noise:.4f} (noise)"]
     return " ".join([f"{bits.mean:.4f}", *errors])

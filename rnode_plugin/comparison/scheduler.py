@@ -1,29 +1,21 @@
-"""Which arms of a comparison train where and when: one after another, or one at each of several places."""
+"""Which arms of a comparison train where and when: one at a time at each of several places."""
 
 from __future__ import annotations
 
 import queue
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError, SolverError, TrainingError
-from ..recipes.schema import Recipe
-from .worker import ArmProcess, Ended, train_arm
+from ..errors import ConfigError
+from .worker import ArmProcess, Job
 
-__all__ = ["Job", "places_of", "train_arms"]
-
-
-class Job(NamedTuple):
-    """An arm to train: its recipe, the options of ``fit``, and a line that announces it."""
-
-    recipe: Recipe
-    options: dict[str, Any]
-    head: str
+__all__ = ["places_of", "train_arms"]
 
 
 def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
@@ -63,94 +55,75 @@ def _on_cpu(accelerator: str) -> bool:
 
 
 def train_arms(
-    jobs: Sequence[Job], places: Sequence[str], announce: Callable[[str], object]
+    jobs: Sequence[Job], places: Sequence[str], announce: Callable[[str], object], *, progress: bool = True
 ) -> tuple[list[str], str | None]:
-    """Train arms, at each place one at a time.
+    """Train arms, one at a time at each place, each in a process with an equal share of this one's threads.
 
     Args:
         jobs: in the order in which they begin.
-        places: see :func:`places_of`. At a single one the arms train in this process; for several each arm has a
-            process of its own, and an equal share of the threads of this one.
-        announce: called with the head of each job and, from several places, with each line that an arm prints.
+        places: see :func:`places_of`.
+        announce: called with the head of each job and with each line that an arm prints. A single place leaves the
+            terminal to its arm, progress bar included, and only errors and warnings are announced.
+        progress: whether the arms show their progress.
 
     Returns:
         A message for each arm that failed, and the name of the signal that ended the call early.
 
     Raises:
-        RnodeError: an error that concerns all arms, such as missing data or a full disk.
+        ConfigError: an arm found that what was asked for cannot work. The others were stopped.
     """
-    return _in_turn(jobs, places[0], announce) if len(places) == 1 else _at_once(jobs, places, announce)
-
-
-def _in_turn(jobs: Sequence[Job], place: str, announce: Callable[[str], object]) -> tuple[list[str], str | None]:
-    failed: list[str] = []
-    for job in jobs:
-        announce(job.head)
-        ended = train_arm(job.recipe, {**job.options, "devices": place})
-        _note_failure(ended, job.recipe, failed)
-        if ended.stopped in signal.Signals.__members__:
-            return failed, ended.stopped
-    return failed, None
-
-
-def _at_once(
-    jobs: Sequence[Job], places: Sequence[str], announce: Callable[[str], object]
-) -> tuple[list[str], str | None]:
     failed: list[str] = []
     waiting, free = list(jobs), list(places)
+    output = "nowhere" if not progress else "terminal" if len(places) == 1 else "lines"
     threads = max(1, torch.get_num_threads() // len(places))
     lines: queue.SimpleQueue[tuple[ArmProcess, str | None]] = queue.SimpleQueue()
     running: dict[ArmProcess, str] = {}
-    try:
-        with _signals(lambda: [arm.stop() for arm in running]) as received:
-            while running or (waiting and not received):
-                while waiting and free and not received:
-                    job, place = waiting.pop(0), free.pop(0)
-                    announce(job.head)
-                    options = {**job.options, "devices": place}
-                    arm = ArmProcess(job.recipe, options, threads=threads, lines=lines)
-                    running[arm] = place
-                    if received:  # while it started
-                        arm.stop()
-                arm, line = lines.get()
-                if line is not None:
-                    announce(f"{arm.recipe.name}, seed {arm.recipe.training.seed}: {line}")
-                    continue
-                ended = arm.ended()
-                free.append(running.pop(arm))
-                _note_failure(ended, arm.recipe, failed)
-    finally:
-        for arm in running:  # an error that concerns all arms
-            arm.stop()
-        for arm in running:
-            arm.ended()
+    with tempfile.TemporaryDirectory() as recipes, _stopped_with(running) as received:
+        while running or (waiting and not received):
+            while waiting and free and not received:
+                job, place = waiting.pop(0), free.pop(0)
+                announce(job.head)
+                arm = ArmProcess(
+                    job, device=place, threads=threads, recipes=Path(recipes), lines=lines, output=output
+                )
+                running[arm] = place
+                if received:  # while it started
+                    arm.stop()
+            arm, line = lines.get()
+            if line is not None:
+                announce(f"{arm.job.name}: {line}")
+                continue
+            free.append(running.pop(arm))
+            ended = arm.ended()
+            if ended.failure is not None:
+                failed.append(ended.failure)
     return failed, received[0] if received else None
 
 
-def _note_failure(ended: Ended, recipe: Recipe, failed: list[str]) -> None:
-    """An arm whose training fails does not keep the others from theirs; other errors concern them too."""
-    if ended.error is None:
-        return
-    if not isinstance(ended.error, (TrainingError, SolverError)):
-        raise ended.error
-    failed.append(f"{recipe.name}, seed {recipe.training.seed}: {ended.error}")
-
-
 @contextmanager
-def _signals(stop: Callable[[], object]) -> Iterator[list[str]]:
-    """Call ``stop`` at each signal that asks this process to end; the names of those that came."""
+def _stopped_with(running: Mapping[ArmProcess, str]) -> Iterator[list[str]]:
+    """Stop the running arms at each signal that asks this process to end, and at an error.
+
+    Yields:
+        The names of the signals that came.
+    """
     received: list[str] = []
 
-    def note(signum: int, frame: object) -> None:
+    def stop_all(signum: int, frame: object) -> None:
         received.append(signal.Signals(signum).name)
-        stop()
+        for arm in tuple(running):
+            arm.stop()
 
-    if threading.current_thread() is not threading.main_thread():  # the program that owns it decides about signals
-        yield received
-        return
-    former = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    # in another thread, the program that owns the main one decides about signals
+    handles = threading.current_thread() is threading.main_thread()
+    former = {each: signal.signal(each, stop_all) for each in (signal.SIGINT, signal.SIGTERM)} if handles else {}
     try:
         yield received
     finally:
+        for arm in running:  # after an error
+            arm.stop()
+        for arm in running:
+            with suppress(ConfigError):
+                arm.ended()
         for signum, handler in former.items():
             signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""One arm of a comparison in a process of its own, so that several can train at the same time."""
+"""One arm of a comparison: ``rnode-cli train RECIPE.json`` in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,46 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-from .. import errors
-from ..errors import RnodeError, TrainingError
+from ..errors import ConfigError
 from ..recipes.schema import Recipe
+from ..training.runs.folder import RunFolder
 
-__all__ = ["ArmProcess", "Ended", "train_arm"]
+__all__ = ["ArmProcess", "Ended", "Job"]
+
+_COMMAND = ("-m", "rnode_plugin.comparison.child", "train")
+_ERROR = "Error: "  # begins the message with which the command line ends
+_CANNOT_WORK = 2  # the exit code of the command line for what cannot work
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm to train.
+
+    Attributes:
+        recipe: of the arm.
+        head: a line that announces it.
+        runs: folder for the run of an arm that has none.
+        resume: the run to go on with; None to begin one.
+        max_time: seconds for this call; None for no limit.
+        accelerator: as Lightning's Trainer takes it.
+    """
+
+    recipe: Recipe
+    head: str
+    runs: Path
+    resume: Path | None
+    max_time: float | None
+    accelerator: str
+
+    @property
+    def name(self) -> str:
+        """The arm and its seed, for messages."""
+        return f"{self.recipe.name}, seed {self.recipe.training.seed}"
 
 
 @dataclass(frozen=True)
@@ -25,67 +56,79 @@ class Ended:
     """How the training of an arm ended.
 
     Attributes:
-        folder: of the run; None where it has none to show.
-        stopped: as :class:`~rnode_plugin.training.fit.FitResult` says it; None after an error.
-        error: what ended it.
+        failure: what ended this arm, which the others need not share; None without one.
+        stopped: whether it was asked to stop.
     """
 
-    folder: Path | None = None
-    stopped: str | None = None
-    error: RnodeError | None = None
-
-
-def train_arm(recipe: Recipe, options: dict[str, Any]) -> Ended:
-    """Train an arm in this process; ``options`` are those of :func:`~rnode_plugin.training.fit.fit`."""
-    from ..training.fit import fit
-
-    try:
-        result = fit(recipe, **options)
-    except RnodeError as error:
-        return Ended(error=error)
-    return Ended(folder=result.folder.path, stopped=result.stopped)
+    failure: str | None = None
+    stopped: bool = False
 
 
 class ArmProcess:
-    """A Python process that trains one arm and ends with this one.
+    """A process that trains one arm and ends with this one.
 
     Args:
-        recipe, options: as :func:`train_arm` takes them.
+        job: what it does.
+        device: as Lightning's Trainer takes its ``devices``.
         threads: of the process.
+        recipes: folder for the recipe as JSON; it must outlast the start of the process.
         lines: gets ``(self, line)`` for each line that it prints, and ``(self, None)`` at its end.
+        output: what becomes of its standard output: the terminal's, with progress bars (``"terminal"``), among the
+            lines (``"lines"``), or nothing (``"nowhere"``). The standard error is always among the lines.
+
+    Raises:
+        ConfigError: there can be no run folder.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        options: dict[str, Any],
+        job: Job,
         *,
+        device: str,
         threads: int,
+        recipes: Path,
         lines: queue.SimpleQueue[tuple[ArmProcess, str | None]],
+        output: str,
     ) -> None:
-        self.recipe = recipe
+        self.job = job
         self._stopping = False
-        # a session of its own: Ctrl-C comes to the first process alone, which then ends the others
+        self._message: list[str] = []
+        self._folder = job.resume or RunFolder.create(job.runs, job.recipe).path
+        file = recipes / f"{job.recipe.name}-{job.recipe.training.seed}.json"
+        file.write_text(json.dumps(job.recipe.to_plain()), encoding="utf-8")
+        arguments = [str(file), "--accelerator", job.accelerator, "--devices", device]
+        arguments += ["--run-folder" if job.resume is None else "--resume", str(self._folder)]
+        arguments += [] if job.max_time is None else ["--max-time", f"{job.max_time:.3f}"]
+        # a session of its own: Ctrl-C comes to the first process alone, which then stops the others
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import {__name__} as arm; arm._main()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            [sys.executable, *_COMMAND, *arguments],
+            stdin=subprocess.PIPE,  # stays open: the process stops when this one is gone
+            stdout={"terminal": None, "lines": subprocess.PIPE, "nowhere": subprocess.DEVNULL}[output],
+            stderr=subprocess.STDOUT if output == "lines" else subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "MKL_NUM_THREADS": str(threads),
+                "PYTHONIOENCODING": "utf-8",
+            },
         )
-        threading.Thread(target=self._forward, args=(lines,), daemon=True).start()
-        job = json.dumps({"recipe": recipe.to_plain(), "options": options, "threads": threads})
-        assert self._process.stdin is not None
-        self._process.stdin.write(job + "\n")
-        self._process.stdin.flush()  # and it stays open: the process ends itself when this one is gone
+        pipe = self._process.stdout if output == "lines" else self._process.stderr
+        self._reader = threading.Thread(target=self._forward, args=(pipe, lines), daemon=True)
+        self._reader.start()
 
-    def _forward(self, lines: queue.SimpleQueue[tuple[ArmProcess, str | None]]) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if line.strip():
+    def _forward(self, pipe: IO[str], lines: queue.SimpleQueue[tuple[ArmProcess, str | None]]) -> None:
+        """Pass lines on; those of the error with which it ends are kept."""
+        for line in pipe:
+            text = line.strip()
+            if text.startswith(_ERROR):
+                self._message = [text.removeprefix(_ERROR)]
+            elif self._message:
+                self._message.append(text)
+            elif text:
                 lines.put((self, line.rstrip()))
         lines.put((self, None))
 
@@ -96,43 +139,32 @@ class ArmProcess:
             self._process.terminate()
 
     def ended(self) -> Ended:
-        """Wait for the end."""
-        assert self._process.stdout is not None
-        answer = self._process.stdout.read()
+        """Wait for the end.
+
+        Raises:
+            ConfigError: what was asked for cannot work, for other arms neither.
+        """
         code = self._process.wait()
-        if answer:
-            found = json.loads(answer)
-            if "error" in found:
-                return Ended(error=getattr(errors, found["kind"])(found["error"]))
-            return Ended(folder=Path(found["folder"]), stopped=found["stopped"])
-        if self._stopping:  # before its first step or while its best weights were evaluated
-            return Ended(stopped=signal.SIGTERM.name)
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        why = " Maybe the memory did not suffice for all arms: --devices 1 trains them one after another."
-        hint = why if code == -signal.SIGKILL else ""
-        return Ended(error=TrainingError(f"the process that trained {self.recipe.name} {how}.{hint}"))
+        self._reader.join()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with suppress(OSError):
+            self._folder.rmdir()  # only if it is empty: the process had not begun
+        if code == 0:
+            return Ended()
+        if self._stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+            return Ended(stopped=True)
+        message = " ".join(part for part in self._message if part)
+        if code == _CANNOT_WORK and message:
+            raise ConfigError(f"{self.job.name}: {message}")
+        return Ended(failure=f"{self.job.name}: {message or _how(code)}")
 
 
-def _main() -> None:
-    """Read a job from standard input and answer on standard output; what is printed goes to standard error."""
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-
-    torch.set_num_threads(job["threads"])
-    ended = train_arm(Recipe.from_plain(job["recipe"]), job["options"])
-    if ended.error is not None:
-        kind = type(ended.error).__name__
-        found = {"error": str(ended.error), "kind": kind if kind != "SolverError" else TrainingError.__name__}
-    else:
-        found = {"folder": str(ended.folder), "stopped": ended.stopped}
-    with answer:
-        json.dump(found, answer)
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):  # ends when the process that started this one has gone, however it ended
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
+def _how(code: int) -> str:
+    """How a process ended that left no message."""
+    number = -code if code < 0 else code - 128
+    name = signal.Signals(number).name if number in set(signal.Signals) else None
+    if name is None:
+        return f"its process ended with exit code {code}; the lines above may say why."
+    hint = " Perhaps the memory did not suffice: --devices 1 trains one arm at a time." if name == "SIGKILL" else ""
+    return f"its process was ended by {name}.{hint}"

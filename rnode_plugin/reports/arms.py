@@ -1,9 +1,10 @@
-"""Runs that differ by their seed alone form an arm, with a label, a colour and a line style of its own."""
+"""Arms: runs that differ by their seed only, each arm with a label, a colour, a line style and a marker."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,17 +24,27 @@ class Look(NamedTuple):
 
 
 _LOOKS = {
-    "vanilla": Look("#d55e00", "--", "o"),
+    "none": Look("#d55e00", "--", "o"),
     "ffjord": Look("#e69f00", (0, (6, 2)), "v"),
     "kinetic": Look("#009e73", "-.", "^"),
     "jacfrob": Look("#cc79a7", ":", "s"),
     "rnode": Look("#0072b2", "-", "D"),
 }
-_MORE = (
-    Look("#56b4e9", (0, (4, 1, 1, 1)), "P"),
-    Look("#808080", (0, (1, 1)), "X"),
-    Look("#b8a800", (0, (8, 2, 2, 2)), "*"),
+_COLOURS = ("#56b4e9", "#808080", "#b8a800", "#d55e00", "#009e73", "#cc79a7", "#0072b2", "#e69f00")
+_LINES_AND_MARKERS = (
+    ((0, (4, 1, 1, 1)), "P"),
+    ((0, (1, 1)), "X"),
+    ((0, (8, 2, 2, 2)), "*"),
+    ((0, (3, 1, 1, 1, 1, 1)), "p"),
+    ((0, (10, 3)), "h"),
 )
+
+
+def _more_looks() -> Iterator[Look]:
+    """Looks for arms of other names: all different until every colour has had every line."""
+    for shift in itertools.cycle(range(len(_LINES_AND_MARKERS))):
+        for place, colour in enumerate(_COLOURS):
+            yield Look(colour, *_LINES_AND_MARKERS[(place + shift) % len(_LINES_AND_MARKERS)])
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
         groups.setdefault(repr(seedless.to_plain()), []).append(run)
     places = list(_LOOKS)
     members = sorted(map(tuple, groups.values()), key=lambda group: _place(group[0], places))
-    spare, taken, arms = iter(_MORE * len(members)), set(), []
+    spare, taken, arms = _more_looks(), set(), []
     for label, group in zip(_labels([group[0] for group in members]), members, strict=True):
         name = arm_of(group[0].recipe)
         look = _LOOKS[name] if name in _LOOKS and name not in taken else next(spare)
@@ -81,17 +92,24 @@ def _place(run: Run, places: Sequence[str]) -> int:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """The shortest texts that tell the runs apart."""
+    """For each run the shortest text that tells it apart from the others."""
     texts: tuple[Callable[[Run], str], ...] = (
         lambda run: arm_of(run.recipe),
-        lambda run: f"{arm_of(run.recipe)} ({run.recipe.solver.method})",
+        lambda run: _with_lambdas(run.recipe),
+        lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method})",
         lambda run: run.recipe.name,
+        lambda run: str(run.path),
     )
-    for text in texts:
-        labels = [text(run) for run in runs]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{run.recipe.name}/{run.path.name} {number}" for number, run in enumerate(runs, 1)]
+    labels = [texts[0](run) for run in runs]
+    for text in texts[1:]:
+        labels = [text(run) if labels.count(label) > 1 else label for run, label in zip(runs, labels, strict=True)]
+    return labels
+
+
+def _with_lambdas(recipe: Recipe) -> str:
+    """``kinetic=0.01+jacfrob=0.1``; the name of the arm if it has no penalty."""
+    terms = [f"{name}={strength:g}" for name, strength in recipe.regularizers.items() if strength > 0]
+    return "+".join(terms) or arm_of(recipe)
 
 
 def solver_text(solver: Solver) -> str:

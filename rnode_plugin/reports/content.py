@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +11,13 @@ from datetime import datetime, timezone
 from ..recipes.overrides import as_text
 from .arms import Arm
 from .figures.figures import Panel, make_panels
-from .table import Table, against_base, make_table
+from .notes import against_base
+from .table import Table, make_table
 
-__all__ = ["NUMBERED", "Content", "Grid", "environment_rows", "settings_rows"]
+__all__ = ["SAMPLES", "Content", "Grid", "environment_rows", "settings_rows"]
 
-NUMBERED = {
-    2: "Bits/dim against wall-clock time (the paper's figure 2)",
-    3: "NFE against the Jacobian norm (the paper's figure 3)",
-    5: "What the penalties do during training (the paper's figure 5)",
-}
-"""Headings of the panels by the number of the paper's figure."""
+SAMPLES = "Samples by temperature (the paper's figures 4, 6 to 8)"
+"""Heading of the grids of samples."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,16 @@ class Grid:
     temperatures: tuple[float, ...]
     origin: str
 
+    @property
+    def listed(self) -> str:
+        """The temperatures as text."""
+        return ", ".join(f"{each:g}" for each in self.temperatures)
+
+    @property
+    def encoded(self) -> str:
+        """The picture for a ``data:`` address."""
+        return base64.b64encode(self.png).decode()
+
 
 @dataclass(frozen=True)
 class Content:
@@ -53,6 +61,12 @@ class Content:
     panels: tuple[Panel, ...]
     grids: tuple[Grid, ...]
     left_out: tuple[str, ...]
+
+    @property
+    def sections(self) -> list[tuple[str, list[Panel]]]:
+        """The panels under their headings, in order."""
+        headings = dict.fromkeys(panel.section for panel in self.panels)
+        return [(heading, [each for each in self.panels if each.section == heading]) for heading in headings]
 
     @staticmethod
     def of(arms: Sequence[Arm], title: str | None = None, *, left_out: Sequence[str] = ()) -> Content:
@@ -71,16 +85,17 @@ class Content:
 
 
 def _grids(arms: Sequence[Arm]) -> list[Grid]:
-    grids = []
+    grids: list[Grid] = []
     for arm in arms:
         run = next((run for run in arm.runs if run.grid is not None), None)
         if run is None or run.grid is None:
             continue
         best = run.grid.stem == "best"
         origin = "best weights" if best else f"weights of step {int(run.grid.stem.removeprefix('step-'))}"
-        name = "samples-" + re.sub(r"[^a-z0-9]+", "-", arm.label.lower()).strip("-")
-        temperatures = run.recipe.training.sample_temperatures
-        grids.append(Grid(name, arm.label, run.grid.read_bytes(), temperatures, origin))
+        name = "samples-" + re.sub(r"[^a-z0-9._]+", "-", arm.label.lower()).strip("-.")
+        if any(name == other.name for other in grids):
+            name += f"-{len(grids) + 1}"
+        grids.append(Grid(name, arm.label, run.grid.read_bytes(), run.recipe.training.sample_temperatures, origin))
     return grids
 
 
@@ -90,7 +105,7 @@ def settings_rows(arm: Arm) -> list[tuple[str, str]]:
 
 
 def environment_rows(arm: Arm) -> list[tuple[str, str]]:
-    """Versions, device and threads; where the runs of an arm differ, all that occur."""
+    """Versions, device and threads; if the runs of an arm differ, all that occur."""
     names = dict.fromkeys(name for run in arm.runs for name in run.environment)
     rows = []
     for name in names:

@@ -21,7 +21,7 @@ class Difference:
     """A mean difference in bits/dim and how far it can be trusted.
 
     Attributes:
-        mean: negative where the arm is better than the one it is compared with.
+        mean: negative if the arm is better than the one it is compared with.
         error: standard error of the mean, from ``count`` paired differences.
         count: how many there are.
         unit: what they are differences of, ``images`` or ``seeds``.
@@ -34,7 +34,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse`` where the 95 % interval (Student's t) leaves out zero; ``no difference shown``."""
+        """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``."""
         from scipy.stats import t
 
         if abs(self.mean) <= float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error:
@@ -43,17 +43,17 @@ class Difference:
 
 
 def base_of(arms: Sequence[Arm]) -> Arm:
-    """The arm that the others are compared with: the vanilla one, of several the one with the others' solver."""
-    plain = [arm for arm in arms if arm.name == "vanilla"] or list(arms)
-    solvers = [arm.recipe.solver for arm in arms if arm.name != "vanilla"]
+    """The arm that the others are compared with: one without penalties, preferably with the others' solver."""
+    plain = [arm for arm in arms if arm.name == "none"] or list(arms)
+    solvers = [arm.recipe.solver for arm in arms if arm.name != "none"]
     return next((arm for arm in plain if arm.recipe.solver in solvers), plain[0])
 
 
 def paired_difference(arm: Arm, base: Arm) -> Difference | None:
     """Dirty bits/dim of ``arm`` minus those of ``base`` on the same held-out images with the same noise.
 
-    Over the seeds that both have, where there are several; the difference for one seed is a mean over the images.
-    With one seed over the images. None where nothing can be paired.
+    Over the seeds that both have, if there are several: the difference for one seed is a mean over the images. With
+    one seed over the images. None if nothing can be paired.
     """
     pairs = [(one, other) for one in arm.runs for other in base.runs if _same_images(one, other)]
     differences = [one.images["dirty"] - other.images["dirty"] for one, other in pairs]

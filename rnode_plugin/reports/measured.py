@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,29 +11,47 @@ import numpy as np
 from .arms import Arm
 from .reading import Run
 
-__all__ = ["error_of", "last_steps", "mean_of"]
+__all__ = ["error_of", "last_steps", "mean_of", "penalties_of"]
 
 _LAST_PART = 10  # of the steps, over which the NFE of training is averaged: a tenth
 
 
 def mean_of(arm: Arm, name: str) -> float:
-    """The mean of a quantity over the runs of an arm; NaN where one of them has not measured it.
+    """The mean of a quantity over the runs of an arm; NaN if one of them has not measured it.
 
     Args:
         arm: some runs.
-        name: ``dirty``, ``clean`` (bits/dim), ``nfe_test``, ``nfe_train``, ``jacfrob``, ``kinetic``, ``gap``,
-            ``train_seconds``, ``seconds_per_step`` or ``steps``.
+        name: ``dirty``, ``clean`` (bits/dim), ``nfe_test``, ``nfe_train``, ``gap``, ``train_seconds``,
+            ``seconds_per_step``, ``steps``, or the name of a penalty.
     """
-    return float(np.mean([_figures(run)[name] for run in arm.runs]))
+    return float(np.mean([_figures(run).get(name, math.nan) for run in arm.runs]))
 
 
 def error_of(arm: Arm, name: str) -> float | None:
-    """Standard error of ``dirty`` or ``clean``: over the seeds, or over the images of the only seed."""
+    """Standard error of ``dirty``, ``clean`` or ``nfe_test``: over the seeds; with one seed over the images.
+
+    None if it is not known: no error of one NFE, nor of a run that is not finished.
+    """
     values = [_figures(run)[name] for run in arm.runs]
     if len(values) > 1:
         return float(np.std(values, ddof=1) / len(values) ** 0.5)
     result = arm.runs[0].result
-    return None if result is None else result["evaluation"][name]["stderr_images"]
+    return None if result is None or name == "nfe_test" else result["evaluation"][name]["stderr_images"]
+
+
+def penalties_of(arms: Sequence[Arm]) -> list[str]:
+    """Names of all penalties that some run has measured, ``kinetic`` and ``jacfrob`` first."""
+    names = dict.fromkeys(name for arm in arms for run in arm.runs for name in _penalties(run))
+    ours = [name for name in ("jacfrob", "kinetic") if name in names]
+    return ours + [name for name in names if name not in ours]
+
+
+def _penalties(run: Run) -> dict[str, float]:
+    """Integrals over dim: of the best weights, or at the last validation of a run that has not come to them."""
+    if run.result is not None:
+        return run.result["evaluation"]["penalties"]
+    followed = dict.fromkeys(["kinetic", "jacfrob", *run.recipe.regularizers])
+    return {name: _last(run.checks[f"val/{name}"]) for name in followed if f"val/{name}" in run.checks}
 
 
 def _figures(run: Run) -> Mapping[str, float]:
@@ -41,15 +59,15 @@ def _figures(run: Run) -> Mapping[str, float]:
     found: dict[str, Any]
     if run.result is not None:
         evaluation = run.result["evaluation"]
-        penalties = {name: evaluation["penalties"].get(name, math.nan) for name in ("jacfrob", "kinetic")}
-        bits = {name: evaluation[name]["mean"] for name in ("dirty", "clean")}
-        found = {**bits, **penalties, "nfe_test": evaluation["nfe_mean"]}
+        found = {name: evaluation[name]["mean"] for name in ("dirty", "clean")}
+        found["nfe_test"] = evaluation["nfe_mean"]
     else:
-        columns = {"dirty": "val/bpd", "nfe_test": "val/nfe", "jacfrob": "val/jacfrob", "kinetic": "val/kinetic"}
+        columns = {"dirty": "val/bpd", "nfe_test": "val/nfe"}
         found = {"clean": math.nan, **{name: _last(run.checks.get(column)) for name, column in columns.items()}}
     nfe = run.steps.get("train/nfe", np.array([]))
     times = run.steps.get("seconds_per_step", np.array([]))
     return {
+        **_penalties(run),
         **found,
         "gap": _gap(run),
         "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // _LAST_PART) :])) if len(nfe) else math.nan,

@@ -1,4 +1,4 @@
-"""A run folder as data: its recipe, environment, metrics and result, whether it is finished or still running."""
+"""A run folder as data: recipe, environment, metrics and result of a run that is finished or still running."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Run:
         steps: one entry for each logged training step: ``step``, ``epoch``, ``train_seconds``, ``train/bpd``, ...
         checks: one entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...
         result: how it ended and what its best weights measure; None for a run that has not ended by itself.
-        images: bits/dim of each held-out image in that result, ``dirty`` and ``clean``; empty where unknown.
-        grid: the newest grid of samples as PNG; None where there is none.
+        images: bits/dim of each held-out image in that result, ``dirty`` and ``clean``; empty if unknown.
+        grid: the newest grid of samples as PNG; None if there is none.
     """
 
     path: Path
@@ -47,9 +47,14 @@ class Run:
     grid: Path | None
 
     @property
+    def has_steps(self) -> bool:
+        """Whether a training step has been logged."""
+        return len(self.steps["step"]) > 0
+
+    @property
     def done(self) -> int:
         """Training steps so far."""
-        return int(self.steps["step"][-1]) if len(self.steps["step"]) else 0
+        return int(self.steps["step"][-1]) if self.has_steps else 0
 
     @property
     def state(self) -> str:
@@ -68,46 +73,64 @@ class Run:
 def arm_of(recipe: Recipe) -> str:
     """The name of what a recipe trains on.
 
-    Without penalties ``ffjord`` where the solver is that of the FFJORD baseline, else ``vanilla``; with them the
-    name of the only one, ``rnode`` for the paper's two, or ``a+b``.
+    Without penalties ``ffjord`` if the solver is that of the FFJORD baseline, else ``none``. With them ``rnode``
+    for the paper's two, else their names, as ``a+b``.
     """
     names = [name for name, strength in recipe.regularizers.items() if strength > 0]
     if set(names) == {"kinetic", "jacfrob"}:
         return "rnode"
-    return "+".join(names) or ("ffjord" if recipe.trains_as_ffjord else "vanilla")
+    return "+".join(names) or ("ffjord" if recipe.trains_as_ffjord else "none")
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
     """The runs at ``paths`` and below those that are no runs, and a message for each one that is left out.
 
+    Left out are runs below a folder that cannot be read, runs without a logged step, and repetitions.
+
     Raises:
-        ConfigError: there is no run at one of the paths, or it cannot be read.
+        ConfigError: there is no run at one of the paths, it cannot be read, or nothing is left.
     """
+    runs, left_out = _read_all(map(Path, paths))
+    begun = [run for run in runs if run.has_steps]
+    left_out += [f"{run.path} has no logged step." for run in runs if not run.has_steps]
+    if not begun:
+        raise ConfigError(" ".join(left_out))
+    alone, repeated = _without_repetitions(begun)
+    return alone, left_out + repeated
+
+
+def _read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Every run at the paths and below, each once, and why some below cannot be read."""
     runs: dict[Path, Run] = {}
-    left_out: dict[str, None] = {}
-    for path in map(Path, paths):
+    unreadable: dict[str, None] = {}
+    for path in paths:
         if (path / "recipe.json").is_file():
             runs[path] = read_run(path)
             continue
         inside = sorted(recipe.parent for recipe in path.rglob("recipe.json"))
+        if not inside:
+            raise ConfigError(f"no run at {path}: give a run folder (it holds recipe.json), or a folder of them.")
         for each in inside:
             try:
                 runs[each] = read_run(each)
             except ConfigError as error:
-                left_out[str(error)] = None
-        if not inside:
-            raise ConfigError(f"no run at {path}: give a run folder (it holds recipe.json), or a folder of them.")
-    if not runs:
-        raise ConfigError(" ".join(left_out))
+                unreadable[str(error)] = None
+    return list(runs.values()), list(unreadable)
+
+
+def _without_repetitions(runs: Iterable[Run]) -> tuple[list[Run], list[str]]:
+    """One run for each settings and seed: a repetition is no second seed and would shrink the standard error."""
     alone: dict[str, Run] = {}
-    for run in runs.values():  # a repetition is no second seed, and would make the standard error too small
+    left_out: list[str] = []
+    for run in runs:
         same = repr(run.recipe.to_plain())
         other = alone.setdefault(same, run)
         if other is not run:
-            alone[same] = max(other, run, key=lambda each: (each.result is not None, each.done))
-            left = other if alone[same] is run else run
-            left_out[f"{left.path} has the settings and the seed of {alone[same].path}."] = None
-    return list(alone.values()), list(left_out)
+            kept = max(other, run, key=lambda each: (each.result is not None, each.done))
+            alone[same] = kept
+            left = other if kept is run else run
+            left_out.append(f"{left.path} has the settings and the seed of {kept.path}.")
+    return list(alone.values()), left_out
 
 
 def read_run(path: Path) -> Run:
@@ -188,7 +211,7 @@ def _read_metrics(path: Path) -> tuple[Columns, Columns]:
     rows = _read_rows(path)
     steps = _columns([row for row in rows if "train/bpd" in row], ("step", "epoch", "train_seconds"))
     checks = _columns([row for row in rows if "val/bpd" in row], ("step", "val/bpd"))
-    # a validation is logged by its step alone; how long training had taken by then, its neighbours know
+    # a validation is logged with its step only; its epoch and time are those of the steps around it
     places = {
         name: np.interp(checks["step"], steps["step"], steps[name]) if len(steps["step"]) else checks["step"]
         for name in ("epoch", "train_seconds")

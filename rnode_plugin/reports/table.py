@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..recipes.schema import Paper
 from ..text import change_with_error, duration, significant, with_error
 from .arms import Arm, solver_text
 from .differences import base_of, paired_difference
-from .measured import error_of, last_steps, mean_of
+from .measured import error_of, last_steps, mean_of, penalties_of
+from .notes import table_notes
 
-__all__ = ["Column", "Row", "Table", "against_base", "make_table"]
+__all__ = ["Column", "Row", "Table", "make_table"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A quantity, its unit or meaning, and one text for each column; an empty one where nothing is known."""
+    """A quantity, its unit or meaning, and one text for each column; an empty one if nothing is known."""
 
     name: str
     meaning: str
@@ -40,61 +42,149 @@ class Table:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Quantity:
+    """A row before it is text.
+
+    Attributes:
+        name, meaning: see :class:`Row`.
+        text: the cell of an arm.
+        paper: the cell of a run of the paper; None if the paper does not say it.
+        always: whether the row is there even if all of its cells are empty.
+    """
+
+    name: str
+    meaning: str
+    text: Callable[[Arm], str]
+    paper: Callable[[_PaperRun], str] | None = None
+    always: bool = True
+
+
+@dataclass(frozen=True)
+class _PaperRun:
+    """One of the two runs for which the paper gives figures (its tables 1 and 2)."""
+
+    label: str
+    dirty: float
+    hours: float
+    gpus: int
+    clean: float | None = None
+    parameters: int | None = None
+
+
 def make_table(arms: Sequence[Arm]) -> Table:
-    """The table of some arms; with the paper's figures where the recipes of all arms carry the same ones."""
-    papers = {arm.recipe.paper for arm in arms}
-    paper = papers.pop() if len(papers) == 1 else None
-    columns = [Column(arm.label) for arm in arms]
-    given: list[dict[str, str]] = [{} for _ in arms]
-    if paper is not None:
-        devices = f" on {paper.gpus} GPU" + ("s" if paper.gpus > 1 else "")
-        columns.append(Column("RNODE, the paper", paper=True))
-        of_paper = {"dirty": f"{paper.bits_dirty:g}", "clean": f"{paper.bits_clean:g}"}
-        of_paper["parameters"] = f"{paper.parameters:.2e}".replace("e+0", "e")  # as the paper writes it
-        given.append({**of_paper, "time": f"{paper.hours:g} h{devices}"})
-        if paper.vanilla_bits is not None:
-            columns.append(Column("FFJORD, the paper", paper=True))
-            given.append({"dirty": f"{paper.vanilla_bits:g}", "time": f"{paper.vanilla_hours:g} h{devices}"})
-
-    def row(key: str, name: str, meaning: str, text: Callable[[Arm], str]) -> Row:
-        cells = [text(arm) for arm in arms] + [each.get(key, "") for each in given[len(arms) :]]
-        return Row(name, meaning, tuple(cells))
-
-    def known(name: str, text: Callable[[float], str] = significant) -> Callable[[Arm], str]:
-        return lambda arm: "" if math.isnan(value := mean_of(arm, name)) else text(value)
-
-    def bits(name: str) -> Callable[[Arm], str]:
-        return lambda arm: known(name, lambda value: with_error(value, error_of(arm, name)))(arm)
-
+    """The table of some arms; with the paper's figures if the recipes of all arms carry the same ones."""
     base = base_of(arms)
-    differences = row("change", f"against {base.label}", "bits/dim, dirty, the same images and noise",
-                      lambda arm: _difference(arm, base))  # fmt: skip
-    rows = [
-        row("dirty", "bits/dim, dirty", "held-out images, uniform noise in each bin", bits("dirty")),
-        *([differences] if any(differences.cells) else []),
-        row("clean", "bits/dim, clean", "density at the bins' centres: no bound", bits("clean")),
-        row("nfe", "NFE, test", "adaptive solver, a batch, all blocks", known("nfe_test")),
-        row("nfe_train", "NFE, training", "a step, all blocks, last tenth of the steps", known("nfe_train")),
-        row("jacfrob", "Jacobian norm", "∫ ‖εᵀ∇f‖² dt / dim, test solver", known("jacfrob")),
-        row("kinetic", "kinetic energy", "∫ ‖f‖² dt / dim, test solver", known("kinetic")),
-        row(
-            "gap",
-            "solver gap",
-            "bits/dim by the training solver, less the accurate ones",
-            known("gap", lambda v: f"{v:+.4f}".replace("-", "−")),
-        ),
-        row("time", "training time", "without validation", known("train_seconds", duration)),
-        row("pace", "time a step", "median", known("seconds_per_step", lambda s: f"{significant(s)} s")),
-        row("steps", "steps", "", lambda a: f"{mean_of(a, 'steps'):,.0f}"),
-        row("parameters", "parameters", "", lambda a: f"{a.runs[0].parameters:,}"),
-        row("solver", "training solver", "", _training_solver),
-        row("test_solver", "test solver", "", lambda a: solver_text(a.recipe.test_solver)),
-        row("lambdas", "λ", "kinetic, jacfrob", _lambdas),
-        row("seeds", "seeds", "", lambda a: ", ".join(str(run.recipe.training.seed) for run in a.runs)),
-        row("device", "device", "of each run", _devices),
-        row("state", "state", "", lambda a: "; ".join(dict.fromkeys(run.state for run in a.runs))),
+    of_paper = _paper_runs(arms)
+    columns = [Column(arm.label) for arm in arms] + [Column(run.label, paper=True) for run in of_paper]
+    rows = (_row(quantity, arms, of_paper) for quantity in _quantities(arms, base))
+    return Table(
+        columns=tuple(columns),
+        rows=tuple(row for row in rows if row is not None),
+        notes=tuple(table_notes(arms, base, paper=bool(of_paper))),
+    )
+
+
+def _paper_runs(arms: Sequence[Arm]) -> list[_PaperRun]:
+    papers: set[Paper | None] = {arm.recipe.paper for arm in arms}
+    paper = papers.pop() if len(papers) == 1 else None
+    if paper is None:
+        return []
+    runs = [
+        _PaperRun("RNODE, the paper", paper.bits_dirty, paper.hours, paper.gpus, paper.bits_clean, paper.parameters)
     ]
-    return Table(tuple(columns), tuple(rows), tuple(_notes(arms, base, paper=paper is not None)))
+    if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
+        runs.append(_PaperRun("FFJORD, the paper", paper.vanilla_bits, paper.vanilla_hours, paper.gpus))
+    return runs
+
+
+def _row(quantity: _Quantity, arms: Sequence[Arm], of_paper: Sequence[_PaperRun]) -> Row | None:
+    cells = [quantity.text(arm) for arm in arms]
+    cells += [quantity.paper(run) if quantity.paper is not None else "" for run in of_paper]
+    return Row(quantity.name, quantity.meaning, tuple(cells)) if quantity.always or any(cells) else None
+
+
+def _quantities(arms: Sequence[Arm], base: Arm) -> list[_Quantity]:
+    """All rows, from the top."""
+    return [*_likelihoods(base), *_costs(arms), *_settings()]
+
+
+def _likelihoods(base: Arm) -> list[_Quantity]:
+    return [
+        _Quantity(
+            "bits/dim, dirty",
+            "held-out images, uniform noise in each bin",
+            _bits("dirty"),
+            lambda run: f"{run.dirty:g}",
+        ),
+        _Quantity(
+            f"against {base.label}",
+            "bits/dim, dirty, image by image",
+            lambda arm: _difference(arm, base),
+            always=False,
+        ),
+        _Quantity(
+            "bits/dim, clean",
+            "density at the bins' centres: no bound",
+            _bits("clean"),
+            lambda run: "" if run.clean is None else f"{run.clean:g}",
+        ),
+    ]
+
+
+def _costs(arms: Sequence[Arm]) -> list[_Quantity]:
+    return [
+        _Quantity("NFE, test", "adaptive solver, per batch, all blocks", _known("nfe_test")),
+        _Quantity("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")),
+        *(_penalty(name) for name in penalties_of(arms)),
+        _Quantity("solver gap", "bits/dim by the training solver, less the accurate ones", _known("gap", _signed)),
+        _Quantity(
+            "training time",
+            "without validation",
+            _known("train_seconds", duration),
+            lambda run: f"{run.hours:g} h on {run.gpus} GPU" + ("s" if run.gpus > 1 else ""),
+        ),
+        _Quantity("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
+    ]
+
+
+def _settings() -> list[_Quantity]:
+    return [
+        _Quantity("steps", "", lambda arm: f"{mean_of(arm, 'steps'):,.0f}"),
+        _Quantity("parameters", "", lambda arm: f"{arm.runs[0].parameters:,}", _parameters_of_paper),
+        _Quantity("training solver", "", _training_solver),
+        _Quantity("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
+        _Quantity("λ", "", _lambdas),
+        _Quantity("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.runs)),
+        _Quantity("device", "of each run", _devices),
+        _Quantity("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
+    ]
+
+
+def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[Arm], str]:
+    """The mean of a quantity as text; empty if it was not measured."""
+    return lambda arm: "" if math.isnan(value := mean_of(arm, name)) else text(value)
+
+
+def _bits(name: str) -> Callable[[Arm], str]:
+    return lambda arm: _known(name, lambda value: with_error(value, error_of(arm, name)))(arm)
+
+
+def _penalty(name: str) -> _Quantity:
+    known = {
+        "jacfrob": ("Jacobian norm", "∫ ‖εᵀ∇f‖² dt / dim, test solver"),
+        "kinetic": ("kinetic energy", "∫ ‖f‖² dt / dim, test solver"),
+    }
+    label, meaning = known.get(name, (name, "penalty / dim, test solver"))
+    return _Quantity(label, meaning, _known(name))
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def _parameters_of_paper(run: _PaperRun) -> str:
+    return "" if run.parameters is None else f"{run.parameters:.2e}".replace("e+0", "e")  # as the paper writes it
 
 
 def _difference(arm: Arm, base: Arm) -> str:
@@ -110,71 +200,14 @@ def _training_solver(arm: Arm) -> str:
 
 
 def _lambdas(arm: Arm) -> str:
-    strengths = arm.recipe.regularizers
-    more = [f"{name} {value:g}" for name, value in strengths.items() if name not in ("kinetic", "jacfrob")]
-    return ", ".join([f"{strengths.get(name, 0):g}" for name in ("kinetic", "jacfrob")] + more)
+    return ", ".join(f"{name} {strength:g}" for name, strength in arm.recipe.regularizers.items()) or "none"
 
 
 def _devices(arm: Arm) -> str:
+    """The devices of the runs, on a CPU with the number of threads; each once."""
     found = {}
     for environment in (run.environment for run in arm.runs if run.environment.get("device")):
         threads = environment.get("threads")
         on_cpu = environment.get("cuda") is None and threads is not None
         found[str(environment["device"]) + (f", {threads} thread{'s' * (threads != 1)}" if on_cpu else "")] = None
     return "; ".join(found)
-
-
-def _notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> list[str]:
-    several = any(len(arm.runs) > 1 for arm in arms)
-    what = "over the seeds; with one seed over the held-out images" if several else "over the held-out images"
-    notes = [
-        f"± is the standard error {what}. Bits/dim, test NFE, Jacobian norm and kinetic energy are those of the "
-        "weights with the lowest validation bits/dim, on the same held-out images."
-    ]
-    units = {found.unit for arm in arms if arm is not base and (found := paired_difference(arm, base)) is not None}
-    if units:
-        notes.append(
-            f"The row “against {base.label}” is a mean of differences between two arms, image by image, with its "
-            "standard error: much of the error of each arm's own bits/dim is shared and drops out. “Better” and "
-            "“worse” are said where the 95 % interval leaves zero out."
-        )
-    if "images" in units:
-        notes.append(
-            "With one seed that interval covers the choice of the images and their noise, not how another training "
-            "run would have ended; several seeds (--seeds 3) show that."
-        )
-    notes.append(
-        "Dirty bits/dim bound the discrete likelihood of the images from above, in expectation; clean ones bound "
-        "nothing and are shown because the paper shows them."
-    )
-    if any(run.result is None for arm in arms for run in arm.runs):
-        notes.append("A run that is not finished shows its last validation, without a standard error.")
-    if paper:
-        notes.append(
-            "Columns of the paper hold the paper's own figures (Finlay et al. 2020, tables 1 and 2), of another "
-            "machine (GeForce RTX 2080 Ti where it says so); nothing in them was measured here."
-        )
-    return notes
-
-
-def against_base(arms: Sequence[Arm]) -> list[str]:
-    """One sentence for each finished arm: what separates it from the vanilla one, or from the first."""
-    base, told = base_of(arms), []
-    for arm in (each for each in arms if each is not base and each.recipe.data.name == base.recipe.data.name):
-        if any(run.result is None for run in (*arm.runs, *base.runs)):
-            continue
-        difference = paired_difference(arm, base)
-        parts = []
-        if difference is not None:
-            change = change_with_error(difference.mean, difference.error)
-            parts = [f"bits/dim {change} over {difference.count} {difference.unit} ({difference.verdict})"]
-        for name, text in (
-            ("nfe_test", "test NFE"), ("jacfrob", "Jacobian norm"), ("kinetic", "kinetic energy"),
-            ("seconds_per_step", "time a step"),
-        ):  # fmt: skip
-            before = mean_of(base, name)
-            ratio = mean_of(arm, name) / before if before else math.nan
-            if not math.isnan(ratio):
-                parts.append(f"{text} × {significant(ratio)}")
-        told.append(f"{arm.label} against {base.label}: {', '.join(parts)}.")
-    return told

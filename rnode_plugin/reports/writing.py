@@ -10,9 +10,8 @@ from pathlib import Path
 from ..files import write_atomically
 from .arms import group_runs
 from .content import Content
-from .markdown import markdown
-from .page import page
 from .reading import read_runs
+from .rendering import as_html, as_markdown
 from .table import Table
 
 __all__ = ["Report", "write_report"]
@@ -20,7 +19,7 @@ __all__ = ["Report", "write_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Where a report lies, what its table holds, and which runs could not be read."""
+    """Where a report lies, what its table holds, and which runs were left out."""
 
     html: Path
     markdown: Path
@@ -35,14 +34,14 @@ def write_report(
     """Write the report of some runs, finished or running.
 
     Args:
-        runs: run folders, or folders with run folders below them; of those below, the ones that cannot be read are
-            left out and named in the report.
+        runs: run folders, or folders with run folders below them. Left out and named in the report are those below
+            a folder that cannot be read, those without a logged step, and repetitions.
         out: folder for ``report.html`` (one file with everything in it, nothing is fetched), ``report.md`` and
             ``figures/`` (PNG and SVG).
         title: None for one that names the data sets.
 
     Raises:
-        ConfigError: there is no run at one of the places, or it cannot be read.
+        ConfigError: there is no run at one of the places, it cannot be read, or nothing is left to report.
         CheckpointError: the report cannot be written.
     """
     found, left_out = read_runs(runs)
@@ -53,8 +52,8 @@ def write_report(
     for grid in content.grids:
         write_atomically(out / "figures" / f"{grid.name}.png", lambda file, grid=grid: file.write(grid.png))
     html, text = out / "report.html", out / "report.md"
-    write_atomically(html, lambda file: file.write(page(content).encode()))
-    write_atomically(text, lambda file: file.write(markdown(content).encode()))
+    write_atomically(html, lambda file: file.write(as_html(content).encode()))
+    write_atomically(text, lambda file: file.write(as_markdown(content).encode()))
     names = [panel.name for panel in content.panels] + [grid.name for grid in content.grids]
     return Report(
         html, text, tuple(out / "figures" / f"{name}.png" for name in names), content.table, tuple(left_out)

@@ -1,13 +1,14 @@
-"""A rolling mean and the band around it."""
+"""Curves of noisy values: a rolling mean with the band around it, and several seeds on one axis of time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Rolling", "rolling"]
+__all__ = ["Rolling", "common_time", "rolling"]
 
 Vector = NDArray[np.float64]
 
@@ -49,3 +50,26 @@ def rolling(x: Vector, y: Vector, *, window: float, band: float = 0.9, points: i
             values.append((inside.mean(), *np.percentile(inside, tails)))
     mean, low, high = np.array(values).T
     return Rolling(np.array(kept), mean, low, high)
+
+
+def common_time(seeds: Sequence[tuple[Vector, Vector, Vector]]) -> tuple[Vector, Vector]:
+    """The values of several seeds against their mean time at equal steps.
+
+    Seeds take different times for the same steps. Against the time of each, a mean over seeds would mix early steps
+    of a slow seed with late steps of a fast one, and jump when the fast one ends.
+
+    Args:
+        seeds: steps, seconds and values of each seed, each ``(N,)``; N differs between seeds.
+
+    Returns:
+        For each value up to the last step that all seeds have reached, the mean over the seeds of the time at its
+        step; and the values.
+    """
+    end = min(steps[-1] for steps, _, _ in seeds)
+    times, values = [], []
+    for steps, _, of_seed in seeds:
+        shared = steps <= end
+        at = [np.interp(steps[shared], other, seconds) for other, seconds, _ in seeds]
+        times.append(np.mean(at, axis=0))
+        values.append(of_seed[shared])
+    return np.concatenate(times), np.concatenate(values)

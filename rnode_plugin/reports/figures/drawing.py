@@ -11,10 +11,10 @@ from typing import Any
 
 from ...files import write_atomically
 
-__all__ = ["Drawing", "draw"]
+__all__ = ["Drawing", "draw", "legend", "plain_text"]
 
 _INK = "#24292f"  # of all text and frames; in a page they take the page's colour
-_SIZE = (4.8, 3.5)  # inches: still readable where a phone shows it at the width of its screen
+_SIZE = (4.8, 3.5)  # inches: still readable at the width of a phone
 _DPI = 160
 
 
@@ -47,7 +47,7 @@ def draw(name: str, paint: Callable[[Any], None], *, size: tuple[float, float] =
 
     Args:
         name: unique in a page; the ids inside the SVG begin with it.
-        paint: draws into the axes, or into an array of axes where there are several.
+        paint: draws into the axes, or into an array of axes if there are several.
         size: in inches.
         grid: rows and columns of axes, as ``Figure.subplots`` takes them; one by default.
     """
@@ -66,6 +66,20 @@ def draw(name: str, paint: Callable[[Any], None], *, size: tuple[float, float] =
             figure.savefig(file, format=kind, dpi=_DPI, transparent=transparent, metadata=metadata)
             forms.append(file.getvalue())
     return Drawing(forms[0], forms[1], _inline(forms[2].decode(), name))
+
+
+def plain_text(label: str) -> str:
+    """``label`` as matplotlib shows it to the letter: without mathematics, and even if it begins with ``_``."""
+    text = label.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def legend(axes: Any) -> None:
+    """A legend of what has a label, small and in two columns if there is much of it."""
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        many = len(handles) > 6
+        axes.legend(ncols=2 if many else 1, fontsize=7 if many else None)
 
 
 _RC: dict[Any, Any] = {

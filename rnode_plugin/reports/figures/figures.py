@@ -1,4 +1,4 @@
-"""The paper's figures 2, 3 and 5 from runs, each panel a figure of its own."""
+"""The figures of a report: bits/dim against NFE, and the paper's figures 2, 3 and 5, each panel a drawing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..arms import Arm
-from .curves import rolling
-from .drawing import Drawing, draw
+from .curves import common_time, rolling
+from .drawing import Drawing, draw, legend, plain_text
+from .trade_off import TRADE_OFF_CAPTION, paint_trade_off, trade_off
 
 __all__ = ["Panel", "make_panels"]
 
@@ -22,6 +23,12 @@ _KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
 _NFE = "NFE of the test solver"
 
 
+_TRADE = "What the penalties buy"
+_TIME = "Bits/dim against wall-clock time (the paper's figure 2)"
+_NFE_AND_NORM = "NFE against the Jacobian norm (the paper's figure 3)"
+_DURING = "What the penalties do during training (the paper's figure 5)"
+
+
 @dataclass(frozen=True)
 class Panel:
     """One figure, drawn.
@@ -30,33 +37,38 @@ class Panel:
         name: of its files.
         title: what it shows.
         caption: what has to be known to read it.
-        number: the figure of the paper that it belongs to.
+        section: heading of the section that it belongs to.
         drawing: as PNG and SVG.
     """
 
     name: str
     title: str
     caption: str
-    number: int
+    section: str
     drawing: Drawing
 
 
 def make_panels(arms: Sequence[Arm]) -> list[Panel]:
     """All panels for which the runs hold something."""
+    logged = [arm for arm in arms if all(run.has_steps for run in arm.runs)]
     checked = [arm for arm in arms if any(len(run.checks["step"]) for run in arm.runs)]
     panels: list[Panel] = []
 
-    def add(name: str, title: str, caption: str, number: int, paint: Callable[[Any], None]) -> None:
-        panels.append(Panel(name, title, caption, number, draw(name, paint)))
+    def add(name: str, title: str, caption: str, section: str, paint: Callable[[Any], None]) -> None:
+        panels.append(Panel(name, title, caption, section, draw(name, paint)))
 
-    if any(len(run.steps["step"]) for arm in arms for run in arm.runs):
+    if len(points := trade_off(arms)) > 1:
+        add("bits-nfe", "Held-out bits/dim against NFE", TRADE_OFF_CAPTION, _TRADE,
+            lambda axes: paint_trade_off(axes, points))  # fmt: skip
+    if logged:
         add(
             "bits-training",
             "Training bits/dim against time",
-            "Each training batch: mean (line) and the middle 90 % (band) of the batches in a window of a twentieth "
-            "of the longest run. Time without validation.",
-            2,
-            lambda axes: _bits_of_batches(axes, arms),
+            "Each training batch: mean (line) and the middle 90 % (band) of the batches in a window of a "
+            "twentieth of the longest run. Time without validation; several seeds are averaged at equal steps, up "
+            "to the last step that all of them have reached.",
+            _TIME,
+            lambda axes: _bits_of_batches(axes, logged),
         )
     if checked:
         add(
@@ -64,7 +76,7 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
             "Held-out bits/dim against time",
             "Dirty bits/dim of the held-out images at each validation, with the test solver. Time without "
             "validation.",
-            2,
+            _TIME,
             lambda axes: _bits_of_checks(axes, checked),
         )
         add(
@@ -72,7 +84,7 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
             "NFE against the Jacobian norm",
             "One mark for each validation during training: evaluations that the adaptive test solver takes for a "
             "batch, against the Jacobian norm of the same solve. " + _correlations(checked),
-            3,
+            _NFE_AND_NORM,
             lambda axes: _nfe_against_jacobian(axes, checked),
         )
         for name, title, column, label, log in (
@@ -84,7 +96,7 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
                 name,
                 title,
                 "At each validation, on the held-out images, with the test solver.",
-                5,
+                _DURING,
                 lambda axes, column=column, label=label, log=log: _by_epoch(axes, checked, column, label, log=log),
             )
     return panels
@@ -112,17 +124,18 @@ def _bits_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
     longest, unit, name = _time_unit(arms)
     settled = []
     for arm in arms:
-        time = np.concatenate([run.steps["train_seconds"] for run in arm.runs])
-        bits = np.concatenate([run.steps["train/bpd"] for run in arm.runs])
+        time, bits = common_time(
+            [(run.steps["step"], run.steps["train_seconds"], run.steps["train/bpd"]) for run in arm.runs]
+        )
         curve = rolling(time, bits, window=longest * _WINDOW)
         if len(curve.x):
             axes.fill_between(curve.x / unit, curve.low, curve.high, color=arm.look.colour, alpha=0.18, linewidth=0)
-            axes.plot(curve.x / unit, curve.mean, label=arm.label, **_style(arm))
+            axes.plot(curve.x / unit, curve.mean, label=plain_text(arm.label), **_style(arm))
             settled.append((curve.x, curve.low, curve.high))
     _cut_start(axes, settled)
     axes.set_xlabel(f"training time [{name}]")
     axes.set_ylabel("training batches, dirty [bits/dim]")
-    axes.legend()
+    legend(axes)
 
 
 def _bits_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
@@ -131,17 +144,17 @@ def _bits_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
     for arm in arms:
         for number, run in enumerate(arm.runs):
             time, bits = run.checks["train_seconds"], run.checks["val/bpd"]
-            label = arm.label if number == 0 else None
+            label = plain_text(arm.label) if number == 0 else None
             axes.plot(time / unit, bits, label=label, **_style(arm), **_marks(arm))
             settled.append((time, bits, bits))
     _cut_start(axes, settled)
     axes.set_xlabel(f"training time [{name}]")
     axes.set_ylabel("held-out, dirty [bits/dim]")
-    axes.legend()
+    legend(axes)
 
 
 def _cut_start(axes: Any, curves: Sequence[tuple[Any, Any, Any]]) -> None:
-    """Leave the fall of the first tenth out of sight, where it would flatten all that differs later."""
+    """Cut off the fall of the first tenth: it would flatten all differences that come later."""
     late = [(low[x >= x.max() / 10], high[x >= x.max() / 10]) for x, low, high in curves if len(x) > 5]
     if late:
         bottom = min(float(low.min()) for low, _ in late)
@@ -154,10 +167,10 @@ def _nfe_against_jacobian(axes: Any, arms: Sequence[Arm]) -> None:
     for arm in arms:
         jacobian, nfe = _pairs(arm)
         axes.scatter(jacobian, nfe, s=26, color=arm.look.colour, marker=arm.look.marker, alpha=0.75, linewidth=0,
-                     label=arm.label)  # fmt: skip
+                     label=plain_text(arm.label))  # fmt: skip
     axes.set_xlabel(_JACOBIAN)
     axes.set_ylabel(f"{_NFE} [evaluations]")
-    axes.legend()
+    legend(axes)
 
 
 def _pairs(arm: Arm) -> tuple[Any, Any]:
@@ -168,7 +181,7 @@ def _pairs(arm: Arm) -> tuple[Any, Any]:
 
 
 def _correlations(arms: Sequence[Arm]) -> str:
-    """The correlation within each arm, where there are enough marks to speak of one."""
+    """The correlation within each arm, if there are enough marks to speak of one."""
     found = []
     for arm in arms:
         jacobian, nfe = _pairs(arm)
@@ -186,7 +199,7 @@ def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str, *, log: b
             if values is None:
                 continue
             positive = positive and bool(np.nanmin(values, initial=math.inf) > 0)
-            name = arm.label if number == 0 else None
+            name = plain_text(arm.label) if number == 0 else None
             axes.plot(run.checks["epoch"], values, label=name, **_style(arm), **_marks(arm))
     if log and positive:
         axes.set_yscale("log")
@@ -196,4 +209,4 @@ def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str, *, log: b
             axes.yaxis.set_minor_formatter(_plain)
     axes.set_xlabel("epoch [passes over the training images]")
     axes.set_ylabel(label + ("" if log else " [evaluations]"))
-    axes.legend()
+    legend(axes)

@@ -1,0 +1,165 @@
+"""Arms as text, such as ``kinetic+jacfrob`` or ``taylor:3=0.01``, to the recipes that train them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+
+from ..errors import ConfigError, suggest
+from ..plugins import registry
+from ..plugins.resolve import resolve_regularizers
+from ..recipes.schema import Recipe
+
+__all__ = ["arm_recipes", "check_known_to_other_processes"]
+
+_NONE, _FFJORD, _ALL = "none", "ffjord", "rnode"
+_LONGEST = 70  # characters of a folder's name; longer ones end in a hash
+
+
+def arm_recipes(
+    recipe: Recipe, arms: Sequence[str] = (), *, sweeps: Sequence[str] = (), seeds: int = 1
+) -> list[Recipe]:
+    """The recipe of each run: for each seed, all arms.
+
+    Args:
+        recipe: what the arms share. Weights, data order and noise are functions of its seed.
+        arms: each is ``none`` (no penalty, the recipe's solver, as in the paper's ablation), ``ffjord`` (no
+            penalty, Dormand-Prince at 1e-5, as in the paper's comparison of times), ``rnode`` (all penalties of the
+            recipe), or penalties joined by ``+``. A penalty is a name, with options if it takes them, and its
+            lambda: ``kinetic``, ``taylor:3``, ``kinetic=0.1+jacfrob``. Without a lambda it has that of the recipe,
+            else its default. No arms: ``none``, each penalty of the recipe alone and ``rnode``; with sweeps
+            ``none`` alone.
+        sweeps: arms with several lambdas, as ``kinetic=0.001,0.01,0.1``. With several penalties they form a grid.
+        seeds: runs of each arm; the first has the recipe's seed, the others the next ones.
+
+    Raises:
+        ConfigError: an unknown penalty, a bad lambda, two arms that train the same, or no seed.
+    """
+    if seeds < 1:
+        raise ConfigError(f"a comparison needs at least one seed, not {seeds}.")
+    if not arms:
+        arms = [_NONE] if sweeps else _default_arms(recipe)
+    chosen: dict[str, Recipe] = {}
+    for text in arms:
+        arm = _arm_recipe(recipe, text)
+        if (same := _find_same(arm, chosen)) is not None:
+            which = (
+                f"{text} is there twice" if same == text else f"{same} and {text} are the same for {recipe.name}"
+            )
+            raise ConfigError(f"a comparison needs each arm once: {which}.")
+        chosen[text] = arm
+    for sweep in sweeps:
+        for strengths in _parse(recipe, sweep):
+            arm = _with_penalties(recipe, strengths)
+            if _find_same(arm, chosen) is None:  # a point that is an arm already is trained once
+                chosen[arm.name] = arm
+    first = recipe.training.seed
+    return [
+        dataclasses.replace(arm, training=dataclasses.replace(arm.training, seed=seed))
+        for seed in range(first, first + seeds)
+        for arm in chosen.values()
+    ]
+
+
+def _default_arms(recipe: Recipe) -> list[str]:
+    """The paper's ablation (figure 5): no penalty, each alone, all of them."""
+    alone = list(recipe.regularizers)
+    return [_NONE, *alone, *([_ALL] if len(alone) > 1 else [])]
+
+
+def _arm_recipe(recipe: Recipe, text: str) -> Recipe:
+    if text == _NONE:
+        return _with_penalties(recipe, {})
+    if text == _FFJORD:
+        return dataclasses.replace(recipe.vanilla(), name=_folder_name(recipe, _FFJORD))
+    if text == _ALL:
+        return _with_penalties(recipe, recipe.regularizers)
+    (strengths, *more) = _parse(recipe, text)
+    if more:
+        raise ConfigError(f"the arm {text!r} has several lambdas: --sweep {text} makes an arm of each.")
+    return _with_penalties(recipe, strengths)
+
+
+def _parse(recipe: Recipe, text: str) -> list[dict[str, float]]:
+    """The sets of penalties with their lambdas that an arm or a sweep names: one, or a grid.
+
+    Raises:
+        ConfigError: an unknown penalty, one named twice, or a bad lambda.
+    """
+    grid: dict[str, list[float]] = {}
+    for term in re.split(r"\+(?![\d.])", text):  # but not the plus of 1e+3
+        name, equals, values = (part.strip() for part in term.partition("="))
+        if name in grid:
+            raise ConfigError(f"the arm {text!r} names {name} twice.")
+        default = _default_lambda(recipe, name)
+        grid[name] = [_lambda(name, value) for value in values.split(",")] if equals else [default]
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _default_lambda(recipe: Recipe, name: str) -> float:
+    known = [_NONE, _FFJORD, _ALL, *registry.names("regularizers")]
+    if name.partition(":")[0] not in registry.names("regularizers"):
+        raise ConfigError(suggest(name, known, "arm"))
+    (found,) = resolve_regularizers([name]).values()
+    return recipe.regularizers.get(name, found.strength)
+
+
+def _lambda(name: str, text: str) -> float:
+    try:
+        return next(iter(resolve_regularizers({name: float(text)}).values())).strength
+    except ValueError:
+        raise ConfigError(f"the lambda of {name} must be a finite number >= 0, not {text.strip()!r}.") from None
+
+
+def _with_penalties(recipe: Recipe, strengths: Mapping[str, float]) -> Recipe:
+    """The recipe with these penalties, and with one name for one set, whatever text asked for it."""
+    order = [*recipe.regularizers, *sorted(strengths.keys() - recipe.regularizers.keys())]
+    ordered = {name: strengths[name] for name in order if name in strengths}
+    if not ordered:
+        label = _NONE
+    elif len(ordered) > 1 and ordered == dict(recipe.regularizers):
+        label = _ALL
+    else:
+        terms = []
+        for name, strength in ordered.items():
+            usual = strength == _default_lambda(recipe, name)
+            terms.append(name if usual else f"{name}={strength:g}")
+        label = "+".join(terms)
+    return dataclasses.replace(recipe, name=_folder_name(recipe, label), regularizers=ordered)
+
+
+def _folder_name(recipe: Recipe, label: str) -> str:
+    """A name for the runs of an arm that is a safe name of a folder on every system."""
+    name = re.sub(r"[^\w.,+=@-]", "-", f"{recipe.name}-{label}")
+    if len(name.encode()) <= _LONGEST:
+        return name
+    shortened = name.encode()[: _LONGEST - 9].decode(errors="ignore")
+    return f"{shortened}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _find_same(arm: Recipe, chosen: Mapping[str, Recipe]) -> str | None:
+    """The arm that trains the same, if there is one."""
+    return next((text for text, other in chosen.items() if dataclasses.replace(other, name=arm.name) == arm), None)
+
+
+def check_known_to_other_processes(recipe: Recipe) -> None:
+    """Refuse what only this process knows: an arm trains in a process of its own.
+
+    Raises:
+        ConfigError: a regularizer, the model or the data set was registered in this process by
+            ``plugins.register``.
+    """
+    used = [("regularizers", name.partition(":")[0]) for name in recipe.regularizers]
+    used += [("models", recipe.model.name), ("datasets", recipe.data.name)]
+    plugins = registry.report()
+    for kind, name in used:
+        owners = [plugin for plugin in plugins if name in plugin.registers.get(kind, ())]
+        if owners and all(plugin.distribution is None for plugin in owners):
+            raise ConfigError(
+                f"the {registry.KINDS[kind]} {name!r} is registered in this process only, by the plugin "
+                f"{owners[0].name!r}, but each arm of a comparison trains in a process of its own. Make it a "
+                "plugin of an installed package: docs/plugins.md says how."
+            )
