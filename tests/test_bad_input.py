@@ -141,7 +141,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["recipes", "show", "minst"], 2, r"unknown recipe 'minst'; did you mean 'mnist'"),
     (["report", "SHELF/nowhere"], 2, r"no run at .*: give a run folder"),
     (["report", "SHELF/empty"], 2, r"no run at .*: give a run folder"),
-    (["compare", "digits", "--arms", "vanilla,rnod"], 2, r"unknown arm 'rnod'; did you mean 'rnode'"),
+    (["compare", "digits", "--arm", "none", "--arm", "rnod"], 2, r"unknown arm 'rnod'; did you mean 'rnode'"),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..text import duration
+from ..text import duration, significant
 
 if TYPE_CHECKING:
     from ..evaluation.bits import BitsPerDim, EvaluationResult
@@ -40,6 +40,6 @@ _GAP = "{:+.4f}  bits/dim by the training solver, less those above; the first ba
 
 
 def _bits(bits: BitsPerDim) -> str:
-    errors = [] if bits.stderr_images is None else [f"± {bits.stderr_images:.4f} (images)"]
-    errors += [] if bits.stderr_noise is None else [f"± {bits.stderr_noise:.4f} (noise)"]
+    errors = [] if bits.stderr_images is None else [f"± {significant(bits.stderr_images, 2)} (images)"]
+    errors += [] if bits.stderr_noise is None else [f"± {significant(bits.stderr_noise, 2)} (noise)"]
     return " ".join([f"{bits.mean:.4f}", *errors])
