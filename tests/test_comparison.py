@@ -1,32 +1,37 @@
-"""Comparisons: the arms differ by what they are meant to alone, and go on where they were stopped."""
+"""Comparisons: the arms differ only by what they are meant to, and go on where they were stopped."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
-import os
-import queue
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from fake_training import FakeTraining
+from run_folders import write_run
 
-from rnode_plugin import get_recipe
+from rnode_plugin import get_recipe, hookimpl, plugins
 from rnode_plugin.cli import main
-from rnode_plugin.comparison import scheduler as arm_schedule
-from rnode_plugin.comparison.compare import ARMS, Comparison, arm_recipes, compare
+from rnode_plugin.comparison import worker
+from rnode_plugin.comparison.arm_checks import check_arm
+from rnode_plugin.comparison.arm_recipes import arm_recipes
+from rnode_plugin.comparison.compare import Comparison, compare
 from rnode_plugin.comparison.scheduler import places_of
-from rnode_plugin.comparison.worker import ArmProcess
+from rnode_plugin.core.regularizers import FunctionRegularizer
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
+from rnode_plugin.files import check_path_name
 from rnode_plugin.recipes.schema import Recipe
-from rnode_plugin.training.lightning.module import RnodeModule
+from rnode_plugin.reports import content
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 TINY = [
@@ -41,9 +46,261 @@ def recipe() -> Recipe:
     return get_recipe("digits").override(TINY)
 
 
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
+    """What the comparisons of a test start instead of ``rnode-cli train``."""
+    fake = FakeTraining(tmp_path / "fake", write_run(tmp_path / "run", get_recipe("digits")))
+    monkeypatch.setattr(worker, "_COMMAND", fake.command)
+    monkeypatch.setattr(content, "make_panels", lambda arms: [])  # drawing takes longer than all else
+    return fake
+
+
 def run(recipe: Recipe, out: Path, **options: Any) -> Comparison:
-    options = {"arms": ("vanilla", "rnode"), "checks": 2, "announce": lambda line: None, **options}
-    return compare(recipe, out=out, accelerator="cpu", progress=False, **{"devices": "1", **options})
+    options = {"arms": ("none", "rnode"), "checks": 2, "announce": lambda line: None, **options}
+    return compare(recipe, out=out, accelerator="cpu", **{"devices": "1", "progress": False, **options})
+
+
+def folders(result: Comparison) -> list[str]:
+    return ["/".join(path.parts[-2:]) for path in result.runs]
+
+
+# arms ----------------------------------------------------------------------------------------------------------
+
+
+def penalties(recipe: Recipe, *arms: str, **options: Any) -> dict[str, Mapping[str, float]]:
+    return {arm.name: arm.regularizers for arm in arm_recipes(recipe, arms, **options)}
+
+
+def test_the_recipes_of_the_arms(recipe: Recipe) -> None:
+    none, kinetic, jacfrob, rnode = arm_recipes(recipe)
+    assert [each.name for each in (none, rnode)] == ["digits-none", "digits-rnode"]
+    assert none.regularizers == {}
+    assert kinetic.regularizers == {"kinetic": recipe.regularizers["kinetic"]}
+    assert jacfrob.regularizers == {"jacfrob": recipe.regularizers["jacfrob"]}
+    assert rnode.regularizers == recipe.regularizers
+    assert len({(each.data, each.model, each.solver, each.optimizer, each.training) for each in
+                (none, kinetic, jacfrob, rnode)}) == 1  # fmt: skip
+    ffjord, same = arm_recipes(recipe, ("ffjord", "none"))
+    assert ffjord.solver == recipe.ffjord().solver
+    assert ffjord.solver.method == "dopri5"
+    assert ffjord.name == "digits-ffjord"
+    assert (ffjord.regularizers, same) == ({}, none)
+    seeds = [each.training.seed for each in arm_recipes(recipe, ("rnode", "kinetic"), seeds=2)]
+    first = recipe.training.seed
+    assert seeds == [first, first, first + 1, first + 1]
+
+
+def test_sets_of_penalties_with_options_and_lambdas(recipe: Recipe) -> None:
+    recipe = dataclasses.replace(recipe, regularizers={"kinetic": 0.5, "jacfrob": 0.01})
+    arms = ("jacfrob+kinetic", "total_derivative=0.02", "taylor:3", "taylor:order=4=1e+1+kinetic=0.1")
+    more = ("trajectory_polynomial:2,points=3=5", "steer:0.25")
+    assert penalties(recipe, *arms, *more) == {
+        "digits-rnode": {"kinetic": 0.5, "jacfrob": 0.01},  # the recipe's own lambdas, in its order
+        "digits-total_derivative=0.02": {"total_derivative": 0.02},
+        "digits-taylor-3": {"taylor:3": 0.01},
+        "digits-kinetic=0.1+taylor-order=4=10": {"kinetic": 0.1, "taylor:order=4": 10.0},
+        "digits-trajectory_polynomial-2,points=3=5": {"trajectory_polynomial:2,points=3": 5.0},
+        "digits-steer-0.25": {"steer:0.25": 1.0},
+    }  # fmt: skip
+    (long,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+total_derivative")
+    (other,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+taylor")
+    assert long != other
+    for name in (long, other, "digits-taylor-3", "digits-kinetic=0.1+taylor-order=4=10"):
+        assert check_path_name(name, "arm") == name
+
+
+def test_sweeps(recipe: Recipe) -> None:
+    assert list(penalties(recipe, sweeps=["kinetic=0.001,0.01,0.1"])) == [
+        "digits-none", "digits-kinetic=0.001", "digits-kinetic", "digits-kinetic=0.1",
+    ]  # fmt: skip
+    grid = penalties(recipe, "kinetic=1+jacfrob=3", sweeps=["kinetic=1,2+jacfrob=3,4", "kinetic=1,2"])
+    assert [tuple(each.values()) for each in grid.values()] == [(1, 3), (1, 4), (2, 3), (2, 4), (1,), (2,)]
+
+
+def test_arms_that_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    for arms, message in (
+        (["nonne"], "unknown arm 'nonne'; did you mean 'none'"),
+        (["rnode", "rnode"], "each arm once: rnode and rnode train the same"),
+        (["rnode", "jacfrob+kinetic"], r"rnode and jacfrob\+kinetic train the same"),
+        (["kinetic="], "is not a penalty: write kinetic"),
+        (["kinetic+kinetic"], "names kinetic twice"),
+        (["kinetic=x"], "lambda of kinetic must be a finite number >= 0, not 'x'"),
+        (["kinetic=-1"], "must be a finite number"),
+        (["kinetic=1,2"], "--sweep kinetic=1,2"),
+        (["taylor:9"], "order from 2 to 5"),
+        (["../kinetic"], "unknown arm"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            arm_recipes(recipe, arms)
+    with pytest.raises(ConfigError, match="at least one seed"):
+        arm_recipes(recipe, seeds=0)
+    with pytest.raises(ConfigError, match="none and ffjord train the same"):
+        arm_recipes(get_recipe("imagenet64"), ("none", "ffjord"))
+    with pytest.raises(ConfigError, match="time limit must be positive"):
+        run(recipe, tmp_path / "c", max_time=-1)
+    with pytest.raises(ConfigError, match="at least one check"):
+        run(recipe, tmp_path / "c", checks=0)
+    with pytest.raises(ConfigError, match=r"the arm digits-error cannot be trained: .*rk4_38.*no error estimate"):
+        run(recipe, tmp_path / "c", arms=["none", "error"])
+    assert not list(tmp_path.iterdir())
+
+
+class Notebook:
+    """A plugin that only this process knows."""
+
+    @hookimpl
+    def rnode_register_regularizers(self) -> Mapping[str, Any]:
+        return {"mine": FunctionRegularizer("mine", lambda evaluation: evaluation.dz.abs().flatten(1).sum(1))}
+
+
+def test_a_penalty_of_this_process_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    plugins.register(Notebook(), name="notebook")
+    try:
+        with pytest.raises(ConfigError, match=r"'mine' is registered in this process only.*'notebook'"):
+            run(recipe, tmp_path / "c", arms=["none", "mine"])
+    finally:
+        plugins.unregister("notebook")
+    assert not list(tmp_path.iterdir())
+    for arm in arm_recipes(recipe, ["none", "kinetic+curl"]):
+        check_arm(arm)
+
+
+# what trains when ----------------------------------------------------------------------------------------------
+
+
+def test_each_arm_is_a_call_of_train(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path / "c", seeds=2, devices="2", max_time=90)
+    assert (result.failed, result.stopped) == ((), None)
+    assert folders(result) == ["digits-none/0", "digits-rnode/0", "digits-none/1", "digits-rnode/1"]
+    calls = training.calls()
+    assert [call["name"] for call in calls] == ["digits-none", "digits-none", "digits-rnode", "digits-rnode"]
+    runs = {str(path) for path in result.runs}
+    assert {call.pop("--run-folder") for call in calls} == runs
+    share = str(max(1, torch.get_num_threads() // 2))
+    fixed = {"--accelerator": "cpu", "--devices": "1", "--max-time": "90.000", "threads": share}
+    assert all({**call, "name": ""} == {"name": "", **fixed} for call in calls)
+    assert "digits: what the penalties change" in result.report.html.read_text()
+    assert [column.label for column in result.report.table.columns] == ["none", "rnode"]
+
+
+def test_arms_that_exist_are_not_trained_again(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    first = run(recipe, tmp_path / "c")
+    assert len(training.calls()) == 2
+    lines: list[str] = []
+    more = run(recipe, tmp_path / "c", sweeps=["kinetic=0.01,0.1"], announce=lines.append)
+    assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic=0.1"]
+    assert [line for line in lines if "done, in" in line] == [
+        f"arm {number} of 4: {path.parent.name}, seed 42, rk4_38: done, in {path}"
+        for number, path in enumerate(first.runs, 1)
+    ]
+    assert more.runs[:2] == first.runs
+    run(recipe, tmp_path / "c", seeds=2)
+    assert [call["name"] for call in training.calls()] == ["digits-none", "digits-rnode"]  # the second seed
+    other = run(recipe.override(["optimizer.lr=1e-4"]), tmp_path / "c")
+    assert folders(other) == ["digits-none/2", "digits-rnode/2"]
+
+
+def test_an_interrupted_arm_is_resumed(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    training.behave({"digits-none": "stop the parent"})
+    result = run(recipe, tmp_path / "c")
+    assert result.stopped == "SIGTERM"
+    assert result.failed == ()
+    assert folders(result) == ["digits-none/0"]  # the other one had not begun
+    (none,) = result.runs
+    assert (none / "stopped").read_text() == "with a checkpoint"
+    assert "not finished: step 40" in result.report.html.read_text()
+    (call,) = training.calls()
+    assert call["--run-folder"] == str(none)
+
+    training.behave({})
+    again = run(recipe, tmp_path / "c")
+    assert folders(again) == ["digits-none/1", "digits-rnode/0"]  # without a checkpoint it begins again
+    shutil.rmtree(none.parent / "1")
+    (none / "checkpoints").mkdir()
+    (none / "checkpoints" / "last.ckpt").touch()
+    training.calls()
+    again = run(recipe, tmp_path / "c")
+    assert folders(again) == ["digits-none/0", "digits-rnode/0"]
+    (call,) = training.calls()
+    assert call["--resume"] == str(none)
+    assert "--run-folder" not in call
+
+
+def test_an_arm_that_fails_leaves_the_others_alone(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    training.behave({"digits-none": "fail", "digits-kinetic": "die", "digits-jacfrob": "crash"})
+    lines: list[str] = []
+    result = run(recipe, tmp_path / "c", arms=(), devices="2", progress=True, announce=lines.append)
+    assert sorted(result.failed) == [
+        "digits-jacfrob, seed 42: its process ended with exit code 1; the lines above may say why.",
+        "digits-kinetic, seed 42: its process was ended by SIGKILL. Perhaps the memory did not suffice: "
+        "--devices 1 trains one arm at a time.",
+        "digits-none, seed 42: training stopped: the gradient is nan.",
+    ]
+    assert result.stopped is None
+    text = result.report.markdown.read_text()
+    assert "not finished: step 40" in text
+    assert "step 40 of 40" in text
+    assert "digits-rnode, seed 42: on the output" in lines
+    assert "digits-none, seed 42: a warning" in lines
+    assert any(line.startswith("digits-jacfrob, seed 42: ZeroDivisionError") for line in lines)
+    assert not any("the gradient is nan" in line for line in lines)  # it is told at the end
+
+
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_what_cannot_work_ends_the_comparison(
+    recipe: Recipe, training: FakeTraining, tmp_path: Path, devices: str
+) -> None:
+    training.behave({"digits-none": "wait", "digits-kinetic": "refuse" + " after digits-none" * (devices == "2")})
+    arms = ["none", "kinetic"] if devices == "2" else ["kinetic", "none"]
+    with pytest.raises(ConfigError, match=r"^digits-kinetic, seed 42: it cannot work\.$"):
+        run(recipe, tmp_path / "c", arms=arms, devices=devices)
+    assert not (tmp_path / "c" / "runs" / "digits-kinetic" / "0").exists()
+    none = tmp_path / "c" / "runs" / "digits-none" / "0"
+    assert none.exists() is (devices == "2")  # it was stopped, or had not begun
+    assert (none / "stopped").exists() is (devices == "2")
+
+
+def test_a_time_limit_counts_earlier_calls(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    result = run(recipe, tmp_path / "c", arms=["none"])
+    (folder,) = result.runs
+    ended = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**ended, "stopped": "max_time"}))
+    (folder / "checkpoints").mkdir()
+    contents = {
+        "rnode_plugin": {"format": 1, "version": "1", "recipe": recipe.to_plain()},
+        "state_dict": {}, "progress": {"seconds": 50.0},
+    }  # fmt: skip
+    torch.save(contents, folder / "checkpoints" / "last.ckpt")
+    training.calls()
+    run(recipe, tmp_path / "c", arms=["none"], max_time=50)
+    assert training.calls() == []  # its time is spent
+    run(recipe, tmp_path / "c", arms=["none"], max_time=60)
+    (call,) = training.calls()
+    assert (call["--resume"], call["--max-time"]) == (str(folder), "10.000")
+
+
+def test_nothing_to_report(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "fake" / "template")
+    (tmp_path / "fake" / "template").mkdir()
+    training.behave({"digits-none": "fail"})
+    with pytest.raises(TrainingError, match="digits-none, seed 42: training stopped: the gradient is nan"):
+        run(recipe, tmp_path / "c", arms=["none"])
+
+
+def test_missing_images_are_found_before_anything_is_trained(
+    recipe: Recipe, training: FakeTraining, tmp_path: Path
+) -> None:
+    missing = recipe.override([f"data.root={tmp_path}", "data.name=mnist", "data.shape=1,28,28", "data.levels=256"])
+    with pytest.raises(DataError, match="--no-download"):
+        run(missing, tmp_path / "out")
+    assert training.calls() == []
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "runs").write_text("a file where the folder of all runs belongs")
+    with pytest.raises(ConfigError, match="cannot make a run folder"):
+        run(recipe, tmp_path)
+
+
+# real training -------------------------------------------------------------------------------------------------
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -55,183 +312,50 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
 
 
-def test_the_recipes_of_the_arms(recipe: Recipe) -> None:
-    vanilla, kinetic, jacfrob, rnode = arm_recipes(recipe, ARMS)
-    assert [each.name for each in (vanilla, rnode)] == ["digits-vanilla", "digits-rnode"]
-    assert vanilla.regularizers == {}
-    assert kinetic.regularizers == {"kinetic": recipe.regularizers["kinetic"]}
-    assert jacfrob.regularizers == {"jacfrob": recipe.regularizers["jacfrob"]}
-    assert rnode.regularizers == recipe.regularizers
-    assert len({(each.data, each.model, each.solver, each.optimizer, each.training) for each in
-                (vanilla, kinetic, jacfrob, rnode)}) == 1  # fmt: skip
-    ffjord, same = arm_recipes(recipe, ("ffjord", "vanilla"))
-    assert ffjord.solver == recipe.ffjord().solver
-    assert ffjord.solver.method == "dopri5"
-    assert ffjord.name == "digits-ffjord"
-    assert (ffjord.regularizers, same) == ({}, vanilla)
-    seeds = [each.training.seed for each in arm_recipes(recipe, ("rnode", "kinetic"), seeds=2)]
-    first = recipe.training.seed
-    assert seeds == [first, first, first + 1, first + 1]
-
-
-def test_what_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown arm 'vanila'; did you mean 'vanilla'"):
-        arm_recipes(recipe, ["vanila"])
-    with pytest.raises(ConfigError, match="each arm once"):
-        arm_recipes(recipe, ["rnode", "rnode"])
-    with pytest.raises(ConfigError, match="at least one"):
-        arm_recipes(recipe, [])
-    with pytest.raises(ConfigError, match="at least one"):
-        arm_recipes(recipe, seeds=0)
-    with pytest.raises(ConfigError, match="vanilla and ffjord are the same for imagenet64"):
-        arm_recipes(get_recipe("imagenet64"), ("vanilla", "ffjord"))
-    with pytest.raises(ConfigError, match="time limit must be positive"):
-        run(recipe, tmp_path, max_time=-1)
-    with pytest.raises(ConfigError, match="at least one check"):
-        run(recipe, tmp_path, checks=0)
-    assert not list(tmp_path.iterdir())
-
-
-def test_arms_begin_alike_and_a_finished_one_is_not_trained_again(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    result = run(recipe, tmp_path)
-    assert result.stopped is None
-    assert [path.parent.name for path in result.runs] == ["digits-vanilla", "digits-rnode"]
-    vanilla, rnode = map(rows, result.runs)
-    # same weights, images and noise: the first step's density and NFE are the same number, the later ones are not
-    assert vanilla[0]["train/bpd"] == rnode[0]["train/bpd"]
-    assert vanilla[-2]["train/bpd"] != rnode[-2]["train/bpd"]
-    assert [row["step"] for row in vanilla if row["val/bpd"]] == ["2", "4"]
-    text = result.report.html.read_text()
-    assert "digits: with and without the penalties" in text
-    assert [column.label for column in result.report.table.columns] == ["vanilla", "rnode"]
+def test_arms_begin_alike(recipe: Recipe, tmp_path: Path) -> None:
+    """The first step's density and NFE are the same number, the later ones are not."""
+    result = run(recipe, tmp_path / "c", devices="2", arms=["none", "taylor:2=5"])
+    assert (result.failed, result.stopped) == ((), None)
+    assert folders(result) == ["digits-none/0", "digits-taylor-2=5/0"]
+    none, taylor = map(rows, result.runs)
+    assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
+    assert none[-2]["train/bpd"] != taylor[-2]["train/bpd"]
+    assert [row["step"] for row in none if row["val/bpd"]] == ["2", "4"]
+    assert [column.label for column in result.report.table.columns] == ["none", "taylor:2"]
     ended = json.loads((result.runs[1] / "result.json").read_text())
-    assert f"{ended['evaluation']['dirty']['mean']:.4f}" in text
-
-    monkeypatch.setattr(arm_schedule, "train_arm", lambda *args: pytest.fail("trained again"))
-    lines: list[str] = []
-    again = run(recipe, tmp_path, announce=lines.append)
-    assert again.runs == result.runs
-    assert all("done, in" in line for line in lines)
+    assert ended["evaluation"]["penalties"]["taylor:2"] > 0
 
 
-def test_an_interrupted_arm_goes_on_and_ends_as_if_nothing_had_been(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run(recipe, tmp_path / "whole")
-    original = RnodeModule.training_step
-
-    def training_step(self: RnodeModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if self.recipe.name == "digits-rnode" and self.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RnodeModule, "training_step", training_step)
-        stopped = run(recipe, tmp_path / "parts")
-    assert stopped.stopped == "SIGTERM"
-    assert [column.label for column in stopped.report.table.columns] == ["vanilla", "rnode"]  # both are reported
-    assert "not finished: step 3" in stopped.report.html.read_text()
-
-    resumed = run(recipe, tmp_path / "parts")
-    assert resumed.stopped is None
-    assert resumed.runs == stopped.runs
-    for one, other in zip(whole.runs, resumed.runs, strict=True):
-        for name, tensor in weights(one).items():
-            assert torch.equal(tensor, weights(other)[name]), name
-    assert "not finished" not in resumed.report.html.read_text()
-
-
-def test_a_time_limit_is_for_each_arm_and_can_be_raised(recipe: Recipe, tmp_path: Path) -> None:
-    short = run(recipe, tmp_path, max_time=1e-3)
-    assert [json.loads((path / "result.json").read_text())["steps"] for path in short.runs] == [1, 1]
-    assert "stopped by its time limit" in short.report.html.read_text()
-    lines: list[str] = []
-    same = run(recipe, tmp_path, max_time=1e-3, announce=lines.append)
-    assert same.runs == short.runs
-    assert all("done, in" in line for line in lines)  # their time is spent
-    longer = run(recipe, tmp_path, max_time=600)
-    assert longer.runs == short.runs
-    assert [json.loads((path / "result.json").read_text())["steps"] for path in longer.runs] == [4, 4]
+def test_a_child_ends_when_its_parent_does() -> None:
+    """The end of the standard input is the end of the parent, however it came."""
+    program = (
+        "import threading, time, rnode_plugin.comparison.child as child\n"
+        "threading.Thread(target=child._end_with_parent, daemon=True).start()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.close()
+    assert process.wait(30) == -signal.SIGTERM
+    process.stdout.close()
 
 
 @pytest.mark.slow
-def test_other_settings_are_other_runs(recipe: Recipe, tmp_path: Path) -> None:
-    one = run(recipe, tmp_path, arms=["rnode"], seeds=2)
-    assert [path.name for path in one.runs] == ["0", "1"]  # one for each seed
-    assert [column.label for column in one.report.table.columns] == ["rnode"]
-    other = run(recipe.override(["optimizer.lr=1e-4"]), tmp_path, arms=["rnode"])
-    assert [path.name for path in other.runs] == ["2"]
-    back = run(recipe, tmp_path, arms=["rnode"])
-    assert back.runs == one.runs[:1]
-
-
-def test_arms_at_the_same_time_are_the_same_arms(recipe: Recipe, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        lines: list[str] = []
-        in_turn = run(recipe, tmp_path / "1")
-        at_once = run(recipe, tmp_path / "2", devices="2", announce=lines.append)
-    finally:
-        torch.set_num_threads(threads)
-    assert at_once.failed == ()
-    assert at_once.stopped is None
-    for one, other in zip(in_turn.runs, at_once.runs, strict=True):
-        assert one.parent.name == other.parent.name
-        for name, tensor in weights(one).items():
-            assert torch.equal(tensor, weights(other)[name]), name
+def test_an_interrupted_arm_ends_as_if_nothing_had_been(recipe: Recipe, tmp_path: Path) -> None:
+    whole = run(recipe, tmp_path / "whole", devices="2")
+    short = run(recipe, tmp_path / "parts", max_time=1e-3)
+    assert [json.loads((path / "result.json").read_text())["steps"] for path in short.runs] == [1, 1]
+    assert "stopped by its time limit" in short.report.html.read_text()
+    longer = run(recipe, tmp_path / "parts", max_time=600)
+    assert longer.runs == short.runs
+    for one, other in zip(whole.runs, longer.runs, strict=True):
+        assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
         assert (one / "images.csv").read_text() == (other / "images.csv").read_text()
-    assert [line for line in lines if line.startswith("arm ")] == [
-        "arm 1 of 2: digits-vanilla, seed 42, rk4_38",
-        "arm 2 of 2: digits-rnode, seed 42, rk4_38",
-    ]
-
-
-def test_an_arm_that_fails_leaves_the_others_alone(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = RnodeModule.training_step
-
-    def training_step(self: RnodeModule, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        loss = original(self, batch, batch_idx)
-        return loss * float("nan") if self.recipe.name == "digits-vanilla" and self.global_step > 0 else loss
-
-    monkeypatch.setattr(RnodeModule, "training_step", training_step)
-    result = run(recipe.override(["training.max_skipped=1"]), tmp_path)
-    (message,) = result.failed
-    assert message.startswith("digits-vanilla, seed 42: training stopped: the gradient's norm is nan")
-    assert [path.parent.name for path in result.runs] == ["digits-vanilla", "digits-rnode"]
-    text = result.report.markdown.read_text()
-    assert "not finished: step 1" in text
-    assert "step 4 of 4" in text
-
-
-def test_what_concerns_all_arms_ends_the_comparison(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    missing = recipe.override([f"data.root={tmp_path}", "data.name=mnist", "data.shape=1,28,28", "data.levels=256"])
-    monkeypatch.setattr(arm_schedule, "train_arm", lambda *args: pytest.fail("trained without images"))
-    with pytest.raises(DataError, match="--no-download"):
-        run(missing, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_error_of_an_arms_process_is_that_error(recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("a file where the folder of all runs belongs")
-    with pytest.raises(ConfigError, match="cannot make a run folder"):
-        run(recipe, tmp_path, devices="2")
-
-
-def test_a_process_that_is_killed_is_told_from_one_that_ends(recipe: Recipe, tmp_path: Path) -> None:
-    lines: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    arm = ArmProcess(recipe, {"runs": str(tmp_path)}, threads=1, lines=lines)
-    os.kill(arm._process.pid, signal.SIGKILL)
-    ended = arm.ended()
-    assert isinstance(ended.error, TrainingError)
-    assert "was ended by SIGKILL. Maybe the memory" in str(ended.error)
-    assert lines.get(timeout=60) == (arm, None)
 
 
 @pytest.mark.slow
@@ -239,10 +363,10 @@ def test_a_process_that_is_killed_is_told_from_one_that_ends(recipe: Recipe, tmp
 def test_the_processes_of_the_arms_end_with_the_first(tmp_path: Path, signum: int) -> None:
     """A signal ends them with a checkpoint each, and so does the end of the process that started them."""
     settings = [part for setting in TINY if "max_steps" not in setting for part in ("--set", setting)]
-    options = ["--max-steps", "100000", "--devices", "2", "--arms", "vanilla,rnode", "--accelerator", "cpu"]
+    options = ["--max-steps", "100000", "--devices", "2", "--arm", "none", "--arm", "rnode", "--accelerator", "cpu"]
     command = [sys.executable, "-m", "rnode_plugin", "compare", "digits", *options, "--out", str(tmp_path / "c")]
     process = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True)
-    folders = [tmp_path / "c" / "runs" / name / "0" for name in ("digits-vanilla", "digits-rnode")]
+    folders = [tmp_path / "c" / "runs" / name / "0" for name in ("digits-none", "digits-rnode")]
     wait_for(lambda: all((folder / "checkpoints" / "last.ckpt").is_file() for folder in folders))
     process.send_signal(signum)
     output, _ = process.communicate(timeout=120)
@@ -295,26 +419,35 @@ def rnode(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["compare", *arguments], prog_name="rnode-cli")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(training: FakeTraining, tmp_path: Path) -> None:
     settings = [part for setting in TINY if "max_steps" not in setting for part in ("--set", setting)]
     options = ["--max-steps", "2", "--checks", "1", "--accelerator", "cpu", "--out", str(tmp_path / "c"), *settings]
-    result = rnode("digits", "--arms", "ffjord, kinetic", "--devices", "1", *options)
+    arms = ["--arm", "ffjord", "--sweep", "kinetic=0.1,0.2", "--devices", "1"]
+    result = rnode("digits", *arms, *options)
     assert result.exit_code == 0, result.output
-    assert "arm 2 of 2: digits-kinetic, seed 42" in result.output
+    assert "arm 3 of 3: digits-kinetic=0.2, seed 42" in result.output
     assert str(tmp_path / "c" / "report.html") in result.output
     assert "dopri5, tolerance 1e-05" in result.output
     assert (tmp_path / "c" / "report.md").is_file()
-    assert "digits-ffjord, seed 42, dopri5: done" in rnode("digits", "--arms", "ffjord", *options).output
+    assert "digits-ffjord, seed 42, dopri5: done" in rnode("digits", "--arm", "ffjord", *options).output
+    training.behave({"digits-l1": "fail", "digits-none": "stop the parent"})
+    failed = rnode("digits", "--arm", "ffjord", "--arm", "l1", *options)
+    assert failed.exit_code == 1
+    assert "Error: digits-l1, seed 42: training stopped: the gradient is nan." in failed.output
+    stopped = rnode("digits", "--arm", "ffjord", "--arm", "none", *options)
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    assert "SIGTERM: the same command goes on." in stopped.output
 
 
 def test_the_commands_mistakes(tmp_path: Path) -> None:
     for arguments, code, message in (
         (["digitz"], 2, "did you mean 'digits'"),
-        (["digits", "--arms", "vanilla,rnod"], 2, "did you mean 'rnode'"),
-        (["digits", "--arms", ""], 2, "unknown arm ''"),
+        (["digits", "--arm", "none", "--arm", "rnod"], 2, "did you mean 'rnode'"),
+        (["digits", "--arm", ""], 2, "'' is not a penalty"),
+        (["digits", "--sweep", "kinetic=a"], 2, "lambda of kinetic"),
         (["digits", "--seeds", "0"], 2, "--seeds"),
         (["digits", "--devices", "some"], 2, "devices: expected auto"),
-        (["digits", "--max-time", "soon"], 2, "no span of time"),
+        (["digits", "--max-time", "soon"], 2, "span of time"),
         (["digits", "--set", "optimizer.rate=1"], 2, "optimizer.lr"),
         ([], 2, "RECIPE"),
     ):

@@ -299,7 +299,7 @@ def test_what_cannot_be_paired_is_not(tmp_path: Path) -> None:
 
 def test_what_the_others_are_compared_with(tmp_path: Path) -> None:
     plain = digits(penalties=())
-    ffjord = dataclasses.replace(plain, solver=plain.vanilla().solver)
+    ffjord = dataclasses.replace(plain, solver=plain.ffjord().solver)
     paths = [write_run(tmp_path / str(n), each) for n, each in enumerate((ffjord, plain, digits()))]
     arms = arms_of(*paths)
     assert [arm.label for arm in arms] == ["none", "ffjord", "rnode"]

@@ -13,9 +13,13 @@ from ..plugins import registry
 from ..plugins.resolve import resolve_regularizers
 from ..recipes.schema import Recipe
 
-__all__ = ["arm_recipes", "check_known_to_other_processes"]
+__all__ = ["arm_recipes"]
 
 _NONE, _FFJORD, _ALL = "none", "ffjord", "rnode"
+_TERM = re.compile(
+    r"(?P<name>[^:=,]+(:([A-Za-z_]\w*=)?[^=,]+(,([A-Za-z_]\w*=)?[^=,]+)*)?)"  # with options: taylor:order=3
+    r"(=(?P<lambdas>[^=]+))?"
+)
 _LONGEST = 70  # characters of a folder's name; longer ones end in a hash
 
 
@@ -46,10 +50,7 @@ def arm_recipes(
     for text in arms:
         arm = _arm_recipe(recipe, text)
         if (same := _find_same(arm, chosen)) is not None:
-            which = (
-                f"{text} is there twice" if same == text else f"{same} and {text} are the same for {recipe.name}"
-            )
-            raise ConfigError(f"a comparison needs each arm once: {which}.")
+            raise ConfigError(f"a comparison needs each arm once: {same} and {text} train the same.")
         chosen[text] = arm
     for sweep in sweeps:
         for strengths in _parse(recipe, sweep):
@@ -74,7 +75,7 @@ def _arm_recipe(recipe: Recipe, text: str) -> Recipe:
     if text == _NONE:
         return _with_penalties(recipe, {})
     if text == _FFJORD:
-        return dataclasses.replace(recipe.vanilla(), name=_folder_name(recipe, _FFJORD))
+        return dataclasses.replace(recipe.ffjord(), name=_folder_name(recipe, _FFJORD))
     if text == _ALL:
         return _with_penalties(recipe, recipe.regularizers)
     (strengths, *more) = _parse(recipe, text)
@@ -91,27 +92,37 @@ def _parse(recipe: Recipe, text: str) -> list[dict[str, float]]:
     """
     grid: dict[str, list[float]] = {}
     for term in re.split(r"\+(?![\d.])", text):  # but not the plus of 1e+3
-        name, equals, values = (part.strip() for part in term.partition("="))
+        found = _TERM.fullmatch(term.strip())
+        if found is None:
+            raise ConfigError(f"{term!r} is not a penalty: write kinetic, kinetic=0.1, taylor:3 or taylor:3=0.1.")
+        name, values = found["name"], found["lambdas"]
         if name in grid:
             raise ConfigError(f"the arm {text!r} names {name} twice.")
         default = _default_lambda(recipe, name)
-        grid[name] = [_lambda(name, value) for value in values.split(",")] if equals else [default]
+        grid[name] = [default] if values is None else [_lambda(name, value) for value in values.split(",")]
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def _default_lambda(recipe: Recipe, name: str) -> float:
     known = [_NONE, _FFJORD, _ALL, *registry.names("regularizers")]
-    if name.partition(":")[0] not in registry.names("regularizers"):
+    if name.partition(":")[0] not in known:
         raise ConfigError(suggest(name, known, "arm"))
-    (found,) = resolve_regularizers([name]).values()
-    return recipe.regularizers.get(name, found.strength)
+    return recipe.regularizers.get(name, _strength_of([name]))
 
 
 def _lambda(name: str, text: str) -> float:
     try:
-        return next(iter(resolve_regularizers({name: float(text)}).values())).strength
+        return _strength_of({name: float(text)})
+    except ConfigError:
+        raise
     except ValueError:
         raise ConfigError(f"the lambda of {name} must be a finite number >= 0, not {text.strip()!r}.") from None
+
+
+def _strength_of(one: Sequence[str] | Mapping[str, float]) -> float:
+    (found,) = resolve_regularizers(one).values()
+    assert isinstance(found.strength, float)  # of a text, not a schedule
+    return found.strength
 
 
 def _with_penalties(recipe: Recipe, strengths: Mapping[str, float]) -> Recipe:
@@ -143,23 +154,3 @@ def _folder_name(recipe: Recipe, label: str) -> str:
 def _find_same(arm: Recipe, chosen: Mapping[str, Recipe]) -> str | None:
     """The arm that trains the same, if there is one."""
     return next((text for text, other in chosen.items() if dataclasses.replace(other, name=arm.name) == arm), None)
-
-
-def check_known_to_other_processes(recipe: Recipe) -> None:
-    """Refuse what only this process knows: an arm trains in a process of its own.
-
-    Raises:
-        ConfigError: a regularizer, the model or the data set was registered in this process by
-            ``plugins.register``.
-    """
-    used = [("regularizers", name.partition(":")[0]) for name in recipe.regularizers]
-    used += [("models", recipe.model.name), ("datasets", recipe.data.name)]
-    plugins = registry.report()
-    for kind, name in used:
-        owners = [plugin for plugin in plugins if name in plugin.registers.get(kind, ())]
-        if owners and all(plugin.distribution is None for plugin in owners):
-            raise ConfigError(
-                f"the {registry.KINDS[kind]} {name!r} is registered in this process only, by the plugin "
-                f"{owners[0].name!r}, but each arm of a comparison trains in a process of its own. Make it a "
-                "plugin of an installed package: docs/plugins.md says how."
-            )

@@ -15,7 +15,8 @@ from ..recipes.schema import Recipe
 from ..reports import Report, write_report
 from ..reports.reading import Run, read_run
 from ..training.runs.resume import newest_intact
-from .arm_recipes import arm_recipes, check_known_to_other_processes
+from .arm_checks import check_arm
+from .arm_recipes import arm_recipes
 from .scheduler import places_of, train_arms
 from .worker import Job
 
@@ -84,8 +85,8 @@ def compare(
     if max_time is not None and max_time <= 0:
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
     planned = arm_recipes(_with_checks(recipe, checks), arms, sweeps=sweeps, seeds=seeds)
-    for arm in planned:
-        check_known_to_other_processes(arm)
+    for arm in planned[: len(planned) // seeds]:
+        check_arm(arm)
     places = places_of(accelerator, devices, len(planned))
     load_images(recipe, download=download)  # what is wrong with them is said once, before anything is trained
     out = Path(out)

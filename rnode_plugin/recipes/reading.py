@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..plugins import registry
+from ..plugins.resolve import get_regularizer
 from .schema import Recipe
 
 __all__ = ["is_recipe_file", "read_recipe"]
@@ -36,5 +36,5 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{path} does not hold a recipe: {error}") from None
     for name in recipe.regularizers:
-        registry.get("regularizers", name)  # an unknown one is refused here, before the data is loaded
+        get_regularizer(name)  # an unknown one is refused here, before the data is loaded
     return recipe
