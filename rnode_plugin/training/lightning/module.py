@@ -57,6 +57,12 @@ class RnodeModule(L.LightningModule):
 
     Raises:
         ConfigError: the model has no field that can be compiled, and the recipe asks for that.
+
+    Example:
+        >>> from rnode_plugin import get_recipe
+        >>> module = RnodeModule(get_recipe("digits").override(["model.hidden=8"]))
+        >>> tuple(module.flow.sample(2).shape)
+        (2, 1, 8, 8)
     """
 
     def __init__(self, recipe: Recipe | Mapping[str, Any]) -> None:
