@@ -64,9 +64,7 @@ class StepObjective:
         output = self._flow(x, solver=solver, penalties=bool(self.lambdas))
         log_prob = output_log_prob(output)
         whole = undivided(getattr(self._flow, "regularizers", ()))
-        goal = objective(
-            log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims, undivided=whole
-        )
+        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims, undivided=whole)
         bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
         penalties = {name: value.detach().mean() / recipe.dims for name, value in output.regularization.items()}
         return StepTerms(goal.loss, bits, output.nfe, penalties)
