@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, SolverError, objective
@@ -21,7 +23,7 @@ from rnode_plugin.fields import compile_fields
 from rnode_plugin.flows.transforms import dequantize, random_flip
 from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.solvers import Solver
-from rnode_plugin.training.schedule import RunPlan, StepBatches, learning_rate_factor
+from rnode_plugin.training.schedule import EpochOrder, learning_rate_factor
 
 __all__ = ["METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
 
@@ -104,15 +106,22 @@ class Trainer:
             self.model = UsualFlow(self.flow, penalties=method.penalties, **method.usual)
         settings = recipe.optimizer
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, (settings.beta1, settings.beta2))
-        factor = learning_rate_factor(settings, total=steps)
+        factor = learning_rate_factor(settings, lambda: steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        plan = RunPlan(len(data.train), recipe.data.batch_size, 1, steps, steps)
-        self._batches: Iterator[list[int]] = iter(StepBatches(plan, seed=recipe.training.seed))
+        self._batches = self._batches_of_epochs()
         self.steps, self.seconds, self.nfe = 0, 0.0, 0
         if method.compiled:  # once for all runs of a machine, and so not on the clock of one
             compile_fields(self.flow)
             x = torch.rand(recipe.data.batch_size, *recipe.data.shape, device=device)
             self.loss(x, self.draw_noise(len(x), 0)).backward()
+
+    def _batches_of_epochs(self) -> Iterator[list[int]]:
+        """The images of each batch, as training takes them."""
+        size, seed = self.recipe.data.batch_size, self.recipe.training.seed
+        order = EpochOrder(len(self.data.train), batch_size=size, seed=seed)
+        for epoch in itertools.count():
+            order.set_epoch(epoch)
+            yield from BatchSampler(order, size, drop_last=True)
 
     def images(self) -> Tensor:
         """The next batch, dequantised; the same for all methods."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rnode_plugin import ImageDataModule, MultiscaleFlow, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.training.lightning.private import data_of
 from rnode_plugin.training.lightning.run_checkpoints import RunCheckpoints
 from rnode_plugin.training.lightning.stopping import Interrupted, StopAfterStep
 
@@ -141,7 +142,7 @@ def test_accumulation(tmp_path: Path) -> None:
     parts, _ = train(recipe, tmp_path, max_steps=6, accumulate_grad_batches=2)
     assert parts.global_step == 6
     for step in (0, 5):
-        images = [set(each.datamodule.images_of_step(step)) for each in (whole, parts)]
+        images = [set(data_of(each).images_of_step(step)) for each in (whole, parts)]
         assert images[0] == images[1]
         assert len(images[0]) == 20
     odd, _ = train(recipe, tmp_path, max_epochs=2, accumulate_grad_batches=3)

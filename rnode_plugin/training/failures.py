@@ -9,13 +9,16 @@ from contextlib import contextmanager
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from ..errors import ConfigError, DataError, LocalError, PluginError, RnodeError, TrainingError
+from ..errors import CheckpointError, ConfigError, DataError, LocalError, PluginError, RnodeError, TrainingError
 from ..plugins import registry
 
 __all__ = ["explained"]
 
 _LOST = ("connection closed by peer", "connection reset by peer", "connection was likely closed", "broken pipe",
          "connection timeout", "timed out waiting", "communicator was aborted", "application timeout")  # fmt: skip
+
+# what torch's allocator of the CPU says, on Linux, macOS and Windows
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
 
 
 @contextmanager
@@ -33,15 +36,16 @@ def explained() -> Iterator[None]:
         raise (registry.culprit(error) or error) from error.__cause__
     except RnodeError:
         raise
-    except torch.OutOfMemoryError as error:
-        raise LocalError(
-            f"the device has no more memory: {_first_line(error)} Lower --batch-size and raise --accumulate by the "
-            "same factor, or --set solver.gradient=checkpointed."
-        ) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error) from error
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise LocalError(f"the system refused: {reason}{place}.") from error
+    except ValueError as error:
+        if "loaded state dict" not in str(error):  # torch's words
+            raise
+        raise CheckpointError(f"the optimizer's state in the checkpoint is of another model: {error}.") from error
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
     except Exception as error:
@@ -52,8 +56,17 @@ def explained() -> Iterator[None]:
         raise known from error
 
 
-def _known(error: RuntimeError) -> TrainingError | None:
+def _out_of_memory(error: BaseException) -> LocalError:
+    return LocalError(
+        f"there is no more memory: {_first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate by "
+        "the same factor, or --set solver.gradient=checkpointed."
+    )
+
+
+def _known(error: RuntimeError) -> RnodeError | None:
     text = str(error).lower()
+    if any(words in text for words in _NO_MEMORY):
+        return _out_of_memory(error)
     if "address already in use" in text or "eaddrinuse" in text:
         port = os.environ.get("MASTER_PORT", "?")
         return TrainingError(

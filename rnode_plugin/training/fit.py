@@ -160,7 +160,8 @@ def fit(
         images.setup("fit")  # refuses too few images before there is a folder
         if checkpoint is not None:
             check_steps_left(checkpoint, done, plan)
-        module = RnodeModule(recipe)
+        with explained():
+            module = RnodeModule(recipe)
         put_first(trainer, RunPosition(plan))
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             folder = _open(recipe, checkpoint, runs, run_folder)

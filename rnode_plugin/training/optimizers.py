@@ -1,20 +1,131 @@
-"""make_optimizer: the optimizer of a recipe."""
+"""make_optimizer: Adam, or Muon for the kernels and Adam for the rest."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..recipes.schema import Optimizer
 
-__all__ = ["make_optimizer"]
+__all__ = ["Muon", "make_optimizer", "orthogonalized"]
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic that Muon's authors tuned for few steps
+_EPS = 1e-7
 
 
 def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """The optimizer that ``settings`` describes, for all parameters of ``flow``."""
-    return torch.optim.Adam(
+    betas = (settings.beta1, settings.beta2)
+    if settings.name == "adam":
+        return torch.optim.Adam(flow.parameters(), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
+    return Muon(
         flow.parameters(),
         lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
+        momentum=settings.momentum,
+        vector_lr=settings.vector_lr,
+        betas=betas,
         weight_decay=settings.weight_decay,
     )
+
+
+def orthogonalized(matrices: Tensor, *, steps: int = 5) -> Tensor:
+    """About the nearest matrix with orthonormal rows or columns of each of ``matrices (N, m, n)``.
+
+    The Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``, in the matrices' own precision.
+    Its singular values end between about 0.7 and 1.2.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for parameters of two or more dimensions, Adam for the others.
+
+    A kernel ``(out, ...)`` counts as the matrix ``(out, rest)``. Its step is the orthogonalized Nesterov momentum
+    times ``lr * 0.2 * sqrt(max(out, rest))``, which moves the entries about as far as Adam at ``lr`` does. PyTorch
+    has a Muon since 2.9, for matrices alone.
+
+    A parameter without a gradient stays as it is, and so does its state.
+
+    Args:
+        parameters: of the model.
+        lr: learning rate of the kernels.
+        momentum: decay rate of the mean of their gradients.
+        vector_lr: learning rate of the others.
+        betas: decay rates of Adam's moments.
+        weight_decay: decoupled: each step first shrinks a parameter by ``lr * weight_decay`` of it.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        vector_lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+    ) -> None:
+        every = list(parameters)
+        kernels = [parameter for parameter in every if parameter.ndim > 1]
+        vectors = [parameter for parameter in every if parameter.ndim < 2]
+        groups: list[dict[str, Any]] = [
+            {"params": kernels, "lr": lr, "momentum": momentum, "orthogonal": True},
+            {"params": vectors, "lr": vector_lr, "betas": betas, "orthogonal": False},
+        ]
+        super().__init__([group for group in groups if group["params"]], {"weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in moved if group["weight_decay"] else ():
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["orthogonal"]:
+                self._step_kernels(moved, group["lr"], group["momentum"])
+            else:
+                self._step_vectors(moved, group["lr"], *group["betas"])
+        return loss
+
+    def _step_kernels(self, kernels: list[Tensor], lr: float, momentum: float) -> None:
+        by_shape: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        for kernel in kernels:  # all kernels of one shape in one batched product
+            by_shape[kernel.shape, kernel.dtype].append(kernel)
+        for alike in by_shape.values():
+            directions = torch.stack([self._nesterov(kernel, momentum).flatten(1) for kernel in alike])
+            scale = lr * 0.2 * max(directions.shape[1:]) ** 0.5
+            for kernel, direction in zip(alike, orthogonalized(directions), strict=True):
+                kernel.add_(direction.reshape(kernel.shape), alpha=-scale)
+
+    def _nesterov(self, kernel: Tensor, momentum: float) -> Tensor:
+        assert kernel.grad is not None
+        state = self.state[kernel]
+        mean = state.setdefault("mean", torch.zeros_like(kernel))
+        mean.lerp_(kernel.grad, 1 - momentum)
+        return kernel.grad.lerp(mean, momentum)
+
+    def _step_vectors(self, vectors: list[Tensor], lr: float, beta1: float, beta2: float) -> None:
+        for vector in vectors:
+            assert vector.grad is not None
+            state = self.state[vector]
+            if not state:
+                state.update(step=0, mean=torch.zeros_like(vector), square=torch.zeros_like(vector))
+            state["step"] += 1
+            state["mean"].lerp_(vector.grad, 1 - beta1)
+            state["square"].mul_(beta2).addcmul_(vector.grad, vector.grad, value=1 - beta2)
+            spread = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(1e-8)
+            vector.addcdiv_(state["mean"], spread, value=-lr / (1 - beta1 ** state["step"]))

@@ -35,6 +35,12 @@ class ImageDataModule(L.LightningDataModule):
     Batches are uint8 ``(B, C, H, W)``. The order of an epoch is a function of the recipe's seed and the epoch. A
     run that is resumed goes on after the batches that were trained on, whatever a worker had read ahead.
 
+    Example:
+        >>> from rnode_plugin import ImageDataModule, get_recipe
+        >>> data = ImageDataModule(get_recipe("digits"))
+        >>> next(iter(data.train_dataloader())).shape
+        torch.Size([50, 1, 8, 8])
+
     Args:
         recipe: names the data set, how many of its images to use, the batch sizes and the workers.
         images: the images themselves, if they are loaded already.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..._version import __version__
 from ...errors import CheckpointError, ConfigError
 from ...files import write_atomically
+from .structure import damage
 from .weights_file import SUFFIX, read_weights, weights_as_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +117,10 @@ def load_with_recipe(
     file = find_checkpoint(path)
     contents = read_checkpoint(file, map_location=map_location)
     recipe = recipe_of(contents, file)
-    flow = recipe.build_flow()
+    try:
+        flow = recipe.build_flow()
+    except (MemoryError, RuntimeError) as error:  # a CPU without memory gives torch's RuntimeError
+        raise CheckpointError(f"the model of {file} cannot be built: {str(error).splitlines()[0]}") from None
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
     try:
         flow.load_state_dict(state)
@@ -176,7 +180,7 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
             f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
             "file is not opened because it could run code."
         ) from None
-    except Exception as error:  # on garbage a reader raises whatever it stumbled over
+    except Exception as error:  # a damaged file can make the reader fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read, it is truncated or no checkpoint: {reason}") from None
     return _checked(contents, path)
@@ -191,6 +195,8 @@ def _checked(contents: Any, path: Path) -> dict[str, Any]:
             f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')}; this is "
             f"{__version__}, which reads format {_FORMAT}. Install that version to use it."
         )
+    if (problem := damage(contents)) is not None:
+        raise CheckpointError(f"{path} is damaged: {problem}. Use another checkpoint of the run.")
     return dict(contents)
 
 
@@ -204,6 +210,6 @@ def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
 
     try:
         return Recipe.from_plain(contents[_KEY]["recipe"])
-    except ConfigError as error:
+    except (ConfigError, RecursionError) as error:
         version = contents[_KEY].get("version")
         raise CheckpointError(f"the recipe in {path}, written by rnode-plugin {version}: {error}") from None

@@ -18,6 +18,7 @@ __all__ = ["check_steps_left", "checkpoint_to_resume", "newest_intact"]
 _FIXED = (
     "data.name", "data.shape", "data.levels",
     "model.name", "model.hidden", "model.layers", "model.alpha",
+    "optimizer.name",
 )  # fmt: skip
 
 
@@ -58,6 +59,8 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(f"{path} holds weights only: training cannot go on from it.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
     differ = [name for name in _FIXED if old[name] != new[name]]
+    if new["training.ema"] is None and old["training.ema"] is not None:
+        raise CheckpointError(f"{path} holds averaged weights: training.ema cannot be switched off in a run.")
     if differ:
         what = ", ".join(f"{name} is {old[name]} there and {new[name]} here" for name in differ)
         raise CheckpointError(f"{path} is of another model: {what}.")

@@ -42,7 +42,7 @@ def read_weights(
         with safe_open(Path(path), framework="pt", device=str(map_location)) as file:  # pyright: ignore[reportArgumentType]
             header = (file.metadata() or {}).get(_KEY)
             return {name: file.get_tensor(name) for name in file.keys()}, header and json.loads(header)  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read, it is truncated or no safetensors file: {' '.join(str(error).split())}"
         ) from None

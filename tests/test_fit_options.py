@@ -1,0 +1,293 @@
+"""What ``fit`` takes from Lightning: callbacks, loggers, Trainer options; the average of the weights; the lock."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as L
+import torch
+from child_runs import repr_exact
+from click.testing import CliRunner, Result
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.loggers import CSVLogger
+from tiny_runs import SETTINGS, BeforeStep, rows, run, signal_at, tiny_recipe
+
+from rnode_plugin import load_flow
+from rnode_plugin.cli import main
+from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.training.lightning.loggers import LOGGERS
+from rnode_plugin.training.runs import lock
+from rnode_plugin.training.runs.checkpoints import load_with_recipe, read_checkpoint
+from rnode_plugin.training.runs.lock import training_lock
+
+
+def train(*arguments: object) -> Result:
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    fixed = ["--accelerator", "cpu", "--devices", "1", *settings]
+    return CliRunner().invoke(main, ["train", *map(str, arguments), *fixed])
+
+
+# callbacks, loggers, Trainer options --------------------------------------------------------------------------
+
+
+def test_callbacks_and_loggers_of_ones_own(tmp_path: Path) -> None:
+    seen: list[int] = []
+    logger = CSVLogger(tmp_path, name="mine", version="0")
+    early = EarlyStopping("val/bpd", stopping_threshold=100.0)
+    callbacks = [BeforeStep(lambda module, step: seen.append(step)), early]
+    result = run(tiny_recipe(), tmp_path / "runs", callbacks=callbacks, loggers=[logger, "csv"], profiler="simple")
+    assert (result.stopped, result.steps, result.planned) == ("early", 4, 8)
+    assert seen == [1, 2, 3, 4]
+    assert result.evaluation is not None
+    assert json.loads(result.folder.result.read_text())["stopped"] == "early"
+    for file in (tmp_path / "mine" / "0" / "metrics.csv", result.folder.path / "csv" / "metrics.csv"):
+        with file.open() as opened:
+            found = [row for row in csv.DictReader(opened) if row["train/loss"]]
+        assert len(found) == 4
+        ours = [row for row in rows(result.folder.path) if "train/loss" in row]
+        for theirs, mine in zip(found, ours, strict=True):
+            assert float(theirs["train/bpd"]) == pytest.approx(float(mine["train/bpd"]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("precision", "bf16-mixed", "training.precision"),
+        ("max_steps", 3, "training.max_steps"),
+        ("max_epochs", 3, "training.max_epochs"),
+        ("accumulate_grad_batches", 2, "training.accumulate"),
+        ("val_check_interval", 2, "training.check_every_steps"),
+        ("limit_val_batches", 2, "training.val_images"),
+        ("logger", True, "loggers"),
+        ("no_such_option", 1, "no_such_option"),
+    ],
+)
+def test_options_that_the_recipe_decides(tmp_path: Path, option: str, value: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        run(tiny_recipe(), tmp_path / "runs", **{option: value})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_logger_that_is_not_installed_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in LOGGERS.keys() - {"csv"}:
+        done = train("digits", "--logger", name, "--runs", tmp_path / "runs")
+        assert done.exit_code == 2
+        assert f"{name} is not installed: pip install 'rnode-plugin[{name}]'" in done.output
+    done = train("digits", "--logger", "tensorbord", "--runs", tmp_path / "runs")
+    assert "did you mean 'tensorboard'" in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+def test_loggers_by_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = train("digits", "--logger", name, "--runs", tmp_path, "--max-steps", "2")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "digits" / "0" / name).is_dir()
+
+
+def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_callbacks.py").write_text(
+        "import pytorch_lightning as L\n"
+        "class Says(L.Callback):\n"
+        "    def on_train_end(self, trainer, module): print('said', trainer.global_step)\n"
+        "made = Says()\n"
+        "number = 3\n"
+        "def broken(): raise OSError('no such thing')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = ["--runs", tmp_path / "runs", "--max-steps", "2"]
+    done = train("digits", "--callback", "my_callbacks:Says", "--callback", "my_callbacks:made", *options)
+    assert done.exit_code == 0, done.output
+    assert done.output.count("said 2") == 2
+    for name, words in (
+        ("no_module:Says", "No module named"),
+        ("my_callbacks:Sings", "has no attribute 'Sings'"),
+        ("my_callbacks", "Write MODULE:NAME"),
+        ("my_callbacks:number", "cannot be made"),
+        ("my_callbacks:broken", "OSError: no such thing"),
+        ("builtins:dict", "makes a dict, not a callback"),
+    ):
+        done = train("digits", "--callback", name, *options)
+        assert done.exit_code == 2
+        assert words in done.output
+    assert len(list((tmp_path / "runs" / "digits").iterdir())) == 1
+
+
+# the average of the weights -----------------------------------------------------------------------------------
+
+
+def test_the_average_of_the_weights(tmp_path: Path) -> None:
+    weights: list[list[torch.Tensor]] = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            weights.append([p.detach().clone() for p in pl_module.flow.parameters()])
+
+    recipe = tiny_recipe("training.ema=0.75", "optimizer.warmup=0")
+    result = run(recipe, tmp_path, callbacks=[Record()])
+    wanted = weights[0]
+    for after in weights[1:]:
+        wanted = [0.75 * mean + 0.25 * new for mean, new in zip(wanted, after, strict=True)]
+    contents = read_checkpoint(result.folder.last)
+    flow, found = load_with_recipe(result.folder.last)
+    assert found.weights == "moving average, decay 0.75"
+    for mean, raw, parameter in zip(wanted, weights[-1], flow.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), mean)
+    for raw, (name, _) in zip(weights[-1], flow.named_parameters(), strict=True):
+        assert torch.equal(contents["current_model_state"][f"flow.{name}"], raw)
+    plain = run(tiny_recipe("optimizer.warmup=0"), tmp_path / "plain")
+    for name, tensor in read_checkpoint(plain.folder.last)["state_dict"].items():
+        assert torch.equal(tensor, contents["current_model_state"][name]), "averaging changes no step"
+    validations = [[row["val/bpd"] for row in rows(r.folder.path) if "val/bpd" in row] for r in (result, plain)]
+    assert validations[0] != validations[1]
+
+
+def test_an_averaged_run_interrupted_and_resumed(tmp_path: Path) -> None:
+    recipe = tiny_recipe("training.ema=0.9")
+    whole = run(recipe, tmp_path / "a")
+    part = run(recipe, tmp_path / "b", callbacks=[signal_at(6)])
+    rest = run(recipe, tmp_path, resume=part.folder.path)
+    a, b = (read_checkpoint(each.folder.last) for each in (whole, rest))
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        assert repr_exact(a[key]) == repr_exact(b[key]), key
+    assert rows(whole.folder.path) == rows(rest.folder.path)
+    with pytest.raises(CheckpointError, match=r"training\.ema cannot be switched off"):
+        run(tiny_recipe("training.max_steps=9"), tmp_path, resume=whole.folder.path)
+    bare = run(tiny_recipe("training.max_steps=2"), tmp_path / "c")
+    later = run(tiny_recipe("training.max_steps=3", "training.ema=0.9"), tmp_path, resume=bare.folder.path)
+    start, end = (read_checkpoint(each)["state_dict"] for each in (bare.folder.best, later.folder.last))
+    raw = read_checkpoint(later.folder.last)["current_model_state"]
+    moved = sum(float((end[name] - start[name]).norm()) for name in start)
+    whole_way = sum(float((raw[name] - start[name]).norm()) for name in start)
+    assert moved == pytest.approx(0.1 * whole_way, rel=1e-3)
+    assert load_flow(later.folder.path).dims == 64
+
+
+# signals ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    def twice(module: Any, step: int) -> None:
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = run(tiny_recipe("training.save_every=5"), tmp_path, callbacks=[BeforeStep(twice)])
+    assert (result.stopped, result.at_once, result.steps) == ("SIGINT", True, 5)
+    assert result.evaluation is None
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_the_command_says_what_a_second_signal_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two_signals.py").write_text(
+        "import os, signal, pytorch_lightning as L\n"
+        "class Two(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *rest):\n"
+        "        if trainer.global_step == 5:\n"
+        "            os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    done = train("digits", "--callback", "two_signals:Two", "--runs", tmp_path / "runs")
+    assert done.exit_code == 130, done.output
+    assert "SIGINT ended it at once; the last checkpoint is of step 5 of 8; --resume" in done.output
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_a_terminal_that_goes_away(tmp_path: Path) -> None:
+    result = run(tiny_recipe(), tmp_path / "a", callbacks=[signal_at(3, signal.SIGHUP)])
+    assert (result.stopped, result.steps) == ("SIGHUP", 3)
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        result = run(tiny_recipe(), tmp_path / "b", callbacks=[signal_at(3, signal.SIGHUP)])
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert result.stopped == "finished"
+
+
+# the lock -----------------------------------------------------------------------------------------------------
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    """A process that holds the lock until its input ends."""
+    code = (
+        "import sys; from pathlib import Path; from rnode_plugin.training.runs.lock import training_lock\n"
+        f"with training_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_and_a_killed_one_is_not_missed(tmp_path: Path) -> None:
+    result = run(tiny_recipe("training.max_steps=2"), tmp_path)
+    folder = result.folder.path
+    before = sorted(each.name for each in folder.iterdir())
+    longer = tiny_recipe("training.max_steps=3")
+    with hold(folder) as process:
+        with pytest.raises(ConfigError, match=rf"by process {process.pid} on {socket.gethostname()}: wait for its"):
+            run(longer, tmp_path, resume=folder)
+        assert result.folder.result.exists(), "a refusal changes nothing"
+        process.kill()
+    resumed = run(longer, tmp_path, resume=folder)
+    assert resumed.steps == 3
+    assert sorted(each.name for each in folder.iterdir()) == before
+
+
+def test_a_holder_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file system does not show locks to other machines, signs of life do."""
+    holder = tmp_path / ".lock.json"
+    holder.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
+    with pytest.raises(ConfigError, match="process 7 on elsewhere"), training_lock(tmp_path):
+        pass
+    old = time.time() - 200
+    os.utime(holder, (old, old))
+    with training_lock(tmp_path):
+        assert json.loads(holder.read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+    for text in ("", "[]", '{"pid": "x"}'):  # not written to its end
+        holder.write_text(text)
+        with training_lock(tmp_path):
+            pass
+    monkeypatch.setattr(lock, "_BEAT", 0.01)
+    with training_lock(tmp_path):
+        os.utime(holder, (old, old))
+        end = time.monotonic() + 10
+        while holder.stat().st_mtime < old + 100 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert holder.stat().st_mtime > old + 100
+    assert threading.active_count() < 20
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any, *args: Any, **options: Any) -> None:
+        raise NotImplementedError("no locks here")
+
+    monkeypatch.setattr(lock.FileLock, "acquire", refuse)
+    with (
+        training_lock(tmp_path),
+        pytest.raises(ConfigError, match=f"process {os.getpid()}"),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(os, "getpid", lambda me=os.getpid(): me + 1)
+        with training_lock(tmp_path):
+            pass

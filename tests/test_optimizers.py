@@ -1,0 +1,112 @@
+"""Muon against its definition by singular values, PyTorch's Adam and PyTorch's Muon; interrupted and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from child_runs import repr_exact
+from tiny_runs import rows, run, signal_at, tiny_recipe
+from torch import nn
+
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.training.optimizers import Muon, make_optimizer, orthogonalized
+from rnode_plugin.training.runs.checkpoints import read_checkpoint
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 9), (2, 9, 4), (1, 5, 5)])
+def test_orthogonalized_keeps_singular_vectors_and_levels_values(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64)
+    u, values, v = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalized(matrices)
+    inside = u.mT @ found @ v.mT
+    level = inside.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(inside, torch.diag_embed(level), atol=1e-10, rtol=0)
+    # the same polynomial of each singular value of the matrix of norm one
+    x = values / values.square().sum(1, keepdim=True).sqrt()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    torch.testing.assert_close(level, x)
+    large = values / values.square().sum(1, keepdim=True).sqrt() > 0.02
+    assert ((level > 0.6) & (level < 1.25))[large].all()
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 5, 3), nn.Softplus(), nn.Conv2d(5, 4, 3)).double()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.linspace(-1, 1, 2 * 2 * 49, dtype=torch.float64).view(2, 2, 7, 7)).square().sum().backward()
+    optimizer.step()
+
+
+def test_biases_are_adams() -> None:
+    """With kernels that do not move, both see the same gradients."""
+    ours, theirs = net(), net()
+    biases = [p for p in theirs.parameters() if p.ndim == 1]
+    muon = Muon(ours.parameters(), lr=1e-30, vector_lr=3e-2, betas=(0.8, 0.95))
+    adam = torch.optim.Adam(biases, lr=3e-2, betas=(0.8, 0.95))
+    for _ in range(5):
+        step(ours, muon)
+        step(theirs, adam)
+        theirs.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has it since 2.9")
+def test_kernels_are_pytorchs_muon() -> None:
+    """On matrices, to the precision of bfloat16, in which PyTorch orthogonalizes."""
+    torch.manual_seed(0)
+    one, other = (nn.Parameter(torch.eye(6, 9)) for _ in range(2))
+    ours = Muon([one], lr=0.02, momentum=0.9, weight_decay=0.1)
+    theirs = torch.optim.Muon(
+        [other], lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )  # fmt: skip
+    start = one.detach().clone()
+    for _ in range(4):
+        gradient = torch.randn(6, 9)
+        for parameter, optimizer in ((one, ours), (other, theirs)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    moved = (one - start).norm()
+    assert moved > 0.05
+    assert (one - other).norm() < 0.02 * moved
+
+
+def test_without_a_gradient_nothing_changes() -> None:
+    model = net()
+    optimizer = Muon(model.parameters(), lr=0.1, weight_decay=0.1)
+    step(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()], str(optimizer.state_dict())
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters(), strict=True))
+    assert str(optimizer.state_dict()) == before[1]
+
+
+def test_settings() -> None:
+    optimizer = make_optimizer(net(), tiny_recipe("optimizer.name=muon", "optimizer.momentum=0.8").optimizer)
+    kernels, vectors = optimizer.param_groups
+    assert (kernels["lr"], kernels["momentum"], vectors["lr"]) == (2e-3, 0.8, 1e-2)
+    assert [p.ndim for p in kernels["params"]] == [4, 4]
+    for setting in ("optimizer.momentum=1", "optimizer.vector_lr=0", "optimizer.name=sgd"):
+        with pytest.raises(ConfigError, match=setting.partition("=")[0]):
+            tiny_recipe(setting)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    recipe = tiny_recipe("optimizer.name=muon", "optimizer.lr=2e-2")
+    whole = run(recipe, tmp_path / "a")
+    part = run(recipe, tmp_path / "b", callbacks=[signal_at(6)])
+    rest = run(recipe, tmp_path, resume=part.folder.path)
+    a, b = (read_checkpoint(result.folder.last) for result in (whole, rest))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert repr_exact(a[key]) == repr_exact(b[key])
+    assert rows(whole.folder.path) == rows(rest.folder.path)
+    losses = [float(row["train/loss"]) for row in rows(whole.folder.path) if "train/loss" in row]
+    assert losses[-1] < losses[0]
