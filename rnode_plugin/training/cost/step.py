@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...core.objective import objective, output_log_prob
 from ...errors import ConfigError
 from ...flows.multiscale import MultiscaleFlow
 from ...recipes.schema import Recipe
 from ...solvers import Solver
+from ..step_objective import StepObjective
 from .counting import Cost, count
 
 __all__ = ["StepCost", "count_step", "fixed_solver", "largest_batch", "training_step"]
@@ -58,14 +58,13 @@ def fixed_solver(solver: Solver, *, nfe_per_block: int = NFE_PER_BLOCK) -> Solve
 
 def training_step(flow: MultiscaleFlow, recipe: Recipe, x: torch.Tensor, solver: Solver) -> Callable[[], int]:
     """A function that runs forward and backward of equation 17 once, and returns the NFE."""
-    lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
+    objective = StepObjective(flow, recipe)
 
     def step() -> int:
         flow.zero_grad(set_to_none=True)
-        output = flow(x, solver=solver, penalties=bool(lambdas))
-        goal = objective(output_log_prob(output), output.regularization, lambdas=lambdas, dims=recipe.dims)
-        goal.loss.backward()
-        return output.nfe
+        terms = objective(x, solver)
+        terms.loss.backward()
+        return terms.nfe
 
     return step
 
