@@ -20,7 +20,7 @@ __all__ = ["FieldEvaluation"]
 _MAX_DIMS = 128  # of an exact Jacobian: as many products at each evaluation
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: that makes each evaluation slower
 class FieldEvaluation:
     """One evaluation of the vector field, and lazily whatever follows from it; each is computed once.
 
