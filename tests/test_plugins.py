@@ -54,6 +54,7 @@ BUILTIN = {
         "info",
         "plugins",
         "recipes",
+        "regularizers",
         "report",
         "sample",
         "train",

@@ -7,6 +7,7 @@ import json
 
 import click
 
+from ..errors import RnodeError
 from ..plugins import registry as registry
 
 __all__ = ["plugins"]
@@ -29,8 +30,18 @@ def plugins(*, as_json: bool) -> None:
         if each.status in ("blocked", "disabled"):
             click.echo(f"  not loaded: {each.status}")
         for kind, names in each.registers.items():
-            click.echo(f"  {kind}: {', '.join(names)}")
+            shown = map(_with_kind, names) if kind == "regularizers" else names
+            click.echo(f"  {kind}: {', '.join(shown)}")
         if each.observes:
             click.echo("  observes: every solve")
         if each.error:
             click.echo(f"  error: {each.error}")
+
+
+def _with_kind(name: str) -> str:
+    from ..core.regularizers import kind_of
+
+    try:
+        return f"{name} ({kind_of(registry.get('regularizers', name))})"
+    except RnodeError:  # what is wrong with it is told to whoever uses it
+        return name

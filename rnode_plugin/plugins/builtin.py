@@ -56,7 +56,19 @@ def rnode_register_recipes() -> Mapping[str, str]:
 
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
-    names = ("train", "eval", "sample", "recipes", "data", "plugins", "report", "compare", "export", "figure")
+    names = (
+        "train",
+        "eval",
+        "sample",
+        "recipes",
+        "data",
+        "plugins",
+        "report",
+        "compare",
+        "export",
+        "figure",
+        "regularizers",
+    )
     return {
         "exec": "rnode_plugin.cli.exec:exec_script",
         "estimate": "rnode_plugin.cli.estimate:estimate",

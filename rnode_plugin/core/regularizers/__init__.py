@@ -15,6 +15,7 @@ from .base import (
     span_policy,
     undivided,
 )
+from .descriptions import DESCRIPTIONS, Description, describe
 from .rates import (
     Taylor,
     curl,
@@ -37,7 +38,9 @@ from .trajectories import Straightness, TrajectoryPolynomial
 
 __all__ = [
     "DEFAULT_LAMBDA",
+    "DESCRIPTIONS",
     "KINDS",
+    "Description",
     "FunctionRegularizer",
     "FunctionStepPenalty",
     "LearnedEndTime",
@@ -56,6 +59,7 @@ __all__ = [
     "Weighted",
     "check_lambda",
     "curl",
+    "describe",
     "directional",
     "directional_vjp",
     "error",
