@@ -227,16 +227,27 @@ def test_the_objective_does_not_divide_them_by_the_dimensions() -> None:
 )
 def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        NeuralODE(Wave(), solver, sensitivity=mode, regularizers=[name])(states())
+        NeuralODE(Wave(), solver, sensitivity=mode, regularizers=[name])
+    model = Dynamics(Wave(), regularizers=[{"error": error, "stiffness": stiffness}[name]], divergence=False)
+    with pytest.raises(ConfigError, match=words):
+        solve(model.bind(None), states(), T, Solver(solver, gradient=mode))
+
+
+def test_stages_at_one_time_are_found_in_torchdyns_rk4() -> None:
+    seen: list[StepRecord] = []
+    watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
+    NeuralODE(Wave(), "rk4", regularizers=[watch])(states(), torch.linspace(0, 1, 3))
+    for step in seen:
+        a, b = step.pair  # pyright: ignore[reportGeneralTypeIssues]
+        assert step.times[a] == step.times[b]
+        assert not torch.equal(step.states[a], step.states[b])
 
 
 def test_values_without_gradients_work_in_every_mode() -> None:
-    z, found = states(), []
+    bound, found = Dynamics(Wave(), regularizers=STEPS, divergence=False).bind(None), []
     for mode in ("autograd", "checkpointed", "adjoint"):
-        model = NeuralODE(Wave(), "dopri5", sensitivity=mode, regularizers=["error", "stiffness"])
         with torch.no_grad():
-            model(z, penalties=True)
-        found.append(model.regularization)
+            found.append(solve(bound, states(), T, Solver("dopri5", gradient=mode)).penalties)
     for other in found[1:]:
         for name, value in found[0].items():
             torch.testing.assert_close(other[name], value)

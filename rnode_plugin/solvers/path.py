@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from .tableaus import Method, get_method
 
 if TYPE_CHECKING:
     from ..core.path_penalties import PathPenalties
-    from ..core.regularizers import StepPenalty
 
 __all__ = ["check_steps", "solve_with_path"]
 
@@ -30,7 +29,7 @@ _WITHOUT = {
 }
 
 
-def check_steps(penalties: Sequence[StepPenalty], method: Method, gradient: str) -> None:
+def check_steps(penalties: Sequence[Any], method: Method, gradient: str) -> None:
     """Refuse penalties on accepted steps that the solver cannot give.
 
     Raises:

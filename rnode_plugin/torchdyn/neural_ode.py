@@ -19,11 +19,12 @@ from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers
 from ..solvers import GRADIENTS, solve
+from ..solvers.path import check_steps
 from .bind import INTEGRAL_LOSS, bind_field, tensors_of
 from .checks import check_interpolator, check_max_nfe, check_order, check_state, check_times, check_tolerances
 from .penalties import LastCalls, SolvePenalties, attach
 from .planning import plan_solve
-from .solver_names import resolve_solver
+from .solver_names import method_from_torchdyn, resolve_solver
 from .state_layout import Penalized, check_penalized, layout_of
 
 __all__ = ["NeuralODE"]
@@ -129,6 +130,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             raise ConfigError("this vector field is that of an SDE; NeuralODE solves ordinary ones.")
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
+        steps = [w.regularizer for w in penalties.values() if kind_of(w.regularizer) == "step"]
+        check_steps(steps, method_from_torchdyn(forward), sensitivity)
         _torchdyn_init(
             self, vector_field, solver=forward, order=check_order(order), sensitivity=sensitivity,
             interpolator=check_interpolator(interpolator), integral_loss=integral_loss, seminorm=seminorm,

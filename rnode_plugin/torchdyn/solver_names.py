@@ -135,6 +135,9 @@ _FAMILIES = {
 }
 
 
+_RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # the times at which torchdyn's rk4 asks, see NeuralODE
+
+
 class _Mirrored:
     """A field seen in a mirror of time, ``-f(-t, x)``, which remembers the velocities it has turned around."""
 
@@ -200,5 +203,5 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         safety,
         least,
         most,
-        family.nodes if family and type(solver) is not RungeKutta4 else None,
+        _RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
     )

@@ -1,4 +1,4 @@
-"""The length of a trajectory as a penalty."""
+"""The length of a trajectory as a penalty: as an integral, and by the solver's own steps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from rnode_plugin.core.field_evaluation import FieldEvaluation
-from rnode_plugin.core.regularizers import FunctionRegularizer
+from rnode_plugin.core.regularizers import FunctionRegularizer, FunctionStepPenalty
+from rnode_plugin.types import StepRecord
 
-__all__ = ["arclength"]
+__all__ = ["arclength", "chordlength"]
 
 
 def _speed(evaluation: FieldEvaluation) -> Tensor:
@@ -21,3 +22,11 @@ def _speed(evaluation: FieldEvaluation) -> Tensor:
 
 
 arclength = FunctionRegularizer("arclength", _speed)
+
+
+def _chord(step: StepRecord) -> Tensor:
+    """``||z1 - z0||_2`` of one accepted step, ``(B,)``; the sum over the steps is never longer than the path."""
+    return torch.linalg.vector_norm((step.z1 - step.z0).flatten(1), dim=1)
+
+
+chordlength = FunctionStepPenalty("chordlength", _chord, divided_by_dims=True)
