@@ -16,7 +16,7 @@ from .activations import Activation, get_activation
 from .autocast import compute_dtype, without_autocast
 from .layers import LINEAR
 from .prepared import Stack
-from .stack import FusedPreparedStack
+from .stack import FlatPreparedStack
 
 __all__ = ["PARTS", "Affine", "AppendTime", "Part", "Pointwise", "RecognisedStack", "recognise"]
 
@@ -57,7 +57,7 @@ def _pointwise(name: str, **wanted: Any) -> Callable[[nn.Module], Part | None]:
 PARTS: dict[type[nn.Module], Callable[[Any], Part | None]] = {
     nn.Linear: Affine,
     nn.Tanh: _pointwise("tanh"),
-    nn.Softplus: _pointwise("softplus", beta=1.0),
+    nn.Softplus: _pointwise("softplus", beta=1.0),  # without the kink at its threshold: 2e-9 at 20
     nn.ELU: _pointwise("elu", alpha=1.0),
     nn.SiLU: _pointwise("silu"),
     nn.GELU: _pointwise("gelu", approximate="none"),
@@ -85,12 +85,12 @@ class RecognisedStack:
             and all(weight.dtype == z.dtype for weight in weights)
         )
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
+    def prepare(self, z: Tensor, noise: Tensor | None = None) -> FlatPreparedStack:
         """The field for the evaluations of one solve, from a state like ``z (B, D)``."""
         dtype = compute_dtype(z)
         with without_autocast(z):
             parameters = [_parameters(layer) for layer in self._layers]
-            return FusedPreparedStack(Stack.make(LINEAR, self._activation, dtype, parameters, z, fast=True), noise)
+            return FlatPreparedStack(Stack.make(LINEAR, self._activation, dtype, parameters, z, fast=True), noise)
 
 
 def _parameters(layer: _Layer) -> tuple[Tensor | None, Tensor, Tensor | None]:
