@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
-from ..types import FieldWithVJP, VectorField
+from ..types import FieldWithJacobian, FieldWithVJP, VectorField
 from .derivatives import field_and_vjp, vjp_of
 from .reductions import sum_products, sum_squares
 from .transforms_active import transforms_active
@@ -216,6 +216,9 @@ class Exact(TraceEstimator):
         return None
 
     def bind(self, field: VectorField) -> FieldAndProduct:
+        if isinstance(field, FieldWithJacobian):
+            own = field.forward_and_jacobian
+            return lambda t, z, noise: own(t, z)
         several = _products_of(field)
         return lambda t, z, noise: several(t, z, _basis(z))
 

@@ -53,9 +53,13 @@ class Activation(ABC):
     def slope(self, a: Tensor) -> Tensor:
         """``s'(a)``."""
 
+    def value_over(self, a: Tensor) -> Tensor:
+        """``s(a)``; may overwrite ``a`` if :meth:`pull` does not need it. New memory costs more than the sums."""
+        return self.value(a)
+
     @abstractmethod
-    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
-        """``s'(a) g`` from both a and u = s(a); may overwrite ``a`` unless it is kept."""
+    def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
+        """``s'(a) g`` from both a and u = s(a); may overwrite ``a`` unless it is kept, and ``g`` if ``over``."""
 
     @abstractmethod
     def kept_slope(self, kept: Tensor) -> Tensor:
@@ -70,8 +74,11 @@ class Activation(ABC):
         return saved if self.keeps_pulled else slope * saved
 
     @abstractmethod
-    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
-        """The part of the cotangent of a that the product adds, in the form that :meth:`join` takes."""
+    def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
+        """The part of the cotangent of a that the product adds, in the form that :meth:`join` takes.
+
+        ``kept_p``, which may be overwritten, is p times what was kept of the product, v or g.
+        """
 
     def follow(self, slope: Tensor, p: Tensor) -> Tensor:
         """``s' p``, which overwrites ``p``."""
@@ -103,14 +110,14 @@ class _Softplus(Activation):
     def slope(self, a: Tensor) -> Tensor:
         return torch.sigmoid(a)
 
-    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
         return _aten.softplus_backward(g, a, 1, self._threshold)
 
     def kept_slope(self, kept: Tensor) -> Tensor:
         return torch.sigmoid(kept)
 
-    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
-        return saved * p  # s'' g p = (1 - s') v p; join brings the factor
+    def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
+        return kept_p  # s'' g p = (1 - s') v p; join brings the factor
 
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
         return torch.lerp(bent, below, slope, out=bent)
@@ -127,9 +134,9 @@ class _SoftplusByOutput(_Softplus):
 
     keeps_output = True
 
-    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
         if g.shape != a.shape or g.stride() != a.stride():
-            return super().pull(a, u, g)
+            return super().pull(a, u, g, over=over)
         return _aten.softplus_backward(
             g, a, 1, self._threshold, grad_input=a
         )  # new memory costs more than the sums
@@ -156,14 +163,17 @@ class _Tanh(Activation):
     def slope(self, a: Tensor) -> Tensor:
         return 1 - torch.tanh(a).square()
 
-    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
-        return _aten.tanh_backward(g, u)
+    def value_over(self, a: Tensor) -> Tensor:
+        return a.tanh_()
+
+    def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
+        return _aten.tanh_backward(g, u, grad_input=g) if over else _aten.tanh_backward(g, u)
 
     def kept_slope(self, kept: Tensor) -> Tensor:
         return torch.addcmul(_one(kept), kept, kept, value=-1)
 
-    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
-        return (saved * p).mul_(kept).mul_(-2)  # s'' = -2 u s'
+    def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
+        return kept_p.mul_(kept).mul_(-2)  # s'' = -2 u s'
 
     def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
         return _aten.tanh_backward(below, kept)
@@ -178,14 +188,14 @@ class _Elu(Activation):
     def slope(self, a: Tensor) -> Tensor:
         return a.clamp(max=0).exp()
 
-    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
         return _aten.elu_backward(g, 1.0, 1, 1, True, u)
 
     def kept_slope(self, kept: Tensor) -> Tensor:
         return kept.clamp(max=0).add_(1)
 
-    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
-        return (saved * p).mul_(kept < 0)  # s'' = s' there, else 0
+    def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
+        return kept_p.mul_(kept < 0)  # s'' = s' there, else 0
 
 
 class _FromInput(Activation):
@@ -197,8 +207,8 @@ class _FromInput(Activation):
     def kept_slope(self, kept: Tensor) -> Tensor:
         return self.slope(kept)
 
-    def bend(self, kept: Tensor, saved: Tensor, p: Tensor) -> Tensor:
-        return self._curvature(kept).mul_(saved).mul(p)
+    def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
+        return kept_p.mul_(self._curvature(kept))
 
     @abstractmethod
     def _curvature(self, a: Tensor) -> Tensor:
@@ -215,7 +225,7 @@ class _Silu(_FromInput):
         s = torch.sigmoid(a)
         return s * (1 + a * (1 - s))
 
-    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
         return _aten.silu_backward(g, a)
 
     def _curvature(self, a: Tensor) -> Tensor:
@@ -232,7 +242,7 @@ class _Gelu(_FromInput):
     def slope(self, a: Tensor) -> Tensor:
         return 0.5 * (1 + torch.erf(a / math.sqrt(2))) + a * self._density(a)
 
-    def pull(self, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
+    def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
         return _aten.gelu_backward(g, a)
 
     def _curvature(self, a: Tensor) -> Tensor:

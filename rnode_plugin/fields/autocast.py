@@ -21,7 +21,8 @@ def compute_dtype(z: Tensor) -> torch.dtype:
 def without_autocast(z: Tensor) -> AbstractContextManager[object]:
     """No autocast on the device of ``z``: what runs inside chooses its dtypes itself."""
     device = z.device.type
-    return torch.autocast(device, enabled=False) if _available(device) else nullcontext()
+    enabled = _available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
 
 
 def _available(device: str) -> bool:

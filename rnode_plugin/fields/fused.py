@@ -18,6 +18,7 @@ gradient for them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,12 @@ class _Up(NamedTuple):
     gradients: Sequence[Tensor]  # of the weights
 
 
+def _keep(ctx: Any, inputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*inputs, *kept)
+
+
 class _Velocity(torch.autograd.Function):
     @staticmethod
     def forward(fixed: _Fixed, t: Tensor, z: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
@@ -169,10 +176,8 @@ class _FieldAndProduct(torch.autograd.Function):
             return None, *_backward(fixed, t, z, pulled, kept, (dz, product), needs, packed.dtype)
 
 
-def _keep(ctx: Any, inputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(*inputs, *kept)
+for each in (_Velocity, _FieldAndProduct):  # Function.apply asks for the signature at every call: 40 us
+    each.forward.__signature__ = inspect.signature(each.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _ascend(
@@ -188,7 +193,7 @@ def _ascend(
             a, u = compiled(_activate)(structure.activation, layer.apply(u), shift)
         else:
             a = layer.shifted(u, shift)
-            u = structure.activation.value(a)
+            u = structure.activation.value_over(a)
         kept.append(u if structure.activation.keeps_output else a)
         if pre is not None:
             pre.append((a, u))
@@ -211,10 +216,10 @@ def _pull_through(
     structure, fast = fixed
     activation = structure.activation
     pull = _piece(fast, _pull)
-    g = pulled.to(structure.dtype)
+    g = start = pulled.to(structure.dtype)
     kept: list[Tensor] = []
     for layer in fast.maps[-2::-1]:
-        v = pull(activation, *pre.pop(), g)
+        v = pull(activation, *pre.pop(), g, g is not start)
         kept.append(v if activation.keeps_pulled else g)
         g = layer.transpose(v)
     # the last g is an input, which autograd keeps already
@@ -336,8 +341,9 @@ def _activate(activation: Activation, a: Tensor, shift: Tensor) -> tuple[Tensor,
     return a, activation.value(a)
 
 
-def _pull(activation: Activation, a: Tensor, u: Tensor, g: Tensor) -> Tensor:
-    return activation.pull(a, u, g)
+def _pull(activation: Activation, a: Tensor, u: Tensor, g: Tensor, own: bool) -> Tensor:
+    """``s' g``, which may overwrite ``g`` if it is our own and not kept."""
+    return activation.pull(a, u, g, over=own and activation.keeps_pulled)
 
 
 def _bend(activation: Activation, kept: Tensor, saved: Tensor) -> tuple[Tensor, Tensor]:
@@ -348,10 +354,13 @@ def _bend(activation: Activation, kept: Tensor, saved: Tensor) -> tuple[Tensor, 
 
 def _follow(activation: Activation, kept: Tensor, saved: Tensor, slope: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """What the product adds to the cotangent of ``a``, and ``h = s' p``, which overwrites ``p``."""
-    bent = activation.bend(kept, saved, p)
-    if bent.dim() > kept.dim() or bent.shape != kept.shape:  # one for each of several noises
-        bent = bent.sum(0)
-    return bent, activation.follow(slope, p)
+    if p.dim() == kept.dim():
+        kept_p = saved * p
+    else:  # of several noises, summed without an array of all of them
+        kept_p = saved[0] * p[0]
+        for one, other in zip(saved[1:], p[1:], strict=True):
+            kept_p.addcmul_(one, other)
+    return activation.bend(kept, kept_p), activation.follow(slope, p)
 
 
 def _pull_kept(activation: Activation, kept: Tensor, below: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .activations import get_activation
 from .autocast import compute_dtype, without_autocast
 from .fused import pull_noise, run_fused, run_velocity
-from .layers import ConcatConv2d, ConcatLinear, Products
+from .layers import LINEAR, ConcatConv2d, ConcatLinear, Products
 from .prepared import Stack, run_jvp, run_stack
 
 __all__ = ["FusedStackField", "StackField", "compile_fields", "conv_field", "linear_field"]
@@ -74,7 +74,8 @@ class FusedStackField(StackField):
 
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
         # not where shapes come and go, as in validation and sampling: each would be compiled anew
-        return FusedPreparedStack(self._stack(z, fast=True, compiled=self.compiled and self.training), noise)
+        kind = FlatPreparedStack if self._products is LINEAR else FusedPreparedStack
+        return kind(self._stack(z, fast=True, compiled=self.compiled and self.training), noise)
 
     def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
         # not the one with a backward by hand: somebody may transform this with torch.func
@@ -145,6 +146,14 @@ class FusedPreparedStack(PreparedStack):
     def _pull(self, noise: Tensor) -> Tensor:
         with without_autocast(noise):
             return pull_noise(self._stack, noise)
+
+
+class FlatPreparedStack(FusedPreparedStack):
+    """The same for flat states ``z (B, D)``, with the whole Jacobian."""
+
+    def forward_and_jacobian(self, t: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``f(t, z)`` and all rows of ``df/dz``, ``(D, B, D)``, from one pass."""
+        return run_fused(self._stack, t, z, self._stack.last_weight.unsqueeze(1))
 
 
 def conv_field(

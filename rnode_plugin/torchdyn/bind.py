@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..types import BoundDynamics, FieldWithAux, Rates
 from .compiled import has_compiled_parts, run_original
 from .lost_graph import refuse_lost_graph
+from .recognise import fast_rates
 from .shared_trace import WithoutTrace, can_observe, observing
 from .slots import find_slots
 from .state_layout import Penalized, StateLayout, is_cnf, layout_of
@@ -61,6 +62,7 @@ def bind_field(
     penalized: Penalized | None = None,
     hidden_cost: Cost | None = None,
     tensors: Sequence[Tensor] = (),
+    prepare: bool = False,
 ) -> BoundField:
     """The right-hand side of one solve that starts at ``x``.
 
@@ -76,6 +78,7 @@ def bind_field(
         hidden_cost: ``integral_loss`` if it is not a column of the state; its rate, summed over the batch, is
             the penalty :data:`INTEGRAL_LOSS`.
         tensors: what a continuous adjoint differentiates by.
+        prepare: whether evaluations may share one graph of what depends on the parameters alone.
 
     Raises:
         ConfigError: for penalties on a field with more than one CNF.
@@ -83,6 +86,9 @@ def bind_field(
     layout = layout_of(vf, penalized)
     if regularizers:
         _check_penalized_state(x, layout)
+    fast = fast_rates(vf, x, layout, regularizers, trace_noise) if prepare else None
+    if fast is not None:
+        return BoundField(fast[0], tuple(tensors), fast[1].path)
     velocity = unwrapped(vf, args)
     if (layout.trace or _differentiates(regularizers)) and has_compiled_parts(vf):
         velocity = run_original(velocity)

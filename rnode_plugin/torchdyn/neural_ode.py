@@ -299,6 +299,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             self.vf, x, args=args, regularizers=[r for r in regularizers if kind_of(r) != "span"],
             trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden,
             tensors=tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args),
+            prepare=not gradient.endswith("adjoint"),
         )  # fmt: skip
         plan = plan_solve(self, x, t_span, save_at, args, gradient, interpolate=interpolate)
         nfe = self.vf.nfe

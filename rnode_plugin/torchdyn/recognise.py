@@ -1,0 +1,112 @@
+"""fast_rates: the right-hand side of a torchdyn field that is a stack of linear layers, by its own products.
+
+Importing this module adds torchdyn's DepthCat to the layers that :mod:`rnode_plugin.fields.recognise` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdyn.core.defunc import DEFunc, DEFuncBase
+from torchdyn.nn import DepthCat
+
+from ..core.augmented import Dynamics
+from ..core.regularizers import Regularizer
+from ..core.trace_estimators import TraceEstimator
+from ..fields.recognise import PARTS, AppendTime, RecognisedStack, recognise
+from ..fields.stack import FlatPreparedStack, PreparedStack
+from ..types import BoundDynamics, Rates
+from .cnf import CNF
+from .state_layout import StateLayout
+from .velocity import Counter, counters
+
+__all__ = ["fast_rates"]
+
+PARTS[DepthCat] = lambda module: AppendTime() if module.idx_cat in (1, -1) else None
+
+
+def fast_rates(
+    vf: Any, x: Tensor, layout: StateLayout, regularizers: Sequence[Regularizer], trace_noise: str
+) -> tuple[BoundDynamics, Dynamics] | None:
+    """The rates of one solve from ``x`` and the system they come from; None if the field is not such a stack.
+
+    What depends on the parameters and the noise alone is computed here, with its graph, once per solve. So it is
+    not for a continuous adjoint, which differentiates each evaluation by itself. A field without products is left
+    to torch: its own operations are fast, and give torchdyn's numbers to the bit.
+    """
+    if type(vf) is not DEFunc or vf.order != 1 or layout.cost or layout.penalized is not None:
+        return None
+    field: Any = vf.vf.vf if type(vf.vf) is DEFuncBase else vf.vf
+    if type(field) is CNF:
+        return _rates_of_cnf(vf, field, x, regularizers)
+    stack = recognise(field)
+    system = Dynamics(field, regularizers=regularizers, estimator=trace_noise, divergence=False)
+    if stack is None or not stack.fits(x) or not system.needs_products:
+        return None
+    noise = system.draw(x)
+    velocity = _Counted(stack.prepare(x, noise), counters(vf))
+    dynamics = Dynamics(velocity, regularizers=regularizers, estimator=trace_noise, divergence=False)
+
+    def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        if not products:  # for a guess of the first step: nobody asks for penalties
+            return Rates(velocity(t, z), None, {})
+        return dynamics.evaluate(t, z, noise)
+
+    return rates, dynamics
+
+
+def _rates_of_cnf(
+    vf: Any, cnf: CNF, x: Tensor, regularizers: Sequence[Regularizer]
+) -> tuple[BoundDynamics, Dynamics] | None:
+    stack = _stack_of(cnf)
+    if stack is None or not stack.fits(x[:, 1:]):
+        return None
+    estimator: Any = cnf.trace_estimator
+    plain = Dynamics(cnf.net, estimator=estimator)
+    noise = plain.draw(x[:, 1:])
+    velocity = _Counted(stack.prepare(x[:, 1:], noise), counters(vf))
+    plain = Dynamics(velocity, estimator=estimator)
+    dynamics = Dynamics(velocity, regularizers=regularizers, estimator=estimator, event=lambda state: state[:, 1:])
+
+    def rates(t: Tensor, x: Tensor, *, products: bool = True) -> Rates:
+        found = (dynamics if products else plain).evaluate(t, x[:, 1:], noise)
+        assert found.dlogdet is not None
+        return Rates(torch.cat([-found.dlogdet[:, None], found.dz], 1), None, found.penalties)
+
+    return rates, dynamics
+
+
+def _stack_of(cnf: CNF) -> RecognisedStack | None:
+    is_flat = cnf.event_shape is None or len(cnf.event_shape) == 1
+    draws_itself = cnf.noise_dist is None and isinstance(cnf.trace_estimator, TraceEstimator)
+    if cnf.order != 1 or not is_flat or not draws_itself or cnf._forward_hooks or cnf._forward_pre_hooks:
+        return None
+    return recognise(cnf.net)
+
+
+class _Counted:
+    """A prepared stack whose evaluations count as those of torchdyn's wrappers."""
+
+    def __init__(self, stack: FlatPreparedStack, counted: Sequence[Counter]) -> None:
+        self._stack, self._counted = stack, counted
+        self.forward_and_jvp = stack.forward_and_jvp
+        self.plain_path: PreparedStack = stack.plain_path
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        self._count()
+        return self._stack(t, z)
+
+    def forward_and_vjp(self, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        self._count()
+        return self._stack.forward_and_vjp(t, z, noise)
+
+    def forward_and_jacobian(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        self._count()
+        return self._stack.forward_and_jacobian(t, z)
+
+    def _count(self) -> None:
+        for counter in self._counted:
+            counter["nfe"] += 1
