@@ -248,7 +248,7 @@ def test_penalized_overrides_a_recognised_trace_and_counts_behind_an_integral_lo
 
 @pytest.mark.parametrize(
     ("penalized", "message"),
-    [(slice(5, 9), "no column"), ([True, False], "mask of 2 columns"), ([False] * 4, "no column")],
+    [(slice(5, 9), "selects nothing"), ([True, False], "mask of 2 columns"), ([False] * 4, "selects nothing")],
 )
 def test_penalized_columns_that_are_not_there(penalized: object, message: str) -> None:
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)

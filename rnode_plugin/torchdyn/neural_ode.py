@@ -35,9 +35,9 @@ _torchdyn_odeint = torchdyn_neuralde.NeuralODE.odeint
 class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5).
 
-    Without new arguments it returns what torchdyn's class returns, to the bit where the coefficients of the solver
-    are the same: torchdyn rounds those of a solver given by name to single precision, this class does so only for
-    states in single precision.
+    Without new arguments it returns what torchdyn's class returns, to the bit if the coefficients of the solver are
+    the same: torchdyn rounds those of a solver given by name to single precision, this class does so only for a
+    state in single precision.
 
     The arguments before ``regularizers`` are torchdyn's, in its order. ``seminorm`` changes nothing, here as there:
     a continuous adjoint never controls the error of the parameters' gradient.
@@ -125,7 +125,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if sensitivity not in GRADIENTS:
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
-            raise ConfigError("this vector field is that of an SDE; NeuralODE solves ordinary ones.")
+            raise ConfigError(
+                "this vector field belongs to an SDE, but NeuralODE solves ordinary differential equations."
+            )
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         _torchdyn_init(
@@ -159,7 +161,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             x: initial state.
             t_span: times, increasing or decreasing; None: ``self.t_span``, or 0 to 1.
             save_at: times of ``t_span`` to keep (fixed steps only).
-            args: given to the field where it takes ``args``, and to a solver object's ``step``.
+            args: given to the field if it takes ``args``, and to a solver object's ``step``. Gradients reach the
+                tensors in it in every mode.
             penalties: whether to integrate the penalties; None: in training mode with gradients enabled.
 
         With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in torchdyn.

@@ -65,7 +65,7 @@ def run_solve(
     nfe = model.vf.nfe
     solution = solve(field, x, t_span, plan)
     if gradient == "checkpointed":
-        model.vf.nfe = nfe + solution.stats.nfe  # looking for what a replay needs is no step
+        model.vf.nfe = nfe + solution.stats.nfe  # the evaluation that finds a replay's tensors is not one of a step
     integrals = dict(solution.penalties)
     cost = integrals.pop(INTEGRAL_LOSS, None)
     if cost is not None and bool(t_span[-1] < t_span[0]):
