@@ -51,7 +51,7 @@ def fit(model, log_prob, penalties, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="posterior_two_moons.png", help="file of the plot")
     options = parser.parse_args()

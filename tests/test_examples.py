@@ -22,6 +22,7 @@ TABLES = {
     "fine_tune_flow_matching": (1, ["flow matching", "fine-tuned, no penalty", "fine-tuned, both penalties"]),
     "optimal_transport": (2, [r"least cost of any map, W2\^2: 18\.63", " +0.0", " +0.01", " +0.1"]),
     "own_regularizer": (2, ["none", "slow", "incompressible"]),
+    "posterior_two_moons": (1, ["no penalty", "both penalties"]),  # and zuko's row if it is installed
     "time_series": (2, ["plain", r"\['kinetic'\]", r"\{'kinetic': 1\}"]),
     "train_images": (2, ["steps +2 ", "bits/dim dirty", "bits/dim clean", "NFE", "kinetic / dim", "jacfrob / dim"]),
 }

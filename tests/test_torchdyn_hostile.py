@@ -248,7 +248,7 @@ def test_penalized_overrides_a_recognised_trace_and_counts_behind_an_integral_lo
 
 @pytest.mark.parametrize(
     ("penalized", "message"),
-    [(slice(5, 9), "no column"), ([True, False], "mask of 2 columns"), ([False] * 4, "no column")],
+    [(slice(5, 9), "selects nothing"), ([True, False], "mask of 2 columns"), ([False] * 4, "selects nothing")],
 )
 def test_penalized_columns_that_are_not_there(penalized: object, message: str) -> None:
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)
@@ -362,6 +362,25 @@ def test_a_trajectory_leaves_the_penalties_of_the_last_call() -> None:
     before = model.reg_loss()
     model.trajectory(x + 5, torch.linspace(0, 1, 3))
     assert torch.equal(model.reg_loss(), before)
+
+
+@pytest.mark.parametrize("regularizers", [None, ["jacfrob"]])
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(
+    solver: str, regularizers: object
+) -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    x, found = torch.randn(6, 2), []
+    for sensitivity in ("autograd", "checkpointed"):
+        field = copy.deepcopy(first)
+        model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=regularizers, trace_noise="exact")
+        _, sol = model(x, torch.linspace(0, 1, 3))
+        assert int(field[1].num_batches_tracked) == model.vf.nfe
+        (sol[-1].square().sum() + model.reg_loss()).backward()
+        found.append([*field.state_dict().values(), *(p.grad for p in field.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 # --- several solves per loss ---

@@ -33,7 +33,8 @@ def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tenso
 
     Args:
         function: of tensors and nested tuples and dictionaries of tensors, to the same; it evaluates ``dynamics``.
-        dynamics: with an attribute ``inner_autograd = False`` it promises not to differentiate inside.
+        dynamics: with an attribute ``inner_autograd = False`` it promises not to differentiate inside. If it has a
+            context manager ``repeating()``, evaluations that repeat others happen in it.
         z, t: where to evaluate it once to find the tensors that it depends on.
     """
     if transforms_active():
@@ -42,14 +43,32 @@ def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tenso
     if torch.is_grad_enabled() and getattr(dynamics, "inner_autograd", True):
         leaves = _leaves(dynamics, z, t)
     if leaves is None:
-        return lambda *args: checkpoint(function, *args, use_reentrant=False)
-    return lambda *args: replay(function, args, leaves)
+        return lambda *args: checkpoint(_first_run_alone(function, dynamics), *args, use_reentrant=False)
+    return lambda *args: replay(_first_run_alone(function, dynamics), args, leaves)
+
+
+def _first_run_alone(function: Callable[..., Any], dynamics: BoundDynamics) -> Callable[..., Any]:
+    """``function``, whose runs after the first one only repeat it."""
+    ran = False
+
+    def run(*args: Any) -> Any:
+        nonlocal ran
+        with _repeating(dynamics) if ran else contextlib.nullcontext():
+            ran = True
+            return function(*args)
+
+    return run
+
+
+def _repeating(dynamics: BoundDynamics) -> contextlib.AbstractContextManager[Any]:
+    return getattr(dynamics, "repeating", contextlib.nullcontext)()
 
 
 def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | None:
     """The leaf tensors that the dynamics depend on; None if they read the result of another computation."""
     # draws nothing from the streams that the solve will draw from
-    with torch.enable_grad(), torch.random.fork_rng([z.device] if z.is_cuda else []):
+    devices = [z.device] if z.is_cuda else []
+    with torch.enable_grad(), torch.random.fork_rng(devices), _repeating(dynamics):
         state = z.detach().requires_grad_()
         start = next_number(state)
         rates = dynamics(t.detach(), state)

@@ -7,6 +7,7 @@ every evaluation, also those that a backward pass repeats. Another solve in betw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..core.path_penalties import PathPenalties
 from ..core.regularizers import Regularizer
 from ..errors import ConfigError
 from ..types import BoundDynamics, FieldWithAux, Rates
+from .buffers import buffers_kept
 from .compiled import has_compiled_parts, run_original
 from .lost_graph import refuse_lost_graph
 from .recognise import fast_rates
@@ -39,17 +41,29 @@ Cost = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BoundField:
-    """The right-hand side of one solve, and the tensors that a continuous adjoint differentiates it by."""
+    """The right-hand side of one solve.
+
+    Attributes:
+        rates: velocity and penalties.
+        tensors: what a continuous adjoint differentiates by.
+        path: the penalties that are not rates.
+        module: the field, whose buffers evaluations may change.
+    """
 
     rates: BoundDynamics
     tensors: tuple[Tensor, ...]
     path: PathPenalties | None = None
+    module: nn.Module | None = None
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return self.rates(t, z, products=products)
 
     def parameters(self) -> tuple[Tensor, ...]:
         return self.tensors
+
+    def repeating(self) -> AbstractContextManager[None]:
+        """Around evaluations that repeat others: running statistics take each only once."""
+        return buffers_kept(self.module)
 
 
 def bind_field(
@@ -102,7 +116,7 @@ def bind_field(
         rates = _with_cost_column(rates, vf.integral_loss)
     elif hidden_cost is not None:
         rates = _with_hidden_cost(rates, hidden_cost)
-    return BoundField(rates, tuple(tensors), None if dynamics is None else dynamics.path)
+    return BoundField(rates, tuple(tensors), None if dynamics is None else dynamics.path, vf)
 
 
 def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:

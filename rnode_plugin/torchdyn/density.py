@@ -26,7 +26,7 @@ __all__ = ["RegularizedCNF"]
 
 
 class RegularizedCNF(nn.Module):
-    """The density of ``x`` whose flow along a field over a time of 1 has the base distribution (eq. 4).
+    """The density of ``x`` that a vector field carries to a base distribution (eq. 4).
 
     In torchdyn's style: a :class:`~rnode_plugin.NeuralODE` of a :class:`~rnode_plugin.CNF`, as ``self.ode``. Add
     :meth:`reg_loss` to the loss after each :meth:`log_prob`::
@@ -86,7 +86,7 @@ class RegularizedCNF(nn.Module):
                 raise ConfigError(f"{name}= has no meaning for a density; use NeuralODE and CNF for it.")
         adaptive = resolve_solver(solver).stepping_class == "adaptive"
         for name, tolerance in (("atol", atol), ("rtol", rtol)):
-            if tolerance is not None or adaptive:  # a fixed grid warns of tolerances, which it has no use for
+            if tolerance is not None or adaptive:  # a fixed grid does not use tolerances and warns of them
                 options[name] = 1e-5 if tolerance is None else tolerance
         options |= {"solver": solver, "return_t_eval": False}
         conditional = self.context_shape is not None

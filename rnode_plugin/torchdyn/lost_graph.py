@@ -13,7 +13,7 @@ __all__ = ["refuse_lost_graph"]
 
 
 def refuse_lost_graph(field: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """``field`` for whoever takes products with its Jacobian.
+    """``field``, for taking products with its Jacobian.
 
     A velocity without a graph is right for a field that ignores its state. To tell, the field is evaluated once
     more at another state, the first time this happens.

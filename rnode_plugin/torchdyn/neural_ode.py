@@ -12,20 +12,18 @@ from torch import Tensor, nn
 from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
 
-from ..core.nested import tree_map_only
 from ..core.no_data_parallel import OneProcessADevice
-from ..core.regularizers import Weighted, check_lambda, kind_of, span_policy, strength_at, undivided
+from ..core.regularizers import Weighted, check_lambda, strength_at
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers
-from ..solvers import GRADIENTS, solve
+from ..solvers import GRADIENTS
 from ..solvers.path import check_steps
-from .bind import INTEGRAL_LOSS, bind_field, tensors_of
-from .checks import check_interpolator, check_max_nfe, check_order, check_state, check_times, check_tolerances
-from .penalties import LastCalls, SolvePenalties, attach
-from .planning import plan_solve
+from .checks import check_interpolator, check_max_nfe, check_order, check_tolerances
+from .one_solve import run_solve
+from .penalties import LastCalls
 from .solver_names import method_from_torchdyn, resolve_solver
-from .state_layout import Penalized, check_penalized, layout_of
+from .state_layout import Penalized, check_penalized
 
 __all__ = ["NeuralODE"]
 
@@ -37,9 +35,9 @@ _torchdyn_odeint = torchdyn_neuralde.NeuralODE.odeint
 class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5).
 
-    Without new arguments it returns what torchdyn's class returns, to the bit where the coefficients of the solver
-    are the same: torchdyn rounds those of a solver given by name to single precision, this class does so only for
-    states in single precision.
+    Without new arguments it returns what torchdyn's class returns, to the bit if the coefficients of the solver are
+    the same: torchdyn rounds those of a solver given by name to single precision, this class does so only for a
+    state in single precision.
 
     The arguments before ``regularizers`` are torchdyn's, in its order. ``seminorm`` changes nothing, here as there:
     a continuous adjoint never controls the error of the parameters' gradient.
@@ -127,7 +125,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if sensitivity not in GRADIENTS:
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
-            raise ConfigError("this vector field is that of an SDE; NeuralODE solves ordinary ones.")
+            raise ConfigError(
+                "this vector field belongs to an SDE, but NeuralODE solves ordinary differential equations."
+            )
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         steps = [w.regularizer for w in penalties.values() if kind_of(w.regularizer) == "step"]
@@ -163,7 +163,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             x: initial state.
             t_span: times, increasing or decreasing; None: ``self.t_span``, or 0 to 1.
             save_at: times of ``t_span`` to keep (fixed steps only).
-            args: given to the field where it takes ``args``, and to a solver object's ``step``.
+            args: given to the field if it takes ``args``, and to a solver object's ``step``. Gradients reach the
+                tensors in it in every mode.
             penalties: whether to integrate the penalties; None: in training mode with gradients enabled.
 
         With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in torchdyn.
@@ -191,7 +192,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if penalties is None:
             penalties = torch.is_grad_enabled() and self.training
         followed = self._penalties if penalties else {}
-        solution, left = self._solve(x, t_span, save_at, args, self.sensalg, followed)
+        solution, left = run_solve(self, x, t_span, save_at, args, self.sensalg, followed)
         calls.add(left)
         return solution
 
@@ -201,7 +202,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
         """
         x, t_span = self._prep_integration(x, t_span)
-        (_, sol), _ = self._solve(x, t_span, (), {}, "autograd", {}, interpolate=False)
+        (_, sol), _ = run_solve(self, x, t_span, (), {}, "autograd", {}, interpolate=False)
         return sol
 
     def collect_penalties(self) -> AbstractContextManager[None]:
@@ -270,52 +271,3 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if self._calls is None:
             self._calls = LastCalls()
         return self._calls
-
-    def _solve(
-        self,
-        x: Tensor,
-        t_span: Any,
-        save_at: Any,
-        args: Any,
-        gradient: str,
-        followed: dict[str, Weighted],
-        *,
-        interpolate: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor], SolvePenalties]:
-        adaptive = self.solver.stepping_class == "adaptive"
-        x = check_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
-        t_span = check_times(t_span, x, adaptive=adaptive)
-        if torch.is_inference_mode_enabled():
-            # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
-            with torch.inference_mode(False), torch.no_grad():
-                x, t_span, args = tree_map_only(Tensor, Tensor.clone, (x, t_span, args))
-                return self._solve(x, t_span, save_at, args, gradient, followed, interpolate=interpolate)
-        hidden = self.integral_loss if torch.is_grad_enabled() and self._cost_is_hidden(gradient) else None
-        regularizers = [w.regularizer for w in followed.values()]
-        policy = span_policy([w.regularizer for w in self._penalties.values()])
-        if policy is not None:
-            t_span = policy.times(t_span, training=bool(followed) and self.training and torch.is_grad_enabled())
-        field = bind_field(
-            self.vf, x, args=args, regularizers=[r for r in regularizers if kind_of(r) != "span"],
-            trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden,
-            tensors=tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args),
-            prepare=not gradient.endswith("adjoint"),
-        )  # fmt: skip
-        plan = plan_solve(self, x, t_span, save_at, args, gradient, interpolate=interpolate)
-        nfe = self.vf.nfe
-        solution = solve(field, x, t_span, plan)
-        if gradient == "checkpointed":
-            self.vf.nfe = nfe + solution.stats.nfe  # looking for what a replay needs is no step
-        integrals = dict(solution.penalties)
-        if policy is not None and followed:
-            integrals[policy.name] = policy(x)
-        cost = integrals.pop(INTEGRAL_LOSS, None)
-        if cost is not None and bool(t_span[-1] < t_span[0]):
-            cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
-        sol, integrals = attach(solution.z, integrals, cost)
-        missing = tuple(name for name in self._penalties if name not in followed)
-        dims = layout_of(self.vf, self._penalized).dims(x) if followed else 1
-        return (solution.t, sol), SolvePenalties(integrals, dims, missing, undivided(regularizers))
-
-    def _cost_is_hidden(self, gradient: str) -> bool:
-        return self.integral_loss is not None and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd"

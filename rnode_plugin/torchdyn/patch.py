@@ -11,7 +11,7 @@ from .neural_ode import NeuralODE
 __all__ = ["install", "uninstall"]
 
 # The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
-# and pickle all keep working. It gets what our class defines, but for what Python itself puts into every class.
+# and pickle all keep working. It gets what our class defines, except what Python itself puts into every class.
 _BEHAVIOUR = {
     name: value
     for name, value in vars(NeuralODE).items()
@@ -25,8 +25,8 @@ _ABSENT = object()
 def install() -> None:
     """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
 
-    From then on each of its objects, those made before included, is solved by this package: with the same
-    values, with right gradients, and with ``regularizers=``, ``trace_noise=``, ``max_nfe=`` and
+    From then on this package solves each of its objects, also those made before: with the same values, with
+    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``max_nfe=`` and
     ``sensitivity="checkpointed"``. A second call changes nothing.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
@@ -50,10 +50,10 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Take back all that :func:`install` did; without it, nothing.
+    """Undo all that :func:`install` did; without an install, do nothing.
 
-    Objects stay usable; what they were given beyond torchdyn's arguments no longer has an effect, and those with
-    ``sensitivity="checkpointed"``, which torchdyn does not know, must be made anew.
+    Objects stay usable. What they were given beyond torchdyn's arguments no longer has an effect. Those with
+    ``sensitivity="checkpointed"``, which torchdyn does not know, must be made again.
 
     Example:
         >>> import inspect

@@ -115,7 +115,7 @@ class LastCalls:
         rows = [call.values() for call in self._some()]
         if len({tuple(value.shape) for row in rows for value in row.values()}) > 1:
             raise ConfigError(
-                "the collected calls have batches of different sizes, so that there is no sum per sample: read "
+                "the collected calls have batches of different sizes, so there is no sum per sample: read "
                 "regularization after each of them; reg_loss() sums their means."
             )
         return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]} if rows[1:] else rows[0]

@@ -1,4 +1,4 @@
-"""Solver names and solver objects as torchdyn's classes take them, and the 3/8 rule in the same dress."""
+"""Solver names and solver objects as torchdyn's classes take them, and the 3/8 rule as one of them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["RungeKutta38", "kept_times", "method_from_torchdyn", "resolve_solver
 
 
 class RungeKutta38(DiffEqSolver):
-    """Kutta's 3/8 rule (order 4, fixed steps), the paper's training solver; torchdyn's name for it: none.
+    """Kutta's 3/8 rule (order 4, fixed steps), the paper's training solver, which torchdyn does not have.
 
-    Unlike torchdyn's ``rk4`` it asks a time-dependent field at the times of its stages, t, t + h/3, t + 2h/3 and
-    t + h.
+    Unlike torchdyn's ``rk4`` it evaluates a time-dependent field at the times of its stages, t, t + h/3, t + 2h/3
+    and t + h.
     """
 
     weights = (1 / 8, 3 / 8, 3 / 8, 1 / 8)
@@ -65,7 +65,7 @@ def resolve_solver(solver: str | nn.Module, role: str = "solver") -> nn.Module:
         if callable(getattr(solver, "step", None)) and hasattr(solver, "stepping_class"):
             return solver
         raise ConfigError(
-            f"{role}={solver!r} is no solver: give a name, or an object with `step(f, x, t, dt, k1, args)` and "
+            f"{role}={solver!r} is not a solver: give a name, or an object with `step(f, x, t, dt, k1, args)` and "
             "`stepping_class` ('fixed' or 'adaptive')."
         )
     return _build(solver, torch.float32, role)
@@ -98,11 +98,11 @@ def step_method(
 
     Args:
         solver: torchdyn's or a user's solver object.
-        named: solver objects that stand for a name, which in double precision means coefficients of its own.
+        named: solver objects that stand for a name; in double precision they have coefficients of that precision.
         x, t_span: state and times, whose type and device the solver is brought to.
         args: for its ``step``.
-        backward: whether the steps are those of an adjoint. It depends on time where the path is interpolated, and
-            owes torchdyn no values: there ``rk4`` asks at the right times.
+        backward: whether the steps are those of an adjoint. It depends on time if the path is interpolated, and it
+            need not match torchdyn's values, so ``rk4`` evaluates at the right times here.
     """
     if backward and type(solver) is RungeKutta4:
         return get_method("rk4")
@@ -139,7 +139,7 @@ _RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # the times at which torchdyn's rk4 asks, see
 
 
 class _Mirrored:
-    """A field seen in a mirror of time, ``-f(-t, x)``, which remembers the velocities it has turned around."""
+    """A field with time reversed, ``-f(-t, x)``, which remembers the velocities whose sign it has changed."""
 
     def __init__(self, field: Field) -> None:
         self._field = field
@@ -161,8 +161,8 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
     ``args`` is handed to its ``step``.
 
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) brings that
-    family's quadrature weights. Another one may have an attribute ``weights``, one number per evaluation in a
-    step; without it a penalty's rate counts with its value at the start of each step.
+    family's quadrature weights. Another solver may have an attribute ``weights``, one number per evaluation in a
+    step; without it, a penalty's rate counts with its value at the start of each step.
 
     Raises:
         ConfigError: for an object without ``step`` and ``stepping_class``.
@@ -181,8 +181,8 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
     def advance_either_way(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         if bool(dt > 0):
             return advance(f, x, t, dt, k1)
-        # torchdyn never shows a solver a negative step: it mirrors time and the field; so do we for solvers that
-        # may do more with dt than scale velocities
+        # torchdyn never shows a solver a negative step: it mirrors time and the field. So do we for solvers that
+        # may do more with dt than scale velocities.
         mirrored = _Mirrored(f)
         new_velocity, new, error, _ = advance(mirrored, x, -t, -dt, None if k1 is None else -k1)
         return mirrored.original(new_velocity), new, error, None

@@ -53,7 +53,7 @@ class StateLayout:
         else:
             count = len(range(*chosen.indices(size)))
         if count == 0:
-            raise ConfigError(f"penalized={self.penalized} is no column of a state with {size} columns.")
+            raise ConfigError(f"penalized={self.penalized} selects nothing of a state with {size} columns.")
         return chosen
 
     def dims(self, x: Tensor) -> int:
@@ -77,7 +77,7 @@ def is_cnf(module: nn.Module) -> bool:
 
 
 def check_penalized(penalized: Any) -> Penalized | None:
-    """``penalized`` as a slice or a mask of its own.
+    """``penalized`` as a slice, or as a mask that nobody else holds.
 
     Raises:
         ConfigError: for anything else.
