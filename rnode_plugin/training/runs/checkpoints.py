@@ -192,7 +192,7 @@ def _checked(contents: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
     if header.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')}; this is "
+            f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')!r}; this is "
             f"{__version__}, which reads format {_FORMAT}. Install that version to use it."
         )
     if (problem := damage(contents)) is not None:
