@@ -189,7 +189,7 @@ def test_packed_images_are_those_of_the_archive_each_once(data, count: int, heig
 def test_a_smaller_limit_is_a_part_of_a_larger_one(count: int, one: int, other: int) -> None:
     images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
     data = ImageData("x", images, images, (1, 1, 1))
-    few, more = (set(data.limit(n).train.ravel().tolist()) for n in sorted((one, other)))
+    few, more = (set(data.limit(n).train[:].ravel().tolist()) for n in sorted((one, other)))
     assert few <= more
     assert len(more) == min(count, max(one, other))
 
