@@ -76,7 +76,7 @@ class Draft:
             self._temporary.unlink()
 
     def finish(self) -> None:
-        """Bring everything to the disk."""
+        """Sync everything to the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()

@@ -145,7 +145,7 @@ def serve(
             self.end_headers()
             self.wfile.write(files[name])
 
-        def log_message(self, *args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Publisher)

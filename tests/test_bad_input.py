@@ -77,7 +77,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--devics", "2"], 2, r"No such option '?--devics'?.*--devices"),
     (["train", "digits", "--max-steps", "few"], 2, r"'few' is not a valid integer"),
     (["train", "digits", "--max-steps", "0"], 2, r"training\.max_steps must be at least 1, not 0"),
-    (["train", "digits", "--max-time", "soon"], 2, r"no span of time: write 90 \(seconds\), 20m"),
+    (["train", "digits", "--max-time", "soon"], 2, r"not a span of time: write 90 \(seconds\), 20m"),
     (["train", "digits", "--batch-size", "0"], 2, r"data\.batch_size must be at least 1"),
     (["train", "digits", "--batch-size", "1501"], 2, r"1500 training images do not fill one batch of 1501"),
     (["train", "digits", "--batch-size", "800", "--accumulate", "2"], 2, r"of 800, 2 times: use a smaller"),

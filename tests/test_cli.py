@@ -193,8 +193,8 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
         (["train"], "name a RECIPE"),
         (["train", "digits", "--max-stepz", "3"], "No such option"),
         (["train", "digits", "--max-steps", "many"], "not a valid integer"),
-        (["train", "digits", "--max-time", "soon"], "no span of time"),
-        (["train", "digits", "--max-time", "0"], "no span of time"),
+        (["train", "digits", "--max-time", "soon"], "not a span of time"),
+        (["train", "digits", "--max-time", "0"], "not a span of time"),
         (["train", "digits", "again"], "unexpected extra argument"),
         (["train", "--resume", "x", "--ffjord"], "cannot go with --resume"),
         (["train", "mnist", "--resume", "RUN"], "is a run of digits, not of mnist"),
@@ -329,7 +329,7 @@ def test_spans_of_time(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "1:2:3"])
 def test_not_a_span_of_time(text: str) -> None:
-    with pytest.raises(click.UsageError, match="no span of time"):
+    with pytest.raises(click.UsageError, match="not a span of time"):
         Duration().convert(text, None, None)
 
 

@@ -7,6 +7,7 @@ import re
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,17 +31,18 @@ def test_digits_are_the_real_ones_with_a_fixed_split():
     assert data.train.dtype == np.uint8
     assert data.train[:].max() == 16
     # together they are all images, each once
-    original = load_digits().images.astype(np.uint8).reshape(1797, 64)
+    published: Any = load_digits()
+    original = published.images.astype(np.uint8).reshape(1797, 64)
     split = np.concatenate([data.train[:], data.val[:]]).reshape(1797, 64)
     assert np.array_equal(np.sort(split.view("V64"), axis=0), np.sort(original.view("V64"), axis=0))
     # each class in proportion
-    labels = load_digits().target
+    labels = published.target
     where = {row.tobytes(): label for row, label in zip(original, labels, strict=True)}
     held_out = np.bincount([where[row.tobytes()] for row in data.val[:].reshape(297, 64)], minlength=10)
     assert np.abs(held_out - np.bincount(labels) * 297 / 1797).max() <= 1
     # the split itself, so that a change of it cannot go unnoticed
     assert zlib.crc32(data.val[:].tobytes()) == 2049749810
-    assert np.array_equal(get_dataset("digits").val, data.val)
+    assert np.array_equal(get_dataset("digits").val[:], data.val[:])
 
 
 def test_mnist_is_read_from_the_real_files():
@@ -86,8 +88,8 @@ def published(request, tmp_path, monkeypatch):
 
 def assert_right(name: str, data: ImageData) -> None:
     train, val = sample_images(name)
-    assert np.array_equal(data.train, train)
-    assert np.array_equal(data.val, val)
+    assert np.array_equal(data.train[:], train)
+    assert np.array_equal(data.val[:], val)
     assert (data.name, data.shape, data.levels, data.flip) == (name, train.shape[1:], 256, name == "cifar10")
 
 
@@ -265,7 +267,7 @@ def test_a_plugins_data_set_is_found_and_checked():
 
     plugins.register(Plugin(), name="test-data")
     try:
-        assert np.array_equal(get_dataset("noise").train, images[:4])
+        assert np.array_equal(get_dataset("noise").train[:], images[:4])
         with pytest.raises(PluginError, match="returned NoneType"):
             get_dataset("nothing")
     finally:
@@ -283,7 +285,7 @@ def _data(**changes) -> ImageData:
         ({"train": np.zeros((10, 1, 4, 4), np.float32)}, "train images are float32; they must be uint8"),
         ({"val": np.zeros((10, 4, 4), np.uint8)}, r"val images have the shape \(10, 4, 4\), not \(N, 1, 4, 4\)"),
         ({"val": np.zeros((10, 1, 4, 5), np.uint8)}, "val images have the shape"),
-        ({"train": np.zeros((0, 1, 4, 4), np.uint8)}, "none at all"),
+        ({"train": np.zeros((0, 1, 4, 4), np.uint8)}, "train images are missing: there are none"),
         ({"train": np.full((10, 1, 4, 4), 17, np.uint8)}, "hold the value 17; with 17 levels the largest is 16"),
         ({"levels": 257}, "levels must be 2 to 256"),
         ({"levels": 1}, "levels must be 2 to 256"),
@@ -305,12 +307,12 @@ def test_limit_draws_the_same_images_from_the_whole_set():
     assert few.train.shape == (20, 1, 4, 4)
     assert few.val is data.val
     assert more.val.shape == (5, 1, 4, 4)
-    chosen, larger = few.train[:, 0, 0, 0], more.train[:, 0, 0, 0]
+    chosen, larger = few.train[:][:, 0, 0, 0], more.train[:][:, 0, 0, 0]
     assert len(set(chosen)) == 20
     assert set(chosen) < set(larger)
     assert chosen.min() < 60  # not only one end of a set sorted by class
     assert chosen.max() > 140
-    assert np.array_equal(data.limit(20).train, few.train)
+    assert np.array_equal(data.limit(20).train[:], few.train[:])
     assert data.limit(1000).train is images
     with pytest.raises(ConfigError, match="at least 1"):
         data.limit(0)

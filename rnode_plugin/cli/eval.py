@@ -1,4 +1,4 @@
-"""``rnode-cli eval``."""
+"""``rnode-cli eval``: bits/dim of a run on held-out images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``rnode-cli export``."""
+"""``rnode-cli export``: the weights of a run as a safetensors file."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import click
 
 __all__ = ["Duration", "data_root", "device", "download", "settings"]
 
+_LONGEST = 1e10  # seconds, three centuries
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -24,13 +25,13 @@ class Duration(click.ParamType):
         seconds = 0.0
         if re.fullmatch(r"\d+(\.\d+)?", text):
             seconds = float(text)
-        elif re.fullmatch(r"\d+:\d\d:\d\d", text):
+        elif re.fullmatch(r"\d{1,9}:\d\d:\d\d", text):
             hours, minutes, rest = map(int, text.split(":"))
             seconds = 3600.0 * hours + 60 * minutes + rest
         elif re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
             seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", text))
-        if seconds <= 0:
-            self.fail(f"{value!r} is no span of time: write 90 (seconds), 20m, 1h30m or HH:MM:SS.", param, ctx)
+        if not 0 < seconds < _LONGEST:
+            self.fail(f"{value!r} is not a span of time: write 90 (seconds), 20m, 1h30m or HH:MM:SS.", param, ctx)
         return seconds
 
 

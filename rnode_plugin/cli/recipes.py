@@ -1,4 +1,4 @@
-"""``rnode-cli recipes``."""
+"""``rnode-cli recipes``: list the recipes, and show the settings of one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipes(ctx: click.Context) -> None:
 @click.argument("name")
 @click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe.")
 @settings
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, as it lies in a run's folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
 def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it."""
     from ..recipes.overrides import as_text

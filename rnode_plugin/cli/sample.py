@@ -1,4 +1,4 @@
-"""``rnode-cli sample``."""
+"""``rnode-cli sample``: images from a run as one PNG."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def tune_step(
     """Find the coarsest step of a fixed grid that RUN_OR_RECIPE can be solved with.
 
     The step is halved until the discrete flow agrees with a tight adaptive solve on held-out images: in bits/dim,
-    and in where an image comes out that goes to the latent with these steps and back with the adaptive solve. A
+    and in the image that comes back when it goes to the latent with these steps and back with the adaptive solve. A
     recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
     """
     from ..core.random_streams import Stream, seeded

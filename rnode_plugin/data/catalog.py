@@ -24,7 +24,7 @@ def get_dataset(
         download: fetch it if it is missing or damaged and may be fetched. If several processes want it at the same
             time, one of them fetches it. Nothing is written if it is there already.
         size: height and width in pixels, for data sets that come in more than one; None for the native one.
-        **options: what this data set takes besides, such as ``bits`` for ``folder``.
+        **options: further options of this data set, such as ``bits`` for ``folder``.
 
     Raises:
         ConfigError: an unknown name, an option that the data set does not take, a size it does not have.

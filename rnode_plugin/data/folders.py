@@ -1,4 +1,4 @@
-"""Data sets that a user brings: a folder of pictures, or packed arrays."""
+"""Data sets of a user: ``folder``, ``imagenet64`` and ``celebahq256``, as pictures or packed arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .splits import VAL_FRACTION, assign, split_named
 
 __all__ = ["celebahq256", "folder", "imagenet64"]
 
-# pictures that fit are decoded once; more than that are decoded batch by batch, where workers and packing help
+# pictures that fit are decoded once; more than that are decoded batch by batch, which workers and packing speed up
 _IN_MEMORY_BYTES = 2**30
 
 
@@ -34,12 +34,12 @@ def folder(
         root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) make the
             split; without them a fixed random ``val_fraction`` is held out. ``train.npy`` and ``val.npy`` come
             before pictures.
-        size: height and width to bring pictures to; None: all have the same already.
+        size: height and width that pictures are scaled to; None: all have the same already.
         channels: 3 or 1; None: 3 for pictures, what they have for packed images.
         bits: per value, 1 to 8; 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
 
     Raises:
-        ConfigError: an option that cannot be.
+        ConfigError: an option that cannot work.
         DataError: nothing there, or not what it should be.
     """
     if root is None:

@@ -1,4 +1,4 @@
-"""What a data set is: two sets of uint8 images, in memory or on disk, and what their values mean."""
+"""``ImageData``: a data set of two sets of uint8 images, in memory or on disk; ``ImageArray`` and ``Selection``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ImageArray", "ImageData", "Selection", "shuffled"]
 
 
 class ImageArray(Protocol):
-    """Images that can be indexed like a NumPy array ``(N, C, H, W)`` of uint8, wherever they lie.
+    """Images that can be indexed like a NumPy array ``(N, C, H, W)`` of uint8, in memory or on disk.
 
     ``images[indices]``, with a slice or a 1-D integer array, returns a new array with these images.
     """
@@ -56,10 +56,10 @@ class ImageData:
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
         shape: (C, H, W) of each of them.
         levels: number of values a pixel can take: 256 for 8 bits.
-        flip: whether a mirrored image is as good an example, so that a recipe may flip while training.
+        flip: whether a mirrored image is as likely, so that a recipe may mirror images while training.
 
     Raises:
-        DataError: the arrays are not such images. Values of arrays on disk are not looked through.
+        DataError: the arrays are not such images. Values of arrays on disk are not checked.
     """
 
     name: str
@@ -80,7 +80,7 @@ class ImageData:
                 wanted = ", ".join(map(str, self.shape))
                 raise DataError(f"{what} have the shape {tuple(images.shape)}, not (N, {wanted}).")
             if len(images) == 0:
-                raise DataError(f"{what} are none at all.")
+                raise DataError(f"{what} are missing: there are none.")
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
                 raise DataError(f"{what} hold the value {images.max()}; with {self.levels} levels the largest is "
                                 f"{self.levels - 1}.")  # fmt: skip

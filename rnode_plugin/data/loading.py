@@ -1,4 +1,4 @@
-"""Batches: whole slices of uint8, no work per image."""
+"""``ImageDataset`` and ``loader``: batches of uint8 images, read as whole slices."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["ImageDataset", "keep_batch", "loader"]
 
 
 class ImageDataset(Dataset[Tensor]):
-    """Images as a PyTorch data set that hands out a batch in one piece.
+    """Images as a PyTorch data set that returns a batch in one piece.
 
     A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, as
-    :func:`loader` does, since its default would take the batch apart.
+    :func:`loader` does, because its default would split the batch.
 
     Args:
         images: ``(N, C, H, W)``, uint8; in memory, mapped from disk, or read from files.
@@ -37,7 +37,7 @@ class ImageDataset(Dataset[Tensor]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """The images of a batch in the order asked for, ``(B, C, H, W)``, uint8, in memory of its own."""
+        """The images of a batch in the order of ``indices``, ``(B, C, H, W)``, uint8, as a copy."""
         wanted = np.asarray(indices, dtype=np.int64)
         # ascending positions: a mapped file is then read in one sweep
         order = np.argsort(wanted, kind="stable")
@@ -47,7 +47,7 @@ class ImageDataset(Dataset[Tensor]):
 
 
 def keep_batch(batch: Any) -> Any:
-    """The collate function for a batch that is one already."""
+    """The collate function for what is a batch already."""
     return batch
 
 
@@ -65,10 +65,10 @@ def loader(
     Args:
         images: ``(N, C, H, W)``, uint8, such as ``ImageData.train``.
         shuffle: a new order each epoch.
-        drop_last: leave out the images that do not fill a batch.
+        drop_last: leave out the last images if they do not fill a batch.
         seed: of the order; None takes it from PyTorch's global generator.
-        num_workers: processes that read ahead. They pay off for pictures that are decoded while training, not
-            for arrays in memory.
+        num_workers: processes that read ahead. They help with pictures that are decoded while training, not
+            with arrays in memory.
 
     Raises:
         ConfigError: sizes that cannot work, or that leave no batch at all.

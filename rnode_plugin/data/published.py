@@ -26,7 +26,7 @@ _DRAFT = ".download"  # in the data folder while a download runs
 
 
 def digits(*, root: str | None = None, size: int | None = None) -> ImageData:
-    """1,797 handwritten digits, 1x8x8, 17 grey levels, 297 held out; scikit-learn brings them along."""
+    """1,797 handwritten digits, 1x8x8, 17 grey levels, 297 held out; they come with scikit-learn."""
     from sklearn.datasets import load_digits
 
     _only_size(size, 8, "digits")

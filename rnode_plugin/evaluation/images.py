@@ -27,7 +27,7 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
         ConfigError: there is no data set of that name.
     """
     wanted = recipe.data
-    # a data set of one's own pictures comes in what the recipe asks for; others have what they have
+    # a user's own pictures are read with the channels and bits that the recipe asks for; other sets have their own
     asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
     taken = inspect.signature(registry.get("datasets", wanted.name)).parameters
     options = {name: value for name, value in asked.items() if name in taken}
@@ -51,7 +51,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without CUDA
         raise ConfigError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 

@@ -1,9 +1,9 @@
-"""Which plugins are installed, which of them may be loaded, and how what they name is imported.
+"""``discover`` lists the installed plugins, ``import_reference`` imports what one of them names.
 
-Two environment variables, read when the first question about plugins is asked, keep them out:
+Two environment variables, read when plugins are first looked up, exclude plugins:
 
 - ``RNODE_DISABLE_PLUGINS=1``: no plugin of another package is imported.
-- ``RNODE_PLUGINS_BLOCK="name,..."``: nor those whose distribution or entry point is named here.
+- ``RNODE_PLUGINS_BLOCK="name,..."``: those whose distribution or entry point is named here are not imported.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Candidate:
 def discover() -> list[Candidate]:
     """Every entry point of the group, ours first and the others by distribution and name.
 
-    From a source tree that nobody installed there is no metadata to read; ours is in the list all the same.
+    A source tree that is not installed has no metadata; ours is in the list anyway.
     """
     disabled = os.environ.get("RNODE_DISABLE_PLUGINS", "") not in ("", "0")
     blocked = {_normal(part) for part in os.environ.get("RNODE_PLUGINS_BLOCK", "").split(",")}
@@ -76,8 +76,8 @@ def discover() -> list[Candidate]:
 def _entry_points() -> list[tuple[metadata.EntryPoint, metadata.Distribution]]:
     """Those of our group, of each distribution that has any.
 
-    ``metadata.entry_points`` reads all distributions at once: a single malformed file, of any package whatever,
-    would take every plugin with it, and ours.
+    ``metadata.entry_points`` reads all distributions at once: a single malformed file of any package would
+    hide every plugin, ours included.
     """
     found: dict[str, list[tuple[metadata.EntryPoint, metadata.Distribution]]] = {}
     for distribution in metadata.distributions():
@@ -109,7 +109,7 @@ def import_reference(reference: str, what: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """The exception in a line, with the place where it was raised."""
+    """The exception in one line, with file and line."""
     text = " ".join(str(error).split())
     if isinstance(error, (PluginError, pluggy.PluginValidationError)):
         return text

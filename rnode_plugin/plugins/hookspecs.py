@@ -1,4 +1,4 @@
-"""What a plugin can register, and when it is called.
+"""The hooks: what a plugin can register, and when it is called.
 
 A plugin is a module (or any object) whose functions carry the mark :data:`hookimpl`, listed by its package under
 the entry-point group ``rnode_plugin``::

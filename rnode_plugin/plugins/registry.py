@@ -234,7 +234,7 @@ class Registry:
         """Register with pluggy and ask every registration hook; what a hook does wrong is kept in ``record``.
 
         Raises:
-            PluginError, pluggy.PluginValidationError: it is no plugin at all; then it is not registered.
+            PluginError, pluggy.PluginValidationError: it is not a plugin; then it is not registered.
         """
         if self._manager.is_registered(plugin):
             raise PluginError(f"the same object is registered as {self._manager.get_name(plugin)!r} already.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -63,7 +64,7 @@ def coerce(value: Any, kind: Any) -> Any:
 def _number(value: int | float | str) -> float:
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # the second: a whole number of hundreds of digits
         return math.nan
 
 
@@ -243,4 +244,4 @@ def _typed(value: Any, kind: Any, path: str) -> Any:
     try:
         return coerce(value, kind)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}, got {value!r}.") from None
+        raise ConfigError(f"{path}: {error}, got {reprlib.repr(value)}.") from None

@@ -124,7 +124,7 @@ def _of_tar(source: Path) -> Iterator[Member]:
         before = "its beginning"
         while (info := archive.next()) is not None:
             before = info.name
-            # links and devices are no pictures, whatever they point to
+            # links and devices are not pictures, whatever they point to
             if info.isreg() and not is_hidden(info.name):
                 # a regular file always opens; extractfile returns None for folders only
                 yield Member(info.name, info.size, lambda info=info: cast("IO[bytes]", archive.extractfile(info)))

@@ -1,4 +1,4 @@
-"""The published ImageNet 64x64 batches: ``.npz`` files whose member ``data`` holds one flat image a row."""
+"""``batch_images``: the published ImageNet 64x64 batches, npz files with one flat image per row of ``data``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch_images(member: Member, name: str, *, scratch: Path) -> Iterator[np.nda
     Args:
         member: the ``.npz``.
         name: for messages.
-        scratch: a folder for a nameless copy, since a member of an archive cannot be read back and forth.
+        scratch: a folder for a temporary copy, because a member of an archive cannot be read back and forth.
 
     Raises:
         DataError: damaged, or not such a batch.
@@ -77,7 +77,7 @@ def _rows(data: IO[bytes], name: str, labels: int | None) -> Iterator[np.ndarray
     shape, fortran, dtype = _read_header(data)
     side = math.isqrt(shape[1] // 3) if len(shape) == 2 else 0
     if dtype != np.uint8 or fortran or side == 0 or shape[1] != 3 * side * side:
-        raise DataError(f"{name}: `data` is {dtype} {shape}; it should be uint8 with one flat RGB image a row.")
+        raise DataError(f"{name}: `data` is {dtype} {shape}; it should be uint8 with one flat RGB image per row.")
     if math.prod(shape) > _MAX_BYTES:  # it may be compressed
         raise DataError(f"{name}: `data` unpacks to more than {_MAX_BYTES >> 30} GB.")
     if labels not in (None, shape[0]):

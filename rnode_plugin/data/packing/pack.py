@@ -51,16 +51,16 @@ def pack(
     Args:
         plan: from :func:`plan_packing`.
         target: folder for the two files; made if missing.
-        size: height and width to bring pictures to (see :func:`pictures.decode`); None: all have the same.
+        size: height and width that pictures are scaled to (see :func:`pictures.decode`); None: all have the same.
             Published batches keep their size.
         channels: 3 for colour, 1 for grey.
         on_error: ``"fail"`` at the first file that is not a readable picture, or ``"skip"`` and name it in the
             result.
         overwrite: replace packed files.
-        advance: called with the number of bytes dealt with since the last call.
+        advance: called with the number of bytes read since the last call.
 
     Raises:
-        ConfigError: an option that cannot be.
+        ConfigError: an option that cannot work.
         DataError: a bad picture, pictures of different sizes, packed files there already, no room on the disk.
     """
     if on_error not in ("fail", "skip"):
@@ -68,7 +68,7 @@ def pack(
     if channels not in (1, 3) or (size is not None and size < 1):
         raise ConfigError(f"channels must be 1 or 3 and the size at least 1, not {channels} and {size}.")
     if plan.rejected and on_error == "fail":
-        names = listing("these files are no pictures", plan.rejected)
+        names = listing("these files are not pictures", plan.rejected)
         raise DataError(f"{names} Remove them, or pass --on-error skip.")
     _check_target(target, overwrite=overwrite)
     reader = _Reader(size=size, channels=channels, skip=on_error == "skip", scratch=target)
@@ -165,7 +165,7 @@ class _Reader:
             if self.shape not in (None, shape):
                 raise DataError(
                     f"the pictures differ in size: {planned.name} is {_product(shape)}, those before are "
-                    f"{_product(self.shape or ())}. Give the size that all are to be brought to (--size)."
+                    f"{_product(self.shape or ())}. Give the size that all are scaled to (--size)."
                 )
             self.shape = shape
             yield split, images
@@ -176,10 +176,12 @@ class _Reader:
             return
         for images in batch_images(member, planned.name, scratch=self._scratch):
             side = images.shape[2]
-            if self._channels != 3 or self._size not in (None, side):
+            if self._size not in (None, side):
                 raise DataError(
-                    f"{planned.name} holds {side}x{side} RGB images, which are packed as they are: --size {side}."
+                    f"{planned.name} holds {side}x{side} images, which are packed as they are: --size {side}."
                 )
+            if self._channels != 3:
+                raise DataError(f"{planned.name} holds colour images, which are packed as they are: --channels 3.")
             yield split, images
 
     def _of_picture(self, planned: PlannedFile, member: Member) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,11 +15,11 @@ __all__ = ["TRAIN_FILE", "VAL_FILE", "PackedImages", "PackedWriter"]
 TRAIN_FILE, VAL_FILE = "train.npy", "val.npy"
 
 _HEADER_BYTES = 128
-_PROBED = 64  # images looked at to tell 8 bits from fewer
+_PROBED = 64  # images that are checked for fewer than 8 bits
 
 
 class PackedImages:
-    """A ``.npy`` file of images ``(N, C, H, W)``, uint8, that is read where it is asked for.
+    """A ``.npy`` file of images ``(N, C, H, W)``, uint8, that is read when it is indexed.
 
     It is pickled by its path, so that worker processes map the file instead of being sent its content.
 
@@ -28,7 +28,7 @@ class PackedImages:
         shift: bits to drop from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
 
     Raises:
-        DataError: damaged, not such images, or with fewer than 8 bits where some are to be dropped.
+        DataError: damaged, not such images, or with fewer than 8 bits although some are to be dropped.
     """
 
     def __init__(self, path: Path, *, shift: int = 0) -> None:
@@ -104,7 +104,7 @@ class PackedWriter(Draft):
         self.count += len(images)
 
     def finish(self) -> None:
-        """Write the header, which tells the number of images, and bring everything to the disk."""
+        """Write the header with the number of images, and sync everything to the disk."""
         # version 1.0 of NumPy's format by hand: only a header of known length can be written after the data
         shape = (self.count, *self._image_shape)
         text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"

@@ -1,4 +1,4 @@
-"""Picture files to uint8 arrays, with limits on what a file may ask for."""
+"""``decode`` and ``ImageFiles``: picture files as uint8 arrays, with limits on their size; ``walk`` lists them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np
 
 
 def fit_pixels(pixels: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
-    """Pixels ``(C, H, W)``, uint8, brought to a size and a number of channels as :func:`decode` brings pictures."""
+    """Pixels ``(C, H, W)``, uint8, scaled and converted as :func:`decode` does with pictures."""
     from PIL import Image
 
     if size in (None, pixels.shape[1]) and pixels.shape[1] == pixels.shape[2] and channels == pixels.shape[0]:
@@ -113,17 +113,17 @@ def _fit(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
 
 
 class ImageFiles:
-    """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes what is asked for.
+    """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes what is indexed.
 
     Args:
         folder: where they are.
         names: relative to it.
-        size: height and width to bring them to; None: all have the size of the first.
+        size: height and width that they are scaled to; None: all have the size of the first.
         channels: 1 or 3.
         shift: bits to drop from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
 
     Raises:
-        DataError: here or when indexed: a file that is no readable picture, or has another size.
+        DataError: here or when indexed: a file that is not a readable picture, or has another size.
     """
 
     def __init__(
@@ -166,5 +166,5 @@ class ImageFiles:
         _, height, width = self._image_shape
         return (
             f"the pictures in {self._folder} differ in size: {self._names[position]} has {shape[1]}x{shape[2]} "
-            f"pixels, {self._names[0]} has {height}x{width}. Give the size that all are to be brought to (--size)."
+            f"pixels, {self._names[0]} has {height}x{width}. Give the size that all are scaled to (--size)."
         )

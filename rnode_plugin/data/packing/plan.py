@@ -40,7 +40,7 @@ class PackingPlan:
     Attributes:
         sources: folders and archives, in the order in which they are read.
         files: to read.
-        rejected: names of files that are no pictures by their names.
+        rejected: names of files that are not pictures by their names.
         nbytes: size of the files to read, the measure of progress.
     """
 

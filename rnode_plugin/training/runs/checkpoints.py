@@ -192,8 +192,8 @@ def _checked(contents: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
     if header.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')}; this is "
-            f"{__version__}, which reads format {_FORMAT}. Install that version to use it."
+            f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')!r}; this "
+            f"is {__version__}, which reads format {_FORMAT}. Install that version to use it."
         )
     if (problem := damage(contents)) is not None:
         raise CheckpointError(f"{path} is damaged: {problem}. Use another checkpoint of the run.")

@@ -1,0 +1,217 @@
+"""Properties that hold for whatever a user can write: settings, names, times, shapes and contents of files.
+
+Hypothesis draws 100 examples for each property, the same ones every time. What fell when this was written: numbers
+of 400 digits as a span of time and as a setting in JSON, and JSON that is nested too deep for a message.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from image_files import picture_bytes
+from packing_sources import prepare, write_zip
+from test_data_containers import plain_crc32c
+
+from rnode_plugin import get_recipe
+from rnode_plugin.cli.options import Duration
+from rnode_plugin.cli.tables import table
+from rnode_plugin.data.idx import read_idx_images
+from rnode_plugin.data.images import ImageData
+from rnode_plugin.data.packing.pictures import fit_pixels
+from rnode_plugin.data.packing.tfrecords import crc32c, pixels_of
+from rnode_plugin.data.splits import assign, split_named
+from rnode_plugin.errors import ConfigError, DataError
+from rnode_plugin.files import check_path_name
+from rnode_plugin.recipes.overrides import as_text
+from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.text import duration, significant
+
+RECIPE = get_recipe("digits")
+PATHS = [path for path, _ in RECIPE.settings() if not path.startswith("paper.")]
+
+settings.register_profile(
+    "ours", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("ours")
+
+NUMBERS = st.one_of(st.integers(), st.floats(), st.integers(min_value=10**300, max_value=10**320)).map(str)
+TEXTS = st.one_of(
+    st.text(max_size=12), NUMBERS, st.sampled_from(["none", "auto", "true", "1,2,3", "rk4", "dopri5"])
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.one_of(st.text(max_size=5), st.sampled_from(["data", "solver", "method"])), inner, max_size=3
+        ),
+    ),
+    max_leaves=8,
+)
+
+
+@given(path=st.one_of(st.sampled_from(PATHS), st.text(max_size=10)), text=TEXTS)
+def test_a_setting_is_taken_and_written_or_refused(path: str, text: str) -> None:
+    try:
+        changed = RECIPE.override([f"{path}={text}"])
+    except ConfigError:
+        return
+    assert Recipe.from_plain(changed.to_plain()) == changed
+    value = dict(changed.settings())[path.strip()]
+    assert dict(RECIPE.override([f"{path}={as_text(value)}"]).settings())[path.strip()] == value
+
+
+@given(
+    group=st.sampled_from(["data", "model", "solver", "optimizer", "training", "regularizers", "name"]), value=JSON
+)
+@example("optimizer", {"lr": 10**400})
+@example("regularizers", {"kinetic": -(10**400)})
+def test_any_plain_data_is_a_recipe_or_refused(group: str, value: object) -> None:
+    plain = RECIPE.to_plain()
+    plain[group] = (
+        {**plain[group], **value} if isinstance(plain[group], dict) and isinstance(value, dict) else value
+    )
+    try:
+        recipe = Recipe.from_plain(plain)
+    except ConfigError:
+        pass
+    else:
+        assert Recipe.from_plain(recipe.to_plain()) == recipe
+
+
+def test_data_that_is_nested_deep_is_refused() -> None:
+    nested: dict = {}
+    for _ in range(3000):
+        nested = {"a": nested}
+    for group, value in (("data", nested), ("regularizers", {"kinetic": nested}), ("name", nested)):
+        with pytest.raises(ConfigError):
+            Recipe.from_plain({**RECIPE.to_plain(), group: value})
+
+
+@given(value=JSON)
+def test_any_json_is_a_recipe_or_refused(value: object) -> None:
+    with pytest.raises(ConfigError):
+        Recipe.from_plain(value)  # pyright: ignore[reportArgumentType]
+
+
+@given(text=st.one_of(st.from_regex(r"\d{1,4}[smhd:]?\d{0,400}[smhd]?", fullmatch=True), st.text(max_size=10)))
+@example("9" * 400)
+@example("9" * 5000 + ":00:00")
+@example("9" * 400 + "d")
+def test_a_span_of_time_is_positive_and_finite_or_refused(text: str) -> None:
+    try:
+        seconds = Duration().convert(text, None, None)
+    except click.UsageError:
+        return
+    assert 0 < seconds < math.inf
+
+
+@given(name=st.one_of(st.text(max_size=120), st.text(string.ascii_letters + "./\\-_ ~:", max_size=20)))
+def test_a_name_that_passes_is_one_folder_below(name: str) -> None:
+    try:
+        check_path_name(name, "recipe")
+    except ConfigError:
+        return
+    below = Path("/runs") / name
+    assert below.parent == Path("/runs")
+    assert below.resolve().parent == Path("/runs").resolve()
+    assert not name.startswith((".", "-", "~"))
+
+
+@given(value=st.floats(allow_nan=False, allow_infinity=False), digits=st.integers(1, 6))
+def test_numbers_as_text_are_near_the_number(value: float, digits: int) -> None:
+    text = significant(value, digits)
+    assert float(text.replace(",", "")) == pytest.approx(value, rel=10.0**-digits * 5.01, abs=0)
+
+
+@given(seconds=st.floats(0, 1e9))
+def test_times_as_text_have_no_sixty(seconds: float) -> None:
+    assert not any(part in duration(seconds) for part in ("60.0 s", " 60 s", " 60 min"))
+
+
+@given(
+    st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(st.text(max_size=6), min_size=n, max_size=n), max_size=5))
+)
+def test_any_cells_make_a_table(rows: list[list[str]]) -> None:
+    assert isinstance(table(rows), str)
+
+
+@given(st.lists(st.text("abtrainvl/._", min_size=1, max_size=20).filter(lambda n: n.strip("/.")), max_size=20),
+       st.floats(0, 1))  # fmt: skip
+def test_every_picture_is_in_one_part(names: list[str], fraction: float) -> None:
+    splits = [split_named(name) for name in names]
+    try:
+        parts = assign(splits, names, val_fraction=fraction, where="here")
+    except (DataError, ConfigError):
+        return
+    assert len(parts) == len(names)
+    assert {"train", "val"} <= set(parts) <= {"train", "val", None}
+    assert parts == assign(splits, names, val_fraction=fraction, where="here")
+
+
+SIDES = st.integers(1, 12)
+
+
+@given(st.data(), st.sampled_from([1, 3]), SIDES, SIDES, st.one_of(st.none(), SIDES), st.sampled_from([1, 3]))
+def test_any_pixels_are_brought_to_a_size(data, channels: int, height: int, width: int, size, wanted: int) -> None:
+    pixels = data.draw(arrays(np.uint8, (channels, height, width)))
+    found = fit_pixels(pixels, size=size, channels=wanted)
+    assert found.dtype == np.uint8
+    assert found.shape == (wanted, *((size, size) if size else (height, width)))
+    if (size, size) in ((None, None), (height, width)) and wanted == channels:
+        assert np.array_equal(found, pixels)
+
+
+@settings(max_examples=25)
+@given(st.data(), st.integers(2, 12), SIDES, SIDES)
+def test_packed_images_are_those_of_the_archive_each_once(data, count: int, height: int, width: int) -> None:
+    images = data.draw(arrays(np.uint8, (count, 3, height, width)))
+    fraction = data.draw(st.floats(0.01, 0.99))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_zip(folder / "a.zip", {f"{i}.png": picture_bytes(image) for i, image in enumerate(images)})
+        result = prepare(folder / "a.zip", target=folder / "out", val_fraction=fraction)
+        packed = [np.load(folder / "out" / f"{part}.npy") for part in ("train", "val")]
+    assert [len(part) for part in packed] == [result.train, result.val]
+    assert sorted(each.tobytes() for part in packed for each in part) == sorted(each.tobytes() for each in images)
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 40))
+def test_a_smaller_limit_is_a_part_of_a_larger_one(count: int, one: int, other: int) -> None:
+    images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
+    data = ImageData("x", images, images, (1, 1, 1))
+    few, more = (set(data.limit(n).train[:].ravel().tolist()) for n in sorted((one, other)))
+    assert few <= more
+    assert len(more) == min(count, max(one, other))
+
+
+@given(st.one_of(st.binary(max_size=64), st.binary(max_size=40).map(lambda rest: bytes([0, 0, 8, 3]) + rest)))
+def test_any_bytes_are_idx_images_or_refused(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "x")
+        path.write_bytes(content)
+        try:
+            images = read_idx_images(path)
+        except DataError:
+            return
+    assert images.size == len(content) - 16
+
+
+@given(st.binary(max_size=3000))
+def test_the_checksum_is_that_of_the_definition(content: bytes) -> None:
+    assert crc32c(content) == plain_crc32c(content)
+
+
+@given(st.binary(max_size=60))
+def test_any_record_is_an_image_or_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="it"):
+        pixels_of(content)
