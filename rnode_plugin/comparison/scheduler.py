@@ -17,6 +17,8 @@ from .worker import ArmProcess, Job
 
 __all__ = ["places_of", "train_arms"]
 
+_LONGEST_WAIT = 0.5  # seconds
+
 
 def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
     """Where arms train at the same time, each place as Lightning's Trainer takes its ``devices``.
@@ -89,7 +91,11 @@ def train_arms(
                 running[arm] = place
                 if received:  # while it started
                     arm.stop()
-            arm, line = lines.get()
+            try:
+                # Python runs a signal's handler between two waits: one that comes just before a wait must not be lost
+                arm, line = lines.get(timeout=_LONGEST_WAIT)
+            except queue.Empty:
+                continue
             if line is not None:
                 announce(f"{arm.job.name}: {line}")
                 continue
