@@ -92,7 +92,7 @@ def train_arms(
                 if received:  # while it started
                     arm.stop()
             try:
-                # Python runs a signal's handler between two waits: one that comes just before a wait must not be lost
+                # a signal's handler runs between two waits: one that comes just before a wait must not be lost
                 arm, line = lines.get(timeout=_LONGEST_WAIT)
             except queue.Empty:
                 continue
