@@ -1,4 +1,4 @@
-"""Which arms of a comparison train where and when: one at a time at each of several places."""
+"""places_of and train_arms: the arms of a comparison, one at a time on each of several devices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_WAIT = 0.5  # seconds
 
 
 def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
-    """Where arms train at the same time, each place as Lightning's Trainer takes its ``devices``.
+    """The places for arms that train at the same time, each as Lightning's Trainer takes its ``devices``.
 
     Args:
         accelerator: as Lightning's Trainer takes it.
