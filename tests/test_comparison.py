@@ -96,22 +96,22 @@ def test_sets_of_penalties_with_options_and_lambdas(recipe: Recipe) -> None:
     more = ("trajectory_polynomial:2,points=3=5", "steer:0.25")
     assert penalties(recipe, *arms, *more) == {
         "digits-rnode": {"kinetic": 0.5, "jacfrob": 0.01},  # the recipe's own lambdas, in its order
-        "digits-total_derivative=0.02": {"total_derivative": 0.02},
+        "digits-total_derivative-0.02": {"total_derivative": 0.02},
         "digits-taylor-3": {"taylor:3": 0.01},
-        "digits-kinetic=0.1+taylor-order=4=10": {"kinetic": 0.1, "taylor:order=4": 10.0},
-        "digits-trajectory_polynomial-2,points=3=5": {"trajectory_polynomial:2,points=3": 5.0},
+        "digits-kinetic-0.1+taylor-order-4-10": {"kinetic": 0.1, "taylor:order=4": 10.0},
+        "digits-trajectory_polynomial-2-points-3-5": {"trajectory_polynomial:2,points=3": 5.0},
         "digits-steer-0.25": {"steer:0.25": 1.0},
     }  # fmt: skip
     (long,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+total_derivative")
     (other,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+taylor")
     assert long != other
-    for name in (long, other, "digits-taylor-3", "digits-kinetic=0.1+taylor-order=4=10"):
+    for name in (long, other, "digits-taylor-3", "digits-kinetic-0.1+taylor-order-4-10"):
         assert check_path_name(name, "arm") == name
 
 
 def test_sweeps(recipe: Recipe) -> None:
     assert list(penalties(recipe, sweeps=["kinetic=0.001,0.01,0.1"])) == [
-        "digits-none", "digits-kinetic=0.001", "digits-kinetic", "digits-kinetic=0.1",
+        "digits-none", "digits-kinetic-0.001", "digits-kinetic", "digits-kinetic-0.1",
     ]  # fmt: skip
     grid = penalties(recipe, "kinetic=1+jacfrob=3", sweeps=["kinetic=1,2+jacfrob=3,4", "kinetic=1,2"])
     assert [tuple(each.values()) for each in grid.values()] == [(1, 3), (1, 4), (2, 3), (2, 4), (1,), (2,)]
@@ -188,7 +188,7 @@ def test_arms_that_exist_are_not_trained_again(recipe: Recipe, training: FakeTra
     assert len(training.calls()) == 2
     lines: list[str] = []
     more = run(recipe, tmp_path / "c", sweeps=["kinetic=0.01,0.1"], announce=lines.append)
-    assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic=0.1"]
+    assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic-0.1"]
     assert [line for line in lines if "done, in" in line] == [
         f"arm {number} of 4: {path.parent.name}, seed 42, rk4_38: done, in {path}"
         for number, path in enumerate(first.runs, 1)
@@ -316,7 +316,7 @@ def test_arms_begin_alike(recipe: Recipe, tmp_path: Path) -> None:
     """The first step's density and NFE are the same number, the later ones are not."""
     result = run(recipe, tmp_path / "c", devices="2", arms=["none", "taylor:2=5"])
     assert (result.failed, result.stopped) == ((), None)
-    assert folders(result) == ["digits-none/0", "digits-taylor-2=5/0"]
+    assert folders(result) == ["digits-none/0", "digits-taylor-2-5/0"]
     none, taylor = map(rows, result.runs)
     assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
     assert none[-2]["train/bpd"] != taylor[-2]["train/bpd"]
@@ -425,7 +425,7 @@ def test_the_command(training: FakeTraining, tmp_path: Path) -> None:
     arms = ["--arm", "ffjord", "--sweep", "kinetic=0.1,0.2", "--devices", "1"]
     result = rnode("digits", *arms, *options)
     assert result.exit_code == 0, result.output
-    assert "arm 3 of 3: digits-kinetic=0.2, seed 42" in result.output
+    assert "arm 3 of 3: digits-kinetic-0.2, seed 42" in result.output
     assert str(tmp_path / "c" / "report.html") in result.output
     assert "dopri5, tolerance 1e-05" in result.output
     assert (tmp_path / "c" / "report.md").is_file()

@@ -55,11 +55,11 @@ def compare(
 ) -> None:
     """Train RECIPE with different penalties and report what they change.
 
-    All arms begin with the same weights and see the same images and noise. The same command goes on where it was
-    stopped, and with more arms trains only those that are new. Writes report.html, report.md, figures/ and runs/
+    All arms begin with the same weights and see the same images and noise. The same command again
+    continues, and with more arms trains only those that are new. Writes report.html, report.md, figures/ and runs/
     into one folder. `rnode-cli regularizers` lists the penalties.
 
-    Arms that train at the same time on a CPU take longer steps than one alone, all of them alike.
+    Arms that train at the same time on a CPU take longer steps than one alone.
     """
     from ..comparison.compare import compare
     from ..errors import TrainingError

@@ -22,13 +22,13 @@ def figure() -> None:
               help="Of each training. [default: 300 in one dimension, 500 in two]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of data, weights and batches.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N",
-              help="Measure N trainings of each flow; the figures show the first.")  # fmt: skip
+              help="Train each flow N times; the figures show the first.")  # fmt: skip
 def trajectories(*, out: str, data: str, strength: float, steps: int | None, seed: int, seeds: int) -> None:
     """Figure 1: trajectories with and without the penalties.
 
-    A one-dimensional mixture is carried to a Gaussian, and torchdyn's toy data in two dimensions likewise; the two
-    flows of a figure start from the same weights. Prints how straight and even their trajectories are: with several
-    seeds the mean, and in brackets the least and the most.
+    A mixture in one dimension, and torchdyn's toy data in two, are carried to a Gaussian. The two flows of a figure
+    start from the same weights. Prints how straight and even their trajectories are: for several seeds the mean,
+    and in brackets the minimum and maximum.
     """
     from ..reports.figures.trajectories import figure_trajectories
     from .tables import table
@@ -50,7 +50,7 @@ def trajectories(*, out: str, data: str, strength: float, steps: int | None, see
 
 
 def _spread(values: list[float]) -> str:
-    """The mean of what was measured; of several numbers, the least and the most too."""
+    """The mean of some numbers; of several also the minimum and maximum."""
 
     def text(value: float) -> str:
         return f"{value:.0f}" if isinstance(values[0], int) else f"{value:.4f}"

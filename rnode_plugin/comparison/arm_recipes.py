@@ -144,7 +144,7 @@ def _with_penalties(recipe: Recipe, strengths: Mapping[str, float]) -> Recipe:
 
 def _folder_name(recipe: Recipe, label: str) -> str:
     """A name for the runs of an arm that is a safe name of a folder on every system."""
-    name = re.sub(r"[^\w.,+=@-]", "-", f"{recipe.name}-{label}")
+    name = re.sub(r"[^A-Za-z0-9._+-]", "-", f"{recipe.name}-{label}")
     if len(name.encode()) <= _LONGEST:
         return name
     shortened = name.encode()[: _LONGEST - 9].decode(errors="ignore")

@@ -57,7 +57,7 @@ def compare(
 ) -> Comparison:
     """Train the arms, several at the same time if there is room, and write one report.
 
-    A call with the same settings in the same folder goes on where the last one stopped: a finished arm is not
+    A call with the same settings in the same folder continues the last one: a finished arm is not
     trained again, an interrupted one is resumed. An arm does not depend on which others train beside it. Each
     trains in a process of its own, so a penalty, a model or a data set of a plugin must be installed.
 

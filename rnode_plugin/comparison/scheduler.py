@@ -1,4 +1,4 @@
-"""Which arms of a comparison train where and when: one at a time at each of several places."""
+"""places_of and train_arms: the arms of a comparison, one at a time on each of several devices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from .worker import ArmProcess, Job
 
 __all__ = ["places_of", "train_arms"]
 
+_LONGEST_WAIT = 0.5  # seconds
+
 
 def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
-    """Where arms train at the same time, each place as Lightning's Trainer takes its ``devices``.
+    """The places for arms that train at the same time, each as Lightning's Trainer takes its ``devices``.
 
     Args:
         accelerator: as Lightning's Trainer takes it.
@@ -89,7 +91,11 @@ def train_arms(
                 running[arm] = place
                 if received:  # while it started
                     arm.stop()
-            arm, line = lines.get()
+            try:
+                # a signal's handler runs between two waits: one that comes just before a wait must not be lost
+                arm, line = lines.get(timeout=_LONGEST_WAIT)
+            except queue.Empty:
+                continue
             if line is not None:
                 announce(f"{arm.job.name}: {line}")
                 continue

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["sample_images", "save_grid"]
 
-_SHOWN = 64  # images smaller than this are enlarged by a whole factor, so that a grid can be looked at
+_SHOWN = 64  # pixels: smaller images are enlarged by a whole factor, so that they can be seen
 _BATCH = 256
 
 
@@ -50,7 +50,7 @@ def sample_images(
 
     Raises:
         ConfigError: for a count below one or a temperature that is not positive.
-        SolverError: where the integration fails.
+        SolverError: if the integration fails.
     """
     if count < 1 or batch_size < 1:
         raise ConfigError("sampling needs at least one image and a batch size of one.")
@@ -76,8 +76,8 @@ def save_grid(
     Args:
         path: of the PNG; written atomically.
         samples: images ``(N, C, H, W)`` in [0, 1] by temperature, as :func:`sample_images` returns them.
-        levels: number of grey levels of the data; a sample is shown in the bin that it falls into.
-        columns: images in a row; None makes the blocks about square, or one row each where there are several.
+        levels: number of grey levels of the data; a sample is shown as the level of its bin.
+        columns: images in a row; None makes the blocks about square, or one row each if there are several.
 
     Raises:
         CheckpointError: the file cannot be written.

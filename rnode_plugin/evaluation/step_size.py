@@ -1,7 +1,7 @@
-"""How coarse the steps of a fixed grid may be, by measurement: the paper's heuristic (section 6) made exact.
+"""tune_step: the coarsest step of a fixed grid that agrees with a tight adaptive solve, by measurement.
 
-The paper halves the step, from 0.5, until the discrete dynamics are stable and perform well. Here they must agree
-with those of a tight adaptive solve: in the likelihood of held-out images, and in where they take these images.
+The paper halves the step from 0.5 until the discrete dynamics are stable and perform well (section 6). Here they
+must agree with those of a tight adaptive solve in the likelihood of held-out images, and in their latents.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StepRow:
     Attributes:
         step: its length.
         nfe: evaluations of all blocks together.
-        bits_per_dim: mean over the images; infinite where the solve fails.
+        bits_per_dim: mean over the images; infinite if the solve fails.
         gap: mean over the images of the distance in bits/dim from the adaptive solve, same images, same noise.
         round_trip: images go to the latent with these steps and back with the adaptive solve; root mean square of
             what a pixel is off then, in levels of the data.
@@ -119,7 +119,7 @@ def tune_step(
 
     Raises:
         ConfigError: for an adaptive ``solver``, or numbers that are not positive.
-        SolverError: where the adaptive solve itself fails.
+        SolverError: if the adaptive solve itself fails.
     """
     solver = dataclasses.replace(solver or Solver(), trace_quadrature="full")
     check_tuning(solver, start=start, smallest=smallest, max_gap=max_gap, max_round_trip=max_round_trip)

@@ -70,13 +70,14 @@ class Arm:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """The arms of some runs: the paper's first, the others in the order in which they come."""
+    """The arms of some runs: the paper's first, the others as they come, a sweep by its lambdas."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         seedless = dataclasses.replace(run.recipe, training=dataclasses.replace(run.recipe.training, seed=0))
         groups.setdefault(repr(seedless.to_plain()), []).append(run)
-    places = list(_LOOKS)
-    members = sorted(map(tuple, groups.values()), key=lambda group: _place(group[0], places))
+    names = [arm_of(group[0].recipe) for group in groups.values()]
+    order = list(dict.fromkeys([*_LOOKS, *names]))
+    members = sorted(map(tuple, groups.values()), key=lambda group: _place(group[0].recipe, order))
     spare, taken, arms = _more_looks(), set(), []
     for label, group in zip(_labels([group[0] for group in members]), members, strict=True):
         name = arm_of(group[0].recipe)
@@ -86,9 +87,8 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     return arms
 
 
-def _place(run: Run, places: Sequence[str]) -> int:
-    name = arm_of(run.recipe)
-    return places.index(name) if name in places else len(places)
+def _place(recipe: Recipe, order: Sequence[str]) -> tuple[int, list[tuple[str, float]]]:
+    return order.index(arm_of(recipe)), sorted(recipe.regularizers.items())
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

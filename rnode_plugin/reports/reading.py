@@ -119,7 +119,7 @@ def _read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _without_repetitions(runs: Iterable[Run]) -> tuple[list[Run], list[str]]:
-    """One run for each settings and seed: a repetition is no second seed and would shrink the standard error."""
+    """One run for each settings and seed: a repetition is not a second seed and would shrink the error."""
     alone: dict[str, Run] = {}
     left_out: list[str] = []
     for run in runs:
@@ -141,7 +141,7 @@ def read_run(path: Path) -> Run:
     """
     plain = _read_json(path / "recipe.json")
     if plain is None:
-        raise ConfigError(f"{path} is no run folder: there is no readable recipe.json in it.")
+        raise ConfigError(f"{path} is not a run folder: it holds no recipe.json.")
     try:
         recipe = Recipe.from_plain(plain)
     except ConfigError as error:

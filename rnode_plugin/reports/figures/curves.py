@@ -14,7 +14,7 @@ Vector = NDArray[np.float64]
 
 
 class Rolling(NamedTuple):
-    """A smoothed curve: places, the mean around each, and where the band begins and ends."""
+    """A smoothed curve: places, the mean around each, and the two ends of the band."""
 
     x: Vector
     mean: Vector

@@ -1,9 +1,9 @@
-"""The paper's figure 1: a toy flow with and without the penalties, in one dimension and in two."""
+"""figure_trajectories: the paper's figure 1, toy flows with and without the penalties in one dimension and two."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -97,31 +97,43 @@ def figure_trajectories(
     if strength <= 0 or seeds < 1 or (steps is not None and steps < 1):
         raise ConfigError("a figure needs a positive strength of the penalties, a seed and a step at least.")
     plane_data(data, 2)  # an unknown name is refused before anything is trained
-    flows = {"no penalty": {}, f"λ = {strength:g}": {"kinetic": strength, "jacfrob": strength}}
+    lambdas = {"no penalty": {}, f"λ = {strength:g}": {"kinetic": strength, "jacfrob": strength}}
     figures = []
-    draws: dict[str, Callable[..., Tensor]] = {"mixture": mixture, data: partial(plane_data, data)}
-    for name, paint, grid in (
-        ("mixture", _paint_line, {"size": (8.0, 5.6), "width_ratios": [1, 3, 1]}),
-        (data, _paint_plane, {"size": (8.6, 5.6)}),
+    for name, draw_samples, paint, grid in (
+        ("mixture", mixture, _paint_line, {"size": (8.0, 5.6), "width_ratios": [1, 3, 1]}),
+        (data, partial(plane_data, data), _paint_plane, {"size": (8.6, 5.6)}),
     ):
-        found: dict[str, list[Measured]] = {label: [] for label in flows}
-        fields: list[nn.Module] = []
-        fresh = draws[name](_TEST, seed=seed + 1)
-        dims = fresh.shape[1]
-        for each in range(seed, seed + seeds):
-            x, test = draws[name](_TRAIN, seed=each), draws[name](_TEST, seed=each + 1)
-            for label, strengths in flows.items():
-                announce(f"{name}, {dims}-D, seed {each}: training with {label}")
-                fields.append(train_field(x, lambdas=strengths, steps=steps or _STEPS[dims], seed=each))
-                found[label].append(measure(fields[-1], test))
-        first = [measured[0] for measured in found.values()]
-        rows = list(zip(fields[:2], first, flows, (_WITHOUT, _WITH), strict=True))
-        stem = f"trajectories-{dims}d"
+        every_seed = range(seed, seed + seeds)
+        trained = [_train_flows(name, draw_samples, lambdas, steps, each, announce) for each in every_seed]
+        fresh = draw_samples(_TEST, seed=seed + 1)
+        stem = f"trajectories-{fresh.shape[1]}d"
+        looks = zip(trained[0], lambdas, (_WITHOUT, _WITH), strict=True)
+        rows = [(*flow, label, colour) for flow, label, colour in looks]
         drawing = draw(stem, partial(_paint_rows, paint=paint, rows=rows, fresh=fresh), nrows=2, ncols=3, **grid)
         drawing.save(Path(out), stem)
-        measured = (tuple(each) for each in found.values())
-        figures.append(TrajectoryFigure(name, Path(out) / f"{stem}.png", Path(out) / f"{stem}.svg", *measured))
+        without, with_penalties = (tuple(each[place][1] for each in trained) for place in (0, 1))
+        files = Path(out) / f"{stem}.png", Path(out) / f"{stem}.svg"
+        figures.append(TrajectoryFigure(name, *files, without, with_penalties))
     return figures
+
+
+def _train_flows(
+    name: str,
+    draw_samples: Callable[..., Tensor],
+    lambdas: Mapping[str, Mapping[str, float]],
+    steps: int | None,
+    seed: int,
+    announce: Callable[[str], object],
+) -> list[tuple[nn.Module, Measured]]:
+    """A flow for each set of lambdas, and what it does to fresh samples."""
+    x, test = draw_samples(_TRAIN, seed=seed), draw_samples(_TEST, seed=seed + 1)
+    dims = x.shape[1]
+    flows = []
+    for label, strengths in lambdas.items():
+        announce(f"{name}, {dims}-D, seed {seed}: training with {label}")
+        field = train_field(x, lambdas=strengths, steps=steps or _STEPS[dims], seed=seed)
+        flows.append((field, measure(field, test)))
+    return flows
 
 
 def _paint_rows(axes: Any, *, paint: _Paint, rows: list[tuple[Any, ...]], fresh: Tensor) -> None:
