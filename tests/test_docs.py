@@ -248,6 +248,23 @@ def test_figures_of_the_reproduction_page_are_those_of_the_recipes():
         assert bits == f"{paper.bits_dirty:g} / {paper.bits_clean:g}"
 
 
+def test_the_commands_with_json_are_listed():
+    def with_json(command: click.Command, path: str = "") -> Iterator[str]:
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                found = command.get_command(context, name)
+                assert found is not None
+                yield from with_json(found, f"{path} {name}".strip())
+        if any("--json" in parameter.opts for parameter in command.params):
+            yield path
+
+    page = (ROOT / "docs" / "cli.md").read_text()
+    said = re.search(r"^## For scripts\n\n(.*?) take `--json`", page, re.MULTILINE | re.DOTALL)
+    assert said
+    assert sorted(re.findall(r"`([\w -]+)`", said[1])) == sorted(with_json(main))
+
+
 def test_the_regularizers_are_in_the_tables():
     page = ROOT / "docs" / "regularizers.md"
     kinds = re.findall(

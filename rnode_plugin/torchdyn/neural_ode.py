@@ -13,7 +13,7 @@ from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
 
 from ..core.no_data_parallel import OneProcessADevice
-from ..core.regularizers import Weighted, check_lambda, strength_at
+from ..core.regularizers import Weighted, check_lambda, kind_of, strength_at
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from ..core.nested import tree_map_only
 from ..core.regularizers import Weighted, kind_of, span_policy, undivided
 from ..solvers import solve
 from .bind import INTEGRAL_LOSS, bind_field, tensors_of
