@@ -182,6 +182,30 @@ def test_an_averaged_run_interrupted_and_resumed(tmp_path: Path) -> None:
     assert load_flow(later.folder.path).dims == 64
 
 
+# denormals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "smallest"), [((), 0.0), (("--keep-denormals",), 1e-40)])
+def test_the_command_flushes_denormals_and_the_library_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], smallest: float
+) -> None:
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor always keeps them")
+    (tmp_path / "halves.py").write_text(
+        "import torch, pytorch_lightning as L\n"
+        "class Halve(L.Callback):\n"
+        "    def on_train_end(self, trainer, module): print('half', float(torch.tensor(2e-40) * 0.5))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "halves", raising=False)
+    done = train("digits", "--callback", "halves:Halve", "--runs", tmp_path, *options)
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.output.splitlines() if line.startswith("half "))
+    assert float(line.removeprefix("half ")) == pytest.approx(smallest, rel=1e-3)
+    assert float(torch.tensor(2e-40) * 0.5) > 0, "a program that calls the command has its arithmetic back"
+
+
 # signals ------------------------------------------------------------------------------------------------------
 
 

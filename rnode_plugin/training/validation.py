@@ -38,8 +38,8 @@ def gap_warning(gap: float, *, at: int, automatic: bool) -> str | None:
         return None
     finer = "lower training.tune_every" if automatic else "lower solver.step (or --set solver.step=auto)"
     return (
-        f"warning: at step {at} the training solver is off by {gap:+.3f} bits/dim from the accurate one (val/gap), so "
-        f"the model learns its errors: {finer}, or raise the lambdas."
+        f"warning: at step {at} the training solver is off by {gap:+.3f} bits/dim from the accurate one (val/gap), "
+        f"so the model learns its errors: {finer}, or raise the lambdas."
     )
 
 

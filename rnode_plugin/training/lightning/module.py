@@ -228,10 +228,10 @@ class RnodeModule(L.LightningModule):
             raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
 
     def on_validation_epoch_end(self) -> None:
-        # self.log(sync_dist=True) would take the mean of means, and round the number of images
+        # Lightning would take the mean of the batches' means; these are over all images of all devices already
         means = self._sums.means(self._sum_over_devices, self.device)
         for name, value in means.items():
-            self.log(f"val/{name}", value, prog_bar=name == "bpd")
+            self.log(f"val/{name}", value, prog_bar=name == "bpd", sync_dist=self.trainer.world_size > 1)
         if self.trainer.sanity_checking or self._warned or self.global_rank != 0:
             return
         warning = gap_warning(means.get("gap", 0.0), at=self.global_step, automatic=self.auto is not None)
