@@ -20,6 +20,7 @@ TABLES = {
     "density_2d": (2, ["exact +none", "exact +kinetic", "gaussian", "rademacher"]),
     "drop_in_classifier": (2, ["none", r"\['kinetic', 'jacfrob'\]", r"\{'kinetic': 1, 'jacfrob': 1\}"]),
     "fine_tune_flow_matching": (1, ["flow matching", "fine-tuned, no penalty", "fine-tuned, both penalties"]),
+    "lightning_trainer": (2, ["steps +", "bits/dim", "NFE"]),
     "optimal_transport": (2, [r"least cost of any map, W2\^2: 18\.63", " +0.0", " +0.01", " +0.1"]),
     "own_regularizer": (2, ["none", "slow", "incompressible"]),
     "posterior_two_moons": (1, ["no penalty", "both penalties"]),  # and zuko's row if it is installed

@@ -36,7 +36,7 @@ from rnode_plugin.training.runs.lock import training_lock
 def train(*arguments: object) -> Result:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     fixed = ["--accelerator", "cpu", "--devices", "1", *settings]
-    return CliRunner().invoke(main, ["train", *map(str, arguments), *fixed])
+    return CliRunner().invoke(main, ["train", *fixed, *map(str, arguments)])
 
 
 # callbacks, loggers, Trainer options --------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_a_logger_that_is_not_installed_leaves_no_folder(tmp_path: Path, monkeyp
 def test_loggers_by_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    done = train("digits", "--logger", name, "--runs", tmp_path, "--max-steps", "2")
+    done = train("digits", "--logger", name, "--runs", tmp_path, "--set", "training.max_steps=2")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "digits" / "0" / name).is_dir()
 
@@ -111,7 +111,7 @@ def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    options = ["--runs", tmp_path / "runs", "--max-steps", "2"]
+    options = ["--runs", tmp_path / "runs", "--set", "training.max_steps=2"]
     done = train("digits", "--callback", "my_callbacks:Says", "--callback", "my_callbacks:made", *options)
     assert done.exit_code == 0, done.output
     assert done.output.count("said 2") == 2
@@ -136,7 +136,9 @@ def test_the_average_of_the_weights(tmp_path: Path) -> None:
     weights: list[list[torch.Tensor]] = []
 
     class Record(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             weights.append([p.detach().clone() for p in pl_module.flow.parameters()])
 
     recipe = tiny_recipe("training.ema=0.75", "optimizer.warmup=0")
@@ -147,7 +149,7 @@ def test_the_average_of_the_weights(tmp_path: Path) -> None:
     contents = read_checkpoint(result.folder.last)
     flow, found = load_with_recipe(result.folder.last)
     assert found.weights == "moving average, decay 0.75"
-    for mean, raw, parameter in zip(wanted, weights[-1], flow.parameters(), strict=True):
+    for mean, parameter in zip(wanted, flow.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), mean)
     for raw, (name, _) in zip(weights[-1], flow.named_parameters(), strict=True):
         assert torch.equal(contents["current_model_state"][f"flow.{name}"], raw)
@@ -170,13 +172,38 @@ def test_an_averaged_run_interrupted_and_resumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"training\.ema cannot be switched off"):
         run(tiny_recipe("training.max_steps=9"), tmp_path, resume=whole.folder.path)
     bare = run(tiny_recipe("training.max_steps=2"), tmp_path / "c")
+    start = read_checkpoint(bare.folder.best)["state_dict"]
     later = run(tiny_recipe("training.max_steps=3", "training.ema=0.9"), tmp_path, resume=bare.folder.path)
-    start, end = (read_checkpoint(each)["state_dict"] for each in (bare.folder.best, later.folder.last))
-    raw = read_checkpoint(later.folder.last)["current_model_state"]
+    contents = read_checkpoint(later.folder.last)
+    end, raw = contents["state_dict"], contents["current_model_state"]
     moved = sum(float((end[name] - start[name]).norm()) for name in start)
     whole_way = sum(float((raw[name] - start[name]).norm()) for name in start)
     assert moved == pytest.approx(0.1 * whole_way, rel=1e-3)
     assert load_flow(later.folder.path).dims == 64
+
+
+# denormals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "smallest"), [((), 0.0), (("--keep-denormals",), 1e-40)])
+def test_the_command_flushes_denormals_and_the_library_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], smallest: float
+) -> None:
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor always keeps them")
+    (tmp_path / "halves.py").write_text(
+        "import torch, pytorch_lightning as L\n"
+        "class Halve(L.Callback):\n"
+        "    def on_train_end(self, trainer, module): print('half', float(torch.tensor(2e-40) * 0.5))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "halves", raising=False)
+    done = train("digits", "--callback", "halves:Halve", "--runs", tmp_path, *options)
+    assert done.exit_code == 0, done.output
+    (line,) = (line for line in done.output.splitlines() if line.startswith("half "))
+    assert float(line.removeprefix("half ")) == pytest.approx(smallest, rel=1e-3)
+    assert float(torch.tensor(2e-40) * 0.5) > 0, "a program that calls the command has its arithmetic back"
 
 
 # signals ------------------------------------------------------------------------------------------------------
@@ -283,11 +310,8 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise NotImplementedError("no locks here")
 
     monkeypatch.setattr(lock.FileLock, "acquire", refuse)
-    with (
-        training_lock(tmp_path),
-        pytest.raises(ConfigError, match=f"process {os.getpid()}"),
-        monkeypatch.context() as patch,
-    ):
-        patch.setattr(os, "getpid", lambda me=os.getpid(): me + 1)
-        with training_lock(tmp_path):
+    me = os.getpid()
+    with training_lock(tmp_path):
+        monkeypatch.setattr(os, "getpid", lambda: me + 1)
+        with pytest.raises(ConfigError, match=f"process {me}"), training_lock(tmp_path):
             pass

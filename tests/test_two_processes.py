@@ -78,6 +78,19 @@ def test_devices_exchanged_for_accumulation_in_the_middle_of_a_run(tmp_path: Pat
     assert steps == list("123456")
 
 
+def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    """The example on two devices: each trains on its part, each held-out image counts once, one process reports."""
+    example = Path(__file__).parents[1] / "examples" / "lightning_trainer.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(example), "--steps", "2", "--devices", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps      2") == 1
+    assert "sync_dist" not in done.stderr
+    assert (tmp_path / "lightning_trainer.png").is_file()
+    assert (tmp_path / "lightning" / "last.ckpt").is_file()
+
+
 def test_torchrun(tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = train(tmp_path, *changed("training.max_steps=2"), launcher=launcher)

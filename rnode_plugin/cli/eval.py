@@ -7,7 +7,7 @@ import json
 
 import click
 
-from .options import data_root, device, download
+from .options import data_root, denormals, device, download
 
 __all__ = ["eval"]
 
@@ -25,6 +25,7 @@ __all__ = ["eval"]
 @data_root
 @download
 @device
+@denormals
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def eval(  # noqa: A001 - the command's name
     *,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-__all__ = ["Duration", "data_root", "device", "download", "settings"]
+__all__ = ["Duration", "data_root", "denormals", "device", "download", "settings"]
 
 _LONGEST = 1e10  # seconds, three centuries
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -50,3 +50,23 @@ download = click.option(
     help="Fetch the data set if it is missing or damaged.",
 )
 device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
+
+
+def _flush_denormals(ctx: click.Context, param: click.Parameter, keep: bool) -> None:
+    if keep or ctx.resilient_parsing:
+        return
+    import torch
+
+    from ..core.denormals import flush_denormals
+
+    if flush_denormals():  # a program that calls a command as a function has its own arithmetic back afterwards
+        ctx.call_on_close(lambda: torch.set_flush_denormal(False))
+
+
+denormals = click.option(
+    "--keep-denormals",
+    is_flag=True,
+    expose_value=False,
+    callback=_flush_denormals,
+    help="Calculate with numbers too small for full precision, which can take several times as long.",
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .options import device
+from .options import denormals, device
 
 __all__ = ["sample"]
 
@@ -21,6 +21,7 @@ __all__ = ["sample"]
 @click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="Images per solve.")
 @click.option("--out", default="samples.png", show_default=True, metavar="PNG", help="File to write.")
 @device
+@denormals
 def sample(
     *,
     run: str,

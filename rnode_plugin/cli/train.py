@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
-from .options import Duration, data_root, download, settings
+from .options import Duration, data_root, denormals, download, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +60,7 @@ _SHORT = {
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")
 @click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")
+@denormals
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option(
     "--run-folder",

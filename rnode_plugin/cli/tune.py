@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, RnodeError
-from .options import data_root, device, download, settings
+from .options import data_root, denormals, device, download, settings
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ __all__ = ["tune_step"]
 @data_root
 @download
 @device
+@denormals
 def tune_step(
     *,
     run_or_recipe: str,

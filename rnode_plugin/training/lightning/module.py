@@ -26,7 +26,7 @@ from ..schedule import learning_rate_factor
 from ..step_guard import StepGuard
 from ..step_objective import StepObjective
 from ..step_row import StepClock, StepRow
-from ..validation import MAX_GAP, ValidationSums
+from ..validation import ValidationSums, gap_warning
 from .datamodule import ImageDataModule
 from .private import data_of, log_interval
 
@@ -228,27 +228,19 @@ class RnodeModule(L.LightningModule):
             raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
 
     def on_validation_epoch_end(self) -> None:
-        # self.log(sync_dist=True) would take the mean of means, and round the number of images
+        # Lightning would take the mean of the batches' means; these are over all images of all devices already
         means = self._sums.means(self._sum_over_devices, self.device)
         for name, value in means.items():
-            self.log(f"val/{name}", value, prog_bar=name == "bpd")
+            self.log(f"val/{name}", value, prog_bar=name == "bpd", sync_dist=self.trainer.world_size > 1)
         if self.trainer.sanity_checking or self._warned or self.global_rank != 0:
             return
-        if abs(means.get("gap", 0.0)) > MAX_GAP:
+        warning = gap_warning(means.get("gap", 0.0), at=self.global_step, automatic=self.auto is not None)
+        if warning is not None:
             self._warned = True
-            print(self._about_gap(means["gap"]), file=sys.stderr, flush=True)
+            print(warning, file=sys.stderr, flush=True)
 
     def _sum_over_devices(self, values: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
-
-    def _about_gap(self, gap: float) -> str:
-        finer = "lower solver.step (or --set solver.step=auto)"
-        if self.auto is not None:
-            finer = "lower training.tune_every"
-        return (
-            f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} bits/dim from the "
-            f"accurate one (val/gap), so the model learns its errors: {finer}, or raise the lambdas."
-        )
 
     # what Lightning asks for -----------------------------------------------------------------------------------
 

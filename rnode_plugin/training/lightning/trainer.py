@@ -169,7 +169,6 @@ _KNOWN_WARNINGS = (
     ".*GPU available but not used.*",
     ".*treespec, LeafSpec.*is deprecated.*",
     ".*smaller than the logging interval.*",  # metrics are logged by steps, across epochs
-    ".*recommended to use .self.log.*sync_dist=True.*",  # of means that are of all processes already
 )
 
 
