@@ -29,7 +29,7 @@ from ..core.transforms_active import needs_plain_pass
 from .activations import Activation
 from .autocast import without_autocast
 from .kernels.compile import compiled
-from .prepared import FastParts, Stack, Structure, run_stack, run_vjp, unpack
+from .prepared import FastParts, Stack, Structure, run_stack, run_vjp, shift_maps, unpack
 
 __all__ = ["pull_noise", "run_fused", "run_velocity"]
 
@@ -200,13 +200,13 @@ def _ascend(
     return last.shifted(u, last_shift), kept
 
 
-def _shifts(fixed: _Fixed, t: Tensor) -> list[Tensor]:
+def _shifts(fixed: _Fixed, t: Tensor) -> Sequence[Tensor]:
     """What bias and time add to the pre-activations of each layer, ``(1, out, ...)``."""
     structure, fast = fixed
+    if fast.still is not None:
+        return fast.still
     row = torch.addcmul(fast.bias, fast.response, t.to(fast.bias.dtype)).to(structure.dtype)
-    rows = row.split(structure.row_sizes[len(structure.shapes) :])
-    shapes = [(1, outputs, *structure.event) for outputs in structure.outputs]
-    return [structure.products.unflatten(r, shape) for r, shape in zip(rows, shapes, strict=True)]
+    return shift_maps(structure, row)
 
 
 def _pull_through(
@@ -223,7 +223,16 @@ def _pull_through(
         kept.append(v if activation.keeps_pulled else g)
         g = layer.transpose(v)
     # the last g is an input, which autograd keeps already
-    return g, tuple(kept[::-1] if activation.keeps_pulled else kept[:0:-1])
+    return g, tuple(kept[::-1] if _keeps_last(fixed, start) else kept[:0:-1])
+
+
+def _keeps_last(fixed: _Fixed, pulled: Tensor) -> bool:
+    """Whether a pass keeps what it makes of ``pulled``; for several noises it is cheaper to make again."""
+    return fixed.structure.activation.keeps_pulled and not _several(pulled)
+
+
+def _several(pulled: Tensor) -> bool:
+    return pulled.dim() == 3  # (K, B, hidden); else (B, hidden) or (B, hidden, H, W)
 
 
 def _backward(
@@ -243,9 +252,12 @@ def _backward(
     if product is None:  # nobody asked for the product's gradient
         t_grad, z_grad, packed_grad = _descend(fixed, t, z, a, kept.activations, needs, dtype)
         return t_grad, z_grad, None, packed_grad
-    saved = kept.products
-    if not fixed.structure.activation.keeps_pulled:
+    saved, activation = kept.products, fixed.structure.activation
+    if not activation.keeps_pulled:
         saved = [*saved, pulled.to(compute)]
+    elif _several(pulled):
+        last = pulled.to(compute).expand(-1, len(z), -1).clone()
+        saved = [*saved, activation.pull_kept(last, kept.activations[-1])]
     h, up = _climb(fixed, products.layout(product.to(compute)), kept.activations, saved, needs)
     t_grad, z_grad, packed_grad = _descend(fixed, t, z, a, kept.activations, needs, dtype, up=up)
     pulled_grad = h.sum_to_size(pulled.shape).to(pulled.dtype) if needs.pulled else None
@@ -319,13 +331,21 @@ def _descend(
     if up is not None and up.gradients:
         torch._foreach_add_(gradients[:-1], list(up.gradients))
     z_grad = below.to(z.dtype) if needs.z and below is not None else None
-    t_grad = (torch.cat(sums).to(dtype) * fast.response).sum().to(t.dtype).reshape(t.shape) if needs.t else None
+    t_grad = _time_gradient(fast, sums, t) if needs.t else None
     if not needs.packed:
         return t_grad, z_grad, None
+    if fast.still is not None:
+        return t_grad, z_grad, torch.cat([*map(products.flatten, gradients), *sums]).to(dtype)
     # biases and responses of time act alike on all samples: one sum over the batch serves both
     rows = [products.flatten(gradient) for gradient in gradients]
     timed = torch._foreach_mul(sums, t.reshape(()).to(sums[0].dtype))
     return t_grad, z_grad, torch.cat([*rows, *sums, *timed]).to(dtype)
+
+
+def _time_gradient(fast: FastParts, sums: Sequence[Tensor], t: Tensor) -> Tensor:
+    if fast.still is not None:
+        return torch.zeros_like(t)
+    return (torch.cat(list(sums)).to(fast.response.dtype) * fast.response).sum().to(t.dtype).reshape(t.shape)
 
 
 # What is done between the products, entry by entry: torch.compile makes one loop of each.

@@ -21,6 +21,7 @@ __all__ = [
     "run_jvp",
     "run_stack",
     "run_vjp",
+    "shift_maps",
     "unpack",
 ]
 
@@ -35,6 +36,7 @@ class Structure:
         dtype: what the layers compute in; the state's dtype unless autocast says otherwise.
         shapes: of the layers' weights, time left out.
         event: spatial shape of the state, ``(H, W)`` for images, ``()`` for flat states.
+        timed: whether time is an input of any layer.
     """
 
     products: Products
@@ -42,6 +44,7 @@ class Structure:
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]
     event: tuple[int, ...]
+    timed: bool
 
     @property
     def outputs(self) -> list[int]:
@@ -77,7 +80,9 @@ class FastParts:
     Attributes:
         packed: all :class:`Parts` in one row, with their graph: an evaluation has one gradient for all of them.
         maps: the layers' products; no graph.
-        bias, response: maps of all layers as rows in the order of memory; no graph.
+        bias, response: maps of all layers as rows in the order of memory; no graph. Without time as an input the
+            response is empty.
+        still: what is added to the pre-activations of each layer if time is no input; None if it is.
         compiled: whether the passes go through torch.compile, piece by piece.
     """
 
@@ -85,6 +90,7 @@ class FastParts:
     maps: tuple[LayerMap, ...]
     bias: Tensor
     response: Tensor
+    still: tuple[Tensor, ...] | None
     compiled: bool
 
 
@@ -136,7 +142,9 @@ class Stack:
         biases = [w.new_zeros(w.shape[0]) if b is None else b for _, w, b in layers]
         times = [w.new_zeros(w.shape[0], 1, *w.shape[2:]) if time is None else time for time, w, _ in layers]
         event = tuple(z.shape[2:])
-        structure = Structure(products, activation, dtype, tuple(tuple(w.shape) for w in weights), event)
+        shapes = tuple(tuple(w.shape) for w in weights)
+        timed = any(time is not None for time, _, _ in layers)
+        structure = Structure(products, activation, dtype, shapes, event, timed)
         if not fast:
             bias = torch.cat(biases).view(1, -1, *[1] * len(event))
             return cls(structure, weights[-1], Parts(weights, bias, products.response(torch.cat(times), z)))
@@ -149,28 +157,39 @@ def _fast(structure: Structure, packed: Tensor, *, compiled: bool) -> FastParts:
     parts, products = _cut(structure, packed.detach()), structure.products
     weights = map(products.unflatten, parts, structure.shapes)
     maps = [products.prepare(w.to(structure.dtype), compiled=compiled) for w in weights]
-    shifts = sum(structure.row_sizes[len(maps) :])
-    _, bias, response = packed.detach().split([len(packed) - 2 * shifts, shifts, shifts])
-    return FastParts(packed, tuple(maps), bias, response, compiled)
+    count, sizes = len(maps), structure.row_sizes
+    first, shifts = sum(sizes[:count]), sum(sizes[count:])
+    bias, response = packed.detach()[first : first + shifts], packed.detach()[first + shifts :]
+    still = None if structure.timed else tuple(shift_maps(structure, bias.to(structure.dtype)))
+    return FastParts(packed, tuple(maps), bias, response, still, compiled)
 
 
 def _pack(structure: Structure, weights: Sequence[Tensor], shift_rows: Sequence[Tensor]) -> Tensor:
     """All parameters in one row: weights, biases, responses, each layer by layer and in the order of memory."""
     biases, responses = zip(*(row.unbind() for row in shift_rows), strict=True)
-    return torch.cat([*(structure.products.flatten(w) for w in weights), *biases, *responses])
+    timed = responses if structure.timed else ()
+    return torch.cat([*(structure.products.flatten(w) for w in weights), *biases, *timed])
 
 
 def _cut(structure: Structure, packed: Tensor) -> tuple[Tensor, ...]:
     sizes = structure.row_sizes
-    return packed.split([*sizes, *sizes[len(structure.shapes) :]])
+    return packed.split([*sizes, *sizes[len(structure.shapes) :]] if structure.timed else sizes)
+
+
+def shift_maps(structure: Structure, row: Tensor) -> list[Tensor]:
+    """What a row adds to the pre-activations of each layer, ``(1, out, ...)``; views."""
+    rows = row.split(structure.row_sizes[len(structure.shapes) :])
+    return [_as_map(structure, r, n) for r, n in zip(rows, structure.outputs, strict=True)]
 
 
 def unpack(structure: Structure, packed: Tensor) -> Parts:
     """The parts of a packed row, with a graph that leads to it."""
     rows, count = _cut(structure, packed), len(structure.shapes)
     flat = [structure.products.unflatten(r, s) for r, s in zip(rows, structure.shapes, strict=False)]
-    maps = [_as_map(structure, r, n) for r, n in zip(rows[count:], structure.outputs * 2, strict=True)]
-    return Parts(tuple(flat), torch.cat(maps[:count], dim=1), torch.cat(maps[count:], dim=1))
+    maps = [_as_map(structure, r, n) for r, n in zip(rows[count:], structure.outputs * 2, strict=False)]
+    bias = torch.cat(maps[:count], dim=1)
+    response = torch.cat(maps[count:], dim=1) if structure.timed else torch.zeros_like(bias)
+    return Parts(tuple(flat), bias, response)
 
 
 def _as_map(structure: Structure, row: Tensor, outputs: int) -> Tensor:

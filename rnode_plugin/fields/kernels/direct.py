@@ -69,7 +69,9 @@ class DirectLinear(LayerMap):
         return v @ self._weight
 
     def gradient(self, x: Tensor, v: Tensor) -> Tensor:
-        return v.reshape(-1, v.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        if v.dim() > 2:
+            v, x = v.flatten(0, -2), x.flatten(0, -2)
+        return v.t() @ x
 
 
 def _channels_last(y: Tensor) -> Tensor:
