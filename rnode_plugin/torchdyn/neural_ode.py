@@ -127,7 +127,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
             raise ConfigError(
-                "this vector field belongs to an SDE, but NeuralODE solves ordinary differential equations."
+                "this vector field is that of an SDE; NeuralODE solves ordinary differential equations."
             )
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
