@@ -267,7 +267,7 @@ def test_fields_without_args_work() -> None:
         ({"solver": "dopri6"}, "did you mean 'dopri5'"),
         ({"solver": "mszero"}, "multiple-shooting"),
         ({"solver": MSZero()}, "multiple-shooting"),
-        ({"solver": 3}, "no solver"),
+        ({"solver": 3}, "not a solver"),
         ({"solver_adjoint": "rk5"}, "solver_adjoint"),
         ({"sensitivity": "adjiont"}, "did you mean 'adjoint'"),
         ({"trace_noise": "normal"}, "trace estimator"),

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torchdyn_fields import mlp
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin.errors import ConfigError
 
 SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
 
@@ -81,3 +82,46 @@ def test_jacobians_of_the_flow_in_both_modes(solver: str) -> None:
     expected = torch.autograd.functional.jacobian(flow, x)
     torch.testing.assert_close(jacrev(flow)(x), expected)
     torch.testing.assert_close(jacfwd(flow)(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_samples_and_gradients_of_each(kind: str) -> None:
+    _, loss = make(kind)
+    x = torch.randn(3, 2).double()
+    each = lambda x: loss(x[None])  # noqa: E731
+    torch.testing.assert_close(vmap(each)(x), torch.stack([each(row) for row in x]))
+    torch.testing.assert_close(vmap(grad(each))(x), torch.stack([grad(each)(row) for row in x]))
+
+
+@pytest.mark.parametrize("sensitivity", ["checkpointed", "adjoint", "interpolated_adjoint"])
+def test_every_gradient_mode_is_that_of_the_steps(sensitivity: str) -> None:
+    net, x = mlp(2, 6, 2).double(), torch.randn(3, 2).double()
+    found = []
+    for mode in ("autograd", sensitivity):
+        model = NeuralODE(net, "rk4", sensitivity=mode, regularizers=["kinetic", "jacfrob"], trace_noise="exact")
+        found.append(grad(lambda x, m=model: m(x, SPAN)[1][-1].sin().sum() + m.reg_loss())(x))
+    torch.testing.assert_close(*found)
+
+
+def test_noise_follows_the_randomness_of_vmap() -> None:
+    model = NeuralODE(mlp(2, 6, 2).double(), "rk4", regularizers=["jacfrob"])
+    x = torch.zeros(4, 2).double()
+
+    def rate(x: Tensor) -> Tensor:
+        model(x[None])
+        return model.regularization["jacfrob"][0]
+
+    assert vmap(rate, randomness="same")(x).unique().numel() == 1
+    assert vmap(rate, randomness="different")(x).unique().numel() == 4
+    with pytest.raises(RuntimeError, match="random"):
+        vmap(rate)(x)
+
+
+@pytest.mark.parametrize("regularizers", [None, ["kinetic"]])
+def test_adaptive_steps_are_refused_under_vmap_in_one_sentence(regularizers: object) -> None:
+    model = NeuralODE(mlp(2, 6, 2).double(), "dopri5", regularizers=regularizers)
+    with pytest.raises(ConfigError, match="fixed"):
+        vmap(lambda x: model(x[None], SPAN)[1][-1, 0])(torch.randn(3, 2).double())
+    # the model is as good as before
+    model(torch.randn(3, 2).double(), SPAN)
+    model.reg_loss()

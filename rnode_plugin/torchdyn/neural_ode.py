@@ -52,7 +52,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
         trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,
             ``"rademacher"``, or ``"exact"`` for the whole Jacobian.
-        max_nfe: most evaluations of the field that one solve may use; None: no limit.
+        max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
+            limit for fixed steps.
         penalized: the columns (dimension 1) of the state that the penalties are about, a slice or a mask ``(D,)``
             of booleans: for a field of your own that keeps a divergence or a cost in the state. They count without
             the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
@@ -126,7 +127,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
             raise ConfigError(
-                "this vector field belongs to an SDE, but NeuralODE solves ordinary differential equations."
+                "this vector field is that of an SDE; NeuralODE solves ordinary differential equations."
             )
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
