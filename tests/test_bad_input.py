@@ -236,13 +236,15 @@ def test_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[],
 
 
 def test_another_recipe_s_checkpoint_is_refused_with_what_differs(tmp_path: Path) -> None:
-    contents = {**pack(RECIPE), "state_dict": RECIPE.build_flow().state_dict(), "progress": {"batches": 1}}
-    torch.save(contents, tmp_path / "run.ckpt")
+    short = RECIPE.override(
+        ["training.max_epochs=none", "training.max_steps=1", "training.val_images=2", "training.sample_images=0"]
+    )
+    first = fit(short, runs=tmp_path / "first", accelerator="cpu", devices=1, progress=False)
     other = RECIPE.override(["model.hidden=6", "model.alpha=0.1"])
     with pytest.raises(
         RnodeError, match=r"model\.hidden is 4 there and 6 here, model\.alpha is 0\.05 there and 0\.1"
     ):
-        fit(other, runs=tmp_path / "runs", resume=tmp_path / "run.ckpt", accelerator="cpu", devices=1)
+        fit(other, runs=tmp_path / "runs", resume=first.folder.last, accelerator="cpu", devices=1)
     assert not (tmp_path / "runs").exists()
 
 
