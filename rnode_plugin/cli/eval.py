@@ -69,7 +69,13 @@ def eval(  # noqa: A001 - the command's name
         progress=batch_counter("evaluating"),
     )
     if as_json:
-        summary = {"checkpoint": str(path), "recipe": recipe.name, **dataclasses.asdict(result)}
+        summary = {
+            "checkpoint": str(path),
+            "recipe": recipe.name,
+            "weights": recipe.weights,
+            **dataclasses.asdict(result),
+        }
         click.echo(json.dumps(summary, indent=2))
     else:
-        click.echo(table([("checkpoint", str(path)), *evaluation_rows(result)]))
+        rows = [("checkpoint", str(path)), ("weights", recipe.weights)]
+        click.echo(table([*rows, *evaluation_rows(result)]))

@@ -20,4 +20,5 @@ def export(*, run: str, file: str, last: bool) -> None:
     from ..training.runs.checkpoints import BEST, LAST, export_flow
 
     source, recipe = export_flow(run, file, prefer=LAST if last else BEST)
-    click.echo(f"{recipe.name}, weights of {source}: {file}")
+    averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
+    click.echo(f"{recipe.name}, weights of {source}{averaged}: {file}")

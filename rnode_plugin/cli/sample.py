@@ -44,4 +44,6 @@ def sample(
     flow, recipe = load_with_recipe(run, map_location=pick_device(device))
     images = sample_images(flow, count, temperatures=temperatures, seed=seed, batch_size=batch_size)
     save_grid(out, images, levels=recipe.data.levels, columns=columns)
-    click.echo(f"{count} images at temperature {', '.join(f'{t:g}' for t in images)}: {out}")
+    shown = ", ".join(f"{temperature:g}" for temperature in images)
+    averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
+    click.echo(f"{count} images at temperature {shown}{averaged}: {out}")

@@ -172,6 +172,10 @@ def fit(
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if progress:
                 _announce(module, data, plan, trainer, done)
+                if recipe.training.ema is not None:
+                    print(
+                        f"training uses the weights as they are, validations and checkpoints the {recipe.weights}"
+                    )
         is_new = checkpoint is None or RunFolder.of_checkpoint(checkpoint) is None
         with _errors_with_advice(module, ours, trainer, is_new=is_new):
             stopped, at_once = _train(module, images, trainer, ours.stop, plan, checkpoint, done)
