@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from torch import Tensor
 from ..core.objective import bits_per_dim, output_log_prob
 from ..core.random_streams import Stream, seeded
 from ..errors import ConfigError, SolverError
+from ..flows.multiscale import MultiscaleFlow
 from ..flows.transforms import dequantize
+from ..solvers.step_memory import StepMemory
 from ..types import FlowOutput
 
 if TYPE_CHECKING:
-    from ..flows.multiscale import MultiscaleFlow
     from ..solvers import Solver
 
 __all__ = ["BitsPerDim", "EvaluationResult", "evaluate", "image_batch"]
@@ -95,7 +97,8 @@ def evaluate(
     Args:
         flow: the model; it stays on its device and in its mode.
         images: uint8 ``(N, C, H, W)``, array or tensor, values in 0..levels-1.
-        batch_size: images per solve. An adaptive solver chooses its steps for a whole batch.
+        batch_size: images per solve. An adaptive solver chooses its steps for a whole batch, and begins with those
+            that suited the batch before.
         draws: draws of dequantisation and Hutchinson noise per image; two or more give ``stderr_draws``.
         solver: the integrator; None for the flow's own.
         seed: of the noise.
@@ -120,11 +123,12 @@ def evaluate(
     nfe: list[int] = []
     device = next(flow.parameters()).device
     dims, levels = int(np.prod(flow.image_shape)), flow.levels
+    memory: dict[str, Any] = {"memory": defaultdict(StepMemory)} if isinstance(flow, MultiscaleFlow) else {}
 
     def encode(index: int, solver: Solver | None, *, draw: int, clean: bool, penalties: bool) -> FlowOutput:
         with torch.no_grad(), seeded(seed, Stream.VALIDATE, draw, int(clean), index):
             x = dequantize(image_batch(images, batches[index]).to(device), levels, clean=clean)
-            return flow(x, solver=solver, penalties=penalties)
+            return flow(x, solver=solver, penalties=penalties, **memory)
 
     def bits_of(output: FlowOutput) -> Tensor:
         return bits_per_dim(output_log_prob(output), dims=dims, levels=levels).double().cpu()
