@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..._version import __version__
 from ...errors import CheckpointError, ConfigError
 from ...files import write_atomically
+from ...recipes.pretrained import PRETRAINED, pretrained_file
 from .structure import damage
 from .weights_file import SUFFIX, read_weights, weights_as_bytes
 
@@ -91,6 +92,8 @@ def export_flow(
 def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> MultiscaleFlow:
     """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
 
+    ``"mnist-pretrained"`` are weights that come with the package.
+
     Nothing in the file is executed: only tensors and plain values are read, and the model is built anew from the
     recipe.
 
@@ -138,12 +141,14 @@ def training_solver(path: Path) -> Solver:
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
-    """The checkpoint file that ``path`` means: itself, or one of the run folder ``path``.
+    """The checkpoint file that ``path`` means: itself, one of the run folder ``path``, or weights of the package.
 
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
+    if not path.exists() and (packaged := pretrained_file(str(path))) is not None:
+        return packaged
     if path.is_file():
         return path
     if path.is_dir():
@@ -153,7 +158,8 @@ def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path
                     return file
         raise CheckpointError(f"no checkpoint in {path}: expected {path / 'checkpoints' / prefer}.")
     raise CheckpointError(
-        f"no checkpoint at {path}: no such file or folder. Give a run folder, a .ckpt or a .safetensors file."
+        f"no checkpoint at {path}: no such file or folder. Give a run folder, a .ckpt or a .safetensors file, or "
+        f"{' or '.join(PRETRAINED)}."
     )
 
 

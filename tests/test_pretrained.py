@@ -1,0 +1,61 @@
+"""The trained MNIST flow that comes with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from rnode_plugin import Solver, load_flow
+from rnode_plugin.cli import main
+from rnode_plugin.errors import CheckpointError
+from rnode_plugin.recipes.pretrained import PRETRAINED, pretrained_file
+from rnode_plugin.training.runs.checkpoints import load_with_recipe
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_weights_are_small_and_carry_their_recipe(name: str) -> None:
+    file = pretrained_file(name)
+    assert file is not None
+    assert file.stat().st_size < 4_000_000
+    flow, recipe = load_with_recipe(name)
+    assert recipe.data.root is None
+    assert all(p.dtype is torch.float32 for p in flow.parameters())
+
+
+def test_it_draws_digits_from_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "samples.png"
+    few = ["-n", "2", "-t", "0.7"]
+    done = CliRunner().invoke(main, ["sample", "mnist-pretrained", *few, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    pixels = torch.tensor(np.asarray(Image.open(out).convert("L")), dtype=torch.float)
+    assert 0.05 < float((pixels > 128).float().mean()) < 0.5  # strokes on a background, not noise
+
+
+@pytest.mark.skipif(not (DATA / "MNIST").exists(), reason="needs the MNIST data set")
+def test_it_knows_real_digits() -> None:
+    from torchvision.datasets import MNIST
+
+    images = MNIST(DATA, train=False).data[:8, None].float()
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        bits = load_flow("mnist-pretrained").bits_per_dim((images + noise) / 256, solver=Solver(step=0.5))
+    assert float(bits.mean()) < 1.4
+
+
+def test_a_folder_of_that_name_wins_and_other_names_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="or mnist-pretrained"):
+        load_flow("mnist-pretraind")
+    (tmp_path / "mnist-pretrained").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint in mnist-pretrained"):
+        load_flow("mnist-pretrained")
