@@ -3,7 +3,7 @@
     python benchmarks/regularizer_cost.py
 
 On a 2-d perceptron under NeuralODE, where a step without penalties makes no product with the Jacobian, and on the
-flow of the digits recipe, whose density makes one anyway. The solver takes four steps of the 3/8 rule, or of rk4 for
+flow of the digits recipe, whose density makes one anyway. The solver takes four steps of the 3/8 rule, or rk4 for
 ``stiffness``, which reads two stages at one time.
 """
 
