@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
-from ..errors import RnodeError
 from ..types import FieldWithJVP, FieldWithVJP, VectorField
 from .transforms_active import transforms_active
 
@@ -50,10 +47,10 @@ def vjp_of(dz: Tensor, z: Tensor, v: Tensor, *, create_graph: bool, retain: bool
 
 
 class FieldDerivatives:
-    """Derivatives of one field at any point, each by the fastest way that is right for it.
+    """Derivatives of one field at any point: by the products that it brings, or by reverse mode.
 
-    The choice between forward mode and two reverse passes is made at the first product and kept. Forward mode is
-    not taken through an autograd Function of a user's own: nested, it would silently give zero.
+    Reverse mode twice gives ``J v``: faster in training than forward mode, and right through autograd Functions
+    of a user's own, for which nested forward mode silently gives zero.
 
     Args:
         field: ``f(t, z)``.
@@ -64,7 +61,6 @@ class FieldDerivatives:
         self._own_jvp = field.forward_and_jvp if isinstance(field, FieldWithJVP) else None
         plain: VectorField | None = getattr(field, "plain_path", None)
         self._plain: VectorField = field if plain is None else plain
-        self._forward_mode: bool | None = None if plain is None else True
 
     def vjp(self, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
         """``v^T df/dz``, of the shape of ``z (B, *event)``."""
@@ -76,17 +72,17 @@ class FieldDerivatives:
         """``df/dz v + dt df/dt``, of the shape of ``z (B, *event)``."""
         if self._own_jvp is not None and not transforms_active():
             return self._own_jvp(t, z, v, dt)[1].to(z.dtype)
-        return self._apply(lambda push, t, z, v: push(self._plain, t, z, v, dt), t, z, v)
+        return _with_graph(lambda push, t, z, v: push(self._plain, t, z, v, dt), t, z, v)
 
     def jacobian_rows(self, t: Tensor, z: Tensor) -> Tensor:
         """All rows of ``df/dz``, ``(D, B, *event)``, one product each."""
-        basis = torch.eye(z.shape[1:].numel(), dtype=z.dtype, device=z.device).reshape(-1, 1, *z.shape[1:])
+        basis = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device).reshape(-1, 1, *z.shape[1:])
         return torch.stack([self.vjp(t, z, v.expand_as(z)) for v in basis])
 
     def total_derivative(self, t: Tensor, z: Tensor, order: int) -> Tensor:
         """``d^order z / dt^order`` along the trajectory through ``(t, z)``; order 1 is the velocity.
 
-        ``order - 1`` nested products on the field's plain path, at a cost of about ``2^order`` evaluations.
+        ``order - 1`` nested products on the field's plain path; each order costs about three times the one before.
         """
 
         def nested(push: _Push, t: Tensor, z: Tensor) -> Tensor:
@@ -95,34 +91,20 @@ class FieldDerivatives:
                 derivative = _along(push, self._plain, derivative)
             return derivative(t, z)
 
-        return self._apply(nested, t, z)
-
-    def _apply(self, compute: Callable[..., Tensor], t: Tensor, z: Tensor, *rest: Tensor) -> Tensor:
-        """``compute(push, t, z, *rest)`` with the way to push tangents that suits the field."""
-        if transforms_active():
-            return compute(_push_forward, t, z, *rest).to(z.dtype)
-        if self._forward_mode is None:
-            self._forward_mode = not self._has_own_functions(t, z)
-        keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        if self._forward_mode:
-            try:
-                with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
-                    inputs = (x.clone() if x.is_inference() else x for x in (t, z, *rest))
-                    return compute(_push_forward, *inputs).to(z.dtype)
-            except (RnodeError, torch.OutOfMemoryError):
-                raise
-            except RuntimeError:  # an operation without a rule for forward mode, or a field that differentiates
-                self._forward_mode = False
-        with _grad_enabled():
-            result = compute(_push_by_two_pulls, *_ours(t, z, *rest, keep_graph=keep_graph)).to(z.dtype)
-        return result if keep_graph else result.detach()
-
-    def _has_own_functions(self, t: Tensor, z: Tensor) -> bool:
-        with _grad_enabled():
-            return _reaches_own_function(self._plain(*_ours(t, z, keep_graph=False)))
+        return _with_graph(nested, t, z)
 
 
 _Push = Callable[["VectorField", Tensor, Tensor, Tensor, float], Tensor]  # (g, t, z, v, dt) -> dg/dz v + dt dg/dt
+
+
+def _with_graph(compute: Callable[..., Tensor], t: Tensor, z: Tensor, *rest: Tensor) -> Tensor:
+    """``compute(push, t, z, *rest)`` with a graph inside; its result has one only if gradients are enabled."""
+    if transforms_active():
+        return compute(_push_in_transform, t, z, *rest).to(z.dtype)
+    keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with _grad_enabled():
+        result = compute(_push, *_ours(t, z, *rest, keep_graph=keep_graph)).to(z.dtype)
+    return result if keep_graph else result.detach()
 
 
 def _along(push: _Push, field: VectorField, derivative: VectorField) -> VectorField:
@@ -130,15 +112,7 @@ def _along(push: _Push, field: VectorField, derivative: VectorField) -> VectorFi
     return lambda t, z: push(derivative, t, z, field(t, z), 1.0)
 
 
-def _push_forward(g: VectorField, t: Tensor, z: Tensor, v: Tensor, dt: float) -> Tensor:
-    """By forward mode; differentiable again, and safe under transforms."""
-    v = v.to(z.dtype)
-    if dt == 0:
-        return torch.func.jvp(lambda z: g(t, z), (z,), (v,))[1]
-    return torch.func.jvp(g, (t, z), (torch.full_like(t, dt), v))[1]
-
-
-def _push_by_two_pulls(g: VectorField, t: Tensor, z: Tensor, v: Tensor, dt: float) -> Tensor:
+def _push(g: VectorField, t: Tensor, z: Tensor, v: Tensor, dt: float) -> Tensor:
     """By reverse mode twice: ``u^T J`` is linear in ``u``, and its own transpose is the product wanted."""
     if not z.requires_grad:
         z = z.detach().requires_grad_()
@@ -161,19 +135,11 @@ def _push_by_two_pulls(g: VectorField, t: Tensor, z: Tensor, v: Tensor, dt: floa
     return torch.zeros_like(z) if product is None else product
 
 
-def _reaches_own_function(dz: Tensor) -> bool:
-    """Whether the graph of ``dz`` holds an autograd Function written in Python."""
-    pending: list[Any] = [dz.grad_fn]
-    seen: set[Any] = {None}
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            return True
-        pending += [parent for parent, _ in node.next_functions]
-    return False
+def _push_in_transform(g: VectorField, t: Tensor, z: Tensor, v: Tensor, dt: float) -> Tensor:
+    """The same inside a transform of ``torch.func``, where autograd's own functions fail."""
+    dz, pull = torch.func.vjp(g, t, z)[:2]
+    transpose = torch.func.vjp(pull, torch.zeros_like(dz))[1]
+    return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ DESCRIPTIONS: dict[str, Description] = {
     "directional": Description("rate", "squared |J f|, without df/dt", "one jvp", f"{_RNODE}, eq. 7"),
     "directional_vjp": Description("rate", "squared |J^T f|", "one vjp", f"{_RNODE} (code)"),
     "taylor": Description(
-        "rate", "squared K-th derivative of the path, taylor:K, K = 2 to 5", "K - 1 nested jvps, about 2^K",
+        "rate", "squared K-th derivative of the path, taylor:K, K = 2 to 5", "K - 1 nested jvps",
         "Kelly et al. 2020",
     ),
     "l1": Description("rate", "sum of |f_i|", "none", _FFJORD),

@@ -145,8 +145,8 @@ hjb = FunctionRegularizer("hjb", _hjb, needs=frozenset({"aux"}), divided_by_dims
 class Taylor:
     """``||d^K z/dt^K||^2`` (TayNODE; Kelly et al., 2020), summed over the event.
 
-    ``K - 1`` nested jvps through the field's plain path, a cost of about ``2^K`` evaluations; order 2 is
-    ``total_derivative``. The authors' code has a true Taylor mode and takes the mean over D; lambda 0.01 for
+    ``K - 1`` nested jvps through the field's plain path, each about three times the cost of the one before; order 2
+    is ``total_derivative``. The authors' code has a true Taylor mode and takes the mean over D; lambda 0.01 for
     tabular data.
 
     Args:
