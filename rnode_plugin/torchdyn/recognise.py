@@ -34,8 +34,8 @@ def fast_rates(
     """The rates of one solve from ``x`` and the system they come from; None if the field is not such a stack.
 
     Only for the exact Jacobian, which a stack has in one pass instead of one product per dimension; with noise
-    torch is as fast. What depends on the parameters alone is computed here, with its graph, once per solve. So it is not
-    for a continuous adjoint, which differentiates each evaluation by itself.
+    torch is as fast. What depends on the parameters alone is computed here, with its graph, once per solve. So it
+    is not for a continuous adjoint, which differentiates each evaluation by itself.
     """
     if type(vf) is not DEFunc or vf.order != 1 or layout.cost or layout.penalized is not None:
         return None
