@@ -133,14 +133,25 @@ class Counter:
         monkeypatch.setattr("torchdyn.models.cnf.grad", counted)
 
 
+class Affine(nn.Module):
+    """A field of autograd's: a bare nn.Linear would be recognised and bring products of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(z)
+
+
 @pytest.mark.parametrize("regularizers", [None, ["kinetic"], ["jacfrob"], ["kinetic", "jacfrob"]])
 @pytest.mark.parametrize("solver", ["euler", "rk4", "dopri5"])
 @pytest.mark.parametrize("make", [
-    lambda: TorchdynCNF(nn.Linear(3, 3), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))),
-    lambda: CNF(nn.Linear(3, 3), "gaussian"),
-    lambda: CNF(nn.Linear(3, 3), "rademacher", event_shape=(3,)),
-    lambda: CNF(nn.Linear(3, 3), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))),
-    lambda: nn.Sequential(CNF(nn.Linear(3, 3), "gaussian")),
+    lambda: TorchdynCNF(Affine(), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))),
+    lambda: CNF(Affine(), "gaussian"),
+    lambda: CNF(Affine(), "rademacher", event_shape=(3,)),
+    lambda: CNF(Affine(), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))),
+    lambda: nn.Sequential(CNF(Affine(), "gaussian")),
 ], ids=["torchdyn", "gaussian", "rademacher", "hutch_trace", "sequential"])  # fmt: skip
 def test_exactly_one_product_an_evaluation(
     make: object, solver: str, regularizers: list[str] | None, monkeypatch: pytest.MonkeyPatch
@@ -153,7 +164,7 @@ def test_exactly_one_product_an_evaluation(
 
 def test_one_product_without_a_cnf_and_none_for_kinetic_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for regularizers, products in ((["kinetic"], 0), (["kinetic", "jacfrob"], 1)):
-        model = NeuralODE(nn.Linear(3, 3), "rk4", regularizers=regularizers)
+        model = NeuralODE(Affine(), "rk4", regularizers=regularizers)
         counter = Counter(monkeypatch)
         model(torch.randn(4, 3), torch.linspace(0, 1, 4))
         assert counter.calls == products * model.vf.nfe

@@ -76,8 +76,11 @@ def test_same_values_and_evaluations_as_torchdyn(name: str, solver: str, regular
             solver=solver,
             **options,
         )
-        assert torch.equal(our_sol, sol)
-        assert torch.equal(our_t, t)
+        # with products, a recognised stack is evaluated by operations of our own: equal to rounding
+        equal_to_rounding = name == "depthcat" and regularizers == PENALTIES[2]
+        tolerance = 1e-5 if equal_to_rounding else 0.0
+        torch.testing.assert_close(our_sol, sol, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(our_t, t, rtol=0, atol=0)
         assert ours.vf.nfe == theirs.vf.nfe
         assert set(ours.regularization) == set(regularizers or [])
 
