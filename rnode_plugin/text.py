@@ -39,5 +39,5 @@ def change_with_error(value: float, error: float) -> str:
 
 
 def _places(error: float) -> int:
-    """Decimal places that show two significant digits of an error."""
-    return max(0, 1 - math.floor(math.log10(error))) if math.isfinite(error) else 4
+    """Decimal places that show two significant digits of an error, six at most."""
+    return min(max(0, 1 - math.floor(math.log10(error))), 6) if math.isfinite(error) else 4

@@ -266,15 +266,14 @@ def test_a_time_limit_counts_earlier_calls(recipe: Recipe, training: FakeTrainin
     ended = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps({**ended, "stopped": "max_time"}))
     (folder / "checkpoints").mkdir()
-    contents = {
-        "rnode_plugin": {"format": 1, "version": "1", "recipe": recipe.to_plain()},
-        "state_dict": {}, "progress": {"seconds": 50.0},
-    }  # fmt: skip
-    torch.save(contents, folder / "checkpoints" / "last.ckpt")
+    checkpoint = Path(__file__).parent / "old_runs" / "finished" / "checkpoints" / "last.ckpt"
+    shutil.copy(checkpoint, folder / "checkpoints")
+    spent = read_checkpoint(checkpoint)["progress"]["seconds"]
+    assert spent > 0
     training.calls()
-    run(recipe, tmp_path / "c", arms=["none"], max_time=50)
+    run(recipe, tmp_path / "c", arms=["none"], max_time=spent)
     assert training.calls() == []  # its time is spent
-    run(recipe, tmp_path / "c", arms=["none"], max_time=60)
+    run(recipe, tmp_path / "c", arms=["none"], max_time=spent + 10)
     (call,) = training.calls()
     assert (call["--resume"], call["--max-time"]) == (str(folder), "10.000")
 

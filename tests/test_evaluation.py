@@ -20,6 +20,7 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.bits import evaluate
 from rnode_plugin.evaluation.sampling import sample_images, save_grid
 from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.plugins.resolve import get_regularizer
 from rnode_plugin.types import FlowOutput
 
 RK4 = Solver(method="rk4", step=0.5)
@@ -175,6 +176,19 @@ def test_rademacher_probes_in_many_dimensions() -> None:
     exact = evaluate(active_flow((1, 8, 8), "exact"), pictures, draws=1)
     assert found.clean.stderr_noise is not None
     assert found.clean.mean == pytest.approx(exact.clean.mean, abs=4 * found.clean.stderr_noise)
+
+
+def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:
+    plain, local = (
+        MultiscaleFlow((1, 8, 8), hidden=4, levels=17, solver=RK4, regularizers=names)
+        for names in (["kinetic"], ["kinetic", get_regularizer("local_error")])
+    )
+    local.load_state_dict(plain.state_dict())
+    one, other = (evaluate(flow, images(3, 17, (1, 8, 8)), draws=1) for flow in (plain, local))
+    assert (other.nfe_min, other.nfe_max) == (one.nfe_min, one.nfe_max)
+    assert other.dirty == one.dirty
+    assert other.penalties["kinetic"] == one.penalties["kinetic"]
+    assert "local_error" in other.penalties
 
 
 def test_a_single_image_has_no_standard_error() -> None:

@@ -258,11 +258,13 @@ def test_arms_are_compared_image_by_image(tmp_path: Path) -> None:
 
 def test_the_verdict_is_that_of_students_t(tmp_path: Path) -> None:
     # three differences of mean 1 and standard error 0.25 or so: 4.303 standard errors decide, not 1.96
-    for spread, verdict in ((0.35, "worse"), (0.45, "no difference shown")):
-        folder = tmp_path / verdict
-        vanilla = write_run(folder / "v", digits(penalties=()), images=[0.0, 0.0, 0.0])
-        other = write_run(folder / "r", digits(), images=[1 - spread, 1.0, 1 + spread])
-        base, arm = arms_of(vanilla, other)
+    for number, (mean, spread, verdict) in enumerate(
+        [(1, 0.35, "worse"), (1, 0.45, "no difference shown"), (-1e-6, 1e-8, "no difference shown")]
+    ):
+        folder = tmp_path / str(number)
+        none = write_run(folder / "v", digits(penalties=()), images=[0.0, 0.0, 0.0])
+        other = write_run(folder / "r", digits(), images=[mean - spread, mean, mean + spread])
+        base, arm = arms_of(none, other)
         difference = paired_difference(arm, base)
         assert difference is not None
         assert difference.error == pytest.approx(spread / 3**0.5)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core.objective import bits_per_dim, output_log_prob
 from ..core.random_streams import Stream, seeded
+from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError, SolverError
 from ..flows.multiscale import MultiscaleFlow
@@ -70,7 +71,8 @@ class EvaluationResult:
         dirty: with uniform noise in each bin, an upper bound on the bits/dim of the discrete images (in
             expectation over the noise).
         clean: of the density at the bins' centres; not a bound on anything discrete.
-        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields per batch, all blocks together.
+        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields per batch, all blocks together, without those
+            that a penalty takes for itself.
         penalties: mean integral of each penalty by name, divided by the number of dimensions.
         seconds: wall-clock time.
         gap: mean bits/dim by the training solver, less those by the accurate one, of the dirty images of the first
@@ -169,6 +171,8 @@ class _Measuring:
         self._flow, self._images, self._solver, self._seed = _with_least_noise(flow), images, solver, seed
         self._batches = [slice(first, first + batch_size) for first in range(0, len(images), batch_size)]
         self._pilot = min(len(self._batches), math.ceil(_PILOT_IMAGES / batch_size))
+        # penalties of steps and trajectories may take evaluations of their own, which are not the flow's
+        self._apart = any(kind_of(each) != "rate" for each in getattr(flow, "regularizers", ()))
         self._dims, self._levels = math.prod(flow.image_shape), flow.levels
         self._device = next(flow.parameters()).device
         self._progress, self._done, self._total = progress, 0, 2 * (len(self._batches) + self._pilot)
@@ -236,11 +240,13 @@ class _Measuring:
         return torch.stack([torch.cat([self._bits[clean, d, b] for b in range(self._pilot)]) for d in draws])
 
     def _measure(self, clean: bool, draw: int, index: int) -> None:
-        # the penalties are those of the dirty images, as in training
-        output = self._encode(self._solver, clean=clean, draw=draw, index=index, penalties=not clean)
+        along = not (clean or self._apart)
+        output = self._encode(self._solver, clean=clean, draw=draw, index=index, penalties=along)
         self._bits[clean, draw, index] = self._bits_of(output)
         self.nfe.append(output.nfe)
-        if not clean:
+        if not clean:  # the penalties are those of the dirty images, as in training
+            if self._apart:
+                output = self._encode(self._solver, clean=False, draw=draw, index=index, penalties=True)
             sums = {name: float(each.double().sum()) for name, each in output.regularization.items()}
             self._integrals[draw, index] = sums
         self._done += 1

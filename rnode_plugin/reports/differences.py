@@ -14,6 +14,7 @@ from .reading import Run
 __all__ = ["Difference", "base_of", "paired_difference"]
 
 _LEVEL = 0.95
+_RESOLUTION = 1e-5  # bits/dim: single precision tells no smaller differences apart
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Difference:
         """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``."""
         from scipy.stats import t
 
-        if abs(self.mean) <= float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error:
+        if abs(self.mean) <= max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error):
             return "no difference shown"
         return "better" if self.mean < 0 else "worse"
 
