@@ -6,6 +6,7 @@ take the same way in and are refused with the same words.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
 import re
@@ -33,32 +34,54 @@ def coerce(value: Any, kind: Any) -> Any:
     if origin in (Union, types.UnionType):
         return _coerce_union(value, kind)
     if origin is Literal:
-        for option in get_args(kind):
-            if value == option or (isinstance(value, str) and value == str(option)):
-                return option
-    elif origin is tuple:
+        return _coerce_literal(value, kind)
+    if origin is tuple:
         return _coerce_tuple(value, kind)
-    elif origin in (dict, Mapping, typing.get_origin(typing.Mapping)):
-        if isinstance(value, Mapping):
-            return {str(key): coerce(entry, get_args(kind)[1]) for key, entry in value.items()}
-    elif kind is type(None):
-        if value is None or (isinstance(value, str) and value.lower() in _NONE):
-            return None
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
-            return value.lower() in _TRUE
-    elif kind is int:
-        return _coerce_int(value)
-    elif kind is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            number = _number(value)
-            if math.isfinite(number):
-                return number
-    elif kind is str and isinstance(value, str) and value:
-        return value
+    if origin in (dict, collections.abc.Mapping):
+        return _coerce_table(value, kind)
+    if kind in _PLAIN:
+        return _PLAIN[kind](value)
     raise ValueError(f"expected {_describe(kind)}")
+
+
+def _coerce_literal(value: Any, kind: Any) -> Any:
+    for option in get_args(kind):
+        if value == option or (isinstance(value, str) and value == str(option)):
+            return option
+    raise ValueError(f"expected {_describe(kind)}")
+
+
+def _coerce_table(value: Any, kind: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected {_describe(kind)}")
+    return {str(key): coerce(entry, get_args(kind)[1]) for key, entry in value.items()}
+
+
+def _coerce_none(value: Any) -> None:
+    if value is not None and not (isinstance(value, str) and value.lower() in _NONE):
+        raise ValueError(f"expected {_describe(type(None))}")
+
+
+def _coerce_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
+        return value.lower() in _TRUE
+    raise ValueError(f"expected {_describe(bool)}")
+
+
+def _coerce_float(value: Any) -> float:
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        number = _number(value)
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"expected {_describe(float)}")
+
+
+def _coerce_str(value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError(f"expected {_describe(str)}")
 
 
 def _number(value: int | float | str) -> float:
@@ -76,6 +99,15 @@ def _coerce_int(value: Any) -> int:
         if math.isfinite(number) and number == int(number):
             return int(number)
     raise ValueError("expected a whole number")
+
+
+_PLAIN: dict[Any, Callable[[Any], Any]] = {
+    type(None): _coerce_none,
+    bool: _coerce_bool,
+    int: _coerce_int,
+    float: _coerce_float,
+    str: _coerce_str,
+}
 
 
 def _coerce_union(value: Any, kind: Any) -> Any:
@@ -172,6 +204,13 @@ def override(tree: T, assignments: Iterable[str], *, fixed: Iterable[str] = ()) 
     Raises:
         ConfigError: an assignment without ``=``, an unknown setting (the known ones are listed), or a bad value.
     """
+    changes = _changes_by_group(tree, assignments, fixed)
+    new = {group: _changed(getattr(tree, group), group, values) for group, values in changes.items()}
+    return dataclasses.replace(tree, **new)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _changes_by_group(tree: Any, assignments: Iterable[str], fixed: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The texts of the values by group and key, for settings that there are and that may change."""
     changes: dict[str, dict[str, str]] = {}
     known = [path for path, _ in walk(tree) if path.partition(".")[0] not in fixed]
     tables = {name for name in _groups(tree) if isinstance(getattr(tree, name), Mapping)}
@@ -184,17 +223,16 @@ def override(tree: T, assignments: Iterable[str], *, fixed: Iterable[str] = ()) 
         if path not in known and not (group in tables and key):
             raise ConfigError(suggest(path, known, "setting"))
         changes.setdefault(group, {})[key] = value.strip()
-    new: dict[str, Any] = {}
-    for group, values in changes.items():
-        old = getattr(tree, group)
-        if isinstance(old, Mapping):
-            typed = {key: _typed(value, float, f"{group}.{key}") for key, value in values.items()}
-            new[group] = {**old, **typed}
-        else:
-            hints = typing.get_type_hints(type(old))
-            typed = {key: _typed(value, hints[key], f"{group}.{key}") for key, value in values.items()}
-            new[group] = _made(group, dataclasses.replace, old, **typed)
-    return dataclasses.replace(tree, **new)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return changes
+
+
+def _changed(old: Any, group: str, values: Mapping[str, str]) -> Any:
+    """A group with typed ``values`` in place of its own."""
+    if isinstance(old, Mapping):
+        return {**old, **{key: _typed(value, float, f"{group}.{key}") for key, value in values.items()}}
+    hints = typing.get_type_hints(type(old))
+    typed = {key: _typed(value, hints[key], f"{group}.{key}") for key, value in values.items()}
+    return _made(group, dataclasses.replace, old, **typed)
 
 
 def _made(group: str, make: Callable[..., Any], *arguments: Any, **values: Any) -> Any:

@@ -14,7 +14,7 @@ from ..._version import __version__
 from ...errors import CheckpointError, ConfigError
 from ...files import write_atomically
 from ...recipes.pretrained import PRETRAINED, pretrained_file
-from .structure import damage
+from .structure import damaged_weights
 from .weights_file import SUFFIX, read_weights, weights_as_bytes
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _checked(contents: Any, path: Path) -> dict[str, Any]:
             f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')!r}; this "
             f"is {__version__}, which reads format {_FORMAT}. Install that version to use it."
         )
-    if (problem := damage(contents)) is not None:
+    if (problem := damaged_weights(contents)) is not None:
         raise CheckpointError(f"{path} is damaged: {problem}. Use another checkpoint of the run.")
     return dict(contents)
 

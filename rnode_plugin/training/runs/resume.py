@@ -12,6 +12,7 @@ from ...recipes.schema import Recipe
 from ..schedule import RunPlan
 from .checkpoints import BEST, LAST, PREVIOUS, find_checkpoint, read_checkpoint, recipe_of
 from .folder import RunFolder
+from .structure import damaged_training
 
 __all__ = ["check_steps_left", "checkpoint_to_resume", "newest_intact"]
 
@@ -36,6 +37,7 @@ def newest_intact(resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]
                 continue
             try:
                 contents = read_checkpoint(file)
+                _check_training(file, contents)
             except CheckpointError as error:
                 errors.append(error)
                 continue
@@ -64,7 +66,13 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
     if differ:
         what = ", ".join(f"{name} is {old[name]} there and {new[name]} here" for name in differ)
         raise CheckpointError(f"{path} is of another model: {what}.")
+    _check_training(path, contents)
     return path, contents["progress"]["batches"]
+
+
+def _check_training(path: Path, contents: dict[str, Any]) -> None:
+    if "progress" in contents and (problem := damaged_training(contents)) is not None:
+        raise CheckpointError(f"{path} is damaged: {problem}. Use another checkpoint of the run.")
 
 
 def check_steps_left(checkpoint: Path, done: int, plan: RunPlan) -> None:

@@ -1,4 +1,4 @@
-"""damage: what is wrong with the structure of a checkpoint's contents, found once, when the file is read."""
+"""What is wrong with the structure of a checkpoint: of its weights, and of what a run needs to go on."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["damage"]
+__all__ = ["damaged_training", "damaged_weights"]
 
 _COUNTS = ("ready", "completed", "started", "processed")
 
 
-def damage(contents: Mapping[Any, Any]) -> str | None:
-    """The first thing that is not as training writes it, in words; None if nothing is found.
-
-    Args:
-        contents: of a checkpoint with weights alone, or with all that a run needs to go on: then it has
-            ``progress``.
-    """
+def damaged_weights(contents: Mapping[Any, Any]) -> str | None:
+    """What makes a checkpoint useless for everybody, in words; None if nothing is found."""
     if not _is_state(contents["state_dict"]):
         return "state_dict is not a table of named tensors"
-    if "progress" not in contents:
-        return None
+    progress = contents.get("progress", {})
+    if not isinstance(progress, Mapping) or not _is_step_size(progress.get("step_size")):
+        return "progress is not what training writes"
+    return None
+
+
+def damaged_training(contents: Mapping[Any, Any]) -> str | None:
+    """The first thing that a run cannot go on with, in words; None if nothing is found."""
     checks: dict[str, Callable[[Any], bool]] = {
         "progress": _is_progress,
         "optimizer_states": _is_list_of_optimizers,
@@ -62,13 +63,16 @@ def _is_duration(found: Any) -> bool:
 def _is_progress(found: Any) -> bool:
     if not isinstance(found, Mapping):
         return False
-    step = found.get("step_size")
     return (
         _is_count(found.get("batches"))
         and all(_is_duration(found.get(name)) for name in ("seconds", "train_seconds"))
         and all(_is_count(found.get(name, 0)) for name in ("skipped", "skipped_in_row"))
-        and (step is None or (_is_duration(step) and step > 0))
+        and _is_step_size(found.get("step_size"))
     )
+
+
+def _is_step_size(found: Any) -> bool:
+    return found is None or (_is_duration(found) and found > 0)
 
 
 def _is_list_of_optimizers(found: Any) -> bool:
