@@ -51,7 +51,7 @@ def numbers(field: Any, z: torch.Tensor, *, velocity: bool = True) -> list[torch
     prepared, t = field.prepare(z, noise), torch.tensor(0.3)
     dz, product = prepared.forward_and_vjp(t, z, noise)
     outputs = [dz, product, *([prepared(t, dz)] if velocity else [])]
-    loss = sum(x.sin().sum() * (k + 1) for k, x in enumerate(outputs))
+    loss: Any = sum(x.sin().sum() * (k + 1) for k, x in enumerate(outputs))
     return [*outputs, *torch.autograd.grad(loss, [z, noise, *field.parameters()])]  # pyright: ignore[reportArgumentType]
 
 

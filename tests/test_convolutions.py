@@ -81,7 +81,7 @@ def test_which_convolution_is_taken_where(monkeypatch: pytest.MonkeyPatch) -> No
         field = conv_field(1, hidden=32)
         if compiled:
             compile_fields(field)
-        return [type(layer).__name__ for layer in field.prepare(z)._stack.fast.maps]  # pyright: ignore[reportAttributeAccessIssue]
+        return [type(layer).__name__ for layer in field.prepare(z)._stack.fast.maps]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
     assert taken(compiled=False) == ["Columns", "DirectConvolution", "DirectConvolution", "Columns"]
     assert taken(compiled=True) == ["Columns", "Winograd", "Winograd", "Columns"]

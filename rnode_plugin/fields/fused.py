@@ -329,7 +329,7 @@ def _descend(
     sums.reverse()
     gradients.reverse()
     if up is not None and up.gradients:
-        torch._foreach_add_(gradients[:-1], list(up.gradients))
+        torch._foreach_add_(gradients[:-1], list(up.gradients))  # pyright: ignore[reportPrivateImportUsage]
     z_grad = below.to(z.dtype) if needs.z and below is not None else None
     t_grad = _time_gradient(fast, sums, t) if needs.t else None
     if not needs.packed:
@@ -338,7 +338,7 @@ def _descend(
         return t_grad, z_grad, torch.cat([*map(products.flatten, gradients), *sums]).to(dtype)
     # biases and responses of time act alike on all samples: one sum over the batch serves both
     rows = [products.flatten(gradient) for gradient in gradients]
-    timed = torch._foreach_mul(sums, t.reshape(()).to(sums[0].dtype))
+    timed = torch._foreach_mul(sums, t.reshape(()).to(sums[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
     return t_grad, z_grad, torch.cat([*rows, *sums, *timed]).to(dtype)
 
 

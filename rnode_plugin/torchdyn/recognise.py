@@ -39,7 +39,8 @@ def fast_rates(
     """
     if type(vf) is not DEFunc or vf.order != 1 or layout.cost or layout.penalized is not None:
         return None
-    field: Any = vf.vf.vf if type(vf.vf) is DEFuncBase else vf.vf
+    wrapped: Any = vf.vf
+    field: Any = wrapped.vf if type(wrapped) is DEFuncBase else wrapped
     if type(field) is CNF:
         return _rates_of_cnf(vf, field, x, regularizers)
     system = Dynamics(field, regularizers=regularizers, estimator=trace_noise, divergence=False)
@@ -67,8 +68,8 @@ def _rates_of_cnf(
     plain = Dynamics(velocity, estimator="exact")
     dynamics = Dynamics(velocity, regularizers=regularizers, estimator="exact", event=lambda state: state[:, 1:])
 
-    def rates(t: Tensor, x: Tensor, *, products: bool = True) -> Rates:
-        found = (dynamics if products else plain).evaluate(t, x[:, 1:], None)
+    def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        found = (dynamics if products else plain).evaluate(t, z[:, 1:], None)
         assert found.dlogdet is not None
         return Rates(torch.cat([-found.dlogdet[:, None], found.dz], 1), None, found.penalties)
 
