@@ -17,7 +17,7 @@ import click
 import torch
 from measure import device_option, print_environment, set_up, table, threads_option
 from torch import Tensor
-from training_runs import METHODS, Trainer, rk4
+from training_runs import ADAM, METHODS, Trainer, rk4
 
 from rnode_plugin import get_recipe
 from rnode_plugin.evaluation.images import load_images
@@ -56,7 +56,7 @@ def compare(trainer: Trainer, x: Tensor, *, step: float, draws: int) -> list[obj
 def main(train_steps: int, draws: int, steps: tuple[float, ...], device: str, threads: int) -> None:
     where = set_up(device, threads)
     print_environment(where)
-    recipe = get_recipe("digits").override(["optimizer.schedule=constant"])
+    recipe = get_recipe("digits").override([*ADAM, "optimizer.schedule=constant"])
     trainer = Trainer(recipe, load_images(recipe), METHODS["exact"], steps=train_steps + 1, device=where)
     for _ in range(train_steps):
         trainer.train_step()

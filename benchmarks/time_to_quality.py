@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 from measure import device_option, print_environment, set_up, table, threads_option
-from training_runs import METHODS, Point, Run, Trainer
+from training_runs import ADAM, METHODS, Point, Run, Trainer
 
 from rnode_plugin import get_recipe
 from rnode_plugin.evaluation.images import load_images
@@ -102,7 +102,8 @@ def main(
     where = set_up(device, threads)
     print_environment(where)
     # methods stop at different steps, so none of them may have a rate that ends in zero
-    settings = get_recipe(recipe).override(["optimizer.schedule=constant", *assignments])
+    of_adam = ADAM if recipe == "digits" else []
+    settings = get_recipe(recipe).override(["optimizer.schedule=constant", *of_adam, *assignments])
     data = load_images(settings)
     results = Path(out) / f"time_to_quality_{recipe}.csv"
     earlier = read_csv(results) if methods else {}

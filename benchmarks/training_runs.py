@@ -25,9 +25,11 @@ from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.schedule import EpochOrder, learning_rate_factor
 
-__all__ = ["METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
+__all__ = ["ADAM", "METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
 
 
+# all methods of the digits train with Adam here; the recipe itself takes Muon
+ADAM = ["optimizer.name=adam", "optimizer.lr=5e-3", "optimizer.warmup=50"]
 _PIXELS, _PROBES = 0, 1  # purposes of noise at one step
 
 

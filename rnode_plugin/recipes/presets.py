@@ -28,8 +28,9 @@ def digits() -> Recipe:
         model=Model(hidden=32),
         solver=Solver(method="rk4_38", step=0.5, trace_quadrature="sampled"),
         test_solver=_DOPRI5,
-        optimizer=Optimizer(lr=5e-3, warmup=50, schedule="cosine"),
-        training=Training(max_epochs=None, max_steps=600, check_every=5, log_every=1, sample_images=16),
+        # 1.983 bits/dim (dirty, seed 42); Adam at 5e-3 took 600 steps to 2.027
+        optimizer=Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine"),
+        training=Training(max_epochs=None, max_steps=200, check_every=2, log_every=1, sample_images=16),
     )
 
 
