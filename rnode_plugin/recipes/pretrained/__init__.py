@@ -11,5 +11,5 @@ PRETRAINED = ("mnist-pretrained",)
 
 
 def pretrained_file(name: str) -> Path | None:
-    """The ``.safetensors`` file of that name, in half precision with its recipe in the metadata; None for another."""
+    """The ``.safetensors`` file of that name, in half precision with its recipe; None for another name."""
     return Path(__file__).with_name(f"{name}.safetensors") if name in PRETRAINED else None
