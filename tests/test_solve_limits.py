@@ -1,8 +1,10 @@
-"""What a solve may not do: run for ever, lose a NaN, wait for the device, or fail on an empty batch."""
+"""Limits of a solve: its budget, its reads from the device, its steps; NaN, empty batches and half precision."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, Solver, config, solve
 from rnode_plugin.solvers.plan import SolvePlan
+from rnode_plugin.solvers.step_memory import StepMemory
 from rnode_plugin.solvers.tableaus import get_method
 from rnode_plugin.types import Rates
 
@@ -146,11 +149,11 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
     bound = Dynamics(field, regularizers=[kinetic]).bind(torch.ones(2, 3, dtype=torch.float64))
     z = torch.ones(2, 3, dtype=torch.float64).as_subclass(Watched)
     t = torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64)
-    for first_step, more in ((None, 2), (1.5, 0)):
+    for first_step, more in ((None, 2), (3.0, 0)):
         Watched.reads = 0
         with torch.no_grad():
-            s = solve(bound, z, t, Solver(method, atol=1e-6, rtol=1e-6, first_step=first_step))
-        assert s.stats.rejected > 0
+            s = solve(bound, z, t, Solver(method, atol=1e-6, rtol=1e-8, first_step=first_step))
+        assert first_step is None or s.stats.rejected > 0
         attempts = s.stats.steps + s.stats.rejected
         assert Watched.reads == attempts + more + 1  # and one look at the penalties
 
@@ -162,3 +165,57 @@ def test_a_fixed_grid_reads_one_number_in_all(method: str) -> None:
     Watched.reads = 0
     solve(bound, z, torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64), Solver(method))
     assert Watched.reads == 1
+
+
+def step_lengths(plan: Solver | SolvePlan, t: Tensor, memory: StepMemory | None = None) -> list[float]:
+    """Of the accepted steps, by the times at which an instrumented solve stops."""
+    from rnode_plugin.solvers.integrate import integrate
+
+    trace: list[tuple[Tensor, Tensor]] = []
+    plan = plan if isinstance(plan, SolvePlan) else SolvePlan.of(plan)
+    bound = Dynamics(Wave()).bind(torch.ones(2, 3, dtype=torch.float64))
+    integrate(bound, torch.ones(2, 3, dtype=torch.float64), t, plan, trace=trace, memory=memory)
+    return [abs(float(b - a)) for (a, _), (b, _) in itertools.pairwise(trace)]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_even_steps_leave_no_sliver(backward: bool) -> None:
+    uneven = SolvePlan(get_method("dopri5"), atol=1e-6, rtol=1e-6, first_step=0.37)
+    start, sign = (3.0, -1.0) if backward else (0.0, 1.0)
+    far = step_lengths(uneven, torch.tensor([start, start + 9 * sign], dtype=torch.float64))
+    end = start + sign * (sum(far[:4]) + 0.02)  # the fifth step is a sliver
+    t = torch.tensor([start, end], dtype=torch.float64)
+    assert step_lengths(uneven, t)[-1] == pytest.approx(0.02)
+    even = step_lengths(dataclasses.replace(uneven, even_steps=True), t)
+    assert len(even) <= 5
+    assert sum(even) == pytest.approx(abs(end - start))
+    assert even[-1] > 0.9 * even[-2]
+
+
+def test_a_solve_begins_with_the_step_that_suited_the_one_before() -> None:
+    field, noise, memory = Wave(), torch.ones(2, 3, dtype=torch.float64), StepMemory()
+    solver = Solver("dopri5", atol=1e-6, rtol=1e-6)
+    solutions = []
+    for shift in (0.0, 0.01, 0.02):
+        z = torch.ones(2, 3, dtype=torch.float64) + shift
+        bound = Dynamics(field, regularizers=[kinetic]).bind(noise)
+        solutions.append((solve(bound, z, 3 * T, solver), solve(bound, z, 3 * T, solver, memory=memory)))
+        (alone, remembered) = solutions[-1]
+        torch.testing.assert_close(remembered.z, alone.z, rtol=1e-5, atol=1e-5)
+    (alone, first), *later = solutions
+    assert first.stats == alone.stats
+    for alone, remembered in later:
+        assert remembered.stats.nfe < alone.stats.nfe
+
+
+def test_what_a_memory_learns() -> None:
+    """At order 5, half of a step whose error was 32 times too large; nothing from a step without an error."""
+    memory = StepMemory()
+    assert memory.begin() is None
+    memory.note(1.0, 32.0, 5)
+    memory.note(0.1, 0.0, 5)
+    memory.keep()
+    assert memory.begin() == pytest.approx(0.5)
+    memory.note(0.25, 1.0, 5)
+    memory.keep()
+    assert memory.step == pytest.approx(0.25)

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,12 @@ from ..core.objective import bits_per_dim, output_log_prob
 from ..core.random_streams import Stream, seeded
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError, SolverError
+from ..flows.multiscale import MultiscaleFlow
 from ..flows.transforms import dequantize
+from ..solvers.step_memory import StepMemory
 from ..types import FlowOutput
 
 if TYPE_CHECKING:
-    from ..flows.multiscale import MultiscaleFlow
     from ..solvers import Solver
 
 __all__ = ["BitsPerDim", "EvaluationResult", "evaluate", "image_batch"]
@@ -110,7 +112,8 @@ def evaluate(
     Args:
         flow: the model; it stays on its device and in its mode. Its own trace estimator is not used, see above.
         images: uint8 ``(N, C, H, W)``, array or tensor, values in 0..levels-1.
-        batch_size: images per solve. An adaptive solver chooses its steps for a whole batch.
+        batch_size: images per solve. An adaptive solver chooses its steps for a whole batch, and begins with those
+            that suited the batch before.
         draws: draws of dequantisation and trace noise per image. None for as many as make the error from the noise
             at most half of that from the images, one to eight: the first images are drawn twice to learn that.
         solver: the integrator; None for the flow's own.
@@ -168,6 +171,9 @@ class _Measuring:
         self._pilot = min(len(self._batches), math.ceil(_PILOT_IMAGES / batch_size))
         self._dims, self._levels = math.prod(flow.image_shape), flow.levels
         self._device = next(flow.parameters()).device
+        # another model of a user's own may not know of memories
+        known = isinstance(flow, MultiscaleFlow)
+        self._memory: dict[str, Any] = {"memory": defaultdict(StepMemory)} if known else {}
         self._progress, self._done, self._total = progress, 0, 2 * (len(self._batches) + self._pilot)
         self._bits: dict[tuple[bool, int, int], Tensor] = {}  # by kind, draw and batch
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
@@ -245,7 +251,8 @@ class _Measuring:
     def _encode(self, solver: Solver | None, *, clean: bool, draw: int, index: int, penalties: bool) -> FlowOutput:
         with torch.no_grad(), seeded(self._seed, Stream.VALIDATE, draw, int(clean), index):
             batch = image_batch(self._images, self._batches[index]).to(self._device)
-            return self._flow(dequantize(batch, self._levels, clean=clean), solver=solver, penalties=penalties)
+            x = dequantize(batch, self._levels, clean=clean)
+            return self._flow(x, solver=solver, penalties=penalties, **self._memory)
 
     def _bits_of(self, output: FlowOutput) -> Tensor:
         return bits_per_dim(output_log_prob(output), dims=self._dims, levels=self._levels).double().cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..fields import StackField, conv_field
 from ..solvers import Solver, solve
 from ..solvers.health import HealthCheck, check_health
+from ..solvers.step_memory import StepMemory
 from ..types import FlowOutput, Solution
 from .checks import check_image_shape, check_images, check_latents, check_noise, range_check
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
@@ -165,6 +166,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         solver: Solver | None = None,
         penalties: bool = True,
         generator: torch.Generator | None = None,
+        memory: Mapping[int, StepMemory] | None = None,
     ) -> FlowOutput:
         """Push images through the flow, following the log-determinant and the penalties.
 
@@ -175,6 +177,8 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             solver: the integrator; None for :attr:`solver`.
             penalties: whether to integrate the penalties.
             generator: draws the noise; of the images' device.
+            memory: carries the steps of an adaptive solver from one batch to the next, one entry for each block by
+                its index, such as a ``defaultdict(StepMemory)``; None: each batch finds its own.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats with that of the logit, raw integrals of
@@ -202,12 +206,13 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         leaving: list[Tensor] = []
         regularization: dict[str, Tensor] = {r.name: torch.zeros_like(logdet) for r in followed}
         nfe = 0
-        blocks = zip(self.fields, noise, strict=True)
+        memories = [None if memory is None else memory[k] for k in range(len(self.fields))]
+        blocks = zip(self.fields, noise, memories, strict=True)
         for stage in self.stages:
-            for field, probe in islice(blocks, _BLOCKS):
+            for field, probe, steps in islice(blocks, _BLOCKS):
                 times = self._times(z, training=training)
                 solution = _solve(
-                    field, z, times, solver, checks, probe, regularizers=followed, estimator=self.estimator
+                    field, z, times, solver, checks, probe, steps, regularizers=followed, estimator=self.estimator
                 )
                 z = solution.z[-1]
                 nfe += solution.stats.nfe
@@ -331,6 +336,7 @@ def _solve(
     solver: Solver,
     checks: list[HealthCheck],
     noise: Tensor | None = None,
+    memory: StepMemory | None = None,
     **options: Any,
 ) -> Solution:
     # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
@@ -342,4 +348,4 @@ def _solve(
         dynamics = Dynamics(field.prepare(z, prepared), **options)
     else:
         dynamics = Dynamics(field, **options)
-    return solve(dynamics.bind(noise), z, times, solver, checks=checks)
+    return solve(dynamics.bind(noise), z, times, solver, checks=checks, memory=memory)

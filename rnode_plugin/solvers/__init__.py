@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..types import BoundDynamics, Solution
     from .health import HealthCheck
     from .plan import SolvePlan
+    from .step_memory import StepMemory
 
 __all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver", "solve"]
 
@@ -27,6 +28,7 @@ def solve(
     params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     checks: list[HealthCheck] | None = None,
+    memory: StepMemory | None = None,
 ) -> Solution:
     """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
@@ -42,6 +44,7 @@ def solve(
         generator: draws the stages of a sampled quadrature.
         checks: a list that receives, instead of an error, what tells whether a fixed grid stayed finite.
             :func:`~rnode_plugin.solvers.health.check_health` looks at several solves together.
+        memory: carries the step of an adaptive solve to the next one; a continuous adjoint does not use it.
 
     Returns:
         Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
@@ -68,7 +71,7 @@ def solve(
         if plan.gradient.endswith("adjoint") and not transforms_active():
             wanted = getattr(dynamics, "parameters", tuple)() if params is None else params
             return solve_adjoint(dynamics, z0, t_span.to(z0.device), plan, tuple(wanted), trace=trace)
-        return integrate(dynamics, z0, t_span, plan, generator=generator, trace=trace, checks=checks)
+        return integrate(dynamics, z0, t_span, plan, generator=generator, trace=trace, checks=checks, memory=memory)
 
     path = getattr(dynamics, "path", None)
     solution = run(t_span, plan) if path is None else solve_with_path(dynamics, path, t_span, plan, run)

@@ -23,6 +23,7 @@ from .host import read
 from .plan import SolvePlan
 from .step import Step, StepTaker
 from .step_control import Controller, error_ratio, guess_first_step
+from .step_memory import StepMemory
 from .totals import Totals
 
 __all__ = ["Adaptive"]
@@ -51,9 +52,10 @@ class Adaptive:
         z: Tensor,
         t_span: Tensor,
         trace: list[tuple[Tensor, Tensor]] | None,
+        memory: StepMemory | None = None,
     ) -> None:
         _check_precision(plan, z.dtype)
-        self.dynamics, self.plan, self.take, self.trace = dynamics, plan, take, trace
+        self.dynamics, self.plan, self.take, self.trace, self.memory = dynamics, plan, take, trace, memory
         self.t_span = t_span.cpu()
         self.sign = 1.0 if bool(self.t_span[-1] >= self.t_span[0]) else -1.0
         self.z, self.t, self.dt = z, self.t_span[:1], self.t_span[:1]
@@ -79,6 +81,8 @@ class Adaptive:
                 self.totals.rejected += 1
             self._choose_next(attempt, ratio)
         self._check_penalties()
+        if self.memory is not None:
+            self.memory.keep()
         return self.totals.solution(self.times, self.states, self.logdets)
 
     # the start ---------------------------------------------------------------------------------------------------
@@ -86,14 +90,18 @@ class Adaptive:
     def _start(self) -> None:
         self.rates = self.dynamics(self._there(self.t_span[0]), self.z)
         self.totals.nfe += 1
-        self.dt = self._first_step(self.rates)
+        self.dt = self._evenly(self._first_step(self.rates))
         self._trace()
 
     @torch.no_grad()
     def _first_step(self, first: Rates) -> Tensor:
         like = self.t_span[0].detach()
-        if self.plan.first_step is not None:
-            return torch.full_like(like, self.sign * self.plan.first_step)
+        known = self.plan.first_step
+        remembered = None if self.memory is None else self.memory.begin()
+        if remembered is not None:
+            known = min(remembered, float((self.t_span[-1] - self.t_span[0]).detach().abs()))
+        if known is not None:
+            return torch.full_like(like, self.sign * known)
         if self.z.numel() == 0:
             return self.t_span[-1].detach() - like
         z, velocity = self.z.detach(), self.sign * first.dz.detach()
@@ -170,7 +178,23 @@ class Adaptive:
         if attempt.uncut is not None:
             rest = attempt.uncut - dt
             dt = rest if bool(self.t + rest != self.t) else attempt.uncut
-        self.dt = self.controller.next_step(dt, ratio)
+        self.dt = self._evenly(self.controller.next_step(dt, ratio))
+        if self.memory is not None:
+            self.memory.note(abs(float(attempt.dt.detach())), float(ratio), self.plan.method.order)
+
+    @torch.no_grad()
+    def _evenly(self, dt: Tensor) -> Tensor:
+        """With ``plan.even_steps``: a step no longer than ``dt`` that divides what is left evenly.
+
+        So no sliver is left at the end, which would cost as many evaluations as any step.
+        """
+        goal = self.t_span[self.upcoming if self.plan.interpolator is None else -1]
+        rest = goal - self.t
+        if not self.plan.even_steps or not bool(rest):
+            return dt
+        count = math.ceil(float(rest / dt) - 1e-6)
+        # the last step is cut off at its end, by which a gradient for the time finds its way
+        return rest / count if count > 1 else torch.maximum(dt * self.sign, 2 * rest * self.sign) * self.sign
 
     # outputs -----------------------------------------------------------------------------------------------------
 

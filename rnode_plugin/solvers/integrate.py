@@ -15,6 +15,7 @@ from .adaptive import Adaptive
 from .health import HealthCheck, check_health, fail_integrals, fail_max_nfe, fail_nonfinite, health
 from .plan import SolvePlan
 from .step import StepTaker, step_taker, weight_row
+from .step_memory import StepMemory
 from .totals import Totals
 
 __all__ = ["integrate"]
@@ -29,6 +30,7 @@ def integrate(
     generator: torch.Generator | None = None,
     trace: list[tuple[Tensor, Tensor]] | None = None,
     checks: list[HealthCheck] | None = None,
+    memory: StepMemory | None = None,
 ) -> Solution:
     """Integrate from ``t_span[0]`` through all of ``t_span``; differentiable through the steps taken.
 
@@ -39,7 +41,7 @@ def integrate(
         plan: method, accuracy and gradient.
         generator: draws the stages of a sampled quadrature.
         trace: a list that receives the time and state of every accepted step, the initial one first.
-        checks: see :func:`~rnode_plugin.solvers.solve`.
+        checks, memory: see :func:`~rnode_plugin.solvers.solve`.
 
     Raises:
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
@@ -51,7 +53,7 @@ def integrate(
     keep_inputs_at = (z0, t_span[0].to(z0.device)) if plan.gradient == "checkpointed" else None
     take = step_taker(dynamics, plan.method, tolerance=(plan.atol, plan.rtol), keep_inputs_at=keep_inputs_at)
     if plan.method.adaptive:
-        return Adaptive(dynamics, plan, take, z0, t_span, trace).run()
+        return Adaptive(dynamics, plan, take, z0, t_span, trace, memory).run()
     solution, check = _fixed(plan, take, z0, t_span, counts, generator, trace)
     if checks is None:
         check_health([check])

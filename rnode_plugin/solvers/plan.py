@@ -24,6 +24,7 @@ class SolvePlan:
             zero, but not both.
         keep: for each time of ``t_span`` whether its state is an output (fixed grids); None: all are.
         interpolator: torchdyn's: output times between steps are interpolated instead of stepped to.
+        even_steps: whether an adaptive method divides what is left up to the next output evenly. torchdyn does not.
         every_step: makes each accepted step of an adaptive method an output, next to the times of ``t_span``.
         adjoint: how a continuous adjoint goes back; None: as the solve itself.
 
@@ -41,6 +42,7 @@ class SolvePlan:
     trace_quadrature: str = "full"
     keep: Sequence[bool] | None = None
     interpolator: Any = None
+    even_steps: bool = False
     every_step: bool = False
     adjoint: SolvePlan | None = None
 
@@ -78,6 +80,7 @@ class SolvePlan:
             "step": solver.step,
             "first_step": solver.first_step,
             "max_nfe": solver.max_nfe,
+            "even_steps": True,
         }
         backward = cls(
             **shared,
