@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from rnode_plugin.flows import multiscale
 from rnode_plugin.flows.multiscale import MultiscaleFlow, plan_stages
 from rnode_plugin.flows.transforms import logit, squeeze
 from rnode_plugin.solvers import Solver
+from rnode_plugin.solvers.step_memory import StepMemory
 from rnode_plugin.training.cost.counting import count
 
 SHAPE = (1, 8, 8)
@@ -246,6 +248,22 @@ def test_log_prob_integrates_in_full_whatever_the_solver() -> None:
     full = flow.log_prob(x, noise=noise, solver=Solver())
     flow.solver = Solver(trace_quadrature="sampled")
     assert torch.equal(flow.log_prob(x, noise=noise), full)
+
+
+def test_batches_in_a_row_share_their_steps_and_agree_with_single_ones() -> None:
+    flow, solver = make_flow(std=0.1).double(), Solver("dopri5", atol=1e-6, rtol=1e-6, first_step=0.01)
+    memory: dict[int, StepMemory] = defaultdict(StepMemory)
+    x = images(4).double()
+    noise = flow.draw_noise(4)
+    with torch.no_grad():
+        alone = flow(x, noise=noise, solver=solver)
+        rows = [flow(x, noise=noise, solver=solver, memory=memory) for _ in range(2)]
+    assert sorted(memory) == list(range(len(flow.fields)))
+    assert rows[0].nfe == alone.nfe
+    assert rows[1].nfe < alone.nfe
+    for row in rows:
+        torch.testing.assert_close(row.logdet, alone.logdet, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(row.z, alone.z, rtol=1e-6, atol=1e-6)
 
 
 def test_samples_follow_the_temperature() -> None:
