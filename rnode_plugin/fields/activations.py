@@ -85,7 +85,7 @@ class Activation(ABC):
         return p.mul_(slope)
 
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
-        """``s'' g p + s' below``, which overwrites ``bent``."""
+        """``s'' g p + s' below``, which overwrites ``bent`` or ``below``."""
         return bent.addcmul_(below, slope)
 
     def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class _Softplus(Activation):
         return kept_p  # s'' g p = (1 - s') v p; join brings the factor
 
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
-        return torch.lerp(bent, below, slope, out=bent)
+        return bent.lerp_(below, slope)
 
     def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
         return _aten.softplus_backward(below, kept, 1, self._threshold)
@@ -135,7 +135,8 @@ class _SoftplusByOutput(_Softplus):
     keeps_output = True
 
     def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
-        if g.shape != a.shape or g.stride() != a.stride():
+        # torch.compile takes no such output, and needs none
+        if torch.compiler.is_compiling() or g.shape != a.shape or g.stride() != a.stride():
             return super().pull(a, u, g, over=over)
         return _aten.softplus_backward(
             g, a, 1, self._threshold, grad_input=a
@@ -148,7 +149,7 @@ class _SoftplusByOutput(_Softplus):
         return p.addcmul_(p, slope, value=-1)
 
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
-        return torch.lerp(below, bent, slope, out=bent)
+        return below.lerp_(bent, slope)
 
     def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
         return below.addcmul_(below, self.kept_slope(kept), value=-1)
@@ -167,7 +168,9 @@ class _Tanh(Activation):
         return a.tanh_()
 
     def pull(self, a: Tensor, u: Tensor, g: Tensor, *, over: bool) -> Tensor:
-        return _aten.tanh_backward(g, u, grad_input=g) if over else _aten.tanh_backward(g, u)
+        if over and not torch.compiler.is_compiling():
+            return _aten.tanh_backward(g, u, grad_input=g)
+        return _aten.tanh_backward(g, u)
 
     def kept_slope(self, kept: Tensor) -> Tensor:
         return torch.addcmul(_one(kept), kept, kept, value=-1)
