@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .recipes.schema import get_recipe
     from .solvers import Solver
     from .torchdyn.cnf import CNF
-    from .torchdyn.density import RegularizedCNF
+    from .torchdyn.densities.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE
     from .torchdyn.patch import install, uninstall
     from .training.lightning.datamodule import ImageDataModule

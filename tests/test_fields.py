@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from rnode_plugin.core.transforms_active import transforms_active
+from rnode_plugin.core.tensors.transforms_active import transforms_active
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS, Activation

@@ -15,7 +15,7 @@ from rnode_plugin.errors import RnodeError, SolverError, TrainingError
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 from rnode_plugin.training.runs.folder import RunFolder
 from rnode_plugin.training.schedule import EpochOrder
-from rnode_plugin.training.step_guard import StepGuard
+from rnode_plugin.training.steps.step_guard import StepGuard
 
 
 def states(folder: RunFolder) -> tuple[dict, dict]:

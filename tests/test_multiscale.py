@@ -20,7 +20,7 @@ from rnode_plugin.flows import multiscale
 from rnode_plugin.flows.multiscale import MultiscaleFlow, plan_stages
 from rnode_plugin.flows.transforms import logit, squeeze
 from rnode_plugin.solvers import Solver
-from rnode_plugin.solvers.step_memory import StepMemory
+from rnode_plugin.solvers.steps.step_memory import StepMemory
 from rnode_plugin.training.cost.counting import count
 
 SHAPE = (1, 8, 8)

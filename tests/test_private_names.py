@@ -11,9 +11,9 @@ import torch
 
 PACKAGE = Path(__file__).parents[1] / "rnode_plugin"
 NAMES = {
-    r"torch\._C\._are_functorch_transforms_active": "core/transforms_active.py",
-    r"torch\.utils\._pytree": "core/nested.py",
-    r"\._sequence_nr": "solvers/autograd_graph.py",
+    r"torch\._C\._are_functorch_transforms_active": "core/tensors/transforms_active.py",
+    r"torch\.utils\._pytree": "core/tensors/nested.py",
+    r"\._sequence_nr": "solvers/checkpointing/autograd_graph.py",
 }
 
 

@@ -18,8 +18,8 @@ from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, Solver, config, solve
 from rnode_plugin.solvers.plan import SolvePlan
-from rnode_plugin.solvers.step_memory import StepMemory
-from rnode_plugin.solvers.tableaus import get_method
+from rnode_plugin.solvers.steps.step_memory import StepMemory
+from rnode_plugin.solvers.steps.tableaus import get_method
 from rnode_plugin.types import Rates
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)

@@ -14,8 +14,8 @@ from torchdyn.nn import DataControl
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.torchdyn import compiled
-from rnode_plugin.torchdyn.signature import Takes, field_takes
-from rnode_plugin.torchdyn.slots import CONTROL
+from rnode_plugin.torchdyn.wrapped.signature import Takes, field_takes
+from rnode_plugin.torchdyn.wrapped.slots import CONTROL
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 

@@ -322,8 +322,8 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
     from torchdyn.numerics.solvers._constants import construct_dopri5, construct_rk4, construct_tsit5
     from torchdyn.numerics.utils import adapt_step, hairer_norm, init_step
 
-    from rnode_plugin.solvers.step_control import Controller, guess_first_step, rms_norm
-    from rnode_plugin.solvers.tableaus import get_method
+    from rnode_plugin.solvers.steps.step_control import Controller, guess_first_step, rms_norm
+    from rnode_plugin.solvers.steps.tableaus import get_method
 
     constructors = {"rk4": construct_rk4, "dopri5": construct_dopri5, "tsit5": construct_tsit5}
     for name, construct in constructors.items():

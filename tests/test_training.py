@@ -27,7 +27,7 @@ from rnode_plugin.errors import CheckpointError, ConfigError, DataError, Trainin
 from rnode_plugin.evaluation.images import load_images, pick_device
 from rnode_plugin.recipes.schema import Optimizer, Recipe
 from rnode_plugin.training.fit import FitResult, fit
-from rnode_plugin.training.lightning.metrics_file import MetricsTable
+from rnode_plugin.training.lightning.callbacks.metrics_file import MetricsTable
 from rnode_plugin.training.lightning.module import RnodeModule
 from rnode_plugin.training.runs.checkpoints import read_checkpoint, save_flow
 from rnode_plugin.training.schedule import EpochOrder, EvenShare, RunPlan, learning_rate_factor

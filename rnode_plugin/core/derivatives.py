@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..types import FieldWithJVP, FieldWithVJP, VectorField
-from .transforms_active import transforms_active
+from .tensors.transforms_active import transforms_active
 
 __all__ = ["FieldDerivatives", "field_and_vjp", "vjp_of"]
 

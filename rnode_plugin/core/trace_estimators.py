@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import ConfigError, suggest
 from ..types import FieldWithJacobian, FieldWithVJP, VectorField
 from .derivatives import field_and_vjp, vjp_of
-from .reductions import sum_products, sum_squares
-from .transforms_active import transforms_active
+from .tensors.reductions import sum_products, sum_squares
+from .tensors.transforms_active import transforms_active
 
 __all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Probes", "TraceEstimator", "get_estimator"]
 

@@ -28,7 +28,7 @@ from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError, SolverError
 from ..flows.multiscale import MultiscaleFlow
 from ..flows.transforms import dequantize
-from ..solvers.step_memory import StepMemory
+from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput
 
 if TYPE_CHECKING:

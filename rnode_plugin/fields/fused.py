@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.transforms_active import needs_plain_pass
+from ..core.tensors.transforms_active import needs_plain_pass
 from .activations import Activation
 from .autocast import without_autocast
 from .kernels.compile import compiled

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..fields import StackField, conv_field
 from ..solvers import Solver, solve
 from ..solvers.health import HealthCheck, check_health
-from ..solvers.step_memory import StepMemory
+from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput, Solution
 from .checks import check_image_shape, check_images, check_latents, check_noise, range_check
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze

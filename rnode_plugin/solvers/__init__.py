@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..types import BoundDynamics, Solution
     from .health import HealthCheck
     from .plan import SolvePlan
-    from .step_memory import StepMemory
+    from .steps.step_memory import StepMemory
 
 __all__ = ["ADAPTIVE_METHODS", "FIXED_METHODS", "GRADIENTS", "METHODS", "TRACE_QUADRATURES", "Solver", "solve"]
 
@@ -55,7 +55,7 @@ def solve(
             ``torch.func.vmap`` and on the device ``meta``.
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
-    from ..core.transforms_active import transforms_active
+    from ..core.tensors.transforms_active import transforms_active
     from .adjoint import solve_adjoint
     from .health import check_time
     from .integrate import integrate

@@ -21,9 +21,9 @@ from .config import FIXED_METHODS
 from .health import fail_integrals, fail_max_nfe, fail_nonfinite, fail_underflow, health
 from .host import read
 from .plan import SolvePlan
-from .step import Step, StepTaker
-from .step_control import Controller, error_ratio, guess_first_step
-from .step_memory import StepMemory
+from .steps.step import Step, StepTaker
+from .steps.step_control import Controller, error_ratio, guess_first_step
+from .steps.step_memory import StepMemory
 from .totals import Totals
 
 __all__ = ["Adaptive"]

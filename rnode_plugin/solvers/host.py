@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.transforms_active import transforms_active
+from ..core.tensors.transforms_active import transforms_active
 
 __all__ = ["read"]
 

@@ -14,8 +14,8 @@ from ..types import BoundDynamics, Solution
 from .adaptive import Adaptive
 from .health import HealthCheck, check_health, fail_integrals, fail_max_nfe, fail_nonfinite, health
 from .plan import SolvePlan
-from .step import StepTaker, step_taker, weight_row
-from .step_memory import StepMemory
+from .steps.step import StepTaker, step_taker, weight_row
+from .steps.step_memory import StepMemory
 from .totals import Totals
 
 __all__ = ["integrate"]

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..types import BoundDynamics, Solution
 from .plan import SolvePlan
-from .step import step_taker
-from .tableaus import Method, get_method
+from .steps.step import step_taker
+from .steps.tableaus import Method, get_method
 
 if TYPE_CHECKING:
     from ..core.path_penalties import PathPenalties

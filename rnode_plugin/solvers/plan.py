@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .config import DEFAULT_MAX_NFE, Solver
-from .tableaus import Method, get_method
+from .steps.tableaus import Method, get_method
 
 __all__ = ["SolvePlan"]
 

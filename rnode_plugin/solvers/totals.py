@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..types import Solution, SolveStats
-from .step import Step
+from .steps.step import Step
 
 __all__ = ["Totals"]
 

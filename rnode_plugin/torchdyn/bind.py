@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from ..core.augmented import Dynamics
 from ..core.derivatives import FieldDerivatives
 from ..core.field_evaluation import FieldEvaluation
-from ..core.nested import tree_leaves
 from ..core.path_penalties import PathPenalties
 from ..core.regularizers import Regularizer
+from ..core.tensors.nested import tree_leaves
 from ..errors import ConfigError
 from ..types import BoundDynamics, FieldWithAux, Rates
-from .buffers import buffers_kept
-from .compiled import has_compiled_parts, run_original
-from .lost_graph import refuse_lost_graph
 from .recognise import fast_rates
 from .shared_trace import WithoutTrace, can_observe, observing
-from .slots import find_slots
-from .state_layout import Penalized, StateLayout, is_cnf, layout_of
-from .velocity import Velocity, counted, counters, unwrapped, with_slots
+from .wrapped.buffers import buffers_kept
+from .wrapped.compiled import has_compiled_parts, run_original
+from .wrapped.lost_graph import refuse_lost_graph
+from .wrapped.slots import find_slots
+from .wrapped.state_layout import Penalized, StateLayout, is_cnf, layout_of
+from .wrapped.velocity import Velocity, counted, counters, unwrapped, with_slots
 
 __all__ = ["INTEGRAL_LOSS", "BoundField", "bind_field", "tensors_of"]
 

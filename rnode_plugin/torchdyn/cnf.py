@@ -13,10 +13,10 @@ from torchdyn.models import cnf as torchdyn_cnf
 from ..core.trace_estimators import Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..types import FieldWithVJP
-from .checks import check_order, check_shape
-from .lost_graph import refuse_lost_graph
-from .signature import accepts, field_takes
-from .velocity import Velocity, called_as_it_takes, first_order_system
+from .wrapped.checks import check_order, check_shape
+from .wrapped.lost_graph import refuse_lost_graph
+from .wrapped.signature import accepts, field_takes
+from .wrapped.velocity import Velocity, called_as_it_takes, first_order_system
 
 if TYPE_CHECKING:
     from .shared_trace import Seen

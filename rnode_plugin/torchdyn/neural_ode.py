@@ -19,11 +19,11 @@ from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers
 from ..solvers import GRADIENTS
 from ..solvers.path import check_steps
-from .checks import check_interpolator, check_max_nfe, check_order, check_tolerances
 from .one_solve import run_solve
 from .penalties import LastCalls
 from .solver_names import method_from_torchdyn, resolve_solver
-from .state_layout import Penalized, check_penalized
+from .wrapped.checks import check_interpolator, check_max_nfe, check_order, check_tolerances
+from .wrapped.state_layout import Penalized, check_penalized
 
 __all__ = ["NeuralODE"]
 

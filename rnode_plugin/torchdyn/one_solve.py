@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.nested import tree_map_only
 from ..core.regularizers import Weighted, kind_of, span_policy, undivided
+from ..core.tensors.nested import tree_map_only
 from ..solvers import solve
 from .bind import INTEGRAL_LOSS, bind_field, tensors_of
-from .checks import check_state, check_times
 from .penalties import SolvePenalties, attach
 from .planning import plan_solve
-from .state_layout import layout_of
+from .wrapped.checks import check_state, check_times
+from .wrapped.state_layout import layout_of
 
 __all__ = ["run_solve"]
 

@@ -10,7 +10,7 @@ from torchdyn.numerics.interpolators import str_to_interp
 from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..solvers.plan import SolvePlan
-from ..solvers.tableaus import Method, get_method
+from ..solvers.steps.tableaus import Method, get_method
 from .solver_names import kept_times, step_method
 
 __all__ = ["plan_solve"]

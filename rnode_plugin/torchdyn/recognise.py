@@ -20,8 +20,8 @@ from ..fields.recognise import PARTS, AppendTime, RecognisedStack, recognise
 from ..fields.stack import FlatPreparedStack, PreparedStack
 from ..types import BoundDynamics, Rates
 from .cnf import CNF
-from .state_layout import StateLayout
-from .velocity import Counter, counters
+from .wrapped.state_layout import StateLayout
+from .wrapped.velocity import Counter, counters
 
 __all__ = ["fast_rates"]
 

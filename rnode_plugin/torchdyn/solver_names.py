@@ -21,7 +21,7 @@ from torchdyn.numerics.solvers.ode import (
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
 from ..errors import ConfigError, suggest
-from ..solvers.tableaus import Field, Method, StepResult, get_method
+from ..solvers.steps.tableaus import Field, Method, StepResult, get_method
 
 __all__ = ["RungeKutta38", "kept_times", "method_from_torchdyn", "resolve_solver", "step_method"]
 

@@ -24,17 +24,17 @@ from ..evaluation.images import load_images
 from ..recipes.schema import Recipe, Training
 from .conclude import conclude
 from .failures import explained
+from .lightning.callbacks.metrics_file import MetricsFile, MetricsTable
+from .lightning.callbacks.run_checkpoints import RunCheckpoints
+from .lightning.callbacks.sample_grids import SampleGrids
+from .lightning.callbacks.stopping import Interrupted, StopAfterStep, StoppedAtOnce, signals_restored
+from .lightning.callbacks.weight_average import WeightAverage
 from .lightning.datamodule import ImageDataModule
 from .lightning.loggers import check_loggers, make_logger
-from .lightning.metrics_file import MetricsFile, MetricsTable
 from .lightning.module import RnodeModule
 from .lightning.position import RunPosition
 from .lightning.private import end_other_processes, put_first
-from .lightning.run_checkpoints import RunCheckpoints
-from .lightning.sample_grids import SampleGrids
-from .lightning.stopping import Interrupted, StopAfterStep, StoppedAtOnce, signals_restored
 from .lightning.trainer import check_options, follow_plan, make_trainer, quiet
-from .lightning.weight_average import WeightAverage
 from .progress import progress_display
 from .runs.checkpoints import read_checkpoint
 from .runs.folder import RunFolder

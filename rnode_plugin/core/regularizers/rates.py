@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..field_evaluation import FieldEvaluation
-from ..reductions import sum_event, sum_squares
+from ..tensors.reductions import sum_event, sum_squares
 from ..trace_estimators import Exact
 from .base import FunctionRegularizer
 

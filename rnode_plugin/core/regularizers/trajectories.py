@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...types import Trajectory
-from ..reductions import sum_squares
+from ..tensors.reductions import sum_squares
 from .base import FunctionRegularizer
 from .rates import kinetic
 

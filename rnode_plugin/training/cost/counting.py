@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ...core.nested import tree_leaves
+from ...core.tensors.nested import tree_leaves
 
 __all__ = ["Cost", "count", "is_kernel"]
 

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...flows.multiscale import MultiscaleFlow
 from ...recipes.schema import Recipe
 from ...solvers import Solver
-from ..step_objective import StepObjective
+from ..steps.step_objective import StepObjective
 from .counting import Cost, count
 
 __all__ = ["StepCost", "count_step", "fixed_solver", "largest_batch", "training_step"]

@@ -17,15 +17,15 @@ from ...errors import CheckpointError, ConfigError, LocalError, SolverError, Tra
 from ...fields import compile_fields
 from ...recipes.schema import Recipe
 from ...solvers import Solver
-from ..auto_step import AutoStep
-from ..compile_first import compile_first
 from ..optimizers import make_optimizer
 from ..runs.checkpoints import pack
 from ..runs.folder import RunFolder
 from ..schedule import learning_rate_factor
-from ..step_guard import StepGuard
-from ..step_objective import StepObjective
-from ..step_row import StepClock, StepRow
+from ..steps.auto_step import AutoStep
+from ..steps.compile_first import compile_first
+from ..steps.step_guard import StepGuard
+from ..steps.step_objective import StepObjective
+from ..steps.step_row import StepClock, StepRow
 from ..validation import ValidationSums, gap_warning
 from .datamodule import ImageDataModule
 from .private import data_of, log_interval

@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..core.random_streams import Stream, seeded
-from ..errors import SolverError
-from ..fields.kernels import compile as compiling
-from ..solvers import Solver
-from ..text import duration
+from ...core.random_streams import Stream, seeded
+from ...errors import SolverError
+from ...fields.kernels import compile as compiling
+from ...solvers import Solver
+from ...text import duration
 from .step_objective import StepObjective
 
 __all__ = ["compile_first"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchdyn.core.defunc import DEFunc
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 
 __all__ = ["Penalized", "StateLayout", "check_penalized", "is_cnf", "layout_of"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
-from ..errors import ConfigError
-from .checks import check_shape
+from ...errors import ConfigError
+from ..wrapped.checks import check_shape
 
 __all__ = ["base_and_shape", "moved", "shrunk_samples"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback
 
-from ...files import write_atomically
-from .private import log_interval
+from ....files import write_atomically
+from ..private import log_interval
 
 __all__ = ["MetricsFile", "MetricsTable"]
 

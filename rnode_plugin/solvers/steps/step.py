@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import BoundDynamics, Rates, StepRecord
-from .recompute import checkpointed
+from ...types import BoundDynamics, Rates, StepRecord
+from ..checkpointing.recompute import checkpointed
 from .tableaus import Method
 
 __all__ = ["Step", "StepTaker", "step_taker", "weight_row"]

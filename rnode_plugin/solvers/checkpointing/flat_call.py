@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.nested import tree_flatten, tree_unflatten
+from ...core.tensors.nested import tree_flatten, tree_unflatten
 
 __all__ = ["FlatCall"]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .host import read
+from ..host import read
 from .tableaus import Method
 
 __all__ = ["Controller", "error_ratio", "guess_first_step", "rms_norm"]

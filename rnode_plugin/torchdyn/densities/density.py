@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..core.regularizers import span_policy
-from ..core.trace_estimators import TraceEstimator
-from ..errors import ConfigError
+from ...core.regularizers import span_policy
+from ...core.trace_estimators import TraceEstimator
+from ...errors import ConfigError
+from ..cnf import CNF
+from ..neural_ode import NeuralODE
+from ..solver_names import resolve_solver
+from ..wrapped.checks import check_shape, is_count
 from .base_distribution import base_and_shape, moved, shrunk_samples
-from .checks import check_shape, is_count
-from .cnf import CNF
 from .contexts import context_rows
 from .flow_distribution import FlowDistribution
-from .neural_ode import NeuralODE
-from .solver_names import resolve_solver
 
 __all__ = ["RegularizedCNF"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchdyn.numerics.interpolators import INTERP_DICT
 
-from ..errors import ConfigError, suggest
+from ...errors import ConfigError, suggest
 
 __all__ = [
     "check_interpolator",

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from ..core.nested import tree_leaves
-from ..core.transforms_active import transforms_active
-from ..errors import ConfigError
-from ..types import BoundDynamics
+from ...core.tensors.nested import tree_leaves
+from ...core.tensors.transforms_active import transforms_active
+from ...errors import ConfigError
+from ...types import BoundDynamics
 from .autograd_graph import find_leaves, next_number
 from .flat_call import FlatCall
 

@@ -9,8 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, suggest
-from .config import METHODS
+from ...errors import ConfigError, suggest
+from ..config import METHODS
 
 __all__ = ["Field", "Method", "StepFunction", "StepResult", "get_method"]
 

@@ -6,18 +6,18 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from ..core.random_streams import Stream, seeded
-from ..data.images import ImageArray
-from ..errors import SolverError
-from ..evaluation.bits import image_batch
-from ..evaluation.step_size import StepTable, tune_step
-from ..flows.transforms import dequantize
-from ..solvers import Solver
+from ...core.random_streams import Stream, seeded
+from ...data.images import ImageArray
+from ...errors import SolverError
+from ...evaluation.bits import image_batch
+from ...evaluation.step_size import StepTable, tune_step
+from ...flows.transforms import dequantize
+from ...solvers import Solver
 
 if TYPE_CHECKING:
     import torch
 
-    from ..flows.multiscale import MultiscaleFlow
+    from ...flows.multiscale import MultiscaleFlow
 
 __all__ = ["AutoStep"]
 

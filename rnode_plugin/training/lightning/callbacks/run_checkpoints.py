@@ -10,9 +10,9 @@ from typing import Any
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Checkpoint
 
-from ...errors import TrainingError
-from ..runs.checkpoints import BEST, LAST
-from .private import validates_after_this_batch
+from ....errors import TrainingError
+from ...runs.checkpoints import BEST, LAST
+from ..private import validates_after_this_batch
 from .stopping import Interrupted
 
 __all__ = ["RunCheckpoints"]

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.objective import bits_per_dim, objective, output_log_prob
-from ..core.regularizers import undivided
-from ..flows.transforms import dequantize, random_flip
+from ...core.objective import bits_per_dim, objective, output_log_prob
+from ...core.regularizers import undivided
+from ...flows.transforms import dequantize, random_flip
 
 if TYPE_CHECKING:
-    from ..flows.multiscale import MultiscaleFlow
-    from ..recipes.schema import Recipe
-    from ..solvers import Solver
+    from ...flows.multiscale import MultiscaleFlow
+    from ...recipes.schema import Recipe
+    from ...solvers import Solver
 
 __all__ = ["StepObjective", "StepTerms"]
 

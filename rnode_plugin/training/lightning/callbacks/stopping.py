@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback
 
-from .private import validates_after_this_batch
+from ..private import validates_after_this_batch
 
 __all__ = ["Interrupted", "StopAfterStep", "StoppedAtOnce", "signals_restored"]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback
 
-from ...errors import SolverError
-from ...evaluation.sampling import sample_images, save_grid
+from ....errors import SolverError
+from ....evaluation.sampling import sample_images, save_grid
 
 __all__ = ["SampleGrids"]
 

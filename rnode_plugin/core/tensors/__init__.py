@@ -1,0 +1,1 @@
+"""Operations on tensors that the mathematics shares: reductions, nested structures, transforms, denormals."""

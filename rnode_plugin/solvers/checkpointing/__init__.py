@@ -1,0 +1,1 @@
+"""Steps whose activations are computed again in the backward pass."""

@@ -1,0 +1,1 @@
+"""Densities of a field: RegularizedCNF, its base, contexts and distribution."""

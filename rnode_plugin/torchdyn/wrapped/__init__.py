@@ -1,0 +1,1 @@
+"""What a torchdyn field takes, holds and returns: signatures, columns, placeholders, buffers."""

@@ -1,0 +1,1 @@
+"""What happens in one training step: objective, guard, row of metrics, compiling, automatic step size."""
