@@ -14,7 +14,7 @@ from ._version import __version__
 _PUBLIC = {
     "CNF": "torchdyn.cnf",
     "NeuralODE": "torchdyn.neural_ode",
-    "RegularizedCNF": "torchdyn.density",
+    "RegularizedCNF": "torchdyn.densities.density",
     "MultiscaleFlow": "flows.multiscale",
     "FlowOutput": "types",
     "Solution": "types",
