@@ -22,6 +22,7 @@ import torch.multiprocessing
 from measure import Timing, alternate, peak_memory, set_up
 from step_time import BASELINE, EXACT, PATHS, Step, build, build_run
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from training_runs import METHODS, Trainer
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
@@ -161,7 +162,7 @@ def measure_processes(device: torch.device, *, rehearse: bool) -> Rows:
         try:
             context = torch.multiprocessing.get_context("spawn")
             queue: Any = context.SimpleQueue()
-            torch.multiprocessing.spawn(_half, (backend, recipe, batch, device.type, queue), nprocs=2)
+            spawn(_half, (backend, recipe, batch, device.type, queue), nprocs=2)
             row["gradient"] = queue.get()
         except Exception as error:
             row["problem"] = str(error).strip().splitlines()[-1]  # two nccl ranks may not share a card

@@ -15,6 +15,7 @@ import tempfile
 import torch
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
+from rnode_plugin.data import ImageArray
 from rnode_plugin.evaluation.bits import evaluate
 from rnode_plugin.evaluation.images import load_images
 from rnode_plugin.training.fit import fit
@@ -22,7 +23,7 @@ from rnode_plugin.training.fit import fit
 FINE = Solver(method="rk4_38", step=1 / 8)
 
 
-def bits(flow: MultiscaleFlow, images: torch.Tensor, *, bf16: bool) -> float:
+def bits(flow: MultiscaleFlow, images: ImageArray, *, bf16: bool) -> float:
     """Dirty bits/dim, the field in bfloat16 or in float32."""
     device = next(flow.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, enabled=bf16):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
+from typing import Any
 
 import numpy as np
 from image_files import picture_bytes, random_images
@@ -29,7 +30,7 @@ def prepare(*sources, target, val_fraction=0.1, **options):
     return pack(plan_packing(sources, val_fraction=val_fraction), target, **options)
 
 
-def write_tar(path, files, mode="w"):
+def write_tar(path, files, mode: Any = "w"):
     with tarfile.open(path, mode) as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)

@@ -60,6 +60,7 @@ def test_builtin_references_resolve() -> None:
 
 @pytest.mark.skipif(tomllib is None, reason="tomllib needs Python 3.11")
 def test_entry_points_of_the_project_resolve() -> None:
+    assert tomllib is not None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = {"console_scripts": project["scripts"], **project["entry-points"]}
     for group, entries in groups.items():

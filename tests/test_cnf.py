@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,7 @@ class ConvWithTime(nn.Module):
         return torch.tanh(self.conv(torch.cat([z, time], 1)))
 
 
-def dense(field: object, z: Tensor) -> tuple[Tensor, Tensor]:
+def dense(field: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """Trace and squared Frobenius norm of the Jacobian, sample by sample."""
     jacobians = [
         torch.autograd.functional.jacobian(lambda s: field(s[None])[0], each).reshape(each.numel(), -1)
@@ -39,7 +42,7 @@ def dense(field: object, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("estimator", [None, "exact", autograd_trace, Exact()])
-def test_exact_trace_of_flat_and_image_shaped_events(estimator: object) -> None:
+def test_exact_trace_of_flat_and_image_shaped_events(estimator: Any) -> None:
     torch.manual_seed(0)
     t = torch.tensor(0.3, dtype=torch.float64)
     net, conv = mlp(), ConvWithTime()
@@ -54,11 +57,11 @@ def test_exact_trace_of_flat_and_image_shaped_events(estimator: object) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["gaussian", "rademacher", hutch_trace])
-def test_hutchinson_trace_is_unbiased_on_images(estimator: object) -> None:
+def test_hutchinson_trace_is_unbiased_on_images(estimator: Any) -> None:
     torch.manual_seed(0)
     many, t, conv = 4000, torch.tensor(0.3, dtype=torch.float64), ConvWithTime()
     z = torch.randn(1, 2, 3, 3, dtype=torch.float64)
-    cnf = CNF(conv, estimator, event_shape=(2, 3, 3))
+    cnf: Any = CNF(conv, estimator, event_shape=(2, 3, 3))
     cnf.noise = cnf.draw_noise(z.expand(many, -1, -1, -1))
     with torch.no_grad():
         trace = -cnf(t, torch.cat([torch.zeros(many, 1), z.flatten(1).expand(many, -1)], 1))[:, 0]
@@ -67,7 +70,7 @@ def test_hutchinson_trace_is_unbiased_on_images(estimator: object) -> None:
 
 
 @pytest.mark.parametrize("estimator", [None, hutch_trace])
-def test_agrees_with_torchdyns_class_in_either_solver(estimator: object) -> None:
+def test_agrees_with_torchdyns_class_in_either_solver(estimator: Any) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))
     noise = MultivariateNormal(torch.zeros(3), torch.eye(3)) if estimator else None
@@ -154,7 +157,7 @@ class Affine(nn.Module):
     lambda: nn.Sequential(CNF(Affine(), "gaussian")),
 ], ids=["torchdyn", "gaussian", "rademacher", "hutch_trace", "sequential"])  # fmt: skip
 def test_exactly_one_product_an_evaluation(
-    make: object, solver: str, regularizers: list[str] | None, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], solver: str, regularizers: list[str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = NeuralODE(make(), solver, regularizers=regularizers)
     counter = Counter(monkeypatch)
@@ -195,7 +198,8 @@ def test_jacfrob_reads_the_products_of_the_trace(make: type) -> None:
 
 def test_estimators_of_a_users_own_stay_theirs() -> None:
     def estimator(x_out: Tensor, x_in: Tensor, noise: Tensor | None = None) -> Tensor:
-        return 3 * autograd_trace(x_out, x_in)
+        trace: Any = autograd_trace(x_out, x_in)
+        return 3 * trace
 
     torch.manual_seed(0)
     net = nn.Linear(2, 2)
@@ -219,7 +223,7 @@ def test_a_cnf_written_after_torchdyns_is_recognised() -> None:
             with torch.set_grad_enabled(True):
                 x_in = x[:, 1:].requires_grad_(True)
                 x_out = self.net(x_in)
-                trace = self.trace_estimator(x_out, x_in, noise=self.noise)
+                trace: Any = self.trace_estimator(x_out, x_in, noise=self.noise)
             return torch.cat([-trace[:, None], x_out], 1) + 0 * x
 
     net = nn.Linear(2, 2)
@@ -232,7 +236,7 @@ def test_a_cnf_written_after_torchdyns_is_recognised() -> None:
     ("make", "message"),
     [
         (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
-        (lambda: CNF(nn.Linear(2, 2), 3), "trace_estimator"),
+        (lambda: CNF(nn.Linear(2, 2), 3), "trace_estimator"),  # pyright: ignore[reportArgumentType]
         (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
         (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "no noise"),
         (lambda: CNF(nn.Linear(4, 4), event_shape=(2, 2))(torch.zeros(()), torch.zeros(4, 3)), r"\[B, 5\]"),
@@ -245,6 +249,6 @@ def test_a_cnf_written_after_torchdyns_is_recognised() -> None:
         ),
     ],
 )
-def test_mistakes(make: object, message: str) -> None:
+def test_mistakes(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob
@@ -39,10 +40,9 @@ def group(rank: int, address: str) -> Iterator[None]:
 
 def in_two_processes(worker: Callable[..., None], folder: Path, *arguments: Any) -> Any:
     """What the first of two processes saves, each of which calls ``worker(rank, address, result, *arguments)``."""
-    import torch.multiprocessing as mp
 
     result = folder / "result.pt"
-    mp.spawn(worker, (str(folder / "rendezvous"), str(result), *arguments), nprocs=2)
+    spawn(worker, (str(folder / "rendezvous"), str(result), *arguments), nprocs=2)
     return torch.load(result)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from rnode_plugin import RegularizedCNF
 from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
 
-TIGHT = {"atol": 1e-10, "rtol": 1e-10}
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
 
 
 def linear(matrix: Tensor) -> nn.Module:
@@ -160,7 +162,7 @@ def test_copies_and_state_dict_hold_each_parameter_once() -> None:
 
 
 @pytest.mark.parametrize("policy", [LearnedEndTime(2.0), Steer(0.5)], ids=["learned", "steer"])
-def test_samples_run_through_the_time_that_the_density_runs_through(policy: object) -> None:
+def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any) -> None:
     torch.manual_seed(0)
     model = RegularizedCNF(linear(0.3 * torch.randn(2, 2)), event_shape=2, regularizers=[policy], **TIGHT).double()
     x = torch.randn(3, 2, dtype=torch.float64)
@@ -193,7 +195,8 @@ def test_usable_in_a_lightning_module(tmp_path) -> None:
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), 1e-2)
 
-    data = DataLoader(torch.randn(32, 2), batch_size=16)
+    rows: Any = torch.randn(32, 2)  # a tensor serves as a data set
+    data = DataLoader(rows, batch_size=16)
     pl.Trainer(
         max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
         default_root_dir=tmp_path,
@@ -213,6 +216,6 @@ def test_usable_in_a_lightning_module(tmp_path) -> None:
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).reg_loss(), "call the model"),
     ],
 )
-def test_mistakes(make: object, message: str) -> None:
+def test_mistakes(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()

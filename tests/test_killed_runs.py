@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def test_killed_at_random_moments_and_resumed(whole: Path, tmp_path: Path, seed:
     killed, longest = [], 1.6
     while True:
         has_begun = (runs / "digits" / "0" / "checkpoints" / "last.ckpt").is_file()
-        child = Child(runs, STEPS, **({"resume": one_run(runs)} if has_begun else {}))
+        resume: dict[str, Any] = {"resume": one_run(runs)} if has_begun else {}
+        child = Child(runs, STEPS, **resume)
         if len(killed) < 5:
             how = moments.choice([signal.SIGKILL, signal.SIGTERM])
             child.kill_after(moments.uniform(0.3 * longest, longest), how)

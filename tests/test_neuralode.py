@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,8 +50,8 @@ FIELDS = {
 
 
 def solve_both(
-    make_field: object, span: Tensor, x: Tensor, *, regularizers: object = None, **options: object
-) -> tuple[TorchdynNeuralODE, NeuralODE, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    make_field: Callable[[], Any], span: Tensor, x: Tensor, *, regularizers: Any = None, **options: Any
+) -> tuple[Any, NeuralODE, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     field = make_field()
     theirs_options = dict(options)
     if options.get("sensitivity") == "checkpointed":
@@ -184,7 +187,7 @@ def test_save_at_return_t_eval_and_default_times() -> None:
     with pytest.raises(ConfigError, match="once and only once"):
         ours(x, span, [0.55])
     assert torch.equal(NeuralODE(field, return_t_eval=False)(x), theirs.__class__(field, return_t_eval=False)(x))
-    ours.t_span = torch.linspace(0, 2, 5)
+    ours.t_span = torch.linspace(0, 2, 5)  # pyright: ignore[reportAttributeAccessIssue]
     assert ours(x)[1].shape == (5, 6, 4)
     assert torch.equal(ours.trajectory(x, span), theirs.trajectory(x, span))
 
@@ -198,20 +201,24 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
 
 def test_a_model_in_nn_sequential_and_images() -> None:
     torch.manual_seed(0)
+    conv = GalConv2d(6, 3, 3, padding=1, expfunc=Fourier(2))
     field = nn.Sequential(
-        DataControl(), DepthCat(1), GalConv2d(6, 3, 3, padding=1, expfunc=Fourier(2)), nn.Tanh()
+        DataControl(), DepthCat(1), conv, nn.Tanh()
     )  # 3 + 3 channels from the control, time, and back to 3
-    field[2].reset_parameters()
-    nn.init.normal_(field[2].coeffs, std=0.1)
-    for Model, extra in ((TorchdynNeuralODE, {}), (NeuralODE, {"regularizers": ["kinetic", "jacfrob"]})):
+    conv.reset_parameters()
+    nn.init.normal_(conv.coeffs, std=0.1)
+    penalties: dict[str, Any] = {"regularizers": ["kinetic", "jacfrob"]}
+    found = []
+    for Model, extra in ((TorchdynNeuralODE, {}), (NeuralODE, penalties)):
         torch.manual_seed(3)
         model = nn.Sequential(Augmenter(1, 2), Model(field, "rk4", return_t_eval=False, **extra))
-        out = model(torch.randn(2, 1, 6, 6))
-        if Model is TorchdynNeuralODE:
-            expected = out
+        found.append(model(torch.randn(2, 1, 6, 6)))
+    expected, out = found
     assert out.shape == (2, 2, 3, 6, 6)
     assert torch.equal(out, expected)
-    assert model[1].regularization["jacfrob"].shape == (2,)
+    node = model[1]
+    assert isinstance(node, NeuralODE)
+    assert node.regularization["jacfrob"].shape == (2,)
 
 
 def test_lightning_module_as_field() -> None:
@@ -278,7 +285,7 @@ def test_fields_without_args_work() -> None:
         ({"max_nfe": 2.5}, "max_nfe"),
     ],
 )
-def test_mistakes_are_told_at_construction(options: dict[str, object], message: str) -> None:
+def test_mistakes_are_told_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NeuralODE(WithTime(), **options)
 
@@ -289,10 +296,24 @@ def test_more_mistakes() -> None:
     with pytest.raises(ConfigError, match="SDE"):
         NeuralODE(SDEFunc(lambda t, x: x, lambda t, x: x))
     with pytest.raises(TypeError, match="regularisers"):
-        NeuralODE(WithTime(), regularisers=["kinetic"])
+        NeuralODE(WithTime(), regularisers=["kinetic"])  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError):
         NeuralODE(
-            WithTime(), "rk4", 1, 1e-3, 1e-3, "autograd", None, 1e-4, 1e-4, None, None, False, True, (), ["kinetic"]
+            WithTime(),
+            "rk4",
+            1,
+            1e-3,
+            1e-3,
+            "autograd",
+            None,
+            1e-4,
+            1e-4,
+            None,
+            None,
+            False,
+            True,
+            (),
+            ["kinetic"],  # pyright: ignore[reportCallIssue]
         )
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
     model(torch.randn(2, 4))

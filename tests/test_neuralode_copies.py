@@ -6,11 +6,13 @@ import copy
 import io
 import pickle
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
+from torch.multiprocessing.spawn import spawn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models.cnf import hutch_trace
@@ -40,7 +42,7 @@ def hutchinson() -> nn.Module:
 FIELDS = {"galerkin": galerkin, "torchdyn_cnf": hutchinson, "cnf": lambda: CNF(nn.Linear(2, 2), "gaussian")}
 
 
-def called(field: nn.Module, **options: object) -> NeuralODE:
+def called(field: nn.Module, **options: Any) -> NeuralODE:
     model = NeuralODE(field, "rk4", regularizers=["kinetic", "jacfrob", speed], **options)
     _, sol = model(torch.randn(4, 3), torch.linspace(0, 1, 3))
     (sol[-1].sum() + model.reg_loss()).backward()
@@ -170,19 +172,20 @@ def _gradients(rank: int, address: str, result: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
     t = torch.linspace(0, 1, 2, dtype=torch.float64)
-    tight = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+    tight: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
     found = {}
     for sensitivity in MODES:
         torch.manual_seed(0)
         field = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-        penalties = {"regularizers": {"kinetic": 0.5, "jacfrob": 0.5}, "trace_noise": "exact"}
+        penalties: dict[str, Any] = {"regularizers": {"kinetic": 0.5, "jacfrob": 0.5}, "trace_noise": "exact"}
         model = NeuralODE(field, "dopri5", sensitivity=sensitivity, **penalties, **tight)
         single, gradients = copy.deepcopy(model), []
         parallel = nn.parallel.DistributedDataParallel(model)
         for call, node, part in ((parallel, model, x[2 * rank : 2 * rank + 2]), (single, single, x)):
             _, sol = call(part, t)
             (sol[-1].square().mean() + node.reg_loss()).backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in node.parameters()]))
+            parts: list[Any] = [p.grad for p in node.parameters()]
+            gradients.append(torch.cat([part.flatten() for part in parts]))
         found[sensitivity] = gradients
     if rank == 0:
         torch.save(found, result)
@@ -192,10 +195,9 @@ def _gradients(rank: int, address: str, result: str) -> None:
 
 @pytest.mark.ddp
 def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
-    import torch.multiprocessing as mp
 
     result = str(tmp_path / "gradients.pt")
-    mp.spawn(_gradients, (str(tmp_path / "rendezvous"), result), nprocs=2)
+    spawn(_gradients, (str(tmp_path / "rendezvous"), result), nprocs=2)
     for sensitivity, (both, single) in torch.load(result).items():
         # steps differ with the batch, and cubic interpolation between them is what that mode's accuracy hangs on
         tolerance = 1e-5 if sensitivity == "interpolated_adjoint" else 1e-7

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torchdyn.nn import DataControl
 from rnode_plugin import CNF, NeuralODE
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
-TIGHT = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
 BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
 
 
@@ -155,6 +157,7 @@ def test_integral_loss_has_its_whole_gradient(sensitivity: str, span: tuple[floa
     length = span[1] - span[0]
     exact = x.square().sum() * k / 2 * (torch.exp(2 * k * length) - 1)
     (true,) = torch.autograd.grad(exact, k)
+    assert k.grad is not None
     assert abs(float(k.grad - true)) < 1e-6 * abs(float(true))
 
 
@@ -183,7 +186,7 @@ def test_integral_loss_adds_to_another_loss_and_to_penalties() -> None:
     lambda net: CNF(net),
     lambda net: CNF(net, "rademacher"),
 ], ids=["torchdyn", "torchdyn_hutchinson", "exact", "rademacher"])  # fmt: skip
-def test_cnf_with_penalties_agrees_in_all_modes(make_cnf: object) -> None:
+def test_cnf_with_penalties_agrees_in_all_modes(make_cnf: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 8), nn.Softplus(), nn.Linear(8, 2)).double()
     x = torch.randn(3, 3, dtype=torch.float64)

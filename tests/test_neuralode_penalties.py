@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import Linear, linear_closed_form
@@ -153,7 +155,7 @@ def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
     z = torch.randn(3, 2, dtype=torch.float64)
     for sensitivity in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint"):
         penalty = Learned()
-        tight = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+        tight: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
         model = NeuralODE(Linear(2), "dopri5", sensitivity=sensitivity, regularizers=[penalty], **tight)
         assert any(p is penalty.scale for p in model.parameters())
         model(z)

@@ -21,7 +21,7 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
     torch.manual_seed(0)
     flow = recipe.build_flow()
     for field in flow.fields:  # as smooth as a trained one, and not zero
-        field.layers[-1].reset_parameters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        field.layers[-1].reset_parameters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportIndexIssue]
     x = dequantize(torch.as_tensor(load_images(recipe).val[:32]), 17)
     noise = flow.draw_noise(len(x))
     bits = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ RATES = [
 ]  # fmt: skip
 ESTIMATED = ["jacfrob", "curl", "strain"]
 SPAN = (0.0, 0.5)
-TIGHT = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
 
 
 class Image(nn.Module):
@@ -150,7 +151,7 @@ def test_hutch_plus_plus_has_finite_gradients_at_zero() -> None:
     assert bool(field.weight.grad.isfinite().all())
 
 
-def resolved(*names: str) -> list[object]:
+def resolved(*names: str) -> list[Any]:
     return [entry.regularizer for entry in resolve_regularizers(list(names)).values()]
 
 
@@ -221,12 +222,12 @@ class OwnTanh(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
         return gradient * (1 - y * y)
 
     @staticmethod
-    def jvp(ctx, tangent):
+    def jvp(ctx, tangent):  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
         return tangent * (1 - y * y)
 
@@ -241,7 +242,7 @@ class NoForwardMode(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
         (y,) = ctx.saved_tensors
         return gradient * (1 - y * y)
 
@@ -307,7 +308,8 @@ def test_each_product_is_made_once() -> None:
     class Counting(Wave):
         def forward_and_jvp(self, t: Tensor, z: Tensor, v: Tensor, dt: float) -> tuple[Tensor, Tensor]:
             calls.append(("jvp", dt))
-            return torch.func.jvp(self, (t, z), (torch.full_like(t, dt), v))
+            y, tangent = torch.func.jvp(self, (t, z), (torch.full_like(t, dt), v))[:2]
+            return y, tangent
 
         def forward_and_vjp(self, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             calls.append(("vjp", 0.0))

@@ -38,7 +38,7 @@ def replay(field: nn.Module, z: Tensor, times: Tensor) -> dict[str, Tensor]:
     e = e * 2 / 3  # torchdyn, like torchdiffeq, has an embedded solution of its own, two thirds as far away
     errors, ratios = [], []
     for t, h in zip(times[:-1], times.diff(), strict=True):
-        k = [field(t, z)]
+        k, last = [field(t, z)], z
         for i in range(1, 6):
             last = z + h * sum(a[i, j] * k[j] for j in range(i))
             k.append(field(t + c[i] * h, last))

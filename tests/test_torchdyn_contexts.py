@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.errors import ConfigError
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
-TIGHT = {"atol": 1e-9, "rtol": 1e-9}
+TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9}
 
 
 class Affine(nn.Module):
@@ -76,7 +79,8 @@ def test_gradients_reach_the_encoder_of_the_context(sensitivity: str) -> None:
     """Of log-density, both penalties and a pushed sample together, against finite differences."""
     torch.manual_seed(0)
     net = Mixing()
-    encoder = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    linear = nn.Linear(4, 3)
+    encoder = nn.Sequential(linear, nn.Tanh()).double()
     x, seen = torch.randn(5, 2).double(), torch.randn(5, 4).double()
     grid = {"solver": "rk4_38", "t_span": torch.linspace(0, 1, 41 if "adjoint" in sensitivity else 4)}
     model = RegularizedCNF(
@@ -89,7 +93,7 @@ def test_gradients_reach_the_encoder_of_the_context(sensitivity: str) -> None:
         value = -model.log_prob(x, context).mean() + model.reg_loss()
         return value + model.inverse(x, context).square().mean()
 
-    weight = encoder[0].weight
+    weight = linear.weight
     (found,) = torch.autograd.grad(loss(), weight)
     step = 1e-5
     for i, j in ((0, 0), (1, 2), (2, 3)):
@@ -172,6 +176,7 @@ def test_images_with_classes_as_contexts_train() -> None:
     model = RegularizedCNF(net, event_shape=(1, 4, 4), context_shape=1, solver="rk4_38")
     classes = torch.randint(0, 3, (8, 1))
     (-model.log_prob(torch.randn(8, 1, 4, 4), classes).mean() + model.reg_loss()).backward()
+    assert net.embed.weight.grad is not None
     assert bool(net.embed.weight.grad.any())
     assert model.sample(3, context=torch.tensor([2])).shape == (3, 1, 4, 4)
 
@@ -205,7 +210,7 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: conditional().distribution(), r"conditional: give context="),
         (lambda: conditional().log_prob(X, torch.zeros(4, 2)), r"must be a tensor of shape \(3,\)"),
         (lambda: conditional().log_prob(X, torch.zeros(2)), r"must be a tensor of shape \(3,\)"),
-        (lambda: conditional().log_prob(X, [0.0, 0.0, 0.0]), r"not list"),
+        (lambda: conditional().log_prob(X, [0.0, 0.0, 0.0]), r"not list"),  # pyright: ignore[reportArgumentType]
         (lambda: conditional().log_prob(X, torch.zeros(5, 3)), r"for 4 samples"),
         (lambda: conditional().log_prob(X, torch.zeros(1, 4, 3)), r"for 4 samples"),
         (lambda: conditional().sample(3, context=torch.zeros(2, 3)), r"for 3 samples"),
@@ -220,7 +225,7 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: RegularizedCNF.from_velocity(nn.Linear(2, 2), steps=0, event_shape=2), r"steps"),
     ],
 )
-def test_mistakes(make: object, message: str) -> None:
+def test_mistakes(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 

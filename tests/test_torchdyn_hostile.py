@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
 
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4", "dopri5"])
 @pytest.mark.parametrize("span", [torch.arange(0, 4), torch.arange(4, 0, -1), [0, 1, 2], range(3)], ids=str)
-def test_whole_numbers_are_times(span: object, solver: str) -> None:
+def test_whole_numbers_are_times(span: Any, solver: str) -> None:
     torch.manual_seed(0)
     field, x = WithTime(), torch.randn(3, 4)
     t, sol = NeuralODE(field, solver)(x, span)
@@ -64,13 +66,14 @@ def test_times_more_precise_than_the_state_do_not_raise_it() -> None:
     ],
 )
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_times_that_cannot_be_walked(span: object, message: str, solver: str) -> None:
+def test_times_that_cannot_be_walked(span: Any, message: str, solver: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NeuralODE(WithTime(), solver)(torch.randn(3, 4), span)
 
 
 def test_states_that_are_no_tensors() -> None:
-    for state in ([1.0, 2.0], torch.ones(2, 4).numpy(), 3.0, None):
+    states: list[Any] = [[1.0, 2.0], torch.ones(2, 4).numpy(), 3.0, None]
+    for state in states:
         with pytest.raises(ConfigError, match="must be a tensor"):
             NeuralODE(WithTime(), "rk4")(state)
         with pytest.raises(ConfigError, match="must be a tensor"):
@@ -151,7 +154,7 @@ def test_half_precision_works_on_a_fixed_grid_and_is_refused_with_adaptive_steps
         ({"penalized": [1, 0]}, "penalized="),
     ],
 )
-def test_options_out_of_range(options: dict[str, object], message: str) -> None:
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NeuralODE(WithTime(), **options)
 
@@ -159,18 +162,18 @@ def test_options_out_of_range(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CNF(mlp(2, 4, 2), order=1.5), "order"),
+        (lambda: CNF(mlp(2, 4, 2), order=1.5), "order"),  # pyright: ignore[reportArgumentType]
         (lambda: CNF(mlp(2, 4, 2), event_shape=(-1, 2)), "event_shape"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=-2), "event_shape"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=(2, 0)), "event_shape"),
-        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2.5), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2.5), "event_shape"),  # pyright: ignore[reportArgumentType]
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(-1), "number of samples"),
-        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1.5), "number of samples"),
-        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1, "hot"), "temperature"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1.5), "number of samples"),  # pyright: ignore[reportArgumentType]
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1, "hot"), "temperature"),  # pyright: ignore[reportArgumentType]
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).inverse(torch.zeros(4, 3)), "give"),
     ],
 )
-def test_numbers_that_no_density_has(make: object, message: str) -> None:
+def test_numbers_that_no_density_has(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
@@ -189,7 +192,7 @@ class Wrapper(nn.Module):
         with torch.enable_grad():
             z = x[:, :-1].requires_grad_()
             dz = self.net(z)
-            trace = sum(torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(2))
+            trace: Any = sum(torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(2))
         return torch.cat([dz, trace[:, None]], 1)
 
 
@@ -197,7 +200,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize("trace_noise", ["exact", "rademacher"])
 @pytest.mark.parametrize("penalized", [slice(None, -1), slice(0, 2), torch.tensor([True, True, False])], ids=str)
 def test_penalized_columns_leave_a_divergence_of_ones_own_out(
-    penalized: object, trace_noise: str, sensitivity: str
+    penalized: Any, trace_noise: str, sensitivity: str
 ) -> None:
     torch.manual_seed(0)
     net, x = mlp(2, 8, 2), torch.randn(5, 2)
@@ -250,7 +253,7 @@ def test_penalized_overrides_a_recognised_trace_and_counts_behind_an_integral_lo
     ("penalized", "message"),
     [(slice(5, 9), "selects nothing"), ([True, False], "mask of 2 columns"), ([False] * 4, "selects nothing")],
 )
-def test_penalized_columns_that_are_not_there(penalized: object, message: str) -> None:
+def test_penalized_columns_that_are_not_there(penalized: Any, message: str) -> None:
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)
     with pytest.raises(ConfigError, match=message):
         model(torch.randn(2, 4))
@@ -331,10 +334,11 @@ def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
     x = torch.randn(3, 2)
     state = torch.cat([torch.zeros(3, 1), x], 1)
     NeuralODE(Cut(how), "rk4", regularizers=["kinetic"])(x)
-    for options in ({"regularizers": ["jacfrob"]}, {"regularizers": ["jacfrob"], "penalized": slice(0, 1)}):
+    both: list[dict[str, Any]] = [{}, {"penalized": slice(0, 1)}]
+    for options in both:
         for sensitivity in MODES:
             with pytest.raises(ConfigError, match="without a graph"):
-                NeuralODE(Cut(how), "rk4", sensitivity=sensitivity, **options)(x)
+                NeuralODE(Cut(how), "rk4", sensitivity=sensitivity, regularizers=["jacfrob"], **options)(x)
     with pytest.raises(ConfigError, match="without a graph"):
         NeuralODE(CNF(Cut(how)), "rk4")(state)
     with torch.no_grad(), pytest.raises(ConfigError, match="without a graph"):
@@ -348,7 +352,7 @@ def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:
 
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -0.1, "much", None])
-def test_strengths_that_the_constructor_refuses(strength: object) -> None:
+def test_strengths_that_the_constructor_refuses(strength: Any) -> None:
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
     model(torch.randn(3, 4))
     with pytest.raises(ConfigError, match="lambda of 'kinetic'"):
@@ -366,9 +370,7 @@ def test_a_trajectory_leaves_the_penalties_of_the_last_call() -> None:
 
 @pytest.mark.parametrize("regularizers", [None, ["jacfrob"]])
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(
-    solver: str, regularizers: object
-) -> None:
+def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(solver: str, regularizers: Any) -> None:
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
     x, found = torch.randn(6, 2), []
@@ -376,7 +378,10 @@ def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(
         field = copy.deepcopy(first)
         model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=regularizers, trace_noise="exact")
         _, sol = model(x, torch.linspace(0, 1, 3))
-        assert int(field[1].num_batches_tracked) == model.vf.nfe
+        norm = field[1]
+        assert isinstance(norm, nn.BatchNorm1d)
+        assert norm.num_batches_tracked is not None
+        assert int(norm.num_batches_tracked) == model.vf.nfe
         (sol[-1].square().sum() + model.reg_loss()).backward()
         found.append([*field.state_dict().values(), *(p.grad for p in field.parameters())])
     for ours, expected in zip(*found, strict=True):
@@ -390,7 +395,7 @@ def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(
 def test_collected_penalties_are_the_sum_over_calls(sensitivity: str) -> None:
     torch.manual_seed(0)
     model = NeuralODE(mlp(2, 8, 2), "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact")
-    batches, found = [torch.randn(n, 2) for n in (3, 3, 3)], []
+    batches, found, sums = [torch.randn(n, 2) for n in (3, 3, 3)], [], torch.zeros(())
     for collecting in (True, False):
         total, gradients = torch.zeros(()), torch.zeros(())
         if collecting:
@@ -455,4 +460,5 @@ def test_a_recurrent_model_with_the_penalties_of_all_its_solves() -> None:
     whole = node.reg_loss()
     torch.testing.assert_close(whole, total, rtol=0.2, atol=0)
     whole.backward()
+    assert jump.weight_ih.grad is not None
     assert bool(jump.weight_ih.grad.any())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def moons() -> tuple[Tensor, Tensor]:
     return x.float(), y.long()
 
 
-def train(loss: object, parameters: object, steps: int = 12, rate: float = 0.02) -> tuple[float, float]:
+def train(
+    loss: Callable[[], Tensor], parameters: Iterable[nn.Parameter], steps: int = 12, rate: float = 0.02
+) -> tuple[float, float]:
     optimizer = torch.optim.Adam(parameters, rate)
     losses = []
     for _ in range(steps):
@@ -117,7 +121,7 @@ def test_image_classification(model_class: type) -> None:
 
 
 @pytest.mark.parametrize("estimator", [None, hutch_trace])
-def test_continuous_normalizing_flow(model_class: type, moons: tuple[Tensor, Tensor], estimator: object) -> None:
+def test_continuous_normalizing_flow(model_class: type, moons: tuple[Tensor, Tensor], estimator: Any) -> None:
     x, _ = moons
     prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
     net = nn.Sequential(nn.Linear(2, 16), nn.Softplus(), nn.Linear(16, 2))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +91,7 @@ def solve_all_ways(net: nn.Module, x: Tensor) -> list[Tensor]:
     compile_lightly,
     torch.optim.swa_utils.AveragedModel,
 ], ids=["*args", "**kwargs", "compiled", "averaged"])  # fmt: skip
-def test_every_class_calls_it_as_it_takes(change: object) -> None:
+def test_every_class_calls_it_as_it_takes(change: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
     plain, x = Timed(), torch.randn(4, 2)
     changed = change(plain)
@@ -107,14 +109,14 @@ def test_compiled_fields_with_penalties_have_the_gradients_of_their_originals(se
     inner = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
     found = []
     for compiling in (False, True):
-        field: object = inner
+        field: Any = inner
         if compiling and where == "in place":
             inner.compile(backend="aot_eager")
         elif compiling and where == "function":
             field = torch.compile(lambda t, x: inner(x), backend="aot_eager")
         elif compiling:
             field = compile_lightly(inner) if where == "whole" else nn.Sequential(compile_lightly(inner))
-        extra = {} if where != "function" else {"optimizable_params": list(inner.parameters())}
+        extra: dict[str, Any] = {} if where != "function" else {"optimizable_params": list(inner.parameters())}
         torch.manual_seed(1)
         model = NeuralODE(
             field, "rk4", sensitivity=sensitivity, regularizers=["kinetic", "jacfrob"], trace_noise="exact", **extra

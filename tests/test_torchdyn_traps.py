@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torchdyn.numerics.solvers.ode import DormandPrince45
 
 from rnode_plugin import CNF, NeuralODE, SolverError
 
-TIGHT = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
 
 
 class Scale(nn.Module):
@@ -31,7 +32,7 @@ class Scale(nn.Module):
         return self.a * x
 
 
-def gradient(Model: type, field: nn.Module, x: Tensor, t: Tensor, **options: object) -> float:
+def gradient(Model: type, field: Scale, x: Tensor, t: Tensor, **options: Any) -> float:
     model = Model(field, "dopri5", **TIGHT, **options)
     sol = model(x, t)[1]
     loss = 0 * sol.sum() if "integral_loss" in options else sol[-1].sum()
@@ -62,7 +63,8 @@ def test_reversed_time_with_the_adjoint() -> None:
 @pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
 def test_adjoint_reads_state_that_another_forward_has_changed(sensitivity: str) -> None:
     torch.manual_seed(0)
-    field = nn.Sequential(DataControl(), nn.Linear(4, 2), nn.Tanh())
+    linear = nn.Linear(4, 2)
+    field = nn.Sequential(DataControl(), linear, nn.Tanh())
     x, found = torch.randn(3, 2), {}
     for Model in (Torchdyn, NeuralODE):
         for disturbed in (False, True):
@@ -70,7 +72,7 @@ def test_adjoint_reads_state_that_another_forward_has_changed(sensitivity: str) 
             sol = model(x, torch.linspace(0, 1, 3))[1]
             if disturbed:
                 model(x + 5, torch.linspace(0, 1, 3))
-            found[Model, disturbed] = torch.autograd.grad(sol[-1].sum(), field[1].weight)[0]
+            found[Model, disturbed] = torch.autograd.grad(sol[-1].sum(), linear.weight)[0]
     assert not torch.allclose(found[Torchdyn, True], found[Torchdyn, False], rtol=1e-2)
     assert torch.equal(found[NeuralODE, True], found[NeuralODE, False])
 
@@ -156,7 +158,8 @@ def test_traces_on_images() -> None:
     net, x = nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, 1, 3, 3)
     z = x.clone().requires_grad_()
     exact = 9 * net.weight[0, 0, 1, 1]  # each output pixel depends on its own input pixel by the kernel's centre
-    assert autograd_trace(net(z), z).shape != (2,)
+    trace: Any = autograd_trace(net(z), z)
+    assert trace.shape != (2,)
     with pytest.raises(RuntimeError):
         hutch_trace(net(z), z, noise=torch.ones_like(z))
     state = torch.cat([torch.zeros(2, 1), x.flatten(1)], 1)
@@ -220,8 +223,8 @@ def test_placeholders_of_a_users_own_layer_are_filled_and_given_back() -> None:
     class Clock(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.t = None
-            self._control = None
+            self.t: Any = None
+            self._control: Any = None
 
         def forward(self, x: Tensor) -> Tensor:
             return self.t * self._control + 0 * x
@@ -267,11 +270,11 @@ def test_rk4_asks_a_field_at_the_wrong_times() -> None:
 
 
 @pytest.mark.parametrize("solver", ["rk4", "dopri5", DormandPrince45(torch.float64)])
-def test_double_precision_is_single_inside(solver: object) -> None:
+def test_double_precision_is_single_inside(solver: Any) -> None:
     """The tableau of a name is rounded to single precision, and adaptive steps multiply with a step that is."""
     x, steps = torch.ones(1, 1, dtype=torch.float64), 201
     t = torch.linspace(0, 1, steps if solver == "rk4" else 2, dtype=torch.float64)
-    tight = {} if solver == "rk4" else {"atol": 1e-12, "rtol": 1e-12}
+    tight: dict[str, Any] = {} if solver == "rk4" else {"atol": 1e-12, "rtol": 1e-12}
     errors = []
     for Model in (Torchdyn, NeuralODE):
         sol = Model(Scale(), solver, **tight)(x, t)[1]
@@ -352,8 +355,10 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
             assert torch.equal(rms_norm(x), hairer_norm(x))
             theirs = init_step(lambda t, z: z.sin() - t, x.sin() - t, x, t, 5, 1e-3, 1e-4)
             ours = guess_first_step(lambda t, z: z.sin() - t, x.sin() - t, x, t, order=5, atol=1e-3, rtol=1e-4)
+            assert ours is not None
             assert torch.equal(ours, theirs)
-            factors = [torch.tensor([v], dtype=dtype) for v in (0.9, 0.2, 10.0)]
+            safety, low, high = (torch.tensor([v], dtype=dtype) for v in (0.9, 0.2, 10.0))
             for ratio in (0.0, 1e-9, 0.5, 1.0, 1.7, 1e6):
                 step, of = torch.tensor([scale], dtype=dtype), torch.tensor(ratio, dtype=dtype)
-                assert torch.equal(Controller(*factors, 5).next_step(step, of), adapt_step(step, of, *factors, 5))
+                ours = Controller(safety, low, high, 5).next_step(step, of)
+                assert torch.equal(ours, adapt_step(step, of, safety, low, high, 5))

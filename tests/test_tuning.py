@@ -97,7 +97,7 @@ def test_every_figure_of_a_linear_field(method: str, x: Tensor) -> None:
 
 def test_stops_at_the_coarsest_step_that_agrees(x: Tensor) -> None:
     flow, seen = flow_of(Scaling(0.8)), []
-    options = {"solver": Solver(method="midpoint"), "reference": TIGHT}
+    options: dict[str, Any] = {"solver": Solver(method="midpoint"), "reference": TIGHT}
     fine = tune_step(flow, x, max_gap=1e-12, **options).rows
     found = tune_step(flow, x, max_gap=math.sqrt(fine[1].gap * fine[2].gap), progress=seen.append, **options)
     assert found.step == 0.25
@@ -108,7 +108,7 @@ def test_stops_at_the_coarsest_step_that_agrees(x: Tensor) -> None:
 
 def test_both_tolerances_count(x: Tensor) -> None:
     flow = flow_of(Scaling(0.8))
-    options = {"solver": Solver(method="midpoint"), "reference": TIGHT, "smallest": 0.5}
+    options: dict[str, Any] = {"solver": Solver(method="midpoint"), "reference": TIGHT, "smallest": 0.5}
     assert tune_step(flow, x, max_gap=1e9, max_round_trip=1e9, **options).step == 1
     assert tune_step(flow, x, max_gap=1e9, max_round_trip=1e-9, **options).step is None
     assert tune_step(flow, x, max_gap=1e-9, max_round_trip=1e9, **options).step is None
