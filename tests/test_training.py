@@ -123,10 +123,11 @@ def test_validation_changes_no_step(recipe: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [2, 3, 4])  # 4: the signal comes right before a validation
 def test_interrupted_and_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path, step: int) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     whole = run(recipe, tmp_path / "a")
     part = run(recipe, tmp_path / "b", callbacks=[signal_at(step)])
     assert (part.stopped, part.steps, part.evaluation) == ("SIGTERM", step, None)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers are gone again
+    assert signal.getsignal(signal.SIGTERM) == before  # the run's own handlers are gone again
     resumed = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
     assert resumed.folder == part.folder
     assert resumed.seconds > part.seconds
