@@ -15,7 +15,7 @@ from torchdyn.nn import DataControl
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.torchdyn import compiled
+from rnode_plugin.torchdyn.wrapped import compiled
 from rnode_plugin.torchdyn.wrapped.signature import Takes, field_takes
 from rnode_plugin.torchdyn.wrapped.slots import CONTROL
 
