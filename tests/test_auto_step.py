@@ -23,11 +23,11 @@ from rnode_plugin.evaluation.bits import evaluate
 from rnode_plugin.evaluation.images import load_images
 from rnode_plugin.flows.transforms import dequantize
 from rnode_plugin.recipes.schema import Recipe
-from rnode_plugin.training import auto_step
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.lightning.datamodule import ImageDataModule
 from rnode_plugin.training.lightning.module import RnodeModule
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.steps import auto_step
 from rnode_plugin.training.steps.auto_step import AutoStep
 from rnode_plugin.training.validation import gap_warning
 
