@@ -11,6 +11,7 @@ import torch
 
 PACKAGE = Path(__file__).parents[1] / "rnode_plugin"
 NAMES = {
+    r"torch\._foreach_": "core/tensors/foreach.py",
     r"torch\._C\._are_functorch_transforms_active": "core/tensors/transforms_active.py",
     r"torch\.utils\._pytree": "core/tensors/nested.py",
     r"\._sequence_nr": "solvers/checkpointing/autograd_graph.py",
@@ -19,7 +20,7 @@ NAMES = {
 
 @pytest.mark.parametrize(
     "name",
-    ["torch._C:_are_functorch_transforms_active"]
+    ["torch._C:_are_functorch_transforms_active", "torch:_foreach_add_", "torch:_foreach_mul"]
     + [f"torch.utils._pytree:tree_{kind}" for kind in ("flatten", "leaves", "map_only", "unflatten")],
 )
 def test_torch_has_the_name(name: str) -> None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.tensors.foreach import add_each, multiply_each
 from ..core.tensors.transforms_active import needs_plain_pass
 from .activations import Activation
 from .autocast import without_autocast
@@ -329,7 +330,7 @@ def _descend(
     sums.reverse()
     gradients.reverse()
     if up is not None and up.gradients:
-        torch._foreach_add_(gradients[:-1], list(up.gradients))  # pyright: ignore[reportPrivateImportUsage]
+        add_each(gradients[:-1], list(up.gradients))
     z_grad = below.to(z.dtype) if needs.z and below is not None else None
     t_grad = _time_gradient(fast, sums, t) if needs.t else None
     if not needs.packed:
@@ -338,7 +339,7 @@ def _descend(
         return t_grad, z_grad, torch.cat([*map(products.flatten, gradients), *sums]).to(dtype)
     # biases and responses of time act alike on all samples: one sum over the batch serves both
     rows = [products.flatten(gradient) for gradient in gradients]
-    timed = torch._foreach_mul(sums, t.reshape(()).to(sums[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
+    timed = multiply_each(sums, t.reshape(()).to(sums[0].dtype))
     return t_grad, z_grad, torch.cat([*rows, *sums, *timed]).to(dtype)
 
 
