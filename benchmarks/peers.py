@@ -115,7 +115,7 @@ def torchdiffeq_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Calla
 
 def zuko_case(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     """zuko's free-form Jacobian transform with the exact trace."""
-    from zuko.transforms import FreeFormJacobianTransform
+    from zuko.transforms import FreeFormJacobianTransform  # pyright: ignore[reportMissingImports]  # optional
 
     parameters = list(net.parameters())
 

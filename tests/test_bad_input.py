@@ -31,7 +31,7 @@ from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.solvers import Solver, solve
 from rnode_plugin.training.fit import fit
 from rnode_plugin.training.lightning.trainer import make_trainer
-from rnode_plugin.training.runs.checkpoints import export_flow, pack, read_checkpoint, save_flow
+from rnode_plugin.training.runs.checkpoints import export_flow, header_with, read_checkpoint, save_flow
 
 RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
 
@@ -49,7 +49,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_flow(shelf / "good.ckpt", shelf / "good.safetensors")
     (shelf / "half.safetensors").write_bytes((shelf / "good.safetensors").read_bytes()[:900])
     contents = read_checkpoint(shelf / "good.ckpt")
-    torch.save({**contents, **pack(RECIPE.override(["model.hidden=5"]))}, shelf / "other_model.ckpt")
+    torch.save({**contents, **header_with(RECIPE.override(["model.hidden=5"]))}, shelf / "other_model.ckpt")
     future = {**contents["rnode_plugin"], "format": 2, "version": "9.9"}
     torch.save({**contents, "rnode_plugin": future}, shelf / "future.ckpt")
     torch.save({"weight": torch.zeros(2)}, shelf / "foreign.ckpt")

@@ -16,8 +16,8 @@ from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.training.runs.checkpoints import (
     export_flow,
     find_checkpoint,
+    header_with,
     load_with_recipe,
-    pack,
     read_checkpoint,
     save_flow,
     write_atomically,
@@ -126,7 +126,7 @@ def test_a_recipe_of_another_time(file: Path) -> None:
 
 
 def test_weights_of_another_model(file: Path, recipe: Recipe) -> None:
-    contents = {**read_checkpoint(file), **pack(recipe.override(["model.hidden=5"]))}
+    contents = {**read_checkpoint(file), **header_with(recipe.override(["model.hidden=5"]))}
     torch.save(contents, file)
     with pytest.raises(CheckpointError, match="does not fit the model of its recipe"):
         load_flow(file)

@@ -11,7 +11,7 @@ from ..errors import ConfigError, DataError
 from .downloads import DEFAULT_ROOT
 from .images import ImageArray, ImageData
 from .packing.packed import TRAIN_FILE, VAL_FILE, PackedImages
-from .packing.pictures import ImageFiles, is_picture, walk
+from .packing.pictures import ImageFiles, files_in, is_picture
 from .splits import VAL_FRACTION, assign, split_named
 
 __all__ = ["celebahq256", "folder", "imagenet64"]
@@ -125,7 +125,7 @@ def _read(
         train, val = (PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE))
         _check_packed(name, where, train.shape, val.shape, size, channels)
     else:
-        names = [file for file in walk(where) if is_picture(file)]
+        names = [file for file in files_in(where) if is_picture(file)]
         if not names:
             raise DataError(f"{name}: {where} holds no pictures (png, jpg, webp, ...) and no {TRAIN_FILE}.")
         splits = assign([split_named(n) for n in names], names, val_fraction=val_fraction, where=str(where))

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from ..errors import ConfigError, suggest
 
-__all__ = ["as_text", "coerce", "from_plain", "override", "to_plain", "walk"]
+__all__ = ["all_settings", "as_text", "coerce", "from_plain", "override", "to_plain"]
 
 T = TypeVar("T")
 _TRUE, _FALSE, _NONE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}, {"none", "null"}
@@ -212,7 +212,7 @@ def override(tree: T, assignments: Iterable[str], *, fixed: Iterable[str] = ()) 
 def _changes_by_group(tree: Any, assignments: Iterable[str], fixed: Iterable[str]) -> dict[str, dict[str, str]]:
     """The texts of the values by group and key, for settings that there are and that may change."""
     changes: dict[str, dict[str, str]] = {}
-    known = [path for path, _ in walk(tree) if path.partition(".")[0] not in fixed]
+    known = [path for path, _ in all_settings(tree) if path.partition(".")[0] not in fixed]
     tables = {name for name in _groups(tree) if isinstance(getattr(tree, name), Mapping)}
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
@@ -252,7 +252,7 @@ def _made(group: str, make: Callable[..., Any], *arguments: Any, **values: Any) 
         raise ConfigError(f"{prefix}{text}") from None
 
 
-def walk(tree: Any) -> list[tuple[str, Any]]:
+def all_settings(tree: Any) -> list[tuple[str, Any]]:
     """Every setting as ``("group.key", value)``, in the order of the fields."""
     found: list[tuple[str, Any]] = []
     for group in _groups(tree):

@@ -15,7 +15,7 @@ from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.config import Solver
-from .overrides import from_plain, override, to_plain, walk
+from .overrides import all_settings, from_plain, override, to_plain
 
 if TYPE_CHECKING:
     from ..flows.multiscale import MultiscaleFlow
@@ -272,7 +272,7 @@ class Recipe:
 
     def settings(self) -> list[tuple[str, Any]]:
         """Every setting as ``("group.key", value)``."""
-        return walk(self)
+        return all_settings(self)
 
     def to_plain(self) -> dict[str, Any]:
         """As dictionaries, lists, numbers and texts, for JSON and checkpoints."""

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
+from tqdm import tqdm
 
 __all__ = ["LineProgress", "batch_counter", "progress_display"]
 
@@ -98,19 +99,30 @@ def progress_display() -> ProgressBar:
 
 def batch_counter(what: str) -> Callable[[int, int], None]:
     """A callback ``(done, total)`` that shows the count of batches on the standard error."""
+    if _redraws(sys.stderr):
+        return _BatchBar(what)
     last = time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal last
-        if _redraws(sys.stderr):
-            print(
-                f"\r{what}, batch {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True
-            )
-        elif time.monotonic() - last >= _INTERVAL:
+        if time.monotonic() - last >= _INTERVAL:
             last = time.monotonic()
             print(f"{what}, batch {done} of {total}", file=sys.stderr, flush=True)
 
     return show
+
+
+class _BatchBar:
+    """A bar of batches on the standard error, which ends with the last one."""
+
+    def __init__(self, what: str) -> None:
+        self._bar = tqdm(desc=what, unit="batch", file=sys.stderr)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
 
 
 def _redraws(stream: TextIO) -> bool:

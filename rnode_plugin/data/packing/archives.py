@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from ...errors import DataError
-from .pictures import is_hidden, walk
+from .pictures import files_in, is_hidden
 
 __all__ = ["CONTAINERS", "Member", "check_directory", "members"]
 
@@ -72,7 +72,7 @@ def members(source: Path) -> Iterator[Member]:
 
 
 def _of_folder(folder: Path) -> Iterator[Member]:
-    for name in walk(folder):
+    for name in files_in(folder):
         path = folder / name
         yield Member(name, path.stat().st_size, lambda path=path: path.open("rb"))
 

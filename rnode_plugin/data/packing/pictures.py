@@ -1,4 +1,4 @@
-"""``decode`` and ``ImageFiles``: picture files as uint8 arrays, with limits on their size; ``walk`` lists them."""
+"""``decode`` and ``ImageFiles``: picture files as uint8 arrays, limited in size; ``files_in`` lists them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ImageFiles", "decode", "fit_pixels", "is_hidden", "is_picture", "walk"]
+__all__ = ["ImageFiles", "decode", "files_in", "fit_pixels", "is_hidden", "is_picture"]
 
 # JPEG covers the multi-picture files of cameras; formats whose readers start other programs are left out
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -37,7 +37,7 @@ def is_hidden(name: str) -> bool:
     )
 
 
-def walk(folder: Path) -> Iterator[str]:
+def files_in(folder: Path) -> Iterator[str]:
     """Names of the files below a folder, relative, with ``/``, sorted folder by folder; links are followed once."""
 
     def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read

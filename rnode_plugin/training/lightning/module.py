@@ -18,7 +18,7 @@ from ...fields import compile_fields
 from ...recipes.schema import Recipe
 from ...solvers import Solver
 from ..optimizers import make_optimizer
-from ..runs.checkpoints import pack
+from ..runs.checkpoints import header_with
 from ..runs.folder import RunFolder
 from ..schedule import learning_rate_factor
 from ..steps.auto_step import AutoStep
@@ -263,7 +263,9 @@ class RnodeModule(L.LightningModule):
         times = {"seconds": self.clock.run, "train_seconds": self.clock.training}
         skipped = {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
         step = {} if self.auto is None else {"step_size": self.auto.step}
-        checkpoint.update(pack(self.recipe), progress={"batches": self.global_step, **times, **skipped, **step})
+        checkpoint.update(
+            header_with(self.recipe), progress={"batches": self.global_step, **times, **skipped, **step}
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]

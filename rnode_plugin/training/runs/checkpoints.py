@@ -30,9 +30,9 @@ __all__ = [
     "PREVIOUS",
     "export_flow",
     "find_checkpoint",
+    "header_with",
     "load_flow",
     "load_with_recipe",
-    "pack",
     "read_checkpoint",
     "recipe_of",
     "save_flow",
@@ -45,7 +45,7 @@ _KEY = "rnode_plugin"
 _PREFIX = "flow."
 
 
-def pack(recipe: Recipe) -> dict[str, Any]:
+def header_with(recipe: Recipe) -> dict[str, Any]:
     """What makes a file ours: its format, the version that wrote it, the recipe. Plain data only."""
     return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}}
 
@@ -59,7 +59,7 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
     import torch
 
     state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
-    contents = {**pack(recipe), "state_dict": state}
+    contents = {**header_with(recipe), "state_dict": state}
     write_atomically(path, lambda file: torch.save(contents, file))
 
 
@@ -84,7 +84,7 @@ def export_flow(
         raise ConfigError(f"the exported file must end in {SUFFIX}, not {str(path)!r}.")
     file = find_checkpoint(source, prefer=prefer)
     flow, recipe = load_with_recipe(file)
-    encoded = weights_as_bytes(flow.state_dict(), pack(recipe)[_KEY])
+    encoded = weights_as_bytes(flow.state_dict(), header_with(recipe)[_KEY])
     write_atomically(path, lambda file: file.write(encoded))
     return file, recipe
 
