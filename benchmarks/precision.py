@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--accelerator", default="cpu")
     options = parser.parse_args()
-    fixed = [f"training.max_steps={options.steps}", f"training.check_every_steps={options.steps}",
+    fixed = [f"training.max_steps={options.steps}", f"training.val_every_steps={options.steps}",
              f"training.val_images={options.images}", "training.sample_images=0"]  # fmt: skip
     print(f"torch {torch.__version__}, {options.recipe}, {options.steps} steps, {options.images} held-out images")
     print(

@@ -24,7 +24,7 @@ def main():
         [
             f"training.max_steps={options.steps}",
             f"training.seed={options.seed}",
-            f"training.check_every_steps={options.steps}",
+            f"training.val_every_steps={options.steps}",
             "training.sample_images=0",  # samples are drawn below
             "optimizer.warmup=10",
             "regularizers.kinetic=0.01",  # the default of every recipe; here is where to change it

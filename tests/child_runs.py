@@ -17,7 +17,7 @@ from rnode_plugin.training.runs.resume import newest_intact
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["rnode_plugin.training.fit"])
 
-STEPS = ["training.max_steps=24", "training.check_every_steps=8"]
+STEPS = ["training.max_steps=24", "training.val_every_steps=8"]
 
 
 class Child:

@@ -29,7 +29,7 @@ TINY = [
     "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--accelerator", "cpu", "--devices", "1",
     *(part for setting in (
         "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
-        "training.sample_images=2", "training.check_every_steps=none", "training.check_every=1",
+        "training.sample_images=2", "training.val_every_steps=none", "training.val_every=1",
     ) for part in ("--set", setting)),
 ]  # fmt: skip
 

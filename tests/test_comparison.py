@@ -37,7 +37,7 @@ from rnode_plugin.training.runs.checkpoints import read_checkpoint
 TINY = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none", "data.batch_size=50",
     "data.train_images=200", "training.val_images=40", "data.val_batch_size=40", "training.max_steps=4",
-    "training.sample_images=2", "training.check_every_steps=none", "training.save_every=1",
+    "training.sample_images=2", "training.val_every_steps=none", "training.save_every=1",
 ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
 
 
 def run(recipe: Recipe, out: Path, **options: Any) -> Comparison:
-    options = {"arms": ("none", "rnode"), "checks": 2, "announce": lambda line: None, **options}
+    options = {"arms": ("none", "rnode"), "validations": 2, "announce": lambda line: None, **options}
     return compare(recipe, out=out, accelerator="cpu", **{"devices": "1", "progress": False, **options})
 
 
@@ -138,8 +138,8 @@ def test_arms_that_are_refused(recipe: Recipe, tmp_path: Path) -> None:
         arm_recipes(get_recipe("imagenet64"), ("none", "ffjord"))
     with pytest.raises(ConfigError, match="time limit must be positive"):
         run(recipe, tmp_path / "c", max_time=-1)
-    with pytest.raises(ConfigError, match="at least one check"):
-        run(recipe, tmp_path / "c", checks=0)
+    with pytest.raises(ConfigError, match="at least one validation"):
+        run(recipe, tmp_path / "c", validations=0)
     with pytest.raises(ConfigError, match=r"the arm digits-error cannot be trained: .*rk4_38.*no error estimate"):
         run(recipe, tmp_path / "c", arms=["none", "error"])
     assert not list(tmp_path.iterdir())
@@ -420,7 +420,17 @@ def rnode(*arguments: str) -> Result:
 
 def test_the_command(training: FakeTraining, tmp_path: Path) -> None:
     settings = [part for setting in TINY if "max_steps" not in setting for part in ("--set", setting)]
-    options = ["--max-steps", "2", "--checks", "1", "--accelerator", "cpu", "--out", str(tmp_path / "c"), *settings]
+    options = [
+        "--max-steps",
+        "2",
+        "--validations",
+        "1",
+        "--accelerator",
+        "cpu",
+        "--out",
+        str(tmp_path / "c"),
+        *settings,
+    ]
     arms = ["--arm", "ffjord", "--sweep", "kinetic=0.1,0.2", "--devices", "1"]
     result = rnode("digits", *arms, *options)
     assert result.exit_code == 0, result.output

@@ -68,7 +68,7 @@ def test_callbacks_and_loggers_of_ones_own(tmp_path: Path) -> None:
         ("max_steps", 3, "training.max_steps"),
         ("max_epochs", 3, "training.max_epochs"),
         ("accumulate_grad_batches", 2, "training.accumulate"),
-        ("val_check_interval", 2, "training.check_every_steps"),
+        ("val_check_interval", 2, "training.val_every_steps"),
         ("limit_val_batches", 2, "training.val_images"),
         ("logger", True, "loggers"),
         ("no_such_option", 1, "no_such_option"),

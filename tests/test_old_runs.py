@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from rnode_plugin import load_flow
 from rnode_plugin.cli import main
+from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.reports.reading import read_run
 
 OLD = Path(__file__).parent / "old_runs"
@@ -64,3 +65,9 @@ def test_it_goes_on_where_it_stopped(interrupted: Path) -> None:
 
 def test_it_reports() -> None:
     assert read_run(OLD / "finished").recipe.name == "digits"
+
+
+def test_former_names_of_settings_are_read() -> None:
+    plain = json.loads((OLD / "finished" / "recipe.json").read_text())
+    assert plain["training"]["check_every_steps"] == 4
+    assert Recipe.from_plain(plain).training.val_every_steps == 4

@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_numbers_twice(recipe: Recipe, tmp_path: Pa
 
 
 def test_validation_changes_no_step(recipe: Recipe, tmp_path: Path) -> None:
-    often = run(recipe.override(["training.check_every_steps=1", "training.sample_images=0"]), tmp_path)
+    often = run(recipe.override(["training.val_every_steps=1", "training.sample_images=0"]), tmp_path)
     seldom = run(recipe, tmp_path)
     for name, tensor in weights(often).items():
         assert torch.equal(tensor, weights(seldom)[name])
@@ -285,14 +285,12 @@ def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
 
 def test_plan(recipe: Recipe) -> None:
     plan = RunPlan.of(recipe.override(["training.max_steps=none", "training.max_epochs=3"]), 230)
-    assert (plan.steps_per_epoch, plan.total, plan.check_every) == (4, 12, 4)
-    by_epochs = recipe.override(
-        ["training.check_every_steps=none", "training.check_every=2", "training.max_steps=9"]
-    )
-    assert RunPlan.of(by_epochs, 230).check_every == 8
+    assert (plan.steps_per_epoch, plan.total, plan.val_every) == (4, 12, 4)
+    by_epochs = recipe.override(["training.val_every_steps=none", "training.val_every=2", "training.max_steps=9"])
+    assert RunPlan.of(by_epochs, 230).val_every == 8
     assert RunPlan.of(by_epochs, 230, world=2).steps_per_epoch == 2
     assert RunPlan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
-    assert RunPlan.of(by_epochs, 2000).check_every == 9  # never longer than the run
+    assert RunPlan.of(by_epochs, 2000).val_every == 9  # never longer than the run
 
 
 def batches(order: EpochOrder, epoch: int | None = None) -> list[list[int]]:

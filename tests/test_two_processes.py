@@ -116,7 +116,7 @@ def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_process_killed_and_the_run_resumed(tmp_path: Path) -> None:
     """SIGTERM to the first process, then SIGKILL of all, and the run ends as one that nothing happened to."""
-    options = ("--devices", "2", *changed("training.max_steps=40", "training.check_every_steps=20"))
+    options = ("--devices", "2", *changed("training.max_steps=40", "training.val_every_steps=20"))
     whole = train(tmp_path / "a", *options)
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -19,7 +19,7 @@ from rnode_plugin.training.fit import FitResult, fit
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
     "data.batch_size=20", "data.train_images=80", "training.val_images=31", "data.val_batch_size=10",
-    "training.max_steps=8", "training.check_every_steps=4", "training.sample_images=0",
+    "training.max_steps=8", "training.val_every_steps=4", "training.sample_images=0",
     "training.save_every=1", "optimizer.name=adam", "optimizer.schedule=constant", "optimizer.warmup=3",
     "optimizer.lr=2e-3",
 ]  # fmt: skip

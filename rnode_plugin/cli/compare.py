@@ -25,7 +25,7 @@ __all__ = ["compare"]
 )
 @click.option("--max-steps", type=click.IntRange(1), metavar="N", help="Steps of each arm. [default: the recipe's]")
 @click.option("--max-time", type=Duration(), help="Limit for each arm: 90 (seconds), 20m or 1h30m.")
-@click.option("--checks", type=click.IntRange(1), default=20, show_default=True, metavar="N",
+@click.option("--validations", type=click.IntRange(1), default=20, show_default=True, metavar="N",
               help="Validations of each arm, the marks of the figures.")  # fmt: skip
 @settings
 @data_root
@@ -45,7 +45,7 @@ def compare(
     seeds: int,
     max_steps: int | None,
     max_time: float | None,
-    checks: int,
+    validations: int,
     assignments: tuple[str, ...],
     data_root: str | None,
     download: bool,
@@ -73,7 +73,7 @@ def compare(
         arms=[arm.strip() for arm in arms],
         sweeps=sweeps,
         seeds=seeds,
-        checks=checks,
+        validations=validations,
         max_time=max_time,
         out=out or f"comparison/{recipe}",
         accelerator=accelerator,

@@ -29,7 +29,7 @@ _SHORT = {
     "limit_val": "training.val_images",
     "max_steps": "training.max_steps",
     "max_epochs": "training.max_epochs",
-    "val_every": "training.check_every_steps",
+    "val_every": "training.val_every_steps",
     "accumulate": "training.accumulate",
     "precision": "training.precision",
     "compile": "training.compile",

@@ -119,7 +119,7 @@ def _flow(
     # the run is thrown away: one validation at its end, of a few images
     short = recipe.override(
         [
-            "training.max_epochs=none", f"training.max_steps={steps}", f"training.check_every_steps={steps}",
+            "training.max_epochs=none", f"training.max_steps={steps}", f"training.val_every_steps={steps}",
             "training.val_images=8", "training.sample_images=0",
         ]
     )  # fmt: skip

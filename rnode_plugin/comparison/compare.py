@@ -46,7 +46,7 @@ def compare(
     arms: Sequence[str] = (),
     sweeps: Sequence[str] = (),
     seeds: int = 1,
-    checks: int = 20,
+    validations: int = 20,
     max_time: float | None = None,
     out: str | os.PathLike[str] = "comparison",
     accelerator: str = "auto",
@@ -64,8 +64,8 @@ def compare(
     Args:
         recipe: what the arms share.
         arms, sweeps, seeds: see :func:`~rnode_plugin.comparison.arm_recipes.arm_recipes`.
-        checks: validations of each arm, evenly spread over its steps; they are the marks of the figures. Used if
-            the recipe has ``max_steps`` and no ``check_every_steps`` of its own.
+        validations: of each arm, evenly spread over its steps; they are the marks of the figures. Used if
+            the recipe has ``max_steps`` and no ``val_every_steps`` of its own.
         max_time: seconds for each arm, validations included, those of earlier calls included.
         out: folder for ``runs/`` and the report.
         accelerator: as Lightning's Trainer takes it.
@@ -80,11 +80,11 @@ def compare(
         DataError: the data set is missing or does not fit the recipe.
         TrainingError: no arm has a run to report.
     """
-    if checks < 1:
-        raise ConfigError(f"a comparison needs at least one check, not {checks}.")
+    if validations < 1:
+        raise ConfigError(f"a comparison needs at least one validation, not {validations}.")
     if max_time is not None and max_time <= 0:
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
-    planned = arm_recipes(_with_checks(recipe, checks), arms, sweeps=sweeps, seeds=seeds)
+    planned = arm_recipes(_with_validations(recipe, validations), arms, sweeps=sweeps, seeds=seeds)
     for arm in planned[: len(planned) // seeds]:
         check_arm(arm)
     places = places_of(accelerator, devices, len(planned))
@@ -99,13 +99,13 @@ def compare(
     return Comparison(tuple(runs), report, tuple(failed), stopped)
 
 
-def _with_checks(recipe: Recipe, checks: int) -> Recipe:
+def _with_validations(recipe: Recipe, validations: int) -> Recipe:
     """The recipe with so many validations, if it says how many steps there are and not how often to validate."""
     training = recipe.training
-    if training.max_steps is None or training.check_every_steps is not None:
+    if training.max_steps is None or training.val_every_steps is not None:
         return recipe
-    every = max(1, training.max_steps // checks)
-    return dataclasses.replace(recipe, training=dataclasses.replace(training, check_every_steps=every))
+    every = max(1, training.max_steps // validations)
+    return dataclasses.replace(recipe, training=dataclasses.replace(training, val_every_steps=every))
 
 
 def _unfinished(

@@ -30,7 +30,7 @@ def digits() -> Recipe:
         test_solver=_DOPRI5,
         # 1.983 bits/dim (dirty, seed 42); Adam at 5e-3 took 600 steps to 2.027
         optimizer=Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine"),
-        training=Training(max_epochs=None, max_steps=200, check_every=2, log_every=1, sample_images=16),
+        training=Training(max_epochs=None, max_steps=200, val_every=2, log_every=1, sample_images=16),
     )
 
 

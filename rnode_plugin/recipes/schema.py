@@ -139,8 +139,8 @@ class Training:
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``.
         compile: send the evaluations of the fused fields through torch.compile while training.
         tune_every: steps between two measurements of ``solver.step=auto``.
-        check_every: epochs between two validations, each with a grid of samples.
-        check_every_steps: steps between two validations instead; None for epochs.
+        val_every: epochs between two validations, each with a grid of samples.
+        val_every_steps: steps between two validations instead; None for epochs.
         val_images: images of the validation set that a validation uses; None for all. ``rnode-cli eval`` uses all.
         log_every: steps between two rows of the metrics.
         accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 makes the
@@ -159,8 +159,8 @@ class Training:
     precision: str = "32-true"
     compile: bool = False
     tune_every: int = 100
-    check_every: int = 1
-    check_every_steps: int | None = None
+    val_every: int = 1
+    val_every_steps: int | None = None
     val_images: int | None = None
     log_every: int = 10
     accumulate: int = 1
@@ -171,7 +171,7 @@ class Training:
     sample_images: int = 8
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "max_epochs", "max_steps", "check_every", "check_every_steps", "val_images")
+        _at_least(1, self, "max_epochs", "max_steps", "val_every", "val_every_steps", "val_images")
         _at_least(1, self, "log_every", "save_every", "accumulate", "max_skipped", "tune_every")
         _at_least(0, self, "seed", "sample_images")
         if self.max_epochs is None and self.max_steps is None:
@@ -285,7 +285,7 @@ class Recipe:
         Raises:
             ConfigError: for an unknown setting or a bad value.
         """
-        return from_plain(Recipe, plain)
+        return from_plain(Recipe, _renamed(plain))
 
     @property
     def dims(self) -> int:
@@ -321,6 +321,18 @@ class Recipe:
                 f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a flow with `log_prob`."
             )
         return flow
+
+
+# settings of ``training`` as version 0.1 wrote them into recipes and checkpoints, and their names now
+_FORMER = {"check_every": "val_every", "check_every_steps": "val_every_steps"}
+
+
+def _renamed(plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe as plain data, with former names of settings replaced."""
+    training = plain.get("training") if isinstance(plain, Mapping) else None
+    if not isinstance(training, Mapping):
+        return plain
+    return {**plain, "training": {_FORMER.get(name, name): value for name, value in training.items()}}
 
 
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with

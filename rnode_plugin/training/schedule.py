@@ -25,7 +25,7 @@ class RunPlan:
         batch_size: images per device and step.
         world: number of devices.
         total: steps of the whole run.
-        check_every: steps between two validations.
+        val_every: steps between two validations.
         accumulate: batches per device and step.
     """
 
@@ -33,7 +33,7 @@ class RunPlan:
     batch_size: int
     world: int
     total: int
-    check_every: int
+    val_every: int
     accumulate: int = 1
 
     @property
@@ -65,7 +65,7 @@ class RunPlan:
             )
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
         total = min(limit for limit in limits if limit is not None)
-        check = training.check_every_steps or training.check_every * per_epoch
+        check = training.val_every_steps or training.val_every * per_epoch
         return RunPlan(images, batch, world, total, min(check, total), accumulate)
 
 

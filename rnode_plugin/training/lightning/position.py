@@ -44,7 +44,7 @@ def place_after(loop: dict[str, Any], steps: int, plan: RunPlan) -> None:
         if step:  # in the middle of an epoch
             loop["epoch_progress"][which].update(ready=epoch + 1, started=epoch + 1)
     # a loop that begins after a step with a validation counts that step when it leaves the validation out
-    validated = trained % (plan.check_every * plan.accumulate) == 0
+    validated = trained % (plan.val_every * plan.accumulate) == 0
     loop["epoch_loop.state_dict"] = {"_batches_that_stepped": steps - validated}
 
 

@@ -34,8 +34,8 @@ _DECIDED = {
     "max_epochs": "training.max_epochs",
     "min_epochs": "training.max_epochs",
     "accumulate_grad_batches": "training.accumulate",
-    "val_check_interval": "training.check_every_steps",
-    "check_val_every_n_epoch": "training.check_every",
+    "val_check_interval": "training.val_every_steps",
+    "check_val_every_n_epoch": "training.val_every",
     "log_every_n_steps": "training.log_every",
     "limit_train_batches": "data.train_images",
     "limit_val_batches": "training.val_images",
@@ -127,7 +127,7 @@ def follow_plan(trainer: L.Trainer, recipe: Recipe, images: int) -> RunPlan:
     """
     plan = RunPlan.of(recipe, images, trainer.world_size)
     trainer.fit_loop.epoch_loop.max_steps = plan.total
-    trainer.val_check_interval = plan.check_every * plan.accumulate
+    trainer.val_check_interval = plan.val_every * plan.accumulate
     return plan
 
 
