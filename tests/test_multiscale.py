@@ -17,7 +17,8 @@ from rnode_plugin import get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob, standard_normal_log_prob
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows import multiscale
-from rnode_plugin.flows.multiscale import MultiscaleFlow, plan_stages
+from rnode_plugin.flows.multiscale import MultiscaleFlow
+from rnode_plugin.flows.stages import plan_stages
 from rnode_plugin.flows.transforms import logit, squeeze
 from rnode_plugin.solvers import Solver
 from rnode_plugin.solvers.steps.step_memory import StepMemory

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from rnode_plugin.core.augmented import Dynamics
 from rnode_plugin.core.regularizers import jacfrob, kinetic
+from rnode_plugin.core.regularizers.base import Trajectory
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, Solver, config, solve
 from rnode_plugin.solvers.plan import SolvePlan
 from rnode_plugin.solvers.steps.step_memory import StepMemory
 from rnode_plugin.solvers.steps.tableaus import get_method
-from rnode_plugin.types import Rates
+from rnode_plugin.types import Rates, StepRecord
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
@@ -70,6 +71,42 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
         solve(rates, torch.ones(2, 2), T.float(), Solver(method))
     assert caught.value.reason == "nonfinite"
     assert "exploded" not in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BrokenTrajectory:
+    name: str = "bad"
+    kind: str = "trajectory"
+    rates: tuple[Any, ...] = ()
+
+    def times(self, t0: Tensor, t1: Tensor) -> Tensor:
+        return torch.stack([(t0 + t1) / 2])
+
+    def __call__(self, trajectory: Trajectory) -> Tensor:
+        return trajectory.z[0][:, 0] * torch.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class _BrokenStep:
+    name: str = "bad"
+    kind: str = "step"
+    uses: frozenset[str] = frozenset()
+    reduction: str = "mean"
+    local: bool = True
+
+    def __call__(self, step: StepRecord) -> Tensor:
+        return step.z0[:, 0] * torch.nan
+
+
+@pytest.mark.parametrize("penalty", [_BrokenTrajectory(), _BrokenStep(), _BrokenStep(local=False)])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_penalty_beside_the_steps_that_is_not_finite_is_named(penalty: Any, gradient: str) -> None:
+    if gradient.endswith("adjoint") and not getattr(penalty, "local", True):
+        pytest.skip("a continuous adjoint has no steps")
+    bound = Dynamics(Wave(), regularizers=[kinetic, penalty], divergence=False).bind(None)
+    z = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is"):
+        solve(bound, z, T, Solver("dopri5", gradient=gradient))
 
 
 @pytest.mark.parametrize("method", METHODS)

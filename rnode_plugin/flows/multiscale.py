@@ -6,61 +6,27 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.augmented import Dynamics
 from ..core.no_data_parallel import OneProcessADevice
 from ..core.objective import bits_per_dim, output_log_prob
 from ..core.regularizers import jacfrob, kind_of, kinetic, span_policy, weigh_regularizers
 from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..fields import StackField, conv_field
-from ..solvers import Solver, solve
+from ..fields import conv_field
+from ..solvers import Solver
 from ..solvers.health import HealthCheck, check_health
 from ..solvers.steps.step_memory import StepMemory
-from ..types import FlowOutput, Solution
+from ..types import FlowOutput
+from .block import solve_block
 from .checks import check_image_shape, check_images, check_latents, check_noise, range_check
+from .stages import BLOCKS, Shape, plan_stages
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
 
-__all__ = ["MultiscaleFlow", "Stage", "plan_stages"]
-
-Shape = tuple[int, int, int]
-
-_BLOCKS = 2  # of equal shape in a row, everywhere
-_SMALLEST = 4  # pixels: a scale is not made smaller than this
-
-
-class Stage(NamedTuple):
-    """Blocks of one shape in a row, and what follows them.
-
-    Attributes:
-        shape: ``(C, H, W)`` of their state.
-        squeezes: whether their result is squeezed and all of it goes on.
-        keeps: how many channels of their result go on; the others leave for the latent.
-    """
-
-    shape: Shape
-    squeezes: bool
-    keeps: int
-
-
-def plan_stages(image_shape: Shape) -> list[Stage]:
-    """The stages of an image of that shape (``C, H, W``).
-
-    The height and the width are halved as often as both stay whole and at least 4. A scale that is followed by a
-    smaller one is two blocks, squeeze, two blocks, half of the channels leaves; the last is two blocks.
-    """
-    stages: list[Stage] = []
-    c, h, w = image_shape
-    while h % 2 == w % 2 == 0 and min(h, w) >= 2 * _SMALLEST:
-        stages.append(Stage((c, h, w), True, c))
-        c, h, w = 4 * c, h // 2, w // 2
-        stages.append(Stage((c, h, w), False, c // 2))
-        c //= 2
-    return [*stages, Stage((c, h, w), False, 0)]
+__all__ = ["MultiscaleFlow"]
 
 
 class MultiscaleFlow(OneProcessADevice, nn.Module):
@@ -143,7 +109,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
     @property
     def block_shapes(self) -> list[Shape]:
         """``(C, H, W)`` of each block's state, in order."""
-        return [stage.shape for stage in self.stages for _ in range(_BLOCKS)]
+        return [stage.shape for stage in self.stages for _ in range(BLOCKS)]
 
     def extra_repr(self) -> str:
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
@@ -167,6 +133,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         penalties: bool = True,
         generator: torch.Generator | None = None,
         memory: Mapping[int, StepMemory] | None = None,
+        checks: list[HealthCheck] | None = None,
     ) -> FlowOutput:
         """Push images through the flow, following the log-determinant and the penalties.
 
@@ -179,6 +146,8 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             generator: draws the noise; of the images' device.
             memory: carries the steps of an adaptive solver from one batch to the next, one entry for each block by
                 its index, such as a ``defaultdict(StepMemory)``; None: each batch finds its own.
+            checks: a list that receives the health checks of a fixed grid, for a caller who reads the device once
+                for all that it wants to know; None: they are read, and fail, before this returns.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats with that of the logit, raw integrals of
@@ -190,7 +159,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         """
         check_images(x, self.image_shape, self._like())
         solver = solver or self.solver
-        checks = [range_check(x)]
+        deferred, checks = checks, [range_check(x)]
         if solver.adaptive:  # which would meet what a wrong image leads to, and fail with another error
             check_health(checks)
         if noise is None:
@@ -209,9 +178,9 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         memories = [None if memory is None else memory[k] for k in range(len(self.fields))]
         blocks = zip(self.fields, noise, memories, strict=True)
         for stage in self.stages:
-            for field, probe, steps in islice(blocks, _BLOCKS):
+            for field, probe, steps in islice(blocks, BLOCKS):
                 times = self._times(z, training=training)
-                solution = _solve(
+                solution = solve_block(
                     field, z, times, solver, checks, probe, steps, regularizers=followed, estimator=self.estimator
                 )
                 z = solution.z[-1]
@@ -225,7 +194,10 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             else:
                 leaving.append(z[:, stage.keeps :].flatten(1))
                 z = z[:, : stage.keeps]
-        check_health(checks)
+        if deferred is None:
+            check_health(checks)
+        else:
+            deferred += checks
         if policy is not None and penalties:
             regularization[policy.name] = policy(x)
         return FlowOutput(torch.cat(leaving, dim=1), logdet, regularization, nfe)
@@ -276,9 +248,9 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
                 start = end - (c - stage.keeps) * h * w
                 left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
                 y = torch.cat([y, left], dim=1) if stage.keeps else left
-            for field in islice(fields, _BLOCKS):
+            for field in islice(fields, BLOCKS):
                 times = self._times(y, training=False).flip(0)
-                y = _solve(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
+                y = solve_block(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
         check_health(checks)
         return inverse_logit(y, self.alpha)
 
@@ -327,25 +299,3 @@ def _registered(name: str) -> Any:
     from ..plugins.resolve import get_regularizer
 
     return get_regularizer(name)
-
-
-def _solve(
-    field: nn.Module,
-    z: Tensor,
-    times: Tensor,
-    solver: Solver,
-    checks: list[HealthCheck],
-    noise: Tensor | None = None,
-    memory: StepMemory | None = None,
-    **options: Any,
-) -> Solution:
-    # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
-    if isinstance(field, StackField) and not solver.gradient.endswith("adjoint"):
-        z = field.layout(z)
-        prepared = None
-        if noise is not None and noise.shape == z.shape:  # not that of several probes
-            noise = prepared = field.layout(noise)
-        dynamics = Dynamics(field.prepare(z, prepared), **options)
-    else:
-        dynamics = Dynamics(field, **options)
-    return solve(dynamics.bind(noise), z, times, solver, checks=checks, memory=memory)

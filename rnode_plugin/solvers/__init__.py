@@ -74,6 +74,9 @@ def solve(
         return integrate(dynamics, z0, t_span, plan, generator=generator, trace=trace, checks=checks, memory=memory)
 
     path = getattr(dynamics, "path", None)
-    solution = run(t_span, plan) if path is None else solve_with_path(dynamics, path, t_span, plan, run)
+    if path is None:
+        solution = run(t_span, plan)
+    else:
+        solution = solve_with_path(dynamics, path, t_span, plan, run, checks=checks)
     notify(solution, solver)
     return solution

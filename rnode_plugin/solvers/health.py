@@ -13,6 +13,7 @@ from .host import read
 
 __all__ = [
     "HealthCheck",
+    "all_finite",
     "check_health",
     "check_time",
     "fail_integrals",
@@ -44,15 +45,18 @@ class HealthCheck(NamedTuple):
     fail: Callable[[int], NoReturn]
 
 
+def all_finite(checks: Sequence[HealthCheck]) -> Tensor:
+    """Whether all of these solves stayed finite: a boolean on their device, for which nobody waits."""
+    return torch.isfinite(torch.cat([check.values for check in checks])).all()
+
+
 def check_health(checks: Sequence[HealthCheck]) -> None:
     """One look at the device for all of these solves; none if there is nothing to see (``meta``, ``vmap``).
 
     Raises:
         SolverError: of the first one that is no longer finite.
     """
-    if not checks:
-        return
-    if read(torch.isfinite(torch.cat([check.values for check in checks])).all()) in (True, None):
+    if not checks or read(all_finite(checks)) in (True, None):
         return
     for check in checks:
         bad = (~torch.isfinite(check.values)).nonzero()
@@ -80,8 +84,8 @@ def fail_integrals(
     raise SolverError(
         "nonfinite",
         f"the penalty {name!r} is no longer finite, but the state is",
-        "Its rate must be finite at every state on the way: look for a division by zero, a root or a logarithm of "
-        "zero, and for numbers too large for the state's precision.",
+        "What it computes must be finite at every state on the way: look for a division by zero, a root or a "
+        "logarithm of zero, and for numbers too large for the state's precision.",
         t=t, step=step, nfe=nfe,
     )  # fmt: skip
 

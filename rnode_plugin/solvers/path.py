@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..types import BoundDynamics, Solution
+from ..types import BoundDynamics, Solution, SolveStats
+from .health import HealthCheck, check_health, fail_integrals, health
 from .plan import SolvePlan
 from .steps.step import step_taker
 from .steps.tableaus import Method, get_method
@@ -55,12 +56,25 @@ def check_steps(penalties: Sequence[Any], method: Method, gradient: str) -> None
 
 
 def solve_with_path(
-    dynamics: BoundDynamics, path: PathPenalties, t_span: Tensor, plan: SolvePlan, run: Run
+    dynamics: BoundDynamics,
+    path: PathPenalties,
+    t_span: Tensor,
+    plan: SolvePlan,
+    run: Run,
+    *,
+    checks: list[HealthCheck] | None = None,
 ) -> Solution:
     """A solve whose solution holds the penalties of ``path`` too.
 
+    Args:
+        dynamics, t_span, plan: as for a solve without them.
+        path: the penalties.
+        run: makes the solve at the times that it is given.
+        checks: a list that receives what tells whether they are finite; None: it is read.
+
     Raises:
         ConfigError: from :func:`check_steps`, and for a time outside of the solve.
+        SolverError: a penalty is not finite.
     """
     if path.steps:
         if not torch.is_grad_enabled() and plan.gradient.endswith("adjoint"):
@@ -69,18 +83,35 @@ def solve_with_path(
     stops = _Stops(path, t_span, plan)
     trace: Trace | None = [] if path.local else None
     solution = run(stops.times, stops.plan, trace)
-    penalties = dict(solution.penalties)
+    penalties, beside = dict(solution.penalties), {}
     for i in range(len(path.trajectories)):
         rows = stops.rows(i, solution.t)
         name, value = path.of_trajectory(i, solution.t[rows], [solution.z[row] for row in rows], solution.penalties)
-        penalties[name] = value
+        beside[name] = value
     stats = solution.stats
     if trace is not None:
         local, nfe = _local_penalties(dynamics, plan, trace)
-        penalties |= local
+        beside |= local
         stats = replace(stats, nfe=stats.nfe + nfe)
+    if beside:
+        check = _finite(beside, solution, t_span, stats)
+        if checks is None:
+            check_health([check])
+        else:
+            checks.append(check)
+    penalties |= beside
     penalties = {name: value for name, value in penalties.items() if name not in path.hidden}
     return stops.without_extra(replace(solution, penalties=penalties, stats=stats))
+
+
+def _finite(penalties: dict[str, Tensor], solution: Solution, t_span: Tensor, stats: SolveStats) -> HealthCheck:
+    """Whether the penalties that no step of the solve has looked at are finite."""
+
+    def fail(_: int) -> NoReturn:
+        where = (float(t_span[-1].detach()), stats.steps, stats.nfe)
+        fail_integrals(solution.z[-1], None, penalties, *where)
+
+    return HealthCheck(torch.stack([health(value) for value in penalties.values()]), fail)
 
 
 class _Stops:

@@ -25,6 +25,7 @@ from ..steps.auto_step import AutoStep
 from ..steps.compile_first import compile_first
 from ..steps.step_guard import StepGuard
 from ..steps.step_objective import StepObjective
+from ..steps.step_reading import StepReading
 from ..steps.step_row import StepClock, StepRow
 from ..validation import ValidationSums, gap_warning
 from .datamodule import ImageDataModule
@@ -89,9 +90,8 @@ class RnodeModule(L.LightningModule):
         self.guard = StepGuard(recipe.training.max_skipped)
         self.clock = StepClock()
         self.row: dict[str, float] = {}
-        self._row = StepRow()
+        self._row, self._reading = StepRow(), StepReading()
         self._batches = self._world = 1  # of a step: per device, and devices
-        self._problem: str | None = None
         self._warned = False
 
     @property
@@ -116,7 +116,7 @@ class RnodeModule(L.LightningModule):
         if part == 0:
             step_size = {} if self.auto is None else {"step_size": self.solver.step}
             self._row = StepRow(self._batches, **step_size)  # pyright: ignore[reportArgumentType]
-            self._problem = None
+            self._reading = StepReading()
         # a device that takes the batches of several in turn draws the noise of each
         device = part * self._world + self.global_rank
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
@@ -125,14 +125,12 @@ class RnodeModule(L.LightningModule):
             terms = self.objective(x, self.solver)
         except SolverError as error:
             return self._unusable(f"the solver failed ({error})", error.nfe)
-        if not torch.isfinite(terms.loss):
-            return self._unusable(f"the loss is {terms.loss.item()}", terms.nfe)
-        self.guard.remember(terms.nfe, float(terms.penalties.get("jacfrob", math.nan)))
+        self._reading.add(terms)
         self._row.add(loss=terms.loss.detach(), bits=terms.bits, nfe=terms.nfe, penalties=terms.penalties)
         return terms.loss
 
     def _unusable(self, problem: str, nfe: int) -> Tensor:
-        self._problem = problem
+        self._reading.problem = problem
         self.guard.remember(nfe, math.nan)
         names = self.recipe.measured if self.objective.lambdas else ()
         self._row.add(loss=math.nan, bits=math.nan, nfe=nfe, penalties=dict.fromkeys(names, math.nan))
@@ -141,12 +139,15 @@ class RnodeModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # an infinite bound measures the norm and leaves the gradient alone
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)
-        if torch.isfinite(norm):
+        length, solves = self._reading.read(norm)
+        for nfe, jacobian in solves:
+            self.guard.remember(nfe, jacobian)
+        if math.isfinite(length):
             self.guard.made()
         else:
             optimizer.zero_grad()  # without gradients an optimizer changes neither weights nor its own state
             if self.guard.skip():
-                raise TrainingError(self._why_too_many(float(norm)))
+                raise TrainingError(self._why_too_many(length))
         self._row.values |= {"train/grad_norm": norm, "train/skipped": float(self.guard.skipped)}
         self._row.values["lr"] = optimizer.param_groups[0]["lr"]
         self._log_row()
@@ -173,7 +174,7 @@ class RnodeModule(L.LightningModule):
 
     def _why_too_many(self, norm: float) -> str:
         """The message of the process where the gradient was spoilt; its batch goes into a file of the run."""
-        problem = self._problem or f"the gradient's norm is {norm}"
+        problem = self._reading.problem or f"the gradient's norm is {norm}"
         images: list[int] = []
         if isinstance(data := data_of(self.trainer), ImageDataModule):
             images = data.images_of_step(self.global_step)
@@ -181,7 +182,7 @@ class RnodeModule(L.LightningModule):
         message = self.guard.message(self.global_step + 1, problem, images, listed_in)
         if self._world > 1:
             found: list[Any] = [None] * self._world
-            torch.distributed.all_gather_object(found, (self._problem is None, message, images))
+            torch.distributed.all_gather_object(found, (self._reading.problem is None, message, images))
             _, message, images = min(found)
         if self.global_rank == 0 and self.folder is not None:
             with suppress(CheckpointError):  # if the disk is full too, the message still has its first images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...core.objective import bits_per_dim, objective, output_log_prob
 from ...core.regularizers import undivided
 from ...flows.transforms import dequantize, random_flip
+from ...solvers.health import HealthCheck, all_finite
 
 if TYPE_CHECKING:
     from ...flows.multiscale import MultiscaleFlow
@@ -22,19 +24,21 @@ __all__ = ["StepObjective", "StepTerms"]
 
 @dataclass(frozen=True)
 class StepTerms:
-    """The terms of one batch, each a mean over its images.
+    """The terms of one batch, each a mean over its images; NaN, all of them, if the batch is not usable.
 
     Attributes:
-        loss: equation 17 in nats per dimension, with its graph.
+        loss: equation 17 in nats per dimension, with its graph. If it is NaN, so is its gradient.
         bits: bits/dim.
         nfe: evaluations of the vector fields, all blocks together.
         penalties: integral of each penalty by name, divided by the number of dimensions.
+        checks: tell, once somebody reads them, why a batch is not usable.
     """
 
     loss: Tensor
     bits: Tensor
     nfe: int
     penalties: dict[str, Tensor]
+    checks: list[HealthCheck]
 
 
 class StepObjective:
@@ -47,6 +51,7 @@ class StepObjective:
 
     def __init__(self, flow: MultiscaleFlow, recipe: Recipe) -> None:
         self._flow, self._recipe = flow, recipe
+        self._deferring = "checks" in inspect.signature(flow.forward).parameters
         self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
 
     def dequantized(self, batch: Tensor) -> Tensor:
@@ -55,19 +60,24 @@ class StepObjective:
         return random_flip(x) if self._recipe.data.flip else x
 
     def __call__(self, x: Tensor, solver: Solver) -> StepTerms:
-        """The terms of dequantised images ``(B, C, H, W)``.
+        """The terms of dequantised images ``(B, C, H, W)``; a fixed grid reads nothing from the device.
 
         Raises:
-            SolverError: the integration could not go on.
+            SolverError: an adaptive integration could not go on.
         """
         recipe = self._recipe
-        output = self._flow(x, solver=solver, penalties=bool(self.lambdas))
+        checks: list[HealthCheck] = []
+        deferred = {"checks": checks} if self._deferring else {}
+        output = self._flow(x, solver=solver, penalties=bool(self.lambdas), **deferred)
         log_prob = output_log_prob(output)
         whole = undivided(getattr(self._flow, "regularizers", ()))
         goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims, undivided=whole)
         bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
-        penalties = {name: value.detach().mean() / recipe.dims for name, value in output.regularization.items()}
-        return StepTerms(goal.loss, bits, output.nfe, penalties)
+        one = _one_if_usable(goal.loss, checks)
+        penalties = {
+            name: one * (value.detach().mean() / recipe.dims) for name, value in output.regularization.items()
+        }
+        return StepTerms(one * goal.loss, one * bits, output.nfe, penalties, checks)
 
     def unusable(self) -> Tensor:
         """A loss whose gradient is NaN.
@@ -76,3 +86,14 @@ class StepObjective:
         together.
         """
         return torch.nan * torch.stack([parameter.sum() for parameter in self._flow.parameters()]).sum()
+
+
+def _one_if_usable(loss: Tensor, checks: list[HealthCheck]) -> Tensor:
+    """1, or NaN if the loss or a solve is not finite.
+
+    A factor of NaN makes the gradient NaN too, which tells all processes of the run to skip the step.
+    """
+    usable = torch.isfinite(loss.detach())
+    if checks:
+        usable = usable & all_finite(checks)
+    return torch.where(usable, 1.0, torch.nan).to(loss.dtype)
