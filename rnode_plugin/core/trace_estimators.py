@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from ..types import FieldWithJacobian, FieldWithVJP, VectorField
-from .derivatives import field_and_vjp, vjp_of
+from .derivatives import field_and_vjp
+from .jacobian_products import products_of
 from .tensors.reductions import sum_products, sum_squares
-from .tensors.transforms_active import transforms_active
 
 __all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Probes", "TraceEstimator", "get_estimator"]
 
@@ -114,7 +114,7 @@ class Hutchinson(TraceEstimator):
 
     def bind(self, field: VectorField) -> FieldAndProduct:
         if self.count > 1:
-            several = _products_of(field)
+            several = products_of(field)
             return lambda t, z, noise: several(t, z, list(_given(noise)))
         if isinstance(field, FieldWithVJP):
             return field.forward_and_vjp  # pyright: ignore[reportReturnType]  (noise is never None here)
@@ -170,7 +170,7 @@ class HutchPlusPlus(TraceEstimator):
         return _draw(self.noise, torch.Size([2 * self.rank, *z.shape]), z, generator)
 
     def bind(self, field: VectorField) -> FieldAndProduct:
-        several = _products_of(field)
+        several = products_of(field)
 
         def products(t: Tensor, z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
             noise = _given(noise)
@@ -219,7 +219,7 @@ class Exact(TraceEstimator):
         if isinstance(field, FieldWithJacobian):
             own = field.forward_and_jacobian
             return lambda t, z, noise: own(t, z)
-        several = _products_of(field)
+        several = products_of(field)
         return lambda t, z, noise: several(t, z, _basis(z))
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
@@ -250,38 +250,6 @@ def _basis(z: Tensor) -> list[Tensor]:
     dims = math.prod(z.shape[1:])
     eye = torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
     return list(eye.expand(dims, *z.shape))
-
-
-def _products_of(field: VectorField) -> Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
-    """``(t, z, vectors) -> (f(t, z), v^T df/dz of each vector, stacked)``."""
-    return _in_one_batch(field) if isinstance(field, FieldWithVJP) else _one_by_one(field)
-
-
-def _in_one_batch(field: FieldWithVJP) -> Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
-    def products(t: Tensor, z: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        count, batch = len(vectors), len(z)
-        repeated = z.unsqueeze(0).expand(count, *z.shape).reshape(count * batch, *z.shape[1:])
-        dz, rows = field.forward_and_vjp(t, repeated, torch.cat(vectors))
-        return dz[:batch], rows.reshape(count, *z.shape)
-
-    return products
-
-
-def _one_by_one(field: VectorField) -> Callable[[Tensor, Tensor, list[Tensor]], tuple[Tensor, Tensor]]:
-    def products(t: Tensor, z: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if transforms_active():
-            dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]
-            return dz, torch.stack([pull(v.to(dz.dtype))[0] for v in vectors])
-        keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        with torch.inference_mode(False), torch.enable_grad():
-            t, z, *vectors = (x.clone() if x.is_inference() else x for x in (t, z, *vectors))
-            if not (keep_graph and z.requires_grad):
-                z = z.detach().requires_grad_()
-            dz = field(t, z)
-            rows = torch.stack([vjp_of(dz, z, v, create_graph=keep_graph, retain=True) for v in vectors])
-        return (dz, rows) if keep_graph else (dz.detach(), rows.detach())
-
-    return products
 
 
 def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
