@@ -21,14 +21,11 @@ from ..data import ImageData
 from ..errors import CheckpointError, ConfigError, LocalError, RnodeError
 from ..evaluation.bits import EvaluationResult
 from ..evaluation.images import load_images
-from ..recipes.schema import Recipe, Training
+from ..recipes.schema import Recipe
 from .conclude import conclude
 from .failures import explained
-from .lightning.callbacks.metrics_file import MetricsFile, MetricsTable
-from .lightning.callbacks.run_checkpoints import RunCheckpoints
-from .lightning.callbacks.sample_grids import SampleGrids
+from .lightning.callbacks.run_callbacks import RunCallbacks
 from .lightning.callbacks.stopping import Interrupted, StopAfterStep, StoppedAtOnce, signals_restored
-from .lightning.callbacks.weight_average import WeightAverage
 from .lightning.datamodule import ImageDataModule
 from .lightning.loggers import check_loggers, make_logger
 from .lightning.module import RnodeModule
@@ -132,7 +129,7 @@ def fit(
     check_loggers(loggers)
     data = load_images(recipe, download=download)
     checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
-    ours = _Callbacks(recipe.training, max_time=max_time)
+    ours = RunCallbacks(recipe.training, max_time=max_time)
     with quiet(), ExitStack() as stack:
         trainer = make_trainer(
             callbacks=[
@@ -199,37 +196,6 @@ def fit(
         return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 
 
-class _Callbacks:
-    """Our callbacks of a run, in the order in which Lightning has to call them.
-
-    Samples and validations see the averaged weights; metrics are written before the checkpoint of their step; the
-    checkpoints come last, and save once more if the run is stopped.
-    """
-
-    def __init__(self, training: Training, *, max_time: float | None) -> None:
-        self.stop = StopAfterStep(max_time=max_time)
-        self.checkpoints = RunCheckpoints(save_every=training.save_every)
-        self._metrics = MetricsFile()
-        self._samples = SampleGrids(
-            temperatures=training.sample_temperatures, images=training.sample_images, seed=training.seed
-        )
-        samples = [self._samples] if training.sample_images else []
-        average = [] if training.ema is None else [WeightAverage(training.ema)]
-        self.before_saving: list[Callback] = [*samples, *average, self._metrics, self.stop]
-
-    def write_into(self, folder: RunFolder, *, keep: int) -> None:
-        """Say in the first process where the run is, and up to which step its metrics stay."""
-        self.checkpoints.folder = folder.last.parent
-        self._samples.folder = folder.samples
-        self._metrics.table = MetricsTable(folder.metrics, keep=keep)
-
-    @property
-    def folder(self) -> RunFolder:
-        """Of the run, once the first process has told it to all."""
-        assert self.checkpoints.folder is not None
-        return RunFolder(self.checkpoints.folder.parent)
-
-
 def _open(
     recipe: Recipe,
     checkpoint: Path | None,
@@ -287,7 +253,7 @@ def _announce(module: RnodeModule, data: ImageData, plan: RunPlan, trainer: L.Tr
 
 @contextmanager
 def _errors_with_advice(
-    module: RnodeModule, ours: _Callbacks, trainer: L.Trainer, *, is_new: bool
+    module: RnodeModule, ours: RunCallbacks, trainer: L.Trainer, *, is_new: bool
 ) -> Iterator[None]:
     """Add to an error how the run can go on, and end the other processes, which may wait for this one for ever."""
     try:
@@ -300,7 +266,7 @@ def _errors_with_advice(
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
 
 
-def _what_is_left(module: RnodeModule, ours: _Callbacks, *, remove: bool) -> str:
+def _what_is_left(module: RnodeModule, ours: RunCallbacks, *, remove: bool) -> str:
     if ours.checkpoints.folder is not None:
         folder = ours.folder
         if folder.last.is_file():
