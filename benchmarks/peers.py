@@ -106,7 +106,7 @@ def torchdiffeq_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Calla
     options |= {"options": {"step_size": 1 / steps}} if solve == "rk4" else {"atol": 1e-5, "rtol": 1e-5}
 
     def run() -> Tensor:
-        # through a product with 1, so that the state is no leaf whose requires_grad the field would set
+        # through a product with 1, so that the state is not a leaf whose requires_grad the field would set
         z, logdet = odeint(field, (x.clone().requires_grad_(), torch.zeros_like(x[:, 0])), span, **options)
         return loss_of(z[-1], logdet[-1])
 

@@ -41,7 +41,7 @@ def penalty(
         regularization: raw value of each penalty, ``(B,)``.
         lambdas: strength by name.
         dims: number of dimensions d of one sample.
-        undivided: names of the penalties that are not divided by ``dims``, those that are no sum over the event.
+        undivided: names of the penalties that are not divided by ``dims``, those that are not a sum over the event.
 
     Raises:
         ConfigError: if ``lambdas`` names a penalty that was not integrated.

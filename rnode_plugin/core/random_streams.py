@@ -1,8 +1,7 @@
-"""Random streams as functions of what is computed, not of what was computed before.
+"""Stateless seeding of torch's generators from (seed, purpose, rank, index).
 
-Each training step, validation batch and sample seeds torch's generators from (seed, purpose, rank, index). So a
-resumed run, or one that validated more often, draws the same noise at the same step, and nothing about a generator
-has to be saved.
+Each training step, validation batch and sample is seeded before it draws. So a resumed run, or one that validated
+more often, draws the same noise at the same step, and no state of a generator has to be saved.
 """
 
 from __future__ import annotations

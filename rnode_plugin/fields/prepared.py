@@ -82,7 +82,7 @@ class FastParts:
         maps: the layers' products; no graph.
         bias, response: maps of all layers as rows in the order of memory; no graph. Without time as an input the
             response is empty.
-        still: what is added to the pre-activations of each layer if time is no input; None if it is.
+        still: what is added to the pre-activations of each layer if time is not an input; None if it is.
         compiled: whether the passes go through torch.compile, piece by piece.
     """
 

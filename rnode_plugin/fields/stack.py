@@ -73,7 +73,7 @@ class FusedStackField(StackField):
     """Whether evaluations in training mode go through torch.compile."""
 
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
-        # not where shapes come and go, as in validation and sampling: each would be compiled anew
+        # not where shapes come and go, as in validation and sampling: each would be compiled again
         kind = FlatPreparedStack if self._products is LINEAR else FusedPreparedStack
         return kind(self._stack(z, fast=True, compiled=self.compiled and self.training), noise)
 

@@ -48,7 +48,7 @@ def range_check(x: Tensor) -> HealthCheck:
 
 
 def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], like: Tensor) -> None:
-    """One tensor a block, of the block's input shape, of the dtype and on the device of the images ``like``."""
+    """One tensor per block, of the block's input shape, of the dtype and on the device of the images ``like``."""
     if isinstance(noise, Tensor) or len(noise) != len(shapes):
         got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
         raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")

@@ -115,7 +115,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
 
     def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
-        """Noise for one :meth:`forward` of ``batch`` images: one tensor a block, of the block's input shape.
+        """Noise for one :meth:`forward` of ``batch`` images: one tensor per block, of the block's input shape.
 
         None for each block where the divergence is exact.
         """

@@ -21,7 +21,7 @@ def dequantize(
     Args:
         images: uint8 ``(B, C, H, W)`` with values 0..levels-1.
         levels: number of values a pixel can take, 1 to 256.
-        clean: ``u = 1/2``, the bins' centres: what a density there says is no bound on the likelihood of the
+        clean: ``u = 1/2``, the bins' centres: a density there is not a bound on the likelihood of the
             discrete image. Otherwise u is uniform in [0, 1), which bounds it from below in expectation.
         generator: draws u; of the images' device.
 

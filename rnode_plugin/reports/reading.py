@@ -83,7 +83,7 @@ def arm_of(recipe: Recipe) -> str:
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
-    """The runs at ``paths`` and below those that are no runs, and a message for each one that is left out.
+    """The runs at ``paths`` and below those that are not runs, and a message for each one that is left out.
 
     Left out are runs below a folder that cannot be read, runs without a logged step, and repetitions.
 

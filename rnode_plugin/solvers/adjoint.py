@@ -1,9 +1,9 @@
-"""The continuous adjoint (Pontryagin et al., 1962; Chen et al., 2018), with penalties and parameters.
+"""solve_adjoint: gradients by the continuous adjoint (Pontryagin et al., 1962; Chen et al., 2018).
 
-For a loss of the states at the output times, the log-determinants and the penalties, with Hamiltonian
-``H = a . f + l div f + sum_p w_p r_p`` (``l`` and ``w_p``: the loss's derivatives with respect to the integrals,
-constant along the path), the adjoint obeys ``da/dt = -dH/dz``, jumps by the loss's derivative at each output
-time, and the parameters' gradient is the integral of ``dH/dtheta``. That integral is a quadrature, computed like
+The loss may depend on the states at the output times, the log-determinants and the penalties. The Hamiltonian is
+``H = a . f + l div f + sum_p w_p r_p``. Here ``l`` and ``w_p`` are the loss's derivatives with respect to the
+integrals; they are constant along the path. The adjoint obeys ``da/dt = -dH/dz`` and jumps by the loss's derivative
+at each output time. The gradient of the parameters is the integral of ``dH/dtheta``, a quadrature like that of the
 penalties: it does not enter the error norm.
 """
 
@@ -49,7 +49,7 @@ def solve_adjoint(
     Raises:
         SolverError: from either direction.
     """
-    # the backward pass starts from every time of t_span; which of them are outputs is settled outside of it
+    # the backward pass needs the states at all times of t_span; those that nobody asked for are dropped here
     call = _AdjointCall(dynamics, replace(plan, keep=None), watched=trace)
     wanted = [p for p in params if p.requires_grad]
     times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]

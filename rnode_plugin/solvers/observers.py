@@ -1,4 +1,4 @@
-"""Who is told about each solve: functions that subscribe here, the plugin host among them."""
+"""Observers of solves: functions that are called after each one, such as the plugin host's hook."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _observers: list[Observer] = []
 
 
 def subscribe(observer: Observer) -> None:
-    """Call ``observer(solution, solver)`` after each solve of this process; once, however often it subscribes."""
+    """Call ``observer(solution, solver)`` after each solve of this process. Subscribing twice changes nothing."""
     if observer not in _observers:
         _observers.append(observer)
 
 
 def notify(solution: Solution, solver: Any) -> None:
-    """Tell everybody about a solve."""
+    """Call all observers."""
     for observer in _observers:
         observer(solution, solver)

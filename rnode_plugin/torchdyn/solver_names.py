@@ -50,7 +50,7 @@ def resolve_solver(solver: str | nn.Module, role: str = "solver") -> nn.Module:
     """torchdyn's solver object for a name, or the object itself.
 
     Raises:
-        ConfigError: for an unknown name, or a multiple-shooting solver, whose iterates are no trajectory that a
+        ConfigError: for an unknown name, or a multiple-shooting solver, whose iterates are not a trajectory that a
             penalty could be integrated along.
     """
     if isinstance(solver, MultipleShootingDiffeqSolver) or (

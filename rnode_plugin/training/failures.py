@@ -85,7 +85,7 @@ def _known(error: RuntimeError) -> RnodeError | None:
     if isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST):
         return TrainingError(
             "another process of this run ended or cannot be reached; it says why if it could, but not if the system"
-            " killed it, as for want of memory."
+            " killed it, for example because memory ran out."
         )
     return None
 

@@ -43,10 +43,10 @@ def guess_first_step(
     atol: float,
     rtol: float,
 ) -> Tensor | None:
-    """A first step whose error should be about the tolerances, for one evaluation of ``f``.
+    """A first step whose error should be about as large as the tolerances; it takes one evaluation of ``f``.
 
-    The rule of Hairer, Norsett and Wanner (1993, section II.4): an Euler step a hundred times smaller than the
-    state allows shows how fast the velocity changes.
+    The rule of Hairer, Norsett and Wanner (1993, section II.4): a small Euler step shows how fast the velocity
+    changes.
 
     Args:
         f: the field ``(t, z) -> dz``, forward in time.
@@ -82,7 +82,7 @@ def _at_least_single(x: Tensor) -> Tensor:
 
 
 def _on_host(*norms: Tensor) -> Sequence[Tensor | None]:
-    """Scalars as scalars on the CPU, by one look at the device; None if there is nothing to see."""
+    """Scalars as scalars on the CPU, by one read from the device; None if nothing can be read."""
     values = read(torch.stack(norms))
     if values is None:
         return [None] * len(norms)

@@ -30,8 +30,8 @@ class Method:
         advance: the step itself.
         order: order of convergence, which the step-size controller uses.
         adaptive: whether ``advance`` gives an error estimate.
-        weights: quadrature weight of each evaluation of the field in a step, in their order. None where they
-            are not known (a user's solver object): a rate then counts with its value at the start of the step.
+        weights: quadrature weight of each evaluation of the field in a step, in their order. None if they are not
+            known (a user's solver object): a rate is then taken at the start of the step.
         error_weights: the same for the error estimate of a quadrature.
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.

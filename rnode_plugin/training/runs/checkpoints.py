@@ -94,7 +94,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
     ``"mnist-pretrained"`` are weights that come with the package.
 
-    Nothing in the file is executed: only tensors and plain values are read, and the model is built anew from the
+    Nothing in the file is executed: only tensors and plain values are read, and the model is built again from the
     recipe.
 
     Raises:
@@ -176,7 +176,7 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
         return _checked({_KEY: header, "state_dict": state}, path)
     try:
         if not zipfile.is_zipfile(path):  # what torch.save writes; a bare pickle is not even looked at
-            raise zipfile.BadZipFile("it is no archive of torch")
+            raise zipfile.BadZipFile("it is not an archive of torch")
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums of its own archives
             if (bad := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")

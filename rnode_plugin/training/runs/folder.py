@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def skipped(self) -> Path:
-        """The training images of the step that ended the run for want of a usable gradient; absent otherwise."""
+        """The training images of the step that ended the run without a usable gradient; absent otherwise."""
         return self.path / "skipped.json"
 
     @property
