@@ -119,6 +119,7 @@ def test_penalties_make_trajectories_straighter_and_more_even() -> None:
     assert with_penalties.speed_variation < without.speed_variation
 
 
+@pytest.mark.slow
 def test_the_command_draws_both_figures(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, ["figure", "trajectories", "--steps", "2", "--seeds", "2", "--out", str(tmp_path)]
