@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tiny_runs import tiny_recipe
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.training.cost.cards import CARDS, get_card
@@ -70,6 +73,35 @@ def test_the_device_meta_counts_what_values_do() -> None:
     assert step.parameters == sum(p.numel() for p in flow.parameters())
     assert step.nfe == 24
     assert step.cost.peak_memory == pytest.approx(real.peak_memory, rel=0.3)
+
+
+_PEAK_OF_A_PROCESS = """
+import dataclasses, resource, torch
+from rnode_plugin import get_recipe
+from rnode_plugin.training.cost.step import training_step
+
+torch.set_num_threads(1)
+recipe = get_recipe("mnist")
+flow = recipe.build_flow()
+coarse = dataclasses.replace(recipe.solver, step=1.0)
+training_step(flow, recipe, torch.rand(1, *recipe.data.shape), coarse)()  # loads libraries and makes gradients
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+training_step(flow, recipe, torch.rand(BATCH, *recipe.data.shape), recipe.solver)()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("batch", [4, 12])
+def test_peak_memory_is_that_of_a_process(batch: int) -> None:
+    """The full MNIST model with ``autograd``: what a process really takes more during a step, within 15 %."""
+    statements = _PEAK_OF_A_PROCESS.replace("BATCH", str(batch))
+    done = subprocess.run([sys.executable, "-c", statements], capture_output=True, text=True, check=True)
+    step = count_step(get_recipe("mnist"), batch=batch)
+    there_before = 4 * 4 * step.parameters  # weights and gradients; Adam's moments are not there
+    assert int(done.stdout) == pytest.approx(step.cost.peak_memory - there_before, rel=0.15)
 
 
 def test_a_checkpointed_step_needs_less_memory_and_more_flops() -> None:
