@@ -1,0 +1,1 @@
+"""The groups of settings of a recipe, one module each."""
