@@ -17,7 +17,7 @@ from ...errors import CheckpointError, ConfigError, LocalError, SolverError, Tra
 from ...fields import compile_fields
 from ...recipes.schema import Recipe
 from ...solvers import Solver
-from ..optimizers import make_optimizer
+from ..optimizers import check_installed, make_optimizer
 from ..runs.checkpoints import header_with
 from ..runs.folder import RunFolder
 from ..schedule import learning_rate_factor
@@ -62,7 +62,8 @@ class RnodeModule(L.LightningModule):
         folder: the run's folder in :func:`~rnode_plugin.training.fit.fit`; None in other Trainers.
 
     Raises:
-        ConfigError: the model has no field that can be compiled, and the recipe asks for that.
+        ConfigError: the model has no field that can be compiled, or the package of the optimizer is missing, and
+            the recipe asks for that.
 
     Example:
         >>> from rnode_plugin import get_recipe
@@ -75,6 +76,7 @@ class RnodeModule(L.LightningModule):
         super().__init__()
         if not isinstance(recipe, Recipe):
             recipe = Recipe.from_plain(recipe)
+        check_installed(recipe.optimizer)
         self.save_hyperparameters({"recipe": recipe.to_plain()})
         self.recipe = recipe
         self.folder: RunFolder | None = None
