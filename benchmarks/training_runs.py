@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, SolverError, objective
@@ -123,7 +122,7 @@ class Trainer:
         order = EpochOrder(len(self.data.train), batch_size=size, seed=seed)
         for epoch in itertools.count():
             order.set_epoch(epoch)
-            yield from BatchSampler(order, size, drop_last=True)
+            yield from order
 
     def images(self) -> Tensor:
         """The next batch, dequantised; the same for all methods."""

@@ -84,7 +84,7 @@ class RnodeModule(L.LightningModule):
             self.flow = recipe.build_flow()
         if recipe.training.compile and not compile_fields(self.flow):
             raise ConfigError(f"the model {recipe.model.name} has no field that can be compiled: train without.")
-        self._to_compile = recipe.training.compile
+        self._compiled: set[torch.Size] | None = set() if recipe.training.compile else None  # shapes of batches
         self.objective = StepObjective(self.flow, recipe)
         automatic = recipe.solver.step == "auto"
         self.auto = AutoStep(recipe.solver, seed=recipe.training.seed) if automatic else None
@@ -99,15 +99,16 @@ class RnodeModule(L.LightningModule):
     @property
     def solver(self) -> Solver:
         """The integrator of the training steps at the moment."""
-        return self.recipe.solver if self.auto is None else self.auto.solver
+        solver = self.recipe.solver if self.auto is None else self.auto.solver
+        return self.recipe.start.solver_at(self.global_step, solver)
 
     # a training step -------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if batch_idx % self._batches == 0:
-            if self._to_compile:
-                self._to_compile = False
+            if self._compiled is not None and batch.shape not in self._compiled:
+                self._compiled.add(batch.shape)
                 self._compile(batch)
             self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
             self._tune()
@@ -204,6 +205,8 @@ class RnodeModule(L.LightningModule):
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with what the first one found."""
         auto = self.auto
+        if self.recipe.start.gives_step_at(self.global_step):
+            return
         if auto is None or not (auto.step is None or self.global_step % self.recipe.training.tune_every == 0):
             return
         data = data_of(self.trainer)
