@@ -17,6 +17,7 @@ from ...errors import CheckpointError, ConfigError, LocalError, SolverError, Tra
 from ...fields import compile_fields
 from ...recipes.schema import Recipe
 from ...solvers import Solver
+from ..cost.fastest import is_open
 from ..optimizers import check_installed, make_optimizer
 from ..runs.checkpoints import header_with
 from ..runs.folder import RunFolder
@@ -28,6 +29,7 @@ from ..steps.step_objective import StepObjective
 from ..steps.step_row import StepClock, StepRow
 from ..validation import ValidationSums, gap_warning
 from .datamodule import ImageDataModule
+from .fastest_way import take_fastest_way
 from .private import data_of, log_interval
 
 __all__ = ["RnodeModule"]
@@ -82,9 +84,9 @@ class RnodeModule(L.LightningModule):
         self.folder: RunFolder | None = None
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
-        if recipe.training.compile and not compile_fields(self.flow):
-            raise ConfigError(f"the model {recipe.model.name} has no field that can be compiled: train without.")
-        self._compiled: set[torch.Size] | None = set() if recipe.training.compile else None  # shapes of batches
+        self._compiled: set[torch.Size] | None = None  # shapes of batches
+        if recipe.training.compile is True:
+            self._compile_fields()
         self.objective = StepObjective(self.flow, recipe)
         automatic = recipe.solver.step == "auto"
         self.auto = AutoStep(recipe.solver, seed=recipe.training.seed) if automatic else None
@@ -102,7 +104,21 @@ class RnodeModule(L.LightningModule):
         solver = self.recipe.solver if self.auto is None else self.auto.solver
         return self.recipe.start.solver_at(self.global_step, solver)
 
+    def _compile_fields(self) -> None:
+        if not compile_fields(self.flow):
+            name = self.recipe.model.name
+            raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
+        self._compiled = set()
+
     # a training step -------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if not is_open(self.recipe):
+            return
+        folder = None if self.folder is None else self.folder.path
+        way = take_fastest_way(self.trainer, self.recipe, folder).way
+        if way.compiled and self._compiled is None:
+            self._compile_fields()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
