@@ -17,7 +17,7 @@ class Start:
 
     Attributes:
         steps: optimizer steps of the start; 0 for none.
-        batch_size: images per device and step until then; None for ``data.batch_size``.
+        batch_size: images per device and step until then, if ``data.batch_size`` is not smaller; None for that.
         step: of the training solver, a fixed grid, until then; None for ``solver.step``.
     """
 
@@ -55,7 +55,7 @@ class Start:
 
     def size_at(self, step: int, batch_size: int) -> int:
         """Images per device and batch of a step, counted from 0, where ``batch_size`` are those after the start."""
-        return self.batch_size if step < self.steps and self.batch_size is not None else batch_size
+        return min(self.batch_size or batch_size, batch_size) if step < self.steps else batch_size
 
     def solver_at(self, step: int, solver: Solver) -> Solver:
         """The training solver of a step, counted from 0, where ``solver`` is that after the start."""

@@ -70,12 +70,6 @@ class RunPlan:
                 f"{images} training images do not fill one batch of {batch}{devices}{times}: use a smaller "
                 "--batch-size."
             )
-        largest = recipe.start.size_at(0, batch) * world * accumulate
-        if largest > images:
-            raise ConfigError(
-                f"{images} training images do not fill the {largest} of one step of the start: use a smaller "
-                "start.batch_size."
-            )
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
         total = min(limit for limit in limits if limit is not None)
         check = training.val_every_steps or training.val_every * per_epoch
