@@ -63,9 +63,10 @@ class Start:
 
     def described(self, batch_size: int) -> str:
         """The batches of a run in words: ``50``, or ``50 (25 and solver.step 1 in the first 50 steps)``."""
-        step = () if self.step is None else (f"solver.step {self.step:g}",)
-        other = " and ".join([str(self.size_at(0, batch_size)), *step])
-        return f"{batch_size} ({other} in the first {self.steps} steps)" if self.steps else str(batch_size)
+        size = self.size_at(0, batch_size)
+        other = [str(size)] if size != batch_size else []
+        other += [] if self.step is None else [f"solver.step {self.step:g}"]
+        return f"{batch_size} ({' and '.join(other)} in the first {self.steps} steps)" if other else str(batch_size)
 
     def gives_step_at(self, step: int) -> bool:
         """Whether a step, counted from 0, takes the solver's step size from here."""
