@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,21 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler
 from usual import UsualFlow
 
-from rnode_plugin import MultiscaleFlow, SolverError, objective
+from rnode_plugin import MultiscaleFlow, SolverError, get_recipe, objective
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.data import ImageData
 from rnode_plugin.evaluation.bits import image_batch
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.flows.transforms import dequantize, random_flip
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.schema import Recipe, Start
 from rnode_plugin.solvers import Solver
+from rnode_plugin.training.optimizers import make_optimizer
 from rnode_plugin.training.schedule import EpochOrder, learning_rate_factor
 
-__all__ = ["ADAM", "METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
+__all__ = ["ADAM", "FAST", "METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
 
 
 # all methods of the digits train with Adam here; the recipe itself takes Muon
@@ -47,6 +49,7 @@ class Method:
         penalties: whether they are trained on.
         bf16: whether the field computes in bfloat16.
         compiled: whether torch.compile has a share in it.
+        fast: whether optimizer and start are those of the data set's fast recipe (:data:`FAST`).
     """
 
     solver: Solver | None = None
@@ -54,6 +57,7 @@ class Method:
     penalties: bool = True
     bf16: bool = False
     compiled: bool = False
+    fast: bool = False
 
 
 METHODS = {
@@ -63,9 +67,13 @@ METHODS = {
     "sampled": Method(rk4(trace_quadrature="sampled")),
     "sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), bf16=True),
+    "fast recipe": Method(rk4(trace_quadrature="sampled", step=0.5), fast=True),
     "compiled": Method(rk4(), compiled=True),
     "compiled, sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), compiled=True),
 }
+
+
+FAST = {"digits": "digits", "mnist": "mnist-fast", "cifar10": "cifar10-fast"}
 
 
 @dataclass(frozen=True)
@@ -95,23 +103,42 @@ class Trainer:
         method: how the loss and its gradient are computed.
         steps: planned steps, for the schedule of the learning rate.
         device: where.
+        seconds: planned seconds, if they end the run before the steps do; the schedule then follows the clock.
+        clock: what counts as seconds.
     """
 
     def __init__(
-        self, recipe: Recipe, data: ImageData, method: Method, *, steps: int, device: torch.device
+        self,
+        recipe: Recipe,
+        data: ImageData,
+        method: Method,
+        *,
+        steps: int,
+        device: torch.device,
+        seconds: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        recipe = dataclasses.replace(recipe, start=Start())
+        if method.fast:
+            fast = get_recipe(FAST[recipe.name])
+            optimizer = dataclasses.replace(fast.optimizer, schedule=recipe.optimizer.schedule)
+            recipe = dataclasses.replace(recipe, optimizer=optimizer, start=fast.start)
         self.recipe, self.data, self.method, self.device = recipe, data, method, device
+        self._clock = clock
         torch.manual_seed(recipe.training.seed)
         self.flow: MultiscaleFlow = recipe.build_flow().to(device)  # pyright: ignore[reportAttributeAccessIssue]
         self.model: nn.Module = self.flow
         if method.solver is None:
             self.model = UsualFlow(self.flow, penalties=method.penalties, **method.usual)
-        settings = recipe.optimizer
-        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, (settings.beta1, settings.beta2))
-        factor = learning_rate_factor(settings, lambda: steps)
+        self.steps, self.seconds, self.nfe = 0, 0.0, 0
+        self.optimizer = make_optimizer(self.model, recipe.optimizer)
+
+        def planned() -> float:
+            return min(steps, self.steps * seconds / self.seconds if self.seconds else steps)
+
+        factor = learning_rate_factor(recipe.optimizer, planned)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self._batches = self._batches_of_epochs()
-        self.steps, self.seconds, self.nfe = 0, 0.0, 0
         if method.compiled:  # once for all runs of a machine, and so not on the clock of one
             compile_fields(self.flow)
             x = torch.rand(recipe.data.batch_size, *recipe.data.shape, device=device)
@@ -120,10 +147,10 @@ class Trainer:
     def _batches_of_epochs(self) -> Iterator[list[int]]:
         """The images of each batch, as training takes them."""
         size, seed = self.recipe.data.batch_size, self.recipe.training.seed
-        order = EpochOrder(len(self.data.train), batch_size=size, seed=seed)
+        order = EpochOrder(len(self.data.train), batch_size=size, seed=seed, start=self.recipe.start)
         for epoch in itertools.count():
             order.set_epoch(epoch)
-            yield from BatchSampler(order, size, drop_last=True)
+            yield from order
 
     def images(self) -> Tensor:
         """The next batch, dequantised; the same for all methods."""
@@ -148,7 +175,8 @@ class Trainer:
         if self.method.bf16:
             precision = torch.autocast(self.device.type, torch.bfloat16)
         with precision:
-            options = {} if self.method.solver is None else {"solver": self.method.solver}
+            solver = self.method.solver
+            options = {} if solver is None else {"solver": self.recipe.start.solver_at(self.steps, solver)}
             output = self.model(x, noise=noise, **options)
         self.nfe = output.nfe
         lambdas = self.recipe.regularizers if self.method.penalties else {}
@@ -158,14 +186,14 @@ class Trainer:
     def train_step(self) -> float:
         """One step of the optimizer; the loss."""
         x = self.images()
-        start = time.perf_counter()
+        start = self._clock()
         loss = self.loss(x, self.draw_noise(len(x), self.steps))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
         value = loss.item()  # waits for the device
-        self.seconds += time.perf_counter() - start
+        self.seconds += self._clock() - start
         self.steps += 1
         return value
 

@@ -58,7 +58,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert all(p.isfinite().all() for p in load_flow(folder.last).parameters())
     order = EpochOrder(80, batch_size=20, seed=42)
     order.set_epoch(1)  # four steps to an epoch
-    batch = list(order)[40:60]
+    batch = list(order)[2]
     assert f"the training images {', '.join(map(str, batch[:16]))} and 4 more (all in {folder.skipped})" in message
     assert json.loads(folder.skipped.read_text()) == {"step": 7, "images": batch}
 

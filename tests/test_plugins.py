@@ -42,7 +42,7 @@ BUILTIN = {
     "regularizers": REGULARIZERS,
     "models": ["MultiscaleFlow"],
     "datasets": ["celebahq256", "cifar10", "digits", "fashion-mnist", "folder", "imagenet64", "mnist", "svhn"],
-    "recipes": ["celebahq256", "cifar10", "digits", "imagenet64", "mnist"],
+    "recipes": ["celebahq256", "cifar10", "cifar10-fast", "digits", "imagenet64", "mnist", "mnist-fast"],
     "commands": [
         "compare",
         "data",

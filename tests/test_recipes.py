@@ -15,8 +15,9 @@ from rnode_plugin.recipes.overrides import as_text, coerce, override
 from rnode_plugin.recipes.schema import Recipe, get_recipe
 from rnode_plugin.solvers.config import Solver
 
-NAMES = ["digits", "mnist", "cifar10", "imagenet64", "celebahq256"]
-PAPER = NAMES[1:]
+PAPER = ["mnist", "cifar10", "imagenet64", "celebahq256"]
+FAST = ["mnist-fast", "cifar10-fast"]
+NAMES = ["digits", *FAST, *PAPER]
 
 
 def test_recipes_need_no_torch() -> None:
@@ -54,6 +55,24 @@ def test_settings_of_the_paper(name, shape, levels, batch, gpus, epochs, alpha, 
     assert recipe.paper.gpus == gpus
     count = sum(p.numel() for p in recipe.build_flow().parameters())
     assert count == pytest.approx(recipe.paper.parameters, rel=3e-3)  # Table 2 has three digits
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_recipes_have_model_and_objective_of_the_papers(name: str) -> None:
+    recipe, papers = get_recipe(name), get_recipe(name.removesuffix("-fast"))
+    for group in ("model", "regularizers", "test_solver"):
+        assert getattr(recipe, group) == getattr(papers, group)
+    assert dataclasses.replace(recipe.data, batch_size=200) == papers.data
+    assert recipe.solver == get_recipe("digits").solver
+    assert recipe.start.steps > 0
+    assert (recipe.training.precision, recipe.training.compile) == ("auto", "auto")
+    assert recipe.paper is None, "its figures are those of another training"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_of_the_paper_compute_alike_everywhere(name: str) -> None:
+    training = get_recipe(name).training
+    assert (training.precision, training.compile) == ("32-true", False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,7 +184,9 @@ def test_bad_overrides_are_refused(assignment, message) -> None:
 
 
 def test_unknown_recipe_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean 'mnist'.*celebahq256, cifar10, digits, imagenet64, mnist"):
+    with pytest.raises(
+        ConfigError, match=r"did you mean 'mnist'.*celebahq256, cifar10, cifar10-fast, digits, imagenet64, mnist"
+    ):
         get_recipe("minst")
 
 

@@ -19,7 +19,7 @@ from rnode_plugin.errors import TrainingError
 # all that turns a tensor into something of Python's
 _READS = {"tolist", "item", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "nonzero"}
 # times and drawn stages of a solve and the order of the images are the host's own: no device is waited for
-_HOST = {"_substeps", "_draw_stage", "check_time", "__iter__"}
+_HOST = {"_substeps", "_draw_stage", "check_time", "__iter__", "_images_of"}
 
 
 class _Reads(TorchFunctionMode):

@@ -45,14 +45,15 @@ def estimate(
 
     With --gpu one training step is counted at the real batch, without values and without the data set: parameters,
     FLOPs, bytes, kernels and memory, and from the card's data sheet a range of seconds per step and hours. Without
-    --gpu the real step is timed on this machine's CPU, in each precision and gradient mode.
+    --gpu the real step is timed on this machine's CPU: in each precision, compiled if the run can win that back,
+    and in the other gradient mode.
     """
     from ..recipes.schema import get_recipe
 
     size = () if batch_size is None else (f"data.batch_size={batch_size}",)
     chosen = get_recipe(recipe).override([*size, *assignments])
     if gpu is None:
-        _time(chosen, nfe, as_json=as_json)
+        _time(chosen, images, nfe, as_json=as_json)
         return
     from ..training.cost.cards import get_card
     from ..training.cost.estimate import estimate
@@ -116,27 +117,37 @@ def _range(values: tuple[float, float] | None) -> str:
     return "not known" if values is None else f"{values[0]:.3g} to {values[1]:.3g}"
 
 
-def _time(recipe: Recipe, nfe: int, *, as_json: bool) -> None:
+def _time(recipe: Recipe, images: int | None, nfe: int, *, as_json: bool) -> None:
     import torch
 
-    from ..training.cost.timing import time_steps
+    from ..training.cost.estimate import planned_steps
+    from ..training.cost.fastest import choose, time_gradients
+    from .tables import table
 
-    timed = time_steps(recipe, device=torch.device("cpu"), nfe_per_block=nfe)
+    device, threads = torch.device("cpu"), torch.get_num_threads()
+    training = dataclasses.replace(recipe.training, precision="auto", compile="auto")
+    left_open = dataclasses.replace(recipe, training=training)
+    choice = choose(left_open, device=device, steps=planned_steps(recipe, images=images), nfe_per_block=nfe)
+    others = time_gradients(left_open, device=device, nfe_per_block=nfe)
+    steps = [*choice.measured, *others]
     if as_json:
-        found = [{**dataclasses.asdict(each), "median": each.median if each.seconds else None} for each in timed]
+        found = [_timed(each, recipe) for each in steps]
+        fastest = dataclasses.asdict(choice.way)
         click.echo(
-            json.dumps({"recipe": recipe.name, "threads": torch.get_num_threads(), "steps": found}, indent=2)
+            json.dumps({"recipe": recipe.name, "threads": threads, "fastest": fastest, "steps": found}, indent=2)
         )
         return
     click.echo(
-        f"{recipe.name}: training steps of batch {recipe.data.batch_size} on {torch.get_num_threads()} CPU "
-        "threads, random images, fresh weights"
+        f"{recipe.name}: training steps of batch {recipe.data.batch_size} on {threads} CPU threads, random images, "
+        "fresh weights\n"
     )
-    for each in timed:
-        click.echo(f"{each.precision:<12}{each.gradient:<16}{_timed(each)}")
+    rows = [(str(each.way), each.way.gradient or recipe.solver.gradient, each.cost()) for each in steps]
+    click.echo(table([("precision", "gradient", "cost"), *rows]))
+    click.echo(f"\n--precision auto --compile auto trains in {choice.way} here.")
 
 
-def _timed(each: TimedStep) -> str:
-    if each.problem is not None:
-        return f"cannot be trained: {each.problem}"
-    return f"{each.median:.3g} s/step ({min(each.seconds):.3g} to {max(each.seconds):.3g})"
+def _timed(each: TimedStep, recipe: Recipe) -> dict[str, object]:
+    """One timed way for JSON."""
+    plain = dataclasses.asdict(each)
+    way = {**plain.pop("way"), "gradient": each.way.gradient or recipe.solver.gradient}
+    return {**way, **plain, "median": each.median if each.seconds else None}

@@ -37,7 +37,16 @@ _SHORT = {
 }
 
 
-@click.command()
+class _TrainCommand(click.Command):
+    """A command whose ``--compile`` stands alone or before ``auto``: what else follows is not its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        values = {"--compile": "--compile=true", "--no-compile": "--compile=false"}
+        followed = zip(args, [*args[1:], ""], strict=True)
+        return super().parse_args(ctx, [arg if then == "auto" else values.get(arg, arg) for arg, then in followed])
+
+
+@click.command(cls=_TrainCommand)
 @click.argument("recipe", required=False)
 @click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe: no penalties, dopri5 at 1e-5.")
 @settings
@@ -53,10 +62,16 @@ _SHORT = {
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
 @click.option("--val-every", type=int, metavar="N", help="Validate every N steps instead of by epochs.")
 @click.option("--seed", type=int, help="Of the weights, the data order and all noise.")
-@click.option("--precision", help="As Lightning names it: 32-true, bf16-mixed, ...")
 @click.option(
-    "--compile/--no-compile", default=None, help="Train with torch.compile, which takes a minute at first."
+    "--precision", help="As Lightning names it: 32-true, bf16-mixed, ...; auto: the faster of these two, measured."
 )
+@click.option(
+    "--compile",
+    type=click.Choice(["true", "false", "auto"]),
+    metavar="[auto]",
+    help="Train with torch.compile, which takes a minute at first. auto: if that is measured to pay.",
+)
+@click.option("--no-compile", is_flag=True, expose_value=False, help="Train without torch.compile.")
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")
 @click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")

@@ -15,9 +15,11 @@ from ..recipes.schema import Recipe
 from ..reports import Report, write_report
 from ..reports.reading import Run, read_run
 from ..training.runs.resume import newest_intact
+from ..training.schedule import RunPlan
 from .arm_checks import check_arm
 from .arm_recipes import arm_recipes
-from .scheduler import places_of, train_arms
+from .scheduler import places_of, threads_of, train_arms
+from .shared_choice import shared_choice
 from .worker import Job
 
 __all__ = ["Comparison", "compare"]
@@ -58,8 +60,9 @@ def compare(
     """Train the arms, several at the same time if there is room, and write one report.
 
     A call with the same settings in the same folder continues the last one: a finished arm is not
-    trained again, an interrupted one is resumed. An arm does not depend on which others train beside it. Each
-    trains in a process of its own, so a penalty, a model or a data set of a plugin must be installed.
+    trained again, an interrupted one is resumed. What ``training.precision=auto`` and ``training.compile=auto``
+    leave open is measured once for all arms (``chosen.json``). An arm does not depend on which others train beside
+    it. Each trains in a process of its own, so a penalty, a model or a data set of a plugin must be installed.
 
     Args:
         recipe: what the arms share.
@@ -78,6 +81,7 @@ def compare(
     Raises:
         ConfigError: settings that cannot work.
         DataError: the data set is missing or does not fit the recipe.
+        CheckpointError: what was chosen for an earlier call cannot be read.
         TrainingError: no arm has a run to report.
     """
     if validations < 1:
@@ -88,9 +92,15 @@ def compare(
     for arm in planned[: len(planned) // seeds]:
         check_arm(arm)
     places = places_of(accelerator, devices, len(planned))
-    load_images(recipe, download=download)  # what is wrong with them is said once, before anything is trained
+    data = load_images(recipe, download=download)  # what is wrong with them is said before anything is trained
     out = Path(out)
     jobs = _unfinished(planned, out / "runs", accelerator, max_time, announce)
+    if jobs:
+        steps, threads = RunPlan.of(planned[0], len(data.train)).total, threads_of(places)
+        chosen = shared_choice(
+            planned, out, steps=steps, accelerator=accelerator, threads=threads, announce=announce
+        )
+        jobs = [dataclasses.replace(job, chosen=chosen) for job in jobs]
     failed, stopped = train_arms(jobs, places, announce, progress=progress)
     runs = [run.path for arm in planned if (run := _earlier_run(out / "runs", arm)) is not None]
     if not any(read_run(run).has_steps for run in runs):

@@ -15,7 +15,7 @@ import torch
 from ..errors import ConfigError
 from .worker import ArmProcess, Job
 
-__all__ = ["places_of", "train_arms"]
+__all__ = ["places_of", "threads_of", "train_arms"]
 
 _LONGEST_WAIT = 0.5  # seconds
 
@@ -52,6 +52,11 @@ def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
     return [f"{number}," for number in numbers][:arms]
 
 
+def threads_of(places: Sequence[str]) -> int:
+    """The threads of each process if one trains at each place: an equal share of this one's."""
+    return max(1, torch.get_num_threads() // len(places))
+
+
 def _on_cpu(accelerator: str) -> bool:
     return accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
 
@@ -77,7 +82,7 @@ def train_arms(
     failed: list[str] = []
     waiting, free = list(jobs), list(places)
     output = "nowhere" if not progress else "terminal" if len(places) == 1 else "lines"
-    threads = max(1, torch.get_num_threads() // len(places))
+    threads = threads_of(places)
     lines: queue.SimpleQueue[tuple[ArmProcess, str | None]] = queue.SimpleQueue()
     running: dict[ArmProcess, str] = {}
     with tempfile.TemporaryDirectory() as recipes, _stopped_with(running) as received:

@@ -16,7 +16,9 @@ from typing import IO
 
 from ..errors import ConfigError
 from ..recipes.schema import Recipe
-from ..training.runs.folder import RunFolder
+from ..training.cost.fastest import Choice
+from ..training.runs.choice_file import write_choice
+from ..training.runs.folder import CHOSEN, RunFolder
 
 __all__ = ["ArmProcess", "Ended", "Job"]
 
@@ -36,6 +38,7 @@ class Job:
         resume: the run to go on with; None to begin one.
         max_time: seconds for this call; None for no limit.
         accelerator: as Lightning's Trainer takes it.
+        chosen: how all arms compute their steps, if their recipes leave that open.
     """
 
     recipe: Recipe
@@ -44,6 +47,7 @@ class Job:
     resume: Path | None
     max_time: float | None
     accelerator: str
+    chosen: Choice | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +98,8 @@ class ArmProcess:
         self._stopping = False
         self._message: list[str] = []
         self._folder = job.resume or RunFolder.create(job.runs, job.recipe).path
+        if job.chosen is not None and not (self._folder / CHOSEN).exists():
+            write_choice(job.chosen, self._folder)
         file = recipes / f"{job.recipe.name}-{job.recipe.training.seed}.json"
         file.write_text(json.dumps(job.recipe.to_plain()), encoding="utf-8")
         arguments = [str(file), "--accelerator", job.accelerator, "--devices", device]
@@ -149,6 +155,8 @@ class ArmProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         with suppress(OSError):
+            if [each.name for each in self._folder.iterdir()] == [CHOSEN]:
+                (self._folder / CHOSEN).unlink()
             self._folder.rmdir()  # only if it is empty: the process had not begun
         if code == 0:
             return Ended()

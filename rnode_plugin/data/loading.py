@@ -20,7 +20,8 @@ class ImageDataset(Dataset[Tensor]):
     """Images as a PyTorch data set that returns a batch in one piece.
 
     A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, as
-    :func:`loader` does, because its default would split the batch.
+    :func:`loader` does, because its default would split the batch. With ``batch_size=None`` and a sampler of lists,
+    it asks for ``dataset[list]``.
 
     Args:
         images: ``(N, C, H, W)``, uint8; in memory, mapped from disk, or read from files.
@@ -32,9 +33,9 @@ class ImageDataset(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        """One image ``(C, H, W)``, uint8."""
-        return self.__getitems__([index])[0]
+    def __getitem__(self, index: int | Sequence[int]) -> Tensor:
+        """One image ``(C, H, W)``, or those of a list, ``(B, C, H, W)``; uint8."""
+        return self.__getitems__([index])[0] if isinstance(index, int) else self.__getitems__(index)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         """The images of a batch in the order of ``indices``, ``(B, C, H, W)``, uint8, as a copy."""

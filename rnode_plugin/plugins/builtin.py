@@ -50,8 +50,8 @@ def rnode_register_datasets() -> Mapping[str, str]:
 
 @hookimpl
 def rnode_register_recipes() -> Mapping[str, str]:
-    names = ("digits", "mnist", "cifar10", "imagenet64", "celebahq256")
-    return {name: f"rnode_plugin.recipes.presets:{name}" for name in names}
+    names = ("digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256")
+    return {name: f"rnode_plugin.recipes.presets:{name.replace('-', '_')}" for name in names}
 
 
 @hookimpl

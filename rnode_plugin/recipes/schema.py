@@ -20,6 +20,7 @@ from .settings.data import Data
 from .settings.model import Model
 from .settings.optimizer import Optimizer
 from .settings.paper import Paper
+from .settings.start import Start
 from .settings.training import Training
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "Optimizer",
     "Paper",
     "Recipe",
+    "Start",
     "Training",
     "get_recipe",
 ]
@@ -45,6 +47,7 @@ class Recipe:
         description: one line for the list of recipes.
         solver: the integrator while training.
         test_solver: the integrator of validation, evaluation and sampling.
+        start: what the first training steps do otherwise.
         regularizers: lambda by name (eq. 17); a penalty with lambda 0 is measured and not trained on.
         paper: the paper's own figures, where it has them.
     """
@@ -56,6 +59,7 @@ class Recipe:
     solver: Solver
     test_solver: Solver
     optimizer: Optimizer = field(default_factory=Optimizer)
+    start: Start = field(default_factory=Start)
     regularizers: Mapping[str, float] = field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
     training: Training = field(default_factory=Training)
     paper: Paper | None = None
@@ -67,6 +71,7 @@ class Recipe:
                 raise ConfigError(f"regularizers.{name} must not be negative, got {strength}.")
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
+        self.start.check(self.solver)
         rounding = next((eps for name, eps in _ROUNDING.items() if self.training.precision.startswith(name)), 0.0)
         if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
             raise ConfigError(
@@ -89,10 +94,10 @@ class Recipe:
         return changed
 
     def ffjord(self) -> Recipe:
-        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5."""
+        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, all steps alike."""
         solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
-        return dataclasses.replace(self, name=name, solver=solver, regularizers={})
+        return dataclasses.replace(self, name=name, solver=solver, start=Start(), regularizers={})
 
     @property
     def weights(self) -> str:

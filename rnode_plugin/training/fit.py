@@ -248,7 +248,7 @@ def _announce(module: RnodeModule, data: ImageData, plan: RunPlan, trainer: L.Tr
     images = f"{len(data.train):,} training and {len(data.val):,} held-out images"
     print(f"{module.recipe.name}: {parameters:,} parameters, {images}")
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
-    print(f"steps {done} to {plan.total}, batch {plan.batch_size}, {where}, in {module.folder.path}", flush=True)
+    print(f"steps {done} to {plan.total}, batch {plan.batches}, {where}, in {module.folder.path}", flush=True)
 
 
 @contextmanager

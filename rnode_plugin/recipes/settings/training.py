@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ...errors import ConfigError
 from .checks import at_least
@@ -18,8 +19,10 @@ class Training:
         max_epochs: passes over the training images; None where ``max_steps`` decides alone.
         max_steps: optimizer steps; None where ``max_epochs`` decides alone. The first limit that is met stops.
         seed: of the weights, the data order and all noise.
-        precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``.
-        compile: send the evaluations of the fused fields through torch.compile while training.
+        precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the faster of these two,
+            measured before the first step.
+        compile: send the evaluations of the fused fields through torch.compile while training; or ``auto``: if
+            that is faster and the run wins back what compiling takes.
         tune_every: steps between two measurements of ``solver.step=auto``.
         val_every: epochs between two validations, each with a grid of samples.
         val_every_steps: steps between two validations instead; None for epochs.
@@ -39,7 +42,7 @@ class Training:
     max_steps: int | None = None
     seed: int = 42
     precision: str = "32-true"
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     tune_every: int = 100
     val_every: int = 1
     val_every_steps: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...errors import ConfigError
@@ -10,7 +11,7 @@ from .cards import BANDWIDTH_SHARE, COMPUTE_SHARE, LAUNCH_SECONDS, Card
 from .counting import Cost
 from .step import NFE_PER_BLOCK, StepCost, count_step, largest_batch
 
-__all__ = ["TRAINING_IMAGES", "Estimate", "Prediction", "estimate", "predict_seconds"]
+__all__ = ["TRAINING_IMAGES", "Estimate", "Prediction", "estimate", "planned_steps", "predict_seconds"]
 
 Range = tuple[float, float]
 
@@ -145,6 +146,20 @@ def estimate(
     )
 
 
+def planned_steps(recipe: Recipe, *, images: int | None = None, devices: int = 1) -> float:
+    """The steps that a recipe asks for; infinite if that takes the number of images and nobody knows it.
+
+    Args:
+        recipe: whose limits are steps, epochs or both.
+        images: training images; None: those of the data set.
+        devices: of the run.
+    """
+    training = recipe.training
+    images = images or recipe.data.train_images or TRAINING_IMAGES.get(recipe.data.name)
+    epoch = math.inf if images is None else images / (recipe.data.batch_size * devices * training.accumulate)
+    return min(training.max_steps or math.inf, (training.max_epochs or math.inf) * epoch)
+
+
 def _predict(
     recipe: Recipe, card: Card, step: StepCost, precision: str, *, images: int | None, devices: int
 ) -> Prediction:
@@ -153,9 +168,7 @@ def _predict(
     if images is not None:
         per_epoch = images / (step.batch * devices * recipe.training.accumulate)
         epoch = (low * per_epoch / 3600, high * per_epoch / 3600)
-        training = recipe.training
-        limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
-        total = min(limit for limit in limits if limit is not None)
+        total = planned_steps(recipe, images=images, devices=devices)
         hours = (low * total / 3600, high * total / 3600)
     largest = largest_batch(step, _USABLE * card.memory * 1e9)
     return Prediction(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytorch_lightning as L
@@ -32,7 +33,7 @@ class _Resumable(DataLoader[Tensor]):
 class ImageDataModule(L.LightningDataModule):
     """The training and held-out images of a recipe, for any ``Trainer``.
 
-    Batches are uint8 ``(B, C, H, W)``. The order of an epoch is a function of the recipe's seed and the epoch. A
+    Batches are uint8 ``(B, C, H, W)``. Which images a step takes is a function of the recipe's seed and the step. A
     run that is resumed goes on after the batches that were trained on, whatever a worker had read ahead.
 
     Example:
@@ -86,7 +87,7 @@ class ImageDataModule(L.LightningDataModule):
             ConfigError: the images do not fill one batch on each device.
         """
         done = 0 if self.trainer is None else batches_trained(self.trainer)
-        return self._loader(self.images.train, self.recipe.data.batch_size, self._order(done))
+        return self._loader(self.images.train, None, self._order(done))  # an order of whole batches
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the held-out images, each image on one device."""
@@ -95,9 +96,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def images_of_step(self, step: int) -> list[int]:
         """Numbers of the training images that this device takes at ``step``, counted from 0."""
-        size, batches = self.recipe.data.batch_size, self._accumulate
-        indices = iter(self._order(step * batches))
-        return [index for index, _ in zip(indices, range(size * batches), strict=False)]
+        batches = itertools.islice(self._order(step * self._accumulate), self._accumulate)
+        return list(itertools.chain.from_iterable(batches))
 
     def _order(self, done: int) -> EpochOrder:
         order = EpochOrder(
@@ -107,6 +107,7 @@ class ImageDataModule(L.LightningDataModule):
             accumulate=self._accumulate,
             world=self._world,
             rank=self._rank,
+            start=self.recipe.start,
             done=done,
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
         )
@@ -118,7 +119,9 @@ class ImageDataModule(L.LightningDataModule):
             )
         return order
 
-    def _loader(self, images: ImageArray, batch_size: int, sampler: EpochOrder | EvenShare) -> DataLoader[Tensor]:
+    def _loader(
+        self, images: ImageArray, batch_size: int | None, sampler: EpochOrder | EvenShare
+    ) -> DataLoader[Tensor]:
         workers = self.recipe.data.workers
         return _Resumable(
             ImageDataset(images),

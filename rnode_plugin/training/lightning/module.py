@@ -17,7 +17,8 @@ from ...errors import CheckpointError, ConfigError, LocalError, SolverError, Tra
 from ...fields import compile_fields
 from ...recipes.schema import Recipe
 from ...solvers import Solver
-from ..optimizers import make_optimizer
+from ..cost.fastest import is_open
+from ..optimizers import check_installed, make_optimizer
 from ..runs.checkpoints import header_with
 from ..runs.folder import RunFolder
 from ..schedule import learning_rate_factor
@@ -29,6 +30,7 @@ from ..steps.step_reading import StepReading
 from ..steps.step_row import StepClock, StepRow
 from ..validation import ValidationSums, gap_warning
 from .datamodule import ImageDataModule
+from .fastest_way import take_fastest_way
 from .private import data_of, log_interval
 
 __all__ = ["RnodeModule"]
@@ -63,7 +65,8 @@ class RnodeModule(L.LightningModule):
         folder: the run's folder in :func:`~rnode_plugin.training.fit.fit`; None in other Trainers.
 
     Raises:
-        ConfigError: the model has no field that can be compiled, and the recipe asks for that.
+        ConfigError: the model has no field that can be compiled, or the package of the optimizer is missing, and
+            the recipe asks for that.
 
     Example:
         >>> from rnode_plugin import get_recipe
@@ -76,14 +79,15 @@ class RnodeModule(L.LightningModule):
         super().__init__()
         if not isinstance(recipe, Recipe):
             recipe = Recipe.from_plain(recipe)
+        check_installed(recipe.optimizer)
         self.save_hyperparameters({"recipe": recipe.to_plain()})
         self.recipe = recipe
         self.folder: RunFolder | None = None
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
-        if recipe.training.compile and not compile_fields(self.flow):
-            raise ConfigError(f"the model {recipe.model.name} has no field that can be compiled: train without.")
-        self._to_compile = recipe.training.compile
+        self._compiled: set[torch.Size] | None = None  # shapes of batches
+        if recipe.training.compile is True:
+            self._compile_fields()
         self.objective = StepObjective(self.flow, recipe)
         automatic = recipe.solver.step == "auto"
         self.auto = AutoStep(recipe.solver, seed=recipe.training.seed) if automatic else None
@@ -97,15 +101,30 @@ class RnodeModule(L.LightningModule):
     @property
     def solver(self) -> Solver:
         """The integrator of the training steps at the moment."""
-        return self.recipe.solver if self.auto is None else self.auto.solver
+        solver = self.recipe.solver if self.auto is None else self.auto.solver
+        return self.recipe.start.solver_at(self.global_step, solver)
+
+    def _compile_fields(self) -> None:
+        if not compile_fields(self.flow):
+            name = self.recipe.model.name
+            raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
+        self._compiled = set()
 
     # a training step -------------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        if not is_open(self.recipe):
+            return
+        folder = None if self.folder is None else self.folder.path
+        way = take_fastest_way(self.trainer, self.recipe, folder).way
+        if way.compiled and self._compiled is None:
+            self._compile_fields()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if batch_idx % self._batches == 0:
-            if self._to_compile:
-                self._to_compile = False
+            if self._compiled is not None and batch.shape not in self._compiled:
+                self._compiled.add(batch.shape)
                 self._compile(batch)
             self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
             self._tune()
@@ -203,6 +222,8 @@ class RnodeModule(L.LightningModule):
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with what the first one found."""
         auto = self.auto
+        if self.recipe.start.gives_step_at(self.global_step):
+            return
         if auto is None or not (auto.step is None or self.global_step % self.recipe.training.tune_every == 0):
             return
         data = data_of(self.trainer)

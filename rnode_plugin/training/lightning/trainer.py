@@ -70,7 +70,7 @@ def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **o
     Args:
         devices, num_nodes: as Lightning's Trainer takes them; ``auto`` means torchrun's own numbers under torchrun.
         plugins: besides ours.
-        options: what depends on the run.
+        options: what depends on the run; the precision ``auto`` starts as Lightning's default.
 
     Raises:
         ConfigError: what it refuses: an accelerator that is not there, a precision that it does not know.
@@ -87,6 +87,8 @@ def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **o
         environment.append(SLURMEnvironment(auto_requeue=False))
     more = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] * (plugins is not None)
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    if options.get("precision") == "auto":
+        options["precision"] = "32-true"
     try:
         trainer = L.Trainer(
             devices=devices,

@@ -133,11 +133,12 @@ def load_with_recipe(
 
 
 def training_solver(path: Path) -> Solver:
-    """The solver that the weights of a checkpoint file were trained with; a step that was found, as it was then."""
+    """The solver that the weights of a checkpoint file were last trained with; a step that was found, as then."""
     contents = read_checkpoint(path)
-    solver = recipe_of(contents, path).solver
-    found = contents.get("progress", {}).get("step_size")
-    return solver if found is None else dataclasses.replace(solver, step=found)
+    recipe, progress = recipe_of(contents, path), contents.get("progress", {})
+    found = progress.get("step_size")
+    solver = recipe.solver if found is None else dataclasses.replace(recipe.solver, step=found)
+    return solver if "batches" not in progress else recipe.start.solver_at(progress["batches"] - 1, solver)
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:

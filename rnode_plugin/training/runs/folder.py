@@ -22,7 +22,9 @@ from ...plugins import registry
 from ...recipes.schema import Recipe
 from .checkpoints import BEST, LAST
 
-__all__ = ["RunFolder", "environment"]
+__all__ = ["CHOSEN", "RunFolder", "environment"]
+
+CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
 
@@ -90,13 +92,15 @@ class RunFolder:
     def claim(path: str | os.PathLike[str]) -> RunFolder:
         """A run folder at exactly ``path``, made if it is not there.
 
+        It may hold a ``chosen.json``, which the run then keeps to.
+
         Raises:
             ConfigError: it cannot be made, or it holds something already.
         """
         path = Path(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            taken = next(path.iterdir(), None)
+            taken = next((each for each in path.iterdir() if each.name != CHOSEN), None)
         except OSError as error:
             raise ConfigError(f"cannot make the run folder {path}: {error.strerror}.") from None
         if taken is not None:

@@ -1,0 +1,150 @@
+"""Smaller batches and coarser steps at the start: which images a step takes, and resumed to the bit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from child_runs import assert_same
+from click.testing import CliRunner
+from tiny_runs import rows, run, signal_at, tiny_recipe
+
+from rnode_plugin.cli import main
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.recipes.settings.start import Start
+from rnode_plugin.training.runs.checkpoints import training_solver
+from rnode_plugin.training.schedule import EpochOrder
+
+START = ("start.steps=4", "start.batch_size=10", "start.step=1", "solver.step=0.5")
+
+
+def batches(epochs: int, **options: object) -> list[list[int]]:
+    """What one device takes in so many epochs."""
+    order = EpochOrder(**{"seed": 3, **options})  # pyright: ignore[reportArgumentType]
+    found: list[list[int]] = []
+    for epoch in range(epochs):
+        order.set_epoch(epoch)
+        found += order
+    return found
+
+
+@pytest.mark.parametrize(("images", "start", "size"), [
+    (20, Start(3, batch_size=2), 6),  # 6 images of the first pass, then two whole steps, then the next pass
+    (20, Start(10, batch_size=2), 6),  # the start is just a pass
+    (20, Start(23, batch_size=3), 4),  # the start is several passes and a part of one
+    (21, Start(5, batch_size=4), 5),  # the start leaves less than a step of its pass
+    (20, Start(3, batch_size=7), 2),  # not larger than later
+    (20, Start(3, step=1.0), 6),
+])  # fmt: skip
+@pytest.mark.parametrize("world", [1, 2])
+def test_each_pass_takes_each_image_once(images: int, start: Start, size: int, world: int) -> None:
+    parts = [
+        batches(9, images=images * world, batch_size=size, start=start, world=world, rank=rank)
+        for rank in range(world)
+    ]
+    steps = [list(itertools.chain(*of_devices)) for of_devices in zip(*parts, strict=True)]
+    assert [len(step) for step in steps] == [
+        world * min(start.batch_size or size, size) if number < start.steps else world * size
+        for number in range(len(steps))
+    ]
+    passes: list[list[int]] = [[]]
+    for step in steps:
+        if len(passes[-1]) + len(step) > images * world:  # what is left does not fill the step: a new pass
+            passes.append([])
+        passes[-1] += step
+    assert len(passes) > 2
+    for each in passes:
+        assert len(set(each)) == len(each)
+        assert set(each) <= set(range(images * world))
+    assert passes[0][:size] != passes[1][:size]
+
+
+@pytest.mark.parametrize("done", range(15))
+def test_an_order_goes_on_wherever_it_was_left(done: int) -> None:
+    options = {"images": 20, "batch_size": 4, "start": Start(4, batch_size=3)}
+    whole = batches(3, **options)
+    order = EpochOrder(**options, seed=3, done=done)
+    rest = list(order)
+    for epoch in range(done // 5 + 1, 3):
+        order.set_epoch(epoch)
+        rest += order
+    assert rest == whole[done:]
+
+
+def test_two_devices_and_two_batches_a_step_take_the_images_of_one() -> None:
+    one = batches(3, images=40, batch_size=8, start=Start(4, batch_size=4))
+    parts = [
+        batches(3, images=40, batch_size=2, accumulate=2, start=Start(4, batch_size=1), world=2, rank=rank)
+        for rank in (0, 1)
+    ]
+    first, second = ([part[::2], part[1::2]] for part in parts)
+    assert [a + b + c + d for a, b, c, d in zip(first[0], second[0], first[1], second[1], strict=True)] == one
+
+
+def test_without_a_start_an_epoch_is_a_pass() -> None:
+    """As in runs of earlier versions."""
+    whole = batches(2, images=10, batch_size=3)
+    assert whole == batches(2, images=10, batch_size=3, start=Start())
+    assert [len({*itertools.chain.from_iterable(whole[i : i + 3])}) for i in (0, 3)] == [9, 9]
+
+
+@pytest.mark.parametrize(("stops", "workers"), [((2, 4, 6), 0), pytest.param((3,), 1, marks=pytest.mark.slow)])
+def test_interrupted_and_resumed_equals_uninterrupted(stops: tuple[int, ...], workers: int, tmp_path: Path) -> None:
+    """Stopped inside of the start, at its last step, and after it."""
+    recipe = tiny_recipe(*START, f"data.workers={workers}")
+    whole = run(recipe, tmp_path / "a")
+    part = run(recipe, tmp_path / "b", callbacks=[signal_at(stops[0])])
+    for stop in stops[1:]:
+        part = run(recipe, tmp_path, resume=part.folder.path, callbacks=[signal_at(stop)])
+    assert part.steps == stops[-1]
+    rest = run(recipe, tmp_path, resume=part.folder.path)
+    assert_same(whole.folder.path, rest.folder.path)
+    evaluations = [float(row["train/nfe"]) for row in rows(rest.folder.path) if "train/nfe" in row]
+    assert evaluations == [24.0] * 4 + [48.0] * 4
+    assert training_solver(rest.folder.last).step == 0.5
+
+
+def test_the_training_solver_of_weights_from_the_start(tmp_path: Path) -> None:
+    result = run(tiny_recipe(*START, "training.max_steps=3"), tmp_path)
+    assert training_solver(result.folder.best).step == 1.0
+
+
+def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:
+    settings = ("start.steps=2", "start.step=1", "solver.step=auto", "training.max_steps=3")
+    result = run(tiny_recipe(*settings), tmp_path)
+    steps = [float(row["train/step_size"]) for row in rows(result.folder.path) if "train/step_size" in row]
+    assert steps[:2] == [1.0, 1.0]
+    assert steps[2] == result.step_size
+    assert result.step_size is not None
+    assert result.step_size <= 0.5
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (["start.steps=3"], "start.steps does nothing alone"),
+    (["start.step=1"], "do nothing without start.steps"),
+    (["start.steps=3", "start.batch_size=0"], "start.batch_size must be at least 1"),
+    (["start.steps=-3", "start.step=1"], "start.steps must be at least 0"),
+    (["start.steps=3", "start.step=0"], "start.step must be positive"),
+    (["start.steps=3", "start.step=1", "solver.method=dopri5", "solver.trace_quadrature=full"],
+     "start.step needs a fixed grid, but dopri5 chooses its own steps"),
+])  # fmt: skip
+def test_settings_that_cannot_work(settings: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_recipe(*settings)
+
+
+def test_the_baseline_has_no_start() -> None:
+    assert tiny_recipe(*START).ffjord().start == Start()
+
+
+def test_shown() -> None:
+    changed = [part for setting in START for part in ("--set", setting)]
+    done = CliRunner().invoke(main, ["recipes", "show", "digits", *changed])
+    assert done.exit_code == 0, done.output
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["start.steps", "4"] in lines
+    assert ["start.batch_size", "10"] in lines
+    assert ["start.step", "1.0"] in lines
+    assert Start(4, 10, 1.0).described(20) == "20 (10 and solver.step 1 in the first 4 steps)"
+    assert Start().described(20) == "20"
