@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..recipes.schema import Recipe
-from ..solvers.config import Solver
 from .reading import Run, arm_of
 
-__all__ = ["Arm", "Look", "group_runs", "solver_text"]
+__all__ = ["Arm", "Look", "group_runs"]
 
 
 class Look(NamedTuple):
@@ -110,12 +109,3 @@ def _with_lambdas(recipe: Recipe) -> str:
     """``kinetic=0.01+jacfrob=0.1``; the name of the arm if it has no penalty."""
     terms = [f"{name}={strength:g}" for name, strength in recipe.regularizers.items() if strength > 0]
     return "+".join(terms) or arm_of(recipe)
-
-
-def solver_text(solver: Solver) -> str:
-    """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
-    if solver.adaptive:
-        return f"{solver.method}, tolerance {solver.atol:g}"
-    if solver.step is None:
-        return f"{solver.method}, one step"
-    return f"{solver.method}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"
