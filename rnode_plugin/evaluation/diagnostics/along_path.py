@@ -1,4 +1,4 @@
-"""Along the path: Jacobian norm and kinetic energy against time, and the length of paths over their displacement."""
+"""Along the path: Jacobian norm and kinetic energy against time, and length of paths over displacement."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def _scores(features: Tensor, n: int, seed: int) -> Tensor:
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
-    forest: Any = RandomForestClassifier(200, min_samples_leaf=2, random_state=seed)
+    forest: Any = RandomForestClassifier(100, min_samples_leaf=2, random_state=seed)
     if features.shape[1] > 2 * _COMPONENTS:
         fewest = len(features) * (_FOLDS - 1) // _FOLDS
         forest = make_pipeline(PCA(min(_COMPONENTS, fewest), random_state=seed), forest)

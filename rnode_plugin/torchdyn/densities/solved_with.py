@@ -36,7 +36,7 @@ def solved_with(
     """
     cnf = copy.copy(next(each for each in model.ode.modules() if isinstance(each, CNF)))
     if estimator is not None:
-        cnf.trace_estimator, cnf.observer = estimator, None
+        cnf.trace_estimator, cnf.observer, cnf.noise = estimator, None, None
     policy = span_policy([each.regularizer for each in model.ode._penalties.values()])
     spans = () if policy is None else (policy,)
     twin = copy.copy(model)
