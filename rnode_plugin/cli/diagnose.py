@@ -16,7 +16,7 @@ CHECK_FAILED = 3
 @click.argument("run")
 @click.option("--samples", type=click.IntRange(2), metavar="N",
               help="Held-out images to use. [default: 256, of large images fewer: 50000 / dimensions, at least "
-                   "16]")  # fmt: skip
+                   "8]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all noise.")
 @click.option("--out", metavar="FOLDER",
               help="Where diagnosis.json and the figures go. [default: the run's folder; for other weights the "
@@ -89,7 +89,9 @@ def diagnose(
         rows = [(check.name, check.verdict, check.sentence) for check in diagnosis.checks]
         width = min(120, shutil.get_terminal_size().columns)
         click.echo(wrapped_table([("check", "verdict", "what it means"), *rows], width=width))
-        click.echo(f"\n{diagnosis.samples} held-out images, {duration(diagnosis.seconds)}")
+        fewer = samples is None and diagnosis.samples < samples_for(1)
+        note = " (few, because they are large or there are no more; --samples N)" if fewer else ""
+        click.echo(f"\n{diagnosis.samples} held-out images{note}, {duration(diagnosis.seconds)}")
         click.echo(f"{folder / DIAGNOSIS}\n{folder / 'diagnosis'}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
