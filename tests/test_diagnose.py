@@ -26,7 +26,7 @@ from diagnosed_models import (
 )
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, Solver, diagnose
+from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
 from rnode_plugin.core.regularizers import LearnedEndTime
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
@@ -50,8 +50,10 @@ def no_grad() -> Any:
         yield
 
 
-def of(check: Any, model: nn.Module, x: Tensor = X, context: Tensor | None = None, **options: Any) -> Check:
-    return check(subject_of(model), HeldOut(x, context, 0), **options)
+def of(
+    check: Any, model: nn.Module, x: Tensor = X, context: Tensor | None = None, *, seed: int = 0, **options: Any
+) -> Check:
+    return check(subject_of(model), HeldOut(x, context, seed), **options)
 
 
 def image_flow(**options: Any) -> MultiscaleFlow:
@@ -326,40 +328,43 @@ def test_guessing_stays_below_its_limit() -> None:
 
 
 @pytest.mark.slow
-def test_false_alarms_are_as_rare_as_stated() -> None:
-    """At most 3 of 200: with a rate of 0.1 % more have a probability below 1e-4."""
-    verdicts: dict[str, list[str]] = {"ranks": [], "trace": [], "two samples": []}
-    conditional, model = subject_of(posterior()), subject_of(density())
-    accuracies = []
-    for seed in range(200):
-        verdicts["ranks"].append(ranks(conditional, HeldOut(*posterior_pairs(256, seed=seed), seed)).verdict)
+@pytest.mark.parametrize("name", ["trace", "two samples", "posterior ranks"])
+def test_false_alarms_are_as_rare_as_stated(name: str) -> None:
+    """At most 2 of 100 right models: with a rate of 0.1 % more have a probability below 0.0002."""
+    found: list[Check] = []
+    for seed in range(100):
         data = HeldOut(gaussian(MATRIX, 64, seed=seed), None, seed)
-        verdicts["trace"].append(trace(model, data).verdict)
-        if seed < 100:
-            check = two_sample(model, data)
-            verdicts["two samples"].append("failed" if check.verdict != "ok" else "ok")
-            accuracies.append(check.numbers["accuracy"])
-    assert {name: found.count("failed") <= 3 for name, found in verdicts.items()} == dict.fromkeys(verdicts, True)
-    assert verdicts["ranks"].count("warning") <= 8  # of 2 expected
-    deviation = float(torch.tensor(accuracies).std())
-    assert deviation < 1.5 * 0.5 / math.sqrt(2 * 64)  # the widened one is conservative
-    assert float(torch.tensor(accuracies).mean()) == pytest.approx(0.5, abs=0.025)
+        if name == "trace":
+            found.append(of(trace, density(), data.x, seed=seed))
+        elif name == "two samples":
+            found.append(of(two_sample, density(), data.x, seed=seed))
+        else:
+            found.append(of(ranks, posterior(), *posterior_pairs(256, seed=seed), seed=seed))
+    verdicts = [check.verdict for check in found]
+    assert verdicts.count("failed") <= 2
+    if name == "posterior ranks":
+        assert verdicts.count("warning") <= 5  # of 1 expected
+    if name == "two samples":
+        assert verdicts.count("warning") <= 2
+        accuracies = torch.tensor([check.numbers["accuracy"] for check in found])
+        assert float(accuracies.std()) < 1.5 * 0.5 / math.sqrt(2 * 64)  # the widened one is conservative
+        assert float(accuracies.mean()) == pytest.approx(0.5, abs=0.025)
 
 
 # ranks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("pairs", "said"),
+    ("wider", "higher", "said"),
     [
-        ({"wider": 1.6}, "is too narrow"),
-        ({"wider": 0.6}, "is too wide"),
-        ({"higher": 0.7}, "true values lie too high"),
-        ({"higher": -0.7}, "true values lie too low"),
+        (1.6, 0.0, "is too narrow"),
+        (0.6, 0.0, "is too wide"),
+        (1.0, 0.7, "true values lie too high"),
+        (1.0, -0.7, "true values lie too low"),
     ],
 )
-def test_ranks_of_a_wrong_posterior(pairs: dict[str, float], said: str) -> None:
-    check = of(ranks, posterior(), *posterior_pairs(256, **pairs))
+def test_ranks_of_a_wrong_posterior(wider: float, higher: float, said: str) -> None:
+    check = of(ranks, posterior(), *posterior_pairs(256, wider=wider, higher=higher))
     assert check.verdict == "failed"
     assert said in check.sentence
 
@@ -411,13 +416,7 @@ def test_solved_with_shares_parameters_and_leaves_the_model_alone() -> None:
 
 
 def test_solved_with_keeps_a_learned_end_time() -> None:
-    end = LearnedEndTime(0.5)
-    model = RegularizedCNF_with(end)
+    policy = LearnedEndTime(0.5)
+    model = RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), trace_estimator="exact")
     twin = solved_with(model, solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
     torch.testing.assert_close(twin.transform(X)[0], model.transform(X)[0], rtol=1e-3, atol=1e-3)
-
-
-def RegularizedCNF_with(policy: Any) -> Any:  # noqa: N802
-    from rnode_plugin import RegularizedCNF
-
-    return RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), trace_estimator="exact")

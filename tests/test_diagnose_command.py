@@ -67,34 +67,40 @@ def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
             assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 20, path
 
 
-def test_json_and_another_folder(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a" / "b"
-    arguments = ("--samples", "8", "--json", "--device", "cpu", "--out", str(out))
-    result = rnode("diagnose", str(trained), *arguments)
-    assert result.exit_code == 0, result.output  # too few samples for a classifier, and the rest is right
-    plain = json.loads(result.stdout)
-    assert plain == json.loads((out / "diagnosis.json").read_text())
-    assert {check["name"]: check["verdict"] for check in plain["checks"]}["two samples"] == "left out"
-    assert not (out / "diagnosis" / "two-samples.png").exists()
-
-
-def test_weights_outside_of_a_run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def canned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of the checks: a diagnosis without failures. What was asked of it."""
     asked: dict[str, Any] = {}
 
-    def canned(model: Any, x: Any, **options: Any) -> Diagnosis:
+    def diagnose(model: Any, x: Any, **options: Any) -> Diagnosis:
         asked.update(options, images=len(x))
         return _diagnosis((Check("trace", "ok", "fine", {"bias": math.nan}),))
 
-    monkeypatch.setattr("rnode_plugin.evaluation.diagnostics.diagnose.diagnose", canned)
+    monkeypatch.setattr("rnode_plugin.evaluation.diagnostics.diagnose.diagnose", diagnose)
+    return asked
+
+
+def test_json_and_another_folder(trained: Path, tmp_path: Path, canned: dict[str, Any]) -> None:
+    out = tmp_path / "a" / "b"
+    result = rnode("diagnose", str(trained), "--samples", "8", "--json", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    plain = json.loads(result.stdout)
+    assert plain == json.loads((out / "diagnosis.json").read_text())
+    assert plain["checks"][0]["numbers"] == {"bias": None}
+    assert (canned["images"], canned["samples"]) == (8, 8)
+
+
+def test_weights_outside_of_a_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canned: dict[str, Any]
+) -> None:
     shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "weights.ckpt")
     monkeypatch.chdir(tmp_path)
     result = rnode("diagnose", "weights.ckpt", "--seed", "3")
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "diagnosis" / "diagnosis.json").is_file()
     assert str(Path("diagnosis") / "diagnosis.json") in result.stdout
-    plain = json.loads((tmp_path / "diagnosis" / "diagnosis.json").read_text())
-    assert plain["checks"][0]["numbers"] == {"bias": None}
-    assert (asked["images"], asked["samples"], asked["seed"]) == (256, None, 3)
-    assert asked["training_solver"].method == "rk4_38"
+    assert (canned["images"], canned["samples"], canned["seed"]) == (256, None, 3)
+    assert canned["training_solver"].method == "rk4_38"
 
 
 def test_the_report_shows_it(trained: Path, diagnosed: Result, tmp_path: Path) -> None:

@@ -56,8 +56,8 @@ def along_path(subject: Subject, data: HeldOut) -> Check:
     curves = _by_time(recorder.notes, subject.dims)
     start = subject.start(few.x)
     start = recorder.starts[0] if start is None else start
-    length = encoded.penalties[recorder.name].double().cpu()
-    displacement = (encoded.z - start).double().norm(dim=1).cpu()
+    length = encoded.penalties[recorder.name].cpu().double()
+    displacement = (encoded.z - start).cpu().double().norm(dim=1)
     moved = float(displacement.sum())
     numbers = {
         "length": float(length.mean()),

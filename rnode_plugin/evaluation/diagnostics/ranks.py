@@ -31,7 +31,7 @@ def ranks(subject: Subject, data: HeldOut) -> Check:
     with data.noise():
         drawn = subject.sample(n * _DRAWS, data.context.repeat_interleave(_DRAWS, 0))
     below = drawn.reshape(n, _DRAWS, -1) < data.x.flatten(1)[:, None]
-    rank = below.sum(1).double().cpu()  # (N, D), 0 to 63
+    rank = below.sum(1).cpu().double()  # (N, D), 0 to 63
     bins = max(b for b in (2, 4, 8, _MAX_BINS) if n // b >= _PER_BIN)
     width = (_DRAWS + 1) // bins
     counts = torch.stack([torch.bincount((column // width).long(), minlength=bins) for column in rank.T])

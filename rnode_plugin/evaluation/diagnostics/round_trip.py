@@ -21,7 +21,7 @@ _ROUNDING = 1e-4  # if it is more than single precision loses
 def round_trip(subject: Subject, data: HeldOut) -> Check:
     """Whether the inverse undoes the forward direction, with the model's own solver and with the accurate one."""
     own = _lost(subject, data, exactly=False)
-    spread = float((data.x - data.x.mean(0)).double().square().mean().sqrt()) or 1.0
+    spread = float((data.x - data.x.mean(0)).cpu().double().square().mean().sqrt()) or 1.0
     relative = own / spread
     error = float(relative.square().mean().sqrt())
     largest = float(relative.max())
@@ -46,7 +46,7 @@ def _lost(subject: Subject, data: HeldOut, *, exactly: bool) -> Tensor:
     with data.noise():
         z = subject.encode(data.x, data.context, solver=solver).z
     back = subject.decode(z, data.context, solver=solver)
-    return (back - data.x).flatten(1).double().square().mean(1).sqrt().cpu()
+    return (back - data.x).flatten(1).cpu().double().square().mean(1).sqrt()
 
 
 def _sentence(verdict: Verdict, error: float, largest: float, exact: float, subject: Subject) -> str:

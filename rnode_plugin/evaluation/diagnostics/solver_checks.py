@@ -146,7 +146,7 @@ class _Nll:
 def _nll(subject: Subject, data: HeldOut, solver: Solver | None) -> _Nll:
     with data.noise():  # the same for all solvers
         encoded = subject.encode(data.x, data.context, solver=solver)
-    return _Nll(-encoded.log_prob.cpu() / subject.dims, encoded.nfe)
+    return _Nll(-encoded.log_prob / subject.dims, encoded.nfe)
 
 
 def _at(tolerance: float) -> Solver:

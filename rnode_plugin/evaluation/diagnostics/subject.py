@@ -86,7 +86,7 @@ class Encoded:
 
     Attributes:
         z: latent ``(B, D)``.
-        log_prob: of the data, ``(B,)`` in nats, double precision.
+        log_prob: of the data, ``(B,)`` in nats, double precision, on the CPU.
         nfe: evaluations of the vector fields, mean over the batches.
         penalties: integrals of what was followed, ``(B,)`` by name.
     """
@@ -138,7 +138,7 @@ class Subject(ABC):
         names = parts[0].penalties
         return Encoded(
             torch.cat([part.z.flatten(1) for part in parts]),
-            torch.cat([part.log_prob.double() for part in parts]),
+            torch.cat([part.log_prob.cpu().double() for part in parts]),
             sum(part.nfe for part in parts) / len(parts),
             {name: torch.cat([part.penalties[name] for part in parts]) for name in names},
         )

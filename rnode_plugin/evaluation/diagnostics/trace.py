@@ -67,13 +67,13 @@ def trace(subject: Subject, data: HeldOut) -> Check:
         )
         return Check(TRACE, "left out", sentence, {"dims": subject.dims})
     few = data.first(_SAMPLES)
-    exact = subject.encode(few.x, few.context, solver=_GRID, estimator=AutogradRows()).log_prob.cpu()
+    exact = subject.encode(few.x, few.context, solver=_GRID, estimator=AutogradRows()).log_prob
     draws = 1 if isinstance(subject.estimator, Exact) else _DRAWS
     estimates = []
     for draw in range(draws):
         with data.noise(draw):
             own = subject.encode(few.x, few.context, solver=_GRID, estimator=subject.estimator)
-        estimates.append(own.log_prob.cpu())
+        estimates.append(own.log_prob)
     errors = torch.stack(estimates) - exact  # (draws, samples)
     bias = float(errors.mean())
     interval, noise = _interval(errors)

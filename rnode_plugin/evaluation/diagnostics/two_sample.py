@@ -59,8 +59,8 @@ def null_limit(n: int) -> float:
 
 def _features(x: Tensor, context: Tensor | None) -> Tensor:
     """Flattened samples, and with them the contexts that they belong to: ``(N, features)`` on the CPU."""
-    flat = x.flatten(1).double().cpu()
-    return flat if context is None else torch.cat([flat, context.flatten(1).double().cpu()], 1)
+    flat = x.flatten(1).cpu().double()
+    return flat if context is None else torch.cat([flat, context.reshape(len(context), -1).cpu().double()], 1)
 
 
 def _scores(features: Tensor, n: int, seed: int) -> Tensor:
