@@ -91,6 +91,8 @@ def test_a_posterior_in_closed_form_passes() -> None:
         "round trip": "ok", "trace": "ok", "training solver": "ok", "tolerance": "ok", "path": "ok",
         "two samples": "ok", "posterior ranks": "ok",
     }  # fmt: skip
+    numbers = found.checks[5].numbers  # contexts occur twice, which must not mislead the classifier
+    assert numbers["null_low"] <= numbers["accuracy"] <= numbers["null_high"]
 
 
 def test_a_diagnosis_as_plain_data_and_back() -> None:
@@ -367,6 +369,17 @@ def test_ranks_of_a_wrong_posterior(wider: float, higher: float, said: str) -> N
     check = of(ranks, posterior(), *posterior_pairs(256, wider=wider, higher=higher))
     assert check.verdict == "failed"
     assert said in check.sentence
+
+
+def test_ranks_of_a_posterior_of_another_shape() -> None:
+    _, context = posterior_pairs(256)
+    model = posterior()
+    generator = torch.Generator().manual_seed(0)
+    side, place = (torch.randn(256, 2, generator=generator) for _ in range(2))
+    two_modes = side.sign() * (0.7 + 0.2 * place)
+    check = of(ranks, model, model.inverse(two_modes, context), context)
+    assert check.verdict == "failed"
+    assert "has not the shape of the true one" in check.sentence
 
 
 def test_ranks_of_the_right_posterior() -> None:

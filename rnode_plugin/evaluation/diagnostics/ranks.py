@@ -42,9 +42,10 @@ def ranks(subject: Subject, data: HeldOut) -> Check:
     place = (rank + 0.5) / (_DRAWS + 1)
     mean = float(place[:, worst].mean())
     spread = float((place[:, worst] - 0.5).square().mean() * 12)
+    outer = float(counts[worst][0] + counts[worst][-1]) * bins / (2 * n)
     numbers = {
-        "p_value": p_value, "worst_dimension": worst, "mean_rank": mean, "spread": spread, "pairs": n,
-        "draws": _DRAWS, "bins": bins,
+        "p_value": p_value, "worst_dimension": worst, "mean_rank": mean, "spread": spread, "outer": outer,
+        "pairs": n, "draws": _DRAWS, "bins": bins,
     }  # fmt: skip
     curves = {f"dimension {k}": row.tolist() for k, row in enumerate(counts.double()) if k < _MAX_BINS}
     return Check(RANKS, verdict, _sentence(verdict, numbers), numbers, curves)
@@ -57,17 +58,23 @@ def _sentence(verdict: Verdict, numbers: dict[str, float]) -> str:
     )
     if verdict == "ok":
         return f"{found} Nothing speaks against the posterior's width and place."
-    off, spread = numbers["mean_rank"] - 0.5, numbers["spread"]
-    # of uniform ranks the mean has the deviation 1 / sqrt(12 N), the spread about sqrt(0.8 / N)
-    shift = abs(off) * math.sqrt(12 * numbers["pairs"])
-    stretch = abs(spread - 1) * math.sqrt(numbers["pairs"] / 0.8)
-    if shift > stretch:
-        what = f"is shifted: true values lie too {'high' if off > 0 else 'low'} in it"
-    elif spread > 1:
-        what = "is too narrow: true values lie in its tails too often, so it is overconfident"
-    else:
-        what = "is too wide: true values lie in its middle too often, so it is less informative than it could be"
     return (
-        f"{found} In dimension {numbers['worst_dimension']:.0f} the posterior {what}. Do not use its intervals as "
-        "they are; train with more pairs, longer, or with a larger field."
+        f"{found} In dimension {numbers['worst_dimension']:.0f} the posterior {_what_is_wrong(numbers)}. Do not use "
+        "its intervals as they are; train with more pairs, longer, or with a larger field."
     )
+
+
+def _what_is_wrong(numbers: dict[str, float]) -> str:
+    pairs, off, spread = numbers["pairs"], numbers["mean_rank"] - 0.5, numbers["spread"]
+    # of uniform ranks the mean has the deviation 1 / sqrt(12 N), the spread about sqrt(0.8 / N), and the share of
+    # the two outermost bins about sqrt(bins / 2 N)
+    shift = abs(off) * math.sqrt(12 * pairs)
+    stretch = abs(spread - 1) * math.sqrt(pairs / 0.8)
+    outer = (numbers["outer"] - 1) * math.sqrt(2 * pairs / numbers["bins"])
+    if shift > max(stretch, abs(outer), 2):
+        return f"is shifted: true values lie too {'high' if off > 0 else 'low'} in it"
+    if spread > 1 and outer > 2:
+        return "is too narrow: true values lie in its tails too often, so it is overconfident"
+    if spread < 1 and outer < -2:
+        return "is too wide: true values lie in its middle too often, so it is less informative than it could be"
+    return "has not the shape of the true one, such as modes that run together: see the histogram of the ranks"

@@ -68,14 +68,16 @@ def _scores(features: Tensor, n: int, seed: int) -> Tensor:
     import numpy as np
     from sklearn.decomposition import PCA
     from sklearn.ensemble import RandomForestClassifier
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.model_selection import KFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
     forest: Any = RandomForestClassifier(100, min_samples_leaf=2, random_state=seed)
     if features.shape[1] > 2 * _COMPONENTS:
         fewest = len(features) * (_FOLDS - 1) // _FOLDS
         forest = make_pipeline(PCA(min(_COMPONENTS, fewest), random_state=seed), forest)
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    # a sample and the data of its context stay together: apart, one would give the other's label away
+    halves = KFold(_FOLDS, shuffle=True, random_state=seed).split(np.arange(n))
+    folds = [(np.concatenate([a, a + n]), np.concatenate([b, b + n])) for a, b in halves]
     labels = np.repeat([0, 1], n)
     found: Any = cross_val_predict(forest, features.numpy(), labels, cv=folds, method="predict_proba")
     return torch.from_numpy(found[:, 1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +59,7 @@ def solved_with(
             steps = max(1, math.ceil(abs(float(last - first)) / solver.step - 1e-6))
         options |= {"solver": solver.method, "max_nfe": solver.max_nfe}
         twin.t_span = torch.linspace(float(first), float(last), steps + 1).to(model.t_span)
-    twin.ode = NeuralODE(cnf, regularizers=(*regularizers, *spans), **options)
-    twin._without_trace = (NeuralODE(EventVelocity(cnf), regularizers=spans, **options),)
+    with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints again that a field has no parameters
+        twin.ode = NeuralODE(cnf, regularizers=(*regularizers, *spans), **options)
+        twin._without_trace = (NeuralODE(EventVelocity(cnf), regularizers=spans, **options),)
     return twin
