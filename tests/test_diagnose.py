@@ -376,7 +376,7 @@ def test_ranks_of_a_posterior_of_another_shape() -> None:
     model = posterior()
     generator = torch.Generator().manual_seed(0)
     side, place = (torch.randn(256, 2, generator=generator) for _ in range(2))
-    two_modes = side.sign() * (0.7 + 0.2 * place)
+    two_modes = side.sign() * (1 + 0.2 * place)
     check = of(ranks, model, model.inverse(two_modes, context), context)
     assert check.verdict == "failed"
     assert "has not the shape of the true one" in check.sentence

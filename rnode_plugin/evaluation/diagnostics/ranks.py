@@ -59,8 +59,8 @@ def _sentence(verdict: Verdict, numbers: dict[str, float]) -> str:
     if verdict == "ok":
         return f"{found} Nothing speaks against the posterior's width and place."
     return (
-        f"{found} In dimension {numbers['worst_dimension']:.0f} the posterior {_what_is_wrong(numbers)}. Do not use "
-        "its intervals as they are; train with more pairs, longer, or with a larger field."
+        f"{found} In dimension {numbers['worst_dimension']:.0f} the posterior {_what_is_wrong(numbers)}. Do not "
+        "use its intervals as they are; train with more pairs, longer, or with a larger field."
     )
 
 
