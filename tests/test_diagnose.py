@@ -142,6 +142,9 @@ def test_the_model_is_left_as_it_was() -> None:
         (density(), X, {"samples": 1}, "at least two samples, not 1"),
         (density(), X.int(), {}, "floating-point tensor"),
         (density(), X, {"context": X}, "takes no context"),
+        (density(), X / 0, {}, "not finite: leave those samples out"),
+        (density(), X[:, :1], {}, r"this density is one of samples \(2,\)"),
+        (MultiscaleFlow((1, 4, 4), hidden=2), 2 + IMAGES, {}, r"must lie in \[0, 1\]"),
         (posterior(), X, {}, r"is conditional: give context=, \(N, \*\(2,\)\)"),
         (posterior(), X, {"context": X[:5]}, r"has the shape \(5, 2\), not \(200, 2\)"),
     ],
@@ -208,9 +211,18 @@ def test_trace_of_a_biased_estimator_and_of_a_wrong_product() -> None:
 
 
 def test_trace_of_large_images_is_left_out() -> None:
-    check = of(trace, MultiscaleFlow((1, 20, 20), hidden=2), torch.rand(2, 1, 20, 20))
+    check = of(trace, MultiscaleFlow((1, 66, 66), hidden=2), torch.rand(2, 1, 66, 66))
     assert check.verdict == "left out"
-    assert "400 products" in check.sentence
+    assert "4356 products" in check.sentence
+
+
+def test_trace_of_images_of_middle_size_takes_few_samples() -> None:
+    def flow(noise: Any) -> MultiscaleFlow:
+        return MultiscaleFlow((1, 18, 18), alpha=0.05, field=lambda shape: Shrink(), trace_noise=noise)
+
+    images = torch.rand(6, 1, 18, 18, generator=torch.Generator().manual_seed(0))
+    right, biased = of(trace, flow("gaussian"), images), of(trace, flow(Biased("gaussian")), images)
+    assert (right.verdict, right.numbers["samples"], biased.verdict) == ("ok", 4, "failed")
 
 
 def test_rows_by_differentiation_are_those_of_the_jacobian() -> None:

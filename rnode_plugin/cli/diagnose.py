@@ -76,13 +76,8 @@ def diagnose(
         seed=seed,
         progress=lambda name: click.echo(f"checking: {name}", err=True),
     )
-    own = RunFolder.of_checkpoint(path)
-    folder = Path(out) if out else Path("diagnosis") if own is None else own.path
     summary = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights, **diagnosis.to_plain()}
     text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(folder / DIAGNOSIS, lambda file: file.write(text.encode()))
-    for panel in diagnosis_panels(diagnosis, section=""):
-        panel.drawing.save(folder / "diagnosis", panel.name)
     if as_json:
         click.echo(text, nl=False)
     else:
@@ -92,6 +87,12 @@ def diagnose(
         fewer = samples is None and diagnosis.samples < samples_for(1)
         note = " (few, because they are large or there are no more; --samples N)" if fewer else ""
         click.echo(f"\n{diagnosis.samples} held-out images{note}, {duration(diagnosis.seconds)}")
+    own = RunFolder.of_checkpoint(path)
+    folder = Path(out) if out else Path("diagnosis") if own is None else own.path
+    write_atomically(folder / DIAGNOSIS, lambda file: file.write(text.encode()))
+    for panel in diagnosis_panels(diagnosis, section=""):
+        panel.drawing.save(folder / "diagnosis", panel.name)
+    if not as_json:
         click.echo(f"{folder / DIAGNOSIS}\n{folder / 'diagnosis'}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)

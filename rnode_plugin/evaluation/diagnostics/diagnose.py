@@ -62,7 +62,8 @@ def diagnose(
         times each.
 
     Raises:
-        ConfigError: for another class of model, fewer than two samples, and contexts that do not fit.
+        ConfigError: for another class of model, fewer than two samples, values that are not finite, and shapes that
+            do not fit.
 
     Example:
         >>> import torch
@@ -108,6 +109,9 @@ def _held_out(subject: Subject, x: Tensor, context: Tensor | None, samples: int 
         raise ConfigError(f"x must be a floating-point tensor, as log_prob takes it, not {got}.")
     if len(x) < 2:
         raise ConfigError(f"a diagnosis needs at least two held-out samples, not {len(x)}.")
+    given = [x] if context is None else [x, context]
+    if not all(bool(torch.isfinite(each).all()) for each in given):
+        raise ConfigError("the held-out data hold values that are not finite: leave those samples out.")
     shape = subject.context_shape
     if (context is None) != (shape is None):
         wanted = "takes no context" if shape is None else f"is conditional: give context=, (N, *{tuple(shape)})"
