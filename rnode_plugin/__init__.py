@@ -29,6 +29,7 @@ _PUBLIC = {
     "RnodeModule": "training.lightning.module",
     "ImageDataModule": "training.lightning.datamodule",
     "load_flow": "training.runs.checkpoints",
+    "diagnose": "evaluation.diagnostics.diagnose",
     "install": "torchdyn.patch",
     "uninstall": "torchdyn.patch",
     "hookimpl": "plugins.hookspecs",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .core.regularizers import Regularizer
     from .core.trace_estimators import Exact, Hutchinson
     from .errors import RnodeError, SolverError
+    from .evaluation.diagnostics.diagnose import diagnose
     from .flows.multiscale import MultiscaleFlow
     from .plugins.hookspecs import hookimpl
     from .recipes.schema import get_recipe

@@ -21,7 +21,7 @@ from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.reports import write_report
-from rnode_plugin.reports.arms import Arm, group_runs, solver_text
+from rnode_plugin.reports.arms import Arm, group_runs
 from rnode_plugin.reports.differences import base_of, paired_difference
 from rnode_plugin.reports.figures.curves import common_time, rolling
 from rnode_plugin.reports.figures.drawing import draw
@@ -31,6 +31,7 @@ from rnode_plugin.reports.reading import arm_of, read_run, read_runs
 from rnode_plugin.reports.rendering import escape_markdown
 from rnode_plugin.reports.table import Table, make_table
 from rnode_plugin.solvers import Solver
+from rnode_plugin.solvers.config import solver_text
 from rnode_plugin.text import change_with_error, significant, with_error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from ..text import duration, significant
 if TYPE_CHECKING:
     from ..evaluation.bits import BitsPerDim, EvaluationResult
 
-__all__ = ["evaluation_rows", "table"]
+__all__ = ["evaluation_rows", "table", "wrapped_table"]
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
@@ -19,6 +20,19 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
+    """Aligned columns whose last one is wrapped, in at most ``width`` characters; an empty line between rows."""
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
+    indent = sum(widths) + 2 * len(widths)
+    blocks = []
+    for *heads, last in cells:
+        lines = textwrap.wrap(last, max(20, width - indent)) or [""]
+        first = "".join(head.ljust(size + 2) for head, size in zip(heads, widths, strict=True))
+        blocks.append("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
+    return "\n\n".join(blocks)
 
 
 def evaluation_rows(evaluation: EvaluationResult) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     VALIDATE = 3
     SAMPLE = 4
     TUNE = 5
+    DIAGNOSE = 6
 
 
 def stream_seed(seed: int, stream: Stream, *index: int) -> int:

@@ -1,17 +1,20 @@
-"""load_images and pick_device: the images that a recipe asks for, and the device of a name."""
+"""load_images, held_out_images and pick_device: the images that a recipe asks for, and the device of a name."""
 
 from __future__ import annotations
 
 import inspect
 
 import torch
+from torch import Tensor
 
 from ..data import ImageData, get_dataset
 from ..errors import ConfigError, DataError
+from ..flows.transforms import dequantize
 from ..plugins import registry
 from ..recipes.schema import Recipe
+from .bits import image_batch
 
-__all__ = ["load_images", "pick_device"]
+__all__ = ["held_out_images", "load_images", "pick_device"]
 
 
 def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData:
@@ -39,6 +42,26 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
             "data.shape and data.levels."
         )
     return data.limit(wanted.train_images, None if all_val else recipe.training.val_images)
+
+
+def held_out_images(recipe: Recipe, count: int, *, seed: int = 0, download: bool = False) -> Tensor:
+    """At most ``count`` held-out images of a recipe, dequantised: ``(N, C, H, W)`` in [0, 1], in no order.
+
+    Args:
+        recipe: names the data set.
+        count: how many are drawn from all held-out images.
+        seed: of the noise of the dequantisation.
+        download: fetch the data set if it is missing.
+
+    Raises:
+        DataError, ConfigError: from :func:`load_images`.
+    """
+    images = load_images(recipe, download=download, all_val=True).limit(None, count).val
+    batch = image_batch(images, slice(None))
+    generator = torch.Generator().manual_seed(seed)
+    return dequantize(
+        batch[torch.randperm(len(batch), generator=generator)], recipe.data.levels, generator=generator
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -65,6 +65,7 @@ def rnode_register_commands() -> Mapping[str, str]:
         "plugins",
         "report",
         "compare",
+        "diagnose",
         "export",
         "figure",
         "regularizers",

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 from ..core.schedules import final_strength, strength_text
 from ..recipes.schema import Recipe
-from ..solvers.config import Solver
 from .reading import Run, arm_of
 
-__all__ = ["Arm", "Look", "group_runs", "solver_text"]
+__all__ = ["Arm", "Look", "group_runs"]
 
 
 class Look(NamedTuple):
@@ -117,12 +116,3 @@ def _with_lambdas(recipe: Recipe) -> str:
     used = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
     terms = [f"{name}={strength_text(strength)}" for name, strength in used.items()]
     return "+".join(terms) or arm_of(recipe)
-
-
-def solver_text(solver: Solver) -> str:
-    """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
-    if solver.adaptive:
-        return f"{solver.method}, tolerance {solver.atol:g}"
-    if solver.step is None:
-        return f"{solver.method}, one step"
-    return f"{solver.method}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"

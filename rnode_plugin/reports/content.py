@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from ..evaluation.diagnostics.result import Diagnosis
 from ..recipes.overrides import as_text
 from .arms import Arm
+from .figures.diagnosis import diagnosis_panels
 from .figures.figures import Panel, make_panels
 from .notes import against_base
 from .table import Table, make_table
 
-__all__ = ["SAMPLES", "Content", "Grid", "environment_rows", "settings_rows"]
+__all__ = ["DIAGNOSES", "SAMPLES", "Content", "Grid", "environment_rows", "settings_rows"]
+
+DIAGNOSES = "Can it be trusted?"
+"""Heading of what ``rnode-cli diagnose`` found."""
 
 SAMPLES = "Samples by temperature (the paper's figures 4, 6 to 8)"
 """Heading of the grids of samples."""
@@ -59,6 +64,7 @@ class Content:
     table: Table
     changes: tuple[str, ...]
     panels: tuple[Panel, ...]
+    diagnoses: tuple[tuple[str, Diagnosis], ...]
     grids: tuple[Grid, ...]
     left_out: tuple[str, ...]
 
@@ -71,6 +77,7 @@ class Content:
     @staticmethod
     def of(arms: Sequence[Arm], title: str | None = None, *, left_out: Sequence[str] = ()) -> Content:
         """The content for some arms; ``title`` None for one that names the data sets."""
+        diagnoses = _diagnoses(arms)
         data = ", ".join(dict.fromkeys(arm.recipe.data.name for arm in arms))
         return Content(
             title=title or f"Runs on {data}",
@@ -78,10 +85,25 @@ class Content:
             arms=tuple(arms),
             table=make_table(arms),
             changes=tuple(against_base(arms)),
-            panels=tuple(make_panels(arms)),
+            panels=(*make_panels(arms), *_diagnosis_panels(diagnoses)),
+            diagnoses=tuple(diagnoses.items()),
             grids=tuple(_grids(arms)),
             left_out=tuple(left_out),
         )
+
+
+def _diagnoses(arms: Sequence[Arm]) -> dict[str, Diagnosis]:
+    """The diagnosis of the first run of each arm that has one, by the arm's label."""
+    found = ((arm.label, next((run.diagnosis for run in arm.runs if run.diagnosis), None)) for arm in arms)
+    return {label: diagnosis for label, diagnosis in found if diagnosis is not None}
+
+
+def _diagnosis_panels(diagnoses: dict[str, Diagnosis]) -> list[Panel]:
+    panels: list[Panel] = []
+    for number, (label, diagnosis) in enumerate(diagnoses.items()):
+        heading = f"{DIAGNOSES} Figures of {label}"
+        panels += diagnosis_panels(diagnosis, section=heading, prefix=f"diagnosis-{number + 1}-")
+    return panels
 
 
 def _grids(arms: Sequence[Arm]) -> list[Grid]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..core.schedules import final_strength
 from ..errors import ConfigError
+from ..evaluation.diagnostics.result import Diagnosis
 from ..recipes.schema import Recipe
 
 __all__ = ["Run", "arm_of", "read_run", "read_runs"]
@@ -36,6 +37,7 @@ class Run:
         result: how it ended and what its best weights measure; None for a run that has not ended by itself.
         images: bits/dim of each held-out image in that result, ``dirty`` and ``clean``; empty if unknown.
         grid: the newest grid of samples as PNG; None if there is none.
+        diagnosis: what ``rnode-cli diagnose`` found; None for a run that was not diagnosed.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Run:
     result: Mapping[str, Any] | None
     images: Columns
     grid: Path | None
+    diagnosis: Diagnosis | None = None
 
     @property
     def has_steps(self) -> bool:
@@ -157,7 +160,16 @@ def read_run(path: Path) -> Run:
         result=_checked_result(path / "result.json"),
         images=_columns(_read_rows(path / "images.csv"), ("image", "dirty", "clean")),
         grid=_newest_grid(path / "samples"),
+        diagnosis=_diagnosis(path / "diagnosis.json"),
     )
+
+
+def _diagnosis(path: Path) -> Diagnosis | None:
+    plain = _read_json(path)
+    try:
+        return None if plain is None else Diagnosis.from_plain(plain)
+    except ConfigError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 def _checked_result(path: Path) -> dict[str, Any] | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from ..core.schedules import strength_text
 from ..recipes.schema import Paper
+from ..solvers.config import solver_text
 from ..text import change_with_error, duration, significant, with_error
-from .arms import Arm, solver_text
+from .arms import Arm
 from .differences import base_of, paired_difference
 from .measured import error_of, last_steps, mean_of, penalties_of
 from .notes import table_notes

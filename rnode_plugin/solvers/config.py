@@ -16,6 +16,7 @@ __all__ = [
     "METHODS",
     "TRACE_QUADRATURES",
     "Solver",
+    "solver_text",
 ]
 
 FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
@@ -110,6 +111,15 @@ class Solver:
     def adaptive(self) -> bool:
         """Whether the method chooses its own steps."""
         return self.method in ADAPTIVE_METHODS
+
+
+def solver_text(solver: Solver) -> str:
+    """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
+    if solver.adaptive:
+        return f"{solver.method}, tolerance {solver.atol:g}"
+    if solver.step is None:
+        return f"{solver.method}, one step"
+    return f"{solver.method}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"
 
 
 def _positive(value: object) -> bool:

@@ -22,7 +22,7 @@ from .base_distribution import base_and_shape, moved, shrunk_samples
 from .contexts import context_rows
 from .flow_distribution import FlowDistribution
 
-__all__ = ["RegularizedCNF"]
+__all__ = ["EventVelocity", "RegularizedCNF"]
 
 
 class RegularizedCNF(nn.Module):
@@ -96,7 +96,7 @@ class RegularizedCNF(nn.Module):
         # In a tuple, where torch sees no second module with the same parameters.
         policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
         spans = () if policy is None else (policy,)
-        self._without_trace = (NeuralODE(_Velocity(cnf), regularizers=spans, **options),)
+        self._without_trace = (NeuralODE(EventVelocity(cnf), regularizers=spans, **options),)
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
         self.register_buffer("t_span", times, persistent=False)
         self.t_span: Tensor
@@ -251,7 +251,7 @@ class RegularizedCNF(nn.Module):
             )
 
 
-class _Velocity(nn.Module):
+class EventVelocity(nn.Module):
     """The field of a CNF on ``z (B, *event_shape)`` alone."""
 
     def __init__(self, cnf: CNF) -> None:

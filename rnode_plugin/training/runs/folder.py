@@ -22,9 +22,10 @@ from ...plugins import registry
 from ...recipes.schema import Recipe
 from .checkpoints import BEST, LAST
 
-__all__ = ["CHOSEN", "RunFolder", "environment"]
+__all__ = ["CHOSEN", "DIAGNOSIS", "RunFolder", "environment"]
 
 CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
+DIAGNOSIS = "diagnosis.json"
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
 
@@ -62,6 +63,11 @@ class RunFolder:
     def skipped(self) -> Path:
         """The training images of the step that ended the run without a usable gradient; absent otherwise."""
         return self.path / "skipped.json"
+
+    @property
+    def diagnosis(self) -> Path:
+        """What ``rnode-cli diagnose`` found; absent before it."""
+        return self.path / DIAGNOSIS
 
     @property
     def images(self) -> Path:
@@ -122,7 +128,7 @@ class RunFolder:
             CheckpointError: they cannot be written.
         """
         try:
-            for file in (self.result, self.images, self.skipped):
+            for file in (self.result, self.images, self.skipped, self.diagnosis):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None

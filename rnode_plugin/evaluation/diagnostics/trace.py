@@ -1,0 +1,131 @@
+"""Trace: the estimated log-density against the exact one, with a confidence interval for the bias."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...core.derivatives import vjp_of
+from ...core.trace_estimators import Exact, FieldAndProduct, Probes, TraceEstimator
+from ...solvers import Solver
+from ...types import VectorField
+from .result import Check
+from .subject import HeldOut, Subject
+
+__all__ = ["TRACE", "AutogradRows", "trace"]
+
+TRACE = "trace"
+MAX_DIMS = 4096
+"""The exact trace takes a product per dimension and evaluation: beyond this it is left out."""
+
+_DRAWS = 32
+_FALSE_ALARM = 1e-3
+_ROUNDING = 1e-4  # nats per dimension: more than single precision loses
+
+
+def _effort(dims: int) -> tuple[int, Solver]:
+    """How many samples, and the steps, the same for both, so that they differ in the trace alone.
+
+    An estimate that is unbiased at each evaluation is so on any grid, also one that is too coarse for a density.
+    """
+    if dims <= 256:
+        return 16, Solver(method="rk4_38", step=0.5)
+    return (4 if dims <= 1024 else 2), Solver(method="euler", step=1.0)
+
+
+class AutogradRows(TraceEstimator):
+    """The whole Jacobian by automatic differentiation, row by row, whatever products the field brings.
+
+    So it is independent of what it is compared with: the field's own products and closed forms.
+    """
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
+        return None
+
+    def bind(self, field: VectorField) -> FieldAndProduct:
+        plain: VectorField = getattr(field, "plain_path", None) or field
+
+        def rows(t: Tensor, z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+            with torch.inference_mode(False), torch.enable_grad():
+                z = z.detach().clone().requires_grad_()
+                dz = plain(t, z)
+                found = [vjp_of(dz, z, v.expand_as(z), create_graph=False, retain=True) for v in _units(z)]
+            return dz.detach(), torch.stack(found)
+
+        return rows
+
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        vectors = tuple(v.expand_as(products[0]) for v in _units(products[0]))
+        return Probes((1.0,) * len(products), vectors, tuple(products))
+
+
+def _units(z: Tensor) -> Tensor:
+    """The unit vectors of the event space, ``(D, 1, *event)``."""
+    dims = z[0].numel()
+    return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
+
+
+def trace(subject: Subject, data: HeldOut) -> Check:
+    """Whether the model's estimate of the log-density is unbiased: several draws of its noise, few samples."""
+    if subject.dims > MAX_DIMS:
+        sentence = (
+            f"Left out: the exact trace takes {subject.dims} products with the Jacobian at each evaluation, and "
+            f"the limit is {MAX_DIMS}. Check the estimator on a smaller model with the same layers."
+        )
+        return Check(TRACE, "left out", sentence, {"dims": subject.dims})
+    samples, grid = _effort(subject.dims)
+    few = data.first(samples)
+    exact = subject.encode(few.x, few.context, solver=grid, estimator=AutogradRows()).log_prob
+    draws = 1 if isinstance(subject.estimator, Exact) else _DRAWS
+    estimates = []
+    for draw in range(draws):
+        with data.noise(draw):
+            own = subject.encode(few.x, few.context, solver=grid, estimator=subject.estimator)
+        estimates.append(own.log_prob)
+    errors = torch.stack(estimates) - exact  # (draws, samples)
+    bias = float(errors.mean())
+    interval, noise = _interval(errors)
+    allowed = interval + _ROUNDING * subject.dims
+    verdict = "ok" if abs(bias) <= allowed else "failed"
+    numbers = {
+        "bias": bias, "interval": interval, "noise": noise, "rounding": _ROUNDING * subject.dims, "draws": draws,
+        "samples": len(few.x),
+    }  # fmt: skip
+    curves = {"exact": exact.tolist(), "mean": torch.stack(estimates).mean(0).tolist()}
+    curves["half_width"] = [interval * math.sqrt(len(few.x))] * len(few.x)
+    return Check(TRACE, verdict, _sentence(verdict == "ok", subject, numbers), numbers, curves)
+
+
+def _interval(errors: Tensor) -> tuple[float, float]:
+    """Half the width of the 99.9 % interval (Student's t) of the mean, and the deviation of one estimate."""
+    from scipy.stats import t
+
+    draws, samples = errors.shape
+    if draws == 1:
+        return 0.0, 0.0
+    noise = float(errors.var(0).mean().sqrt())
+    quantile = float(t.ppf(1 - _FALSE_ALARM / 2, samples * (draws - 1)))
+    return quantile * noise / math.sqrt(draws * samples), noise
+
+
+def _sentence(right: bool, subject: Subject, numbers: dict[str, float]) -> str:
+    if numbers["draws"] == 1:
+        found = (
+            f"The model's exact log-density is {numbers['bias']:+.2g} nats off that by automatic differentiation."
+        )
+        return found + (" They agree." if right else " The field's own products or divergence are wrong: fix them.")
+    found = (
+        f"The estimated log-density is {numbers['bias']:+.2g} ± {numbers['interval']:.2g} nats (99.9 % interval) "
+        f"off the exact one, over {numbers['draws']:.0f} draws for {numbers['samples']:.0f} samples."
+    )
+    if not right:
+        return (
+            f"{found} It is biased: means over many samples are wrong too. Look for an error in the trace "
+            f"estimator ({subject.estimator!r}), or in the products that the field brings."
+        )
+    return (
+        f"{found} No bias is seen; a single estimate deviates by {numbers['noise']:.2g} nats "
+        f"({numbers['noise'] / subject.dims:.2g} nats/dim), which an average over samples or draws makes small."
+    )

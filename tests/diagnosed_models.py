@@ -1,0 +1,155 @@
+"""Densities in closed form for the checks of a diagnosis, and the same ones broken on purpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+
+from rnode_plugin import Dynamics, RegularizedCNF, Solver
+from rnode_plugin.core.trace_estimators import Hutchinson
+from rnode_plugin.solvers import solve
+from rnode_plugin.types import FlowOutput
+
+MATRIX = torch.tensor([[0.5, 0.8], [-0.6, -0.4]])
+
+
+class Linear(nn.Module):
+    """``f(t, z) = A z``."""
+
+    def __init__(self, matrix: Tensor = MATRIX) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return z @ self.matrix.T
+
+
+def gaussian(matrix: Tensor, n: int, *, seed: int = 0) -> Tensor:
+    """Samples of the density of :class:`Linear`: ``x = exp(-A) z`` for a standard normal ``z``."""
+    z = torch.randn(n, len(matrix), generator=torch.Generator().manual_seed(seed), dtype=matrix.dtype)
+    return z @ torch.linalg.matrix_exp(-matrix).T
+
+
+def gaussian_log_prob(matrix: Tensor, x: Tensor) -> Tensor:
+    """Its log-density, ``(B,)`` in nats."""
+    back = torch.linalg.matrix_exp(-matrix)
+    return MultivariateNormal(torch.zeros(len(matrix)).to(matrix), back @ back.T).log_prob(x)
+
+
+def density(net: nn.Module | None = None, **options: Any) -> RegularizedCNF:
+    """A density in the plane; that of :class:`Linear` unless another net is given."""
+    return RegularizedCNF(net or Linear(), event_shape=2, regularizers=(), **options)
+
+
+class Biased(Hutchinson):
+    """An estimator that gives four fifths of the divergence."""
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        return 0.8 * super().divergence(products, noise)
+
+
+class WrongProduct(Linear):
+    """A field whose own product with the Jacobian is too large."""
+
+    def forward_and_vjp(self, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return self(t, z), 1.2 * noise @ self.matrix
+
+
+class WrongInverse(RegularizedCNF):
+    """A density whose inverse leads to other places."""
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().inverse(z, context) + 0.05
+
+
+class Rotation(nn.Module):
+    """``f(t, z)`` turns by ``angle`` in one unit of time; in a burst around t = 1/2 if asked to."""
+
+    def __init__(self, angle: float, *, burst: bool = False) -> None:
+        super().__init__()
+        self.angle, self.burst = angle, burst
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        speed = 5 * torch.exp(-((5 * (t - 0.5)) ** 2) * 40) if self.burst else 1.0
+        return self.angle * speed * torch.stack([-z[:, 1], z[:, 0]], 1)
+
+
+class Shrink(nn.Module):
+    """``f(t, z) = -tanh(z)``, for states of any shape."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return -torch.tanh(z)
+
+
+class Blows(nn.Module):
+    """``f(t, z) = 3 z^3``, whose solution ends at a finite time."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return 3 * z**3
+
+
+class Shift(nn.Module):
+    """``f(t, z, c) = c1 - log(c2) z``: a normal posterior around a multiple of ``c1`` with the deviation ``c2``."""
+
+    def forward(self, t: Tensor, z: Tensor, context: Tensor) -> Tensor:
+        place, spread = context[:, :1], context[:, 1:]
+        return place - spread.log() * z
+
+
+def posterior_pairs(n: int, *, seed: int = 0, wider: float = 1.0, higher: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Pairs ``(x (n, 2), context (n, 2))`` of :class:`Shift`, or wider and higher ones than it says."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.randn(n, 1, generator=generator)
+    spread = 0.5 + 1.5 * torch.rand(n, 1, generator=generator)
+    z = torch.randn(n, 2, generator=generator)
+    # z = e^r x + place (e^r - 1) / r with r = -log(spread)
+    rate = -spread.log()
+    mean = -place * (1 - torch.exp(-rate)) / rate
+    return mean + higher * spread + wider * spread * z, torch.cat([place, spread], 1)
+
+
+def posterior() -> RegularizedCNF:
+    return RegularizedCNF(Shift(), event_shape=2, context_shape=2, trace_estimator="exact", regularizers=())
+
+
+class TableFlow(nn.Module):
+    """A flow of a class of its own, with standardised columns and, if asked to, a context that shifts them."""
+
+    def __init__(self, *, conditional: bool = False, solver: Solver | None = None, off: float = 0.0) -> None:
+        super().__init__()
+        self.field, self.dims, self.off = Linear(), 2, off
+        self.solver = solver or Solver(method="dopri5")
+        self.estimator: Any = Hutchinson("gaussian")
+        self.regularizers: tuple[Any, ...] = ()
+        self.context_shape = torch.Size([2]) if conditional else None
+        self.scale = torch.tensor([10.0, 0.1])
+
+    def forward(
+        self, x: Tensor, *, solver: Solver | None = None, penalties: bool = True, context: Tensor | None = None
+    ) -> FlowOutput:
+        y = x / self.scale - self._shift(context)
+        dynamics = Dynamics(
+            self.field, regularizers=self.regularizers if penalties else (), estimator=self.estimator
+        )
+        solution = solve(dynamics.bind(dynamics.draw(y)), y, torch.tensor([0.0, 1.0]), solver or self.solver)
+        assert solution.logdet is not None
+        logdet = solution.logdet[-1] - self.scale.log().sum()
+        return FlowOutput(solution.z[-1], logdet, solution.penalties, solution.stats.nfe)
+
+    def inverse(self, z: Tensor, *, solver: Solver | None = None, context: Tensor | None = None) -> Tensor:
+        dynamics = Dynamics(self.field, divergence=False)
+        solution = solve(dynamics.bind(None), z, torch.tensor([1.0, 0.0]), solver or self.solver)
+        return (solution.z[-1] + self._shift(context) + self.off) * self.scale
+
+    def sample(self, n: int, *, solver: Solver | None = None, context: Tensor | None = None) -> Tensor:
+        return self.inverse(torch.randn(n, 2), solver=solver, context=context)
+
+    def data(self, n: int, context: Tensor | None = None) -> Tensor:
+        """Samples of its density in closed form."""
+        return (gaussian(MATRIX, n, seed=5) + self._shift(context)) * self.scale
+
+    def _shift(self, context: Tensor | None) -> Tensor | float:
+        return 0.0 if context is None else context

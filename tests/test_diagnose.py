@@ -1,0 +1,447 @@
+"""diagnose: each check passes a density in closed form and catches one that was broken on purpose; seeds fixed."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from diagnosed_models import (
+    MATRIX,
+    Biased,
+    Blows,
+    Linear,
+    Rotation,
+    Shrink,
+    TableFlow,
+    WrongInverse,
+    WrongProduct,
+    density,
+    gaussian,
+    gaussian_log_prob,
+    posterior,
+    posterior_pairs,
+)
+from torch import Tensor, nn
+
+from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
+from rnode_plugin.core.regularizers import LearnedEndTime
+from rnode_plugin.core.trace_estimators import Hutchinson
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.evaluation.diagnostics.along_path import along_path
+from rnode_plugin.evaluation.diagnostics.diagnose import samples_for
+from rnode_plugin.evaluation.diagnostics.ranks import ranks
+from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
+from rnode_plugin.evaluation.diagnostics.round_trip import round_trip
+from rnode_plugin.evaluation.diagnostics.solver_checks import accurate, tolerance_curve, training_solver_gap
+from rnode_plugin.evaluation.diagnostics.subject import HeldOut, subject_of
+from rnode_plugin.evaluation.diagnostics.trace import AutogradRows, trace
+from rnode_plugin.evaluation.diagnostics.two_sample import null_limit, two_sample
+from rnode_plugin.torchdyn.densities.solved_with import solved_with
+
+X = gaussian(MATRIX, 200)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def of(
+    check: Any, model: nn.Module, x: Tensor = X, context: Tensor | None = None, *, seed: int = 0, **options: Any
+) -> Check:
+    return check(subject_of(model), HeldOut(x, context, seed), **options)
+
+
+def image_flow(**options: Any) -> MultiscaleFlow:
+    torch.manual_seed(0)
+    flow = MultiscaleFlow((1, 4, 4), hidden=6, alpha=0.05, **{"solver": Solver("dopri5"), **options})
+    for parameter in flow.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    return flow
+
+
+IMAGES = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+# everything ----------------------------------------------------------------------------------------------------
+
+
+def test_a_density_in_closed_form_passes() -> None:
+    asked: list[str] = []
+    found = diagnose(density(), X, progress=asked.append)
+    assert {check.name: check.verdict for check in found.checks} == dict.fromkeys(asked, "ok")
+    assert asked == ["round trip", "trace", "training solver", "tolerance", "path", "two samples"]
+    assert (found.samples, found.dims, found.failed, found.seed) == (200, 2, False, 0)
+    assert found.solver == "dopri5, tolerance 1e-05"
+    curve = next(check for check in found.checks if check.name == "tolerance")
+    exact = -gaussian_log_prob(MATRIX, X).mean() / 2
+    # a trace estimate with Gaussian noise is off by chance: of A the deviation is |A + A^T| / sqrt(2)
+    chance = 4 * float((MATRIX + MATRIX.T).norm()) / math.sqrt(2 * len(X)) / 2
+    assert curve.numbers["nll"] == pytest.approx(float(exact), abs=chance)
+
+
+def test_a_posterior_in_closed_form_passes() -> None:
+    x, context = posterior_pairs(256)
+    found = diagnose(posterior(), x, context=context)
+    assert {check.name: check.verdict for check in found.checks} == {
+        "round trip": "ok", "trace": "ok", "training solver": "ok", "tolerance": "ok", "path": "ok",
+        "two samples": "ok", "posterior ranks": "ok",
+    }  # fmt: skip
+    numbers = found.checks[5].numbers  # contexts occur twice, which must not mislead the classifier
+    assert numbers["null_low"] <= numbers["accuracy"] <= numbers["null_high"]
+
+
+def test_a_diagnosis_as_plain_data_and_back() -> None:
+    checks = (
+        Check("trace", "ok", "fine", {"bias": 0.5}, {"exact": [1.0, 2.0]}),
+        Check("path", "failed", "not finite", {"detour": math.nan}),
+    )
+    found = Diagnosis(checks, samples=2, dims=3, solver="rk4", seed=1, seconds=0.5)
+    assert found.failed
+    plain = json.loads(json.dumps(found.to_plain(), allow_nan=False))
+    back = Diagnosis.from_plain(plain)
+    assert back.checks[0] == checks[0]
+    assert math.isnan(back.checks[1].numbers["detour"])
+    assert (back.samples, back.dims, back.solver, back.seed) == (2, 3, "rk4", 1)
+    for broken in ({}, {**plain, "checks": [{"name": "a"}]}, {**plain, "seed": None}, [plain]):
+        with pytest.raises(ConfigError, match="not what a diagnosis"):
+            Diagnosis.from_plain(broken)
+    plain["checks"][0]["verdict"] = "good"
+    with pytest.raises(ConfigError, match="not what a diagnosis"):
+        Diagnosis.from_plain(plain)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = density(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+    model.ode.vf.vf.net[1].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    noise = torch.rand(1)
+    torch.manual_seed(3)
+    names = set(dict(model.named_parameters()))
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    found, again = diagnose(model, x, samples=12), diagnose(model, x[:12])
+    assert [each.numbers for each in found.checks[:4]] == [each.numbers for each in again.checks[:4]]
+    assert [module.training for module in model.modules()] == modes
+    torch.manual_seed(3)
+    diagnose(model, x, samples=4)
+    assert torch.equal(torch.rand(1), noise)  # nor are torch's generators touched
+    assert set(dict(model.named_parameters())) == names
+    assert model.ode.solver.stepping_class == "adaptive"
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "options", "message"),
+    [
+        (nn.Linear(2, 2), X, {}, "Linear cannot be diagnosed: give a RegularizedCNF"),
+        (density(), X[:1], {}, "at least two held-out samples"),
+        (density(), X, {"samples": 1}, "at least two samples, not 1"),
+        (density(), X.int(), {}, "floating-point tensor"),
+        (density(), X, {"context": X}, "takes no context"),
+        (density(), X / 0, {}, "not finite: leave those samples out"),
+        (density(), X[:, :1], {}, r"this density is one of samples \(2,\)"),
+        (MultiscaleFlow((1, 4, 4), hidden=2), 2 + IMAGES, {}, r"must lie in \[0, 1\]"),
+        (posterior(), X, {}, r"is conditional: give context=, \(N, \*\(2,\)\)"),
+        (posterior(), X, {"context": X[:5]}, r"has the shape \(5, 2\), not \(200, 2\)"),
+    ],
+)
+def test_what_is_refused(model: nn.Module, x: Tensor, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        diagnose(model, x, **options)
+
+
+def test_large_samples_are_fewer() -> None:
+    assert [samples_for(dims) for dims in (2, 64, 784, 3072, 196_608)] == [256, 256, 63, 16, 8]
+
+
+# round trip ----------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_of_a_coarse_step_and_of_a_wrong_inverse() -> None:
+    assert of(round_trip, density()).verdict == "ok"
+    coarse = of(round_trip, density(solver="euler", t_span=torch.linspace(0, 1, 4)))
+    assert coarse.verdict == "failed"
+    assert "the solver is too coarse" in coarse.sentence
+    # a step of Euler's forward and one back multiply by 1 - (A / 3)^2
+    step = torch.eye(2) - (MATRIX / 3) @ (MATRIX / 3)
+    lost = X @ (torch.linalg.matrix_power(step, 3) - torch.eye(2)).T
+    assert coarse.numbers["error"] == pytest.approx(float(lost.norm() / (X - X.mean(0)).norm()), rel=1e-4)
+    wrong = of(round_trip, WrongInverse(Linear(), event_shape=2))
+    assert wrong.verdict == "failed"
+    assert "Look for an error in the model's inverse" in wrong.sentence
+    spread = float((X - X.mean(0)).square().mean().sqrt())
+    assert wrong.numbers["error"] == pytest.approx(0.05 / spread, rel=1e-3)
+
+
+def test_round_trip_of_images() -> None:
+    right, coarse = image_flow(), image_flow(solver=Solver("euler", step=1.0))
+    assert of(round_trip, right, IMAGES).verdict == "ok"
+    assert of(round_trip, coarse, IMAGES).verdict == "failed"
+
+
+# trace ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "exact", "hutch++:1"])
+def test_trace_of_right_estimators(kind: str) -> None:
+    check = of(trace, density(trace_estimator=kind))
+    assert check.verdict == "ok"
+    noise = {"gaussian": float((MATRIX + MATRIX.T).norm()) / math.sqrt(2), "exact": 0.0}
+    if kind in noise:
+        assert check.numbers["noise"] == pytest.approx(noise[kind], rel=0.15, abs=1e-6)
+    assert check.curves["exact"] != check.curves["mean"] or kind == "exact"
+
+
+def test_trace_of_a_biased_estimator_and_of_a_wrong_product() -> None:
+    biased = of(trace, density(Linear(4 * MATRIX + torch.eye(2)), trace_estimator=Biased("rademacher")))
+    assert biased.verdict == "failed"
+    assert "It is biased" in biased.sentence
+    assert biased.numbers["bias"] == pytest.approx(-0.2 * float((4 * MATRIX + torch.eye(2)).trace()), abs=0.5)
+    wrong = of(trace, density(WrongProduct(MATRIX + torch.eye(2)), trace_estimator="exact"))
+    assert wrong.verdict == "failed"
+    assert wrong.numbers["bias"] == pytest.approx(0.2 * float(MATRIX.trace() + 2), rel=1e-3)
+    shrinking = {"field": lambda shape: Shrink()}
+    assert of(trace, image_flow(**shrinking, trace_noise=Biased("gaussian")), IMAGES).verdict == "failed"
+    assert of(trace, image_flow(**shrinking), IMAGES).verdict == "ok"
+    assert of(trace, image_flow(), IMAGES).verdict == "ok"
+
+
+def test_trace_of_large_images_is_left_out() -> None:
+    check = of(trace, MultiscaleFlow((1, 66, 66), hidden=2), torch.rand(2, 1, 66, 66))
+    assert check.verdict == "left out"
+    assert "4356 products" in check.sentence
+
+
+def test_trace_of_images_of_middle_size_takes_few_samples() -> None:
+    def flow(noise: Any) -> MultiscaleFlow:
+        return MultiscaleFlow((1, 18, 18), alpha=0.05, field=lambda shape: Shrink(), trace_noise=noise)
+
+    images = torch.rand(6, 1, 18, 18, generator=torch.Generator().manual_seed(0))
+    right, biased = of(trace, flow("gaussian"), images), of(trace, flow(Biased("gaussian")), images)
+    assert (right.verdict, right.numbers["samples"], biased.verdict) == ("ok", 4, "failed")
+
+
+def test_rows_by_differentiation_are_those_of_the_jacobian() -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    z = torch.randn(4, 3, dtype=torch.float64)
+    estimator = AutogradRows()
+    _, rows = estimator.bind(lambda t, z: net(z))(torch.tensor(0.0), z, estimator.draw(z))
+    with torch.enable_grad():
+        dense = torch.stack([torch.autograd.functional.jacobian(net, each) for each in z])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    torch.testing.assert_close(rows.transpose(0, 1), dense)
+    torch.testing.assert_close(estimator.divergence(rows, None), dense.diagonal(dim1=1, dim2=2).sum(1))
+    torch.testing.assert_close(estimator.squared_frobenius(rows, None), dense.square().sum((1, 2)))
+
+
+# solvers -------------------------------------------------------------------------------------------------------
+
+
+def test_training_solver_that_is_too_coarse() -> None:
+    fine = Solver("rk4", step=0.25)
+    assert of(training_solver_gap, density(), training=fine).verdict == "ok"
+    coarse = of(training_solver_gap, density(trace_estimator="exact"), training=Solver("euler", step=0.5))
+    assert coarse.verdict == "failed"
+    step = torch.eye(2) + MATRIX / 2
+    z, exact = X @ (step @ step).T, X @ torch.linalg.matrix_exp(MATRIX).T
+    gap = float((z.square() - exact.square()).sum(1).mean() / 4)  # the trace of a linear field is exact at any step
+    assert coarse.numbers["gap"] == pytest.approx(gap, rel=1e-3)
+    assert coarse.numbers["nfe"] == 2
+    own = of(training_solver_gap, density(solver="euler"), training=None)
+    assert (own.verdict, own.sentence[:17]) == ("failed", "By euler, 1 steps")
+    blown = of(training_solver_gap, density(), X, training=Solver("dopri5", max_nfe=3))
+    assert blown.verdict == "failed"
+    assert "fails on held-out data" in blown.sentence
+
+
+def test_tolerance_that_is_converged_loose_or_out_of_reach() -> None:
+    right = of(tolerance_curve, density())
+    assert right.verdict == "ok"
+    assert list(right.curves["tolerance"]) == [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+    assert list(right.curves["nfe"]) == sorted(right.curves["nfe"])
+    assert right.curves["distance"][-1] == 0
+    double = of(tolerance_curve, density(Linear(MATRIX.double())).double(), X.double())
+    assert min(double.curves["tolerance"]) == accurate(torch.float64).atol == 1e-9
+    loose = of(tolerance_curve, density(Linear(20 * MATRIX), atol=1.0, rtol=1.0), gaussian(20 * MATRIX, 100))
+    assert loose.verdict in ("warning", "failed")
+    assert "not at the model's own tolerance 1" in loose.sentence
+    blows = of(tolerance_curve, density(Blows()), torch.full((10, 2), 3.0))
+    assert blows.verdict == "failed"
+    assert "gives up at tolerance" in blows.sentence
+
+
+def test_a_field_on_which_no_solver_works_fails_and_the_rest_is_said() -> None:
+    found = diagnose(density(Blows()), 3 + torch.rand(24, 2, generator=torch.Generator().manual_seed(0)))
+    verdicts = {check.name: check.verdict for check in found.checks}
+    assert len(verdicts) == 6
+    assert verdicts["round trip"] == verdicts["tolerance"] == "failed"
+    assert "Nothing can be said until" in found.checks[0].sentence
+
+
+# path ----------------------------------------------------------------------------------------------------------
+
+
+def test_path_of_a_rotation() -> None:
+    angle = 1.0
+    check = of(along_path, density(Rotation(angle), trace_estimator="exact"), X[:64])
+    radius = X[:64].norm(dim=1)
+    assert check.verdict == "ok"
+    assert check.numbers["length"] == pytest.approx(float(angle * radius.mean()), rel=1e-4)
+    assert check.numbers["detour"] == pytest.approx(angle / (2 * math.sin(angle / 2)), rel=1e-4)
+    assert check.numbers["kinetic"] == pytest.approx(float(angle**2 * radius.square().mean() / 2), rel=1e-3)
+    assert check.numbers["jacobian"] == pytest.approx(angle**2, rel=1e-4)
+    assert check.numbers["kinetic_peak"] == pytest.approx(1, rel=1e-2)
+    assert (check.curves["time"][0], check.curves["time"][-1]) == (0, 1)
+    assert list(check.curves["time"]) == sorted(check.curves["time"])
+    winding = of(along_path, density(Rotation(5.0), trace_estimator="exact"))
+    assert winding.verdict == "warning"
+    assert "far from straight" in winding.sentence
+    burst = of(along_path, density(Rotation(0.3, burst=True), trace_estimator="exact"))
+    assert burst.verdict == "warning"
+    assert "has a peak of" in burst.sentence
+    still = of(along_path, density(Rotation(0.0)))
+    assert still.verdict == "warning"
+    assert "has not been trained" in still.sentence
+
+
+def test_path_of_images_is_block_after_block() -> None:
+    flow = image_flow(trace_noise="exact")
+    check = of(along_path, flow, IMAGES)
+    assert check.curves["time"][-1] == pytest.approx(len(flow.fields))
+    assert sorted(set(check.curves["block"])) == list(range(len(flow.fields)))
+    # a flow that does nothing leaves the images where its paths begin
+    still = MultiscaleFlow((1, 8, 8), hidden=2)
+    images = torch.rand(3, 1, 8, 8)
+    start = subject_of(still).start(images)
+    assert start is not None
+    torch.testing.assert_close(start, still(images).z)
+
+
+# samples -------------------------------------------------------------------------------------------------------
+
+
+def test_two_samples_of_an_untrained_flow() -> None:
+    far = gaussian(MATRIX, 200) * torch.tensor([6.0, 0.2]) + 3
+    check = of(two_sample, density(Rotation(0.0)), far)
+    assert check.verdict == "failed"
+    assert check.numbers["accuracy"] > 0.95
+    near = of(two_sample, density(), 2 * X)
+    assert near.verdict == "warning"
+    few = of(two_sample, density(), X[:19])
+    assert few.verdict == "left out"
+    images = of(two_sample, image_flow(), torch.zeros(40, 1, 4, 4))
+    assert images.verdict == "failed"
+
+
+def test_guessing_stays_below_its_limit() -> None:
+    # 3.09 deviations of 200 coins are 0.109; folds that share training data vary 1.5 times as much
+    assert null_limit(100) == pytest.approx(0.5 + 1.5 * 0.1093, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trace", "two samples", "posterior ranks"])
+def test_false_alarms_are_as_rare_as_stated(name: str) -> None:
+    """At most 2 of 100 right models: with a rate of 0.1 % more have a probability below 0.0002."""
+    found: list[Check] = []
+    for seed in range(100):
+        data = HeldOut(gaussian(MATRIX, 64, seed=seed), None, seed)
+        if name == "trace":
+            found.append(of(trace, density(), data.x, seed=seed))
+        elif name == "two samples":
+            found.append(of(two_sample, density(), data.x, seed=seed))
+        else:
+            found.append(of(ranks, posterior(), *posterior_pairs(256, seed=seed), seed=seed))
+    verdicts = [check.verdict for check in found]
+    assert verdicts.count("failed") <= 2
+    if name == "posterior ranks":
+        assert verdicts.count("warning") <= 5  # of 1 expected
+    if name == "two samples":
+        assert verdicts.count("warning") <= 2
+        accuracies = torch.tensor([check.numbers["accuracy"] for check in found])
+        assert float(accuracies.std()) < 1.5 * 0.5 / math.sqrt(2 * 64)  # the widened one is conservative
+        assert float(accuracies.mean()) == pytest.approx(0.5, abs=0.025)
+
+
+# ranks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wider", "higher", "said"),
+    [
+        (1.6, 0.0, "is too narrow"),
+        (0.6, 0.0, "is too wide"),
+        (1.0, 0.7, "true values lie too high"),
+        (1.0, -0.7, "true values lie too low"),
+    ],
+)
+def test_ranks_of_a_wrong_posterior(wider: float, higher: float, said: str) -> None:
+    check = of(ranks, posterior(), *posterior_pairs(256, wider=wider, higher=higher))
+    assert check.verdict == "failed"
+    assert said in check.sentence
+
+
+def test_ranks_of_a_posterior_of_another_shape() -> None:
+    _, context = posterior_pairs(256)
+    model = posterior()
+    generator = torch.Generator().manual_seed(0)
+    side, place = (torch.randn(256, 2, generator=generator) for _ in range(2))
+    two_modes = side.sign() * (1 + 0.2 * place)
+    check = of(ranks, model, model.inverse(two_modes, context), context)
+    assert check.verdict == "failed"
+    assert "has not the shape of the true one" in check.sentence
+
+
+def test_ranks_of_the_right_posterior() -> None:
+    check = of(ranks, posterior(), *posterior_pairs(256))
+    assert check.verdict == "ok"
+    assert len(check.curves) == 2
+    assert all(sum(counts) == 256 for counts in check.curves.values())
+    assert of(ranks, posterior(), *posterior_pairs(39)).verdict == "left out"
+    assert of(ranks, posterior(), *posterior_pairs(40)).numbers["bins"] == 4
+
+
+# a flow of another class ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_flow_of_another_class(conditional: bool) -> None:
+    flow = TableFlow(conditional=conditional)
+    context = torch.randn(120, 2, generator=torch.Generator().manual_seed(2)) if conditional else None
+    found = diagnose(flow, flow.data(120, context), context=context, training_solver=Solver("rk4", step=0.25))
+    assert {check.verdict for check in found.checks} == {"ok"}
+    assert len(found.checks) == 6 + conditional
+    wrong = TableFlow(conditional=conditional, off=0.8, solver=Solver("euler", step=0.5))
+    wrong.estimator = Biased("gaussian")
+    x = wrong.data(120, context)
+    assert of(round_trip, wrong, x, context).verdict == "failed"
+    assert of(training_solver_gap, wrong, x, context, training=None).verdict == "failed"
+    if conditional:
+        assert of(ranks, wrong, x, context).verdict == "failed"
+
+
+# the same density, solved otherwise ----------------------------------------------------------------------------
+
+
+def test_solved_with_shares_parameters_and_leaves_the_model_alone() -> None:
+    model = density(solver="rk4", t_span=torch.linspace(0, 1, 3), trace_estimator="exact")
+    before = model.log_prob(X)
+    twin = solved_with(model, solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
+    torch.testing.assert_close(twin.log_prob(X), gaussian_log_prob(MATRIX, X), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twin.inverse(twin.transform(X)[0]), X, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.log_prob(X), before)
+    assert len(model.t_span) == 3
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
+    halved = solved_with(model, solver=Solver("euler", step=0.25))
+    assert len(halved.t_span) == 5
+    same = solved_with(model, estimator=Hutchinson("rademacher"))
+    assert torch.equal(same.transform(X)[0], model.transform(X)[0])
+
+
+def test_solved_with_keeps_a_learned_end_time() -> None:
+    policy = LearnedEndTime(0.5)
+    model = RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), trace_estimator="exact")
+    twin = solved_with(model, solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
+    torch.testing.assert_close(twin.transform(X)[0], model.transform(X)[0], rtol=1e-3, atol=1e-3)

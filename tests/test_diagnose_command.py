@@ -1,0 +1,187 @@
+"""``rnode-cli diagnose`` on a run: what it prints and writes, its exit codes, and the report that shows it."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+from tiny_runs import run, tiny_recipe
+
+from rnode_plugin.cli import main
+from rnode_plugin.cli.diagnose import CHECK_FAILED
+from rnode_plugin.cli.tables import wrapped_table
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
+from rnode_plugin.evaluation.images import held_out_images
+from rnode_plugin.reports.figures.diagnosis import diagnosis_panels
+from rnode_plugin.reports.reading import read_run
+from rnode_plugin.training.runs.folder import RunFolder
+
+NAMES = ["round trip", "trace", "training solver", "tolerance", "path", "two samples"]
+
+
+def rnode(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="rnode-cli")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps: its samples are noise."""
+    runs = tmp_path_factory.mktemp("runs")
+    run(tiny_recipe("training.max_steps=4", "test_solver.method=dopri5", "test_solver.first_step=0.5"), runs)
+    return runs / "digits" / "0"
+
+
+@pytest.fixture(scope="module")
+def diagnosed(trained: Path) -> Result:
+    return rnode("diagnose", str(trained), "--samples", "24", "--device", "cpu")
+
+
+def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
+    assert diagnosed.exit_code == CHECK_FAILED == 3, diagnosed.output
+    lines = diagnosed.stdout.splitlines()
+    assert lines[0].split("  ")[0] == "check"
+    for name in NAMES:
+        assert any(line.startswith(f"{name}  ") for line in lines), name
+    assert any(line.startswith("two samples") and " failed " in line for line in lines)
+    assert "24 held-out images" in diagnosed.stdout
+    assert str(trained / "diagnosis.json") in diagnosed.stdout
+    assert max(map(len, lines[:-4])) <= 80
+    plain = json.loads((trained / "diagnosis.json").read_text())
+    assert [check["name"] for check in plain["checks"]] == NAMES
+    assert (plain["samples"], plain["recipe"], plain["weights"]) == (24, "digits", "as trained")
+    assert plain["checkpoint"].endswith("best.ckpt")
+    figures = {path.stem for path in (trained / "diagnosis").glob("*.png")}
+    assert figures == {name.replace(" ", "-") for name in NAMES}
+    assert {path.stem for path in (trained / "diagnosis").glob("*.svg")} == figures
+    for path in (trained / "diagnosis").glob("*.png"):
+        with Image.open(path) as image:
+            assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 20, path
+
+
+@pytest.fixture
+def canned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of the checks: a diagnosis without failures. What was asked of it."""
+    asked: dict[str, Any] = {}
+
+    def diagnose(model: Any, x: Any, **options: Any) -> Diagnosis:
+        asked.update(options, images=len(x))
+        return _diagnosis((Check("trace", "ok", "fine", {"bias": math.nan}),))
+
+    monkeypatch.setattr("rnode_plugin.evaluation.diagnostics.diagnose.diagnose", diagnose)
+    return asked
+
+
+def test_json_and_another_folder(trained: Path, tmp_path: Path, canned: dict[str, Any]) -> None:
+    out = tmp_path / "a" / "b"
+    result = rnode("diagnose", str(trained), "--samples", "8", "--json", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    plain = json.loads(result.stdout)
+    assert plain == json.loads((out / "diagnosis.json").read_text())
+    assert plain["checks"][0]["numbers"] == {"bias": None}
+    assert (canned["images"], canned["samples"]) == (8, 8)
+
+
+def test_weights_outside_of_a_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canned: dict[str, Any]
+) -> None:
+    shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "weights.ckpt")
+    monkeypatch.chdir(tmp_path)
+    result = rnode("diagnose", "weights.ckpt", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "diagnosis" / "diagnosis.json").is_file()
+    assert str(Path("diagnosis") / "diagnosis.json") in result.stdout
+    assert (canned["images"], canned["samples"], canned["seed"]) == (256, None, 3)
+    assert canned["training_solver"].method == "rk4_38"
+
+
+def test_the_report_shows_it(trained: Path, diagnosed: Result, tmp_path: Path) -> None:
+    assert diagnosed.exit_code == CHECK_FAILED
+    found = read_run(trained).diagnosis
+    assert found is not None
+    assert [check.name for check in found.checks] == NAMES
+    result = rnode("report", str(trained), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
+    for shown in (page, text):
+        assert "Can it be trusted?" in shown
+        assert "on 24 held-out samples" in shown
+        assert "Two samples: failed" in shown
+    sentence = next(check.sentence for check in found.checks if check.name == "two samples")
+    assert html.escape(sentence).replace("&#x27;", "&#39;") in page
+    assert "| two samples | failed |" in text
+    assert (tmp_path / "out" / "figures" / "diagnosis-1-tolerance.png").is_file()
+    assert "](figures/diagnosis-1-tolerance.png)" in text
+
+
+def test_a_run_that_goes_on_loses_its_diagnosis(tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    folder = RunFolder.create(tmp_path, recipe)
+    folder.diagnosis.write_text("{}")
+    folder.describe(recipe, torch.device("cpu"))
+    assert not folder.diagnosis.exists()
+    folder.diagnosis.write_text('{"checks": 3}')
+    with pytest.raises(ConfigError, match=r"diagnosis\.json cannot be read: it is not what a diagnosis"):
+        read_run(folder.path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 1, "no checkpoint at nowhere"),
+        (["{run}", "--samples", "1"], 2, "1 is not in the range x>=2"),
+        (["{run}", "--device", "cud"], 2, "the device 'cud' cannot be used"),
+    ],
+)
+def test_what_is_refused(trained: Path, arguments: list[str], code: int, message: str) -> None:
+    result = rnode("diagnose", *(each.format(run=trained) for each in arguments))
+    assert result.exit_code == code
+    assert message in " ".join(result.output.split())
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_held_out_images_are_in_no_order() -> None:
+    recipe = tiny_recipe()
+    images = held_out_images(recipe, 20)
+    assert images.shape == (20, 1, 8, 8)
+    assert images.dtype is torch.float32
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    assert torch.equal(images, held_out_images(recipe, 20))
+    assert not torch.equal(images, held_out_images(recipe, 20, seed=1))
+    assert len(held_out_images(recipe, 10_000)) == 297
+
+
+def test_panels_of_checks_that_could_not_measure() -> None:
+    checks = (
+        Check("trace", "left out", "too large"),
+        Check("tolerance", "failed", "gave up", {"failed_at": 1e-2}, {"tolerance": [], "nll": [], "nfe": []}),
+        Check("posterior ranks", "failed", "narrow", {}, {"dimension 0": [9.0, 1.0], "dimension 1": [5.0, 5.0]}),
+        Check("of a later version", "ok", "fine", {}, {"a": [1.0]}),
+    )
+    panels = diagnosis_panels(_diagnosis(checks), section="S", prefix="p-")
+    assert [(panel.name, panel.title, panel.section) for panel in panels] == [
+        ("p-posterior-ranks", "Posterior ranks: failed", "S")
+    ]
+    assert b"dimension 1" in panels[0].drawing.svg
+
+
+def _diagnosis(checks: Any) -> Diagnosis:
+    return Diagnosis(checks, samples=2, dims=2, solver="rk4", seed=0, seconds=1.0)
+
+
+def test_a_table_is_wrapped_in_its_last_column() -> None:
+    shown = wrapped_table([("a", "bb", "one two three four five six"), ("ccc", "d", "")], width=30)
+    assert shown.splitlines() == [
+        "a    bb  one two three four",
+        "         five six",
+        "",
+        "ccc  d   ",
+    ]
