@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .result import Check, Verdict, worse_of
@@ -20,9 +21,7 @@ _ROUNDING = 1e-4  # if it is more than single precision loses
 
 def round_trip(subject: Subject, data: HeldOut) -> Check:
     """Whether the inverse undoes the forward direction, with the model's own solver and with the accurate one."""
-    own = _lost(subject, data, exactly=False)
-    spread = float((data.x - data.x.mean(0)).cpu().double().square().mean().sqrt()) or 1.0
-    relative = own / spread
+    relative = _lost(subject, data, exactly=False)
     error = float(relative.square().mean().sqrt())
     largest = float(relative.max())
     verdict = worse_of(error, warn=_WARN, fail=_FAIL)
@@ -31,8 +30,8 @@ def round_trip(subject: Subject, data: HeldOut) -> Check:
         verdict = "warning"
     exact = math.nan
     if verdict != "ok":
-        exact = float((_lost(subject, data, exactly=True) / spread).square().mean().sqrt())
-    numbers = {"error": error, "largest": largest, "spread": spread, "error_accurate_solver": exact}
+        exact = float(_lost(subject, data, exactly=True).square().mean().sqrt())
+    numbers = {"error": error, "largest": largest, "error_accurate_solver": exact}
     if tolerance is not None:
         numbers["tolerance"] = tolerance
     shares = relative.sort().values
@@ -41,12 +40,19 @@ def round_trip(subject: Subject, data: HeldOut) -> Check:
 
 
 def _lost(subject: Subject, data: HeldOut, *, exactly: bool) -> Tensor:
-    """Root mean square over the dimensions of what each sample is off after the round trip, ``(N,)``."""
+    """What each sample is off after the round trip, over the data's spread, root mean square of it, ``(N,)``."""
     solver = accurate(data.x.dtype) if exactly else None
     with data.noise():
         z = subject.encode(data.x, data.context, solver=solver).z
     back = subject.decode(z, data.context, solver=solver)
-    return (back - data.x).flatten(1).cpu().double().square().mean(1).sqrt()
+    return ((back - data.x).cpu().double() / _spread(data.x)).flatten(1).square().mean(1).sqrt()
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The standard deviation: of each column, which have units of their own; of all pixels together."""
+    variance = (x - x.mean(0)).cpu().double().square().mean(0)
+    spread = (variance if x.ndim == 2 else variance.mean()).sqrt()
+    return torch.where(spread > 0, spread, 1.0)
 
 
 def _sentence(verdict: Verdict, error: float, largest: float, exact: float, subject: Subject) -> str:

@@ -35,7 +35,10 @@ def two_sample(subject: Subject, data: HeldOut) -> Check:
     if not bool(torch.isfinite(drawn).all()):
         sentence = "Some of the model's samples are not finite: it cannot be sampled. Use a more accurate solver."
         return Check(TWO_SAMPLE, "failed", sentence, {"samples": n})
-    scores = _scores(torch.cat([real, drawn]), n, data.seed)
+    features = torch.cat([real, drawn])
+    if data.x.ndim == 2:  # columns have units of their own, of which no component must depend
+        features = features / features.std(0).clamp(min=1e-30)
+    scores = _scores(features, n, data.seed)
     sides = torch.sign(scores - 0.5) * torch.where(torch.arange(2 * n) < n, -1, 1)  # 1 if right, 0 if undecided
     accuracy = float((sides + 1).mean() / 2)
     high = null_limit(n)
