@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -14,8 +14,11 @@ __all__ = [
     "FieldWithDivergence",
     "FieldWithJVP",
     "FieldWithJacobian",
+    "FieldWithLinearization",
     "FieldWithVJP",
+    "FlatFieldWithLinearization",
     "FlowOutput",
+    "Linearization",
     "Rates",
     "Solution",
     "SolveStats",
@@ -57,6 +60,38 @@ class FieldWithJVP(Protocol):
 
     def forward_and_jvp(self, t: Tensor, z: Tensor, v: Tensor, dt: float, /) -> tuple[Tensor, Tensor]:
         """``(f(t, z), df/dz v + dt df/dt)``, both ``(B, *event)``, from one pass."""
+        ...
+
+
+class Linearization(NamedTuple):
+    """One pass over a field: its velocity, its products with noise, and its products along directions to come.
+
+    Attributes:
+        dz: velocity ``f(t, z)``, ``(B, *event)``.
+        products: ``noise^T df/dz``, or all rows of ``df/dz``; None if none were asked for.
+        jvp: ``(v, dt)`` to ``df/dz v + df/dt dt``, both of shape ``(B, *event)``, without another pass.
+    """
+
+    dz: Tensor
+    products: Tensor | None
+    jvp: Callable[[Tensor, float], Tensor]
+
+
+@runtime_checkable
+class FieldWithLinearization(Protocol):
+    """A field whose products along directions share the pass that gave its velocity."""
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None, /) -> Linearization:
+        """The pass at one point, with products for a ``noise (B, *event)`` unless it is None."""
+        ...
+
+
+@runtime_checkable
+class FlatFieldWithLinearization(FieldWithLinearization, Protocol):
+    """The same for flat states, with the whole Jacobian."""
+
+    def linearize_with_jacobian(self, t: Tensor, z: Tensor, /) -> Linearization:
+        """The pass at one point, with all rows of ``df/dz``, ``(D, B, D)``, as its products."""
         ...
 
 

@@ -22,11 +22,11 @@ from rnode_plugin.fields import (
     FusedStackField,
     compile_fields,
     conv_field,
-    fused,
     linear_field,
 )
 from rnode_plugin.fields.kernels import compile as compiling
 from rnode_plugin.fields.kernels import winograd
+from rnode_plugin.fields.passes import pieces
 from rnode_plugin.training.fit import fit
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
@@ -45,12 +45,13 @@ def anew() -> Iterator[None]:
 
 
 def numbers(field: Any, z: torch.Tensor, *, velocity: bool = True) -> list[torch.Tensor]:
-    """Velocities and a product, and their gradients with respect to the state, the noise and all parameters."""
+    """Velocities, products and a direction, and their gradients by the state, the noise and all parameters."""
     noise = torch.linspace(-1, 1, z.numel()).reshape(z.shape).requires_grad_()
     z = z.clone().requires_grad_()
     prepared, t = field.prepare(z, noise), torch.tensor(0.3)
-    dz, product = prepared.forward_and_vjp(t, z, noise)
-    outputs = [dz, product, *([prepared(t, dz)] if velocity else [])]
+    dz, product, jvp = prepared.linearize(t, z, noise)
+    assert product is not None
+    outputs = [dz, product, jvp(dz, 1.0), *([prepared(t, dz)] if velocity else [])]
     loss: Any = sum(x.sin().sum() * (k + 1) for k, x in enumerate(outputs))
     return [*outputs, *torch.autograd.grad(loss, [z, noise, *field.parameters()])]  # pyright: ignore[reportArgumentType]
 
@@ -66,14 +67,14 @@ def both_ways(field: Any, z: torch.Tensor, **options: bool) -> tuple[list[torch.
 
 _PIECE = """
 import torch
-from rnode_plugin.fields import fused
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.kernels import compile as compiling
+from rnode_plugin.fields.passes import pieces
 
 torch.manual_seed(0)
 softplus, tensors = ACTIVATIONS["softplus"], torch.randn(3, 4, 5)
-plain = fused._join(softplus, *(x.clone() for x in tensors))
-fast = fused.compiled(fused._join)(softplus, *(x.clone() for x in tensors))
+plain = pieces.join(softplus, *(x.clone() for x in tensors))
+fast = pieces.compiled(pieces.join)(softplus, *(x.clone() for x in tensors))
 assert compiling.works()
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 torch.testing.assert_close(fast, plain)
@@ -129,7 +130,7 @@ def test_in_training_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         called.append(function.__name__)
         return function
 
-    monkeypatch.setattr(fused, "compiled", record)
+    monkeypatch.setattr(pieces, "compiled", record)
     monkeypatch.setattr(winograd, "compiled", record)
     field = conv_field(1, hidden=32)
     z = torch.randn(2, 1, 4, 4)
@@ -137,7 +138,7 @@ def test_in_training_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == []
     assert compile_fields(field) == 1
     numbers(field, z)
-    between = {"_activate", "_pull", "_bend", "_follow", "_join", "_pull_kept"}
+    between = {"activate", "pull", "bend", "follow", "join", "pull_kept", "lean", "turn"}
     assert set(called) == between | {"_spread", "_gather", "_spread_transposed", "_gather_transposed"}
     called.clear()
     numbers(field.eval(), z)

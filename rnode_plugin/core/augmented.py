@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..types import FieldWithDivergence, FieldWithVJP, Rates, VectorField
+from ..types import FieldWithDivergence, FieldWithLinearization, FieldWithVJP, Rates, VectorField
 from .checked_call import checked_call
 from .derivatives import FieldDerivatives
 from .field_evaluation import FieldEvaluation
 from .path_penalties import PathPenalties, hidden_rates
 from .regularizers import Regularizer, kind_of
-from .trace_estimators import Exact, TraceEstimator, get_estimator
+from .trace_estimators import Exact, Linearize, TraceEstimator, get_estimator
 
 __all__ = ["Dynamics"]
 
@@ -26,7 +26,8 @@ class Dynamics:
 
     Args:
         field: ``f(t, z)``. One that has ``forward_and_vjp`` computes its own product, one with ``forward_and_jvp``
-            its own product along a direction; the choice is made here, once.
+            its own product along a direction, one with ``linearize`` all of them from one pass; the choice is made
+            here, once.
         regularizers: rates, step penalties and trajectory penalties to follow. A span policy is not one of the
             dynamics: whoever chooses the times of a solve applies it.
         estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
@@ -87,6 +88,7 @@ class Dynamics:
         if knows and divergence and "vjp" not in needs:  # no Jacobian needed
             self._velocity_and_divergence = field.forward_and_divergence  # pyright: ignore[reportAttributeAccessIssue]
         self._field_and_products = self.estimator.bind(field)
+        self._linearize = self._shared_pass(field) if "jvp" in needs else None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the field and of the regularizers, of those that are modules."""
@@ -105,8 +107,10 @@ class Dynamics:
     def evaluate(self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True) -> Rates:
         """The right-hand side at one time; ``products=False`` leaves out whatever needs a product."""
         with_products = products and self.needs_products
-        rows = known = None
-        if not with_products:
+        rows = known = jvp = None
+        if products and self._linearize is not None:
+            dz, rows, jvp = self._linearize(t, z, noise)
+        elif not with_products:
             dz = self.field(t, z)
         elif self._velocity_and_divergence is not None:
             dz, known = self._velocity_and_divergence(t, z)
@@ -128,11 +132,20 @@ class Dynamics:
             self.estimator,
             self.field,
             self._derivatives,
+            jvp,
         )
         dlogdet = None
         if with_products and self.divergence:
             dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
         return Rates(dz, dlogdet, self.penalties(evaluation, products=products))
+
+    def _shared_pass(self, field: VectorField) -> Linearize | None:
+        """How velocity, products and directions come from one pass; None if they cannot."""
+        if self._velocity_and_divergence is not None:
+            return None
+        if self.needs_products:
+            return self.estimator.bind_linearization(field)
+        return field.linearize if isinstance(field, FieldWithLinearization) else None
 
     def penalties(self, evaluation: FieldEvaluation, *, products: bool = True) -> dict[str, Tensor]:
         """The rate ``(B,)`` of each penalty by name; ``products=False`` leaves out those that need anything."""

@@ -39,6 +39,8 @@ class FieldEvaluation:
         estimator: reduces the products.
         field: ``f(t, z)``, for derivatives that did not come with the evaluation.
         derivatives: computes them.
+        shared_jvp: ``(v, dt)`` to ``df/dz v + dt df/dt`` from the pass that gave the velocity; None if the field
+            does not share it.
     """
 
     t: Tensor
@@ -49,6 +51,7 @@ class FieldEvaluation:
     estimator: TraceEstimator | None = None
     field: VectorField | None = None
     derivatives: FieldDerivatives | None = None
+    shared_jvp: Callable[[Tensor, float], Tensor] | None = None
     _known: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def divergence(self) -> Tensor:
@@ -83,8 +86,7 @@ class FieldEvaluation:
     def jvp(self, v: Tensor, dt: float = 0.0) -> Tensor:
         """``df/dz v + dt df/dt`` of the shape of ``z``, for any ``v (B, *event)``."""
         # the tuple keeps v, and with it its id
-        key = ("jvp", id(v), dt)
-        return self._once(key, lambda: (v, self._derivatives("jvp").jvp(self.t, self.z, v, dt)))[1]
+        return self._once(("jvp", id(v), dt), lambda: (v, self._jvp(v, dt)))[1]
 
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, of the shape of ``z``; order 1 is the velocity.
@@ -114,6 +116,11 @@ class FieldEvaluation:
                 "as rnode_plugin.fields.potential.PotentialField."
             )
         return known[name]
+
+    def _jvp(self, v: Tensor, dt: float) -> Tensor:
+        if self.shared_jvp is not None:
+            return self.shared_jvp(v, dt).to(self.z.dtype)
+        return self._derivatives("jvp").jvp(self.t, self.z, v, dt)
 
     def _jacobian(self) -> Tensor:
         if self.products is not None and isinstance(self.estimator, Exact):

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
-from ..types import FieldWithJacobian, FieldWithVJP, VectorField
+from ..types import (
+    FieldWithJacobian,
+    FieldWithLinearization,
+    FieldWithVJP,
+    FlatFieldWithLinearization,
+    Linearization,
+    VectorField,
+)
 from .derivatives import field_and_vjp
 from .jacobian_products import products_of
 from .tensors.reductions import sum_products, sum_squares
@@ -24,6 +31,7 @@ from .tensors.reductions import sum_products, sum_squares
 __all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Probes", "TraceEstimator", "get_estimator"]
 
 FieldAndProduct = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+Linearize = Callable[[Tensor, Tensor, "Tensor | None"], Linearization]
 
 _NOISES = ("gaussian", "rademacher")
 
@@ -58,6 +66,10 @@ class TraceEstimator(ABC):
     @abstractmethod
     def bind(self, field: VectorField) -> FieldAndProduct:
         """Choose, once, how ``(t, z, noise) -> (f(t, z), products)`` is computed for this field."""
+
+    def bind_linearization(self, field: VectorField) -> Linearize | None:
+        """As :meth:`bind`, with products along directions from the same pass; None if they cannot share it."""
+        return None
 
     @abstractmethod
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
@@ -119,6 +131,9 @@ class Hutchinson(TraceEstimator):
         if isinstance(field, FieldWithVJP):
             return field.forward_and_vjp  # pyright: ignore[reportReturnType]  (noise is never None here)
         return lambda t, z, noise: field_and_vjp(field, t, z, _given(noise))
+
+    def bind_linearization(self, field: VectorField) -> Linearize | None:
+        return field.linearize if self.count == 1 and isinstance(field, FieldWithLinearization) else None
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
         noise = _given(noise)
@@ -221,6 +236,12 @@ class Exact(TraceEstimator):
             return lambda t, z, noise: own(t, z)
         several = products_of(field)
         return lambda t, z, noise: several(t, z, _basis(z))
+
+    def bind_linearization(self, field: VectorField) -> Linearize | None:
+        if not isinstance(field, FlatFieldWithLinearization):
+            return None
+        own = field.linearize_with_jacobian
+        return lambda t, z, noise: own(t, z)
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
         return Probes((1.0,) * len(products), tuple(_basis(products[0])), tuple(products))

@@ -65,6 +65,10 @@ class Activation(ABC):
     def kept_slope(self, kept: Tensor) -> Tensor:
         """What ``follow``, ``join`` and ``pull_kept`` need of s', from what was kept of the activation."""
 
+    def slope_of_kept(self, kept: Tensor) -> Tensor:
+        """``s'(a)`` from what was kept of the activation; it can be differentiated and transformed."""
+        return self.slope(kept)  # of one that keeps a
+
     def output(self, kept: Tensor) -> Tensor:
         """``s(a)`` from what was kept of it."""
         return kept if self.keeps_output else self.value(kept)
@@ -83,6 +87,14 @@ class Activation(ABC):
     def follow(self, slope: Tensor, p: Tensor) -> Tensor:
         """``s' p``, which overwrites ``p``."""
         return p.mul_(slope)
+
+    def scale(self, slope: Tensor, y: Tensor) -> Tensor:
+        """``s' y``, from what :meth:`kept_slope` gives for s'."""
+        return y * slope
+
+    def turn(self, kept: Tensor, slope: Tensor, kept_p: Tensor) -> Tensor:
+        """``kept_p``, which may be overwritten, times the derivative of s' with respect to what was kept."""
+        return self.bend(kept, kept_p)  # as s''/s' or s'' is that derivative
 
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
         """``s'' g p + s' below``, which overwrites ``bent`` or ``below``."""
@@ -119,6 +131,9 @@ class _Softplus(Activation):
     def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
         return kept_p  # s'' g p = (1 - s') v p; join brings the factor
 
+    def turn(self, kept: Tensor, slope: Tensor, kept_p: Tensor) -> Tensor:
+        return kept_p.mul_(slope).addcmul_(kept_p, slope, value=-1)  # s'' = s' (1 - s')
+
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
         return bent.lerp_(below, slope)
 
@@ -145,8 +160,17 @@ class _SoftplusByOutput(_Softplus):
     def kept_slope(self, kept: Tensor) -> Tensor:
         return torch.neg(kept).exp_()
 
+    def slope_of_kept(self, kept: Tensor) -> Tensor:
+        return -torch.expm1(-kept)
+
     def follow(self, slope: Tensor, p: Tensor) -> Tensor:
         return p.addcmul_(p, slope, value=-1)
+
+    def scale(self, slope: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(y, y, slope, value=-1)
+
+    def turn(self, kept: Tensor, slope: Tensor, kept_p: Tensor) -> Tensor:
+        return kept_p.mul_(slope)  # ds'/du = 1 - s'
 
     def join(self, bent: Tensor, below: Tensor, slope: Tensor) -> Tensor:
         return below.lerp_(bent, slope)
@@ -173,7 +197,10 @@ class _Tanh(Activation):
         return _aten.tanh_backward(g, u)
 
     def kept_slope(self, kept: Tensor) -> Tensor:
-        return torch.addcmul(_one(kept), kept, kept, value=-1)
+        return torch.addcmul(kept.new_ones(()), kept, kept, value=-1)
+
+    def slope_of_kept(self, kept: Tensor) -> Tensor:
+        return 1 - kept.square()
 
     def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
         return kept_p.mul_(kept).mul_(-2)  # s'' = -2 u s'
@@ -196,6 +223,9 @@ class _Elu(Activation):
 
     def kept_slope(self, kept: Tensor) -> Tensor:
         return kept.clamp(max=0).add_(1)
+
+    def slope_of_kept(self, kept: Tensor) -> Tensor:
+        return kept.clamp(max=0) + 1
 
     def bend(self, kept: Tensor, kept_p: Tensor) -> Tensor:
         return kept_p.mul_(kept < 0)  # s'' = s' there, else 0
@@ -270,7 +300,3 @@ def get_activation(name: str) -> Activation:
         return ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ConfigError(suggest(name, ACTIVATIONS, "activation")) from None
-
-
-def _one(like: Tensor) -> Tensor:
-    return like.new_ones(())

@@ -18,6 +18,7 @@ __all__ = [
     "Parts",
     "Stack",
     "Structure",
+    "keep_activations",
     "run_jvp",
     "run_stack",
     "run_vjp",
@@ -211,6 +212,13 @@ def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
         z: state ``(B, *event)``.
     """
     return _pre_activations(stack, t, z)[-1].to(z.dtype)
+
+
+def keep_activations(stack: Stack, t: Tensor | float, z: Tensor) -> list[Tensor]:
+    """What a pass with a backward by hand keeps of each activation, as often differentiable as one likes."""
+    activation = stack.structure.activation
+    inner = _pre_activations(stack, t, z)[:-1]
+    return [activation.value(a) for a in inner] if activation.keeps_output else inner
 
 
 def run_vjp(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor]:

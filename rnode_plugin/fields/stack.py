@@ -9,11 +9,12 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..types import Linearization
 from .activations import get_activation
 from .autocast import compute_dtype, without_autocast
-from .fused import pull_noise, run_fused, run_velocity
 from .layers import LINEAR, ConcatConv2d, ConcatLinear, Products
-from .prepared import Stack, run_jvp, run_stack
+from .passes.fused import linearize, pull_noise, run_fused, run_velocity
+from .prepared import Stack, run_stack
 
 __all__ = ["FusedStackField", "StackField", "compile_fields", "conv_field", "linear_field"]
 
@@ -102,6 +103,13 @@ class FusedStackField(StackField):
         """
         return self.prepare(z).forward_and_jvp(t, z, v, dt)
 
+    def linearize(self, t: Tensor | float, z: Tensor, noise: Tensor | None = None) -> Linearization:
+        """The velocity, ``noise^T df/dz``, and any number of products along directions, from one pass.
+
+        First-order gradients of all of them cost no double backward, also where a direction is the velocity itself.
+        """
+        return self.prepare(z).linearize(t, z, noise)
+
 
 class PreparedStack:
     """A :class:`StackField` with the weights of the moment; see :meth:`StackField.prepare`."""
@@ -133,15 +141,21 @@ class FusedPreparedStack(PreparedStack):
 
     def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`FusedStackField.forward_and_vjp`; another noise than the one prepared for takes longer."""
-        pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
-        return run_fused(self._stack, t, z, pulled)
+        return run_fused(self._stack, t, z, self._pulled_for(noise))
 
     def forward_and_jvp(
         self, t: Tensor | float, z: Tensor, v: Tensor, dt: Tensor | float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`FusedStackField.forward_and_jvp`."""
-        with without_autocast(z):
-            return run_jvp(self._stack, t, z, v, dt)
+        found = linearize(self._stack, t, z)
+        return found.dz, found.jvp(v, dt)  # pyright: ignore[reportArgumentType]
+
+    def linearize(self, t: Tensor | float, z: Tensor, noise: Tensor | None = None) -> Linearization:
+        """As :meth:`FusedStackField.linearize`; another noise than the one prepared for takes longer."""
+        return linearize(self._stack, t, z, None if noise is None else self._pulled_for(noise))
+
+    def _pulled_for(self, noise: Tensor) -> Tensor:
+        return self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
 
     def _pull(self, noise: Tensor) -> Tensor:
         with without_autocast(noise):
@@ -154,6 +168,10 @@ class FlatPreparedStack(FusedPreparedStack):
     def forward_and_jacobian(self, t: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
         """``f(t, z)`` and all rows of ``df/dz``, ``(D, B, D)``, from one pass."""
         return run_fused(self._stack, t, z, self._stack.last_weight.unsqueeze(1))
+
+    def linearize_with_jacobian(self, t: Tensor | float, z: Tensor) -> Linearization:
+        """As :meth:`linearize`, with all rows of ``df/dz``, ``(D, B, D)``, as its products."""
+        return linearize(self._stack, t, z, self._stack.last_weight.unsqueeze(1))
 
 
 def conv_field(

@@ -18,7 +18,7 @@ from ..core.regularizers import Regularizer
 from ..core.trace_estimators import Exact
 from ..fields.recognise import PARTS, AppendTime, RecognisedStack, recognise
 from ..fields.stack import FlatPreparedStack, PreparedStack
-from ..types import BoundDynamics, Rates
+from ..types import BoundDynamics, Linearization, Rates
 from .cnf import CNF
 from .wrapped.state_layout import StateLayout
 from .wrapped.velocity import Counter, counters
@@ -103,6 +103,14 @@ class _Counted:
     def forward_and_jacobian(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         self._count()
         return self._stack.forward_and_jacobian(t, z)
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None) -> Linearization:
+        self._count()
+        return self._stack.linearize(t, z, noise)
+
+    def linearize_with_jacobian(self, t: Tensor, z: Tensor) -> Linearization:
+        self._count()
+        return self._stack.linearize_with_jacobian(t, z)
 
     def _count(self) -> None:
         for counter in self._counted:

@@ -13,7 +13,7 @@ class LayerMap(ABC):
     """``x -> W x`` for one weight, its transpose, and the gradient of ``v^T W x`` with respect to the weight.
 
     A map is made once per solve from the weight of that moment, without the time input. It carries no graph: the
-    passes in :mod:`~rnode_plugin.fields.fused` return the weight's gradient themselves. The combined methods are
+    passes in :mod:`rnode_plugin.fields.passes` return the weight's gradient themselves. The combined methods are
     for maps that can share work between two results; each equals the two single calls.
     """
 
