@@ -59,6 +59,13 @@ def test_rates_equal_those_of_a_dense_jacobian(field: nn.Module, shape: tuple[in
             torch.testing.assert_close(found[name][i], exact[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+def test_the_fifth_derivative_of_a_nonlinear_field() -> None:
+    field, t = Wave(2), torch.tensor(0.3, dtype=torch.float64)
+    z = torch.tensor([[0.4, -0.3]], dtype=torch.float64)
+    exact = dense_rates(lambda t, x: field(t, x[None])[0], t, z[0], highest=5)["taylor:5"]
+    torch.testing.assert_close(rates_of(field, ["taylor:5"], t, z)["taylor:5"][0], exact, rtol=1e-9, atol=1e-12)
+
+
 @functools.cache
 def reference() -> tuple[Wave, Tensor, list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Field, states, a direction in parameter space, integrals, and their derivatives in that direction."""
