@@ -28,6 +28,7 @@ from rnode_plugin.comparison.arm_recipes import arm_recipes
 from rnode_plugin.comparison.compare import Comparison, compare
 from rnode_plugin.comparison.scheduler import places_of
 from rnode_plugin.core.regularizers import FunctionRegularizer
+from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.files import check_path_name
 from rnode_plugin.recipes.schema import Recipe
@@ -67,7 +68,7 @@ def folders(result: Comparison) -> list[str]:
 # arms ----------------------------------------------------------------------------------------------------------
 
 
-def penalties(recipe: Recipe, *arms: str, **options: Any) -> dict[str, Mapping[str, float]]:
+def penalties(recipe: Recipe, *arms: str, **options: Any) -> dict[str, Mapping[str, Any]]:
     return {arm.name: arm.regularizers for arm in arm_recipes(recipe, arms, **options)}
 
 
@@ -102,6 +103,12 @@ def test_sets_of_penalties_with_options_and_lambdas(recipe: Recipe) -> None:
         "digits-trajectory_polynomial-2-points-3-5": {"trajectory_polynomial:2,points=3": 5.0},
         "digits-steer-0.25": {"steer:0.25": 1.0},
     }  # fmt: skip
+    warm = penalties(recipe, "kinetic=linear_warmup(9)*0.1+jacfrob", sweeps=["kinetic=linear_warmup(9)*0.1,0.1"])
+    assert list(warm.items()) == [
+        ("digits-kinetic-linear_warmup-9--0.1+jacfrob", {"kinetic": linear_warmup(9, 0.1), "jacfrob": 0.01}),
+        ("digits-kinetic-linear_warmup-9--0.1", {"kinetic": linear_warmup(9, 0.1)}),
+        ("digits-kinetic-0.1", {"kinetic": 0.1}),
+    ]
     (long,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+total_derivative")
     (other,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+taylor")
     assert long != other
@@ -124,8 +131,9 @@ def test_arms_that_are_refused(recipe: Recipe, tmp_path: Path) -> None:
         (["rnode", "jacfrob+kinetic"], r"rnode and jacfrob\+kinetic train the same"),
         (["kinetic="], "is not a penalty: write kinetic"),
         (["kinetic+kinetic"], "names kinetic twice"),
-        (["kinetic=x"], "lambda of kinetic must be a finite number >= 0, not 'x'"),
+        (["kinetic=x"], "lambda of kinetic must be a finite number >= 0 or linear_warmup"),
         (["kinetic=-1"], "must be a finite number"),
+        (["kinetic=linear_warmup(0)"], r"or linear_warmup\(STEPS\)\*LAMBDA"),
         (["kinetic=1,2"], "--sweep kinetic=1,2"),
         (["taylor:9"], "order from 2 to 5"),
         (["../kinetic"], "unknown arm"),

@@ -10,6 +10,7 @@ from typing import Literal
 
 import pytest
 
+from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.overrides import as_text, coerce, override
 from rnode_plugin.recipes.schema import Recipe, get_recipe
@@ -129,6 +130,47 @@ def test_override_is_typed() -> None:
     assert recipe.training.sample_temperatures == (0.5, 1.0)
     assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.0}
     assert get_recipe("mnist").optimizer.lr == 1e-3  # the original is untouched
+
+
+def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:
+    recipe = get_recipe("digits").override(
+        [
+            "regularizers.kinetic=linear_warmup(1000)*0.01", "regularizers.jacfrob= linear_warmup( 5 ) ",
+            "regularizers.trajectory_polynomial:2,points=3=5", "regularizers.taylor:order=3=linear_warmup(7)*1e-3",
+        ]
+    )  # fmt: skip
+    assert recipe.regularizers == {
+        "kinetic": linear_warmup(1000, 0.01), "jacfrob": linear_warmup(5), "trajectory_polynomial:2,points=3": 5.0,
+        "taylor:order=3": linear_warmup(7, 0.001),
+    }  # fmt: skip
+    plain = json.loads(json.dumps(recipe.to_plain()))
+    assert plain["regularizers"]["kinetic"] == "linear_warmup(1000)*0.01"
+    assert Recipe.from_plain(plain) == recipe
+    texts = [f"{path}={as_text(value)}" for path, value in recipe.settings() if path.startswith("regularizers.")]
+    assert get_recipe("digits").override(texts) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "kinetic=linear_warmup(0)",
+            r"regularizers\.kinetic: expected a finite number or linear_warmup\(STEPS\)\*LAMBDA",
+        ),
+        ("kinetic=linear_warmup(1.5)*0.01", "STEPS a whole number >= 1"),
+        ("kinetic=linear_warmup(10)*-1", "LAMBDA >= 0"),
+        ("kinetic=linear_warmup(10)*nan", "LAMBDA >= 0"),
+        ("kinetic=linear_warmup(10)*", "got 'linear_warmup"),
+        ("kinetic=warmup(10)*0.01", "expected a finite number or linear_warmup"),
+        ("kinetic=-1", "must not be negative"),
+        ("steer:0.25=0.5", "has no penalty and takes no lambda"),
+        ("steer:0.25=linear_warmup(10)", "has no penalty and takes no lambda"),
+        ("trajectory_polynomial:2,points=1=5", "give at least points=2"),
+    ],
+)
+def test_bad_lambdas_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        get_recipe("digits").override([f"regularizers.{text}"])
 
 
 def test_settings_that_belong_together_change_together() -> None:

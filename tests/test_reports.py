@@ -17,6 +17,7 @@ from run_folders import write_run
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
+from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.reports import write_report
@@ -466,6 +467,18 @@ def test_arms_against_nfe(tmp_path: Path) -> None:
     for text in ("NFE of the test solver [evaluations]", "held-out, dirty [bits/dim]", "none", "kinetic=0.1"):
         assert text in svg
     assert "What the penalties buy" in report.html.read_text()
+
+
+def test_arms_with_a_schedule_have_their_place_and_their_text(tmp_path: Path) -> None:
+    for number, strength in enumerate((1.0, linear_warmup(10, 0.1), 0.1)):
+        write_run(tmp_path / str(number), dataclasses.replace(digits(), regularizers={"kinetic": strength}))
+    arms = group_runs(read_runs([tmp_path])[0])
+    assert [arm.label for arm in arms] == ["kinetic=0.1", "kinetic=linear_warmup(10)*0.1", "kinetic=1"]
+    (sweep,) = sweeps_of(trade_off(arms))
+    assert [point.arm.label for point in sweep] == [arm.label for arm in arms]
+    assert (
+        cell(table_of(*(tmp_path / name for name in "012")), "λ", arms[1].label) == "kinetic linear_warmup(10)*0.1"
+    )
 
 
 def test_many_arms_look_different(tmp_path: Path) -> None:

@@ -25,11 +25,13 @@ from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rnode_plugin.evaluation.images import load_images, pick_device
 from rnode_plugin.recipes.schema import Optimizer, Recipe
+from rnode_plugin.solvers import Solver
 from rnode_plugin.training.fit import FitResult, fit
 from rnode_plugin.training.lightning.callbacks.metrics_file import MetricsTable
 from rnode_plugin.training.lightning.module import RnodeModule
 from rnode_plugin.training.runs.checkpoints import read_checkpoint, save_flow
 from rnode_plugin.training.schedule import EpochOrder, EvenShare, RunPlan, learning_rate_factor
+from rnode_plugin.training.steps.step_objective import StepObjective, StepTerms
 
 
 @pytest.fixture
@@ -206,6 +208,32 @@ def test_the_step_is_equation_17(recipe: Recipe) -> None:
     jacfrob = output.regularization["jacfrob"].detach().mean()
     assert jacfrob > 0
     torch.testing.assert_close(module._row.values["train/jacfrob"], jacfrob / 64)
+
+
+def test_a_lambda_that_warms_up_follows_the_optimizers_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, float, float]] = []
+    call = StepObjective.__call__
+
+    def record(self: StepObjective, x: torch.Tensor, solver: Solver, *, step: int = 0) -> StepTerms:
+        terms = call(self, x, solver, step=step)
+        nll = float(terms.bits) * math.log(2) - math.log(17)  # the digits have 17 levels
+        seen.append((step, float(terms.loss.detach()) - nll, float(terms.penalties["l1"])))
+        return terms
+
+    monkeypatch.setattr(StepObjective, "__call__", record)
+    recipe = tiny_recipe(
+        "regularizers.kinetic=0", "regularizers.jacfrob=0", "regularizers.l1=linear_warmup(2)*30",
+        "training.accumulate=2", "training.max_steps=4", "solver.trace_quadrature=full",
+    )  # fmt: skip
+    result = run(recipe, tmp_path)
+    assert [step for step, _, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for step, added, l1 in seen:
+        assert added == pytest.approx(min(step / 2, 1) * 30 * l1, abs=1e-5)
+    assert seen[-1][2] > 1e-4
+    stored = json.loads((result.folder.path / "recipe.json").read_text())
+    assert stored["regularizers"]["l1"] == "linear_warmup(2)*30.0"
 
 
 def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, tmp_path: Path) -> None:

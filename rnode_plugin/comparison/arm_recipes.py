@@ -8,9 +8,11 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
+from ..core.schedules import LinearWarmup, WrittenStrength, strength_text
 from ..errors import ConfigError, suggest
 from ..plugins import registry
 from ..plugins.resolve import resolve_regularizers
+from ..recipes.overrides import coerce
 from ..recipes.schema import Recipe
 
 __all__ = ["arm_recipes"]
@@ -33,7 +35,8 @@ def arm_recipes(
         arms: each is ``none`` (no penalty, the recipe's solver, as in the paper's ablation), ``ffjord`` (no
             penalty, Dormand-Prince at 1e-5, as in the paper's comparison of times), ``rnode`` (all penalties of the
             recipe), or penalties joined by ``+``. A penalty is a name, with options if it takes them, and its
-            lambda: ``kinetic``, ``taylor:3``, ``kinetic=0.1+jacfrob``. Without a lambda it has that of the recipe,
+            lambda: ``kinetic``, ``taylor:3``, ``kinetic=0.1+jacfrob``, ``kinetic=linear_warmup(100)*0.1``. Without
+            a lambda it has that of the recipe,
             else its default. No arms: ``none``, each penalty of the recipe alone and ``rnode``; with sweeps
             ``none`` alone.
         sweeps: arms with several lambdas, as ``kinetic=0.001,0.01,0.1``. With several penalties they form a grid.
@@ -84,13 +87,13 @@ def _arm_recipe(recipe: Recipe, text: str) -> Recipe:
     return _with_penalties(recipe, strengths)
 
 
-def _parse(recipe: Recipe, text: str) -> list[dict[str, float]]:
+def _parse(recipe: Recipe, text: str) -> list[dict[str, WrittenStrength]]:
     """The sets of penalties with their lambdas that an arm or a sweep names: one, or a grid.
 
     Raises:
         ConfigError: an unknown penalty, one named twice, or a bad lambda.
     """
-    grid: dict[str, list[float]] = {}
+    grid: dict[str, list[WrittenStrength]] = {}
     for term in re.split(r"\+(?![\d.])", text):  # but not the plus of 1e+3
         found = _TERM.fullmatch(term.strip())
         if found is None:
@@ -103,29 +106,31 @@ def _parse(recipe: Recipe, text: str) -> list[dict[str, float]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _default_lambda(recipe: Recipe, name: str) -> float:
+def _default_lambda(recipe: Recipe, name: str) -> WrittenStrength:
     known = [_NONE, _FFJORD, _ALL, *registry.names("regularizers")]
     if name.partition(":")[0] not in known:
         raise ConfigError(suggest(name, known, "arm"))
     return recipe.regularizers.get(name, _strength_of([name]))
 
 
-def _lambda(name: str, text: str) -> float:
+def _lambda(name: str, text: str) -> WrittenStrength:
     try:
-        return _strength_of({name: float(text)})
+        return _strength_of({name: coerce(text.strip(), WrittenStrength)})
     except ConfigError:
         raise
     except ValueError:
-        raise ConfigError(f"the lambda of {name} must be a finite number >= 0, not {text.strip()!r}.") from None
+        raise ConfigError(
+            f"the lambda of {name} must be a finite number >= 0 or {LinearWarmup.spelling}, not {text.strip()!r}."
+        ) from None
 
 
-def _strength_of(one: Sequence[str] | Mapping[str, float]) -> float:
+def _strength_of(one: Sequence[str] | Mapping[str, WrittenStrength]) -> WrittenStrength:
     (found,) = resolve_regularizers(one).values()
-    assert isinstance(found.strength, float)  # of a text, not a schedule
+    assert isinstance(found.strength, float | LinearWarmup)  # of a text
     return found.strength
 
 
-def _with_penalties(recipe: Recipe, strengths: Mapping[str, float]) -> Recipe:
+def _with_penalties(recipe: Recipe, strengths: Mapping[str, WrittenStrength]) -> Recipe:
     """The recipe with these penalties, and with one name for one set, whatever text asked for it."""
     order = [*recipe.regularizers, *sorted(strengths.keys() - recipe.regularizers.keys())]
     ordered = {name: strengths[name] for name in order if name in strengths}
@@ -137,7 +142,7 @@ def _with_penalties(recipe: Recipe, strengths: Mapping[str, float]) -> Recipe:
         terms = []
         for name, strength in ordered.items():
             usual = strength == _default_lambda(recipe, name)
-            terms.append(name if usual else f"{name}={strength:g}")
+            terms.append(name if usual else f"{name}={strength_text(strength)}")
         label = "+".join(terms)
     return dataclasses.replace(recipe, name=_folder_name(recipe, label), regularizers=ordered)
 

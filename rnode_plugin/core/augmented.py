@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..types import FieldWithDivergence, FieldWithLinearization, FieldWithVJP, Rates, VectorField
-from .checked_call import checked_call
 from .derivatives import FieldDerivatives
 from .field_evaluation import FieldEvaluation
 from .path_penalties import PathPenalties, hidden_rates
 from .regularizers import Regularizer, kind_of
+from .regularizers.checked_call import checked_call
 from .trace_estimators import Exact, Linearize, TraceEstimator, get_estimator
 
 __all__ = ["Dynamics"]

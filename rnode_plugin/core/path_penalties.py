@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..types import StepRecord, Trajectory
-from .checked_call import checked_call
 from .regularizers import Rate, StepPenalty, TrajectoryPenalty
+from .regularizers.checked_call import checked_call
 
 __all__ = ["PathPenalties"]
 

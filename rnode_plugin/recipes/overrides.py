@@ -21,6 +21,18 @@ from ..errors import ConfigError, suggest
 __all__ = ["all_settings", "as_text", "coerce", "from_plain", "override", "to_plain"]
 
 T = TypeVar("T")
+
+
+@typing.runtime_checkable
+class SpelledOut(typing.Protocol):
+    """A value with a text of its own: ``str`` gives it, ``from_text`` reads it, ``spelling`` says how it looks."""
+
+    spelling: typing.ClassVar[str]
+
+    @classmethod
+    def from_text(cls, text: str) -> Any: ...
+
+
 _TRUE, _FALSE, _NONE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}, {"none", "null"}
 
 
@@ -41,6 +53,8 @@ def coerce(value: Any, kind: Any) -> Any:
         return _coerce_table(value, kind)
     if kind in _PLAIN:
         return _PLAIN[kind](value)
+    if isinstance(kind, type) and isinstance(kind, SpelledOut):
+        return value if isinstance(value, kind) else kind.from_text(_coerce_str(value))
     raise ValueError(f"expected {_describe(kind)}")
 
 
@@ -146,6 +160,8 @@ def _describe(kind: Any) -> str:
     plain = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     if kind is type(None):
         return "none"
+    if isinstance(kind, SpelledOut):
+        return kind.spelling
     return plain.get(kind, "a table of names and numbers")
 
 
@@ -160,6 +176,8 @@ def as_text(value: Any) -> str:
 
 def to_plain(tree: Any) -> Any:
     """The tree as dictionaries, lists, texts, numbers and None: what JSON and ``weights_only`` loading accept."""
+    if isinstance(tree, SpelledOut):
+        return str(tree)
     if dataclasses.is_dataclass(tree):
         return {field.name: to_plain(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
     if isinstance(tree, Mapping):
@@ -205,7 +223,8 @@ def override(tree: T, assignments: Iterable[str], *, fixed: Iterable[str] = ()) 
         ConfigError: an assignment without ``=``, an unknown setting (the known ones are listed), or a bad value.
     """
     changes = _changes_by_group(tree, assignments, fixed)
-    new = {group: _changed(getattr(tree, group), group, values) for group, values in changes.items()}
+    hints = typing.get_type_hints(type(tree))
+    new = {g: _changed(getattr(tree, g), g, values, hints[g]) for g, values in changes.items()}
     return dataclasses.replace(tree, **new)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
@@ -216,6 +235,8 @@ def _changes_by_group(tree: Any, assignments: Iterable[str], fixed: Iterable[str
     tables = {name for name in _groups(tree) if isinstance(getattr(tree, name), Mapping)}
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
+        if path.strip().partition(".")[0] in tables:  # a name may have options: regularizers.taylor:order=3=0.01
+            path, equals, value = assignment.rpartition("=")
         path = path.strip()
         if not equals:
             raise ConfigError(f"{assignment!r} is not a setting: write group.key=value.")
@@ -226,10 +247,11 @@ def _changes_by_group(tree: Any, assignments: Iterable[str], fixed: Iterable[str
     return changes
 
 
-def _changed(old: Any, group: str, values: Mapping[str, str]) -> Any:
-    """A group with typed ``values`` in place of its own."""
+def _changed(old: Any, group: str, values: Mapping[str, str], kind: Any) -> Any:
+    """A group of that ``kind`` with typed ``values`` in place of its own."""
     if isinstance(old, Mapping):
-        return {**old, **{key: _typed(value, float, f"{group}.{key}") for key, value in values.items()}}
+        of_each = get_args(kind)[1]
+        return {**old, **{key: _typed(value, of_each, f"{group}.{key}") for key, value in values.items()}}
     hints = typing.get_type_hints(type(old))
     typed = {key: _typed(value, hints[key], f"{group}.{key}") for key, value in values.items()}
     return _made(group, dataclasses.replace, old, **typed)

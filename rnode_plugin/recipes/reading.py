@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..plugins.resolve import get_regularizer
+from ..plugins.resolve import resolve_regularizers
 from .schema import Recipe
 
 __all__ = ["is_recipe_file", "read_recipe"]
@@ -23,7 +23,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
-            not known here.
+            not known here or cannot have its lambda.
     """
     try:
         plain = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -35,6 +35,5 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         recipe = Recipe.from_plain(plain)
     except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{path} does not hold a recipe: {error}") from None
-    for name in recipe.regularizers:
-        get_regularizer(name)  # an unknown one is refused here, before the data is loaded
+    resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
     return recipe

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..core.schedules import WrittenStrength, final_strength
 from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
@@ -48,7 +49,8 @@ class Recipe:
         solver: the integrator while training.
         test_solver: the integrator of validation, evaluation and sampling.
         start: what the first training steps do otherwise.
-        regularizers: lambda by name (eq. 17); a penalty with lambda 0 is measured and not trained on.
+        regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``; a penalty with lambda 0
+            is measured and not trained on.
         paper: the paper's own figures, where it has them.
     """
 
@@ -60,14 +62,14 @@ class Recipe:
     test_solver: Solver
     optimizer: Optimizer = field(default_factory=Optimizer)
     start: Start = field(default_factory=Start)
-    regularizers: Mapping[str, float] = field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
+    regularizers: Mapping[str, WrittenStrength] = field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
     training: Training = field(default_factory=Training)
     paper: Paper | None = None
 
     def __post_init__(self) -> None:
         check_path_name(self.name, "recipe")
         for name, strength in self.regularizers.items():
-            if strength < 0:
+            if final_strength(strength) < 0:
                 raise ConfigError(f"regularizers.{name} must not be negative, got {strength}.")
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
@@ -86,11 +88,11 @@ class Recipe:
         Raises:
             ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
         """
-        from ..plugins.resolve import get_regularizer  # imports torch
+        from ..plugins.resolve import resolve_regularizers  # imports torch
 
         changed = override(self, assignments, fixed=("paper",))
-        for name in changed.regularizers.keys() - self.regularizers.keys():
-            get_regularizer(name)  # an unknown name is refused here, not after the data is loaded
+        old = self.regularizers
+        resolve_regularizers({name: each for name, each in changed.regularizers.items() if old.get(name) != each})
         return changed
 
     def ffjord(self) -> Recipe:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..core.schedules import final_strength, strength_text
 from ..recipes.schema import Recipe
 from ..solvers.config import Solver
 from .reading import Run, arm_of
@@ -87,8 +88,13 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     return arms
 
 
-def _place(recipe: Recipe, order: Sequence[str]) -> tuple[int, list[tuple[str, float]]]:
-    return order.index(arm_of(recipe)), sorted(recipe.regularizers.items())
+def _place(recipe: Recipe, order: Sequence[str]) -> tuple[int, list[tuple[str, float, str]]]:
+    return order.index(arm_of(recipe)), by_strength(recipe)
+
+
+def by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
+    """A key that sorts recipes with the same penalties by their lambdas, schedules by what they end at."""
+    return sorted((name, final_strength(each), str(each)) for name, each in recipe.regularizers.items())
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -108,7 +114,8 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _with_lambdas(recipe: Recipe) -> str:
     """``kinetic=0.01+jacfrob=0.1``; the name of the arm if it has no penalty."""
-    terms = [f"{name}={strength:g}" for name, strength in recipe.regularizers.items() if strength > 0]
+    used = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
+    terms = [f"{name}={strength_text(strength)}" for name, strength in used.items()]
     return "+".join(terms) or arm_of(recipe)
 
 

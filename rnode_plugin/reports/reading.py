@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.schedules import final_strength
 from ..errors import ConfigError
 from ..recipes.schema import Recipe
 
@@ -76,7 +77,7 @@ def arm_of(recipe: Recipe) -> str:
     Without penalties ``ffjord`` if the solver is that of the FFJORD baseline, else ``none``. With them ``rnode``
     for the paper's two, else their names, as ``a+b``.
     """
-    names = [name for name, strength in recipe.regularizers.items() if strength > 0]
+    names = [name for name, strength in recipe.regularizers.items() if final_strength(strength) > 0]
     if set(names) == {"kinetic", "jacfrob"}:
         return "rnode"
     return "+".join(names) or ("ffjord" if recipe.trains_as_ffjord else "none")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..core.schedules import strength_text
 from ..recipes.schema import Paper
 from ..text import change_with_error, duration, significant, with_error
 from .arms import Arm, solver_text
@@ -200,7 +201,8 @@ def _training_solver(arm: Arm) -> str:
 
 
 def _lambdas(arm: Arm) -> str:
-    return ", ".join(f"{name} {strength:g}" for name, strength in arm.recipe.regularizers.items()) or "none"
+    terms = [f"{name} {strength_text(strength)}" for name, strength in arm.recipe.regularizers.items()]
+    return ", ".join(terms) or "none"
 
 
 def _devices(arm: Arm) -> str:

@@ -1,5 +1,6 @@
 """Regularizers: rates, step penalties, trajectory penalties and span policies."""
 
+from ..schedules import LinearWarmup, Strength, check_lambda, linear_warmup, strength_at
 from .base import (
     DEFAULT_LAMBDA,
     KINDS,
@@ -30,7 +31,6 @@ from .rates import (
     strain,
     total_derivative,
 )
-from .schedules import LinearWarmup, Strength, check_lambda, linear_warmup, strength_at
 from .spans import LearnedEndTime, Steer
 from .spec import weigh_regularizers
 from .steps import FunctionStepPenalty, error, local_error, local_stiffness, stiffness

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from ...types import StepRecord, Trajectory
-from .schedules import Strength
+from ..schedules import DEFAULT_LAMBDA, Strength
 
 if TYPE_CHECKING:
     from ..field_evaluation import FieldEvaluation
@@ -39,9 +39,6 @@ __all__ = [
     "span_policy",
     "undivided",
 ]
-
-DEFAULT_LAMBDA = 0.01
-"""The paper's strength for both penalties on every data set (section 6)."""
 
 KINDS = ("rate", "step", "trajectory", "span")
 NEEDS = frozenset({"vjp", "jvp", "aux"})

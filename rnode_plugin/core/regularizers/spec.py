@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ...errors import ConfigError
+from ..schedules import Strength, check_lambda
 from .base import (
     DEFAULT_LAMBDA,
     NEEDS,
@@ -19,7 +20,6 @@ from .base import (
     Weighted,
     kind_of,
 )
-from .schedules import Strength, check_lambda
 
 __all__ = ["check_lambda", "weigh_regularizers"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..arms import Arm
+from ..arms import Arm, by_strength
 from ..measured import error_of, mean_of
 from .drawing import legend, plain_text
 
@@ -62,7 +62,7 @@ def sweeps_of(points: Sequence[Point]) -> list[list[Point]]:
     for point in points:
         by_penalties.setdefault(tuple(sorted(point.arm.recipe.regularizers)), []).append(point)
     return [
-        sorted(sweep, key=lambda point: sorted(point.arm.recipe.regularizers.items()))
+        sorted(sweep, key=lambda point: by_strength(point.arm.recipe))
         for penalties, sweep in by_penalties.items()
         if penalties and len(sweep) > 1
     ]

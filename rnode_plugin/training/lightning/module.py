@@ -141,7 +141,7 @@ class RnodeModule(L.LightningModule):
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
         x = self.objective.dequantized(batch)
         try:
-            terms = self.objective(x, self.solver)
+            terms = self.objective(x, self.solver, step=self.global_step)
         except SolverError as error:
             return self._unusable(f"the solver failed ({error})", error.nfe)
         self._reading.add(terms)

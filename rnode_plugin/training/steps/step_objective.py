@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.objective import bits_per_dim, objective, output_log_prob
 from ...core.regularizers import undivided
+from ...core.schedules import final_strength, strength_at
 from ...flows.transforms import dequantize, random_flip
 from ...solvers.health import HealthCheck, all_finite
 
@@ -52,15 +53,17 @@ class StepObjective:
     def __init__(self, flow: MultiscaleFlow, recipe: Recipe) -> None:
         self._flow, self._recipe = flow, recipe
         self._deferring = "checks" in inspect.signature(flow.forward).parameters
-        self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
+        self.lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def dequantized(self, batch: Tensor) -> Tensor:
         """uint8 images ``(B, C, H, W)`` with uniform noise in each bin, in [0, 1], mirrored at random if asked."""
         x = dequantize(batch, self._recipe.data.levels)
         return random_flip(x) if self._recipe.data.flip else x
 
-    def __call__(self, x: Tensor, solver: Solver) -> StepTerms:
+    def __call__(self, x: Tensor, solver: Solver, *, step: int = 0) -> StepTerms:
         """The terms of dequantised images ``(B, C, H, W)``; a fixed grid reads nothing from the device.
+
+        ``step`` counts the optimizer's steps so far, for strengths that depend on it.
 
         Raises:
             SolverError: an adaptive integration could not go on.
@@ -71,7 +74,8 @@ class StepObjective:
         output = self._flow(x, solver=solver, penalties=bool(self.lambdas), **deferred)
         log_prob = output_log_prob(output)
         whole = undivided(getattr(self._flow, "regularizers", ()))
-        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims, undivided=whole)
+        lambdas = {name: strength_at(name, strength, step) for name, strength in self.lambdas.items()}
+        goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=recipe.dims, undivided=whole)
         bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
         one = _one_if_usable(goal.loss, checks)
         penalties = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, PluginError, RnodeError
+from ...errors import ConfigError, PluginError, RnodeError
 
 __all__ = ["checked_call"]
 

@@ -1,0 +1,125 @@
+"""The strength lambda of a penalty: a number, or a function of the optimizer's step. Without torch, for recipes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..errors import ConfigError
+
+__all__ = [
+    "DEFAULT_LAMBDA",
+    "LinearWarmup",
+    "Strength",
+    "WrittenStrength",
+    "check_lambda",
+    "final_strength",
+    "linear_warmup",
+    "strength_at",
+    "strength_text",
+]
+
+DEFAULT_LAMBDA = 0.01
+"""The paper's strength for both penalties on every data set (section 6)."""
+
+Strength = float | Callable[[int], float]
+"""Lambda: a number, or a function of the number of optimizer steps taken."""
+
+
+@dataclass(frozen=True)
+class LinearWarmup:
+    """Lambda from 0 to ``strength`` over the first ``steps`` steps of the optimizer; see :func:`linear_warmup`.
+
+    Its text is that of recipes: ``linear_warmup(1000)*0.01``.
+    """
+
+    spelling: ClassVar[str] = "linear_warmup(STEPS)*LAMBDA with STEPS a whole number >= 1 and LAMBDA >= 0"
+
+    steps: int
+    strength: float
+
+    def __call__(self, step: int) -> float:
+        return self.strength * min(1.0, step / self.steps)
+
+    def __str__(self) -> str:
+        return f"linear_warmup({self.steps})*{self.strength!r}"
+
+    @classmethod
+    def from_text(cls, text: str) -> LinearWarmup:
+        """The inverse of ``str``; without a lambda its default.
+
+        Raises:
+            ValueError: the text is not such a schedule, or its numbers are out of range.
+        """
+        found = re.fullmatch(r"linear_warmup\(\s*(\d+)\s*\)\s*(?:\*\s*(\S+))?", text.strip())
+        if found is None:
+            raise ValueError(f"expected {cls.spelling}")
+        try:
+            return linear_warmup(int(found[1]), float(found[2] or DEFAULT_LAMBDA))
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+
+WrittenStrength = float | LinearWarmup
+"""What a recipe can write down."""
+
+
+def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
+    """A lambda that grows from 0 to ``strength`` over the first ``steps`` steps of the optimizer.
+
+    ``NeuralODE(..., regularizers={"kinetic": linear_warmup(1000)})``, then ``model.reg_loss(step=n)``. A recipe
+    spells it ``regularizers.kinetic=linear_warmup(1000)*0.01``, and training passes the step.
+
+    Raises:
+        ConfigError: for fewer than one step, or a strength that is negative or not finite.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"a warm-up takes a whole number of steps, at least 1, not {steps!r}.")
+    return LinearWarmup(steps, _number("linear_warmup", strength))
+
+
+def check_lambda(name: str, strength: Any) -> Strength:
+    """A number that is finite and not negative, or a function as it is.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    return strength if callable(strength) else _number(name, strength)  # pyright: ignore[reportReturnType]
+
+
+def strength_at(name: str, strength: Strength, step: int | None) -> float:
+    """The lambda of penalty ``name`` at an optimizer step.
+
+    Raises:
+        ConfigError: for a function without a step, or one whose value is negative or not finite.
+    """
+    if not callable(strength):
+        return strength
+    if step is None:
+        raise ConfigError(
+            f"lambda of {name!r} depends on the optimizer's step: give it, reg_loss(step=n), n = 0 at the first."
+        )
+    return _number(name, strength(step))
+
+
+def final_strength(strength: WrittenStrength) -> float:
+    """The lambda that a schedule ends at, or the number itself."""
+    return strength.strength if isinstance(strength, LinearWarmup) else strength
+
+
+def strength_text(strength: WrittenStrength) -> str:
+    """A short text: ``0.01``, or that of a schedule."""
+    return str(strength) if isinstance(strength, LinearWarmup) else f"{strength:g}"
+
+
+def _number(name: str, strength: Any) -> float:
+    try:
+        value = float(strength)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"lambda of {name!r} must be a finite number >= 0, not {strength!r}.")
+    return value
