@@ -120,8 +120,7 @@ class _Velocity(torch.autograd.Function):
                 return None, *by_autograd(outputs, cotangents, (t, z, packed))
             _, needs_t, needs_z, needs_packed = ctx.needs_input_grad
             needs = Needs(needs_t, needs_z, False, needs_packed)
-            a = (torch.zeros_like(z) if dz is None else dz).to(fixed.structure.dtype)
-            a = fixed.structure.products.layout(a)
+            a = fixed.cotangent(dz, z)
             return None, *descend(fixed, t, z, a, activations, turned, needs, packed.dtype)
 
 

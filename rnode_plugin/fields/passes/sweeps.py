@@ -47,6 +47,12 @@ class Fixed(NamedTuple):
         """The number of activations."""
         return len(self.structure.shapes) - 1
 
+    def cotangent(self, dz: Tensor | None, z: Tensor) -> Tensor:
+        """The velocity's cotangent as the layers compute; zero if nobody asked for its gradient."""
+        if dz is None:
+            dz = z.new_zeros(len(z), self.structure.outputs[-1], *self.structure.event)
+        return self.structure.products.layout(dz.to(self.structure.dtype))
+
     def plain(self, packed: Tensor) -> Stack:
         """The same stack with a graph that leads to ``packed``."""
         parts = unpack(self.structure, packed)
@@ -148,7 +154,7 @@ def backward(
     """
     products, compute = fixed.structure.products, fixed.structure.dtype
     dz, product, *turned = cotangents
-    a = products.layout((torch.zeros_like(z) if dz is None else dz).to(compute))
+    a = fixed.cotangent(dz, z)
     if product is None:  # nobody asked for the product's gradient
         t_grad, z_grad, packed_grad = descend(fixed, t, z, a, kept.activations, turned, needs, dtype)
         return t_grad, z_grad, None, packed_grad

@@ -1,0 +1,139 @@
+"""Which penalty, and how strong: densities in the plane, several penalties, three strengths of each.
+
+    python benchmarks/penalties_2d.py --figure penalties-2d.png
+
+Trains ``RegularizedCNF`` on torchdyn's moons, spirals and Gaussians: the same weights, points and batches for every
+penalty of a data set, four steps of the 3/8 rule, exact traces. Then held-out points pass through ``dopri5`` at
+1e-5. The table has one row for each penalty and strength: evaluations (NFE), the loss in likelihood against no
+penalty, with its standard error over the points, and the bend, the length
+of all paths divided by the distance of their ends.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from measure import print_environment, set_up, table, threads_option
+from torch import Tensor
+
+from rnode_plugin import RegularizedCNF
+from rnode_plugin.evaluation.trajectories import TimeField, plane_data
+from rnode_plugin.reports.figures.drawing import draw, legend
+
+DATA = ("moons", "spirals", "gaussians")
+PENALTIES = ("kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "straightness")
+STRENGTHS = (0.01, 0.1, 1.0)
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#24292f")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What held-out points show of a trained density.
+
+    Attributes:
+        nll: negative log-likelihood of each point in nats, ``(N,)``.
+        nfe: evaluations of dopri5.
+        bend: length of all paths divided by the distance of all their ends.
+    """
+
+    nll: Tensor
+    nfe: int
+    bend: float
+
+
+def train(data: Tensor, regularizers: dict[str, float], *, steps: int, seed: int) -> TimeField:
+    """A field fitted by equation 17."""
+    torch.manual_seed(seed)
+    field = TimeField(2)
+    model = RegularizedCNF(
+        field, event_shape=2, trace_estimator="exact", regularizers=regularizers, solver="rk4_38",
+        t_span=torch.linspace(0, 1, 5),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batches = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = data[torch.randint(len(data), (256,), generator=batches)]
+        loss = -model.log_prob(x).mean() / model.dims + model.reg_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return field
+
+
+@torch.no_grad()
+def measure(field: TimeField, points: Tensor) -> Found:
+    """The field as a density with the exact trace and an adaptive solver."""
+    model = RegularizedCNF(field, event_shape=2, trace_estimator="exact", regularizers=(), solver="dopri5")
+    nll = -model.log_prob(points)
+    nfe = int(model.ode.vf.nfe)
+    path = model.ode.trajectory(torch.cat([torch.zeros(len(points), 1), points], 1), torch.linspace(0, 1, 65))[
+        ..., 1:
+    ]
+    length, distance = path.diff(dim=0).norm(dim=2).sum(), (path[-1] - path[0]).norm(dim=1).sum()
+    return Found(nll, nfe, float(length / distance))
+
+
+def row(name: str, strength: float | None, found: dict[str, Found], base: dict[str, Found]) -> list[object]:
+    """A row of the table: for each data set NFE, difference in nats/dim with its error, and bend."""
+    cells: list[object] = [name, "" if strength is None else f"{strength:g}"]
+    for data, each in found.items():
+        change = (each.nll - base[data].nll) / 2
+        mean, error = float(change.mean()), float(change.std()) / math.sqrt(len(change))
+        loss = f"{float(each.nll.mean()) / 2:.3f}" if strength is None else f"{mean:+.3f} ± {error:.3f}"
+        cells += [each.nfe, loss, f"{each.bend:.2f}"]
+    return cells
+
+
+def paint(panels: Any, found: dict[tuple[str, float | None], dict[str, Found]]) -> None:
+    """Likelihood against NFE, a panel for each data set and a line for each penalty, over its strengths."""
+    for axes, data in zip(panels, DATA, strict=True):
+        base = found["none", None][data]
+        axes.axhline(0, color="#808080", linewidth=0.6)
+        axes.plot(base.nfe, 0, marker="o", color="black", linestyle="none", label="none")
+        for colour, name in zip(_COLOURS, dict.fromkeys(n for n, s in found if s is not None), strict=False):
+            points = [each[data] for (n, _), each in found.items() if n == name]
+            losses = [float((each.nll - base.nll).mean()) / 2 for each in points]
+            axes.plot([each.nfe for each in points], losses, color=colour, linewidth=0.8, label=name)
+            for each, loss, size in zip(points, losses, (3, 5, 8), strict=False):
+                axes.plot(each.nfe, loss, marker="o", markersize=size, color=colour, linestyle="none")
+        axes.set(title=data, xlabel="NFE of dopri5 [evaluations]")
+    panels[0].set_ylabel("likelihood lost [nats/dim]")
+    legend(panels[-1])
+
+
+@click.command(help=__doc__)
+@click.option("--name", "names", multiple=True, help="Penalties, + between those of one set. [default: five]")
+@click.option("--steps", default=250, show_default=True, help="Steps of Adam.")
+@click.option("--seed", default=0, show_default=True, help="Of weights, points and batches.")
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="A PNG of it.")
+@threads_option
+def main(names: tuple[str, ...], steps: int, seed: int, figure: Path | None, threads: int) -> None:
+    print_environment(set_up("cpu", threads))
+    points = {name: (plane_data(name, 4000, seed=seed), plane_data(name, 1000, seed=seed + 1)) for name in DATA}
+    cases: list[tuple[str, float | None]] = [("none", None)]
+    cases += [(name, strength) for name in names or PENALTIES for strength in STRENGTHS]
+    found: dict[tuple[str, float | None], dict[str, Found]] = {}
+    for name, strength in cases:
+        regularizers = {} if strength is None else dict.fromkeys(name.split("+"), strength)
+        found[name, strength] = {
+            data: measure(train(given, regularizers, steps=steps, seed=seed), held_out)
+            for data, (given, held_out) in points.items()
+        }
+        click.echo(f"{name} {'' if strength is None else strength}", err=True)
+    heads = [cell for data in DATA for cell in (f"{data}: NFE", "lost [nats/dim]", "bend")]
+    base = found["none", None]
+    click.echo(table(["penalty", "λ", *heads], [row(*case, found[case], base) for case in cases]))
+    if figure is not None:
+        drawing = draw("penalties-2d", lambda panels: paint(panels, found), size=(10, 3.6), ncols=len(DATA))
+        figure.write_bytes(drawing.png)
+
+
+if __name__ == "__main__":
+    main()
