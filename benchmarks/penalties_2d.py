@@ -110,7 +110,7 @@ def paint(panels: Any, found: dict[tuple[str, float | None], dict[str, Found]]) 
 
 @click.command(help=__doc__)
 @click.option("--name", "names", multiple=True, help="Penalties, + between those of one set. [default: five]")
-@click.option("--steps", default=250, show_default=True, help="Steps of Adam.")
+@click.option("--steps", default=200, show_default=True, help="Steps of Adam.")
 @click.option("--seed", default=0, show_default=True, help="Of weights, points and batches.")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="A PNG of it.")
 @threads_option

@@ -1,10 +1,11 @@
-"""What each regularizer costs: a training step with it, relative to one without.
+"""What each regularizer costs: a training step with it, relative to the same step without.
 
-    python benchmarks/regularizer_cost.py
+    python benchmarks/regularizer_cost.py --threads 1
 
 On a 2-d perceptron under NeuralODE, where a step without penalties makes no product with the Jacobian, and on the
-flow of the digits recipe, whose density makes one anyway. The solver takes four steps of the 3/8 rule, or rk4 for
-``stiffness``, which reads two stages at one time. On one thread of a CPU the time is the processor's.
+flow of the digits recipe, whose density makes one anyway. The solver takes four steps of the 3/8 rule; for
+``stiffness``, which reads two stages at one time, of rk4, and for ``error`` it is dopri5. ``hjb`` has a
+PotentialField. On one thread of a CPU the time is the processor's.
 """
 
 from __future__ import annotations
@@ -15,27 +16,44 @@ from collections.abc import Callable
 import click
 import torch
 from measure import alternate, device_option, print_environment, repeats_option, set_up, table, threads_option
-from torch import nn
+from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, Solver, objective
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.regularizers import undivided
-from rnode_plugin.plugins.resolve import get_regularizer
+from rnode_plugin.core.schedules import strength_at
+from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.plugins.resolve import resolve_regularizers
 
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:3",
-    "taylor:4", "l1", "jacdiag", "curl", "strain", "stiffness", "local_error", "straightness",
-    "trajectory_polynomial",
+    "taylor:4", "l1", "jacdiag", "jacoffdiag", "curl", "strain", "hjb", "error", "stiffness", "local_error",
+    "local_stiffness", "straightness", "trajectory_polynomial", "steer:0.25", "learned_end_time",
 ]  # fmt: skip
-_LARGE = {"jacdiag", "taylor:4"}  # left out on images: one product per dimension, or sixteen evaluations
+# on images one product per dimension, or sixteen evaluations, is too many; their field is no potential
+_NOT_FOR_IMAGES = {"jacdiag", "jacoffdiag", "taylor:4", "hjb"}
+_METHODS = {"error": "dopri5", "stiffness": "rk4"}
 
 
-def perceptron_step(names: list[str], where: torch.device) -> Callable[[], None]:
-    """A training step on 512 points of the plane."""
+def method_for(name: str) -> str:
+    """A method that the penalty works with."""
+    return _METHODS.get(name, "rk4_38")
+
+
+class Perceptron(nn.Sequential):
+    """Layers that do not see time; torchdyn says so of a plain ``nn.Sequential``."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def perceptron_step(name: str, where: torch.device, *, penalized: bool = True) -> Callable[[], None]:
+    """A training step on 512 points of the plane; the same one without the penalty if it is not ``penalized``."""
     torch.manual_seed(0)
-    field = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-    # rk4 has the two stages that stiffness reads
-    model = NeuralODE(field, "rk4" if "stiffness" in names else "rk4_38", regularizers=names).to(where)
+    layers = (nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    field = PotentialField(2, hidden=64) if name == "hjb" else Perceptron(*layers)
+    regularizers = name.split("+") if penalized else []
+    model = NeuralODE(field, method_for(name), regularizers=regularizers).to(where)
     x, span = torch.randn(512, 2, device=where), torch.linspace(0, 1, 5, device=where)
 
     def step() -> None:
@@ -45,19 +63,19 @@ def perceptron_step(names: list[str], where: torch.device) -> Callable[[], None]
     return step
 
 
-def digits_step(names: list[str], where: torch.device) -> Callable[[], None]:
-    """A training step on 64 images of the digits recipe's flow."""
+def digits_step(name: str, where: torch.device, *, penalized: bool = True) -> Callable[[], None]:
+    """A training step on 64 images of the digits recipe's flow; arguments as above."""
     torch.manual_seed(0)
-    regularizers = [get_regularizer(name) for name in names]
-    method = "rk4" if "stiffness" in names else "rk4_38"
-    flow = MultiscaleFlow(
-        (1, 8, 8), hidden=32, layers=4, solver=Solver(method, step=0.25), regularizers=regularizers
-    ).to(where)
+    weighted = resolve_regularizers(name.split("+") if penalized else [])
+    regularizers = [entry.regularizer for entry in weighted.values()]
+    solver = Solver(method_for(name), step=None if name == "error" else 0.25)
+    flow = MultiscaleFlow((1, 8, 8), hidden=32, layers=4, solver=solver, regularizers=regularizers).to(where)
     for field in flow.fields:
         for parameter in field.parameters():
             nn.init.normal_(parameter, std=0.05)
     x = torch.rand(64, 1, 8, 8, device=where)
-    options = {"lambdas": dict.fromkeys(names, 0.01), "dims": flow.dims, "undivided": undivided(regularizers)}
+    lambdas = {key: strength_at(key, entry.strength, 0) for key, entry in weighted.items()}
+    options = {"lambdas": lambdas, "dims": flow.dims, "undivided": undivided(regularizers)}
 
     def step() -> None:
         flow.zero_grad()
@@ -82,11 +100,14 @@ def main(names: tuple[str, ...], models: tuple[str, ...], device: str, threads: 
     steps = {"perceptron": perceptron_step, "digits": digits_step}
     rows = []
     for model in models or steps:
-        chosen = names or [name for name in NAMES if model == "perceptron" or name not in _LARGE]
-        cases = {name: steps[model](name.split("+"), where) for name in chosen}
-        none = steps[model]([], where)
-        times = alternate({"none": none, **cases}, repeats=repeats, device=where, clock=clock)
-        rows += [[model, name, time, f"{time.median / times['none'].median:.2f}"] for name, time in times.items()]
+        chosen = names or [name for name in NAMES if model == "perceptron" or name not in _NOT_FOR_IMAGES]
+        cases = {name: steps[model](name, where) for name in chosen}
+        # the same step without the penalty, once for each solver and field
+        bases = {name: f"none, {'a potential' if name == 'hjb' else method_for(name)}" for name in chosen}
+        without = {base: steps[model](name, where, penalized=False) for name, base in bases.items()}
+        times = alternate({**without, **cases}, repeats=repeats, device=where, clock=clock)
+        rows += [[model, base, times[base], ""] for base in without]
+        rows += [[model, n, times[n], f"{times[n].median / times[bases[n]].median:.2f}"] for n in chosen]
     click.echo(table(["model", "regularizer", "a training step", "ratio"], rows))
 
 
