@@ -40,18 +40,21 @@ def method_for(name: str) -> str:
     return _METHODS.get(name, "rk4_38")
 
 
-class Perceptron(nn.Sequential):
+class Perceptron(nn.Module):
     """Layers that do not see time; torchdyn says so of a plain ``nn.Sequential``."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return super().forward(x)
+        return self.layers(x)
 
 
 def perceptron_step(name: str, where: torch.device, *, penalized: bool = True) -> Callable[[], None]:
     """A training step on 512 points of the plane; the same one without the penalty if it is not ``penalized``."""
     torch.manual_seed(0)
-    layers = (nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
-    field = PotentialField(2, hidden=64) if name == "hjb" else Perceptron(*layers)
+    field = PotentialField(2, hidden=64) if name == "hjb" else Perceptron()
     regularizers = name.split("+") if penalized else []
     model = NeuralODE(field, method_for(name), regularizers=regularizers).to(where)
     x, span = torch.randn(512, 2, device=where), torch.linspace(0, 1, 5, device=where)

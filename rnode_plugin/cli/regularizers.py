@@ -15,7 +15,8 @@ def regularizers(*, as_json: bool) -> None:
     """List the regularizers: kind, what each penalizes, products per evaluation, source, and who installed it.
 
     Use a name with NeuralODE(..., regularizers=[NAME]), or train with --set regularizers.NAME=LAMBDA. Names can
-    carry options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3.
+    carry options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
+    linear_warmup(STEPS)*NUMBER.
     """
     from ..core.regularizers import describe
     from ..errors import RnodeError
