@@ -42,7 +42,7 @@ class _TrainCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         values = {"--compile": "--compile=true", "--no-compile": "--compile=false"}
-        followed = zip(args, [*args[1:], ""], strict=True)
+        followed = zip(args, [*args[1:], ""], strict=False)
         return super().parse_args(ctx, [arg if then == "auto" else values.get(arg, arg) for arg, then in followed])
 
 
