@@ -108,9 +108,10 @@ def soap(parameters: list[nn.Parameter], **changed: float) -> Any:
     return Soap(parameters, **{"weight_decay": 0.0, **options, **changed})
 
 
-def test_a_kernel_takes_adams_step_in_the_eigenbases_of_its_gradient_products() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_kernel_takes_adams_step_in_the_eigenbases_of_its_gradient_products(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
-    kernel = nn.Parameter(torch.zeros(4, 3, 2, 3, dtype=torch.float64))
+    kernel = nn.Parameter(torch.zeros(4, 3, 2, 3, dtype=torch.float64).to(memory_format=layout))
     first = torch.randn(4, 18, dtype=torch.float64)
     # of the row space of the first one, where its basis is unique
     gradients = [first, *(torch.randn(4, 4, dtype=torch.float64) @ first for _ in range(3))]
@@ -129,6 +130,21 @@ def test_a_kernel_takes_adams_step_in_the_eigenbases_of_its_gradient_products() 
         direction = (left.T @ mean @ right.T) / (1 - 0.8**number) / (square / (1 - 0.95**number)).sqrt()
         expected = (expected - 2e-2 * left @ direction @ right) * (1 - 2e-2 * 0.1)
     torch.testing.assert_close(kernel.detach().flatten(1), expected, rtol=1e-6, atol=1e-6)
+    assert kernel.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("name", ["muon", "soap"])
+def test_all_parameters_of_a_flow_move(name: str) -> None:
+    """Kernels lie in another memory format there."""
+    recipe = tiny_recipe(f"optimizer.name={name}")
+    flow = recipe.build_flow()
+    optimizer = make_optimizer(flow, recipe.optimizer)
+    before = [p.detach().clone() for p in flow.parameters()]
+    for _ in range(3):
+        for p in flow.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(flow.parameters(), before, strict=True))
 
 
 def test_biases_are_adams_under_soap_from_its_second_step_on() -> None:

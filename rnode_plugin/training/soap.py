@@ -71,7 +71,7 @@ class Soap(SOAP):
 
 @contextmanager
 def _as_matrices(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Parameters and gradients of more than two dimensions as views ``(out, rest)`` of themselves."""
+    """Parameters and gradients of more than two dimensions as matrices ``(out, rest)``."""
     kernels = [(p, p.data, p.grad) for p in parameters if p.ndim > 2]
     for p, data, gradient in kernels:
         assert gradient is not None
@@ -82,6 +82,7 @@ def _as_matrices(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
     finally:
         for p, data, gradient in kernels:
+            data.copy_(p.data.view(data.shape))  # the matrix of a kernel in another memory format is no view of it
             p.grad = None
             p.data = data
             p.grad = gradient
