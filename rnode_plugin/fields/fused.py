@@ -249,7 +249,9 @@ def _backward(
     """Gradients with respect to time, state, pulled noise and parameters (of ``dtype``)."""
     products, compute = fixed.structure.products, fixed.structure.dtype
     dz, product = cotangents
-    a = products.layout((torch.zeros_like(z) if dz is None else dz).to(compute))
+    if dz is None:  # of the velocity's shape: a state may have more columns, those of a context
+        dz = z.new_zeros(len(z), fixed.structure.outputs[-1], *fixed.structure.event)
+    a = products.layout(dz.to(compute))
     if product is None:  # nobody asked for the product's gradient
         t_grad, z_grad, packed_grad = _descend(fixed, t, z, a, kept.activations, needs, dtype)
         return t_grad, z_grad, None, packed_grad

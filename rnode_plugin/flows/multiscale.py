@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -11,18 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.augmented import Dynamics
-from ..core.no_data_parallel import OneProcessADevice
-from ..core.objective import bits_per_dim, output_log_prob
-from ..core.regularizers import jacfrob, kind_of, kinetic, span_policy, weigh_regularizers
-from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
+from ..core.objective import bits_per_dim
+from ..core.regularizers import jacfrob, kinetic
+from ..core.trace_estimators import Exact, TraceEstimator
 from ..errors import ConfigError
-from ..fields import StackField, conv_field
-from ..solvers import Solver, solve
-from ..solvers.health import HealthCheck, check_health
+from ..fields import conv_field
+from ..solvers import Solver
+from ..solvers.health import check_health
 from ..solvers.steps.step_memory import StepMemory
-from ..types import FlowOutput, Solution
-from .checks import check_image_shape, check_images, check_latents, check_noise, range_check
+from ..types import FlowOutput
+from .block_flow import BlockFlow, Pass, solve_block
+from .checks import check_image_shape, check_images, check_latents, check_noise, check_sampling, range_check
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
 
 __all__ = ["MultiscaleFlow", "Stage", "plan_stages"]
@@ -63,7 +61,7 @@ def plan_stages(image_shape: Shape) -> list[Stage]:
     return [*stages, Stage((c, h, w), False, 0)]
 
 
-class MultiscaleFlow(OneProcessADevice, nn.Module):
+class MultiscaleFlow(BlockFlow):
     """Images to a standard normal latent and back (FFJORD's multi-scale architecture; section 6 of the paper).
 
     Args:
@@ -115,19 +113,12 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         fused: bool = True,
         field: Callable[[Shape], nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
         self.image_shape = check_image_shape(image_shape)
         check_alpha(alpha)
         if levels < 1:
             raise ConfigError(f"levels must be at least 1, not {levels}.")
         self.alpha, self.levels = alpha, levels
-        self.solver = solver or Solver()
-        self.estimator = get_estimator(trace_noise)
-        weighted = weigh_regularizers(regularizers, by_name=_registered)
-        self.regularizers = tuple(entry.regularizer for entry in weighted.values())
-        with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
-        if with_parameters:
-            self.regularizer_modules = nn.ModuleList(with_parameters)
         self.stages = plan_stages(self.image_shape)
 
         def default(shape: Shape) -> nn.Module:
@@ -147,16 +138,6 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
 
     def extra_repr(self) -> str:
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
-
-    def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
-        """Noise for one :meth:`forward` of ``batch`` images: one tensor a block, of the block's input shape.
-
-        None for each block where the divergence is exact.
-        """
-        like = self._like()
-        return [
-            self.estimator.draw(like.new_empty(batch, *shape), generator=generator) for shape in self.block_shapes
-        ]
 
     def forward(
         self,
@@ -200,50 +181,18 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         else:
             check_noise(noise, self.block_shapes, x)
         z, logdet = logit(x, self.alpha)
-        policy = span_policy(self.regularizers)
-        training = penalties and self.training and torch.is_grad_enabled()
-        followed = [r for r in self.regularizers if kind_of(r) != "span"] if penalties else []
+        run = Pass(self, logdet, solver=solver, checks=checks, penalties=penalties, memory=memory)
         leaving: list[Tensor] = []
-        regularization: dict[str, Tensor] = {r.name: torch.zeros_like(logdet) for r in followed}
-        nfe = 0
-        memories = [None if memory is None else memory[k] for k in range(len(self.fields))]
-        blocks = zip(self.fields, noise, memories, strict=True)
+        blocks = zip(self.fields, noise, strict=True)
         for stage in self.stages:
-            for field, probe, steps in islice(blocks, _BLOCKS):
-                times = self._times(z, training=training)
-                solution = _solve(
-                    field, z, times, solver, checks, probe, steps, regularizers=followed, estimator=self.estimator
-                )
-                z = solution.z[-1]
-                nfe += solution.stats.nfe
-                assert solution.logdet is not None
-                logdet = logdet + solution.logdet[-1]
-                for name, integral in solution.penalties.items():
-                    regularization[name] = regularization[name] + integral
+            for field, probe in islice(blocks, _BLOCKS):
+                z = run.through(field, z, probe)
             if stage.squeezes:
                 z = squeeze(z)
             else:
                 leaving.append(z[:, stage.keeps :].flatten(1))
                 z = z[:, : stage.keeps]
-        check_health(checks)
-        if policy is not None and penalties:
-            regularization[policy.name] = policy(x)
-        return FlowOutput(torch.cat(leaving, dim=1), logdet, regularization, nfe)
-
-    def log_prob(
-        self,
-        x: Tensor,
-        *,
-        noise: Sequence[Tensor | None] | None = None,
-        solver: Solver | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Log-density of images with respect to [0, 1], ``(B,)`` in nats (eq. 4); arguments as for :meth:`forward`.
-
-        The divergence is integrated in full even with a solver that samples it.
-        """
-        solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
-        return output_log_prob(self(x, noise=noise, solver=solver, penalties=False, generator=generator))
+        return run.output(torch.cat(leaving, dim=1), x)
 
     def bits_per_dim(
         self,
@@ -278,7 +227,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
                 y = torch.cat([y, left], dim=1) if stage.keeps else left
             for field in islice(fields, _BLOCKS):
                 times = self._times(y, training=False).flip(0)
-                y = _solve(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
+                y = solve_block(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
         check_health(checks)
         return inverse_logit(y, self.alpha)
 
@@ -303,49 +252,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             ConfigError: for a number below one or a temperature that is not positive.
             SolverError: where the integration fails.
         """
-        if n < 1:
-            raise ConfigError(f"the number of samples must be at least 1, not {n}.")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+        check_sampling(n, temperature)
         like = self._like()
         z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
         return self.inverse(z * temperature, solver=solver).clamp(0, 1)
-
-    def _times(self, z: Tensor, *, training: bool) -> Tensor:
-        """The times of one block, ``(2,)``, on the CPU: nothing that the host asks of them waits for the device."""
-        times = torch.tensor((0.0, 1.0), dtype=z.dtype)
-        policy = span_policy(self.regularizers)
-        return times if policy is None else policy.times(times, training=training)
-
-    def _like(self) -> Tensor:
-        """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""
-        return next(self.parameters(), torch.empty(0))
-
-
-def _registered(name: str) -> Any:
-    """The regularizer of a name: only a name loads the plugin host."""
-    from ..plugins.resolve import get_regularizer
-
-    return get_regularizer(name)
-
-
-def _solve(
-    field: nn.Module,
-    z: Tensor,
-    times: Tensor,
-    solver: Solver,
-    checks: list[HealthCheck],
-    noise: Tensor | None = None,
-    memory: StepMemory | None = None,
-    **options: Any,
-) -> Solution:
-    # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
-    if isinstance(field, StackField) and not solver.gradient.endswith("adjoint"):
-        z = field.layout(z)
-        prepared = None
-        if noise is not None and noise.shape == z.shape:  # not that of several probes
-            noise = prepared = field.layout(noise)
-        dynamics = Dynamics(field.prepare(z, prepared), **options)
-    else:
-        dynamics = Dynamics(field, **options)
-    return solve(dynamics.bind(noise), z, times, solver, checks=checks, memory=memory)

@@ -14,21 +14,23 @@ from .figures.figures import Panel, make_panels
 from .notes import against_base
 from .table import Table, make_table
 
-__all__ = ["SAMPLES", "Content", "Grid", "environment_rows", "settings_rows"]
+__all__ = ["Content", "Grid", "environment_rows", "settings_rows"]
 
-SAMPLES = "Samples by temperature (the paper's figures 4, 6 to 8)"
-"""Heading of the grids of samples."""
+_SAMPLES = {
+    "bpd": "Samples by temperature (the paper's figures 4, 6 to 8)",
+    "nll": "Samples beside held-out rows",
+}  # heading of the pictures of samples, by the metric of the data
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of samples, one row of images for each temperature.
+    """A picture of samples: a grid with one row of images for each temperature, or a table's corner plot.
 
     Attributes:
         name: of its file.
         label: of the arm.
         png: the picture.
-        temperatures: of the rows, from the top.
+        temperatures: of the rows, from the top; none for a corner plot.
         origin: which weights it was drawn from.
     """
 
@@ -63,6 +65,11 @@ class Content:
     left_out: tuple[str, ...]
 
     @property
+    def samples_heading(self) -> str:
+        """Heading of the pictures of samples."""
+        return _SAMPLES[self.arms[0].measure.metric]
+
+    @property
     def sections(self) -> list[tuple[str, list[Panel]]]:
         """The panels under their headings, in order."""
         headings = dict.fromkeys(panel.section for panel in self.panels)
@@ -95,7 +102,8 @@ def _grids(arms: Sequence[Arm]) -> list[Grid]:
         name = "samples-" + re.sub(r"[^a-z0-9._]+", "-", arm.label.lower()).strip("-.")
         if any(name == other.name for other in grids):
             name += f"-{len(grids) + 1}"
-        grids.append(Grid(name, arm.label, run.grid.read_bytes(), run.recipe.training.sample_temperatures, origin))
+        temperatures = run.recipe.training.sample_temperatures if run.measure.samples == "images" else ()
+        grids.append(Grid(name, arm.label, run.grid.read_bytes(), temperatures, origin))
     return grids
 
 

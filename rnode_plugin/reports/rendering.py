@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .content import SAMPLES, Content, environment_rows, settings_rows
+from .content import Content, environment_rows, settings_rows
 
 __all__ = ["as_html", "as_markdown", "escape_markdown"]
 
@@ -29,7 +29,7 @@ def _render(template: str, content: Content, **options: Any) -> str:
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, **options)
     environment.filters["code"] = _code
     return environment.get_template(template).render(
-        content=content, samples_heading=SAMPLES, settings_rows=settings_rows, environment_rows=environment_rows
+        content=content, settings_rows=settings_rows, environment_rows=environment_rows
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ...core.random_streams import Stream, seeded
 from ...errors import RnodeError
-from ...flows.transforms import dequantize
+from ...evaluation.measures import measure_of
 from ...recipes.schema import Recipe
 from .step import NFE_PER_BLOCK, fixed_solver, training_step
 
@@ -52,7 +52,7 @@ def time_steps(
     gradients: tuple[str, ...] = ("autograd", "checkpointed"),
     nfe_per_block: int = NFE_PER_BLOCK,
 ) -> Iterator[TimedStep]:
-    """Time training steps on random images, one combination after the other.
+    """Time training steps on random samples, one combination after the other.
 
     Args:
         recipe: its model, batch, solver and penalties.
@@ -66,8 +66,8 @@ def time_steps(
     solver = fixed_solver(recipe.solver, nfe_per_block=nfe_per_block)
     with seeded(recipe.training.seed, Stream.TUNE):
         flow = recipe.build_flow().to(device).train()
-        pixels = torch.randint(recipe.data.levels, (size, *recipe.data.shape), dtype=torch.uint8)
-        x = dequantize(pixels.to(device), recipe.data.levels)
+        with device:
+            x = measure_of(recipe).random_inputs(size)
     for precision in precisions:
         for gradient in gradients:
             step = training_step(flow, recipe, x, dataclasses.replace(solver, gradient=gradient))

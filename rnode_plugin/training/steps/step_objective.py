@@ -1,19 +1,18 @@
-"""StepObjective: equation 17 on a batch of training images, as one training step takes it."""
+"""StepObjective: equation 17 on a batch of training samples, as one training step takes it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...core.objective import bits_per_dim, objective, output_log_prob
+from ...core.objective import objective, output_log_prob
 from ...core.regularizers import undivided
-from ...flows.transforms import dequantize, random_flip
+from ...evaluation.measures import FlowInput, measure_of
 
 if TYPE_CHECKING:
-    from ...flows.multiscale import MultiscaleFlow
     from ...recipes.schema import Recipe
     from ...solvers import Solver
 
@@ -22,17 +21,17 @@ __all__ = ["StepObjective", "StepTerms"]
 
 @dataclass(frozen=True)
 class StepTerms:
-    """The terms of one batch, each a mean over its images.
+    """The terms of one batch, each a mean over its samples.
 
     Attributes:
         loss: equation 17 in nats per dimension, with its graph.
-        bits: bits/dim.
+        score: in the unit of the data's measure, bits/dim or nats.
         nfe: evaluations of the vector fields, all blocks together.
         penalties: integral of each penalty by name, divided by the number of dimensions.
     """
 
     loss: Tensor
-    bits: Tensor
+    score: Tensor
     nfe: int
     penalties: dict[str, Tensor]
 
@@ -42,32 +41,32 @@ class StepObjective:
 
     Args:
         flow: the model.
-        recipe: its regularizers, levels and flips.
+        recipe: its regularizers and its kind of data.
     """
 
-    def __init__(self, flow: MultiscaleFlow, recipe: Recipe) -> None:
-        self._flow, self._recipe = flow, recipe
+    def __init__(self, flow: Any, recipe: Recipe) -> None:
+        self._flow = flow
+        self.measure = measure_of(recipe)
         self.lambdas = {name: strength for name, strength in recipe.regularizers.items() if strength > 0}
 
-    def dequantized(self, batch: Tensor) -> Tensor:
-        """uint8 images ``(B, C, H, W)`` with uniform noise in each bin, in [0, 1], mirrored at random if asked."""
-        x = dequantize(batch, self._recipe.data.levels)
-        return random_flip(x) if self._recipe.data.flip else x
+    def inputs(self, batch: Tensor) -> FlowInput:
+        """A batch as the data come, ready for the flow: images with noise in each bin, or rows of a table."""
+        return self.measure.training_inputs(batch)
 
-    def __call__(self, x: Tensor, solver: Solver) -> StepTerms:
-        """The terms of dequantised images ``(B, C, H, W)``.
+    def __call__(self, inputs: FlowInput, solver: Solver) -> StepTerms:
+        """The terms of samples as :meth:`inputs` gives them.
 
         Raises:
             SolverError: the integration could not go on.
         """
-        recipe = self._recipe
-        output = self._flow(x, solver=solver, penalties=bool(self.lambdas))
+        dims = self.measure.dims
+        output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=bool(self.lambdas))
         log_prob = output_log_prob(output)
         whole = undivided(getattr(self._flow, "regularizers", ()))
-        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=recipe.dims, undivided=whole)
-        bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
-        penalties = {name: value.detach().mean() / recipe.dims for name, value in output.regularization.items()}
-        return StepTerms(goal.loss, bits, output.nfe, penalties)
+        goal = objective(log_prob, output.regularization, lambdas=self.lambdas, dims=dims, undivided=whole)
+        score = self.measure.scores(log_prob.detach()).mean()
+        penalties = {name: value.detach().mean() / dims for name, value in output.regularization.items()}
+        return StepTerms(goal.loss, score, output.nfe, penalties)
 
     def unusable(self) -> Tensor:
         """A loss whose gradient is NaN.
