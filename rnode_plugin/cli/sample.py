@@ -106,18 +106,19 @@ def _draw_rows(
         raise ConfigError("--columns is for grids of images, and this is a run on a table.")
     if len(temperatures) > 1:
         raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
+    (temperature,) = temperatures
     out = out or "samples.csv"
     check_written(out)
     context = _contexts(recipe.data, given_values, given_file, count)
     number = len(context) if context is not None else count or _COUNT[1]
     rows = sample_rows(
-        flow, number, context=context, temperature=temperatures[0], seed=seed, batch_size=batch_size or 10_000
+        flow, number, context=context, temperature=temperature, seed=seed, batch_size=batch_size or 10_000
     )
     if context is not None:
         rows = np.concatenate([rows, context], axis=1)
     places = [(*recipe.data.modelled, *recipe.data.given).index(name) for name in recipe.data.columns]
     write_rows(out, recipe.data.columns, rows[:, places])
-    return f"{number:,} rows at temperature {temperatures[0]:g}", out
+    return f"{number:,} rows at temperature {temperature:g}", out
 
 
 def _contexts(data: TableData, values: str | None, file: str | None, count: int | None) -> np.ndarray | None:

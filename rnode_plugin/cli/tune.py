@@ -31,8 +31,8 @@ __all__ = ["tune_step"]
 @click.option("--start", type=float, default=1.0, show_default=True, help="First step to try; halved from there.")
 @click.option("--smallest", type=float, default=1 / 32, show_default=True, help="Last step to try.")
 @click.option("--max-gap", type=float,
-              help="Distance from the adaptive solve that is tolerated. [default: 0.005 bits/dim, or nats of a "
-                   "table]")  # fmt: skip
+              help="Distance from the adaptive solve that is tolerated. [default: 0.005 bits/dim, or 0.02 nats "
+                   "of a table]")  # fmt: skip
 @click.option("--max-round-trip", type=float,
               help="Error of the round trip that is tolerated. [default: 0.5 levels of a pixel, or 0.01 deviations "
                    "of a column]")  # fmt: skip

@@ -34,6 +34,11 @@ def get_dataset(
         DataError: it is missing (the message says where to get it) or not what it should be.
         PluginError: the plugin that offers it failed, or returned something else.
     """
+    parameters = inspect.signature(registry.get("datasets", name)).parameters.values()
+    if not any(each.name == "size" or each.kind is each.VAR_KEYWORD for each in parameters):
+        raise ConfigError(
+            f"the data set {name!r} takes no size, as images do: a table needs a recipe of tables, such as table."
+        )
     return _load(ImageData, name, {"root": root, "size": size, **options}, download=download)
 
 

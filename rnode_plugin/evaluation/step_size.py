@@ -119,7 +119,7 @@ def tune_step(
         solver: the fixed grid whose step is looked for; None for the 3/8 rule.
         start: first step to try.
         smallest: no step below it is tried.
-        max_gap: tolerance of :attr:`StepRow.gap`; None for 0.005 bits/dim, or 0.005 nats of a table.
+        max_gap: tolerance of :attr:`StepRow.gap`; None for 0.005 bits/dim, or 0.02 nats of a table.
         max_round_trip: tolerance of :attr:`StepRow.round_trip`; None for 0.5 levels, or 0.01 deviations of a table.
         reference: the adaptive solve.
         generator: draws the noise of the divergence, once for all solves; of the flow's device.

@@ -221,7 +221,7 @@ class TableFlow(BlockFlow):
         """Mean and scale of the modelled columns."""
         return self.mean[: self.dims], self.scale[: self.dims]
 
-    def _fields_at(self, context: Tensor | None, batch: int) -> list[nn.Module]:
+    def _fields_at(self, context: Tensor | None, batch: int) -> Sequence[nn.Module]:
         """The fields of the blocks as functions of time and state."""
         if self.context == 0:
             if context is not None:

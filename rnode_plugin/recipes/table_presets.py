@@ -32,8 +32,9 @@ def table() -> Recipe:
         model=TableModel(),
         solver=Solver(method="rk4_38", step="auto"),
         test_solver=_DOPRI5,
-        optimizer=Optimizer(lr=5e-3, warmup=20, schedule="cosine"),
-        training=_training(max_epochs=None, max_steps=600, val_every_steps=50, log_every=5),
+        # on the nuclei -2.87 nats; Adam at 5e-3 took 600 steps to -2.51 (seed 42)
+        optimizer=Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine"),
+        training=_training(max_epochs=None, max_steps=500, val_every_steps=50, log_every=5),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
+from .advice import leave_out
 
 __all__ = ["array_names", "array_values"]
 
@@ -32,8 +33,8 @@ def array_values(path: Path, wanted: Sequence[str]) -> np.ndarray:
     for name in wanted:
         if columns[name].dtype.kind not in "fiub":
             raise DataError(
-                f"the column {name!r} of {path} is not numeric: it is {columns[name].dtype}. Name the columns to "
-                "use with --set data.columns=NAME,NAME."
+                f"the column {name!r} of {path} is not numeric: it is {columns[name].dtype}. Turn it into "
+                f"numbers, or {leave_out(wanted, name)}"
             )
     return np.stack([columns[name].astype(np.float64) for name in wanted], axis=1)
 

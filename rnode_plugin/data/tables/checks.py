@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...errors import DataError
+from .advice import leave_out
 from .table import Table
 
 __all__ = ["check_columns"]
@@ -33,7 +34,7 @@ def check_columns(table: Table, modelled: int) -> None:
         if column.min() == column.max():
             raise DataError(
                 f"the column {name!r} of {table.name} is {column[0]:g} in all training rows, so it has no density: "
-                f"{_without(table, name)}"
+                f"{leave_out(table.columns, name)}"
             )
         if spread < _RESOLVED * largest:
             raise DataError(
@@ -49,10 +50,5 @@ def check_columns(table: Table, modelled: int) -> None:
             name = table.columns[place]
             raise DataError(
                 f"the column {name!r} of {table.name} is a linear function of the others, so the rows have no "
-                f"density together: {_without(table, name)}"
+                f"density together: {leave_out(table.columns, name)}"
             )
-
-
-def _without(table: Table, name: str) -> str:
-    left = ",".join(each for each in table.columns if each != name)
-    return f"leave it out with --set data.columns={left!r}."

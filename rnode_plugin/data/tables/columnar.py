@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
+from .advice import leave_out
 
 __all__ = ["parquet_names", "parquet_values", "write_parquet"]
 
@@ -38,8 +39,8 @@ def parquet_values(path: Path, wanted: Sequence[str]) -> np.ndarray:
         is_number = (pyarrow.types.is_floating, pyarrow.types.is_integer, pyarrow.types.is_boolean)
         if not any(is_one(kind) for is_one in (*is_number, pyarrow.types.is_decimal)):
             raise DataError(
-                f"the column {name!r} of {path} is not numeric: it is {kind}. Name the columns to use with "
-                "--set data.columns=NAME,NAME."
+                f"the column {name!r} of {path} is not numeric: it is {kind}. Turn it into numbers, or "
+                f"{leave_out(wanted, name)}"
             )
     try:
         table = file.read(columns=list(wanted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,6 @@ def table_columns(root: str | None) -> tuple[str, ...]:
 def _cells() -> np.ndarray:
     from sklearn.datasets import load_breast_cancer
 
-    loaded = load_breast_cancer()
+    loaded: Any = load_breast_cancer()
     names = [str(name) for name in loaded["feature_names"]]
     return np.asarray(loaded["data"], dtype=np.float64)[:, [names.index(f"mean {cell}") for cell in CELLS]]

@@ -9,8 +9,6 @@ files are theirs too: https://zenodo.org/records/1161203.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
 import numpy as np
 
 from ...errors import ConfigError, DataError
@@ -87,10 +85,10 @@ def bsds300(*, root: str | None = None) -> Table:
         raise ConfigError("reading BSDS300 needs h5py: pip install 'rnode-plugin[hdf5]'.") from None
     try:
         with h5py.File(file, "r") as stored:
-            parts: list[Any] = [stored[name][:] for name in ("train", "validation", "test")]  # pyright: ignore
+            train, val, test = (stored[name][:] for name in ("train", "validation", "test"))  # pyright: ignore
     except (OSError, KeyError) as error:
         raise DataError(f"{file} cannot be read: {error}. Download it again.") from None
-    return _made("bsds300", *parts, 63)
+    return _made("bsds300", train, val, test, 63)
 
 
 def _signals(file: Path, columns: int | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError
+from .advice import leave_out
 
 __all__ = ["text_names", "text_values"]
 
@@ -68,7 +69,7 @@ def _values(
         if value is None:
             raise DataError(
                 f"the column {names[place]!r} of {path} is not numeric: row {number} holds {cell[:40]!r}. Turn it "
-                "into numbers, or name the columns to use with --set data.columns=NAME,NAME."
+                f"into numbers, or {leave_out([names[each] for each in places], names[place])}"
             )
         values.append(value)
     return values

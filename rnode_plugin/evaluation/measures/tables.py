@@ -83,8 +83,8 @@ class TableMeasure(Measure[TableEvaluation]):
             "with the training rows' mean and covariance",
         ),
     )
-    max_gap = 0.02
-    step_gap, step_round_trip, step_unit = 0.005, 0.01, "deviations"
+    max_gap = 0.05
+    step_gap, step_round_trip, step_unit = 0.02, 0.01, "deviations"
     exact_dims = 64  # rows are cheap, and an exact trace leaves no noise
     noisy = False
 
