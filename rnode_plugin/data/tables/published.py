@@ -9,6 +9,8 @@ files are theirs too: https://zenodo.org/records/1161203.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
 import numpy as np
 
 from ...errors import ConfigError, DataError
@@ -83,12 +85,15 @@ def bsds300(*, root: str | None = None) -> Table:
         import h5py  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ConfigError("reading BSDS300 needs h5py: pip install 'rnode-plugin[hdf5]'.") from None
+    parts: list[Any] = []
     try:
         with h5py.File(file, "r") as stored:
-            train, val, test = (stored[name][:] for name in ("train", "validation", "test"))  # pyright: ignore
+            for name in ("train", "validation", "test"):
+                parts.append(np.asarray(stored[name]))
     except (OSError, KeyError) as error:
         raise DataError(f"{file} cannot be read: {error}. Download it again.") from None
-    return _made("bsds300", train, val, test, 63)
+    train, val, held_out = parts
+    return _made("bsds300", train, val, held_out, 63)
 
 
 def _signals(file: Path, columns: int | None = None) -> np.ndarray:
