@@ -16,6 +16,7 @@ _PUBLIC = {
     "NeuralODE": "torchdyn.neural_ode",
     "RegularizedCNF": "torchdyn.densities.density",
     "MultiscaleFlow": "flows.multiscale",
+    "TableFlow": "flows.table",
     "FlowOutput": "types",
     "Solution": "types",
     "Solver": "solvers",
@@ -28,6 +29,7 @@ _PUBLIC = {
     "get_recipe": "recipes.schema",
     "RnodeModule": "training.lightning.module",
     "ImageDataModule": "training.lightning.datamodule",
+    "TableDataModule": "training.lightning.datamodule",
     "load_flow": "training.runs.checkpoints",
     "diagnose": "evaluation.diagnostics.diagnose",
     "install": "torchdyn.patch",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .errors import RnodeError, SolverError
     from .evaluation.diagnostics.diagnose import diagnose
     from .flows.multiscale import MultiscaleFlow
+    from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl
     from .recipes.schema import get_recipe
     from .solvers import Solver
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
     from .torchdyn.densities.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE
     from .torchdyn.patch import install, uninstall
-    from .training.lightning.datamodule import ImageDataModule
+    from .training.lightning.datamodule import ImageDataModule, TableDataModule
     from .training.lightning.module import RnodeModule
     from .training.runs.checkpoints import load_flow
     from .types import FlowOutput, Solution

@@ -21,6 +21,8 @@ from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.bits import evaluate
 from rnode_plugin.evaluation.images import load_images
+from rnode_plugin.evaluation.measures import ImageMeasure, measure_of
+from rnode_plugin.evaluation.measures import images as image_measure
 from rnode_plugin.flows.transforms import dequantize
 from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.training.fit import FitResult
@@ -33,6 +35,7 @@ from rnode_plugin.training.validation import gap_warning
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, LEVELS, (20, 1, 4, 4), dtype=np.uint8)
+MEASURE = ImageMeasure((1, 4, 4), LEVELS)
 AUTO = ["solver.step=auto", "training.tune_every=2"]
 
 
@@ -51,12 +54,12 @@ def in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         x = original(images, levels, **options)
         return x.double() if levels == LEVELS and images.shape[-1] == 4 else x
 
-    monkeypatch.setattr(auto_step, "dequantize", like_the_flow)
+    monkeypatch.setattr(image_measure, "dequantize", like_the_flow)
 
 
 def test_the_step_follows_the_field() -> None:
     field = Scaling(0.3)
-    flow, auto = flow_of(field), AutoStep(Solver(), seed=0)
+    flow, auto = flow_of(field), AutoStep(Solver(), MEASURE, seed=0)
     said, steps = [], []
     for at, rate in enumerate((0.3, 0.8, 0.8, 1.2, 0.6, 0.5)):
         torch.nn.init.constant_(field.rate, rate)
@@ -84,7 +87,7 @@ def test_the_step_follows_the_field() -> None:
 
 
 def test_where_no_step_agrees_the_smallest_is_taken_and_said_once(short: None) -> None:
-    flow, auto = flow_of(Scaling(1.0)), AutoStep(Solver(method="euler"), seed=0)
+    flow, auto = flow_of(Scaling(1.0)), AutoStep(Solver(method="euler"), MEASURE, seed=0)
     first, second = (auto.take(auto.measure(flow, IMAGES, CPU), at) for at in (10, 20))
     assert first is not None
     assert first.startswith("solver.step 0.5 -> 0.125 at step 10: gap ")
@@ -93,7 +96,7 @@ def test_where_no_step_agrees_the_smallest_is_taken_and_said_once(short: None) -
 
 
 def test_where_the_adaptive_solve_fails_the_step_stays_and_it_is_said_once() -> None:
-    auto = AutoStep(Solver(), seed=0)
+    auto = AutoStep(Solver(), MEASURE, seed=0)
     auto.step = 0.25
     broken = flow_of(Bounded(8.0))
     said = [auto.take(auto.measure(broken, IMAGES, CPU), at) for at in (10, 20)]
@@ -105,14 +108,14 @@ def test_where_the_adaptive_solve_fails_the_step_stays_and_it_is_said_once() -> 
 
 def test_a_measurement_is_a_function_of_the_weights() -> None:
     flow = MultiscaleFlow((1, 4, 4), levels=LEVELS, field=lambda shape: Scaling(0.8)).double()
-    auto = AutoStep(Solver(), seed=0)
+    auto = AutoStep(Solver(), MEASURE, seed=0)
     before = torch.get_rng_state()
     one = auto.measure(flow, IMAGES, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert flow.training
     torch.rand(3)
     assert one == auto.measure(flow, IMAGES, CPU)
-    assert one != AutoStep(Solver(), seed=1).measure(flow, IMAGES, CPU)
+    assert one != AutoStep(Solver(), MEASURE, seed=1).measure(flow, IMAGES, CPU)
 
 
 # in a run ------------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> No
     recipe = tiny_recipe(*AUTO)
     data = load_images(recipe)
     module: Any = RnodeModule(recipe)
-    mine = auto_step.AutoStep(recipe.solver, seed=42).measure(module.flow, data.val, CPU)
+    mine = auto_step.AutoStep(recipe.solver, measure_of(recipe), seed=42).measure(module.flow, data.val, CPU)
     assert mine is not None
     assert mine.step == 0.5
     theirs = dataclasses.replace(mine, rows=(dataclasses.replace(mine.rows[-1], step=0.125),))
@@ -221,7 +224,7 @@ def test_the_gap_of_each_validation(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(("gap", "warns"), [(0.0199, False), (0.0201, True), (-0.0201, True), (-0.0199, False)])
 def test_a_gap_of_more_than_two_hundredths_is_warned_of(gap: float, warns: bool) -> None:
     for automatic, advice in ((False, "lower solver.step (or"), (True, "lower training.tune_every")):
-        line = gap_warning(gap, at=7, automatic=automatic)
+        line = gap_warning(gap, MEASURE, at=7, automatic=automatic)
         assert (line is not None) == warns
         assert line is None or (f"at step 7 the training solver is off by {gap:+.3f}" in line and advice in line)
 

@@ -13,7 +13,7 @@ import pytest
 from image_files import picture_bytes, random_images, real_data, write_picture
 from PIL import Image
 
-from rnode_plugin.data import ImageDataset, folders, get_dataset
+from rnode_plugin.data import ArrayDataset, folders, get_dataset
 from rnode_plugin.data.packing.pictures import ImageFiles, decode
 from rnode_plugin.errors import ConfigError, DataError
 
@@ -132,7 +132,7 @@ def test_large_sets_are_decoded_when_asked_for(tmp_path, monkeypatch):
     assert isinstance(kept.train, np.ndarray)
     assert isinstance(read.train, ImageFiles)
     assert np.array_equal(read.train[:], kept.train)
-    assert np.array_equal(ImageDataset(read.train).__getitems__([5, 2]).numpy(), kept.train[[5, 2]])
+    assert np.array_equal(ArrayDataset(read.train).__getitems__([5, 2]).numpy(), kept.train[[5, 2]])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from image_files import random_images, write_picture
 from torch.utils.data import DistributedSampler
 
-from rnode_plugin.data import ImageDataset, loader
+from rnode_plugin.data import ArrayDataset, loader
 from rnode_plugin.data.images import Selection
 from rnode_plugin.data.packing.packed import PackedImages
 from rnode_plugin.data.packing.pictures import ImageFiles
@@ -36,7 +36,7 @@ def stored(request, tmp_path):
 
 def test_a_batch_is_a_slice_in_the_order_asked_for(stored):
     images, expected = stored
-    dataset = ImageDataset(images)
+    dataset = ArrayDataset(images)
     wanted = [3, 0, 4, 0, 2]
     batch = dataset.__getitems__(wanted)
     assert batch.dtype == torch.uint8
@@ -50,7 +50,7 @@ def test_a_batch_is_a_slice_in_the_order_asked_for(stored):
 def test_writing_to_a_batch_leaves_the_source_alone(stored):
     images, expected = stored
     before = expected.copy()
-    ImageDataset(images).__getitems__([0, 1]).zero_()
+    ArrayDataset(images).__getitems__([0, 1]).zero_()
     assert np.array_equal(images[:], before)
 
 
@@ -117,7 +117,7 @@ def test_a_picture_that_breaks_while_training_is_named(tmp_path):
     files = ImageFiles(tmp_path, names, size=None, channels=3)
     (tmp_path / "b.png").write_bytes(b"gone")
     with pytest.raises(DataError, match=r"b\.png cannot be read as a picture: not a picture"):
-        ImageDataset(files).__getitems__([0, 1])
+        ArrayDataset(files).__getitems__([0, 1])
     (tmp_path / "b.png").unlink()
     with pytest.raises(DataError, match=r"b\.png cannot be read: No such file"):
         files[1:2]

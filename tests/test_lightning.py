@@ -143,7 +143,7 @@ def test_accumulation(tmp_path: Path) -> None:
     assert parts.global_step == 6
     for step in (0, 5):
         data: list[Any] = [data_of(each) for each in (whole, parts)]
-        images = [set(each.images_of_step(step)) for each in data]
+        images = [set(each.samples_of_step(step)) for each in data]
         assert images[0] == images[1]
         assert len(images[0]) == 20
     odd, _ = train(recipe, tmp_path, max_epochs=2, accumulate_grad_batches=3)

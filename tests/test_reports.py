@@ -457,7 +457,7 @@ def test_arms_against_nfe(tmp_path: Path) -> None:
     assert len({arm.look for arm in arms}) == 4
     points = {point.arm.label: point for point in trade_off(arms)}
     assert (points["none"].nfe, points["none"].nfe_error) == (120, None)
-    assert (points["none"].bits, points["none"].bits_error) == (2.1, 0.02)  # over the images
+    assert (points["none"].score, points["none"].score_error) == (2.1, 0.02)  # over the images
     assert points["kinetic=0.1"].nfe == 83
     assert points["kinetic=0.1"].nfe_error == pytest.approx(1.0)  # over two seeds: half of their distance
     assert points["kinetic=0.1"].bits_error == pytest.approx(0.01)

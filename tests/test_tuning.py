@@ -81,12 +81,12 @@ def test_every_figure_of_a_linear_field(method: str, x: Tensor) -> None:
         return math.log2(LEVELS) - log_prob / (16 * math.log(2))
 
     exact = bits(y * math.exp(2 * rate))
-    assert found.bits_per_dim == pytest.approx(float(exact.mean()), abs=1e-8)
+    assert found.score == pytest.approx(float(exact.mean()), abs=1e-8)
     assert [row.step for row in found.rows] == [1, 0.5, 0.25, 0.125]
     for row in found.rows:
         z = y * growth(method, rate, row.step) ** 2
         back = inverse_logit(z * math.exp(-2 * rate), ALPHA)
-        assert row.bits_per_dim == pytest.approx(float(bits(z).mean()), abs=1e-8)
+        assert row.score == pytest.approx(float(bits(z).mean()), abs=1e-8)
         assert row.gap == pytest.approx(float((bits(z) - exact).abs().mean()), rel=1e-5, abs=1e-8)
         off = float((back - x).square().mean().sqrt()) * LEVELS
         assert row.round_trip == pytest.approx(off, rel=1e-5, abs=1e-8)
@@ -122,7 +122,7 @@ def test_distances_of_images_do_not_cancel(x: Tensor) -> None:
         flow_of(OneWayEach(0.8)), pair, solver=Solver(method="midpoint"), smallest=1.0, reference=TIGHT
     )
     (row,) = found.rows
-    assert row.gap > abs(row.bits_per_dim - found.bits_per_dim) + 0.01
+    assert row.gap > abs(row.score - found.score) + 0.01
 
 
 def test_a_fresh_flow_agrees_at_any_step() -> None:
@@ -230,7 +230,7 @@ def test_command_trains_a_recipe_first(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (
             ["nowhere"],
-            "no run, checkpoint or recipe 'nowhere'. Recipes: celebahq256, cifar10, cifar10-fast, digits",
+            "no run, checkpoint or recipe 'nowhere'. Recipes: bsds300, celebahq256, cifar10",
         ),
         (["CHECKPOINT", "--method", "dopri5"], "dopri5 chooses its own steps"),
         (["CHECKPOINT", "--method", "rk5"], "unknown solver method 'rk5'"),

@@ -1,4 +1,4 @@
-"""``rnode-cli data``: list the image data sets, and pack one."""
+"""``rnode-cli data``: list the data sets, and pack pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["data"]
 
 @click.group()
 def data() -> None:
-    """List the image data sets, or pack pictures for fast reading."""
+    """List the data sets, images and tables, or pack pictures for fast reading."""
 
 
 @data.command("list", short_help="Show the data sets that can be used.")

@@ -42,7 +42,9 @@ settings = click.option(
     metavar="GROUP.KEY=VALUE",
     help="Change a setting of the recipe; `rnode-cli recipes show NAME` lists them. May be repeated.",
 )
-data_root = click.option("--data-root", metavar="FOLDER", help="Folder that holds the data set. [default: data]")
+data_root = click.option(
+    "--data-root", metavar="PATH", help="Folder that holds the data set, or the file of a table. [default: data]"
+)
 download = click.option(
     "--download/--no-download",
     default=True,

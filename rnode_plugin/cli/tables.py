@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..text import duration, significant
 
 if TYPE_CHECKING:
-    from ..evaluation.bits import BitsPerDim, EvaluationResult
+    from ..evaluation.measures import Evaluation, Mean, Measure
 
 __all__ = ["evaluation_rows", "table", "wrapped_table"]
 
@@ -35,25 +35,26 @@ def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
     return "\n\n".join(blocks)
 
 
-def evaluation_rows(evaluation: EvaluationResult) -> list[tuple[str, str]]:
+def evaluation_rows(evaluation: Evaluation, measure: Measure[Any]) -> list[tuple[str, str]]:
     """What an evaluation measured, one row each."""
     spread = "" if evaluation.nfe_min == evaluation.nfe_max else f" ({evaluation.nfe_min} to {evaluation.nfe_max})"
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
+    values = measure.values(evaluation)
+    known = [each for each in (*measure.quantities, *measure.baselines) if each.name in values]
     return [
-        ("held-out images", f"{evaluation.images:,}{draws}"),
-        ("bits/dim dirty", f"{_bits(evaluation.dirty)}  uniform noise in each bin: bounds the discrete likelihood"),
-        ("bits/dim clean", f"{_bits(evaluation.clean)}  density at the bins' centres: no bound"),
+        (f"held-out {measure.samples}", f"{len(next(iter(values.values())).samples):,}{draws}"),
+        *((each.label, f"{_score(values[each.name], measure)}  {each.explained}") for each in known),
         ("NFE", f"{evaluation.nfe_mean:.1f}{spread} per batch, all blocks"),
-        *([] if (gap := evaluation.gap) is None else [("solver gap", _GAP.format(gap))]),
+        *([] if (gap := evaluation.gap) is None else [("solver gap", _GAP.format(gap, measure.unit))]),
         *((f"{name} / dim", f"{value:.5f}") for name, value in evaluation.penalties.items()),
         ("evaluation", duration(evaluation.seconds)),
     ]
 
 
-_GAP = "{:+.4f}  bits/dim by the training solver, less those above; the first batch"
+_GAP = "{:+.4f}  {} by the training solver, less those above; the first batch"
 
 
-def _bits(bits: BitsPerDim) -> str:
-    errors = [] if bits.stderr_images is None else [f"± {significant(bits.stderr_images, 2)} (images)"]
-    errors += [] if bits.stderr_noise is None else [f"± {significant(bits.stderr_noise, 2)} (noise)"]
-    return " ".join([f"{bits.mean:.4f}", *errors])
+def _score(mean: Mean, measure: Measure[Any]) -> str:
+    errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({measure.samples})"]
+    errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
+    return " ".join([f"{mean.mean:.4f}", *errors])

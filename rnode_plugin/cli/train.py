@@ -24,6 +24,7 @@ __all__ = ["train"]
 _SHORT = {
     "data": "data.name",
     "data_root": "data.root",
+    "given": "data.given",
     "batch_size": "data.batch_size",
     "limit_train": "data.train_images",
     "limit_val": "training.val_images",
@@ -52,11 +53,12 @@ class _TrainCommand(click.Command):
 @settings
 @click.option("--data", metavar="NAME", help="Another data set than the recipe's, such as folder.")
 @data_root
+@click.option("--given", metavar="COLUMN,COLUMN", help="Of a table: the density of the other columns given these.")
 @download
-@click.option("--batch-size", type=int, help="Images per device and step.")
+@click.option("--batch-size", type=int, help="Images, or rows, per device and step.")
 @click.option("--accumulate", type=int, metavar="N", help="Average the gradients of N batches for one step.")
-@click.option("--limit-train", type=int, metavar="N", help="Train on N images only.")
-@click.option("--limit-val", type=int, metavar="N", help="Validate on N images only.")
+@click.option("--limit-train", type=int, metavar="N", help="Train on N images or rows only.")
+@click.option("--limit-val", type=int, metavar="N", help="Validate on N images or rows only.")
 @click.option("--max-steps", type=int, metavar="N", help="Stop after N steps of the run.")
 @click.option("--max-epochs", type=int, metavar="N", help="Stop after N epochs of the run.")
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
@@ -118,6 +120,8 @@ def train(
 ) -> None:
     """Train the flow of RECIPE on its data set. RECIPE is a name or a recipe.json, such as that of another run.
 
+    A table of your own: `rnode-cli train table --data-root measurements.csv`.
+
     The run's folder is printed first and holds everything: recipe, metrics, checkpoints, samples. With --resume,
     RECIPE may be left out; settings that are given again change from there on, all of them with a recipe.json.
     """
@@ -131,14 +135,14 @@ def train(
         raise click.UsageError("--ffjord makes another model of the recipe; it cannot go with --resume.", ctx)
     from ..training.fit import fit
 
-    given = [f"{_SHORT[name]}={value}" for name, value in short.items() if value is not None]
     try:
         if resume is not None:
             chosen, checkpoint = _run(resume, recipe, ctx)
         else:
             chosen, checkpoint = _recipe(str(recipe), ffjord), None
+        chosen = chosen.override([*_settings(short, chosen), *assignments])
         result = fit(
-            chosen.override([*given, *assignments]),
+            chosen,
             runs=runs,
             run_folder=run_folder,
             resume=checkpoint,
@@ -157,9 +161,21 @@ def train(
         ctx.exit(0)
     if not result.first_process:
         return
-    _print(result)
+    _print(result, chosen)
     if result.stopped in signal.Signals.__members__:
         ctx.exit(128 + signal.Signals[result.stopped])
+
+
+def _settings(short: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What the short options mean for a recipe, as assignments."""
+    from ..recipes.schema import TableData
+
+    names = dict(_SHORT)
+    if isinstance(recipe.data, TableData):
+        names["limit_train"] = "data.train_rows"
+    elif short["given"] is not None:
+        raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
+    return [f"{names[name]}={value}" for name, value in short.items() if value is not None]
 
 
 def _reports() -> bool:
@@ -214,7 +230,8 @@ def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Pat
     return recipe, path
 
 
-def _print(result: FitResult) -> None:
+def _print(result: FitResult, recipe: Recipe) -> None:
+    from ..evaluation.measures import measure_of
     from ..text import duration
     from .tables import evaluation_rows, table
 
@@ -233,7 +250,7 @@ def _print(result: FitResult) -> None:
             if result.step_size is None
             else [("solver.step", f"{result.step_size:g} at the end, by measurement")]
         ),
-        *evaluation_rows(result.evaluation),
+        *evaluation_rows(result.evaluation, measure_of(recipe)),
         ("checkpoint", str(folder.best)),
         ("metrics", str(folder.metrics)),
     ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.step_size import StepRow
     from ..flows.multiscale import MultiscaleFlow
+    from ..flows.table import TableFlow
     from ..recipes.schema import Recipe
 
 __all__ = ["tune_step"]
@@ -23,14 +24,18 @@ __all__ = ["tune_step"]
 
 @click.command("tune-step")
 @click.argument("run_or_recipe", metavar="RUN_OR_RECIPE")
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Held-out images to use.")
+@click.option(
+    "--images", type=click.IntRange(1), default=64, show_default=True, help="Held-out images, or rows, to use."
+)
 @click.option("--method", default="rk4_38", show_default=True, help="Fixed grid: euler, midpoint, rk4 or rk4_38.")
 @click.option("--start", type=float, default=1.0, show_default=True, help="First step to try; halved from there.")
 @click.option("--smallest", type=float, default=1 / 32, show_default=True, help="Last step to try.")
-@click.option("--max-gap", type=float, default=0.005, show_default=True,
-              help="Distance in bits/dim from the adaptive solve that is tolerated.")  # fmt: skip
-@click.option("--max-round-trip", type=float, default=0.5, show_default=True,
-              help="Error of the round trip that is tolerated, in levels of a pixel.")  # fmt: skip
+@click.option("--max-gap", type=float,
+              help="Distance from the adaptive solve that is tolerated. [default: 0.005 bits/dim, or 0.02 nats "
+                   "of a table]")  # fmt: skip
+@click.option("--max-round-trip", type=float,
+              help="Error of the round trip that is tolerated. [default: 0.5 levels of a pixel, or 0.01 deviations "
+                   "of a column]")  # fmt: skip
 @click.option("--train-steps", type=click.IntRange(1), default=100, show_default=True,
               help="For a recipe: steps of training first, since every step fits a fresh flow.")  # fmt: skip
 @settings
@@ -53,15 +58,14 @@ def tune_step(
 ) -> None:
     """Find the coarsest step of a fixed grid that RUN_OR_RECIPE can be solved with.
 
-    The step is halved until the discrete flow agrees with a tight adaptive solve on held-out images: in bits/dim,
-    and in the image that comes back when it goes to the latent with these steps and back with the adaptive solve. A
-    recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
+    The step is halved until the discrete flow agrees with a tight adaptive solve on held-out images or rows: in
+    their likelihood, and in what comes back when they go to the latent with these steps and back with the adaptive
+    solve. A recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
     """
     from ..core.random_streams import Stream, seeded
-    from ..evaluation.bits import image_batch
-    from ..evaluation.images import load_images, pick_device
+    from ..evaluation.images import load_data, pick_device
+    from ..evaluation.measures import batch_of, measure_of
     from ..evaluation.step_size import check_tuning, tune_step
-    from ..flows.transforms import dequantize
     from ..solvers import Solver
 
     solver = Solver(method=options.pop("method"))
@@ -69,18 +73,19 @@ def tune_step(
     where = pick_device(device)
     changes = [*assignments, *([f"data.root={data_root}"] if data_root else [])]
     flow, recipe = _flow(run_or_recipe, changes, train_steps, where, download=download)
-    held_out = load_images(recipe, download=download, all_val=True).val
+    held_out = load_data(recipe, download=download, all_val=True).held_out
+    measure = measure_of(recipe)
     with seeded(seed, Stream.VALIDATE):
-        x = dequantize(image_batch(held_out, slice(0, images)).to(where), recipe.data.levels)
-        click.echo(_HEADER)
-        found = tune_step(flow, x, solver=solver, progress=_show, **options)
-    click.echo(f"{'adaptive':>8}  {found.nfe:>5}  {found.bits_per_dim:>8.4f}")
+        x = measure.inputs(batch_of(held_out, slice(0, images)).to(where))
+        click.echo(f"{'step':>8}  {'NFE':>5}  {measure.likelihood:>8}  {'gap':>8}  {'round trip':>10}")
+        found = tune_step(flow, x, measure=measure, solver=solver, progress=_show, **options)
+    click.echo(f"{'adaptive':>8}  {found.nfe:>5}  {found.score:>8.4f}")
     if found.step is None:
         raise RnodeError(
             f"no step down to {found.rows[-1].step:g} agrees with the adaptive solve: try a lower --smallest, or "
             f"train with {_adaptive(recipe)}larger lambdas."
         )
-    limits = f"{found.max_gap:g} bits/dim and {found.max_round_trip:g} levels"
+    limits = f"{found.max_gap:g} {measure.unit} and {found.max_round_trip:g} {measure.step_unit}"
     click.echo(f"\nsolver.step={found.step:g} agrees with the adaptive solve within {limits}.")
 
 
@@ -92,17 +97,14 @@ def _adaptive(recipe: Recipe) -> str:
     return f"an adaptive method (--set solver.method=dopri5{full}) or "
 
 
-_HEADER = f"{'step':>8}  {'NFE':>5}  {'bits/dim':>8}  {'gap':>8}  {'round trip':>10}"
-
-
 def _show(row: StepRow) -> None:
-    figures = f"{row.step:>8g}  {row.nfe:>5}  {row.bits_per_dim:>8.4f}  {row.gap:>8.4f}  {row.round_trip:>10.3f}"
+    figures = f"{row.step:>8g}  {row.nfe:>5}  {row.score:>8.4f}  {row.gap:>8.4f}  {row.round_trip:>10.3f}"
     click.echo(figures + ("  agrees" if row.agrees else ""))
 
 
 def _flow(
     run_or_recipe: str, changes: list[str], steps: int, where: torch.device, *, download: bool
-) -> tuple[MultiscaleFlow, Recipe]:
+) -> tuple[MultiscaleFlow | TableFlow, Recipe]:
     """A trained flow: a run's, or a recipe's after ``steps`` steps."""
     from ..plugins import registry
     from ..recipes.schema import get_recipe

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..core.random_streams import Stream, seeded
 from ..errors import ConfigError
+from ..evaluation.measures import measure_of
 from ..plugins import registry
 from ..recipes.schema import Recipe
 
@@ -43,13 +45,13 @@ def _check_known_to_other_processes(recipe: Recipe) -> None:
 
 
 def _check_penalties(recipe: Recipe) -> None:
-    """Push one image through a fresh flow, in one step if the solver has a grid."""
+    """Push one sample through a fresh flow, in one step if the solver has a grid."""
     if not recipe.regularizers:
         return
-    import torch
-
     solver = recipe.solver if recipe.solver.adaptive else dataclasses.replace(recipe.solver, step=None)
     try:
-        recipe.build_flow()(torch.full((1, *recipe.data.shape), 0.5), solver=solver)
+        with seeded(recipe.training.seed, Stream.TUNE):
+            x, given = measure_of(recipe).random_inputs(1)
+            recipe.build_flow()(x, **given, solver=solver)
     except ConfigError as error:
         raise ConfigError(f"the arm {recipe.name} cannot be trained: {error}") from error

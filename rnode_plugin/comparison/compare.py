@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, TrainingError
-from ..evaluation.images import load_images
+from ..evaluation.images import load_for_training
 from ..recipes.schema import Recipe
 from ..reports import Report, write_report
 from ..reports.reading import Run, read_run
@@ -88,11 +88,12 @@ def compare(
         raise ConfigError(f"a comparison needs at least one validation, not {validations}.")
     if max_time is not None and max_time <= 0:
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
+    # what is wrong with the data is said once, before anything is trained
+    recipe, data = load_for_training(recipe, download=download)
     planned = arm_recipes(_with_validations(recipe, validations), arms, sweeps=sweeps, seeds=seeds)
     for arm in planned[: len(planned) // seeds]:
         check_arm(arm)
     places = places_of(accelerator, devices, len(planned))
-    data = load_images(recipe, download=download)  # what is wrong with them is said before anything is trained
     out = Path(out)
     jobs = _unfinished(planned, out / "runs", accelerator, max_time, announce)
     if jobs:

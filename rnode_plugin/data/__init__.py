@@ -1,30 +1,33 @@
-"""Image data sets, uint8: by name, as batches, and packed into arrays that are mapped into memory.
+"""Image data sets, uint8: by name, as batches, and packed into arrays that are mapped into memory; and tables.
 
 ``get_dataset`` finds one by name (ours or a plugin's), ``loader`` makes batches of it, ``plan_packing`` and
 ``pack`` turn folders and archives into arrays that are mapped into memory.
 """
 
-from .catalog import get_dataset
+from .catalog import get_dataset, get_table
 from .downloads import one_download
 from .folders import celebahq256, folder, imagenet64
 from .images import ImageArray, ImageData
-from .loading import ImageDataset, loader
+from .loading import ArrayDataset, loader
 from .packing.pack import PackingResult, pack
 from .packing.plan import PackingPlan, plan_packing
 from .published import cifar10, digits, fashion_mnist, mnist, svhn
+from .tables.table import Table
 
 __all__ = [
+    "ArrayDataset",
     "ImageArray",
     "ImageData",
-    "ImageDataset",
     "PackingPlan",
     "PackingResult",
+    "Table",
     "celebahq256",
     "cifar10",
     "digits",
     "fashion_mnist",
     "folder",
     "get_dataset",
+    "get_table",
     "imagenet64",
     "loader",
     "mnist",

@@ -1,16 +1,19 @@
-"""``get_dataset``: data sets by name, ours and those of plugins."""
+"""``get_dataset`` and ``get_table``: data sets of images and tables by name, ours and those of plugins."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ConfigError, PluginError
 from ..plugins import registry
 from .downloads import one_download
 from .images import ImageData
+from .tables.table import Table
 
-__all__ = ["get_dataset"]
+__all__ = ["get_dataset", "get_table"]
+
+D = TypeVar("D", ImageData, Table)
 
 
 def get_dataset(
@@ -31,8 +34,37 @@ def get_dataset(
         DataError: it is missing (the message says where to get it) or not what it should be.
         PluginError: the plugin that offers it failed, or returned something else.
     """
+    parameters = inspect.signature(registry.get("datasets", name)).parameters.values()
+    if not any(each.name == "size" or each.kind is each.VAR_KEYWORD for each in parameters):
+        raise ConfigError(
+            f"the data set {name!r} takes no size, as images do: a table needs a recipe of tables, such as table."
+        )
+    return _load(ImageData, name, {"root": root, "size": size, **options}, download=download)
+
+
+def get_table(name: str, *, root: str | None = None, download: bool = False, **options: Any) -> Table:
+    """Load a table.
+
+    Args:
+        name: one that ``rnode-cli data list`` shows.
+        root: the file or folder of the data; None for the table's own default.
+        download: as for :func:`get_dataset`.
+        **options: those of this table, such as ``columns`` for ``table``; a table that does not take one of a
+            recipe's settings makes its own choice.
+
+    Raises:
+        ConfigError: an unknown name.
+        DataError: it is missing (the message says where to get it) or not what it should be.
+        PluginError: the plugin that offers it failed, or returned something else.
+    """
+    taken = inspect.signature(registry.get("datasets", name)).parameters
+    chosen = {key: value for key, value in options.items() if key in taken}
+    return _load(Table, name, {"root": root, **chosen}, download=download)
+
+
+def _load(kind: type[D], name: str, arguments: dict[str, Any], *, download: bool) -> D:
     load = registry.get("datasets", name)
-    arguments = {"root": root, "size": size, **options}
+    root = arguments["root"]
     parameters = inspect.signature(load).parameters.values()
     downloads = any(each.name == "download" or each.kind is each.VAR_KEYWORD for each in parameters)
     if downloads:
@@ -43,12 +75,21 @@ def get_dataset(
         known = ", ".join(each.name for each in parameters)
         raise ConfigError(f"data set {name!r}: {error}. It takes: {known}.") from error
 
-    def loaded() -> ImageData:
+    def loaded() -> D:
         with registry.guard("datasets", name):
             data = load(**arguments)
-        if not isinstance(data, ImageData):
-            raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not an ImageData.")
-        return data
+        if isinstance(data, kind):
+            return data
+        if isinstance(data, (ImageData, Table)):
+            is_table = isinstance(data, Table)
+            what, fits = (
+                ("a table", "a recipe of tables, such as table") if is_table else ("images", "one of images")
+            )
+            raise ConfigError(f"the data set {name!r} holds {what}: use it with {fits}.")
+        article = "an" if kind is ImageData else "a"
+        raise PluginError(
+            f"data set {name!r}: its plugin returned {type(data).__name__}, not {article} {kind.__name__}."
+        )
 
     if not (download and downloads):
         return loaded()

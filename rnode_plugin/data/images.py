@@ -85,6 +85,11 @@ class ImageData:
                 raise DataError(f"{what} hold the value {images.max()}; with {self.levels} levels the largest is "
                                 f"{self.levels - 1}.")  # fmt: skip
 
+    @property
+    def held_out(self) -> ImageArray:
+        """The images that measure the result: those of ``val``."""
+        return self.val
+
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> ImageData:
         """The same data set with at most so many images, the same ones each time.
 

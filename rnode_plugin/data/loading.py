@@ -1,4 +1,4 @@
-"""``ImageDataset`` and ``loader``: batches of uint8 images, read as whole slices."""
+"""``ArrayDataset`` and ``loader``: batches of uint8 images or of rows of a table, read as whole slices."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import ConfigError
 from .images import ImageArray
 
-__all__ = ["ImageDataset", "keep_batch", "loader"]
+__all__ = ["ArrayDataset", "keep_batch", "loader"]
 
 
-class ImageDataset(Dataset[Tensor]):
-    """Images as a PyTorch data set that returns a batch in one piece.
+class ArrayDataset(Dataset[Tensor]):
+    """Images, or rows of a table, as a PyTorch data set that returns a batch in one piece.
 
     A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, as
     :func:`loader` does, because its default would split the batch. With ``batch_size=None`` and a sampler of lists,
     it asks for ``dataset[list]``.
 
     Args:
-        images: ``(N, C, H, W)``, uint8; in memory, mapped from disk, or read from files.
+        images: ``(N, C, H, W)``, uint8; in memory, mapped from disk, or read from files. Or rows ``(N, C)``, float.
     """
 
     def __init__(self, images: ImageArray) -> None:
@@ -38,11 +38,11 @@ class ImageDataset(Dataset[Tensor]):
         return self.__getitems__([index])[0] if isinstance(index, int) else self.__getitems__(index)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        """The images of a batch in the order of ``indices``, ``(B, C, H, W)``, uint8, as a copy."""
+        """The samples of a batch in the order of ``indices``, as a copy."""
         wanted = np.asarray(indices, dtype=np.int64)
         # ascending positions: a mapped file is then read in one sweep
         order = np.argsort(wanted, kind="stable")
-        batch = np.empty((len(wanted), *self._images.shape[1:]), dtype=np.uint8)
+        batch = np.empty((len(wanted), *self._images.shape[1:]), dtype=self._images.dtype)
         batch[order] = self._images[wanted[order]]
         return torch.from_numpy(batch)
 
@@ -83,7 +83,7 @@ def loader(
             f"{len(images)} images do not fill one batch of {batch_size}; choose a smaller batch size."
         )
     return DataLoader(
-        ImageDataset(images),
+        ArrayDataset(images),
         batch_size=batch_size,
         shuffle=shuffle,
         drop_last=drop_last,

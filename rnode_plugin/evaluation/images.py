@@ -1,20 +1,70 @@
-"""load_images, held_out_images and pick_device: the images that a recipe asks for, and the device of a name."""
+"""load_data, held_out_images and pick_device: the data that a recipe asks for, and the device of a name."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import torch
 from torch import Tensor
 
-from ..data import ImageData, get_dataset
+from ..data import ImageData, get_dataset, get_table
+from ..data.tables.checks import check_columns
+from ..data.tables.table import Table
 from ..errors import ConfigError, DataError
 from ..flows.transforms import dequantize
 from ..plugins import registry
-from ..recipes.schema import Recipe
-from .bits import image_batch
+from ..recipes.schema import Data, Recipe, TableData
+from .measures.base import batch_of
 
-__all__ = ["held_out_images", "load_images", "pick_device"]
+__all__ = ["held_out_images", "load_data", "load_for_training", "load_images", "load_table", "pick_device"]
+
+
+def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe, ImageData | Table]:
+    """The data of a recipe, and the recipe with what only they can say: a table smaller than a batch is one batch.
+
+    Raises:
+        DataError, ConfigError: see :func:`load_images` and :func:`load_table`.
+    """
+    data = load_data(recipe, download=download)
+    if isinstance(recipe.data, TableData) and len(data.train) < recipe.data.batch_size:
+        fitting = dataclasses.replace(recipe.data, batch_size=len(data.train))
+        return dataclasses.replace(recipe, data=fitting), data
+    return recipe, data
+
+
+def load_data(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
+    """The images or the table of a recipe; see :func:`load_images` and :func:`load_table`."""
+    load = load_images if isinstance(recipe.data, Data) else load_table
+    return load(recipe, download=download, all_val=all_val)
+
+
+def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> Table:
+    """The table of a recipe in 32-bit numbers: the columns that are modelled, then those that are given.
+
+    Args:
+        recipe: names the table, its columns, and how many of its rows to use.
+        download: fetch it if it is missing.
+        all_val: keep all rows that choose the weights, whatever ``training.val_images`` says.
+
+    Raises:
+        DataError: it is missing, or its columns have no density; the message says what to do.
+        ConfigError: there is no table of that name, or it has a split of its own and the recipe asks for another.
+    """
+    wanted = recipe.data
+    assert isinstance(wanted, TableData)
+    options = {name: getattr(wanted, name) for name in ("validation", "held_out", "split_seed")}
+    taken = inspect.signature(registry.get("datasets", wanted.name)).parameters
+    usual = {field.name: field.default for field in dataclasses.fields(TableData)}
+    for name, value in options.items():
+        if name not in taken and value != usual[name]:
+            raise ConfigError(
+                f"the table {wanted.name} has a split of its own: leave data.{name} at {usual[name]}."
+            )
+    columns = (*wanted.modelled, *wanted.given)
+    table = get_table(wanted.name, root=wanted.root, download=download, columns=columns, **options).select(columns)
+    check_columns(table, len(wanted.modelled))
+    return table.limit(wanted.train_rows, None if all_val else recipe.training.val_images).single()
 
 
 def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData:
@@ -30,6 +80,7 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
         ConfigError: there is no data set of that name.
     """
     wanted = recipe.data
+    assert isinstance(wanted, Data)
     # a user's own pictures are read with the channels and bits that the recipe asks for; other sets have their own
     asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
     taken = inspect.signature(registry.get("datasets", wanted.name)).parameters
@@ -57,7 +108,7 @@ def held_out_images(recipe: Recipe, count: int, *, seed: int = 0, download: bool
         DataError, ConfigError: from :func:`load_images`.
     """
     images = load_images(recipe, download=download, all_val=True).limit(None, count).val
-    batch = image_batch(images, slice(None))
+    batch = batch_of(images, slice(None))
     generator = torch.Generator().manual_seed(seed)
     return dequantize(
         batch[torch.randperm(len(batch), generator=generator)], recipe.data.levels, generator=generator

@@ -1,7 +1,7 @@
 """tune_step: the coarsest step of a fixed grid that agrees with a tight adaptive solve, by measurement.
 
 The paper halves the step from 0.5 until the discrete dynamics are stable and perform well (section 6). Here they
-must agree with those of a tight adaptive solve in the likelihood of held-out images, and in their latents.
+must agree with those of a tight adaptive solve in the likelihood of held-out samples, and in their latents.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..core.objective import bits_per_dim, output_log_prob
+from ..core.objective import output_log_prob
 from ..errors import ConfigError, SolverError
 from ..solvers import Solver
+from .measures.base import FlowInput, Measure
+from .measures.images import ImageMeasure
 
 if TYPE_CHECKING:
     from ..flows.multiscale import MultiscaleFlow
+    from ..flows.table import TableFlow
 
 __all__ = ["REFERENCE", "StepRow", "StepTable", "check_tuning", "tune_step"]
 
@@ -35,16 +38,16 @@ class StepRow:
     Attributes:
         step: its length.
         nfe: evaluations of all blocks together.
-        bits_per_dim: mean over the images; infinite if the solve fails.
-        gap: mean over the images of the distance in bits/dim from the adaptive solve, same images, same noise.
-        round_trip: images go to the latent with these steps and back with the adaptive solve; root mean square of
-            what a pixel is off then, in levels of the data.
+        score: mean over the samples in the measure's unit, such as bits/dim; infinite if the solve fails.
+        gap: mean over the samples of the distance of their scores from the adaptive solve, with the same noise.
+        round_trip: samples go to the latent with these steps and back with the adaptive solve; root mean square of
+            what they are off then, in levels of a pixel, or in deviations of a column.
         agrees: whether both are within the tolerances.
     """
 
     step: float
     nfe: int
-    bits_per_dim: float
+    score: float
     gap: float
     round_trip: float
     agrees: bool
@@ -56,13 +59,13 @@ class StepTable:
 
     Attributes:
         rows: one for each step that was tried; all but the last disagree with the adaptive solve.
-        bits_per_dim: that of the adaptive solve, mean over the images.
+        score: that of the adaptive solve, mean over the samples.
         nfe: its evaluations.
         max_gap, max_round_trip: the tolerances.
     """
 
     rows: tuple[StepRow, ...]
-    bits_per_dim: float
+    score: float
     nfe: int
     max_gap: float
     max_round_trip: float
@@ -73,7 +76,9 @@ class StepTable:
         return self.rows[-1].step if self.rows[-1].agrees else None
 
 
-def check_tuning(solver: Solver, *, start: float, smallest: float, max_gap: float, max_round_trip: float) -> None:
+def check_tuning(
+    solver: Solver, *, start: float, smallest: float, max_gap: float | None, max_round_trip: float | None
+) -> None:
     """Refuse what :func:`tune_step` cannot work with, before a flow is trained for it.
 
     Raises:
@@ -83,7 +88,7 @@ def check_tuning(solver: Solver, *, start: float, smallest: float, max_gap: floa
         raise ConfigError(f"{solver.method} chooses its own steps: tune the step of a fixed grid, such as rk4_38.")
     numbers = {"start": start, "smallest": smallest, "max_gap": max_gap, "max_round_trip": max_round_trip}
     for name, value in numbers.items():
-        if not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{name} must be a positive number, not {value!r}.")
     if smallest > start:
         raise ConfigError(f"the smallest step, {smallest:g}, is above the first one to try, {start:g}.")
@@ -91,14 +96,15 @@ def check_tuning(solver: Solver, *, start: float, smallest: float, max_gap: floa
 
 @torch.no_grad()
 def tune_step(
-    flow: MultiscaleFlow,
-    x: Tensor,
+    flow: MultiscaleFlow | TableFlow,
+    x: Tensor | FlowInput,
     *,
+    measure: Measure[Any] | None = None,
     solver: Solver | None = None,
     start: float = 1.0,
     smallest: float = 1 / 32,
-    max_gap: float = 0.005,
-    max_round_trip: float = 0.5,
+    max_gap: float | None = None,
+    max_round_trip: float | None = None,
     reference: Solver = REFERENCE,
     generator: torch.Generator | None = None,
     progress: Callable[[StepRow], None] | None = None,
@@ -107,12 +113,14 @@ def tune_step(
 
     Args:
         flow: the model; a fresh one (f = 0) agrees at any step.
-        x: held-out images ``(B, C, H, W)`` in [0, 1], dequantised, on the flow's device.
+        x: held-out samples on the flow's device: images ``(B, C, H, W)`` in [0, 1], dequantised, or what
+            ``inputs`` of a measure gives.
+        measure: of the kind of data; None for images.
         solver: the fixed grid whose step is looked for; None for the 3/8 rule.
         start: first step to try.
         smallest: no step below it is tried.
-        max_gap: tolerance of :attr:`StepRow.gap`, bits/dim.
-        max_round_trip: tolerance of :attr:`StepRow.round_trip`, levels of the data.
+        max_gap: tolerance of :attr:`StepRow.gap`; None for 0.005 bits/dim, or 0.02 nats of a table.
+        max_round_trip: tolerance of :attr:`StepRow.round_trip`; None for 0.5 levels, or 0.01 deviations of a table.
         reference: the adaptive solve.
         generator: draws the noise of the divergence, once for all solves; of the flow's device.
         progress: called with each row as it is found.
@@ -121,33 +129,38 @@ def tune_step(
         ConfigError: for an adaptive ``solver``, or numbers that are not positive.
         SolverError: if the adaptive solve itself fails.
     """
+    if measure is None:
+        measure = ImageMeasure(flow.image_shape, flow.levels)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    x, given = x if isinstance(x, FlowInput) else FlowInput(x, {})
+    max_gap = measure.step_gap if max_gap is None else max_gap
+    max_round_trip = measure.step_round_trip if max_round_trip is None else max_round_trip
     solver = dataclasses.replace(solver or Solver(), trace_quadrature="full")
     check_tuning(solver, start=start, smallest=smallest, max_gap=max_gap, max_round_trip=max_round_trip)
     noise = flow.draw_noise(len(x), generator=generator)
+    exact = all(probe is None for probe in noise)
 
     def encode(solver: Solver) -> tuple[Tensor, Tensor, int]:
-        output = flow(x, noise=noise, solver=solver, penalties=False)
-        bits = bits_per_dim(output_log_prob(output), dims=flow.dims, levels=flow.levels)
-        return output.z, bits.double(), output.nfe
+        output = flow(x, **given, noise=None if exact else noise, solver=solver, penalties=False)
+        return output.z, measure.scores(output_log_prob(output)).double(), output.nfe
 
     _, expected, reference_nfe = encode(reference)
 
-    def measure(step: float) -> StepRow:
+    def row_at(step: float) -> StepRow:
         at_step = dataclasses.replace(solver, step=step)
         try:
-            z, bits, nfe = encode(at_step)
-            back = flow.inverse(z, solver=reference)
+            z, scores, nfe = encode(at_step)
+            back = flow.inverse(z, **given, solver=reference)
         except SolverError as error:  # this step is too coarse for these dynamics: they blow up
             return StepRow(step, error.nfe, math.inf, math.inf, math.inf, agrees=False)
-        gap = float((bits - expected).abs().mean())
-        round_trip = float((back - x).double().square().mean().sqrt()) * flow.levels
+        gap = float((scores - expected).abs().mean())
+        round_trip = measure.distance(flow, back, x)
         agrees = gap <= max_gap and round_trip <= max_round_trip
-        return StepRow(step, nfe, float(bits.mean()), gap, round_trip, agrees)
+        return StepRow(step, nfe, float(scores.mean()), gap, round_trip, agrees)
 
     rows: list[StepRow] = []
     step = start
     while step >= smallest and not (rows and rows[-1].agrees):
-        rows.append(measure(step))
+        rows.append(row_at(step))
         if progress is not None:
             progress(rows[-1])
         step /= 2

@@ -35,18 +35,20 @@ class PotentialField(nn.Module):
         hidden: width of the network.
         layers: its layers, at least 1.
         rank: rows of ``A``.
+        context: numbers that the potential is given besides, ``s = (z, t, c)``; the methods then take
+            ``context (B, context)``.
 
     Raises:
         ConfigError: for a number below 1; when called, for a state of another size.
     """
 
-    def __init__(self, dims: int, *, hidden: int = 32, layers: int = 2, rank: int = 10) -> None:
+    def __init__(self, dims: int, *, hidden: int = 32, layers: int = 2, rank: int = 10, context: int = 0) -> None:
         super().__init__()
         for name, value in (("dims", dims), ("hidden", hidden), ("layers", layers), ("rank", rank)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"a PotentialField's {name} must be a whole number of at least 1, not {value!r}.")
-        self.dims = dims
-        inputs = dims + 1
+        self.dims, self._given = dims, context
+        inputs = dims + 1 + context
         sizes = [inputs] + [hidden] * (layers - 1)
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(hidden, n) / math.sqrt(n)) for n in sizes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in sizes)
@@ -55,22 +57,22 @@ class PotentialField(nn.Module):
         self.a = nn.Parameter(torch.randn(rank, inputs) / math.sqrt(rank * inputs))
         self.b = nn.Parameter(torch.zeros(inputs))
 
-    def potential(self, t: Tensor, z: Tensor) -> Tensor:
+    def potential(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``Phi(t, z) (B,)``."""
-        s = self._joined(t, z)
+        s = self._joined(t, z, context)
         u = _log_cosh(s @ self.weights[0].T + self.biases[0])
         for weight, bias in self._rest():
             u = u + _log_cosh(u @ weight.T + bias)
         return u @ self.w + (s @ self.a.T).square().sum(1) / 2 + s @ self.b
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``-grad Phi``, of the shape of ``z (B, *event)``, at a scalar time."""
-        s = self._joined(t, z)
+        s = self._joined(t, z, context)
         return -self._gradient(s, self._run(s))[0][:, : self.dims].reshape(z.shape)
 
-    def forward_and_divergence(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_and_divergence(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``f (B, *event)`` and its exact divergence ``-tr(Hess Phi) (B,)``."""
-        s = self._joined(t, z)
+        s = self._joined(t, z, context)
         layers = self._run(s)
         gradient, pulled = self._gradient(s, layers)
         by_z = self.weights[0][:, : self.dims]
@@ -83,19 +85,40 @@ class PotentialField(nn.Module):
         trace = trace + self.a[:, : self.dims].square().sum()
         return -gradient[:, : self.dims].reshape(z.shape), -trace
 
-    def aux(self, t: Tensor, z: Tensor) -> dict[str, Tensor]:
+    def forward_and_jacobian(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``f (B, *event)`` and all rows of ``df/dz = -Hess Phi``, ``(D, B, *event)``, in closed form."""
+        s = self._joined(t, z, context)
+        layers = self._run(s)
+        gradient, pulled = self._gradient(s, layers)
+        pushed = self.weights[0][:, : self.dims].expand(
+            len(s), -1, -1
+        )  # of the pre-activations by z, (B, hidden, D)
+        jacobian, hessian = torch.zeros_like(pushed), self.a[:, : self.dims].T @ self.a[:, : self.dims]
+        for number, (layer, above) in enumerate(zip(layers, pulled, strict=True)):
+            if number:
+                pushed = layer.weight @ jacobian
+            hessian = hessian + pushed.mT @ ((layer.bend * above).unsqueeze(2) * pushed)
+            jacobian = jacobian + layer.slope.unsqueeze(2) * pushed
+        rows = -hessian.transpose(0, 1)  # (D, B, D)
+        return -gradient[:, : self.dims].reshape(z.shape), rows.reshape(self.dims, *z.shape)
+
+    def aux(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> dict[str, Tensor]:
         """``{"potential_rate": dPhi/dt (B,)}``."""
-        s = self._joined(t, z)
+        s = self._joined(t, z, context)
         return {"potential_rate": self._gradient(s, self._run(s))[0][:, self.dims]}
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, hidden={len(self.w)}, layers={len(self.weights)}, rank={len(self.a)}"
 
-    def _joined(self, t: Tensor, z: Tensor) -> Tensor:
+    def _joined(self, t: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         flat = z.flatten(1)
         if flat.shape[1] != self.dims:
             raise ConfigError(f"this PotentialField has {self.dims} dimensions, a state {tuple(z.shape)} does not.")
-        return torch.cat([flat, t.to(z).reshape(1, 1).expand(len(z), 1)], 1)
+        given = [] if context is None else [context.to(z)]
+        if (context is None) != (self._given == 0) or any(each.shape != (len(z), self._given) for each in given):
+            got = "none" if context is None else f"{tuple(context.shape)}"
+            raise ConfigError(f"this PotentialField takes contexts of shape ({len(z)}, {self._given}), not {got}.")
+        return torch.cat([flat, t.to(z).reshape(1, 1).expand(len(z), 1), *given], 1)
 
     def _rest(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.weights[1:], self.biases[1:], strict=True))

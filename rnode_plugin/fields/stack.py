@@ -26,6 +26,8 @@ class StackField(nn.Module):
         layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind, the last one's outputs as many as the first
             one's inputs.
         activation: ``"softplus"``, ``"tanh"``, ``"elu"``, ``"silu"`` or ``"gelu"``.
+        context: inputs of the first layer behind those of the state; such a field is one of ``z`` and a context,
+            see :mod:`~rnode_plugin.fields.conditional`.
 
     The layers keep the weights that they come with; :func:`conv_field` and :func:`linear_field` start from f = 0.
     Under ``torch.autocast`` the layers compute in its dtype; the result has the state's.
@@ -34,11 +36,11 @@ class StackField(nn.Module):
         ConfigError: for another kind of layer, sizes that do not fit or an unknown activation.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], *, activation: str = "softplus") -> None:
+    def __init__(self, layers: Iterable[nn.Module], *, activation: str = "softplus", context: int = 0) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._activation = get_activation(activation)
-        self._products = _one_kind(self.layers)
+        self._products = _one_kind(self.layers, context)
 
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> PreparedStack:
         """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
@@ -192,10 +194,19 @@ def conv_field(
 
 
 def linear_field(
-    features: int, *, hidden: int = 64, layers: int = 3, activation: str = "softplus", fused: bool = True
+    features: int,
+    *,
+    hidden: int = 64,
+    layers: int = 3,
+    activation: str = "softplus",
+    fused: bool = True,
+    context: int = 0,
 ) -> StackField:
-    """A multilayer perceptron as the field of flat states ``(B, features)``; arguments as for the images'."""
-    return _build(ConcatLinear, features, hidden, layers, activation, fused)
+    """A multilayer perceptron as the field of flat states ``(B, features)``; arguments as for the images'.
+
+    With a ``context`` the first layer takes so many numbers more; see :mod:`~rnode_plugin.fields.conditional`.
+    """
+    return _build(ConcatLinear, features, hidden, layers, activation, fused, context)
 
 
 def compile_fields(model: nn.Module) -> int:
@@ -219,19 +230,20 @@ def _build(
     layers: int,
     activation: str,
     fused: bool,
+    context: int = 0,
 ) -> StackField:
     for name, value in (("size", size), ("hidden", hidden), ("layers", layers)):
         if value < 1:
             raise ConfigError(f"a field's {name} must be at least 1, got {value}.")
-    sizes = [size, *[hidden] * (layers - 1), size]
+    sizes = [size + context, *[hidden] * (layers - 1), size]
     stack = [layer(i, o) for i, o in pairwise(sizes)]
     # f = 0, so that a fresh flow is the identity and costs a solver nothing (the paper's section 6)
     nn.init.zeros_(stack[-1].weight)
     nn.init.zeros_(stack[-1].bias)
-    return (FusedStackField if fused else StackField)(stack, activation=activation)
+    return (FusedStackField if fused else StackField)(stack, activation=activation, context=context)
 
 
-def _one_kind(layers: nn.ModuleList) -> Products:
+def _one_kind(layers: nn.ModuleList, context: int) -> Products:
     kinds = {type(layer) for layer in layers}
     if len(kinds) != 1 or not issubclass(kinds.copy().pop(), (ConcatConv2d, ConcatLinear)):
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
@@ -239,7 +251,8 @@ def _one_kind(layers: nn.ModuleList) -> Products:
     stack = cast("list[ConcatConv2d]", list(layers))
     for k, layer in enumerate(stack):
         follows = stack[(k + 1) % len(stack)]
-        if layer.weight.shape[0] != follows.weight.shape[1] - 1:
+        behind = context if follows is stack[0] else 0
+        if layer.weight.shape[0] + behind != follows.weight.shape[1] - 1:
             raise ConfigError(
                 f"layer {k} of the stack has {layer.weight.shape[0]} outputs, but layer {(k + 1) % len(stack)} "
                 f"takes {follows.weight.shape[1] - 1} inputs besides time."

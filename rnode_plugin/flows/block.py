@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..core.augmented import Dynamics
 from ..fields import StackField
+from ..fields.conditional import StackAt
 from ..solvers import Solver, solve
 from ..solvers.health import HealthCheck
 from ..solvers.steps.step_memory import StepMemory
@@ -26,10 +27,10 @@ def solve_block(
     memory: StepMemory | None = None,
     **options: Any,
 ) -> Solution:
-    """Integrate one block from the state ``z (B, C, H, W)`` through ``times (2,)``.
+    """Integrate one block from the state ``z (B, *event)`` through ``times (2,)``.
 
     Args:
-        field: of the block; a :class:`~rnode_plugin.fields.StackField` is prepared for this solve.
+        field: of the block; a stack of layers is prepared for this solve.
         z, times, solver: as :func:`~rnode_plugin.solvers.solve` takes them.
         checks: a list that receives the health checks of a fixed grid.
         noise: probe vectors of the divergence; None if it is exact or not followed.
@@ -40,7 +41,7 @@ def solve_block(
         SolverError: the integration could not go on.
     """
     # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
-    if isinstance(field, StackField) and not solver.gradient.endswith("adjoint"):
+    if isinstance(field, (StackField, StackAt)) and not solver.gradient.endswith("adjoint"):
         z = field.layout(z)
         prepared = None
         if noise is not None and noise.shape == z.shape:  # not that of several probes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -11,7 +12,15 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..solvers.health import HealthCheck
 
-__all__ = ["check_image_shape", "check_images", "check_latents", "check_noise", "range_check"]
+__all__ = [
+    "check_image_shape",
+    "check_images",
+    "check_latents",
+    "check_noise",
+    "check_rows",
+    "check_sampling",
+    "range_check",
+]
 
 
 def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -35,6 +44,21 @@ def check_images(x: Tensor, image_shape: Sequence[int], like: Tensor) -> None:
     _check_kind(x, like, "the images are")
 
 
+def check_rows(x: Tensor, columns: int, like: Tensor) -> None:
+    """Rows ``(B, columns)`` of the dtype and on the device of ``like``."""
+    if x.ndim != 2 or x.shape[1] != columns or len(x) == 0:
+        raise ConfigError(f"this flow takes rows of shape (B, {columns}) with B >= 1, not {tuple(x.shape)}.")
+    _check_kind(x, like, "the rows are")
+
+
+def check_sampling(n: int, temperature: float) -> None:
+    """Refuse a number of samples below one and a temperature that is not positive."""
+    if n < 1:
+        raise ConfigError(f"the number of samples must be at least 1, not {n}.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+
+
 def range_check(x: Tensor) -> HealthCheck:
     """Whether images lie in [0, 1], to be asked together with the health of the solves."""
     low, high = x.detach().aminmax()
@@ -48,7 +72,7 @@ def range_check(x: Tensor) -> HealthCheck:
 
 
 def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], like: Tensor) -> None:
-    """One tensor per block, of the block's input shape, of the dtype and on the device of the images ``like``."""
+    """One tensor per block, of the block's input shape, of the dtype and on the device of the samples ``like``."""
     if isinstance(noise, Tensor) or len(noise) != len(shapes):
         got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
         raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.no_data_parallel import OneProcessADevice
-from ..core.objective import bits_per_dim, output_log_prob
-from ..core.regularizers import jacfrob, kind_of, kinetic, span_policy, weigh_regularizers
-from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
+from ..core.objective import bits_per_dim
+from ..core.regularizers import jacfrob, kinetic
+from ..core.trace_estimators import Exact, TraceEstimator
 from ..errors import ConfigError
 from ..fields import conv_field
 from ..solvers import Solver
@@ -22,14 +20,15 @@ from ..solvers.health import HealthCheck, check_health
 from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput
 from .block import solve_block
-from .checks import check_image_shape, check_images, check_latents, check_noise, range_check
+from .block_flow import BlockFlow, Pass
+from .checks import check_image_shape, check_images, check_latents, check_noise, check_sampling, range_check
 from .stages import BLOCKS, Shape, plan_stages
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
 
 __all__ = ["MultiscaleFlow"]
 
 
-class MultiscaleFlow(OneProcessADevice, nn.Module):
+class MultiscaleFlow(BlockFlow):
     """Images to a standard normal latent and back (FFJORD's multi-scale architecture; section 6 of the paper).
 
     Args:
@@ -81,19 +80,12 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         fused: bool = True,
         field: Callable[[Shape], nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
         self.image_shape = check_image_shape(image_shape)
         check_alpha(alpha)
         if levels < 1:
             raise ConfigError(f"levels must be at least 1, not {levels}.")
         self.alpha, self.levels = alpha, levels
-        self.solver = solver or Solver()
-        self.estimator = get_estimator(trace_noise)
-        weighted = weigh_regularizers(regularizers, by_name=_registered)
-        self.regularizers = tuple(entry.regularizer for entry in weighted.values())
-        with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
-        if with_parameters:
-            self.regularizer_modules = nn.ModuleList(with_parameters)
         self.stages = plan_stages(self.image_shape)
 
         def default(shape: Shape) -> nn.Module:
@@ -113,16 +105,6 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
 
     def extra_repr(self) -> str:
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
-
-    def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
-        """Noise for one :meth:`forward` of ``batch`` images: one tensor per block, of the block's input shape.
-
-        None for each block where the divergence is exact.
-        """
-        like = self._like()
-        return [
-            self.estimator.draw(like.new_empty(batch, *shape), generator=generator) for shape in self.block_shapes
-        ]
 
     def forward(
         self,
@@ -159,9 +141,9 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         """
         check_images(x, self.image_shape, self._like())
         solver = solver or self.solver
-        deferred, checks = checks, [range_check(x)]
+        in_range = range_check(x)
         if solver.adaptive:  # which would meet what a wrong image leads to, and fail with another error
-            check_health(checks)
+            check_health([in_range])
         if noise is None:
             noise = self.draw_noise(len(x), generator=generator)
         elif isinstance(self.estimator, Exact):
@@ -169,53 +151,19 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         else:
             check_noise(noise, self.block_shapes, x)
         z, logdet = logit(x, self.alpha)
-        policy = span_policy(self.regularizers)
-        training = penalties and self.training and torch.is_grad_enabled()
-        followed = [r for r in self.regularizers if kind_of(r) != "span"] if penalties else []
+        run = Pass(self, logdet, solver=solver, penalties=penalties, memory=memory, checks=checks)
+        run.checks.append(in_range)
         leaving: list[Tensor] = []
-        regularization: dict[str, Tensor] = {r.name: torch.zeros_like(logdet) for r in followed}
-        nfe = 0
-        memories = [None if memory is None else memory[k] for k in range(len(self.fields))]
-        blocks = zip(self.fields, noise, memories, strict=True)
+        blocks = zip(self.fields, noise, strict=True)
         for stage in self.stages:
-            for field, probe, steps in islice(blocks, BLOCKS):
-                times = self._times(z, training=training)
-                solution = solve_block(
-                    field, z, times, solver, checks, probe, steps, regularizers=followed, estimator=self.estimator
-                )
-                z = solution.z[-1]
-                nfe += solution.stats.nfe
-                assert solution.logdet is not None
-                logdet = logdet + solution.logdet[-1]
-                for name, integral in solution.penalties.items():
-                    regularization[name] = regularization[name] + integral
+            for field, probe in islice(blocks, BLOCKS):
+                z = run.through(field, z, probe)
             if stage.squeezes:
                 z = squeeze(z)
             else:
                 leaving.append(z[:, stage.keeps :].flatten(1))
                 z = z[:, : stage.keeps]
-        if deferred is None:
-            check_health(checks)
-        else:
-            deferred += checks
-        if policy is not None and penalties:
-            regularization[policy.name] = policy(x)
-        return FlowOutput(torch.cat(leaving, dim=1), logdet, regularization, nfe)
-
-    def log_prob(
-        self,
-        x: Tensor,
-        *,
-        noise: Sequence[Tensor | None] | None = None,
-        solver: Solver | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Log-density of images with respect to [0, 1], ``(B,)`` in nats (eq. 4); arguments as for :meth:`forward`.
-
-        The divergence is integrated in full even with a solver that samples it.
-        """
-        solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
-        return output_log_prob(self(x, noise=noise, solver=solver, penalties=False, generator=generator))
+        return run.output(torch.cat(leaving, dim=1), x)
 
     def bits_per_dim(
         self,
@@ -275,27 +223,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
             ConfigError: for a number below one or a temperature that is not positive.
             SolverError: where the integration fails.
         """
-        if n < 1:
-            raise ConfigError(f"the number of samples must be at least 1, not {n}.")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+        check_sampling(n, temperature)
         like = self._like()
         z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
         return self.inverse(z * temperature, solver=solver).clamp(0, 1)
-
-    def _times(self, z: Tensor, *, training: bool) -> Tensor:
-        """The times of one block, ``(2,)``, on the CPU: nothing that the host asks of them waits for the device."""
-        times = torch.tensor((0.0, 1.0), dtype=z.dtype)
-        policy = span_policy(self.regularizers)
-        return times if policy is None else policy.times(times, training=training)
-
-    def _like(self) -> Tensor:
-        """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""
-        return next(self.parameters(), torch.empty(0))
-
-
-def _registered(name: str) -> Any:
-    """The regularizer of a name: only a name loads the plugin host."""
-    from ..plugins.resolve import get_regularizer
-
-    return get_regularizer(name)

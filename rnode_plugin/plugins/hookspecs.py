@@ -81,9 +81,11 @@ def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[repor
 def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
     """Models that a recipe can name.
 
-    A model is a callable that takes the image shape ``(C, H, W)`` and keyword-only options, and returns an
-    ``nn.Module`` with the methods of :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images
-    ``x (B, C, H, W)``, float, dequantized, in ``[0, 1]``, it returns a :class:`~rnode_plugin.types.FlowOutput`
+    The model of a table is a callable with the arguments of :class:`~rnode_plugin.flows.table.TableFlow`, and
+    returns a module with its methods. One of images is a callable that takes the image shape ``(C, H, W)`` and
+    keyword-only options, and returns an ``nn.Module`` with the methods of
+    :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images ``x (B, C, H, W)``, float,
+    dequantized, in ``[0, 1]``, it returns a :class:`~rnode_plugin.types.FlowOutput`
     whose ``logdet (B,)`` is in nats and counts every map from ``x`` to ``z (B, C*H*W)``; ``log_prob(x)`` is the
     log-density ``(B,)`` of ``x`` in nats.
 
@@ -107,10 +109,15 @@ def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportRetur
 
 @hookspec
 def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
-    """Image data sets for ``rnode-cli train --set data.name=NAME``.
+    """Data sets, images or tables, for ``rnode-cli train --set data.name=NAME``.
 
-    A data set is a function with keyword-only arguments ``root`` (folder of the data, or None for the default) and
-    ``size`` (height and width in pixels, or None for the native one), which returns a
+    A table is a function with a keyword-only argument ``root``, which returns a
+    :class:`~rnode_plugin.data.tables.table.Table`; it goes with a recipe of tables. One that also takes
+    ``columns``, ``validation``, ``held_out`` or ``split_seed`` gets those of the recipe, otherwise its split is its
+    own.
+
+    A set of images is a function with keyword-only arguments ``root`` (folder of the data, or None for the default)
+    and ``size`` (height and width in pixels, or None for the native one), which returns a
     :class:`~rnode_plugin.data.ImageData`: uint8 images ``train`` and ``val``, ``(N, C, H, W)``, whose values run
     from 0 to ``levels - 1`` (256 for 8 bits). One that can be downloaded also takes ``download`` (bool): it is
     called with ``download=False`` first, and with ``download=True`` if that fails and a download is allowed, in one

@@ -136,7 +136,7 @@ def _coerce_union(value: Any, kind: Any) -> Any:
 
 def _coerce_tuple(value: Any, kind: Any) -> tuple[Any, ...]:
     items = get_args(kind)
-    parts = [part.strip() for part in value.strip("()[] ").split(",")] if isinstance(value, str) else value
+    parts = _parts(value) if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not (items[-1] is Ellipsis or len(parts) == len(items)):
         raise ValueError(f"expected {_describe(kind)}")
     of_each = [items[0]] * len(parts) if items[-1] is Ellipsis else items
@@ -144,6 +144,14 @@ def _coerce_tuple(value: Any, kind: Any) -> tuple[Any, ...]:
         return tuple(coerce(part, item) for part, item in zip(parts, of_each, strict=True))
     except ValueError:
         raise ValueError(f"expected {_describe(kind)}") from None
+
+
+def _parts(text: str) -> list[str]:
+    """What commas separate; one pair of brackets around all of it is not part of it."""
+    text = text.strip()
+    if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")):
+        text = text[1:-1]
+    return [part.strip() for part in text.split(",")] if text.strip() else []
 
 
 def _describe(kind: Any) -> str:
@@ -202,7 +210,7 @@ def from_plain(cls: type[T], plain: Any, where: str = "") -> T:
         path = f"{where}.{key}" if where else str(key)
         if key not in fields:
             raise ConfigError(suggest(path, [f"{where}.{name}" if where else name for name in fields], "setting"))
-        group = _group(hints[key])
+        group = _group(hints[key], value)
         if group is not None and value is not None:
             values[key] = from_plain(group, value, path)
         else:
@@ -291,9 +299,16 @@ def _groups(tree: Any) -> list[str]:
     return [n for n in names if dataclasses.is_dataclass(getattr(tree, n)) or isinstance(getattr(tree, n), Mapping)]
 
 
-def _group(kind: Any) -> Any:
+def _group(kind: Any, value: Any) -> Any:
+    """The dataclass that ``value`` describes, if the annotation ``kind`` has one.
+
+    Of several it is the one whose field ``kind`` has the value's ``kind`` as its default; without one, the first.
+    """
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    groups = [option for option in options if dataclasses.is_dataclass(option)]
+    tag = value.get("kind") if isinstance(value, Mapping) else None
+    tagged = (group for group in groups if tag is not None and getattr(group, "kind", None) == tag)
+    return next(tagged, groups[0] if groups else None)
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:

@@ -17,15 +17,17 @@ from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.config import Solver
 from .overrides import all_settings, from_plain, override, to_plain
-from .settings.data import Data
-from .settings.model import Model
+from .settings.data import Data, TableData
+from .settings.model import Model, TableModel
 from .settings.optimizer import Optimizer
 from .settings.paper import Paper
 from .settings.start import Start
 from .settings.training import Training
+from .table_columns import with_columns
 
 if TYPE_CHECKING:
     from ..flows.multiscale import MultiscaleFlow
+    from ..flows.table import TableFlow
 
 __all__ = [
     "Data",
@@ -34,6 +36,8 @@ __all__ = [
     "Paper",
     "Recipe",
     "Start",
+    "TableData",
+    "TableModel",
     "Training",
     "get_recipe",
 ]
@@ -46,6 +50,7 @@ class Recipe:
     Attributes:
         name: names the folder of its runs.
         description: one line for the list of recipes.
+        data, model: of images, or both of a table.
         solver: the integrator while training.
         test_solver: the integrator of validation, evaluation and sampling.
         start: what the first training steps do otherwise.
@@ -56,8 +61,8 @@ class Recipe:
 
     name: str
     description: str
-    data: Data
-    model: Model
+    data: Data | TableData
+    model: Model | TableModel
     solver: Solver
     test_solver: Solver
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -68,6 +73,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_path_name(self.name, "recipe")
+        if isinstance(self.data, TableData) != isinstance(self.model, TableModel):
+            raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
+        if isinstance(self.data, TableData):
+            self._check_table()
         for name, strength in self.regularizers.items():
             if final_strength(strength) < 0:
                 raise ConfigError(f"regularizers.{name} must not be negative, got {strength}.")
@@ -82,16 +91,36 @@ class Recipe:
                 "shrink without end. Use a fixed grid (solver.method=rk4_38), or 32-true."
             )
 
+    def _check_table(self) -> None:
+        if self.training.precision in ("16-true", "bf16-true"):
+            raise ConfigError(
+                f"training.precision={self.training.precision} would round the table itself: use 32-true or "
+                f"{self.training.precision.replace('true', 'mixed')}."
+            )
+        if len(self.training.sample_temperatures) > 1:
+            raise ConfigError(
+                "training.sample_temperatures: the samples of a table are drawn at one temperature, such as 1."
+            )
+
     def override(self, assignments: Iterable[str]) -> Recipe:
         """A copy with ``group.key=value`` texts applied.
 
+        Another table (``data.name`` or ``data.root``) brings its own columns, unless ``data.columns`` names some.
+
         Raises:
             ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
+            DataError: a table that is named cannot be read.
         """
         from ..plugins.resolve import resolve_regularizers  # imports torch
 
-        changed = override(self, assignments, fixed=("paper",))
+        assignments = list(assignments)
+        if isinstance(self.data, TableData):
+            changed = dataclasses.replace(self, data=with_columns(self.data, assignments))
+            changed = override(changed, assignments, fixed=("paper",))
+        else:
+            changed = override(self, assignments, fixed=("paper",))
         old = self.regularizers
+        # an unknown name is refused here, not after the data is loaded
         resolve_regularizers({name: each for name, each in changed.regularizers.items() if old.get(name) != each})
         return changed
 
@@ -130,16 +159,15 @@ class Recipe:
 
     @property
     def dims(self) -> int:
-        """Number of dimensions d of one image, C*H*W."""
-        channels, height, width = self.data.shape
-        return channels * height * width
+        """Number of dimensions d of one sample: C*H*W of an image, the columns of a table that are modelled."""
+        return self.data.dims
 
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of the penalties that the flow integrates."""
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
 
-    def build_flow(self) -> MultiscaleFlow:
+    def build_flow(self) -> MultiscaleFlow | TableFlow:
         """A fresh flow, f = 0, whose solver is ``test_solver``; the training step brings its own.
 
         Raises:
@@ -148,12 +176,9 @@ class Recipe:
         model = registry.get("models", self.model.name)
         with registry.guard("models", self.model.name):
             flow = model(
-                self.data.shape,
-                hidden=self.model.hidden,
-                layers=self.model.layers,
-                alpha=self.model.alpha,
-                levels=self.data.levels,
-                trace_noise=self.model.trace_noise,
+                self.data.event,
+                **self.model.options,
+                **self.data.model_options(),
                 solver=self.test_solver,
                 regularizers=self.measured,
             )

@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..core.schedules import final_strength, strength_text
+from ..evaluation.measures import Measure
 from ..recipes.schema import Recipe
 from .reading import Run, arm_of
 
@@ -62,6 +63,11 @@ class Arm:
     name: str
     runs: tuple[Run, ...]
     look: Look
+
+    @property
+    def measure(self) -> Measure[Any]:
+        """What is measured of its kind of data, the same for all arms of a report."""
+        return self.runs[0].measure
 
     @property
     def recipe(self) -> Recipe:

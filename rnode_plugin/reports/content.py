@@ -16,24 +16,26 @@ from .figures.figures import Panel, make_panels
 from .notes import against_base
 from .table import Table, make_table
 
-__all__ = ["DIAGNOSES", "SAMPLES", "Content", "Grid", "environment_rows", "settings_rows"]
+__all__ = ["DIAGNOSES", "Content", "Grid", "environment_rows", "settings_rows"]
 
 DIAGNOSES = "Can it be trusted?"
 """Heading of what ``rnode-cli diagnose`` found."""
 
-SAMPLES = "Samples by temperature (the paper's figures 4, 6 to 8)"
-"""Heading of the grids of samples."""
+_SAMPLES = {
+    "bpd": "Samples by temperature (the paper's figures 4, 6 to 8)",
+    "nll": "Samples beside held-out rows",
+}  # heading of the pictures of samples, by the metric of the data
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of samples, one row of images for each temperature.
+    """A picture of samples: a grid with one row of images for each temperature, or a table's corner plot.
 
     Attributes:
         name: of its file.
         label: of the arm.
         png: the picture.
-        temperatures: of the rows, from the top.
+        temperatures: of the rows, from the top; none for a corner plot.
         origin: which weights it was drawn from.
     """
 
@@ -67,6 +69,11 @@ class Content:
     diagnoses: tuple[tuple[str, Diagnosis], ...]
     grids: tuple[Grid, ...]
     left_out: tuple[str, ...]
+
+    @property
+    def samples_heading(self) -> str:
+        """Heading of the pictures of samples."""
+        return _SAMPLES[self.arms[0].measure.metric]
 
     @property
     def sections(self) -> list[tuple[str, list[Panel]]]:
@@ -117,7 +124,8 @@ def _grids(arms: Sequence[Arm]) -> list[Grid]:
         name = "samples-" + re.sub(r"[^a-z0-9._]+", "-", arm.label.lower()).strip("-.")
         if any(name == other.name for other in grids):
             name += f"-{len(grids) + 1}"
-        grids.append(Grid(name, arm.label, run.grid.read_bytes(), run.recipe.training.sample_temperatures, origin))
+        temperatures = run.recipe.training.sample_temperatures if run.measure.samples == "images" else ()
+        grids.append(Grid(name, arm.label, run.grid.read_bytes(), temperatures, origin))
     return grids
 
 

@@ -21,14 +21,15 @@ def mean_of(arm: Arm, name: str) -> float:
 
     Args:
         arm: some runs.
-        name: ``dirty``, ``clean`` (bits/dim), ``nfe_test``, ``nfe_train``, ``gap``, ``train_seconds``,
-            ``seconds_per_step``, ``steps``, or the name of a penalty.
+        name: a quantity of the measure (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
+            ``nfe_test``, ``nfe_train``, ``gap``, ``train_seconds``, ``seconds_per_step``, ``steps``, or the
+            name of a penalty.
     """
     return float(np.mean([_figures(run).get(name, math.nan) for run in arm.runs]))
 
 
 def error_of(arm: Arm, name: str) -> float | None:
-    """Standard error of ``dirty``, ``clean`` or ``nfe_test``: over the seeds; with one seed over the images.
+    """Standard error of a quantity, a baseline or ``nfe_test``: over the seeds; with one seed over the samples.
 
     None if it is not known: no error of one NFE, nor of a run that is not finished.
     """
@@ -36,7 +37,9 @@ def error_of(arm: Arm, name: str) -> float | None:
     if len(values) > 1:
         return float(np.std(values, ddof=1) / len(values) ** 0.5)
     result = arm.runs[0].result
-    return None if result is None or name == "nfe_test" else result["evaluation"][name]["stderr_images"]
+    if result is None or name == "nfe_test":
+        return None
+    return result["evaluation"][name][f"stderr_{arm.measure.samples}"]
 
 
 def penalties_of(arms: Sequence[Arm]) -> list[str]:
@@ -57,13 +60,17 @@ def _penalties(run: Run) -> dict[str, float]:
 def _figures(run: Run) -> Mapping[str, float]:
     """The evaluation of the best weights, or the last validation of a run that has not come to it."""
     found: dict[str, Any]
+    measure = run.measure
     if run.result is not None:
         evaluation = run.result["evaluation"]
-        found = {name: evaluation[name]["mean"] for name in ("dirty", "clean")}
+        known = [each.name for each in (*measure.quantities, *measure.baselines) if evaluation.get(each.name)]
+        found = {name: evaluation[name]["mean"] for name in known}
         found["nfe_test"] = evaluation["nfe_mean"]
     else:
-        columns = {"dirty": "val/bpd", "nfe_test": "val/nfe"}
-        found = {"clean": math.nan, **{name: _last(run.checks.get(column)) for name, column in columns.items()}}
+        first, *others = (quantity.name for quantity in measure.quantities)
+        columns = {first: f"val/{measure.metric}", "nfe_test": "val/nfe"}
+        found = dict.fromkeys(others, math.nan)
+        found |= {name: _last(run.checks.get(column)) for name, column in columns.items()}
     nfe = run.steps.get("train/nfe", np.array([]))
     times = run.steps.get("seconds_per_step", np.array([]))
     return {
@@ -85,8 +92,8 @@ def last_steps(arm: Arm) -> list[float]:
 
 def _gap(run: Run) -> float:
     """Of the best validation, whose weights the table is about."""
-    gaps, bits = run.checks.get("val/gap"), run.checks["val/bpd"]
-    return float(gaps[np.argmin(bits)]) if gaps is not None else math.nan
+    gaps, scores = run.checks.get("val/gap"), run.checks[f"val/{run.measure.metric}"]
+    return float(gaps[np.argmin(scores)]) if gaps is not None else math.nan
 
 
 def _last(values: np.ndarray | None) -> float:

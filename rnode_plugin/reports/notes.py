@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from string import Template
 
 from ..text import change_with_error, significant
 from .arms import Arm
@@ -21,38 +22,54 @@ def table_notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> list[str]:
         base: the arm that the others are compared with.
         paper: whether the table has figures of the paper.
     """
+    measure = base.measure
     several = any(len(arm.runs) > 1 for arm in arms)
     unfinished = any(run.result is None for arm in arms for run in arm.runs)
     differences = (paired_difference(arm, base) for arm in arms if arm is not base)
     units = {difference.unit for difference in differences if difference is not None}
+    over = f"over the held-out {measure.samples}"
+    likelihood = measure.likelihood
+    names = {
+        "samples": measure.samples,
+        "sample": measure.sample,
+        "likelihood": likelihood,
+        "Likelihood": likelihood[0].upper() + likelihood[1:],
+        "over": f"over the seeds; with one seed {over}" if several else over,
+        "base": base.label,
+    }
     notes = [
-        (_ERROR.format("over the seeds; with one seed over the held-out images" if several else "over the held-out "
-                       "images"), True),
-        (_PAIRED.format(base.label), bool(units)),
-        (_ONE_SEED, "images" in units),
-        (_BOUND, True),
+        (_ERROR, True),
+        (_PAIRED, bool(units)),
+        (_ONE_SEED, measure.samples in units),
+        (_BOUND, measure.metric == "bpd"),
+        (_HELD_OUT, measure.metric == "nll"),
         (_UNFINISHED, unfinished),
         (_PAPER, paper),
-    ]  # fmt: skip
-    return [note for note, applies in notes if applies]
+    ]
+    return [Template(note).substitute(names) for note, applies in notes if applies]
 
 
 _ERROR = (
-    "± is the standard error {}. Bits/dim, test NFE and penalties are those of the weights with the lowest "
-    "validation bits/dim, on the same held-out images."
+    "± is the standard error $over. $Likelihood, test NFE and penalties are those of the weights with the lowest "
+    "validation $likelihood, on the same held-out $samples."
 )
 _PAIRED = (
-    "The row “against {}” is a mean of differences between two arms, image by image, with its standard error: "
-    "much of the error of each arm's own bits/dim is shared and drops out. It says “better” or “worse” if the 95 "
-    "% interval leaves zero out."
+    "The row “against $base” is a mean of differences between two arms, $sample by $sample, with its standard "
+    "error: much of the error of each arm's own $likelihood is shared and drops out. It says “better” or “worse” "
+    "if the 95 % interval leaves zero out."
 )
 _ONE_SEED = (
-    "With one seed that interval covers the choice of the images and their noise, not how another training run "
+    "With one seed that interval covers the choice of the $samples and their noise, not how another training run "
     "would have ended; several seeds (--seeds 3) show that."
 )
 _BOUND = (
     "Dirty bits/dim bound the discrete likelihood of the images from above, in expectation; clean ones bound "
     "nothing and are shown because the paper shows them."
+)
+_HELD_OUT = (
+    "NLL is the mean of −log p in nats per row of the data as they are, in the unit of the table, on rows that "
+    "neither trained the weights nor chose them. Lower is better; a change of unit moves the NLL of all densities "
+    "alike."
 )
 _UNFINISHED = "A run that is not finished shows its last validation, without a standard error."
 _PAPER = (
@@ -77,7 +94,9 @@ def _sentence(arm: Arm, base: Arm) -> str:
     parts = []
     if difference is not None:
         change = change_with_error(difference.mean, difference.error)
-        parts = [f"bits/dim {change} over {difference.count} {difference.unit} ({difference.verdict})"]
+        parts = [
+            f"{arm.measure.likelihood} {change} over {difference.count} {difference.unit} ({difference.verdict})"
+        ]
     for name, text in (
         ("nfe_test", "test NFE"),
         ("jacfrob", "Jacobian norm"),

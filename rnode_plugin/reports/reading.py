@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..core.schedules import final_strength
 from ..errors import ConfigError
 from ..evaluation.diagnostics.result import Diagnosis
+from ..evaluation.measures import Measure, measure_of
 from ..recipes.schema import Recipe
 
 __all__ = ["Run", "arm_of", "read_run", "read_runs"]
@@ -33,10 +34,12 @@ class Run:
         recipe: all settings.
         environment: versions, device and threads.
         steps: one entry for each logged training step: ``step``, ``epoch``, ``train_seconds``, ``train/bpd``, ...
-        checks: one entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...
+        checks: one entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...; of a table
+            ``nll`` in place of ``bpd``.
         result: how it ended and what its best weights measure; None for a run that has not ended by itself.
-        images: bits/dim of each held-out image in that result, ``dirty`` and ``clean``; empty if unknown.
-        grid: the newest grid of samples as PNG; None if there is none.
+        scores: of each held-out sample in that result, such as ``dirty`` and ``clean`` of an image, with the number
+            of the sample; empty if unknown.
+        grid: the newest picture of samples as PNG; None if there is none.
         diagnosis: what ``rnode-cli diagnose`` found; None for a run that was not diagnosed.
     """
 
@@ -46,9 +49,14 @@ class Run:
     steps: Columns
     checks: Columns
     result: Mapping[str, Any] | None
-    images: Columns
+    scores: Columns
     grid: Path | None
     diagnosis: Diagnosis | None = None
+
+    @property
+    def measure(self) -> Measure[Any]:
+        """What is measured of its kind of data."""
+        return measure_of(self.recipe)
 
     @property
     def has_steps(self) -> bool:
@@ -92,13 +100,20 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
     Left out are runs below a folder that cannot be read, runs without a logged step, and repetitions.
 
     Raises:
-        ConfigError: there is no run at one of the paths, it cannot be read, or nothing is left.
+        ConfigError: there is no run at one of the paths, it cannot be read, nothing is left, or some are on images
+            and others on tables.
     """
     runs, left_out = _read_all(map(Path, paths))
     begun = [run for run in runs if run.has_steps]
     left_out += [f"{run.path} has no logged step." for run in runs if not run.has_steps]
     if not begun:
         raise ConfigError(" ".join(left_out))
+    kinds = {run.measure.metric: run for run in begun}
+    if len(kinds) > 1:
+        paths = " and ".join(str(run.path) for run in kinds.values())
+        raise ConfigError(
+            f"runs on images and on tables have no unit in common, such as {paths}: report them apart."
+        )
     alone, repeated = _without_repetitions(begun)
     return alone, left_out + repeated
 
@@ -150,15 +165,17 @@ def read_run(path: Path) -> Run:
         recipe = Recipe.from_plain(plain)
     except ConfigError as error:
         raise ConfigError(f"{path / 'recipe.json'} is not of this version: {error}") from None
-    steps, checks = _read_metrics(path / "metrics.csv")
+    measure = measure_of(recipe)
+    names = [quantity.name for quantity in measure.quantities]
+    steps, checks = _read_metrics(path / "metrics.csv", measure.metric)
     return Run(
         path=path,
         recipe=recipe,
         environment=_read_json(path / "environment.json") or {},
         steps=steps,
         checks=checks,
-        result=_checked_result(path / "result.json"),
-        images=_columns(_read_rows(path / "images.csv"), ("image", "dirty", "clean")),
+        result=_checked_result(path / "result.json", names, f"stderr_{measure.samples}"),
+        scores=_columns(_read_rows(path / measure.file), (measure.sample, *names)),
         grid=_newest_grid(path / "samples"),
         diagnosis=_diagnosis(path / "diagnosis.json"),
     )
@@ -172,15 +189,15 @@ def _diagnosis(path: Path) -> Diagnosis | None:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def _checked_result(path: Path) -> dict[str, Any] | None:
+def _checked_result(path: Path, quantities: Iterable[str], error: str) -> dict[str, Any] | None:
     result = _read_json(path)
     if result is None:
         return None
     try:
         evaluation = result["evaluation"]
         numbers = [evaluation["nfe_mean"], *evaluation["penalties"].values(), result["steps"], result["planned"]]
-        for name in ("dirty", "clean"):
-            numbers += [evaluation[name]["mean"], evaluation[name]["stderr_images"] or 0.0]
+        for name in quantities:
+            numbers += [evaluation[name]["mean"], evaluation[name][error] or 0.0]
         understood = isinstance(result["stopped"], str) and all(isinstance(each, (int, float)) for each in numbers)
     except (KeyError, TypeError, AttributeError):
         understood = False
@@ -220,10 +237,10 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def _read_metrics(path: Path) -> tuple[Columns, Columns]:
+def _read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
     rows = _read_rows(path)
-    steps = _columns([row for row in rows if "train/bpd" in row], ("step", "epoch", "train_seconds"))
-    checks = _columns([row for row in rows if "val/bpd" in row], ("step", "val/bpd"))
+    steps = _columns([row for row in rows if f"train/{metric}" in row], ("step", "epoch", "train_seconds"))
+    checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))
     # a validation is logged with its step only; its epoch and time are those of the steps around it
     places = {
         name: np.interp(checks["step"], steps["step"], steps[name]) if len(steps["step"]) else checks["step"]

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .content import DIAGNOSES, SAMPLES, Content, environment_rows, settings_rows
+from .content import DIAGNOSES, Content, environment_rows, settings_rows
 
 __all__ = ["as_html", "as_markdown", "escape_markdown"]
 
@@ -31,7 +31,6 @@ def _render(template: str, content: Content, **options: Any) -> str:
     return environment.get_template(template).render(
         content=content,
         diagnoses_heading=DIAGNOSES,
-        samples_heading=SAMPLES,
         settings_rows=settings_rows,
         environment_rows=environment_rows,
     )

@@ -112,26 +112,27 @@ def _quantities(arms: Sequence[Arm], base: Arm) -> list[_Quantity]:
 
 
 def _likelihoods(base: Arm) -> list[_Quantity]:
-    return [
-        _Quantity(
-            "bits/dim, dirty",
-            "held-out images, uniform noise in each bin",
-            _bits("dirty"),
-            lambda run: f"{run.dirty:g}",
-        ),
-        _Quantity(
-            f"against {base.label}",
-            "bits/dim, dirty, image by image",
-            lambda arm: _difference(arm, base),
-            always=False,
-        ),
-        _Quantity(
-            "bits/dim, clean",
-            "density at the bins' centres: no bound",
-            _bits("clean"),
-            lambda run: "" if run.clean is None else f"{run.clean:g}",
-        ),
+    measure = base.measure
+    rows = [
+        _Quantity(each.heading, each.meaning, _score(each.name), _OF_PAPER.get(each.name))
+        for each in measure.quantities
     ]
+    compared = _Quantity(
+        f"against {base.label}",
+        f"{rows[0].name}, {measure.sample} by {measure.sample}",
+        lambda arm: _difference(arm, base),
+        always=False,
+    )
+    baselines = [
+        _Quantity(each.heading, each.meaning, _score(each.name), always=False) for each in measure.baselines
+    ]
+    return [rows[0], compared, *rows[1:], *baselines]
+
+
+_OF_PAPER: dict[str, Callable[[_PaperRun], str]] = {
+    "dirty": lambda run: f"{run.dirty:g}",
+    "clean": lambda run: "" if run.clean is None else f"{run.clean:g}",
+}
 
 
 def _costs(arms: Sequence[Arm]) -> list[_Quantity]:
@@ -139,7 +140,7 @@ def _costs(arms: Sequence[Arm]) -> list[_Quantity]:
         _Quantity("NFE, test", "adaptive solver, per batch, all blocks", _known("nfe_test")),
         _Quantity("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")),
         *(_penalty(name) for name in penalties_of(arms)),
-        _Quantity("solver gap", "bits/dim by the training solver, less the accurate ones", _known("gap", _signed)),
+        _Quantity("solver gap", _less_accurate(arms[0]), _known("gap", _signed)),
         _Quantity(
             "training time",
             "without validation",
@@ -168,7 +169,12 @@ def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[A
     return lambda arm: "" if math.isnan(value := mean_of(arm, name)) else text(value)
 
 
-def _bits(name: str) -> Callable[[Arm], str]:
+def _less_accurate(arm: Arm) -> str:
+    accurate = "ones" if arm.measure.metric == "bpd" else "one"
+    return f"{arm.measure.likelihood} by the training solver, less the accurate {accurate}"
+
+
+def _score(name: str) -> Callable[[Arm], str]:
     return lambda arm: _known(name, lambda value: with_error(value, error_of(arm, name)))(arm)
 
 

@@ -1,4 +1,4 @@
-"""conclude: evaluate the best weights of a run, draw a grid from them, write ``result.json``."""
+"""conclude: evaluate the best weights of a run, draw a picture of samples from them, write ``result.json``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..data import ImageData
+from ..data import ImageData, Table
 from ..errors import SolverError, TrainingError
-from ..evaluation.bits import EvaluationResult, evaluate
-from ..evaluation.sampling import sample_images, save_grid
+from ..evaluation.likelihood import evaluate_by
+from ..evaluation.measures import Evaluation, measure_of
 from ..recipes.schema import Recipe
 from .progress import batch_counter
 from .runs.checkpoints import load_flow, training_solver
@@ -24,23 +24,23 @@ def conclude(
     folder: RunFolder,
     ended: Mapping[str, Any],
     recipe: Recipe,
-    data: ImageData,
+    data: ImageData | Table,
     device: torch.device,
     *,
     progress: bool,
-) -> tuple[EvaluationResult, Path | None]:
-    """Evaluate the best weights of a run, draw its last grid, and write down how it ended.
+) -> tuple[Evaluation, Path | None]:
+    """Evaluate the best weights of a run, draw a picture of samples from them, and write down how it ended.
 
     Args:
         folder: of the run.
         ended: how the training ended.
         recipe: of the run.
-        data: whose held-out images are used.
+        data: whose held-out samples are used.
         device: to do it on.
         progress: show progress on the terminal.
 
     Returns:
-        The evaluation, and the grid's file; None if the recipe asks for no samples.
+        The evaluation, and the picture's file; None if the recipe asks for no samples.
 
     Raises:
         TrainingError: the weights cannot be integrated; training itself is done.
@@ -58,27 +58,25 @@ def _conclude(
     folder: RunFolder,
     ended: Mapping[str, Any],
     recipe: Recipe,
-    data: ImageData,
+    data: ImageData | Table,
     device: torch.device,
     *,
     progress: bool,
-) -> tuple[EvaluationResult, Path | None]:
-    flow = load_flow(folder.best, map_location=device)
-    training = recipe.training
-    evaluation = evaluate(
+) -> tuple[Evaluation, Path | None]:
+    flow, measure = load_flow(folder.best, map_location=device), measure_of(recipe)
+    evaluation = evaluate_by(
+        measure,
         flow,
-        data.val,
+        data.held_out,
         batch_size=recipe.data.val_batch_size,
-        seed=training.seed,
+        seed=recipe.training.seed,
         training_solver=training_solver(folder.best),
         progress=batch_counter("evaluating the best weights") if progress else None,
     )
+    evaluation = measure.beside_baselines(evaluation, data)
     samples = None
-    if training.sample_images:
+    if recipe.training.sample_images:
         samples = folder.samples / "best.png"
-        images = sample_images(
-            flow, training.sample_images, temperatures=training.sample_temperatures, seed=training.seed
-        )
-        save_grid(samples, images, levels=recipe.data.levels, columns=training.sample_images)
-    folder.conclude(ended, evaluation)
+        measure.draw_picture(flow, data, recipe.training, samples)
+    folder.conclude(ended, evaluation, measure)
     return evaluation, samples

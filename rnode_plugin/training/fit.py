@@ -17,16 +17,15 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 
-from ..data import ImageData
+from ..data import ImageData, Table
 from ..errors import CheckpointError, ConfigError, LocalError, RnodeError
-from ..evaluation.bits import EvaluationResult
-from ..evaluation.images import load_images
+from ..evaluation.images import load_for_training
 from ..recipes.schema import Recipe
 from .conclude import conclude
 from .failures import explained
 from .lightning.callbacks.run_callbacks import RunCallbacks
 from .lightning.callbacks.stopping import Interrupted, StopAfterStep, StoppedAtOnce, signals_restored
-from .lightning.datamodule import ImageDataModule
+from .lightning.datamodule import RecipeDataModule, datamodule_of
 from .lightning.loggers import check_loggers, make_logger
 from .lightning.module import RnodeModule
 from .lightning.position import RunPosition
@@ -55,8 +54,10 @@ class FitResult:
         seconds: wall-clock time of the whole run so far, without the final evaluation.
         step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
-        evaluation: of the best weights on the validation images; None after a signal.
-        samples: the last grid of samples; None if there is none.
+        evaluation: of the best weights on the held-out samples, an
+            :class:`~rnode_plugin.evaluation.measures.EvaluationResult` for images or a ``TableEvaluation``; None
+            after a signal.
+        samples: the last picture of samples; None if there is none.
         at_once: whether a second signal ended the call in the middle of a step; ``steps`` are then those of the
             last checkpoint.
     """
@@ -68,7 +69,7 @@ class FitResult:
     seconds: float
     step_size: float | None = None
     first_process: bool = True
-    evaluation: EvaluationResult | None = None
+    evaluation: Any = None
     samples: Path | None = None
     at_once: bool = False
 
@@ -92,11 +93,11 @@ def fit(
     """Train the flow of ``recipe`` and evaluate its best weights.
 
     This is :class:`~rnode_plugin.training.lightning.module.RnodeModule` with
-    :class:`~rnode_plugin.training.lightning.datamodule.ImageDataModule` in Lightning's Trainer, with callbacks of
-    ours that write ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``, ``metrics.csv``,
-    ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``), ``samples/`` and, at
-    the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out image). On a CPU, the same recipe gives
-    the same numbers.
+    :class:`~rnode_plugin.training.lightning.datamodule.ImageDataModule` (or ``TableDataModule``) in Lightning's
+    Trainer, with callbacks of ours that write ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``,
+    ``metrics.csv``, ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``),
+    ``samples/`` and, at the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out image) or
+    ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers.
 
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
@@ -127,9 +128,9 @@ def fit(
         raise ConfigError(f"the time limit must be positive, not {max_time} s.")
     check_options(trainer_options)
     check_loggers(loggers)
-    data = load_images(recipe, download=download)
+    recipe, data = load_for_training(recipe, download=download)
     checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
-    ours = RunCallbacks(recipe.training, max_time=max_time)
+    ours = RunCallbacks(recipe, max_time=max_time)
     with quiet(), ExitStack() as stack:
         trainer = make_trainer(
             callbacks=[
@@ -152,9 +153,9 @@ def fit(
             **trainer_options,
         )
         plan = follow_plan(trainer, recipe, len(data.train))
-        images = ImageDataModule(recipe, images=data)
-        images.trainer = trainer
-        images.setup("fit")  # refuses too few images before there is a folder
+        samples = datamodule_of(recipe, data)
+        samples.trainer = trainer
+        samples.setup("fit")  # refuses too few samples before there is a folder
         if checkpoint is not None:
             check_steps_left(checkpoint, done, plan)
         with explained():
@@ -175,7 +176,7 @@ def fit(
                     )
         is_new = checkpoint is None or RunFolder.of_checkpoint(checkpoint) is None
         with _errors_with_advice(module, ours, trainer, is_new=is_new):
-            stopped, at_once = _train(module, images, trainer, ours.stop, plan, checkpoint, done)
+            stopped, at_once = _train(module, samples, trainer, ours.stop, plan, checkpoint, done)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
         result = FitResult(
@@ -192,8 +193,8 @@ def fit(
             return result
         ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
         device = trainer.strategy.root_device
-        evaluation, samples = conclude(result.folder, ended, recipe, data, device, progress=progress)
-        return dataclasses.replace(result, evaluation=evaluation, samples=samples)
+        evaluation, picture = conclude(result.folder, ended, recipe, data, device, progress=progress)
+        return dataclasses.replace(result, evaluation=evaluation, samples=picture)
 
 
 def _open(
@@ -211,7 +212,7 @@ def _open(
 
 def _train(
     module: RnodeModule,
-    images: ImageDataModule,
+    samples: RecipeDataModule[Any],
     trainer: L.Trainer,
     stop: StopAfterStep,
     plan: RunPlan,
@@ -224,7 +225,7 @@ def _train(
         return "finished", False
     try:
         with signals_restored(), explained():
-            trainer.fit(module, images, ckpt_path=checkpoint)
+            trainer.fit(module, samples, ckpt_path=checkpoint)
     except Interrupted as interruption:
         return str(interruption), False
     except StoppedAtOnce as interruption:
@@ -242,11 +243,13 @@ def _saved_steps(folder: RunFolder) -> int:
         return 0
 
 
-def _announce(module: RnodeModule, data: ImageData, plan: RunPlan, trainer: L.Trainer, done: int) -> None:
+def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, trainer: L.Trainer, done: int) -> None:
     assert module.folder is not None
     parameters = sum(p.numel() for p in module.flow.parameters())
-    images = f"{len(data.train):,} training and {len(data.val):,} held-out images"
-    print(f"{module.recipe.name}: {parameters:,} parameters, {images}")
+    counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {module.measure.samples}"
+    if data.held_out is not data.val:
+        counts += f", {len(data.val):,} to choose the weights by"
+    print(f"{module.recipe.name}: {parameters:,} parameters, {counts}")
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     print(f"steps {done} to {plan.total}, batch {plan.batches}, {where}, in {module.folder.path}", flush=True)
 

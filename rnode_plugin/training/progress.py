@@ -17,7 +17,13 @@ __all__ = ["LineProgress", "batch_counter", "progress_display"]
 
 _INTERVAL = 10.0  # least seconds between two plain lines
 
-_SHOWN = {"train/bpd": "bits/dim", "train/nfe": "NFE", "val/bpd": "val bits/dim"}
+_SHOWN = {
+    "train/bpd": "bits/dim",
+    "train/nll": "NLL",
+    "train/nfe": "NFE",
+    "val/bpd": "val bits/dim",
+    "val/nll": "val NLL",
+}
 
 
 def _shown_metrics(metrics: dict[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from ..core.random_streams import Stream, stream_seed
 from ..errors import ConfigError
-from ..recipes.schema import Optimizer, Recipe, Start
+from ..recipes.schema import Optimizer, Recipe, Start, TableData
 
 __all__ = ["EpochOrder", "EvenShare", "RunPlan", "learning_rate_factor"]
 
@@ -61,13 +61,14 @@ class RunPlan:
             ConfigError: the images do not fill one batch on each device.
         """
         training = recipe.training
+        called = "rows" if isinstance(recipe.data, TableData) else "images"
         batch, accumulate = recipe.data.batch_size, training.accumulate
         per_epoch = images // (batch * world * accumulate)
         if per_epoch == 0:
             devices = f" on each of {world} devices" if world > 1 else ""
             times = f", {accumulate} times" if accumulate > 1 else ""
             raise ConfigError(
-                f"{images} training images do not fill one batch of {batch}{devices}{times}: use a smaller "
+                f"{images} training {called} do not fill one batch of {batch}{devices}{times}: use a smaller "
                 "--batch-size."
             )
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]

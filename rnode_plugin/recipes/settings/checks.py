@@ -18,4 +18,5 @@ def at_least(least: int, group: Any, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
         if value is not None and value < least:
-            raise ConfigError(f"{type(group).__name__.lower()}.{name} must be at least {least}, not {value}.")
+            kind = type(group).__name__.removeprefix("Table").lower()
+            raise ConfigError(f"{kind}.{name} must be at least {least}, not {value}.")

@@ -1,14 +1,15 @@
-"""The model of a recipe."""
+"""The model of a recipe: of images, or of tables."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ...errors import ConfigError
 from .checks import at_least
 
-__all__ = ["Model"]
+__all__ = ["Model", "TableModel"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,50 @@ class Model:
         at_least(1, self, "hidden", "layers")
         if not 0 < self.alpha < 0.5:
             raise ConfigError(f"model.alpha must be between 0 and 0.5, not {self.alpha}.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the model is made with."""
+        return _options(self)
+
+
+@dataclass(frozen=True)
+class TableModel:
+    """The flow of a table.
+
+    Attributes:
+        name: a model that is registered with the plugin host; ``TableFlow`` is ours.
+        field: ``mlp``, a multilayer perceptron, or ``potential``, the gradient of OT-Flow's potential.
+        hidden: width of a block's field.
+        layers: linear layers of the perceptron, or layers of the potential's network.
+        activation: of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``. The potential has its
+            own.
+        blocks: flows one after the other, each with a field of its own.
+        trace_noise: of the divergence: ``exact``, or the distribution of the noise of its estimate; ``auto`` is
+            exact for the potential and up to 16 columns, else ``rademacher``.
+        kind: tells the settings of a table's model from those of images.
+    """
+
+    name: str = "TableFlow"
+    field: Literal["mlp", "potential"] = "mlp"
+    hidden: int = 64
+    layers: int = 3
+    activation: Literal["softplus", "tanh", "elu", "silu", "gelu"] = "softplus"
+    blocks: int = 1
+    trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
+    kind: Literal["table"] = "table"
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "hidden", "layers", "blocks")
+        if self.field == "potential" and self.activation != "softplus":
+            raise ConfigError("model.activation is the perceptron's: model.field=potential has its own.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the model is made with."""
+        return _options(self)
+
+
+def _options(model: Model | TableModel) -> dict[str, Any]:
+    values = {each.name: getattr(model, each.name) for each in dataclasses.fields(model)}
+    return {name: value for name, value in values.items() if name not in ("name", "kind")}

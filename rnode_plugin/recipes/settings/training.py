@@ -16,7 +16,7 @@ class Training:
     """How long, how often to look, and the seed.
 
     Attributes:
-        max_epochs: passes over the training images; None where ``max_steps`` decides alone.
+        max_epochs: passes over the training samples, images or rows; None where ``max_steps`` decides alone.
         max_steps: optimizer steps; None where ``max_epochs`` decides alone. The first limit that is met stops.
         seed: of the weights, the data order and all noise.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the faster of these two,
@@ -24,9 +24,10 @@ class Training:
         compile: send the evaluations of the fused fields through torch.compile while training; or ``auto``: if
             that is faster and the run wins back what compiling takes.
         tune_every: steps between two measurements of ``solver.step=auto``.
-        val_every: epochs between two validations, each with a grid of samples.
+        val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
-        val_images: images of the validation set that a validation uses; None for all. ``rnode-cli eval`` uses all.
+        val_images: images, or rows, of the validation set that a validation uses; None for all. ``rnode-cli eval``
+            uses all.
         log_every: steps between two rows of the metrics.
         accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 makes the
             steps of four devices with 1, to rounding: the same images and the same noise.
@@ -34,8 +35,10 @@ class Training:
             evaluation and sampling then use; None for the weights as they are trained.
         max_skipped: steps in a row without a usable gradient after which training stops.
         save_every: steps between two checkpoints, besides the one after each validation.
-        sample_temperatures: standard deviations of the latent in the grids, one row of images each.
-        sample_images: images per temperature in the grids; 0 for no grids.
+        sample_temperatures: standard deviations of the latent in the grids, one row of images each; of a table one
+            temperature.
+        sample_images: images per temperature in the grids, or held-out rows and samples in a table's corner plot;
+            0 for none.
     """
 
     max_epochs: int | None = 100

@@ -1,4 +1,4 @@
-"""The figures of a report: bits/dim against NFE, and the paper's figures 2, 3 and 5, each panel a drawing."""
+"""The figures of a report: likelihood against NFE, and the paper's figures 2, 3 and 5, each panel a drawing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..arms import Arm
 from .curves import common_time, rolling
 from .drawing import Drawing, draw, legend, plain_text
-from .trade_off import TRADE_OFF_CAPTION, paint_trade_off, trade_off
+from .trade_off import paint_trade_off, trade_off, trade_off_caption
 
 __all__ = ["Panel", "make_panels"]
 
@@ -24,7 +24,7 @@ _NFE = "NFE of the test solver"
 
 
 _TRADE = "What the penalties buy"
-_TIME = "Bits/dim against wall-clock time (the paper's figure 2)"
+_TIME = "{} against wall-clock time (the paper's figure 2)"
 _NFE_AND_NORM = "NFE against the Jacobian norm (the paper's figure 3)"
 _DURING = "What the penalties do during training (the paper's figure 5)"
 
@@ -53,31 +53,35 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
     logged = [arm for arm in arms if all(run.has_steps for run in arm.runs)]
     checked = [arm for arm in arms if any(len(run.checks["step"]) for run in arm.runs)]
     panels: list[Panel] = []
+    measure = arms[0].measure
+    prefix, likelihood = "bits" if measure.metric == "bpd" else measure.metric, measure.likelihood
+    in_time = _TIME.format(likelihood[0].upper() + likelihood[1:])
+    first = measure.quantities[0].heading if measure.metric != "bpd" else "Dirty bits/dim"
 
     def add(name: str, title: str, caption: str, section: str, paint: Callable[[Any], None]) -> None:
         panels.append(Panel(name, title, caption, section, draw(name, paint)))
 
     if len(points := trade_off(arms)) > 1:
-        add("bits-nfe", "Held-out bits/dim against NFE", TRADE_OFF_CAPTION, _TRADE,
+        add(f"{prefix}-nfe", f"Held-out {likelihood} against NFE", trade_off_caption(measure), _TRADE,
             lambda axes: paint_trade_off(axes, points))  # fmt: skip
     if logged:
         add(
-            "bits-training",
-            "Training bits/dim against time",
+            f"{prefix}-training",
+            f"Training {likelihood} against time",
             "Each training batch: mean (line) and the middle 90 % (band) of the batches in a window of a "
             "twentieth of the longest run. Time without validation; several seeds are averaged at equal steps, up "
             "to the last step that all of them have reached.",
-            _TIME,
-            lambda axes: _bits_of_batches(axes, logged),
+            in_time,
+            lambda axes: _scores_of_batches(axes, logged),
         )
     if checked:
         add(
-            "bits-validation",
-            "Held-out bits/dim against time",
-            "Dirty bits/dim of the held-out images at each validation, with the test solver. Time without "
+            f"{prefix}-validation",
+            f"Held-out {likelihood} against time",
+            f"{first} of the held-out {measure.samples} at each validation, with the test solver. Time without "
             "validation.",
-            _TIME,
-            lambda axes: _bits_of_checks(axes, checked),
+            in_time,
+            lambda axes: _scores_of_checks(axes, checked),
         )
         add(
             "nfe-jacobian",
@@ -95,7 +99,7 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
             add(
                 name,
                 title,
-                "At each validation, on the held-out images, with the test solver.",
+                f"At each validation, on the held-out {measure.samples}, with the test solver.",
                 _DURING,
                 lambda axes, column=column, label=label, log=log: _by_epoch(axes, checked, column, label, log=log),
             )
@@ -120,36 +124,37 @@ def _time_unit(arms: Sequence[Arm]) -> tuple[float, float, str]:
     return next((longest, size, name) for least, size, name in _SPAN_UNITS if longest >= least)
 
 
-def _bits_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
+def _scores_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
     longest, unit, name = _time_unit(arms)
     settled = []
     for arm in arms:
-        time, bits = common_time(
-            [(run.steps["step"], run.steps["train_seconds"], run.steps["train/bpd"]) for run in arm.runs]
+        column = f"train/{arm.measure.metric}"
+        time, scores = common_time(
+            [(run.steps["step"], run.steps["train_seconds"], run.steps[column]) for run in arm.runs]
         )
-        curve = rolling(time, bits, window=longest * _WINDOW)
+        curve = rolling(time, scores, window=longest * _WINDOW)
         if len(curve.x):
             axes.fill_between(curve.x / unit, curve.low, curve.high, color=arm.look.colour, alpha=0.18, linewidth=0)
             axes.plot(curve.x / unit, curve.mean, label=plain_text(arm.label), **_style(arm))
             settled.append((curve.x, curve.low, curve.high))
     _cut_start(axes, settled)
     axes.set_xlabel(f"training time [{name}]")
-    axes.set_ylabel("training batches, dirty [bits/dim]")
+    axes.set_ylabel(f"training batches, {arms[0].measure.score}")
     legend(axes)
 
 
-def _bits_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
+def _scores_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
     _, unit, name = _time_unit(arms)
     settled = []
     for arm in arms:
         for number, run in enumerate(arm.runs):
-            time, bits = run.checks["train_seconds"], run.checks["val/bpd"]
+            time, scores = run.checks["train_seconds"], run.checks[f"val/{arm.measure.metric}"]
             label = plain_text(arm.label) if number == 0 else None
-            axes.plot(time / unit, bits, label=label, **_style(arm), **_marks(arm))
-            settled.append((time, bits, bits))
+            axes.plot(time / unit, scores, label=label, **_style(arm), **_marks(arm))
+            settled.append((time, scores, scores))
     _cut_start(axes, settled)
     axes.set_xlabel(f"training time [{name}]")
-    axes.set_ylabel("held-out, dirty [bits/dim]")
+    axes.set_ylabel(f"held-out, {arms[0].measure.score}")
     legend(axes)
 
 
@@ -207,6 +212,6 @@ def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str, *, log: b
         axes.yaxis.set_major_formatter(_plain)
         if high / low < 30:  # one or two powers of ten alone would be too few numbers
             axes.yaxis.set_minor_formatter(_plain)
-    axes.set_xlabel("epoch [passes over the training images]")
+    axes.set_xlabel(f"epoch [passes over the training {arms[0].measure.samples}]")
     axes.set_ylabel(label + ("" if log else " [evaluations]"))
     legend(axes)

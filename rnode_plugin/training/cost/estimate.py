@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ...recipes.schema import Recipe
+from ...recipes.schema import Recipe, TableData
 from .cards import BANDWIDTH_SHARE, COMPUTE_SHARE, LAUNCH_SECONDS, Card
 from .counting import Cost
 from .step import NFE_PER_BLOCK, StepCost, count_step, largest_batch
@@ -23,8 +23,13 @@ TRAINING_IMAGES = {
     "svhn": 73_257,
     "imagenet64": 1_281_149,
     "celebahq256": 27_000,
+    "power": 1_659_917,
+    "gas": 852_174,
+    "hepmass": 315_123,
+    "miniboone": 29_556,
+    "bsds300": 1_000_000,
 }
-"""Training images of the data sets with a name of their own, so that an estimate needs no data."""
+"""Training images, or rows, of the data sets with a name of their own, so that an estimate needs no data."""
 
 _USABLE = 0.9  # of the memory: the rest is the driver's, and lost between allocations
 
@@ -126,7 +131,9 @@ def estimate(
         gradients: gradient modes to count.
         nfe_per_block: evaluations per block if the training solver is adaptive.
     """
-    images = images or recipe.data.train_images or TRAINING_IMAGES.get(recipe.data.name)
+    data = recipe.data
+    limit = data.train_rows if isinstance(data, TableData) else data.train_images
+    images = images or limit or TRAINING_IMAGES.get(data.name)
     steps = tuple(count_step(recipe, gradient=mode, nfe_per_block=nfe_per_block) for mode in gradients)
     precisions = ("32-true", "bf16-mixed") if card.bf16 is not None else ("32-true",)
     predictions = [

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ...errors import ConfigError
-from ...flows.multiscale import MultiscaleFlow
+from ...evaluation.measures import FlowInput, measure_of
 from ...recipes.schema import Recipe
 from ...solvers import Solver
 from ..steps.step_objective import StepObjective
@@ -56,7 +57,7 @@ def fixed_solver(solver: Solver, *, nfe_per_block: int = NFE_PER_BLOCK) -> Solve
     return Solver(method="rk4_38", step=1 / steps, gradient=solver.gradient)
 
 
-def training_step(flow: MultiscaleFlow, recipe: Recipe, x: torch.Tensor, solver: Solver) -> Callable[[], int]:
+def training_step(flow: nn.Module, recipe: Recipe, x: FlowInput, solver: Solver) -> Callable[[], int]:
     """A function that runs forward and backward of equation 17 once, and returns the NFE."""
     objective = StepObjective(flow, recipe)
 
@@ -98,12 +99,12 @@ def _count(recipe: Recipe, solver: Solver, batch: int) -> tuple[int, int, Cost]:
     found: list[int] = []
     with torch.device("meta"):
         flow = recipe.build_flow()
-        x = torch.empty(batch, *recipe.data.shape)
+        x = measure_of(recipe).random_inputs(batch)
     parameters = tuple(flow.parameters())
     if any(p.device.type != "meta" for p in parameters):
         raise ConfigError(f"the model {recipe.model.name} makes tensors with values and cannot be estimated.")
     step = training_step(flow, recipe, x, solver)
-    cost = count(lambda: found.append(step()), alive=(*parameters, x))
+    cost = count(lambda: found.append(step()), alive=(*parameters, x.x, *x.options.values()))
     held = sum(p.numel() * p.element_size() for p in parameters)
     # Adam's two moments are there during every step but the first
     return (

@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError, RnodeError
+from ...evaluation.measures import FlowInput, measure_of
 from ...fields import compile_fields
 from ...fields.kernels import compile as compiling
 from ...flows.multiscale import MultiscaleFlow
-from ...flows.transforms import dequantize
 from ...recipes.schema import Recipe
 from ...text import duration
 from .step import NFE_PER_BLOCK, fixed_solver, training_step
@@ -90,17 +89,15 @@ class StepTimer:
     def __init__(self, recipe: Recipe, *, device: torch.device, nfe_per_block: int = NFE_PER_BLOCK) -> None:
         self._recipe, self._device = recipe, device
         self._solver = fixed_solver(recipe.solver, nfe_per_block=nfe_per_block)
-        self._x = self._images()
+        self._inputs = self._random_inputs()
         self._flows = {compiled: self._flow() for compiled in (False, True)}
         self.can_compile = compile_fields(self._flows[True]) > 0
         self._timed: dict[Way, TimedStep] = {}
 
-    def _images(self) -> Tensor:
+    def _random_inputs(self) -> FlowInput:
         recipe = self._recipe
-        with seeded(recipe.training.seed, Stream.TUNE):
-            shape = (recipe.data.batch_size, *recipe.data.shape)
-            pixels = torch.randint(recipe.data.levels, shape, dtype=torch.uint8)
-            return dequantize(pixels.to(self._device), recipe.data.levels)
+        with seeded(recipe.training.seed, Stream.TUNE), self._device:
+            return measure_of(recipe).random_inputs(recipe.data.batch_size)
 
     def _flow(self) -> MultiscaleFlow:
         with seeded(self._recipe.training.seed, Stream.TUNE):
@@ -115,7 +112,7 @@ class StepTimer:
         Raises:
             ConfigError: for a precision that autocast does not offer.
         """
-        timed = self._timed.get(way) or TimedStep(way, len(self._x))
+        timed = self._timed.get(way) or TimedStep(way, len(self._inputs.x))
         if timed.problem is None:
             timed = self._take(way, timed)
         self._timed[way] = timed
@@ -123,7 +120,7 @@ class StepTimer:
 
     def drop(self, way: Way, problem: str) -> None:
         """Leave a way out, for a reason in words."""
-        timed = self._timed.get(way) or TimedStep(way, len(self._x))
+        timed = self._timed.get(way) or TimedStep(way, len(self._inputs.x))
         self._timed[way] = dataclasses.replace(timed, problem=problem)
 
     @property
@@ -133,7 +130,7 @@ class StepTimer:
 
     def _take(self, way: Way, timed: TimedStep) -> TimedStep:
         solver = dataclasses.replace(self._solver, gradient=way.gradient or self._solver.gradient)
-        step = training_step(self._flows[way.compiled], self._recipe, self._x, solver)
+        step = training_step(self._flows[way.compiled], self._recipe, self._inputs, solver)
         precision = self._precision(way.precision)
         try:
             with seeded(self._recipe.training.seed, Stream.TUNE), precision:

@@ -1,23 +1,26 @@
-"""ImageDataModule: the images of a recipe as a LightningDataModule, in an order that survives interruptions."""
+"""The images or the table of a recipe as a LightningDataModule, in an order that survives interruptions."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as L
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...data import ImageArray, ImageData, ImageDataset
+from ...data import ArrayDataset, ImageArray, ImageData, Table
 from ...data.loading import keep_batch
 from ...errors import ConfigError
-from ...evaluation.images import load_images
+from ...evaluation.images import load_data
+from ...evaluation.measures import measure_of
 from ...recipes.schema import Recipe
 from ..schedule import EpochOrder, EvenShare
 from .private import batches_trained
 
-__all__ = ["ImageDataModule"]
+__all__ = ["ImageDataModule", "RecipeDataModule", "TableDataModule", "datamodule_of"]
+
+D = TypeVar("D", ImageData, Table)
 
 
 class _Resumable(DataLoader[Tensor]):
@@ -30,11 +33,117 @@ class _Resumable(DataLoader[Tensor]):
         pass
 
 
-class ImageDataModule(L.LightningDataModule):
-    """The training and held-out images of a recipe, for any ``Trainer``.
+class RecipeDataModule(L.LightningDataModule, Generic[D]):
+    """The training and held-out samples of a recipe, for any ``Trainer``.
 
-    Batches are uint8 ``(B, C, H, W)``. Which images a step takes is a function of the recipe's seed and the step. A
-    run that is resumed goes on after the batches that were trained on, whatever a worker had read ahead.
+    Which samples a step takes is a function of the recipe's seed and the step. A run that is resumed goes on after
+    the batches that were trained on, whatever a worker had read ahead.
+
+    Args:
+        recipe: names the data set, how much of it to use, the batch sizes and the workers.
+        data: the data themselves, if they are loaded already.
+        download: fetch the data set if it is missing.
+    """
+
+    def __init__(self, recipe: Recipe, *, data: D | None = None, download: bool = False) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self._data, self._download = data, download
+        self._samples = measure_of(recipe).samples
+
+    @property
+    def data(self) -> D:
+        """All samples.
+
+        Raises:
+            DataError: the data set is missing or does not fit the recipe.
+        """
+        if self._data is None:
+            self._data = load_data(self.recipe)  # pyright: ignore[reportAttributeAccessIssue]  (of the recipe's kind)
+        return self._data  # pyright: ignore[reportReturnType]
+
+    def prepare_data(self) -> None:
+        """Download what is missing, once per machine."""
+        if self._data is None and self._download:
+            load_data(self.recipe, download=True)
+
+    def setup(self, stage: str) -> None:
+        world, held_out = self._world, len(self.data.val)
+        if held_out < world:
+            raise ConfigError(
+                f"{held_out} held-out {self._samples} are too few for {world} devices: each needs one."
+            )
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Batches of the training samples; only as many per epoch as fill whole steps.
+
+        Raises:
+            ConfigError: the samples do not fill one batch on each device.
+        """
+        done = 0 if self.trainer is None else batches_trained(self.trainer)
+        return self._loader(self.data.train, None, self._order(done))  # an order of whole batches
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Batches of the held-out samples, each sample on one device."""
+        share = EvenShare(len(self.data.val), world=self._world, rank=self._rank)
+        return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
+
+    def samples_of_step(self, step: int) -> list[int]:
+        """Numbers of the training samples that this device takes at ``step``, counted from 0."""
+        batches = itertools.islice(self._order(step * self._accumulate), self._accumulate)
+        return list(itertools.chain.from_iterable(batches))
+
+    def _order(self, done: int) -> EpochOrder:
+        order = EpochOrder(
+            len(self.data.train),
+            batch_size=self.recipe.data.batch_size,
+            seed=self.recipe.training.seed,
+            accumulate=self._accumulate,
+            world=self._world,
+            rank=self._rank,
+            start=self.recipe.start,
+            done=done,
+            limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
+        )
+        if not order.batches:
+            size = self.recipe.data.batch_size
+            raise ConfigError(
+                f"{len(self.data.train)} training {self._samples} do not fill one batch of {size} on each of "
+                f"{self._world} devices: set a smaller data.batch_size."
+            )
+        return order
+
+    def _loader(
+        self, samples: ImageArray, batch_size: int | None, sampler: EpochOrder | EvenShare
+    ) -> DataLoader[Tensor]:
+        workers = self.recipe.data.workers
+        return _Resumable(
+            ArrayDataset(samples),
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=keep_batch,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    @property
+    def _world(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _accumulate(self) -> int:
+        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+
+
+class ImageDataModule(RecipeDataModule[ImageData]):
+    """The training and held-out images of a recipe, for any ``Trainer``; see :class:`RecipeDataModule`.
+
+    Batches are uint8 ``(B, C, H, W)``.
 
     Example:
         >>> from rnode_plugin import ImageDataModule, get_recipe
@@ -55,9 +164,7 @@ class ImageDataModule(L.LightningDataModule):
     """
 
     def __init__(self, recipe: Recipe, *, images: ImageData | None = None, download: bool = False) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self._images, self._download = images, download
+        super().__init__(recipe, data=images, download=download)
 
     @property
     def images(self) -> ImageData:
@@ -66,81 +173,25 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             DataError: the data set is missing or does not fit the recipe.
         """
-        if self._images is None:
-            self._images = load_images(self.recipe)
-        return self._images
+        return self.data
 
-    def prepare_data(self) -> None:
-        """Download what is missing, once per machine."""
-        if self._images is None and self._download:
-            load_images(self.recipe, download=True)
 
-    def setup(self, stage: str) -> None:
-        world, held_out = self._world, len(self.images.val)
-        if held_out < world:
-            raise ConfigError(f"{held_out} held-out images are too few for {world} devices: each needs one.")
+class TableDataModule(RecipeDataModule[Table]):
+    """The rows of the table of a recipe, for any ``Trainer``; see :class:`RecipeDataModule`.
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the training images; only as many per epoch as fill whole steps.
+    Batches are float32 ``(B, C)``: the columns that are modelled, then those that are given. The Trainer validates
+    on the rows that choose the weights; those of ``data.held_out`` are left for an evaluation.
 
-        Raises:
-            ConfigError: the images do not fill one batch on each device.
-        """
-        done = 0 if self.trainer is None else batches_trained(self.trainer)
-        return self._loader(self.images.train, None, self._order(done))  # an order of whole batches
+    Example:
+        >>> from rnode_plugin import get_recipe
+        >>> data = TableDataModule(get_recipe("table"))
+        >>> next(iter(data.train_dataloader())).shape
+        torch.Size([200, 8])
+    """
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the held-out images, each image on one device."""
-        share = EvenShare(len(self.images.val), world=self._world, rank=self._rank)
-        return self._loader(self.images.val, self.recipe.data.val_batch_size, share)
 
-    def images_of_step(self, step: int) -> list[int]:
-        """Numbers of the training images that this device takes at ``step``, counted from 0."""
-        batches = itertools.islice(self._order(step * self._accumulate), self._accumulate)
-        return list(itertools.chain.from_iterable(batches))
-
-    def _order(self, done: int) -> EpochOrder:
-        order = EpochOrder(
-            len(self.images.train),
-            batch_size=self.recipe.data.batch_size,
-            seed=self.recipe.training.seed,
-            accumulate=self._accumulate,
-            world=self._world,
-            rank=self._rank,
-            start=self.recipe.start,
-            done=done,
-            limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
-        )
-        if not order.batches:
-            size = self.recipe.data.batch_size
-            raise ConfigError(
-                f"{len(self.images.train)} training images do not fill one batch of {size} on each of "
-                f"{self._world} devices: set a smaller data.batch_size."
-            )
-        return order
-
-    def _loader(
-        self, images: ImageArray, batch_size: int | None, sampler: EpochOrder | EvenShare
-    ) -> DataLoader[Tensor]:
-        workers = self.recipe.data.workers
-        return _Resumable(
-            ImageDataset(images),
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=keep_batch,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _accumulate(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+def datamodule_of(recipe: Recipe, data: ImageData | Table) -> RecipeDataModule[Any]:
+    """The data module of a recipe's kind of data."""
+    return (
+        ImageDataModule(recipe, images=data) if isinstance(data, ImageData) else TableDataModule(recipe, data=data)
+    )

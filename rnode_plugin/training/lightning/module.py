@@ -15,6 +15,7 @@ from torch import Tensor
 from ...core.random_streams import Stream, seed_everything, seeded
 from ...errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
+from ...flows.table import TableFlow
 from ...recipes.schema import Recipe
 from ...solvers import Solver
 from ..cost.fastest import is_open
@@ -29,7 +30,7 @@ from ..steps.step_objective import StepObjective
 from ..steps.step_reading import StepReading
 from ..steps.step_row import StepClock, StepRow
 from ..validation import ValidationSums, gap_warning
-from .datamodule import ImageDataModule
+from .datamodule import RecipeDataModule
 from .fastest_way import take_fastest_way
 from .private import data_of, log_interval
 
@@ -39,11 +40,12 @@ __all__ = ["RnodeModule"]
 class RnodeModule(L.LightningModule):
     """The flow of a recipe, the objective (eq. 17) and its optimizer, for any ``Trainer``.
 
-    A batch is uint8 images ``(B, C, H, W)``, as
-    :class:`~rnode_plugin.training.lightning.datamodule.ImageDataModule` gives. What is logged: ``train/loss`` in
-    nats per dimension, ``train/bpd``, ``train/nfe``, each penalty per dimension as ``train/NAME``,
-    ``train/grad_norm``, ``train/skipped`` and ``lr`` at each step; ``val/bpd``, ``val/nfe``, ``val/NAME`` and, for
-    a fixed grid, ``val/gap`` at each validation, as means over all devices.
+    A batch is uint8 images ``(B, C, H, W)`` or rows of a table ``(B, C)``, as
+    :class:`~rnode_plugin.training.lightning.datamodule.ImageDataModule` and ``TableDataModule`` give. What is
+    logged: ``train/loss`` in nats per dimension, ``train/bpd`` (of a table ``train/nll``, nats per row),
+    ``train/nfe``, each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and ``lr``
+    at each step; ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap`` at each
+    validation, as means over all devices.
 
     The noise of a step is a function of the seed, the step and the device. A run that is interrupted at a whole
     step and resumed is the same as one that was not, to the bit on a CPU.
@@ -62,6 +64,7 @@ class RnodeModule(L.LightningModule):
 
     Attributes:
         flow: the model.
+        measure: what is measured of the recipe's kind of data.
         folder: the run's folder in :func:`~rnode_plugin.training.fit.fit`; None in other Trainers.
 
     Raises:
@@ -89,8 +92,9 @@ class RnodeModule(L.LightningModule):
         if recipe.training.compile is True:
             self._compile_fields()
         self.objective = StepObjective(self.flow, recipe)
+        self.measure = self.objective.measure
         automatic = recipe.solver.step == "auto"
-        self.auto = AutoStep(recipe.solver, seed=recipe.training.seed) if automatic else None
+        self.auto = AutoStep(recipe.solver, self.measure, seed=recipe.training.seed) if automatic else None
         self.guard = StepGuard(recipe.training.max_skipped)
         self.clock = StepClock()
         self.row: dict[str, float] = {}
@@ -109,6 +113,12 @@ class RnodeModule(L.LightningModule):
             name = self.recipe.model.name
             raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
         self._compiled = set()
+
+    def setup(self, stage: str) -> None:
+        """Give the flow of a table the mean and the deviation of the training rows."""
+        data = data_of(self.trainer)
+        if stage == "fit" and isinstance(self.flow, TableFlow) and isinstance(data, RecipeDataModule):
+            self.flow.standardize(torch.from_numpy(data.data.train))
 
     # a training step -------------------------------------------------------------------------------------------
 
@@ -130,29 +140,29 @@ class RnodeModule(L.LightningModule):
             self._tune()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Equation 17 on uint8 images ``(B, C, H, W)``, in nats per dimension."""
+        """Equation 17 on a batch as the data come, in nats per dimension."""
         part = batch_idx % self._batches
         if part == 0:
             step_size = {} if self.auto is None else {"step_size": self.solver.step}
-            self._row = StepRow(self._batches, **step_size)  # pyright: ignore[reportArgumentType]
+            self._row = StepRow(self._batches, self.measure.metric, **step_size)  # pyright: ignore[reportArgumentType]
             self._reading = StepReading()
         # a device that takes the batches of several in turn draws the noise of each
         device = part * self._world + self.global_rank
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        x = self.objective.dequantized(batch)
+        inputs = self.objective.inputs(batch)
         try:
-            terms = self.objective(x, self.solver, step=self.global_step)
+            terms = self.objective(inputs, self.solver, step=self.global_step)
         except SolverError as error:
             return self._unusable(f"the solver failed ({error})", error.nfe)
         self._reading.add(terms)
-        self._row.add(loss=terms.loss.detach(), bits=terms.bits, nfe=terms.nfe, penalties=terms.penalties)
+        self._row.add(loss=terms.loss.detach(), score=terms.score, nfe=terms.nfe, penalties=terms.penalties)
         return terms.loss
 
     def _unusable(self, problem: str, nfe: int) -> Tensor:
         self._reading.problem = problem
         self.guard.remember(nfe, math.nan)
         names = self.recipe.measured if self.objective.lambdas else ()
-        self._row.add(loss=math.nan, bits=math.nan, nfe=nfe, penalties=dict.fromkeys(names, math.nan))
+        self._row.add(loss=math.nan, score=math.nan, nfe=nfe, penalties=dict.fromkeys(names, math.nan))
         return self.objective.unusable()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -178,7 +188,7 @@ class RnodeModule(L.LightningModule):
             # tensors of a device come over one by one, and devices wait for each other: not at each step
             self.row = values = self._mean_over_devices({name: float(value) for name, value in values.items()})
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in ("train/bpd", "train/nfe"))
+            self.log(name, value, prog_bar=name in (f"train/{self.measure.metric}", "train/nfe"))
 
     def _mean_over_devices(self, row: dict[str, float]) -> dict[str, float]:
         if self._world == 1:
@@ -194,18 +204,18 @@ class RnodeModule(L.LightningModule):
     def _why_too_many(self, norm: float) -> str:
         """The message of the process where the gradient was spoilt; its batch goes into a file of the run."""
         problem = self._reading.problem or f"the gradient's norm is {norm}"
-        images: list[int] = []
-        if isinstance(data := data_of(self.trainer), ImageDataModule):
-            images = data.images_of_step(self.global_step)
+        samples: list[int] = []
+        if isinstance(data := data_of(self.trainer), RecipeDataModule):
+            samples = data.samples_of_step(self.global_step)
         listed_in = self.folder.skipped if self.folder is not None else None
-        message = self.guard.message(self.global_step + 1, problem, images, listed_in)
+        message = self.guard.message(self.global_step + 1, problem, samples, listed_in, self.measure.samples)
         if self._world > 1:
             found: list[Any] = [None] * self._world
-            torch.distributed.all_gather_object(found, (self._reading.problem is None, message, images))
-            _, message, images = min(found)
+            torch.distributed.all_gather_object(found, (self._reading.problem is None, message, samples))
+            _, message, samples = min(found)
         if self.global_rank == 0 and self.folder is not None:
-            with suppress(CheckpointError):  # if the disk is full too, the message still has its first images
-                self.folder.name_skipped(self.global_step + 1, images)
+            with suppress(CheckpointError):  # if the disk is full too, the message still has its first ones
+                self.folder.name_skipped(self.global_step + 1, samples, self.measure.samples)
         return message
 
     def _compile(self, batch: Tensor) -> None:
@@ -227,9 +237,11 @@ class RnodeModule(L.LightningModule):
         if auto is None or not (auto.step is None or self.global_step % self.recipe.training.tune_every == 0):
             return
         data = data_of(self.trainer)
-        if not isinstance(data, ImageDataModule):
-            raise ConfigError("solver.step=auto measures on held-out images: train with an ImageDataModule.")
-        found = self.trainer.strategy.broadcast(auto.measure(self.flow, data.images.val, self.device))
+        if not isinstance(data, RecipeDataModule):
+            samples = self.measure.samples
+            kind = "a TableDataModule" if samples == "rows" else "an ImageDataModule"
+            raise ConfigError(f"solver.step=auto measures on held-out {samples}: train with {kind}.")
+        found = self.trainer.strategy.broadcast(auto.measure(self.flow, data.data.val, self.device))
         line = auto.take(found, self.global_step)
         if line and self.global_rank == 0:
             print(line, file=sys.stderr, flush=True)
@@ -240,7 +252,7 @@ class RnodeModule(L.LightningModule):
         self._sums = ValidationSums(self.flow, self.recipe, rank=self.global_rank)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Dirty bits/dim with the test solver; the noise is the same at each validation."""
+        """The score with the test solver; the noise is the same at each validation."""
         try:
             # a field without a product of its own needs autograd inside, which inference mode does not allow
             with torch.inference_mode(False), torch.no_grad():
@@ -250,13 +262,17 @@ class RnodeModule(L.LightningModule):
             raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
 
     def on_validation_epoch_end(self) -> None:
-        # Lightning would take the mean of the batches' means; these are over all images of all devices already
+        # Lightning would take the mean of the batches' means; these are over all samples of all devices already
         means = self._sums.means(self._sum_over_devices, self.device)
         for name, value in means.items():
-            self.log(f"val/{name}", value, prog_bar=name == "bpd", sync_dist=self.trainer.world_size > 1)
+            self.log(
+                f"val/{name}", value, prog_bar=name == self.measure.metric, sync_dist=self.trainer.world_size > 1
+            )
         if self.trainer.sanity_checking or self._warned or self.global_rank != 0:
             return
-        warning = gap_warning(means.get("gap", 0.0), at=self.global_step, automatic=self.auto is not None)
+        warning = gap_warning(
+            means.get("gap", 0.0), self.measure, at=self.global_step, automatic=self.auto is not None
+        )
         if warning is not None:
             self._warned = True
             print(warning, file=sys.stderr, flush=True)

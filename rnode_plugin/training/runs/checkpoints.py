@@ -20,7 +20,6 @@ from .weights_file import SUFFIX, read_weights, weights_as_bytes
 if TYPE_CHECKING:
     import torch
 
-    from ...flows.multiscale import MultiscaleFlow
     from ...recipes.schema import Recipe
     from ...solvers.config import Solver
 
@@ -89,7 +88,7 @@ def export_flow(
     return file, recipe
 
 
-def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> MultiscaleFlow:
+def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> Any:
     """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
 
     ``"mnist-pretrained"`` are weights that come with the package.
@@ -115,7 +114,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
-) -> tuple[MultiscaleFlow, Recipe]:
+) -> tuple[Any, Recipe]:
     """:func:`load_flow`, and the recipe that the flow was trained by."""
     file = find_checkpoint(path)
     contents = read_checkpoint(file, map_location=map_location)

@@ -16,7 +16,7 @@ import torch
 
 from ..._version import __version__
 from ...errors import CheckpointError, ConfigError
-from ...evaluation.bits import EvaluationResult
+from ...evaluation.measures import Evaluation, ImageMeasure, Measure, TableMeasure
 from ...files import write_atomically
 from ...plugins import registry
 from ...recipes.schema import Recipe
@@ -27,6 +27,7 @@ __all__ = ["CHOSEN", "DIAGNOSIS", "RunFolder", "environment"]
 CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
 DIAGNOSIS = "diagnosis.json"
 
+_SCORES = (ImageMeasure.file, TableMeasure.file)
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
 
 
@@ -38,7 +39,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """The checkpoint with the lowest validation bits/dim."""
+        """The checkpoint with the lowest score of a validation: bits/dim, or nats of a table."""
         return self.path / "checkpoints" / BEST
 
     @property
@@ -61,18 +62,13 @@ class RunFolder:
 
     @property
     def skipped(self) -> Path:
-        """The training images of the step that ended the run without a usable gradient; absent otherwise."""
+        """The training samples of the step that ended the run without a usable gradient; absent otherwise."""
         return self.path / "skipped.json"
 
     @property
     def diagnosis(self) -> Path:
         """What ``rnode-cli diagnose`` found; absent before it."""
         return self.path / DIAGNOSIS
-
-    @property
-    def images(self) -> Path:
-        """Bits/dim of each held-out image in that result, one row each: ``image``, ``dirty``, ``clean``."""
-        return self.path / "images.csv"
 
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
@@ -128,39 +124,41 @@ class RunFolder:
             CheckpointError: they cannot be written.
         """
         try:
-            for file in (self.result, self.images, self.skipped, self.diagnosis):
+            scores = (self.path / name for name in _SCORES)
+            for file in (self.result, self.skipped, self.diagnosis, *scores):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None
         _write_json(self.path / "recipe.json", recipe.to_plain())
         _write_json(self.path / "environment.json", environment(device))
 
-    def name_skipped(self, step: int, images: Sequence[int]) -> None:
-        """Write ``skipped.json``: the images of the batch that could not be used at ``step``.
+    def name_skipped(self, step: int, samples: Sequence[int], called: str = "images") -> None:
+        """Write ``skipped.json``: the samples, called so, of the batch that could not be used at ``step``.
 
         Raises:
             CheckpointError: it cannot be written.
         """
-        _write_json(self.skipped, {"step": step, "images": list(images)})
+        _write_json(self.skipped, {"step": step, called: list(samples)})
 
-    def conclude(self, ended: Mapping[str, Any], evaluation: EvaluationResult) -> None:
-        """Write ``result.json`` and, before it, ``images.csv``.
+    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure[Any]) -> None:
+        """Write ``result.json`` and, before it, the scores of each held-out sample (``images.csv``, ``rows.csv``).
 
         Args:
             ended: how the run ended.
             evaluation: of its best weights.
+            measure: of the kind of data.
 
         Raises:
             CheckpointError: they cannot be written.
         """
         measured = dataclasses.asdict(evaluation)
-        columns = [measured[kind].pop("images") for kind in ("dirty", "clean")]
-        rows = (
-            f"{number},{dirty:.8g},{clean:.8g}\n"
-            for number, (dirty, clean) in enumerate(zip(*columns, strict=True))
-        )
-        text = "image,dirty,clean\n" + "".join(rows)
-        write_atomically(self.images, lambda file: file.write(text.encode()))
+        values = measure.values(evaluation)
+        for name in values:
+            del measured[name][measure.samples]
+        columns = zip(*(mean.samples for mean in values.values()), strict=True)
+        rows = (",".join([str(number), *(f"{value:.8g}" for value in row)]) for number, row in enumerate(columns))
+        text = "\n".join([",".join([measure.sample, *values]), *rows]) + "\n"
+        write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
         _write_json(self.result, {**ended, "evaluation": measured})
 
 

@@ -16,9 +16,13 @@ from .structure import damaged_training
 
 __all__ = ["check_steps_left", "checkpoint_to_resume", "newest_intact"]
 
+# of images and of tables
 _FIXED = (
     "data.name", "data.shape", "data.levels",
+    "data.kind", "data.columns", "data.given", "data.validation", "data.held_out", "data.split_seed",
+    "data.train_rows",
     "model.name", "model.hidden", "model.layers", "model.alpha",
+    "model.field", "model.activation", "model.blocks",
     "optimizer.name",
 )  # fmt: skip
 
@@ -60,11 +64,11 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
     if "progress" not in contents:
         raise CheckpointError(f"{path} holds weights only: training cannot go on from it.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
-    differ = [name for name in _FIXED if old[name] != new[name]]
+    differ = [name for name in _FIXED if old.get(name) != new.get(name)]
     if new["training.ema"] is None and old["training.ema"] is not None:
         raise CheckpointError(f"{path} holds averaged weights: training.ema cannot be switched off in a run.")
     if differ:
-        what = ", ".join(f"{name} is {old[name]} there and {new[name]} here" for name in differ)
+        what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
         raise CheckpointError(f"{path} is of another model: {what}.")
     _check_training(path, contents)
     return path, contents["progress"]["batches"]

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...core.random_streams import Stream, seeded
-from ...data.images import ImageArray
 from ...errors import SolverError
-from ...evaluation.bits import image_batch
+from ...evaluation.measures import Measure, batch_of
 from ...evaluation.step_size import StepTable, tune_step
-from ...flows.transforms import dequantize
 from ...solvers import Solver
 
 if TYPE_CHECKING:
     import torch
 
-    from ...flows.multiscale import MultiscaleFlow
-
 __all__ = ["AutoStep"]
 
 _START = 0.5  # the paper's; what trains on coarser steps soon learns to exploit them
 _CALM = 1 / 4  # share of the tolerances that a coarser step may use up, so that it does not come and go
-_IMAGES = 16
+_SAMPLES = 16
 
 
 class AutoStep:
@@ -31,20 +27,21 @@ class AutoStep:
 
     A coarser one than that of the moment has to agree four times as well.
 
-    Each check measures on the same held-out images with the same noise
+    Each check measures on the same held-out samples with the same noise
     (:func:`~rnode_plugin.evaluation.step_size.tune_step`), so that its result is a function of the weights alone.
 
     Args:
         solver: the fixed grid.
+        measure: of the kind of data.
         seed: of the noise.
 
     Attributes:
         step: as found by the last check; None before the first one.
     """
 
-    def __init__(self, solver: Solver, *, seed: int) -> None:
+    def __init__(self, solver: Solver, measure: Measure[Any], *, seed: int) -> None:
         self.step: float | None = None
-        self._solver, self._seed = solver, seed
+        self._solver, self._measure, self._seed = solver, measure, seed
         self._failing = False
 
     @property
@@ -52,20 +49,20 @@ class AutoStep:
         """The grid with the step of the moment."""
         return dataclasses.replace(self._solver, step=self.step or _START)
 
-    def measure(self, flow: MultiscaleFlow, images: ImageArray, device: torch.device) -> StepTable | None:
+    def measure(self, flow: Any, samples: Any, device: torch.device) -> StepTable | None:
         """What each step gives now; None if the adaptive solve itself fails.
 
         Args:
             flow: the model.
-            images: held-out ones, uint8 ``(N, C, H, W)``; the first 16 are used.
+            samples: held-out ones as the data come, ``(N, ...)``; the first 16 are used.
             device: of the model.
         """
         mode = flow.training
         flow.eval()
         try:
             with seeded(self._seed, Stream.TUNE):
-                x = dequantize(image_batch(images, slice(0, _IMAGES)).to(device), flow.levels)
-                return tune_step(flow, x, solver=self._solver, start=_START)
+                x = self._measure.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
+                return tune_step(flow, x, measure=self._measure, solver=self._solver, start=_START)
         except SolverError:
             return None
         finally:
@@ -94,13 +91,13 @@ class AutoStep:
         line = f"solver.step {old:g} -> {new:g} at step {at}"
         # a finer one: why the old one would not do; a coarser one: that it does
         row = next((row for row in found.rows if row.step == max(old, new)), best)
-        line += f": {_figures(row.gap, row.round_trip)} at {row.step:g}"
+        line += f": {self._figures(row.gap, row.round_trip)} at {row.step:g}"
         if found.step is None:
             line += f", and no step down to {new:g} agrees with an adaptive solve: raise the lambdas"
         return line + "."
 
-
-def _figures(gap: float, round_trip: float) -> str:
-    if math.isinf(gap):
-        return "the solve fails"
-    return f"gap {gap:.2g} bits/dim, round trip {round_trip:.2g} levels"
+    def _figures(self, gap: float, round_trip: float) -> str:
+        if math.isinf(gap):
+            return "the solve fails"
+        measure = self._measure
+        return f"gap {gap:.2g} {measure.unit}, round trip {round_trip:.2g} {measure.step_unit}"

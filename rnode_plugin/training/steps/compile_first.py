@@ -33,7 +33,7 @@ def compile_first(
 
     Args:
         objective: of the step.
-        batch: uint8 images ``(B, C, H, W)``.
+        batch: samples as the data come.
         solver: of the step.
         parameters: whose gradients the step needs.
         seed: of the noise.
@@ -46,7 +46,7 @@ def compile_first(
     start = time.monotonic()
     with seeded(seed, Stream.TUNE), precision:
         try:
-            terms = objective(objective.dequantized(batch), solver)
+            terms = objective(objective.inputs(batch), solver)
         except SolverError:  # the step itself will report it
             return
         torch.autograd.grad(terms.loss, parameters, allow_unused=True)

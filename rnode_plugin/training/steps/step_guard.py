@@ -10,7 +10,7 @@ from collections.abc import Sequence
 __all__ = ["StepGuard"]
 
 _REMEMBERED = 20  # steps whose NFE and Jacobian norm a message compares
-_LISTED = 16  # images that a message names
+_LISTED = 16  # samples that a message names
 
 
 class StepGuard:
@@ -40,21 +40,27 @@ class StepGuard:
         return self.in_row >= self._limit
 
     def message(
-        self, step: int, problem: str, images: Sequence[int], listed_in: str | os.PathLike[str] | None
+        self,
+        step: int,
+        problem: str,
+        samples: Sequence[int],
+        listed_in: str | os.PathLike[str] | None,
+        called: str = "images",
     ) -> str:
         """Why training stops at ``step``, and what can be done.
 
         Args:
             step: number of the step, from 1.
             problem: what was wrong with it.
-            images: its batch; empty if that is not known.
+            samples: its batch; empty if that is not known.
             listed_in: file that names all of the images if they are too many for a sentence; None for no file.
+            called: what samples are called.
         """
         first = step - self.in_row + 1
         which = f"steps {first} to {step} were" if first < step else f"step {step} was"
         sentences = (
             f"{problem} at training step {step}; {which} skipped, and so many in a row are too many.",
-            _named(images, listed_in),
+            _named(samples, listed_in, called),
             self.trend(),
             "Raise regularizers.jacfrob, or lower solver.step or optimizer.lr.",
         )
@@ -73,10 +79,10 @@ class StepGuard:
         return f"Over the last {len(self._solves)} solves {' and '.join(said)}." if said else ""
 
 
-def _named(images: Sequence[int], listed_in: str | os.PathLike[str] | None) -> str:
-    if not images:
+def _named(samples: Sequence[int], listed_in: str | os.PathLike[str] | None, called: str) -> str:
+    if not samples:
         return ""
-    named = ", ".join(map(str, images[:_LISTED]))
+    named = ", ".join(map(str, samples[:_LISTED]))
     where = f" (all in {listed_in})" if listed_in is not None else ""
-    more = f" and {len(images) - _LISTED} more{where}" if len(images) > _LISTED else ""
-    return f"The batch was the training images {named}{more}."
+    more = f" and {len(samples) - _LISTED} more{where}" if len(samples) > _LISTED else ""
+    return f"The batch was the training {called} {named}{more}."

@@ -1,22 +1,21 @@
-"""StepObjective: equation 17 on a batch of training images, as one training step takes it."""
+"""StepObjective: equation 17 on a batch of training samples, as one training step takes it."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ...core.objective import bits_per_dim, objective, output_log_prob
+from ...core.objective import objective, output_log_prob
 from ...core.regularizers import undivided
 from ...core.schedules import final_strength, strength_at
-from ...flows.transforms import dequantize, random_flip
+from ...evaluation.measures import FlowInput, measure_of
 from ...solvers.health import HealthCheck, all_finite
 
 if TYPE_CHECKING:
-    from ...flows.multiscale import MultiscaleFlow
     from ...recipes.schema import Recipe
     from ...solvers import Solver
 
@@ -25,18 +24,18 @@ __all__ = ["StepObjective", "StepTerms"]
 
 @dataclass(frozen=True)
 class StepTerms:
-    """The terms of one batch, each a mean over its images; NaN, all of them, if the batch is not usable.
+    """The terms of one batch, each a mean over its samples; NaN, all of them, if the batch is not usable.
 
     Attributes:
         loss: equation 17 in nats per dimension, with its graph. If it is NaN, so is its gradient.
-        bits: bits/dim.
+        score: in the unit of the data's measure, bits/dim or nats.
         nfe: evaluations of the vector fields, all blocks together.
         penalties: integral of each penalty by name, divided by the number of dimensions.
         checks: tell, once somebody reads them, why a batch is not usable.
     """
 
     loss: Tensor
-    bits: Tensor
+    score: Tensor
     nfe: int
     penalties: dict[str, Tensor]
     checks: list[HealthCheck]
@@ -47,41 +46,39 @@ class StepObjective:
 
     Args:
         flow: the model.
-        recipe: its regularizers, levels and flips.
+        recipe: its regularizers and its kind of data.
     """
 
-    def __init__(self, flow: MultiscaleFlow, recipe: Recipe) -> None:
-        self._flow, self._recipe = flow, recipe
+    def __init__(self, flow: Any, recipe: Recipe) -> None:
+        self._flow = flow
+        self.measure = measure_of(recipe)
         self._deferring = "checks" in inspect.signature(flow.forward).parameters
         self.lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
-    def dequantized(self, batch: Tensor) -> Tensor:
-        """uint8 images ``(B, C, H, W)`` with uniform noise in each bin, in [0, 1], mirrored at random if asked."""
-        x = dequantize(batch, self._recipe.data.levels)
-        return random_flip(x) if self._recipe.data.flip else x
+    def inputs(self, batch: Tensor) -> FlowInput:
+        """A batch as the data come, ready for the flow: images with noise in each bin, or rows of a table."""
+        return self.measure.training_inputs(batch)
 
-    def __call__(self, x: Tensor, solver: Solver, *, step: int = 0) -> StepTerms:
-        """The terms of dequantised images ``(B, C, H, W)``; a fixed grid reads nothing from the device.
+    def __call__(self, inputs: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
+        """The terms of samples as :meth:`inputs` gives them; a fixed grid reads nothing from the device.
 
         ``step`` counts the optimizer's steps so far, for strengths that depend on it.
 
         Raises:
             SolverError: an adaptive integration could not go on.
         """
-        recipe = self._recipe
+        dims = self.measure.dims
         checks: list[HealthCheck] = []
         deferred = {"checks": checks} if self._deferring else {}
-        output = self._flow(x, solver=solver, penalties=bool(self.lambdas), **deferred)
+        output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=bool(self.lambdas), **deferred)
         log_prob = output_log_prob(output)
         whole = undivided(getattr(self._flow, "regularizers", ()))
         lambdas = {name: strength_at(name, strength, step) for name, strength in self.lambdas.items()}
-        goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=recipe.dims, undivided=whole)
-        bits = bits_per_dim(log_prob.detach(), dims=recipe.dims, levels=recipe.data.levels).mean()
+        goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=dims, undivided=whole)
+        score = self.measure.scores(log_prob.detach()).mean()
         one = _one_if_usable(goal.loss, checks)
-        penalties = {
-            name: one * (value.detach().mean() / recipe.dims) for name, value in output.regularization.items()
-        }
-        return StepTerms(one * goal.loss, one * bits, output.nfe, penalties, checks)
+        penalties = {name: one * (value.detach().mean() / dims) for name, value in output.regularization.items()}
+        return StepTerms(one * goal.loss, one * score, output.nfe, penalties, checks)
 
     def unusable(self) -> Tensor:
         """A loss whose gradient is NaN.

@@ -13,16 +13,17 @@ class StepRow:
 
     Args:
         batches: of the step.
+        metric: name of the score of the data's measure.
         fixed: values that are known from the start.
     """
 
-    def __init__(self, batches: int = 1, **fixed: float) -> None:
-        self._batches = batches
+    def __init__(self, batches: int = 1, metric: str = "bpd", **fixed: float) -> None:
+        self._batches, self._metric = batches, metric
         self.values: dict[str, Any] = {f"train/{name}": value for name, value in fixed.items()}
 
-    def add(self, *, loss: Any, bits: Any, nfe: float, penalties: dict[str, Any]) -> None:
+    def add(self, *, loss: Any, score: Any, nfe: float, penalties: dict[str, Any]) -> None:
         """Add one batch; its values are numbers or 0-d tensors, which stay on their device."""
-        for name, value in {"loss": loss, "bpd": bits, "nfe": float(nfe), **penalties}.items():
+        for name, value in {"loss": loss, self._metric: score, "nfe": float(nfe), **penalties}.items():
             key = f"train/{name}"
             self.values[key] = self.values.get(key, 0.0) + value / self._batches
 

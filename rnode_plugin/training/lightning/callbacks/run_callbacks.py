@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pytorch_lightning.callbacks import Callback
 
-from ....recipes.schema import Training
+from ....evaluation.measures import measure_of
+from ....recipes.schema import Data, Recipe
 from ...runs.folder import RunFolder
 from .metrics_file import MetricsFile, MetricsTable
 from .run_checkpoints import RunCheckpoints
@@ -22,18 +23,20 @@ class RunCallbacks:
     checkpoints come last, and save once more if the run is stopped.
 
     Args:
-        training: the recipe's settings of samples, averages and checkpoints.
+        recipe: its metric, and its settings of samples, averages and checkpoints.
         max_time: seconds after which training stops; None for no limit.
     """
 
-    def __init__(self, training: Training, *, max_time: float | None) -> None:
+    def __init__(self, recipe: Recipe, *, max_time: float | None) -> None:
+        training, metric = recipe.training, measure_of(recipe).metric
         self.stop = StopAfterStep(max_time=max_time)
-        self.checkpoints = RunCheckpoints(save_every=training.save_every)
+        self.checkpoints = RunCheckpoints(save_every=training.save_every, monitor=f"val/{metric}")
         self._metrics = MetricsFile()
         self._samples = SampleGrids(
             temperatures=training.sample_temperatures, images=training.sample_images, seed=training.seed
         )
-        samples = [self._samples] if training.sample_images else []
+        # the picture of a table takes as long as some of its steps, and is drawn at the end
+        samples = [self._samples] if training.sample_images and isinstance(recipe.data, Data) else []
         average = [] if training.ema is None else [WeightAverage(training.ema)]
         self.before_saving: list[Callback] = [*samples, *average, self._metrics, self.stop]
 

@@ -1,0 +1,1 @@
+"""Tables: files of numbers with named columns, their splits, and the published benchmark sets."""

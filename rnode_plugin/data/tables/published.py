@@ -1,0 +1,163 @@
+"""The five tables of density estimation: POWER, GAS, HEPMASS, MINIBOONE and BSDS300.
+
+The preprocessing is that of Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation"
+(2017), appendix D and the authors' program (github.com/gpapamak/maf), so that likelihoods can be compared with
+those of the papers since: rows in the order and columns in the choice of that program, centred and scaled. The
+files are theirs too: https://zenodo.org/records/1161203.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import ConfigError, DataError
+from ..downloads import DEFAULT_ROOT
+from .files import read_columns
+from .table import Table
+from .text import text_names
+
+__all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]
+
+_SHARE = 0.1  # of the rows to hold out, then of the others to choose weights by
+_WHERE = "https://zenodo.org/records/1161203"
+
+
+def power(*, root: str | None = None) -> Table:
+    """POWER: 2 million minutes of a household's electricity, 6 columns; from the files of the MAF paper."""
+    rows = _loaded_npy(_file("power", root, "power/data.npy"), 8)
+    random = np.random.RandomState(42)
+    random.shuffle(rows)
+    rows = np.delete(rows, (1, 3), axis=1)
+    n = len(rows)
+    # the values come in steps: noise as wide as a step, drawn in this order
+    voltage, active, meters = 0.01 * random.rand(n, 1), 0.001 * random.rand(n, 1), random.rand(n, 3)
+    rows = rows + np.hstack([active, voltage, meters, np.zeros((n, 1))])
+    return _split("power", rows, 6, names=("active_power", "voltage", "meter_1", "meter_2", "meter_3", "time"))
+
+
+def gas(*, root: str | None = None) -> Table:
+    """GAS: a million readings of gas sensors, 8 columns; from the files of the MAF paper."""
+    place = _root(root) / "gas"
+    pickled, file = place / "ethylene_CO.pickle", place / "ethylene_CO.csv"
+    if pickled.is_file() and not file.is_file():
+        raise DataError(
+            f"{pickled} is a pickle, which could run code and is not opened. Turn it into {file} once: python -c "
+            f"\"import pandas; pandas.read_pickle('{pickled}').to_csv('{file}', index=False)\"."
+        )
+    if not file.is_file():
+        raise _missing("gas", place / "ethylene_CO.pickle", root)
+    names = [name for name in text_names(file) if name not in ("Meth", "Eth", "Time")]
+    rows = read_columns(file, names)
+    while True:  # the first of the columns that repeat another goes, until none does
+        repeats = (np.corrcoef(rows.T) > 0.98).sum(1) > 1
+        if not repeats.any():
+            break
+        rows = np.delete(rows, int(np.argmax(repeats)), axis=1)
+    rows = (rows - rows.mean(0)) / rows.std(0, ddof=1)
+    return _split("gas", rows, 8, scale=False)
+
+
+def hepmass(*, root: str | None = None) -> Table:
+    """HEPMASS: 525,000 simulated particle collisions, 21 columns; from the files of the MAF paper."""
+    train = _signals(_file("hepmass", root, "hepmass/1000_train.csv"))
+    test = _signals(_file("hepmass", root, "hepmass/1000_test.csv"), train.shape[1])
+    mean, deviation = train.mean(0), train.std(0, ddof=1)
+    train, test = (train - mean) / deviation, (test - mean) / deviation
+    # the program of the paper counts the smallest value of a column, and not the most frequent one
+    kept = [place for place, column in enumerate(train.T) if (column == column.min()).sum() <= 5]
+    train, test = train[:, kept], test[:, kept]
+    n_val = int(_SHARE * len(train))
+    return _made("hepmass", train[:-n_val], train[-n_val:], test, 21)
+
+
+def miniboone(*, root: str | None = None) -> Table:
+    """MINIBOONE: 36,000 neutrino events, 43 columns; from the files of the MAF paper."""
+    return _split("miniboone", _loaded_npy(_file("miniboone", root, "miniboone/data.npy"), 43), 43)
+
+
+def bsds300(*, root: str | None = None) -> Table:
+    """BSDS300: 1.3 million patches of photographs, 63 columns; from the files of the MAF paper."""
+    file = _file("bsds300", root, "BSDS300/BSDS300.hdf5")
+    try:
+        import h5py  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise ConfigError("reading BSDS300 needs h5py: pip install 'rnode-plugin[hdf5]'.") from None
+    parts: list[Any] = []
+    try:
+        with h5py.File(file, "r") as stored:
+            for name in ("train", "validation", "test"):
+                parts.append(np.asarray(stored[name]))
+    except (OSError, KeyError) as error:
+        raise DataError(f"{file} cannot be read: {error}. Download it again.") from None
+    train, val, held_out = parts
+    return _made("bsds300", train, val, held_out, 63)
+
+
+def _signals(file: Path, columns: int | None = None) -> np.ndarray:
+    """The rows of one class, without their label; only the first ``columns`` of them."""
+    wanted = None if columns is None else range(columns + 1)
+    try:
+        rows = np.loadtxt(file, delimiter=",", skiprows=1, usecols=wanted, ndmin=2)
+    except ValueError as error:
+        raise DataError(f"{file} is damaged: {error}. Download it again.") from None
+    return rows[rows[:, 0] == 1, 1:]
+
+
+def _split(
+    name: str, rows: np.ndarray, columns: int, *, names: tuple[str, ...] | None = None, scale: bool = True
+) -> Table:
+    """The last rows are held out; ``scale`` by the mean and the deviation of the others."""
+    n_held_out = int(_SHARE * len(rows))
+    rest = len(rows) - n_held_out
+    if scale:
+        rows = (rows - rows[:rest].mean(0)) / rows[:rest].std(0)
+    train = rest - int(_SHARE * rest)
+    return _made(name, rows[:train], rows[train:rest], rows[rest:], columns, names=names)
+
+
+def _made(
+    name: str,
+    train: np.ndarray,
+    val: np.ndarray,
+    held_out: np.ndarray,
+    columns: int,
+    *,
+    names: tuple[str, ...] | None = None,
+) -> Table:
+    if train.shape[1] != columns:
+        raise DataError(
+            f"the files of {name} give {train.shape[1]} columns, not the {columns} of the published set."
+        )
+    names = names or tuple(f"column_{number}" for number in range(1, columns + 1))
+    return Table(name, names, np.asarray(train), np.asarray(val), np.asarray(held_out))
+
+
+def _loaded_npy(file: Path, columns: int) -> np.ndarray:
+    try:
+        rows = np.load(file, allow_pickle=False)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}. Download it again.") from None
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise DataError(f"{file} holds an array {rows.shape}; the published one has {columns} columns.")
+    return rows.astype(np.float64)
+
+
+def _root(root: str | None) -> Path:
+    return Path(DEFAULT_ROOT if root is None else root)
+
+
+def _file(name: str, root: str | None, path: str) -> Path:
+    file = _root(root) / path
+    if not file.is_file():
+        raise _missing(name, file, root)
+    return file
+
+
+def _missing(name: str, file: Path, root: str | None) -> DataError:
+    return DataError(
+        f"{name} is missing: {file} is not there. Download data.tar.gz of the MAF paper from {_WHERE} and unpack "
+        f"it so that its folders lie in {_root(root)}; --data-root names another folder."
+    )

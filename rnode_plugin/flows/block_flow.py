@@ -1,0 +1,161 @@
+"""What flows of several blocks have in common: solver, noise, penalties, and the sums of one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.no_data_parallel import OneProcessADevice
+from ..core.objective import output_log_prob
+from ..core.regularizers import kind_of, span_policy, weigh_regularizers
+from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..solvers import Solver
+from ..solvers.health import HealthCheck, check_health
+from ..solvers.steps.step_memory import StepMemory
+from ..types import FlowOutput
+from .block import solve_block
+
+__all__ = ["BlockFlow", "Pass"]
+
+
+class BlockFlow(OneProcessADevice, nn.Module):
+    """Base of the flows whose blocks are neural ODEs, one after the other.
+
+    A subclass makes :attr:`fields`, one for each block, and :attr:`block_shapes`.
+
+    Args:
+        solver: the integrator where a call brings none; also an attribute, :attr:`solver`.
+        regularizers: penalties to integrate: names, objects or functions.
+        trace_noise: ``"gaussian"``, ``"rademacher"`` or ``"exact"``, or an estimator.
+    """
+
+    fields: nn.ModuleList
+
+    def __init__(self, *, solver: Solver | None, regularizers: Any, trace_noise: str | TraceEstimator) -> None:
+        super().__init__()
+        self.solver = solver or Solver()
+        self.estimator = get_estimator(trace_noise)
+        weighted = weigh_regularizers(regularizers, by_name=_registered)
+        self.regularizers = tuple(entry.regularizer for entry in weighted.values())
+        with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
+        if with_parameters:
+            self.regularizer_modules = nn.ModuleList(with_parameters)
+
+    @property
+    def block_shapes(self) -> Sequence[tuple[int, ...]]:
+        """Shape of one state of each block, in order."""
+        raise NotImplementedError
+
+    def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
+        """Noise for one :meth:`forward` of ``batch`` samples: one tensor per block, of the block's input shape.
+
+        None for each block where the divergence is exact.
+        """
+        like = self._like()
+        return [
+            self.estimator.draw(like.new_empty(batch, *shape), generator=generator) for shape in self.block_shapes
+        ]
+
+    def log_prob(self, x: Tensor, *, solver: Solver | None = None, **options: Any) -> Tensor:
+        """Log-density of samples in the unit of the data, ``(B,)`` in nats (eq. 4); options as for :meth:`forward`.
+
+        The divergence is integrated in full even with a solver that samples it.
+        """
+        solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
+        return output_log_prob(self(x, solver=solver, penalties=False, **options))
+
+    def _times(self, z: Tensor, *, training: bool) -> Tensor:
+        """The times of one block, ``(2,)``, on the CPU: nothing that the host asks of them waits for the device."""
+        times = torch.tensor((0.0, 1.0), dtype=z.dtype)
+        policy = span_policy(self.regularizers)
+        return times if policy is None else policy.times(times, training=training)
+
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""
+        return next(self.parameters(), torch.empty(0))
+
+
+class Pass:
+    """The sums of one pass of a batch through the blocks of a flow, from data to latent.
+
+    Args:
+        flow: whose pass it is.
+        logdet: log-determinant ``(B,)`` in nats of what happened before the first block.
+        solver: the integrator.
+        penalties: whether to integrate the penalties.
+        memory: carries the steps of an adaptive solver from one batch to the next, by block.
+        checks: a list that receives what tells whether the solves stayed finite, for a caller who reads it; None:
+            :meth:`output` reads it.
+
+    Attributes:
+        checks: of what was done so far.
+    """
+
+    def __init__(
+        self,
+        flow: BlockFlow,
+        logdet: Tensor,
+        *,
+        solver: Solver,
+        penalties: bool,
+        memory: Mapping[int, StepMemory] | None,
+        checks: list[HealthCheck] | None,
+    ) -> None:
+        self._flow, self._solver, self._memory = flow, solver, memory
+        self._deferred = checks is not None
+        self.checks = [] if checks is None else checks
+        self._logdet, self._nfe, self._block = logdet, 0, 0
+        self._penalties = penalties
+        self._training = penalties and flow.training and torch.is_grad_enabled()
+        self._followed = [r for r in flow.regularizers if kind_of(r) != "span"] if penalties else []
+        self._regularization = {r.name: torch.zeros_like(logdet) for r in self._followed}
+
+    def through(self, field: nn.Module, z: Tensor, noise: Tensor | None) -> Tensor:
+        """The state behind the next block."""
+        flow = self._flow
+        solution = solve_block(
+            field,
+            z,
+            flow._times(z, training=self._training),
+            self._solver,
+            self.checks,
+            noise,
+            None if self._memory is None else self._memory[self._block],
+            regularizers=self._followed,
+            estimator=flow.estimator,
+        )
+        self._block += 1
+        self._nfe += solution.stats.nfe
+        assert solution.logdet is not None
+        self._logdet = self._logdet + solution.logdet[-1]
+        for name, integral in solution.penalties.items():
+            self._regularization[name] = self._regularization[name] + integral
+        return solution.z[-1]
+
+    def output(self, z: Tensor, x: Tensor) -> FlowOutput:
+        """The result, once all blocks are done.
+
+        Args:
+            z: latent ``(B, D)``.
+            x: what went in.
+
+        Raises:
+            SolverError: a state was not finite, and nobody else looks.
+        """
+        if not self._deferred:
+            check_health(self.checks)
+        policy = span_policy(self._flow.regularizers)
+        if policy is not None and self._penalties:
+            self._regularization[policy.name] = policy(x)
+        return FlowOutput(z, self._logdet, self._regularization, self._nfe)
+
+
+def _registered(name: str) -> Any:
+    """The regularizer of a name: only a name loads the plugin host."""
+    from ..plugins.resolve import get_regularizer
+
+    return get_regularizer(name)

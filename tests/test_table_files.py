@@ -1,0 +1,386 @@
+"""Files of tables: each format gives the same numbers, and whatever is wrong with one is said in a sentence."""
+
+from __future__ import annotations
+
+import builtins
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rnode_plugin.data.tables import published
+from rnode_plugin.data.tables.checks import check_columns
+from rnode_plugin.data.tables.files import column_names, read_columns, write_rows
+from rnode_plugin.data.tables.own import CELLS, table
+from rnode_plugin.data.tables.table import Table, split_rows
+from rnode_plugin.errors import ConfigError, DataError, RnodeError
+from rnode_plugin.evaluation.images import load_table
+from rnode_plugin.recipes.schema import TableData, get_recipe
+
+NAMES = ("temperature (K)", "dose", "a, b")
+ROWS = np.random.default_rng(0).normal(size=(30, 3)) * [50, 1, 1e-3] + [300, 0, 0]
+
+
+def write(path: Path, rows: np.ndarray = ROWS, names: tuple[str, ...] = NAMES) -> Path:
+    """A file in the format of its ending, not by the package's own writer."""
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerow(names)
+            writer.writerows([repr(float(value)) for value in row] for row in rows)
+    elif path.suffix == ".npy":
+        np.save(path, rows)
+    elif path.suffix == ".npz":
+        np.savez(path, **dict(zip(names, rows.T, strict=True)))
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table(dict(zip(names, rows.T, strict=True))), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy", ".npz", ".parquet"])
+def test_each_format_gives_the_same_numbers(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"data{suffix}")
+    names = column_names(path)
+    assert names == (("column_1", "column_2", "column_3") if suffix == ".npy" else NAMES)
+    wanted = [names[2], names[0]]
+    assert np.array_equal(read_columns(path, wanted), ROWS[:, [2, 0]])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".npy", ".npz", ".parquet"])
+def test_what_is_written_can_be_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"data{suffix}"
+    rows = ROWS.astype(np.float32)
+    write_rows(path, NAMES, rows)
+    names = column_names(path)
+    assert names == NAMES or suffix == ".npy"
+    np.testing.assert_allclose(read_columns(path, names), rows, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a;b\n1;2\n3;4\n", ("a", "b")),  # as spreadsheets of some countries write
+        ("\ufeffa,b\r\n1,2\r\n\r\n3,4\r\n", ("a", "b")),  # a mark of byte order, empty lines
+        ("1,2\n3,4\n", ("column_1", "column_2")),  # no header
+        ('"a",b\n"1","2"\n3,4e0\n', ("a", "b")),
+    ],
+)
+def test_texts_as_they_come(tmp_path: Path, text: str, names: tuple[str, ...]) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert column_names(path) == names
+    assert read_columns(path, names).tolist() == [[1, 2], [3, 4]]
+
+
+def test_arrays_as_they_come(tmp_path: Path) -> None:
+    records = np.array([(1.0, 2), (3.0, 4)], dtype=[("a", "f4"), ("b", "i8")])
+    np.save(tmp_path / "records.npy", records)
+    np.savez(tmp_path / "matrix.npz", data=np.array([[1.0, 2.0], [3.0, 4.0]]), columns=np.array(["a", "b"]))
+    for name in ("records.npy", "matrix.npz"):
+        assert column_names(tmp_path / name) == ("a", "b")
+        assert read_columns(tmp_path / name, ["b"]).tolist() == [[2.0], [4.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("no.csv", None, r"cannot read the table .*no\.csv: there is no such file\."),
+        ("data.txt", "a,b\n1,2\n", r"data\.txt is not a table: its name must end in \.csv, \.tsv, \.npy"),
+        ("empty.csv", "", r"empty\.csv is empty\."),
+        ("twice.csv", "a,b,a\n1,2,3\n", r"has 2 columns of the name 'a'"),
+        ("nameless.csv", "a,,b\n1,2,3\n", r"has a column without a name"),
+        ("text.csv", "a,b\n1,2\n3,high\n", r"column 'b' .* not numeric: row 2 holds 'high'.*data\.columns='a'\."),
+        ("missing.csv", "a,b\n1,2\n3,\n5,NA\n", r"column 'b' of .* has 2 missing values, the first in row 2:"),
+        ("infinite.csv", "a,b\n1,inf\n", r"column 'b' .* is infinite in row 1\."),
+        ("short.csv", "a,b\n1,2\n3\n", r"row 2 of .* has 1 cells, not 2\."),
+        ("latin.csv", b"a,b\n1,\xff\n", r"is not a text table"),
+        ("broken.npy", b"garbage", r"broken\.npy cannot be read"),
+        ("flat.npy", np.zeros(5), r"of shape \(5,\): a table is one of shape \(rows, columns\)"),
+        (
+            "nan.npy",
+            np.array([[1.0, 2.0], [np.nan, 3.0]]),
+            r"'column_1' .* has 1 missing value, the first in row 2",
+        ),
+        ("words.npy", np.array([["x", "y"]]), r"column 'column_1' .* is not numeric: it is <U1"),
+        ("pickle.npy", np.array([[None]], dtype=object), r"pickle\.npy cannot be read"),
+        ("broken.parquet", b"garbage", r"broken\.parquet cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_file(tmp_path: Path, name: str, contents: Any, message: str) -> None:
+    path = tmp_path / name
+    if isinstance(contents, np.ndarray):
+        np.save(path, contents, allow_pickle=True)
+    elif contents is not None:
+        path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    with pytest.raises(RnodeError, match=message) as caught:
+        read_columns(path, column_names(path))
+    assert str(caught.value).endswith(".")
+
+
+def test_columns_of_text_in_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "data.parquet"
+    parquet.write_table(pyarrow.table({"a": [1.0, None], "b": ["x", "y"], "c": [1, 2]}), path)
+    with pytest.raises(DataError, match=r"column 'b' .* not numeric: it is string.*data.columns='a,c'"):
+        read_columns(path, column_names(path))
+    with pytest.raises(DataError, match=r"column 'a' .* has 1 missing value, the first in row 2"):
+        read_columns(path, ["a", "c"])
+    assert read_columns(path, ["c"]).tolist() == [[1.0], [2.0]]
+    with pytest.raises(DataError, match=r"unknown column 'd'.*Known: a, b, c"):
+        read_columns(path, ["d"])
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "data.parquet")
+    original = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ModuleNotFoundError(name)
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"pip install 'rnode-plugin\[parquet\]'"):
+        column_names(path)
+
+
+def test_the_split_is_a_function_of_its_seed() -> None:
+    rows = np.arange(100.0)[:, None]
+    parts = [split_rows("t", ["a"], rows, validation=0.1, held_out=0.25, seed=seed) for seed in (0, 0, 1)]
+    one, same, other = parts
+    assert [len(one.train), len(one.val), len(one.held_out)] == [65, 10, 25]
+    together = np.concatenate([one.train, one.val, one.held_out])
+    assert sorted(together[:, 0]) == rows[:, 0].tolist()
+    assert np.array_equal(one.held_out, same.held_out)
+    assert not np.array_equal(one.held_out, other.held_out)
+    with pytest.raises(DataError, match="t has 19 rows: a density needs 20 at least"):
+        split_rows("t", ["a"], rows[:19], validation=0.1, held_out=0.1, seed=0)
+
+
+def _table(*columns: np.ndarray) -> Table:
+    rows = np.stack(columns, axis=1)
+    return Table("t", tuple("abcdef"[: len(columns)]), rows, rows, rows)
+
+
+X, Y = np.random.default_rng(0).normal(size=(2, 50))
+
+
+@pytest.mark.parametrize(
+    ("made", "modelled", "message"),
+    [
+        (_table(X, np.full(50, 3.0)), 2, r"column 'b' of t is 3 in all training rows.*data\.columns='a'"),
+        (_table(X, np.full(50, 3.0)), 1, r"column 'b' of t is 3 in all training rows"),  # also one that is given
+        (_table(X, 101325 + 1e-3 * Y), 2, r"column 'b' of t is 101325.* ± 0\.001.*: 32-bit numbers do not tell"),
+        (_table(X, Y, 3 * X - Y + 2), 3, r"column 'c' of t is a linear function of the others"),
+        (_table(X, 2 * X + 1), 1, r"column 'a' of t is a linear function of the others"),  # by what is given
+        (_table(X[:3], Y[:3], X[:3] ** 2), 3, r"3 training rows are too few for 3 columns"),
+    ],
+)
+def test_columns_without_a_density(made: Table, modelled: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_columns(made, modelled)
+
+
+def test_columns_that_are_only_close() -> None:
+    check_columns(_table(X, 1e4 + Y, X + Y + 1e-4 * np.sin(1 / X)), 3)
+    check_columns(_table(X, Y, 2 * Y), 1)  # of columns that are given, one may repeat another
+
+
+def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.csv")
+    recipe = get_recipe("table").override([f"data.root={path}", "data.given=dose,temperature (K)"])
+    assert isinstance(recipe.data, TableData)
+    assert (recipe.data.columns, recipe.data.given) == (NAMES, ("dose", "temperature (K)"))
+    assert (recipe.dims, recipe.data.modelled) == (1, ("a, b",))
+    loaded = load_table(recipe)
+    assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given are behind the others
+    assert loaded.train.dtype == np.float32
+    whole = np.concatenate([loaded.train, loaded.val, loaded.held_out])
+    np.testing.assert_allclose(np.sort(whole[:, 2]), np.sort(ROWS[:, 0]), rtol=1e-6)
+    chosen = get_recipe("table").override([f"data.root={path}", "data.columns=dose,temperature (K)"])
+    assert load_table(chosen).columns == ("dose", "temperature (K)")
+    kept = recipe.override(["training.seed=3"])
+    assert kept.data == recipe.data
+    assert type(recipe).from_plain(recipe.to_plain()) == recipe
+
+
+def test_the_table_that_comes_along() -> None:
+    recipe = get_recipe("table")
+    assert isinstance(recipe.data, TableData)
+    assert recipe.data.columns == CELLS == table().columns
+    loaded = load_table(recipe)
+    assert (len(loaded.train), len(loaded.val), len(loaded.held_out)) == (398, 57, 114)
+    assert recipe.override(["data.root=none"]).data == recipe.data
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.given=doze"], "data.given: unknown column 'doze'; did you mean 'dose'"),
+        (["data.given=dose,dose"], "data.given names 'dose' twice"),
+        (["data.columns=dose,dose"], "data.columns names 'dose' twice"),
+        (["data.given=a,b"], "unknown column 'a'"),
+        (["data.columns=dose", "data.given=dose"], "at least one column that is not given"),
+        (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
+        (["data.validation=0"], "data.validation must be between 0 and 1, not 0"),
+        (["data.batch_size=0"], "data.batch_size must be at least 1"),
+        (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
+        (["model.alpha=0.1"], "unknown setting 'model.alpha'"),
+        (["model.field=potential", "model.activation=tanh"], "model.field=potential has its own"),
+        (["training.precision=bf16-true"], "would round the table itself: use 32-true or bf16-mixed"),
+        (["training.sample_temperatures=0.5,1"], "drawn at one temperature"),
+        (["data.name=digits"], "the data set 'digits' holds images"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message: str) -> None:
+    path = write(tmp_path / "data.csv")
+    with pytest.raises(ConfigError, match=message):
+        get_recipe("table").override([f"data.root={path}", *settings])
+
+
+def test_a_table_is_not_a_set_of_images() -> None:
+    from rnode_plugin.evaluation.images import load_images
+
+    with pytest.raises(ConfigError, match="the data set 'table' takes no size, as images do"):
+        load_images(get_recipe("digits").override(["data.name=table"]))
+
+
+# the published sets, on small files of the same layout
+
+
+def _power(root: Path, random: np.random.Generator) -> np.ndarray:
+    (root / "power").mkdir()
+    rows = random.normal(size=(200, 8))
+    np.save(root / "power" / "data.npy", rows)
+    return rows
+
+
+def _gas(root: Path, random: np.random.Generator) -> np.ndarray:
+    (root / "gas").mkdir()
+    rows = random.normal(size=(300, 8))
+    repeated = rows[:, [2]] + 0.01 * random.normal(size=(300, 1))  # correlated by more than 0.98
+    others = random.normal(size=(300, 3))
+    names = ["Time", "Meth", "Eth", *(f"s{k}" for k in range(9))]
+    write(root / "gas" / "ethylene_CO.csv", np.hstack([others, rows[:, :2], repeated, rows[:, 2:]]), tuple(names))
+    return rows
+
+
+def _hepmass(root: Path, random: np.random.Generator) -> np.ndarray:
+    (root / "hepmass").mkdir()
+    kept = None
+    for name, extra in (("1000_train", 0), ("1000_test", 1)):
+        labels = random.integers(0, 2, (200, 1))
+        rows = random.normal(size=(200, 23 + extra))
+        rows[:, [3, 11]] = random.integers(0, 3, (200, 2))  # the smallest value occurs often
+        write(
+            root / "hepmass" / f"{name}.csv", np.hstack([labels, rows]), ("# label", *map(str, range(23 + extra)))
+        )
+        kept = np.delete(rows[labels[:, 0] == 1, :23], (3, 11), axis=1) if kept is None else kept
+    assert kept is not None
+    return kept
+
+
+def _miniboone(root: Path, random: np.random.Generator) -> np.ndarray:
+    (root / "miniboone").mkdir()
+    rows = random.normal(size=(200, 43)) * 5 + 3
+    np.save(root / "miniboone" / "data.npy", rows)
+    return rows
+
+
+def test_power_is_shuffled_and_smeared(tmp_path: Path) -> None:
+    rows = _power(tmp_path, np.random.default_rng(0))
+    made = published.power(root=str(tmp_path))
+    assert [len(made.train), len(made.val), len(made.held_out)] == [162, 18, 20]
+    everything = np.concatenate([made.train, made.val, made.held_out])
+    shuffled = rows[np.random.RandomState(42).permutation(200)][:, [0, 2, 4, 5, 6, 7]]
+    fitted = shuffled[:180]
+    back = everything * everything[:180].std(0)  # scaled by those that are not held out
+    np.testing.assert_allclose(back[:180].std(0), 1, rtol=1e-6)
+    # time has no noise: the order and the scaling are those of the shuffled rows
+    np.testing.assert_allclose(everything[:, 5], (shuffled[:, 5] - fitted[:, 5].mean()) / fitted[:, 5].std())
+    # meters have noise as wide as their steps, between 0 and 1
+    deviation = np.corrcoef(everything[:, 2], shuffled[:, 2])[0, 1]
+    assert 0.9 < deviation < 0.999
+
+
+def test_gas_leaves_out_what_repeats(tmp_path: Path) -> None:
+    rows = _gas(tmp_path, np.random.default_rng(0))
+    made = published.gas(root=str(tmp_path))
+    everything = np.concatenate([made.train, made.val, made.held_out])
+    np.testing.assert_allclose(everything, (rows - rows.mean(0)) / rows.std(0, ddof=1), atol=1e-9)
+    assert [len(made.train), len(made.val), len(made.held_out)] == [243, 27, 30]
+
+
+def test_hepmass_keeps_the_signals_and_the_continuous_columns(tmp_path: Path) -> None:
+    rows = _hepmass(tmp_path, np.random.default_rng(0))
+    made = published.hepmass(root=str(tmp_path))
+    fitted = np.concatenate([made.train, made.val])
+    np.testing.assert_allclose(fitted, (rows - rows.mean(0)) / rows.std(0, ddof=1), atol=1e-9)
+    assert len(made.val) == int(0.1 * len(rows))
+    assert made.held_out.shape[1] == 21
+
+
+def test_miniboone_is_cut_from_the_end(tmp_path: Path) -> None:
+    rows = _miniboone(tmp_path, np.random.default_rng(0))
+    made = published.miniboone(root=str(tmp_path))
+    expected = (rows - rows[:180].mean(0)) / rows[:180].std(0)
+    assert np.array_equal(made.train, expected[:162])
+    assert np.array_equal(made.val, expected[162:180])
+    assert np.array_equal(made.held_out, expected[180:])
+
+
+def test_bsds300_comes_split(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "BSDS300").mkdir()
+    parts = {name: np.random.default_rng(k).normal(size=(9, 63)) for k, name in
+             enumerate(("train", "validation", "test"))}  # fmt: skip
+    with h5py.File(tmp_path / "BSDS300" / "BSDS300.hdf5", "w") as file:
+        for name, rows in parts.items():
+            file[name] = rows
+    made = published.bsds300(root=str(tmp_path))
+    for rows, name in ((made.train, "train"), (made.val, "validation"), (made.held_out, "test")):
+        assert np.array_equal(rows, parts[name])
+
+
+PUBLISHED = {"power": 6, "gas": 8, "hepmass": 21, "miniboone": 43, "bsds300": 63}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_message_says_which_file_and_where(name: str, tmp_path: Path) -> None:
+    recipe = get_recipe(name).override([f"data.root={tmp_path}"])
+    assert recipe.dims == PUBLISHED[name]
+    with pytest.raises(
+        DataError, match=rf"{name} is missing: {tmp_path}.*zenodo\.org/records/1161203.*--data-root"
+    ):
+        load_table(recipe)
+    with pytest.raises(ConfigError, match=r"has a split of its own: leave data\.held_out at 0\.1"):
+        load_table(recipe.override(["data.held_out=0.3"]))
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda root: (root / "gas" / "ethylene_CO.pickle").touch(), r"could run code.*to_csv\("),
+        (lambda root: write(root / "gas" / "ethylene_CO.csv", ROWS), "give 3 columns, not the 8"),
+    ],
+)
+def test_a_gas_file_that_cannot_be_used(act: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "gas").mkdir()
+    act(tmp_path)
+    with pytest.raises(DataError, match=message):
+        published.gas(root=str(tmp_path))
+
+
+def test_another_file_under_a_published_name(tmp_path: Path) -> None:
+    (tmp_path / "miniboone").mkdir()
+    np.save(tmp_path / "miniboone" / "data.npy", ROWS)
+    with pytest.raises(DataError, match=r"holds an array \(30, 3\); the published one has 43 columns"):
+        published.miniboone(root=str(tmp_path))

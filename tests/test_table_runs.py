@@ -1,0 +1,366 @@
+"""Runs on tables, from a file to a density, samples and a report; resumed to the bit; beside a Gaussian."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as L
+import torch
+from click.testing import CliRunner, Result
+from scipy import stats
+from tiny_runs import rows, run, signal_at
+
+from rnode_plugin import get_recipe, load_flow
+from rnode_plugin.cli import main
+from rnode_plugin.data.tables.table import Table
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.evaluation.images import load_table
+from rnode_plugin.evaluation.likelihood import evaluate_by
+from rnode_plugin.evaluation.measures import TableEvaluation, TableMeasure, measure_of
+from rnode_plugin.evaluation.measures.tables import gaussian_scores
+from rnode_plugin.evaluation.table_samples import sample_rows
+from rnode_plugin.flows.table import TableFlow
+from rnode_plugin.recipes.schema import Recipe, TableData
+from rnode_plugin.training.lightning.datamodule import TableDataModule
+from rnode_plugin.training.lightning.module import RnodeModule
+
+SETTINGS = [
+    "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=0.5", "data.batch_size=40",
+    "training.max_steps=8", "training.val_every_steps=4", "training.sample_images=0", "training.save_every=1",
+    "training.log_every=1", "optimizer.name=adam",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 rows of four columns; ``yield`` has two modes and depends on the other three."""
+    path = tmp_path_factory.mktemp("tables") / "measurements.csv"
+    random = np.random.default_rng(0)
+    temperature, dose, pressure = random.uniform(280, 400, 200), random.gamma(2, 1, 200), random.normal(5, 0.1, 200)
+    modes = np.where(random.random(200) < 0.5, -1, 1)
+    made = 0.02 * (temperature - 340) + dose + pressure + modes + random.normal(0, 0.2, 200)
+    with path.open("w", newline="") as text:
+        writer = csv.writer(text)
+        writer.writerow(["temperature", "dose", "pressure", "yield"])
+        writer.writerows(np.stack([temperature, dose, pressure, made], 1).tolist())
+    return path
+
+
+def recipe_of(file: Path, *settings: str) -> Recipe:
+    return get_recipe("table").override([f"data.root={file}", *SETTINGS, *settings])
+
+
+def rnode(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def conditional(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the density of yield and pressure given the others."""
+    settings = ["data.given=temperature,dose", "training.sample_images=50"]
+    return run(recipe_of(file, *settings), tmp_path_factory.mktemp("runs")).folder.path
+
+
+def test_a_run_folder_of_a_table(conditional: Path) -> None:
+    assert {each.name for each in conditional.iterdir()} >= {
+        "recipe.json",
+        "metrics.csv",
+        "result.json",
+        "rows.csv",
+    }
+    logged = rows(conditional)
+    assert [row["step"] for row in logged if "train/nll" in row] == [str(k) for k in range(1, 9)]
+    assert [row["step"] for row in logged if "val/nll" in row] == ["4", "8"]
+    assert not any("bpd" in name for row in logged for name in row)
+    evaluation = json.loads((conditional / "result.json").read_text())["evaluation"]
+    with (conditional / "rows.csv").open() as text:
+        scores = list(csv.DictReader(text))
+    assert list(scores[0]) == ["row", "nll", "gaussian"]
+    assert evaluation["rows"] == len(scores) == 40
+    for name in ("nll", "gaussian"):
+        values = np.array([float(row[name]) for row in scores])
+        assert evaluation[name]["mean"] == pytest.approx(values.mean(), rel=1e-6)
+        assert evaluation[name]["stderr_rows"] == pytest.approx(values.std(ddof=1) / 40**0.5, rel=1e-5)
+        assert evaluation[name]["stderr_noise"] is None
+    assert (conditional / "samples" / "best.png").read_bytes().startswith(b"\x89PNG")
+    plain = json.loads((conditional / "recipe.json").read_text())
+    assert plain["data"]["columns"] == ["temperature", "dose", "pressure", "yield"]
+
+
+def test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file(file: Path, conditional: Path) -> None:
+    flow, recipe = load_flow(conditional), recipe_of(file, "data.given=temperature,dose")
+    data = load_table(recipe)
+    assert data.columns == ("pressure", "yield", "temperature", "dose")
+    np.testing.assert_allclose(flow.mean, data.train.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(flow.scale, data.train.std(0), rtol=1e-4)
+    held_out = torch.from_numpy(data.held_out)
+    with torch.no_grad():
+        nll = -flow.log_prob(held_out[:, :2], context=held_out[:, 2:])
+    evaluation = json.loads((conditional / "result.json").read_text())["evaluation"]
+    assert evaluation["nll"]["mean"] == pytest.approx(float(nll.mean()), abs=1e-4)
+
+
+def test_training_learns_more_than_the_columns_alone(file: Path, tmp_path: Path) -> None:
+    settings = ["training.max_steps=80", "training.val_every_steps=40", "solver.step=0.25", "optimizer.lr=2e-2"]
+    result = run(recipe_of(file, *settings), tmp_path).evaluation
+    assert result.nll.mean < result.gaussian.mean - 0.1
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(file, "data.given=dose", "training.ema=0.9", "solver.step=auto", "training.tune_every=3")
+    whole = run(recipe, tmp_path / "whole")
+    part = run(recipe, tmp_path / "part", callbacks=[signal_at(5)])
+    assert (part.stopped, part.steps) == ("SIGTERM", 5)
+    done = run(recipe, tmp_path / "part", resume=part.folder.path)
+    assert rows(done.folder.path) == rows(whole.folder.path)
+    states = [torch.load(each.folder.last, weights_only=True)["state_dict"] for each in (whole, done)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert done.evaluation.nll == whole.evaluation.nll
+
+
+def test_a_run_stays_with_its_columns_and_its_split(file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(file, "training.max_steps=2")
+    made = run(recipe, tmp_path).folder.path
+    for setting in ("data.given=dose", "data.columns=dose,pressure", "data.split_seed=1", "model.field=potential"):
+        outcome = rnode("train", "--resume", str(made), "--set", setting, "--max-steps", "4")
+        assert outcome.exit_code == 1
+        assert f"is of another model: {setting.partition('=')[0]} is" in outcome.output
+
+
+def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(file, "data.batch_size=500", "training.max_steps=2", "training.val_every_steps=2")
+    result = run(recipe, tmp_path)
+    assert json.loads((result.folder.path / "recipe.json").read_text())["data"]["batch_size"] == 140
+    assert result.steps == 2
+
+
+def test_a_potential_and_its_penalties(file: Path, tmp_path: Path) -> None:
+    settings = ["model.field=potential", "regularizers.hjb=0.1", "training.max_steps=4", "data.given=dose"]
+    result = run(recipe_of(file, *settings), tmp_path)
+    assert set(result.evaluation.penalties) == {"kinetic", "jacfrob", "hjb"}
+    assert "PotentialField" in repr(load_flow(result.folder.path))
+
+
+def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    trained = rnode("train", "table", "--data-root", str(file), *settings, "--set", "training.sample_images=60",
+                    "--accelerator", "cpu", "--limit-train", "100", "--limit-val", "10")  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    assert "100 training and 40 held-out rows, 10 to choose the weights by" in trained.output
+    assert "nats per row, in the unit of the data" in trained.output
+    assert "NLL of a Gaussian" in trained.output
+    sampled = rnode("sample", "runs/table/0", "--count", "30", "--out", "samples.csv")
+    assert sampled.exit_code == 0, sampled.output
+    with (tmp_path / "samples.csv").open() as text:
+        drawn = list(csv.reader(text))
+    assert drawn[0] == ["temperature", "dose", "pressure", "yield"]
+    expected = sample_rows(load_flow("runs/table/0"), 30)
+    np.testing.assert_allclose(np.array(drawn[1:], dtype=float), expected, rtol=1e-6)
+    reported = rnode("report", "runs/table/0")
+    assert reported.exit_code == 0, reported.output
+    text = (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "## Samples beside held-out rows" in text
+    assert 'class="corner"' in page
+    assert "bits/dim" not in text + page
+    assert "images" not in text.replace("sample_images", "").replace("val_images", "")
+    assert (tmp_path / "report" / "figures" / "samples-rnode.png").read_bytes() == (
+        tmp_path / "runs" / "table" / "0" / "samples" / "best.png"
+    ).read_bytes()
+    evaluated = rnode("eval", "runs/table/0", "--json", "--limit", "7")
+    found = json.loads(evaluated.stdout)
+    assert (found["rows"], len(found["nll"]["rows"]), len(found["gaussian"]["rows"])) == (7, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            [],
+            "this density is given temperature, dose: say where with --given-values 'temperature=VALUE,dose=VALUE'",
+        ),
+        (["--given-values", "temperature=300"], "a value is missing for dose."),
+        (["--given-values", "temperature=300,dosis=1"], "unknown column 'dosis'; did you mean 'dose'"),
+        (["--given-values", "temperature=300,dose=much"], "'dose=much' is not COLUMN=NUMBER."),
+        (["--given-values", "300,1"], "'300' is not COLUMN=NUMBER."),
+        (
+            ["--given-values", "temperature=3,dose=1", "--given-file", "x.csv"],
+            "or with --given-file FILE, not both.",
+        ),
+        (["--given-file", "missing.csv"], "cannot read the table missing.csv: there is no such file."),
+        (["--given-values", "temperature=3,dose=1", "-t", "0.5", "-t", "1"], "drawn at one temperature"),
+        (["--given-values", "temperature=3,dose=1", "--columns", "3"], "--columns is for grids of images"),
+        (
+            ["--given-values", "temperature=3,dose=1", "--out", "x.png"],
+            "x.png is not a table: its name must end in",
+        ),
+    ],
+)
+def test_samples_that_cannot_be_drawn(conditional: Path, options: list[str], message: str) -> None:
+    outcome = rnode("sample", str(conditional), *options)
+    assert outcome.exit_code in (1, 2)
+    assert f"Error: {message}" in outcome.output or message in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> None:
+    values, of_file = tmp_path / "values.npz", tmp_path / "file.csv"
+    at = rnode(
+        "sample", str(conditional), "--given-values", "dose=2,temperature=310", "-n", "5", "--out", str(values)
+    )
+    assert at.exit_code == 0, at.output
+    drawn = np.load(values)
+    assert drawn["columns"].tolist() == ["temperature", "dose", "pressure", "yield"]
+    assert (drawn["data"][:, :2] == [310, 2]).all()
+    context = np.tile(np.array([310, 2], np.float32), (5, 1))
+    np.testing.assert_allclose(drawn["data"][:, 2:], sample_rows(load_flow(conditional), 5, context=context))
+    both = rnode("sample", str(conditional), "--given-file", str(file), "-n", "2", "--out", str(of_file))
+    assert both.exit_code == 0, both.output
+    with of_file.open() as text:
+        again = [row[0] for row in csv.reader(text)][1:]
+    with file.open() as text:
+        temperatures = [float(row[0]) for row in csv.reader(text) if row[0] != "temperature"]
+    np.testing.assert_allclose(np.array(again, dtype=float), np.repeat(temperatures, 2), rtol=1e-6)
+
+
+@pytest.mark.slow  # three processes
+def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [part for setting in [f"data.root={file}", *SETTINGS] for part in ("--set", setting)]
+    compared = rnode("compare", "table", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4", *settings,
+                     "--accelerator", "cpu", "--devices", "1")  # fmt: skip
+    assert compared.exit_code == 0, compared.output
+    report = (tmp_path / "comparison" / "table" / "report.md").read_text()
+    assert "NLL, row by row" in report
+    assert report.count("over 40 rows") == 2
+    assert (tmp_path / "comparison" / "table" / "figures" / "nll-nfe.png").exists()
+    again = rnode("compare", "table", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4", *settings,
+                  "--accelerator", "cpu", "--devices", "1")  # fmt: skip
+    assert again.output.count(": done, in") == 3
+
+
+def test_a_report_of_images_and_tables_is_refused(conditional: Path) -> None:
+    images = Path(__file__).parent / "old_runs" / "finished"
+    outcome = rnode("report", str(conditional), str(images))
+    assert outcome.exit_code == 2
+    assert "runs on images and on tables have no unit in common" in outcome.output
+
+
+def test_options_of_the_other_kind(conditional: Path) -> None:
+    assert "--given is for tables, and digits" in rnode("train", "digits", "--given", "a").output
+    finished = str(Path(__file__).parent / "old_runs" / "finished")
+    assert "--given-file are for tables" in rnode("sample", finished, "--given-values", "a=1").output
+    assert "the data set 'digits' holds images" in rnode("train", "table", "--data", "digits").output
+
+
+def test_a_missing_file_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = rnode("train", "table", "--data-root", "no.csv")
+    assert (outcome.exit_code, outcome.output) == (
+        1,
+        "Error: cannot read the table no.csv: there is no such file.\n",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_step_of_a_table_by_measurement(file: Path, conditional: Path) -> None:
+    found = rnode("tune-step", str(conditional), "--device", "cpu", "--images", "20", "--smallest", "0.125")
+    assert found.exit_code == 0, found.output
+    assert "agrees with the adaptive solve within 0.02 nats and 0.01 deviations." in found.output
+
+
+def test_the_cost_of_a_table() -> None:
+    outcome = rnode("estimate", "power", "--gpu", "h100", "--nfe", "4", "--set", "model.blocks=1")
+    assert outcome.exit_code == 0, outcome.output
+    assert "hours/epoch" in outcome.output
+
+
+# a Gaussian of the same rows
+
+
+_normal: Any = stats.multivariate_normal
+
+
+def test_the_baseline_is_a_gaussian_with_the_rows_mean_and_covariance() -> None:
+    random = np.random.default_rng(0)
+    train, held_out = (random.normal(size=(n, 4)) @ np.diag([0.1, 1, 10, 1]) + 5 for n in (60, 9))
+    train[:, 3] += 3 * train[:, 0]
+    joint = _normal(train.mean(0), np.cov(train.T, ddof=0))
+    np.testing.assert_allclose(gaussian_scores(train, held_out, 4), -joint.logpdf(held_out), rtol=1e-9)
+    # of the first two given the others: a linear regression whose residuals are Gaussian
+    design = np.hstack([train[:, 2:], np.ones((60, 1))])
+    solved = np.linalg.lstsq(design, train[:, :2], rcond=None)[0]
+    residual = _normal(np.zeros(2), np.cov((train[:, :2] - design @ solved).T, ddof=0))
+    off = held_out[:, :2] - np.hstack([held_out[:, 2:], np.ones((9, 1))]) @ solved
+    np.testing.assert_allclose(gaussian_scores(train, held_out, 2), -residual.logpdf(off), rtol=1e-7)
+
+
+def _flow(columns: int, **options: Any) -> TableFlow:
+    torch.manual_seed(0)
+    flow = TableFlow(columns, hidden=8, **options)
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return flow
+
+
+def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
+    flow = _flow(3, trace_noise="rademacher")
+    samples = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    measure = TableMeasure(("a", "b", "c"))
+    exact = evaluate_by(measure, flow, samples, batch_size=20)
+    assert (exact.rows, exact.draws, exact.nll.stderr_noise) == (64, 1, None)
+    nll = -_flow(3).log_prob(torch.from_numpy(samples), solver=flow.solver)
+    assert exact.nll.rows == pytest.approx(nll.tolist(), abs=1e-5)
+    measure.exact_dims = 2  # pyright: ignore[reportAttributeAccessIssue]  (of this object)
+    estimated = evaluate_by(measure, flow, samples, batch_size=20, draws=8)
+    assert estimated.nll.stderr_noise is not None
+    assert abs(estimated.nll.mean - exact.nll.mean) < 5 * estimated.nll.stderr_noise
+
+
+def test_an_evaluation_of_a_table_without_its_baseline() -> None:
+    measure = TableMeasure(("a", "b"))
+    samples = np.zeros((3, 2), np.float32)
+    result = evaluate_by(measure, _flow(2), samples)
+    assert isinstance(result, TableEvaluation)
+    assert list(measure.values(result)) == ["nll"]
+    beside = measure.beside_baselines(result, Table("t", ("a", "b"), np.eye(4, 2), samples, samples))
+    assert list(measure.values(beside)) == ["nll", "gaussian"]
+    with pytest.raises(ConfigError, match="at least one row"):
+        evaluate_by(measure, _flow(2), samples[:0])
+
+
+def test_rows_drawn_in_batches() -> None:
+    flow = _flow(2)
+    whole, parts = sample_rows(flow, 5, seed=1), sample_rows(flow, 5, seed=1, batch_size=2)
+    assert np.array_equal(whole[:2].shape, parts[:2].shape)
+    assert np.allclose(parts[:2], sample_rows(flow, 2, seed=1), atol=1e-6)
+    with pytest.raises(ConfigError, match="at least one row"):
+        sample_rows(flow, 0)
+    with pytest.raises(ConfigError, match="a context for each row"):
+        sample_rows(flow, 3, context=np.zeros((2, 1), np.float32))
+
+
+# other Trainers
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> L.Trainer:
+    return L.Trainer(max_steps=3, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                    enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
+
+
+def test_a_trainer_of_ones_own(file: Path, trainer: L.Trainer) -> None:
+    recipe = recipe_of(file)
+    assert isinstance(recipe.data, TableData)
+    module, data = RnodeModule(recipe), TableDataModule(recipe)
+    trainer.fit(module, data)
+    np.testing.assert_allclose(module.flow.mean, data.data.train.mean(0), rtol=1e-5)  # pyright: ignore
+    assert "val/nll" in trainer.callback_metrics or "train/nll" in trainer.callback_metrics
+    assert measure_of(recipe).metric == "nll"
