@@ -29,6 +29,8 @@ _PUBLIC = {
     "RnodeModule": "training.lightning.module",
     "ImageDataModule": "training.lightning.datamodule",
     "load_flow": "training.runs.checkpoints",
+    "export_program": "export.programs",
+    "save_program": "export.writing",
     "install": "torchdyn.patch",
     "uninstall": "torchdyn.patch",
     "hookimpl": "plugins.hookspecs",
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from .core.regularizers import Regularizer
     from .core.trace_estimators import Exact, Hutchinson
     from .errors import RnodeError, SolverError
+    from .export.programs import export_program
+    from .export.writing import save_program
     from .flows.multiscale import MultiscaleFlow
     from .plugins.hookspecs import hookimpl
     from .recipes.schema import get_recipe

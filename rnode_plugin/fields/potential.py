@@ -95,7 +95,7 @@ class PotentialField(nn.Module):
         flat = z.flatten(1)
         if flat.shape[1] != self.dims:
             raise ConfigError(f"this PotentialField has {self.dims} dimensions, a state {tuple(z.shape)} does not.")
-        return torch.cat([flat, t.to(z).reshape(1, 1).expand(len(z), 1)], 1)
+        return torch.cat([flat, t.to(z).reshape(1, 1).expand(z.shape[0], 1)], 1)
 
     def _rest(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.weights[1:], self.biases[1:], strict=True))
@@ -114,7 +114,7 @@ class PotentialField(nn.Module):
 
     def _gradient(self, s: Tensor, layers: list[_Layer]) -> tuple[Tensor, list[Tensor]]:
         """``grad_s Phi (B, D + 1)``, and what reaches the activation of each layer from above."""
-        g = self.w.expand(len(s), -1)
+        g = self.w.expand(s.shape[0], -1)
         pulled = [g]
         for layer in layers[:0:-1]:
             g = g + (layer.slope * g) @ layer.weight

@@ -15,6 +15,7 @@ from ..core.augmented import Dynamics
 from ..core.no_data_parallel import OneProcessADevice
 from ..core.objective import bits_per_dim, output_log_prob
 from ..core.regularizers import jacfrob, kind_of, kinetic, span_policy, weigh_regularizers
+from ..core.tensors.exporting import on_host
 from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields import StackField, conv_field
@@ -194,7 +195,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         if solver.adaptive:  # which would meet what a wrong image leads to, and fail with another error
             check_health(checks)
         if noise is None:
-            noise = self.draw_noise(len(x), generator=generator)
+            noise = self.draw_noise(x.shape[0], generator=generator)
         elif isinstance(self.estimator, Exact):
             raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
         else:
@@ -277,7 +278,7 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
                 left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
                 y = torch.cat([y, left], dim=1) if stage.keeps else left
             for field in islice(fields, _BLOCKS):
-                times = self._times(y, training=False).flip(0)
+                times = self._times(y, training=False, backward=True)
                 y = _solve(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
         check_health(checks)
         return inverse_logit(y, self.alpha)
@@ -311,11 +312,13 @@ class MultiscaleFlow(OneProcessADevice, nn.Module):
         z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
         return self.inverse(z * temperature, solver=solver).clamp(0, 1)
 
-    def _times(self, z: Tensor, *, training: bool) -> Tensor:
+    def _times(self, z: Tensor, *, training: bool, backward: bool = False) -> Tensor:
         """The times of one block, ``(2,)``, on the CPU: nothing that the host asks of them waits for the device."""
-        times = torch.tensor((0.0, 1.0), dtype=z.dtype)
         policy = span_policy(self.regularizers)
-        return times if policy is None else policy.times(times, training=training)
+        with on_host():
+            times = torch.tensor((0.0, 1.0), dtype=z.dtype)
+            times = times if policy is None else policy.times(times, training=training)
+            return times.flip(0) if backward else times
 
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""
