@@ -79,7 +79,8 @@ def sequential() -> nn.Sequential:
 
 def calls(program: ExportedProgram) -> Iterator[list[Tensor]]:
     """Inputs of each batch size, in the order and of the shapes of the program's own."""
-    like = cast("tuple[Tensor, ...]", program.example_inputs[0])
+    assert program.example_inputs is not None
+    like: tuple[Tensor, ...] = program.example_inputs[0]
     for batch in BATCHES:
         yield [torch.rand(batch, *x.shape[1:], dtype=x.dtype) for x in like]
 

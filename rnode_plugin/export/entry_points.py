@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -63,7 +62,7 @@ def _sampler(model: Any, contexts: Callable[[int], dict[str, Tensor]], options: 
     clamps = hasattr(model, "image_shape")  # as its `sample`
 
     def sample(z: Tensor, *context: Tensor) -> Tensor:
-        x = model.inverse(z.detach(), *context, **options)
+        x = model.inverse(z.detach(), **_named(context), **options)
         return x.clamp(0, 1) if clamps else x
 
     return EntryPoint(model, sample, lambda batch: {"z": _latents(model, batch), **contexts(batch)})
@@ -71,19 +70,26 @@ def _sampler(model: Any, contexts: Callable[[int], dict[str, Tensor]], options: 
 
 def _log_density(model: Any, contexts: Callable[[int], dict[str, Tensor]], options: dict[str, Any]) -> EntryPoint:
     layout = _NoiseLayout.of(model)
-    conditional = bool(contexts(1))
     sampler = _sampler(model, contexts, options)
 
     def log_prob(x: Tensor, *rest: Tensor) -> Tensor:
-        noise = {} if layout is None else {"noise": layout.split(rest[-1])}
-        return model.log_prob(x.detach(), *rest[:1] if conditional else (), **noise, **options)
+        noise = {}
+        if layout is not None:
+            *rest, rows = rest
+            noise = {"noise": layout.split(rows)}
+        return model.log_prob(x.detach(), **_named(rest), **noise, **options)
 
     def inputs(batch: int) -> dict[str, Tensor]:
         z, *context = sampler.inputs(batch).values()
         noise = {} if layout is None else {"noise": layout.draw(batch)}
-        return {"x": sampler.compute(z, *context), **dict(zip(("context",), context, strict=False)), **noise}
+        return {"x": sampler.compute(z, *context), **_named(context), **noise}
 
     return EntryPoint(model, log_prob, inputs)
+
+
+def _named(context: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The context as an option, if there is one."""
+    return dict(zip(("context",), context, strict=False))
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,9 @@ class _NoiseLayout:
 def _on_grid(model: Any, solver: Solver | None) -> tuple[Any, dict[str, Any]]:
     """``model`` that solves on a fixed grid, and the options that its methods are to be called with."""
     if not hasattr(model, "on_grid"):
-        solver = solver or model.solver
+        solver = solver or getattr(model, "solver", None)
+        if not isinstance(solver, Solver):
+            raise ConfigError(f"{type(model).__name__} has no solver: give a fixed grid, solver=Solver('rk4_38').")
         _check_fixed(solver.method, solver.adaptive)
         return model, {"solver": dataclasses.replace(solver, gradient="autograd", trace_quadrature="full")}
     if solver is not None:
@@ -180,12 +188,12 @@ def _latents(model: Any, batch: int) -> Tensor:
 def _contexts(model: Any, context: Tensor | None) -> Callable[[int], dict[str, Tensor]]:
     """Makes the context of a batch, by name; nothing for a model without contexts."""
     shape = getattr(model, "context_shape", None)
+    if shape is None and getattr(model, "context", 0):  # a table's number of given columns
+        shape = (model.context,)
     if shape is None:
         if context is not None:
             raise ConfigError("this model takes no context: leave context= out.")
         return lambda batch: {}
-    if "context" not in inspect.signature(model.log_prob).parameters:
-        raise ConfigError(f"{type(model).__name__} has a context_shape, but its log_prob takes no context=.")
     if context is None:
         like = next(model.parameters(), torch.empty(0))
         return lambda batch: {"context": torch.randn(batch, *shape).to(like)}

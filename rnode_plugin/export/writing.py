@@ -37,6 +37,18 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
     Raises:
         ConfigError: for another suffix, and for ``.onnx`` without the extra ``rnode-plugin[onnx]``.
         CheckpointError: the file cannot be written; one that was there before is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from rnode_plugin import MultiscaleFlow, Solver
+        >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
+        >>> program = export_program(flow, "sampler", solver=Solver("euler", step=1.0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_program(program, f"{folder}/sampler.pt2")
+        ...     sampler = torch.export.load(file).module()  # needs torch alone
+        >>> tuple(sampler(torch.randn(2, 16)).shape)
+        (2, 1, 4, 4)
     """
     path = check_program_file(path)
     contents = _onnx_bytes(program) if path.suffix == _ONNX else _torch_bytes(program)

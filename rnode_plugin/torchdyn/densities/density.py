@@ -22,6 +22,7 @@ from ..wrapped.checks import check_shape, is_count
 from .base_distribution import base_and_shape, moved, shrunk_samples
 from .contexts import context_rows
 from .flow_distribution import FlowDistribution
+from .grids import grid_times
 from .noise import noise_rows
 
 __all__ = ["RegularizedCNF"]
@@ -150,19 +151,12 @@ class RegularizedCNF(nn.Module):
         Raises:
             ConfigError: for a solver that chooses its steps, and a step that is not a positive number.
         """
-        if resolve_solver(solver).stepping_class == "adaptive":
-            raise ConfigError(f"{solver!r} chooses its steps; a grid needs one of euler, midpoint, rk4, rk4_38.")
-        times, first, last = self.t_span, float(self.t_span[0]), float(self.t_span[-1])
-        if step is not None:
-            if not (isinstance(step, (int, float)) and step > 0):
-                raise ConfigError(f"step must be a number > 0 or None, not {step!r}.")
-            count = max(1, math.ceil(abs(last - first) / step - 1e-6))  # forgives rounding
-            times = torch.linspace(first, last, count + 1, dtype=times.dtype, device=times.device)
         policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
+        estimator: Any = self._cnf[0].trace_estimator
         return RegularizedCNF(
             self._cnf[0].net, self.base, event_shape=self.event_shape, context_shape=self.context_shape,
-            trace_estimator=self._cnf[0].trace_estimator, regularizers=() if policy is None else (policy,),
-            t_span=times, solver=solver,
+            trace_estimator=estimator, regularizers=() if policy is None else (policy,),
+            t_span=grid_times(self.t_span, solver, step), solver=solver,
         )  # fmt: skip
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
