@@ -79,8 +79,8 @@ def test_the_suite(tmp_path: Path) -> None:
 def test_a_tutorial(name: str, tmp_path: Path) -> None:
     """All cells of six notebooks.
 
-    Of 14 that were tried without install(), these six ran, six ended in errors (they use an older torchdyn), and two
-    took longer than 150 seconds.
+    Of 14 that were tried without install(), these six ran, six ended in errors (they use an older torchdyn), and
+    two took longer than 150 seconds.
     """
     cells = json.loads((SOURCE / "tutorials" / f"{name}.ipynb").read_text())["cells"]
     pieces = []
