@@ -32,6 +32,8 @@ _PUBLIC = {
     "TableDataModule": "training.lightning.datamodule",
     "load_flow": "training.runs.checkpoints",
     "diagnose": "evaluation.diagnostics.diagnose",
+    "export_program": "evaluation.programs.recording",
+    "save_program": "evaluation.programs.writing",
     "install": "torchdyn.patch",
     "uninstall": "torchdyn.patch",
     "hookimpl": "plugins.hookspecs",
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from .core.trace_estimators import Exact, Hutchinson
     from .errors import RnodeError, SolverError
     from .evaluation.diagnostics.diagnose import diagnose
+    from .evaluation.programs.recording import export_program
+    from .evaluation.programs.writing import save_program
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl

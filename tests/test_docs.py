@@ -137,7 +137,8 @@ def test_a_wrong_command_would_be_noticed():
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=[block.where for block in PYTHON])
-def test_python_compiles_and_runs_where_marked(block):
+def test_python_compiles_and_runs_where_marked(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = compile(block.text, block.where, "exec")
     if block.marked:
         exec(code, {"__name__": "docs"})

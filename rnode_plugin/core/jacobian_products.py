@@ -23,7 +23,7 @@ def products_of(field: VectorField) -> Products:
 
 def _in_one_batch(field: FieldWithVJP) -> Products:
     def products(t: Tensor, z: Tensor, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        count, batch = len(vectors), len(z)
+        count, batch = len(vectors), z.shape[0]
         repeated = z.unsqueeze(0).expand(count, *z.shape).reshape(count * batch, *z.shape[1:])
         dz, rows = field.forward_and_vjp(t, repeated, torch.cat(vectors))
         return dz[:batch], rows.reshape(count, *z.shape)

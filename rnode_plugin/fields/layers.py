@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.tensors.exporting import on_host
 from ..errors import ConfigError
 from .kernels.base import LayerMap
 from .kernels.compile import works
@@ -138,7 +139,7 @@ class _Convolution:
 @lru_cache(maxsize=64)
 def _shift_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(2 H W, 10)``: the maps that a bias of 1 makes, then those of each tap of a constant image of 1."""
-    with torch.inference_mode(False), torch.no_grad():
+    with on_host(), torch.inference_mode(False), torch.no_grad():
         patches = F.unfold(torch.ones(1, 1, h, w, dtype=dtype, device=device), 3, padding=1)[0].t()
         one, zero = torch.ones_like(patches[:, :1]), torch.zeros_like(patches)
         return torch.cat([torch.cat([one, zero], 1), torch.cat([zero[:, :1], patches], 1)])

@@ -115,10 +115,12 @@ class PotentialField(nn.Module):
         if flat.shape[1] != self.dims:
             raise ConfigError(f"this PotentialField has {self.dims} dimensions, a state {tuple(z.shape)} does not.")
         given = [] if context is None else [context.to(z)]
-        if (context is None) != (self._given == 0) or any(each.shape != (len(z), self._given) for each in given):
+        if (context is None) != (self._given == 0) or any(
+            each.shape != (z.shape[0], self._given) for each in given
+        ):
             got = "none" if context is None else f"{tuple(context.shape)}"
-            raise ConfigError(f"this PotentialField takes contexts of shape ({len(z)}, {self._given}), not {got}.")
-        return torch.cat([flat, t.to(z).reshape(1, 1).expand(len(z), 1), *given], 1)
+            raise ConfigError(f"this PotentialField takes contexts of shape {expected}, not {got}.")
+        return torch.cat([flat, t.to(z).reshape(1, 1).expand(z.shape[0], 1), *given], 1)
 
     def _rest(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.weights[1:], self.biases[1:], strict=True))
@@ -137,7 +139,7 @@ class PotentialField(nn.Module):
 
     def _gradient(self, s: Tensor, layers: list[_Layer]) -> tuple[Tensor, list[Tensor]]:
         """``grad_s Phi (B, D + 1)``, and what reaches the activation of each layer from above."""
-        g = self.w.expand(len(s), -1)
+        g = self.w.expand(s.shape[0], -1)
         pulled = [g]
         for layer in layers[:0:-1]:
             g = g + (layer.slope * g) @ layer.weight

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.tensors.exporting import exporting
 from .activations import Activation, get_activation
 from .autocast import compute_dtype, without_autocast
 from .layers import LINEAR
@@ -90,7 +91,9 @@ class RecognisedStack:
         dtype = compute_dtype(z)
         with without_autocast(z):
             parameters = [_parameters(layer) for layer in self._layers]
-            return FlatPreparedStack(Stack.make(LINEAR, self._activation, dtype, parameters, z, fast=True), noise)
+            fast = not exporting()  # a program has no backward pass
+            stack = Stack.make(LINEAR, self._activation, dtype, parameters, z, fast=fast)
+            return FlatPreparedStack(stack, noise)
 
 
 def _parameters(layer: _Layer) -> tuple[Tensor | None, Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..core.tensors.exporting import exporting
 from ..errors import ConfigError
 from ..types import Linearization
 from .activations import get_activation
@@ -78,7 +79,8 @@ class FusedStackField(StackField):
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
         # not where shapes come and go, as in validation and sampling: each would be compiled again
         kind = FlatPreparedStack if self._products is LINEAR else FusedPreparedStack
-        return kind(self._stack(z, fast=True, compiled=self.compiled and self.training), noise)
+        fast = not exporting()  # a program has no backward pass
+        return kind(self._stack(z, fast=fast, compiled=self.compiled and self.training), noise)
 
     def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
         # not the one with a backward by hand: somebody may transform this with torch.func

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..core.no_data_parallel import OneProcessADevice
 from ..core.objective import output_log_prob
 from ..core.regularizers import kind_of, span_policy, weigh_regularizers
+from ..core.tensors.exporting import on_host
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..solvers import Solver
 from ..solvers.health import HealthCheck, check_health
@@ -68,11 +69,13 @@ class BlockFlow(OneProcessADevice, nn.Module):
         solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
         return output_log_prob(self(x, solver=solver, penalties=False, **options))
 
-    def _times(self, z: Tensor, *, training: bool) -> Tensor:
+    def _times(self, z: Tensor, *, training: bool, backward: bool = False) -> Tensor:
         """The times of one block, ``(2,)``, on the CPU: nothing that the host asks of them waits for the device."""
-        times = torch.tensor((0.0, 1.0), dtype=z.dtype)
         policy = span_policy(self.regularizers)
-        return times if policy is None else policy.times(times, training=training)
+        with on_host():
+            times = torch.tensor((0.0, 1.0), dtype=z.dtype)
+            times = times if policy is None else policy.times(times, training=training)
+            return times.flip(0) if backward else times
 
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""

@@ -33,7 +33,7 @@ def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
 
 def check_images(x: Tensor, image_shape: Sequence[int], like: Tensor) -> None:
     """Images ``(B, C, H, W)`` of the dtype and on the device of ``like``."""
-    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape) or len(x) == 0:
+    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape) or x.shape[0] == 0:
         expected = ", ".join(map(str, image_shape))
         raise ConfigError(f"this flow takes images of shape (B, {expected}) with B >= 1, not {tuple(x.shape)}.")
     if not x.is_floating_point():
@@ -72,13 +72,16 @@ def range_check(x: Tensor) -> HealthCheck:
 
 
 def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], like: Tensor) -> None:
-    """One tensor per block, of the block's input shape, of the dtype and on the device of the samples ``like``."""
+    """One tensor per block, of the block's input shape, of the dtype and on the device of the samples ``like``.
+
+    Several probes are one more dimension in front.
+    """
     if isinstance(noise, Tensor) or len(noise) != len(shapes):
         got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
         raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")
     for k, (eps, shape) in enumerate(zip(noise, shapes, strict=True)):
-        expected = (len(like), *shape)
-        if eps is None or tuple(eps.shape) != expected:
+        expected = (like.shape[0], *shape)
+        if eps is None or tuple(eps.shape)[-len(expected) :] != expected:
             got = None if eps is None else tuple(eps.shape)
             raise ConfigError(f"the noise of block {k} must be of shape {expected}, not {got}.")
         _check_kind(eps, like, f"the noise of block {k} is")
@@ -86,7 +89,7 @@ def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]],
 
 def check_latents(z: Tensor, dims: int, like: Tensor) -> None:
     """Latents ``(B, dims)`` of the dtype and on the device of ``like``."""
-    if z.ndim != 2 or z.shape[1] != dims or len(z) == 0:
+    if z.ndim != 2 or z.shape[1] != dims or z.shape[0] == 0:
         raise ConfigError(f"latents must be of shape (B, {dims}) with B >= 1, not {tuple(z.shape)}.")
     _check_kind(z, like, "the latents are")
 

@@ -145,7 +145,7 @@ class MultiscaleFlow(BlockFlow):
         if solver.adaptive:  # which would meet what a wrong image leads to, and fail with another error
             check_health([in_range])
         if noise is None:
-            noise = self.draw_noise(len(x), generator=generator)
+            noise = self.draw_noise(x.shape[0], generator=generator)
         elif isinstance(self.estimator, Exact):
             raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
         else:
@@ -197,7 +197,7 @@ class MultiscaleFlow(BlockFlow):
                 left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
                 y = torch.cat([y, left], dim=1) if stage.keeps else left
             for field in islice(fields, BLOCKS):
-                times = self._times(y, training=False).flip(0)
+                times = self._times(y, training=False, backward=True)
                 y = solve_block(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
         check_health(checks)
         return inverse_logit(y, self.alpha)

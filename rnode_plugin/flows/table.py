@@ -167,15 +167,15 @@ class TableFlow(BlockFlow):
         check_rows(x, self.dims, self._like())
         solver = solver or self.solver
         if noise is None:
-            noise = self.draw_noise(len(x), generator=generator)
+            noise = self.draw_noise(x.shape[0], generator=generator)
         elif isinstance(self.estimator, Exact):
             raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
         else:
             check_noise(noise, self.block_shapes, x)
         mean, scale = self._of_columns()
-        z, logdet = (x - mean) / scale, -scale.log().sum().expand(len(x))
+        z, logdet = (x - mean) / scale, -scale.log().sum().expand(x.shape[0])
         run = Pass(self, logdet, solver=solver, penalties=penalties, memory=memory, checks=checks)
-        for field, probe in zip(self._fields_at(context, len(x)), noise, strict=True):
+        for field, probe in zip(self._fields_at(context, x.shape[0]), noise, strict=True):
             z = run.through(field, z, probe)
         return run.output(z, x)
 
@@ -188,8 +188,8 @@ class TableFlow(BlockFlow):
         """
         check_latents(z, self.dims, self._like())
         checks: list[HealthCheck] = []
-        times = self._times(z, training=False).flip(0)
-        for field in reversed(self._fields_at(context, len(z))):
+        times = self._times(z, training=False, backward=True)
+        for field in reversed(self._fields_at(context, z.shape[0])):
             z = solve_block(field, z, times, solver or self.solver, checks, divergence=False).z[-1]
         check_health(checks)
         mean, scale = self._of_columns()

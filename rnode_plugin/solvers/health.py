@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from ..core.tensors.exporting import on_host
 from ..errors import ConfigError, SolverError
 from .host import read
 
@@ -124,6 +125,9 @@ def check_time(t_span: Tensor) -> None:
         raise ConfigError(f"t_span must be a row of at least two times, not of shape {tuple(t_span.shape)}.")
     if not t_span.is_floating_point():
         raise ConfigError(f"t_span must hold floating-point times, not {t_span.dtype}.")
-    steps = t_span.detach().diff()
-    if not bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all()):
+    with on_host():
+        times = t_span.detach()
+        steps = times.diff()
+        good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(times).all())
+    if not good:
         raise ConfigError(f"t_span must be finite and strictly increasing or decreasing, not {t_span.tolist()}.")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.tensors.exporting import exporting
 from ..core.tensors.transforms_active import transforms_active
 
 __all__ = ["read"]
@@ -14,9 +15,10 @@ __all__ = ["read"]
 def read(x: Tensor) -> Any:
     """The numbers in ``x``, as ``x.tolist()`` gives them; None if nobody can know them.
 
-    That is so on the device ``meta``, and inside ``torch.func.vmap``, where they differ from sample to sample.
+    That is so on the device ``meta``, in an export, and inside ``torch.func.vmap``, where they differ from sample
+    to sample.
     """
-    if x.is_meta:
+    if x.is_meta or exporting():
         return None
     try:
         return x.detach().tolist()

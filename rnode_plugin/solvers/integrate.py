@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from ..core.tensors.exporting import on_host
 from ..types import BoundDynamics, Solution
 from .adaptive import Adaptive
 from .health import HealthCheck, check_health, fail_integrals, fail_max_nfe, fail_nonfinite, health
@@ -73,12 +74,13 @@ def _fixed(
 ) -> tuple[Solution, HealthCheck]:
     keep = [True] * len(t_span) if plan.keep is None else list(plan.keep)
     totals, checks = Totals(), []
-    outputs = t_span.to(z.device)
+    with on_host():
+        outputs, grid = t_span.to(z.device), _grid(t_span, counts, z.device)
     times, states = ([outputs[0]], [z]) if keep[0] else ([], [])
     logdets: list[Tensor | None] = [None] * len(states)
     if trace is not None:
         trace.append((outputs[0], z))
-    steps = iter(_grid(t_span, counts, z.device))
+    steps = iter(grid)
     for k in range(1, len(t_span)):
         for start, dt, t in itertools.islice(steps, counts[k - 1]):
             step = take(z, start, dt, None, _draw_stage(plan, generator))
@@ -144,7 +146,7 @@ def _substeps(t_span: Tensor, step: float | None) -> list[int]:
     """How many steps each interval of the grid is divided into."""
     if step is None:
         return [1] * (len(t_span) - 1)
-    times = t_span.detach().tolist()
+    times = t_span.tolist()
     # forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four
     return [max(1, math.ceil(abs(b - a) / step - 1e-6)) for a, b in itertools.pairwise(times)]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,7 @@ class CNF(torchdyn_cnf.CNF):
         self.trace_estimator = _estimator(trace_estimator)
         self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
         self.conditional = conditional
+        self._given: tuple[Tensor | None] | None = None
         self.t: Tensor | None = None  # filled as DepthCat's is, for when the module is called with the state alone
         if isinstance(self.trace_estimator, TraceEstimator):
             self.observer: Seen | None = None
@@ -103,9 +105,20 @@ class CNF(torchdyn_cnf.CNF):
 
     def draw_noise(self, state: Tensor) -> Tensor | None:
         """Noise for one solve from ``state (B, D)``; None if the estimator needs none."""
+        if self._given is not None:
+            return self._given[0]
         if not isinstance(self.trace_estimator, TraceEstimator):
             return None
         return self.trace_estimator.draw(state)
+
+    @contextmanager
+    def given_noise(self, noise: Tensor | None) -> Iterator[None]:
+        """Solves inside use ``noise``, ``(B, D)`` or ``(k, B, D)`` for k probes, or none, instead of drawing it."""
+        self._given = (noise,)
+        try:
+            yield
+        finally:
+            self._given = None
 
     def _estimate(self, estimator: TraceEstimator, field: Velocity, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         noise = self._noise_like(z)
@@ -150,13 +163,13 @@ class CNF(torchdyn_cnf.CNF):
                 f"a CNF with event_shape={self.event_shape} takes states [B, {1 + math.prod(self.event_shape)}] "
                 f"(trace, then the flattened event), not {list(x.shape)}; flatten the event, a zero first."
             )
-        return z.reshape(len(z), *self.event_shape)
+        return z.reshape(z.shape[0], *self.event_shape)
 
     def _noise_like(self, z: Tensor) -> Tensor | None:
         noise = self.noise
         if noise is None:
             return None
-        if noise.ndim == 3 and noise.shape[1:].numel() == z.numel():  # several probes (k, B, D)
+        if noise.ndim == 3 and math.prod(noise.shape[1:]) == z.numel():  # several probes (k, B, D)
             return noise.reshape(len(noise), *z.shape)
         if noise.numel() != z.numel():
             raise ConfigError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.regularizers import Weighted, kind_of, span_policy, undivided
+from ..core.tensors.exporting import on_host
 from ..core.tensors.nested import tree_map_only
 from ..solvers import solve
 from .bind import INTEGRAL_LOSS, bind_field, tensors_of
@@ -45,7 +46,8 @@ def run_solve(
     """
     adaptive = model.solver.stepping_class == "adaptive"
     x = check_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
-    t_span = check_times(t_span, x, adaptive=adaptive)
+    with on_host():
+        t_span = check_times(t_span, x, adaptive=adaptive)
     if torch.is_inference_mode_enabled():
         # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
         with torch.inference_mode(False), torch.no_grad():

@@ -28,7 +28,7 @@ def plan_solve(
     method = step_method(model.solver, model._named, x, t_span, args)
     _warn_of_tolerances(model, method)
     backward = step_method(model.solver_adjoint, model._named, x, t_span, args, backward=True)
-    if x.ndim > 0 and len(x) == 0:  # a batch without samples has no error to choose steps by
+    if x.ndim > 0 and x.shape[0] == 0:  # a batch without samples has no error to choose steps by
         method, backward = (get_method("euler") if m.adaptive else m for m in (method, backward))
     adjoint = SolvePlan(
         backward, atol=model.atol_adjoint, rtol=model.rtol_adjoint, max_nfe=model._max_nfe,

@@ -20,6 +20,7 @@ from torchdyn.numerics.solvers.ode import (
 )
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
+from ..core.tensors.exporting import on_host
 from ..errors import ConfigError, suggest
 from ..solvers.steps.tableaus import Field, Method, StepResult, get_method
 
@@ -109,7 +110,8 @@ def step_method(
     if x.dtype is torch.float64:
         solver = next((_shared(name, x.dtype) for built, name in named if built is solver), solver)
     if hasattr(solver, "sync_device_dtype"):
-        solver.sync_device_dtype(x, t_span)
+        with on_host():
+            solver.sync_device_dtype(x, t_span)
     return method_from_torchdyn(solver, args)
 
 
@@ -179,7 +181,9 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         return (*result, None) if len(result) == 3 else result
 
     def advance_either_way(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
-        if bool(dt > 0):
+        with on_host():
+            forward = bool(dt > 0)
+        if forward:
             return advance(f, x, t, dt, k1)
         # torchdyn never shows a solver a negative step: it mirrors time and the field. So do we for solvers that
         # may do more with dt than scale velocities.

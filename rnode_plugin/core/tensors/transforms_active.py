@@ -1,10 +1,12 @@
-"""Whether a transform of torch.func or forward-mode AD is at work: then plain operations have to serve."""
+"""Whether a transform of torch.func, forward-mode AD or an export is at work: they need plain operations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .exporting import exporting
 
 __all__ = ["needs_plain_pass", "transforms_active"]
 
@@ -16,5 +18,5 @@ def transforms_active() -> bool:
 
 
 def needs_plain_pass(*tensors: Tensor) -> bool:
-    """Whether a transform of torch.func is active, or one of the tensors has a tangent of forward-mode AD."""
-    return transforms_active() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward-mode AD."""
+    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)

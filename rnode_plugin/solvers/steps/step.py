@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.tensors.exporting import on_host
 from ...types import BoundDynamics, Rates, StepRecord
 from ..checkpointing.recompute import checkpointed
 from .tableaus import Method
@@ -137,5 +138,5 @@ def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor
 def weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The weights as a tensor, made once: every step needs them. Not to be written into."""
     # a tensor made in inference mode could not serve a later backward pass
-    with torch.inference_mode(False):
+    with on_host(), torch.inference_mode(False):
         return torch.tensor(weights, dtype=dtype, device=device)

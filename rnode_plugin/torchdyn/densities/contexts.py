@@ -27,11 +27,11 @@ def context_rows(context: Any, shape: torch.Size | None, like: Tensor) -> Tensor
     if shape is None:
         return None
     if not batch_shape:
-        context = context.expand(len(like), *shape)
+        context = context.expand(like.shape[0], *shape)
     elif batch_shape != like.shape[:1]:
         raise ConfigError(
-            f"context= has shape {tuple(context.shape)} for {len(like)} samples: give one for all, {tuple(shape)}, "
-            f"or one for each, {(len(like), *shape)}."
+            f"context= has shape {tuple(context.shape)} for {like.shape[0]} samples: give one for all, "
+            f"{tuple(shape)}, or one for each, {(like.shape[0], *shape)}."
         )
     return context.to(like) if context.is_floating_point() else context.to(like.device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ...core.regularizers import span_policy
+from ...core.tensors.exporting import on_host
 from ...core.trace_estimators import TraceEstimator
 from ...errors import ConfigError
 from ..cnf import CNF
@@ -21,6 +22,8 @@ from ..wrapped.checks import check_shape, is_count
 from .base_distribution import base_and_shape, moved, shrunk_samples
 from .contexts import context_rows
 from .flow_distribution import FlowDistribution
+from .grids import grid_times
+from .noise import noise_rows
 
 __all__ = ["EventVelocity", "RegularizedCNF"]
 
@@ -92,8 +95,9 @@ class RegularizedCNF(nn.Module):
         conditional = self.context_shape is not None
         cnf = CNF(net, trace_estimator, event_shape=self.event_shape, conditional=conditional)
         self.ode = NeuralODE(cnf, regularizers=regularizers, **options)
-        # The same field without its trace, which samples do not need; an end time that is learned is theirs too.
-        # In a tuple, where torch sees no second module with the same parameters.
+        # In tuples, where torch sees no second module with the same parameters: the CNF, and the same field without
+        # its trace, which samples do not need; an end time that is learned is theirs too.
+        self._cnf = (cnf,)
         policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
         spans = () if policy is None else (policy,)
         self._without_trace = (NeuralODE(EventVelocity(cnf), regularizers=spans, **options),)
@@ -137,30 +141,73 @@ class RegularizedCNF(nn.Module):
         options = {"regularizers": (), **options}
         return cls(net, t_span=torch.linspace(data_time, noise_time, steps + 1), **options)
 
+    def on_grid(self, solver: str, *, step: float | None = None) -> RegularizedCNF:
+        """The same density with the same parameters, solved by a fixed-step ``solver``; it follows no penalties.
+
+        Args:
+            solver: a name as for the class, such as ``"rk4_38"``.
+            step: longest step; the solve is divided evenly. None: the times of this model's ``t_span``.
+
+        Raises:
+            ConfigError: for a solver that chooses its steps, and a step that is not a positive number.
+        """
+        policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
+        estimator: Any = self._cnf[0].trace_estimator
+        return RegularizedCNF(
+            self._cnf[0].net, self.base, event_shape=self.event_shape, context_shape=self.context_shape,
+            trace_estimator=estimator, regularizers=() if policy is None else (policy,),
+            t_span=grid_times(self.t_span, solver, step), solver=solver,
+        )  # fmt: skip
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """:meth:`log_prob`, so that the model can be wrapped (DistributedDataParallel)."""
         return self.log_prob(x, context)
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = None) -> Tensor:
+    def draw_noise(self, batch: int) -> Tensor | None:
+        """Noise of the trace for one :meth:`log_prob` of ``batch`` samples; None if the trace is exact.
+
+        ``(batch, *event_shape)``, or ``(k, batch, *event_shape)`` for k probes.
+        """
+        noise = self._cnf[0].draw_noise(self.t_span.new_empty(batch, self.dims))
+        return None if noise is None else noise.unflatten(-1, self.event_shape)
+
+    def log_prob(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        penalties: bool | None = None,
+    ) -> Tensor:
         """``log p(x) (B,)`` in nats, of ``x (B, *event_shape)``; unbiased with Hutchinson's estimator.
 
         Args:
             x: samples.
             context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
+            noise: of the trace, as :meth:`draw_noise` gives it; None draws it.
             penalties: as in :meth:`NeuralODE.forward`.
 
         Raises:
-            ConfigError: for another shape, and for a context that is missing, misshapen or not asked for.
+            ConfigError: for another shape, for noise that the trace does not take, and for a context that is
+                missing, misshapen or not asked for.
             SolverError: from the solve.
         """
-        z, logdet = self.transform(x, context, penalties=penalties)
+        z, logdet = self.transform(x, context, noise=noise, penalties=penalties)
         return self._base_log_prob(z) + logdet
 
     def transform(
-        self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        penalties: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``."""
-        z, column = self._with_trace(x, context, self.t_span, penalties=penalties)
+        """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``; see :meth:`log_prob`."""
+        self._check(x)
+        rows = noise_rows(noise, self.draw_noise, x)
+        with nullcontext() if rows is None else self._cnf[0].given_noise(rows):
+            z, column = self._with_trace(x, context, penalties=penalties)
         return z, -column
 
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
@@ -185,13 +232,16 @@ class RegularizedCNF(nn.Module):
         """``x (B, *event_shape)`` that flows to ``z``."""
         self._check(z)
         rows = context_rows(context, self.context_shape, z)
-        return self._without_trace[0](z, self.t_span.to(z).flip(0), args=rows, penalties=False)[-1]
+        times = self._times(z, backward=True)
+        with self._cnf[0].given_noise(None):  # a velocity without its trace needs none
+            return self._without_trace[0](z, times, args=rows, penalties=False)[-1]
 
     def inverse_and_log_prob(
         self, z: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve."""
-        x, logdet = self._with_trace(z, context, self.t_span.flip(0), penalties=penalties)
+        self._check(z)
+        x, logdet = self._with_trace(z, context, penalties=penalties, backward=True)
         return x, self._base_log_prob(z) + logdet
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
@@ -227,19 +277,24 @@ class RegularizedCNF(nn.Module):
         return self
 
     def _with_trace(
-        self, x: Tensor, context: Tensor | None, t_span: Tensor, *, penalties: bool | None
+        self, x: Tensor, context: Tensor | None, *, penalties: bool | None, backward: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Where the flow takes ``x``, and minus the integral of its divergence over time, ``(B,)`` in nats."""
-        self._check(x)
         flat = x.flatten(1)
         state = torch.cat([torch.zeros_like(flat[:, :1]), flat], 1)
         rows = context_rows(context, self.context_shape, x)
-        end = self.ode(state, t_span.to(state), args=rows, penalties=penalties)[-1]
+        times = self._times(state, backward=backward)
+        end = self.ode(state, times, args=rows, penalties=penalties)[-1]
         return end[:, 1:].reshape(x.shape), end[:, 0]
+
+    def _times(self, like: Tensor, *, backward: bool) -> Tensor:
+        with on_host():
+            times = self.t_span.to(like)
+            return times.flip(0) if backward else times
 
     def _base_log_prob(self, z: Tensor) -> Tensor:
         # torch's Independent fails for a batch without samples
-        return self.base.log_prob(z) if len(z) > 0 else z.flatten(1).sum(1)
+        return self.base.log_prob(z) if z.shape[0] > 0 else z.flatten(1).sum(1)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor):
