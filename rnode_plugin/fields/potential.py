@@ -114,10 +114,8 @@ class PotentialField(nn.Module):
         flat = z.flatten(1)
         if flat.shape[1] != self.dims:
             raise ConfigError(f"this PotentialField has {self.dims} dimensions, a state {tuple(z.shape)} does not.")
-        given = [] if context is None else [context.to(z)]
-        if (context is None) != (self._given == 0) or any(
-            each.shape != (z.shape[0], self._given) for each in given
-        ):
+        given, expected = [] if context is None else [context.to(z)], (z.shape[0], self._given)
+        if (context is None) != (self._given == 0) or any(each.shape != expected for each in given):
             got = "none" if context is None else f"{tuple(context.shape)}"
             raise ConfigError(f"this PotentialField takes contexts of shape {expected}, not {got}.")
         return torch.cat([flat, t.to(z).reshape(1, 1).expand(z.shape[0], 1), *given], 1)
