@@ -131,7 +131,9 @@ def main(names: tuple[str, ...], steps: int, seed: int, figure: Path | None, thr
     base = found["none", None]
     click.echo(table(["penalty", "λ", *heads], [row(*case, found[case], base) for case in cases]))
     if figure is not None:
-        drawing = draw("penalties-2d", lambda panels: paint(panels, found), size=(10, 3.6), ncols=len(DATA))
+        drawing = draw(
+            "penalties-2d", lambda panels: paint(panels, found), size=(10, 3.6), ncols=len(DATA), sharey=True
+        )
         figure.write_bytes(drawing.png)
 
 
