@@ -6,13 +6,17 @@ Trains ``RegularizedCNF`` on torchdyn's moons, spirals and Gaussians: the same w
 penalty of a data set, four steps of the 3/8 rule, exact traces. Then held-out points pass through ``dopri5`` at
 1e-5. The table has one row for each penalty and strength: evaluations (NFE), the loss in likelihood against no
 penalty, with its standard error over the points, and the bend, the length
-of all paths divided by the distance of their ends.
+of all paths divided by the distance of their ends. Each data set has a process of its own.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,9 @@ DATA = ("moons", "spirals", "gaussians")
 PENALTIES = ("kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "straightness")
 STRENGTHS = (0.01, 0.1, 1.0)
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#24292f")
+
+
+Case = tuple[str, float | None]  # penalties and their strength; "none" has none
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,18 @@ def measure(field: TimeField, points: Tensor) -> Found:
     return Found(nll, nfe, float(length / distance))
 
 
+def all_cases(data: str, *, cases: Sequence[Case], steps: int, seed: int, threads: int) -> dict[Case, Found]:
+    """Train and measure every case on one data set."""
+    torch.set_num_threads(threads)
+    given, held_out = plane_data(data, 4000, seed=seed), plane_data(data, 1000, seed=seed + 1)
+    found = {}
+    for name, strength in cases:
+        regularizers = {} if strength is None else dict.fromkeys(name.split("+"), strength)
+        found[name, strength] = measure(train(given, regularizers, steps=steps, seed=seed), held_out)
+        click.echo(f"{data}: {name} {'' if strength is None else strength}", err=True)
+    return found
+
+
 def row(name: str, strength: float | None, found: dict[str, Found], base: dict[str, Found]) -> list[object]:
     """A row of the table: for each data set NFE, difference in nats/dim with its error, and bend."""
     cells: list[object] = [name, "" if strength is None else f"{strength:g}"]
@@ -91,7 +110,7 @@ def row(name: str, strength: float | None, found: dict[str, Found], base: dict[s
     return cells
 
 
-def paint(panels: Any, found: dict[tuple[str, float | None], dict[str, Found]]) -> None:
+def paint(panels: Any, found: dict[Case, dict[str, Found]]) -> None:
     """Likelihood against NFE, a panel for each data set and a line for each penalty, over its strengths."""
     for axes, data in zip(panels, DATA, strict=True):
         base = found["none", None][data]
@@ -116,22 +135,19 @@ def paint(panels: Any, found: dict[tuple[str, float | None], dict[str, Found]]) 
 @threads_option
 def main(names: tuple[str, ...], steps: int, seed: int, figure: Path | None, threads: int) -> None:
     print_environment(set_up("cpu", threads))
-    points = {name: (plane_data(name, 4000, seed=seed), plane_data(name, 1000, seed=seed + 1)) for name in DATA}
-    cases: list[tuple[str, float | None]] = [("none", None)]
+    cases: list[Case] = [("none", None)]
     cases += [(name, strength) for name in names or PENALTIES for strength in STRENGTHS]
-    found: dict[tuple[str, float | None], dict[str, Found]] = {}
-    for name, strength in cases:
-        regularizers = {} if strength is None else dict.fromkeys(name.split("+"), strength)
-        found[name, strength] = {
-            data: measure(train(given, regularizers, steps=steps, seed=seed), held_out)
-            for data, (given, held_out) in points.items()
-        }
-        click.echo(f"{name} {'' if strength is None else strength}", err=True)
+    options = {"cases": cases, "steps": steps, "seed": seed, "threads": threads}
+    with ProcessPoolExecutor(len(DATA), mp_context=multiprocessing.get_context("spawn")) as pool:
+        of_data = dict(zip(DATA, pool.map(partial(all_cases, **options), DATA), strict=True))
+    found = {case: {data: each[case] for data, each in of_data.items()} for case in cases}
     heads = [cell for data in DATA for cell in (f"{data}: NFE", "lost [nats/dim]", "bend")]
     base = found["none", None]
     click.echo(table(["penalty", "λ", *heads], [row(*case, found[case], base) for case in cases]))
     if figure is not None:
-        drawing = draw("penalties-2d", lambda panels: paint(panels, found), size=(10, 3.6), ncols=len(DATA))
+        drawing = draw(
+            "penalties-2d", lambda panels: paint(panels, found), size=(10, 3.6), ncols=len(DATA), sharey=True
+        )
         figure.write_bytes(drawing.png)
 
 

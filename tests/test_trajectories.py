@@ -107,6 +107,14 @@ def test_data_of_the_plane(name: str) -> None:
     assert float((x[:175].mean(0) - x[175:].mean(0)).abs().max()) < 0.5
 
 
+def test_data_of_the_plane_are_whole() -> None:
+    """Both arms of the spirals, and all Gaussians of the ring: torchdyn gives more points than it is asked for."""
+    ring = plane_data("gaussians", 1000)
+    assert float((ring.norm(dim=1) < 0.5).float().mean()) < 0.03  # of a single Gaussian it is 0.12
+    arms = plane_data("spirals", 1000, noise=0.0)
+    assert float(torch.cdist(-arms, arms).min(1).values.mean()) < 0.07  # one arm turned by 180 degrees is the other
+
+
 def test_penalties_make_trajectories_straighter_and_more_even() -> None:
     x = mixture(4000)
     plain = train_field(x, lambdas={}, steps=60)

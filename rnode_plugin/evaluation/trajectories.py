@@ -77,7 +77,8 @@ def plane_data(name: str, count: int, *, seed: int = 0, noise: float = 0.15) -> 
     try:
         with seeded(seed, Stream.SAMPLE):
             points, _ = ToyDataset().generate(count, name)
-            points = points.float()[torch.randperm(count)]  # torchdyn's come in the order of the curve
+            # torchdyn's come in the order of the curve, and of some sets in a multiple of count
+            points = points.float()[torch.randperm(len(points))[:count]]
             points = (points - points.mean(0)) / points.std(0) + noise * torch.randn(count, 2)
     finally:
         np.random.set_state(state)

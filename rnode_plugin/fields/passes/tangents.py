@@ -5,7 +5,7 @@ It starts from what an evaluation kept of its activations, ``c_k``: ``u_k``, or 
 cotangent ``q_L`` of it, are one sweep downward: ``p_k = W_{k+1}^T q_{k+1}`` and ``q_k = s'(a_k) p_k``, with
 ``(ds'/dc_k) y_k p_k`` as the cotangent of ``c_k``, which the evaluation's own backward pass picks up. The direction
 may be the velocity of that same evaluation. A product and its gradient take three times the convolutions of a
-forward pass.
+forward pass; it keeps two tensors for each hidden layer, ``y_k`` and what stands for the slope.
 """
 
 from __future__ import annotations
