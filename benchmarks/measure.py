@@ -77,7 +77,12 @@ def set_up(device: str, threads: int) -> torch.device:
 
 
 def alternate(
-    cases: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device, calls: int = 1
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time each case in turn, ``repeats`` times, after one untimed run of each.
 
@@ -88,6 +93,7 @@ def alternate(
         repeats: timed runs of each.
         device: synchronised before the clock is read.
         calls: calls in one timed run, for cases of microseconds; times are of one call.
+        clock: ``time.process_time`` counts what this process computes, whatever else the machine does.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
@@ -95,11 +101,11 @@ def alternate(
     for _ in range(repeats):
         for name, case in cases.items():
             _synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(calls):
                 case()
             _synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append((clock() - start) / calls)
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
 
 
