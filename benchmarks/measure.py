@@ -93,7 +93,7 @@ def alternate(
         repeats: timed runs of each.
         device: synchronised before the clock is read.
         calls: calls in one timed run, for cases of microseconds; times are of one call.
-        clock: gives seconds; ``time.process_time`` counts this process's own work on a CPU that others use too.
+        clock: ``time.process_time`` counts what this process computes, whatever else the machine does.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():

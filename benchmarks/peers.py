@@ -1,17 +1,20 @@
-"""Small fields: a training step of NeuralODE against torchdyn, torchdiffeq and zuko (those that are installed).
+"""Small fields: a training step of NeuralODE against torchdyn, torchdiffeq and those optional peers that are there.
 
-    python benchmarks/peers.py --field 2-64 --activation tanh
+    python benchmarks/peers.py --field 2-64 --activation tanh --threads 1
+    python benchmarks/peers.py scaling --threads 1
 
 The field is a multilayer perceptron with two hidden layers; the loss is a density's, so the state carries the
-log-determinant. Every case solves the same problem from the same weights and starts. torchdyn, torchdiffeq and zuko
-follow no penalties: their rows are what ours, with and without both penalties, is compared with. "loss" and
-"gradient" are relative differences to the first case that follows the same quantities, with the exact trace. zuko
-solves with its own adaptive method at the same tolerances.
+log-determinant. Every case solves the same problem from the same weights and starts, with the same method and
+tolerances (zuko has its own adaptive method). Only ours and diffrax follow the penalties. "loss" and "gradient" are
+relative differences to a solve in float64 with 64 steps of the same quantities, so a case that is fast because it
+computes less would show. Times are processor time. "memory" is what one training step adds to the process.
+
+The optional peers are zuko, torchode and diffrax: ``pip install zuko torchode diffrax``.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -20,49 +23,52 @@ from typing import Any
 
 import click
 import torch
-from measure import alternate, device_option, print_environment, repeats_option, set_up, table, threads_option
+from measure import (
+    Timing,
+    alternate,
+    peak_memory,
+    print_environment,
+    repeats_option,
+    set_up,
+    table,
+    threads_option,
+)
+from peer_solvers import TOLERANCE, diffrax_step, installed, loss_of, torchdiffeq_case, torchode_case, zuko_case
 from torch import Tensor, nn
-from torchdiffeq import odeint
 from torchdyn import models as torchdyn_models
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.models.cnf import hutch_trace
 
 from rnode_plugin import CNF, NeuralODE
 
 FIELDS = {"2-64": (2, 64), "8-128": (8, 128), "64-256": (64, 256)}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "softplus": nn.Softplus}
-SOLVES = {"rk4": {"solver": "rk4"}, "dopri5": {"solver": "dopri5", "atol": 1e-5, "rtol": 1e-5}}
+SOLVES = {"rk4": {"solver": "rk4"}, "dopri5": {"solver": "dopri5", "atol": TOLERANCE, "rtol": TOLERANCE}}
 BASELINE = "torchdyn, exact trace"
+BOTH = ("kinetic", "jacfrob")
+NOISE = "torchdyn, Gaussian noise"
 
 
 @dataclass(frozen=True)
 class Ours:
-    """One of our cases: how the trace is made, and which penalties are followed."""
+    """One of our cases: how the trace is made, which penalties are followed, and whether steps are compiled."""
 
     trace: str
     penalties: tuple[str, ...] = ()
+    compiled: bool = False
 
+
+Step = Callable[[], tuple[Tensor, Tensor]]
+"""Loss and gradient."""
 
 OURS = {
     "ours, exact trace": Ours("exact"),
     "ours, exact trace, kinetic": Ours("exact", ("kinetic",)),
-    "ours, exact trace, both penalties": Ours("exact", ("kinetic", "jacfrob")),
-    "ours, Gaussian noise, both penalties": Ours("gaussian", ("kinetic", "jacfrob")),
+    "ours, exact trace, both penalties": Ours("exact", BOTH),
+    "ours, Gaussian noise, both penalties": Ours("gaussian", BOTH),
+    "ours, compiled, exact trace": Ours("exact", (), True),
+    "ours, compiled, exact trace, both penalties": Ours("exact", BOTH, True),
 }
-
-
-class Augmented(nn.Module):
-    """``(z, l)`` and its exact divergence by automatic differentiation, for torchdiffeq."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = state[0] if state[0].requires_grad else state[0].requires_grad_()
-            dz = self.net(z)
-            rows = [torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0] for i in range(z.shape[1])]
-        return dz, sum(row[:, i] for i, row in enumerate(rows))  # pyright: ignore[reportReturnType]
 
 
 def perceptron(dims: int, hidden: int, activation: str) -> nn.Sequential:
@@ -70,11 +76,6 @@ def perceptron(dims: int, hidden: int, activation: str) -> nn.Sequential:
     torch.manual_seed(0)
     act = ACTIVATIONS[activation]
     return nn.Sequential(nn.Linear(dims, hidden), act(), nn.Linear(hidden, hidden), act(), nn.Linear(hidden, dims))
-
-
-def loss_of(z: Tensor, logdet: Tensor) -> Tensor:
-    """The negative log-likelihood without its constant, per sample."""
-    return (0.5 * z.square().sum(1) - logdet).mean()
 
 
 def ode_case(net: nn.Module, case: str, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
@@ -85,10 +86,13 @@ def ode_case(net: nn.Module, case: str, solve: str, steps: int, x: Tensor) -> Ca
     ours = OURS.get(case)
     with redirect_stdout(StringIO()):  # torchdyn says that it wraps a field that takes no time
         if ours is None:
-            ode: Any = TorchdynNeuralODE(torchdyn_models.CNF(net), **options).to(x.device)
+            noise = torch.distributions.MultivariateNormal(torch.zeros(x.shape[1]), torch.eye(x.shape[1]))
+            given: Any = {} if case == BASELINE else {"trace_estimator": hutch_trace, "noise_dist": noise}
+            ode: Any = TorchdynNeuralODE(torchdyn_models.CNF(net, **given), **options)
         else:
             cnf = CNF(net, trace_estimator=ours.trace)
-            ode = NeuralODE(cnf, regularizers=list(ours.penalties) or None, **options).to(x.device)
+            penalties = list(ours.penalties) or None
+            ode = NeuralODE(cnf, regularizers=penalties, compile=ours.compiled, **options)
 
     def run() -> Tensor:
         end = ode(state, span)[-1]
@@ -98,47 +102,22 @@ def ode_case(net: nn.Module, case: str, solve: str, steps: int, x: Tensor) -> Ca
     return run
 
 
-def torchdiffeq_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
-    """A forward pass of torchdiffeq's ``odeint``, differentiated through its steps."""
-    field = Augmented(net)
-    span = torch.linspace(0, 1, 2).to(x)
-    options: dict[str, Any] = {"method": solve}
-    options |= {"options": {"step_size": 1 / steps}} if solve == "rk4" else {"atol": 1e-5, "rtol": 1e-5}
-
-    def run() -> Tensor:
-        # through a product with 1, so that the state is not a leaf whose requires_grad the field would set
-        z, logdet = odeint(field, (x.clone().requires_grad_(), torch.zeros_like(x[:, 0])), span, **options)
-        return loss_of(z[-1], logdet[-1])
-
-    return run
-
-
-def zuko_case(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """zuko's free-form Jacobian transform with the exact trace."""
-    from zuko.transforms import FreeFormJacobianTransform  # pyright: ignore[reportMissingImports]  # optional
-
-    parameters = list(net.parameters())
-
-    def run() -> Tensor:
-        transform = FreeFormJacobianTransform(
-            f=lambda t, z: net(z), t0=0.0, t1=x.new_tensor(1.0), phi=parameters, atol=1e-5, rtol=1e-5, exact=True
-        )
-        z, logdet = transform.call_and_ladj(x)
-        return loss_of(z, logdet)
-
-    return run
-
-
-def cases_of(net: nn.Module, solve: str, steps: int, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """All cases of one table."""
-    found = {case: ode_case(net, case, solve, steps, x) for case in (BASELINE, *OURS)}
-    found["torchdiffeq, exact trace"] = torchdiffeq_case(net, solve, steps, x)
-    if solve != "rk4" and importlib.util.find_spec("zuko") is not None:
-        found["zuko, exact trace"] = zuko_case(net, x)
+def steps_of(net: nn.Sequential, activation: str, solve: str, steps: int, x: Tensor) -> dict[str, Step]:
+    """A training step of each case of one table."""
+    runs = {case: ode_case(net, case, solve, steps, x) for case in (BASELINE, *OURS)}
+    runs["torchdiffeq, exact trace"] = torchdiffeq_case(net, solve, steps, x)
+    if solve != "rk4" and installed("zuko"):
+        runs["zuko, exact trace"] = zuko_case(net, x)
+    if solve != "rk4" and installed("torchode"):
+        runs["torchode, exact trace"] = torchode_case(net, x)
+    found = {case: with_gradient(net, run) for case, run in runs.items()}
+    if installed("diffrax"):
+        found["diffrax, exact trace"] = diffrax_step(net, activation, solve, steps, x, None)
+        found["diffrax, exact trace, both penalties"] = diffrax_step(net, activation, solve, steps, x, (0.01, 0.01))
     return found
 
 
-def with_gradient(net: nn.Module, run: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+def with_gradient(net: nn.Module, run: Callable[[], Tensor]) -> Step:
     """A training step without the optimizer: loss and gradient."""
 
     def step() -> tuple[Tensor, Tensor]:
@@ -151,54 +130,122 @@ def with_gradient(net: nn.Module, run: Callable[[], Tensor]) -> Callable[[], tup
     return step
 
 
-@click.command(help=__doc__)
+def one_step(field: str, activation: str, solve: str, steps: int, batch_size: int, case: str) -> Step:
+    """One case by itself, for a process that measures its memory."""
+    net, x = problem(field, activation, batch_size)
+    return steps_of(net, activation, solve, steps, x)[case]
+
+
+def problem(field: str, activation: str, batch_size: int) -> tuple[nn.Sequential, Tensor]:
+    """The net and the states to start from."""
+    dims, hidden = FIELDS[field]
+    net = perceptron(dims, hidden, activation)
+    return net, torch.randn(batch_size, dims)
+
+
+def truth(net: nn.Sequential, penalties: tuple[str, ...], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of the same quantities, so accurate that a difference to it is the case's own error."""
+    case = next(name for name, ours in OURS.items() if ours == Ours("exact", penalties))
+    net.double()
+    result = with_gradient(net, ode_case(net, case, "rk4", 64, x.double()))()
+    net.float()
+    return result
+
+
+def difference(found: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor]) -> tuple[str, str]:
+    """Relative differences of loss and gradient."""
+    loss, gradient = (x.double() for x in found)
+    return f"{float(loss / true[0] - 1):+.0e}", f"{float((gradient - true[1]).norm() / true[1].norm()):.0e}"
+
+
+def rows_of(
+    field: str, activation: str, solve: str, steps: int, batch_size: int, repeats: int
+) -> list[list[object]]:
+    """The rows of one field and one method."""
+    device = torch.device("cpu")
+    net, x = problem(field, activation, batch_size)
+    training = steps_of(net, activation, solve, steps, x)
+    results = {case: step() for case, step in training.items()}
+    times = alternate(training, repeats=repeats, device=device, clock=time.process_time)
+    plain = {case: ode_case(net, case, solve, steps, x) for case in forward_cases()}
+    with torch.no_grad():
+        forward = alternate(plain, repeats=repeats, device=device, clock=time.process_time)
+    true = {penalties: truth(net, penalties, x) for penalties in ((), ("kinetic",), BOTH)}
+    rows: list[list[object]] = []
+    for case, timing in times.items():
+        penalties = BOTH if "both" in case else ("kinetic",) if "kinetic" in case else ()
+        errors = ("", "") if "noise" in case else difference(results[case], true[penalties])
+        memory = peak_memory(one_step, field, activation, solve, steps, batch_size, case, device=device)
+        rows.append([
+            f"{field}, {solve}", case, timing, ratio(timing, times[BASELINE]), forward.get(case, ""), *errors,
+            f"{memory.above / 1e6:.0f} MB",
+        ])  # fmt: skip
+    return rows
+
+
+def forward_cases() -> list[str]:
+    """Cases that are timed without gradients, where NeuralODE follows no penalties."""
+    return [BASELINE, *(name for name, ours in OURS.items() if not ours.penalties)]
+
+
+def ratio(timing: Timing, baseline: Timing) -> str:
+    """Of the medians."""
+    return f"{timing.median / baseline.median:.2f}"
+
+
+@click.group(help=__doc__, invoke_without_command=True)
 @click.option("--field", "fields", multiple=True, type=click.Choice(list(FIELDS)), help="[default: 2-64]")
 @click.option("--activation", default="tanh", show_default=True, type=click.Choice(list(ACTIVATIONS)))
 @click.option("--solve", "solves", multiple=True, type=click.Choice(list(SOLVES)), help="[default: all]")
 @click.option("--steps", default=8, show_default=True, help="Steps of rk4.")
 @click.option("--batch-size", default=512, show_default=True)
-@device_option
 @threads_option
 @repeats_option
+@click.pass_context
 def main(
+    context: click.Context,
     fields: tuple[str, ...],
     activation: str,
     solves: tuple[str, ...],
     steps: int,
     batch_size: int,
-    device: str,
     threads: int,
     repeats: int,
 ) -> None:
-    where = set_up(device, threads)
-    print_environment(where)
+    if context.invoked_subcommand is not None:
+        return
+    print_environment(set_up("cpu", threads))
     click.echo(f"{activation}, batch {batch_size}, {repeats} alternated runs: median (range)\n")
-    rows = []
-    for name in fields or ["2-64"]:
-        dims, hidden = FIELDS[name]
-        for solve in solves or SOLVES:
-            net = perceptron(dims, hidden, activation).to(where)
-            x = torch.randn(batch_size, dims).to(where)
-            runs = cases_of(net, solve, steps, x)
-            training = {case: with_gradient(net, run) for case, run in runs.items()}
-            results = {case: step() for case, step in training.items()}
-            times = alternate(training, repeats=repeats, device=where)
-            with torch.no_grad():
-                # our NeuralODE follows penalties in training mode with gradients alone: these rows are without
-                plain = {case: run for case, run in runs.items() if "kinetic" not in case and "both" not in case}
-                forward = alternate(plain, repeats=repeats, device=where)
-            for case, timing in times.items():
-                loss, gradient = results[case]
-                same = case if "both" in case or "kinetic" in case else BASELINE
-                true_loss, true = results[same]
-                rows.append([
-                    f"{name}, {solve}", case, timing, f"{timing.median / times[BASELINE].median:.2f}",
-                    forward.get(case, ""),
-                    "" if same == case else f"{float(loss / true_loss - 1):+.0e}",
-                    "" if same == case else f"{float((gradient - true).norm() / true.norm()):.0e}",
-                ])  # fmt: skip
-    header = ["field", "case", "a training step", "ratio", "forward alone", "loss", "gradient"]
+    rows = [
+        row
+        for field in fields or ["2-64"]
+        for solve in solves or SOLVES
+        for row in rows_of(field, activation, solve, steps, batch_size, repeats)
+    ]
+    header = ["field", "case", "a training step", "ratio", "forward alone", "loss", "gradient", "memory"]
     click.echo(table(header, rows))
+
+
+@main.command()
+@click.option("--steps", default=2, show_default=True, help="Steps of rk4.")
+@threads_option
+@repeats_option
+def scaling(steps: int, threads: int, repeats: int) -> None:
+    """Training steps against the batch, with the exact trace, and against the dimensions, with noise."""
+    device = set_up("cpu", threads)
+    print_environment(device)
+    rows: list[list[object]] = []
+    sizes = [*((2, 64, batch, "exact trace") for batch in (64, 512, 4096, 65536))]
+    sizes += [(dims, max(64, dims), 512, "Gaussian noise") for dims in (2, 8, 64, 512)]
+    for dims, hidden, batch, trace in sizes:
+        net = perceptron(dims, hidden, "tanh")
+        x = torch.randn(batch, dims)
+        cases = [f"torchdyn, {trace}", f"ours, {trace}, both penalties"]
+        training = {case: with_gradient(net, ode_case(net, case, "rk4", steps, x)) for case in cases}
+        times = alternate(training, repeats=repeats, device=device, clock=time.process_time)
+        theirs, ours = times.values()
+        rows.append([dims, hidden, batch, trace, theirs, ours, ratio(ours, theirs)])
+    click.echo(table(["D", "width", "batch", "trace", "torchdyn, no penalties", "ours, both", "ratio"], rows))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .layers import LINEAR
 from .prepared import Stack
 from .stack import FlatPreparedStack
 
-__all__ = ["PARTS", "Affine", "AppendTime", "Part", "Pointwise", "RecognisedStack", "recognise"]
+__all__ = ["PARTS", "Affine", "AppendTime", "Layer", "Part", "Pointwise", "RecognisedStack", "recognise"]
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,41 @@ PARTS: dict[type[nn.Module], Callable[[Any], Part | None]] = {
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
+    """A linear layer of a stack, with time as its last input if it is ``timed``."""
+
     module: Any
     timed: bool
 
+    @property
+    def state_weight(self) -> Tensor:
+        """The weight of its other inputs."""
+        return self.parameters()[1]
+
+    def parameters(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The weights of time, with an input of size 1, and of the state, and the bias."""
+        weight, bias = self.module.weight, self.module.bias
+        if not self.timed:
+            return None, weight, bias
+        state, time = weight.split([weight.shape[1] - 1, 1], dim=1)
+        return time, state, bias
+
 
 class RecognisedStack:
-    """The layers of a module that is a stack; it reads their parameters when it is prepared."""
+    """The layers of a module that is a stack, and the activation between them.
 
-    def __init__(self, layers: Sequence[_Layer], activation: Activation) -> None:
-        self._layers, self._activation = layers, activation
+    It reads the parameters when it is prepared.
+    """
+
+    def __init__(self, layers: Sequence[Layer], activation: Activation) -> None:
+        self.layers, self.activation = layers, activation
 
     def fits(self, z: Tensor) -> bool:
         """Whether ``z`` is a batch of states that these layers take and give, of their dtype."""
-        weights = [layer.module.weight for layer in self._layers]
+        weights = [layer.module.weight for layer in self.layers]
         return (
             z.ndim == 2
-            and z.shape[1] == weights[0].shape[1] - self._layers[0].timed == weights[-1].shape[0]
+            and z.shape[1] == weights[0].shape[1] - self.layers[0].timed == weights[-1].shape[0]
             and all(weight.dtype == z.dtype for weight in weights)
         )
 
@@ -90,18 +108,9 @@ class RecognisedStack:
         """The field for the evaluations of one solve, from a state like ``z (B, D)``."""
         dtype = compute_dtype(z)
         with without_autocast(z):
-            parameters = [_parameters(layer) for layer in self._layers]
+            parameters = [layer.parameters() for layer in self.layers]
             fast = not exporting()  # a program has no backward pass
-            stack = Stack.make(LINEAR, self._activation, dtype, parameters, z, fast=fast)
-            return FlatPreparedStack(stack, noise)
-
-
-def _parameters(layer: _Layer) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    weight, bias = layer.module.weight, layer.module.bias
-    if not layer.timed:
-        return None, weight, bias
-    state, time = weight.split([weight.shape[1] - 1, 1], dim=1)
-    return time, state, bias
+            return FlatPreparedStack(Stack.make(LINEAR, self.activation, dtype, parameters, z, fast=fast), noise)
 
 
 def recognise(module: Any) -> RecognisedStack | None:
@@ -112,7 +121,7 @@ def recognise(module: Any) -> RecognisedStack | None:
     parts = _parts(module)
     if parts is None:
         return None
-    layers: list[_Layer] = []
+    layers: list[Layer] = []
     activations: list[Activation] = []
     timed = False
     for part in parts:
@@ -123,7 +132,7 @@ def recognise(module: Any) -> RecognisedStack | None:
         elif isinstance(part, Affine):
             if len(layers) > len(activations):
                 return None
-            layers.append(_Layer(part.module, timed))
+            layers.append(Layer(part.module, timed))
             timed = False
         else:
             if timed or len(activations) == len(layers):

@@ -21,9 +21,13 @@ from ..core.path_penalties import PathPenalties
 from ..core.regularizers import Regularizer
 from ..core.tensors.nested import tree_leaves
 from ..errors import ConfigError
+from ..solvers.steps.step import StepTaker
+from ..solvers.steps.tableaus import Method
 from ..types import BoundDynamics, FieldWithAux, Rates
-from .recognise import fast_rates
+from .running_cost import Cost, with_cost_column, with_hidden_cost
 from .shared_trace import WithoutTrace, can_observe, observing
+from .stacks.compiled_step import CompiledSteps
+from .stacks.recognise import fast_rates
 from .wrapped.buffers import buffers_kept
 from .wrapped.compiled import has_compiled_parts, run_original
 from .wrapped.lost_graph import refuse_lost_graph
@@ -31,12 +35,7 @@ from .wrapped.slots import find_slots
 from .wrapped.state_layout import Penalized, StateLayout, is_cnf, layout_of
 from .wrapped.velocity import Velocity, counted, counters, unwrapped, with_slots
 
-__all__ = ["INTEGRAL_LOSS", "BoundField", "bind_field", "tensors_of"]
-
-INTEGRAL_LOSS = "<integral_loss>"
-"""Key under which the rate of a hidden ``integral_loss`` travels; no regularizer can have this name."""
-
-Cost = Callable[[Tensor, Tensor], Tensor]
+__all__ = ["BoundField", "bind_field", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,14 @@ class BoundField:
         tensors: what a continuous adjoint differentiates by.
         path: the penalties that are not rates.
         module: the field, whose buffers evaluations may change.
+        own_steps: makes its steps, compiled, see :func:`~rnode_plugin.solvers.steps.step.step_taker`.
     """
 
     rates: BoundDynamics
     tensors: tuple[Tensor, ...]
     path: PathPenalties | None = None
     module: nn.Module | None = None
+    own_steps: Callable[[Method], StepTaker] | None = None
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return self.rates(t, z, products=products)
@@ -77,6 +78,7 @@ def bind_field(
     hidden_cost: Cost | None = None,
     tensors: Sequence[Tensor] = (),
     prepare: bool = False,
+    compiled: CompiledSteps | None = None,
 ) -> BoundField:
     """The right-hand side of one solve that starts at ``x``.
 
@@ -90,16 +92,21 @@ def bind_field(
             products; otherwise one product with noise of the kind ``trace_noise`` is made.
         penalized: the columns of the state that are ``z``; None: all but those of a cost and a trace.
         hidden_cost: ``integral_loss`` if it is not a column of the state; its rate, summed over the batch, is
-            the penalty :data:`INTEGRAL_LOSS`.
+            the penalty :data:`~rnode_plugin.torchdyn.running_cost.INTEGRAL_LOSS`.
         tensors: what a continuous adjoint differentiates by.
         prepare: whether evaluations may share one graph of what depends on the parameters alone.
+        compiled: compiles the steps; None: they are not.
 
     Raises:
-        ConfigError: for penalties on a field with more than one CNF.
+        ConfigError: for penalties on a field with more than one CNF, and for a state that is not one of the stack
+            that is to be compiled.
     """
     layout = layout_of(vf, penalized)
     if regularizers:
         _check_penalized_state(x, layout)
+    if compiled is not None and compiled.works():
+        rates, make = compiled.bind(vf, x, regularizers, trace_noise)
+        return BoundField(rates, tuple(tensors), own_steps=make)
     fast = fast_rates(vf, x, layout, regularizers, trace_noise) if prepare else None
     if fast is not None:
         return BoundField(fast[0], tuple(tensors), fast[1].path)
@@ -113,9 +120,9 @@ def bind_field(
         dynamics = _dynamics(source, vf, state, layout, regularizers, trace_noise)
     rates = _rates(counted(source, counters(vf)), vf, state, layout, dynamics)
     if layout.cost:
-        rates = _with_cost_column(rates, vf.integral_loss)
+        rates = with_cost_column(rates, vf.integral_loss)
     elif hidden_cost is not None:
-        rates = _with_hidden_cost(rates, hidden_cost)
+        rates = with_hidden_cost(rates, hidden_cost)
     return BoundField(rates, tuple(tensors), None if dynamics is None else dynamics.path, vf)
 
 
@@ -267,30 +274,6 @@ def _of_columns(velocity: Velocity, dynamics: Dynamics, x: Tensor, layout: State
         return Rates(dx, None, dynamics.penalties(of_block(evaluation, z)))
 
     return rates
-
-
-def _with_cost_column(rates: BoundDynamics, cost: Cost) -> BoundDynamics:
-    """``integral_loss`` in the first column of the state, as torchdyn has it with gradients through the steps."""
-
-    def with_cost(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        state = z[:, 1:]
-        running = cost(t, state)
-        if running.ndim == 1:
-            running = running[:, None]
-        dz, _, penalties = rates(t, state, products=products)
-        return Rates(torch.cat([running, dz], 1).to(dz), None, penalties)
-
-    return with_cost
-
-
-def _with_hidden_cost(rates: BoundDynamics, cost: Cost) -> BoundDynamics:
-    """``integral_loss`` as a penalty, for an adjoint, whose state has no column for it."""
-
-    def with_cost(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        dz, _, penalties = rates(t, z, products=products)
-        return Rates(dz, None, {**penalties, INTEGRAL_LOSS: cost(t, z).sum()})
-
-    return with_cost
 
 
 def _at_least(dx: Tensor, x: Tensor) -> Tensor:

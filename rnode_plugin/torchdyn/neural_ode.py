@@ -22,6 +22,7 @@ from ..solvers.path import check_steps
 from .one_solve import run_solve
 from .penalties import LastCalls
 from .solver_names import method_from_torchdyn, resolve_solver
+from .stacks.compiled_step import CompiledSteps, check_compile
 from .wrapped.checks import check_interpolator, check_max_nfe, check_order, check_tolerances
 from .wrapped.state_layout import Penalized, check_penalized
 
@@ -59,6 +60,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
             CNF's trace, which are recognised (any module with ``noise_dist``, ``noise`` and ``trace_estimator``
             counts as a CNF).
+        compile: compile each step with torch.compile, for a field that is a stack of ``nn.Linear`` and activations,
+            alone or in a CNF. The first step takes up to a minute. Where no compiler works, one line says so.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
     :meth:`reg_loss` their weighted sum. :meth:`trajectory` follows no penalties and leaves those of the last call
@@ -97,6 +100,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _named: tuple[tuple[nn.Module, str], ...] = ()
     _penalized: Penalized | None = None
     _calls: LastCalls | None = None
+    _compiled: CompiledSteps | None = None
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         trace_noise: str = "gaussian",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
+        compile: bool = False,  # noqa: A002  (torch.compile's word for it)
     ) -> None:
         penalties = resolve_regularizers(regularizers)
         get_estimator(trace_noise)
@@ -138,6 +143,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             interpolator=check_interpolator(interpolator), integral_loss=integral_loss, seminorm=seminorm,
             return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
         )  # fmt: skip
+        if compile:
+            check_compile(
+                vector_field, regularizers=[w.regularizer for w in penalties.values()], trace_noise=trace_noise,
+                sensitivity=sensitivity, known_solver=isinstance(solver, str),
+                whole_state=order == 1 and integral_loss is None and penalized is None,
+            )  # fmt: skip
+            self._compiled = CompiledSteps()
         self.solver_adjoint = backward
         self._penalties, self._trace_noise = penalties, trace_noise
         self._max_nfe, self._penalized = check_max_nfe(max_nfe), check_penalized(penalized)

@@ -11,9 +11,10 @@ from ..core.regularizers import Weighted, kind_of, span_policy, undivided
 from ..core.tensors.exporting import on_host
 from ..core.tensors.nested import tree_map_only
 from ..solvers import solve
-from .bind import INTEGRAL_LOSS, bind_field, tensors_of
+from .bind import bind_field, tensors_of
 from .penalties import SolvePenalties, attach
 from .planning import plan_solve
+from .running_cost import INTEGRAL_LOSS
 from .wrapped.checks import check_state, check_times
 from .wrapped.state_layout import layout_of
 
@@ -62,7 +63,7 @@ def run_solve(
         model.vf, x, args=args, regularizers=[r for r in regularizers if kind_of(r) != "span"],
         trace_noise=model._trace_noise, penalized=model._penalized, hidden_cost=hidden,
         tensors=tensors_of((model.vf, getattr(model, "regularizer_modules", None), hidden), args),
-        prepare=not gradient.endswith("adjoint"),
+        prepare=not gradient.endswith("adjoint"), compiled=model._compiled,
     )  # fmt: skip
     plan = plan_solve(model, x, t_span, save_at, args, gradient, interpolate=interpolate)
     nfe = model.vf.nfe

@@ -26,7 +26,7 @@ def install() -> None:
     """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
 
     From then on this package solves each of its objects, also those made before: with the same values, with
-    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``max_nfe=`` and
+    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``max_nfe=``, ``compile=`` and
     ``sensitivity="checkpointed"``. A second call changes nothing.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.

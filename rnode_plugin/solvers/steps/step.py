@@ -61,8 +61,22 @@ def step_taker(
 
     Given the first state and time in ``keep_inputs_at``, a step keeps its inputs alone and runs again when its
     gradient is asked for. ``tolerance`` (absolute, relative) is what step penalties are told; a ``local`` step
-    computes the local ones, the others see the accepted steps.
+    computes the local ones, the others see the accepted steps. Dynamics with an attribute ``own_steps`` make their
+    steps themselves: ``own_steps(method)`` is such a function.
     """
+    own_steps = getattr(dynamics, "own_steps", None)
+    if own_steps is None:
+        take = _take_by_evaluations(dynamics, method, tolerance, local=local)
+    else:
+        take = own_steps(method)
+    if keep_inputs_at is None:
+        return take
+    return checkpointed(take, dynamics, *keep_inputs_at)
+
+
+def _take_by_evaluations(
+    dynamics: BoundDynamics, method: Method, tolerance: tuple[float, float], *, local: bool
+) -> StepTaker:
     path = getattr(dynamics, "path", None)
     if path is not None and not (path.local if local else path.steps):
         path = None
@@ -95,9 +109,7 @@ def step_taker(
             of_path = path.of_step(record, local=local)
         return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, stages, nfe)
 
-    if keep_inputs_at is None:
-        return take
-    return checkpointed(take, dynamics, *keep_inputs_at)
+    return take
 
 
 def _quadrature(

@@ -13,15 +13,15 @@ from torch import Tensor
 from torchdyn.core.defunc import DEFunc, DEFuncBase
 from torchdyn.nn import DepthCat
 
-from ..core.augmented import Dynamics
-from ..core.regularizers import Regularizer
-from ..core.trace_estimators import Exact
-from ..fields.recognise import PARTS, AppendTime, RecognisedStack, recognise
-from ..fields.stack import FlatPreparedStack, PreparedStack
-from ..types import BoundDynamics, Linearization, Rates
-from .cnf import CNF
-from .wrapped.state_layout import StateLayout
-from .wrapped.velocity import Counter, counters
+from ...core.augmented import Dynamics
+from ...core.regularizers import Regularizer
+from ...core.trace_estimators import Exact
+from ...fields.recognise import PARTS, AppendTime, RecognisedStack, recognise
+from ...fields.stack import FlatPreparedStack, PreparedStack
+from ...types import BoundDynamics, Linearization, Rates
+from ..cnf import CNF
+from ..wrapped.state_layout import StateLayout
+from ..wrapped.velocity import Counter, counters
 
 __all__ = ["fast_rates"]
 

@@ -1,0 +1,1 @@
+"""Fields that are stacks of linear layers: recognised, evaluated by their own products, and compiled."""
