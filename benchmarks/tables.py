@@ -5,9 +5,10 @@
 Every method trains a perceptron of two hidden layers (64 units, 256 for 64 columns) on the same rows, standardised,
 in the same batches, for the same processor time of one thread, and keeps the weights of its best validation. What
 differs is what the method is: ours has the recipe's optimizer (Muon) or Adam, both penalties or none, and four
-steps of RK4; the CNF of torchdyn has Adam and the same steps; zuko's has Adam, its own time features, activation, adaptive solver
-and adjoint. NLL is in nats per row of the data as they are, with the exact trace; NFE are the evaluations of an
-adaptive solve at 1e-5 (zuko: its own) of the held-out rows. "entropy" is what no density can beat, where known.
+steps of RK4; the CNF of torchdyn has Adam and the same steps; zuko's has Adam, its own time features, activation,
+adaptive solver and adjoint. NLL is in nats per row of the data as they are, with the exact trace; NFE are the
+evaluations of an adaptive solve at 1e-5 (zuko: its own) of the held-out rows. "entropy" is what no density can
+beat, where known.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Ours(Method):
     def __init__(self, columns: int, *, strength: float, muon: bool) -> None:
         trace = "exact" if columns <= EXACT else "rademacher"
         self.flow = TableFlow(
-            columns, hidden=HIDDEN, solver=Solver(method="rk4", step=1 / STEPS), trace_noise=trace
+            columns, hidden=HIDDEN[columns], solver=Solver(method="rk4", step=1 / STEPS), trace_noise=trace
         )
         self._lambdas: dict[str, float] = {"kinetic": strength, "jacfrob": strength} if strength else {}
         self._exact = TableFlow(columns, hidden=HIDDEN[columns], solver=TEST, trace_noise="exact")
