@@ -36,7 +36,7 @@ def work(run: str, data_root: str, images: int, batch_size: int, tolerance: floa
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     flow, recipe = load_with_recipe(run)[:2]
-    chosen = get_dataset(recipe.data.name, root=data_root, size=recipe.data.shape[1]).val[:images]
+    chosen = get_dataset(recipe.data.name, root=data_root, size=recipe.images.shape[1]).val[:images]
     solver = Solver("dopri5", atol=tolerance, rtol=tolerance, first_step=recipe.test_solver.first_step)
     for _ in sys.stdin:
         start = time.process_time()

@@ -71,8 +71,10 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     recipe = get_recipe(name)
     torch.manual_seed(0)
-    hidden, data = recipe.model.hidden, recipe.data
-    flow = MultiscaleFlow(data.shape, hidden=hidden, alpha=recipe.model.alpha, levels=data.levels, fused=fused)
+    hidden, data = recipe.model.hidden, recipe.images
+    flow = MultiscaleFlow(
+        data.shape, hidden=hidden, alpha=recipe.model.options["alpha"], levels=data.levels, fused=fused
+    )
     for field in flow.fields:
         field.layers[-1].reset_parameters()  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
     x = torch.rand(2, *data.shape).to(device, dtype)
@@ -189,7 +191,7 @@ def _gradient(name: str, batch: int, part: slice, device: str) -> Tensor:
     recipe = get_recipe(name)
     torch.manual_seed(0)
     flow = recipe.build_flow().to(device)
-    x = torch.rand(batch, *recipe.data.shape)[part].to(device)
+    x = torch.rand(batch, *recipe.images.shape)[part].to(device)
     noise = [torch.randn(batch, *shape)[part].to(device) for shape in flow.block_shapes]
     output = flow(x, noise=noise, solver=Solver("rk4_38", step=0.5))
     lambdas = recipe.regularizers

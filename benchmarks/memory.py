@@ -76,7 +76,7 @@ def build_flow(recipe_name: str, batch: int, device: str) -> Callable[[], None]:
         field.layers[-1].reset_parameters()
     flow.to(device)
     solver = dataclasses.replace(recipe.solver, gradient="checkpointed")
-    x = torch.rand(batch, *recipe.data.shape).to(device)
+    x = torch.rand(batch, *recipe.images.shape).to(device)
 
     def run() -> None:
         flow.zero_grad()
@@ -135,7 +135,7 @@ def batch(recipe: str, batches: tuple[int, ...], first_block: bool, device: str,
     peaks = {}
     for size in batches:
         if first_block:
-            peaks[size] = peak_memory(build_block, settings.data.shape, size, solver, device, device=where)
+            peaks[size] = peak_memory(build_block, settings.images.shape, size, solver, device, device=where)
         else:
             peaks[size] = peak_memory(build_flow, recipe, size, device, device=where)
     click.echo(f"{recipe}, {'first block' if first_block else 'whole flow'}, {solver.method}, checkpointed\n")
@@ -162,7 +162,7 @@ def saved(recipe: str, sizes: tuple[int, ...], threads: int) -> None:
     where = set_up("cpu", threads)
     print_environment(where)
     settings = get_recipe(recipe)
-    channels, full = settings.data.shape[:2]
+    channels, full = settings.images.shape[:2]
     solver = dataclasses.replace(settings.solver, gradient="checkpointed")
     rows, of_pixel = [], 0.0
     for size in sizes:

@@ -87,15 +87,20 @@ def build(recipe_name: str, case: str, batch: int, device: str) -> Step:
     recipe = get_recipe(recipe_name)
     path = PATHS.get(case, Path())
     torch.manual_seed(0)
-    shape, data, model = recipe.data.shape, recipe.data, recipe.model
+    data, model = recipe.images, recipe.model
     flow = MultiscaleFlow(
-        shape, hidden=model.hidden, layers=model.layers, alpha=model.alpha, levels=data.levels, fused=path.fused
+        data.shape,
+        hidden=model.hidden,
+        layers=model.layers,
+        alpha=model.options["alpha"],
+        levels=data.levels,
+        fused=path.fused,
     )
     fields: list[Any] = list(flow.fields)
     for field in fields:
         field.layers[-1].reset_parameters()  # a fresh flow is zero, and so are its products
     flow.to(device)
-    x = torch.rand(batch, *shape).to(device)
+    x = torch.rand(batch, *data.shape).to(device)
     noise = [torch.randn(batch, *block).to(device) for block in flow.block_shapes]
     if path.compiled:
         compile_fields(flow)

@@ -19,7 +19,7 @@ from rnode_plugin import MultiscaleFlow, SolverError, get_recipe, objective
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.data import ImageData
-from rnode_plugin.evaluation.bits import image_batch
+from rnode_plugin.evaluation.measures import batch_of
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.flows.transforms import dequantize, random_flip
 from rnode_plugin.recipes.schema import Recipe, Start
@@ -141,7 +141,7 @@ class Trainer:
         self._batches = self._batches_of_epochs()
         if method.compiled:  # once for all runs of a machine, and so not on the clock of one
             compile_fields(self.flow)
-            x = torch.rand(recipe.data.batch_size, *recipe.data.shape, device=device)
+            x = torch.rand(recipe.data.batch_size, *recipe.images.shape, device=device)
             self.loss(x, self.draw_noise(len(x), 0)).backward()
 
     def _batches_of_epochs(self) -> Iterator[list[int]]:
@@ -157,8 +157,8 @@ class Trainer:
         seed = stream_seed(self.recipe.training.seed, Stream.TRAIN, _PIXELS, self.steps)
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = torch.from_numpy(self.data.train[next(self._batches)]).to(self.device)
-        x = dequantize(batch, self.recipe.data.levels, generator=generator)
-        return random_flip(x, generator=generator) if self.recipe.data.flip else x
+        x = dequantize(batch, self.recipe.images.levels, generator=generator)
+        return random_flip(x, generator=generator) if self.recipe.images.flip else x
 
     def draw_noise(self, images: int, step: int) -> list[Any]:
         """Noise for the divergence of each block; the same for all methods.
@@ -206,8 +206,8 @@ class Trainer:
         size, bits = self.recipe.data.val_batch_size, []
         for first in range(0, images, size):
             torch.manual_seed(first)
-            batch = image_batch(self.data.val, slice(first, min(first + size, images))).to(self.device)
-            bits.append(self.flow.bits_per_dim(dequantize(batch, self.recipe.data.levels)))
+            batch = batch_of(self.data.val, slice(first, min(first + size, images))).to(self.device)
+            bits.append(self.flow.bits_per_dim(dequantize(batch, self.recipe.images.levels)))
         self.flow.train()
         return Point(self.steps, self.seconds, float(torch.cat(bits).mean()))
 

@@ -43,7 +43,7 @@ def main():
         )
         print(f"NFE        {trainer.callback_metrics['val/nfe']:.0f} per batch, all blocks together")
         images = sample_images(module.flow, 16, temperatures=(0.6, 0.8, 1.0))
-        save_grid(options.output, images, levels=recipe.data.levels, columns=16)
+        save_grid(options.output, images, levels=recipe.images.levels, columns=16)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_probes_are_independent_of_the_pixels_noise() -> None:
     correlations = []
     for step in range(4):
         trainer.steps = step
-        noise = (trainer.images() * recipe.data.levels).frac()  # what dequantisation has added to whole numbers
+        noise = (trainer.images() * recipe.images.levels).frac()  # what dequantisation has added to whole numbers
         probe = trainer.draw_noise(len(noise), step)[0]
         pair = torch.stack([noise.flatten(), probe.square().flatten()])
         correlations.append(torch.corrcoef(pair)[0, 1])

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.evaluation.measures import FlowInput
 from rnode_plugin.training.cost.cards import CARDS, get_card
 from rnode_plugin.training.cost.counting import Cost, count
 from rnode_plugin.training.cost.estimate import estimate, predict_seconds
@@ -53,7 +54,9 @@ def test_memory_that_is_freed_is_used_again() -> None:
 def test_flops_are_those_of_torchs_counter() -> None:
     recipe = tiny_recipe()
     flow = recipe.build_flow()
-    step = training_step(flow, recipe, torch.rand(3, *recipe.data.shape), fixed_solver(recipe.solver))
+    step = training_step(
+        flow, recipe, FlowInput(torch.rand(3, *recipe.images.shape), {}), fixed_solver(recipe.solver)
+    )
     torch.manual_seed(0)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -67,7 +70,9 @@ def test_the_device_meta_counts_what_values_do() -> None:
     step = count_step(recipe)
     flow = recipe.build_flow()
     real = count(
-        training_step(flow, recipe, torch.rand(16, *recipe.data.shape), fixed_solver(recipe.solver)),
+        training_step(
+            flow, recipe, FlowInput(torch.rand(16, *recipe.images.shape), {}), fixed_solver(recipe.solver)
+        ),
         alive=tuple(flow.parameters()),
     )
     assert step.parameters == sum(p.numel() for p in flow.parameters())

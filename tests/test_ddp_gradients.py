@@ -175,7 +175,7 @@ def _flow(rank: int, address: str, result: str, settings: list[str], dtype: torc
     flow: Any = recipe.build_flow().to(dtype)
     for field in flow.fields:
         field.layers[-1].reset_parameters()  # f = 0 would leave most gradients at zero
-    x = torch.rand(4, *recipe.data.shape, dtype=dtype)
+    x = torch.rand(4, *recipe.images.shape, dtype=dtype)
     noise = flow.draw_noise(4)
     found = []
     with group(rank, address):

@@ -388,7 +388,7 @@ def test_a_training_step_keeps_its_number_of_device_kernels(
 ) -> None:
     settings = get_recipe(recipe)
     with torch.device("meta"):
-        flow, x = settings.build_flow(), torch.empty(200, *settings.data.shape)
+        flow, x = settings.build_flow(), torch.empty(200, *settings.images.shape)
 
     def step() -> None:
         output = flow(x, solver=solver)

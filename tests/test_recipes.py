@@ -40,9 +40,9 @@ def test_recipes_need_no_torch() -> None:
 )
 def test_settings_of_the_paper(name, shape, levels, batch, gpus, epochs, alpha, flip, method) -> None:
     recipe = get_recipe(name)
-    data, optimizer = recipe.data, recipe.optimizer
+    data, optimizer = recipe.images, recipe.optimizer
     assert (data.name, data.shape, data.levels, data.batch_size, data.flip) == (name, shape, levels, batch, flip)
-    assert (recipe.model.hidden, recipe.model.layers, recipe.model.alpha) == (64, 4, alpha)
+    assert (recipe.model.hidden, recipe.model.layers, recipe.model.options["alpha"]) == (64, 4, alpha)
     assert recipe.solver.method == method
     assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.01}
     assert (recipe.training.max_epochs, recipe.training.max_steps, recipe.training.seed) == (epochs, None, 42)
@@ -122,8 +122,8 @@ def test_override_is_typed() -> None:
     assert recipe.optimizer.lr == 5e-4
     assert recipe.optimizer.warmup == 100
     assert isinstance(recipe.optimizer.warmup, int)
-    assert recipe.data.shape == (3, 16, 16)
-    assert recipe.data.flip is True
+    assert recipe.images.shape == (3, 16, 16)
+    assert recipe.images.flip is True
     assert recipe.solver.step is None
     assert (recipe.training.max_steps, recipe.training.max_epochs) == (7, None)
     assert recipe.model.trace_noise == "rademacher"

@@ -460,7 +460,7 @@ def test_arms_against_nfe(tmp_path: Path) -> None:
     assert (points["none"].score, points["none"].score_error) == (2.1, 0.02)  # over the images
     assert points["kinetic=0.1"].nfe == 83
     assert points["kinetic=0.1"].nfe_error == pytest.approx(1.0)  # over two seeds: half of their distance
-    assert points["kinetic=0.1"].bits_error == pytest.approx(0.01)
+    assert points["kinetic=0.1"].score_error == pytest.approx(0.01)
     (sweep,) = sweeps_of(list(points.values()))
     assert [point.arm.label for point in sweep] == ["kinetic=0.01", "kinetic=0.1", "kinetic=1"]
     report = write_report([tmp_path], tmp_path / "out")

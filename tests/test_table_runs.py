@@ -234,14 +234,15 @@ def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> N
 def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = [part for setting in [f"data.root={file}", *SETTINGS] for part in ("--set", setting)]
-    compared = rnode("compare", "table", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4", *settings,
+    arms = "--given", "dose", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4"
+    compared = rnode("compare", "table", *arms, *settings,
                      "--accelerator", "cpu", "--devices", "1")  # fmt: skip
     assert compared.exit_code == 0, compared.output
     report = (tmp_path / "comparison" / "table" / "report.md").read_text()
     assert "NLL, row by row" in report
     assert report.count("over 40 rows") == 2
     assert (tmp_path / "comparison" / "table" / "figures" / "nll-nfe.png").exists()
-    again = rnode("compare", "table", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4", *settings,
+    again = rnode("compare", "table", *arms, *settings,
                   "--accelerator", "cpu", "--devices", "1")  # fmt: skip
     assert again.output.count(": done, in") == 3
 

@@ -6,7 +6,7 @@ import signal
 
 import click
 
-from .options import Duration, data_root, download, settings
+from .options import Duration, data_root, download, given, settings
 
 __all__ = ["compare"]
 
@@ -29,6 +29,7 @@ __all__ = ["compare"]
               help="Validations of each arm, the marks of the figures.")  # fmt: skip
 @settings
 @data_root
+@given
 @download
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True,
@@ -48,6 +49,7 @@ def compare(
     validations: int,
     assignments: tuple[str, ...],
     data_root: str | None,
+    given: str | None,
     download: bool,
     accelerator: str,
     devices: str,
@@ -66,10 +68,11 @@ def compare(
     from ..recipes.schema import get_recipe
     from .tables import table
 
-    given = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
-    given += [] if data_root is None else [f"data.root={data_root}"]
+    chosen = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
+    chosen += [] if data_root is None else [f"data.root={data_root}"]
+    chosen += [] if given is None else [f"data.given={given}"]
     result = compare(
-        get_recipe(recipe).override([*given, *assignments]),
+        get_recipe(recipe).override([*chosen, *assignments]),
         arms=[arm.strip() for arm in arms],
         sweeps=sweeps,
         seeds=seeds,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-__all__ = ["Duration", "data_root", "denormals", "device", "download", "settings"]
+__all__ = ["Duration", "data_root", "denormals", "device", "download", "given", "settings"]
 
 _LONGEST = 1e10  # seconds, three centuries
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -44,6 +44,9 @@ settings = click.option(
 )
 data_root = click.option(
     "--data-root", metavar="PATH", help="Folder that holds the data set, or the file of a table. [default: data]"
+)
+given = click.option(
+    "--given", metavar="COLUMN,COLUMN", help="Of a table: the density of the other columns given these."
 )
 download = click.option(
     "--download/--no-download",

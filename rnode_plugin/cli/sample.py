@@ -70,14 +70,12 @@ def _draw_images(
     out: str | None,
 ) -> tuple[str, str]:
     from ..evaluation.sampling import sample_images, save_grid
-    from ..recipes.schema import Data
 
-    assert isinstance(recipe.data, Data)
     if given_values is not None or given_file is not None:
         raise ConfigError("--given-values and --given-file are for tables, and this is a run on images.")
     count, out = count or _COUNT[0], out or "samples.png"
     images = sample_images(flow, count, temperatures=temperatures, seed=seed, batch_size=batch_size or 256)
-    save_grid(out, images, levels=recipe.data.levels, columns=columns)
+    save_grid(out, images, levels=recipe.images.levels, columns=columns)
     shown = ", ".join(f"{temperature:g}" for temperature in images)
     return f"{count} images at temperature {shown}", out
 
@@ -99,25 +97,23 @@ def _draw_rows(
 
     from ..data.tables.files import check_written, write_rows
     from ..evaluation.table_samples import sample_rows
-    from ..recipes.schema import TableData
 
-    assert isinstance(recipe.data, TableData)
     if columns is not None:
         raise ConfigError("--columns is for grids of images, and this is a run on a table.")
-    if len(temperatures) > 1:
+    temperature, *others = temperatures
+    if others:
         raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
-    (temperature,) = temperatures
     out = out or "samples.csv"
     check_written(out)
-    context = _contexts(recipe.data, given_values, given_file, count)
+    context = _contexts(recipe.table, given_values, given_file, count)
     number = len(context) if context is not None else count or _COUNT[1]
     rows = sample_rows(
         flow, number, context=context, temperature=temperature, seed=seed, batch_size=batch_size or 10_000
     )
     if context is not None:
         rows = np.concatenate([rows, context], axis=1)
-    places = [(*recipe.data.modelled, *recipe.data.given).index(name) for name in recipe.data.columns]
-    write_rows(out, recipe.data.columns, rows[:, places])
+    places = [(*recipe.table.modelled, *recipe.table.given).index(name) for name in recipe.table.columns]
+    write_rows(out, recipe.table.columns, rows[:, places])
     return f"{number:,} rows at temperature {temperature:g}", out
 
 

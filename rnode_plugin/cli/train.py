@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
-from .options import Duration, data_root, denormals, download, settings
+from .options import Duration, data_root, denormals, download, given, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +53,7 @@ class _TrainCommand(click.Command):
 @settings
 @click.option("--data", metavar="NAME", help="Another data set than the recipe's, such as folder.")
 @data_root
-@click.option("--given", metavar="COLUMN,COLUMN", help="Of a table: the density of the other columns given these.")
+@given
 @download
 @click.option("--batch-size", type=int, help="Images, or rows, per device and step.")
 @click.option("--accumulate", type=int, metavar="N", help="Average the gradients of N batches for one step.")

@@ -51,8 +51,7 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
         DataError: it is missing, or its columns have no density; the message says what to do.
         ConfigError: there is no table of that name, or it has a split of its own and the recipe asks for another.
     """
-    wanted = recipe.data
-    assert isinstance(wanted, TableData)
+    wanted = recipe.table
     options = {name: getattr(wanted, name) for name in ("validation", "held_out", "split_seed")}
     taken = inspect.signature(registry.get("datasets", wanted.name)).parameters
     usual = {field.name: field.default for field in dataclasses.fields(TableData)}
@@ -79,8 +78,7 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
         DataError: it is missing, or its images are not of the recipe's shape or number of levels.
         ConfigError: there is no data set of that name.
     """
-    wanted = recipe.data
-    assert isinstance(wanted, Data)
+    wanted = recipe.images
     # a user's own pictures are read with the channels and bits that the recipe asks for; other sets have their own
     asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
     taken = inspect.signature(registry.get("datasets", wanted.name)).parameters

@@ -85,9 +85,9 @@ def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportRetur
     returns a module with its methods. One of images is a callable that takes the image shape ``(C, H, W)`` and
     keyword-only options, and returns an ``nn.Module`` with the methods of
     :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images ``x (B, C, H, W)``, float,
-    dequantized, in ``[0, 1]``, it returns a :class:`~rnode_plugin.types.FlowOutput`
-    whose ``logdet (B,)`` is in nats and counts every map from ``x`` to ``z (B, C*H*W)``; ``log_prob(x)`` is the
-    log-density ``(B,)`` of ``x`` in nats.
+    dequantized, in ``[0, 1]``, it returns a :class:`~rnode_plugin.types.FlowOutput` whose ``logdet (B,)`` is in
+    nats and counts every map from ``x`` to ``z (B, C*H*W)``; ``log_prob(x)`` is the log-density ``(B,)`` of ``x``
+    in nats.
 
     Example::
 

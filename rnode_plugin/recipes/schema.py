@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.schedules import WrittenStrength, final_strength
 from ..errors import ConfigError, PluginError
@@ -24,10 +24,6 @@ from .settings.paper import Paper
 from .settings.start import Start
 from .settings.training import Training
 from .table_columns import with_columns
-
-if TYPE_CHECKING:
-    from ..flows.multiscale import MultiscaleFlow
-    from ..flows.table import TableFlow
 
 __all__ = [
     "Data",
@@ -163,12 +159,38 @@ class Recipe:
         return self.data.dims
 
     @property
+    def images(self) -> Data:
+        """The data settings of a recipe of images.
+
+        Raises:
+            ConfigError: it is one of a table.
+        """
+        if isinstance(self.data, TableData):
+            raise ConfigError(f"the recipe {self.name} is one of a table, not of images.")
+        return self.data
+
+    @property
+    def table(self) -> TableData:
+        """The data settings of a recipe of a table.
+
+        Raises:
+            ConfigError: it is one of images.
+        """
+        if isinstance(self.data, Data):
+            raise ConfigError(f"the recipe {self.name} is one of images, not of a table.")
+        return self.data
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """Names of the penalties that the flow integrates."""
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
 
-    def build_flow(self) -> MultiscaleFlow | TableFlow:
-        """A fresh flow, f = 0, whose solver is ``test_solver``; the training step brings its own.
+    def build_flow(self) -> Any:
+        """A fresh flow, whose solver is ``test_solver``; the training step brings its own.
+
+        Returns:
+            A :class:`~rnode_plugin.MultiscaleFlow` for images, a :class:`~rnode_plugin.TableFlow` for a table, or
+            what a plugin offers in their place.
 
         Raises:
             PluginError: the plugin that offers the model failed, or returned something else.
