@@ -82,7 +82,7 @@ def _loss_and_gradient(
     flow.to(device, dtype)
     torch.manual_seed(1)  # draws the stages of a sampled quadrature
     output = flow(x, noise=noise, solver=solver)
-    lambdas = recipe.regularizers
+    lambdas = recipe.lambdas
     loss = objective(output_log_prob(output), output.regularization, lambdas=lambdas, dims=recipe.dims).loss
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
@@ -194,7 +194,7 @@ def _gradient(name: str, batch: int, part: slice, device: str) -> Tensor:
     x = torch.rand(batch, *recipe.images.shape)[part].to(device)
     noise = [torch.randn(batch, *shape)[part].to(device) for shape in flow.block_shapes]
     output = flow(x, noise=noise, solver=Solver("rk4_38", step=0.5))
-    lambdas = recipe.regularizers
+    lambdas = recipe.lambdas
     objective(output_log_prob(output), output.regularization, lambdas=lambdas, dims=recipe.dims).loss.backward()
     return torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
 

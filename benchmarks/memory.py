@@ -82,7 +82,7 @@ def build_flow(recipe_name: str, batch: int, device: str) -> Callable[[], None]:
         flow.zero_grad()
         out = flow(x, solver=solver)
         objective(
-            output_log_prob(out), out.regularization, lambdas=recipe.regularizers, dims=recipe.dims
+            output_log_prob(out), out.regularization, lambdas=recipe.lambdas, dims=recipe.dims
         ).loss.backward()
 
     return run

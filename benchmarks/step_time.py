@@ -113,9 +113,7 @@ def build(recipe_name: str, case: str, batch: int, device: str) -> Step:
         step.zero_grad()
         with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
             output = step(x, noise=noise, **options)
-        goal = objective(
-            output_log_prob(output), output.regularization, lambdas=recipe.regularizers, dims=recipe.dims
-        )
+        goal = objective(output_log_prob(output), output.regularization, lambdas=recipe.lambdas, dims=recipe.dims)
         goal.loss.backward()
         return goal.loss.detach()
 

@@ -179,7 +179,7 @@ class Trainer:
             options = {} if solver is None else {"solver": self.recipe.start.solver_at(self.steps, solver)}
             output = self.model(x, noise=noise, **options)
         self.nfe = output.nfe
-        lambdas = self.recipe.regularizers if self.method.penalties else {}
+        lambdas = self.recipe.lambdas if self.method.penalties else {}
         log_prob = output_log_prob(output)
         return objective(log_prob, output.regularization, lambdas=lambdas, dims=self.recipe.dims).loss
 

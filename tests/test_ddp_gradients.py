@@ -184,7 +184,7 @@ def _flow(rank: int, address: str, result: str, settings: list[str], dtype: torc
             flow.zero_grad()
             output = model(x[mine], noise=[eps[mine] for eps in noise if eps is not None], solver=recipe.solver)
             goal = objective(
-                output_log_prob(output), output.regularization, lambdas=recipe.regularizers, dims=recipe.dims
+                output_log_prob(output), output.regularization, lambdas=recipe.lambdas, dims=recipe.dims
             )
             goal.loss.backward()
             found.append(gradient(flow))

@@ -393,7 +393,7 @@ def test_a_training_step_keeps_its_number_of_device_kernels(
     def step() -> None:
         output = flow(x, solver=solver)
         loss = objective(
-            output_log_prob(output), output.regularization, lambdas=settings.regularizers, dims=settings.dims
+            output_log_prob(output), output.regularization, lambdas=settings.lambdas, dims=settings.dims
         ).loss
         loss.backward()
 

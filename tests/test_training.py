@@ -24,6 +24,7 @@ from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rnode_plugin.evaluation.images import load_images, pick_device
+from rnode_plugin.evaluation.measures import FlowInput
 from rnode_plugin.recipes.schema import Optimizer, Recipe
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.fit import FitResult, fit
@@ -216,9 +217,9 @@ def test_a_lambda_that_warms_up_follows_the_optimizers_steps(
     seen: list[tuple[int, float, float]] = []
     call = StepObjective.__call__
 
-    def record(self: StepObjective, x: torch.Tensor, solver: Solver, *, step: int = 0) -> StepTerms:
+    def record(self: StepObjective, x: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
         terms = call(self, x, solver, step=step)
-        nll = float(terms.bits) * math.log(2) - math.log(17)  # the digits have 17 levels
+        nll = float(terms.score) * math.log(2) - math.log(17)  # the digits have 17 levels
         seen.append((step, float(terms.loss.detach()) - nll, float(terms.penalties["l1"])))
         return terms
 

@@ -109,7 +109,7 @@ def held_out_images(recipe: Recipe, count: int, *, seed: int = 0, download: bool
     batch = batch_of(images, slice(None))
     generator = torch.Generator().manual_seed(seed)
     return dequantize(
-        batch[torch.randperm(len(batch), generator=generator)], recipe.data.levels, generator=generator
+        batch[torch.randperm(len(batch), generator=generator)], recipe.images.levels, generator=generator
     )
 
 

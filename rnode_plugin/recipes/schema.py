@@ -181,6 +181,11 @@ class Recipe:
         return self.data
 
     @property
+    def lambdas(self) -> dict[str, float]:
+        """Lambda by name, that at which a warm-up ends."""
+        return {name: final_strength(strength) for name, strength in self.regularizers.items()}
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """Names of the penalties that the flow integrates."""
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))

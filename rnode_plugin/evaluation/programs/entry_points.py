@@ -75,8 +75,8 @@ def _log_density(model: Any, contexts: Callable[[int], dict[str, Tensor]], optio
     def log_prob(x: Tensor, *rest: Tensor) -> Tensor:
         noise = {}
         if layout is not None:
-            *rest, rows = rest
-            noise = {"noise": layout.split(rows)}
+            noise = {"noise": layout.split(rest[-1])}
+            rest = rest[:-1]
         return model.log_prob(x.detach(), **_named(rest), **noise, **options)
 
     def inputs(batch: int) -> dict[str, Tensor]:

@@ -131,9 +131,7 @@ def estimate(
         gradients: gradient modes to count.
         nfe_per_block: evaluations per block if the training solver is adaptive.
     """
-    data = recipe.data
-    limit = data.train_rows if isinstance(data, TableData) else data.train_images
-    images = images or limit or TRAINING_IMAGES.get(data.name)
+    images = images or _training_samples(recipe)
     steps = tuple(count_step(recipe, gradient=mode, nfe_per_block=nfe_per_block) for mode in gradients)
     precisions = ("32-true", "bf16-mixed") if card.bf16 is not None else ("32-true",)
     predictions = [
@@ -162,9 +160,15 @@ def planned_steps(recipe: Recipe, *, images: int | None = None, devices: int = 1
         devices: of the run.
     """
     training = recipe.training
-    images = images or recipe.data.train_images or TRAINING_IMAGES.get(recipe.data.name)
+    images = images or _training_samples(recipe)
     epoch = math.inf if images is None else images / (recipe.data.batch_size * devices * training.accumulate)
     return min(training.max_steps or math.inf, (training.max_epochs or math.inf) * epoch)
+
+
+def _training_samples(recipe: Recipe) -> int | None:
+    data = recipe.data
+    limit = data.train_rows if isinstance(data, TableData) else data.train_images
+    return limit or TRAINING_IMAGES.get(data.name)
 
 
 def _predict(
