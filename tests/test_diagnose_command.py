@@ -20,7 +20,7 @@ from rnode_plugin.cli.diagnose import CHECK_FAILED
 from rnode_plugin.cli.tables import wrapped_table
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
-from rnode_plugin.evaluation.images import held_out_images
+from rnode_plugin.evaluation.images import held_out_samples
 from rnode_plugin.reports.figures.diagnosis import diagnosis_panels
 from rnode_plugin.reports.reading import read_run
 from rnode_plugin.training.runs.folder import RunFolder
@@ -148,15 +148,15 @@ def test_what_is_refused(trained: Path, arguments: list[str], code: int, message
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
-def test_held_out_images_are_in_no_order() -> None:
+def test_held_out_samples_are_in_no_order() -> None:
     recipe = tiny_recipe()
-    images = held_out_images(recipe, 20)
+    images = held_out_samples(recipe, 20).x
     assert images.shape == (20, 1, 8, 8)
     assert images.dtype is torch.float32
     assert 0 <= float(images.min()) < float(images.max()) <= 1
-    assert torch.equal(images, held_out_images(recipe, 20))
-    assert not torch.equal(images, held_out_images(recipe, 20, seed=1))
-    assert len(held_out_images(recipe, 10_000)) == 297
+    assert torch.equal(images, held_out_samples(recipe, 20).x)
+    assert not torch.equal(images, held_out_samples(recipe, 20, seed=1).x)
+    assert len(held_out_samples(recipe, 10_000).x) == 297
 
 
 def test_panels_of_checks_that_could_not_measure() -> None:

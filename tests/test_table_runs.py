@@ -179,6 +179,16 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     assert (found["rows"], len(found["nll"]["rows"]), len(found["gaussian"]["rows"])) == (7, 7, 7)
 
 
+def test_a_diagnosis_of_a_conditional_density(conditional: Path) -> None:
+    diagnosed = rnode("diagnose", str(conditional), "--samples", "40")
+    assert diagnosed.exit_code in (0, 3), diagnosed.output  # eight steps teach it little
+    assert "40 held-out rows" in diagnosed.output
+    found = json.loads((conditional / "diagnosis.json").read_text())
+    verdicts = {check["name"]: check["verdict"] for check in found["checks"]}
+    assert verdicts["round trip"] == "ok"
+    assert verdicts["posterior ranks"] != "left out"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -15,7 +15,7 @@ CHECK_FAILED = 3
 @click.command()
 @click.argument("run")
 @click.option("--samples", type=click.IntRange(2), metavar="N",
-              help="Held-out images to use. [default: 256, of large images fewer: 50000 / dimensions, at least "
+              help="Held-out samples to use. [default: 256, of large images fewer: 50000 / dimensions, at least "
                    "8]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all noise.")
 @click.option("--out", metavar="FOLDER",
@@ -41,10 +41,10 @@ def diagnose(
 ) -> None:
     """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
 
-    On held-out images: the error after a round trip through the latent, the estimated trace against the exact one,
-    the training solver against an accurate one, the NLL against the tolerance, the Jacobian norm and the energy
-    along the paths, and a classifier that tells samples from data. Each check has a verdict and a sentence that
-    says what it means and what to do.
+    On held-out images or rows: the error after a round trip through the latent, the estimated trace against the
+    exact one, the training solver against an accurate one, the NLL against the tolerance, the Jacobian norm and
+    the energy along the paths, and a classifier that tells samples from data; for a conditional density, the ranks
+    of the data among its samples. Each check has a verdict and a sentence that says what it means and what to do.
 
     Writes diagnosis.json and diagnosis/ (PNG and SVG), which `rnode-cli report` shows. The exit code is 3 if a
     check failed.
@@ -54,7 +54,8 @@ def diagnose(
     from pathlib import Path
 
     from ..evaluation.diagnostics.diagnose import diagnose, samples_for
-    from ..evaluation.images import held_out_images, pick_device
+    from ..evaluation.images import held_out_samples, pick_device
+    from ..evaluation.measures import measure_of
     from ..files import write_atomically
     from ..reports.figures.diagnosis import diagnosis_panels
     from ..text import duration
@@ -65,12 +66,14 @@ def diagnose(
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(device))
     recipe = recipe.override([f"data.root={data_root}"] if data_root else [])
-    images = held_out_images(recipe, samples or samples_for(recipe.dims), seed=seed, download=download)
+    wanted = samples or samples_for(recipe.dims)
+    held_out = held_out_samples(recipe, wanted, seed=seed, download=download)
     trained_with = training_solver(path)
     known = trained_with.adaptive or trained_with.step != "auto"
     diagnosis = diagnose(
         flow,
-        images.to(pick_device(device)),
+        held_out.x.to(pick_device(device)),
+        **{name: value.to(pick_device(device)) for name, value in held_out.options.items()},
         training_solver=trained_with if known else None,
         samples=samples,
         seed=seed,
@@ -86,7 +89,8 @@ def diagnose(
         click.echo(wrapped_table([("check", "verdict", "what it means"), *rows], width=width))
         fewer = samples is None and diagnosis.samples < samples_for(1)
         note = " (few, because they are large or there are no more; --samples N)" if fewer else ""
-        click.echo(f"\n{diagnosis.samples} held-out images{note}, {duration(diagnosis.seconds)}")
+        what = measure_of(recipe).samples
+        click.echo(f"\n{diagnosis.samples} held-out {what}{note}, {duration(diagnosis.seconds)}")
     own = RunFolder.of_checkpoint(path)
     folder = Path(out) if out else Path("diagnosis") if own is None else own.path
     write_atomically(folder / DIAGNOSIS, lambda file: file.write(text.encode()))

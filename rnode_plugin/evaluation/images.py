@@ -1,23 +1,23 @@
-"""load_data, held_out_images and pick_device: the data that a recipe asks for, and the device of a name."""
+"""load_data, held_out_samples and pick_device: the data that a recipe asks for, and the device of a name."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from ..core.random_streams import Stream, seeded
 from ..data import ImageData, get_dataset, get_table
 from ..data.tables.checks import check_columns
 from ..data.tables.table import Table
 from ..errors import ConfigError, DataError
-from ..flows.transforms import dequantize
 from ..plugins import registry
 from ..recipes.schema import Data, Recipe, TableData
-from .measures.base import batch_of
+from .measures import FlowInput, measure_of
 
-__all__ = ["held_out_images", "load_data", "load_for_training", "load_images", "load_table", "pick_device"]
+__all__ = ["held_out_samples", "load_data", "load_for_training", "load_images", "load_table", "pick_device"]
 
 
 def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe, ImageData | Table]:
@@ -93,24 +93,24 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
     return data.limit(wanted.train_images, None if all_val else recipe.training.val_images)
 
 
-def held_out_images(recipe: Recipe, count: int, *, seed: int = 0, download: bool = False) -> Tensor:
-    """At most ``count`` held-out images of a recipe, dequantised: ``(N, C, H, W)`` in [0, 1], in no order.
+def held_out_samples(recipe: Recipe, count: int, *, seed: int = 0, download: bool = False) -> FlowInput:
+    """At most ``count`` held-out samples of a recipe as a flow takes them, in no order.
 
     Args:
-        recipe: names the data set.
-        count: how many are drawn from all held-out images.
-        seed: of the noise of the dequantisation.
+        recipe: names the data set. Images are dequantised; the rows of a conditional density come with contexts.
+        count: how many are drawn from all held-out samples.
+        seed: of the choice and of the noise of the dequantisation.
         download: fetch the data set if it is missing.
 
     Raises:
-        DataError, ConfigError: from :func:`load_images`.
+        DataError, ConfigError: from :func:`load_images` and :func:`load_table`.
     """
-    images = load_images(recipe, download=download, all_val=True).limit(None, count).val
-    batch = batch_of(images, slice(None))
-    generator = torch.Generator().manual_seed(seed)
-    return dequantize(
-        batch[torch.randperm(len(batch), generator=generator)], recipe.images.levels, generator=generator
-    )
+    held_out = load_data(recipe, download=download, all_val=True).held_out
+    with seeded(seed, Stream.DIAGNOSE):
+        chosen = torch.randperm(len(held_out))[:count]
+        # a mapped file is read in one sweep
+        batch = torch.from_numpy(np.ascontiguousarray(held_out[chosen.sort().values.numpy()]))
+        return measure_of(recipe).inputs(batch[torch.randperm(len(batch))])
 
 
 def pick_device(name: str) -> torch.device:
