@@ -127,7 +127,7 @@ def test_a_plugin_s_command_is_a_command() -> None:
 
 
 def test_recipes_are_listed_and_shown() -> None:
-    assert re.findall(r"^\w+", rnode("recipes").output, re.M) == plugins.names("recipes")
+    assert re.findall(r"^[\w-]+", rnode("recipes").output, re.M) == plugins.names("recipes")
     shown = rnode("recipes", "show", "mnist", "--set", "optimizer.lr=5e-4").output
     assert re.search(r"^optimizer.lr +0.0005$", shown, re.M)
     assert re.search(r"^data.shape +1,28,28$", shown, re.M)
