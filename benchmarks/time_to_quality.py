@@ -134,7 +134,7 @@ def main(
         data = halved(data)
         settings = settings.override([f"data.shape={','.join(map(str, data.shape))}"])
     flush_denormals()
-    results = Path(out) / f"time_to_quality_{recipe}.csv"
+    results = Path(out) / f"time_to_quality_{recipe}{'_halved' if halve else ''}.csv"
     earlier = read_csv(results) if methods else {}
     runs: dict[str, Run] = {name: earlier[name] for name in METHODS if name in earlier}
     for name in methods or METHODS:
