@@ -82,7 +82,7 @@ def tolerance_curve(subject: Subject, data: HeldOut) -> Check:
     distances = [float((nll.values - best.values).abs().mean()) for _, nll in points]
     at_own = [d for (level, _), d in zip(points, distances, strict=True) if level == subject.tolerance]
     still_moving = distances[-2]
-    verdict = worse_of(max(still_moving, *at_own), warn=_WARN, fail=_FAIL)
+    verdict = worse_of(max([still_moving, *at_own]), warn=_WARN, fail=_FAIL)
     near = [point for point, d in zip(points, distances, strict=True) if d <= _WARN]
     enough = (near or points[-1:])[0]
     numbers = {
