@@ -1,11 +1,12 @@
 """The recipes of tables: ``table`` for a file of one's own, and the five published sets with FFJORD's settings.
 
-Architectures and training of the five are those of Grathwohl et al., "FFJORD" (2019), appendix, and of the authors'
-program (github.com/rtqichen/ffjord): flow steps, hidden layers, widths and activation of each set, Adam at 1e-3,
-weight decay 1e-6, Dormand-Prince at 1e-8 absolute and 1e-6 relative, a validation every 200 steps. Three things
-differ: layers add time as RNODE's do, where FFJORD's gate by it; a run ends after a number of epochs, where theirs
-ends after 30 validations without improvement; and the penalties of RNODE are on (``--ffjord`` takes them away, and
-solves at 1e-5).
+Training of the five is that of the authors' program (github.com/rtqichen/ffjord): Adam at 1e-3, weight decay 1e-6,
+Dormand-Prince at 1e-8 absolute and 1e-6 relative, a validation every 200 steps. So is the architecture of
+``miniboone``, by the program's README. The README does not give the other four; theirs follow what is reported of
+Grathwohl et al. (2019) and were not checked against the paper. Four things differ: layers add time as RNODE's do,
+where FFJORD's gate by it; the end time is not trained; a run ends after a number of epochs, where theirs ends after
+30 validations without improvement; and the penalties of RNODE are on (``--ffjord`` takes them away, and solves at
+1e-5).
 """
 
 from __future__ import annotations
