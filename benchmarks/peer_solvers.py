@@ -73,7 +73,7 @@ def zuko_case(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
             atol=TOLERANCE,
             rtol=TOLERANCE,
             exact=True,
-        )
+        )  # fmt: skip
         z, logdet = transform.call_and_ladj(x)
         return loss_of(z, logdet)
 
