@@ -46,8 +46,8 @@ def compiled(function: Callable[..., Any], *, whole: bool = False) -> Callable[.
             except TorchDynamoException as error:  # before anything has been computed
                 if whole and isinstance(error, Unsupported):
                     raise ConfigError(
-                        f"torch.compile cannot trace this step: {_reason(error)} Leave compile=True out, or the "
-                        "penalty of your own that does it."
+                        f"torch.compile cannot trace this step: {_reason(error).rstrip('.')}. Leave compile=True "
+                        "out, or the penalty of your own that does it."
                     ) from error
                 _failed.append(_reason(error))
                 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
