@@ -104,7 +104,7 @@ def test_nothing_in_the_file_is_executed(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could run code"):
         load_flow(file)
     file.write_bytes(pickle.dumps(_Bomb(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match="no archive"):
+    with pytest.raises(CheckpointError, match="not an archive"):
         load_flow(file)
     assert not (tmp_path / "ran").exists()
 

@@ -216,7 +216,8 @@ def test_command_prints_the_table(checkpoint: Path) -> None:
 def test_command_trains_a_recipe_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()  # the recipe is meant all the same
-    settings = "model.hidden=8", "data.batch_size=20", "optimizer.lr=0.02", "optimizer.warmup=0", "solver.step=none"
+    settings = "model.hidden=8", "data.batch_size=20", "optimizer.name=adam", "optimizer.lr=0.02"
+    settings += "optimizer.warmup=0", "solver.step=none"
     options = "--train-steps", "3", "--images", "4", "--device", "cpu", "--max-gap", "1e-7", "--smallest", "0.5"
     result = rnode("digits", *options, *(part for setting in settings for part in ("--set", setting)))
     assert result.exit_code == 1  # after three steps the field is no longer zero, and float32 is not that exact
