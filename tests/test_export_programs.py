@@ -18,12 +18,22 @@ from torch.distributions import Independent, MixtureSameFamily, Normal
 from torch.export import ExportedProgram
 from torchdyn.nn import DepthCat
 
-from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, export_program, get_recipe, load_flow, save_program
+from rnode_plugin import (
+    Hutchinson,
+    MultiscaleFlow,
+    RegularizedCNF,
+    Solver,
+    export_program,
+    get_recipe,
+    load_flow,
+    save_program,
+)
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.programs.entry_points import Which
 from rnode_plugin.fields import linear_field
 from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.training.runs.checkpoints import save_flow
 
 GRID = Solver("midpoint", step=1.0)
@@ -162,6 +172,22 @@ def test_a_conditional_density_in_double_precision(solver: str) -> None:
         assert_same(sampler.module()(z, context), model.inverse(z, context))
     for x, context, noise in calls(log_prob):
         assert_same(log_prob.module()(x, context, noise), model.log_prob(x, context, noise=noise))
+
+
+@pytest.mark.parametrize("options", [{"context": 1}, *(pytest.param(each, marks=slow) for each in (
+    {}, {"context": 2, "field": "potential"}, {"context": 1, "trace_noise": "rademacher"},
+))])  # fmt: skip
+def test_the_flow_of_a_table(options: dict[str, Any]) -> None:
+    flow = shaken(TableFlow(3, hidden=6, solver=GRID, **options))
+    flow.standardize(torch.randn(50, 3 + flow.context) * 2 + 1)
+    sampler, density = (export_program(flow, which) for which in ("sampler", "log_prob"))
+    for inputs in calls(sampler):
+        context = {"context": inputs[1]} if flow.context else {}
+        assert_same(sampler.module()(*inputs), flow.inverse(inputs[0], **context))
+    for inputs in calls(density):
+        context = {"context": inputs[1]} if flow.context else {}
+        noise = {"noise": [inputs[-1]]} if isinstance(flow.estimator, Hutchinson) else {}
+        assert_same(density.module()(*inputs), flow.log_prob(inputs[0], **context, **noise))
 
 
 def test_contexts_that_are_labels() -> None:

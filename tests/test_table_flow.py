@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -152,6 +154,14 @@ def test_the_products_at_a_context_are_those_of_automatic_differentiation(
         found.append([output.logdet, *output.regularization.values(), *(p.grad for p in flow.parameters())])
     for own, differentiated in zip(*found, strict=True):
         torch.testing.assert_close(own, differentiated, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda flow: pickle.loads(pickle.dumps(flow))])
+def test_a_copy_has_the_same_products(copied: Any) -> None:
+    flow, x, context = active_flow(context=2), rows(4, 3), rows(4, 2)
+    other = copied(flow)
+    assert torch.equal(other.log_prob(x, context=context), flow.log_prob(x, context=context))
+    assert type(other.fields[0].prepare(rows(4, 5))) is type(flow.fields[0].prepare(rows(4, 5)))
 
 
 @pytest.mark.parametrize("field", ["mlp", "potential"])

@@ -119,6 +119,6 @@ class PotentialAt(nn.Module):
 
 def _joined(z: Tensor, context: Tensor) -> Tensor:
     """``(z, c)`` of each row; a batch that an estimator repeats has its contexts repeated."""
-    if len(z) != len(context):
-        context = context.repeat(len(z) // len(context), 1)
+    if z.shape[0] != context.shape[0]:
+        context = context.repeat(z.shape[0] // context.shape[0], 1)
     return torch.cat([z, context.to(z.dtype)], 1)

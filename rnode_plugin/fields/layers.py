@@ -82,6 +82,9 @@ class Products(Protocol):
 
 
 class _Convolution:
+    def __reduce__(self) -> str:  # a copied or unpickled field has the one of this module
+        return "CONVOLUTION"
+
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         # in the order of memory, so that gradients come in it too
         time, state = weight.permute(0, 2, 3, 1).split([1, weight.shape[1] - 1], dim=3)
@@ -146,6 +149,9 @@ def _shift_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Te
 
 
 class _Linear:
+    def __reduce__(self) -> str:
+        return "LINEAR"
+
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         time, state = weight.split([1, weight.shape[1] - 1], dim=1)
         return time, state

@@ -91,7 +91,7 @@ class PotentialField(nn.Module):
         layers = self._run(s)
         gradient, pulled = self._gradient(s, layers)
         pushed = self.weights[0][:, : self.dims].expand(
-            len(s), -1, -1
+            s.shape[0], -1, -1
         )  # of the pre-activations by z, (B, hidden, D)
         jacobian, hessian = torch.zeros_like(pushed), self.a[:, : self.dims].T @ self.a[:, : self.dims]
         for number, (layer, above) in enumerate(zip(layers, pulled, strict=True)):

@@ -46,7 +46,7 @@ def check_images(x: Tensor, image_shape: Sequence[int], like: Tensor) -> None:
 
 def check_rows(x: Tensor, columns: int, like: Tensor) -> None:
     """Rows ``(B, columns)`` of the dtype and on the device of ``like``."""
-    if x.ndim != 2 or x.shape[1] != columns or len(x) == 0:
+    if x.ndim != 2 or x.shape[1] != columns or x.shape[0] == 0:
         raise ConfigError(f"this flow takes rows of shape (B, {columns}) with B >= 1, not {tuple(x.shape)}.")
     _check_kind(x, like, "the rows are")
 
