@@ -99,6 +99,19 @@ def test_the_traced_step_is_the_plain_one_in_every_case(options: dict[str, Any])
     same(results(net, **options, compile=True), results(net, **options))
 
 
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_torch_compile_can_trace_every_step(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph without a break, which torch then runs as it is: no compiler takes part."""
+    real: Any = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="eager", **options))
+    torch.compiler.reset()
+    net = perceptron()
+    same(
+        results(net, solver=solver, regularizers=BOTH, compile=True), results(net, solver=solver, regularizers=BOTH)
+    )
+    torch.compiler.reset()
+
+
 def same(found: list[Tensor], wanted: list[Tensor]) -> None:
     for a, b in zip(found, wanted, strict=True):
         # the steps of an adaptive method follow an error estimate, whose last digits are rounding

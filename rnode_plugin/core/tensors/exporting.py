@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
+import torch
+
 # torch has no public name for it
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -16,7 +18,8 @@ _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
 def exporting() -> bool:
     """Whether the operations of this thread become a program: values of its inputs are unknown."""
-    return _recording.get()
+    # torch.compile cannot trace a context variable, and nobody records what it compiles
+    return not torch.compiler.is_compiling() and _recording.get()
 
 
 @contextmanager
