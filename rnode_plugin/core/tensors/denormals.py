@@ -9,6 +9,7 @@ activation avoids it. It is smaller than the rounding of all that it is added to
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 __all__ = ["flush_denormals"]
@@ -23,4 +24,6 @@ def flush_denormals() -> bool:
     Returns:
         Whether the processor can do it.
     """
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
     return torch.set_flush_denormal(True)
