@@ -99,10 +99,6 @@ def test_the_traced_step_is_the_plain_one_in_every_case(options: dict[str, Any])
     same(results(net, **options, compile=True), results(net, **options))
 
 
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
-    reason="torch 2.4 cannot trace torchdyn's `k1 == None`",
-)
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_torch_compile_can_trace_every_step(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph without a break, which torch then runs as it is: no compiler takes part."""

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import click
 import pytest
-import torch
 import yaml
 
 import rnode_plugin
@@ -34,12 +33,6 @@ DOCS = [
 ]
 RUN_MARK = "<!-- run -->"
 OF_OTHERS = ("arclength",)  # names that the example of a third-party plugin brings
-
-
-def needs_programs(text: str) -> None:
-    """Skip an example that exports a program where torch is too old for that."""
-    if "export_program(" in text and not hasattr(torch.export, "default_decompositions"):
-        pytest.skip("programs need torch 2.6 or later")
 
 
 class Block(NamedTuple):
@@ -148,7 +141,6 @@ def test_python_compiles_and_runs_where_marked(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = compile(block.text, block.where, "exec")
     if block.marked:
-        needs_programs(block.text)
         exec(code, {"__name__": "docs"})
 
 
@@ -310,7 +302,6 @@ WITH_EXAMPLES = [path for path in sorted((ROOT / "rnode_plugin").rglob("*.py")) 
 def test_examples_in_docstrings_run(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     # with the public names alone: what an example needs besides, it imports
-    needs_programs(path.read_text())
     result = doctest.testmod(importlib.import_module(name), globs=dict(PUBLIC))
     assert result.attempted > 0
     assert result.failed == 0

@@ -38,9 +38,6 @@ from rnode_plugin.training.runs.checkpoints import save_flow
 
 GRID = Solver("midpoint", step=1.0)
 BATCHES = (1, 3, 7)
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.export, "default_decompositions"), reason="programs need torch 2.6 or later"
-)
 slow = pytest.mark.slow  # recording takes seconds
 
 ALONE = """
@@ -265,12 +262,6 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must end in \.pt2 or \.onnx"):
         save_program(program, tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.export, "default_decompositions")
-    with pytest.raises(ConfigError, match=r"programs need torch 2\.6 or later"):
-        export_program(tiny_flow(), "sampler")
 
 
 def test_the_model_stays_as_it_was() -> None:

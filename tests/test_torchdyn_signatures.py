@@ -14,7 +14,6 @@ from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.torchdyn.wrapped import compiled
 from rnode_plugin.torchdyn.wrapped.signature import Takes, field_takes
 from rnode_plugin.torchdyn.wrapped.slots import CONTROL
@@ -157,13 +156,6 @@ def test_a_compiled_field_without_products_stays_compiled() -> None:
     assert calls[0] == 3
     NeuralODE(field, "euler", regularizers=["jacfrob"])(torch.randn(4, 2), torch.linspace(0, 1, 4))
     assert calls[0] == 3
-
-
-def test_torch_without_a_stance_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.compiler, "set_stance")
-    model = NeuralODE(compile_lightly(Timed()), "rk4", regularizers=["jacfrob"])
-    with pytest.raises(ConfigError, match=r"torch 2\.6"):
-        model(torch.randn(4, 2))
 
 
 def test_private_names_of_torch_and_torchdyn_are_still_there() -> None:

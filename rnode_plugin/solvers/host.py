@@ -23,6 +23,14 @@ def read(x: Tensor) -> Any:
     try:
         return x.detach().tolist()
     except RuntimeError:
-        if transforms_active():
-            return None
-        raise
+        if not transforms_active():
+            raise
+    try:
+        return _one_by_one(x.detach())
+    except RuntimeError:
+        return None
+
+
+def _one_by_one(x: Tensor) -> Any:
+    # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
+    return x.item() if x.ndim == 0 else [_one_by_one(row) for row in x]

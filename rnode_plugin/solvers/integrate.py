@@ -146,7 +146,7 @@ def _substeps(t_span: Tensor, step: float | None) -> list[int]:
     """How many steps each interval of the grid is divided into."""
     if step is None:
         return [1] * (len(t_span) - 1)
-    times = t_span.tolist()
+    times = [t.item() for t in t_span]  # inside torch.func.grad, `tolist` needs a later torch than 2.6
     # forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four
     return [max(1, math.ceil(abs(b - a) / step - 1e-6)) for a, b in itertools.pairwise(times)]
 

@@ -45,8 +45,8 @@ def export_program(
             floating-point numbers.
 
     Raises:
-        ConfigError: for a solver that chooses its steps, for a model whose field is not made of torch's operations
-            alone, independent of their values, and before torch 2.6.
+        ConfigError: for a solver that chooses its steps, and for a model whose field is not made of torch's
+            operations alone, independent of their values.
 
     Example:
         >>> import torch
@@ -56,8 +56,6 @@ def export_program(
         >>> tuple(program.module()(torch.randn(5, 16)).shape)
         (5, 1, 4, 4)
     """
-    if not hasattr(torch.export, "default_decompositions"):
-        raise ConfigError(f"programs need torch 2.6 or later, and this is {torch.__version__}: update torch.")
     entry = entry_point(model, which, solver=solver, context=context)
     with torch.no_grad():
         # one batch to record, and one to see that the program takes another

@@ -99,7 +99,9 @@ def _take_by_evaluations(
         dlogdet_error = None
         if error is not None and dlogdet is not None and method.error_weights is not None:
             dlogdet_error = _weigh([r.dlogdet for r in rates], method.error_weights, dt.detach())
-        last = next((r for r in reversed(rates) if r.dz is new_velocity), None)
+        last = None
+        for each in rates:  # torch.compile of torch 2.6 cannot trace next()
+            last = each if each.dz is new_velocity else last
         of_path: dict[str, tuple[str, Tensor]] = {}
         if path is not None:
             times, states = zip(*asked, strict=True)

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import ConfigError
-
 __all__ = ["has_compiled_parts", "original", "run_original"]
 
 # Private names of torch, here and nowhere else. A test fails by name when one of them goes.
@@ -49,16 +47,7 @@ def has_compiled_parts(field: Any) -> bool:
 
 
 def run_original(velocity: Callable[..., Any]) -> Callable[..., Any]:
-    """``velocity`` with everything compiled inside it replaced by its original during the call.
-
-    Raises:
-        ConfigError: before torch 2.6, which cannot do that.
-    """
-    if not hasattr(torch.compiler, "set_stance"):
-        raise ConfigError(
-            "this vector field is compiled, and jacfrob or a trace differentiates it twice, which torch.compile "
-            "does not support: give the module as it was before torch.compile, or use torch 2.6 or later."
-        )
+    """``velocity`` with everything compiled inside it replaced by its original during the call."""
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         # inside a compiled region nobody may change the stance; the caller's compiler decides there

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -106,8 +104,7 @@ def _count(recipe: Recipe, solver: Solver, batch: int) -> tuple[int, int, Cost]:
     if any(p.device.type != "meta" for p in parameters):
         raise ConfigError(f"the model {recipe.model.name} makes tensors with values and cannot be estimated.")
     step = training_step(flow, recipe, x, solver)
-    with _device_module():
-        cost = count(lambda: found.append(step()), alive=(*parameters, x.x, *x.options.values()))
+    cost = count(lambda: found.append(step()), alive=(*parameters, x.x, *x.options.values()))
     held = sum(p.numel() * p.element_size() for p in parameters)
     # Adam's two moments are there during every step but the first
     return (
@@ -115,19 +112,6 @@ def _count(recipe: Recipe, solver: Solver, batch: int) -> tuple[int, int, Cost]:
         sum(p.numel() for p in parameters),
         dataclasses.replace(cost, peak_memory=cost.peak_memory + 2 * held),
     )
-
-
-@contextmanager
-def _device_module() -> Iterator[None]:
-    """Around a step with checkpoints on ``meta``: before version 2.6, torch looks for a module of that device."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6):
-        yield
-        return
-    torch.meta = SimpleNamespace()  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        del torch.meta  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def largest_batch(step: StepCost, memory: float) -> int:
