@@ -146,7 +146,10 @@ def _substeps(t_span: Tensor, step: float | None) -> list[int]:
     """How many steps each interval of the grid is divided into."""
     if step is None:
         return [1] * (len(t_span) - 1)
-    times = [t.item() for t in t_span]  # inside torch.func.grad, `tolist` needs a later torch than 2.6
+    try:
+        times = t_span.tolist()
+    except RuntimeError:  # in torch 2.6 it does not know the tensors of torch.func.grad
+        times = [t.item() for t in t_span]
     # forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four
     return [max(1, math.ceil(abs(b - a) / step - 1e-6)) for a, b in itertools.pairwise(times)]
 
