@@ -63,8 +63,8 @@ def diagnose(
     from ..training.runs.folder import DIAGNOSIS, RunFolder
     from .tables import wrapped_table
 
-    path = find_checkpoint(run)
-    flow, recipe = load_with_recipe(path, map_location=pick_device(device))
+    path, place = find_checkpoint(run), pick_device(device)
+    flow, recipe = load_with_recipe(path, map_location=place)
     recipe = recipe.override([f"data.root={data_root}"] if data_root else [])
     wanted = samples or samples_for(recipe.dims)
     held_out = held_out_samples(recipe, wanted, seed=seed, download=download)
@@ -72,8 +72,8 @@ def diagnose(
     known = trained_with.adaptive or trained_with.step != "auto"
     diagnosis = diagnose(
         flow,
-        held_out.x.to(pick_device(device)),
-        **{name: value.to(pick_device(device)) for name, value in held_out.options.items()},
+        held_out.x.to(place),
+        **{name: value.to(place) for name, value in held_out.options.items()},
         training_solver=trained_with if known else None,
         samples=samples,
         seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,17 +14,19 @@ from ..core.no_data_parallel import OneProcessADevice
 from ..core.objective import output_log_prob
 from ..core.regularizers import kind_of, span_policy, weigh_regularizers
 from ..core.tensors.exporting import on_host
-from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
+from ..errors import ConfigError
 from ..solvers import Solver
 from ..solvers.health import HealthCheck, check_health
 from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput
 from .block import solve_block
+from .checks import check_noise, check_sampling
 
 __all__ = ["BlockFlow", "Pass"]
 
 
-class BlockFlow(OneProcessADevice, nn.Module):
+class BlockFlow(OneProcessADevice, nn.Module, ABC):
     """Base of the flows whose blocks are neural ODEs, one after the other.
 
     A subclass makes :attr:`fields`, one for each block, and :attr:`block_shapes`.
@@ -47,9 +50,9 @@ class BlockFlow(OneProcessADevice, nn.Module):
             self.regularizer_modules = nn.ModuleList(with_parameters)
 
     @property
+    @abstractmethod
     def block_shapes(self) -> Sequence[tuple[int, ...]]:
         """Shape of one state of each block, in order."""
-        raise NotImplementedError
 
     def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
         """Noise for one :meth:`forward` of ``batch`` samples: one tensor per block, of the block's input shape.
@@ -76,6 +79,24 @@ class BlockFlow(OneProcessADevice, nn.Module):
             times = torch.tensor((0.0, 1.0), dtype=z.dtype)
             times = times if policy is None else policy.times(times, training=training)
             return times.flip(0) if backward else times
+
+    def _noise_for(
+        self, x: Tensor, noise: Sequence[Tensor | None] | None, generator: torch.Generator | None
+    ) -> Sequence[Tensor | None]:
+        """The noise of a pass of samples ``x``: what was given, if it fits, or a draw."""
+        if noise is None:
+            return self.draw_noise(x.shape[0], generator=generator)
+        if isinstance(self.estimator, Exact):
+            raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
+        check_noise(noise, self.block_shapes, x)
+        return noise
+
+    def _latents(self, n: int, dims: int, *, temperature: float, generator: torch.Generator | None) -> Tensor:
+        """``n`` draws ``(n, dims)`` of a normal distribution with standard deviation ``temperature``."""
+        check_sampling(n, temperature)
+        like = self._like()
+        z = torch.randn(n, dims, dtype=like.dtype, device=like.device, generator=generator)
+        return z * temperature
 
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""

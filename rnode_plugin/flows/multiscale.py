@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.objective import bits_per_dim
 from ..core.regularizers import jacfrob, kinetic
-from ..core.trace_estimators import Exact, TraceEstimator
+from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..fields import conv_field
 from ..solvers import Solver
@@ -21,7 +21,7 @@ from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput
 from .block import solve_block
 from .block_flow import BlockFlow, Pass
-from .checks import check_image_shape, check_images, check_latents, check_noise, check_sampling, range_check
+from .checks import check_image_shape, check_images, check_latents, range_check
 from .stages import BLOCKS, Shape, plan_stages
 from .transforms import check_alpha, inverse_logit, logit, squeeze, unsqueeze
 
@@ -144,12 +144,7 @@ class MultiscaleFlow(BlockFlow):
         in_range = range_check(x)
         if solver.adaptive:  # which would meet what a wrong image leads to, and fail with another error
             check_health([in_range])
-        if noise is None:
-            noise = self.draw_noise(x.shape[0], generator=generator)
-        elif isinstance(self.estimator, Exact):
-            raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
-        else:
-            check_noise(noise, self.block_shapes, x)
+        noise = self._noise_for(x, noise, generator)
         z, logdet = logit(x, self.alpha)
         run = Pass(self, logdet, solver=solver, penalties=penalties, memory=memory, checks=checks)
         run.checks.append(in_range)
@@ -223,7 +218,5 @@ class MultiscaleFlow(BlockFlow):
             ConfigError: for a number below one or a temperature that is not positive.
             SolverError: where the integration fails.
         """
-        check_sampling(n, temperature)
-        like = self._like()
-        z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
-        return self.inverse(z * temperature, solver=solver).clamp(0, 1)
+        z = self._latents(n, self.dims, temperature=temperature, generator=generator)
+        return self.inverse(z, solver=solver).clamp(0, 1)

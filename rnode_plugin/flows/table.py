@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.regularizers import jacfrob, kinetic
-from ..core.trace_estimators import Exact, TraceEstimator
+from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError, suggest
 from ..fields import linear_field
 from ..fields.conditional import at_context
@@ -20,7 +20,7 @@ from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput
 from .block import solve_block
 from .block_flow import BlockFlow, Pass
-from .checks import check_latents, check_noise, check_rows, check_sampling
+from .checks import check_latents, check_rows
 
 __all__ = ["TableFlow"]
 
@@ -166,12 +166,7 @@ class TableFlow(BlockFlow):
         """
         check_rows(x, self.dims, self._like())
         solver = solver or self.solver
-        if noise is None:
-            noise = self.draw_noise(x.shape[0], generator=generator)
-        elif isinstance(self.estimator, Exact):
-            raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
-        else:
-            check_noise(noise, self.block_shapes, x)
+        noise = self._noise_for(x, noise, generator)
         mean, scale = self._of_columns()
         z, logdet = (x - mean) / scale, -scale.log().sum().expand(x.shape[0])
         run = Pass(self, logdet, solver=solver, penalties=penalties, memory=memory, checks=checks)
@@ -218,10 +213,8 @@ class TableFlow(BlockFlow):
             ConfigError: for a number below one, a temperature that is not positive, or a context as above.
             SolverError: where the integration fails.
         """
-        check_sampling(n, temperature)
-        like = self._like()
-        z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
-        return self.inverse(z * temperature, context=context, solver=solver)
+        z = self._latents(n, self.dims, temperature=temperature, generator=generator)
+        return self.inverse(z, context=context, solver=solver)
 
     def _of_columns(self) -> tuple[Tensor, Tensor]:
         """Mean and scale of the modelled columns."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.tensors.exporting import exporting
 from ..core.tensors.transforms_active import transforms_active
 
-__all__ = ["read"]
+__all__ = ["numbers", "read"]
 
 
 def read(x: Tensor) -> Any:
@@ -21,16 +21,23 @@ def read(x: Tensor) -> Any:
     if x.is_meta or exporting():
         return None
     try:
-        return x.detach().tolist()
+        return numbers(x.detach())
+    except RuntimeError:
+        if transforms_active():
+            return None
+        raise
+
+
+def numbers(x: Tensor) -> Any:
+    """The numbers in ``x``, as ``x.tolist()`` gives them.
+
+    Raises:
+        RuntimeError: nobody can know them.
+    """
+    try:
+        return x.tolist()
     except RuntimeError:
         if not transforms_active():
             raise
-    try:
-        return _one_by_one(x.detach())
-    except RuntimeError:
-        return None
-
-
-def _one_by_one(x: Tensor) -> Any:
-    # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
-    return x.item() if x.ndim == 0 else [_one_by_one(row) for row in x]
+        # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
+        return x.item() if x.ndim == 0 else [numbers(row) for row in x]

@@ -14,6 +14,7 @@ from ..core.tensors.exporting import on_host
 from ..types import BoundDynamics, Solution
 from .adaptive import Adaptive
 from .health import HealthCheck, check_health, fail_integrals, fail_max_nfe, fail_nonfinite, health
+from .host import numbers
 from .plan import SolvePlan
 from .steps.step import StepTaker, step_taker, weight_row
 from .steps.step_memory import StepMemory
@@ -146,10 +147,7 @@ def _substeps(t_span: Tensor, step: float | None) -> list[int]:
     """How many steps each interval of the grid is divided into."""
     if step is None:
         return [1] * (len(t_span) - 1)
-    try:
-        times = t_span.tolist()
-    except RuntimeError:  # in torch 2.6 it does not know the tensors of torch.func.grad
-        times = [t.item() for t in t_span]
+    times = numbers(t_span)
     # forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four
     return [max(1, math.ceil(abs(b - a) / step - 1e-6)) for a, b in itertools.pairwise(times)]
 
