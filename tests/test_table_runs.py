@@ -130,7 +130,7 @@ def test_a_run_stays_with_its_columns_and_its_split(file: Path, tmp_path: Path) 
     for setting in ("data.given=dose", "data.columns=dose,pressure", "data.split_seed=1", "model.field=potential"):
         outcome = rnode("train", "--resume", str(made), "--set", setting, "--max-steps", "4")
         assert outcome.exit_code == 1
-        assert f"is of another model: {setting.partition('=')[0]} is" in outcome.output
+        assert f"cannot go on with other settings: {setting.partition('=')[0]} is" in outcome.output
 
 
 def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -> None:

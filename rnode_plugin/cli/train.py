@@ -35,6 +35,7 @@ _SHORT = {
     "precision": "training.precision",
     "compile": "training.compile",
     "seed": "training.seed",
+    "weights": "training.weights",
 }
 
 
@@ -64,6 +65,11 @@ class _TrainCommand(click.Command):
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
 @click.option("--val-every", type=int, metavar="N", help="Validate every N steps instead of by epochs.")
 @click.option("--seed", type=int, help="Of the weights, the data order and all noise.")
+@click.option(
+    "--weights",
+    metavar="RUN",
+    help="Start from the weights of a run, a file, or the package; optimizer and schedule start anew.",
+)
 @click.option(
     "--precision", help="As Lightning names it: 32-true, bf16-mixed, ...; auto: the faster of these two, measured."
 )

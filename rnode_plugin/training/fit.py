@@ -160,6 +160,8 @@ def fit(
             check_steps_left(checkpoint, done, plan)
         with explained():
             module = RnodeModule(recipe)
+        if checkpoint is None:
+            module.load_weights()  # the module does so itself; here what does not fit is refused without a folder
         put_first(trainer, RunPosition(plan))
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             folder = _open(recipe, checkpoint, runs, run_folder)

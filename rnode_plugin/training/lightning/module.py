@@ -20,7 +20,7 @@ from ...recipes.schema import Recipe
 from ...solvers import Solver
 from ..cost.fastest import is_open
 from ..optimizers import check_installed, make_optimizer
-from ..runs.checkpoints import header_with
+from ..runs.checkpoints import header_with, load_weights
 from ..runs.folder import RunFolder
 from ..schedule import learning_rate_factor
 from ..steps.auto_step import AutoStep
@@ -119,6 +119,19 @@ class RnodeModule(L.LightningModule):
         data = data_of(self.trainer)
         if stage == "fit" and isinstance(self.flow, TableFlow) and isinstance(data, RecipeDataModule):
             self.flow.standardize(torch.from_numpy(data.data.train))
+
+    def load_weights(self) -> None:
+        """Take the weights that the recipe starts from, if it names some.
+
+        Raises:
+            CheckpointError: they cannot be read, or are of another model.
+        """
+        if (weights := self.recipe.training.weights) is not None:
+            load_weights(self.flow, weights)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.ckpt_path is None:  # else the checkpoint has them, and more steps
+            self.load_weights()
 
     # a training step -------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import textwrap
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "find_checkpoint",
     "header_with",
     "load_flow",
+    "load_weights",
     "load_with_recipe",
     "read_checkpoint",
     "recipe_of",
@@ -123,12 +125,28 @@ def load_with_recipe(
         flow = recipe.build_flow()
     except (MemoryError, RuntimeError) as error:  # a CPU without memory gives torch's RuntimeError
         raise CheckpointError(f"the model of {file} cannot be built: {str(error).splitlines()[0]}") from None
+    _put_into(flow, contents, f"{file} does not fit the model of its recipe")
+    return flow.to(map_location).eval(), recipe
+
+
+def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str]) -> None:
+    """Give ``flow`` the weights that :func:`load_flow` would load: those of a run, a file, or the package.
+
+    Raises:
+        CheckpointError: missing, truncated, not ours, or of a model of another shape.
+    """
+    file = find_checkpoint(path)
+    _put_into(flow, read_checkpoint(file), f"the weights of {file} do not fit this model")
+
+
+def _put_into(flow: torch.nn.Module, contents: Mapping[str, Any], problem: str) -> None:
     state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
     try:
         flow.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{file} does not fit the model of its recipe: {error}") from None
-    return flow.to(map_location).eval(), recipe
+        first, *others = str(error).splitlines()[1:] or [str(error)]  # torch has a line for each tensor
+        more = f" (and {len(others)} more)" if others else ""
+        raise CheckpointError(f"{problem}: {textwrap.shorten(first, 240)}{more}") from None
 
 
 def training_solver(path: Path) -> Solver:

@@ -23,7 +23,7 @@ _FIXED = (
     "data.train_rows",
     "model.name", "model.hidden", "model.layers", "model.alpha",
     "model.field", "model.activation", "model.blocks",
-    "optimizer.name",
+    "optimizer.name", "training.weights",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(f"{path} holds averaged weights: training.ema cannot be switched off in a run.")
     if differ:
         what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
-        raise CheckpointError(f"{path} is of another model: {what}.")
+        raise CheckpointError(f"{path} cannot go on with other settings: {what}. --weights {path} starts a new run.")
     _check_training(path, contents)
     return path, contents["progress"]["batches"]
 

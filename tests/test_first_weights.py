@@ -1,0 +1,98 @@
+"""Runs that start from the weights of another run, of a file or of the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_runs import BeforeStep, rows, run, tiny_recipe
+
+from rnode_plugin import get_recipe, load_flow
+from rnode_plugin.cli import main
+from rnode_plugin.errors import CheckpointError
+from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.training.lightning.module import RnodeModule
+from rnode_plugin.training.runs.checkpoints import export_flow, load_weights
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tiny_recipe("training.ema=0.5"), tmp_path_factory.mktemp("runs")).folder.path
+
+
+def weights_at_first_step(recipe: Recipe, runs: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+
+    def look(module: RnodeModule, step: int) -> None:
+        if step == 1:
+            found.update({name: tensor.clone() for name, tensor in module.flow.state_dict().items()})
+
+    run(recipe.override(["training.max_steps=1"]), runs, callbacks=[BeforeStep(look)])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["run", "safetensors"])
+def test_the_first_step_has_the_weights(trained: Path, tmp_path: Path, kind: str) -> None:
+    source = trained
+    if kind == "safetensors":
+        source = tmp_path / "flow.safetensors"
+        export_flow(trained, source)
+    expected = load_flow(trained).state_dict()
+    # another optimizer than the weights were trained by
+    found = weights_at_first_step(tiny_recipe(f"training.weights={source}", "optimizer.name=muon"), tmp_path / "runs")
+    fresh = tiny_recipe().build_flow().state_dict()
+    assert found.keys() == expected.keys()
+    assert any(not torch.equal(found[name], fresh[name]) for name in found)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_weights_of_the_package() -> None:
+    flow = get_recipe("mnist").build_flow()
+    load_weights(flow, "mnist-pretrained")
+    for mine, theirs in zip(flow.parameters(), load_flow("mnist-pretrained").parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_table_keeps_the_scale_of_the_weights(tmp_path: Path) -> None:
+    """The rows of the new run have another mean, and the weights were trained for the old one."""
+    settings = ["model.hidden=8", "training.max_steps=2", "training.sample_images=0", "optimizer.name=adam"]
+    recipe = get_recipe("table").override(settings)
+    trained = run(recipe, tmp_path / "runs").folder.path
+    few = recipe.override([f"training.weights={trained}", "data.train_rows=60"])
+    found = weights_at_first_step(few, tmp_path / "runs")
+    for name, tensor in load_flow(trained).state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_resumed_to_the_bit_without_the_source(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "source"
+    moved.symlink_to(trained)
+    recipe = tiny_recipe(f"training.weights={moved}")
+    whole = run(recipe, tmp_path / "runs").folder.path
+    half = run(recipe.override(["training.max_steps=4"]), tmp_path / "runs").folder.path
+    moved.unlink()
+    run(recipe, tmp_path / "runs", resume=half)
+    assert rows(half) == rows(whole)
+
+
+def test_other_weights_on_resume_are_refused(trained: Path, tmp_path: Path) -> None:
+    half = run(tiny_recipe("training.max_steps=4"), tmp_path).folder.path
+    with pytest.raises(CheckpointError, match=r"cannot go on with other settings: training\.weights is None there"):
+        run(tiny_recipe(f"training.weights={trained}"), tmp_path, resume=half)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("nowhere", "no checkpoint at nowhere"), ("mnist-pretrained", "do not fit this model")],
+)
+def test_what_cannot_be_taken_leaves_no_folder(tmp_path: Path, weights: str, message: str) -> None:
+    runs = tmp_path / "runs"
+    command = ["train", "digits", "--weights", weights, "--runs", str(runs), "--accelerator", "cpu"]
+    outcome = CliRunner().invoke(main, command)
+    assert outcome.exit_code == 1
+    assert message in outcome.output
+    assert len(outcome.output) < 600, "the message names all weights one by one"
+    assert not runs.exists()
