@@ -27,7 +27,8 @@ from .kernels.winograd import Winograd
 
 __all__ = ["CONVOLUTION", "LINEAR", "ConcatConv2d", "ConcatLinear", "Products"]
 
-_FEW = 8  # channels, up to which a convolution is faster as one product of matrices
+# channels up to which a convolution is faster as one product of matrices
+_FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
 _MANY = 32  # channels, from which on Winograd's method pays where torch.compile works
 
 
@@ -111,13 +112,14 @@ class _Convolution:
         return F.conv_transpose2d(v, weight, padding=1)
 
     def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
-        # on other devices, and in low precision, the libraries' own convolutions are the fast ones
-        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
-            channels = min(weight.shape[:2])
-            if channels <= _FEW:
-                return Columns(weight)
-            if channels >= _MANY and compiled and works():
-                return Winograd(weight)
+        # on other devices, and of many channels in low precision, the libraries' own convolutions are the fast ones
+        if weight.device.type != "cpu":
+            return DirectConvolution(weight)
+        channels, low = min(weight.shape[:2]), weight.dtype.itemsize < 4
+        if channels <= _FEW.get(weight.dtype, 0):
+            return Columns(weight)
+        if channels >= _MANY and not low and compiled and works():
+            return Winograd(weight)
         return DirectConvolution(weight)
 
     def sum_batch(self, v: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ with the weights. Libraries made for many channels on both sides are slow where 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -58,7 +59,10 @@ class Columns(LayerMap):
 
     def _narrow(self, many: Tensor) -> Tensor:
         batch, _, h, w = many.shape
-        parts = (self._weight @ _rows(many).t()).view(3, 3, self._few, batch, h, w)
+        parts = self._weight @ _rows(many).t()
+        if parts.dtype is torch.bfloat16:  # nine roundings are enough: the sums are made in float32
+            parts = parts.float()
+        parts = parts.view(3, 3, self._few, batch, h, w)
         # to each pixel what its neighbours have for it: first along rows, then along columns
         before, out, after = parts.unbind(1)
         out[..., :-1].add_(before[..., 1:])
@@ -66,7 +70,7 @@ class Columns(LayerMap):
         above, out, below = out.unbind(0)
         out[..., :-1, :].add_(above[..., 1:, :])
         out[..., 1:, :].add_(below[..., :-1, :])
-        return out.transpose(0, 1).contiguous()
+        return out.transpose(0, 1).to(many.dtype).contiguous()
 
     def _gradient(self, neighbours: Tensor, many: Tensor) -> Tensor:
         taps = (neighbours @ _rows(many)).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError
 from ...evaluation.measures import FlowInput, measure_of
 from ...recipes.schema import Recipe
@@ -104,7 +105,8 @@ def _count(recipe: Recipe, solver: Solver, batch: int) -> tuple[int, int, Cost]:
     if any(p.device.type != "meta" for p in parameters):
         raise ConfigError(f"the model {recipe.model.name} makes tensors with values and cannot be estimated.")
     step = training_step(flow, recipe, x, solver)
-    cost = count(lambda: found.append(step()), alive=(*parameters, x.x, *x.options.values()))
+    with seeded(recipe.training.seed, Stream.TUNE):  # which stages a sampled quadrature takes changes the memory
+        cost = count(lambda: found.append(step()), alive=(*parameters, x.x, *x.options.values()))
     held = sum(p.numel() * p.element_size() for p in parameters)
     # Adam's two moments are there during every step but the first
     return (
