@@ -73,7 +73,7 @@ class Version:
 @click.command(help=__doc__)
 @click.argument("run")
 @click.option("--before", type=click.Path(exists=True, path_type=Path), help="Checkout of the other version.")
-@click.option("--data-root", default="../shared/data", show_default=True)
+@click.option("--data-root", default="data", show_default=True)
 @click.option("--images", default=60, show_default=True)
 @click.option("--batch-size", default=20, show_default=True)
 @click.option("--tolerance", default=1e-5, show_default=True)

@@ -41,7 +41,8 @@ def test_the_first_step_has_the_weights(trained: Path, tmp_path: Path, kind: str
         export_flow(trained, source)
     expected = load_flow(trained).state_dict()
     # another optimizer than the weights were trained by
-    found = weights_at_first_step(tiny_recipe(f"training.weights={source}", "optimizer.name=muon"), tmp_path / "runs")
+    recipe = tiny_recipe(f"training.weights={source}", "optimizer.name=muon")
+    found = weights_at_first_step(recipe, tmp_path / "runs")
     fresh = tiny_recipe().build_flow().state_dict()
     assert found.keys() == expected.keys()
     assert any(not torch.equal(found[name], fresh[name]) for name in found)

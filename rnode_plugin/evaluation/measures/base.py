@@ -167,4 +167,4 @@ class Measure(ABC, Generic[R]):
 def batch_of(samples: Any, part: slice) -> Tensor:
     """Some of the samples of an array, in memory or on disk, as a tensor."""
     chosen = samples[part]
-    return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.ascontiguousarray(chosen))
+    return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))  # files are read-only

@@ -19,8 +19,8 @@ class Training:
         max_epochs: passes over the training samples, images or rows; None where ``max_steps`` decides alone.
         max_steps: optimizer steps; None where ``max_epochs`` decides alone. The first limit that is met stops.
         seed: of the weights, the data order and all noise.
-        weights: what the first step starts from: a run folder, a ``.ckpt`` or ``.safetensors`` file, or weights that
-            come with the package; None for fresh ones.
+        weights: what the first step starts from: a run folder, a ``.ckpt`` or ``.safetensors`` file, or weights of
+            the package; None for fresh ones.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the faster of these two,
             measured before the first step.
         compile: send the evaluations of the fused fields through torch.compile while training; or ``auto``: if

@@ -69,7 +69,8 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(f"{path} holds averaged weights: training.ema cannot be switched off in a run.")
     if differ:
         what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
-        raise CheckpointError(f"{path} cannot go on with other settings: {what}. --weights {path} starts a new run.")
+        advice = f"--weights {path} starts a new run from it"
+        raise CheckpointError(f"{path} cannot go on with other settings: {what}. {advice}.")
     _check_training(path, contents)
     return path, contents["progress"]["batches"]
 
