@@ -74,7 +74,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["trian", "digits"], 2, r"unknown command 'trian'; did you mean 'train'"),
     (["train"], 2, r"name a RECIPE; `rnode-cli recipes` lists them"),
     (["train", "digtis"], 2, r"unknown recipe 'digtis'; did you mean 'digits'\? Known: "),
-    (["train", "digits", "--devics", "2"], 2, r"No such option '?--devics'?.*--devices"),
+    (["train", "digits", "--devics", "2"], 2, r"No such option:? '?--devics'?.*--devices"),
     (["train", "digits", "--max-steps", "few"], 2, r"'few' is not a valid integer"),
     (["train", "digits", "--max-steps", "0"], 2, r"training\.max_steps must be at least 1, not 0"),
     (["train", "digits", "--max-time", "soon"], 2, r"not a span of time: write 90 \(seconds\), 20m"),

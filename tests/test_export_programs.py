@@ -353,7 +353,7 @@ def test_the_command(tmp_path: Path) -> None:
     ):
         refused = call(*words)
         assert refused.exit_code == 2
-        assert message in refused.stderr
+        assert message in refused.output
 
 
 @pytest.mark.slow

