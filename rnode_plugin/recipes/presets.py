@@ -103,7 +103,9 @@ def _fast(recipe: Recipe, *, epochs: int) -> Recipe:
         name=f"{recipe.name}-fast",
         description=f"the model of {recipe.name}, trained fast: Muon, sampled products, small batches at the start",
         data=dataclasses.replace(recipe.data, batch_size=50),
-        solver=_SAMPLED,
+        # a step of 0.5 kept for long is learnt by heart: after 450 steps of Muon from a trained MNIST flow the
+        # training bits/dim fell to 0.1 while the accurate ones rose from 1.21 to 1.60
+        solver=dataclasses.replace(_SAMPLED, step="auto"),
         optimizer=_MUON,
         start=Start(steps=50, batch_size=25, step=1.0),
         training=dataclasses.replace(recipe.training, max_epochs=epochs, precision="auto", compile="auto"),
