@@ -137,7 +137,8 @@ def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor
     """``dt`` times the weighted sum."""
     present = [(value, weight) for value, weight in zip(values, weights, strict=False) if value is not None]
     first = present[0][0]
-    if first.ndim == 1:  # rates of small problems: few operations count, not what they compute
+    # rates of small problems: few operations count, not what they compute. torch.compile makes one of them anyway
+    if first.ndim == 1 and not torch.compiler.is_compiling():
         row = weight_row(tuple(weight for _, weight in present), first.dtype, first.device)
         return (row * dt.to(first.dtype)) @ torch.stack([value for value, _ in present])
     total: Tensor | None = None
