@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from typing import Any
 
@@ -114,16 +113,6 @@ def test_gradcheck(kind: str, activation: str) -> None:
     # the last layer's 6 x 9 weights a channel are enough of them; all the others are checked against autograd
     values = [p.detach().clone().requires_grad_(i >= 6) for i, p in enumerate(field.parameters())]
     assert gradcheck(run, (t, z, noise, *values), fast_mode=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_tanh_on_a_processor_is_off_by_rounding(dtype: torch.dtype) -> None:
-    a = torch.linspace(-45, 45, 4001, dtype=torch.float64).to(dtype)
-    exact = torch.tensor([math.tanh(each) for each in a.tolist()], dtype=torch.float64)
-    activation = ACTIVATIONS["tanh"].on(a.device)
-    for found in (activation.value(a), activation.value_over(a.clone())):
-        assert (found.double() - exact).abs().max() <= 1.6 * torch.finfo(dtype).eps
-    assert (activation.slope(a).double() - (1 - exact.square())).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("kind", SHAPES)

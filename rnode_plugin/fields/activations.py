@@ -182,9 +182,6 @@ class _SoftplusByOutput(_Softplus):
 class _Tanh(Activation):
     name = "tanh"
 
-    def on(self, device: torch.device) -> Activation:
-        return _TANH_BY_SIGMOID if device.type == "cpu" else self
-
     def value(self, a: Tensor) -> Tensor:
         return torch.tanh(a)
 
@@ -210,23 +207,6 @@ class _Tanh(Activation):
 
     def pull_kept(self, below: Tensor, kept: Tensor) -> Tensor:
         return _aten.tanh_backward(below, kept)
-
-
-class _TanhBySigmoid(_Tanh):
-    """The same for processors, where torch's tanh takes six times as long as its sigmoid: ``2 sigmoid(2a) - 1``.
-
-    It is off by at most 1.5 units of rounding of 1, also where the activation itself is smaller than that.
-    """
-
-    def value(self, a: Tensor) -> Tensor:
-        return 2 * torch.sigmoid(2 * a) - 1
-
-    def slope(self, a: Tensor) -> Tensor:
-        return 1 - self.value(a).square()
-
-    def value_over(self, a: Tensor) -> Tensor:
-        s = a.add_(a).sigmoid_()
-        return s.add_(s).sub_(1)
 
 
 class _Elu(Activation):
@@ -306,7 +286,7 @@ class _Gelu(_FromInput):
         return torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
 
 
-_SOFTPLUS_BY_OUTPUT, _TANH_BY_SIGMOID = _SoftplusByOutput(), _TanhBySigmoid()
+_SOFTPLUS_BY_OUTPUT = _SoftplusByOutput()
 ACTIVATIONS: dict[str, Activation] = {each.name: each for each in (_Softplus(), _Tanh(), _Elu(), _Silu(), _Gelu())}
 
 

@@ -41,10 +41,10 @@ class TracedStack:
     def _ascend(self, t: Tensor, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The velocity, and what goes into each activation."""
         found: list[Tensor] = []
-        u, activation = z, self._activation.on(z.device)
+        u = z
         for layer in self._layers:
             if found:
-                u = activation.value(found[-1])
+                u = self._activation.value(found[-1])
             time, weight, bias = layer.parameters()
             a = F.linear(u, weight, bias)
             found.append(a if time is None else a + t * time.squeeze(1))
@@ -53,5 +53,5 @@ class TracedStack:
     def _descend(self, inner: Sequence[Tensor], g: Tensor) -> Tensor:
         """The product with the Jacobian from that with the last layer."""
         for a, layer in zip(inner[::-1], self._layers[-2::-1], strict=True):
-            g = (self._activation.on(a.device).slope(a) * g) @ layer.state_weight
+            g = (self._activation.slope(a) * g) @ layer.state_weight
         return g
