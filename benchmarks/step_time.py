@@ -31,7 +31,11 @@ from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
 from rnode_plugin.core.objective import output_log_prob
+from rnode_plugin.data import get_dataset
+from rnode_plugin.evaluation.measures import batch_of
 from rnode_plugin.fields import compile_fields
+from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.training.runs.checkpoints import load_weights
 
 BASELINE, EXACT = "usual formulation", "exact"
 
@@ -82,8 +86,10 @@ class Step:
     run: Callable[[], Tensor]
 
 
-def build(recipe_name: str, case: str, batch: int, device: str) -> Step:
-    """The step of a case by its name."""
+def build(
+    recipe_name: str, case: str, batch: int, device: str, weights: str | None = None, root: str | None = None
+) -> Step:
+    """The step of a case by its name; of trained weights on held-out images below ``root``, if they are given."""
     recipe = get_recipe(recipe_name)
     path = PATHS.get(case, Path())
     torch.manual_seed(0)
@@ -101,6 +107,10 @@ def build(recipe_name: str, case: str, batch: int, device: str) -> Step:
         field.layers[-1].reset_parameters()  # a fresh flow is zero, and so are its products
     flow.to(device)
     x = torch.rand(batch, *data.shape).to(device)
+    if weights is not None:
+        load_weights(flow, weights)
+        images = get_dataset(data.name, root=root, size=data.shape[1]).val
+        x = dequantize(batch_of(images, slice(0, batch)), data.levels).to(device)
     noise = [torch.randn(batch, *block).to(device) for block in flow.block_shapes]
     if path.compiled:
         compile_fields(flow)
@@ -144,26 +154,30 @@ def _gradient(model: torch.nn.Module) -> Tensor:
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.Choice([BASELINE, *PATHS]),
               help="May be repeated. [default: all]")  # fmt: skip
+@click.option("--weights", metavar="RUN", help="Of a trained flow, instead of fresh ones.")
+@click.option("--data-root", help="Folder of the data set that the trained flow steps on.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory too.")
 @device_option
 @threads_option
 @repeats_option
 def main(
-    recipe: str, batch_size: int, cases: tuple[str, ...], memory: bool, device: str, threads: int, repeats: int
-) -> None:
+    recipe: str, batch_size: int, cases: tuple[str, ...], weights: str | None, data_root: str | None, memory: bool,
+    device: str, threads: int, repeats: int,
+) -> None:  # fmt: skip
     where = set_up(device, threads)
     names = [name for name in (BASELINE, *PATHS) if name in cases or not cases]
     print_environment(where)
     click.echo(f"{recipe}, batch {batch_size}, forward and backward, {repeats} alternated runs: median (range)\n")
-    steps = {name: build(recipe, name, batch_size, device) for name in names}
+    given = (batch_size, device, weights, data_root)
+    steps = {name: build(recipe, name, *given) for name in names}
     times = alternate({name: step.run for name, step in steps.items()}, repeats=repeats, device=where)
-    exact = steps.get(EXACT) or build(recipe, EXACT, batch_size, device)
+    exact = steps.get(EXACT) or build(recipe, EXACT, *given)
     rows = []
     for name in names:
         ratio = f"{times[BASELINE].median / times[name].median:.2f}" if BASELINE in times else ""
         row = [name, times[name], ratio, *differences(steps[name], exact)]
         if memory:
-            peak = peak_memory(build_run, recipe, name, batch_size, device, device=where)
+            peak = peak_memory(build_run, recipe, name, *given, device=where)
             row += [f"{peak.total / 1e9:.2f} GB", f"{peak.above / 1e9:.2f} GB"]
         rows.append(row)
     header = ["path", "a step", "ratio", "loss", "gradient", "cosine"]
