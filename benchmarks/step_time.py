@@ -1,6 +1,7 @@
 """Time, memory and gradients of one training step: the usual formulation against each path of this package.
 
     python benchmarks/step_time.py mnist --batch-size 8
+    python benchmarks/step_time.py mnist --weights mnist-pretrained --data-root data
 
 All cases see the same weights (with last layers that are not zero), images and noise, and take turns. The baseline
 is the paper's formulation with torchdiffeq's adjoint (usual.py). Differences are to the exact path: of the loss
