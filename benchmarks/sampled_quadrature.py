@@ -5,8 +5,8 @@
 
 A digits flow is trained by the exact path for a while, or a trained flow is taken. At its weights and on one batch,
 gradients of equation 17 are drawn in pairs: with the full quadrature and with a sampled one, which share their
-Hutchinson noise. Variances are sums over all parameters, relative to the squared norm of the mean gradient. The bias is the mean
-difference of a pair along the mean gradient, relative to its norm, with its standard error.
+Hutchinson noise. Variances are sums over all parameters, relative to the squared norm of the mean gradient. The
+bias is the mean difference of a pair along the mean gradient, relative to its norm, with its standard error.
 """
 
 from __future__ import annotations
