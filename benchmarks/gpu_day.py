@@ -13,6 +13,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from rnode_plugin.training.cost.cards import CARDS
 from rnode_plugin.training.cost.estimate import predict_seconds
 from rnode_plugin.training.cost.step import count_step
 from rnode_plugin.training.runs.folder import environment
+from rnode_plugin.training.steps.step_graph import StepGraph
+from rnode_plugin.training.steps.step_objective import StepObjective
 
 Rows = list[dict[str, Any]]
 
@@ -135,23 +138,27 @@ def measure_precision(device: torch.device, *, rehearse: bool) -> Rows:
 
 
 def _captured(recipe: str, batch: int, device: torch.device) -> dict[str, Any]:
-    """The time of a step that is replayed as one CUDA graph, or why it cannot be captured."""
+    """The time of a step that is replayed as a CUDA graph, its noise drawn anew, or why it cannot be."""
     if device.type != "cuda":
         return {"problem": "CUDA graphs need a CUDA device"}
-    step = build(recipe, EXACT, batch, device.type)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step.run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            step.run()
-    except RuntimeError as error:
-        return {"problem": str(error).splitlines()[0]}
-    return _seconds(alternate({"graph": graph.replay}, repeats=5, device=device)["graph"])
+    settings = get_recipe(recipe)
+    flow = settings.build_flow().to(device)
+    step = StepObjective(flow, settings)
+    images = torch.randint(
+        settings.images.levels, (batch, *settings.images.shape), dtype=torch.uint8, device=device
+    )
+    graph = StepGraph(step, flow, seed=0)
+    problem = graph.prepare(images, settings.solver, precision=nullcontext)
+
+    def run() -> None:
+        flow.zero_grad()
+        terms = graph(step.inputs(images), settings.solver)
+        assert terms is not None
+        terms.loss.backward()
+
+    if problem is not None:
+        return {"problem": problem}
+    return _seconds(alternate({"graph": run}, repeats=5, device=device)["graph"])
 
 
 def measure_processes(device: torch.device, *, rehearse: bool) -> Rows:

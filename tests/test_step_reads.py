@@ -12,9 +12,12 @@ import pytorch_lightning as L
 import torch
 from tiny_runs import BeforeStep, run, tiny_recipe
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnode_plugin import ImageDataModule, RnodeModule
 from rnode_plugin.errors import TrainingError
+from rnode_plugin.evaluation.measures import FlowInput
+from rnode_plugin.training.steps.step_objective import StepObjective
 
 # all that turns a tensor into something of Python's
 _READS = {"tolist", "item", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "nonzero"}
@@ -58,6 +61,32 @@ def test_a_step_looks_at_the_device_once(accumulate: int) -> None:
     with reads:
         trainer.fit(RnodeModule(recipe), ImageDataModule(recipe))
     assert {place: count for place, count in reads.places.items() if place not in _HOST} == {"read": 2}
+
+
+class _Copies(TorchDispatchMode):
+    """Copies of the host's tensors to the device: the host waits for each, and no CUDA graph can hold one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and result.is_meta:
+            self.shapes += [x.shape for x in args if isinstance(x, torch.Tensor) and not x.is_meta]
+        return result
+
+
+@pytest.mark.parametrize("quadrature", ["full", "sampled"])
+def test_a_step_copies_nothing_to_the_device(quadrature: str) -> None:
+    recipe = tiny_recipe("solver.step=0.25", f"solver.trace_quadrature={quadrature}")
+    with torch.device("meta"):
+        flow = recipe.build_flow()
+    images = torch.zeros(2, 1, 8, 8, device="meta")
+    with _Copies() as copies:
+        torch.zeros(3).to("meta")  # shows that copies are seen
+        StepObjective(flow, recipe)(FlowInput(images, {}), recipe.solver).loss.backward()
+    assert copies.shapes == [(3,)]
 
 
 def test_a_solve_that_exploded_is_named(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ..core.tensors.exporting import on_host
 from ..types import BoundDynamics, Solution
 from .adaptive import Adaptive
 from .health import HealthCheck, check_health, fail_integrals, fail_max_nfe, fail_nonfinite, health
-from .host import numbers
+from .host import numbers, read
 from .plan import SolvePlan
 from .steps.step import StepTaker, step_taker, weight_row
 from .steps.step_memory import StepMemory
@@ -76,7 +76,7 @@ def _fixed(
     keep = [True] * len(t_span) if plan.keep is None else list(plan.keep)
     totals, checks = Totals(), []
     with on_host():
-        outputs, grid = t_span.to(z.device), _grid(t_span, counts, z.device)
+        outputs, grid = _grid(t_span, counts, z.device)
     times, states = ([outputs[0]], [z]) if keep[0] else ([], [])
     logdets: list[Tensor | None] = [None] * len(states)
     if trace is not None:
@@ -126,8 +126,12 @@ class _GridStep(NamedTuple):
     end: Tensor
 
 
-def _grid(t_span: Tensor, counts: Sequence[int], device: torch.device) -> list[_GridStep]:
-    """The steps of a fixed grid, starts and ends on ``device``, lengths where ``t_span`` is.
+def _grid(
+    t_span: Tensor, counts: Sequence[int], device: torch.device
+) -> tuple[Tensor | list[Tensor], list[_GridStep]]:
+    """The times of ``t_span`` on ``device``, and the steps of a fixed grid between them.
+
+    Starts and ends of the steps are on ``device``, their lengths where ``t_span`` is.
 
     With one step per interval this is torchdyn's grid to the bit: dt is what is left to the next time.
     """
@@ -138,9 +142,21 @@ def _grid(t_span: Tensor, counts: Sequence[int], device: torch.device) -> list[_
             goal = t_span[k] if i == count else start + (t_span[k] - start) * (i / count)
             lengths.append(goal - times[-1])
             times.append(times[-1] + lengths[-1])
+    outputs: Tensor | list[Tensor] = t_span
     if t_span.device != device:
-        times = list(torch.stack(times).to(device).unbind())  # all at once
-    return [_GridStep(*step) for step in zip(times, lengths, times[1:], strict=False)]
+        moved = _on_device(torch.cat([t_span, torch.stack(times)]), device)
+        outputs, times = moved[: len(t_span)], moved[len(t_span) :]
+    return outputs, [_GridStep(*step) for step in zip(times, lengths, times[1:], strict=False)]
+
+
+def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
+    """Each of the times ``(T,)`` on another device."""
+    known = read(times) if times.device.type == "cpu" else None
+    if known is None:
+        return list(times.to(device).unbind())
+    # a kernel for each: the host would wait for a copy, and a CUDA graph cannot hold one
+    made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
+    return [made[time] for time in known]
 
 
 def _substeps(t_span: Tensor, step: float | None) -> list[int]:

@@ -25,6 +25,7 @@ from ..runs.folder import RunFolder
 from ..schedule import learning_rate_factor
 from ..steps.auto_step import AutoStep
 from ..steps.compile_first import compile_first
+from ..steps.step_graph import StepGraph
 from ..steps.step_guard import StepGuard
 from ..steps.step_objective import StepObjective
 from ..steps.step_reading import StepReading
@@ -93,6 +94,7 @@ class RnodeModule(L.LightningModule):
             self._compile_fields()
         self.objective = StepObjective(self.flow, recipe)
         self.measure = self.objective.measure
+        self._graph = StepGraph(self.objective, self.flow, seed=recipe.training.seed)
         automatic = recipe.solver.step == "auto"
         self.auto = AutoStep(recipe.solver, self.measure, seed=recipe.training.seed) if automatic else None
         self.guard = StepGuard(recipe.training.max_skipped)
@@ -146,8 +148,7 @@ class RnodeModule(L.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if batch_idx % self._batches == 0:
-            if self._compiled is not None and batch.shape not in self._compiled:
-                self._compiled.add(batch.shape)
+            if self._compiled is not None:
                 self._compile(batch)
             self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
             self._tune()
@@ -164,7 +165,9 @@ class RnodeModule(L.LightningModule):
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
         inputs = self.objective.inputs(batch)
         try:
-            terms = self.objective(inputs, self.solver, step=self.global_step)
+            terms = self._graph(inputs, self.solver)
+            if terms is None:
+                terms = self.objective(inputs, self.solver, step=self.global_step)
         except SolverError as error:
             return self._unusable(f"the solver failed ({error})", error.nfe)
         self._reading.add(terms)
@@ -232,15 +235,15 @@ class RnodeModule(L.LightningModule):
         return message
 
     def _compile(self, batch: Tensor) -> None:
-        compile_first(
-            self.objective,
-            batch,
-            self.solver,
-            list(self.flow.parameters()),
-            seed=self.recipe.training.seed,
-            precision=self.trainer.precision_plugin.train_step_context(),
-            say=self.global_rank == 0,
-        )
+        assert self._compiled is not None
+        precision, say = self.trainer.precision_plugin.train_step_context, self.global_rank == 0
+        if batch.shape not in self._compiled:
+            self._compiled.add(batch.shape)
+            seed, parameters = self.recipe.training.seed, list(self.flow.parameters())
+            compile_first(self.objective, batch, self.solver, parameters, seed=seed, precision=precision(), say=say)
+        line = self._graph.prepare(batch, self.solver, precision=precision, devices=self._world)
+        if line is not None and say:
+            print(line, file=sys.stderr, flush=True)
 
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with what the first one found."""

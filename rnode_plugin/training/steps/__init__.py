@@ -1,1 +1,1 @@
-"""What happens in one training step: objective, guard, row of metrics, compiling, automatic step size."""
+"""What happens in one training step: objective, guard, row of metrics, compiling, graph, automatic step size."""

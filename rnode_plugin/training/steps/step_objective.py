@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +32,14 @@ class StepTerms:
         score: in the unit of the data's measure, bits/dim or nats.
         nfe: evaluations of the vector fields, all blocks together.
         penalties: integral of each penalty by name, divided by the number of dimensions.
-        checks: tell, once somebody reads them, why a batch is not usable.
+        checks: for whoever wants to know why a batch is not usable.
     """
 
     loss: Tensor
     score: Tensor
     nfe: int
     penalties: dict[str, Tensor]
-    checks: list[HealthCheck]
+    checks: Callable[[], list[HealthCheck]]
 
 
 class StepObjective:
@@ -78,7 +79,7 @@ class StepObjective:
         score = self.measure.scores(log_prob.detach()).mean()
         one = _one_if_usable(goal.loss, checks)
         penalties = {name: one * (value.detach().mean() / dims) for name, value in output.regularization.items()}
-        return StepTerms(one * goal.loss, one * score, output.nfe, penalties, checks)
+        return StepTerms(one * goal.loss, one * score, output.nfe, penalties, lambda: checks)
 
     def unusable(self) -> Tensor:
         """A loss whose gradient is NaN.

@@ -52,7 +52,7 @@ class StepReading:
 
 def _why(terms: StepTerms) -> str:
     try:
-        check_health(terms.checks)
+        check_health(terms.checks())
     except SolverError as error:
         return f"the solver failed ({error})"
     return "the loss is nan"
