@@ -50,7 +50,7 @@ class Method:
         bf16: whether the field computes in bfloat16.
         compiled: whether torch.compile has a share in it.
         fast: whether optimizer and start are those of the data set's fast recipe (:data:`FAST`).
-        start: the recipe whose start is taken instead.
+        start: the start that is taken instead.
     """
 
     solver: Solver | None = None
@@ -59,7 +59,7 @@ class Method:
     bf16: bool = False
     compiled: bool = False
     fast: bool = False
-    start: str | None = None
+    start: Start | None = None
 
 
 METHODS = {
@@ -70,7 +70,7 @@ METHODS = {
     "sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), bf16=True),
     "fast recipe": Method(rk4(trace_quadrature="sampled", step=0.5), fast=True),
-    "fast recipe, small start": Method(rk4(trace_quadrature="sampled", step=0.5), fast=True, start="mnist-fast"),
+    "fast recipe, small start": Method(rk4(trace_quadrature="sampled", step=0.5), fast=True, start=Start(steps=50, batch_size=25, step=1.0)),
     "fast recipe, bf16": Method(rk4(trace_quadrature="sampled", step=0.5), bf16=True, fast=True),
     "compiled": Method(rk4(), compiled=True),
     "compiled, sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), compiled=True),
@@ -126,7 +126,7 @@ class Trainer:
         if method.fast:
             fast = get_recipe(FAST[recipe.name])
             optimizer = dataclasses.replace(fast.optimizer, schedule=recipe.optimizer.schedule)
-            start = fast.start if method.start is None else get_recipe(method.start).start
+            start = fast.start if method.start is None else method.start
             recipe = dataclasses.replace(recipe, optimizer=optimizer, start=start)
         self.recipe, self.data, self.method, self.device = recipe, data, method, device
         self._clock = clock
