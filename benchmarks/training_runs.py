@@ -70,7 +70,9 @@ METHODS = {
     "sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), bf16=True),
     "fast recipe": Method(rk4(trace_quadrature="sampled", step=0.5), fast=True),
-    "fast recipe, small start": Method(rk4(trace_quadrature="sampled", step=0.5), fast=True, start=Start(steps=50, batch_size=25, step=1.0)),
+    "fast recipe, small start": Method(
+        rk4(trace_quadrature="sampled", step=0.5), fast=True, start=Start(steps=50, batch_size=25, step=1.0)
+    ),
     "fast recipe, bf16": Method(rk4(trace_quadrature="sampled", step=0.5), bf16=True, fast=True),
     "compiled": Method(rk4(), compiled=True),
     "compiled, sampled, step 0.5": Method(rk4(trace_quadrature="sampled", step=0.5), compiled=True),
