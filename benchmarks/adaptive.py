@@ -36,11 +36,11 @@ def work(run: str, data_root: str, images: int, batch_size: int, tolerance: floa
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     flow, recipe = load_with_recipe(run)[:2]
-    chosen = get_dataset(recipe.data.name, root=data_root, size=recipe.images.shape[1]).val[:images]
+    chosen = get_dataset(recipe.data.name, root=data_root, size=flow.image_shape[1]).val[:images]
     solver = Solver("dopri5", atol=tolerance, rtol=tolerance, first_step=recipe.test_solver.first_step)
     for _ in sys.stdin:
         start = time.process_time()
-        found = evaluate(flow.eval(), chosen, batch_size=batch_size, solver=solver)
+        found = evaluate(flow.eval(), chosen, batch_size=batch_size, draws=1, solver=solver)
         seconds = time.process_time() - start
         row = {"seconds": seconds, "nfe": found.nfe_mean, "dirty": found.dirty.mean, "clean": found.clean.mean}
         click.echo(json.dumps(row))
