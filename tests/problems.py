@@ -20,6 +20,17 @@ class Linear(nn.Module):
         return (z.reshape(z.shape[0], -1) @ self.a.T).reshape(z.shape)
 
 
+class Plain(nn.Module):
+    """A field without the products of its own that ``field`` has."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.field(t, z)
+
+
 class Wave(nn.Module):
     """``f(t, z) = w cos(t) tanh(z A^T + b)``: nonlinear, depends on time, smooth."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import Plain
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF
@@ -39,7 +40,7 @@ def test_the_exact_trace_of_a_density_needs_no_jacobian() -> None:
     field = PotentialField(2, hidden=8)
     options = {"event_shape": 2, "solver": "rk4_38", "t_span": [0.0, 0.5, 1.0], "trace_estimator": "exact"}
     model = RegularizedCNF(field, regularizers=["kinetic", "hjb"], **options)  # pyright: ignore[reportArgumentType]
-    plain = RegularizedCNF(_Plain(field), regularizers=["kinetic"], **options)  # pyright: ignore[reportArgumentType]
+    plain = RegularizedCNF(Plain(field), regularizers=["kinetic"], **options)  # pyright: ignore[reportArgumentType]
     x = torch.randn(4, 2)
     calls = 0
     original = torch.autograd.grad
@@ -60,15 +61,6 @@ def test_the_exact_trace_of_a_density_needs_no_jacobian() -> None:
     # with a penalty that reads the Jacobian the same density comes from it
     both = RegularizedCNF(field, regularizers=["jacfrob"], **options)  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(both.log_prob(x), found, rtol=1e-5, atol=1e-5)
-
-
-class _Plain(nn.Module):
-    def __init__(self, field: nn.Module) -> None:
-        super().__init__()
-        self.field = field
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.field(t, z)
 
 
 class _Exact(nn.Module):

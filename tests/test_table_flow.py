@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Plain
 from torch import Tensor, nn
 
 from rnode_plugin import Solver
@@ -123,17 +124,6 @@ def test_one_context_for_all_rows_is_that_of_each(field: str) -> None:
     assert not torch.allclose(one, other)
 
 
-class _Plain(nn.Module):
-    """A field without products of its own."""
-
-    def __init__(self, field: nn.Module) -> None:
-        super().__init__()
-        self.field = field
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.field(t, z)
-
-
 # signs could be equal in both columns: rounding would then choose the second direction
 @pytest.mark.parametrize("trace", ["exact", "rademacher", "gaussian:3", HutchPlusPlus(2, noise="gaussian")])
 def test_the_products_at_a_context_are_those_of_automatic_differentiation(
@@ -146,7 +136,7 @@ def test_the_products_at_a_context_are_those_of_automatic_differentiation(
     for plain in (False, True):
         if plain:
             hide = "rnode_plugin.flows.table.at_context"
-            monkeypatch.setattr(hide, lambda field, given: _Plain(at_context(field, given)))
+            monkeypatch.setattr(hide, lambda field, given: Plain(at_context(field, given)))
         flow.zero_grad()
         output = flow(x, context=context, generator=torch.Generator().manual_seed(3))
         loss = output_log_prob(output).sum() + sum(value.sum() for value in output.regularization.values())
