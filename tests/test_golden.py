@@ -1,0 +1,406 @@
+"""Golden values: numbers, files and outputs that no change of the inside may move, by public names alone.
+
+``python tests/test_golden.py`` writes ``tests/golden/values.json`` again; that is right only if a change of a value
+is wanted and told in the CHANGELOG.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
+
+from rnode_plugin import (
+    MultiscaleFlow,
+    NeuralODE,
+    RegularizedCNF,
+    Solver,
+    TableFlow,
+    bits_per_dim,
+    get_recipe,
+    load_flow,
+    objective,
+)
+
+HERE = Path(__file__).parent
+STORED = HERE / "golden" / "values.json"
+SOLVERS = ["euler", "midpoint", "rk4", "dopri5", "tsit5"]
+MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
+EXACT_RATES = [
+    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",
+    "curl", "strain", "taylor:2", "taylor:3",
+]  # fmt: skip
+DRAWN = ["error", "stiffness", "local_error", "local_stiffness", "trajectory_polynomial"]
+
+
+def cli(*words: object, code: int = 0) -> str:
+    (entry,) = entry_points(group="console_scripts", name="rnode-cli")
+    done = CliRunner().invoke(entry.load(), [str(word) for word in words])
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
+class Field(nn.Module):
+    """``tanh`` layers with time, in float64; not a stack that the package knows."""
+
+    def __init__(self, dims: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.last = nn.Linear(dims + 1, 8).to(dtype), nn.Linear(8, dims).to(dtype)
+
+    def forward(self, t: Tensor, z: Tensor, args: Any = None) -> Tensor:
+        time = t.to(z).reshape(1, 1).expand(len(z), 1)
+        return self.last(torch.tanh(self.first(torch.cat([z, time], 1))))
+
+
+# --- NeuralODE is torchdyn's, to the bit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalties", [None, ["kinetic", "jacfrob"]], ids=["plain", "both"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_torchdyns_bits(solver: str, mode: str, penalties: Any) -> None:
+    field, x, span = Field(dtype=torch.float32), torch.randn(5, 3), torch.linspace(0, 1, 4)
+    theirs: Any = TorchdynNeuralODE(
+        field, solver=solver, sensitivity=mode if mode != "checkpointed" else "autograd"
+    )
+    ours = NeuralODE(field, solver=solver, sensitivity=mode, regularizers=penalties)
+    (t, expected), (our_t, found) = theirs(x, span), ours(x, span)
+    assert torch.equal(found, expected)
+    assert torch.equal(our_t, t)
+    assert ours.vf.nfe == theirs.vf.nfe
+
+
+# --- every penalty against an integral of its own ---------------------------------------------------------------
+
+
+def dense_rates(field: nn.Module, t: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """The rate ``(B,)`` of each name at one time, by dense derivatives of torch.func."""
+
+    def one(z: Tensor, t: Tensor) -> Tensor:
+        return field(t, z[None])[0]
+
+    jacobian = torch.func.vmap(torch.func.jacrev(one), (0, None))(z, t)
+    by_time = torch.func.vmap(torch.func.jacrev(one, 1), (0, None))(z, t)
+    f = field(t, z)
+
+    def along(g: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda z, t: torch.func.jvp(g, (z, t), (one(z, t), torch.ones_like(t)))[1]
+
+    third = torch.func.vmap(along(along(one)), (0, None))(z, t)
+    jf = torch.einsum("bij,bj->bi", jacobian, f)
+    jtf = torch.einsum("bji,bj->bi", jacobian, f)
+    diagonal = jacobian.diagonal(dim1=1, dim2=2)
+    frobenius = jacobian.square().sum((1, 2))
+    second = (jf + by_time).square().sum(1)
+    transposed = jacobian.transpose(1, 2)
+    return {
+        "kinetic": f.square().sum(1), "jacfrob": frobenius, "total_derivative": second, "taylor:2": second,
+        "directional": jf.square().sum(1), "directional_vjp": jtf.square().sum(1), "l1": f.abs().sum(1),
+        "jacdiag": diagonal.square().sum(1), "jacoffdiag": frobenius - diagonal.square().sum(1),
+        "curl": (jacobian - transposed).square().sum((1, 2)),
+        "strain": ((jacobian + transposed) / 2).square().sum((1, 2)), "taylor:3": third.square().sum(1),
+    }  # fmt: skip
+
+
+@cache
+def dense_integrals() -> dict[str, Tensor]:
+    """Simpson's rule along a solution by 400 steps of the classical Runge-Kutta method."""
+    field, z, before, steps = Field(), start(), start(), 400
+    h = 1.0 / steps
+    rows: dict[str, list[Tensor]] = {}
+    z0 = z
+    for k in range(steps + 1):
+        t = torch.tensor(k * h, dtype=z.dtype)
+        for name, value in dense_rates(field, t, z).items():
+            rows.setdefault(name, []).append(value.detach())
+        with torch.no_grad():
+            k1 = field(t, z)
+            k2 = field(t + h / 2, z + h / 2 * k1)
+            k3 = field(t + h / 2, z + h / 2 * k2)
+            z1 = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + field(t + h, z + h * k3))
+        z, before = z1, z
+    weights = torch.ones(steps + 1, dtype=z.dtype)
+    weights[1:-1:2], weights[2:-1:2] = 4, 2
+    integrals = {name: torch.einsum("t,tb->b", weights * h / 3, torch.stack(each)) for name, each in rows.items()}
+    integrals["straightness"] = integrals["kinetic"] - (before - z0).square().sum(1)
+    return integrals
+
+
+def start() -> Tensor:
+    return torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [*EXACT_RATES, "straightness"])
+def test_a_penalty_is_its_dense_integral(name: str, mode: str) -> None:
+    model = NeuralODE(
+        Field(), solver="dopri5", atol=1e-9, rtol=1e-9, sensitivity=mode, regularizers=[name], trace_noise="exact",
+        atol_adjoint=1e-9, rtol_adjoint=1e-9,
+    )  # fmt: skip
+    model(start(), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    (found,) = model.regularization.values()
+    torch.testing.assert_close(found.detach(), dense_integrals()[name], rtol=2e-6, atol=2e-6)
+
+
+def penalty_by_span(name: str, mode: str, end: Tensor, width: float = 1e-9) -> Tensor:
+    model = NeuralODE(
+        Field(), solver="dopri5", atol=width, rtol=width, sensitivity=mode, regularizers={name: 1.0},
+        trace_noise="exact", atol_adjoint=width, rtol_adjoint=width,
+    )  # fmt: skip
+    model(start(), torch.stack([torch.zeros_like(end), end]))
+    return model.reg_loss()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["kinetic", "jacfrob", "total_derivative", "curl", "l1", "straightness"])
+def test_the_gradient_by_the_end_time_is_that_of_finite_differences(name: str, mode: str) -> None:
+    end = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(penalty_by_span(name, mode, end), end)
+    h = 1e-4
+    high, low = (penalty_by_span(name, mode, torch.tensor(1.0 + s, dtype=torch.float64)) for s in (h, -h))
+    assert float(found) == pytest.approx(float((high - low).detach()) / (2 * h), rel=1e-4, abs=1e-6)
+
+
+# --- stored numbers ---------------------------------------------------------------------------------------------
+
+
+def drawn_penalties() -> dict[str, list[float]]:
+    found = {}
+    for name in DRAWN:
+        model = NeuralODE(Field(), solver="dopri5", atol=1e-4, rtol=1e-4, regularizers=[name])
+        torch.manual_seed(5)
+        model(start(), torch.tensor([0.0, 1.0], dtype=torch.float64))
+        (value,) = model.regularization.values()
+        found[name] = value.tolist()
+    return found
+
+
+def densities() -> dict[str, list[float]]:
+    torch.manual_seed(3)
+    cnf = RegularizedCNF(Field(), event_shape=3, trace_estimator="exact").double()
+    found = {"cnf": cnf.log_prob(start()).tolist()}
+    torch.manual_seed(4)
+    flow = MultiscaleFlow((1, 8, 8), hidden=6)
+    shaken(flow)
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    solver = Solver(method="rk4_38", step=0.25)
+    torch.manual_seed(6)
+    out = flow(images, solver=solver)
+    found["image_flow"] = out.logdet.tolist() + out.z.square().sum(1).tolist()
+    found["image_penalties"] = [value.sum().item() for _, value in sorted(out.regularization.items())]
+    lambdas = {"kinetic": 0.01, "jacfrob": 0.01}
+    found["image_objective"] = [objective(out.logdet, out.regularization, lambdas=lambdas, dims=64).loss.item()]
+    table = TableFlow(3, hidden=8)
+    shaken(table)
+    torch.manual_seed(7)
+    out = table(start().float(), solver=solver)
+    found["table_flow"] = out.logdet.tolist() + out.z.square().sum(1).tolist()
+    return found
+
+
+def shaken(flow: nn.Module) -> None:
+    """Weights away from f = 0."""
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def old_run() -> dict[str, list[float]]:
+    flow = load_flow(HERE / "old_runs" / "finished")
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    return {"old_flow": flow(images).logdet.tolist()}
+
+
+def eight_steps(runs: Path) -> dict[str, Any]:
+    first = train(runs)
+    return {"digits": {key: [float(row[key]) for row in rows(first) if row.get(key)] for key in COLUMNS}}
+
+
+COLUMNS = ["train/loss", "train/bpd", "train/grad_norm"]
+TINY = [
+    "model.hidden=8", "data.batch_size=20", "data.train_images=80", "training.val_images=20",
+    "data.val_batch_size=20", "training.val_every_steps=4", "training.sample_images=0", "training.save_every=1",
+    "training.log_every=1", "test_solver.method=rk4", "test_solver.step=0.5",
+]  # fmt: skip
+
+
+def train(runs: Path, *words: object) -> Path:
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    cli("train", "digits", "--max-steps", 8, "--runs", runs, "--accelerator", "cpu", *settings, *words)
+    return next(runs.glob("digits/*"))
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(run: Path) -> str:
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def stored() -> dict[str, Any]:
+    return json.loads(STORED.read_text())
+
+
+def assert_as_stored(found: dict[str, list[float]], rel: float) -> None:
+    for name, values in found.items():
+        assert values == pytest.approx(stored()[name], rel=rel, abs=rel), name
+
+
+def test_drawn_penalties_are_as_stored() -> None:
+    assert_as_stored(drawn_penalties(), 1e-9)
+
+
+def test_densities_are_as_stored() -> None:
+    assert_as_stored(densities(), 2e-5)
+
+
+def test_an_old_run_is_as_stored() -> None:
+    assert_as_stored(old_run(), 2e-5)
+
+
+# --- eight steps of the digits, whole and interrupted -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def test_eight_steps_of_the_digits_are_as_stored(whole: Path) -> None:
+    found = {key: [float(row[key]) for row in rows(whole) if row.get(key)] for key in COLUMNS}
+    for key, values in found.items():
+        assert values == pytest.approx(stored()["digits"][key], rel=5e-4), key
+
+
+def test_a_resumed_run_has_the_weights_of_a_whole_one(whole: Path, tmp_path: Path) -> None:
+    import pytorch_lightning as L
+
+    # stop after the checkpoint of the fifth step, as Ctrl-C does
+    trainer_step = L.Trainer.fit
+
+    class Stop(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    def fit(self: L.Trainer, *args: Any, **kwargs: Any) -> Any:
+        self.callbacks.append(Stop())  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer_step(self, *args, **kwargs)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(L.Trainer, "fit", fit)
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    (entry,) = entry_points(group="console_scripts", name="rnode-cli")
+    words = ["train", "digits", "--max-steps", "8", "--runs", str(tmp_path), "--accelerator", "cpu", *settings]
+    CliRunner().invoke(entry.load(), words)
+    patch.undo()
+    run = next(tmp_path.glob("digits/*"))
+    assert weights(run) != weights(whole)
+    cli("train", "--resume", run, "--accelerator", "cpu")
+    assert weights(run) == weights(whole)
+    kept = [*COLUMNS, "step", "val/bpd"]
+    assert [[row.get(k) for k in kept] for row in rows(run)] == [[row.get(k) for k in kept] for row in rows(whole)]
+
+
+# --- the commands' JSON -----------------------------------------------------------------------------------------
+
+
+def test_eval_in_json(whole: Path) -> None:
+    found = json.loads(cli("eval", whole, "--limit", 20, "--draws", 1, "--json", "--device", "cpu"))
+    assert set(found) >= {"dirty", "clean", "nfe_mean"} or set(found) >= {"dirty", "clean", "nfe"}
+    again = json.loads(cli("eval", whole, "--limit", 20, "--draws", 1, "--json", "--device", "cpu"))
+    assert again["dirty"]["mean"] == found["dirty"]["mean"]
+    assert found["dirty"]["mean"] == pytest.approx(stored()["eval"]["dirty"], abs=2e-4)
+    assert found["clean"]["mean"] == pytest.approx(stored()["eval"]["clean"], abs=2e-4)
+
+
+@pytest.mark.parametrize("words", [["regularizers"], ["plugins"], ["recipes", "show", "digits"]], ids=" ".join)
+def test_listings_in_json(words: list[str]) -> None:
+    found = json.loads(cli(*words, "--json"))
+    assert found
+    if words == ["regularizers"]:
+        names = {entry["name"] for entry in found}
+        assert names >= {
+            "kinetic",
+            "jacfrob",
+            "straightness",
+            "error",
+            "steer",
+            "hjb",
+            "learned_end_time",
+            "taylor",
+        }
+    if words[-1] == "digits":
+        assert get_recipe("digits").name == "digits"
+
+
+def test_a_run_samples_and_reports(whole: Path, tmp_path: Path) -> None:
+    cli("sample", whole, "--out", tmp_path / "s.png", "-n", 2, "--device", "cpu")
+    cli("report", whole, "--out", tmp_path / "report")
+    assert (tmp_path / "s.png").stat().st_size > 200
+    assert "bits/dim" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_wrong_words_end_in_one_sentence() -> None:
+    assert cli("train", "digitz", code=2) == ""
+    assert cli("train", "digits", "--set", "optimizer.rl=1", code=2) == ""
+    assert cli("eval", "no/such/run", code=1) == ""
+
+
+def test_bits_per_dim_of_a_standard_normal() -> None:
+    # the identity flow of a fresh model: y = logit(alpha + (1 - 2 alpha) x), normal in y
+    flow = MultiscaleFlow((1, 4, 4), hidden=4, alpha=0.05)
+    x = torch.full((1, 1, 4, 4), 0.5)
+    out = flow(x)
+    alpha = 0.05
+    per_dim = -0.5 * math.log(2 * math.pi) + math.log((1 - 2 * alpha) * 4)
+    assert out.logdet.item() == pytest.approx(16 * math.log((1 - 2 * alpha) * 4), rel=1e-5)
+    assert float(bits_per_dim(torch.tensor([16 * per_dim]), dims=16, levels=256)) == pytest.approx(
+        8 - per_dim / math.log(2), rel=1e-5
+    )
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        values: dict[str, Any] = {**drawn_penalties(), **densities(), **old_run(), **eight_steps(Path(folder))}
+        evaluation = json.loads(
+            cli(
+                "eval",
+                next(Path(folder).glob("digits/*")),
+                "--limit",
+                20,
+                "--draws",
+                1,
+                "--json",
+                "--device",
+                "cpu",
+            )
+        )
+        values["eval"] = {key: evaluation[key]["mean"] for key in ("dirty", "clean")}
+    STORED.write_text(json.dumps(values, indent=1) + "\n")
+    sys.stdout.write(f"wrote {len(values)} values\n")
