@@ -29,7 +29,7 @@ from training_runs import METHODS, Trainer
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.errors import RnodeError
-from rnode_plugin.evaluation.images import load_images
+from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.files import write_atomically
 from rnode_plugin.training.cost.cards import CARDS
 from rnode_plugin.training.cost.estimate import predict_seconds

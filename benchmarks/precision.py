@@ -16,8 +16,8 @@ import torch
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
 from rnode_plugin.data import ImageArray
-from rnode_plugin.evaluation.bits import evaluate
-from rnode_plugin.evaluation.images import load_images
+from rnode_plugin.evaluation.likelihood import evaluate
+from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.training.fit import fit
 
 FINE = Solver(method="rk4_38", step=1 / 8)

@@ -35,7 +35,7 @@ from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.data import get_dataset
 from rnode_plugin.evaluation.measures import batch_of
 from rnode_plugin.fields import compile_fields
-from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.training.runs.checkpoints import load_weights
 
 BASELINE, EXACT = "usual formulation", "exact"

@@ -40,8 +40,8 @@ from rnode_plugin import Solver, get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob, standard_normal_log_prob
 from rnode_plugin.core.regularizers import undivided
 from rnode_plugin.data.tables.table import Table, split_rows
-from rnode_plugin.evaluation.images import load_table
-from rnode_plugin.evaluation.measures.tables import gaussian_scores
+from rnode_plugin.evaluation.loading import load_table
+from rnode_plugin.evaluation.measures import gaussian_scores
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.recipes.schema import Optimizer
 from rnode_plugin.training.optimizers import make_optimizer

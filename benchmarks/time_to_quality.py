@@ -24,7 +24,7 @@ from training_runs import ADAM, METHODS, Point, Run, Trainer
 from rnode_plugin import get_recipe
 from rnode_plugin.core.tensors.denormals import flush_denormals
 from rnode_plugin.data import ImageData
-from rnode_plugin.evaluation.images import load_images
+from rnode_plugin.evaluation.loading import load_images
 
 VANILLA = "vanilla FFJORD"
 

@@ -21,7 +21,7 @@ from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.data import ImageData
 from rnode_plugin.evaluation.measures import batch_of
 from rnode_plugin.fields import compile_fields
-from rnode_plugin.flows.transforms import dequantize, random_flip
+from rnode_plugin.flows.multiscale import dequantize, random_flip
 from rnode_plugin.recipes.schema import Recipe, Start
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.optimizers import make_optimizer

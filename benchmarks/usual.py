@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 from rnode_plugin import FlowOutput, MultiscaleFlow
-from rnode_plugin.flows.transforms import logit, squeeze
+from rnode_plugin.flows.multiscale import logit, squeeze
 
 __all__ = ["UsualFlow"]
 

@@ -6,7 +6,7 @@ The paper's ImageNet 64x64 on four GPUs: python train_images.py imagenet64 --ste
 import argparse
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.evaluation.sampling import sample_images, save_grid
+from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.training.fit import fit
 
 

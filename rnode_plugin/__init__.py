@@ -32,8 +32,8 @@ _PUBLIC = {
     "TableDataModule": "training.lightning.datamodule",
     "load_flow": "training.runs.checkpoints",
     "diagnose": "evaluation.diagnostics.diagnose",
-    "export_program": "evaluation.programs.recording",
-    "save_program": "evaluation.programs.writing",
+    "export_program": "evaluation.programs",
+    "save_program": "evaluation.programs",
     "install": "torchdyn.patch",
     "uninstall": "torchdyn.patch",
     "hookimpl": "plugins.hookspecs",
@@ -50,8 +50,7 @@ if TYPE_CHECKING:
     from .core.trace_estimators import Exact, Hutchinson
     from .errors import RnodeError, SolverError
     from .evaluation.diagnostics.diagnose import diagnose
-    from .evaluation.programs.recording import export_program
-    from .evaluation.programs.writing import save_program
+    from .evaluation.programs import export_program, save_program
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl

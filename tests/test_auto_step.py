@@ -19,11 +19,11 @@ from tiny_runs import rows, run, signal_at, tiny_recipe
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.bits import evaluate
-from rnode_plugin.evaluation.images import load_images
+from rnode_plugin.evaluation import measures
+from rnode_plugin.evaluation.likelihood import evaluate
+from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.evaluation.measures import ImageMeasure, measure_of
-from rnode_plugin.evaluation.measures import images as image_measure
-from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.lightning.datamodule import ImageDataModule
@@ -54,7 +54,7 @@ def in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         x = original(images, levels, **options)
         return x.double() if levels == LEVELS and images.shape[-1] == 4 else x
 
-    monkeypatch.setattr(image_measure, "dequantize", like_the_flow)
+    monkeypatch.setattr(measures, "dequantize", like_the_flow)
 
 
 def test_the_step_follows_the_field() -> None:

@@ -25,8 +25,8 @@ from rnode_plugin import MultiscaleFlow, NeuralODE, get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.data import ImageData, get_dataset, loader
 from rnode_plugin.errors import ConfigError, RnodeError
-from rnode_plugin.evaluation.bits import evaluate
-from rnode_plugin.evaluation.sampling import sample_images
+from rnode_plugin.evaluation.likelihood import evaluate
+from rnode_plugin.evaluation.samples import sample_images
 from rnode_plugin.recipes.schema import Recipe
 from rnode_plugin.solvers import Solver, solve
 from rnode_plugin.training.fit import fit

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rnode_plugin import get_recipe
-from rnode_plugin.evaluation.images import load_images
+from rnode_plugin.evaluation.loading import load_images
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

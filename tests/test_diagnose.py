@@ -31,15 +31,18 @@ from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
 from rnode_plugin.core.regularizers import LearnedEndTime
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.diagnostics.along_path import along_path
+from rnode_plugin.evaluation.diagnostics.density_checks import AutogradRows, trace
 from rnode_plugin.evaluation.diagnostics.diagnose import samples_for
-from rnode_plugin.evaluation.diagnostics.ranks import ranks
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
-from rnode_plugin.evaluation.diagnostics.round_trip import round_trip
-from rnode_plugin.evaluation.diagnostics.solver_checks import accurate, tolerance_curve, training_solver_gap
+from rnode_plugin.evaluation.diagnostics.sample_checks import null_limit, ranks, two_sample
+from rnode_plugin.evaluation.diagnostics.solver_checks import (
+    accurate,
+    along_path,
+    round_trip,
+    tolerance_curve,
+    training_solver_gap,
+)
 from rnode_plugin.evaluation.diagnostics.subject import HeldOut, subject_of
-from rnode_plugin.evaluation.diagnostics.trace import AutogradRows, trace
-from rnode_plugin.evaluation.diagnostics.two_sample import null_limit, two_sample
 from rnode_plugin.torchdyn.densities.solved_with import solved_with
 
 X = gaussian(MATRIX, 200)

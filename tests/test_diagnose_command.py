@@ -20,7 +20,7 @@ from rnode_plugin.cli.diagnose import CHECK_FAILED
 from rnode_plugin.cli.tables import wrapped_table
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
-from rnode_plugin.evaluation.images import held_out_samples
+from rnode_plugin.evaluation.loading import held_out_samples
 from rnode_plugin.reports.figures.diagnosis import diagnosis_panels
 from rnode_plugin.reports.reading import read_run
 from rnode_plugin.training.runs.folder import RunFolder

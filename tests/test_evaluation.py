@@ -17,9 +17,9 @@ from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.bits import evaluate
-from rnode_plugin.evaluation.sampling import sample_images, save_grid
-from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.evaluation.likelihood import evaluate
+from rnode_plugin.evaluation.samples import sample_images, save_grid
+from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.resolve import get_regularizer
 from rnode_plugin.types import FlowOutput
 

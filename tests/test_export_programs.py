@@ -30,7 +30,7 @@ from rnode_plugin import (
 )
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.programs.entry_points import Which
+from rnode_plugin.evaluation.programs import Which
 from rnode_plugin.fields import linear_field
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.flows.table import TableFlow

@@ -16,9 +16,7 @@ from torch.distributions import AffineTransform, Normal, SigmoidTransform, Trans
 from rnode_plugin import get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob, standard_normal_log_prob
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.flows.multiscale import MultiscaleFlow
-from rnode_plugin.flows.stages import plan_stages
-from rnode_plugin.flows.transforms import logit, squeeze
+from rnode_plugin.flows.multiscale import MultiscaleFlow, logit, plan_stages, squeeze
 from rnode_plugin.solvers import Solver
 from rnode_plugin.solvers.steps.step_memory import StepMemory
 from rnode_plugin.training.cost.counting import count
@@ -405,6 +403,6 @@ def test_a_training_step_keeps_its_number_of_device_kernels(
 
 def test_wrong_images_are_noticed_in_the_one_read_after_the_solve(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, reads = make_flow(), []
-    monkeypatch.setattr("rnode_plugin.flows.block_flow.check_health", lambda checks: reads.append(len(checks)))
+    monkeypatch.setattr("rnode_plugin.flows.base.check_health", lambda checks: reads.append(len(checks)))
     flow(255 * images(2))
     assert reads == [1 + len(flow.fields)]

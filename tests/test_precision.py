@@ -10,8 +10,8 @@ from tiny_runs import rows, tiny_recipe
 
 from rnode_plugin import Solver, get_recipe, load_flow
 from rnode_plugin.core.random_streams import Stream, seeded
-from rnode_plugin.evaluation.images import load_images
-from rnode_plugin.flows.transforms import dequantize
+from rnode_plugin.evaluation.loading import load_images
+from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.training.fit import fit
 from rnode_plugin.training.lightning.trainer import make_trainer
 

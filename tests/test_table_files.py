@@ -17,7 +17,7 @@ from rnode_plugin.data.tables.files import column_names, read_columns, write_row
 from rnode_plugin.data.tables.own import CELLS, table
 from rnode_plugin.data.tables.table import Table, split_rows
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
-from rnode_plugin.evaluation.images import load_table
+from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.recipes.schema import TableData, get_recipe
 
 NAMES = ("temperature (K)", "dose", "a, b")
@@ -247,7 +247,7 @@ def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message:
 
 
 def test_a_table_is_not_a_set_of_images() -> None:
-    from rnode_plugin.evaluation.images import load_images
+    from rnode_plugin.evaluation.loading import load_images
 
     with pytest.raises(ConfigError, match="the data set 'table' takes no size, as images do"):
         load_images(get_recipe("digits").override(["data.name=table"]))

@@ -19,11 +19,10 @@ from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.data.tables.table import Table
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.images import load_table
 from rnode_plugin.evaluation.likelihood import evaluate_by
-from rnode_plugin.evaluation.measures import TableEvaluation, TableMeasure, measure_of
-from rnode_plugin.evaluation.measures.tables import gaussian_scores
-from rnode_plugin.evaluation.table_samples import sample_rows
+from rnode_plugin.evaluation.loading import load_table
+from rnode_plugin.evaluation.measures import TableEvaluation, TableMeasure, gaussian_scores, measure_of
+from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.recipes.schema import Recipe, TableData
 from rnode_plugin.training.lightning.datamodule import TableDataModule

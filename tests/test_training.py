@@ -23,7 +23,7 @@ from rnode_plugin import load_flow
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
-from rnode_plugin.evaluation.images import load_images, pick_device
+from rnode_plugin.evaluation.loading import load_images, pick_device
 from rnode_plugin.evaluation.measures import FlowInput
 from rnode_plugin.recipes.schema import Optimizer, Recipe
 from rnode_plugin.solvers import Solver

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.flows.transforms import (
+from rnode_plugin.flows.multiscale import (
     check_alpha,
     dequantize,
     inverse_logit,

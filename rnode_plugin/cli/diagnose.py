@@ -54,7 +54,7 @@ def diagnose(
     from pathlib import Path
 
     from ..evaluation.diagnostics.diagnose import diagnose, samples_for
-    from ..evaluation.images import held_out_samples, pick_device
+    from ..evaluation.loading import held_out_samples, pick_device
     from ..evaluation.measures import measure_of
     from ..files import write_atomically
     from ..reports.figures.diagnosis import diagnosis_panels

@@ -53,8 +53,7 @@ def _export_programs(
     run: str, file: str, kind: str, *, step: float | None, method: str | None, prefer: str
 ) -> None:
     from ..errors import ConfigError
-    from ..evaluation.programs.recording import export_program
-    from ..evaluation.programs.writing import SUFFIXES, check_program_file, save_program
+    from ..evaluation.programs import SUFFIXES, check_program_file, export_program, save_program
     from ..training.runs.checkpoints import find_checkpoint, load_with_recipe
 
     path = Path(file)

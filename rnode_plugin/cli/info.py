@@ -42,7 +42,7 @@ def _facts() -> dict[str, Any]:
     """Plain data: single values, then ``devices``, ``variables`` and ``plugins``."""
     import torch
 
-    from ..evaluation.images import pick_device
+    from ..evaluation.loading import pick_device
     from ..plugins import registry
     from ..training.runs.folder import environment
 

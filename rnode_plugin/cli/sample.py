@@ -45,7 +45,7 @@ def sample(*, run: str, device: str, **options: Any) -> None:
     Each temperature is a block of rows of images, made from the same latents. The rows of a conditional density
     have the given columns beside the drawn ones.
     """
-    from ..evaluation.images import pick_device
+    from ..evaluation.loading import pick_device
     from ..recipes.schema import TableData
     from ..training.runs.checkpoints import load_with_recipe
 
@@ -69,7 +69,7 @@ def _draw_images(
     batch_size: int | None,
     out: str | None,
 ) -> tuple[str, str]:
-    from ..evaluation.sampling import sample_images, save_grid
+    from ..evaluation.samples import sample_images, save_grid
 
     if given_values is not None or given_file is not None:
         raise ConfigError("--given-values and --given-file are for tables, and this is a run on images.")
@@ -96,7 +96,7 @@ def _draw_rows(
     import numpy as np
 
     from ..data.tables.files import check_written, write_rows
-    from ..evaluation.table_samples import sample_rows
+    from ..evaluation.samples import sample_rows
 
     if columns is not None:
         raise ConfigError("--columns is for grids of images, and this is a run on a table.")

@@ -63,7 +63,7 @@ def tune_step(
     solve. A recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
     """
     from ..core.random_streams import Stream, seeded
-    from ..evaluation.images import load_data, pick_device
+    from ..evaluation.loading import load_data, pick_device
     from ..evaluation.measures import batch_of, measure_of
     from ..evaluation.step_size import check_tuning, tune_step
     from ..solvers import Solver

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, TrainingError
-from ..evaluation.images import load_for_training
+from ..evaluation.loading import load_for_training
 from ..recipes.schema import Recipe
 from ..reports import Report, write_report
 from ..reports.reading import Run, read_run

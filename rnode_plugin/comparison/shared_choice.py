@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError
-from ..evaluation.images import pick_device
+from ..evaluation.loading import pick_device
 from ..recipes.schema import Recipe
 from ..training.cost.fastest import Choice, choose, is_open
 from ..training.runs.choice_file import read_choice, write_choice

@@ -25,15 +25,17 @@ from ..core.random_streams import Stream, seeded
 from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError, SolverError
-from ..flows.block_flow import BlockFlow
+from ..flows.base import BlockFlow
 from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput
-from .measures.base import Evaluation, Mean, Measure, batch_of
+from .measures import Evaluation, EvaluationResult, ImageMeasure, Mean, Measure, batch_of
 
 if TYPE_CHECKING:
+    from ..flows.multiscale import MultiscaleFlow
     from ..solvers import Solver
 
-__all__ = ["evaluate_by"]
+__all__ = ["evaluate", "evaluate_by"]
+
 
 _PILOT = 32  # samples: at least so many are drawn twice to learn how large the noise is
 _FEWEST_TO_JUDGE = 8  # samples: the spread of fewer says too little
@@ -234,3 +236,43 @@ def _draws_needed(rows: Tensor) -> int:
     if noise <= _NOISE_SHARE**2 * own:
         return 1
     return min(_MAX_DRAWS, math.ceil(noise / (_NOISE_SHARE**2 * own))) if own > 0 else _MAX_DRAWS
+
+
+def evaluate(
+    flow: MultiscaleFlow,
+    images: Any,
+    *,
+    batch_size: int = 200,
+    draws: int | None = None,
+    solver: Solver | None = None,
+    seed: int = 0,
+    training_solver: Solver | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvaluationResult:
+    """Measure ``flow`` on images.
+
+    Args:
+        flow: the model; it stays on its device and in its mode. Its own trace estimator is not used, see
+            :mod:`~rnode_plugin.evaluation.likelihood`.
+        images: uint8 ``(N, C, H, W)``, array or tensor, values in 0..levels-1.
+        batch_size, draws, solver, seed, training_solver, progress: as for
+            :func:`~rnode_plugin.evaluation.likelihood.evaluate_by`.
+
+    Returns:
+        Means over images: the last, smaller batch counts by its images.
+
+    Raises:
+        ConfigError: for counts below one, or no images.
+        SolverError: if the integration fails.
+    """
+    return evaluate_by(
+        ImageMeasure(flow.image_shape, flow.levels),
+        flow,
+        images,
+        batch_size=batch_size,
+        draws=draws,
+        solver=solver,
+        seed=seed,
+        training_solver=training_solver,
+        progress=progress,
+    )

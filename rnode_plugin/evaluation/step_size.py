@@ -18,8 +18,7 @@ from torch import Tensor
 from ..core.objective import output_log_prob
 from ..errors import ConfigError, SolverError
 from ..solvers import Solver
-from .measures.base import FlowInput, Measure
-from .measures.images import ImageMeasure
+from .measures import FlowInput, ImageMeasure, Measure
 
 if TYPE_CHECKING:
     from ..flows.multiscale import MultiscaleFlow

@@ -18,11 +18,10 @@ from ..solvers import Solver
 from ..solvers.health import HealthCheck, check_health
 from ..solvers.steps.step_memory import StepMemory
 from ..types import FlowOutput
-from .block import solve_block
-from .block_flow import BlockFlow, Pass
-from .checks import check_latents, check_rows
+from .base import BlockFlow, Pass, check_latents, check_rows, solve_block
 
 __all__ = ["TableFlow"]
+
 
 _EXACT_COLUMNS = 16  # the perceptron's whole Jacobian takes a product per column: beyond this, noise costs less
 _FIELDS = ("mlp", "potential")

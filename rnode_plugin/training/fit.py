@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import Logger
 
 from ..data import ImageData, Table
 from ..errors import CheckpointError, ConfigError, LocalError, RnodeError
-from ..evaluation.images import load_for_training
+from ..evaluation.loading import load_for_training
 from ..recipes.schema import Recipe
 from .conclude import conclude
 from .failures import explained

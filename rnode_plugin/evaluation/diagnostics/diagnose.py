@@ -12,14 +12,20 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, SolverError
 from ...solvers import Solver
-from .along_path import PATH, along_path
-from .ranks import RANKS, ranks
+from .density_checks import TRACE, trace
 from .result import Check, Diagnosis
-from .round_trip import ROUND_TRIP, round_trip
-from .solver_checks import TOLERANCE, TRAINING_SOLVER, tolerance_curve, training_solver_gap
+from .sample_checks import RANKS, TWO_SAMPLE, ranks, two_sample
+from .solver_checks import (
+    PATH,
+    ROUND_TRIP,
+    TOLERANCE,
+    TRAINING_SOLVER,
+    along_path,
+    round_trip,
+    tolerance_curve,
+    training_solver_gap,
+)
 from .subject import HeldOut, Subject, subject_of
-from .trace import TRACE, trace
-from .two_sample import TWO_SAMPLE, two_sample
 
 __all__ = ["diagnose", "samples_for"]
 

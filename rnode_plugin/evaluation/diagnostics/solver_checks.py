@@ -1,23 +1,36 @@
-"""Solver checks: the training solver against an accurate one, and the NLL against the tolerance."""
+"""Checks of the solver: round trip, training solver, tolerance, and rates along the path."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...core.field_evaluation import FieldEvaluation
 from ...errors import SolverError
 from ...solvers import Solver
 from ...solvers.config import solver_text
 from .result import Check, Verdict, worse_of
 from .subject import HeldOut, Subject
 
-__all__ = ["TOLERANCE", "TRAINING_SOLVER", "accurate", "tolerance_curve", "training_solver_gap"]
+__all__ = [
+    "PATH",
+    "ROUND_TRIP",
+    "TOLERANCE",
+    "TRAINING_SOLVER",
+    "accurate",
+    "along_path",
+    "round_trip",
+    "tolerance_curve",
+    "training_solver_gap",
+]
+
 
 TRAINING_SOLVER = "training solver"
 TOLERANCE = "tolerance"
-_WARN, _FAIL = 0.005, 0.05  # nats per dimension
+_GAP_WARN, _GAP_FAIL = 0.005, 0.05  # nats per dimension
 _BUDGET = 20_000  # evaluations of one solve: a field that needs more cannot be used anyway
 
 
@@ -41,7 +54,7 @@ def training_solver_gap(subject: Subject, data: HeldOut, training: Solver | None
     gaps = coarse.values - exact.values
     gap, error = float(gaps.mean()), _standard_error(gaps)
     typical = float(gaps.abs().mean())
-    verdict = worse_of(typical, warn=_WARN, fail=_FAIL)
+    verdict = worse_of(typical, warn=_GAP_WARN, fail=_GAP_FAIL)
     numbers = {
         "gap": gap, "gap_error": error, "typical_gap": typical, "nll": coarse.mean, "nll_accurate": exact.mean,
         "nfe": coarse.nfe, "nfe_accurate": exact.nfe,
@@ -82,8 +95,8 @@ def tolerance_curve(subject: Subject, data: HeldOut) -> Check:
     distances = [float((nll.values - best.values).abs().mean()) for _, nll in points]
     at_own = [d for (level, _), d in zip(points, distances, strict=True) if level == subject.tolerance]
     still_moving = distances[-2]
-    verdict = worse_of(max([still_moving, *at_own]), warn=_WARN, fail=_FAIL)
-    near = [point for point, d in zip(points, distances, strict=True) if d <= _WARN]
+    verdict = worse_of(max([still_moving, *at_own]), warn=_GAP_WARN, fail=_GAP_FAIL)
+    near = [point for point, d in zip(points, distances, strict=True) if d <= _GAP_WARN]
     enough = (near or points[-1:])[0]
     numbers = {
         "nll": best.mean, "nll_error": _standard_error(best.values), "last_change": still_moving,
@@ -102,7 +115,7 @@ def _curve_sentence(
         f"The NLL is {numbers['nll']:.4f} ± {numbers['nll_error']:.2g} nats/dim, and moves by "
         f"{numbers['last_change']:.2g} between the tolerances {points[-2][0]:g} and {points[-1][0]:g}."
     )
-    if not numbers["last_change"] <= _WARN:
+    if not numbers["last_change"] <= _GAP_WARN:
         return (
             f"{found} It is not converged: the field is too rough for this precision. Penalise it more, or "
             "evaluate in double precision."
@@ -113,7 +126,7 @@ def _curve_sentence(
             f"{numbers['own_distance']:.2g} nats/dim off: use {numbers['enough_tolerance']:g} or less."
         )
     return (
-        f"{found} It is converged, and a tolerance of {numbers['enough_tolerance']:g} is enough for {_WARN:g} "
+        f"{found} It is converged, and a tolerance of {numbers['enough_tolerance']:g} is enough for {_GAP_WARN:g} "
         f"nats/dim: {numbers['enough_nfe']:.0f} evaluations instead of {numbers['nfe_tightest']:.0f}."
     )
 
@@ -155,3 +168,169 @@ def _at(tolerance: float) -> Solver:
 
 def _standard_error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+ROUND_TRIP = "round trip"
+_LOST_WARN, _LOST_FAIL = 1e-3, 1e-2  # of the data's spread
+_TIMES_TOLERANCE = 1000.0  # so much more than the tolerance is not explained by it,
+_ROUNDING = 1e-4  # if it is more than single precision loses
+
+
+def round_trip(subject: Subject, data: HeldOut) -> Check:
+    """Whether the inverse undoes the forward direction, with the model's own solver and with the accurate one."""
+    relative = _lost(subject, data, exactly=False)
+    error = float(relative.square().mean().sqrt())
+    largest = float(relative.max())
+    verdict = worse_of(error, warn=_LOST_WARN, fail=_LOST_FAIL)
+    tolerance = subject.tolerance
+    if verdict == "ok" and tolerance is not None and error > max(_TIMES_TOLERANCE * tolerance, _ROUNDING):
+        verdict = "warning"
+    exact = math.nan
+    if verdict != "ok":
+        exact = float(_lost(subject, data, exactly=True).square().mean().sqrt())
+    numbers = {"error": error, "largest": largest, "error_accurate_solver": exact}
+    if tolerance is not None:
+        numbers["tolerance"] = tolerance
+    shares = relative.sort().values
+    curves = {"error": shares.tolist(), "share": [(k + 1) / len(shares) for k in range(len(shares))]}
+    return Check(
+        ROUND_TRIP, verdict, _round_trip_sentence(verdict, error, largest, exact, subject), numbers, curves
+    )
+
+
+def _lost(subject: Subject, data: HeldOut, *, exactly: bool) -> Tensor:
+    """What each sample is off after the round trip, over the data's spread, root mean square of it, ``(N,)``."""
+    solver = accurate(data.x.dtype) if exactly else None
+    with data.noise():
+        z = subject.encode(data.x, data.context, solver=solver).z
+    back = subject.decode(z, data.context, solver=solver)
+    return ((back - data.x).cpu().double() / _spread(data.x)).flatten(1).square().mean(1).sqrt()
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The standard deviation: of each column, which have units of their own; of all pixels together."""
+    variance = (x - x.mean(0)).cpu().double().square().mean(0)
+    spread = (variance if x.ndim == 2 else variance.mean()).sqrt()
+    return torch.where(spread > 0, spread, 1.0)
+
+
+def _round_trip_sentence(verdict: Verdict, error: float, largest: float, exact: float, subject: Subject) -> str:
+    found = (
+        f"Held-out data come back from the latent with an error of {error:.2g} of their spread (root mean square; "
+        f"the worst sample {largest:.2g}), solver {subject.solver_text}."
+    )
+    if verdict == "ok":
+        return f"{found} Forward and inverse belong together: samples are samples of the density that is reported."
+    if not exact <= max(_LOST_WARN, error / 3):
+        return (
+            f"{found} An accurate solver does not help ({exact:.2g}): the inverse does not undo the forward "
+            "direction, and samples are not those of the density. Look for an error in the model's inverse."
+        )
+    advice = "a smaller step" if subject.tolerance is None else "a smaller tolerance"
+    return (
+        f"{found} With an accurate solver it is {exact:.2g}, so the solver is too coarse: densities and samples do "
+        f"not belong together. Use {advice}."
+    )
+
+
+PATH = "path"
+_PATH_SAMPLES = 64
+_PATH_GRID = Solver(method="rk4_38", step=1 / 8)
+_DETOUR = 2.0  # length over displacement
+_PEAK = 10.0  # largest rate over its mean
+
+
+class _Recorder:
+    """A rate that notes what it is shown: the speed ``|f|``, whose integral is the length of a path.
+
+    Attributes:
+        notes: of each evaluation its time, ``|f|^2`` and ``|df/dz|_F^2``, means over the batch.
+        start: the first state that it saw, ``(B, D)``.
+    """
+
+    name = "path_length"
+    needs = frozenset({"vjp"})
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[float, float, float]] = []
+        self.starts: list[Tensor] = []
+
+    def __call__(self, evaluation: FieldEvaluation) -> Tensor:
+        squares = evaluation.dz.flatten(1).square().sum(1)
+        if not self.notes:
+            self.starts.append(evaluation.z.flatten(1).clone())
+        jacobian = evaluation.squared_frobenius()
+        self.notes.append((float(evaluation.t), float(squares.mean()), float(jacobian.mean())))
+        return squares.sqrt()
+
+
+def along_path(subject: Subject, data: HeldOut) -> Check:
+    """Follow the paths of some held-out samples on a fine grid."""
+    few = data.first(min(_PATH_SAMPLES, subject.batch_size))  # one solve: the recorder sees one batch
+    recorder = _Recorder()
+    rate: Any = recorder
+    with data.noise():
+        encoded = subject.encode(few.x, few.context, solver=_PATH_GRID, rate=rate)
+    curves = _by_time(recorder.notes, subject.dims)
+    start = subject.start(few.x)
+    start = recorder.starts[0] if start is None else start
+    length = encoded.penalties[recorder.name].cpu().double()
+    displacement = (encoded.z - start).cpu().double().norm(dim=1)
+    moved = float(displacement.sum())
+    numbers = {
+        "length": float(length.mean()),
+        "displacement": float(displacement.mean()),
+        "detour": float(length.sum()) / moved if moved > 0 else math.nan,
+    }
+    time = torch.tensor(curves["time"])
+    for name in ("kinetic", "jacobian"):
+        rates = torch.tensor(curves[name])
+        integral = float(torch.trapezoid(rates, time))
+        mean = integral / float(time[-1] - time[0])
+        numbers |= {name: integral, f"{name}_peak": float(rates.max()) / mean if mean > 0 else math.nan}
+    return Check(PATH, *_path_verdict(numbers, curves), numbers, curves)
+
+
+def _by_time(notes: list[tuple[float, float, float]], dims: int) -> dict[str, list[float]]:
+    """Rates per dimension against the time since the start of the first block; blocks follow one another."""
+    first, last = notes[0][0], 0.0
+    offset, block = 0.0, 0
+    gathered: dict[tuple[int, float], list[tuple[float, float]]] = {}
+    for t, speed, jacobian in notes:
+        elapsed = abs(t - first)
+        if elapsed < last - 1e-6:  # time was set back: the next block
+            offset, block = offset + last, block + 1
+        last = elapsed
+        gathered.setdefault((block, round(offset + elapsed, 6)), []).append((speed / dims, jacobian / dims))
+    means = [torch.tensor(rates).mean(0).tolist() for rates in gathered.values()]
+    return {
+        "time": [time for _, time in gathered],
+        "block": [float(block) for block, _ in gathered],
+        "kinetic": [kinetic for kinetic, _ in means],
+        "jacobian": [jacobian for _, jacobian in means],
+    }
+
+
+def _path_verdict(numbers: dict[str, float], curves: dict[str, list[float]]) -> tuple[Verdict, str]:
+    """The verdict and its sentence."""
+    if not all(map(math.isfinite, curves["kinetic"] + curves["jacobian"])):
+        return "failed", (
+            "The velocity or its Jacobian is not finite along the paths of held-out data: the flow cannot be "
+            "trusted anywhere near. Train again with penalties or a smaller learning rate."
+        )
+    if numbers["length"] == 0:
+        return "warning", "The flow moves nothing (f = 0): it has not been trained."
+    found = (
+        f"Paths are {numbers['detour']:.3g} times as long as their displacement; kinetic energy "
+        f"{numbers['kinetic']:.3g} and squared Jacobian norm {numbers['jacobian']:.3g} per dimension."
+    )
+    peaks = {"the kinetic energy": numbers["kinetic_peak"], "the Jacobian norm": numbers["jacobian_peak"]}
+    sharp = [f"{name} has a peak of {peak:.3g} times its mean" for name, peak in peaks.items() if peak > _PEAK]
+    if not numbers["detour"] <= _DETOUR:
+        sharp.insert(0, "the paths are far from straight")
+    if sharp:
+        return "warning", (
+            f"{found} But {' and '.join(sharp)}: a solver needs many small steps there. A larger lambda of kinetic "
+            "and jacfrob makes the flow cheaper."
+        )
+    return "ok", f"{found} The flow is smooth: nothing here asks for small steps."

@@ -16,8 +16,7 @@ from ...core.random_streams import Stream, seeded
 from ...core.regularizers import Rate, span_policy
 from ...core.trace_estimators import TraceEstimator
 from ...errors import ConfigError
-from ...flows.multiscale import MultiscaleFlow
-from ...flows.transforms import logit, squeeze
+from ...flows.multiscale import MultiscaleFlow, logit, squeeze
 from ...solvers import Solver
 from ...solvers.config import solver_text
 from ...torchdyn.densities.density import RegularizedCNF

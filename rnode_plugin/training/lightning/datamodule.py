@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ...data import ArrayDataset, ImageArray, ImageData, Table
 from ...data.loading import keep_batch
 from ...errors import ConfigError
-from ...evaluation.images import load_data
+from ...evaluation.loading import load_data
 from ...evaluation.measures import measure_of
 from ...recipes.schema import Recipe
 from ..schedule import EpochOrder, EvenShare

@@ -19,7 +19,7 @@ from ...core.tensors.foreach import multiply_each
 from ...core.tensors.nested import tree_leaves, tree_map_only
 from ...evaluation.measures import FlowInput
 from ...fields.autocast import compute_dtype
-from ...flows.block_flow import BlockFlow
+from ...flows.base import BlockFlow
 from ...solvers import Solver
 from .step_objective import StepObjective, StepTerms
 

@@ -11,7 +11,7 @@ import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback
 
 from ....errors import SolverError
-from ....evaluation.sampling import sample_images, save_grid
+from ....evaluation.samples import sample_images, save_grid
 
 __all__ = ["SampleGrids"]
 

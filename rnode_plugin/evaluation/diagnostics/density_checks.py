@@ -1,4 +1,4 @@
-"""Trace: the estimated log-density against the exact one, with a confidence interval for the bias."""
+"""Checks of the density: the estimated trace against the exact one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .result import Check
 from .subject import HeldOut, Subject
 
 __all__ = ["TRACE", "AutogradRows", "trace"]
+
 
 TRACE = "trace"
 MAX_DIMS = 4096

@@ -1,29 +1,42 @@
-"""What flows of several blocks have in common: solver, noise, penalties, and the sums of one pass."""
+"""BlockFlow, the base of flows whose blocks are neural ODEs: solver, noise, penalties, sums of one pass."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ..core.augmented import Dynamics
 from ..core.no_data_parallel import OneProcessADevice
 from ..core.objective import output_log_prob
 from ..core.regularizers import kind_of, span_policy, weigh_regularizers
 from ..core.tensors.exporting import on_host
 from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..solvers import Solver
+from ..fields import StackField
+from ..fields.conditional import StackAt
+from ..solvers import Solver, solve
 from ..solvers.health import HealthCheck, check_health
 from ..solvers.steps.step_memory import StepMemory
-from ..types import FlowOutput
-from .block import solve_block
-from .checks import check_noise, check_sampling
+from ..types import FlowOutput, Solution
 
-__all__ = ["BlockFlow", "Pass"]
+__all__ = [
+    "BlockFlow",
+    "Pass",
+    "check_image_shape",
+    "check_images",
+    "check_latents",
+    "check_noise",
+    "check_rows",
+    "check_sampling",
+    "range_check",
+    "solve_block",
+]
 
 
 class BlockFlow(OneProcessADevice, nn.Module, ABC):
@@ -183,3 +196,116 @@ def _registered(name: str) -> Any:
     from ..plugins.resolve import get_regularizer
 
     return get_regularizer(name)
+
+
+def solve_block(
+    field: nn.Module,
+    z: Tensor,
+    times: Tensor,
+    solver: Solver,
+    checks: list[HealthCheck],
+    noise: Tensor | None = None,
+    memory: StepMemory | None = None,
+    **options: Any,
+) -> Solution:
+    """Integrate one block from the state ``z (B, *event)`` through ``times (2,)``.
+
+    Args:
+        field: of the block; a stack of layers is prepared for this solve.
+        z, times, solver: as :func:`~rnode_plugin.solvers.solve` takes them.
+        checks: a list that receives the health checks of a fixed grid.
+        noise: probe vectors of the divergence; None if it is exact or not followed.
+        memory: the steps of an adaptive solver, carried from batch to batch.
+        options: of :class:`~rnode_plugin.core.augmented.Dynamics`.
+
+    Raises:
+        SolverError: the integration could not go on.
+    """
+    # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
+    if isinstance(field, (StackField, StackAt)) and not solver.gradient.endswith("adjoint"):
+        z = field.layout(z)
+        prepared = None
+        if noise is not None and noise.shape == z.shape:  # not that of several probes
+            noise = prepared = field.layout(noise)
+        dynamics = Dynamics(field.prepare(z, prepared), **options)
+    else:
+        dynamics = Dynamics(field, **options)
+    return solve(dynamics.bind(noise), z, times, solver, checks=checks, memory=memory)
+
+
+def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """``image_shape`` as three positive integers (C, H, W)."""
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
+        raise ConfigError(f"image_shape must be three positive integers (channels, height, width), not {shape}.")
+    return shape
+
+
+def check_images(x: Tensor, image_shape: Sequence[int], like: Tensor) -> None:
+    """Images ``(B, C, H, W)`` of the dtype and on the device of ``like``."""
+    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape) or x.shape[0] == 0:
+        expected = ", ".join(map(str, image_shape))
+        raise ConfigError(f"this flow takes images of shape (B, {expected}) with B >= 1, not {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise ConfigError(
+            f"this flow takes floating-point images in [0, 1], not {x.dtype}: "
+            "rnode_plugin.flows.multiscale.dequantize turns uint8 images into them."
+        )
+    _check_kind(x, like, "the images are")
+
+
+def check_rows(x: Tensor, columns: int, like: Tensor) -> None:
+    """Rows ``(B, columns)`` of the dtype and on the device of ``like``."""
+    if x.ndim != 2 or x.shape[1] != columns or x.shape[0] == 0:
+        raise ConfigError(f"this flow takes rows of shape (B, {columns}) with B >= 1, not {tuple(x.shape)}.")
+    _check_kind(x, like, "the rows are")
+
+
+def check_sampling(n: int, temperature: float) -> None:
+    """Refuse a number of samples below one and a temperature that is not positive."""
+    if n < 1:
+        raise ConfigError(f"the number of samples must be at least 1, not {n}.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+
+
+def range_check(x: Tensor) -> HealthCheck:
+    """Whether images lie in [0, 1], to be asked together with the health of the solves."""
+    low, high = x.detach().aminmax()
+
+    def fail(_: int) -> NoReturn:
+        found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
+        raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
+
+    outside = torch.stack([-low, high - 1]).clamp(min=0)
+    return HealthCheck(outside / (outside == 0), fail)  # 0 / 1, or a positive number / 0
+
+
+def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], like: Tensor) -> None:
+    """One tensor per block, of the block's input shape, of the dtype and on the device of the samples ``like``.
+
+    Several probes are one more dimension in front.
+    """
+    if isinstance(noise, Tensor) or len(noise) != len(shapes):
+        got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
+        raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")
+    for k, (eps, shape) in enumerate(zip(noise, shapes, strict=True)):
+        expected = (like.shape[0], *shape)
+        if eps is None or tuple(eps.shape)[-len(expected) :] != expected:
+            got = None if eps is None else tuple(eps.shape)
+            raise ConfigError(f"the noise of block {k} must be of shape {expected}, not {got}.")
+        _check_kind(eps, like, f"the noise of block {k} is")
+
+
+def check_latents(z: Tensor, dims: int, like: Tensor) -> None:
+    """Latents ``(B, dims)`` of the dtype and on the device of ``like``."""
+    if z.ndim != 2 or z.shape[1] != dims or z.shape[0] == 0:
+        raise ConfigError(f"latents must be of shape (B, {dims}) with B >= 1, not {tuple(z.shape)}.")
+    _check_kind(z, like, "the latents are")
+
+
+def _check_kind(x: Tensor, like: Tensor, who: str) -> None:
+    if (x.dtype, x.device) != (like.dtype, like.device):
+        raise ConfigError(
+            f"{who} {x.dtype} on {x.device}, but {like.dtype} on {like.device} is needed: convert them with .to()."
+        )

@@ -1,4 +1,4 @@
-"""Two-sample test: how often a classifier tells samples from held-out data (Lopez-Paz & Oquab, 2017)."""
+"""Checks of samples: a classifier that tells them from data, and posterior ranks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from .result import Check, Verdict
 from .subject import HeldOut, Subject
 
-__all__ = ["TWO_SAMPLE", "two_sample"]
+__all__ = ["RANKS", "TWO_SAMPLE", "ranks", "two_sample"]
+
 
 TWO_SAMPLE = "two samples"
 _FOLDS = 5
 _FEWEST = 20  # samples: fewer teach a classifier nothing
 _COMPONENTS = 32  # of a principal component analysis, for more dimensions than twice that
 _FALSE_ALARM = 1e-3
-_FAIL = 0.9  # accuracy
+_TOLD_APART = 0.9  # accuracy
 
 
 def two_sample(subject: Subject, data: HeldOut) -> Check:
@@ -42,10 +43,10 @@ def two_sample(subject: Subject, data: HeldOut) -> Check:
     sides = torch.sign(scores - 0.5) * torch.where(torch.arange(2 * n) < n, -1, 1)  # 1 if right, 0 if undecided
     accuracy = float((sides + 1).mean() / 2)
     high = null_limit(n)
-    verdict: Verdict = "ok" if accuracy <= high else "failed" if accuracy >= _FAIL else "warning"
+    verdict: Verdict = "ok" if accuracy <= high else "failed" if accuracy >= _TOLD_APART else "warning"
     numbers = {"accuracy": accuracy, "null_low": 1 - high, "null_high": high, "samples": n, "dims": real.shape[1]}
     curves = {"held_out": scores[:n].tolist(), "samples": scores[n:].tolist()}
-    return Check(TWO_SAMPLE, verdict, _sentence(verdict, numbers), numbers, curves)
+    return Check(TWO_SAMPLE, verdict, _two_sample_sentence(verdict, numbers), numbers, curves)
 
 
 def null_limit(n: int) -> float:
@@ -86,7 +87,7 @@ def _scores(features: Tensor, n: int, seed: int) -> Tensor:
     return torch.from_numpy(found[:, 1])
 
 
-def _sentence(verdict: Verdict, numbers: dict[str, float]) -> str:
+def _two_sample_sentence(verdict: Verdict, numbers: dict[str, float]) -> str:
     accuracy = 100 * numbers["accuracy"]
     low, high = (100 * numbers[name] for name in ("null_low", "null_high"))
     found = (
@@ -100,3 +101,72 @@ def _sentence(verdict: Verdict, numbers: dict[str, float]) -> str:
             f"{found} Samples differ from the data: compare them by eye, and train longer or with a larger field."
         )
     return f"{found} Samples are not like the data: do not use them in the data's place. Train longer."
+
+
+RANKS = "posterior ranks"
+_POSTERIOR_DRAWS = 63  # posterior samples of each pair: the rank is one of 64
+_PER_BIN = 10  # pairs that a bin of the histogram is expected to hold at least
+_MAX_BINS = 16
+_FEWEST_PAIRS = 40  # pairs
+_RANKS_WARN, _RANKS_FAIL = 1e-2, 1e-3  # false alarm rates, all dimensions together
+
+
+def ranks(subject: Subject, data: HeldOut) -> Check:
+    """The rank of each held-out sample among samples of its posterior, a chi-square test for each dimension."""
+    from scipy.stats import chisquare
+
+    n = len(data.x)
+    assert data.context is not None
+    if n < _FEWEST_PAIRS:
+        sentence = f"Left out: {n} pairs are too few for a histogram of ranks; give at least {_FEWEST_PAIRS}."
+        return Check(RANKS, "left out", sentence, {"pairs": n})
+    with data.noise():
+        drawn = subject.sample(n * _POSTERIOR_DRAWS, data.context.repeat_interleave(_POSTERIOR_DRAWS, 0))
+    below = drawn.reshape(n, _POSTERIOR_DRAWS, -1) < data.x.flatten(1)[:, None]
+    rank = below.sum(1).cpu().double()  # (N, D), 0 to 63
+    bins = max(b for b in (2, 4, 8, _MAX_BINS) if n // b >= _PER_BIN)
+    width = (_POSTERIOR_DRAWS + 1) // bins
+    counts = torch.stack([torch.bincount((column // width).long(), minlength=bins) for column in rank.T])
+    p_values = [float(chisquare(row.numpy()).pvalue) for row in counts]
+    worst = min(range(len(p_values)), key=p_values.__getitem__)
+    p_value = min(1.0, p_values[worst] * len(p_values))
+    verdict: Verdict = "failed" if not p_value >= _RANKS_FAIL else "warning" if p_value < _RANKS_WARN else "ok"
+    place = (rank + 0.5) / (_POSTERIOR_DRAWS + 1)
+    mean = float(place[:, worst].mean())
+    spread = float((place[:, worst] - 0.5).square().mean() * 12)
+    outer = float(counts[worst][0] + counts[worst][-1]) * bins / (2 * n)
+    numbers = {
+        "p_value": p_value, "worst_dimension": worst, "mean_rank": mean, "spread": spread, "outer": outer,
+        "pairs": n, "draws": _POSTERIOR_DRAWS, "bins": bins,
+    }  # fmt: skip
+    curves = {f"dimension {k}": row.tolist() for k, row in enumerate(counts.double()) if k < _MAX_BINS}
+    return Check(RANKS, verdict, _ranks_sentence(verdict, numbers), numbers, curves)
+
+
+def _ranks_sentence(verdict: Verdict, numbers: dict[str, float]) -> str:
+    found = (
+        f"Ranks of {numbers['pairs']:.0f} held-out samples among {numbers['draws']:.0f} draws of their posteriors: "
+        f"p = {numbers['p_value']:.2g} for uniform ranks (chi-square, all dimensions together)."
+    )
+    if verdict == "ok":
+        return f"{found} Nothing speaks against the posterior's width and place."
+    return (
+        f"{found} In dimension {numbers['worst_dimension']:.0f} the posterior {_what_is_wrong(numbers)}. Do not "
+        "use its intervals as they are; train with more pairs, longer, or with a larger field."
+    )
+
+
+def _what_is_wrong(numbers: dict[str, float]) -> str:
+    pairs, off, spread = numbers["pairs"], numbers["mean_rank"] - 0.5, numbers["spread"]
+    # of uniform ranks the mean has the deviation 1 / sqrt(12 N), the spread about sqrt(0.8 / N), and the share of
+    # the two outermost bins about sqrt(bins / 2 N)
+    shift = abs(off) * math.sqrt(12 * pairs)
+    stretch = abs(spread - 1) * math.sqrt(pairs / 0.8)
+    outer = (numbers["outer"] - 1) * math.sqrt(2 * pairs / numbers["bins"])
+    if shift > max(stretch, abs(outer), 2):
+        return f"is shifted: true values lie too {'high' if off > 0 else 'low'} in it"
+    if spread > 1 and outer > 2:
+        return "is too narrow: true values lie in its tails too often, so it is overconfident"
+    if spread < 1 and outer < -2:
+        return "is too wide: true values lie in its middle too often, so it is less informative than it could be"
+    return "has not the shape of the true one, such as modes that run together: see the histogram of the ranks"

@@ -1,0 +1,437 @@
+"""What is measured of images and of tables: Measure, Mean and Evaluation, one object for each kind of data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.objective import bits_per_dim
+from ..data.tables.table import Table
+from ..flows.multiscale import dequantize, random_flip
+from ..recipes.schema import TableData
+from .samples import sample_images, sample_rows, save_corner, save_grid
+
+if TYPE_CHECKING:
+    from ..recipes.schema import Recipe, Training
+
+__all__ = [
+    "BitsPerDim",
+    "Evaluation",
+    "EvaluationResult",
+    "FlowInput",
+    "ImageMeasure",
+    "Mean",
+    "Measure",
+    "NatsPerRow",
+    "Quantity",
+    "TableEvaluation",
+    "TableMeasure",
+    "batch_of",
+    "gaussian_scores",
+    "measure_of",
+]
+
+
+class FlowInput(NamedTuple):
+    """What a flow is called with: samples ``x (B, *event)``, and by name what it is given besides."""
+
+    x: Tensor
+    options: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A likelihood that an evaluation measures.
+
+    Attributes:
+        name: of it in ``result.json``, and of its column in the file of all samples.
+        label, explained: its row in the terminal.
+        heading, meaning: its row in a report.
+    """
+
+    name: str
+    label: str
+    explained: str
+    heading: str
+    meaning: str
+
+
+class Mean(NamedTuple):
+    """A mean over samples, as a measure names its parts.
+
+    Attributes:
+        mean: over samples and draws of noise.
+        stderr: standard error from the choice of samples; None for a single one.
+        stderr_noise: the part of it that comes from the noise; None if nothing was drawn twice.
+        samples: the value of each sample.
+    """
+
+    mean: float
+    stderr: float | None
+    stderr_noise: float | None
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation measures of every kind of data.
+
+    Attributes:
+        draws: noise draws of each sample.
+        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields per batch, all blocks together, without those
+            that a penalty takes for itself.
+        penalties: mean integral of each penalty by name, divided by the number of dimensions.
+        seconds: wall-clock time.
+        gap: mean score by the training solver, less that by the accurate one, of the first batch with the same
+            noise; infinite if the training solver fails there, None if it is not a fixed grid with a known step.
+    """
+
+    draws: int
+    nfe_mean: float
+    nfe_min: int
+    nfe_max: int
+    penalties: dict[str, float]
+    seconds: float
+    gap: float | None = None
+
+
+R = TypeVar("R", bound=Evaluation)
+
+
+class Measure(ABC, Generic[R]):
+    """What is measured of one kind of data. Lower scores are better.
+
+    Attributes:
+        metric: name of the score in ``metrics.csv`` and in what is logged: ``train/METRIC``, ``val/METRIC``.
+        unit: of a score.
+        likelihood: what a score is called.
+        score: the axis of a figure.
+        sample, samples: what a sample is called, one and several.
+        file: of the scores of all held-out samples, in a run's folder.
+        quantities: what an evaluation measures; the first is what validations measure and arms are compared by.
+        baselines: what it measures of other densities, for comparison.
+        max_gap: error of the training solver, in the unit, from which on a validation warns.
+        step_gap, step_round_trip: what a coarse step may be off in ``tune-step``, in the unit and in ``step_unit``.
+        step_unit: of what a sample is off after a round trip.
+        exact_dims: up to so many dimensions an evaluation takes the whole Jacobian.
+        noisy: whether the scores of one sample differ between draws even if the trace is exact.
+    """
+
+    metric: ClassVar[str]
+    unit: ClassVar[str]
+    likelihood: ClassVar[str]
+    score: ClassVar[str]
+    sample: ClassVar[str]
+    samples: ClassVar[str]
+    file: ClassVar[str]
+    quantities: ClassVar[tuple[Quantity, ...]]
+    baselines: ClassVar[tuple[Quantity, ...]] = ()
+    max_gap: ClassVar[float]
+    step_gap: ClassVar[float]
+    step_round_trip: ClassVar[float]
+    step_unit: ClassVar[str]
+    exact_dims: ClassVar[int]
+    noisy: ClassVar[bool]
+
+    dims: int
+    """Number of dimensions of one sample."""
+
+    @abstractmethod
+    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
+        """A batch as the data come, as a flow takes it for one of :attr:`quantities`; noise is torch's own."""
+
+    def training_inputs(self, batch: Tensor) -> FlowInput:
+        """The same for a training step."""
+        return self.inputs(batch)
+
+    @abstractmethod
+    def random_inputs(self, count: int) -> FlowInput:
+        """So many samples of no meaning, from torch's own generator, on its default device."""
+
+    @abstractmethod
+    def scores(self, log_prob: Tensor) -> Tensor:
+        """Scores ``(B,)`` in the unit, from log-densities ``(B,)`` in nats of what :meth:`inputs` gave."""
+
+    @abstractmethod
+    def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
+        """Root mean square of what samples are apart, in :attr:`step_unit`."""
+
+    @abstractmethod
+    def result(self, means: Mapping[str, Mean], **shared: Any) -> R:
+        """The evaluation from the mean of each quantity and the fields of :class:`Evaluation`."""
+
+    def beside_baselines(self, result: R, data: Any) -> R:
+        """``result`` with the baselines, which need the training data."""
+        return result
+
+    @abstractmethod
+    def values(self, result: R) -> dict[str, Mean]:
+        """The means of a result by the name of their quantity, of the baselines that it has too."""
+
+    @abstractmethod
+    def draw_picture(self, flow: Any, data: Any, training: Training, path: Path) -> None:
+        """Draw samples of a flow as training asks for, into one PNG.
+
+        Raises:
+            SolverError: a latent cannot be integrated.
+            CheckpointError: the file cannot be written.
+        """
+
+
+def batch_of(samples: Any, part: slice) -> Tensor:
+    """Some of the samples of an array, in memory or on disk, as a tensor."""
+    chosen = samples[part]
+    return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))  # files are read-only
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """A mean in bits/dim and how far it can be trusted.
+
+    Attributes:
+        mean: over images and noise draws.
+        stderr_images: standard error from the choice of images: of each image's mean over draws, so what noise is
+            left is in it; None for a single image.
+        stderr_noise: the part of it that comes from the noise: what another evaluation of the same images would
+            differ by. None if nothing was drawn twice.
+        images: bits/dim of each image, its mean over draws. Two models are best compared image by image.
+    """
+
+    mean: float
+    stderr_images: float | None
+    stderr_noise: float | None
+    images: tuple[float, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult(Evaluation):
+    """What :func:`~rnode_plugin.evaluation.likelihood.evaluate` measured of images.
+
+    Attributes:
+        images: how many.
+        dirty: with uniform noise in each bin, an upper bound on the bits/dim of the discrete images (in
+            expectation over the noise).
+        clean: of the density at the bins' centres; not a bound on anything discrete.
+    """
+
+    images: int
+    dirty: BitsPerDim
+    clean: BitsPerDim
+
+
+class ImageMeasure(Measure[EvaluationResult]):
+    """Bits/dim of uint8 images ``(B, C, H, W)``.
+
+    Args:
+        shape: ``(C, H, W)``.
+        levels: number of values a pixel can take.
+        flip: whether training mirrors images at random.
+    """
+
+    metric = "bpd"
+    unit = "bits/dim"
+    likelihood = "bits/dim"
+    score = "dirty [bits/dim]"
+    sample, samples = "image", "images"
+    file = "images.csv"
+    quantities = (
+        Quantity(
+            "dirty",
+            "bits/dim dirty",
+            "uniform noise in each bin: bounds the discrete likelihood",
+            "bits/dim, dirty",
+            "held-out images, uniform noise in each bin",
+        ),
+        Quantity(
+            "clean",
+            "bits/dim clean",
+            "density at the bins' centres: no bound",
+            "bits/dim, clean",
+            "density at the bins' centres: no bound",
+        ),
+    )
+    max_gap = 0.02
+    step_gap, step_round_trip, step_unit = 0.005, 0.5, "levels"
+    exact_dims = 16  # a product per dimension: beyond this, draws cost less
+    noisy = True
+
+    def __init__(self, shape: tuple[int, ...], levels: int, *, flip: bool = False) -> None:
+        self.dims = math.prod(shape)
+        self._shape, self._levels, self._flip = shape, levels, flip
+
+    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
+        return FlowInput(dequantize(batch, self._levels, clean=quantity == 1), {})
+
+    def training_inputs(self, batch: Tensor) -> FlowInput:
+        x = dequantize(batch, self._levels)
+        return FlowInput(random_flip(x) if self._flip else x, {})
+
+    def random_inputs(self, count: int) -> FlowInput:
+        return FlowInput(torch.rand(count, *self._shape), {})
+
+    def scores(self, log_prob: Tensor) -> Tensor:
+        return bits_per_dim(log_prob, dims=self.dims, levels=self._levels)
+
+    def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
+        return float((one - other).double().square().mean().sqrt()) * self._levels
+
+    def result(self, means: Mapping[str, Mean], **shared: Any) -> EvaluationResult:
+        parts = {name: BitsPerDim(*mean) for name, mean in means.items()}
+        return EvaluationResult(images=len(means["dirty"].samples), **parts, **shared)
+
+    def values(self, result: EvaluationResult) -> dict[str, Mean]:
+        return {name: _bits_mean(getattr(result, name)) for name in ("dirty", "clean")}
+
+    def draw_picture(self, flow: Any, data: Any, training: Training, path: Path) -> None:
+        """A grid: one row of images for each temperature, from the same latents."""
+        count = training.sample_images
+        drawn = sample_images(flow, count, temperatures=training.sample_temperatures, seed=training.seed)
+        save_grid(path, drawn, levels=self._levels, columns=count)
+
+
+def _bits_mean(bits: BitsPerDim) -> Mean:
+    return Mean(bits.mean, bits.stderr_images, bits.stderr_noise, bits.images)
+
+
+@dataclass(frozen=True)
+class NatsPerRow:
+    """A mean in nats per row and how far it can be trusted.
+
+    Attributes:
+        mean: over rows and noise draws.
+        stderr_rows: standard error from the choice of rows; None for a single row.
+        stderr_noise: the part of it that comes from the trace estimate's noise; None if nothing was drawn twice, as
+            with an exact trace.
+        rows: of each row. Two models are best compared row by row.
+    """
+
+    mean: float
+    stderr_rows: float | None
+    stderr_noise: float | None
+    rows: tuple[float, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableEvaluation(Evaluation):
+    """What an evaluation measured of a table.
+
+    Attributes:
+        rows: how many.
+        nll: negative log-likelihood of the held-out rows, in nats.
+        gaussian: that of a Gaussian with the training rows' mean and covariance, given the columns that the density
+            is given; None if it was not asked for.
+    """
+
+    rows: int
+    nll: NatsPerRow
+    gaussian: NatsPerRow | None = None
+
+
+class TableMeasure(Measure[TableEvaluation]):
+    """Nats per row of float rows ``(B, C)``: the modelled columns first, those that are given behind them.
+
+    Args:
+        columns: names of the modelled columns.
+        given: names of the others.
+    """
+
+    metric = "nll"
+    unit = "nats"
+    likelihood = "NLL"
+    score = "NLL [nats per row]"
+    sample, samples = "row", "rows"
+    file = "rows.csv"
+    quantities = (
+        Quantity("nll", "NLL", "nats per row, in the unit of the data", "NLL", "nats per row, held-out rows"),
+    )
+    baselines = (
+        Quantity(
+            "gaussian",
+            "NLL of a Gaussian",
+            "with the training rows' mean and covariance",
+            "NLL of a Gaussian",
+            "with the training rows' mean and covariance",
+        ),
+    )
+    max_gap = 0.05
+    step_gap, step_round_trip, step_unit = 0.02, 0.01, "deviations"
+    exact_dims = 64  # rows are cheap, and an exact trace leaves no noise
+    noisy = False
+
+    def __init__(self, columns: tuple[str, ...], given: tuple[str, ...] = ()) -> None:
+        self.dims, self._columns, self._given = len(columns), columns, given
+
+    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
+        return FlowInput(batch[:, : self.dims], {"context": batch[:, self.dims :]} if self._given else {})
+
+    def random_inputs(self, count: int) -> FlowInput:
+        return self.inputs(torch.randn(count, self.dims + len(self._given)))
+
+    def scores(self, log_prob: Tensor) -> Tensor:
+        return -log_prob
+
+    def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
+        return float(((one - other) / flow.scale[: self.dims]).double().square().mean().sqrt())
+
+    def result(self, means: Mapping[str, Mean], **shared: Any) -> TableEvaluation:
+        nll = means["nll"]
+        return TableEvaluation(rows=len(nll.samples), nll=NatsPerRow(*nll), **shared)
+
+    def beside_baselines(self, result: TableEvaluation, data: Table) -> TableEvaluation:
+        scores = gaussian_scores(data.train, data.held_out[: result.rows], self.dims)
+        error = None if len(scores) < 2 else float(scores.std(ddof=1) / len(scores) ** 0.5)
+        gaussian = NatsPerRow(float(scores.mean()), error, None, tuple(scores.tolist()))
+        return dataclasses.replace(result, gaussian=gaussian)
+
+    def values(self, result: TableEvaluation) -> dict[str, Mean]:
+        found = {"nll": result.nll, "gaussian": result.gaussian}
+        return {
+            name: Mean(each.mean, each.stderr_rows, each.stderr_noise, each.rows)
+            for name, each in found.items()
+            if each is not None
+        }
+
+    def draw_picture(self, flow: Any, data: Table, training: Training, path: Path) -> None:
+        """A corner plot: the held-out rows beside samples, for a conditional density at the same contexts."""
+        held_out = data.held_out[: training.sample_images]
+        (temperature,) = training.sample_temperatures
+        context = held_out[:, self.dims :] if self._given else None
+        count = len(held_out) if self._given else training.sample_images
+        drawn = sample_rows(flow, count, context=context, temperature=temperature, seed=training.seed)
+        save_corner(path, self._columns, held_out[:, : self.dims], drawn)
+
+
+def gaussian_scores(train: np.ndarray, held_out: np.ndarray, dims: int) -> np.ndarray:
+    """NLL in nats ``(N,)`` of held-out rows under a Gaussian with the training rows' mean and covariance.
+
+    Of the first ``dims`` columns, given the others: the joint density over that of the others.
+    """
+    joint = _gaussian_nll(train, held_out)
+    return joint - _gaussian_nll(train[:, dims:], held_out[:, dims:]) if dims < train.shape[1] else joint
+
+
+def _gaussian_nll(train: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    values = np.asarray(train, dtype=np.float64)
+    mean, deviation = values.mean(0), values.std(0)
+    # in deviations, so that columns of very different sizes leave the covariance well conditioned
+    factor = np.linalg.cholesky(np.atleast_2d(np.cov((values - mean).T / deviation[:, None], ddof=0)))
+    z = np.linalg.solve(factor, ((np.asarray(rows, dtype=np.float64) - mean) / deviation).T)
+    logdet = np.log(np.diag(factor)).sum() + np.log(deviation).sum()
+    return 0.5 * (z**2).sum(0) + logdet + 0.5 * len(mean) * np.log(2 * np.pi)
+
+
+def measure_of(recipe: Recipe) -> Measure[Any]:
+    """What is measured of the data of a recipe."""
+    data = recipe.data
+    if isinstance(data, TableData):
+        return TableMeasure(data.modelled, data.given)
+    return ImageMeasure(data.shape, data.levels, flip=data.flip)

@@ -1,0 +1,436 @@
+"""Programs that run without this package: the sampler and the log-density of a model on a fixed grid."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import io
+import itertools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..core.tensors.exporting import recording
+from ..errors import ConfigError, RnodeError, suggest
+from ..files import write_atomically
+from ..solvers.config import FIXED_METHODS, Solver
+
+__all__ = ["SUFFIXES", "EntryPoint", "Which", "check_program_file", "entry_point", "export_program", "save_program"]
+
+
+def export_program(
+    model: nn.Module, which: Which, *, solver: Solver | None = None, context: Tensor | None = None
+) -> ExportedProgram:
+    """The sampler or the log-density of ``model`` as a program that needs torch alone, or ONNX.
+
+    :func:`save_program` writes it. It computes on the CPU, in the dtype of the model's parameters, what the model
+    itself does on that grid, to rounding, for any batch size; it gives values, without gradients.
+
+    - ``"sampler"``: ``program(z)``. ``z`` is a draw of the base distribution, the standard normal ``(B, D)`` for
+      images (times a temperature if you like); the result is a sample, images in [0, 1].
+    - ``"log_prob"``: ``program(x, noise)``: the log-density ``(B,)`` in nats of samples or dequantised images in
+      [0, 1]. ``noise (B, N)`` are the probe vectors of Hutchinson's estimator, of all blocks in a row: standard
+      normal numbers, or signs if the model's are. A model with an exact trace has no such input.
+
+    A conditional model takes its contexts ``(B, *context_shape)`` as the second input of both.
+
+    Args:
+        model: a :class:`~rnode_plugin.MultiscaleFlow`, a :class:`~rnode_plugin.RegularizedCNF`, or another flow
+            with their methods ``inverse``, ``log_prob`` and ``draw_noise``.
+        which: ``"sampler"`` or ``"log_prob"``.
+        solver: the fixed grid; None: the model's own.
+        context: one context ``(*context_shape)`` to record a conditional model with, if its contexts are not
+            floating-point numbers.
+
+    Raises:
+        ConfigError: for a solver that chooses its steps, and for a model whose field is not made of torch's
+            operations alone, independent of their values.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import MultiscaleFlow, Solver
+        >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
+        >>> program = export_program(flow, "sampler", solver=Solver("rk4_38", step=1.0))
+        >>> tuple(program.module()(torch.randn(5, 16)).shape)
+        (5, 1, 4, 4)
+    """
+    entry = entry_point(model, which, solver=solver, context=context)
+    with torch.no_grad():
+        # one batch to record, and one to see that the program takes another
+        inputs, others = _example(entry, _unmistakable_batch(entry)), _example(entry, 2)
+        expected = entry.compute(*others.values())
+        try:
+            program = _exported(_recorded(entry, inputs), inputs)
+        except RnodeError:
+            raise
+        except Exception as error:  # torch's recorders fail in many ways
+            raise ConfigError(
+                "this model cannot be exported: its field does something that is not an operation of torch, or "
+                f"that depends on values or on the number of samples ({_first_line(error)}). Write it with tensor "
+                "operations alone: no .item(), no numpy, no `if` about values, x.shape[0] instead of len(x)."
+            ) from error
+        found = program.module()(*others.values())
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ConfigError(
+            f"the program gives other values than the model, by {float((found - expected).abs().max()):.3g}: "
+            "its field draws random numbers or keeps something from one call to the next. Remove that to export it."
+        )
+    return program
+
+
+def _example(entry: EntryPoint, batch: int) -> dict[str, Tensor]:
+    # copies: in a view the recorder would see the tensor behind it
+    return {name: x.clone() for name, x in entry.inputs(batch).items()}
+
+
+def _unmistakable_batch(entry: EntryPoint) -> int:
+    """A batch size that no other dimension has: the recorder takes equal sizes for one."""
+    others = {size for x in entry.inputs(1).values() for size in x.shape[1:]}
+    return next(batch for batch in itertools.count(3) if batch not in others)
+
+
+def _recorded(entry: EntryPoint, inputs: Mapping[str, Tensor]) -> GraphModule:
+    """All operations of one call, derivatives included, in one row."""
+    with recording():
+        graph = make_fx(entry.compute, _derivatives(), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+            *inputs.values()
+        )
+    graph.graph.eliminate_dead_code()
+    _name_inputs(graph, list(inputs))
+    return _with_named_weights(graph, entry.model)
+
+
+def _derivatives() -> dict[Any, Any]:
+    """What torch's operations for backward passes consist of: ONNX has none of them."""
+    return {op: parts for op, parts in torch.export.default_decompositions().items() if "backward" in str(op)}
+
+
+def _name_inputs(graph: GraphModule, names: list[str]) -> None:
+    for node, name in zip(graph.graph.find_nodes(op="placeholder"), names, strict=True):
+        node.target = node.name = name
+
+
+def _with_named_weights(graph: GraphModule, model: nn.Module) -> GraphModule:
+    """The recorded operations with the model's weights under their own names, each once."""
+    named = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    root, known = nn.Module(), {}
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = getattr(graph, node.target)
+        name = named.get(id(value))
+        # times and coefficients come back as equal tensors in each block
+        key: Any = name or (value.dtype, value.shape, value.numpy().tobytes())
+        if key not in known:
+            known[key] = name or f"constants.c{len(known)}"
+            _register(root, known[key], value if name else value.clone())  # one may be a view of a larger one
+        node.target = known[key]
+    return GraphModule(root, graph.graph)
+
+
+def _register(root: nn.Module, name: str, value: Tensor) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        if not hasattr(root, parent):
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(last, value)
+    else:
+        root.register_buffer(last, value)
+
+
+def _exported(graph: GraphModule, inputs: Mapping[str, Tensor]) -> ExportedProgram:
+    batch = Dim("batch", min=1)
+    program = torch.export.export(
+        graph, tuple(inputs.values()), dynamic_shapes={name: {0: batch} for name in inputs}
+    )
+    for node in program.graph.nodes:  # the lines of source that it came from: most of a file
+        node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    return program
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+_ONNX, _TORCH = ".onnx", ".pt2"
+SUFFIXES = {"torch-export": _TORCH, "onnx": _ONNX}
+"""Of a program's file, by the name of its format."""
+
+
+def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
+    """Write what :func:`export_program` made: ``.pt2`` for ``torch.export.load``, ``.onnx`` for ONNX runtimes.
+
+    The file holds the weights, once, and nothing else is needed to run it.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: for another suffix, and for ``.onnx`` without the extra ``rnode-plugin[onnx]``.
+        CheckpointError: the file cannot be written; one that was there before is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from rnode_plugin import MultiscaleFlow, Solver
+        >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
+        >>> program = export_program(flow, "sampler", solver=Solver("euler", step=1.0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_program(program, f"{folder}/sampler.pt2")
+        ...     sampler = torch.export.load(file).module()  # needs torch alone
+        >>> tuple(sampler(torch.randn(2, 16)).shape)
+        (2, 1, 4, 4)
+    """
+    path = check_program_file(path)
+    contents = _onnx_bytes(program) if path.suffix == _ONNX else _torch_bytes(program)
+    write_atomically(path, lambda file: file.write(contents))
+    return path
+
+
+def check_program_file(path: str | os.PathLike[str]) -> Path:
+    """``path``, if :func:`save_program` can write a file of this kind; raises its ConfigErrors."""
+    path = Path(path)
+    if path.suffix not in (_ONNX, _TORCH):
+        raise ConfigError(f"a program's file must end in {_TORCH} or {_ONNX}, not {str(path)!r}.")
+    if path.suffix == _ONNX:
+        missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f"writing ONNX needs {' and '.join(missing)}, not installed here: pip install 'rnode-plugin[onnx]'."
+            )
+    return path
+
+
+def _torch_bytes(program: ExportedProgram) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _onnx_bytes(program: ExportedProgram) -> bytes:
+    output = "log_prob" if "x" in program.graph_signature.user_inputs else "x"
+    with _quiet():
+        # ONNX runtimes optimize when they load; here it would take longer than all the rest
+        made: Any = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, output_names=[output])
+    model = made.model_proto
+    graph = model.graph
+    for each in (*graph.input, *graph.output):
+        each.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del graph.value_info[:]  # shapes on the way, and where each operation comes from: a third of a file
+    for node in (*graph.node, *(node for function in model.functions for node in function.node)):
+        del node.metadata_props[:]
+        node.doc_string = ""
+    return model.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Without the exporter's remarks about itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+Which = Literal["sampler", "log_prob"]
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """A function to be exported.
+
+    Attributes:
+        model: whose parameters it uses.
+        compute: the function, of one tensor for each input.
+        inputs: makes example inputs by name for a batch size; the batch is their first dimension.
+    """
+
+    model: nn.Module
+    compute: Callable[..., Tensor]
+    inputs: Callable[[int], Mapping[str, Tensor]]
+
+
+def entry_point(model: nn.Module, which: Which, *, solver: Solver | None, context: Tensor | None) -> EntryPoint:
+    """The sampler or the log-density of a copy of ``model`` on the CPU; arguments as for ``export_program``.
+
+    Raises:
+        ConfigError: for an unknown program, a model that has no density, and a solver without a fixed grid.
+    """
+    if which not in get_args(Which):
+        raise ConfigError(suggest(str(which), get_args(Which), "program"))
+    if not isinstance(model, nn.Module) or not all(
+        callable(getattr(model, name, None)) for name in ("inverse", "log_prob", "draw_noise")
+    ):
+        raise ConfigError(
+            "a program is made of a MultiscaleFlow, a RegularizedCNF or another flow with `inverse`, `log_prob` "
+            f"and `draw_noise`, not of {type(model).__name__}: put a NeuralODE's field into a RegularizedCNF."
+        )
+    model, options = _on_grid(_frozen_copy(model), solver)
+    contexts = _contexts(model, context)
+    if which == "sampler":
+        return _sampler(model, contexts, options)
+    return _log_density(model, contexts, options)
+
+
+def _sampler(model: Any, contexts: Callable[[int], dict[str, Tensor]], options: dict[str, Any]) -> EntryPoint:
+    clamps = hasattr(model, "image_shape")  # as its `sample`
+
+    def sample(z: Tensor, *context: Tensor) -> Tensor:
+        x = model.inverse(z.detach(), **_named(context), **options)
+        return x.clamp(0, 1) if clamps else x
+
+    return EntryPoint(model, sample, lambda batch: {"z": _latents(model, batch), **contexts(batch)})
+
+
+def _log_density(model: Any, contexts: Callable[[int], dict[str, Tensor]], options: dict[str, Any]) -> EntryPoint:
+    layout = _NoiseLayout.of(model)
+    sampler = _sampler(model, contexts, options)
+
+    def log_prob(x: Tensor, *rest: Tensor) -> Tensor:
+        noise = {}
+        if layout is not None:
+            noise = {"noise": layout.split(rest[-1])}
+            rest = rest[:-1]
+        return model.log_prob(x.detach(), **_named(rest), **noise, **options)
+
+    def inputs(batch: int) -> dict[str, Tensor]:
+        z, *context = sampler.inputs(batch).values()
+        noise = {} if layout is None else {"noise": layout.draw(batch)}
+        return {"x": sampler.compute(z, *context), **_named(context), **noise}
+
+    return EntryPoint(model, log_prob, inputs)
+
+
+def _named(context: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The context as an option, if there is one."""
+    return dict(zip(("context",), context, strict=False))
+
+
+@dataclass(frozen=True)
+class _NoiseLayout:
+    """The noise of all solves of a log-density as one tensor ``(B, N)``, for the user's convenience.
+
+    Attributes:
+        shapes: of each solve's noise; None stands for the batch.
+        listed: whether the model takes a list of them.
+        draw: draws such a tensor.
+    """
+
+    shapes: tuple[tuple[int | None, ...], ...]
+    listed: bool
+    model: Any
+
+    @classmethod
+    def of(cls, model: Any) -> _NoiseLayout | None:
+        """The layout of a model's noise; None if its trace is exact."""
+        drawn = [model.draw_noise(batch) for batch in (2, 3)]
+        listed = not isinstance(drawn[0], Tensor)
+        pairs = list(zip(*drawn, strict=True)) if listed and drawn[0] is not None else [drawn]
+        if any(noise is None for pair in pairs for noise in pair):
+            return None
+        shapes = tuple(
+            tuple(m if m == n else None for m, n in zip(two.shape, three.shape, strict=True))
+            for two, three in pairs
+        )
+        return cls(shapes, listed, model)
+
+    def split(self, noise: Tensor) -> Tensor | list[Tensor]:
+        """The noise of each solve from rows ``(B, N)``, as the model takes it."""
+        sizes = [math.prod(n for n in shape if n is not None) for shape in self.shapes]
+        parts = [
+            part.reshape(-1, *(n for n in shape if n is not None)).movedim(0, shape.index(None))
+            for part, shape in zip(noise.split(sizes, 1), self.shapes, strict=True)
+        ]
+        return parts if self.listed else parts[0]
+
+    def draw(self, batch: int) -> Tensor:
+        """Rows ``(B, N)`` as the model itself draws them."""
+        drawn = self.model.draw_noise(batch)
+        parts = drawn if self.listed else [drawn]
+        rows = [part.movedim(shape.index(None), 0) for part, shape in zip(parts, self.shapes, strict=True)]
+        return torch.cat([row.flatten(1) for row in rows], 1)
+
+
+def _on_grid(model: Any, solver: Solver | None) -> tuple[Any, dict[str, Any]]:
+    """``model`` that solves on a fixed grid, and the options that its methods are to be called with."""
+    if not hasattr(model, "on_grid"):
+        solver = solver or getattr(model, "solver", None)
+        if not isinstance(solver, Solver):
+            raise ConfigError(f"{type(model).__name__} has no solver: give a fixed grid, solver=Solver('rk4_38').")
+        _check_fixed(solver.method, solver.adaptive)
+        return model, {"solver": dataclasses.replace(solver, gradient="autograd", trace_quadrature="full")}
+    if solver is not None:
+        _check_fixed(solver.method, solver.adaptive)
+        return model.on_grid(solver.method, step=solver.step), {}
+    _check_fixed(type(model.ode.solver).__name__, model.ode.solver.stepping_class == "adaptive")
+    return model, {}
+
+
+def _check_fixed(name: str, adaptive: bool) -> None:
+    if adaptive:
+        raise ConfigError(
+            f"{name} chooses its steps while it runs, and a program takes the same steps for every input: give a "
+            f"fixed grid, such as solver=Solver('rk4_38', step=0.25), of {', '.join(FIXED_METHODS)}."
+        )
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    base = getattr(model, "base", None)
+    if isinstance(base, Distribution):
+        _without_checks(base)
+    return model
+
+
+def _without_checks(distribution: Distribution) -> None:
+    """Let it take values that nobody can look at."""
+    distribution._validate_args = False
+    for part in vars(distribution).values():
+        if isinstance(part, Distribution):
+            _without_checks(part)
+
+
+def _latents(model: Any, batch: int) -> Tensor:
+    like = next(model.parameters(), torch.empty(0))
+    if hasattr(model, "base"):
+        return model.base.sample(torch.Size([batch])).to(like)
+    return torch.randn(batch, model.dims).to(like)
+
+
+def _contexts(model: Any, context: Tensor | None) -> Callable[[int], dict[str, Tensor]]:
+    """Makes the context of a batch, by name; nothing for a model without contexts."""
+    shape = getattr(model, "context_shape", None)
+    if shape is None and getattr(model, "context", 0):  # a table's number of given columns
+        shape = (model.context,)
+    if shape is None:
+        if context is not None:
+            raise ConfigError("this model takes no context: leave context= out.")
+        return lambda batch: {}
+    if context is None:
+        like = next(model.parameters(), torch.empty(0))
+        return lambda batch: {"context": torch.randn(batch, *shape).to(like)}
+    if context.shape != torch.Size(shape):
+        raise ConfigError(f"context= must be one context, of shape {tuple(shape)}, not {tuple(context.shape)}.")
+    return lambda batch: {"context": context.cpu().expand(batch, *shape).contiguous()}

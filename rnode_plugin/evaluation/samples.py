@@ -1,0 +1,240 @@
+"""Samples of a flow and their pictures: images in a grid, rows of a table in a corner plot."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.random_streams import Stream, seeded
+from ..errors import ConfigError
+from ..files import write_atomically
+
+if TYPE_CHECKING:
+    from ..flows.multiscale import MultiscaleFlow
+    from ..flows.table import TableFlow
+    from ..solvers import Solver
+
+__all__ = ["sample_images", "sample_rows", "save_corner", "save_grid"]
+
+
+_SHOWN = 64  # pixels: smaller images are enlarged by a whole factor, so that they can be seen
+_IMAGE_BATCH = 256
+
+
+def sample_images(
+    flow: MultiscaleFlow,
+    count: int,
+    *,
+    temperatures: Sequence[float] = (1.0,),
+    seed: int = 0,
+    batch_size: int = _IMAGE_BATCH,
+    solver: Solver | None = None,
+) -> dict[float, Tensor]:
+    """Draw images from the same latents scaled by each temperature.
+
+    Args:
+        flow: the model.
+        count: images per temperature.
+        temperatures: standard deviations of the latent.
+        seed: of the latents.
+        batch_size: images per solve.
+        solver: the integrator; None for the flow's own.
+
+    Returns:
+        ``(count, C, H, W)`` in [0, 1] on the CPU, by temperature.
+
+    Raises:
+        ConfigError: for a count below one or a temperature that is not positive.
+        SolverError: if the integration fails.
+    """
+    if count < 1 or batch_size < 1:
+        raise ConfigError("sampling needs at least one image and a batch size of one.")
+    bad = [t for t in temperatures if not (math.isfinite(t) and t > 0)]
+    if bad or not temperatures:
+        raise ConfigError(f"a temperature must be a positive number, not {bad[0] if bad else 'none at all'}.")
+    drawn: dict[float, Tensor] = {}
+    for temperature in temperatures:
+        parts = []
+        for first in range(0, count, batch_size):
+            size = min(batch_size, count - first)
+            with torch.no_grad(), seeded(seed, Stream.SAMPLE, first):
+                parts.append(flow.sample(size, temperature=temperature, solver=solver).cpu())
+        drawn[temperature] = torch.cat(parts)
+    return drawn
+
+
+def save_grid(
+    path: str | os.PathLike[str], samples: Mapping[float, Tensor], *, levels: int = 256, columns: int | None = None
+) -> None:
+    """Write one PNG: a block of rows for each temperature, in the order of ``samples``.
+
+    Args:
+        path: of the PNG; written atomically.
+        samples: images ``(N, C, H, W)`` in [0, 1] by temperature, as :func:`sample_images` returns them.
+        levels: number of grey levels of the data; a sample is shown as the level of its bin.
+        columns: images in a row; None makes the blocks about square, or one row each if there are several.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    from torchvision.utils import make_grid, save_image
+
+    count, _, height, _ = next(iter(samples.values())).shape
+    if columns is None:
+        columns = count if len(samples) > 1 and count <= 20 else math.ceil(math.sqrt(count))
+    scale = max(1, _SHOWN // height)
+    blocks = []
+    for images in samples.values():
+        shown = (images * levels).floor().clamp(0, levels - 1) / (levels - 1)
+        shown = shown.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        blocks.append(make_grid(shown, nrow=columns, padding=2, pad_value=0.5))
+    encoded = BytesIO()
+    save_image(torch.cat(blocks, 1), encoded, format="png")
+    write_atomically(Path(path), lambda file: file.write(encoded.getvalue()))
+
+
+_ROW_BATCH = 10_000
+
+
+def sample_rows(
+    flow: TableFlow,
+    count: int,
+    *,
+    context: np.ndarray | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = _ROW_BATCH,
+) -> np.ndarray:
+    """Draw rows ``(count, columns)`` in the unit of the data, on the CPU.
+
+    Args:
+        flow: the model.
+        count: how many.
+        context: ``(count, C)``, one for each row; only for a conditional density.
+        temperature: standard deviation of the latents.
+        seed: of the latents.
+        batch_size: rows per solve.
+
+    Raises:
+        ConfigError: for a count below one, another number of contexts, or a temperature that is not positive.
+        SolverError: if the integration fails.
+    """
+    if count < 1 or batch_size < 1 or (context is not None and len(context) != count):
+        raise ConfigError("sampling needs at least one row, a batch size of one, and a context for each row.")
+    device = next(flow.parameters()).device
+    parts = []
+    for first in range(0, count, batch_size):
+        size = min(batch_size, count - first)
+        given = None if context is None else torch.from_numpy(context[first : first + size]).to(device)
+        with torch.no_grad(), seeded(seed, Stream.SAMPLE, first):
+            parts.append(flow.sample(size, context=given, temperature=temperature).cpu().numpy())
+    return np.concatenate(parts)
+
+
+_MOST = 8  # columns: more panels than that show nothing
+_DATA, _SAMPLES = "#24292f", "#0072b2"
+_BINS = 10, 40  # fewest and most
+_INSIDE = 0.5, 99.5  # percentiles of the data that a panel shows, and a margin around them
+_DPI = 110
+
+
+def save_corner(
+    path: str | os.PathLike[str], columns: Sequence[str], data: np.ndarray, samples: np.ndarray
+) -> None:
+    """Write one PNG.
+
+    Args:
+        path: of the PNG; written atomically.
+        columns: their names; of more than 8 the first 8 are shown.
+        data, samples: rows ``(N, len(columns))`` of both.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = min(len(columns), _MOST)
+    side = max(3.5, 1.45 * shown + 0.6)
+    with rc_context({"font.size": 8, "axes.linewidth": 0.6, "font.family": "sans-serif"}):
+        figure = Figure(figsize=(side, side), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(shown, shown, squeeze=False)
+        ranges = [_range(data[:, k], samples[:, k]) for k in range(shown)]
+        for row in range(shown):
+            for column in range(shown):
+                axes = grid[row, column]
+                if column > row:
+                    axes.set_axis_off()
+                elif column == row:
+                    _paint_one(axes, data[:, row], samples[:, row], ranges[row])
+                else:
+                    _paint_pair(axes, data[:, [column, row]], samples[:, [column, row]])
+                    axes.set_ylim(*ranges[row])
+                _label(axes, columns, row, column, shown)
+                axes.set_xlim(*ranges[column])
+        rest = f" (the first {shown} of {len(columns)} columns)" if shown < len(columns) else ""
+        handles = [
+            figure.axes[0].plot([], [], color=colour, label=label)[0]
+            for colour, label in ((_DATA, f"{len(data):,} held-out rows"), (_SAMPLES, f"{len(samples):,} samples"))
+        ]
+        place = "upper right" if shown > 1 else "outside upper center"
+        figure.legend(handles=handles, loc=place, frameon=False, fontsize=9, title=rest.strip(" ()") or None)
+        encoded = io.BytesIO()
+        figure.savefig(encoded, format="png", dpi=_DPI)
+    write_atomically(Path(path), lambda file: file.write(encoded.getvalue()))
+
+
+def _range(data: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
+    """What a panel shows: nearly all of the data; a few samples far out would squeeze everything else."""
+    low, high = np.percentile(data, _INSIDE)
+    inner = np.percentile(samples, (5, 95))
+    low, high = min(low, inner[0]), max(high, inner[1])
+    margin = 0.08 * (high - low) or 1.0
+    return float(low - margin), float(high + margin)
+
+
+def _paint_one(axes: Any, data: np.ndarray, samples: np.ndarray, limits: tuple[float, float]) -> None:
+    bins = np.linspace(*limits, int(np.clip(1.5 * len(data) ** 0.5, *_BINS)) + 1).tolist()
+    axes.hist(samples, bins, density=True, color=_SAMPLES, alpha=0.35)
+    axes.hist(data, bins, density=True, color=_DATA, histtype="step", linewidth=1)
+
+
+def _paint_pair(axes: Any, data: np.ndarray, samples: np.ndarray) -> None:
+    axes.plot(*samples.T, ".", color=_SAMPLES, markersize=2.4, alpha=0.35, markeredgewidth=0, rasterized=True)
+    axes.plot(*data.T, ".", color=_DATA, markersize=3, alpha=0.8, markeredgewidth=0, rasterized=True)
+
+
+def _label(axes: Any, columns: Sequence[str], row: int, column: int, shown: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.tick_params(length=2)
+    if row == shown - 1:
+        axes.set_xlabel(_plain(columns[column]))
+        axes.tick_params(axis="x", rotation=45)
+    else:
+        axes.set_xticklabels([])
+    if column == row:
+        axes.set_yticks([])
+    elif column == 0:
+        axes.set_ylabel(_plain(columns[row]))
+    else:
+        axes.set_yticklabels([])
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it to the letter, cut if it is long."""
+    name = name if len(name) <= 22 else f"{name[:21]}…"
+    return name.replace("$", r"\$")
