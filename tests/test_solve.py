@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rnode_plugin.core.augmented import Dynamics
 from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.plugins.resolve import resolve_regularizers
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, solve
 from rnode_plugin.solvers.health import check_health
 from rnode_plugin.types import Rates
@@ -421,7 +423,7 @@ def test_second_solve_between_forward_and_backward_changes_nothing(gradient: str
     dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
     z = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
-    solver = Solver("rk4", step=0.1, gradient=gradient)
+    solver = Solver("rk4", step=0.15, gradient=gradient)
     gradients = []
     for another in (False, True):
         s = solve(dynamics.bind(torch.full_like(z, 0.5)), z, t, solver)
@@ -471,3 +473,34 @@ def test_several_solves_are_looked_at_together() -> None:
         check_health(checks)
     assert (caught.value.t, caught.value.step, caught.value.nfe) == (0.5, 2, 3)
     check_health(checks[:1])
+
+
+PENALTIES = [
+    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:3", "l1", "jacdiag",
+    "jacoffdiag", "curl", "strain", "straightness", "trajectory_polynomial",
+]  # fmt: skip
+
+
+@functools.cache
+def penalties_at(times: tuple[float, ...], gradient: str = "autograd") -> tuple[dict[str, Tensor], Tensor]:
+    """The batch's sum of every penalty of a solve through these times, and the times with their graph."""
+    regularizers = [entry.regularizer for entry in resolve_regularizers(PENALTIES).values()]
+    dynamics = Dynamics(Wave(), regularizers=regularizers, estimator="exact", divergence=False)
+    z0 = torch.randn(2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    t = torch.tensor(times, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(0)  # the polynomial's times
+    solution = solve(dynamics.bind(None), z0, t, Solver("rk4", step=0.15, gradient=gradient))
+    return {name: value.sum() for name, value in solution.penalties.items()}, t
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_gradient_by_the_times_against_finite_differences(name: str, gradient: str) -> None:
+    """Backward in time, which takes every sign."""
+    step, times = 1e-5, (0.9, 0.5, 0.1)
+    found, t = penalties_at(times, gradient)
+    ours = torch.autograd.grad(found[name], t, retain_graph=True)[0]
+    for k in range(len(times)):
+        above, below = (penalties_at((*times[:k], times[k] + h, *times[k + 1 :]))[0] for h in (step, -step))
+        wanted = (above[name] - below[name]).detach() / (2 * step)
+        torch.testing.assert_close(ours[k], wanted, rtol=1e-4, atol=1e-5)

@@ -85,8 +85,8 @@ def solve_with_path(
     solution = run(stops.times, stops.plan, trace)
     penalties, beside = dict(solution.penalties), {}
     for i in range(len(path.trajectories)):
-        rows = stops.rows(i, solution.t)
-        name, value = path.of_trajectory(i, solution.t[rows], [solution.z[row] for row in rows], solution.penalties)
+        times, rows = stops.of_trajectory(i, solution.t)
+        name, value = path.of_trajectory(i, times, [solution.z[row] for row in rows], solution.penalties)
         beside[name] = value
     stats = solution.stats
     if trace is not None:
@@ -137,6 +137,7 @@ class _Stops:
             for value, tensor in zip(values, wanted, strict=True):
                 tensors.setdefault(value, tensor)
         self._values = sorted(tensors, reverse=last < first)
+        self._tensors = tensors
         self.times = torch.stack([tensors[value] for value in self._values])
         self._asked = [keep.get(value, False) for value in self._values]
         needed = set().union(*self._mine)
@@ -147,13 +148,17 @@ class _Stops:
             self._values = [self._values[k] for k in kept]
             self._asked = [self._asked[k] for k in kept]
 
-    def rows(self, index: int, t: Tensor) -> list[int]:
-        """Where the outputs at ``t`` hold what trajectory penalty ``index`` wants, in the order of the solve."""
+    def of_trajectory(self, index: int, t: Tensor) -> tuple[Tensor, list[int]]:
+        """The times of trajectory penalty ``index`` and the rows of the outputs at ``t`` that hold its states.
+
+        The times are those that the solve was given, which carry the graph of ``t_span``: the outputs of a
+        continuous adjoint do not.
+        """
         wanted = [k for k, value in enumerate(self._values) if value in self._mine[index]]
-        if len(t) == len(self._values):
-            return wanted
-        # each step is an output, and rounding may have moved it
-        return [int((t.detach() - self._values[k]).abs().argmin()) for k in wanted]
+        times = torch.stack([self._tensors[self._values[k]] for k in wanted]).to(t.device)
+        if len(t) != len(self._values):  # each step is an output, and rounding may have moved it
+            wanted = [int((t.detach() - self._values[k]).abs().argmin()) for k in wanted]
+        return times, wanted
 
     def without_extra(self, solution: Solution) -> Solution:
         """The solution at the times that the caller asked for."""
