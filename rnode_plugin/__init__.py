@@ -14,7 +14,7 @@ from ._version import __version__
 _PUBLIC = {
     "CNF": "torchdyn.cnf",
     "NeuralODE": "torchdyn.neural_ode",
-    "RegularizedCNF": "torchdyn.densities.density",
+    "RegularizedCNF": "torchdyn.density",
     "MultiscaleFlow": "flows.multiscale",
     "TableFlow": "flows.table",
     "FlowOutput": "types",
@@ -34,8 +34,8 @@ _PUBLIC = {
     "diagnose": "evaluation.diagnostics.diagnose",
     "export_program": "evaluation.programs",
     "save_program": "evaluation.programs",
-    "install": "torchdyn.patch",
-    "uninstall": "torchdyn.patch",
+    "install": "torchdyn.neural_ode",
+    "uninstall": "torchdyn.neural_ode",
     "hookimpl": "plugins.hookspecs",
     "RnodeError": "errors",
     "SolverError": "errors",
@@ -57,9 +57,8 @@ if TYPE_CHECKING:
     from .recipes.schema import get_recipe
     from .solvers import Solver
     from .torchdyn.cnf import CNF
-    from .torchdyn.densities.density import RegularizedCNF
-    from .torchdyn.neural_ode import NeuralODE
-    from .torchdyn.patch import install, uninstall
+    from .torchdyn.density import RegularizedCNF
+    from .torchdyn.neural_ode import NeuralODE, install, uninstall
     from .training.lightning.datamodule import ImageDataModule, TableDataModule
     from .training.lightning.module import RnodeModule
     from .training.runs.checkpoints import load_flow

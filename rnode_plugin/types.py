@@ -132,8 +132,7 @@ class BoundDynamics(Protocol):
 
     With ``products=False`` whatever needs a product with the Jacobian is left out of the result. An attribute
     ``path``, if there is one, holds the penalties of steps and trajectories
-    (:class:`~rnode_plugin.core.path_penalties.PathPenalties`), and ``own_steps`` makes the steps
-    (:func:`~rnode_plugin.solvers.steps.step.step_taker`).
+    (:class:`~rnode_plugin.core.path_penalties.PathPenalties`).
     """
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates: ...

@@ -43,7 +43,6 @@ from rnode_plugin.evaluation.diagnostics.solver_checks import (
     training_solver_gap,
 )
 from rnode_plugin.evaluation.diagnostics.subject import HeldOut, subject_of
-from rnode_plugin.torchdyn.densities.solved_with import solved_with
 
 X = gaussian(MATRIX, 200)
 
@@ -445,20 +444,20 @@ def test_a_flow_of_another_class(conditional: bool) -> None:
 def test_solved_with_shares_parameters_and_leaves_the_model_alone() -> None:
     model = density(solver="rk4", t_span=torch.linspace(0, 1, 3), trace_estimator="exact")
     before = model.log_prob(X)
-    twin = solved_with(model, solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
+    twin = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
     torch.testing.assert_close(twin.log_prob(X), gaussian_log_prob(MATRIX, X), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(twin.inverse(twin.transform(X)[0]), X, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.log_prob(X), before)
     assert len(model.t_span) == 3
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
-    halved = solved_with(model, solver=Solver("euler", step=0.25))
+    halved = model.solved_with(solver=Solver("euler", step=0.25))
     assert len(halved.t_span) == 5
-    same = solved_with(model, estimator=Hutchinson("rademacher"))
+    same = model.solved_with(estimator=Hutchinson("rademacher"))
     assert torch.equal(same.transform(X)[0], model.transform(X)[0])
 
 
 def test_solved_with_keeps_a_learned_end_time() -> None:
     policy = LearnedEndTime(0.5)
     model = RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), trace_estimator="exact")
-    twin = solved_with(model, solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
+    twin = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
     torch.testing.assert_close(twin.transform(X)[0], model.transform(X)[0], rtol=1e-3, atol=1e-3)

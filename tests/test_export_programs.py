@@ -29,6 +29,7 @@ from rnode_plugin import (
     save_program,
 )
 from rnode_plugin.cli import main
+from rnode_plugin.core.regularizers import LearnedEndTime
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.programs import Which
 from rnode_plugin.fields import linear_field
@@ -158,6 +159,20 @@ def test_a_density(net: Any, trace: str) -> None:
             assert rows is not None
             rows = rows.reshape(-1, 2, 2).transpose(0, 1)
         assert_same(log_prob.module()(x, *noise), model.log_prob(x, noise=rows))
+
+
+@pytest.mark.parametrize(
+    "solver", ["euler", *(pytest.param(each, marks=slow) for each in ("rk4_38", "rk4", "midpoint"))]
+)
+def test_a_density_with_a_learned_end_time(solver: str) -> None:
+    policy = LearnedEndTime()
+    model = density(sequential(), "exact", solver=solver, regularizers=[policy])
+    policy.end.data.fill_(0.7)
+    sampler, log_prob = export_program(model, "sampler"), export_program(model, "log_prob")
+    for (z,) in calls(sampler):
+        assert_same(sampler.module()(z), model.inverse(z))
+    for (x,) in calls(log_prob):
+        assert_same(log_prob.module()(x), model.log_prob(x))
 
 
 @pytest.mark.parametrize(

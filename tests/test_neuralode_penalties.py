@@ -136,7 +136,7 @@ def test_regularizers_as_objects_functions_and_mappings() -> None:
     model(z)
     values = model.regularization
     torch.testing.assert_close(model.reg_loss(), (values["kinetic"].mean() + 2 * values["speed"].mean()) / 2)
-    assert {n: w.strength for n, w in NeuralODE(Linear(2), regularizers="kinetic")._penalties.items()} == {
+    assert {n: w.strength for n, w in NeuralODE(Linear(2), regularizers="kinetic")._penalties.weighted.items()} == {
         "kinetic": 0.01
     }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, Normal, kl_divergence
 
 from rnode_plugin import RegularizedCNF
-from rnode_plugin.torchdyn.densities.flow_distribution import FlowDistribution
+from rnode_plugin.core.distribution import FlowDistribution
 
 
 def plain() -> RegularizedCNF:

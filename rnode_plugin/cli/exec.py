@@ -21,7 +21,7 @@ def exec_script(script: Path, args: tuple[str, ...]) -> None:
     """
     import runpy
 
-    from ..torchdyn.patch import install
+    from ..torchdyn.neural_ode import install
 
     install()
     sys.argv = [str(script), *args]

@@ -6,7 +6,7 @@ every evaluation, also those that a backward pass repeats. Another solve in betw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,12 +21,9 @@ from ..core.path_penalties import PathPenalties
 from ..core.regularizers import Regularizer
 from ..core.tensors.nested import tree_leaves
 from ..errors import ConfigError
-from ..solvers.steps.step import StepTaker
-from ..solvers.steps.tableaus import Method
 from ..types import BoundDynamics, FieldWithAux, Rates
 from .running_cost import Cost, with_cost_column, with_hidden_cost
 from .shared_trace import WithoutTrace, can_observe, observing
-from .stacks.compiled_step import CompiledSteps
 from .stacks.recognise import fast_rates
 from .wrapped.buffers import buffers_kept
 from .wrapped.compiled import has_compiled_parts, run_original
@@ -47,14 +44,12 @@ class BoundField:
         tensors: what a continuous adjoint differentiates by.
         path: the penalties that are not rates.
         module: the field, whose buffers evaluations may change.
-        own_steps: makes its steps, compiled, see :func:`~rnode_plugin.solvers.steps.step.step_taker`.
     """
 
     rates: BoundDynamics
     tensors: tuple[Tensor, ...]
     path: PathPenalties | None = None
     module: nn.Module | None = None
-    own_steps: Callable[[Method], StepTaker] | None = None
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return self.rates(t, z, products=products)
@@ -78,7 +73,6 @@ def bind_field(
     hidden_cost: Cost | None = None,
     tensors: Sequence[Tensor] = (),
     prepare: bool = False,
-    compiled: CompiledSteps | None = None,
 ) -> BoundField:
     """The right-hand side of one solve that starts at ``x``.
 
@@ -95,18 +89,13 @@ def bind_field(
             the penalty :data:`~rnode_plugin.torchdyn.running_cost.INTEGRAL_LOSS`.
         tensors: what a continuous adjoint differentiates by.
         prepare: whether evaluations may share one graph of what depends on the parameters alone.
-        compiled: compiles the steps; None: they are not.
 
     Raises:
-        ConfigError: for penalties on a field with more than one CNF, and for a state that is not one of the stack
-            that is to be compiled.
+        ConfigError: for penalties on a field with more than one CNF.
     """
     layout = layout_of(vf, penalized)
     if regularizers:
         _check_penalized_state(x, layout)
-    if compiled is not None and compiled.works():
-        rates, make = compiled.bind(vf, x, regularizers, trace_noise)
-        return BoundField(rates, tuple(tensors), own_steps=make)
     fast = fast_rates(vf, x, layout, regularizers, trace_noise) if prepare else None
     if fast is not None:
         return BoundField(fast[0], tuple(tensors), fast[1].path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,6 @@ from torchdyn.models import cnf as torchdyn_cnf
 from ..core.trace_estimators import Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..types import FieldWithVJP
-from .wrapped.checks import check_order, check_shape
 from .wrapped.lost_graph import refuse_lost_graph
 from .wrapped.signature import accepts, field_takes
 from .wrapped.velocity import Velocity, called_as_it_takes, first_order_system
@@ -22,7 +22,7 @@ from .wrapped.velocity import Velocity, called_as_it_takes, first_order_system
 if TYPE_CHECKING:
     from .shared_trace import Seen
 
-__all__ = ["CNF"]
+__all__ = ["CNF", "check_shape", "is_count"]
 
 
 class CNF(torchdyn_cnf.CNF):
@@ -74,7 +74,9 @@ class CNF(torchdyn_cnf.CNF):
     ) -> None:
         if conditional and not accepts(net, None, None, None):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
-        super().__init__(net, None, noise_dist, check_order(order))
+        if not is_count(order) or order < 1:
+            raise ConfigError(f"order must be a whole number >= 1, not {order!r}.")
+        super().__init__(net, None, noise_dist, int(order))
         self.trace_estimator = _estimator(trace_estimator)
         self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
         self.conditional = conditional
@@ -192,3 +194,17 @@ def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> Tra
         f"trace_estimator={spec!r} is not an estimator: give 'exact', 'gaussian', 'rademacher', an estimator "
         "object or a function (x_out, x_in, noise=...) -> (B,)."
     )
+
+
+def check_shape(shape: Sequence[int] | int, name: str) -> torch.Size:
+    """The shape of one sample or context: a whole number >= 1 or a sequence of them."""
+    sizes: Any = [shape] if is_count(shape) else shape
+    good = isinstance(sizes, Sequence) and len(sizes) > 0 and all(is_count(size) and size > 0 for size in sizes)
+    if not good:
+        raise ConfigError(f"{name} must hold one or more whole numbers >= 1, not {shape!r}.")
+    return torch.Size(int(size) for size in sizes)
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,7 +1,8 @@
-"""NeuralODE: torchdyn's class with ``regularizers=`` and gradients that are right in every mode."""
+"""NeuralODE: torchdyn's class with ``regularizers=`` and gradients that are right in every mode; install()."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,24 +12,31 @@ import torchsde
 from torch import Tensor, nn
 from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
+from torchdyn.numerics.interpolators import INTERP_DICT, str_to_interp
+from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..core.no_data_parallel import OneProcessADevice
-from ..core.regularizers import Weighted, check_lambda, kind_of, strength_at
+from ..core.penalties import Penalties, attach
+from ..core.regularizers import kind_of, span_policy
+from ..core.tensors.exporting import on_host
+from ..core.tensors.nested import tree_map_only
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.resolve import resolve_regularizers
-from ..solvers import GRADIENTS
+from ..solvers import GRADIENTS, solve
 from ..solvers.path import check_steps
-from .one_solve import run_solve
-from .penalties import LastCalls
-from .solver_names import method_from_torchdyn, resolve_solver
-from .stacks.compiled_step import CompiledSteps, check_compile
-from .wrapped.checks import check_interpolator, check_max_nfe, check_order, check_tolerances
-from .wrapped.state_layout import Penalized, check_penalized
+from ..solvers.plan import SolvePlan
+from ..solvers.steps.tableaus import get_method
+from .bind import bind_field, tensors_of
+from .cnf import is_count
+from .running_cost import INTEGRAL_LOSS
+from .solver_names import kept_times, method_from_torchdyn, resolve_solver, step_method
+from .wrapped.state_layout import Penalized, check_penalized, layout_of
 
-__all__ = ["NeuralODE"]
+__all__ = ["NeuralODE", "install", "uninstall"]
 
 # kept from before install() can replace them
+_torchdyn_class = torchdyn_neuralde.NeuralODE
 _torchdyn_init = torchdyn_neuralde.NeuralODE.__init__
 _torchdyn_odeint = torchdyn_neuralde.NeuralODE.odeint
 
@@ -60,8 +68,6 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
             CNF's trace, which are recognised (any module with ``noise_dist``, ``noise`` and ``trace_estimator``
             counts as a CNF).
-        compile: compile each step with torch.compile, for a field that is a stack of ``nn.Linear`` and activations,
-            alone or in a CNF. The first step takes up to a minute. Where no compiler works, one line says so.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
     :meth:`reg_loss` their weighted sum. :meth:`trajectory` follows no penalties and leaves those of the last call
@@ -94,13 +100,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     interpolator: Any
 
     # defaults for objects that an older process pickled, or that were made before install()
-    _penalties: dict[str, Weighted] = {}  # noqa: RUF012  (never written to)
+    _penalties: Penalties | None = None
     _trace_noise: str = "gaussian"
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
     _penalized: Penalized | None = None
-    _calls: LastCalls | None = None
-    _compiled: CompiledSteps | None = None
 
     def __init__(
         self,
@@ -123,11 +127,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         trace_noise: str = "gaussian",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
-        compile: bool = False,  # noqa: A002  (torch.compile's word for it)
     ) -> None:
-        penalties = resolve_regularizers(regularizers)
+        weighted = resolve_regularizers(regularizers)
         get_estimator(trace_noise)
-        tolerances = check_tolerances(atol=atol, rtol=rtol, atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint)
+        tolerances = {"atol": atol, "rtol": rtol, "atol_adjoint": atol_adjoint, "rtol_adjoint": rtol_adjoint}
+        _check_options(tolerances, max_nfe, order, interpolator)
         if sensitivity not in GRADIENTS:
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
@@ -136,26 +140,19 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             )
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
-        steps = [w.regularizer for w in penalties.values() if kind_of(w.regularizer) == "step"]
+        steps = [w.regularizer for w in weighted.values() if kind_of(w.regularizer) == "step"]
         check_steps(steps, method_from_torchdyn(forward), sensitivity)
         _torchdyn_init(
-            self, vector_field, solver=forward, order=check_order(order), sensitivity=sensitivity,
-            interpolator=check_interpolator(interpolator), integral_loss=integral_loss, seminorm=seminorm,
+            self, vector_field, solver=forward, order=int(order), sensitivity=sensitivity,
+            interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
             return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
         )  # fmt: skip
-        if compile:
-            check_compile(
-                vector_field, regularizers=[w.regularizer for w in penalties.values()], trace_noise=trace_noise,
-                sensitivity=sensitivity, known_solver=isinstance(solver, str),
-                whole_state=order == 1 and integral_loss is None and penalized is None,
-            )  # fmt: skip
-            self._compiled = CompiledSteps()
         self.solver_adjoint = backward
-        self._penalties, self._trace_noise = penalties, trace_noise
-        self._max_nfe, self._penalized = check_max_nfe(max_nfe), check_penalized(penalized)
+        self._penalties, self._trace_noise = Penalties(weighted), trace_noise
+        self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
-        with_parameters = [w.regularizer for w in penalties.values() if isinstance(w.regularizer, nn.Module)]
+        with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
         if sensitivity == "checkpointed":
@@ -196,17 +193,16 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """``(t_eval, solution)``; see :meth:`forward`."""
-        calls = self._last_calls()
-        calls.begin()
+        left = self._last_penalties()
+        left.begin()
         if isinstance(x, dict):
-            if self._penalties:
+            if left.weighted:
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
             return _torchdyn_odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         if penalties is None:
             penalties = torch.is_grad_enabled() and self.training
-        followed = self._penalties if penalties else {}
-        solution, left = run_solve(self, x, t_span, save_at, args, self.sensalg, followed)
-        calls.add(left)
+        solution, integrals, dims = self._solve(x, t_span, save_at, args, self.sensalg, penalties=penalties)
+        left.add(integrals, dims)
         return solution
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
@@ -215,10 +211,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
         """
         x, t_span = self._prep_integration(x, t_span)
-        (_, sol), _ = run_solve(self, x, t_span, (), {}, "autograd", {}, interpolate=False)
+        (_, sol), *_ = self._solve(x, t_span, (), {}, "autograd", penalties=False, interpolate=False)
         return sol
 
-    def collect_penalties(self) -> AbstractContextManager[None]:
+    def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """For a loss that solves several times: :meth:`reg_loss` of all calls in a ``with`` block, summed::
 
             with model.collect_penalties():
@@ -228,7 +224,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
         The sum stands until the next call after the block. Such blocks cannot be nested (ConfigError).
         """
-        return self._last_calls().collect()
+        return self._last_penalties().collecting()
 
     @property
     def regularization(self) -> dict[str, Tensor]:
@@ -239,7 +235,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         Raises:
             ConfigError: if there is none: no call yet, or one that did not follow penalties.
         """
-        return self._last_calls().values()
+        return self._last_penalties().as_dict()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
@@ -255,12 +251,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             ConfigError: if there is nothing to sum (see :attr:`regularization`), if backward has already gone
                 through it and freed it, for an unknown name, and for a strength that is negative or not finite.
         """
-        strengths = {name: w.strength for name, w in self._penalties.items()}
-        for name, strength in lambdas.items():
-            if name not in strengths:
-                raise ConfigError(suggest(name, self._penalties, "penalty"))
-            strengths[name] = check_lambda(name, strength)
-        return self._last_calls().loss({name: strength_at(name, s, step) for name, s in strengths.items()})
+        return self._last_penalties().loss(step=step, **lambdas)
 
     @property
     def vf_params(self) -> Tensor:
@@ -280,7 +271,221 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         return x, t_span
 
-    def _last_calls(self) -> LastCalls:
-        if self._calls is None:
-            self._calls = LastCalls()
-        return self._calls
+    def _last_penalties(self) -> Penalties:
+        if self._penalties is None:
+            self._penalties = Penalties()
+        return self._penalties
+
+    def _solve(
+        self,
+        x: Any,
+        t_span: Any,
+        save_at: Any,
+        args: Any,
+        gradient: str,
+        *,
+        penalties: bool,
+        interpolate: bool = True,
+    ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor], int]:
+        """Times and states, the integrals of the penalties if they are followed, and the dimensions of ``z``."""
+        if torch.is_inference_mode_enabled():
+            # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
+            with torch.inference_mode(False), torch.no_grad():
+                x, t_span, args = tree_map_only(Tensor, Tensor.clone, (x, t_span, args))
+                return self._solve(x, t_span, save_at, args, gradient, penalties=penalties, interpolate=interpolate)
+        adaptive = self.solver.stepping_class == "adaptive"
+        x = _checked_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
+        weighted = self._last_penalties().weighted
+        policy = span_policy([each.regularizer for each in weighted.values()])
+        followed = [each.regularizer for each in weighted.values()] if penalties else []
+        with on_host():
+            t_span = _checked_times(t_span, x, adaptive=adaptive)
+            if policy is not None:
+                training = bool(followed) and self.training and torch.is_grad_enabled()
+                t_span = policy.times(t_span, training=training)
+        hidden = None
+        if torch.is_grad_enabled() and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd":
+            hidden = self.integral_loss
+        field = bind_field(
+            self.vf, x, args=args, regularizers=[r for r in followed if kind_of(r) != "span"],
+            trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden,
+            tensors=tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args),
+            prepare=not gradient.endswith("adjoint"),
+        )  # fmt: skip
+        plan = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
+        nfe = self.vf.nfe
+        solution = solve(field, x, t_span, plan)
+        if gradient == "checkpointed":
+            self.vf.nfe = nfe + solution.stats.nfe  # not those that find what a replay needs
+        integrals = dict(solution.penalties)
+        cost = integrals.pop(INTEGRAL_LOSS, None)
+        if cost is not None and bool(t_span[-1] < t_span[0]):
+            cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
+        if policy is not None and penalties:
+            integrals[policy.name] = policy(x)
+        sol, integrals = attach(solution.z, integrals, cost)
+        dims = layout_of(self.vf, self._penalized).dims(x) if followed else 1
+        return (solution.t, sol), integrals, dims
+
+    def _plan(
+        self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: str, *, interpolate: bool
+    ) -> SolvePlan:
+        """The plan of one solve; options without an effect are told by a warning, as torchdyn does."""
+        method = step_method(self.solver, self._named, x, t_span, args)
+        backward = step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True)
+        keep = interpolator = None
+        if method.adaptive:
+            if len(save_at) > 0:
+                warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=5)
+            if interpolate and self.interpolator is not None and not isinstance(self.solver, Tsitouras45):
+                interpolator = self.interpolator  # torchdyn's tsit5 has none
+                if isinstance(interpolator, str):
+                    interpolator = str_to_interp(interpolator, x.dtype)
+                interpolator.sync_device_dtype(x, t_span)
+        else:
+            if (self.atol, self.rtol) != (1e-3, 1e-3):  # torchdyn's defaults
+                warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=5)
+            if len(save_at) > 0:
+                keep = kept_times(t_span, save_at)
+        every_step = method.adaptive and gradient == "interpolated_adjoint"
+        if x.ndim > 0 and x.shape[0] == 0:  # a batch without samples has no error to choose steps by
+            method, backward = (get_method("euler") if m.adaptive else m for m in (method, backward))
+        adjoint = SolvePlan(backward, atol=self.atol_adjoint, rtol=self.rtol_adjoint, max_nfe=self._max_nfe)
+        return SolvePlan(
+            method, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient, keep=keep,
+            interpolator=interpolator, adjoint=adjoint, every_step=every_step,
+        )  # fmt: skip
+
+
+def _check_options(tolerances: dict[str, Any], max_nfe: Any, order: Any, interpolator: Any) -> None:
+    for name, value in tolerances.items():  # each a finite number >= 0, or a tensor of them
+        try:
+            numbers = torch.as_tensor(value)
+            good = not numbers.is_complex() and bool((torch.isfinite(numbers) & (numbers >= 0)).all())
+        except (TypeError, ValueError, RuntimeError):
+            good = False
+        if not good or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a finite number >= 0, not {value!r}.")
+    if max_nfe is not None and not (is_count(max_nfe) and max_nfe > 0):
+        raise ConfigError(f"max_nfe must be a whole number > 0 or None, not {max_nfe!r}.")
+    if not is_count(order) or order < 1:
+        raise ConfigError(f"order must be a whole number >= 1, not {order!r}.")
+    if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
+        raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
+    if not (interpolator is None or isinstance(interpolator, str) or hasattr(interpolator, "evaluate")):
+        raise ConfigError(f"interpolator must be a name or an object with fit and evaluate, not {interpolator!r}.")
+
+
+def _checked_state(x: Any, *, adaptive: bool) -> Tensor:
+    """The initial state; one of integers becomes one of torch's default floating-point type."""
+    if not isinstance(x, Tensor):
+        raise ConfigError(
+            f"the initial state must be a tensor (B, ...), not {type(x).__name__}: torch.as_tensor(x) makes one."
+        )
+    if adaptive and x.dtype in (torch.float16, torch.bfloat16, torch.complex32):
+        raise ConfigError(
+            f"a solver that chooses its steps needs a state of float32 or float64, not {x.dtype}, which cannot "
+            "show the errors that it compares. Use a fixed-step solver, or torch.autocast, which leaves the state "
+            "as it is."
+        )
+    return x if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
+
+
+def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
+    """``t_span``, a tensor or a sequence of numbers or tensors, as a tensor of its own on the device of ``x``.
+
+    Whole numbers become times of the state's precision. So do more precise times with adaptive steps, whose size
+    would raise the state to their own.
+
+    Raises:
+        ConfigError: for what is not a row of at least two times that run one way. torchdyn's fixed solvers walk to
+            and fro, but penalties, adjoints and adaptive steps have one start and one end.
+    """
+    try:
+        times = _as_tensor(t_span, x.real.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
+    if times.is_complex() or times.dtype == torch.bool:
+        raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
+    precision = x.real.dtype
+    if not times.is_floating_point() or (adaptive and torch.promote_types(times.dtype, precision) != precision):
+        times = times.to(precision)
+    if times.ndim == 1 and len(times) > 2:
+        steps = times.detach().diff()
+        if bool(torch.isfinite(steps).all()) and not bool((steps > 0).all() | (steps < 0).all()):
+            raise ConfigError(
+                "t_span must run one way, strictly increasing or decreasing: where it turns back or stands still, "
+                f"start another solve from the last state. It is {times.tolist()}."
+            )
+    # a penalty or a field that changes its time in place must not reach the caller's tensor
+    return times.to(x.device, copy=True)
+
+
+def _as_tensor(t_span: Any, dtype: torch.dtype) -> Tensor:
+    if isinstance(t_span, Tensor):
+        return t_span
+    entries = list(t_span)
+    if entries and all(isinstance(t, Tensor) for t in entries):
+        return torch.cat([t.reshape(1) for t in entries])
+    return torch.tensor(entries, dtype=dtype)
+
+
+# The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
+# and pickle all keep working. It gets what our class defines, except what Python itself puts into every class.
+_BEHAVIOUR = {
+    name: value
+    for name, value in vars(NeuralODE).items()
+    if name == "__init__" or not name.startswith(("__", "_abc_"))
+}
+
+_replaced: dict[str, Any] = {}
+_ABSENT = object()
+
+
+def install() -> None:
+    """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
+
+    From then on this package solves each of its objects, also those made before: with the same values, with
+    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``max_nfe=`` and
+    ``sensitivity="checkpointed"``. A second call changes nothing.
+
+    It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
+
+    Example:
+        >>> import torch
+        >>> from torchdyn.core import NeuralODE
+        >>> install()
+        >>> from rnode_plugin.fields import linear_field
+        >>> model = NeuralODE(linear_field(2), solver="rk4", regularizers=["kinetic"])
+        >>> _ = model(torch.randn(8, 2), torch.linspace(0, 1, 5))
+        >>> tuple(model.regularization["kinetic"].shape)
+        (8,)
+        >>> uninstall()
+    """
+    if _replaced:
+        return
+    for name, value in _BEHAVIOUR.items():
+        _replaced[name] = vars(_torchdyn_class).get(name, _ABSENT)
+        setattr(_torchdyn_class, name, value)
+
+
+def uninstall() -> None:
+    """Undo all that :func:`install` did; without an install, do nothing.
+
+    Objects stay usable. What they were given beyond torchdyn's arguments no longer has an effect. Those with
+    ``sensitivity="checkpointed"``, which torchdyn does not know, must be made again.
+
+    Example:
+        >>> import inspect
+        >>> from torchdyn.core import NeuralODE
+        >>> install()
+        >>> uninstall()
+        >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
+        False
+    """
+    for name, value in _replaced.items():
+        if value is _ABSENT:
+            delattr(_torchdyn_class, name)
+        else:
+            setattr(_torchdyn_class, name, value)
+    _replaced.clear()

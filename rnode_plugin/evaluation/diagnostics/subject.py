@@ -19,8 +19,7 @@ from ...errors import ConfigError
 from ...flows.multiscale import MultiscaleFlow, logit, squeeze
 from ...solvers import Solver
 from ...solvers.config import solver_text
-from ...torchdyn.densities.density import RegularizedCNF
-from ...torchdyn.densities.solved_with import solved_with
+from ...torchdyn.density import RegularizedCNF
 from ...types import FlowOutput
 
 __all__ = ["Encoded", "HeldOut", "SolvedFlow", "Subject", "subject_of"]
@@ -254,7 +253,7 @@ class _CnfSubject(Subject):
         model = self.model
         if not (solver is None and estimator is None and rate is None):
             rates = () if rate is None else (rate,)
-            model = solved_with(model, solver=solver, estimator=estimator, regularizers=rates)
+            model = model.solved_with(solver=solver, estimator=estimator, regularizers=rates)
         before = model.ode.vf.nfe
         z, logdet = model.transform(x, context, penalties=rate is not None)
         nfe = model.ode.vf.nfe - before
@@ -262,7 +261,7 @@ class _CnfSubject(Subject):
         return Encoded(z, model.base.log_prob(z) + logdet, nfe, penalties)
 
     def _decode(self, z: Tensor, context: Tensor | None, solver: Solver | None) -> Tensor:
-        model = self.model if solver is None else solved_with(self.model, solver=solver)
+        model = self.model if solver is None else self.model.solved_with(solver=solver)
         return model.inverse(z.reshape(len(z), *model.event_shape), context)
 
     def _sample(self, n: int, context: Tensor | None) -> Tensor:

@@ -61,14 +61,9 @@ def step_taker(
 
     Given the first state and time in ``keep_inputs_at``, a step keeps its inputs alone and runs again when its
     gradient is asked for. ``tolerance`` (absolute, relative) is what step penalties are told; a ``local`` step
-    computes the local ones, the others see the accepted steps. Dynamics with an attribute ``own_steps`` make their
-    steps themselves: ``own_steps(method)`` is such a function.
+    computes the local ones, the others see the accepted steps.
     """
-    own_steps = getattr(dynamics, "own_steps", None)
-    if own_steps is None:
-        take = _take_by_evaluations(dynamics, method, tolerance, local=local)
-    else:
-        take = own_steps(method)
+    take = _take_by_evaluations(dynamics, method, tolerance, local=local)
     if keep_inputs_at is None:
         return take
     return checkpointed(take, dynamics, *keep_inputs_at)

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, Normal
+from torch.distributions.transforms import Transform
 
-from ...core.regularizers import span_policy
-from ...core.tensors.exporting import on_host
-from ...core.trace_estimators import TraceEstimator
-from ...errors import ConfigError
-from ..cnf import CNF
-from ..neural_ode import NeuralODE
-from ..solver_names import resolve_solver
-from ..wrapped.checks import check_shape, is_count
-from .base_distribution import base_and_shape, moved, shrunk_samples
-from .contexts import context_rows
-from .flow_distribution import FlowDistribution
-from .grids import grid_times
-from .noise import noise_rows
+from ..core.distribution import DensityModel
+from ..core.regularizers import Regularizer, span_policy
+from ..core.tensors.exporting import on_host
+from ..core.trace_estimators import TraceEstimator
+from ..errors import ConfigError
+from ..solvers import Solver
+from ..solvers.config import FIXED_METHODS
+from ..types import FlowOutput
+from .cnf import CNF, check_shape, is_count
+from .neural_ode import NeuralODE
+from .solver_names import resolve_solver
 
-__all__ = ["EventVelocity", "RegularizedCNF"]
+__all__ = ["RegularizedCNF"]
 
 
-class RegularizedCNF(nn.Module):
+class RegularizedCNF(DensityModel):
     """The density of ``x`` that a vector field carries to a base distribution (eq. 4).
 
     In torchdyn's style: a :class:`~rnode_plugin.NeuralODE` of a :class:`~rnode_plugin.CNF`, as ``self.ode``. Add
@@ -81,29 +84,34 @@ class RegularizedCNF(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.base, self.event_shape = base_and_shape(base, event_shape)
+        self.base, self.event_shape = _base_and_shape(base, event_shape)
         self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
         self.dims = self.event_shape.numel()
         for name in ("order", "integral_loss", "return_t_eval", "penalized"):
             if name in options:
                 raise ConfigError(f"{name}= has no meaning for a density; use NeuralODE and CNF for it.")
-        adaptive = resolve_solver(solver).stepping_class == "adaptive"
-        for name, tolerance in (("atol", atol), ("rtol", rtol)):
-            if tolerance is not None or adaptive:  # a fixed grid does not use tolerances and warns of them
-                options[name] = 1e-5 if tolerance is None else tolerance
-        options |= {"solver": solver, "return_t_eval": False}
+        if resolve_solver(solver).stepping_class == "adaptive" or atol is not None or rtol is not None:
+            options["atol"], options["rtol"] = (1e-5 if value is None else value for value in (atol, rtol))
         conditional = self.context_shape is not None
         cnf = CNF(net, trace_estimator, event_shape=self.event_shape, conditional=conditional)
-        self.ode = NeuralODE(cnf, regularizers=regularizers, **options)
-        # In tuples, where torch sees no second module with the same parameters: the CNF, and the same field without
-        # its trace, which samples do not need; an end time that is learned is theirs too.
-        self._cnf = (cnf,)
-        policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
-        spans = () if policy is None else (policy,)
-        self._without_trace = (NeuralODE(EventVelocity(cnf), regularizers=spans, **options),)
+        self._solve_by(cnf, regularizers, {**options, "solver": solver})
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
         self.register_buffer("t_span", times, persistent=False)
         self.t_span: Tensor
+
+    def _solve_by(self, cnf: CNF, regularizers: Any, options: dict[str, Any]) -> None:
+        self._options = options
+        self.ode = NeuralODE(cnf, regularizers=regularizers, return_t_eval=False, **options)
+        # In tuples, where torch sees no second module with the same parameters: the CNF, and the same field without
+        # its trace, which samples do not need; an end time that is learned is theirs too.
+        self._cnf = (cnf,)
+        self._without_trace = (
+            NeuralODE(_EventVelocity(cnf), regularizers=self._span_policy(), return_t_eval=False, **options),
+        )
+
+    def _span_policy(self) -> tuple[Any, ...]:
+        policy = span_policy([each.regularizer for each in self.ode._penalties.weighted.values()])
+        return () if policy is None else (policy,)
 
     @classmethod
     def from_velocity(
@@ -145,19 +153,50 @@ class RegularizedCNF(nn.Module):
         """The same density with the same parameters, solved by a fixed-step ``solver``; it follows no penalties.
 
         Args:
-            solver: a name as for the class, such as ``"rk4_38"``.
+            solver: ``"euler"``, ``"midpoint"``, ``"rk4"`` or ``"rk4_38"``.
             step: longest step; the solve is divided evenly. None: the times of this model's ``t_span``.
 
         Raises:
             ConfigError: for a solver that chooses its steps, and a step that is not a positive number.
         """
-        policy = span_policy([each.regularizer for each in self.ode._penalties.values()])
-        estimator: Any = self._cnf[0].trace_estimator
-        return RegularizedCNF(
-            self._cnf[0].net, self.base, event_shape=self.event_shape, context_shape=self.context_shape,
-            trace_estimator=estimator, regularizers=() if policy is None else (policy,),
-            t_span=grid_times(self.t_span, solver, step), solver=solver,
-        )  # fmt: skip
+        if solver not in FIXED_METHODS:
+            raise ConfigError(f"{solver!r} has no grid of its own: use one of {', '.join(FIXED_METHODS)}.")
+        return self.solved_with(solver=Solver(method=solver, step=step))
+
+    def solved_with(
+        self,
+        *,
+        solver: Solver | None = None,
+        estimator: TraceEstimator | None = None,
+        regularizers: Sequence[Regularizer] = (),
+    ) -> RegularizedCNF:
+        """A copy that shares the parameters, with another solver, trace estimator or penalties.
+
+        Args:
+            solver: method, step or tolerances, and ``max_nfe``; None: as this model. A fixed grid without a step
+                has the times of this model's ``t_span``.
+            estimator: of the trace; None: as this model.
+            regularizers: the penalties that the copy follows; an end time that is learned stays.
+        """
+        cnf = copy.copy(self._cnf[0])
+        if estimator is not None:
+            cnf.trace_estimator, cnf.observer, cnf.noise = estimator, None, None
+        twin = copy.copy(self)
+        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)  # assignments stay in the copy
+        options = dict(self._options)
+        if solver is not None:
+            options |= {"solver": solver.method, "max_nfe": solver.max_nfe}
+            options = {name: value for name, value in options.items() if name not in ("atol", "rtol")}
+            first, last = float(self.t_span[0]), float(self.t_span[-1])
+            if solver.adaptive:
+                options |= {"atol": solver.atol, "rtol": solver.rtol}
+                twin.t_span = self.t_span[[0, -1]]
+            elif isinstance(solver.step, (int, float)):
+                steps = max(1, math.ceil(abs(last - first) / solver.step - 1e-6))  # forgives rounding
+                twin.t_span = torch.linspace(first, last, steps + 1).to(self.t_span)
+        with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints again that a field has no parameters
+            twin._solve_by(cnf, (*regularizers, *self._span_policy()), options)
+        return twin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """:meth:`log_prob`, so that the model can be wrapped (DistributedDataParallel)."""
@@ -205,7 +244,7 @@ class RegularizedCNF(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``; see :meth:`log_prob`."""
         self._check(x)
-        rows = noise_rows(noise, self.draw_noise, x)
+        rows = _noise_rows(noise, self.draw_noise, x)
         with nullcontext() if rows is None else self._cnf[0].given_noise(rows):
             z, column = self._with_trace(x, context, penalties=penalties)
         return z, -column
@@ -226,12 +265,12 @@ class RegularizedCNF(nn.Module):
         if not (is_count(n) and n >= 0):
             raise ConfigError(f"the number of samples must be a whole number >= 0, not {n!r}.")
         with torch.no_grad():
-            return self.inverse(shrunk_samples(self.base, n, temperature), context)
+            return self.inverse(_shrunk_samples(self.base, n, temperature), context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``x (B, *event_shape)`` that flows to ``z``."""
         self._check(z)
-        rows = context_rows(context, self.context_shape, z)
+        rows = self.context_rows(context, z)
         times = self._times(z, backward=True)
         with self._cnf[0].given_noise(None):  # a velocity without its trace needs none
             return self._without_trace[0](z, times, args=rows, penalties=False)[-1]
@@ -244,16 +283,15 @@ class RegularizedCNF(nn.Module):
         x, logdet = self._with_trace(z, context, penalties=penalties, backward=True)
         return x, self._base_log_prob(z) + logdet
 
-    def distribution(self, context: Tensor | None = None) -> FlowDistribution:
-        """The density as a :class:`torch.distributions.Distribution`, its batch shape that of the contexts.
+    def encode(self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = False) -> FlowOutput:
+        """Latents, log-determinant in nats, penalties and NFE of samples ``x (B, *event_shape)``.
 
-        Args:
-            context: ``(*batch_shape, *context_shape)``; only for a conditional density.
-
-        Raises:
-            ConfigError: for a context that is missing, misshapen or not asked for.
+        As :meth:`transform`, in the form that flows have.
         """
-        return FlowDistribution(self, context)
+        before = self.ode.vf.nfe
+        z, logdet = self.transform(x, context, penalties=penalties)
+        values = self.regularization if penalties else {}
+        return FlowOutput(z, logdet, values, int(self.ode.vf.nfe - before))
 
     def collect_penalties(self) -> AbstractContextManager[None]:
         """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
@@ -273,7 +311,7 @@ class RegularizedCNF(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
-        self.base = moved(self.base, fn)
+        self.base = _moved(self.base, fn)
         return self
 
     def _with_trace(
@@ -282,7 +320,7 @@ class RegularizedCNF(nn.Module):
         """Where the flow takes ``x``, and minus the integral of its divergence over time, ``(B,)`` in nats."""
         flat = x.flatten(1)
         state = torch.cat([torch.zeros_like(flat[:, :1]), flat], 1)
-        rows = context_rows(context, self.context_shape, x)
+        rows = self.context_rows(context, x)
         times = self._times(state, backward=backward)
         end = self.ode(state, times, args=rows, penalties=penalties)[-1]
         return end[:, 1:].reshape(x.shape), end[:, 0]
@@ -306,7 +344,7 @@ class RegularizedCNF(nn.Module):
             )
 
 
-class EventVelocity(nn.Module):
+class _EventVelocity(nn.Module):
     """The field of a CNF on ``z (B, *event_shape)`` alone."""
 
     def __init__(self, cnf: CNF) -> None:
@@ -315,3 +353,87 @@ class EventVelocity(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
         return self.cnf.velocity(t, x, args)
+
+
+def _base_and_shape(
+    base: Distribution | None, event_shape: Sequence[int] | int | None
+) -> tuple[Distribution, torch.Size]:
+    """A base distribution that belongs to the model, and the shape of one sample.
+
+    Raises:
+        ConfigError: for shapes that are missing or do not fit together.
+    """
+    shape = None if event_shape is None else check_shape(event_shape, "event_shape")
+    if base is None:
+        if shape is None:
+            raise ConfigError("give event_shape=, the shape of one sample, or a base distribution that has it.")
+        return Independent(Normal(torch.zeros(shape), torch.ones(shape)), len(shape)), shape
+    if base.batch_shape:
+        raise ConfigError(
+            f"the base distribution has batch shape {tuple(base.batch_shape)}: its density must be one of a whole "
+            f"sample. Wrap it, torch.distributions.Independent(base, {len(base.batch_shape)})."
+        )
+    if shape is not None and base.event_shape != shape:
+        raise ConfigError(f"event_shape={tuple(shape)} and the base's {tuple(base.event_shape)} differ.")
+    return copy.deepcopy(base), check_shape(base.event_shape, "the base's event shape")
+
+
+def _moved(part: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A distribution with ``fn`` applied to all of its tensors; they are not parameters, so torch moves none."""
+    if isinstance(part, Tensor):
+        return fn(part.detach())
+    if isinstance(part, (list, tuple)):
+        return type(part)(_moved(each, fn) for each in part) if not isinstance(part, torch.Size) else part
+    if isinstance(part, (Distribution, Transform)):
+        twin = copy.copy(part)
+        # a transform remembers its inverse, which has the old tensors
+        values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn) for k, v in part.__dict__.items()}
+        twin.__dict__.update(values)
+        return twin
+    return part
+
+
+def _shrunk_samples(base: Distribution, n: int, temperature: float) -> Tensor:
+    """``(n, *event_shape)``: samples of ``base``, drawn to its mean by ``temperature``.
+
+    Raises:
+        ConfigError: for a temperature that is not positive, or not 1 with a base that has no mean.
+    """
+    if not (isinstance(temperature, (int, float)) and temperature > 0):
+        raise ConfigError(f"temperature must be > 0, not {temperature!r}.")
+    z = base.sample(torch.Size([n]))
+    if temperature == 1:
+        return z
+    try:
+        mean = base.mean
+    except NotImplementedError:
+        raise ConfigError(
+            f"{type(base).__name__} has no mean for a temperature to shrink its samples to; use 1."
+        ) from None
+    return mean + temperature * (z - mean)
+
+
+def _noise_rows(noise: Tensor | None, draw: Callable[[int], Tensor | None], x: Tensor) -> Tensor | None:
+    """``noise`` with flattened events, ``(B, D)`` or ``(k, B, D)`` for k probes; None if there is none.
+
+    Args:
+        noise: what the caller brings; None: nothing.
+        draw: draws noise for so many samples; its result is None if the trace is exact.
+        x: samples ``(B, *event_shape)``.
+
+    Raises:
+        ConfigError: for noise of another shape, dtype or device, and for noise of an exact trace.
+    """
+    if noise is None:
+        return None
+    drawn = draw(0)
+    if drawn is None:
+        raise ConfigError("the trace of this density is exact and takes no noise: leave noise= out.")
+    expected = (*drawn.shape[: drawn.ndim - x.ndim], *x.shape)
+    if tuple(noise.shape) != expected:
+        raise ConfigError(f"noise= must be of shape {expected}, as draw_noise gives it, not {tuple(noise.shape)}.")
+    if (noise.dtype, noise.device) != (x.dtype, x.device):
+        raise ConfigError(
+            f"noise= is {noise.dtype} on {noise.device}, but the samples are {x.dtype} on {x.device}: use .to()."
+        )
+    return noise.flatten(-(x.ndim - 1))

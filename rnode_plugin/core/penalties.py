@@ -1,0 +1,198 @@
+"""Penalties: what solves leave behind, the integral of each penalty by name, and their sum (eq. 17)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, suggest
+from .objective import penalty
+from .regularizers import Weighted, check_lambda, strength_at, undivided
+
+__all__ = ["Penalties", "attach"]
+
+
+class _Solve(NamedTuple):
+    integrals: dict[str, Tensor]
+    dims: int
+
+
+class Penalties(Mapping[str, Tensor]):
+    """The integral of each penalty ``(B,)`` by name, differentiable: of the last solve, or the sum over several.
+
+    A copied or unpickled object holds no solve, which also keeps graphs out of a deepcopy of the model.
+
+    Args:
+        weighted: the regularizers with their strengths, by name.
+    """
+
+    def __init__(self, weighted: Mapping[str, Weighted] | None = None) -> None:
+        self.weighted = dict(weighted or {})
+        self._solves: list[_Solve] = []
+        self._collecting = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Penalties:
+        return Penalties(copy.deepcopy(self.weighted, memo))
+
+    def __reduce__(self) -> tuple[type[Penalties], tuple[dict[str, Weighted]]]:
+        return Penalties, (self.weighted,)
+
+    def __repr__(self) -> str:
+        return f"Penalties({', '.join(self.weighted)})"
+
+    @contextmanager
+    def collecting(self) -> Iterator[Penalties]:
+        """Keep the penalties of every solve of the block, and after it until the next solve.
+
+        Raises:
+            ConfigError: inside another such block.
+        """
+        if self._collecting:
+            raise ConfigError("a block is already collecting these penalties; leave it first.")
+        self._solves, self._collecting = [], True
+        try:
+            yield self
+        finally:
+            self._collecting = False
+
+    def begin(self) -> None:
+        """A solve begins, and replaces the one before, even if it fails; in a ``collecting`` block it is added."""
+        if not self._collecting:
+            self._solves = []
+
+    def add(self, integrals: dict[str, Tensor], dims: int) -> None:
+        """Add what a solve left.
+
+        Args:
+            integrals: ``(B,)`` by name, from :func:`attach`.
+            dims: number of dimensions of ``z`` per sample.
+        """
+        self._solves.append(_Solve(integrals, dims))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.as_dict()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weighted)
+
+    def __len__(self) -> int:
+        return len(self.weighted)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The integrals ``(B,)``, summed over solves.
+
+        Raises:
+            ConfigError: if there are none, or if the batches of several solves differ in size.
+        """
+        rows = [solve.integrals for solve in self._followed()]
+        if len({tuple(value.shape) for row in rows for value in row.values()}) > 1:
+            raise ConfigError(
+                "the collected calls have batches of different sizes, so there is no sum per sample: read the "
+                "penalties after each call; their loss sums the means."
+            )
+        if not rows[1:]:
+            return dict(rows[0])
+        return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]}
+
+    def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
+        """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
+
+        Several solves are summed. A batch without samples counts as 0.
+
+        Args:
+            step: steps that the optimizer has taken, for a lambda that is a function of it.
+            lambdas: strengths to use instead of the given ones, by name of the penalty.
+
+        Raises:
+            ConfigError: if there are no penalties, if backward has already gone through them and freed their
+                graph, for an unknown name, and for a strength that is negative or not finite.
+        """
+        strengths = {name: w.strength for name, w in self.weighted.items()}
+        for name, strength in lambdas.items():
+            if name not in strengths:
+                raise ConfigError(suggest(name, strengths, "penalty"))
+            strengths[name] = check_lambda(name, strength)
+        numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
+        whole = undivided([w.regularizer for w in self.weighted.values()])
+        losses: list[Tensor] = []
+        for integrals, dims in self._followed():
+            if any(_is_freed(value) for value in integrals.values()):
+                raise ConfigError(
+                    "backward has already gone through these penalties and freed their graph: call the model again "
+                    "before reg_loss(), or keep the graph with backward(retain_graph=True)."
+                )
+            if any(len(value) == 0 for value in integrals.values()):
+                losses += [value.sum() for value in integrals.values()]
+            else:
+                losses += penalty(integrals, lambdas=numbers, dims=dims, undivided=whole).values()
+        return torch.stack(losses).sum() if losses else torch.zeros(())
+
+    def _followed(self) -> list[_Solve]:
+        if not self._solves:
+            raise ConfigError("there are no penalties yet: call the model first.")
+        for integrals, _ in self._solves:
+            missing = [name for name in self.weighted if name not in integrals]
+            if missing:
+                raise ConfigError(
+                    f"the last call did not integrate {', '.join(missing)}: that happens in training mode with "
+                    "gradients enabled, or if you ask for it, model(x, t_span, penalties=True)."
+                )
+        return self._solves
+
+
+def attach(
+    sol: Tensor, integrals: Mapping[str, Tensor], hidden_cost: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tie solution and penalties to one node of the graph.
+
+    Backward through either frees the node, which tells that the penalties have been used. ``hidden_cost``, the
+    running cost of an adjoint, gets its gradient of one whenever backward goes through the solution.
+    """
+    if hidden_cost is None and not integrals:
+        return sol, {}
+    tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())  # pyright: ignore[reportGeneralTypeIssues]
+    return tied, dict(zip(integrals, values, strict=True))
+
+
+class _Tie(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # copies, not views: the caller may change the solution in place
+        return sol.clone(), *(x.clone() for x in integrals)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        sol, cost = inputs[:2]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sol.new_empty(0))  # what backward frees
+        ctx.unit_cost = None if cost is None else torch.ones_like(cost)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dsol: Tensor | None, *dintegrals: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return dsol, ctx.unit_cost, *dintegrals
+
+    @staticmethod
+    def jvp(ctx: Any, dsol: Tensor | None, dcost: Tensor | None, *dintegrals: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))
+
+
+def _is_freed(value: Tensor) -> bool:
+    node = value.grad_fn
+    if node is None:
+        return False
+    try:
+        node.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
+    except RuntimeError:
+        return True
+    except AttributeError:  # the node of a functional transform, which frees nothing
+        return False
+    return False

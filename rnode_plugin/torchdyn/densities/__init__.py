@@ -1,1 +1,0 @@
-"""Densities of a field: RegularizedCNF, its base, contexts and distribution."""
