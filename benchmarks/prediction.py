@@ -24,7 +24,7 @@ from measure import alternate, print_environment, repeats_option, set_up, table,
 from rnode_plugin import get_recipe
 from rnode_plugin.core.tensors.denormals import flush_denormals
 from rnode_plugin.evaluation.measures import measure_of
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.cost.counting import Cost
 from rnode_plugin.training.cost.step import count_step, fixed_solver, training_step
 

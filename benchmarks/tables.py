@@ -43,7 +43,7 @@ from rnode_plugin.data.tables.table import Table, split_rows
 from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.evaluation.measures import gaussian_scores
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.recipes.schema import Optimizer
+from rnode_plugin.recipes.recipe import Optimizer
 from rnode_plugin.training.optimizers import make_optimizer
 
 BATCH, STEPS, LR = 200, 4, 5e-3

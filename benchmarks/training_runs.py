@@ -22,7 +22,7 @@ from rnode_plugin.data import ImageData
 from rnode_plugin.evaluation.measures import batch_of
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.flows.multiscale import dequantize, random_flip
-from rnode_plugin.recipes.schema import Recipe, Start
+from rnode_plugin.recipes.recipe import Recipe, Start
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.optimizers import make_optimizer
 from rnode_plugin.training.schedule import EpochOrder, learning_rate_factor

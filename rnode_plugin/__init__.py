@@ -26,7 +26,7 @@ _PUBLIC = {
     "Hutchinson": "core.trace_estimators",
     "objective": "core.objective",
     "bits_per_dim": "core.objective",
-    "get_recipe": "recipes.schema",
+    "get_recipe": "recipes.recipe",
     "RnodeModule": "training.lightning.module",
     "ImageDataModule": "training.lightning.datamodule",
     "TableDataModule": "training.lightning.datamodule",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl
-    from .recipes.schema import get_recipe
+    from .recipes.recipe import get_recipe
     from .solvers import Solver
     from .torchdyn.cnf import CNF
     from .torchdyn.density import RegularizedCNF

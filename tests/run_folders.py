@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 
 HEADER = (
     "epoch,seconds_per_step,step,train/bpd,train/nfe,train_seconds,val/bpd,val/jacfrob,val/kinetic,val/nfe,"

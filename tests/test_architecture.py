@@ -77,7 +77,7 @@ def test_every_module_imports() -> None:
 def test_the_package_and_its_help_are_light() -> None:
     """Neither importing the package nor the command line's help imports torch."""
     run(
-        "import sys, rnode_plugin, rnode_plugin.plugins.registry, rnode_plugin.recipes.schema, rnode_plugin.cli; "
+        "import sys, rnode_plugin, rnode_plugin.plugins.registry, rnode_plugin.recipes.recipe, rnode_plugin.cli; "
         "from click.testing import CliRunner; "
         "assert CliRunner().invoke(rnode_plugin.cli.main, ['--help']).exit_code == 0; "
         "heavy = {'torch', 'torchdyn', 'pytorch_lightning', 'torchvision', 'matplotlib', 'sklearn'}; "

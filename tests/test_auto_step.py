@@ -24,7 +24,7 @@ from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.evaluation.measures import ImageMeasure, measure_of
 from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.lightning.datamodule import ImageDataModule
 from rnode_plugin.training.lightning.module import RnodeModule
@@ -265,9 +265,9 @@ def test_auto_is_a_value_of_the_step_and_of_nothing_else() -> None:
     for assignments, words in (
         (["test_solver.method=rk4", "test_solver.step=auto"], "test_solver.step cannot be auto"),
         (["solver.step=auto", "solver.method=dopri5", "solver.trace_quadrature=full"], "dopri5 chooses its own"),
-        (["solver.step=automatic"], "solver.step: expected a finite number or auto or none, got 'automatic'"),
-        (["solver.atol=auto"], "solver.atol: expected a finite number"),
-        (["training.tune_every=0"], "training.tune_every must be at least 1"),
+        (["solver.step=automatic"], "solver.step: .*'auto'.*got 'automatic'"),
+        (["solver.atol=auto"], "solver.atol: .*number"),
+        (["training.tune_every=0"], "training.tune_every: "),
     ):
         with pytest.raises(ConfigError, match=words):
             get_recipe("digits").override(assignments)

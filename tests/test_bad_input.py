@@ -27,7 +27,7 @@ from rnode_plugin.data import ImageData, get_dataset, loader
 from rnode_plugin.errors import ConfigError, RnodeError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_images
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.solvers import Solver, solve
 from rnode_plugin.training.fit import fit
 from rnode_plugin.training.lightning.trainer import make_trainer
@@ -76,13 +76,13 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digtis"], 2, r"unknown recipe 'digtis'; did you mean 'digits'\? Known: "),
     (["train", "digits", "--devics", "2"], 2, r"No such option:? '?--devics'?.*--devices"),
     (["train", "digits", "--max-steps", "few"], 2, r"'few' is not a valid integer"),
-    (["train", "digits", "--max-steps", "0"], 2, r"training\.max_steps must be at least 1, not 0"),
+    (["train", "digits", "--max-steps", "0"], 2, r"training\.max_steps: .*got 0"),
     (["train", "digits", "--max-time", "soon"], 2, r"not a span of time: write 90 \(seconds\), 20m"),
-    (["train", "digits", "--batch-size", "0"], 2, r"data\.batch_size must be at least 1"),
+    (["train", "digits", "--batch-size", "0"], 2, r"data\.batch_size: .*equal to 1"),
     (["train", "digits", "--batch-size", "1501"], 2, r"1500 training images do not fill one batch of 1501"),
     (["train", "digits", "--batch-size", "800", "--accumulate", "2"], 2, r"of 800, 2 times: use a smaller"),
     (["train", "digits", "--batch-size", "800", "--devices", "2"], 2, r"of 800 on each of 2 devices: use"),
-    (["train", "digits", "--accumulate", "0"], 2, r"training\.accumulate must be at least 1"),
+    (["train", "digits", "--accumulate", "0"], 2, r"training\.accumulate: .*equal to 1"),
     (["train", "digits", "--limit-val", "1", "--devices", "3"], 2, r"1 held-out images are too few for 3 devices"),
     (["train", "digits", "--devices", "0"], 2, r"device or precision cannot be used"),
     (["train", "digits", "--devices", "-3"], 2, r"device or precision cannot be used"),
@@ -91,22 +91,22 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--accelerator", "abacus"], 2, r"device or precision cannot be used.*abacus"),
     (["train", "digits", "--precision", "8-bits"], 2, r"device or precision cannot be used.*8-bits"),
     (["train", "digits", "--precision", "16-mixed"], 2, r"=16-mixed needs a GPU: on a CPU use 32-true or bf16-mix"),
-    (["train", "digits", "--set", "optimizer.lr=-1"], 2, r"optimizer\.lr must be positive, not -1"),
-    (["train", "digits", "--set", "optimizer.lr=nan"], 2, r"optimizer\.lr: expected a finite number"),
+    (["train", "digits", "--set", "optimizer.lr=-1"], 2, r"optimizer\.lr: .*greater than 0"),
+    (["train", "digits", "--set", "optimizer.lr=nan"], 2, r"optimizer\.lr: .*finite number"),
     (["train", "digits", "--set", "optimiser.lr=1"], 2, r"'optimiser\.lr'; did you mean 'optimizer\.lr'"),
     (["train", "digits", "--set", "optimizer.lr"], 2, r"write group\.key=value"),
-    (["train", "digits", "--set", "regularizers.jacfrob=-0.1"], 2, r"regularizers\.jacfrob must not be negative"),
+    (["train", "digits", "--set", "regularizers.jacfrob=-0.1"], 2, r"jacfrob: .*must not be negative"),
     (["train", "digits", "--set", "regularizers.jacfrb=0.1"], 2, r"'jacfrb'; did you mean 'jacfrob'"),
     (["train", "digits", "--set", "solver.method=rk5"], 2, r"unknown solver method 'rk5'; did you mean"),
     (["train", "digits", "--set", "solver.step=-0.5"], 2, r"solver\.step must be a number > 0 or None"),
     (["train", "digits", "--ffjord", "--precision", "bf16-mixed"], 2, r"dopri5 cannot train with training\.prec"),
     (["train", "digits", "--ffjord", "--set", "solver.step=auto"], 2, r"dopri5 chooses its own steps"),
     (["train", "digits", "--set", "solver.method=dopri5"], 2, r"trace_quadrature='sampled' needs a fixed grid"),
-    (["train", "digits", "--set", "model.alpha=0.7"], 2, r"model\.alpha must be between 0 and 0\.5"),
+    (["train", "digits", "--set", "model.alpha=0.7"], 2, r"model\.alpha: .*less than 0\.5"),
     (["train", "digits", "--set", "model.name=Flow"], 2, r"unknown model 'Flow'"),
     (["train", "digits", "--set", "data.levels=256"], 1, r"with 17 levels, but the recipe digits is for .* 256"),
-    (["train", "digits", "--set", "data.shape=1,8"], 2, r"data\.shape: expected 3 comma-separated values"),
-    (["train", "digits", "--seed", "-1"], 2, r"training\.seed must be at least 0"),
+    (["train", "digits", "--set", "data.shape=1,8"], 2, r"data\.shape: too few"),
+    (["train", "digits", "--seed", "-1"], 2, r"training\.seed: .*equal to 0"),
     (["train", "digits", "--data", "digitz"], 2, r"unknown data set 'digitz'; did you mean 'digits'"),
     (["train", "mnist", "--data-root", "SHELF/empty", "--no-download"], 1, r"Leave out --no-download .*, or put t"),
     (["train", "imagenet64", "--data-root", "SHELF/empty"], 1, r"Get Imagenet64_train_part1"),
@@ -274,11 +274,11 @@ def test_a_machine_that_others_cannot_reach(tmp_path: Path, monkeypatch: pytest.
 def test_settings_are_named_as_they_are_set() -> None:
     """A solver does not know which of the recipe's two it is; its messages must."""
     for setting, words in (
-        ("test_solver.first_step=-1", r"^test_solver\.first_step must be a number > 0 or None, not -1\.0"),
+        ("test_solver.first_step=-1", r"^test_solver: .*first_step must be a number > 0"),
         ("test_solver.step=auto", r"^test_solver\.step='auto' needs a fixed grid"),
         ("solver.step=-1", r"^solver\.step must be"),
         ("solver.gradient=adjoint", r"^solver: trace_quadrature='sampled' needs .*or trace_quadrature='full'"),
-        ("data.batch_size=0", r"^data\.batch_size must be at least 1"),
+        ("data.batch_size=0", r"^data\.batch_size: .*equal to 1"),
     ):
         with pytest.raises(ConfigError, match=words):
             get_recipe("digits").override([setting])

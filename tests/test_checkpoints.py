@@ -12,7 +12,7 @@ import torch
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import CheckpointError, ConfigError
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.runs.checkpoints import (
     export_flow,
     find_checkpoint,

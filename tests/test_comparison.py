@@ -31,7 +31,7 @@ from rnode_plugin.core.regularizers import FunctionRegularizer
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.files import check_path_name
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import content
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 

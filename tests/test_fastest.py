@@ -22,7 +22,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.comparison import shared_choice, worker
 from rnode_plugin.comparison.compare import compare
 from rnode_plugin.errors import CheckpointError, ConfigError
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import content
 from rnode_plugin.training.cost import fastest
 from rnode_plugin.training.cost.fastest import Choice, choose

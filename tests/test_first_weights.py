@@ -12,7 +12,7 @@ from tiny_runs import BeforeStep, rows, run, tiny_recipe
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.lightning.module import RnodeModule
 from rnode_plugin.training.runs.checkpoints import export_flow, load_weights
 

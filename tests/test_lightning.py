@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rnode_plugin import ImageDataModule, MultiscaleFlow, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.lightning.callbacks.run_checkpoints import RunCheckpoints
 from rnode_plugin.training.lightning.callbacks.stopping import Interrupted, StopAfterStep
 from rnode_plugin.training.lightning.private import data_of

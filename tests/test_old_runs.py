@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from rnode_plugin import load_flow
 from rnode_plugin.cli import main
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports.reading import read_run
 
 OLD = Path(__file__).parent / "old_runs"

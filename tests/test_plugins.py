@@ -42,34 +42,24 @@ BUILTIN = {
     "regularizers": REGULARIZERS,
     "models": ["MultiscaleFlow", "TableFlow"],
     "datasets": [
-        "bsds300",
         "celebahq256",
         "cifar10",
         "digits",
         "fashion-mnist",
         "folder",
-        "gas",
-        "hepmass",
         "imagenet64",
-        "miniboone",
         "mnist",
-        "power",
         "svhn",
         "table",
     ],
     "recipes": [
-        "bsds300",
         "celebahq256",
         "cifar10",
         "cifar10-fast",
         "digits",
-        "gas",
-        "hepmass",
         "imagenet64",
-        "miniboone",
         "mnist",
         "mnist-fast",
-        "power",
         "table",
     ],
     "commands": [
@@ -840,7 +830,7 @@ def test_a_broken_recipe_leaves_the_list_of_the_others(failing):
 
 def test_a_bug_of_ours_keeps_its_traceback(failing, monkeypatch):
     """Nobody is blamed for it, though a plugin is installed and this test calls."""
-    import rnode_plugin.recipes.schema as schema
+    import rnode_plugin.recipes.recipe as schema
 
     def broken(name):
         raise RuntimeError("a bug")

@@ -31,8 +31,7 @@ from rnode_plugin.data.packing.tfrecords import crc32c, pixels_of
 from rnode_plugin.data.splits import assign, split_named
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.files import check_path_name
-from rnode_plugin.recipes.overrides import as_text
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe, as_text
 from rnode_plugin.text import duration, significant
 
 RECIPE = get_recipe("digits")

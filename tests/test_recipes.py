@@ -6,15 +6,12 @@ import dataclasses
 import json
 import subprocess
 import sys
-from typing import Literal
 
 import pytest
 
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.overrides import as_text, coerce, override
-from rnode_plugin.recipes.schema import Recipe, get_recipe
-from rnode_plugin.solvers.config import Solver
+from rnode_plugin.recipes.recipe import Recipe, as_text, get_recipe
 
 PAPER = ["mnist", "cifar10", "imagenet64", "celebahq256"]
 FAST = ["mnist-fast", "cifar10-fast"]
@@ -23,7 +20,7 @@ NAMES = ["digits", *FAST, *PAPER]
 
 def test_recipes_need_no_torch() -> None:
     code = (
-        "import sys; from rnode_plugin.recipes.schema import get_recipe;"
+        "import sys; from rnode_plugin.recipes.recipe import get_recipe;"
         f"[get_recipe(n).ffjord().to_plain() for n in {NAMES}]; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -193,28 +190,28 @@ def test_settings_that_belong_together_change_together() -> None:
         ("name=other", "unknown setting 'name'"),
         ("paper.hours=1", "unknown setting 'paper.hours'"),
         ("optimizer.lr", "write group.key=value"),
-        ("optimizer.lr=", "optimizer.lr: expected a finite number, got ''"),
-        ("optimizer.lr=fast", "optimizer.lr: expected a finite number, got 'fast'"),
+        ("optimizer.lr=", "optimizer.lr: .*number.*got ''"),
+        ("optimizer.lr=fast", "optimizer.lr: .*number.*got 'fast'"),
         ("optimizer.lr=nan", "finite"),
-        ("optimizer.lr=0", "must be positive"),
-        ("optimizer.warmup=0.5", "optimizer.warmup: expected a whole number"),
-        ("optimizer.warmup=-1", "at least 0"),
-        ("optimizer.schedule=step", "one of constant, cosine"),
-        ("optimizer.beta1=1", r"\[0, 1\)"),
-        ("data.flip=maybe", "true or false"),
-        ("data.shape=1,28", "3 comma-separated values"),
-        ("data.shape=1,28,x", "3 comma-separated values"),
-        ("data.shape=0,28,28", "all positive"),
-        ("data.batch_size=0", "data.batch_size must be at least 1"),
-        ("data.batch_size=none", "data.batch_size: expected a whole number"),
-        ("data.levels=1", "at least 2"),
-        ("model.alpha=0.5", "between 0 and 0.5"),
-        ("model.trace_noise=uniform", "one of gaussian, rademacher"),
+        ("optimizer.lr=0", "optimizer.lr: .*greater than 0"),
+        ("optimizer.warmup=0.5", "optimizer.warmup: .*integer"),
+        ("optimizer.warmup=-1", "greater than or equal to 0"),
+        ("optimizer.schedule=step", "'constant' or 'cosine'"),
+        ("optimizer.beta1=1", "optimizer.beta1: .*less than 1"),
+        ("data.flip=maybe", "data.flip: .*boolean"),
+        ("data.shape=1,28", "data.shape: too few"),
+        ("data.shape=1,28,x", "data.shape: .*integer"),
+        ("data.shape=0,28,28", "data.shape: .*greater"),
+        ("data.batch_size=0", "data.batch_size: .*greater than or equal to 1"),
+        ("data.batch_size=none", "data.batch_size: .*integer"),
+        ("data.levels=1", "data.levels: .*equal to 2"),
+        ("model.alpha=0.5", "model.alpha: .*less than 0.5"),
+        ("model.trace_noise=uniform", "'gaussian' or 'rademacher'"),
         ("solver.method=rk5", "unknown solver method 'rk5'"),
         ("solver.step=-1", "solver.step"),
         ("training.max_epochs=none", "cannot both be none"),
-        ("training.max_steps=0", "at least 1"),
-        ("training.sample_temperatures=0.5,0", "positive"),
+        ("training.max_steps=0", "training.max_steps: "),
+        ("training.sample_temperatures=0.5,0", "training.sample_temperatures: .*greater than 0"),
         ("regularizers.kinetic=-1", "must not be negative"),
         ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
         ("regularizers.=1", "unknown setting"),
@@ -228,7 +225,7 @@ def test_bad_overrides_are_refused(assignment, message) -> None:
 def test_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"did you mean 'mnist'.*celebahq256, cifar10, cifar10-fast, digits, gas.* imagenet64, .*mnist",
+        match=r"did you mean 'mnist'.*celebahq256, cifar10, cifar10-fast, digits, imagenet64, mnist",
     ):
         get_recipe("minst")
 
@@ -239,10 +236,10 @@ def test_unknown_recipe_lists_the_known() -> None:
         ({"colour": 1}, "unknown setting 'colour'"),
         ({"data": {"name": "mnist", "shape": [1, 2, 2], "depth": 3}}, "unknown setting 'data.depth'"),
         ({"data": {"name": "mnist"}}, "data: missing shape"),
-        ({"data": [1, 2]}, "data: expected a table"),
-        ({"optimizer": {"lr": "fast"}}, "optimizer.lr: expected a finite number"),
-        ({"regularizers": {"kinetic": "much"}}, "regularizers: expected a"),
-        ({"name": 3}, "name: expected a text"),
+        ({"data": [1, 2]}, "data: .*dictionary"),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr: .*number"),
+        ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
+        ({"name": 3}, "name: .*string"),
     ],
 )
 def test_bad_plain_recipes_are_refused(change, message) -> None:
@@ -251,32 +248,38 @@ def test_bad_plain_recipes_are_refused(change, message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "wanted"),
+    ("assignment", "wanted"),
     [
-        ("auto", "float | Literal['auto'] | None", "auto"),
-        ("0.5", "float | Literal['auto'] | None", 0.5),
-        ("none", "str | None", None),
-        ("none", "str", "none"),
-        (True, "bool", True),
-        (3, "float", 3.0),
-        ("1,2,3", "tuple[int, ...]", (1, 2, 3)),
+        ("solver.step=auto", "auto"), ("solver.step=0.5", 0.5), ("solver.max_nfe=1e5", 100_000),
+        ("data.root=none", None), ("data.name=none", "none"), ("training.compile=true", True),
+        ("training.compile=auto", "auto"), ("optimizer.lr=3", 3.0), ("data.train_images=1_000", 1000),
     ],
-)
-def test_coerce(value, kind, wanted) -> None:
-    got = coerce(value, eval(kind, {"Literal": Literal}))
+)  # fmt: skip
+def test_a_text_is_typed_by_its_setting(assignment: str, wanted: object) -> None:
+    path = assignment.partition("=")[0]
+    got = dict(get_recipe("digits").override([assignment]).settings())[path]
     assert got == wanted
     assert type(got) is type(wanted)
 
 
-@pytest.mark.parametrize(("value", "kind"), [(True, int), (False, float), (1.5, int), ("", str), (None, str)])
-def test_coerce_refuses(value, kind) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        coerce(value, kind)
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": {"warmup": True}}, {"optimizer": {"lr": False}}, {"optimizer": {"warmup": 1.5}},
+     {"training": {"precision": ""}}, {"training": {"precision": None}}, {"solver": {"depth": 1}}],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(change: dict[str, dict[str, object]]) -> None:
+    ((group, values),) = change.items()
+    with pytest.raises(ConfigError, match=rf"{group}\.{next(iter(values))}"):
+        Recipe.from_plain({**get_recipe("digits").to_plain(), **change})
 
 
-def test_override_does_not_need_a_recipe() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Tree:
-        solver: Solver
-
-    assert override(Tree(Solver()), ["solver.step=0.5"]).solver.step == 0.5
+def test_a_column_name_may_hold_a_comma() -> None:
+    table = get_recipe("table").table
+    names = ("temp, mean", 'say "x"', "(a)", "b")
+    recipe = dataclasses.replace(
+        get_recipe("table"), data=dataclasses.replace(table, columns=names, given=names[:2])
+    )
+    texts = [
+        f"{path}={as_text(value)}" for path, value in recipe.settings() if path in ("data.columns", "data.given")
+    ]
+    assert get_recipe("table").override(texts).table == recipe.table

@@ -19,7 +19,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import write_report
 from rnode_plugin.reports.arms import Arm, group_runs
 from rnode_plugin.reports.differences import base_of, paired_difference

@@ -11,8 +11,7 @@ from tiny_runs import rows, tiny_recipe
 
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.reading import read_recipe
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe, read_recipe
 
 
 def train(*arguments: object) -> Result:

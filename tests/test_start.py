@@ -12,7 +12,7 @@ from tiny_runs import rows, run, signal_at, tiny_recipe
 
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.recipes.settings.start import Start
+from rnode_plugin.recipes.recipe import Start
 from rnode_plugin.training.runs.checkpoints import training_solver
 from rnode_plugin.training.schedule import EpochOrder
 
@@ -123,9 +123,9 @@ def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("settings", "words"), [
     (["start.steps=3"], "start.steps does nothing alone"),
     (["start.step=1"], "do nothing without start.steps"),
-    (["start.steps=3", "start.batch_size=0"], "start.batch_size must be at least 1"),
-    (["start.steps=-3", "start.step=1"], "start.steps must be at least 0"),
-    (["start.steps=3", "start.step=0"], "start.step must be positive"),
+    (["start.steps=3", "start.batch_size=0"], "start.batch_size: "),
+    (["start.steps=-3", "start.step=1"], "start.steps: "),
+    (["start.steps=3", "start.step=0"], "start.step: .*greater than 0"),
     (["start.steps=3", "start.step=1", "solver.method=dopri5", "solver.trace_quadrature=full"],
      "start.step needs a fixed grid, but dopri5 chooses its own steps"),
 ])  # fmt: skip

@@ -21,7 +21,7 @@ from rnode_plugin.errors import TrainingError
 from rnode_plugin.evaluation.measures import TableMeasure
 from rnode_plugin.fields.kernels import compile as compiling
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 from rnode_plugin.training.steps.step_graph import StepGraph
 from rnode_plugin.training.steps.step_objective import StepObjective, StepTerms

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import builtins
 import csv
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rnode_plugin.data.tables import published
 from rnode_plugin.data.tables.checks import check_columns
 from rnode_plugin.data.tables.files import column_names, read_columns, write_rows
 from rnode_plugin.data.tables.own import CELLS, table
 from rnode_plugin.data.tables.table import Table, split_rows
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
 from rnode_plugin.evaluation.loading import load_table
-from rnode_plugin.recipes.schema import TableData, get_recipe
+from rnode_plugin.recipes.recipe import TableData, get_recipe
 
 NAMES = ("temperature (K)", "dose", "a, b")
 ROWS = np.random.default_rng(0).normal(size=(30, 3)) * [50, 1, 1e-3] + [300, 0, 0]
@@ -230,8 +228,8 @@ def test_the_table_that_comes_along() -> None:
         (["data.given=a,b"], "unknown column 'a'"),
         (["data.columns=dose", "data.given=dose"], "at least one column that is not given"),
         (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
-        (["data.validation=0"], "data.validation must be between 0 and 1, not 0"),
-        (["data.batch_size=0"], "data.batch_size must be at least 1"),
+        (["data.validation=0"], "data.validation: .*greater than 0"),
+        (["data.batch_size=0"], "data.batch_size: "),
         (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
         (["model.alpha=0.1"], "unknown setting 'model.alpha'"),
         (["model.field=potential", "model.activation=tanh"], "model.field=potential has its own"),
@@ -251,136 +249,3 @@ def test_a_table_is_not_a_set_of_images() -> None:
 
     with pytest.raises(ConfigError, match="the data set 'table' takes no size, as images do"):
         load_images(get_recipe("digits").override(["data.name=table"]))
-
-
-# the published sets, on small files of the same layout
-
-
-def _power(root: Path, random: np.random.Generator) -> np.ndarray:
-    (root / "power").mkdir()
-    rows = random.normal(size=(200, 8))
-    np.save(root / "power" / "data.npy", rows)
-    return rows
-
-
-def _gas(root: Path, random: np.random.Generator) -> np.ndarray:
-    (root / "gas").mkdir()
-    rows = random.normal(size=(300, 8))
-    repeated = rows[:, [2]] + 0.01 * random.normal(size=(300, 1))  # correlated by more than 0.98
-    others = random.normal(size=(300, 3))
-    names = ["Time", "Meth", "Eth", *(f"s{k}" for k in range(9))]
-    write(root / "gas" / "ethylene_CO.csv", np.hstack([others, rows[:, :2], repeated, rows[:, 2:]]), tuple(names))
-    return rows
-
-
-def _hepmass(root: Path, random: np.random.Generator) -> np.ndarray:
-    (root / "hepmass").mkdir()
-    kept = None
-    for name, extra in (("1000_train", 0), ("1000_test", 1)):
-        labels = random.integers(0, 2, (200, 1))
-        rows = random.normal(size=(200, 23 + extra))
-        rows[:, [3, 11]] = random.integers(0, 3, (200, 2))  # the smallest value occurs often
-        write(
-            root / "hepmass" / f"{name}.csv", np.hstack([labels, rows]), ("# label", *map(str, range(23 + extra)))
-        )
-        kept = np.delete(rows[labels[:, 0] == 1, :23], (3, 11), axis=1) if kept is None else kept
-    assert kept is not None
-    return kept
-
-
-def _miniboone(root: Path, random: np.random.Generator) -> np.ndarray:
-    (root / "miniboone").mkdir()
-    rows = random.normal(size=(200, 43)) * 5 + 3
-    np.save(root / "miniboone" / "data.npy", rows)
-    return rows
-
-
-def test_power_is_shuffled_and_smeared(tmp_path: Path) -> None:
-    rows = _power(tmp_path, np.random.default_rng(0))
-    made = published.power(root=str(tmp_path))
-    assert [len(made.train), len(made.val), len(made.held_out)] == [162, 18, 20]
-    everything = np.concatenate([made.train, made.val, made.held_out])
-    shuffled = rows[np.random.RandomState(42).permutation(200)][:, [0, 2, 4, 5, 6, 7]]
-    fitted = shuffled[:180]
-    back = everything * everything[:180].std(0)  # scaled by those that are not held out
-    np.testing.assert_allclose(back[:180].std(0), 1, rtol=1e-6)
-    # time has no noise: the order and the scaling are those of the shuffled rows
-    np.testing.assert_allclose(everything[:, 5], (shuffled[:, 5] - fitted[:, 5].mean()) / fitted[:, 5].std())
-    # meters have noise as wide as their steps, between 0 and 1
-    deviation = np.corrcoef(everything[:, 2], shuffled[:, 2])[0, 1]
-    assert 0.9 < deviation < 0.999
-
-
-def test_gas_leaves_out_what_repeats(tmp_path: Path) -> None:
-    rows = _gas(tmp_path, np.random.default_rng(0))
-    made = published.gas(root=str(tmp_path))
-    everything = np.concatenate([made.train, made.val, made.held_out])
-    np.testing.assert_allclose(everything, (rows - rows.mean(0)) / rows.std(0, ddof=1), atol=1e-9)
-    assert [len(made.train), len(made.val), len(made.held_out)] == [243, 27, 30]
-
-
-def test_hepmass_keeps_the_signals_and_the_continuous_columns(tmp_path: Path) -> None:
-    rows = _hepmass(tmp_path, np.random.default_rng(0))
-    made = published.hepmass(root=str(tmp_path))
-    fitted = np.concatenate([made.train, made.val])
-    np.testing.assert_allclose(fitted, (rows - rows.mean(0)) / rows.std(0, ddof=1), atol=1e-9)
-    assert len(made.val) == int(0.1 * len(rows))
-    assert made.held_out.shape[1] == 21
-
-
-def test_miniboone_is_cut_from_the_end(tmp_path: Path) -> None:
-    rows = _miniboone(tmp_path, np.random.default_rng(0))
-    made = published.miniboone(root=str(tmp_path))
-    expected = (rows - rows[:180].mean(0)) / rows[:180].std(0)
-    assert np.array_equal(made.train, expected[:162])
-    assert np.array_equal(made.val, expected[162:180])
-    assert np.array_equal(made.held_out, expected[180:])
-
-
-def test_bsds300_comes_split(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
-    (tmp_path / "BSDS300").mkdir()
-    parts = {name: np.random.default_rng(k).normal(size=(9, 63)) for k, name in
-             enumerate(("train", "validation", "test"))}  # fmt: skip
-    with h5py.File(tmp_path / "BSDS300" / "BSDS300.hdf5", "w") as file:
-        for name, rows in parts.items():
-            file[name] = rows
-    made = published.bsds300(root=str(tmp_path))
-    for rows, name in ((made.train, "train"), (made.val, "validation"), (made.held_out, "test")):
-        assert np.array_equal(rows, parts[name])
-
-
-PUBLISHED = {"power": 6, "gas": 8, "hepmass": 21, "miniboone": 43, "bsds300": 63}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_message_says_which_file_and_where(name: str, tmp_path: Path) -> None:
-    recipe = get_recipe(name).override([f"data.root={tmp_path}"])
-    assert recipe.dims == PUBLISHED[name]
-    with pytest.raises(
-        DataError, match=rf"{name} is missing: {tmp_path}.*zenodo\.org/records/1161203.*--data-root"
-    ):
-        load_table(recipe)
-    with pytest.raises(ConfigError, match=r"has a split of its own: leave data\.held_out at 0\.1"):
-        load_table(recipe.override(["data.held_out=0.3"]))
-
-
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (lambda root: (root / "gas" / "ethylene_CO.pickle").touch(), r"could run code.*to_csv\("),
-        (lambda root: write(root / "gas" / "ethylene_CO.csv", ROWS), "give 3 columns, not the 8"),
-    ],
-)
-def test_a_gas_file_that_cannot_be_used(act: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "gas").mkdir()
-    act(tmp_path)
-    with pytest.raises(DataError, match=message):
-        published.gas(root=str(tmp_path))
-
-
-def test_another_file_under_a_published_name(tmp_path: Path) -> None:
-    (tmp_path / "miniboone").mkdir()
-    np.save(tmp_path / "miniboone" / "data.npy", ROWS)
-    with pytest.raises(DataError, match=r"holds an array \(30, 3\); the published one has 43 columns"):
-        published.miniboone(root=str(tmp_path))

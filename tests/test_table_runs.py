@@ -24,7 +24,7 @@ from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.evaluation.measures import TableEvaluation, TableMeasure, gaussian_scores, measure_of
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.recipes.schema import Recipe, TableData
+from rnode_plugin.recipes.recipe import Recipe, TableData
 from rnode_plugin.training.lightning.datamodule import TableDataModule
 from rnode_plugin.training.lightning.module import RnodeModule
 

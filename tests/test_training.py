@@ -25,7 +25,7 @@ from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rnode_plugin.evaluation.loading import load_images, pick_device
 from rnode_plugin.evaluation.measures import FlowInput
-from rnode_plugin.recipes.schema import Optimizer, Recipe
+from rnode_plugin.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.fit import FitResult, fit
 from rnode_plugin.training.lightning.callbacks.metrics_file import MetricsTable

@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as L
 
 from rnode_plugin import get_recipe
-from rnode_plugin.recipes.schema import Recipe
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.fit import FitResult, fit
 
 SETTINGS = [

@@ -65,7 +65,7 @@ def compare(
     """
     from ..comparison.compare import compare
     from ..errors import TrainingError
-    from ..recipes.schema import get_recipe
+    from ..recipes.recipe import get_recipe
     from .tables import table
 
     chosen = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]

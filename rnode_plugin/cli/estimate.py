@@ -11,7 +11,7 @@ import click
 from .options import settings
 
 if TYPE_CHECKING:
-    from ..recipes.schema import Recipe
+    from ..recipes.recipe import Recipe
     from ..training.cost.estimate import Estimate, Prediction
     from ..training.cost.timing import TimedStep
 
@@ -48,7 +48,7 @@ def estimate(
     --gpu the real step is timed on this machine's CPU: in each precision, compiled if the run can win that back,
     and in the other gradient mode.
     """
-    from ..recipes.schema import get_recipe
+    from ..recipes.recipe import get_recipe
 
     size = () if batch_size is None else (f"data.batch_size={batch_size}",)
     chosen = get_recipe(recipe).override([*size, *assignments])

@@ -10,7 +10,7 @@ import click
 from ..solvers.config import FIXED_METHODS
 
 if TYPE_CHECKING:
-    from ..recipes.schema import Recipe
+    from ..recipes.recipe import Recipe
     from ..solvers.config import Solver
 
 __all__ = ["export"]

@@ -19,7 +19,7 @@ def recipes(ctx: click.Context) -> None:
         return
     from ..errors import RnodeError
     from ..plugins import registry
-    from ..recipes.schema import get_recipe
+    from ..recipes.recipe import get_recipe
     from .tables import table
 
     rows = []
@@ -38,8 +38,7 @@ def recipes(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
 def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it."""
-    from ..recipes.overrides import as_text
-    from ..recipes.schema import get_recipe
+    from ..recipes.recipe import as_text, get_recipe
     from .tables import table
 
     recipe = get_recipe(name)

@@ -12,7 +12,7 @@ from .options import denormals, device
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..recipes.schema import Recipe, TableData
+    from ..recipes.recipe import Recipe, TableData
 
 __all__ = ["sample"]
 
@@ -46,7 +46,7 @@ def sample(*, run: str, device: str, **options: Any) -> None:
     have the given columns beside the drawn ones.
     """
     from ..evaluation.loading import pick_device
-    from ..recipes.schema import TableData
+    from ..recipes.recipe import TableData
     from ..training.runs.checkpoints import load_with_recipe
 
     flow, recipe = load_with_recipe(run, map_location=pick_device(device))

@@ -15,7 +15,7 @@ from .options import Duration, data_root, denormals, download, given, settings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..recipes.schema import Recipe
+    from ..recipes.recipe import Recipe
     from ..training.fit import FitResult
 
 __all__ = ["train"]
@@ -174,7 +174,7 @@ def train(
 
 def _settings(short: dict[str, Any], recipe: Recipe) -> list[str]:
     """What the short options mean for a recipe, as assignments."""
-    from ..recipes.schema import TableData
+    from ..recipes.recipe import TableData
 
     names = dict(_SHORT)
     if isinstance(recipe.data, TableData):
@@ -214,8 +214,7 @@ def _callback(name: str) -> Any:
 
 
 def _recipe(name: str, ffjord: bool) -> Recipe:
-    from ..recipes.reading import is_recipe_file, read_recipe
-    from ..recipes.schema import get_recipe
+    from ..recipes.recipe import get_recipe, is_recipe_file, read_recipe
 
     recipe = read_recipe(name) if is_recipe_file(name) else get_recipe(name)
     return recipe.ffjord() if ffjord else recipe
@@ -223,7 +222,7 @@ def _recipe(name: str, ffjord: bool) -> Recipe:
 
 def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Path]:
     """The recipe of a run to go on with, and its newest intact checkpoint."""
-    from ..recipes.reading import is_recipe_file, read_recipe
+    from ..recipes.recipe import is_recipe_file, read_recipe
     from ..training.runs.checkpoints import recipe_of
     from ..training.runs.resume import newest_intact
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..evaluation.step_size import StepRow
     from ..flows.multiscale import MultiscaleFlow
     from ..flows.table import TableFlow
-    from ..recipes.schema import Recipe
+    from ..recipes.recipe import Recipe
 
 __all__ = ["tune_step"]
 
@@ -107,7 +107,7 @@ def _flow(
 ) -> tuple[MultiscaleFlow | TableFlow, Recipe]:
     """A trained flow: a run's, or a recipe's after ``steps`` steps."""
     from ..plugins import registry
-    from ..recipes.schema import get_recipe
+    from ..recipes.recipe import get_recipe
     from ..training.fit import fit
     from ..training.runs.checkpoints import load_with_recipe
 

@@ -8,7 +8,7 @@ from ..core.random_streams import Stream, seeded
 from ..errors import ConfigError
 from ..evaluation.measures import measure_of
 from ..plugins import registry
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 
 __all__ = ["check_arm"]
 

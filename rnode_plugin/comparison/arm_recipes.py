@@ -12,8 +12,7 @@ from ..core.schedules import LinearWarmup, WrittenStrength, strength_text
 from ..errors import ConfigError, suggest
 from ..plugins import registry
 from ..plugins.resolve import resolve_regularizers
-from ..recipes.overrides import coerce
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe, read_strength
 
 __all__ = ["arm_recipes"]
 
@@ -115,7 +114,7 @@ def _default_lambda(recipe: Recipe, name: str) -> WrittenStrength:
 
 def _lambda(name: str, text: str) -> WrittenStrength:
     try:
-        return _strength_of({name: coerce(text.strip(), WrittenStrength)})
+        return _strength_of({name: read_strength(text)})
     except ConfigError:
         raise
     except ValueError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, TrainingError
 from ..evaluation.loading import load_for_training
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.reading import Run, read_run
 from ..training.runs.resume import newest_intact

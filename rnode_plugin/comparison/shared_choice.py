@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ConfigError
 from ..evaluation.loading import pick_device
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 from ..training.cost.fastest import Choice, choose, is_open
 from ..training.runs.choice_file import read_choice, write_choice
 from ..training.runs.folder import CHOSEN

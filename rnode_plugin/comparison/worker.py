@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import ConfigError
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 from ..training.cost.fastest import Choice
 from ..training.runs.choice_file import write_choice
 from ..training.runs.folder import CHOSEN, RunFolder

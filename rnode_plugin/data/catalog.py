@@ -11,7 +11,7 @@ from .downloads import one_download
 from .images import ImageData
 from .tables.table import Table
 
-__all__ = ["get_dataset", "get_table"]
+__all__ = ["get_dataset", "get_table", "table_columns"]
 
 D = TypeVar("D", ImageData, Table)
 
@@ -60,6 +60,20 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
     taken = inspect.signature(registry.get("datasets", name)).parameters
     chosen = {key: value for key, value in options.items() if key in taken}
     return _load(Table, name, {"root": root, **chosen}, download=download)
+
+
+def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
+    """Names of the columns of a table, without reading the rows of a file.
+
+    Raises:
+        ConfigError: an unknown name.
+        DataError: it cannot be read.
+    """
+    if name == "table":
+        from .tables.own import table_columns
+
+        return table_columns(root)
+    return get_table(name, root=root).columns
 
 
 def _load(kind: type[D], name: str, arguments: dict[str, Any], *, download: bool) -> D:

@@ -14,7 +14,7 @@ from ..data.tables.checks import check_columns
 from ..data.tables.table import Table
 from ..errors import ConfigError, DataError
 from ..plugins import registry
-from ..recipes.schema import Data, Recipe, TableData
+from ..recipes.recipe import Data, Recipe, TableData
 from .measures import FlowInput, measure_of
 
 __all__ = ["held_out_samples", "load_data", "load_for_training", "load_images", "load_table", "pick_device"]

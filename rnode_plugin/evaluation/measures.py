@@ -17,11 +17,11 @@ from torch import Tensor
 from ..core.objective import bits_per_dim
 from ..data.tables.table import Table
 from ..flows.multiscale import dequantize, random_flip
-from ..recipes.schema import TableData
+from ..recipes.recipe import TableData
 from .samples import sample_images, sample_rows, save_corner, save_grid
 
 if TYPE_CHECKING:
-    from ..recipes.schema import Recipe, Training
+    from ..recipes.recipe import Recipe, Training
 
 __all__ = [
     "BitsPerDim",

@@ -11,8 +11,6 @@ from .hookspecs import hookimpl
 
 __all__: list[str] = []
 
-_PUBLISHED_TABLES = ("power", "gas", "hepmass", "miniboone", "bsds300")
-
 
 @hookimpl
 def rnode_register_regularizers() -> Mapping[str, str]:
@@ -51,17 +49,13 @@ def rnode_register_datasets() -> Mapping[str, str]:
         "celebahq256": "rnode_plugin.data:celebahq256",
         "folder": "rnode_plugin.data:folder",
         "table": "rnode_plugin.data.tables.own:table",
-        **{name: f"rnode_plugin.data.tables.published:{name}" for name in _PUBLISHED_TABLES},
     }
 
 
 @hookimpl
 def rnode_register_recipes() -> Mapping[str, str]:
-    names = ("digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256")
-    return {
-        **{name: f"rnode_plugin.recipes.presets:{name.replace('-', '_')}" for name in names},
-        **{name: f"rnode_plugin.recipes.table_presets:{name}" for name in ("table", *_PUBLISHED_TABLES)},
-    }
+    names = ("digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256", "table")
+    return {name: f"rnode_plugin.recipes.presets:{name.replace('-', '_')}" for name in names}
 
 
 @hookimpl

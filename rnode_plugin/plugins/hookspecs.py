@@ -147,9 +147,9 @@ def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportRet
 
 @hookspec
 def rnode_register_recipes() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
-    """Recipes for ``rnode-cli train NAME`` and :func:`~rnode_plugin.recipes.schema.get_recipe`.
+    """Recipes for ``rnode-cli train NAME`` and :func:`~rnode_plugin.recipes.recipe.get_recipe`.
 
-    A recipe is a function without arguments that returns a :class:`~rnode_plugin.recipes.schema.Recipe`.
+    A recipe is a function without arguments that returns a :class:`~rnode_plugin.recipes.recipe.Recipe`.
 
     Example::
 

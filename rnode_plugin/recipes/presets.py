@@ -1,4 +1,4 @@
-"""The recipes of this package: the paper's four data sets (Table 1), two of them trained fast, and digits.
+"""The recipes of this package: the paper's four data sets (Table 1), two of them trained fast, digits, and tables.
 
 Numbers that the paper does not give are those of the authors' public training scripts: the logit margins, the
 warm-up, the flips, the first step of the adaptive solver, the seed and the epochs of the two large sets. Our own
@@ -11,15 +11,19 @@ from __future__ import annotations
 import dataclasses
 
 from ..solvers.config import Solver
-from .schema import Data, Model, Optimizer, Paper, Recipe, Start, Training
+from .recipe import Data, Model, Optimizer, Paper, Recipe, Start, TableData, TableModel, Training
 
-__all__ = ["celebahq256", "cifar10", "cifar10_fast", "digits", "imagenet64", "mnist", "mnist_fast"]
+__all__ = ["celebahq256", "cifar10", "cifar10_fast", "digits", "imagenet64", "mnist", "mnist_fast", "table"]
 
 _DOPRI5 = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _RK4 = Solver(method="rk4_38", step=0.25)
 _SAMPLED = Solver(method="rk4_38", step=0.5, trace_quadrature="sampled")
 _MUON = Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine")
 _DOPRI5_LEAN = dataclasses.replace(_DOPRI5, gradient="checkpointed")
+
+_CELLS = (
+    "radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension",
+)  # fmt: skip
 
 
 def digits() -> Recipe:
@@ -94,6 +98,27 @@ def mnist_fast() -> Recipe:
 
 def cifar10_fast() -> Recipe:
     return _fast(cifar10(), epochs=10)
+
+
+def table() -> Recipe:
+    return Recipe(
+        name="table",
+        description="a table of one's own (--data-root FILE), or cell nuclei of scikit-learn: a minute on a CPU",
+        data=TableData("table", _CELLS, held_out=0.2),
+        model=TableModel(),
+        solver=Solver(method="rk4_38", step="auto"),
+        test_solver=_DOPRI5,
+        # on the nuclei -2.87 nats; Adam at 5e-3 took 600 steps to -2.51 (seed 42)
+        optimizer=Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine"),
+        training=Training(
+            max_epochs=None,
+            max_steps=500,
+            val_every_steps=50,
+            log_every=5,
+            sample_temperatures=(1.0,),
+            sample_images=1000,
+        ),
+    )
 
 
 def _fast(recipe: Recipe, *, epochs: int) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..core.schedules import final_strength, strength_text
 from ..evaluation.measures import Measure
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 from .reading import Run, arm_of
 
 __all__ = ["Arm", "Look", "group_runs"]

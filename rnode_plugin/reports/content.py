@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from ..evaluation.diagnostics.result import Diagnosis
-from ..recipes.overrides import as_text
+from ..recipes.recipe import as_text
 from .arms import Arm
 from .figures.diagnosis import diagnosis_panels
 from .figures.figures import Panel, make_panels

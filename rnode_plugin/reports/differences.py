@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..recipes.schema import TableData
+from ..recipes.recipe import TableData
 from .arms import Arm
 from .reading import Run
 

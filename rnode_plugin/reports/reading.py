@@ -18,7 +18,7 @@ from ..core.schedules import final_strength
 from ..errors import ConfigError
 from ..evaluation.diagnostics.result import Diagnosis
 from ..evaluation.measures import Measure, measure_of
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 
 __all__ = ["Run", "arm_of", "read_run", "read_runs"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..core.schedules import strength_text
-from ..recipes.schema import Paper
+from ..recipes.recipe import Paper
 from ..solvers.config import solver_text
 from ..text import change_with_error, duration, significant, with_error
 from .arms import Arm

@@ -12,7 +12,7 @@ from ..data import ImageData, Table
 from ..errors import SolverError, TrainingError
 from ..evaluation.likelihood import evaluate_by
 from ..evaluation.measures import Evaluation, measure_of
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 from .progress import batch_counter
 from .runs.checkpoints import load_flow, training_solver
 from .runs.folder import RunFolder

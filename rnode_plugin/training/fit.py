@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import Logger
 from ..data import ImageData, Table
 from ..errors import CheckpointError, ConfigError, LocalError, RnodeError
 from ..evaluation.loading import load_for_training
-from ..recipes.schema import Recipe
+from ..recipes.recipe import Recipe
 from .conclude import conclude
 from .failures import explained
 from .lightning.callbacks.run_callbacks import RunCallbacks

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..recipes.schema import Optimizer
+from ..recipes.recipe import Optimizer
 
 __all__ = ["Muon", "check_installed", "make_optimizer", "orthogonalized"]
 

@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 from ..core.random_streams import Stream, stream_seed
 from ..errors import ConfigError
-from ..recipes.schema import Optimizer, Recipe, Start, TableData
+from ..recipes.recipe import Optimizer, Recipe, Start, TableData
 
 __all__ = ["EpochOrder", "EvenShare", "RunPlan", "learning_rate_factor"]
 

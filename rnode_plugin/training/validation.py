@@ -17,7 +17,7 @@ from ..evaluation.measures import Measure, measure_of
 from ..types import FlowOutput
 
 if TYPE_CHECKING:
-    from ..recipes.schema import Recipe
+    from ..recipes.recipe import Recipe
     from ..solvers import Solver
 
 __all__ = ["ValidationSums", "gap_warning"]

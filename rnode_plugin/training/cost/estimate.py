@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...errors import ConfigError
-from ...recipes.schema import Recipe, TableData
+from ...recipes.recipe import Recipe, TableData
 from .cards import BANDWIDTH_SHARE, COMPUTE_SHARE, LAUNCH_SECONDS, Card
 from .counting import Cost
 from .step import NFE_PER_BLOCK, StepCost, count_step, largest_batch
@@ -23,13 +23,8 @@ TRAINING_IMAGES = {
     "svhn": 73_257,
     "imagenet64": 1_281_149,
     "celebahq256": 27_000,
-    "power": 1_659_917,
-    "gas": 852_174,
-    "hepmass": 315_123,
-    "miniboone": 29_556,
-    "bsds300": 1_000_000,
 }
-"""Training images, or rows, of the data sets with a name of their own, so that an estimate needs no data."""
+"""Training images of the data sets with a name of their own, so that an estimate needs no data."""
 
 _USABLE = 0.9  # of the memory: the rest is the driver's, and lost between allocations
 

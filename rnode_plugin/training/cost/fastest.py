@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError
-from ...recipes.overrides import from_plain
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
+from ...recipes.settings import from_plain
 from .step import NFE_PER_BLOCK
 from .timing import StepTimer, TimedStep, Way
 
@@ -69,10 +68,7 @@ class Choice:
         Raises:
             ConfigError: it is something else.
         """
-        if not (isinstance(plain, Mapping) and isinstance(plain.get("measured"), list)):
-            raise ConfigError("it holds no choice")
-        measured = tuple(from_plain(TimedStep, each, "measured") for each in plain["measured"])
-        return dataclasses.replace(from_plain(Choice, {**plain, "measured": ()}), measured=measured)
+        return from_plain(Choice, plain)
 
 
 def is_open(recipe: Recipe) -> bool:

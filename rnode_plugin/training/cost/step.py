@@ -13,7 +13,7 @@ from torch import nn
 from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError
 from ...evaluation.measures import FlowInput, measure_of
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from ...solvers import Solver
 from ..steps.step_objective import StepObjective
 from .counting import Cost, count

@@ -15,7 +15,7 @@ from ...evaluation.measures import FlowInput, measure_of
 from ...fields import compile_fields
 from ...fields.kernels import compile as compiling
 from ...flows.multiscale import MultiscaleFlow
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from ...text import duration
 from .step import NFE_PER_BLOCK, fixed_solver, training_step
 

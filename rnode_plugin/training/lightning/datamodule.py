@@ -14,7 +14,7 @@ from ...data.loading import keep_batch
 from ...errors import ConfigError
 from ...evaluation.loading import load_data
 from ...evaluation.measures import measure_of
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from ..schedule import EpochOrder, EvenShare
 from .private import batches_trained
 

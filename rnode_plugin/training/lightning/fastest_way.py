@@ -11,7 +11,7 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from ..cost.fastest import Choice, Slowest, choose
 from ..runs.choice_file import read_choice, write_choice
 

@@ -16,7 +16,7 @@ from ...core.random_streams import Stream, seed_everything, seeded
 from ...errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
 from ...fields import compile_fields
 from ...flows.table import TableFlow
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from ...solvers import Solver
 from ..cost.fastest import is_open
 from ..optimizers import check_installed, make_optimizer

@@ -19,7 +19,7 @@ from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ...errors import ConfigError
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from ..schedule import RunPlan
 from .checkpoint_io import AtomicCheckpointIO
 from .private import check_processes

@@ -21,7 +21,7 @@ from .weights_file import SUFFIX, read_weights, weights_as_bytes
 if TYPE_CHECKING:
     import torch
 
-    from ...recipes.schema import Recipe
+    from ...recipes.recipe import Recipe
     from ...solvers.config import Solver
 
 __all__ = [
@@ -230,7 +230,7 @@ def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
     Raises:
         CheckpointError: it is not one that this version understands.
     """
-    from ...recipes.schema import Recipe
+    from ...recipes.recipe import Recipe
 
     try:
         return Recipe.from_plain(contents[_KEY]["recipe"])

@@ -19,7 +19,7 @@ from ...errors import CheckpointError, ConfigError
 from ...evaluation.measures import Evaluation, ImageMeasure, Measure, TableMeasure
 from ...files import write_atomically
 from ...plugins import registry
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from .checkpoints import BEST, LAST
 
 __all__ = ["CHOSEN", "DIAGNOSIS", "RunFolder", "environment"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ConfigError
-from ...recipes.schema import Recipe
+from ...recipes.recipe import Recipe
 from ..schedule import RunPlan
 from .checkpoints import BEST, LAST, PREVIOUS, find_checkpoint, read_checkpoint, recipe_of
 from .folder import RunFolder

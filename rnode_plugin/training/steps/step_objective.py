@@ -17,7 +17,7 @@ from ...evaluation.measures import FlowInput, measure_of
 from ...solvers.health import HealthCheck, all_finite
 
 if TYPE_CHECKING:
-    from ...recipes.schema import Recipe
+    from ...recipes.recipe import Recipe
     from ...solvers import Solver
 
 __all__ = ["StepObjective", "StepTerms"]

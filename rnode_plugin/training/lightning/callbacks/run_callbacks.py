@@ -5,7 +5,7 @@ from __future__ import annotations
 from pytorch_lightning.callbacks import Callback
 
 from ....evaluation.measures import measure_of
-from ....recipes.schema import Data, Recipe
+from ....recipes.recipe import Data, Recipe
 from ...runs.folder import RunFolder
 from .metrics_file import MetricsFile, MetricsTable
 from .run_checkpoints import RunCheckpoints

@@ -1,4 +1,4 @@
-"""The recipes of tables: ``table`` for a file of one's own, and the five published sets with FFJORD's settings.
+"""The recipes of the five tables, with FFJORD's settings.
 
 Training of the five is that of the authors' program (github.com/rtqichen/ffjord): Adam at 1e-3, weight decay 1e-6,
 Dormand-Prince at 1e-8 absolute and 1e-6 relative, a validation every 200 steps. So is the architecture of
@@ -13,30 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..solvers.config import Solver
-from .schema import Optimizer, Recipe, TableData, TableModel, Training
+from rnode_plugin import Solver
+from rnode_plugin.recipes.recipe import Optimizer, Recipe, TableData, TableModel, Training
 
-__all__ = ["bsds300", "gas", "hepmass", "miniboone", "power", "table"]
+__all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]
 
-_DOPRI5 = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _FFJORD = Solver(method="dopri5", atol=1e-8, rtol=1e-6)
-_CELLS = (
-    "radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension",
-)  # fmt: skip
-
-
-def table() -> Recipe:
-    return Recipe(
-        name="table",
-        description="a table of one's own (--data-root FILE), or cell nuclei of scikit-learn: a minute on a CPU",
-        data=TableData("table", _CELLS, held_out=0.2),
-        model=TableModel(),
-        solver=Solver(method="rk4_38", step="auto"),
-        test_solver=_DOPRI5,
-        # on the nuclei -2.87 nats; Adam at 5e-3 took 600 steps to -2.51 (seed 42)
-        optimizer=Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine"),
-        training=_training(max_epochs=None, max_steps=500, val_every_steps=50, log_every=5),
-    )
 
 
 def power() -> Recipe:
@@ -75,9 +57,11 @@ def _published(name: str, what: str, columns: int | tuple[str, ...], *, batch_si
         solver=_FFJORD,
         test_solver=_FFJORD,
         optimizer=Optimizer(lr=1e-3, warmup=0, weight_decay=1e-6),
-        training=_training(max_epochs=100, val_every_steps=200, val_images=10_000),
+        training=Training(
+            max_epochs=100,
+            val_every_steps=200,
+            val_images=10_000,
+            sample_temperatures=(1.0,),
+            sample_images=1000,
+        ),
     )
-
-
-def _training(**settings: Any) -> Training:
-    return Training(sample_temperatures=(1.0,), sample_images=1000, **settings)

@@ -13,11 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ConfigError, DataError
-from ..downloads import DEFAULT_ROOT
-from .files import read_columns
-from .table import Table
-from .text import text_names
+from rnode_plugin.data import Table
+from rnode_plugin.errors import ConfigError, DataError
 
 __all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]
 
@@ -49,8 +46,13 @@ def gas(*, root: str | None = None) -> Table:
         )
     if not file.is_file():
         raise _missing("gas", place / "ethylene_CO.pickle", root)
-    names = [name for name in text_names(file) if name not in ("Meth", "Eth", "Time")]
-    rows = read_columns(file, names)
+    import pandas
+
+    try:
+        frame = pandas.read_csv(file, dtype="float64")
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}. Make it again.") from None
+    rows = frame.drop(columns=["Meth", "Eth", "Time"], errors="ignore").to_numpy()
     while True:  # the first of the columns that repeat another goes, until none does
         repeats = (np.corrcoef(rows.T) > 0.98).sum(1) > 1
         if not repeats.any():
@@ -84,7 +86,7 @@ def bsds300(*, root: str | None = None) -> Table:
     try:
         import h5py  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
-        raise ConfigError("reading BSDS300 needs h5py: pip install 'rnode-plugin[hdf5]'.") from None
+        raise ConfigError("reading BSDS300 needs h5py: pip install h5py.") from None
     parts: list[Any] = []
     try:
         with h5py.File(file, "r") as stored:
@@ -146,7 +148,7 @@ def _loaded_npy(file: Path, columns: int) -> np.ndarray:
 
 
 def _root(root: str | None) -> Path:
-    return Path(DEFAULT_ROOT if root is None else root)
+    return Path("data" if root is None else root)
 
 
 def _file(name: str, root: str | None, path: str) -> Path:

@@ -1,0 +1,438 @@
+"""Recipe: one frozen tree of settings for an experiment; ``presets`` holds those of the paper.
+
+A recipe is everything that decides what a run computes. It is written next to the run and into every checkpoint
+as plain JSON, and a flow is rebuilt from that alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import inspect
+import io
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from ..core.schedules import LinearWarmup, WrittenStrength, final_strength
+from ..errors import ConfigError, PluginError, suggest
+from ..files import check_path_name
+from ..plugins import registry
+from ..solvers.config import Solver
+from .settings import (
+    CONFIG,
+    Data,
+    Model,
+    Optimizer,
+    Paper,
+    Start,
+    TableData,
+    TableModel,
+    Training,
+    from_plain,
+    no_truth_value,
+    refusing,
+)
+
+__all__ = [
+    "Data",
+    "Model",
+    "Optimizer",
+    "Paper",
+    "Recipe",
+    "Start",
+    "TableData",
+    "TableModel",
+    "Training",
+    "as_text",
+    "get_recipe",
+    "is_recipe_file",
+    "read_recipe",
+    "read_strength",
+]
+
+
+def _strength(value: Any) -> WrittenStrength:
+    if isinstance(value, LinearWarmup):
+        return value
+    try:
+        number = float(no_truth_value(value))
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if isinstance(value, str) and math.isnan(number):
+        with contextlib.suppress(ValueError):
+            return LinearWarmup.from_text(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number or {LinearWarmup.spelling}")
+    if number < 0:
+        raise ValueError("lambda must not be negative")
+    return number
+
+
+_Strength = Annotated[
+    WrittenStrength,
+    PlainValidator(_strength),
+    PlainSerializer(lambda each: str(each) if isinstance(each, LinearWarmup) else each),
+]
+
+
+def _tag(value: Any) -> str:
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return "table" if kind == "table" else "images"
+
+
+_AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("table")], Discriminator(_tag)]
+_AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Tag("table")], Discriminator(_tag)]
+
+
+@refusing("")
+@dataclass(frozen=True, config=CONFIG)
+class Recipe:
+    """All settings of one experiment.
+
+    Attributes:
+        name: names the folder of its runs.
+        description: one line for the list of recipes.
+        data, model: of images, or both of a table.
+        solver: the integrator while training.
+        test_solver: the integrator of validation, evaluation and sampling.
+        start: what the first training steps do otherwise.
+        regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``; a penalty with lambda 0
+            is measured and not trained on.
+        paper: the paper's own figures, where it has them.
+
+    Raises:
+        ConfigError: settings that cannot work, by themselves or together.
+    """
+
+    name: str
+    description: str
+    data: _AnyData
+    model: _AnyModel
+    solver: Solver
+    test_solver: Solver
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    start: Start = Field(default_factory=Start)
+    regularizers: Mapping[str, _Strength] = Field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
+    training: Training = Field(default_factory=Training)
+    paper: Paper | None = None
+
+    def __post_init__(self) -> None:
+        check_path_name(self.name, "recipe")
+        if isinstance(self.data, TableData) != isinstance(self.model, TableModel):
+            raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
+        if isinstance(self.data, TableData):
+            self._check_table()
+        if self.test_solver.step == "auto":
+            raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
+        if self.start.step is not None and self.solver.adaptive:
+            raise ConfigError(
+                f"start.step needs a fixed grid, but {self.solver.method} chooses its own steps: set "
+                "start.step=none, or solver.method=rk4_38."
+            )
+        rounding = next((eps for name, eps in _ROUNDING.items() if self.training.precision.startswith(name)), 0.0)
+        if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
+            raise ConfigError(
+                f"{self.solver.method} cannot train with training.precision={self.training.precision}: rounding of "
+                f"the field, about {rounding:.1g}, hides the errors that its tolerances allow, and its steps would "
+                "shrink without end. Use a fixed grid (solver.method=rk4_38), or 32-true."
+            )
+
+    def _check_table(self) -> None:
+        if self.training.precision in ("16-true", "bf16-true"):
+            raise ConfigError(
+                f"training.precision={self.training.precision} would round the table itself: use 32-true or "
+                f"{self.training.precision.replace('true', 'mixed')}."
+            )
+        if len(self.training.sample_temperatures) > 1:
+            raise ConfigError(
+                "training.sample_temperatures: the samples of a table are drawn at one temperature, such as 1."
+            )
+
+    def override(self, assignments: Iterable[str]) -> Recipe:
+        """A copy with ``group.key=value`` texts applied, all at once.
+
+        Another table (``data.name`` or ``data.root``) brings its own columns, unless ``data.columns`` names some.
+
+        Raises:
+            ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
+            DataError: a table that is named cannot be read.
+        """
+        from ..plugins.resolve import resolve_regularizers  # imports torch
+
+        changes = self._changes(assignments)
+        recipe = self
+        data = changes.get("data", {})
+        if isinstance(self.data, TableData) and "columns" not in data and data.keys() & {"name", "root"}:
+            recipe = dataclasses.replace(self, data=_of_other_table(self.data, **data))
+        new: dict[str, Any] = {}
+        for group, values in changes.items():
+            old = getattr(recipe, group)
+            new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
+        changed = dataclasses.replace(recipe, **new)
+        old = self.regularizers
+        # an unknown name is refused here, not after the data is loaded
+        resolve_regularizers({name: each for name, each in changed.regularizers.items() if old.get(name) != each})
+        return changed
+
+    def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The values by group and key, for settings that there are and that may change."""
+        changes: dict[str, dict[str, Any]] = {}
+        known = [path for path, _ in self.settings() if not path.startswith("paper.")]
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            group = path.strip().partition(".")[0]
+            if group == "regularizers":  # a name may have options: regularizers.taylor:order=3=0.01
+                path, equals, text = assignment.rpartition("=")
+            if not equals:
+                raise ConfigError(f"{assignment!r} is not a setting: write group.key=value.")
+            path, text = path.strip(), text.strip()
+            key = path.partition(".")[2]
+            if path not in known and not (group == "regularizers" and key):
+                raise ConfigError(suggest(path, known, "setting"))
+            kind = str if group == "regularizers" else typing.get_type_hints(type(getattr(self, group)))[key]
+            changes.setdefault(group, {})[key] = _from_text(text, kind)
+        return changes
+
+    def ffjord(self) -> Recipe:
+        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, all steps alike."""
+        solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
+        name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
+        return dataclasses.replace(self, name=name, solver=solver, start=Start(), regularizers={})
+
+    @property
+    def weights(self) -> str:
+        """Which weights a checkpoint of this recipe gives to evaluation, sampling and export."""
+        return "as trained" if self.training.ema is None else f"moving average, decay {self.training.ema:g}"
+
+    @property
+    def trains_as_ffjord(self) -> bool:
+        """Whether the training solver is that of the FFJORD baseline."""
+        return self.solver == self.ffjord().solver
+
+    def settings(self) -> list[tuple[str, Any]]:
+        """Every setting as ``("group.key", value)``."""
+        groups = [(each.name, getattr(self, each.name)) for each in dataclasses.fields(self)]  # pyright: ignore
+        return [
+            (f"{group}.{key}", entry)
+            for group, value in groups
+            if not (value is None or isinstance(value, str))
+            for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
+        ]
+
+    def to_plain(self) -> dict[str, Any]:
+        """As dictionaries, lists, numbers and texts, for JSON and checkpoints."""
+        return TypeAdapter(Recipe).dump_python(self, mode="json")
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_plain`; it also reads recipes of older versions.
+
+        Raises:
+            ConfigError: for an unknown setting or a bad value.
+        """
+        return from_plain(Recipe, _renamed(plain))
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions d of one sample: C*H*W of an image, the columns of a table that are modelled."""
+        return self.data.dims
+
+    @property
+    def images(self) -> Data:
+        """The data settings of a recipe of images.
+
+        Raises:
+            ConfigError: it is one of a table.
+        """
+        if isinstance(self.data, TableData):
+            raise ConfigError(f"the recipe {self.name} is one of a table, not of images.")
+        return self.data
+
+    @property
+    def table(self) -> TableData:
+        """The data settings of a recipe of a table.
+
+        Raises:
+            ConfigError: it is one of images.
+        """
+        if isinstance(self.data, Data):
+            raise ConfigError(f"the recipe {self.name} is one of images, not of a table.")
+        return self.data
+
+    @property
+    def lambdas(self) -> dict[str, float]:
+        """Lambda by name, that at which a warm-up ends."""
+        return {name: final_strength(strength) for name, strength in self.regularizers.items()}
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the penalties that the flow integrates."""
+        return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
+
+    def build_flow(self) -> Any:
+        """A fresh flow, whose solver is ``test_solver``; the training step brings its own.
+
+        Returns:
+            A :class:`~rnode_plugin.MultiscaleFlow` for images, a :class:`~rnode_plugin.TableFlow` for a table, or
+            what a plugin offers in their place.
+
+        Raises:
+            PluginError: the plugin that offers the model failed, or returned something else.
+        """
+        model = registry.get("models", self.model.name)
+        with registry.guard("models", self.model.name):
+            flow = model(
+                self.data.event,
+                **self.model.options,
+                **self.data.model_options(),
+                solver=self.test_solver,
+                regularizers=self.measured,
+            )
+        if not callable(getattr(flow, "log_prob", None)):
+            raise PluginError(
+                f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a flow with `log_prob`."
+            )
+        return flow
+
+
+_ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with
+
+# they cost next to nothing once the divergence is followed, and every report shows them
+_ALWAYS_MEASURED = ("kinetic", "jacfrob")
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name, ours or a plugin's.
+
+    Raises:
+        ConfigError: for an unknown name; the known ones are listed.
+        PluginError: the plugin that offers it failed, or returned something else.
+
+    Example:
+        >>> recipe = get_recipe("digits").override(["optimizer.lr=1e-3"])
+        >>> recipe.optimizer.lr, recipe.data.shape
+        (0.001, (1, 8, 8))
+        >>> tuple(recipe.build_flow().sample(2).shape)
+        (2, 1, 8, 8)
+    """
+    build = registry.get("recipes", name)
+    with registry.guard("recipes", name):
+        recipe = build()
+    if not isinstance(recipe, Recipe):
+        raise PluginError(f"recipe {name!r}: its plugin returned {type(recipe).__name__}, not a Recipe.")
+    return recipe
+
+
+def is_recipe_file(name: str) -> bool:
+    """Whether ``name`` means a file and not the name of a recipe."""
+    return name.endswith(".json")
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe in a JSON file that :meth:`Recipe.to_plain` describes, such as the ``recipe.json`` of a run.
+
+    Raises:
+        ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
+            not known here or cannot have its lambda.
+    """
+    from ..plugins.resolve import resolve_regularizers  # imports torch
+
+    try:
+        plain = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ConfigError(f"{path} is not JSON: {error}.") from None
+    try:
+        recipe = Recipe.from_plain(plain)
+    except (ConfigError, RecursionError) as error:
+        raise ConfigError(f"{path} does not hold a recipe: {error}") from None
+    resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
+    return recipe
+
+
+def _of_other_table(data: TableData, *, name: str = "", root: str | None = None, **assigned: Any) -> TableData:
+    """``data`` for another table: with its columns and, if it has a split of its own, without a choice of ours.
+
+    Raises:
+        ConfigError: there is no such table, or a column that stays given is not in it.
+        DataError: it cannot be read.
+    """
+    from ..data.catalog import table_columns
+
+    name = name or data.name
+    changes: dict[str, Any] = {"name": name, "root": root or data.root}
+    own = name == data.name != "table"  # the same published table elsewhere
+    changes["columns"] = data.columns if own else table_columns(name, root=changes["root"])
+    taken = inspect.signature(registry.get("datasets", name)).parameters
+    defaults = {field.name: field.default for field in dataclasses.fields(TableData)}  # pyright: ignore
+    changes.update({key: defaults[key] for key in ("validation", "held_out", "split_seed") if key not in taken})
+    return dataclasses.replace(data, **changes, **({"given": ()} if "given" in assigned else {}))
+
+
+# Plain data and texts ------------------------------------------------------------------------------------------
+
+# settings of ``training`` as version 0.1 wrote them into recipes and checkpoints, and their names now
+_FORMER = {"check_every": "val_every", "check_every_steps": "val_every_steps"}
+
+
+def _renamed(plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe as plain data, with former names of settings replaced."""
+    training = plain.get("training") if isinstance(plain, Mapping) else None
+    if not isinstance(training, Mapping):
+        return plain
+    return {**plain, "training": {_FORMER.get(name, name): value for name, value in training.items()}}
+
+
+def read_strength(text: str) -> WrittenStrength:
+    """A lambda as it is written in a recipe: ``0.01`` or ``linear_warmup(1000)*0.01``.
+
+    Raises:
+        ValueError: it is neither, or negative.
+    """
+    return _strength(text.strip())
+
+
+def as_text(value: Any) -> str:
+    """A value as :meth:`Recipe.override` reads it back."""
+    if isinstance(value, tuple):
+        texts = [as_text(each) for each in value]
+        return ",".join(f'"{each}"' if set(each) & set(',"()[]') else each for each in
+                        (text.replace('"', '""') for text in texts))  # fmt: skip
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """A text of the command line as plain data, which pydantic types by the annotation ``kind``."""
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    if any(get_origin(option) is tuple for option in options):
+        return _parts(text)
+    if int in options:
+        try:
+            number = float(text)  # 1e5 is a whole number too
+            return int(number) if number == int(number) else text
+        except (ValueError, OverflowError):
+            return text
+    return text
+
+
+def _parts(text: str) -> Sequence[str]:
+    """The cells that commas separate, as in a line of CSV; one pair of brackets around all of them is left out."""
+    if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")):
+        text = text[1:-1]
+    rows = list(csv.reader(io.StringIO(text), skipinitialspace=True))
+    return tuple(cell.strip() for cell in rows[0]) if rows else ()

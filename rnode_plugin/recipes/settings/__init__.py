@@ -1,1 +1,0 @@
-"""The groups of settings of a recipe, one module each."""
