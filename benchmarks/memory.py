@@ -18,7 +18,7 @@ from measure import device_option, peak_memory, print_environment, set_up, table
 from rnode_plugin import Dynamics, Solver, get_recipe, objective
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.fields import conv_field
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import solve
 
 _PENALTIES = tuple(entry.regularizer for entry in resolve_regularizers(["kinetic", "jacfrob"]).values())

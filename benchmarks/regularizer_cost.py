@@ -23,7 +23,7 @@ from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.regularizers import undivided
 from rnode_plugin.core.schedules import strength_at
 from rnode_plugin.fields.potential import PotentialField
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:3",

@@ -20,8 +20,7 @@ from PIL import Image
 
 from rnode_plugin import __version__
 from rnode_plugin.cli import main
-from rnode_plugin.cli.options import Duration
-from rnode_plugin.cli.tables import duration, table
+from rnode_plugin.cli.options import Duration, duration, table
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.plugins.hookspecs import hookimpl
 

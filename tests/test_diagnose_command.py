@@ -16,8 +16,8 @@ from PIL import Image
 from tiny_runs import run, tiny_recipe
 
 from rnode_plugin.cli import main
-from rnode_plugin.cli.diagnose import CHECK_FAILED
-from rnode_plugin.cli.tables import wrapped_table
+from rnode_plugin.cli.options import wrapped_table
+from rnode_plugin.cli.runs import CHECK_FAILED
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.loading import held_out_samples

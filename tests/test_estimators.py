@@ -14,7 +14,7 @@ from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal
 from rnode_plugin.core.regularizers import FunctionRegularizer, jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson, get_estimator
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 
 
 class Convolution(nn.Module):

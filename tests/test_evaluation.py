@@ -20,7 +20,7 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.plugins.resolve import get_regularizer
+from rnode_plugin.plugins.registry import get_regularizer
 from rnode_plugin.types import FlowOutput
 
 RK4 = Solver(method="rk4", step=0.5)

@@ -16,7 +16,7 @@ from rnode_plugin.fields import FusedStackField, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.passes import fused
 from rnode_plugin.fields.recognise import recognise
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.types import FieldWithLinearization, FlatFieldWithLinearization
 
 __all__ = ["as_on_a_device"]  # a fixture

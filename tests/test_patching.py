@@ -19,7 +19,7 @@ from torchdyn.core.neuralde import NeuralODE as Theirs
 
 import rnode_plugin
 from rnode_plugin import SolverError
-from rnode_plugin.cli.exec import exec_script
+from rnode_plugin.cli.lists import exec_script
 from rnode_plugin.errors import ConfigError
 
 ImportedBefore: Any = NeuralODE  # install() gives it arguments and methods that no type checker sees
@@ -134,7 +134,7 @@ print("loss", float(model.reg_loss()) > 0, __name__, sys.argv[1:], neighbour.VAL
 def test_exec_runs_an_unmodified_script(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("VALUE = 7\n")
     (tmp_path / "script.py").write_text(SCRIPT)
-    program = "import sys; from rnode_plugin.cli.exec import exec_script; exec_script(sys.argv[1:])"
+    program = "import sys; from rnode_plugin.cli.lists import exec_script; exec_script(sys.argv[1:])"
     command = [sys.executable, "-c", program, str(tmp_path / "script.py"), "--epochs", "3", "-v", "data"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

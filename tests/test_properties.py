@@ -22,8 +22,7 @@ from packing_sources import prepare, write_zip
 from test_data_containers import plain_crc32c
 
 from rnode_plugin import get_recipe
-from rnode_plugin.cli.options import Duration
-from rnode_plugin.cli.tables import table
+from rnode_plugin.cli.options import Duration, table
 from rnode_plugin.data.idx import read_idx_images
 from rnode_plugin.data.images import ImageData
 from rnode_plugin.data.packing.pictures import fit_pixels

@@ -23,7 +23,7 @@ from rnode_plugin.core.augmented import Dynamics
 from rnode_plugin.core.regularizers import FunctionStepPenalty, local_error, local_stiffness
 from rnode_plugin.fields import StackField, conv_field
 from rnode_plugin.fields.potential import PotentialField
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import solve
 from rnode_plugin.types import StepRecord
 

@@ -21,7 +21,7 @@ from rnode_plugin.core.regularizers import (
 )
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import conv_field
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}

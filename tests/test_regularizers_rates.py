@@ -17,7 +17,7 @@ from rnode_plugin.core.augmented import Dynamics
 from rnode_plugin.core.regularizers import FunctionRegularizer, Taylor
 from rnode_plugin.core.trace_estimators import Hutchinson, HutchPlusPlus, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 
 RATES = [
     "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",

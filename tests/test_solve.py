@@ -14,7 +14,7 @@ from rnode_plugin.core.augmented import Dynamics
 from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
-from rnode_plugin.plugins.resolve import resolve_regularizers
+from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, solve
 from rnode_plugin.solvers.health import check_health
 from rnode_plugin.types import Rates

@@ -113,7 +113,7 @@ def test_its_integral_is_the_length_of_the_path(site):
         import json, math
         import torch
         from rnode_plugin import Dynamics, Solver
-        from rnode_plugin.plugins.resolve import resolve_regularizers
+        from rnode_plugin.plugins.registry import resolve_regularizers
         from rnode_plugin.solvers import solve
 
         (weighted,) = resolve_regularizers({"arclength": 0.5}).values()

@@ -1,7 +1,67 @@
-"""The command line ``rnode-cli``, also ``python -m rnode_plugin``."""
+"""The command line ``rnode-cli``: the group of all commands; errors become messages and exit codes."""
 
 from __future__ import annotations
 
-from .app import main
+import traceback
+from typing import Any
+
+import click
+
+from .._version import __version__
+from ..errors import ConfigError, PluginError, RnodeError, suggest
+from ..plugins import registry
 
 __all__ = ["main"]
+
+
+def _command(name: str) -> click.Command:
+    command = registry.get("commands", name)
+    if not isinstance(command, click.Command):
+        raise PluginError(f"the command {name!r}: its plugin registers {command!r}, which is not a click command.")
+    return command
+
+
+class _Commands(click.Group):
+    """Commands by name from the registry; the module of one is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return registry.names("commands")
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _command(cmd_name) if cmd_name in registry.names("commands") else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in (known := self.list_commands(ctx)):
+            raise click.UsageError(suggest(args[0], known, "command"), ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            try:
+                rows.append((name, _command(name).get_short_help_str(formatter.width - 20)))
+            except RnodeError as error:  # one broken plugin must not take the help away
+                rows.append((name, f"(cannot be loaded: {error})"))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+        except RnodeError as error:
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            hint = "" if not isinstance(error, PluginError) else " `rnode-cli --debug ...` shows the traceback."
+            failure = click.ClickException(f"{error}{hint}")
+            failure.exit_code = 2 if isinstance(error, ConfigError) else 1
+            raise failure from error
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rnode-cli")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(*, debug: bool) -> None:
+    """Train, evaluate and sample regularized neural ODE flows (RNODE)."""

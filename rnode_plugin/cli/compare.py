@@ -66,7 +66,7 @@ def compare(
     from ..comparison.compare import compare
     from ..errors import TrainingError
     from ..recipes.recipe import get_recipe
-    from .tables import table
+    from .options import table
 
     chosen = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
     chosen += [] if data_root is None else [f"data.root={data_root}"]

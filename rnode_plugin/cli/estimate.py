@@ -81,7 +81,7 @@ def _plain(found: Estimate) -> dict[str, object]:
 
 
 def _print(found: Estimate, recipe: Recipe) -> None:
-    from .tables import table
+    from .options import table
 
     card = found.card
     click.echo(f"{found.recipe} on {found.devices} x {card.name}, batch {found.steps[0].batch} per device\n")
@@ -122,7 +122,7 @@ def _time(recipe: Recipe, images: int | None, nfe: int, *, as_json: bool) -> Non
 
     from ..training.cost.estimate import planned_steps
     from ..training.cost.fastest import choose, time_gradients
-    from .tables import table
+    from .options import table
 
     device, threads = torch.device("cpu"), torch.get_num_threads()
     training = dataclasses.replace(recipe.training, precision="auto", compile="auto")

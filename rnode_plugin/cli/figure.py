@@ -31,7 +31,7 @@ def trajectories(*, out: str, data: str, strength: float, steps: int | None, see
     and in brackets the minimum and maximum.
     """
     from ..reports.figures.trajectories import figure_trajectories
-    from .tables import table
+    from .options import table
 
     options = {"data": data, "strength": strength, "steps": steps, "seed": seed, "seeds": seeds}
     for each in figure_trajectories(out, **options, announce=click.echo):

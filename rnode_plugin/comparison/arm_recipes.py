@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from ..core.schedules import LinearWarmup, WrittenStrength, strength_text
 from ..errors import ConfigError, suggest
 from ..plugins import registry
-from ..plugins.resolve import resolve_regularizers
+from ..plugins.registry import resolve_regularizers
 from ..recipes.recipe import Recipe, read_strength
 
 __all__ = ["arm_recipes"]

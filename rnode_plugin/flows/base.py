@@ -193,7 +193,7 @@ class Pass:
 
 def _registered(name: str) -> Any:
     """The regularizer of a name: only a name loads the plugin host."""
-    from ..plugins.resolve import get_regularizer
+    from ..plugins.registry import get_regularizer
 
     return get_regularizer(name)
 

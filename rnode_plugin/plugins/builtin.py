@@ -1,6 +1,6 @@
-"""What this package registers itself, through the hooks that everybody uses.
+"""What this package registers itself, through the hooks of all plugins.
 
-Everything is named by its place, so that listing names imports neither torch nor the command's modules.
+Everything is named by its place, so that listing names does not import torch.
 """
 
 from __future__ import annotations
@@ -60,24 +60,17 @@ def rnode_register_recipes() -> Mapping[str, str]:
 
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
-    names = (
-        "train",
-        "eval",
-        "sample",
-        "recipes",
-        "data",
-        "plugins",
-        "report",
-        "compare",
-        "diagnose",
-        "export",
-        "figure",
-        "regularizers",
-    )
+    modules = {
+        "train": ("train", "tune_step"),
+        "runs": ("eval", "diagnose", "sample", "export", "report"),
+        "lists": ("recipes", "plugins", "regularizers", "info"),
+        "compare": ("compare",),
+        "data": ("data",),
+        "estimate": ("estimate",),
+        "figure": ("figure",),
+    }
+    commands = {name: f"rnode_plugin.cli.{module}:{name}" for module, names in modules.items() for name in names}
     return {
-        "exec": "rnode_plugin.cli.exec:exec_script",
-        "estimate": "rnode_plugin.cli.estimate:estimate",
-        "info": "rnode_plugin.cli.info:info",
-        "tune-step": "rnode_plugin.cli.tune:tune_step",
-        **{name: f"rnode_plugin.cli.{name}:{name}" for name in names},
+        "exec": "rnode_plugin.cli.lists:exec_script",
+        **{name.replace("_", "-"): place for name, place in commands.items()},
     }

@@ -1,54 +1,128 @@
-"""The registry: who offers which regularizer, model, data set, recipe and command.
+"""The registry: which plugin offers which regularizer, model, data set, recipe and command.
 
-Plugins are loaded when the first question is asked, never at import, and one by one: one that cannot be imported,
-or that misuses a hook, is reported with its distribution, and everything else works. How to write one is told in
-:mod:`rnode_plugin.plugins.hookspecs`.
+Plugins are loaded one by one when the first question is asked, never at import. One that cannot be loaded, or that
+misuses a hook, is named and skipped; everything else works. docs/plugins.md shows how to write one.
+
+Two environment variables exclude plugins of other packages:
+
+- ``RNODE_DISABLE_PLUGINS=1``: all of them.
+- ``RNODE_PLUGINS_BLOCK="name,..."``: those whose distribution or entry point is named.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-import threading
-from collections.abc import Iterator
+import os
+import pkgutil
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint
-from types import ModuleType
+from dataclasses import dataclass, field
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
+from .._version import __version__
 from ..errors import ConfigError, PluginError, RnodeError, suggest
 from ..solvers import observers
-from . import blame, hookspecs
-from .discovery import OUR_MODULE, discover, import_reference, one_line
-from .records import KINDS, PluginRecord, PluginReport, check_own_name, checked_values
+from . import builtin, hookspecs
 
 if TYPE_CHECKING:
+    from ..core.regularizers import Strength, Weighted
     from ..solvers import Solver
     from ..solvers.plan import SolvePlan
     from ..types import Solution
 
 __all__ = [
+    "GROUP",
     "KINDS",
     "PluginReport",
     "Registry",
-    "culprit",
     "get",
+    "get_regularizer",
     "guard",
     "names",
     "register",
     "report",
+    "resolve_regularizers",
     "unregister",
 ]
 
-_REGISTRATION_HOOKS = {f"rnode_register_{kind}": kind for kind in KINDS}
-_OBSERVER_HOOK = "rnode_after_solve"
+GROUP = "rnode_plugin"
+"""The entry-point group that plugins are listed under."""
+
+KINDS = {
+    "regularizers": "regularizer",
+    "models": "model",
+    "datasets": "data set",
+    "recipes": "recipe",
+    "commands": "command",
+}
+"""What can be registered, and its name in messages."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class PluginReport:
+    """What is known about one plugin.
+
+    Attributes:
+        name: of its entry point, or the one given to :func:`register`.
+        distribution, version: the package that brought it; None for an object registered in this process.
+        status: ``"loaded"``, ``"failed"``, ``"blocked"`` or ``"disabled"``.
+        registers: names by kind; kinds without a name are absent.
+        observes: whether it is called after each solve.
+        error: what went wrong, in a line; None if nothing did. A loaded plugin can have one too: the hook that it
+            misused, or a name that another plugin registers as well.
+    """
+
+    name: str
+    distribution: str | None
+    version: str | None
+    status: str
+    registers: dict[str, list[str]]
+    observes: bool
+    error: str | None
+
+
+@dataclass(eq=False)
+class _Plugin:
+    """A plugin, and what its hooks have returned so far."""
+
+    name: str
+    distribution: str | None = None
+    version: str | None = None
+    status: str = "loaded"
+    hooks: dict[str, pluggy.HookImpl] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if self.distribution is None:
+            return f"plugin {self.name!r} of this process"
+        return f"plugin {self.name!r} of {self.distribution} {self.version}"
+
+    def fail(self, what: str) -> None:
+        self.errors.append(what)
+        _log.warning("%s: %s", self, what)
+
+    def offers(self, kind: str) -> dict[str, Any]:
+        """What it registers of one kind; its hook is called when that is first asked."""
+        hook = f"rnode_register_{kind}"
+        if hook in self.hooks and kind not in self.values:
+            self.values[kind] = {}  # a plugin may ask for names while its hook runs
+            try:
+                self.values[kind] = _checked(self.hooks[hook].function())
+            except (Exception, SystemExit) as error:
+                self.fail(f"{hook}: {_one_line(error)}")
+        return self.values.get(kind, {})
+
+
 class Registry:
-    """All plugins of one process. The functions of this module ask one that everybody shares.
+    """All plugins of one process. The functions of this module ask one that everything shares.
 
     Args:
         watch_solves: whether to pass each solve on to ``rnode_after_solve`` once the plugins are loaded.
@@ -56,23 +130,16 @@ class Registry:
 
     def __init__(self, *, watch_solves: bool = False) -> None:
         self._watch_solves = watch_solves
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
-        self._manager.add_hookspecs(hookspecs)
-        self._plugins: list[PluginRecord] = []
-        self._observers: list[tuple[PluginRecord, pluggy.HookImpl]] = []
-        # re-entrant: a plugin may ask for a name of another while it is imported
-        self._lock = threading.RLock()
-        self._loading = self._loaded = False
+        self._forget()
 
     def get(self, kind: str, name: str) -> Any:
         """The object that is registered as ``name``; a ``"module:attribute"`` is imported now.
 
         Raises:
-            ConfigError: nobody registers the name, or there is no such kind; the known ones are listed.
+            ConfigError: no plugin registers the name, or there is no such kind; the known ones are listed.
             PluginError: two plugins register it, or its module cannot be imported.
         """
-        owners = [plugin for plugin in self._of_kind(kind) if name in plugin.values[kind]]
-        what = KINDS[kind]
+        owners, what = self._owners(kind, name), KINDS[kind]
         if not owners:
             absent = [f"{plugin} ({plugin.status})" for plugin in self._plugins if plugin.status != "loaded"]
             note = f" Not available: {', '.join(absent)}." if absent else ""
@@ -82,15 +149,14 @@ class Registry:
                 f"the {what} {name!r} is registered by {' and by '.join(map(str, owners))}; uninstall one of them, "
                 "or name it in RNODE_PLUGINS_BLOCK."
             )
-        values = owners[0].values[kind]
+        values = owners[0].offers(kind)
         if isinstance(values[name], str):
-            values[name] = import_reference(values[name], f"the {what} {name!r} of {owners[0]}")
-            check_own_name(kind, name, values[name])
+            values[name] = _imported(values[name], f"the {what} {name!r} of {owners[0]}")
         return values[name]
 
     @contextmanager
     def guard(self, kind: str, name: str) -> Iterator[None]:
-        """Call what :meth:`get` returned inside of this: whatever it raises then names its plugin.
+        """Call what :meth:`get` returned inside of this: an exception that it raises then names its plugin.
 
         Errors of this package pass through, but for a recipe: it takes no argument, so the fault is its own. So do
         all errors of what this package itself registers: they are bugs.
@@ -98,39 +164,15 @@ class Registry:
         Raises:
             PluginError: it raised something.
         """
-        owners = [plugin for plugin in self._of_kind(kind) if name in plugin.values[kind]]
-        if owners and owners[0].is_ours:
+        try:
             yield
-            return
-        of = f" of {owners[0]}" if owners else ""
-        with blame.named(f"the {KINDS[kind]} {name!r}{of}", also=(RnodeError,) if kind == "recipes" else ()):
-            yield
-
-    def culprit(self, error: BaseException) -> PluginError | None:
-        """The error that names the plugin in whose code an exception was raised; None if it was in no plugin's.
-
-        For what is called far from where it was looked up: a penalty's rate, a model's ``forward``, a command.
-        """
-        while error.__cause__ is not None:  # the mathematics names the regularizer, and does not know its plugin
-            error = error.__cause__
-        calls = blame.calls_inside(error)
-        for plugin in self._others():
-            registered = [
-                (kind, name, value) for kind in plugin.values for name, value in plugin.values[kind].items()
-            ]
-            for kind, name, value in registered:
-                codes = blame.codes_of(value)
-                if any(code in codes for _, code in calls):
-                    return PluginError(f"the {KINDS[kind]} {name!r} of {plugin} failed: {one_line(error)}.")
-        for plugin in self._others():
-            package = plugin.module.partition(".")[0]
-            if any(module.partition(".")[0] == package for module, _ in calls):
-                return PluginError(f"{plugin} failed: {one_line(error)}.")
-        return None
-
-    def _others(self) -> list[PluginRecord]:
-        """The plugins that are loaded already and are not ours."""
-        return [plugin for plugin in tuple(self._plugins) if plugin.module not in (OUR_MODULE, "__main__")]
+        except (Exception, SystemExit) as error:
+            owners = self._owners(kind, name)
+            ours = bool(owners) and owners[0] is self._plugins[0]
+            if ours or (isinstance(error, RnodeError) and kind != "recipes"):
+                raise
+            of = f" of {owners[0]}" if owners else ""
+            raise PluginError(f"the {KINDS[kind]} {name!r}{of} failed: {_one_line(error)}.") from error
 
     def names(self, kind: str) -> list[str]:
         """All names of one kind, sorted.
@@ -138,12 +180,15 @@ class Registry:
         Raises:
             ConfigError: there is no such kind.
         """
-        return sorted({name for plugin in self._of_kind(kind) for name in plugin.values[kind]})
+        return sorted({name for plugin in self._of_kind(kind) for name in plugin.offers(kind)})
 
     def report(self) -> list[PluginReport]:
         """What is known about each plugin: ours first, then by distribution, then those of this process."""
         self._load()
-        return [self._report(plugin) for plugin in tuple(self._plugins)]
+        for plugin in self._plugins:
+            for kind in KINDS:
+                plugin.offers(kind)
+        return [self._report(plugin) for plugin in self._plugins]
 
     def register(self, plugin: object, *, name: str) -> None:
         """Register an object of this process, such as a class instance in a notebook, as a plugin.
@@ -156,20 +201,16 @@ class Registry:
             PluginError: the name is taken, or the plugin misuses a hook; then nothing of it stays registered.
         """
         self._load()
-        record = PluginRecord(
-            name, module=type(plugin).__module__ if not isinstance(plugin, ModuleType) else plugin.__name__
-        )
-        with self._lock:
-            if any(other.key == name for other in self._plugins):
-                raise PluginError(f"a plugin {name!r} is registered already; call unregister({name!r}) first.")
-            try:
-                self._attach(record, plugin)
-            except pluggy.PluginValidationError as error:
-                raise PluginError(f"{record}: {one_line(error)}") from error
-            if record.errors:
-                self._detach(record)
-                raise PluginError(f"{record}: {'; '.join(record.errors)}")
-            self._plugins.append(record)
+        if self._manager.has_plugin(name):
+            raise PluginError(f"a plugin {name!r} is registered already; call unregister({name!r}) first.")
+        record = _Plugin(name)
+        self._attach(record, plugin)
+        for kind in KINDS:
+            record.offers(kind)
+        if record.errors:
+            self._manager.unregister(name=name)
+            raise PluginError(f"{record}: {'; '.join(record.errors)}")
+        self._plugins.append(record)
 
     def unregister(self, name: str) -> None:
         """Take back a :meth:`register`.
@@ -177,126 +218,233 @@ class Registry:
         Raises:
             ConfigError: no object of this process is registered under that name.
         """
-        with self._lock:
-            mine = {plugin.name: plugin for plugin in self._plugins if plugin.distribution is None}
-            if name not in mine:
-                raise ConfigError(suggest(name, mine, "plugin of this process"))
-            self._detach(mine[name])
-            self._plugins.remove(mine[name])
+        mine = {plugin.name: plugin for plugin in self._plugins if plugin.distribution is None}
+        if name not in mine:
+            raise ConfigError(suggest(name, mine, "plugin of this process"))
+        self._manager.unregister(name=name)
+        self._plugins.remove(mine[name])
 
     def after_solve(self, solution: Solution, solver: Solver | SolvePlan) -> None:
         """Tell every observer about a solve. One that raises is reported and not called again."""
         arguments = {"solution": solution, "solver": solver}
-        for observer in tuple(self._observers):
-            plugin, implementation = observer
+        for plugin in self._plugins:
+            if (observer := plugin.hooks.get("rnode_after_solve")) is None:
+                continue
             try:
-                implementation.function(*(arguments[name] for name in implementation.argnames))
+                observer.function(*(arguments[name] for name in observer.argnames))
             except Exception as error:
-                with self._lock:
-                    self._observers = [other for other in self._observers if other is not observer]
-                plugin.fail(f"{_OBSERVER_HOOK} raised {one_line(error)}; it is not called again", error)
-                _log.warning("%s: %s", plugin, plugin.errors[-1])
+                del plugin.hooks["rnode_after_solve"]
+                plugin.fail(f"rnode_after_solve raised {_one_line(error)}; it is not called again")
+
+    def _forget(self) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._plugins: list[_Plugin] = []
+        self._loaded = False
 
     def _load(self) -> None:
         if self._loaded:
             return
-        with self._lock:
-            if self._loaded or self._loading:
-                return
-            self._loading = True
-            try:
-                known = {plugin.key for plugin in self._plugins}  # empty, but for a Ctrl-C during an earlier load
-                for candidate in discover():
-                    status = candidate.status
-                    record = PluginRecord(candidate.name, candidate.distribution, candidate.version, status)
-                    record.module = candidate.entry_point.value.partition(":")[0]
-                    if record.key not in known:
-                        self._load_one(record, candidate.entry_point)
-                self._loaded = True
-                if self._watch_solves:
-                    observers.subscribe(self.after_solve)
-            finally:
-                self._loading = False
+        self._loaded = True  # a plugin may ask for names while it is imported
+        try:
+            ours = _Plugin("builtin", "rnode-plugin", __version__)
+            self._attach(ours, builtin)
+            self._plugins.append(ours)
+            for plugin, entry_point in _installed():
+                if plugin.status == "loaded":
+                    try:
+                        self._attach(plugin, entry_point.load())
+                    except (Exception, SystemExit) as error:  # a module that ends the program ends itself only
+                        plugin.status = "failed"
+                        plugin.fail(_one_line(error))
+                self._plugins.append(plugin)
+        except BaseException:  # Ctrl-C: the next question loads again
+            self._forget()
+            raise
+        if self._watch_solves:
+            observers.subscribe(self.after_solve)
 
-    def _load_one(self, record: PluginRecord, entry_point: EntryPoint) -> None:
-        if record.status == "loadable":
-            try:
-                self._attach(record, entry_point.load())
-                record.status = "loaded"
-            except (Exception, SystemExit) as error:  # a module that ends the program ends itself only
-                record.status = "failed"
-                record.fail(one_line(error), error)
-        self._plugins.append(record)
-        for what in record.errors:
-            _log.warning("%s: %s (more: rnode-cli plugins --json)", record, what)
-
-    def _attach(self, record: PluginRecord, plugin: object) -> None:
-        """Register with pluggy and ask every registration hook; what a hook does wrong is kept in ``record``.
+    def _attach(self, record: _Plugin, plugin: object) -> None:
+        """Register with pluggy and keep the hooks.
 
         Raises:
-            PluginError, pluggy.PluginValidationError: it is not a plugin; then it is not registered.
+            PluginError: it is not a plugin; then it is not registered.
         """
-        if self._manager.is_registered(plugin):
-            raise PluginError(f"the same object is registered as {self._manager.get_name(plugin)!r} already.")
+        key = record.name if record.distribution is None else f"{record.distribution}:{record.name}"
         try:
-            self._manager.register(plugin, name=record.key)
-            for hook, implementation in self._implementations(plugin):
-                if hook == _OBSERVER_HOOK:
-                    self._observers = [*self._observers, (record, implementation)]
-                    continue
-                try:
-                    kind = _REGISTRATION_HOOKS[hook]
-                    record.values.setdefault(kind, {}).update(checked_values(kind, implementation.function()))
-                except Exception as error:
-                    record.fail(f"{hook}: {one_line(error)}", error)
-        except BaseException:
-            self._detach(record)
-            raise
+            self._manager.register(plugin, name=key)
+        except (ValueError, pluggy.PluginValidationError) as error:  # an object that is one already, or arguments
+            raise PluginError(f"{record}: {error}") from error
+        callers = self._manager.get_hookcallers(plugin) or []
+        unknown = [caller.name for caller in callers if not caller.has_spec()]
+        if callers and not unknown:
+            implementations = [(each.name, own) for each in callers for own in each.get_hookimpls()]
+            record.hooks = {name: own for name, own in implementations if own.plugin is plugin}
+            return
+        self._manager.unregister(name=key)
+        if unknown:
+            raise PluginError(suggest(unknown[0], hookspecs.__all__, "hook"))
+        raise PluginError(f"{record} implements no hook; mark its functions with @rnode_plugin.hookimpl.")
 
-    def _implementations(self, plugin: object) -> list[tuple[str, pluggy.HookImpl]]:
-        callers = self._manager.get_hookcallers(plugin)
-        if not callers:
-            raise PluginError("it implements no hook; mark its functions with @rnode_plugin.hookimpl.")
-        known = [*_REGISTRATION_HOOKS, _OBSERVER_HOOK]
-        for caller in callers:
-            if caller.name not in known:
-                raise PluginError(suggest(caller.name, known, "hook"))
-        return [(c.name, each) for c in callers for each in c.get_hookimpls() if each.plugin is plugin]
-
-    def _detach(self, record: PluginRecord) -> None:
-        if self._manager.has_plugin(record.key):
-            self._manager.unregister(name=record.key)
-        self._observers = [observer for observer in self._observers if observer[0] is not record]
-
-    def _of_kind(self, kind: str) -> list[PluginRecord]:
+    def _of_kind(self, kind: str) -> list[_Plugin]:
         if kind not in KINDS:
             raise ConfigError(suggest(kind, KINDS, "kind of plugin"))
         self._load()
-        return [plugin for plugin in tuple(self._plugins) if kind in plugin.values]
+        return list(self._plugins)
 
-    def _report(self, plugin: PluginRecord) -> PluginReport:
+    def _owners(self, kind: str, name: str) -> list[_Plugin]:
+        return [plugin for plugin in self._of_kind(kind) if name in plugin.offers(kind)]
+
+    def _report(self, plugin: _Plugin) -> PluginReport:
         errors = list(plugin.errors)
         for kind, values in plugin.values.items():
-            for other in self._of_kind(kind):
-                both = sorted(values.keys() & other.values[kind].keys()) if other is not plugin else []
-                errors += [f"the {KINDS[kind]} {name!r} is registered by {other} too" for name in both]
+            for name in values:
+                others = [other for other in self._owners(kind, name) if other is not plugin]
+                errors += [f"the {KINDS[kind]} {name!r} is registered by {other} too" for other in others]
         return PluginReport(
             name=plugin.name,
             distribution=plugin.distribution,
             version=plugin.version,
             status=plugin.status,
             registers={kind: sorted(plugin.values[kind]) for kind in KINDS if plugin.values.get(kind)},
-            observes=any(owner is plugin for owner, _ in self._observers),
+            observes="rnode_after_solve" in plugin.hooks,
             error="; ".join(errors) or None,
-            traceback=plugin.traceback,
         )
+
+
+def _installed() -> list[tuple[_Plugin, metadata.EntryPoint]]:
+    """The entry points of other packages with their status, by distribution and name."""
+    disabled = os.environ.get("RNODE_DISABLE_PLUGINS", "") not in ("", "0")
+    blocked = {_normal(part) for part in os.environ.get("RNODE_PLUGINS_BLOCK", "").split(",")}
+    found: dict[tuple[str, str], tuple[_Plugin, metadata.EntryPoint]] = {}
+    for distribution in metadata.distributions():
+        try:
+            entry_points = [each for each in distribution.entry_points if each.group == GROUP]
+        except Exception as error:  # one malformed file must not hide the plugins of all other packages
+            _log.warning("the entry points of %s cannot be read: %s", distribution.metadata["Name"], error)
+            continue
+        for each in entry_points:
+            package = _normal(distribution.name)
+            if each.value == builtin.__name__:
+                continue
+            names = {_normal(each.name), package}
+            status = "disabled" if disabled else "blocked" if blocked & names else "loaded"
+            plugin = _Plugin(each.name, distribution.name, distribution.version, status)
+            # a source tree on the path shows the metadata of an editable install a second time
+            found.setdefault((package, each.name), (plugin, each))
+    return [found[key] for key in sorted(found)]
+
+
+def _normal(name: str) -> str:
+    """The form in which names of distributions are compared."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _checked(values: Any) -> dict[str, Any]:
+    """The result of a registration hook.
+
+    Raises:
+        PluginError: it is not a mapping from names to objects or ``"module:attribute"`` texts.
+    """
+    if not isinstance(values, Mapping):
+        raise PluginError(f"it must return a mapping from names to objects, not {type(values).__name__}.")
+    for name, value in values.items():
+        text = isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)
+        if not (isinstance(name, str) and name and (text or callable(value))):
+            raise PluginError(
+                f"it must map names to callables or texts 'module:attribute', not {name!r} to {value!r}."
+            )
+    return dict(values)
+
+
+def _imported(reference: str, what: str) -> Any:
+    """The object behind ``"module:attribute"``."""
+    try:
+        value = pkgutil.resolve_name(reference)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{what} cannot be imported from {reference!r}: {_one_line(error)}") from error
+    if not callable(value):
+        raise PluginError(f"{what} must be callable; {reference!r} is {value!r}.")
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    """The exception in one line, with file and line."""
+    text = " ".join(str(error).split())
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if isinstance(error, RnodeError) or frame is None:
+        return text
+    where = f"{os.path.basename(frame.tb_frame.f_code.co_filename)}, line {frame.tb_lineno}"
+    return f"{type(error).__name__}: {text} ({where})"
 
 
 _shared = Registry(watch_solves=True)
 get = _shared.get
 guard = _shared.guard
-culprit = _shared.culprit
 names = _shared.names
 report = _shared.report
 register = _shared.register
 unregister = _shared.unregister
+
+
+def resolve_regularizers(
+    spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None, *, default_lambda: float | None = None
+) -> dict[str, Weighted]:
+    """:func:`~rnode_plugin.core.regularizers.weigh_regularizers` with the names that the plugin host knows."""
+    from ..core.regularizers import DEFAULT_LAMBDA, weigh_regularizers  # imports torch
+
+    strength = DEFAULT_LAMBDA if default_lambda is None else default_lambda
+    return weigh_regularizers(spec, by_name=get_regularizer, default_lambda=strength)
+
+
+def get_regularizer(name: str) -> Any:
+    """The regularizer of a name, ``"kinetic"``, or of a name with options, ``"taylor:3"``.
+
+    Options are numbers or ``key=number``, with commas between them: ``"trajectory_polynomial:2,points=3"``. What is
+    registered must then be a class or a function that takes them, and the whole text as ``name=``. A module with
+    parameters that is registered as an object is copied, so that each model trains its own.
+
+    Raises:
+        ConfigError: for an unknown name, options of a regularizer that takes none, or options that it refuses.
+        PluginError: the regularizer has another name than the one it is registered under.
+    """
+    from torch import nn
+
+    base, colon, options = name.partition(":")
+    found = get("regularizers", base)
+    if isinstance(found, type):
+        positional, named = _options(name, options)
+        try:
+            return found(*positional, **named, name=name)
+        except RnodeError:
+            raise
+        except TypeError as error:
+            raise ConfigError(
+                f"the regularizer {base!r} does not take the options {options!r}: {error}."
+            ) from error
+    if colon:
+        raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
+    if (own := getattr(found, "name", None)) != name:  # it is the key of the penalty in every result
+        raise PluginError(f"the regularizer registered as {name!r} calls itself {own!r}: the two must agree.")
+    return copy.deepcopy(found) if isinstance(found, nn.Module) else found
+
+
+def _options(name: str, options: str) -> tuple[list[float], dict[str, float]]:
+    """The options of a name: those without a key, and those with one."""
+    positional: list[float] = []
+    named: dict[str, float] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.rpartition("=")
+        try:
+            number = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+        except ValueError:
+            raise ConfigError(
+                f"{option!r} in {name!r} is not a number: write 'taylor:3' or 'taylor:order=3'."
+            ) from None
+        if equals:
+            named[key.strip()] = number
+        else:
+            positional.append(number)
+    return positional, named

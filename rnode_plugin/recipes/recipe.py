@@ -167,7 +167,7 @@ class Recipe:
             ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
             DataError: a table that is named cannot be read.
         """
-        from ..plugins.resolve import resolve_regularizers  # imports torch
+        from ..plugins.registry import resolve_regularizers  # imports torch
 
         changes = self._changes(assignments)
         recipe = self
@@ -345,7 +345,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
             not known here or cannot have its lambda.
     """
-    from ..plugins.resolve import resolve_regularizers  # imports torch
+    from ..plugins.registry import resolve_regularizers  # imports torch
 
     try:
         plain = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from ..core.tensors.exporting import on_host
 from ..core.tensors.nested import tree_map_only
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
-from ..plugins.resolve import resolve_regularizers
+from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, solve
 from ..solvers.path import check_steps
 from ..solvers.plan import SolvePlan

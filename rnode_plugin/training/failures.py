@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-from ..errors import CheckpointError, ConfigError, DataError, LocalError, PluginError, RnodeError, TrainingError
-from ..plugins import registry
+from ..errors import CheckpointError, ConfigError, DataError, LocalError, RnodeError, TrainingError
 
 __all__ = ["explained"]
 
@@ -32,8 +31,6 @@ def explained() -> Iterator[None]:
         yield
     except DataError as error:  # a worker sends its whole traceback along
         raise DataError(_last_line(error)) from error
-    except PluginError as error:
-        raise (registry.culprit(error) or error) from error.__cause__
     except RnodeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -50,7 +47,6 @@ def explained() -> Iterator[None]:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
     except Exception as error:
         known = _known(error) if isinstance(error, RuntimeError) else None
-        known = known or registry.culprit(error)
         if known is None:
             raise
         raise known from error

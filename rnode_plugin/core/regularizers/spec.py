@@ -43,7 +43,7 @@ def weigh_regularizers(
     Args:
         spec: names, :class:`Regularizer` objects or plain functions ``rate(t, z, dz) -> (B,)``, one or several,
             or a mapping from any of these to lambda: a number, or a function of the optimizer's step.
-        by_name: looks up the regularizer of a name; ``rnode_plugin.plugins.resolve.get_regularizer`` is one.
+        by_name: looks up the regularizer of a name; ``rnode_plugin.plugins.registry.get_regularizer`` is one.
         default_lambda: strength if ``spec`` gives none, or None.
 
     Raises:

@@ -1,0 +1,190 @@
+"""Commands that list what is installed: ``recipes``, ``plugins``, ``regularizers`` and ``info``; and ``exec``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from ..errors import RnodeError
+from ..plugins import registry
+from .options import settings, table
+
+__all__ = ["exec_script", "info", "plugins", "recipes", "regularizers"]
+
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "TORCHINDUCTOR_CACHE_DIR",
+    "RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK",
+)  # fmt: skip
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def recipes(ctx: click.Context) -> None:
+    """List the recipes, or show every setting of one."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from ..recipes.recipe import get_recipe
+
+    rows = []
+    for name in registry.names("recipes"):
+        try:
+            rows.append((name, get_recipe(name).description))
+        except RnodeError as error:  # one broken plugin must not take the list away
+            rows.append((name, f"(cannot be loaded: {error})"))
+    click.echo(table(rows))
+
+
+@recipes.command()
+@click.argument("name")
+@click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe.")
+@settings
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
+def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
+    """Print every setting of the recipe NAME, as --set takes it."""
+    from ..recipes.recipe import as_text
+    from ..recipes.recipe import get_recipe
+
+    recipe = get_recipe(name)
+    recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
+    if as_json:
+        click.echo(json.dumps(recipe.to_plain(), indent=2))
+        return
+    click.echo(f"{recipe.name}: {recipe.description}\n")
+    click.echo(table((path, as_text(value)) for path, value in recipe.settings()))
+
+
+@click.command()
+@_as_json
+def regularizers(*, as_json: bool) -> None:
+    """List the regularizers: kind, what each penalizes, products per evaluation, source, and the package.
+
+    Use a name with NeuralODE(..., regularizers=[NAME]), or train with --set regularizers.NAME=LAMBDA. Names can
+    carry options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
+    linear_warmup(STEPS)*NUMBER.
+    """
+    from ..core.regularizers import describe
+
+    rows: list[dict[str, str]] = []
+    for plugin in registry.report():
+        for name in plugin.registers.get("regularizers", []):
+            try:
+                row = describe(registry.get("regularizers", name), name)._asdict()
+            except RnodeError as error:
+                row = {"kind": "?", "formula": str(error), "products": "?", "source": "?"}
+            source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"
+            rows.append({"name": name, **row, "installed_from": source})
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    rows.sort(key=lambda row: ("rate", "step", "trajectory", "span", "?").index(row["kind"]))
+    header = ("name", "kind", "what it penalizes", "products", "source", "installed from")
+    click.echo(table([header, *(tuple(row.values()) for row in rows)]))
+
+
+@click.command()
+@_as_json
+def plugins(*, as_json: bool) -> None:
+    """List the plugins: distribution, version, what each registers, and errors.
+
+    RNODE_DISABLE_PLUGINS=1 keeps all plugins of other packages out, RNODE_PLUGINS_BLOCK="NAME,..." those whose
+    distribution or entry point it names.
+    """
+    reports = registry.report()
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(each) for each in reports], indent=2))
+        return
+    for each in reports:
+        click.echo(f"{each.name} ({each.distribution} {each.version})")
+        if each.status in ("blocked", "disabled"):
+            click.echo(f"  not loaded: {each.status}")
+        for kind, names in each.registers.items():
+            shown = map(_with_kind, names) if kind == "regularizers" else names
+            click.echo(f"  {kind}: {', '.join(shown)}")
+        if each.observes:
+            click.echo("  observes: every solve")
+        if each.error:
+            click.echo(f"  error: {each.error}")
+
+
+def _with_kind(name: str) -> str:
+    from ..core.regularizers import kind_of
+
+    try:
+        return f"{name} ({kind_of(registry.get('regularizers', name))})"
+    except RnodeError:  # its use raises the error
+        return name
+
+
+@click.command()
+@_as_json
+def info(*, as_json: bool) -> None:
+    """Show versions, devices, threads and plugins: what a bug report needs.
+
+    It shows no path or name of yours, unless one of the environment variables that it lists holds it.
+    """
+    import torch
+    from torch.utils import collect_env
+
+    from ..evaluation.loading import pick_device
+    from ..training.runs.folder import environment
+
+    facts = environment(pick_device("auto"))
+    facts["interop-threads"] = torch.get_num_interop_threads()
+    facts["compiler"] = collect_env.get_gcc_version(collect_env.run) or collect_env.get_clang_version(
+        collect_env.run
+    )
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    facts["devices"] = [f"cuda:{n} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for n, gpu in enumerate(gpus)]
+    facts["devices"] += ["mps"] if torch.backends.mps.is_available() else []
+    facts["variables"] = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    facts["plugins"] = [
+        {
+            "name": each.name,
+            "distribution": f"{each.distribution} {each.version}",
+            "status": each.status,
+            **({"error": each.error} if each.error else {}),
+        }
+        for each in registry.report()
+    ]
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    rows = [(name, value) for name, value in facts.items() if not isinstance(value, (list, dict))]
+    rows += [("device", each) for each in facts["devices"]]
+    rows += list(facts["variables"].items())
+    rows += [(f"plugin {each.pop('name')}", ", ".join(map(str, each.values()))) for each in facts["plugins"]]
+    click.echo(table((name, "none" if value is None else str(value)) for name, value in rows))
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def exec_script(script: Path, args: tuple[str, ...]) -> None:
+    """Run SCRIPT with ARGS as `python SCRIPT ARGS...` would, after rnode_plugin.install().
+
+    torchdyn's own NeuralODE then accepts regularizers= and has right gradients. The script's exit code and
+    traceback are its own. Processes that the script starts run without this, unless they are forked.
+    """
+    import runpy
+
+    from .. import install
+
+    install()
+    sys.argv = [str(script), *args]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except Exception as error:  # shown here: the command line would turn an RnodeError into a message of its own
+        # the frames of this function and of runpy say nothing about the script
+        frames = error.__traceback__
+        while frames is not None and Path(frames.tb_frame.f_code.co_filename) != script:
+            frames = frames.tb_next
+        error = error.with_traceback(frames or error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)

@@ -1,0 +1,422 @@
+"""Commands on runs: ``eval``, ``diagnose``, ``sample``, ``export`` and ``report``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ConfigError, suggest
+from ..solvers.config import FIXED_METHODS
+from ..text import duration
+from .options import data_root, denormals, device, download, evaluation_rows, table, wrapped_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..recipes.recipe import Recipe, TableData
+    from ..solvers.config import Solver
+
+__all__ = ["CHECK_FAILED", "diagnose", "eval", "export", "report", "sample"]
+
+CHECK_FAILED = 3
+"""Exit code of a diagnosis in which a check has failed."""
+
+_FORMATS = ("safetensors", "torch-export", "onnx")
+
+
+# ---- eval ----
+
+
+@click.command()
+@click.argument("run")
+@click.option("--draws", type=click.IntRange(1), metavar="N",
+              help="Draws of noise per sample. [default: so many that the noise's error is at most half of the "
+                   "samples']")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the held-out images or rows.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images or rows per solve. [default: the recipe's]")
+@click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE",
+              help="Change the test solver: method=rk4, step=0.05, atol=1e-6, ... May be repeated.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
+@data_root
+@download
+@device
+@denormals
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def eval(  # noqa: A001 - the command's name
+    *,
+    run: str,
+    draws: int | None,
+    limit: int | None,
+    batch_size: int | None,
+    solver_settings: tuple[str, ...],
+    seed: int,
+    data_root: str | None,
+    download: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Bits/dim of RUN, a run folder or a checkpoint, on held-out images; of a table NLL in nats per row.
+
+    Dirty (uniform noise in each bin) and clean (bins' centres), with standard errors from the choice of images and
+    from the noise, the solver's NFE, the penalties, and the time. The trace is exact in up to 16 dimensions (64 of
+    a table), else estimated with Rademacher probes. A table's NLL stands beside that of a Gaussian.
+    """
+    from ..evaluation.loading import load_data, pick_device
+    from ..evaluation.likelihood import evaluate_by
+    from ..evaluation.measures import measure_of
+    from ..training.progress import batch_counter
+    from ..training.runs.checkpoints import find_checkpoint, load_with_recipe, training_solver
+
+    path = find_checkpoint(run)
+    flow, recipe = load_with_recipe(path, map_location=pick_device(device))
+    recipe = recipe.override([f"test_solver.{change}" for change in solver_settings])
+    if data_root is not None:  # with the columns that the run was trained on
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=data_root))
+    measure = measure_of(recipe)
+    data = load_data(recipe, download=download, all_val=True).limit(None, limit)
+    result = evaluate_by(
+        measure,
+        flow,
+        data.held_out[:limit],
+        batch_size=batch_size or recipe.data.val_batch_size,
+        draws=draws,
+        solver=recipe.test_solver,
+        training_solver=training_solver(path),
+        seed=seed,
+        progress=batch_counter("evaluating"),
+    )
+    result = measure.beside_baselines(result, data)
+    if as_json:
+        head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
+        click.echo(json.dumps({**head, **dataclasses.asdict(result)}, indent=2))
+        return
+    rows = [("checkpoint", str(path)), ("weights", recipe.weights)]
+    click.echo(table([*rows, *evaluation_rows(result, measure)]))
+
+
+# ---- diagnose ----
+
+
+@click.command()
+@click.argument("run")
+@click.option("--samples", type=click.IntRange(2), metavar="N",
+              help="Held-out samples to use. [default: 256, of large images fewer: 50000 / dimensions, at least "
+                   "8]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all noise.")
+@click.option("--out", metavar="FOLDER",
+              help="Where diagnosis.json and the figures go. [default: the run's folder; for other weights the "
+                   "folder diagnosis]")  # fmt: skip
+@data_root
+@download
+@device
+@denormals
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def diagnose(
+    ctx: click.Context,
+    *,
+    run: str,
+    samples: int | None,
+    seed: int,
+    out: str | None,
+    data_root: str | None,
+    download: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
+
+    On held-out images or rows: the error after a round trip through the latent, the estimated trace against the
+    exact one, the training solver against an accurate one, the NLL against the tolerance, the Jacobian norm and
+    the energy along the paths, and a classifier that tells samples from data; for a conditional density, the ranks
+    of the data among its samples. Each check has a verdict and a sentence that says what it means and what to do.
+
+    Writes diagnosis.json and diagnosis/ (PNG and SVG), which `rnode-cli report` shows. The exit code is 3 if a
+    check failed.
+    """
+    from ..evaluation.diagnostics.diagnose import diagnose, samples_for
+    from ..evaluation.loading import held_out_samples, pick_device
+    from ..evaluation.measures import measure_of
+    from ..files import write_atomically
+    from ..reports.figures.diagnosis import diagnosis_panels
+    from ..training.runs.checkpoints import find_checkpoint, load_with_recipe, training_solver
+    from ..training.runs.folder import DIAGNOSIS, RunFolder
+
+    path, place = find_checkpoint(run), pick_device(device)
+    flow, recipe = load_with_recipe(path, map_location=place)
+    recipe = recipe.override([f"data.root={data_root}"] if data_root else [])
+    held_out = held_out_samples(recipe, samples or samples_for(recipe.dims), seed=seed, download=download)
+    trained_with = training_solver(path)
+    known = trained_with.adaptive or trained_with.step != "auto"
+    diagnosis = diagnose(
+        flow,
+        held_out.x.to(place),
+        **{name: value.to(place) for name, value in held_out.options.items()},
+        training_solver=trained_with if known else None,
+        samples=samples,
+        seed=seed,
+        progress=lambda name: click.echo(f"checking: {name}", err=True),
+    )
+    summary = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights, **diagnosis.to_plain()}
+    text = json.dumps(summary, indent=2) + "\n"
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        rows = [(check.name, check.verdict, check.sentence) for check in diagnosis.checks]
+        width = min(120, shutil.get_terminal_size().columns)
+        click.echo(wrapped_table([("check", "verdict", "what it means"), *rows], width=width))
+        fewer = samples is None and diagnosis.samples < samples_for(1)
+        note = " (few, because they are large or there are no more; --samples N)" if fewer else ""
+        what = measure_of(recipe).samples
+        click.echo(f"\n{diagnosis.samples} held-out {what}{note}, {duration(diagnosis.seconds)}")
+    own = RunFolder.of_checkpoint(path)
+    folder = Path(out) if out else Path("diagnosis") if own is None else own.path
+    write_atomically(folder / DIAGNOSIS, lambda file: file.write(text.encode()))
+    for panel in diagnosis_panels(diagnosis, section=""):
+        panel.drawing.save(folder / "diagnosis", panel.name)
+    if not as_json:
+        click.echo(f"{folder / DIAGNOSIS}\n{folder / 'diagnosis'}")
+    if diagnosis.failed:
+        ctx.exit(CHECK_FAILED)
+
+
+# ---- sample ----
+
+
+@click.command()
+@click.argument("run")
+@click.option("-t", "--temperature", "temperatures", type=click.FloatRange(0, min_open=True), multiple=True,
+              default=(1.0,), show_default=True,
+              help="Standard deviation of the latent; repeatable for images.")  # fmt: skip
+@click.option("--count", "-n", type=click.IntRange(1),
+              help="Images per temperature, or rows (of each context of a file). [default: 64 images, 1000 rows, "
+                   "1 of each context]")  # fmt: skip
+@click.option("--columns", type=click.IntRange(1), help="Images in a row of the grid.")
+@click.option("--given-values", metavar="COLUMN=VALUE,...",
+              help="Of a conditional density: the values of the given columns, the same for all rows.")  # fmt: skip
+@click.option("--given-file", metavar="FILE",
+              help="Of a conditional density: a table with the given columns, a context in each row.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the latents.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images or rows per solve. [default: 256, 10000]")
+@click.option("--out", metavar="FILE",
+              help="File to write; of rows .csv, .tsv, .npy, .npz or .parquet. [default: samples.png, "
+                   "samples.csv]")  # fmt: skip
+@device
+@denormals
+def sample(
+    *,
+    run: str,
+    temperatures: tuple[float, ...],
+    count: int | None,
+    columns: int | None,
+    given_values: str | None,
+    given_file: str | None,
+    seed: int,
+    batch_size: int | None,
+    out: str | None,
+    device: str,
+) -> None:
+    """Draw images from RUN, a run folder or a checkpoint, into one PNG; or rows of a table into a file.
+
+    Each temperature is a block of rows of images, made from the same latents. The rows of a conditional density
+    have the given columns beside the drawn ones.
+    """
+    from ..evaluation.loading import pick_device
+    from ..evaluation.samples import sample_images, save_grid
+    from ..recipes.recipe import TableData
+    from ..training.runs.checkpoints import load_with_recipe
+
+    flow, recipe = load_with_recipe(run, map_location=pick_device(device))
+    averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
+    if isinstance(recipe.data, TableData):
+        if columns is not None:
+            raise ConfigError("--columns is for grids of images, and this is a run on a table.")
+        if len(temperatures) > 1:
+            raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
+        out = out or "samples.csv"
+        context = _contexts(recipe.table, given_values, given_file, count)
+        number = count or 1000 if context is None else len(context)
+        _write_rows(out, flow, recipe.table, number, context, temperatures[0], seed, batch_size or 10_000)
+        click.echo(f"{number:,} rows at temperature {temperatures[0]:g}{averaged}: {out}")
+        return
+    if given_values is not None or given_file is not None:
+        raise ConfigError("--given-values and --given-file are for tables, and this is a run on images.")
+    count, out = count or 64, out or "samples.png"
+    images = sample_images(flow, count, temperatures=temperatures, seed=seed, batch_size=batch_size or 256)
+    save_grid(out, images, levels=recipe.images.levels, columns=columns)
+    shown = ", ".join(f"{temperature:g}" for temperature in images)
+    click.echo(f"{count} images at temperature {shown}{averaged}: {out}")
+
+
+def _write_rows(
+    out: str,
+    flow: Any,
+    data: TableData,
+    number: int,
+    context: np.ndarray | None,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Draw rows and write them with the columns of the table, in its order."""
+    import numpy as np
+
+    from ..data.tables.files import check_written, write_rows
+    from ..evaluation.samples import sample_rows
+
+    check_written(out)
+    rows = sample_rows(flow, number, context=context, temperature=temperature, seed=seed, batch_size=batch_size)
+    if context is not None:
+        rows = np.concatenate([rows, context], axis=1)
+    places = [(*data.modelled, *data.given).index(name) for name in data.columns]
+    write_rows(out, data.columns, rows[:, places])
+
+
+def _contexts(data: TableData, values: str | None, file: str | None, count: int | None) -> np.ndarray | None:
+    """The given columns ``(rows, given)`` of all rows to draw; None for a density without any."""
+    import numpy as np
+
+    from ..data.tables.files import read_columns
+
+    if not data.given:
+        if values is not None or file is not None:
+            raise ConfigError("this density is given no columns: it was trained without --given.")
+        return None
+    if (values is None) == (file is None):
+        example = ",".join(f"{name}=VALUE" for name in data.given)
+        raise ConfigError(
+            f"this density is given {', '.join(data.given)}: say where with --given-values {example!r}, or with "
+            "--given-file FILE, not both."
+        )
+    if file is not None:
+        return np.repeat(read_columns(file, data.given).astype(np.float32), count or 1, axis=0)
+    return np.tile(np.array(_values(data.given, str(values)), dtype=np.float32), (count or 1000, 1))
+
+
+def _values(given: tuple[str, ...], text: str) -> list[float]:
+    """The values of the given columns, in their order, from ``COLUMN=VALUE,COLUMN=VALUE``."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = part.rpartition("=")
+        name = name.strip()
+        if equals and name not in given:
+            raise ConfigError(f"--given-values: {suggest(name, given, 'column')}")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = math.nan
+        if not equals or not math.isfinite(found[name]):
+            raise ConfigError(f"--given-values: {part.strip()!r} is not COLUMN=NUMBER.")
+    if missing := [name for name in given if name not in found]:
+        raise ConfigError(f"--given-values: a value is missing for {', '.join(missing)}.")
+    return [found[name] for name in given]
+
+
+# ---- export ----
+
+
+@click.command()
+@click.argument("run")
+@click.argument("file", metavar="FILE")
+@click.option("--format", "kind", type=click.Choice(_FORMATS), default="safetensors", show_default=True,
+              help="Weights, or programs for torch.export.load (FILE.pt2) or ONNX (FILE.onnx).")  # fmt: skip
+@click.option("--step", type=click.FloatRange(0, min_open=True),
+              help="Of programs: longest step of the grid; a block of a flow takes one unit of time.")  # fmt: skip
+@click.option("--method", type=click.Choice(FIXED_METHODS),
+              help="Of programs: how to take a step. [default: rk4_38]")  # fmt: skip
+@click.option("--last", is_flag=True, help="Of a run folder, the newest checkpoint instead of the best.")
+def export(*, run: str, file: str, kind: str, step: float | None, method: str | None, last: bool) -> None:
+    """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors.
+
+    The recipe goes along in the file's metadata: `load_flow`, `eval` and `sample` take the file like a run folder,
+    and any program that reads safetensors gets the weights.
+
+    With `--format torch-export` or `onnx`, write the sampler and the log-density as two programs on a fixed grid,
+    which run without this package: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
+    """
+    from ..training.runs.checkpoints import BEST, LAST, export_flow
+
+    prefer = LAST if last else BEST
+    if kind != "safetensors":
+        return _export_programs(run, file, kind, step=step, method=method, prefer=prefer)
+    if step is not None or method is not None:
+        raise ConfigError("--step and --method choose the grid of a program: add --format torch-export or onnx.")
+    source, recipe = export_flow(run, file, prefer=prefer)
+    click.echo(f"{_weights_of(recipe, source)}: {file}")
+
+
+def _export_programs(
+    run: str, file: str, kind: str, *, step: float | None, method: str | None, prefer: str
+) -> None:
+    from ..evaluation.programs import SUFFIXES, check_program_file, export_program, save_program
+    from ..training.runs.checkpoints import find_checkpoint, load_with_recipe
+
+    path = Path(file)
+    if path.suffix != SUFFIXES[kind]:
+        raise ConfigError(f"a program of --format {kind} must end in {SUFFIXES[kind]}, not {file!r}.")
+    check_program_file(path)
+    source = find_checkpoint(run, prefer=prefer)
+    flow, recipe = load_with_recipe(source)
+    grid = _grid(flow.solver, recipe, step=step, method=method)
+    programs = [(path.with_stem(f"{path.stem}-{which}"), export_program(flow, which, solver=grid))
+                for which in ("sampler", "log_prob")]  # fmt: skip
+    length = "one step" if grid.step is None else f"step {grid.step:g}"
+    click.echo(f"{_weights_of(recipe, source)}, {grid.method}, {length}:")
+    for target, program in programs:
+        save_program(program, target)
+        click.echo(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+def _grid(solver: Solver, recipe: Recipe, *, step: float | None, method: str | None) -> Solver:
+    """The grid of the options; without them that of the flow.
+
+    Raises:
+        ConfigError: without ``--step``, if the flow's solver chooses its steps.
+    """
+    from ..solvers.config import Solver
+
+    if step is not None:
+        return Solver(method or "rk4_38", step=step)
+    if not solver.adaptive:
+        return Solver(method or solver.method, step=solver.step)
+    trained = recipe.solver
+    good = trained.step if isinstance(trained.step, float) and not trained.adaptive else 0.25
+    raise ConfigError(
+        f"this run is evaluated and sampled with {solver.method}, which chooses its steps while it runs, and a "
+        f"program takes the same steps for every input: add --step {good:g}, or another step of a fixed grid."
+    )
+
+
+def _weights_of(recipe: Recipe, source: Path) -> str:
+    averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
+    return f"{recipe.name}, weights of {source}{averaged}"
+
+
+# ---- report ----
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", default="report", show_default=True, metavar="FOLDER", help="Where the report goes.")
+@click.option("--title", help="Of the report. [default: names the data sets]")
+def report(*, runs: tuple[str, ...], out: str, title: str | None) -> None:
+    """Table and figures of RUN..., finished or still running.
+
+    RUN is a run folder or a folder with run folders below it; of those below, the ones that cannot be read are left
+    out. Runs that differ by their seed alone are one arm.
+    Writes report.html (one file that opens offline), report.md and figures/ (PNG and SVG).
+    """
+    from ..reports import write_report
+
+    written = write_report(runs, out, title=title)
+    heads = ["", *(column.label for column in written.table.columns)]
+    click.echo(table([heads, *([row.name, *row.cells] for row in written.table.rows)]))
+    for message in written.left_out:
+        click.echo(f"left out: {message}", err=True)
+    click.echo(f"\n{written.html}\n{written.markdown}")
