@@ -67,8 +67,8 @@ def eval(  # noqa: A001 - the command's name
     from the noise, the solver's NFE, the penalties, and the time. The trace is exact in up to 16 dimensions (64 of
     a table), else estimated with Rademacher probes. A table's NLL stands beside that of a Gaussian.
     """
-    from ..evaluation.loading import load_data, pick_device
     from ..evaluation.likelihood import evaluate_by
+    from ..evaluation.loading import load_data, pick_device
     from ..evaluation.measures import measure_of
     from ..training.progress import batch_counter
     from ..training.runs.checkpoints import find_checkpoint, load_with_recipe, training_solver
