@@ -47,8 +47,7 @@ def recipes(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
 def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it."""
-    from ..recipes.recipe import as_text
-    from ..recipes.recipe import get_recipe
+    from ..recipes.recipe import as_text, get_recipe
 
     recipe = get_recipe(name)
     recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
