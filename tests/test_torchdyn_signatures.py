@@ -13,9 +13,12 @@ from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl
 
+import rnode_plugin
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin.core import signature
+from rnode_plugin.core.signature import Takes, field_takes, time_first
+from rnode_plugin.errors import ConfigError
 from rnode_plugin.torchdyn.wrapped import compiled
-from rnode_plugin.torchdyn.wrapped.signature import Takes, field_takes
 from rnode_plugin.torchdyn.wrapped.slots import CONTROL
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
@@ -58,7 +61,9 @@ def compile_lightly(module: nn.Module) -> nn.Module:
         (lambda t, x, args=None: x, Takes(True, True)),
         (lambda x, *, args: x, Takes(False, True)),
         (functools.partial(lambda t, x, scale: x, scale=2), Takes(True, False)),
-        (torch.sin, Takes(False, False)),
+        (torch.sin, Takes(False, False, nameless=True)),
+        (lambda time, sample: sample, Takes(True, False)),
+        (lambda x, mask: x, Takes(False, False)),
         (compile_lightly(Timed()), Takes(True, False)),
         (compile_lightly(nn.Linear(2, 2)), Takes(False, False)),
         (torch.compile(lambda t, x, args: x, backend="aot_eager"), Takes(True, True)),
@@ -158,12 +163,157 @@ def test_a_compiled_field_without_products_stays_compiled() -> None:
     assert calls[0] == 3
 
 
+# --- velocities of other projects: u = 3 t, which takes 0 to 1.5 ---
+
+
+class StateFirst(nn.Module):
+    """As flow_matching's models."""
+
+    def forward(self, x: Tensor, t: Tensor, **extras: object) -> Tensor:
+        assert not extras
+        return 3 * t * torch.ones_like(x)
+
+
+class KeywordTime(nn.Module):
+    def forward(self, x: Tensor, *, t: Tensor) -> Tensor:
+        return 3 * t * torch.ones_like(x)
+
+
+class Diffusion(nn.Module):
+    """As diffusers' models, with a time for each sample."""
+
+    def __init__(self, batch: bool = True) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        return 3 * torch.ones_like(sample) * (timestep[:, None] if self.batch else timestep)
+
+
+class Column(nn.Module):
+    """As torchcfm's perceptrons: the time is a column."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return 3 * torch.cat([t, x], 1)[:, :1].expand_as(x)
+
+
+class Passing(nn.Module):
+    def forward(self, *args: Tensor) -> Tensor:
+        t, x = args
+        return 3 * t * torch.ones_like(x)
+
+
+class WithArgs(nn.Module):
+    def forward(self, t: Tensor, x: Tensor, args: object = None) -> Tensor:
+        return 3 * t * torch.ones_like(x)
+
+
+def scaled(x: Tensor, t: Tensor, factor: float) -> Tensor:
+    return factor * t * torch.ones_like(x)
+
+
+def nameless(a: Tensor, b: Tensor) -> Tensor:
+    return 3 * a * torch.ones_like(b)
+
+
+class Scriptable(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 3 * t * torch.ones_like(x)
+
+
+VELOCITIES: dict[str, Callable[[], Any]] = {
+    "(t, x, args)": WithArgs,
+    "(x, t, **extras)": StateFirst,
+    "(x, *, t)": KeywordTime,
+    "(sample, timestep) of a batch": Diffusion,
+    "(sample, timestep)": lambda: Diffusion(batch=False),
+    "a column": Column,
+    "*args": Passing,
+    "partial": lambda: functools.partial(scaled, factor=3.0),
+    "names that say nothing": lambda: nameless,
+    "compiled": lambda: compile_lightly(StateFirst()),
+    "averaged": lambda: torch.optim.swa_utils.AveragedModel(StateFirst()),
+    "scripted": lambda: torch.jit.script(Scriptable()),
+    "scripted function": lambda: torch.jit.script(nameless),
+}
+STATE_FIRST = ("(x, t, **extras)", "(x, *, t)", "(sample, timestep)", "partial", "compiled", "averaged", "scripted")
+
+
+@pytest.mark.parametrize("name", VELOCITIES)
+def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
+    z = torch.zeros(5, 2)
+    model = RegularizedCNF.from_velocity(VELOCITIES[name](), 0.0, event_shape=2, solver="midpoint")
+    torch.testing.assert_close(model.transform(z)[0], z + 1.5)
+    torch.testing.assert_close(model.inverse(z), z - 1.5)
+    torch.testing.assert_close(NeuralODE(time_first(model._cnf[0].net), "midpoint")(z)[1][-1], z + 1.5)
+
+
+@pytest.mark.parametrize("name", STATE_FIRST)
+def test_the_other_order_is_refused_where_the_contract_is_time_first(name: str) -> None:
+    velocity = VELOCITIES[name]()
+    for make in (NeuralODE, CNF, lambda net: RegularizedCNF(net, event_shape=2)):
+        with pytest.raises(ConfigError, match="time_first"):
+            make(velocity)
+    rnode_plugin.install()
+    try:
+        with pytest.raises(ConfigError, match="time_first"):
+            TorchdynNeuralODE(velocity)
+    finally:
+        rnode_plugin.uninstall()
+    sol = NeuralODE(time_first(velocity), "midpoint")(torch.zeros(5, 2))[1]
+    torch.testing.assert_close(sol[-1], torch.full((5, 2), 1.5))
+
+
+def test_a_call_of_ones_own_and_contexts() -> None:
+    class Noised(nn.Module):
+        def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return 3 * (1 - sigma) * torch.ones_like(x)
+
+    class Conditional(nn.Module):
+        def forward(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
+            return 3 * timesteps[:, None] * y
+
+    class OfClasses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding.from_pretrained(torch.tensor([[1.0], [2.0]]))
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return 3 * t[:, None] * self.embed(y[:, 0]).expand_as(x)
+
+    z, options = torch.zeros(5, 2), {"event_shape": 2, "solver": "midpoint"}
+    own = RegularizedCNF.from_velocity(Noised(), 0.0, call=lambda net, t, x: net(x, sigma=1 - t), **options)
+    torch.testing.assert_close(own.transform(z)[0], z + 1.5)
+    given = RegularizedCNF.from_velocity(Conditional(), 0.0, context_shape=2, **options)
+    torch.testing.assert_close(given.transform(z, torch.full((5, 2), 2.0))[0], z + 3)
+    classes = RegularizedCNF.from_velocity(OfClasses(), 0.0, context_shape=1, **options)
+    torch.testing.assert_close(classes.transform(z, torch.ones(5, 1).long())[0], z + 3)
+
+
+def test_trying_a_velocity_leaves_it_as_it_is() -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.dropout = nn.BatchNorm1d(2), nn.Dropout()
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.dropout(self.norm(x)) * t[:, None]
+
+    net = Drawing()
+    torch.manual_seed(0)
+    RegularizedCNF.from_velocity(net, event_shape=2)
+    drawn = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(()))
+    assert net.norm.num_batches_tracked == 0
+
+
 def test_private_names_of_torch_and_torchdyn_are_still_there() -> None:
     module = nn.Linear(2, 2)
-    assert compiled.original(compile_lightly(module)) is module
-    assert hasattr(compile_lightly(module), compiled._COMPILED_MODULE)
+    assert signature.original(compile_lightly(module)) is module
+    assert hasattr(compile_lightly(module), signature._COMPILED_MODULE)
     function = torch.compile(lambda x: x, backend="aot_eager")
-    assert hasattr(function, compiled._COMPILED_FUNCTION)
+    assert hasattr(function, signature._COMPILED_FUNCTION)
     module.compile(backend="aot_eager")
     assert getattr(module, compiled._COMPILED_IN_PLACE) is not None
     assert CONTROL in vars(DataControl())

@@ -19,13 +19,13 @@ from ..core.derivatives import FieldDerivatives
 from ..core.field_evaluation import FieldEvaluation
 from ..core.path_penalties import PathPenalties
 from ..core.regularizers import Regularizer
+from ..core.signature import buffers_kept
 from ..core.tensors.nested import tree_leaves
 from ..errors import ConfigError
 from ..types import BoundDynamics, FieldWithAux, Rates
 from .running_cost import Cost, with_cost_column, with_hidden_cost
 from .shared_trace import WithoutTrace, can_observe, observing
 from .stacks.recognise import fast_rates
-from .wrapped.buffers import buffers_kept
 from .wrapped.compiled import has_compiled_parts, run_original
 from .wrapped.lost_graph import refuse_lost_graph
 from .wrapped.slots import find_slots

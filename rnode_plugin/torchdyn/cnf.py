@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
+from ..core.signature import accepts, field_takes, refuse_state_first
 from ..core.trace_estimators import Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..types import FieldWithVJP
 from .wrapped.lost_graph import refuse_lost_graph
-from .wrapped.signature import accepts, field_takes
 from .wrapped.velocity import Velocity, called_as_it_takes, first_order_system
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class CNF(torchdyn_cnf.CNF):
         event_shape: Sequence[int] | None = None,
         conditional: bool = False,
     ) -> None:
+        refuse_state_first(net, "CNF")
         if conditional and not accepts(net, None, None, None):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
         if not is_count(order) or order < 1:

@@ -18,6 +18,7 @@ from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel
 from ..core.regularizers import Regularizer, span_policy
+from ..core.signature import time_first
 from ..core.tensors.exporting import on_host
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
@@ -121,18 +122,25 @@ class RegularizedCNF(DensityModel):
         *,
         noise_time: float | None = None,
         steps: int = 1,
+        call: Callable[..., Tensor] | None = None,
         **options: Any,
     ) -> RegularizedCNF:
-        """The density of a flow-matching model: its samples follow ``net(t, x)`` from the base to the data.
+        """The density of a flow-matching model: its samples follow ``net`` from the base to the data.
 
         ``log_prob`` solves from the data to the noise, ``sample`` the other way. Choose ``trace_estimator="exact"``
         for exact log-densities, another one for unbiased estimates.
 
         Args:
-            net: the velocity, ``net(t, x)``, or ``net(t, x, context)`` with a ``context_shape``.
+            net: the velocity; its third argument is the context if there is a ``context_shape``. It is called by
+                the names of its parameters: ``t``, ``time``, ``timestep`` or ``timesteps`` is the time, ``x``,
+                ``z``, ``y``, ``u``, ``h``, ``state`` or ``sample`` the state. If they say nothing, it is
+                ``net(t, x)``. If it takes no scalar time, which is tried once, it gets one of shape ``(B,)`` or
+                ``(B, 1)``.
             data_time: the time at which its paths arrive at the data: 1 for flow matching, 0 in diffusion's order.
             noise_time: the time at which they are the base's; None: ``1 - data_time``.
             steps: steps of a fixed-step solver between the two.
+            call: calls it instead, as ``call(net, t, x)`` or ``call(net, t, x, context)`` with a scalar ``t``, such
+                as ``lambda net, t, x: net(x, sigma=1 - t)``.
             options: further arguments of the class, such as ``event_shape`` or ``base``; ``regularizers`` are none
                 unless given.
 
@@ -147,6 +155,7 @@ class RegularizedCNF(DensityModel):
         if "t_span" in options:
             raise ConfigError("from_velocity takes data_time, noise_time and steps instead of t_span.")
         options = {"regularizers": (), **options}
+        net = time_first(net, call=call, example=_example(net, options))
         return cls(net, t_span=torch.linspace(data_time, noise_time, steps + 1), **options)
 
     def on_grid(self, solver: str, *, step: float | None = None) -> RegularizedCNF:
@@ -353,6 +362,15 @@ class _EventVelocity(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
         return self.cnf.velocity(t, x, args)
+
+
+def _example(net: Any, options: dict[str, Any]) -> list[Tensor]:
+    """Two samples, and their contexts for a conditional density, in the form of the net's parameters."""
+    shapes = [_base_and_shape(options.get("base"), options.get("event_shape"))[1]]
+    if options.get("context_shape") is not None:
+        shapes.append(check_shape(options["context_shape"], "context_shape"))
+    like = next(net.parameters(), torch.empty(0)) if isinstance(net, nn.Module) else torch.empty(0)
+    return [torch.zeros(2, *shape, dtype=like.dtype, device=like.device) for shape in shapes]
 
 
 def _base_and_shape(

@@ -18,6 +18,7 @@ from torchdyn.numerics.solvers.ode import Tsitouras45
 from ..core.no_data_parallel import OneProcessADevice
 from ..core.penalties import Penalties, attach
 from ..core.regularizers import kind_of, span_policy
+from ..core.signature import refuse_state_first
 from ..core.tensors.exporting import on_host
 from ..core.tensors.nested import tree_map_only
 from ..core.trace_estimators import get_estimator
@@ -138,6 +139,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             raise ConfigError(
                 "this vector field is that of an SDE; NeuralODE solves ordinary differential equations."
             )
+        refuse_state_first(vector_field, "NeuralODE")
         forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         steps = [w.regularizer for w in weighted.values() if kind_of(w.regularizer) == "step"]

@@ -15,21 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["has_compiled_parts", "original", "run_original"]
+from ...core.signature import original
 
-# Private names of torch, here and nowhere else. A test fails by name when one of them goes.
-_COMPILED_MODULE = "_orig_mod"
+__all__ = ["has_compiled_parts", "run_original"]
+
+# A private name of torch. A test fails by name when it goes.
 _COMPILED_IN_PLACE = "_compiled_call_impl"
-_COMPILED_FUNCTION = "_torchdynamo_orig_callable"
-
-
-def original(field: Any) -> Any:
-    """The module or function that ``torch.compile`` was given; ``field`` itself if it is not compiled."""
-    for name in (_COMPILED_MODULE, _COMPILED_FUNCTION):
-        found = getattr(field, name, None)
-        if found is not None:
-            return original(found)
-    return field
 
 
 def has_compiled_parts(field: Any) -> bool:

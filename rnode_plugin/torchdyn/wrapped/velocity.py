@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchdyn.core.defunc import DEFunc, DEFuncBase
 
-from .signature import field_takes
+from ...core.signature import field_takes
 from .slots import Slots
 
 __all__ = [
