@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from measure import print_environment, set_up, table, threads_option
 from torch import Tensor
 
 from rnode_plugin import RegularizedCNF
-from rnode_plugin.evaluation.trajectories import TimeField, plane_data
 from rnode_plugin.reports.figures.drawing import draw, legend
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from figure_1 import TimeField, plane_data
 
 DATA = ("moons", "spirals", "gaussians")
 PENALTIES = ("kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "straightness")

@@ -67,7 +67,6 @@ def rnode_register_commands() -> Mapping[str, str]:
         "compare": ("compare",),
         "data": ("data",),
         "estimate": ("estimate",),
-        "figure": ("figure",),
     }
     commands = {name: f"rnode_plugin.cli.{module}:{name}" for module, names in modules.items() for name in names}
     return {
