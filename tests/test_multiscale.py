@@ -17,8 +17,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob, standard_normal_log_prob
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import MultiscaleFlow, logit, plan_stages, squeeze
-from rnode_plugin.solvers import Solver
-from rnode_plugin.solvers.steps.step_memory import StepMemory
+from rnode_plugin.solvers import Solver, StepMemory
 from rnode_plugin.training.cost.counting import count
 
 SHAPE = (1, 8, 8)

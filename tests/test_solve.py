@@ -15,8 +15,7 @@ from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, solve
-from rnode_plugin.solvers.health import check_health
+from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, METHODS, Solver, check_health, solve
 from rnode_plugin.types import Rates
 
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
@@ -405,7 +404,9 @@ def test_bad_times_are_refused(t: Tensor) -> None:
     [
         ({"method": "dopri"}, "did you mean 'dopri5'"),
         ({"step": 0.0}, "solver.step must be a number > 0 or None"),
-        ({"atol": -1.0}, "solver.atol must be a number > 0"),
+        ({"atol": -1.0}, "solver.atol must be a number >= 0"),
+        ({"rtol_adjoint": float("nan")}, "solver.rtol_adjoint must be a number >= 0"),
+        ({"method": "dopri5", "atol": 0.0, "rtol": 0.0}, "both 0"),
         ({"gradient": "checkpoint"}, "did you mean 'checkpointed'"),
         ({"method": "dopri5", "trace_quadrature": "sampled"}, "needs a fixed grid"),
         ({"gradient": "adjoint", "trace_quadrature": "sampled"}, "gradient of the discrete steps"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import pytest
@@ -13,14 +12,22 @@ from problems import Linear, Wave
 from torch import Tensor
 
 from rnode_plugin.core.augmented import Dynamics
-from rnode_plugin.core.regularizers import jacfrob, kinetic
+from rnode_plugin.core.regularizers import FunctionStepPenalty, jacfrob, kinetic
 from rnode_plugin.core.regularizers.base import Trajectory
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
-from rnode_plugin.solvers import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, Solver, config, solve
-from rnode_plugin.solvers.plan import SolvePlan
-from rnode_plugin.solvers.steps.step_memory import StepMemory
-from rnode_plugin.solvers.steps.tableaus import get_method
+from rnode_plugin.solvers import (
+    ADAPTIVE_METHODS,
+    FIXED_METHODS,
+    GRADIENTS,
+    METHODS,
+    Method,
+    Solver,
+    StepMemory,
+    config,
+    get_method,
+    solve,
+)
 from rnode_plugin.types import Rates, StepRecord
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -32,7 +39,7 @@ def decay(t: Tensor, z: Tensor, *, products: bool = True, rate: float = 1.0) -> 
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rnode_plugin.solvers.plan.DEFAULT_MAX_NFE", 300)
+    monkeypatch.setattr("rnode_plugin.solvers.adaptive.DEFAULT_MAX_NFE", 300)
     stiff = functools.partial(decay, rate=1e5)
     with pytest.raises(SolverError, match=r"budget of 300 evaluations.* max_nfe=3000") as caught:
         solve(stiff, torch.ones(1, 1, dtype=torch.float64), T, Solver(method))
@@ -43,23 +50,7 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
 
 def test_the_default_budget_is_generous_and_for_adaptive_methods_only() -> None:
     assert config.DEFAULT_MAX_NFE >= 100_000
-    assert SolvePlan.of(Solver("dopri5")).budget == config.DEFAULT_MAX_NFE
-    assert SolvePlan.of(Solver("dopri5", max_nfe=7)).budget == 7
-    assert SolvePlan.of(Solver("rk4")).budget is None
-
-
-@pytest.mark.parametrize("bad", [-1.0, float("inf"), float("nan")])
-@pytest.mark.parametrize("name", ["atol", "rtol"])
-def test_a_plan_refuses_tolerances_that_are_none(name: str, bad: float) -> None:
-    with pytest.raises(ConfigError, match=f"{name} must be a finite number >= 0"):
-        SolvePlan(get_method("dopri5"), **{name: bad})  # pyright: ignore[reportArgumentType]
-
-
-def test_a_plan_refuses_to_ask_for_no_error_at_all() -> None:
-    with pytest.raises(ConfigError, match="both 0"):
-        SolvePlan(get_method("dopri5"), atol=0.0, rtol=0.0)
-    SolvePlan(get_method("dopri5"), atol=0.0)
-    SolvePlan(get_method("rk4"), atol=0.0, rtol=0.0)
+    assert solve(decay, torch.ones(1, 1).double(), T, Solver("euler", step=0.001)).stats.nfe == 1000
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -204,26 +195,26 @@ def test_a_fixed_grid_reads_one_number_in_all(method: str) -> None:
     assert Watched.reads == 1
 
 
-def step_lengths(plan: Solver | SolvePlan, t: Tensor, memory: StepMemory | None = None) -> list[float]:
-    """Of the accepted steps, by the times at which an instrumented solve stops."""
-    from rnode_plugin.solvers.integrate import integrate
-
-    trace: list[tuple[Tensor, Tensor]] = []
-    plan = plan if isinstance(plan, SolvePlan) else SolvePlan.of(plan)
-    bound = Dynamics(Wave()).bind(torch.ones(2, 3, dtype=torch.float64))
-    integrate(bound, torch.ones(2, 3, dtype=torch.float64), t, plan, trace=trace, memory=memory)
-    return [abs(float(b - a)) for (a, _), (b, _) in itertools.pairwise(trace)]
+def step_lengths(t: Tensor, method: Method) -> list[float]:
+    """Of the accepted steps."""
+    seen: dict[float, float] = {}  # by the time of its start; a rejected step is followed by a shorter one
+    watch = FunctionStepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
+    bound = Dynamics(Wave(), regularizers=[watch]).bind(torch.ones(2, 3, dtype=torch.float64))
+    solver = Solver("dopri5", atol=1e-6, rtol=1e-6, first_step=0.37)
+    solve(bound, torch.ones(2, 3, dtype=torch.float64), t, solver, method=method)
+    return list(seen.values())
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_even_steps_leave_no_sliver(backward: bool) -> None:
-    uneven = SolvePlan(get_method("dopri5"), atol=1e-6, rtol=1e-6, first_step=0.37)
+    method = get_method("dopri5")
+    uneven = dataclasses.replace(method, even_steps=False)
     start, sign = (3.0, -1.0) if backward else (0.0, 1.0)
-    far = step_lengths(uneven, torch.tensor([start, start + 9 * sign], dtype=torch.float64))
+    far = step_lengths(torch.tensor([start, start + 9 * sign], dtype=torch.float64), uneven)
     end = start + sign * (sum(far[:4]) + 0.02)  # the fifth step is a sliver
     t = torch.tensor([start, end], dtype=torch.float64)
-    assert step_lengths(uneven, t)[-1] == pytest.approx(0.02)
-    even = step_lengths(dataclasses.replace(uneven, even_steps=True), t)
+    assert step_lengths(t, uneven)[-1] == pytest.approx(0.02)
+    even = step_lengths(t, method)
     assert len(even) <= 5
     assert sum(even) == pytest.approx(abs(end - start))
     assert even[-1] > 0.9 * even[-2]

@@ -26,7 +26,7 @@ from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError, SolverError
 from ..flows.base import BlockFlow
-from ..solvers.steps.step_memory import StepMemory
+from ..solvers import StepMemory
 from ..types import FlowOutput
 from .measures import Evaluation, EvaluationResult, ImageMeasure, Mean, Measure, batch_of
 

@@ -20,9 +20,7 @@ from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields import StackField
 from ..fields.conditional import StackAt
-from ..solvers import Solver, solve
-from ..solvers.health import HealthCheck, check_health
-from ..solvers.steps.step_memory import StepMemory
+from ..solvers import HealthCheck, Solver, StepMemory, check_health, solve
 from ..types import FlowOutput, Solution
 
 __all__ = [

@@ -16,9 +16,7 @@ from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..fields import conv_field
-from ..solvers import Solver
-from ..solvers.health import HealthCheck, check_health
-from ..solvers.steps.step_memory import StepMemory
+from ..solvers import HealthCheck, Solver, StepMemory, check_health
 from ..types import FlowOutput
 from .base import BlockFlow, Pass, check_image_shape, check_images, check_latents, range_check, solve_block
 

@@ -14,9 +14,7 @@ from ..errors import ConfigError, suggest
 from ..fields import linear_field
 from ..fields.conditional import at_context
 from ..fields.potential import PotentialField
-from ..solvers import Solver
-from ..solvers.health import HealthCheck, check_health
-from ..solvers.steps.step_memory import StepMemory
+from ..solvers import HealthCheck, Solver, StepMemory, check_health
 from ..types import FlowOutput
 from .base import BlockFlow, Pass, check_latents, check_rows, solve_block
 

@@ -15,7 +15,6 @@ import pluggy
 
 if TYPE_CHECKING:
     from ..solvers import Solver
-    from ..solvers.plan import SolvePlan
     from ..types import Solution
 
 __all__ = [
@@ -83,7 +82,7 @@ def rnode_register_commands() -> Mapping[str, Any]:  # pyright: ignore[reportRet
 
 
 @hookspec
-def rnode_after_solve(solution: Solution, solver: Solver | SolvePlan) -> None:
+def rnode_after_solve(solution: Solution, solver: Solver) -> None:
     """Called after each solve, of every face (NeuralODE, CNF, flows), with its result and its settings.
 
     It is called once the plugin host is loaded: by the command line, a recipe, any name of a regularizer, model or
@@ -92,7 +91,8 @@ def rnode_after_solve(solution: Solution, solver: Solver | SolvePlan) -> None:
 
     ``solution.z`` has shape ``(T, B, *event)``, ``solution.logdet`` ``(T, B)`` in nats or None,
     ``solution.penalties`` ``{name: (B,)}``, raw integrals; ``solution.stats`` counts evaluations and steps. The
-    tensors belong to the graph of the solve: read, detach, and keep no reference, or its memory stays in use. An
-    implementation may leave out arguments that it does not need. One that raises is reported and not called again;
-    the solve goes on.
+    tensors belong to the graph of the solve: read, detach, and keep no reference, or its memory stays in use. The
+    ``solver`` of a torchdyn model holds the model's settings, with the name of its solver; a solver object of your
+    own counts as ``"dopri5"`` or, with fixed steps, ``"euler"``. An implementation may leave out arguments that it
+    does not need. One that raises is reported and not called again; the solve goes on.
     """

@@ -26,13 +26,12 @@ import pluggy
 
 from .._version import __version__
 from ..errors import ConfigError, PluginError, RnodeError, suggest
-from ..solvers import observers
+from ..solvers.config import subscribe
 from . import builtin, hookspecs
 
 if TYPE_CHECKING:
     from ..core.regularizers import Strength, Weighted
     from ..solvers import Solver
-    from ..solvers.plan import SolvePlan
     from ..types import Solution
 
 __all__ = [
@@ -224,7 +223,7 @@ class Registry:
         self._manager.unregister(name=name)
         self._plugins.remove(mine[name])
 
-    def after_solve(self, solution: Solution, solver: Solver | SolvePlan) -> None:
+    def after_solve(self, solution: Solution, solver: Solver) -> None:
         """Tell every observer about a solve. One that raises is reported and not called again."""
         arguments = {"solution": solution, "solver": solver}
         for plugin in self._plugins:
@@ -262,7 +261,7 @@ class Registry:
             self._forget()
             raise
         if self._watch_solves:
-            observers.subscribe(self.after_solve)
+            subscribe(self.after_solve)
 
     def _attach(self, record: _Plugin, plugin: object) -> None:
         """Register with pluggy and keep the hooks.

@@ -10,244 +10,342 @@ error's size.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SolverError
 from ..types import BoundDynamics, Rates, Solution
-from .config import FIXED_METHODS
-from .health import fail_integrals, fail_max_nfe, fail_nonfinite, fail_underflow, health
-from .host import read
-from .plan import SolvePlan
-from .steps.step import Step, StepTaker
-from .steps.step_control import Controller, error_ratio, guess_first_step
-from .steps.step_memory import StepMemory
-from .totals import Totals
+from .checkpoint import checkpointed
+from .config import DEFAULT_MAX_NFE, FIXED_METHODS, Solver, count_steps
+from .fixed import Step, Totals, Trace, fail_integrals, fail_max_nfe, fail_nonfinite, health, read, stepper
+from .tableaus import Method
 
-__all__ = ["Adaptive"]
+__all__ = ["StepMemory", "error_ratio", "guess_first_step", "next_step", "rms_norm", "solve_adaptive"]
 
 
-class _Attempt(NamedTuple):
-    """A step to try.
+class StepMemory:
+    """The longest step that would have passed everywhere in the last solve.
+
+    Solves of one field in a row, such as those of a data set's batches, need about the same steps. One that begins
+    with the step of the one before wastes no evaluation on finding it. The result then depends, within the
+    tolerances, on what was solved before: give each series of solves a memory of its own.
 
     Attributes:
-        dt: its length, cut off at the next time that must be met.
-        uncut: its length before it was cut off at an output time; None if it was not.
+        step: its length, positive; None before the first solve.
     """
 
-    dt: Tensor
-    uncut: Tensor | None
+    def __init__(self) -> None:
+        self.step: float | None = None
+        self._shortest = math.inf
+
+    def begin(self) -> float | None:
+        """A solve starts: the step to begin with; None if there is none yet."""
+        self._shortest = math.inf
+        return self.step
+
+    def note(self, length: float, error_ratio: float, order: int) -> None:
+        """Learn from a step that was tried: its error grows with the ``order``-th power of its length."""
+        if error_ratio > 0:
+            self._shortest = min(self._shortest, length * error_ratio ** (-1 / order))
+
+    def keep(self) -> None:
+        """The solve is over: remember the step for the next one."""
+        self.step = self._shortest
 
 
-class Adaptive:
-    """One adaptive solve; the errors of the state and of the log-determinant decide on a step."""
+def solve_adaptive(
+    dynamics: BoundDynamics,
+    z: Tensor,
+    t_span: Tensor,
+    solver: Solver,
+    method: Method,
+    *,
+    trace: Trace | None = None,
+    memory: StepMemory | None = None,
+) -> Solution:
+    """Solve with steps that the errors of the state and of the log-determinant decide on.
 
-    def __init__(
-        self,
-        dynamics: BoundDynamics,
-        plan: SolvePlan,
-        take: StepTaker,
-        z: Tensor,
-        t_span: Tensor,
-        trace: list[tuple[Tensor, Tensor]] | None,
-        memory: StepMemory | None = None,
-    ) -> None:
-        _check_precision(plan, z.dtype)
-        self.dynamics, self.plan, self.take, self.trace, self.memory = dynamics, plan, take, trace, memory
-        self.t_span = t_span.cpu()
-        self.sign = 1.0 if bool(self.t_span[-1] >= self.t_span[0]) else -1.0
-        self.z, self.t, self.dt = z, self.t_span[:1], self.t_span[:1]
-        self.rates: Rates | None = None  # at (t, z)
-        self.upcoming = 1  # of the output times
-        self.controller = Controller.of(plan.method, self.t_span)
-        self.totals = Totals()
-        self.times, self.states = [self._there(self.t)], [z]
-        self.logdets: list[Tensor | None] = [None]
+    Args:
+        dynamics: the augmented system, its noise fixed.
+        z: state ``(B, *event)`` at ``t_span[0]``.
+        t_span: times ``(T,)``, increasing or decreasing.
+        solver: tolerances, first step, budget and gradient.
+        method: how to take a step.
+        trace: a list that receives the time and the state of every accepted step.
+        memory: carries the step of one solve to the next.
 
-    def run(self) -> Solution:
-        """Step from the first time to the last."""
-        self._start()
-        while self._before(self.t, self.t_span[-1]):
-            attempt = self._next_attempt()
-            self._check_attempt(attempt)
-            step = self.take(self.z, self._there(self.t), self._there(attempt.dt), self.rates, None)
-            self.totals.nfe += step.nfe
-            ratio = self._error_ratio(step)
-            if bool(ratio <= 1):
-                self._accept(step, attempt)
-            else:
-                self.totals.rejected += 1
-            self._choose_next(attempt, ratio)
-        self._check_penalties()
-        if self.memory is not None:
-            self.memory.keep()
-        return self.totals.solution(self.times, self.states, self.logdets)
+    Raises:
+        ConfigError: where no number can be read, and for tolerances below the precision of the state.
+        SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
+    """
+    _check_precision(solver, method, z.dtype)
+    device, span = z.device, t_span.cpu()
+    take = stepper(dynamics, method, tolerance=(solver.atol, solver.rtol))
+    if solver.gradient == "checkpointed":
+        take = checkpointed(take, dynamics, z, span[0].to(device))
+    budget = int(solver.max_nfe or DEFAULT_MAX_NFE)
+    every_step = method.every_step and solver.gradient == "interpolated_adjoint"
+    sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
 
-    # the start ---------------------------------------------------------------------------------------------------
+    def before(a: Tensor, b: Tensor) -> bool:
+        return bool((b - a) * sign > 0)
 
-    def _start(self) -> None:
-        self.rates = self.dynamics(self._there(self.t_span[0]), self.z)
-        self.totals.nfe += 1
-        self.dt = self._evenly(self._first_step(self.rates))
-        self._trace()
-
-    @torch.no_grad()
-    def _first_step(self, first: Rates) -> Tensor:
-        like = self.t_span[0].detach()
-        known = self.plan.first_step
-        remembered = None if self.memory is None else self.memory.begin()
-        if remembered is not None:
-            known = min(remembered, float((self.t_span[-1] - self.t_span[0]).detach().abs()))
-        if known is not None:
-            return torch.full_like(like, self.sign * known)
-        if self.z.numel() == 0:
-            return self.t_span[-1].detach() - like
-        z, velocity = self.z.detach(), self.sign * first.dz.detach()
-        plan, t0 = self.plan, self.sign * like
-        options: dict[str, Any] = {"order": plan.method.order, "atol": plan.atol, "rtol": plan.rtol}
-
-        # Backward in time torchdyn asks the field itself, not its mirror image. That only guesses a step, and the
-        # same guess gives the same numbers. If the guess is of no use, the mirror image is asked.
-        def field(t: Tensor, z: Tensor) -> Tensor:
-            self.totals.nfe += 1
-            return self.dynamics(self._there(t), z, products=False).dz
-
-        guess = guess_first_step(field, velocity, z, t0, **options)
-        if guess is not None and self.sign < 0 and not (0 < float(guess) < math.inf):
-            guess = guess_first_step(lambda t, z: -field(-t, z), velocity, z, t0, **options)
-        if guess is None:
-            self._refuse_values()
-        if not math.isfinite(float(guess)):
-            fail_nonfinite(float(like), 0, self.totals.nfe)
-        return self.sign * guess
-
-    # one step ----------------------------------------------------------------------------------------------------
-
-    def _next_attempt(self) -> _Attempt:
-        """The step that the controller chose, cut off at the end and, if it has to stop there, at an output."""
-        dt, end, output = self.dt, self.t_span[-1], self.t_span[self.upcoming]
-        if self._before(end, self.t + dt):
-            dt = end - self.t
-        if self.plan.interpolator is None and self._before(output, self.t + dt):
-            return _Attempt(output - self.t, dt.detach())
-        return _Attempt(dt, None)
-
-    def _check_attempt(self, attempt: _Attempt) -> None:
-        if bool(self.t + attempt.dt == self.t):
-            fail_underflow(*self._where(), abs(float(attempt.dt.detach())))
-        limit = self.plan.budget
-        if limit is not None and self.totals.nfe + self.plan.method.stages - 1 > limit:
-            fail_max_nfe(*self._where(), limit)
-
-    @torch.no_grad()
-    def _error_ratio(self, step: Step) -> Tensor:
-        """The step's error over what the tolerances allow, on the CPU: the one number read from the device."""
-        if self.z.numel() == 0:
-            return torch.zeros((), dtype=self.t_span.dtype)
-        assert step.error is not None
-        parts: list[tuple[Tensor, Tensor | None, Tensor]] = [(step.error, self.z, step.z)]
-        logdet = self.totals.logdet_after(step)
-        if step.dlogdet_error is not None and logdet is not None:
-            parts.append((step.dlogdet_error, self.totals.logdet, logdet))
-        ratio = error_ratio(parts, self.plan.atol, self.plan.rtol)
-        value = read(ratio)
-        if value is None:
-            self._refuse_values()
-        if not math.isfinite(value):
-            fail_nonfinite(*self._where())
-        return torch.tensor(value, dtype=ratio.dtype)
-
-    def _accept(self, step: Step, attempt: _Attempt) -> None:
-        t = self.t + attempt.dt
-        if self.plan.interpolator is not None:
-            self._interpolate(step, attempt.dt)
-        # not equality: rounding may have carried a step that was cut off at this time just past it
-        arrived = not self._before(t, self.t_span[self.upcoming])
-        self.totals.add(step)
-        if arrived or self.plan.every_step:
-            self._output(t, step.z, self.totals.logdet)
-        if arrived:
-            self.upcoming = min(self.upcoming + 1, len(self.t_span) - 1)
-        self.t, self.z, self.rates = t, step.z, step.last
-        self._trace()
-
-    def _choose_next(self, attempt: _Attempt, ratio: Tensor) -> None:
-        dt = attempt.dt.detach()
-        if attempt.uncut is not None:
-            rest = attempt.uncut - dt
-            dt = rest if bool(self.t + rest != self.t) else attempt.uncut
-        self.dt = self._evenly(self.controller.next_step(dt, ratio))
-        if self.memory is not None:
-            self.memory.note(abs(float(attempt.dt.detach())), float(ratio), self.plan.method.order)
-
-    @torch.no_grad()
-    def _evenly(self, dt: Tensor) -> Tensor:
-        """With ``plan.even_steps``: a step no longer than ``dt`` that divides what is left evenly.
-
-        So no sliver is left at the end, which would cost as many evaluations as any step.
-        """
-        goal = self.t_span[self.upcoming if self.plan.interpolator is None else -1]
-        rest = goal - self.t
-        if not self.plan.even_steps or not bool(rest):
-            return dt
-        count = math.ceil(float(rest / dt) - 1e-6)
-        # the last step is cut off at its end, by which a gradient for the time finds its way
-        return rest / count if count > 1 else torch.maximum(dt * self.sign, 2 * rest * self.sign) * self.sign
-
-    # outputs -----------------------------------------------------------------------------------------------------
-
-    def _interpolate(self, step: Step, dt: Tensor) -> None:
-        """Outputs inside the step just accepted, by torchdyn's fourth-order interpolant."""
-        interpolator, coefficients, first = self.plan.interpolator, None, self.rates
-        assert first is not None
-        assert step.last is not None
-        assert step.stages is not None
-        t0, h = self._there(self.t), self._there(dt)
-        while self.upcoming < len(self.t_span) - 1 and self._before(self.t_span[self.upcoming], self.t + dt):
-            if coefficients is None:
-                middle = self.z + h * sum(w * k for w, k in zip(interpolator.bmid, step.stages, strict=True))
-                coefficients = interpolator.fit(h, first.dz, step.last.dz, self.z, step.z, middle)
-            goal = self.t_span[self.upcoming]
-            self._output(goal[None], interpolator.evaluate(coefficients, t0, t0 + h, self._there(goal)), None)
-            self.upcoming += 1
-
-    def _output(self, t: Tensor, z: Tensor, logdet: Tensor | None) -> None:
-        self.times.append(self._there(t))
-        self.states.append(z)
-        self.logdets.append(logdet)
-
-    def _trace(self) -> None:
-        if self.trace is not None:
-            self.trace.append((self._there(self.t), self.z))
-
-    def _check_penalties(self) -> None:
-        penalties = self.totals.penalties
-        if penalties and not math.isfinite(read(health(*penalties.values()))):
-            fail_integrals(self.z, None, penalties, *self._where())
-
-    # small things ------------------------------------------------------------------------------------------------
-
-    def _before(self, a: Tensor, b: Tensor) -> bool:
-        return bool((b - a) * self.sign > 0)
-
-    def _there(self, t: Tensor) -> Tensor:
-        """A time on the state's device."""
-        return t.to(self.z.device)
-
-    def _where(self) -> tuple[float, int, int]:
-        """Time, accepted steps and evaluations so far, for messages."""
-        return float(self.t.detach()), self.totals.steps, self.totals.nfe
-
-    def _refuse_values(self) -> NoReturn:
-        raise ConfigError(
-            f"{self.plan.method.name} chooses its steps by the size of their errors, which cannot be read inside "
-            f"torch.func.vmap or on the device meta: use a fixed grid ({', '.join(FIXED_METHODS)}) there."
-        )
+    t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
+    rates: Rates | None = dynamics(span[0].to(device), z)
+    totals = Totals()
+    totals.nfe += 1
+    dt = _first_step(dynamics, z, rates.dz, span, sign, solver, method, memory, totals)
+    if method.even_steps:
+        dt = _evenly(dt, span[-1 if method.interpolator is not None else upcoming] - t, sign)
+    times, states = [t.to(device)], [z]
+    logdets: list[Tensor | None] = [None]
+    if trace is not None:
+        trace.append((t.to(device), z))
+    while before(t, end):
+        # the chosen step, cut off at the end and, if the solve stops there, at the next output
+        uncut = None
+        if before(end, t + dt):
+            dt = end - t
+        if method.interpolator is None and before(span[upcoming], t + dt):
+            dt, uncut = span[upcoming] - t, dt.detach()
+        if bool(t + dt == t):
+            _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
+        if totals.nfe + method.stages - 1 > budget:
+            fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
+        step = take(z, t.to(device), dt.to(device), rates, None)
+        totals.nfe += step.nfe
+        ratio = _error_ratio(step, z, totals.logdet, solver, method, span.dtype)
+        if not math.isfinite(float(ratio)):
+            fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
+        if bool(ratio <= 1):
+            reached = t + dt
+            if method.interpolator is not None:
+                first, last = upcoming, upcoming
+                while last < len(span) - 1 and before(span[last], reached):
+                    last += 1
+                inside = [x.to(device) for x in span[first:last]]
+                times += [x[None] for x in inside]
+                states += _interpolate(method.interpolator, step, z, rates, t.to(device), dt.to(device), inside)
+                logdets += [None] * len(inside)
+                upcoming = last
+            totals.add(step)
+            # not equality: rounding may have carried a step that was cut off at this time just past it
+            arrived = not before(reached, span[upcoming])
+            if arrived or every_step:
+                times.append(reached.to(device))
+                states.append(step.z)
+                logdets.append(totals.logdet)
+            if arrived:
+                upcoming = min(upcoming + 1, len(span) - 1)
+            t, z, rates = reached, step.z, step.last
+            if trace is not None:
+                trace.append((t.to(device), z))
+        else:
+            totals.rejected += 1
+        length = dt.detach()
+        if memory is not None:
+            memory.note(abs(float(length)), float(ratio), method.order)
+        if uncut is not None:
+            rest = uncut - length
+            length = rest if bool(t + rest != t) else uncut
+        dt = next_step(method, length, ratio)
+        if method.even_steps:
+            dt = _evenly(dt, span[-1 if method.interpolator is not None else upcoming] - t, sign)
+    if totals.penalties and not math.isfinite(read(health(*totals.penalties.values()))):
+        fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
+    if memory is not None:
+        memory.keep()
+    return totals.solution(times, states, logdets)
 
 
-def _check_precision(plan: SolvePlan, dtype: torch.dtype) -> None:
+def _interpolate(
+    interpolator: Any, step: Step, z: Tensor, first: Rates | None, t: Tensor, dt: Tensor, times: Sequence[Tensor]
+) -> list[Tensor]:
+    """States at times inside an accepted step from ``(t, z)``, by torchdyn's fourth-order interpolant."""
+    if not times:
+        return []
+    assert first is not None
+    assert step.last is not None
+    assert step.stages is not None
+    middle = z + dt * sum(w * k for w, k in zip(interpolator.bmid, step.stages, strict=True))
+    coefficients = interpolator.fit(dt, first.dz, step.last.dz, z, step.z, middle)
+    return [interpolator.evaluate(coefficients, t, t + dt, time) for time in times]
+
+
+# errors and the sizes of steps ----------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """The root of the mean square of all entries (Hairer, Norsett and Wanner, 1993, eq. II.4.11)."""
+    return (x.abs() if x.is_complex() else x).pow(2).mean().sqrt()
+
+
+def error_ratio(parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], atol: Any, rtol: Any) -> Tensor:
+    """The error of a step over what the tolerances allow, over all entries of all parts; a scalar.
+
+    Args:
+        parts: error, value before and value after the step, of the same shape. None for a value of zero.
+        atol, rtol: tolerances.
+    """
+    scaled: list[Tensor] = []
+    for error, before, after in parts:
+        size = after.abs() if before is None else torch.max(before.abs(), after.abs())
+        scaled.append(_at_least_single(error) / (atol + rtol * _at_least_single(size)))
+    return rms_norm(scaled[0] if len(scaled) == 1 else torch.cat([x.flatten() for x in scaled]))
+
+
+@torch.no_grad()
+def _error_ratio(
+    step: Step, z: Tensor, logdet: Tensor | None, solver: Solver, method: Method, dtype: torch.dtype
+) -> Tensor:
+    """:func:`error_ratio` of a step from ``z``, on the CPU: the one number that a step reads from the device."""
+    if z.numel() == 0:
+        return torch.zeros((), dtype=dtype)
+    assert step.error is not None
+    parts: list[tuple[Tensor, Tensor | None, Tensor]] = [(step.error, z, step.z)]
+    if step.dlogdet_error is not None and step.dlogdet is not None:
+        parts.append((step.dlogdet_error, logdet, step.dlogdet if logdet is None else logdet + step.dlogdet))
+    ratio = error_ratio(parts, solver.atol, solver.rtol)
+    value = read(ratio)
+    if value is None:
+        _refuse_values(method)
+    return torch.tensor(value, dtype=ratio.dtype)
+
+
+@torch.no_grad()
+def next_step(method: Method, dt: Tensor, error_ratio: Tensor) -> Tensor:
+    """The step after ``dt``, whose error was ``error_ratio`` times what the tolerances allow."""
+    factors = (method.safety, method.min_factor, method.max_factor)
+    safety, least, most = (torch.tensor([x], dtype=dt.dtype) for x in factors)
+    if error_ratio == 0:
+        return dt * most
+    if error_ratio < 1:  # an accepted step is not followed by a smaller one
+        least = torch.ones_like(dt)
+    exponent = torch.tensor(method.order, dtype=dt.dtype).reciprocal()
+    return dt * torch.min(most, torch.max(safety / error_ratio**exponent, least))
+
+
+@torch.no_grad()
+def _evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
+    """A step no longer than ``dt`` that divides ``rest``, what is left up to the next stop, evenly."""
+    rest = rest.detach()
+    if not bool(rest):
+        return dt
+    # the last step is cut off at its end, by which a gradient for the time finds its way
+    count = count_steps(float(rest / dt), 1.0)
+    return rest / count if count > 1 else torch.maximum(dt * sign, 2 * rest * sign) * sign
+
+
+@torch.no_grad()
+def _first_step(
+    dynamics: BoundDynamics,
+    z: Tensor,
+    velocity: Tensor,
+    t_span: Tensor,
+    sign: float,
+    solver: Solver,
+    method: Method,
+    memory: StepMemory | None,
+    totals: Totals,
+) -> Tensor:
+    """The first step to try: what the solver or the memory knows, or a guess, whose evaluations are counted."""
+    z, velocity, t_span = z.detach(), velocity.detach(), t_span.detach()
+    start, known = t_span[0], solver.first_step
+    remembered = None if memory is None else memory.begin()
+    if remembered is not None:
+        known = min(remembered, float((t_span[-1] - start).abs()))
+    if known is not None:
+        return torch.full_like(start, sign * known)
+    if z.numel() == 0:
+        return t_span[-1] - start
+    options: dict[str, Any] = {"order": method.order, "atol": solver.atol, "rtol": solver.rtol}
+
+    # Backward in time torchdyn asks the field itself, not its mirror image. That only guesses a step, and the
+    # same guess gives the same numbers. If the guess is of no use, the mirror image is asked.
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        totals.nfe += 1
+        return dynamics(t.to(z.device), z, products=False).dz
+
+    guess = guess_first_step(field, sign * velocity, z, sign * start, **options)
+    if guess is not None and sign < 0 and not (0 < float(guess) < math.inf):
+        guess = guess_first_step(lambda t, z: -field(-t, z), sign * velocity, z, sign * start, **options)
+    if guess is None:
+        _refuse_values(method)
+    if not math.isfinite(float(guess)):
+        fail_nonfinite(float(start), 0, totals.nfe)
+    return sign * guess
+
+
+def guess_first_step(
+    f: Callable[[Tensor, Tensor], Tensor],
+    velocity: Tensor,
+    z: Tensor,
+    t: Tensor,
+    *,
+    order: int,
+    atol: Any,
+    rtol: Any,
+) -> Tensor | None:
+    """A first step whose error should be about as large as the tolerances; it takes one evaluation of ``f``.
+
+    The rule of Hairer, Norsett and Wanner (1993, section II.4): a small Euler step shows how fast the velocity
+    changes.
+
+    Args:
+        f: the field ``(t, z) -> dz``, forward in time.
+        velocity: ``f(t, z)``.
+        z: state.
+        t: time, a scalar.
+        order: of the method.
+        atol, rtol: tolerances.
+
+    Returns:
+        The step, a scalar on the CPU; None if values cannot be read (see :func:`~rnode_plugin.solvers.fixed.read`).
+    """
+    scale = atol + torch.abs(_at_least_single(z)) * rtol
+    size, speed = _on_host(rms_norm(z / scale), rms_norm(velocity / scale))
+    if size is None or speed is None:
+        return None
+    t = t.cpu()
+    tiny = torch.tensor(1e-6, dtype=t.dtype)
+    probe = tiny if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
+    (change,) = _on_host(rms_norm((f(t + probe, z + probe * velocity) - velocity) / scale) / probe)
+    if change is None:
+        return None
+    if speed <= 1e-15 and change <= 1e-15:
+        step = torch.max(tiny, probe * 1e-3)
+    else:
+        step = (0.01 / max(speed, change)) ** (1.0 / float(order + 1))
+    return torch.min(100 * probe, step).to(t)
+
+
+def _at_least_single(x: Tensor) -> Tensor:
+    """Half precision cannot hold the square of an error over a tolerance."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def _on_host(*norms: Tensor) -> Sequence[Tensor | None]:
+    """Scalars as scalars on the CPU, by one read from the device; None if nothing can be read."""
+    values = read(torch.stack(norms))
+    if values is None:
+        return [None] * len(norms)
+    return [torch.tensor(value, dtype=x.dtype) for value, x in zip(values, norms, strict=True)]
+
+
+# refusals -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_values(method: Method) -> NoReturn:
+    raise ConfigError(
+        f"{method.name} chooses its steps by the size of their errors, which cannot be read inside "
+        f"torch.func.vmap or on the device meta: use a fixed grid ({', '.join(FIXED_METHODS)}) there."
+    )
+
+
+def _check_precision(solver: Solver, method: Method, dtype: torch.dtype) -> None:
     """Refuse tolerances that are finer than half precision is.
 
     Raises:
@@ -256,10 +354,20 @@ def _check_precision(plan: SolvePlan, dtype: torch.dtype) -> None:
     if not dtype.is_floating_point or dtype.itemsize >= 4:
         return
     precision = torch.finfo(dtype).eps
-    loosest = max(float(torch.as_tensor(x).max()) for x in (plan.atol, plan.rtol))
+    loosest = max(float(torch.as_tensor(x).max()) for x in (solver.atol, solver.rtol))
     if loosest < precision:
         raise ConfigError(
-            f"{plan.method.name} cannot meet a tolerance of {loosest:g} with a state in {dtype}, whose precision "
+            f"{method.name} cannot meet a tolerance of {loosest:g} with a state in {dtype}, whose precision "
             f"is {precision:.1g}: solve in float32 (autocast leaves the state in it), loosen atol or rtol, or use "
             f"a fixed grid ({', '.join(FIXED_METHODS)})."
         )
+
+
+def _fail_underflow(t: float, step: int, nfe: int, dt: float) -> NoReturn:
+    raise SolverError(
+        "underflow",
+        f"underflow in dt: the step size fell to {dt:.3g}",
+        "The dynamics have become too stiff for the tolerances: raise lambda of 'jacfrob' or 'kinetic', "
+        "loosen atol and rtol, use float64, or train with a fixed grid.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..types import BoundDynamics, Rates, Solution, SolveStats
-from .integrate import integrate
-from .plan import SolvePlan
+from .adaptive import solve_adaptive
+from .config import Solver
+from .fixed import Trace, solve_fixed
+from .tableaus import Method, hermite
 
 __all__ = ["solve_adjoint"]
 
@@ -29,12 +31,14 @@ def solve_adjoint(
     dynamics: BoundDynamics,
     z0: Tensor,
     t_span: Tensor,
-    plan: SolvePlan,
+    solver: Solver,
+    method: Method,
     params: Sequence[Tensor],
     *,
-    trace: list[tuple[Tensor, Tensor]] | None = None,
+    keep: Sequence[bool] | None = None,
+    trace: Trace | None = None,
 ) -> Solution:
-    """Integrate without a graph and attach the continuous adjoint as the gradient.
+    """Solve without a graph and attach the continuous adjoint as the gradient.
 
     Gradients reach ``z0``, ``t_span`` and those of ``params`` that require one.
 
@@ -42,22 +46,31 @@ def solve_adjoint(
         dynamics: the augmented system; it must give the same rates in the backward pass as in the forward one.
         z0: state ``(B, *event)``.
         t_span: times ``(T,)``.
-        plan: ``plan.adjoint`` says how the backward system is solved (None: as the forward one).
+        solver: accuracy and gradient; the backward solve has its ``atol_adjoint`` and ``rtol_adjoint``.
+        method: how to take a step; the backward solve takes those of ``method.adjoint``.
         params: the tensors that the dynamics read and that need a gradient.
+        keep: for each time of ``t_span`` whether its state is an output; None: all are.
         trace: a list that receives the time and state of every accepted step, the initial one first.
 
     Raises:
         SolverError: from either direction.
     """
-    # the backward pass needs the states at all times of t_span; those that nobody asked for are dropped here
-    call = _AdjointCall(dynamics, replace(plan, keep=None), watched=trace)
+    call = _AdjointCall(dynamics, solver, method, watched=trace)
     wanted = [p for p in params if p.requires_grad]
     times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
     assert call.stats is not None
-    if plan.keep is not None:
-        kept = [i for i, keep in enumerate(plan.keep) if keep]
+    if keep is not None and not method.adaptive:
+        # the backward pass needs the states at all times of t_span
+        kept = [i for i, wanted in enumerate(keep) if wanted]
         times, z, logdet = times[kept], z[kept], None if logdet is None else logdet[kept]
     return Solution(times, z, logdet, dict(zip(call.names, integrals, strict=True)), call.stats)
+
+
+def _solve(
+    dynamics: BoundDynamics, z: Tensor, t_span: Tensor, solver: Solver, method: Method, trace: Trace | None = None
+) -> Solution:
+    engine = solve_adaptive if method.adaptive else solve_fixed
+    return engine(dynamics, z, t_span, solver, method, trace=trace)
 
 
 @dataclass
@@ -65,18 +78,19 @@ class _AdjointCall:
     """What the two passes of one solve share with each other and with the caller."""
 
     dynamics: BoundDynamics
-    plan: SolvePlan
+    solver: Solver
+    method: Method
     names: tuple[str, ...] = ()
     stats: SolveStats | None = None
-    trace: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    watched: list[tuple[Tensor, Tensor]] | None = None
+    trace: Trace = field(default_factory=list)
+    watched: Trace | None = None
 
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
-        trace = call.trace if call.plan.gradient == "interpolated_adjoint" else call.watched
-        solution = integrate(call.dynamics, z0, t_span, call.plan, trace=trace)
+        trace = call.trace if call.solver.gradient == "interpolated_adjoint" else call.watched
+        solution = _solve(call.dynamics, z0, t_span, call.solver, call.method, trace)
         if call.watched is not None and trace is not call.watched:
             call.watched += call.trace
         call.names, call.stats = tuple(solution.penalties), solution.stats
@@ -134,9 +148,14 @@ class _Backward:
         self, call: _AdjointCall, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
     ) -> None:
         self.dynamics = call.dynamics
-        self.plan = replace(
-            call.plan.adjoint or call.plan, gradient="autograd", adjoint=None, keep=None, interpolator=None
+        solver, method = call.solver, call.method.adjoint or call.method
+        self.solver = replace(
+            solver,
+            gradient="autograd",
+            atol=solver.atol if solver.atol_adjoint is None else solver.atol_adjoint,
+            rtol=solver.rtol if solver.rtol_adjoint is None else solver.rtol_adjoint,
         )
+        self.method = replace(method, interpolator=None)
         self.params = params
         self.sign = 1.0 if bool(t[-1] >= t[0]) else -1.0
         # a penalty is integrated along the path, whichever way time runs
@@ -147,7 +166,7 @@ class _Backward:
     @property
     def may_skip(self) -> bool:
         """Whether outputs without a gradient need no stop: the states come from the interpolant."""
-        return self.path is not None and self.plan.method.adaptive
+        return self.path is not None and self.method.adaptive
 
     def interval(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:
         """Take the adjoint from ``t1`` back to ``t0``."""
@@ -160,7 +179,7 @@ class _Backward:
             rate = -da if path is not None else torch.stack([dz, -da])
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
-        solution = integrate(adjoint_system, state, torch.stack([t1, t0]), self.plan)
+        solution = _solve(adjoint_system, state, torch.stack([t1, t0]), self.solver, self.method)
         for i, gradient in enumerate(self.gradients):
             # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)
@@ -194,9 +213,9 @@ class _Backward:
 
 
 class _Path:
-    """Cubic Hermite interpolation of the accepted states; the velocities at the knots are evaluated when needed."""
+    """The accepted states, interpolated; the velocities at the knots are evaluated when needed."""
 
-    def __init__(self, dynamics: BoundDynamics, trace: Sequence[tuple[Tensor, Tensor]], sign: float) -> None:
+    def __init__(self, dynamics: BoundDynamics, trace: Trace, sign: float) -> None:
         self.dynamics, self.trace = dynamics, trace
         self.keys = [sign * float(t) for t, _ in trace]
         self.sign = sign
@@ -205,13 +224,8 @@ class _Path:
     def __call__(self, t: Tensor) -> Tensor:
         right = bisect.bisect_left(self.keys, self.sign * float(t))
         right = min(max(right, 1), len(self.keys) - 1)
-        (t0, z0), (t1, z1) = self.trace[right - 1 : right + 1]
-        v0, v1 = self._velocity(right - 1), self._velocity(right)
-        h = t1 - t0
-        s = (t - t0) / h
-        z = z0 + s * (z1 - z0)
-        bend = (1 - s) * (h * v0 - (z1 - z0)) - s * (h * v1 - (z1 - z0))
-        return (z + s * (1 - s) * bend).to(z0.dtype)
+        left = right - 1
+        return hermite(*self.trace[left], self._velocity(left), *self.trace[right], self._velocity(right), t)
 
     def _velocity(self, knot: int) -> Tensor:
         if knot not in self.velocities:

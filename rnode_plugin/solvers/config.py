@@ -1,10 +1,11 @@
-"""Which solver, at what accuracy, with which gradient: one frozen, validated object."""
+"""Which solver, at what accuracy, with which gradient: one frozen, validated object; and observers of solves."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import ConfigError, suggest
 
@@ -16,7 +17,10 @@ __all__ = [
     "METHODS",
     "TRACE_QUADRATURES",
     "Solver",
+    "count_steps",
+    "observers",
     "solver_text",
+    "subscribe",
 ]
 
 FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
@@ -39,7 +43,8 @@ class Solver:
         step: longest step of a fixed grid; each interval of ``t_span`` is divided evenly into steps no longer
             than it. None: one step per interval. ``"auto"``, only for training by a recipe: the coarsest step
             that agrees with an adaptive solve, measured now and then. Adaptive methods do not use it.
-        atol: absolute tolerance of an adaptive method; fixed grids use no tolerance.
+        atol: absolute tolerance of an adaptive method; fixed grids use no tolerance. One of ``atol`` and ``rtol``
+            may be 0.
         rtol: relative tolerance of an adaptive method.
         first_step: first trial step of an adaptive method; None estimates one with one more evaluation.
         max_nfe: most evaluations that one solve may use; None: 100,000 for an adaptive method, no limit for a
@@ -82,14 +87,17 @@ class Solver:
         ):
             if value not in known:
                 raise ConfigError(suggest(value, known, kind))
-        for name in ("step", "first_step", "max_nfe", "atol_adjoint", "rtol_adjoint", "atol", "rtol"):
+        for name in ("step", "first_step", "max_nfe"):
             value = getattr(self, name)
-            optional = name not in ("atol", "rtol")
-            if name == "step" and value == "auto":
-                continue
-            if not ((value is None and optional) or _positive(value)):
-                wanted = "a number > 0 or None" if optional else "a number > 0"
-                raise ConfigError(f"solver.{name} must be {wanted}, not {value!r}.")
+            if value is not None and not _is_number(value, above=0.0) and (name, value) != ("step", "auto"):
+                raise ConfigError(f"solver.{name} must be a number > 0 or None, not {value!r}.")
+        for name in ("atol", "rtol", "atol_adjoint", "rtol_adjoint"):
+            value = getattr(self, name)
+            # a tensor of tolerances is looked at where it is given: here a look would cost each solve a wait
+            if isinstance(value, (int, float, str)) and not _is_number(value):
+                raise ConfigError(f"solver.{name} must be a number >= 0, not {value!r}.")
+        if self.adaptive and all(isinstance(x, (int, float)) and x == 0 for x in (self.atol, self.rtol)):
+            raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
         if self.step == "auto" and self.adaptive:
             raise ConfigError(
                 f"solver.step='auto' needs a fixed grid, but {self.method} chooses its own steps: use one of "
@@ -122,5 +130,25 @@ def solver_text(solver: Solver) -> str:
     return f"{solver.method}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def count_steps(length: float, longest: float) -> int:
+    """How many steps no longer than ``longest`` a length is divided into, at least one.
+
+    It forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four.
+    """
+    return max(1, math.ceil(abs(length) / longest - 1e-6))
+
+
+observers: list[Callable[[Any, Any], object]] = []
+"""Functions ``(solution, solver)`` that are called after each solve, such as the plugin host's hook."""
+
+
+def subscribe(observer: Callable[[Any, Any], object]) -> None:
+    """Call ``observer(solution, solver)`` after each solve of this process. Subscribing twice changes nothing."""
+    if observer not in observers:
+        observers.append(observer)
+
+
+def _is_number(value: Any, above: float = -math.ulp(0.0)) -> bool:
+    """Whether ``value`` is a finite number, not a truth value, above a bound: as a default, at least 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > above

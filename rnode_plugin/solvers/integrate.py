@@ -1,187 +1,253 @@
-"""integrate: the one integrator, for fixed grids and adaptive steps, in both directions of time."""
+"""solve: the one entry to all solves, which finds the engine and adds the penalties of steps and trajectories."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..core.path_penalties import PathPenalties
 from ..core.tensors.exporting import on_host
+from ..core.tensors.transforms_active import transforms_active
+from ..errors import ConfigError
 from ..types import BoundDynamics, Solution
-from .adaptive import Adaptive
-from .health import HealthCheck, check_health, fail_integrals, fail_max_nfe, fail_nonfinite, health
-from .host import numbers, read
-from .plan import SolvePlan
-from .steps.step import StepTaker, step_taker, weight_row
-from .steps.step_memory import StepMemory
-from .totals import Totals
+from . import config
+from .adaptive import StepMemory, solve_adaptive
+from .adjoint import solve_adjoint
+from .config import Solver
+from .fixed import HealthCheck, Trace, check_health, fail_integrals, health, solve_fixed, stepper
+from .tableaus import Method, get_method, hermite
 
-__all__ = ["integrate"]
+__all__ = ["check_steps", "solve"]
 
 
-def integrate(
+def solve(
     dynamics: BoundDynamics,
     z0: Tensor,
     t_span: Tensor,
-    plan: SolvePlan,
+    solver: Solver | None = None,
     *,
+    method: Method | None = None,
+    keep: Sequence[bool] | None = None,
+    params: Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
-    trace: list[tuple[Tensor, Tensor]] | None = None,
     checks: list[HealthCheck] | None = None,
     memory: StepMemory | None = None,
 ) -> Solution:
-    """Integrate from ``t_span[0]`` through all of ``t_span``; differentiable through the steps taken.
+    """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
     Args:
-        dynamics: the augmented system, its noise fixed.
+        dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``, or a function
+            ``(t, z, *, products) -> Rates``.
         z0: state ``(B, *event)`` at ``t_span[0]``.
-        t_span: times ``(T,)``, increasing or decreasing.
-        plan: method, accuracy and gradient.
+        t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the device.
+        solver: method, accuracy and gradient. Inside a transform of torch.func every gradient mode is that of the
+            steps taken, as with ``autograd``.
+        method: steps in place of those of ``solver.method``, such as a solver object's of torchdyn.
+        keep: for each time of ``t_span`` whether its state is an output; None: all are, as always with an adaptive
+            method.
+        params: tensors that a continuous adjoint differentiates with respect to; None: the parameters of
+            ``dynamics``, if it has any. The other gradient modes find them by themselves.
         generator: draws the stages of a sampled quadrature.
-        trace: a list that receives the time and state of every accepted step, the initial one first.
-        checks, memory: see :func:`~rnode_plugin.solvers.solve`.
+        checks: a list that receives, instead of an error, what tells whether a fixed grid stayed finite.
+            :func:`~rnode_plugin.solvers.fixed.check_health` looks at several solves together.
+        memory: carries the step of an adaptive solve to the next one; a continuous adjoint does not use it.
+
+    Returns:
+        Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
 
     Raises:
+        ConfigError: for times that are not finite and strictly monotonic, for a step penalty that the method or the
+            gradient mode cannot have, and for an adaptive method where nothing can be read: inside
+            ``torch.func.vmap`` and on the device ``meta``.
         SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
     """
-    counts = [] if plan.method.adaptive else _substeps(t_span, plan.step)
-    host_knows = t_span.device.type == "cpu" and (plan.method.adaptive or not t_span.requires_grad)
-    if not host_knows:
-        t_span = t_span.to(z0.device)
-    keep_inputs_at = (z0, t_span[0].to(z0.device)) if plan.gradient == "checkpointed" else None
-    take = step_taker(dynamics, plan.method, tolerance=(plan.atol, plan.rtol), keep_inputs_at=keep_inputs_at)
-    if plan.method.adaptive:
-        return Adaptive(dynamics, plan, take, z0, t_span, trace, memory).run()
-    solution, check = _fixed(plan, take, z0, t_span, counts, generator, trace)
-    if checks is None:
-        check_health([check])
+    solver = solver or Solver()
+    method = method or get_method(solver.method)
+    if solver.step == "auto":
+        raise ConfigError(
+            "solver.step='auto' is a step that is found while a recipe trains: everywhere else give a number; "
+            "rnode-cli tune-step finds one for a trained flow."
+        )
+    _check_times(t_span)
+    chosen, times, stops, trace = solver, t_span, None, None
+    path: PathPenalties | None = getattr(dynamics, "path", None)
+    if path is not None:
+        if path.steps:
+            if not torch.is_grad_enabled() and solver.gradient.endswith("adjoint"):
+                chosen = replace(solver, gradient="autograd")  # values alone are the same in every mode
+            check_steps(path.steps, method, chosen.gradient)
+        if path.trajectories:
+            stops = _Stops(path, t_span, keep)
+            times, keep = stops.times, None
+        if path.local:
+            trace = []
+    if chosen.gradient.endswith("adjoint") and not transforms_active():
+        params = tuple(getattr(dynamics, "parameters", tuple)() if params is None else params)
+        times = times.to(z0.device)
+        solution = solve_adjoint(dynamics, z0, times, chosen, method, params, keep=keep, trace=trace)
+    elif method.adaptive:
+        solution = solve_adaptive(dynamics, z0, times, chosen, method, trace=trace, memory=memory)
     else:
-        checks.append(check)
+        solution = solve_fixed(
+            dynamics, z0, times, chosen, method, keep=keep, generator=generator, trace=trace, checks=checks
+        )
+    if path is not None:
+        solution = _with_path_penalties(solution, dynamics, path, chosen, method, stops, trace, checks)
+    for observer in config.observers:
+        observer(solution, solver)
     return solution
 
 
-def _fixed(
-    plan: SolvePlan,
-    take: StepTaker,
-    z: Tensor,
-    t_span: Tensor,
-    counts: Sequence[int],
-    generator: torch.Generator | None,
-    trace: list[tuple[Tensor, Tensor]] | None,
-) -> tuple[Solution, HealthCheck]:
-    keep = [True] * len(t_span) if plan.keep is None else list(plan.keep)
-    totals, checks = Totals(), []
+def _check_times(t_span: Tensor) -> None:
+    """Refuse times that are not a finite, strictly monotonic row of at least two."""
+    if t_span.ndim != 1 or len(t_span) < 2:
+        raise ConfigError(f"t_span must be a row of at least two times, not of shape {tuple(t_span.shape)}.")
+    if not t_span.is_floating_point():
+        raise ConfigError(f"t_span must hold floating-point times, not {t_span.dtype}.")
     with on_host():
-        outputs, grid = _grid(t_span, counts, z.device)
-    times, states = ([outputs[0]], [z]) if keep[0] else ([], [])
-    logdets: list[Tensor | None] = [None] * len(states)
-    if trace is not None:
-        trace.append((outputs[0], z))
-    steps = iter(grid)
-    for k in range(1, len(t_span)):
-        for start, dt, t in itertools.islice(steps, counts[k - 1]):
-            step = take(z, start, dt, None, _draw_stage(plan, generator))
-            totals.add(step)
-            totals.nfe += step.nfe
-            z = step.z
-            if trace is not None:
-                trace.append((t, z))
-            checks.append(health(z))
-            if plan.max_nfe is not None and totals.nfe > plan.max_nfe:
-                fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, plan.max_nfe)
-        if keep[k]:
-            z = _with_its_own_layout(z)
-            times.append(outputs[k])
-            states.append(z)
-            logdets.append(totals.logdet)
-    # what is not finite stays so: it is enough to look at the integrals at the end
-    checks[-1] = health(z, totals.logdet, *totals.penalties.values())
-
-    def fail(bad: int) -> NoReturn:
-        where = (_grid_time(t_span, counts, bad), bad, (bad + 1) * totals.nfe // totals.steps)
-        if bad < totals.steps - 1:
-            fail_nonfinite(*where)
-        fail_integrals(z, totals.logdet, totals.penalties, *where)
-
-    return totals.solution(times, states, logdets), HealthCheck(torch.stack(checks), fail)
+        steps = t_span.detach().diff()
+        good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
+    if not good:
+        raise ConfigError(f"t_span must be finite and strictly increasing or decreasing, not {t_span.tolist()}.")
 
 
-def _with_its_own_layout(z: Tensor) -> Tensor:
-    """``z``, whose gradient comes in the memory layout of ``z``: the stack of all outputs has another one."""
-    if not z.requires_grad or z.is_contiguous():
-        return z
-    shape, strides = z.shape, z.stride()
-    z = z.view_as(z)
-    z.register_hook(lambda g: g if g.stride() == strides else g.new_empty_strided(shape, strides).copy_(g))
-    return z
+# penalties of steps and trajectories ----------------------------------------------------------------------------
+
+_WITHOUT = {
+    "error": ("has no error estimate", "dopri5 or tsit5"),
+    "pair": ("has no two stages at one time", "dopri5, tsit5 or rk4"),
+}
 
 
-class _GridStep(NamedTuple):
-    start: Tensor
-    dt: Tensor
-    end: Tensor
+def check_steps(penalties: Sequence[Any], method: Method, gradient: str) -> None:
+    """Refuse penalties on accepted steps that the solver cannot give.
 
-
-def _grid(
-    t_span: Tensor, counts: Sequence[int], device: torch.device
-) -> tuple[Tensor | list[Tensor], list[_GridStep]]:
-    """The times of ``t_span`` on ``device``, and the steps of a fixed grid between them.
-
-    Starts and ends of the steps are on ``device``, their lengths where ``t_span`` is.
-
-    With one step per interval this is torchdyn's grid to the bit: dt is what is left to the next time.
+    Raises:
+        ConfigError: for a continuous adjoint, which knows no steps, or a method without what a penalty reads; it
+            names what works.
     """
-    times, lengths = [t_span[0]], []
-    for k, count in enumerate(counts, start=1):
-        start = times[-1]
-        for i in range(1, count + 1):
-            goal = t_span[k] if i == count else start + (t_span[k] - start) * (i / count)
-            lengths.append(goal - times[-1])
-            times.append(times[-1] + lengths[-1])
-    outputs: Tensor | list[Tensor] = t_span
-    if t_span.device != device:
-        moved = _on_device(torch.cat([t_span, torch.stack(times)]), device)
-        outputs, times = moved[: len(t_span)], moved[len(t_span) :]
-    return outputs, [_GridStep(*step) for step in zip(times, lengths, times[1:], strict=False)]
+    for penalty in penalties:
+        if penalty.local:
+            continue
+        if gradient.endswith("adjoint"):
+            raise ConfigError(
+                f"{penalty.name!r} is a penalty on the solver's steps, and gradient {gradient!r} does not go "
+                "through them: use 'autograd' or 'checkpointed', or 'local_error' or 'local_stiffness' instead."
+            )
+        has = {"error": method.adaptive, "pair": method.pair is not None}
+        for use in penalty.uses:
+            if not has[use]:
+                what, good = _WITHOUT[use]
+                raise ConfigError(
+                    f"{penalty.name!r} cannot be computed: the method {method.name!r} {what}; use {good}, or "
+                    f"'local_error' or 'local_stiffness', which take a step of their own with any method."
+                )
 
 
-def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
-    """Each of the times ``(T,)`` on another device."""
-    known = read(times) if times.device.type == "cpu" else None
-    if known is None:
-        return list(times.to(device).unbind())
-    # a kernel for each: the host would wait for a copy, and a CUDA graph cannot hold one
-    made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
-    return [made[time] for time in known]
+class _Stops:
+    """The times of a solve together with those that trajectory penalties want states at.
+
+    Attributes:
+        times: all of them, in the order of the solve; each carries the graph that it came with.
+    """
+
+    def __init__(self, path: PathPenalties, t_span: Tensor, keep: Sequence[bool] | None) -> None:
+        first, last = t_span[0].item(), t_span[-1].item()
+        asked = t_span.tolist()
+        tensors = dict(zip(asked, t_span, strict=True))
+        self._kept = {t for t, kept in zip(asked, keep or [True] * len(asked), strict=True) if kept}
+        self._wanted: list[set[float]] = []  # by each penalty
+        for penalty, wanted in zip(path.trajectories, path.times(t_span[0], t_span[-1]), strict=True):
+            values = wanted.to(t_span).tolist()
+            if any(not min(first, last) <= value <= max(first, last) for value in values):
+                raise ConfigError(
+                    f"{penalty.name!r} wants states at {values}, outside of the solve {first} to {last}."
+                )
+            self._wanted.append({first, last, *values})
+            for value, tensor in zip(values, wanted.to(t_span), strict=True):
+                tensors.setdefault(value, tensor)
+        self._values = sorted(tensors, reverse=last < first)
+        self.times = torch.stack([tensors[value] for value in self._values])
+
+    def of_trajectory(self, index: int, solution: Solution) -> tuple[Tensor, list[Tensor]]:
+        """Times and states that trajectory penalty ``index`` wants.
+
+        The times are those that the solve was given, which carry the graph of ``t_span``: the outputs of a
+        continuous adjoint do not.
+        """
+        rows = [k for k, value in enumerate(self._values) if value in self._wanted[index]]
+        found, t = rows, solution.t.detach()
+        if len(t) != len(self._values):  # each step is an output, and rounding may have moved it
+            found = [int((t - self._values[k]).abs().argmin()) for k in rows]
+        return self.times[rows].to(t.device), [solution.z[k] for k in found]
+
+    def without_extra(self, solution: Solution) -> Solution:
+        """The solution at the times that the caller asked for."""
+        rows = [k for k, value in enumerate(self._values) if value in self._kept]
+        if len(rows) == len(solution.t) or len(solution.t) != len(self._values):
+            return solution
+        logdet = None if solution.logdet is None else solution.logdet[rows]
+        return replace(solution, t=solution.t[rows], z=solution.z[rows], logdet=logdet)
 
 
-def _substeps(t_span: Tensor, step: float | None) -> list[int]:
-    """How many steps each interval of the grid is divided into."""
-    if step is None:
-        return [1] * (len(t_span) - 1)
-    times = numbers(t_span)
-    # forgives rounding: from 0.8 to 1.1 there are three steps of 0.1, not four
-    return [max(1, math.ceil(abs(b - a) / step - 1e-6)) for a, b in itertools.pairwise(times)]
+def _with_path_penalties(
+    solution: Solution,
+    dynamics: BoundDynamics,
+    path: PathPenalties,
+    solver: Solver,
+    method: Method,
+    stops: _Stops | None,
+    trace: Trace | None,
+    checks: list[HealthCheck] | None,
+) -> Solution:
+    """The solution with the trajectory penalties at their ``stops`` and the local ones along the ``trace``."""
+    beside, stats = {}, solution.stats
+    if stops is not None:
+        for i in range(len(path.trajectories)):
+            times, states = stops.of_trajectory(i, solution)
+            name, value = path.of_trajectory(i, times, states, solution.penalties)
+            beside[name] = value
+    if trace is not None:
+        local, nfe = _local_penalties(dynamics, solver, trace)
+        beside |= local
+        stats = replace(stats, nfe=stats.nfe + nfe)
+    penalties = {name: x for name, x in (solution.penalties | beside).items() if name not in path.hidden}
+    if beside:
+
+        def fail(_: int) -> NoReturn:
+            fail_integrals(solution.z[-1], None, penalties, float(solution.t[-1].detach()), stats.steps, stats.nfe)
+
+        check = HealthCheck(torch.stack([health(value) for value in beside.values()]), fail)
+        if checks is None:
+            check_health([check])
+        else:
+            checks.append(check)
+    found = replace(solution, penalties=penalties, stats=stats)
+    return found if stops is None else stops.without_extra(found)
 
 
-def _grid_time(t_span: Tensor, counts: Sequence[int], index: int) -> float:
-    """The time at which step ``index`` of a fixed grid began."""
-    k = 0
-    while index >= counts[k]:
-        index -= counts[k]
-        k += 1
-    t0, t1 = t_span[k : k + 2].detach().tolist()
-    return t0 + (t1 - t0) * (index / counts[k])
+def _local_penalties(dynamics: BoundDynamics, solver: Solver, trace: Trace) -> tuple[dict[str, Tensor], int]:
+    """The local penalties of one step of tsit5 from a uniformly random time, and the evaluations that it took.
 
-
-def _draw_stage(plan: SolvePlan, generator: torch.Generator | None) -> int | None:
-    """The stage that stands for the step in a sampled quadrature, drawn with its weight as probability."""
-    if plan.trace_quadrature != "sampled":
-        return None
-    assert plan.method.weights is not None  # only methods known by name have a sampled quadrature
-    weights = weight_row(plan.method.weights, torch.float64, torch.device("cpu"))
-    return int(torch.multinomial(weights, 1, generator=generator))
+    The step starts, detached, on the cubic interpolant of the accepted states, and is as long as the accepted step
+    there, or as what is left of the solve.
+    """
+    knots = torch.stack([t.detach().reshape(()) for t, _ in trace])
+    start, end = knots[0], knots[-1]
+    # drawn on the CPU, so that one seed gives the same time on every device
+    s = start + (end - start) * torch.rand((), dtype=torch.float64).to(knots)
+    backward = bool(end < start)
+    passed = (knots >= s) if backward else (knots <= s)
+    k = min(max(int(passed.sum()) - 1, 0), len(trace) - 2)
+    (t0, z0), (t1, z1) = ((t.detach().reshape(()), z.detach()) for t, z in trace[k : k + 2])
+    with torch.no_grad():
+        v0, v1 = (dynamics(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
+        z = hermite(t0, z0, v0, t1, z1, v1, s)
+    h = torch.minimum((t1 - t0).abs(), (end - s).abs())
+    take = stepper(dynamics, get_method("tsit5"), tolerance=(solver.atol, solver.rtol), local=True)
+    step = take(z, s, -h if backward else h, None, None)
+    return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2

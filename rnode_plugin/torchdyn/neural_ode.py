@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,14 +25,12 @@ from ..core.tensors.nested import tree_map_only
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import GRADIENTS, solve
-from ..solvers.path import check_steps
-from ..solvers.plan import SolvePlan
-from ..solvers.steps.tableaus import get_method
+from ..solvers import GRADIENTS, Method, Solver, get_method, solve
+from ..solvers.integrate import check_steps
 from .bind import bind_field, tensors_of
 from .cnf import is_count
 from .running_cost import INTEGRAL_LOSS
-from .solver_names import kept_times, method_from_torchdyn, resolve_solver, step_method
+from .solver_names import kept_times, method_from_torchdyn, resolve_solver, solver_name, step_method
 from .wrapped.state_layout import Penalized, check_penalized, layout_of
 
 __all__ = ["NeuralODE", "install", "uninstall"]
@@ -314,9 +313,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             tensors=tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args),
             prepare=not gradient.endswith("adjoint"),
         )  # fmt: skip
-        plan = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
+        solver, method, keep = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
         nfe = self.vf.nfe
-        solution = solve(field, x, t_span, plan)
+        solution = solve(field, x, t_span, solver, method=method, keep=keep)
         if gradient == "checkpointed":
             self.vf.nfe = nfe + solution.stats.nfe  # not those that find what a replay needs
         integrals = dict(solution.penalties)
@@ -331,8 +330,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     def _plan(
         self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: str, *, interpolate: bool
-    ) -> SolvePlan:
-        """The plan of one solve; options without an effect are told by a warning, as torchdyn does."""
+    ) -> tuple[Solver, Method, list[bool] | None]:
+        """Solver, steps and kept times of one solve; options without an effect warn, as in torchdyn."""
         method = step_method(self.solver, self._named, x, t_span, args)
         backward = step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True)
         keep = interpolator = None
@@ -349,14 +348,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=5)
             if len(save_at) > 0:
                 keep = kept_times(t_span, save_at)
-        every_step = method.adaptive and gradient == "interpolated_adjoint"
         if x.ndim > 0 and x.shape[0] == 0:  # a batch without samples has no error to choose steps by
             method, backward = (get_method("euler") if m.adaptive else m for m in (method, backward))
-        adjoint = SolvePlan(backward, atol=self.atol_adjoint, rtol=self.rtol_adjoint, max_nfe=self._max_nfe)
-        return SolvePlan(
-            method, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient, keep=keep,
-            interpolator=interpolator, adjoint=adjoint, every_step=every_step,
+        solver = Solver(
+            solver_name(self.solver), step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe,
+            gradient=gradient, atol_adjoint=self.atol_adjoint, rtol_adjoint=self.rtol_adjoint,
         )  # fmt: skip
+        return solver, replace(method, interpolator=interpolator, adjoint=backward), keep
 
 
 def _check_options(tolerances: dict[str, Any], max_nfe: Any, order: Any, interpolator: Any) -> None:

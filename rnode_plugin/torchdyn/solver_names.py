@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 
 from ..core.tensors.exporting import on_host
 from ..errors import ConfigError, suggest
-from ..solvers.steps.tableaus import Field, Method, StepResult, get_method
+from ..solvers import Method, get_method
+from ..solvers.tableaus import Field, StepResult
 
-__all__ = ["RungeKutta38", "kept_times", "method_from_torchdyn", "resolve_solver", "step_method"]
+__all__ = ["RungeKutta38", "kept_times", "method_from_torchdyn", "resolve_solver", "solver_name", "step_method"]
 
 
 class RungeKutta38(DiffEqSolver):
@@ -43,8 +44,7 @@ class RungeKutta38(DiffEqSolver):
     def step(
         self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None = None, args: Any = None
     ) -> tuple[None, Tensor, None]:
-        _, new, _, _ = get_method("rk4_38").advance(f, x, t, dt, k1)
-        return None, new, None
+        return None, get_method("rk4_38").advance(f, x, t, dt, k1)[1], None
 
 
 def resolve_solver(solver: str | nn.Module, role: str = "solver") -> nn.Module:
@@ -176,20 +176,19 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
             "cannot carry penalties."
         )
 
-    def advance(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
-        result = solver.step(f, x, t, dt, k1=k1, args={} if args is None else args)
-        return (*result, None) if len(result) == 3 else result
+    args = {} if args is None else args
 
     def advance_either_way(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         with on_host():
             forward = bool(dt > 0)
         if forward:
-            return advance(f, x, t, dt, k1)
+            return solver.step(f, x, t, dt, k1=k1, args=args)
         # torchdyn never shows a solver a negative step: it mirrors time and the field. So do we for solvers that
         # may do more with dt than scale velocities.
         mirrored = _Mirrored(f)
-        new_velocity, new, error, _ = advance(mirrored, x, -t, -dt, None if k1 is None else -k1)
-        return mirrored.original(new_velocity), new, error, None
+        k1 = None if k1 is None else -k1
+        new_velocity, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=args)
+        return mirrored.original(new_velocity), new, error
 
     family = next((get_method(name) for kind, name in _FAMILIES.items() if isinstance(solver, kind)), None)
     weights = getattr(solver, "weights", family.weights if family else None)
@@ -199,7 +198,7 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
     )
     return Method(
         type(solver).__name__,
-        advance if type(solver) in _FAMILIES else advance_either_way,
+        partial(solver.step, args=args) if type(solver) in _FAMILIES else advance_either_way,
         getattr(solver, "order", 1),
         solver.stepping_class == "adaptive",
         None if weights is None else tuple(float(w) for w in weights),
@@ -208,4 +207,13 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         least,
         most,
         _RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
+        even_steps=False,
+        every_step=True,
     )
+
+
+def solver_name(solver: Any) -> str:
+    """The name of a solver object's family; of a user's own, that of the plainest solver of its kind."""
+    families = {**_FAMILIES, RungeKutta38: "rk4_38"}
+    plainest = "dopri5" if solver.stepping_class == "adaptive" else "euler"
+    return next((name for kind, name in families.items() if isinstance(solver, kind)), plainest)

@@ -14,7 +14,7 @@ from ...core.objective import objective, output_log_prob
 from ...core.regularizers import undivided
 from ...core.schedules import final_strength, strength_at
 from ...evaluation.measures import FlowInput, measure_of
-from ...solvers.health import HealthCheck, all_finite
+from ...solvers import HealthCheck, all_finite
 
 if TYPE_CHECKING:
     from ...recipes.recipe import Recipe

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SolverError
-from ...solvers.health import check_health
+from ...solvers import check_health
 from .step_objective import StepTerms
 
 __all__ = ["StepReading"]

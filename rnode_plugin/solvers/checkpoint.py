@@ -2,13 +2,13 @@
 
 torch's own checkpoint does this well for a plain field. If the field differentiates inside its evaluation (a
 product with the Jacobian by automatic differentiation), it runs the step again within the forward pass, once per
-stage. For such fields there is :func:`replay`: it runs a step once forward, without a graph, and once backward.
+stage. For such fields there is a replay: it runs a step once forward, without a graph, and once backward.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from ...core.tensors.nested import tree_leaves
-from ...core.tensors.transforms_active import transforms_active
-from ...errors import ConfigError
-from ...types import BoundDynamics
-from .autograd_graph import find_leaves, next_number
-from .flat_call import FlatCall
+from ..core.tensors.nested import tree_flatten, tree_leaves, tree_unflatten
+from ..core.tensors.transforms_active import transforms_active
+from ..errors import ConfigError
+from ..types import BoundDynamics
 
-__all__ = ["checkpointed", "replay"]
+__all__ = ["checkpointed"]
 
 
 def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tensor, t: Tensor) -> Callable[..., Any]:
@@ -44,7 +42,7 @@ def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tenso
         leaves = _leaves(dynamics, z, t)
     if leaves is None:
         return lambda *args: checkpoint(_first_run_alone(function, dynamics), *args, use_reentrant=False)
-    return lambda *args: replay(_first_run_alone(function, dynamics), args, leaves)
+    return lambda *args: _replay(_first_run_alone(function, dynamics), args, leaves)
 
 
 def _first_run_alone(function: Callable[..., Any], dynamics: BoundDynamics) -> Callable[..., Any]:
@@ -64,15 +62,18 @@ def _repeating(dynamics: BoundDynamics) -> contextlib.AbstractContextManager[Any
     return getattr(dynamics, "repeating", contextlib.nullcontext)()
 
 
+# what a step depends on -----------------------------------------------------------------------------------------
+
+
 def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | None:
     """The leaf tensors that the dynamics depend on; None if they read the result of another computation."""
     # draws nothing from the streams that the solve will draw from
     devices = [z.device] if z.is_cuda else []
     with torch.enable_grad(), torch.random.fork_rng(devices), _repeating(dynamics):
         state = z.detach().requires_grad_()
-        start = next_number(state)
+        start = _next_number(state)
         rates = dynamics(t.detach(), state)
-    found = find_leaves([x for x in tree_leaves(rates) if isinstance(x, Tensor)], start)
+    found = _find_leaves([x for x in tree_leaves(rates) if isinstance(x, Tensor)], start)
     if found is None:  # a replay would run through that other graph at each step
         return None
     # a module may read some of its parameters at other times only
@@ -80,43 +81,105 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     return list({id(x): x for x in [*found, *known] if x is not state}.values())
 
 
-def replay(function: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tensor]) -> Any:
+def _find_leaves(outputs: Iterable[Tensor], start: int) -> list[Tensor] | None:
+    """The leaves of the graph of ``outputs``; None if one of its nodes is older than number ``start``.
+
+    The graph of one evaluation ends in its leaves. An older node in it belongs to another computation's graph.
+    """
+    leaves: dict[int, Tensor] = {}
+    pending: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    seen: set[Any] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable: Tensor | None = getattr(node, "variable", None)
+        if variable is not None:
+            leaves[id(variable)] = variable
+        elif node._sequence_nr() < start:
+            return None
+        pending += [parent for parent, _ in node.next_functions if parent is not None]
+    return list(leaves.values())
+
+
+def _next_number(x: Tensor) -> int:
+    """The number that the next node of a graph gets; ``x`` is any tensor that requires a gradient.
+
+    torch numbers the nodes of its graphs in the order of their creation, but keeps the number private.
+    """
+    node: Any = (x * 1).grad_fn
+    return node._sequence_nr()
+
+
+# the replay -----------------------------------------------------------------------------------------------------
+
+
+def _split(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors in nested tuples and dictionaries, and what puts others in their places."""
+    flat, structure = tree_flatten(tree)
+    places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+    others = [None if isinstance(x, Tensor) else x for x in flat]
+
+    def rebuild(tensors: Sequence[Tensor]) -> Any:
+        filled: list[Any] = list(others)
+        for i, x in zip(places, tensors, strict=True):
+            filled[i] = x
+        return tree_unflatten(filled, structure)
+
+    return [flat[i] for i in places], rebuild
+
+
+class _Call:
+    """One call of a function of nested arguments, for autograd, which wants tensors in a row."""
+
+    def __init__(self, function: Callable[..., Any], rebuild_args: Callable[[Sequence[Tensor]], Any]) -> None:
+        self.function, self.rebuild_args = function, rebuild_args
+        self.rebuild_result: Callable[[Sequence[Tensor]], Any] = tuple
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors in the result."""
+        outputs, self.rebuild_result = _split(self.function(*self.rebuild_args(tensors)))
+        return outputs
+
+
+def _replay(function: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tensor]) -> Any:
     """``function(*args)``, whose graph is made when its gradient is asked for.
 
     Gradients reach the tensors in ``args`` and ``leaves``; they cannot be differentiated again. Random numbers and
     autocast are in the second run what they were in the first.
     """
-    call = FlatCall(function, args)
-    return call.result(_Replay.apply(call, *call.tensors(), *leaves))  # pyright: ignore[reportArgumentType]
+    tensors, rebuild = _split(tuple(args))
+    call = _Call(function, rebuild)
+    outputs = _Replay.apply(call, len(tensors), *tensors, *leaves)
+    return call.rebuild_result(outputs)  # pyright: ignore[reportArgumentType]
 
 
 class _Replay(torch.autograd.Function):
     """A call as one node of the graph. Its forward looks at the random state, so it keeps its own context."""
 
     @staticmethod
-    def forward(ctx: Any, call: FlatCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.count = call, count
         ctx.autocast = _autocast_of(tensors[0].device.type)
-        ctx.random = (torch.get_rng_state(), *get_device_states(*tensors[: call.count]))
-        outputs = call.run(tensors[: call.count])
-        call.forget()
-        ctx.call = call
+        ctx.random = (torch.get_rng_state(), *get_device_states(*tensors[:count]))
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         # a function may hand an input through, which autograd must see as a new tensor
         inputs = {id(x) for x in tensors}
-        return tuple(x.view_as(x) if id(x) in inputs else x for x in outputs)
+        return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(tensors[:count]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        call, tensors = ctx.call, ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
+        tensors, count = ctx.saved_tensors, ctx.count
+        needed = ctx.needs_input_grad[2:]
         # all require a gradient, so that nothing inside makes a leaf of its own from one that does not
-        inputs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in tensors[: call.count]]
+        inputs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in tensors[:count]]
         with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
-            start = next_number(torch.zeros((), requires_grad=True))
-            outputs = call.run(inputs)
-        known = [*inputs, *tensors[call.count :]]
+            start = _next_number(torch.zeros((), requires_grad=True))
+            outputs = ctx.call.run(inputs)
+        known = [*inputs, *tensors[count:]]
         _check_complete(outputs, known, start)
         pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
         sources = [x for x, need in zip(known, needed, strict=True) if need]
@@ -124,7 +187,7 @@ class _Replay(torch.autograd.Function):
         if pairs and sources:
             found = torch.autograd.grad([x for x, _ in pairs], sources, [g for _, g in pairs], allow_unused=True)
         rest = iter(found)
-        return None, *(next(rest) if need else None for need in needed)
+        return None, None, *(next(rest) if need else None for need in needed)
 
 
 def _check_complete(outputs: Sequence[Tensor], known: Sequence[Tensor], start: int) -> None:
@@ -133,7 +196,7 @@ def _check_complete(outputs: Sequence[Tensor], known: Sequence[Tensor], start: i
     Raises:
         ConfigError: if a step reads a tensor that the first evaluation of its solve did not show.
     """
-    leaves, ids = find_leaves(outputs, start), {id(x) for x in known}
+    leaves, ids = _find_leaves(outputs, start), {id(x) for x in known}
     if leaves is None or any(id(x) not in ids for x in leaves):
         raise ConfigError(
             "a step depends on a tensor that the vector field did not read at the solve's first time, so its "

@@ -1,22 +1,26 @@
-"""Runge-Kutta methods by name: their tableaus, and one step of each."""
+"""Runge-Kutta methods by name: their tableaus, one step of each, and the cubic between two states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, suggest
-from ..config import METHODS
+from ..errors import ConfigError, suggest
+from .config import METHODS
 
-__all__ = ["Field", "Method", "StepFunction", "StepResult", "get_method"]
+__all__ = ["Field", "Method", "StepFunction", "StepResult", "get_method", "hermite"]
 
 Field = Callable[[Tensor, Tensor], Tensor]
-# f at the new state or None, the new state, its error estimate or None, the stages' velocities or None
-StepResult = tuple["Tensor | None", Tensor, "Tensor | None", "Sequence[Tensor] | None"]
+# f at the new state or None, the new state, its error estimate or None, and, if shown, the stages' velocities
+StepResult = (
+    tuple["Tensor | None", Tensor, "Tensor | None"]
+    | tuple["Tensor | None", Tensor, "Tensor | None", "Sequence[Tensor] | None"]
+)
 StepFunction = Callable[[Field, Tensor, Tensor, Tensor, "Tensor | None"], StepResult]
 """``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already."""
 
@@ -35,6 +39,12 @@ class Method:
         error_weights: the same for the error estimate of a quadrature.
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
+        even_steps: whether adaptive steps divide what is left up to the next stop evenly, so that no sliver is
+            left, which would cost as many evaluations as any step. torchdyn's do not.
+        every_step: whether, with the gradient ``interpolated_adjoint``, each accepted step is an output, next to
+            the times of ``t_span``. So it is in torchdyn.
+        interpolator: torchdyn's, which gives the output times inside a step; None: the solve stops at each.
+        adjoint: steps of the backward solve of a continuous adjoint; None: these.
     """
 
     name: str
@@ -47,6 +57,10 @@ class Method:
     min_factor: float = 0.2
     max_factor: float = 10.0
     nodes: tuple[float, ...] | None = None
+    even_steps: bool = True
+    every_step: bool = False
+    interpolator: Any = None
+    adjoint: Method | None = None
 
     @property
     def stages(self) -> int:
@@ -169,3 +183,11 @@ def get_method(name: str) -> Method:
     nodes = (0.0, *tableau.c)
     adaptive = tableau.error is not None
     return Method(name, tableau.advance, tableau.order, adaptive, tableau.b, tableau.error, nodes=nodes)
+
+
+def hermite(t0: Tensor, z0: Tensor, v0: Tensor, t1: Tensor, z1: Tensor, v1: Tensor, t: Tensor) -> Tensor:
+    """The cubic through the states ``z0``, ``z1`` at ``t0``, ``t1`` with velocities ``v0``, ``v1``, at ``t``."""
+    h = (t1 - t0).to(z0.dtype)
+    s = ((t - t0) / (t1 - t0)).to(z0.dtype)
+    rise = z1 - z0
+    return z0 + s * rise + s * (1 - s) * ((1 - s) * (h * v0 - rise) - s * (h * v1 - rise))

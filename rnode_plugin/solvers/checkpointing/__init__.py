@@ -1,1 +1,0 @@
-"""Steps whose activations are computed again in the backward pass."""

@@ -1,0 +1,448 @@
+"""Fixed grids: one step of the augmented system, the sums over steps, and the checks that every solve shares.
+
+The state steps by a Runge-Kutta method. Everything else, the log-determinant and the penalties, is integrated by
+the quadrature of the step's stages: it costs no evaluation, and no penalty enters the error of an adaptive step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..core.tensors.exporting import exporting, on_host
+from ..core.tensors.transforms_active import transforms_active
+from ..errors import SolverError
+from ..types import BoundDynamics, Rates, Solution, SolveStats, StepRecord
+from .checkpoint import checkpointed
+from .config import Solver, count_steps
+from .tableaus import Method
+
+__all__ = [
+    "HealthCheck",
+    "Step",
+    "StepTaker",
+    "Totals",
+    "all_finite",
+    "check_health",
+    "fail_integrals",
+    "fail_max_nfe",
+    "fail_nonfinite",
+    "health",
+    "read",
+    "solve_fixed",
+    "stepper",
+]
+
+Trace = list[tuple[Tensor, Tensor]]
+"""The time and the state of every accepted step, the initial one first."""
+
+
+def solve_fixed(
+    dynamics: BoundDynamics,
+    z: Tensor,
+    t_span: Tensor,
+    solver: Solver,
+    method: Method,
+    *,
+    keep: Sequence[bool] | None = None,
+    generator: torch.Generator | None = None,
+    trace: Trace | None = None,
+    checks: list[HealthCheck] | None = None,
+) -> Solution:
+    """Solve on a fixed grid, differentiable through its steps; the host reads one number from the device.
+
+    Args:
+        dynamics: the augmented system, its noise fixed.
+        z: state ``(B, *event)`` at ``t_span[0]``.
+        t_span: times ``(T,)``, increasing or decreasing.
+        solver: step and gradient.
+        method: how to take a step.
+        keep: for each time of ``t_span`` whether its state is an output; None: all are.
+        generator: draws the stages of a sampled quadrature.
+        trace: a list that receives the time and the state of every step.
+        checks: a list that receives the check of the result instead of it being made here.
+
+    Raises:
+        SolverError: a result that is not finite, or the budget of evaluations used up.
+    """
+    counts = [1] * (len(t_span) - 1)
+    if solver.step is not None:
+        counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(_numbers(t_span))]
+    if t_span.device.type != "cpu" or t_span.requires_grad:
+        t_span = t_span.to(z.device)
+    take = stepper(dynamics, method, tolerance=(solver.atol, solver.rtol))
+    if solver.gradient == "checkpointed":
+        take = checkpointed(take, dynamics, z, t_span[0].to(z.device))
+    keep = [True] * len(t_span) if keep is None else keep
+    with on_host():
+        outputs, grid = _grid(t_span, counts, z.device)
+    totals, finite = Totals(), []
+    times, states = ([outputs[0]], [z]) if keep[0] else ([], [])
+    logdets: list[Tensor | None] = [None] * len(states)
+    if trace is not None:
+        trace.append((outputs[0], z))
+    steps = iter(grid)
+    for k, count in enumerate(counts, start=1):
+        for start, dt, end in itertools.islice(steps, count):
+            step = take(z, start, dt, None, _draw_stage(solver, method, generator))
+            totals.add(step)
+            totals.nfe += step.nfe
+            z = step.z
+            if trace is not None:
+                trace.append((end, z))
+            finite.append(health(z))
+            if solver.max_nfe is not None and totals.nfe > solver.max_nfe:
+                fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(solver.max_nfe))
+        if keep[k]:
+            z = _with_its_own_layout(z)
+            times.append(outputs[k])
+            states.append(z)
+            logdets.append(totals.logdet)
+    # what is not finite stays so: it is enough to look at the integrals at the end
+    finite[-1] = health(z, totals.logdet, *totals.penalties.values())
+
+    def fail(bad: int) -> NoReturn:
+        t = float(grid[bad].start.detach())
+        nfe = (bad + 1) * totals.nfe // totals.steps
+        if bad < totals.steps - 1:
+            fail_nonfinite(t, bad, nfe)
+        fail_integrals(z, totals.logdet, totals.penalties, t, bad, nfe)
+
+    check = HealthCheck(torch.stack(finite), fail)
+    if checks is None:
+        check_health([check])
+    else:
+        checks.append(check)
+    return totals.solution(times, states, logdets)
+
+
+def _with_its_own_layout(z: Tensor) -> Tensor:
+    """``z``, whose gradient comes in the memory layout of ``z``: the stack of all outputs has another one."""
+    if not z.requires_grad or z.is_contiguous():
+        return z
+    shape, strides = z.shape, z.stride()
+    z = z.view_as(z)
+    z.register_hook(lambda g: g if g.stride() == strides else g.new_empty_strided(shape, strides).copy_(g))
+    return z
+
+
+class _GridStep(NamedTuple):
+    start: Tensor
+    dt: Tensor
+    end: Tensor
+
+
+def _grid(
+    t_span: Tensor, counts: Sequence[int], device: torch.device
+) -> tuple[Tensor | list[Tensor], list[_GridStep]]:
+    """The times of ``t_span`` on ``device``, and the steps of a fixed grid between them.
+
+    Starts and ends of the steps are on ``device``, their lengths where ``t_span`` is.
+
+    With one step per interval this is torchdyn's grid to the bit: dt is what is left to the next time.
+    """
+    times, lengths = [t_span[0]], []
+    for k, count in enumerate(counts, start=1):
+        start = times[-1]
+        for i in range(1, count + 1):
+            goal = t_span[k] if i == count else start + (t_span[k] - start) * (i / count)
+            lengths.append(goal - times[-1])
+            times.append(times[-1] + lengths[-1])
+    outputs: Tensor | list[Tensor] = t_span
+    if t_span.device != device:
+        moved = _on_device(torch.cat([t_span, torch.stack(times)]), device)
+        outputs, times = moved[: len(t_span)], moved[len(t_span) :]
+    return outputs, [_GridStep(*step) for step in zip(times, lengths, times[1:], strict=False)]
+
+
+def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
+    """Each of the times ``(T,)`` on another device."""
+    known = read(times) if times.device.type == "cpu" else None
+    if known is None:
+        return list(times.to(device).unbind())
+    # a kernel for each: the host would wait for a copy, and a CUDA graph cannot hold one
+    made = {time: torch.full((), time, dtype=times.dtype, device=device) for time in {*known}}
+    return [made[time] for time in known]
+
+
+# one step -------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What one step gives.
+
+    Attributes:
+        z: new state.
+        error: its error estimate; None for a fixed grid.
+        last: rates at the new state if the method has evaluated them (first same as last).
+        dlogdet: increment ``(B,)`` of the log-determinant; None where there is none.
+        dlogdet_error: its error estimate.
+        penalties: increment of the integral of each rate.
+        path: reduction and value of each step penalty.
+        stages: stage velocities, if the method shows them.
+        nfe: evaluations that this step made.
+    """
+
+    z: Tensor
+    error: Tensor | None
+    last: Rates | None
+    dlogdet: Tensor | None
+    dlogdet_error: Tensor | None
+    penalties: dict[str, Tensor]
+    path: dict[str, tuple[str, Tensor]]
+    stages: Sequence[Tensor] | None
+    nfe: int
+
+
+StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "int | None"], Step]
+
+
+def stepper(
+    dynamics: BoundDynamics, method: Method, *, tolerance: tuple[Any, Any] = (0.0, 0.0), local: bool = False
+) -> StepTaker:
+    """A function ``(z, t, dt, first, product_stage) -> Step``.
+
+    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``product_stage``
+    products with the Jacobian are evaluated at that stage only, which then stands for the whole step.
+
+    ``tolerance`` (absolute, relative) is what step penalties are told; a ``local`` step computes the local ones,
+    the others see the accepted steps.
+    """
+    path = getattr(dynamics, "path", None)
+    if path is not None and not (path.local if local else path.steps):
+        path = None
+    weights = method.weights or (1.0,)
+
+    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, product_stage: int | None) -> Step:
+        rates: list[Rates] = [] if first is None else [first]
+        asked: list[tuple[Tensor, Tensor]] = [] if first is None else [(t, z)]
+
+        def f(time: Tensor, state: Tensor, args: object = None) -> Tensor:
+            if path is not None:
+                asked.append((time, state))
+            # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
+            rates.append(dynamics(time, state, products=product_stage in (None, len(rates))))
+            return rates[-1].dz
+
+        new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
+        nfe = len(rates) - (first is not None)
+        dlogdet, penalties = _quadrature(rates, weights, dt, product_stage)
+        dlogdet_error = None
+        if error is not None and dlogdet is not None and method.error_weights is not None:
+            dlogdet_error = _weigh([r.dlogdet for r in rates], method.error_weights, dt.detach())
+        last = None
+        for each in rates:  # torch.compile of torch 2.6 cannot trace next()
+            last = each if each.dz is new_velocity else last
+        of_path: dict[str, tuple[str, Tensor]] = {}
+        if path is not None:
+            times, states = zip(*asked, strict=True)
+            record = StepRecord(
+                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, *tolerance
+            )
+            of_path = path.of_step(record, local=local)
+        return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, more[0] if more else None, nfe)
+
+    return take
+
+
+def _quadrature(
+    rates: Sequence[Rates], weights: Sequence[float], dt: Tensor, product_stage: int | None
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Integrals over one step of the log-determinant (signed) and the penalties (along the path)."""
+    source = rates[product_stage or 0]
+    sampled = product_stage is not None
+    dlogdet = None
+    if source.dlogdet is not None:
+        dlogdet = source.dlogdet * dt if sampled else _weigh([r.dlogdet for r in rates], weights, dt)
+    length, penalties = dt.abs(), {}
+    for name, rate in source.penalties.items():
+        if sampled and any(name not in r.penalties for r in rates):
+            penalties[name] = rate * length
+        else:
+            penalties[name] = _weigh([r.penalties[name] for r in rates], weights, length)
+    return dlogdet, penalties
+
+
+def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor) -> Tensor:
+    """``dt`` times the weighted sum of the values that are there."""
+    present = [(value, weight) for value, weight in zip(values, weights, strict=False) if value is not None]
+    first = present[0][0]
+    # rates of small problems: few operations count, not what they compute. torch.compile makes one of them anyway
+    if first.ndim == 1 and not torch.compiler.is_compiling():
+        row = _weight_row(tuple([weight for _, weight in present]), first.dtype, first.device)
+        return (row * dt.to(first.dtype)) @ torch.stack([value for value, _ in present])
+    total: Tensor | None = None
+    for value, weight in present:
+        if weight:
+            total = value * weight if total is None else total.add(value, alpha=weight)
+    assert total is not None
+    return total * dt.to(total.dtype)
+
+
+@cache
+def _weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights as a tensor, made once: every step needs them. Not to be written into."""
+    # a tensor made in inference mode could not serve a later backward pass
+    with on_host(), torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)
+
+
+def _draw_stage(solver: Solver, method: Method, generator: torch.Generator | None) -> int | None:
+    """The stage that stands for the step in a sampled quadrature, drawn with its weight as probability."""
+    if solver.trace_quadrature != "sampled":
+        return None
+    assert method.weights is not None  # only methods known by name have a sampled quadrature
+    weights = _weight_row(method.weights, torch.float64, torch.device("cpu"))
+    return int(torch.multinomial(weights, 1, generator=generator))
+
+
+class Totals:
+    """Sums over the accepted steps of a solve: the integrals, the step penalties by their reduction, the cost."""
+
+    def __init__(self) -> None:
+        self.logdet: Tensor | None = None
+        self.penalties: dict[str, Tensor] = {}
+        self._means: set[str] = set()  # penalties that are sums until the number of steps is known
+        self.nfe = self.steps = self.rejected = 0
+
+    def add(self, step: Step) -> None:
+        """Add an accepted step."""
+        self.logdet = step.dlogdet if self.logdet is None or step.dlogdet is None else self.logdet + step.dlogdet
+        for name, value in step.penalties.items():
+            self.penalties[name] = self.penalties[name] + value if name in self.penalties else value
+        for name, (reduction, value) in step.path.items():
+            before = self.penalties.get(name)
+            if before is not None:
+                value = torch.maximum(before, value) if reduction == "max" else before + value
+            self.penalties[name] = value
+            if reduction == "mean":
+                self._means.add(name)
+        self.steps += 1
+
+    def solution(self, t: Sequence[Tensor], z: Sequence[Tensor], logdet: Sequence[Tensor | None]) -> Solution:
+        """The solution with outputs at the times ``t``; a log-determinant of None is zero."""
+        total = self.logdet
+        logdets = None
+        if total is not None:
+            logdets = torch.stack([torch.zeros_like(total) if x is None else x for x in logdet])
+        times = torch.stack([x.reshape(()) for x in t])
+        penalties = self.penalties
+        for name in self._means:
+            penalties = {**penalties, name: penalties[name] / self.steps}
+        return Solution(
+            times, torch.stack(list(z)), logdets, penalties, SolveStats(self.nfe, self.steps, self.rejected)
+        )
+
+
+# what the host reads, and the errors a solve can end in ---------------------------------------------------------
+
+
+def read(x: Tensor) -> Any:
+    """The numbers in ``x``, as ``x.tolist()`` gives them, for which the host waits; None if they do not exist.
+
+    That is so on the device ``meta``, in an export, and inside ``torch.func.vmap``, where they differ from sample
+    to sample.
+    """
+    if x.is_meta or exporting():
+        return None
+    try:
+        return _numbers(x.detach())
+    except RuntimeError:
+        if transforms_active():
+            return None
+        raise
+
+
+def _numbers(x: Tensor) -> Any:
+    try:
+        return x.tolist()
+    except RuntimeError:
+        if not transforms_active():
+            raise
+        # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
+        return x.item() if x.ndim == 0 else [_numbers(row) for row in x]
+
+
+class HealthCheck(NamedTuple):
+    """Deferred finiteness check of a fixed-grid solve.
+
+    Attributes:
+        values: one entry for each step, ``(steps,)``, that is finite if the solve still was.
+        fail: raises the error of the first step that did not.
+    """
+
+    values: Tensor
+    fail: Callable[[int], NoReturn]
+
+
+def all_finite(checks: Sequence[HealthCheck]) -> Tensor:
+    """Whether all of these solves stayed finite: a 0-d bool tensor, no host sync."""
+    return torch.isfinite(torch.cat([check.values for check in checks])).all()
+
+
+def check_health(checks: Sequence[HealthCheck]) -> None:
+    """One look at the device for all of these solves; none if there is nothing to see (``meta``, ``vmap``).
+
+    Raises:
+        SolverError: of the first one that is no longer finite.
+    """
+    if not checks or read(all_finite(checks)) in (True, None):
+        return
+    for check in checks:
+        bad = (~torch.isfinite(check.values)).nonzero()
+        if len(bad):
+            check.fail(int(bad[0]))
+
+
+def health(*tensors: Tensor | None) -> Tensor:
+    """A number that is finite if and only if all entries are, without waiting for the device.
+
+    (The sum of finite entries can overflow only if they are about to.)
+    """
+    sums = [x.detach().sum() for x in tensors if x is not None]
+    return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
+
+
+def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:
+    raise SolverError(
+        "nonfinite",
+        "the state or its log-determinant is no longer finite",
+        "The dynamics have exploded: lower the learning rate, raise lambda of 'jacfrob' or 'kinetic', shorten the "
+        "step or tighten the tolerances; check the input for NaN.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip
+
+
+def fail_integrals(
+    z: Tensor, logdet: Tensor | None, penalties: Mapping[str, Tensor], t: float, step: int, nfe: int
+) -> NoReturn:
+    """Fail with the name of the first penalty that is not finite, unless the state or the logdet is not."""
+
+    def finite(x: Tensor | None) -> bool:
+        return x is None or bool(torch.isfinite(x.detach()).all())
+
+    name = next((name for name, x in penalties.items() if not finite(x)), None)
+    if name is None or not finite(z) or not finite(logdet):
+        fail_nonfinite(t, step, nfe)
+    raise SolverError(
+        "nonfinite",
+        f"the penalty {name!r} is no longer finite, but the state is",
+        "What it computes must be finite at every state on the way: look for a division by zero, a root or a "
+        "logarithm of zero, and for numbers too large for the state's precision.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip
+
+
+def fail_max_nfe(t: float, step: int, nfe: int, limit: int) -> NoReturn:
+    raise SolverError(
+        "max_nfe",
+        f"the budget of {limit} evaluations is used up",
+        f"Raise it, for example to max_nfe={10 * limit}, loosen atol and rtol, or raise lambda of 'jacfrob' or "
+        "'kinetic' so that the dynamics stay simple. A stiff field may need a fixed grid.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip

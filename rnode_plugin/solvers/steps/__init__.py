@@ -1,1 +1,0 @@
-"""Runge-Kutta tableaus, one step of the augmented system, and the size of the next one."""
