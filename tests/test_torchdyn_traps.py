@@ -347,18 +347,19 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
         for argument, row in zip(arguments[1:], rows, strict=True):
             assert argument[1 : 1 + len(row)].tolist() == row.tolist()
 
-    generator = torch.Generator().manual_seed(0)
+    generator, method = torch.Generator().manual_seed(0), get_method("dopri5")
     for dtype in (torch.float32, torch.float64):
         for scale in (1e-12, 1e-3, 1.0, 1e3):
             x = scale * torch.randn(5, 3, generator=generator, dtype=dtype)
             t = torch.rand((), generator=generator, dtype=dtype)
             assert torch.equal(rms_norm(x), hairer_norm(x))
             theirs = init_step(lambda t, z: z.sin() - t, x.sin() - t, x, t, 5, 1e-3, 1e-4)
-            ours = guess_first_step(lambda t, z: z.sin() - t, x.sin() - t, x, t, order=5, atol=1e-3, rtol=1e-4)
-            assert ours is not None
+            ours = guess_first_step(
+                lambda t, z: z.sin() - t, x.sin() - t, x, t, method=method, atol=1e-3, rtol=1e-4
+            )
             assert torch.equal(ours, theirs)
             safety, low, high = (torch.tensor([v], dtype=dtype) for v in (0.9, 0.2, 10.0))
             for ratio in (0.0, 1e-9, 0.5, 1.0, 1.7, 1e6):
                 step, of = torch.tensor([scale], dtype=dtype), torch.tensor(ratio, dtype=dtype)
-                ours = next_step(get_method("dopri5"), step, of)
+                ours = next_step(method, step, of)
                 assert torch.equal(ours, adapt_step(step, of, safety, low, high, 5))

@@ -68,18 +68,8 @@ def solve_adaptive(
 ) -> Solution:
     """Solve with steps that the errors of the state and of the log-determinant decide on.
 
-    Args:
-        dynamics: the augmented system, its noise fixed.
-        z: state ``(B, *event)`` at ``t_span[0]``.
-        t_span: times ``(T,)``, increasing or decreasing.
-        solver: tolerances, first step, budget and gradient.
-        method: how to take a step.
-        trace: a list that receives the time and the state of every accepted step.
-        memory: carries the step of one solve to the next.
-
-    Raises:
-        ConfigError: where no number can be read, and for tolerances below the precision of the state.
-        SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
+    Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`; a list ``trace`` receives the time and
+    the state of every accepted step. Tolerances below the precision of the state are refused.
     """
     _check_precision(solver, method, z.dtype)
     device, span = z.device, t_span.cpu()
@@ -117,7 +107,7 @@ def solve_adaptive(
             fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
         step = take(z, t.to(device), dt.to(device), rates, None)
         totals.nfe += step.nfe
-        ratio = _error_ratio(step, z, totals.logdet, solver, method, span.dtype)
+        ratio = _ratio_of_step(step, z, totals.logdet, solver, method, span.dtype)
         if not math.isfinite(float(ratio)):
             fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
         if bool(ratio <= 1):
@@ -198,7 +188,7 @@ def error_ratio(parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], atol: Any
 
 
 @torch.no_grad()
-def _error_ratio(
+def _ratio_of_step(
     step: Step, z: Tensor, logdet: Tensor | None, solver: Solver, method: Method, dtype: torch.dtype
 ) -> Tensor:
     """:func:`error_ratio` of a step from ``z``, on the CPU: the one number that a step reads from the device."""
@@ -208,11 +198,7 @@ def _error_ratio(
     parts: list[tuple[Tensor, Tensor | None, Tensor]] = [(step.error, z, step.z)]
     if step.dlogdet_error is not None and step.dlogdet is not None:
         parts.append((step.dlogdet_error, logdet, step.dlogdet if logdet is None else logdet + step.dlogdet))
-    ratio = error_ratio(parts, solver.atol, solver.rtol)
-    value = read(ratio)
-    if value is None:
-        _refuse_values(method)
-    return torch.tensor(value, dtype=ratio.dtype)
+    return _on_host(method, error_ratio(parts, solver.atol, solver.rtol))[0]
 
 
 @torch.no_grad()
@@ -261,7 +247,7 @@ def _first_step(
         return torch.full_like(start, sign * known)
     if z.numel() == 0:
         return t_span[-1] - start
-    options: dict[str, Any] = {"order": method.order, "atol": solver.atol, "rtol": solver.rtol}
+    options: dict[str, Any] = {"method": method, "atol": solver.atol, "rtol": solver.rtol}
 
     # Backward in time torchdyn asks the field itself, not its mirror image. That only guesses a step, and the
     # same guess gives the same numbers. If the guess is of no use, the mirror image is asked.
@@ -270,10 +256,8 @@ def _first_step(
         return dynamics(t.to(z.device), z, products=False).dz
 
     guess = guess_first_step(field, sign * velocity, z, sign * start, **options)
-    if guess is not None and sign < 0 and not (0 < float(guess) < math.inf):
+    if sign < 0 and not (0 < float(guess) < math.inf):
         guess = guess_first_step(lambda t, z: -field(-t, z), sign * velocity, z, sign * start, **options)
-    if guess is None:
-        _refuse_values(method)
     if not math.isfinite(float(guess)):
         fail_nonfinite(float(start), 0, totals.nfe)
     return sign * guess
@@ -285,10 +269,10 @@ def guess_first_step(
     z: Tensor,
     t: Tensor,
     *,
-    order: int,
+    method: Method,
     atol: Any,
     rtol: Any,
-) -> Tensor | None:
+) -> Tensor:
     """A first step whose error should be about as large as the tolerances; it takes one evaluation of ``f``.
 
     The rule of Hairer, Norsett and Wanner (1993, section II.4): a small Euler step shows how fast the velocity
@@ -299,26 +283,22 @@ def guess_first_step(
         velocity: ``f(t, z)``.
         z: state.
         t: time, a scalar.
-        order: of the method.
+        method: whose order counts.
         atol, rtol: tolerances.
 
     Returns:
-        The step, a scalar on the CPU; None if values cannot be read (see :func:`~rnode_plugin.solvers.fixed.read`).
+        The step, a scalar on the CPU.
     """
     scale = atol + torch.abs(_at_least_single(z)) * rtol
-    size, speed = _on_host(rms_norm(z / scale), rms_norm(velocity / scale))
-    if size is None or speed is None:
-        return None
+    size, speed = _on_host(method, rms_norm(z / scale), rms_norm(velocity / scale))
     t = t.cpu()
     tiny = torch.tensor(1e-6, dtype=t.dtype)
     probe = tiny if size < 1e-5 or speed < 1e-5 else 0.01 * size / speed
-    (change,) = _on_host(rms_norm((f(t + probe, z + probe * velocity) - velocity) / scale) / probe)
-    if change is None:
-        return None
+    (change,) = _on_host(method, rms_norm((f(t + probe, z + probe * velocity) - velocity) / scale) / probe)
     if speed <= 1e-15 and change <= 1e-15:
         step = torch.max(tiny, probe * 1e-3)
     else:
-        step = (0.01 / max(speed, change)) ** (1.0 / float(order + 1))
+        step = (0.01 / max(speed, change)) ** (1.0 / float(method.order + 1))
     return torch.min(100 * probe, step).to(t)
 
 
@@ -327,22 +307,22 @@ def _at_least_single(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _on_host(*norms: Tensor) -> Sequence[Tensor | None]:
-    """Scalars as scalars on the CPU, by one read from the device; None if nothing can be read."""
+def _on_host(method: Method, *norms: Tensor) -> Sequence[Tensor]:
+    """Scalars as scalars on the CPU, by one read from the device.
+
+    Raises:
+        ConfigError: they have no values to read.
+    """
     values = read(torch.stack(norms))
     if values is None:
-        return [None] * len(norms)
+        raise ConfigError(
+            f"{method.name} chooses its steps by the size of their errors, which cannot be read inside "
+            f"torch.func.vmap or on the device meta: use a fixed grid ({', '.join(FIXED_METHODS)}) there."
+        )
     return [torch.tensor(value, dtype=x.dtype) for value, x in zip(values, norms, strict=True)]
 
 
 # refusals -------------------------------------------------------------------------------------------------------
-
-
-def _refuse_values(method: Method) -> NoReturn:
-    raise ConfigError(
-        f"{method.name} chooses its steps by the size of their errors, which cannot be read inside "
-        f"torch.func.vmap or on the device meta: use a fixed grid ({', '.join(FIXED_METHODS)}) there."
-    )
 
 
 def _check_precision(solver: Solver, method: Method, dtype: torch.dtype) -> None:

@@ -56,19 +56,8 @@ def solve_fixed(
 ) -> Solution:
     """Solve on a fixed grid, differentiable through its steps; the host reads one number from the device.
 
-    Args:
-        dynamics: the augmented system, its noise fixed.
-        z: state ``(B, *event)`` at ``t_span[0]``.
-        t_span: times ``(T,)``, increasing or decreasing.
-        solver: step and gradient.
-        method: how to take a step.
-        keep: for each time of ``t_span`` whether its state is an output; None: all are.
-        generator: draws the stages of a sampled quadrature.
-        trace: a list that receives the time and the state of every step.
-        checks: a list that receives the check of the result instead of it being made here.
-
-    Raises:
-        SolverError: a result that is not finite, or the budget of evaluations used up.
+    Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`; a list ``trace`` receives the time and
+    the state of every step.
     """
     counts = [1] * (len(t_span) - 1)
     if solver.step is not None:
