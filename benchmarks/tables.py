@@ -39,7 +39,7 @@ from torchdyn.nn import DepthCat
 from rnode_plugin import Solver, get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob, standard_normal_log_prob
 from rnode_plugin.core.regularizers import undivided
-from rnode_plugin.data.tables.table import Table, split_rows
+from rnode_plugin.data.tables import Table, split_rows
 from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.evaluation.measures import gaussian_scores
 from rnode_plugin.flows.table import TableFlow

@@ -17,7 +17,7 @@ from tiny_runs import rows, run, signal_at
 
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.cli import main
-from rnode_plugin.data.tables.table import Table
+from rnode_plugin.data.tables import Table
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate_by
 from rnode_plugin.evaluation.loading import load_table

@@ -267,7 +267,7 @@ def _write_rows(
     """Draw rows and write them with the columns of the table, in its order."""
     import numpy as np
 
-    from ..data.tables.files import check_written, write_rows
+    from ..data.table_files import check_written, write_rows
     from ..evaluation.samples import sample_rows
 
     check_written(out)
@@ -282,7 +282,7 @@ def _contexts(data: TableData, values: str | None, file: str | None, count: int 
     """The given columns ``(rows, given)`` of all rows to draw; None for a density without any."""
     import numpy as np
 
-    from ..data.tables.files import read_columns
+    from ..data.table_files import read_columns
 
     if not data.given:
         if values is not None or file is not None:

@@ -12,7 +12,7 @@ from .loading import ArrayDataset, loader
 from .packing.pack import PackingResult, pack
 from .packing.plan import PackingPlan, plan_packing
 from .published import cifar10, digits, fashion_mnist, mnist, svhn
-from .tables.table import Table
+from .tables import Table
 
 __all__ = [
     "ArrayDataset",

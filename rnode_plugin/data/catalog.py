@@ -9,7 +9,7 @@ from ..errors import ConfigError, PluginError
 from ..plugins import registry
 from .downloads import one_download
 from .images import ImageData
-from .tables.table import Table
+from .tables import Table
 
 __all__ = ["get_dataset", "get_table", "table_columns"]
 
@@ -70,7 +70,7 @@ def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
         DataError: it cannot be read.
     """
     if name == "table":
-        from .tables.own import table_columns
+        from .tables import table_columns
 
         return table_columns(root)
     return get_table(name, root=root).columns

@@ -10,8 +10,7 @@ import torch
 
 from ..core.random_streams import Stream, seeded
 from ..data import ImageData, get_dataset, get_table
-from ..data.tables.checks import check_columns
-from ..data.tables.table import Table
+from ..data.tables import Table, check_columns
 from ..errors import ConfigError, DataError
 from ..plugins import registry
 from ..recipes.recipe import Data, Recipe, TableData

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.objective import bits_per_dim
-from ..data.tables.table import Table
+from ..data.tables import Table
 from ..flows.multiscale import dequantize, random_flip
 from ..recipes.recipe import TableData
 from .samples import sample_images, sample_rows, save_corner, save_grid

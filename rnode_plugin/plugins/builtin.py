@@ -48,7 +48,7 @@ def rnode_register_datasets() -> Mapping[str, str]:
         "imagenet64": "rnode_plugin.data:imagenet64",
         "celebahq256": "rnode_plugin.data:celebahq256",
         "folder": "rnode_plugin.data:folder",
-        "table": "rnode_plugin.data.tables.own:table",
+        "table": "rnode_plugin.data.tables:table",
     }
 
 

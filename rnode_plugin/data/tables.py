@@ -1,0 +1,240 @@
+"""Tables: :class:`Table` with its split, a file of one's own as one, and checks of the columns."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError, suggest
+from .images import shuffled
+from .table_files import column_names, leave_out, read_with_notes
+
+__all__ = ["CELLS", "Table", "check_columns", "split_rows", "table", "table_columns"]
+
+CELLS = (
+    "radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension",
+)  # fmt: skip
+"""Columns of the table that comes along: means over the cell nuclei in an image, in the units of the file."""
+
+_FEWEST = 20  # rows: with fewer, the parts of a split say nothing
+_PARTS = ("train", "val", "held_out")
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table of real numbers for density estimation.
+
+    Attributes:
+        name: what messages and runs call it.
+        columns: their names.
+        train: rows ``(N, len(columns))``, float.
+        val: rows whose likelihood says which weights are the best.
+        held_out: rows that measure the result.
+        notes: choices made while reading the file, in a sentence each.
+
+    Raises:
+        DataError: the arrays are not such rows.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    train: np.ndarray
+    val: np.ndarray
+    held_out: np.ndarray
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for part in _PARTS:
+            rows = getattr(self, part)
+            if rows.ndim != 2 or rows.shape[1] != len(self.columns) or rows.dtype.kind != "f":
+                raise DataError(
+                    f"{self.name}: the {part} rows are {rows.dtype} {rows.shape}; they must be floating-point "
+                    f"numbers of shape (N, {len(self.columns)})."
+                )
+            if len(rows) == 0:
+                raise DataError(f"{self.name}: there are no {part} rows.")
+
+    def select(self, columns: Sequence[str]) -> Table:
+        """The same rows with these columns, in this order.
+
+        Raises:
+            DataError: one of them is not there; those that are get listed.
+        """
+        for name in columns:
+            if name not in self.columns:
+                raise DataError(f"{self.name}: {suggest(name, self.columns, 'column')}")
+        at = [self.columns.index(name) for name in columns]
+        parts = {part: np.ascontiguousarray(getattr(self, part)[:, at]) for part in _PARTS}
+        return dataclasses.replace(self, columns=tuple(columns), **parts)
+
+    def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
+        """The same table with at most so many rows to train on and to choose weights by, always the same ones."""
+        return dataclasses.replace(self, train=_limited(self.train, n_train), val=_limited(self.val, n_val))
+
+    def single(self) -> Table:
+        """The same rows in 32-bit numbers, in which a flow computes.
+
+        Raises:
+            DataError: a value is outside of their range.
+        """
+        largest = np.max([np.abs(getattr(self, part)).max(0) for part in _PARTS], axis=0)
+        for name, value in zip(self.columns, largest, strict=True):
+            if value > np.finfo(np.float32).max:
+                raise DataError(
+                    f"the column {name!r} of {self.name} has values of size {value:.3g}, outside of 32-bit "
+                    "numbers: divide it by a constant c, which lowers its NLL by log(c)."
+                )
+        return dataclasses.replace(self, **{part: getattr(self, part).astype(np.float32) for part in _PARTS})
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in all parts."""
+        return sum(len(getattr(self, part)) for part in _PARTS)
+
+    def checksum(self) -> str:
+        """A hash of the values and of the split."""
+        found = hashlib.sha256()
+        for part in _PARTS:
+            rows = np.ascontiguousarray(getattr(self, part), dtype="<f8")
+            found.update(f"{rows.shape}".encode())
+            found.update(rows.data)
+        return found.hexdigest()[:16]
+
+
+def split_rows(
+    name: str,
+    columns: Sequence[str],
+    rows: np.ndarray,
+    *,
+    validation: float,
+    held_out: float,
+    seed: int,
+    notes: Sequence[str] = (),
+) -> Table:
+    """Draw the parts of a table at random.
+
+    Args:
+        name, columns, notes: of the table.
+        rows: all rows ``(N, C)``.
+        validation, held_out: shares of the rows; each part has one row at least.
+        seed: of the draw.
+
+    Raises:
+        DataError: too few rows.
+    """
+    if len(rows) < _FEWEST:
+        raise DataError(f"{name} has {len(rows)} rows: a density needs {_FEWEST} at least, and better hundreds.")
+    order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
+    n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
+    parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
+    if len(parts[2]) == 0:
+        raise DataError(f"{name} has {len(rows)} rows: the held-out shares leave none to train on.")
+    return Table(name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0], notes=tuple(notes))
+
+
+def _limited(rows: np.ndarray, n: int | None) -> np.ndarray:
+    if n is None or n >= len(rows):
+        return rows
+    if n < 1:
+        raise ConfigError(f"a limit on the number of rows must be at least 1, not {n}.")
+    return rows[np.sort(shuffled(len(rows))[:n])]
+
+
+def table(
+    *,
+    root: str | None = None,
+    columns: Sequence[str] = (),
+    validation: float = 0.1,
+    held_out: float = 0.1,
+    split_seed: int = 0,
+) -> Table:
+    """A file of one's own (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.
+
+    Args:
+        root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy``, ``.npz`` or ``.parquet`` file; None for scikit-learn's table
+            (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
+        columns: names of those to read; none for all.
+        validation, held_out: shares of the rows, see :class:`~rnode_plugin.data.tables.Table`.
+        split_seed: of their draw.
+
+    Raises:
+        DataError: see :func:`~rnode_plugin.data.tables.read_columns`; too few rows.
+    """
+    columns = tuple(columns) or table_columns(root)
+    notes: tuple[str, ...] = ()
+    if root is None:
+        name, rows = "table", _cells()
+        rows = Table(name, CELLS, rows, rows, rows).select(columns).train
+    else:
+        name = str(root)
+        rows, notes = read_with_notes(root, columns)
+    return split_rows(name, columns, rows, validation=validation, held_out=held_out, seed=split_seed, notes=notes)
+
+
+def table_columns(root: str | None) -> tuple[str, ...]:
+    """Names of all columns of :func:`table`."""
+    return CELLS if root is None else column_names(root)
+
+
+def _cells() -> np.ndarray:
+    from sklearn.datasets import load_breast_cancer
+
+    loaded: Any = load_breast_cancer()
+    names = [str(name) for name in loaded["feature_names"]]
+    return np.asarray(loaded["data"], dtype=np.float64)[:, [names.index(f"mean {cell}") for cell in CELLS]]
+
+
+# Columns without a density -------------------------------------------------------------------------------------
+
+_RESOLVED = 1e-5  # deviation over size: 32-bit numbers have seven digits, of which two are left for the values
+_DEPENDENT = 1e-6  # share of a column's deviation that the other columns do not determine
+_ROWS = 100_000  # enough to find a dependent column
+
+
+def check_columns(table: Table, modelled: int) -> None:
+    """Refuse a table whose rows have no density that 32-bit numbers could show.
+
+    Args:
+        table: its first ``modelled`` columns are the density's, the rest are given.
+        modelled: how many.
+
+    Raises:
+        DataError: a constant column, one whose values differ by too little, one that is a linear function of the
+            others, or fewer training rows than columns.
+    """
+    rows = np.asarray(table.train[:_ROWS], dtype=np.float64)
+    if len(rows) <= rows.shape[1]:
+        raise DataError(f"{table.name}: {len(rows)} training rows are too few for {rows.shape[1]} columns.")
+    for name, column in zip(table.columns, rows.T, strict=True):
+        what = f"the column {name!r} of {table.name}"
+        largest = np.abs(column).max()
+        if column.min() == column.max():
+            raise DataError(
+                f"{what} is {column[0]:g} in all training rows, so it has no density: "
+                f"{leave_out(table.columns, name)}"
+            )
+        if largest < np.finfo(np.float32).tiny:
+            raise DataError(f"{what} has values of size {largest:.3g}, too small for 32-bit numbers: multiply it.")
+        spread = (column / largest).std() * largest  # without an overflow
+        if spread < _RESOLVED * largest:
+            raise DataError(
+                f"{what} is {column.mean():.10g} ± {spread:.2g}: 32-bit numbers do not tell its values apart. "
+                f"Subtract {column.mean():.6g} from it, which changes no likelihood."
+            )
+    scaled = rows / np.abs(rows).max(0)
+    standard = (scaled - scaled.mean(0)) / scaled.std(0)
+    # the given columns first: one that they determine has no conditional density either
+    order = [*range(modelled, rows.shape[1]), *range(modelled)]
+    alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
+    for place, share in zip(order, alone, strict=True):
+        if share < _DEPENDENT and place < modelled:
+            name = table.columns[place]
+            raise DataError(
+                f"the column {name!r} of {table.name} is a linear function of the others, so the rows have no "
+                f"density together: {leave_out(table.columns, name)}"
+            )

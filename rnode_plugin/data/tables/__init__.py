@@ -1,1 +1,0 @@
-"""Tables: files of numbers with named columns, their splits, and the published benchmark sets."""
