@@ -32,7 +32,7 @@ from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.files import check_path_name
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports import content
+from rnode_plugin.reports import page
 from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 TINY = [
@@ -52,7 +52,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
     """What the comparisons of a test start instead of ``rnode-cli train``."""
     fake = FakeTraining(tmp_path / "fake", write_run(tmp_path / "run", get_recipe("digits")))
     monkeypatch.setattr(worker, "_COMMAND", fake.command)
-    monkeypatch.setattr(content, "make_panels", lambda arms: [])  # drawing takes longer than all else
+    monkeypatch.setattr(page, "make_panels", lambda arms: [])  # drawing takes longer than all else
     return fake
 
 

@@ -21,8 +21,8 @@ from rnode_plugin.cli.runs import CHECK_FAILED
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.loading import held_out_samples
-from rnode_plugin.reports.figures.diagnosis import diagnosis_panels
-from rnode_plugin.reports.reading import read_run
+from rnode_plugin.reports.diagnosis import diagnosis_panels
+from rnode_plugin.reports.runs import read_run
 from rnode_plugin.training.runs.folder import RunFolder
 
 NAMES = ["round trip", "trace", "training solver", "tolerance", "path", "two samples"]

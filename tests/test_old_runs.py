@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from rnode_plugin import load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports.reading import read_run
+from rnode_plugin.reports.runs import read_run
 
 OLD = Path(__file__).parent / "old_runs"
 # the last bits of a sum depend on the processor and on torch; the steps of training make more of them

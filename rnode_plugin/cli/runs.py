@@ -144,7 +144,7 @@ def diagnose(
     from ..evaluation.loading import held_out_samples, pick_device
     from ..evaluation.measures import measure_of
     from ..files import write_atomically
-    from ..reports.figures.diagnosis import diagnosis_panels
+    from ..reports.diagnosis import diagnosis_panels
     from ..training.runs.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..training.runs.folder import DIAGNOSIS, RunFolder
 

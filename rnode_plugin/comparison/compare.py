@@ -13,7 +13,7 @@ from ..errors import ConfigError, TrainingError
 from ..evaluation.loading import load_for_training
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
-from ..reports.reading import Run, read_run
+from ..reports.runs import Run, read_run
 from ..training.runs.resume import newest_intact
 from ..training.schedule import RunPlan
 from .arm_checks import check_arm

@@ -1,19 +1,25 @@
-"""Arms: runs that differ by their seed only, each arm with a label, a colour, a line style and a marker."""
+"""Arms: runs that differ by their seed only, what they measured on average, and the difference of two arms."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..core.schedules import final_strength, strength_text
 from ..evaluation.measures import Measure
-from ..recipes.recipe import Recipe
-from .reading import Run, arm_of
+from ..recipes.recipe import Recipe, TableData
+from .runs import Run, arm_of
 
-__all__ = ["Arm", "Look", "group_runs"]
+__all__ = ["Arm", "Difference", "Look", "base_of", "by_strength", "group_runs", "paired_difference", "penalties_of"]
+
+_LEVEL = 0.95
+_RESOLUTION = 1e-5  # bits/dim, nats: single precision tells no smaller differences apart
 
 
 class Look(NamedTuple):
@@ -54,7 +60,7 @@ class Arm:
 
     Attributes:
         label: tells it apart from the other arms of a report.
-        name: what it trains on, see :func:`~rnode_plugin.reports.reading.arm_of`.
+        name: what it trains on, see :func:`~rnode_plugin.reports.runs.arm_of`.
         runs: one for each seed.
         look: how it is drawn.
     """
@@ -66,13 +72,46 @@ class Arm:
 
     @property
     def measure(self) -> Measure[Any]:
-        """What is measured of its kind of data, the same for all arms of a report."""
+        """The measure of its kind of data, the same for all arms of a report."""
         return self.runs[0].measure
 
     @property
     def recipe(self) -> Recipe:
         """The settings that all of its runs share, but for the seed."""
         return self.runs[0].recipe
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of its runs have a result."""
+        return all(run.result is not None for run in self.runs)
+
+    def mean(self, name: str) -> float:
+        """The mean of a quantity over the runs; NaN if one of them has not measured it.
+
+        Args:
+            name: a quantity of the measure (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
+                ``nfe_test``, ``nfe_train``, ``gap``, ``train_seconds``, ``seconds_per_step``, ``steps``, or the
+                name of a penalty.
+        """
+        return float(np.mean([run.numbers.get(name, math.nan) for run in self.runs]))
+
+    def error(self, name: str) -> float | None:
+        """Standard error of a score or of ``nfe_test``: over the seeds; with one seed over the samples.
+
+        None if it is not known: no error of one NFE, nor of a run that is not finished.
+        """
+        if len(self.runs) > 1:
+            return float(np.std([run.numbers[name] for run in self.runs], ddof=1) / len(self.runs) ** 0.5)
+        result = self.runs[0].result
+        if result is None or name == "nfe_test":
+            return None
+        return result["evaluation"][name][f"stderr_{self.measure.samples}"]
+
+
+def penalties_of(arms: Sequence[Arm]) -> list[str]:
+    """Names of all penalties that some run has measured, ``jacfrob`` and ``kinetic`` first."""
+    names = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.penalties)
+    return sorted(names, key=lambda name: {"jacfrob": 0, "kinetic": 1}.get(name, 2))
 
 
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
@@ -81,20 +120,17 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     for run in runs:
         seedless = dataclasses.replace(run.recipe, training=dataclasses.replace(run.recipe.training, seed=0))
         groups.setdefault(repr(seedless.to_plain()), []).append(run)
-    names = [arm_of(group[0].recipe) for group in groups.values()]
-    order = list(dict.fromkeys([*_LOOKS, *names]))
-    members = sorted(map(tuple, groups.values()), key=lambda group: _place(group[0].recipe, order))
+    order = list(dict.fromkeys([*_LOOKS, *(arm_of(group[0].recipe) for group in groups.values())]))
+    members = sorted(
+        groups.values(), key=lambda group: (order.index(arm_of(group[0].recipe)), by_strength(group[0].recipe))
+    )
     spare, taken, arms = _more_looks(), set(), []
     for label, group in zip(_labels([group[0] for group in members]), members, strict=True):
         name = arm_of(group[0].recipe)
         look = _LOOKS[name] if name in _LOOKS and name not in taken else next(spare)
         taken.add(name)
-        arms.append(Arm(label, name, group, look))
+        arms.append(Arm(label, name, tuple(group), look))
     return arms
-
-
-def _place(recipe: Recipe, order: Sequence[str]) -> tuple[int, list[tuple[str, float, str]]]:
-    return order.index(arm_of(recipe)), by_strength(recipe)
 
 
 def by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
@@ -122,3 +158,73 @@ def _with_lambdas(recipe: Recipe) -> str:
     used = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
     terms = [f"{name}={strength_text(strength)}" for name, strength in used.items()]
     return "+".join(terms) or arm_of(recipe)
+
+
+# ---- differences ----
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference in the unit of the measure and how far it can be trusted.
+
+    Attributes:
+        mean: negative if the arm is better than the one it is compared with.
+        error: standard error of the mean, from ``count`` paired differences.
+        count: how many there are.
+        unit: what they are differences of: ``seeds``, ``images`` or ``rows``.
+    """
+
+    mean: float
+    error: float
+    count: int
+    unit: str
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``."""
+        from scipy.stats import t
+
+        if abs(self.mean) <= max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error):
+            return "no difference shown"
+        return "better" if self.mean < 0 else "worse"
+
+
+def base_of(arms: Sequence[Arm]) -> Arm:
+    """The arm that the others are compared with: one without penalties, preferably with the others' solver."""
+    plain = [arm for arm in arms if arm.name == "none"] or list(arms)
+    solvers = [arm.recipe.solver for arm in arms if arm.name != "none"]
+    return next((arm for arm in plain if arm.recipe.solver in solvers), plain[0])
+
+
+def paired_difference(arm: Arm, base: Arm) -> Difference | None:
+    """Scores of ``arm`` minus those of ``base`` on the same held-out samples with the same noise.
+
+    The scores are the first quantity of the measure: dirty bits/dim of images. Over the seeds that both have, if
+    there are several: the difference for one seed is a mean over the samples. With one seed over the samples. None
+    if nothing can be paired.
+    """
+    pairs = [(one, other) for one in arm.runs for other in base.runs if _same_samples(one, other)]
+    name = arm.measure.quantities[0].name
+    differences = [one.scores[name] - other.scores[name] for one, other in pairs]
+    if not differences:
+        return None
+    unit = arm.measure.samples if len(differences) == 1 else "seeds"
+    values = differences[0] if unit != "seeds" else np.array([each.mean() for each in differences])
+    if len(values) < 2:
+        return None
+    return Difference(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values), unit)
+
+
+def _same_samples(one: Run, other: Run) -> bool:
+    """Whether sample by sample both saw the same values and noise."""
+
+    def shown(run: Run) -> tuple[object, ...]:
+        # the noise is a function of the seed and of a sample's place in its batch
+        data, training = run.recipe.data, run.recipe.training
+        if isinstance(data, TableData):
+            chosen = (data.root, data.modelled, data.given, data.validation, data.held_out, data.split_seed)
+        else:
+            chosen = (data.root, data.shape, data.levels, training.val_images)
+        return (data.name, *chosen, data.val_batch_size, training.seed, len(run.scores[run.measure.sample]))
+
+    return len(one.scores[one.measure.sample]) > 0 and shown(one) == shown(other)

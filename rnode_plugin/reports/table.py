@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from ..core.regularizers import undivided
 from ..core.schedules import strength_text
-from ..recipes.recipe import Paper
+from ..errors import RnodeError
+from ..plugins.registry import get_regularizer
 from ..solvers.config import solver_text
 from ..text import change_with_error, duration, significant, with_error
-from .arms import Arm
-from .differences import base_of, paired_difference
-from .measured import error_of, last_steps, mean_of, penalties_of
-from .notes import table_notes
+from .arms import Arm, base_of, paired_difference, penalties_of
 
-__all__ = ["Column", "Row", "Table", "make_table"]
+__all__ = ["Column", "Row", "Table", "against_base", "is_divided", "make_table"]
 
 
 @dataclass(frozen=True)
@@ -44,155 +44,104 @@ class Table:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Quantity:
-    """A row before it is text.
-
-    Attributes:
-        name, meaning: see :class:`Row`.
-        text: the cell of an arm.
-        paper: the cell of a run of the paper; None if the paper does not say it.
-        always: whether the row is there even if all of its cells are empty.
-    """
+class _Line(NamedTuple):
+    """A row before it is text: the cell of an arm."""
 
     name: str
     meaning: str
-    text: Callable[[Arm], str]
-    paper: Callable[[_PaperRun], str] | None = None
-    always: bool = True
-
-
-@dataclass(frozen=True)
-class _PaperRun:
-    """One of the two runs for which the paper gives figures (its tables 1 and 2)."""
-
-    label: str
-    dirty: float
-    hours: float
-    gpus: int
-    clean: float | None = None
-    parameters: int | None = None
+    cell: Callable[[Arm], str]
 
 
 def make_table(arms: Sequence[Arm]) -> Table:
-    """The table of some arms; with the paper's figures if the recipes of all arms carry the same ones."""
-    base = base_of(arms)
-    of_paper = _paper_runs(arms)
-    columns = [Column(arm.label) for arm in arms] + [Column(run.label, paper=True) for run in of_paper]
-    rows = (_row(quantity, arms, of_paper) for quantity in _quantities(arms, base))
-    return Table(
-        columns=tuple(columns),
-        rows=tuple(row for row in rows if row is not None),
-        notes=tuple(table_notes(arms, base, paper=bool(of_paper))),
-    )
+    """The table of some arms; with the paper's figures if the recipes of all arms carry the same ones.
+
+    Quantities that no arm has measured have no row.
+    """
+    base, papers = base_of(arms), _paper_columns(arms)
+    rows = []
+    for name, meaning, cell in _lines(arms, base):
+        cells = (*map(cell, arms), *(known.get(name, "") for known in papers.values()))
+        if any(cells):
+            rows.append(Row(name, meaning, cells))
+    columns = [*(Column(arm.label) for arm in arms), *(Column(label, paper=True) for label in papers)]
+    return Table(tuple(columns), tuple(rows), tuple(_notes(arms, base, paper=bool(papers))))
 
 
-def _paper_runs(arms: Sequence[Arm]) -> list[_PaperRun]:
-    papers: set[Paper | None] = {arm.recipe.paper for arm in arms}
-    paper = papers.pop() if len(papers) == 1 else None
-    if paper is None:
-        return []
-    runs = [
-        _PaperRun("RNODE, the paper", paper.bits_dirty, paper.hours, paper.gpus, paper.bits_clean, paper.parameters)
-    ]
-    if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
-        runs.append(_PaperRun("FFJORD, the paper", paper.vanilla_bits, paper.vanilla_hours, paper.gpus))
-    return runs
-
-
-def _row(quantity: _Quantity, arms: Sequence[Arm], of_paper: Sequence[_PaperRun]) -> Row | None:
-    cells = [quantity.text(arm) for arm in arms]
-    cells += [quantity.paper(run) if quantity.paper is not None else "" for run in of_paper]
-    return Row(quantity.name, quantity.meaning, tuple(cells)) if quantity.always or any(cells) else None
-
-
-def _quantities(arms: Sequence[Arm], base: Arm) -> list[_Quantity]:
+def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
     """All rows, from the top."""
-    return [*_likelihoods(base), *_costs(arms), *_settings()]
-
-
-def _likelihoods(base: Arm) -> list[_Quantity]:
     measure = base.measure
-    rows = [
-        _Quantity(each.heading, each.meaning, _score(each.name), _OF_PAPER.get(each.name))
-        for each in measure.quantities
-    ]
-    compared = _Quantity(
-        f"against {base.label}",
-        f"{rows[0].name}, {measure.sample} by {measure.sample}",
-        lambda arm: _difference(arm, base),
-        always=False,
+    for number, each in enumerate((*measure.quantities, *measure.baselines)):
+        yield _Line(each.heading, each.meaning, _score(each.name))
+        if number == 0:
+            meaning = f"{each.heading}, {measure.sample} by {measure.sample}"
+            yield _Line(f"against {base.label}", meaning, lambda arm: _difference(arm, base))
+    yield _Line("NFE, test", "adaptive solver, per batch, all blocks", _known("nfe_test"))
+    yield _Line("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train"))
+    for name in penalties_of(arms):
+        heading, meaning = _PENALTIES.get(name, (name, "penalty / dim" if is_divided(name) else "penalty"))
+        yield _Line(heading, f"{meaning}, test solver", _known(name))
+    accurate = "ones" if measure.metric == "bpd" else "one"
+    yield from (
+        _Line(
+            "solver gap",
+            f"{measure.likelihood} by the training solver, less the accurate {accurate}",
+            _known("gap", lambda gap: f"{gap:+.4f}".replace("-", "−")),
+        ),
+        _Line("training time", "without validation", _known("train_seconds", duration)),
+        _Line("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
+        _Line("steps", "", lambda arm: f"{arm.mean('steps'):,.0f}"),
+        _Line("parameters", "", lambda arm: f"{arm.runs[0].parameters:,}"),
+        _Line("training solver", "", _training_solver),
+        _Line("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
+        _Line("λ", "", _lambdas),
+        _Line("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.runs)),
+        _Line("device", "of each run", _devices),
+        _Line("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
     )
-    baselines = [
-        _Quantity(each.heading, each.meaning, _score(each.name), always=False) for each in measure.baselines
-    ]
-    return [rows[0], compared, *rows[1:], *baselines]
 
 
-_OF_PAPER: dict[str, Callable[[_PaperRun], str]] = {
-    "dirty": lambda run: f"{run.dirty:g}",
-    "clean": lambda run: "" if run.clean is None else f"{run.clean:g}",
+_PENALTIES = {
+    "jacfrob": ("Jacobian norm", "∫ ‖εᵀ∇f‖² dt / dim"),
+    "kinetic": ("kinetic energy", "∫ ‖f‖² dt / dim"),
 }
 
 
-def _costs(arms: Sequence[Arm]) -> list[_Quantity]:
-    return [
-        _Quantity("NFE, test", "adaptive solver, per batch, all blocks", _known("nfe_test")),
-        _Quantity("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")),
-        *(_penalty(name) for name in penalties_of(arms)),
-        _Quantity("solver gap", _less_accurate(arms[0]), _known("gap", _signed)),
-        _Quantity(
-            "training time",
-            "without validation",
-            _known("train_seconds", duration),
-            lambda run: f"{run.hours:g} h on {run.gpus} GPU" + ("s" if run.gpus > 1 else ""),
-        ),
-        _Quantity("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
-    ]
+def is_divided(name: str) -> bool:
+    """Whether the objective divides a penalty by the number of dimensions: one that is a sum over them."""
+    try:
+        return not undivided([get_regularizer(name)])
+    except RnodeError:  # of a plugin that is not installed here
+        return True
 
 
-def _settings() -> list[_Quantity]:
-    return [
-        _Quantity("steps", "", lambda arm: f"{mean_of(arm, 'steps'):,.0f}"),
-        _Quantity("parameters", "", lambda arm: f"{arm.runs[0].parameters:,}", _parameters_of_paper),
-        _Quantity("training solver", "", _training_solver),
-        _Quantity("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
-        _Quantity("λ", "", _lambdas),
-        _Quantity("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.runs)),
-        _Quantity("device", "of each run", _devices),
-        _Quantity("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
-    ]
+def _paper_columns(arms: Sequence[Arm]) -> Mapping[str, Mapping[str, str]]:
+    """The cells by row of the two runs for which the paper gives figures (its tables 1 and 2)."""
+    paper, *others = {arm.recipe.paper for arm in arms}
+    if paper is None or others:
+        return {}
+
+    def time(hours: float) -> str:
+        return f"{hours:g} h on {paper.gpus} GPU" + ("s" if paper.gpus > 1 else "")
+
+    rnode = {"bits/dim, dirty": f"{paper.bits_dirty:g}", "training time": time(paper.hours)}
+    if paper.bits_clean is not None:
+        rnode["bits/dim, clean"] = f"{paper.bits_clean:g}"
+    if paper.parameters is not None:
+        rnode["parameters"] = f"{paper.parameters:.2e}".replace("e+0", "e")  # as the paper writes it
+    columns = {"RNODE, the paper": rnode}
+    if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
+        vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g}", "training time": time(paper.vanilla_hours)}
+        columns["FFJORD, the paper"] = vanilla
+    return columns
 
 
 def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[Arm], str]:
     """The mean of a quantity as text; empty if it was not measured."""
-    return lambda arm: "" if math.isnan(value := mean_of(arm, name)) else text(value)
-
-
-def _less_accurate(arm: Arm) -> str:
-    accurate = "ones" if arm.measure.metric == "bpd" else "one"
-    return f"{arm.measure.likelihood} by the training solver, less the accurate {accurate}"
+    return lambda arm: "" if math.isnan(value := arm.mean(name)) else text(value)
 
 
 def _score(name: str) -> Callable[[Arm], str]:
-    return lambda arm: _known(name, lambda value: with_error(value, error_of(arm, name)))(arm)
-
-
-def _penalty(name: str) -> _Quantity:
-    known = {
-        "jacfrob": ("Jacobian norm", "∫ ‖εᵀ∇f‖² dt / dim, test solver"),
-        "kinetic": ("kinetic energy", "∫ ‖f‖² dt / dim, test solver"),
-    }
-    label, meaning = known.get(name, (name, "penalty / dim, test solver"))
-    return _Quantity(label, meaning, _known(name))
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def _parameters_of_paper(run: _PaperRun) -> str:
-    return "" if run.parameters is None else f"{run.parameters:.2e}".replace("e+0", "e")  # as the paper writes it
+    return lambda arm: _known(name, lambda value: with_error(value, arm.error(name)))(arm)
 
 
 def _difference(arm: Arm, base: Arm) -> str:
@@ -203,7 +152,7 @@ def _difference(arm: Arm, base: Arm) -> str:
 
 
 def _training_solver(arm: Arm) -> str:
-    ends = dict.fromkeys(f"{step:g}" for step in last_steps(arm))
+    ends = dict.fromkeys(f"{run.step_size:g}" for run in arm.runs if not math.isnan(run.step_size))
     return solver_text(arm.recipe.solver) + (f" ({', '.join(ends)} at the end)" if ends else "")
 
 
@@ -220,3 +169,78 @@ def _devices(arm: Arm) -> str:
         on_cpu = environment.get("cuda") is None and threads is not None
         found[str(environment["device"]) + (f", {threads} thread{'s' * (threads != 1)}" if on_cpu else "")] = None
     return "; ".join(found)
+
+
+# ---- sentences around the table ----
+
+
+def _notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> Iterator[str]:
+    """The notes below the table, of those that apply."""
+    measure = base.measure
+    samples, sample, likelihood = measure.samples, measure.sample, measure.likelihood
+    differences = (paired_difference(arm, base) for arm in arms if arm is not base)
+    units = {difference.unit for difference in differences if difference is not None}
+    over = f"over the held-out {samples}"
+    if any(len(arm.runs) > 1 for arm in arms):
+        over = f"over the seeds; with one seed {over}"
+    yield (
+        f"± is the standard error {over}. {likelihood[0].upper()}{likelihood[1:]}, test NFE and penalties are "
+        f"those of the weights with the lowest validation {likelihood}, on the same held-out {samples}."
+    )
+    if units:
+        yield (
+            f"The row “against {base.label}” is a mean of differences between two arms, {sample} by {sample}, "
+            f"with its standard error: much of the error of each arm's own {likelihood} is shared and drops out. "
+            "It says “better” or “worse” if the 95 % interval leaves zero out."
+        )
+    if samples in units:
+        yield (
+            f"With one seed that interval covers the choice of the {samples} and their noise, not how another "
+            "training run would have ended; several seeds (--seeds 3) show that."
+        )
+    if measure.metric == "bpd":
+        yield (
+            "Dirty bits/dim bound the discrete likelihood of the images from above, in expectation; clean ones "
+            "bound nothing and are shown because the paper shows them."
+        )
+    else:
+        yield (
+            "NLL is the mean of −log p in nats per row of the data as they are, in the unit of the table, on rows "
+            "that neither trained the weights nor chose them. Lower is better; a change of unit moves the NLL of "
+            "all densities alike."
+        )
+    if not all(arm.finished for arm in arms):
+        yield "A run that is not finished shows its last validation, without a standard error."
+    if paper:
+        yield (
+            "Columns of the paper hold the paper's own figures (Finlay et al. 2020, tables 1 and 2), of another "
+            "machine (GeForce RTX 2080 Ti if it says so); nothing in them was measured here."
+        )
+
+
+def against_base(arms: Sequence[Arm]) -> list[str]:
+    """One sentence for each finished arm: its difference from the arm without penalties, or from the first."""
+    base = base_of(arms)
+    others = [arm for arm in arms if arm is not base and arm.recipe.data.name == base.recipe.data.name]
+    return [_sentence(arm, base) for arm in others if arm.finished and base.finished]
+
+
+def _sentence(arm: Arm, base: Arm) -> str:
+    difference = paired_difference(arm, base)
+    parts = []
+    if difference is not None:
+        change = change_with_error(difference.mean, difference.error)
+        parts = [
+            f"{arm.measure.likelihood} {change} over {difference.count} {difference.unit} ({difference.verdict})"
+        ]
+    for name, text in (
+        ("nfe_test", "test NFE"),
+        ("jacfrob", "Jacobian norm"),
+        ("kinetic", "kinetic energy"),
+        ("seconds_per_step", "time per step"),
+    ):
+        before = base.mean(name)
+        ratio = arm.mean(name) / before if before else math.nan
+        if not math.isnan(ratio):
+            parts.append(f"{text} × {significant(ratio)}")
+    return f"{arm.label} against {base.label}: {', '.join(parts)}."

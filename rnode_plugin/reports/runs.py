@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ Columns = Mapping[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds.
+    """The contents of a run folder.
 
     Attributes:
         path: the folder.
@@ -80,6 +81,49 @@ class Run:
     def parameters(self) -> int:
         """Number of trained numbers of the model."""
         return sum(each.numel() for each in self.recipe.build_flow().parameters())
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """Mean integrals: of the best weights, or at the last validation of a run that has not come to them."""
+        if self.result is not None:
+            return self.result["evaluation"]["penalties"]
+        followed = dict.fromkeys(["kinetic", "jacfrob", *self.recipe.regularizers])
+        return {name: _last(self.checks[f"val/{name}"]) for name in followed if f"val/{name}" in self.checks}
+
+    @property
+    def step_size(self) -> float:
+        """The last step of ``solver.step=auto``; NaN of other solvers."""
+        return _last(self.steps.get("train/step_size"))
+
+    @functools.cached_property
+    def numbers(self) -> Mapping[str, float]:
+        """What was measured, NaN where it was not: see :meth:`~rnode_plugin.reports.arms.Arm.mean`.
+
+        Scores and test NFE are of the best weights, or of the last validation of a run that has not come to them.
+        """
+        measure = self.measure
+        if self.result is not None:
+            evaluation = self.result["evaluation"]
+            known = [each.name for each in (*measure.quantities, *measure.baselines) if evaluation.get(each.name)]
+            found = {name: evaluation[name]["mean"] for name in known} | {"nfe_test": evaluation["nfe_mean"]}
+        else:
+            first = measure.quantities[0].name
+            found = {
+                first: _last(self.checks[f"val/{measure.metric}"]),
+                "nfe_test": _last(self.checks.get("val/nfe")),
+            }
+        nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
+        gaps, scores = self.checks.get("val/gap"), self.checks[f"val/{measure.metric}"]
+        return {
+            **self.penalties,
+            **found,
+            # of the best validation, whose weights the table is about
+            "gap": math.nan if gaps is None else float(gaps[np.argmin(scores)]),
+            "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
+            "train_seconds": _last(self.steps["train_seconds"]),
+            "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
+            "steps": self.done,
+        }
 
 
 def arm_of(recipe: Recipe) -> str:
@@ -258,6 +302,10 @@ def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
         except (TypeError, ValueError):
             continue
     return numbers
+
+
+def _last(values: NDArray[np.float64] | None) -> float:
+    return float(values[-1]) if values is not None and len(values) else math.nan
 
 
 def _columns(rows: list[dict[str, float]], needed: tuple[str, ...]) -> Columns:

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...evaluation.diagnostics.result import Check, Diagnosis
-from .drawing import draw, legend
-from .figures import Panel
+from ..evaluation.diagnostics.result import Check, Diagnosis
+from .figures import Panel, draw, legend
 
 __all__ = ["diagnosis_panels"]
 

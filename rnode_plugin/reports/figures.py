@@ -1,0 +1,401 @@
+"""The figures of a report: likelihood against NFE, and the paper's figures 2, 3 and 5, each as PNG and SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..files import write_atomically
+from .arms import Arm, by_strength
+
+__all__ = ["Drawing", "Panel", "common_time", "draw", "legend", "make_panels", "plain_text", "rolling", "sweeps_of",
+           "trade_off"]  # fmt: skip
+
+Vector = NDArray[np.float64]
+
+_INK = "#24292f"  # of all text and frames
+_WINDOW = 1 / 20  # of the longest run: the paper averages over three hours of some sixty
+_SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
+_JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
+_KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
+_NFE = "NFE of the test solver [evaluations]"
+_RC: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#808080",
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 2.8,
+    "svg.fonttype": "none",
+}
+
+
+class Drawing(NamedTuple):
+    """A figure in two forms, on white."""
+
+    png: bytes
+    svg: bytes
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write ``NAME.png`` and ``NAME.svg``.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        for suffix, contents in self._asdict().items():
+            write_atomically(folder / f"{name}.{suffix}", lambda file, contents=contents: file.write(contents))
+
+
+def draw(
+    name: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (4.8, 3.5), **grid: Any
+) -> Drawing:
+    """What ``paint`` draws into axes.
+
+    Args:
+        name: of the figure. The same name and content give the same bytes again.
+        paint: is called with the axes, an array of them if there are several.
+        size: in inches. The default is still readable at the width of a phone.
+        grid: rows and columns of axes as ``Figure.subplots`` takes them; one by default.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({**_RC, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)  # no window system is asked for, whatever the user's backend
+        paint(figure.subplots(**grid))
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", dpi=160)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return Drawing(png.getvalue(), svg.getvalue())
+
+
+def plain_text(label: str) -> str:
+    """``label`` as matplotlib shows it to the letter: without mathematics, and even if it begins with ``_``."""
+    text = label.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def legend(axes: Any) -> None:
+    """A legend of what has a label, small and in two columns if there is much of it."""
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        many = len(handles) > 6
+        axes.legend(ncols=2 if many else 1, fontsize=7 if many else None)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure, drawn.
+
+    Attributes:
+        name: of its files.
+        title: what it shows.
+        caption: what has to be known to read it.
+        section: heading of the section that it belongs to.
+        drawing: as PNG and SVG.
+    """
+
+    name: str
+    title: str
+    caption: str
+    section: str
+    drawing: Drawing
+
+
+def make_panels(arms: Sequence[Arm]) -> list[Panel]:
+    """All panels for which the runs hold something."""
+    return [
+        Panel(name, title, caption, section, draw(name, paint))
+        for name, title, caption, section, paint in _figures(arms)
+    ]
+
+
+def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
+    """Name, title, caption, section and painter of each figure."""
+    logged = [arm for arm in arms if all(run.has_steps for run in arm.runs)]
+    checked = [arm for arm in arms if any(len(run.checks["step"]) for run in arm.runs)]
+    measure = arms[0].measure
+    likelihood, samples, sample = measure.likelihood, measure.samples, measure.sample
+    images = measure.metric == "bpd"
+    prefix = "bits" if images else measure.metric
+    in_time = f"{likelihood[0].upper()}{likelihood[1:]} against wall-clock time (the paper's figure 2)"
+
+    if len(points := trade_off(arms)) > 1:
+        caption = (
+            "Down and to the left is better. One mark for each arm, with the test solver, on the held-out "
+            f"{samples}. Bars are standard errors: over the seeds; with one seed over the {samples}, and none for "
+            f"NFE. They hold errors that the arms share; the table compares arms {sample} by {sample}. Thin lines "
+            "join arms whose penalties differ by lambda only."
+        )
+        title = f"Held-out {likelihood} against NFE"
+        yield f"{prefix}-nfe", title, caption, "What the penalties buy", lambda axes: _trade_off(axes, points)
+    if logged:
+        caption = (
+            "Each training batch: mean (line) and the middle 90 % (band) of the batches in a window of a "
+            "twentieth of the longest run. Time without validation; several seeds are averaged at equal steps, up "
+            "to the last step that all of them have reached."
+        )
+        title = f"Training {likelihood} against time"
+        yield f"{prefix}-training", title, caption, in_time, lambda axes: _scores_of_batches(axes, logged)
+    if not checked:
+        return
+    first = "Dirty bits/dim" if images else measure.quantities[0].heading
+    caption = (
+        f"{first} of the held-out {samples} at each validation, with the test solver. Time without validation."
+    )
+    title = f"Held-out {likelihood} against time"
+    yield f"{prefix}-validation", title, caption, in_time, lambda axes: _scores_of_checks(axes, checked)
+    caption = (
+        "One mark for each validation during training: evaluations that the adaptive test solver takes for a "
+        f"batch, against the Jacobian norm of the same solve. {_correlations(checked)}"
+    )
+    title, section = "NFE against the Jacobian norm", "NFE against the Jacobian norm (the paper's figure 3)"
+    yield "nfe-jacobian", title, caption, section, lambda axes: _nfe_against_jacobian(axes, checked)
+    caption = f"At each validation, on the held-out {samples}, with the test solver."
+    section = "What the penalties do during training (the paper's figure 5)"
+    for name, title, column, label in (
+        ("jacobian-epoch", "Jacobian norm during training", "val/jacfrob", _JACOBIAN),
+        ("kinetic-epoch", "Kinetic energy during training", "val/kinetic", _KINETIC),
+        ("nfe-epoch", "NFE during training", "val/nfe", _NFE),
+    ):
+        yield name, title, caption, section, lambda axes, c=column, lab=label: _by_epoch(axes, checked, c, lab)
+
+
+def _style(arm: Arm) -> dict[str, Any]:
+    return {"color": arm.look.colour, "linestyle": arm.look.line, "linewidth": 1.8}
+
+
+def _marks(arm: Arm) -> dict[str, Any]:
+    return {**_style(arm), "marker": arm.look.marker, "markersize": 4.5, "markeredgewidth": 0}
+
+
+def _time_unit(arms: Sequence[Arm]) -> tuple[float, float, str]:
+    """The longest training time in seconds, seconds of the unit for it, and the unit's name."""
+    longest = max((run.steps["train_seconds"].max(initial=0) for arm in arms for run in arm.runs), default=0)
+    return next((longest, size, name) for least, size, name in _SPAN_UNITS if longest >= least)
+
+
+def _scores_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
+    longest, unit, name = _time_unit(arms)
+    settled = []
+    for arm in arms:
+        column = f"train/{arm.measure.metric}"
+        time, scores = common_time(
+            [(run.steps["step"], run.steps["train_seconds"], run.steps[column]) for run in arm.runs]
+        )
+        curve = rolling(time, scores, window=longest * _WINDOW)
+        if len(curve.x):
+            axes.fill_between(curve.x / unit, curve.low, curve.high, color=arm.look.colour, alpha=0.18, linewidth=0)
+            axes.plot(curve.x / unit, curve.mean, label=plain_text(arm.label), **_style(arm))
+            settled.append((curve.x, curve.low, curve.high))
+    _cut_start(axes, settled)
+    axes.set_xlabel(f"training time [{name}]")
+    axes.set_ylabel(f"training batches, {arms[0].measure.score}")
+    legend(axes)
+
+
+def _scores_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
+    _, unit, name = _time_unit(arms)
+    settled = []
+    for arm in arms:
+        for number, run in enumerate(arm.runs):
+            time, scores = run.checks["train_seconds"], run.checks[f"val/{arm.measure.metric}"]
+            axes.plot(time / unit, scores, label=plain_text(arm.label) if number == 0 else None, **_marks(arm))
+            settled.append((time, scores, scores))
+    _cut_start(axes, settled)
+    axes.set_xlabel(f"training time [{name}]")
+    axes.set_ylabel(f"held-out, {arms[0].measure.score}")
+    legend(axes)
+
+
+def _cut_start(axes: Any, curves: Sequence[tuple[Any, Any, Any]]) -> None:
+    """Cut off the fall of the first tenth: it would flatten all differences that come later."""
+    late = [(low[x >= x.max() / 10], high[x >= x.max() / 10]) for x, low, high in curves if len(x) > 5]
+    if late:
+        bottom = min(float(low.min()) for low, _ in late)
+        top = max(float(high.max()) for _, high in late)
+        margin = 0.05 * (top - bottom) or 0.05
+        axes.set_ylim(bottom - margin, top + margin)
+
+
+def _nfe_against_jacobian(axes: Any, arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        jacobian, nfe = _pairs(arm)
+        axes.scatter(jacobian, nfe, s=26, color=arm.look.colour, marker=arm.look.marker, alpha=0.75, linewidth=0,
+                     label=plain_text(arm.label))  # fmt: skip
+    axes.set_xlabel(_JACOBIAN)
+    axes.set_ylabel(_NFE)
+    legend(axes)
+
+
+def _pairs(arm: Arm) -> tuple[Vector, Vector]:
+    def column(name: str) -> Vector:
+        return np.concatenate([run.checks.get(name, np.full(len(run.checks["step"]), np.nan)) for run in arm.runs])
+
+    return column("val/jacfrob"), column("val/nfe")
+
+
+def _correlations(arms: Sequence[Arm]) -> str:
+    """The correlation within each arm, if there are enough marks to speak of one."""
+    found = []
+    for arm in arms:
+        jacobian, nfe = _pairs(arm)
+        keep = np.isfinite(jacobian) & np.isfinite(nfe)
+        if keep.sum() >= 5 and nfe[keep].std() > 0 and jacobian[keep].std() > 0:
+            found.append(f"{arm.label} {np.corrcoef(jacobian[keep], nfe[keep])[0, 1]:.2f}".replace("-", "−"))
+    return f"Correlation: {', '.join(found)}." if found else ""
+
+
+def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str) -> None:
+    log = column != "val/nfe"
+    for arm in arms:
+        for number, run in enumerate(arm.runs):
+            if (values := run.checks.get(column)) is None:
+                continue
+            log = log and bool(np.nanmin(values, initial=math.inf) > 0)
+            name = plain_text(arm.label) if number == 0 else None
+            axes.plot(run.checks["epoch"], values, label=name, **_marks(arm))
+    if log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if high / low < 30:  # one or two powers of ten alone would be too few numbers
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(f"epoch [passes over the training {arms[0].measure.samples}]")
+    axes.set_ylabel(label)
+    legend(axes)
+
+
+# ---- curves ----
+
+
+class Rolling(NamedTuple):
+    """A smoothed curve: places, the mean around each, and the two ends of the band."""
+
+    x: Vector
+    mean: Vector
+    low: Vector
+    high: Vector
+
+
+def rolling(x: Vector, y: Vector, *, window: float, band: float = 0.9, points: int = 300) -> Rolling:
+    """Mean and central ``band`` of the values of ``y`` whose ``x`` is within half a window.
+
+    Args:
+        x: places ``(N,)``, in any order; several curves may be given as one.
+        y: values ``(N,)``; those that are not finite are left out.
+        window: width in the unit of ``x``.
+        band: share of the values between ``low`` and ``high``.
+        points: places at which the curve is evaluated, evenly spread.
+    """
+    keep = np.isfinite(x) & np.isfinite(y)
+    order = np.argsort(x[keep], kind="stable")
+    x, y = x[keep][order], y[keep][order]
+    if not len(x):
+        empty = np.array([])
+        return Rolling(empty, empty, empty, empty)
+    places = np.linspace(x[0], x[-1], points) if len(x) > 1 else x
+    first = np.searchsorted(x, places - window / 2, side="left")
+    last = np.searchsorted(x, places + window / 2, side="right")
+    kept, values = [], []
+    tails = [50 * (1 - band), 50 * (1 + band)]
+    for place, start, stop in zip(places, first, last, strict=True):
+        if stop > start:  # a pause longer than the window leaves a gap
+            inside = y[start:stop]
+            kept.append(place)
+            values.append((inside.mean(), *np.percentile(inside, tails)))
+    mean, low, high = np.array(values).T
+    return Rolling(np.array(kept), mean, low, high)
+
+
+def common_time(seeds: Sequence[tuple[Vector, Vector, Vector]]) -> tuple[Vector, Vector]:
+    """The values of several seeds against their mean time at equal steps.
+
+    Seeds take different times for the same steps. Against the time of each, a mean over seeds would mix early steps
+    of a slow seed with late steps of a fast one, and jump when the fast one ends.
+
+    Args:
+        seeds: steps, seconds and values of each seed, each ``(N,)``; N differs between seeds.
+
+    Returns:
+        For each value up to the last step that all seeds have reached, the mean over the seeds of the time at its
+        step; and the values.
+    """
+    end = min(steps[-1] for steps, _, _ in seeds)
+    times, values = [], []
+    for steps, _, of_seed in seeds:
+        shared = steps <= end
+        at = [np.interp(steps[shared], other, seconds) for other, seconds, _ in seeds]
+        times.append(np.mean(at, axis=0))
+        values.append(of_seed[shared])
+    return np.concatenate(times), np.concatenate(values)
+
+
+# ---- likelihood against NFE ----
+
+
+class Point(NamedTuple):
+    """An arm in the plane of NFE and score; None for an error that is not known."""
+
+    arm: Arm
+    nfe: float
+    nfe_error: float | None
+    score: float
+    score_error: float | None
+
+
+def trade_off(arms: Sequence[Arm]) -> list[Point]:
+    """The arms that have measured both, in their order."""
+    points = []
+    for arm in arms:
+        name = arm.measure.quantities[0].name
+        nfe, score = arm.mean("nfe_test"), arm.mean(name)
+        if math.isfinite(nfe) and math.isfinite(score):
+            points.append(Point(arm, nfe, arm.error("nfe_test"), score, arm.error(name)))
+    return points
+
+
+def sweeps_of(points: Sequence[Point]) -> list[list[Point]]:
+    """Points of arms with the same penalties, two or more, by their lambdas."""
+    by_penalties: dict[tuple[str, ...], list[Point]] = {}
+    for point in points:
+        by_penalties.setdefault(tuple(sorted(point.arm.recipe.regularizers)), []).append(point)
+    return [
+        sorted(sweep, key=lambda point: by_strength(point.arm.recipe))
+        for penalties, sweep in by_penalties.items()
+        if penalties and len(sweep) > 1
+    ]
+
+
+def _trade_off(axes: Any, points: Sequence[Point]) -> None:
+    """Draw the points with their errors, and a line through those of each sweep."""
+    for sweep in sweeps_of(points):
+        axes.plot([p.nfe for p in sweep], [p.score for p in sweep], color="#808080", linewidth=0.8, zorder=1)
+    for point in points:
+        look = point.arm.look
+        axes.errorbar(point.nfe, point.score, xerr=point.nfe_error, yerr=point.score_error, color=look.colour,
+                      linestyle="none", marker=look.marker, markersize=6, markeredgewidth=0, elinewidth=1,
+                      capsize=2, label=plain_text(point.arm.label))  # fmt: skip
+    axes.set_xlabel(_NFE)
+    axes.set_ylabel(f"held-out, {points[0].arm.measure.score}")
+    legend(axes)

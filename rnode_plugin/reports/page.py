@@ -1,0 +1,152 @@
+"""A report as text: one HTML page that opens offline, and Markdown next to its figures; templates of Jinja2."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from html import escape
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..evaluation.diagnostics.result import Diagnosis
+from ..recipes.recipe import as_text
+from .arms import Arm
+from .diagnosis import diagnosis_panels
+from .figures import Panel, make_panels
+from .table import Table, against_base, make_table
+
+__all__ = ["Content", "Grid", "escape_markdown"]
+
+_DIAGNOSES = "Can it be trusted?"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture of samples: a grid with one row of images for each temperature, or a table's corner plot.
+
+    Attributes:
+        name: of its file.
+        label: of the arm.
+        png: the picture.
+        temperatures: of the rows, from the top; none for a corner plot.
+        origin: which weights it was drawn from.
+    """
+
+    name: str
+    label: str
+    png: bytes
+    temperatures: tuple[float, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that a report shows."""
+
+    title: str
+    made: str
+    arms: Sequence[Arm]
+    table: Table
+    changes: Sequence[str]
+    panels: Sequence[Panel]
+    diagnoses: dict[str, Diagnosis]
+    grids: Sequence[Grid]
+    left_out: Sequence[str]
+
+    @staticmethod
+    def of(arms: Sequence[Arm], title: str | None = None, *, left_out: Sequence[str] = ()) -> Content:
+        """The content for some arms; ``title`` None for one that names the data sets."""
+        data = ", ".join(dict.fromkeys(arm.recipe.data.name for arm in arms))
+        panels, diagnoses = make_panels(arms), {}
+        for arm in arms:
+            if diagnosis := next((run.diagnosis for run in arm.runs if run.diagnosis), None):
+                diagnoses[arm.label] = diagnosis
+                heading, prefix = f"{_DIAGNOSES} Figures of {arm.label}", f"diagnosis-{len(diagnoses)}-"
+                panels += diagnosis_panels(diagnosis, section=heading, prefix=prefix)
+        return Content(
+            title=title or f"Runs on {data}",
+            made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            arms=arms,
+            table=make_table(arms),
+            changes=against_base(arms),
+            panels=panels,
+            diagnoses=diagnoses,
+            grids=list(_grids(arms)),
+            left_out=left_out,
+        )
+
+    def as_html(self) -> str:
+        """The text of ``report.html``: everything is in it, nothing is fetched."""
+        return self._render("page.html", autoescape=True)
+
+    def as_markdown(self) -> str:
+        """The text of ``report.md``; pictures are ``figures/NAME.png``."""
+        return self._render("report.md", finalize=_as_markdown).rstrip() + "\n"
+
+    def _render(self, template: str, **options: Any) -> str:
+        loader = PackageLoader("rnode_plugin.reports")
+        environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, **options)
+        environment.filters["base64"] = lambda contents: base64.b64encode(contents).decode()
+        sections: dict[str, list[Panel]] = {}
+        for panel in self.panels:
+            sections.setdefault(panel.section, []).append(panel)
+        images = self.arms[0].measure.metric == "bpd"
+        return environment.get_template(template).render(
+            content=self,
+            sections=sections,
+            diagnoses_heading=_DIAGNOSES,
+            samples_heading="Samples by temperature (the paper's figures 4, 6 to 8)" if images else
+            "Samples beside held-out rows",
+            settings_rows=_settings_rows,
+            environment_rows=_environment_rows,
+        )  # fmt: skip
+
+
+def _grids(arms: Sequence[Arm]) -> Iterator[Grid]:
+    names: set[str] = set()
+    for arm in arms:
+        run = next((run for run in arm.runs if run.grid is not None), None)
+        if run is None or run.grid is None:
+            continue
+        best = run.grid.stem == "best"
+        origin = "best weights" if best else f"weights of step {int(run.grid.stem.removeprefix('step-'))}"
+        name = "samples-" + re.sub(r"[^a-z0-9._]+", "-", arm.label.lower()).strip("-.")
+        if name in names:
+            name += f"-{len(names) + 1}"
+        names.add(name)
+        temperatures = run.recipe.training.sample_temperatures if run.measure.samples == "images" else ()
+        yield Grid(name, arm.label, run.grid.read_bytes(), temperatures, origin)
+
+
+def _settings_rows(arm: Arm) -> list[tuple[str, str]]:
+    """Every setting of an arm, as ``--set`` takes it; the seed is that of the first run."""
+    return [(name, as_text(value)) for name, value in arm.recipe.settings() if not name.startswith("paper.")]
+
+
+def _environment_rows(arm: Arm) -> list[tuple[str, str]]:
+    """Versions, device and threads; if the runs of an arm differ, all that occur."""
+    names = dict.fromkeys(name for run in arm.runs for name in run.environment)
+    return [
+        (name, "; ".join(dict.fromkeys(_plain(run.environment.get(name)) for run in arm.runs))) for name in names
+    ]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
+    return "none" if value is None else str(value)
+
+
+def _as_markdown(value: object) -> str:
+    """What a template writes for a value: only the templates themselves bring markup."""
+    return value if isinstance(value, Markup) else escape_markdown(str(value))
+
+
+def escape_markdown(text: str) -> str:
+    """``text`` as Markdown shows it to the letter, also in a cell of a table: in one line, without markup."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", escape(" ".join(text.split()), quote=False))
