@@ -23,7 +23,7 @@ from rnode_plugin.comparison import shared_choice, worker
 from rnode_plugin.comparison.compare import compare
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports import content
+from rnode_plugin.reports import page
 from rnode_plugin.training.cost import fastest
 from rnode_plugin.training.cost.fastest import Choice, choose
 from rnode_plugin.training.cost.timing import StepTimer, TimedStep, Way
@@ -258,7 +258,7 @@ def test_the_precision_of_ones_own_trainer_stays() -> None:
 def test_the_arms_of_a_comparison_share_one_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTraining(tmp_path / "fake", write_run(tmp_path / "run", get_recipe("digits")))
     monkeypatch.setattr(worker, "_COMMAND", fake.command)
-    monkeypatch.setattr(content, "make_panels", lambda arms: [])
+    monkeypatch.setattr(page, "make_panels", lambda arms: [])
     timed: list[Recipe] = []
 
     def choose_bf16(recipe: Recipe, **options: Any) -> Choice:
