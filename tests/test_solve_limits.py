@@ -18,17 +18,15 @@ from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
-    FIXED_METHODS,
     GRADIENTS,
     METHODS,
     Method,
     Solver,
     StepMemory,
-    config,
     get_method,
     solve,
 )
-from rnode_plugin.types import Rates, StepRecord
+from rnode_plugin.types import Rates
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
@@ -48,11 +46,6 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
     solve(stiff, torch.ones(1, 1, dtype=torch.float64), T / 1e4, Solver(method, max_nfe=3000))
 
 
-def test_the_default_budget_is_generous_and_for_adaptive_methods_only() -> None:
-    assert config.DEFAULT_MAX_NFE >= 100_000
-    assert solve(decay, torch.ones(1, 1).double(), T, Solver("euler", step=0.001)).stats.nfe == 1000
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
     def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
@@ -64,11 +57,8 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
     assert "exploded" not in str(caught.value)
 
 
-@dataclasses.dataclass(frozen=True)
 class _BrokenTrajectory:
-    name: str = "bad"
-    kind: str = "trajectory"
-    rates: tuple[Any, ...] = ()
+    name, kind, rates = "bad", "trajectory", ()
 
     def times(self, t0: Tensor, t1: Tensor) -> Tensor:
         return torch.stack([(t0 + t1) / 2])
@@ -77,23 +67,18 @@ class _BrokenTrajectory:
         return trajectory.z[0][:, 0] * torch.nan
 
 
-@dataclasses.dataclass(frozen=True)
-class _BrokenStep:
-    name: str = "bad"
-    kind: str = "step"
-    uses: frozenset[str] = frozenset()
-    reduction: str = "mean"
-    local: bool = True
-
-    def __call__(self, step: StepRecord) -> Tensor:
-        return step.z0[:, 0] * torch.nan
+def _broken_step(*, local: bool) -> FunctionStepPenalty:
+    return FunctionStepPenalty("bad", lambda step: step.z0[:, 0] * torch.nan, local=local)
 
 
-@pytest.mark.parametrize("penalty", [_BrokenTrajectory(), _BrokenStep(), _BrokenStep(local=False)])
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(
+    ("penalty", "gradient"),
+    [
+        *((penalty, mode) for penalty in (_BrokenTrajectory(), _broken_step(local=True)) for mode in GRADIENTS),
+        *((_broken_step(local=False), mode) for mode in ("autograd", "checkpointed")),
+    ],
+)
 def test_a_penalty_beside_the_steps_that_is_not_finite_is_named(penalty: Any, gradient: str) -> None:
-    if gradient.endswith("adjoint") and not getattr(penalty, "local", True):
-        pytest.skip("a continuous adjoint has no steps")
     bound = Dynamics(Wave(), regularizers=[kinetic, penalty], divergence=False).bind(None)
     z = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is"):
@@ -101,17 +86,19 @@ def test_a_penalty_beside_the_steps_that_is_not_finite_is_named(penalty: Any, gr
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_state_that_explodes_is_not_blamed_on_the_penalties(method: str) -> None:
+def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_penalties(method: str) -> None:
     def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        dz = torch.where(t > 0.5, torch.inf, z)
+        dz = torch.where(t > 0.6, torch.nan, z)
         return Rates(dz, None, {"kinetic": dz.square().sum(1)})
 
-    with pytest.raises(SolverError, match=r"the state .* is no longer finite.* exploded"):
-        solve(rates, torch.ones(2, 2), T.float(), Solver(method, step=0.2))
+    with pytest.raises(SolverError, match=r"the state .* is no longer finite.* lower the learning rate") as caught:
+        solve(rates, torch.ones(2, 2), torch.tensor([0.0, 0.5, 1.0]), Solver(method, step=0.125, first_step=0.05))
+    assert caught.value.reason == "nonfinite"
+    assert 0.3 < caught.value.t < 0.65
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["rk4_38", "dopri5"])
 def test_an_empty_batch_stays_empty(method: str, gradient: str) -> None:
     z, field = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True), Wave()
     bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(torch.zeros_like(z))
@@ -125,7 +112,7 @@ def test_an_empty_batch_stays_empty(method: str, gradient: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", ["autograd", "adjoint"])
 def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
     """Right within its precision, or refused in one sentence."""
     field, noise = Linear().to(dtype), torch.ones(2, 3, dtype=dtype)
@@ -149,13 +136,12 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
         solve(bound, noise, T.float(), Solver("dopri5", gradient=gradient))
 
 
-@pytest.mark.parametrize("method", FIXED_METHODS)
-def test_the_number_of_steps_forgives_rounding_and_nothing_more(method: str) -> None:
+def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
     """1.1 - 0.8 is a little more than 0.3: three steps of 0.1, not four. What is longer by 1e-4 takes a fourth."""
     for end, steps in ((1.1, 3), (1.10001, 4)):
         t = torch.tensor([0.8, end], dtype=torch.float64)
         assert float(t[1] - t[0]) > 0.3
-        assert solve(decay, torch.ones(1, 1, dtype=torch.float64), t, Solver(method, step=0.1)).stats.steps == steps
+        assert solve(decay, torch.ones(1, 1, dtype=torch.float64), t, Solver("rk4", step=0.1)).stats.steps == steps
 
 
 class Watched(Tensor):
@@ -186,12 +172,11 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
         assert Watched.reads == attempts + more + 1  # and one look at the penalties
 
 
-@pytest.mark.parametrize("method", FIXED_METHODS)
-def test_a_fixed_grid_reads_one_number_in_all(method: str) -> None:
+def test_a_fixed_grid_reads_one_number_in_all() -> None:
     bound = Dynamics(Wave(), regularizers=[kinetic, jacfrob]).bind(torch.ones(2, 3, dtype=torch.float64))
     z = torch.ones(2, 3, dtype=torch.float64).as_subclass(Watched)
     Watched.reads = 0
-    solve(bound, z, torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64), Solver(method))
+    solve(bound, z, torch.tensor([0.0, 0.7, 3.0], dtype=torch.float64), Solver("rk4"))
     assert Watched.reads == 1
 
 
@@ -234,16 +219,8 @@ def test_a_solve_begins_with_the_step_that_suited_the_one_before() -> None:
     assert first.stats == alone.stats
     for alone, remembered in later:
         assert remembered.stats.nfe < alone.stats.nfe
-
-
-def test_what_a_memory_learns() -> None:
-    """At order 5, half of a step whose error was 32 times too large; nothing from a step without an error."""
-    memory = StepMemory()
-    assert memory.begin() is None
-    memory.note(1.0, 32.0, 5)
+    memory.begin()
+    memory.note(1.0, 32.0, 5)  # at order 5, half of a step whose error was 32 times too large
     memory.note(0.1, 0.0, 5)
     memory.keep()
-    assert memory.begin() == pytest.approx(0.5)
-    memory.note(0.25, 1.0, 5)
-    memory.keep()
-    assert memory.step == pytest.approx(0.25)
+    assert memory.step == pytest.approx(0.5)
