@@ -250,7 +250,7 @@ def _record(file: TextIO) -> str:
 
 def _cells_of(record: str, separator: str) -> list[str]:
     if separator == r"\s+":
-        return record.split()
+        record, separator = " ".join(record.split()), " "
     (cells,) = csv.reader(io.StringIO(record, newline=""), delimiter=separator, skipinitialspace=True)
     return [cell.strip() for cell in cells]
 
@@ -263,9 +263,10 @@ def _separator(record: str, row: str) -> str:
         if each in cells and all(_number(cell.replace(",", ".")) is not None for cell in cells[each]):
             return each  # and a comma inside of a cell is the decimal sign
     if not cells:
-        words = record.lstrip("# ").split()
+        words = _cells_of(record.lstrip("# "), r"\s+")
         numbers = all(_number(word) is not None for word in words)
-        return r"\s+" if len(words) > 1 and (numbers or len(row.split()) == len(words)) else ","
+        more = len(_cells_of(row, r"\s+")) - len(words) if row else 0
+        return r"\s+" if len(words) > 1 and (numbers or more in (0, 1)) else ","
     alike = [each for each in cells if not row or len(_cells_of(row, each)) - len(cells[each]) in (0, 1)]
     return max(alike or cells, key=lambda each: len(cells[each]))
 
@@ -350,7 +351,7 @@ def _check_widths(path: Path, layout: _Layout) -> None:
     with path.open(newline="", encoding=layout.encoding) as file:
         file.seek(layout.start)
         lines: Iterator[list[str]] = (
-            (line.split() for line in file)
+            (_cells_of(line, layout.separator) for line in file)
             if layout.separator == r"\s+"
             else csv.reader(file, delimiter=layout.separator)
         )
