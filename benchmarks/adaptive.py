@@ -31,7 +31,7 @@ def work(run: str, data_root: str, images: int, batch_size: int, tolerance: floa
     from rnode_plugin import Solver
     from rnode_plugin.data import get_dataset
     from rnode_plugin.evaluation.likelihood import evaluate
-    from rnode_plugin.training.runs.checkpoints import load_with_recipe
+    from rnode_plugin.training.checkpoints import load_with_recipe
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,9 @@ from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.files import write_atomically
-from rnode_plugin.training.cost.cards import CARDS
-from rnode_plugin.training.cost.estimate import predict_seconds
-from rnode_plugin.training.cost.step import count_step
-from rnode_plugin.training.runs.folder import environment
-from rnode_plugin.training.steps.step_graph import StepGraph
-from rnode_plugin.training.steps.step_objective import StepObjective
+from rnode_plugin.training.estimate import count_step
+from rnode_plugin.training.runs import environment
+from rnode_plugin.training.step import StepObjective
 
 Rows = list[dict[str, Any]]
 
@@ -93,7 +89,7 @@ def _loss_and_gradient(
 
 
 def measure_steps(device: torch.device, *, rehearse: bool) -> Rows:
-    """Time and memory of a training step on every path, against the usual formulation and the estimate."""
+    """Time and memory of a training step on every path, against the usual formulation, and the counted memory."""
     rows: Rows = []
     names = (BASELINE, EXACT, "checkpointed", "adjoint", "bf16", "sampled, step 0.5", "sampled, bf16, step 0.5")
     for recipe, batch in (("digits", 4),) if rehearse else (("mnist", 200), ("cifar10", 200)):
@@ -105,21 +101,18 @@ def measure_steps(device: torch.device, *, rehearse: bool) -> Rows:
             if device.type == "cuda":
                 row["memory"] = peak_memory(build_run, recipe, name, batch, device.type, device=device).total
             if name in ("checkpointed", EXACT):  # a continuous adjoint cannot be counted without values
-                row |= _predicted(recipe, batch, PATHS[name].solver, device)
+                row |= _counted(recipe, batch, PATHS[name].solver)
             rows.append(row)
     return rows
 
 
-def _predicted(recipe: str, batch: int, solver: Solver, device: torch.device) -> dict[str, Any]:
+def _counted(recipe: str, batch: int, solver: Solver) -> dict[str, Any]:
     counted = count_step(dataclasses.replace(get_recipe(recipe), solver=solver), batch=batch)
-    found: dict[str, Any] = {"counted_memory": counted.cost.peak_memory, "counted_kernels": counted.cost.kernels}
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "") if device.type == "cuda" else ""
-    card = next((card for key, card in CARDS.items() if key in name), None)
-    return found if card is None else {**found, "predicted_seconds": predict_seconds(counted.cost, card)}
+    return {"counted_memory": counted.cost.peak_memory, "counted_kernels": counted.cost.kernels}
 
 
 def measure_precision(device: torch.device, *, rehearse: bool) -> Rows:
-    """TF32 on and off, bf16, torch.compile, and CUDA graphs if a whole step can be captured."""
+    """TF32 on and off, bf16, and torch.compile of the fields, or of the flow with CUDA graphs."""
     recipe, batch = ("digits", 4) if rehearse else ("mnist", 200)
     rows: Rows = []
 
@@ -133,32 +126,30 @@ def measure_precision(device: torch.device, *, rehearse: bool) -> Rows:
     add("bf16", build(recipe, "bf16", batch, device.type))
     if not rehearse:
         add("compiled", build(recipe, "compiled", batch, device.type))
-    rows.append({"recipe": recipe, "path": "CUDA graph of a step", **_captured(recipe, batch, device)})
+    found = _reduced_overhead(recipe, batch, device, rehearse=rehearse)
+    rows.append({"recipe": recipe, "path": "reduce-overhead", **found})
     return rows
 
 
-def _captured(recipe: str, batch: int, device: torch.device) -> dict[str, Any]:
-    """The time of a step that is replayed as a CUDA graph, its noise drawn anew, or why it cannot be."""
-    if device.type != "cuda":
-        return {"problem": "CUDA graphs need a CUDA device"}
+def _reduced_overhead(recipe: str, batch: int, device: torch.device, *, rehearse: bool) -> dict[str, Any]:
+    """The time of a step of a flow under ``torch.compile(mode="reduce-overhead")``, or why there is none."""
     settings = get_recipe(recipe)
-    flow = settings.build_flow().to(device)
+    flow = settings.build_flow().to(device).train()
+    images, levels = settings.images, settings.images.levels
     step = StepObjective(flow, settings)
-    images = torch.randint(
-        settings.images.levels, (batch, *settings.images.shape), dtype=torch.uint8, device=device
-    )
-    graph = StepGraph(step, flow, seed=0)
-    problem = graph.prepare(images, settings.solver, precision=nullcontext)
+    batch_of_images = torch.randint(levels, (batch, *images.shape), dtype=torch.uint8, device=device)
+    if not rehearse:
+        flow.compile(mode="reduce-overhead")
 
     def run() -> None:
         flow.zero_grad()
-        terms = graph(step.inputs(images), settings.solver)
-        assert terms is not None
-        terms.loss.backward()
+        step(step.inputs(batch_of_images), settings.solver).loss.backward()
 
-    if problem is not None:
-        return {"problem": problem}
-    return _seconds(alternate({"graph": run}, repeats=5, device=device)["graph"])
+    try:
+        run()
+    except Exception as error:  # the compiler's own
+        return {"problem": str(error).strip().splitlines()[0]}
+    return _seconds(alternate({"": run}, repeats=1 if rehearse else 5, device=device)[""])
 
 
 def measure_processes(device: torch.device, *, rehearse: bool) -> Rows:

@@ -36,7 +36,7 @@ from rnode_plugin.data import get_dataset
 from rnode_plugin.evaluation.measures import batch_of
 from rnode_plugin.fields import compile_fields
 from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.training.runs.checkpoints import load_weights
+from rnode_plugin.training.checkpoints import load_weights
 
 BASELINE, EXACT = "usual formulation", "exact"
 

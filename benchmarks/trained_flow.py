@@ -21,7 +21,7 @@ from rnode_plugin import Solver
 from rnode_plugin.core.tensors.denormals import flush_denormals
 from rnode_plugin.data import get_dataset
 from rnode_plugin.evaluation.likelihood import evaluate
-from rnode_plugin.training.runs.checkpoints import load_with_recipe
+from rnode_plugin.training.checkpoints import load_with_recipe
 
 TOLERANCES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 STEPS = (1 / 8, 1 / 4, 1 / 2, 1.0)

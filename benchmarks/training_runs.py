@@ -24,8 +24,8 @@ from rnode_plugin.fields import compile_fields
 from rnode_plugin.flows.multiscale import dequantize, random_flip
 from rnode_plugin.recipes.recipe import Recipe, Start
 from rnode_plugin.solvers import Solver
-from rnode_plugin.training.optimizers import make_optimizer
-from rnode_plugin.training.schedule import EpochOrder, learning_rate_factor
+from rnode_plugin.training.datamodule import EpochOrder
+from rnode_plugin.training.optimizers import learning_rate_factor, make_optimizer
 
 __all__ = ["ADAM", "FAST", "METHODS", "Method", "Point", "Run", "Trainer", "rk4"]
 

@@ -27,10 +27,10 @@ _PUBLIC = {
     "objective": "core.objective",
     "bits_per_dim": "core.objective",
     "get_recipe": "recipes.recipe",
-    "RnodeModule": "training.lightning.module",
-    "ImageDataModule": "training.lightning.datamodule",
-    "TableDataModule": "training.lightning.datamodule",
-    "load_flow": "training.runs.checkpoints",
+    "RnodeModule": "training.module",
+    "ImageDataModule": "training.datamodule",
+    "TableDataModule": "training.datamodule",
+    "load_flow": "training.checkpoints",
     "diagnose": "evaluation.diagnostics.diagnose",
     "export_program": "evaluation.programs",
     "save_program": "evaluation.programs",
@@ -59,9 +59,9 @@ if TYPE_CHECKING:
     from .torchdyn.cnf import CNF
     from .torchdyn.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE, install, uninstall
-    from .training.lightning.datamodule import ImageDataModule, TableDataModule
-    from .training.lightning.module import RnodeModule
-    from .training.runs.checkpoints import load_flow
+    from .training.checkpoints import load_flow
+    from .training.datamodule import ImageDataModule, TableDataModule
+    from .training.module import RnodeModule
     from .types import FlowOutput, Solution
 
 

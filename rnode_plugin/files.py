@@ -1,13 +1,10 @@
-"""Files that are written: ``Draft`` and ``write_atomically``, the one writer, and ``check_path_name``."""
+"""Files that are written whole or not at all: ``Draft``, ``write_atomically``; and ``check_path_name``."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import socket
-import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +16,6 @@ __all__ = ["Draft", "check_path_name", "write_atomically"]
 
 _PATH_NAME = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
 _MAX_NAME_BYTES = 100  # file systems take 255 bytes, and suffixes are added
-_LEFTOVER_SECONDS = 3600.0
 
 
 def check_path_name(name: str, what: str) -> str:
@@ -50,7 +46,7 @@ class Draft:
     called. Links are followed. Only regular files are replaced, never a device, a pipe or a folder.
 
     Raises:
-        OSError: here and in all methods, whatever the system refuses.
+        OSError: here and in all methods, if the system refuses.
     """
 
     file: BinaryIO
@@ -59,11 +55,11 @@ class Draft:
         self._path = Path(path)
 
     def __enter__(self) -> Draft:
-        self._target = _resolved(self._path)
+        self._target = Path(os.path.realpath(self._path))
+        if self._target.exists() and not self._target.is_file():
+            raise OSError("only regular files are replaced, not folders, devices or pipes; name another file")
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(self._target)
-        name = f".{self._target.name}.{socket.gethostname()}.{os.getpid()}.tmp"
-        self._temporary = self._target.with_name(name)
+        self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
         self.file = self._temporary.open("wb")
         return self
 
@@ -72,8 +68,7 @@ class Draft:
     ) -> None:
         with contextlib.suppress(OSError):  # what cannot be written cannot be flushed either
             self.file.close()
-        with contextlib.suppress(OSError):  # it was published
-            self._temporary.unlink()
+        self._temporary.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Sync everything to the disk."""
@@ -84,17 +79,18 @@ class Draft:
     def publish(self, *, keep: str | os.PathLike[str] | None = None) -> None:
         """Give the finished file its name, in one step; the one that was there before gets the name ``keep``."""
         if keep is not None and self._target.exists():
-            _keep(self._target, Path(keep))
+            self._target.replace(keep)
         self._temporary.replace(self._target)
-        _sync_folder(self._target.parent)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(self._target.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def write_atomically(
     path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: str | os.PathLike[str] | None = None
 ) -> None:
     """Call ``write`` on a :class:`Draft` of ``path`` and publish it: never half a file.
-
-    Whenever the process is killed, ``path`` is complete: the old file or the new one.
 
     Args:
         path: of the file.
@@ -110,82 +106,9 @@ def write_atomically(
             draft.finish()
             draft.publish(keep=keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise CheckpointError(f"cannot write {path}: {_reason(error)}.") from error
-
-
-def _resolved(path: Path) -> Path:
-    """The file itself behind links, if a file may be written there.
-
-    Raises:
-        OSError: links in a circle, or something that is not a regular file.
-    """
-    if path.is_symlink():
-        path = Path(os.path.realpath(path, strict=False))
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):  # the second: making the folder says what is in the way
-        mode = stat.S_IFREG
-    if stat.S_ISDIR(mode) or not path.name:
-        raise OSError("it is a folder; name a file")
-    if not stat.S_ISREG(mode):
-        raise OSError("it is a device or a pipe, and only regular files are replaced; name another file")
-    return path
-
-
-def _keep(target: Path, name: Path) -> None:
-    """Give the old file a second name, so that ``target`` is there all the time."""
-    second = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.old.tmp")
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            second.unlink()
-        os.link(target, second)
-    except OSError:  # a file system without hard links
-        target.replace(name)
-        return
-    second.replace(name)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote this file."""
-    here = re.compile(re.escape(f".{target.name}.{socket.gethostname()}.") + r"(\d+)(\.old)?\.tmp")
-    for name in os.listdir(target.parent):
-        if not (name.startswith(f".{target.name}.") and name.endswith(".tmp")):
-            continue
-        file = target.parent / name
-        with contextlib.suppress(OSError):  # another process removes it too
-            owner = here.fullmatch(name)
-            gone = owner is not None and not _is_running(int(owner[1]))
-            if gone or time.time() - file.stat().st_mtime > _LEFTOVER_SECONDS:
-                file.unlink()
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":
-        return True  # there is no harmless way to ask
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it belongs to somebody else
-        return True
-    return True
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, also if torch's writer of archives has wrapped it in words of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return (cause.strerror or str(cause)).rstrip(".")
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return  # a folder cannot be opened there
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        cause: BaseException = error
+        while cause.__context__ is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else None
+        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise CheckpointError(f"cannot write {path}: {(reason or first).rstrip('.')}.") from error

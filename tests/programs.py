@@ -9,7 +9,7 @@ _PROGRAM = """
 import os
 import sys
 import pytorch_lightning
-import rnode_plugin.training.steps.step_objective as objective
+import rnode_plugin.training.step as objective
 from rnode_plugin.cli import main
 from rnode_plugin.errors import LocalError, SolverError
 

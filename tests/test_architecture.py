@@ -99,8 +99,8 @@ def test_mathematics_runs_without_the_plugin_host() -> None:
 
 def test_loading_a_flow_and_drawing_a_report_load_no_lightning() -> None:
     run(
-        "import sys, rnode_plugin.reports, rnode_plugin.training.runs.checkpoints; "
-        "import rnode_plugin.training.runs.resume; "
+        "import sys, rnode_plugin.reports, rnode_plugin.training.checkpoints; "
+        "import rnode_plugin.training.runs; "
         "assert 'pytorch_lightning' not in sys.modules"
     )
 

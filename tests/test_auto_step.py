@@ -25,13 +25,12 @@ from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.evaluation.measures import ImageMeasure, measure_of
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Recipe
+from rnode_plugin.training import step as training_step
+from rnode_plugin.training.checkpoints import read_checkpoint
+from rnode_plugin.training.datamodule import ImageDataModule
 from rnode_plugin.training.fit import FitResult
-from rnode_plugin.training.lightning.datamodule import ImageDataModule
-from rnode_plugin.training.lightning.module import RnodeModule
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
-from rnode_plugin.training.steps import auto_step
-from rnode_plugin.training.steps.auto_step import AutoStep
-from rnode_plugin.training.validation import gap_warning
+from rnode_plugin.training.module import RnodeModule
+from rnode_plugin.training.step import AutoStep, gap_warning
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, LEVELS, (20, 1, 4, 4), dtype=np.uint8)
@@ -42,8 +41,8 @@ AUTO = ["solver.step=auto", "training.tune_every=2"]
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """No step below an eighth."""
-    tune_step = functools.partial(auto_step.tune_step, smallest=1 / 8)
-    monkeypatch.setattr(auto_step, "tune_step", tune_step)
+    tune_step = functools.partial(training_step.tune_step, smallest=1 / 8)
+    monkeypatch.setattr(training_step, "tune_step", tune_step)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +164,7 @@ def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> No
     recipe = tiny_recipe(*AUTO)
     data = load_images(recipe)
     module: Any = RnodeModule(recipe)
-    mine = auto_step.AutoStep(recipe.solver, measure_of(recipe), seed=42).measure(module.flow, data.val, CPU)
+    mine = AutoStep(recipe.solver, measure_of(recipe), seed=42).measure(module.flow, data.val, CPU)
     assert mine is not None
     assert mine.step == 0.5
     theirs = dataclasses.replace(mine, rows=(dataclasses.replace(mine.rows[-1], step=0.125),))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,8 @@ from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_images
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.solvers import Solver, solve
+from rnode_plugin.training.checkpoints import export_flow, header_with, read_checkpoint, save_flow
 from rnode_plugin.training.fit import fit
-from rnode_plugin.training.lightning.trainer import make_trainer
-from rnode_plugin.training.runs.checkpoints import export_flow, header_with, read_checkpoint, save_flow
 
 RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
 
@@ -254,21 +252,6 @@ def test_cuda_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(RnodeError, match=r"device or precision cannot be used: .*(CUDA|GPU|gpu|cuda)"):
         fit(RECIPE, runs=tmp_path / "runs", accelerator="gpu", devices=1)
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_machine_that_others_cannot_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Debian installs it, a machine's name stands for 127.0.1.1, and gloo would wait for calls there."""
-    addresses = {"10.0.0.7": "10.0.0.7", "127.0.0.1": "127.0.0.1"}
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: addresses.get(name, "127.0.1.1"))
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.7")
-    options = {"callbacks": [], "accelerator": "cpu", "devices": 1, "num_nodes": 2}
-    with pytest.raises(ConfigError, match=r"address that others cannot reach: set GLOO_SOCKET_IFNAME"):
-        make_trainer(**options)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    make_trainer(**options)
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # all on one machine
-    make_trainer(**options)
 
 
 def test_settings_are_named_as_they_are_set() -> None:

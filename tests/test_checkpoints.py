@@ -13,7 +13,7 @@ import torch
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.runs.checkpoints import (
+from rnode_plugin.training.checkpoints import (
     export_flow,
     find_checkpoint,
     header_with,

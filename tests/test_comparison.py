@@ -33,7 +33,7 @@ from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.files import check_path_name
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import page
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.checkpoints import read_checkpoint
 
 TINY = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none", "data.batch_size=50",

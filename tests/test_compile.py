@@ -27,8 +27,8 @@ from rnode_plugin.fields import (
 from rnode_plugin.fields.kernels import compile as compiling
 from rnode_plugin.fields.kernels import winograd
 from rnode_plugin.fields.passes import pieces
+from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import fit
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
@@ -211,7 +211,7 @@ def test_without_a_compiler_a_run_goes_on_after_one_line(tmp_path: Path) -> None
 def test_a_model_without_such_a_field_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert compile_fields(torch.nn.Linear(2, 2)) == 0
     plain = get_recipe("digits").override(["training.compile=true"])
-    monkeypatch.setattr("rnode_plugin.training.lightning.module.compile_fields", lambda flow: 0)
+    monkeypatch.setattr("rnode_plugin.training.module.compile_fields", lambda flow: 0)
     with pytest.raises(ConfigError, match="MultiscaleFlow has no field that can be compiled"):
         fit(plain, runs=tmp_path, accelerator="cpu", devices=1, progress=False)
     assert isinstance(conv_field(1), FusedStackField)

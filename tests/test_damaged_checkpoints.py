@@ -14,8 +14,8 @@ from tiny_runs import run, tiny_recipe
 
 from rnode_plugin import load_flow
 from rnode_plugin.errors import CheckpointError, RnodeError
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
-from rnode_plugin.training.runs.resume import newest_intact
+from rnode_plugin.training.checkpoints import read_checkpoint
+from rnode_plugin.training.runs import newest_intact
 
 WHOLE = Path(__file__).parent / "old_runs" / "interrupted" / "checkpoints" / "last.ckpt"
 

@@ -23,7 +23,7 @@ from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.loading import held_out_samples
 from rnode_plugin.reports.diagnosis import diagnosis_panels
 from rnode_plugin.reports.runs import read_run
-from rnode_plugin.training.runs.folder import RunFolder
+from rnode_plugin.training.runs import RunFolder
 
 NAMES = ["round trip", "trace", "training solver", "tolerance", "path", "two samples"]
 

@@ -35,7 +35,7 @@ from rnode_plugin.evaluation.programs import Which
 from rnode_plugin.fields import linear_field
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.training.runs.checkpoints import save_flow
+from rnode_plugin.training.checkpoints import save_flow
 
 GRID = Solver("midpoint", step=1.0)
 BATCHES = (1, 3, 7)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as L
 import torch
 from click.testing import CliRunner
 from fake_training import FakeTraining
@@ -24,11 +23,8 @@ from rnode_plugin.comparison.compare import compare
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import page
-from rnode_plugin.training.cost import fastest
-from rnode_plugin.training.cost.fastest import Choice, choose
-from rnode_plugin.training.cost.timing import StepTimer, TimedStep, Way
-from rnode_plugin.training.lightning import fastest_way
-from rnode_plugin.training.runs.choice_file import read_choice, write_choice
+from rnode_plugin.training import fastest
+from rnode_plugin.training.fastest import Choice, StepTimer, TimedStep, Way, choose, read_choice, write_choice
 
 CPU = torch.device("cpu")
 PLAIN, BF16 = Way("32-true"), Way("bf16-mixed")
@@ -149,7 +145,7 @@ def test_all_processes_take_what_is_fastest_on_the_slowest(decide: Callable[...,
     assert [each.seconds for each in choice.measured if each.way == BF16] == [(1.4,) * 3]
 
 
-def test_real_steps_are_timed_and_leave_the_random_state(capfd: pytest.CaptureFixture[str]) -> None:
+def test_real_steps_are_timed_and_leave_the_random_state(tmp_path: Path) -> None:
     recipe = tiny_recipe("training.precision=auto", "data.batch_size=4")
     state = torch.get_rng_state()
     choice = choose(recipe, device=CPU, steps=1000)
@@ -158,29 +154,27 @@ def test_real_steps_are_timed_and_leave_the_random_state(capfd: pytest.CaptureFi
     plain, bf16 = choice.measured
     assert len(plain.seconds) == 3
     assert len(bf16.seconds) == (3 if bf16.problem is None else 1)
-    assert Choice.from_plain(json.loads(json.dumps(choice.to_plain()))) == choice
+    write_choice(choice, tmp_path)
+    assert read_choice(tmp_path) == choice
 
 
-def test_a_timed_step_runs_in_its_precision_and_gradient_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, str, bool]] = []
+def test_a_timed_step_runs_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
 
-    def training_step(flow: Any, recipe: Recipe, x: torch.Tensor, solver: Any) -> Callable[[], int]:
+    def forward_and_backward(flow: Any, recipe: Recipe, x: torch.Tensor, solver: Any) -> Callable[[], int]:
         fields = [field for field in flow.modules() if hasattr(field, "compiled")]
 
         def step() -> int:
-            seen.append((torch.is_autocast_enabled("cpu"), solver.gradient, fields[0].compiled))
+            seen.append((torch.is_autocast_enabled("cpu"), fields[0].compiled))
             return 1
 
         return step
 
-    monkeypatch.setattr("rnode_plugin.training.cost.timing.training_step", training_step)
+    monkeypatch.setattr("rnode_plugin.training.fastest.forward_and_backward", forward_and_backward)
     timer = StepTimer(tiny_recipe(), device=CPU)
-    for way in (PLAIN, BF16, BOTH, Way("32-true", gradient="checkpointed")):
+    for way in (PLAIN, BF16, BOTH):
         assert timer.time(way).warm_up is not None
-    assert seen == [
-        (False, "autograd", False), (True, "autograd", False), (True, "autograd", True),
-        (False, "checkpointed", False),
-    ]  # fmt: skip
+    assert seen == [(False, False), (True, False), (True, True)]
     with pytest.raises(ConfigError, match="64-true cannot be timed"):
         timer.time(Way("64-true"))
 
@@ -192,12 +186,13 @@ def test_a_timed_step_runs_in_its_precision_and_gradient_mode(monkeypatch: pytes
 def takes_bf16(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Runs measure as they do and take bf16; the steps that were left each time."""
     calls: list[float] = []
+    measured = choose
 
     def choose_bf16(recipe: Recipe, *, steps: float, **options: Any) -> Choice:
         calls.append(steps)
-        return dataclasses.replace(choose(recipe, steps=1000, **options), way=BF16)
+        return dataclasses.replace(measured(recipe, steps=1000, **options), way=BF16)
 
-    monkeypatch.setattr(fastest_way, "choose", choose_bf16)
+    monkeypatch.setattr(fastest, "choose", choose_bf16)
     return calls
 
 
@@ -242,14 +237,6 @@ def test_a_damaged_choice_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "chosen.json").write_text("{")
     with pytest.raises(CheckpointError, match="remove it"):
         read_choice(tmp_path)
-
-
-def test_the_precision_of_ones_own_trainer_stays() -> None:
-    recipe = tiny_recipe("training.precision=auto")
-    options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False}
-    given = L.Trainer(precision="bf16-mixed", **options)
-    assert fastest_way._with_precision_of(given, recipe).training.precision == "bf16-mixed"
-    assert fastest_way._with_precision_of(L.Trainer(**options), recipe).training.precision == "auto"
 
 
 # comparisons and the command line ------------------------------------------------------------------------------

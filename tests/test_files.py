@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.files import check_path_name, write_atomically
-from rnode_plugin.training.runs.checkpoints import save_flow
+from rnode_plugin.training.checkpoints import save_flow
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
 
@@ -51,20 +50,11 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "to_device").symlink_to("/dev/null")
-    (tmp_path / "circle").symlink_to("circle")
-    for name, words in (
-        ("pipe", "a device or a pipe"),
-        ("to_device", "a device or a pipe"),
-        ("folder", "is a folder"),
-        ("circle", "symbolic links"),
-    ):
-        with pytest.raises(CheckpointError, match=f"cannot write .*{name}: .*{words}"):
-            put(tmp_path / name, b"x")
-    for folder in (".", "..", "/"):
-        with pytest.raises(CheckpointError, match="is a folder"):
-            put(folder, b"x")
+    for name in (tmp_path / "pipe", tmp_path / "to_device", tmp_path / "folder", ".", "..", "/"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*: only regular files"):
+            put(name, b"x")
     assert (tmp_path / "pipe").is_fifo()
-    assert names(tmp_path) == ["circle", "folder", "pipe", "to_device"]
+    assert names(tmp_path) == ["folder", "pipe", "to_device"]
 
 
 @posix
@@ -84,49 +74,6 @@ def test_what_was_there_can_be_kept(tmp_path: Path) -> None:
     assert (tmp_path / "last").read_bytes() == b"3"
     assert (tmp_path / "previous").read_bytes() == b"2"
     assert names(tmp_path) == ["last", "previous"]
-
-
-def test_what_was_there_is_there_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between any two steps, a process leaves the file under its name: no step takes it away."""
-    put(tmp_path / "last", b"1")
-    seen = []
-    original = Path.replace
-
-    def replace(self: Path, target: Path) -> Path:
-        seen.append((tmp_path / "last").read_bytes())
-        result = original(self, target)
-        seen.append((tmp_path / "last").read_bytes())
-        return result
-
-    monkeypatch.setattr(Path, "replace", replace)
-    put(tmp_path / "last", b"2", keep=tmp_path / "previous")
-    assert seen == [b"1", b"1", b"1", b"2"]
-
-
-def test_a_file_system_without_hard_links_keeps_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def link(*arguments: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
-    for content in (b"1", b"2"):
-        put(tmp_path / "last", content, keep=tmp_path / "previous")
-    assert (tmp_path / "last").read_bytes() + (tmp_path / "previous").read_bytes() == b"21"
-    assert names(tmp_path) == ["last", "previous"]
-
-
-@posix
-def test_files_of_killed_writers_are_removed_and_those_of_others_are_not(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    here = socket.gethostname()
-    for name in (f".last.{here}.{gone.pid}.tmp", f".last.{here}.{gone.pid}.old.tmp", ".last.elsewhere.7.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    kept = [f".last.{here}.{os.getppid()}.tmp", ".last.elsewhere.8.tmp", f".other.{here}.{gone.pid}.tmp"]
-    for name in kept:
-        (tmp_path / name).write_bytes(b"half")
-    os.utime(tmp_path / ".last.elsewhere.7.tmp", (1, 1))
-    put(tmp_path / "last", b"whole")
-    assert names(tmp_path) == sorted([*kept, "last"])
 
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.lightning.module import RnodeModule
-from rnode_plugin.training.runs.checkpoints import export_flow, load_weights
+from rnode_plugin.training.checkpoints import export_flow, load_weights
+from rnode_plugin.training.module import RnodeModule
 
 
 @pytest.fixture(scope="module")

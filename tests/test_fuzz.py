@@ -30,7 +30,7 @@ from rnode_plugin.data import get_dataset
 from rnode_plugin.data.packing.pictures import decode
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.reports.runs import read_run
-from rnode_plugin.training.runs.checkpoints import export_flow, load_flow, save_flow
+from rnode_plugin.training.checkpoints import export_flow, load_flow, save_flow
 
 QUICK, SLOW = 20, 1000
 

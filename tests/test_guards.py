@@ -12,10 +12,10 @@ from tiny_runs import BeforeStep, SpoiltGradient, rows, run, tiny_recipe
 
 from rnode_plugin import load_flow
 from rnode_plugin.errors import RnodeError, SolverError, TrainingError
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
-from rnode_plugin.training.runs.folder import RunFolder
-from rnode_plugin.training.schedule import EpochOrder
-from rnode_plugin.training.steps.step_guard import StepGuard
+from rnode_plugin.training.checkpoints import read_checkpoint
+from rnode_plugin.training.datamodule import EpochOrder
+from rnode_plugin.training.runs import RunFolder
+from rnode_plugin.training.step import StepGuard
 
 
 def states(folder: RunFolder) -> tuple[dict, dict]:

@@ -16,9 +16,9 @@ from PIL import Image
 from tiny_runs import rows, tiny_recipe
 
 from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import fit
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
-from rnode_plugin.training.runs.resume import newest_intact
+from rnode_plugin.training.runs import newest_intact
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""RnodeModule and ImageDataModule in a Trainer of somebody else: trains, validates, resumes, logs."""
+"""RnodeModule and ImageDataModule in a Trainer of one's own: trains, validates, resumes, logs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from rnode_plugin import ImageDataModule, MultiscaleFlow, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.lightning.callbacks.run_checkpoints import RunCheckpoints
-from rnode_plugin.training.lightning.callbacks.stopping import Interrupted, StopAfterStep
-from rnode_plugin.training.lightning.private import data_of
+from rnode_plugin.training.callbacks import Interrupted, RunCheckpoints, StopAfterStep
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -142,7 +140,7 @@ def test_accumulation(tmp_path: Path) -> None:
     parts, _ = train(recipe, tmp_path, max_steps=6, accumulate_grad_batches=2)
     assert parts.global_step == 6
     for step in (0, 5):
-        data: list[Any] = [data_of(each) for each in (whole, parts)]
+        data: list[Any] = [getattr(each, "datamodule") for each in (whole, parts)]  # noqa: B009
         images = [set(each.samples_of_step(step)) for each in data]
         assert images[0] == images[1]
         assert len(images[0]) == 20

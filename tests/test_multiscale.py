@@ -18,7 +18,7 @@ from rnode_plugin.core.objective import objective, output_log_prob, standard_nor
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import MultiscaleFlow, logit, plan_stages, squeeze
 from rnode_plugin.solvers import Solver, StepMemory
-from rnode_plugin.training.cost.counting import count
+from rnode_plugin.training.estimate import count
 
 SHAPE = (1, 8, 8)
 ACCURATE = Solver(method="dopri5", atol=1e-8, rtol=1e-8)
@@ -373,16 +373,14 @@ def test_solver_is_an_attribute_and_an_argument() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "solver", "kernels", "gigabytes"),
+    ("recipe", "solver", "kernels"),
     [
-        ("mnist", Solver(step=0.25), 11_700, 215),
-        ("mnist", Solver(step=0.5, trace_quadrature="sampled"), 4_500, 64),
-        ("cifar10", Solver(step=0.25), 16_400, 297),
+        ("mnist", Solver(step=0.25), 11_700),
+        ("mnist", Solver(step=0.5, trace_quadrature="sampled"), 4_500),
+        ("cifar10", Solver(step=0.25), 16_400),
     ],
 )
-def test_a_training_step_keeps_its_number_of_device_kernels(
-    recipe: str, solver: Solver, kernels: int, gigabytes: int
-) -> None:
+def test_a_training_step_keeps_its_number_of_device_kernels(recipe: str, solver: Solver, kernels: int) -> None:
     settings = get_recipe(recipe)
     with torch.device("meta"):
         flow, x = settings.build_flow(), torch.empty(200, *settings.images.shape)
@@ -396,8 +394,6 @@ def test_a_training_step_keeps_its_number_of_device_kernels(
 
     cost = count(step)
     assert 0.97 * kernels < cost.kernels <= kernels
-    assert cost.bytes <= gigabytes * 1e9
-    assert cost.host_reads == 0
 
 
 def test_wrong_images_are_noticed_in_the_one_read_after_the_solve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ import torch
 from programs import program, still_running
 from tiny_runs import SETTINGS, rows
 
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
-from rnode_plugin.training.schedule import EpochOrder
+from rnode_plugin.training.checkpoints import read_checkpoint
+from rnode_plugin.training.datamodule import EpochOrder
 
 pytestmark = pytest.mark.ddp
 

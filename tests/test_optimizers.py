@@ -1,10 +1,8 @@
-"""Muon and SOAP against their definitions, PyTorch's Adam and PyTorch's Muon; interrupted and resumed."""
+"""Muon against its definition, PyTorch's Adam and PyTorch's Muon; interrupted and resumed."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ from tiny_runs import rows, run, signal_at, tiny_recipe
 from torch import nn
 
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.optimizers import Muon, make_optimizer, orthogonalized
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 9), (2, 9, 4), (1, 5, 5)])
@@ -101,42 +99,9 @@ def test_settings() -> None:
             tiny_recipe(setting)
 
 
-def soap(parameters: list[nn.Parameter], **changed: float) -> Any:
-    from rnode_plugin.training.soap import Soap
-
-    options: dict[str, Any] = {"lr": 2e-2, "vector_lr": 3e-2, "betas": (0.8, 0.95), "precondition_every": 2}
-    return Soap(parameters, **{"weight_decay": 0.0, **options, **changed})
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_kernel_takes_adams_step_in_the_eigenbases_of_its_gradient_products(layout: torch.memory_format) -> None:
-    torch.manual_seed(0)
-    kernel = nn.Parameter(torch.zeros(4, 3, 2, 3, dtype=torch.float64).to(memory_format=layout))
-    first = torch.randn(4, 18, dtype=torch.float64)
-    # of the row space of the first one, where its basis is unique
-    gradients = [first, *(torch.randn(4, 4, dtype=torch.float64) @ first for _ in range(3))]
-    optimizer = soap([kernel], precondition_every=100, weight_decay=0.1)
-    for gradient in gradients:
-        kernel.grad = gradient.view_as(kernel).clone()
-        optimizer.step()
-    assert kernel.shape == kernel.grad.shape == (4, 3, 2, 3)  # pyright: ignore[reportOptionalMemberAccess]
-
-    left, _, right = torch.linalg.svd(first, full_matrices=False)
-    mean, expected = torch.zeros(2, 4, 18, dtype=torch.float64)
-    square = torch.zeros(4, 4, dtype=torch.float64)
-    for number, gradient in enumerate(gradients[1:], 1):
-        mean = 0.8 * mean + 0.2 * gradient
-        square = 0.95 * square + 0.05 * (left.T @ gradient @ right.T).square()
-        direction = (left.T @ mean @ right.T) / (1 - 0.8**number) / (square / (1 - 0.95**number)).sqrt()
-        expected = (expected - 2e-2 * left @ direction @ right) * (1 - 2e-2 * 0.1)
-    torch.testing.assert_close(kernel.detach().flatten(1), expected, rtol=1e-6, atol=1e-6)
-    assert kernel.is_contiguous(memory_format=layout)
-
-
-@pytest.mark.parametrize("name", ["muon", "soap"])
-def test_all_parameters_of_a_flow_move(name: str) -> None:
+def test_all_parameters_of_a_flow_move() -> None:
     """Kernels lie in another memory format there."""
-    recipe = tiny_recipe(f"optimizer.name={name}")
+    recipe = tiny_recipe("optimizer.name=muon")
     flow = recipe.build_flow()
     optimizer = make_optimizer(flow, recipe.optimizer)
     before = [p.detach().clone() for p in flow.parameters()]
@@ -147,44 +112,8 @@ def test_all_parameters_of_a_flow_move(name: str) -> None:
     assert not any(torch.equal(p, old) for p, old in zip(flow.parameters(), before, strict=True))
 
 
-def test_biases_are_adams_under_soap_from_its_second_step_on() -> None:
-    ours, theirs = net(), net()
-    optimizer = soap(list(ours.parameters()), lr=1e-30)
-    adam = torch.optim.Adam([p for p in theirs.parameters() if p.ndim == 1], lr=3e-2, betas=(0.8, 0.95))
-    step(ours, optimizer)
-    for _ in range(5):
-        step(ours, optimizer)
-        step(theirs, adam)
-        theirs.zero_grad()
-    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-9)
-
-
-def test_soap_without_a_gradient_changes_nothing() -> None:
-    model = net()
-    optimizer = soap(list(model.parameters()), weight_decay=0.1)
-    for _ in range(3):
-        step(model, optimizer)
-    before = [p.detach().clone() for p in model.parameters()], str(optimizer.state_dict())
-    optimizer.zero_grad()
-    optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters(), strict=True))
-    assert str(optimizer.state_dict()) == before[1]
-
-
-def test_soap_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "pytorch_optimizer" else found(name, *rest)
-    )
-    with pytest.raises(ConfigError, match=r"pip install 'rnode-plugin\[soap\]'"):
-        run(tiny_recipe("optimizer.name=soap"), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["muon", "soap"])
-def test_interrupted_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
-    recipe = tiny_recipe(f"optimizer.name={name}", "optimizer.lr=2e-2", "optimizer.beta2=0.95")
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    recipe = tiny_recipe("optimizer.name=muon", "optimizer.lr=2e-2", "optimizer.beta2=0.95")
     whole = run(recipe, tmp_path / "a")
     part = run(recipe, tmp_path / "b", callbacks=[signal_at(6)])
     rest = run(recipe, tmp_path, resume=part.folder.path)

@@ -14,7 +14,7 @@ from rnode_plugin import Solver, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.recipes.pretrained import PRETRAINED, pretrained_file
-from rnode_plugin.training.runs.checkpoints import load_with_recipe
+from rnode_plugin.training.checkpoints import load_with_recipe
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -13,8 +13,8 @@ from tiny_runs import rows, run, signal_at, tiny_recipe
 from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Start
-from rnode_plugin.training.runs.checkpoints import training_solver
-from rnode_plugin.training.schedule import EpochOrder
+from rnode_plugin.training.checkpoints import training_solver
+from rnode_plugin.training.datamodule import EpochOrder
 
 START = ("start.steps=4", "start.batch_size=10", "start.step=1", "solver.step=0.5")
 

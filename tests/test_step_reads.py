@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rnode_plugin import ImageDataModule, RnodeModule
 from rnode_plugin.errors import TrainingError
 from rnode_plugin.evaluation.measures import FlowInput
-from rnode_plugin.training.steps.step_objective import StepObjective
+from rnode_plugin.training.step import StepObjective
 
 # all that turns a tensor into something of Python's
 _READS = {"tolist", "item", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "nonzero"}

@@ -25,8 +25,8 @@ from rnode_plugin.evaluation.measures import TableEvaluation, TableMeasure, gaus
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.recipes.recipe import Recipe, TableData
-from rnode_plugin.training.lightning.datamodule import TableDataModule
-from rnode_plugin.training.lightning.module import RnodeModule
+from rnode_plugin.training.datamodule import TableDataModule
+from rnode_plugin.training.module import RnodeModule
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=0.5", "data.batch_size=40",
@@ -284,12 +284,6 @@ def test_the_step_of_a_table_by_measurement(file: Path, conditional: Path) -> No
     found = rnode("tune-step", str(conditional), "--device", "cpu", "--images", "20", "--smallest", "0.125")
     assert found.exit_code == 0, found.output
     assert "agrees with the adaptive solve within 0.02 nats and 0.01 deviations." in found.output
-
-
-def test_the_cost_of_a_table() -> None:
-    outcome = rnode("estimate", "power", "--gpu", "h100", "--nfe", "4", "--set", "model.blocks=1")
-    assert outcome.exit_code == 0, outcome.output
-    assert "hours/epoch" in outcome.output
 
 
 # a Gaussian of the same rows

@@ -27,12 +27,14 @@ from rnode_plugin.evaluation.loading import load_images, pick_device
 from rnode_plugin.evaluation.measures import FlowInput
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.solvers import Solver
+from rnode_plugin.training.callbacks import MetricsTable
+from rnode_plugin.training.checkpoints import read_checkpoint, save_flow
+from rnode_plugin.training.datamodule import EpochOrder, EvenShare
 from rnode_plugin.training.fit import FitResult, fit
-from rnode_plugin.training.lightning.callbacks.metrics_file import MetricsTable
-from rnode_plugin.training.lightning.module import RnodeModule
-from rnode_plugin.training.runs.checkpoints import read_checkpoint, save_flow
-from rnode_plugin.training.schedule import EpochOrder, EvenShare, RunPlan, learning_rate_factor
-from rnode_plugin.training.steps.step_objective import StepObjective, StepTerms
+from rnode_plugin.training.module import RnodeModule
+from rnode_plugin.training.optimizers import learning_rate_factor
+from rnode_plugin.training.runs import RunPlan
+from rnode_plugin.training.step import StepObjective, StepTerms
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     assert ended["evaluation"] == measured
     with (folder / "images.csv").open() as file:
         of_images = list(csv.DictReader(file))
-    assert [int(row["image"]) for row in of_images] == list(range(result.evaluation.images))
+    assert [int(row["image"]) for row in of_images] == list(range(result.evaluation.loading))
     for kind, values in bits.items():
         assert [float(row[kind]) for row in of_images] == pytest.approx(values, rel=1e-6)
         assert np.mean(values) == pytest.approx(measured[kind]["mean"])
@@ -99,7 +101,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, tmp_path: Path) -> None:
     assert [float(row["lr"]) for row in found[:3]] == pytest.approx([2e-3 / 3, 2e-3 * 2 / 3, 2e-3])
     assert float(found[3]["epoch"]) == 1.0
     assert float(found[0]["train/nfe"]) == 24  # six blocks of four stages
-    assert result.evaluation.images == 60
+    assert result.evaluation.loading == 60
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
     assert result.evaluation.dirty.mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
     assert result.seconds > 0

@@ -17,7 +17,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.evaluation.step_size import tune_step
 from rnode_plugin.flows.multiscale import inverse_logit, logit
-from rnode_plugin.training.runs.checkpoints import save_flow
+from rnode_plugin.training.checkpoints import save_flow
 
 SHAPE, LEVELS, ALPHA = (1, 4, 4), 17, 0.05  # two blocks and no squeeze
 TIGHT = Solver(method="dopri5", atol=1e-11, rtol=1e-11)

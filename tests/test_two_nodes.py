@@ -14,7 +14,7 @@ import torch
 from programs import program, still_running, train_digits
 from tiny_runs import SETTINGS, rows
 
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.checkpoints import read_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.ddp, pytest.mark.timeout(900)]
 

@@ -19,7 +19,7 @@ from tiny_runs import SETTINGS, rows
 
 from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.training.runs.checkpoints import read_checkpoint
+from rnode_plugin.training.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.ddp
 
@@ -66,10 +66,10 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_start_with_soap_on_two_processes_is_that_on_one(tmp_path: Path) -> None:
+def test_a_start_with_muon_on_two_processes_is_that_on_one(tmp_path: Path) -> None:
     settings = changed(
         "data.batch_size=10", "start.steps=3", "start.batch_size=5", "start.step=1", "solver.step=0.5",
-        "optimizer.name=soap", "optimizer.beta2=0.95", "training.max_steps=5",
+        "optimizer.name=muon", "training.max_steps=5",
     )  # fmt: skip
     two, one = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
     done = train(tmp_path / "two", "--devices", "2", *settings)

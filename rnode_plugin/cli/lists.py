@@ -131,7 +131,7 @@ def info(*, as_json: bool) -> None:
     from torch.utils import collect_env
 
     from ..evaluation.loading import pick_device
-    from ..training.runs.folder import environment
+    from ..training.runs import environment
 
     facts = environment(pick_device("auto"))
     facts["interop-threads"] = torch.get_num_interop_threads()

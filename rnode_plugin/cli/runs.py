@@ -70,8 +70,8 @@ def eval(  # noqa: A001 - the command's name
     from ..evaluation.likelihood import evaluate_by
     from ..evaluation.loading import load_data, pick_device
     from ..evaluation.measures import measure_of
+    from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..training.progress import batch_counter
-    from ..training.runs.checkpoints import find_checkpoint, load_with_recipe, training_solver
 
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(device))
@@ -145,8 +145,8 @@ def diagnose(
     from ..evaluation.measures import measure_of
     from ..files import write_atomically
     from ..reports.diagnosis import diagnosis_panels
-    from ..training.runs.checkpoints import find_checkpoint, load_with_recipe, training_solver
-    from ..training.runs.folder import DIAGNOSIS, RunFolder
+    from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
+    from ..training.runs import DIAGNOSIS, RunFolder
 
     path, place = find_checkpoint(run), pick_device(device)
     flow, recipe = load_with_recipe(path, map_location=place)
@@ -230,7 +230,7 @@ def sample(
     from ..evaluation.loading import pick_device
     from ..evaluation.samples import sample_images, save_grid
     from ..recipes.recipe import TableData
-    from ..training.runs.checkpoints import load_with_recipe
+    from ..training.checkpoints import load_with_recipe
 
     flow, recipe = load_with_recipe(run, map_location=pick_device(device))
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
@@ -340,7 +340,7 @@ def export(*, run: str, file: str, kind: str, step: float | None, method: str | 
     With `--format torch-export` or `onnx`, write the sampler and the log-density as two programs on a fixed grid,
     which run without this package: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
-    from ..training.runs.checkpoints import BEST, LAST, export_flow
+    from ..training.checkpoints import BEST, LAST, export_flow
 
     prefer = LAST if last else BEST
     if kind != "safetensors":
@@ -355,7 +355,7 @@ def _export_programs(
     run: str, file: str, kind: str, *, step: float | None, method: str | None, prefer: str
 ) -> None:
     from ..evaluation.programs import SUFFIXES, check_program_file, export_program, save_program
-    from ..training.runs.checkpoints import find_checkpoint, load_with_recipe
+    from ..training.checkpoints import find_checkpoint, load_with_recipe
 
     path = Path(file)
     if path.suffix != SUFFIXES[kind]:

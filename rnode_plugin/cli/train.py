@@ -240,8 +240,8 @@ def _recipe(name: str, ffjord: bool) -> Recipe:
 def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Path]:
     """The recipe of a run to go on with, and its newest intact checkpoint."""
     from ..recipes.recipe import is_recipe_file, read_recipe
-    from ..training.runs.checkpoints import recipe_of
-    from ..training.runs.resume import newest_intact
+    from ..training.checkpoints import recipe_of
+    from ..training.runs import newest_intact
 
     path, contents = newest_intact(resume)
     if name is not None and is_recipe_file(name):
@@ -364,8 +364,8 @@ def _trained(
 ) -> tuple[MultiscaleFlow | TableFlow, Recipe]:
     """A trained flow: a run's, or a recipe's after ``steps`` steps."""
     from ..recipes.recipe import get_recipe
+    from ..training.checkpoints import load_with_recipe
     from ..training.fit import fit
-    from ..training.runs.checkpoints import load_with_recipe
 
     recipes = registry.names("recipes")
     if run_or_recipe not in recipes:

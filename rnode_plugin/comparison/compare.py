@@ -14,8 +14,7 @@ from ..evaluation.loading import load_for_training
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.runs import Run, read_run
-from ..training.runs.resume import newest_intact
-from ..training.schedule import RunPlan
+from ..training.runs import RunPlan, newest_intact
 from .arm_checks import check_arm
 from .arm_recipes import arm_recipes
 from .scheduler import places_of, threads_of, train_arms
@@ -105,7 +104,7 @@ def compare(
     failed, stopped = train_arms(jobs, places, announce, progress=progress)
     runs = [run.path for arm in planned if (run := _earlier_run(out / "runs", arm)) is not None]
     if not any(read_run(run).has_steps for run in runs):
-        raise TrainingError(" ".join(failed) if failed else f"{stopped} before an arm had begun.")
+        raise TrainingError(" ".join(failed) or f"{stopped or 'The call ended'} before an arm had a logged step.")
     report = write_report(runs, out, title=f"{recipe.name}: what the penalties change")
     return Comparison(tuple(runs), report, tuple(failed), stopped)
 

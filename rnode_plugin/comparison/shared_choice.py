@@ -11,9 +11,8 @@ import torch
 from ..errors import ConfigError
 from ..evaluation.loading import pick_device
 from ..recipes.recipe import Recipe
-from ..training.cost.fastest import Choice, choose, is_open
-from ..training.runs.choice_file import read_choice, write_choice
-from ..training.runs.folder import CHOSEN
+from ..training.fastest import Choice, choose, is_open, read_choice, write_choice
+from ..training.runs import CHOSEN
 
 __all__ = ["shared_choice"]
 

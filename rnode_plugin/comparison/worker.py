@@ -16,9 +16,8 @@ from typing import IO
 
 from ..errors import ConfigError
 from ..recipes.recipe import Recipe
-from ..training.cost.fastest import Choice
-from ..training.runs.choice_file import write_choice
-from ..training.runs.folder import CHOSEN, RunFolder
+from ..training.fastest import Choice, write_choice
+from ..training.runs import CHOSEN, RunFolder
 
 __all__ = ["ArmProcess", "Ended", "Job"]
 

@@ -384,14 +384,19 @@ def _of_other_table(data: TableData, *, name: str = "", root: str | None = None,
 
 # settings of ``training`` as version 0.1 wrote them into recipes and checkpoints, and their names now
 _FORMER = {"check_every": "val_every", "check_every_steps": "val_every_steps"}
+_GONE = ("precondition_every",)  # of an optimizer that is no more
 
 
 def _renamed(plain: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe as plain data, with former names of settings replaced."""
-    training = plain.get("training") if isinstance(plain, Mapping) else None
-    if not isinstance(training, Mapping):
+    """A recipe as plain data, with former names of settings replaced, and without settings that are gone."""
+    if not isinstance(plain, Mapping):
         return plain
-    return {**plain, "training": {_FORMER.get(name, name): value for name, value in training.items()}}
+    changed = dict(plain)
+    if isinstance(training := plain.get("training"), Mapping):
+        changed["training"] = {_FORMER.get(name, name): value for name, value in training.items()}
+    if isinstance(optimizer := plain.get("optimizer"), Mapping):
+        changed["optimizer"] = {name: value for name, value in optimizer.items() if name not in _GONE}
+    return changed
 
 
 def read_strength(text: str) -> WrittenStrength:

@@ -259,8 +259,7 @@ class Optimizer:
     """The optimizer and its learning rate.
 
     Attributes:
-        name: ``adam``; or ``muon`` or ``soap``: Muon or SOAP for the convolution kernels and Adam for the biases.
-            ``soap`` needs the package pytorch-optimizer.
+        name: ``adam``, or ``muon``: Muon for the convolution kernels and Adam for the biases.
         lr: learning rate after the warm-up.
         warmup: steps over which the rate rises linearly to ``lr``.
         schedule: ``constant`` after the warm-up, or ``cosine``: down to zero at the last planned step. A limit on
@@ -269,11 +268,10 @@ class Optimizer:
         weight_decay: L2 coefficient that ``adam`` adds to the gradient; the others shrink the weights by ``lr``
             times it instead.
         momentum: decay rate of the mean of gradients in ``muon``.
-        vector_lr: learning rate of the biases in ``muon`` and ``soap``.
-        precondition_every: steps between two updates of the bases of ``soap``.
+        vector_lr: learning rate of the biases in ``muon``.
     """
 
-    name: Literal["adam", "muon", "soap"] = "adam"
+    name: Literal["adam", "muon"] = "adam"
     lr: _Positive = 1e-3
     warmup: _NotNegative = 1000
     schedule: Literal["constant", "cosine"] = "constant"
@@ -282,7 +280,6 @@ class Optimizer:
     weight_decay: Annotated[_Real, Field(ge=0)] = 0.0
     momentum: _Decay = 0.9
     vector_lr: _Positive = 1e-2
-    precondition_every: _Count = 2
 
 
 @refusing("start")

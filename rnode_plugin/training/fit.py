@@ -1,4 +1,4 @@
-"""fit: train the flow of a recipe in a run folder. The command line calls nothing else."""
+"""fit: train the flow of a recipe in a run folder, then evaluate its best weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +14,31 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 
 from ..data import ImageData, Table
-from ..errors import CheckpointError, ConfigError, LocalError, RnodeError
+from ..errors import CheckpointError, ConfigError, DataError, LocalError, RnodeError, SolverError, TrainingError
+from ..evaluation.likelihood import evaluate_by
 from ..evaluation.loading import load_for_training
+from ..evaluation.measures import Evaluation, measure_of
 from ..recipes.recipe import Recipe
-from .conclude import conclude
-from .failures import explained
-from .lightning.callbacks.run_callbacks import RunCallbacks
-from .lightning.callbacks.stopping import Interrupted, StopAfterStep, StoppedAtOnce, signals_restored
-from .lightning.datamodule import RecipeDataModule, datamodule_of
-from .lightning.loggers import check_loggers, make_logger
-from .lightning.module import RnodeModule
-from .lightning.position import RunPosition
-from .lightning.private import end_other_processes, put_first
-from .lightning.trainer import check_options, follow_plan, make_trainer, quiet
-from .progress import progress_display
-from .runs.checkpoints import read_checkpoint
-from .runs.folder import RunFolder
-from .runs.lock import training_lock
-from .runs.resume import check_steps_left, checkpoint_to_resume, newest_intact
-from .schedule import RunPlan
+from .callbacks import Interrupted, RunCallbacks, RunPosition, StopAfterStep, StoppedAtOnce, signals_restored
+from .checkpoints import load_flow, read_checkpoint, training_solver
+from .datamodule import RecipeDataModule, datamodule_of
+from .module import RnodeModule
+from .progress import batch_counter, progress_display
+from .runs import RunFolder, RunPlan, checkpoint_to_resume, newest_intact, training_lock
+from .trainer import (
+    check_loggers,
+    check_options,
+    end_other_processes,
+    follow_plan,
+    make_logger,
+    make_trainer,
+    quiet,
+)
 
 __all__ = ["FitResult", "fit"]
 
@@ -92,12 +94,11 @@ def fit(
 ) -> FitResult:
     """Train the flow of ``recipe`` and evaluate its best weights.
 
-    This is :class:`~rnode_plugin.training.lightning.module.RnodeModule` with
-    :class:`~rnode_plugin.training.lightning.datamodule.ImageDataModule` (or ``TableDataModule``) in Lightning's
-    Trainer, with callbacks of ours that write ``runs/RECIPE/VERSION/``: ``recipe.json``, ``environment.json``,
-    ``metrics.csv``, ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it, ``previous.ckpt``),
-    ``samples/`` and, at the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out image) or
-    ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers.
+    This is :class:`~rnode_plugin.RnodeModule` with :class:`~rnode_plugin.ImageDataModule` (or ``TableDataModule``)
+    in Lightning's Trainer, with callbacks that write ``runs/RECIPE/VERSION/``: ``recipe.json``,
+    ``environment.json``, ``metrics.csv``, ``checkpoints/`` (``best.ckpt``, ``last.ckpt`` and the one before it,
+    ``previous.ckpt``), ``samples/`` and, at the end, ``result.json`` and ``images.csv`` (bits/dim of each held-out
+    image) or ``rows.csv`` (NLL of each held-out row). On a CPU, the same recipe gives the same numbers.
 
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
@@ -157,12 +158,12 @@ def fit(
         samples.trainer = trainer
         samples.setup("fit")  # refuses too few samples before there is a folder
         if checkpoint is not None:
-            check_steps_left(checkpoint, done, plan)
+            _check_steps_left(checkpoint, done, plan)
         with explained():
             module = RnodeModule(recipe)
         if checkpoint is None:
             module.load_weights()  # the module does so itself; here what does not fit is refused without a folder
-        put_first(trainer, RunPosition(plan))
+        trainer.callbacks.insert(0, RunPosition(plan))  # pyright: ignore[reportAttributeAccessIssue]
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             folder = _open(recipe, checkpoint, runs, run_folder)
             stack.enter_context(training_lock(folder.path))
@@ -195,7 +196,7 @@ def fit(
             return result
         ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
         device = trainer.strategy.root_device
-        evaluation, picture = conclude(result.folder, ended, recipe, data, device, progress=progress)
+        evaluation, picture = _conclude(result.folder, ended, recipe, data, device, progress=progress)
         return dataclasses.replace(result, evaluation=evaluation, samples=picture)
 
 
@@ -210,6 +211,14 @@ def _open(
     if inside is not None:
         return inside
     return RunFolder.create(runs, recipe) if run_folder is None else RunFolder.claim(run_folder)
+
+
+def _check_steps_left(checkpoint: Path, done: int, plan: RunPlan) -> None:
+    """Refuse a checkpoint after whose ``done`` steps neither a step nor the evaluation is left."""
+    folder = RunFolder.of_checkpoint(checkpoint)
+    to_evaluate = done == plan.total and folder is not None and not folder.result.exists()
+    if done >= plan.total and not to_evaluate:
+        raise ConfigError(f"{checkpoint} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
 
 
 def _train(
@@ -256,6 +265,48 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
     print(f"steps {done} to {plan.total}, batch {plan.batches}, {where}, in {module.folder.path}", flush=True)
 
 
+def _conclude(
+    folder: RunFolder,
+    ended: Mapping[str, Any],
+    recipe: Recipe,
+    data: ImageData | Table,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> tuple[Evaluation, Path | None]:
+    """Evaluate the best weights of a run, draw a picture of samples from them, and write ``result.json``.
+
+    Raises:
+        TrainingError: the weights cannot be integrated; training itself is done.
+    """
+    flow, measure = load_flow(folder.best, map_location=device), measure_of(recipe)
+    try:
+        evaluation = evaluate_by(
+            measure,
+            flow,
+            data.held_out,
+            batch_size=recipe.data.val_batch_size,
+            seed=recipe.training.seed,
+            training_solver=training_solver(folder.best),
+            progress=batch_counter("evaluating the best weights") if progress else None,
+        )
+        evaluation = measure.beside_baselines(evaluation, data)
+        samples = None
+        if recipe.training.sample_images:
+            samples = folder.samples / "best.png"
+            measure.draw_picture(flow, data, recipe.training, samples)
+    except SolverError as error:
+        raise TrainingError(
+            f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
+            f"rnode-cli eval {folder.path} tries again, with another solver by --set test_solver."
+        ) from error
+    folder.conclude(ended, evaluation, measure)
+    return evaluation, samples
+
+
+# what can go wrong ---------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def _errors_with_advice(
     module: RnodeModule, ours: RunCallbacks, trainer: L.Trainer, *, is_new: bool
@@ -280,3 +331,79 @@ def _what_is_left(module: RnodeModule, ours: RunCallbacks, *, remove: bool) -> s
         if remove:
             shutil.rmtree(folder.path, ignore_errors=True)  # nothing has happened in it
     return "No checkpoint had been written yet."
+
+
+_LOST = ("connection closed by peer", "connection reset by peer", "connection was likely closed", "broken pipe",
+         "connection timeout", "timed out waiting", "communicator was aborted", "application timeout")  # fmt: skip
+
+# what torch's allocator of the CPU says, on Linux, macOS and Windows
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise the errors of PyTorch, Lightning and the system while training as errors of this package.
+
+    Raises:
+        RnodeError: for a known cause; the rest is a bug and passes through.
+    """
+    try:
+        yield
+    except DataError as error:  # a worker sends its whole traceback along
+        raise DataError(_last_line(error)) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error) from error
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise LocalError(f"the system refused: {reason}{place}.") from error
+    except ValueError as error:
+        if "loaded state dict" not in str(error):  # torch's words
+            raise
+        raise CheckpointError(f"the optimizer's state in the checkpoint is of another model: {error}.") from error
+    except MisconfigurationException as error:
+        raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if (known := _known(error)) is None:
+            raise
+        raise known from error
+
+
+def _out_of_memory(error: BaseException) -> LocalError:
+    return LocalError(
+        f"there is no more memory: {_first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate by "
+        "the same factor, or --set solver.gradient=checkpointed."
+    )
+
+
+def _known(error: RuntimeError) -> RnodeError | None:
+    text = str(error).lower()
+    if any(words in text for words in _NO_MEMORY):
+        return _out_of_memory(error)
+    if "address already in use" in text or "eaddrinuse" in text:
+        port = os.environ.get("MASTER_PORT", "?")
+        return TrainingError(
+            f"port {port}, where the processes of this run meet, is in use: set MASTER_PORT to a free one."
+        )
+    if "dataloader worker" in text:
+        return LocalError(
+            f"a process that reads batches died: {_first_line(error)} It may have run out of memory (/dev/shm "
+            "in a container); --set data.workers=0 reads in the training process."
+        )
+    if isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST):
+        return TrainingError(
+            "another process of this run ended or cannot be reached; it says why if it could, but not if the system"
+            " killed it, for example because memory ran out."
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    if len(lines) < 2 or not lines[0].startswith("Caught "):
+        return str(error)
+    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")

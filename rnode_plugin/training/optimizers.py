@@ -1,8 +1,8 @@
-"""make_optimizer: Adam, or Muon or SOAP for the kernels and Adam for the rest."""
+"""make_optimizer: Adam, or Muon for the kernels and Adam for the rest; and the learning rate of each step."""
 
 from __future__ import annotations
 
-import importlib.util
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,49 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..recipes.recipe import Optimizer
 
-__all__ = ["Muon", "check_installed", "make_optimizer", "orthogonalized"]
+__all__ = ["Muon", "learning_rate_factor", "make_optimizer", "orthogonalized"]
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic that Muon's authors tuned for few steps
 _EPS = 1e-7
 
 
-def check_installed(settings: Optimizer) -> None:
-    """Refuse an optimizer whose package is missing.
-
-    Raises:
-        ConfigError: with what to install.
-    """
-    if settings.name == "soap" and importlib.util.find_spec("pytorch_optimizer") is None:
-        raise ConfigError(
-            "optimizer.name=soap needs the package pytorch-optimizer: pip install 'rnode-plugin[soap]', or choose "
-            "optimizer.name=muon."
-        )
-
-
 def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that ``settings`` describes, for all parameters of ``flow``.
-
-    Raises:
-        ConfigError: the package that it comes from is missing.
-    """
-    check_installed(settings)
+    """The optimizer that ``settings`` describes, for all parameters of ``flow``."""
     betas = (settings.beta1, settings.beta2)
     if settings.name == "adam":
         return torch.optim.Adam(flow.parameters(), lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
-    if settings.name == "soap":
-        from .soap import Soap
-
-        return Soap(
-            flow.parameters(),
-            lr=settings.lr,
-            vector_lr=settings.vector_lr,
-            betas=betas,
-            precondition_every=settings.precondition_every,
-            weight_decay=settings.weight_decay,
-        )
     return Muon(
         flow.parameters(),
         lr=settings.lr,
@@ -61,6 +31,24 @@ def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimize
         betas=betas,
         weight_decay=settings.weight_decay,
     )
+
+
+def learning_rate_factor(settings: Optimizer, total: Callable[[], float]) -> Callable[[int], float]:
+    """The factor on ``settings.lr`` at each step: linear warm-up, then constant or half a cosine down to zero.
+
+    Args:
+        settings: of the optimizer.
+        total: gives the steps of the whole run; called for the cosine only, and only after the warm-up.
+    """
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
+        if settings.schedule == "constant" or step <= settings.warmup:
+            return warmup
+        after = (step - settings.warmup) / max(1, total() - settings.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
+
+    return factor
 
 
 def orthogonalized(matrices: Tensor, *, steps: int = 5) -> Tensor:

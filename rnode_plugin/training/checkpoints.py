@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import textwrap
@@ -11,18 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..._version import __version__
-from ...errors import CheckpointError, ConfigError
-from ...files import write_atomically
-from ...recipes.pretrained import PRETRAINED, pretrained_file
-from .structure import damaged_weights
-from .weights_file import SUFFIX, read_weights, weights_as_bytes
+from .._version import __version__
+from ..errors import CheckpointError, ConfigError
+from ..files import write_atomically
+from ..recipes.pretrained import PRETRAINED, pretrained_file
 
 if TYPE_CHECKING:
     import torch
 
-    from ...recipes.recipe import Recipe
-    from ...solvers.config import Solver
+    from ..recipes.recipe import Recipe
+    from ..solvers.config import Solver
 
 __all__ = [
     "BEST",
@@ -41,6 +40,7 @@ __all__ = [
 ]
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+_SAFETENSORS = ".safetensors"
 _FORMAT = 1
 _KEY = "rnode_plugin"
 _PREFIX = "flow."
@@ -81,11 +81,15 @@ def export_flow(
         ConfigError: ``path`` does not end in ``.safetensors``, by which the format is known again.
         CheckpointError: nothing to read, or the file cannot be written.
     """
-    if Path(path).suffix != SUFFIX:
-        raise ConfigError(f"the exported file must end in {SUFFIX}, not {str(path)!r}.")
+    from safetensors.torch import save
+
+    if Path(path).suffix != _SAFETENSORS:
+        raise ConfigError(f"the exported file must end in {_SAFETENSORS}, not {str(path)!r}.")
     file = find_checkpoint(source, prefer=prefer)
     flow, recipe = load_with_recipe(file)
-    encoded = weights_as_bytes(flow.state_dict(), header_with(recipe)[_KEY])
+    # copies: the format refuses tensors that share memory or have strides of their own
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
+    encoded = save(tensors, metadata={"format": "pt", _KEY: json.dumps(header_with(recipe)[_KEY])})
     write_atomically(path, lambda file: file.write(encoded))
     return file, recipe
 
@@ -103,7 +107,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
     Example:
         >>> import tempfile
-        >>> from rnode_plugin.training.runs.checkpoints import save_flow
+        >>> from rnode_plugin.training.checkpoints import save_flow
         >>> recipe = get_recipe("digits")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_flow(recipe.build_flow(), f"{folder}/flow.ckpt", recipe=recipe)
@@ -129,28 +133,50 @@ def load_with_recipe(
     return flow.to(map_location).eval(), recipe
 
 
-def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> None:
     """Give ``flow`` the weights that :func:`load_flow` would load: those of a run, a file, or the package.
 
+    Args:
+        flow: the model.
+        path: of the weights.
+        recipe: of ``flow``; of a table, its columns have to be those of the weights.
+
     Raises:
-        CheckpointError: missing, truncated, not ours, or of a model of another shape.
+        CheckpointError: missing, truncated, not ours, or of a model of another shape or of other columns.
     """
     file = find_checkpoint(path)
-    _put_into(flow, read_checkpoint(file), f"the weights of {file} do not fit this model")
+    contents = read_checkpoint(file)
+    if recipe is not None:
+        _check_columns(recipe, recipe_of(contents, file), file)
+    _put_into(flow, contents, f"the weights of {file} do not fit this model")
+
+
+def _check_columns(recipe: Recipe, other: Recipe, file: Path) -> None:
+    """Refuse weights whose means and deviations are those of other columns."""
+    from ..recipes.recipe import TableData
+
+    if isinstance(recipe.data, TableData) and isinstance(other.data, TableData):
+        for name in ("modelled", "given"):
+            here, there = getattr(recipe.data, name), getattr(other.data, name)
+            if here != there:
+                raise CheckpointError(
+                    f"the weights of {file} are of other columns: {name} are {', '.join(there) or 'none'} there "
+                    f"and {', '.join(here) or 'none'} here."
+                )
 
 
 def _put_into(flow: torch.nn.Module, contents: Mapping[str, Any], problem: str) -> None:
-    state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
     try:
+        state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
         flow.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         first, *others = str(error).splitlines()[1:] or [str(error)]  # torch has a line for each tensor
         more = f" (and {len(others)} more)" if others else ""
         raise CheckpointError(f"{problem}: {textwrap.shorten(first, 240)}{more}") from None
 
 
 def training_solver(path: Path) -> Solver:
-    """The solver that the weights of a checkpoint file were last trained with; a step that was found, as then."""
+    """The solver that the weights of a checkpoint file were last trained with, at the step that ``auto`` found."""
     contents = read_checkpoint(path)
     recipe, progress = recipe_of(contents, path), contents.get("progress", {})
     found = progress.get("step_size")
@@ -182,23 +208,15 @@ def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path
 
 
 def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """The contents of one file of ours.
+    """The contents of one file of ours: tensors and plain values, nothing that runs.
 
     Raises:
-        CheckpointError: unreadable, truncated, or written by another program.
+        CheckpointError: unreadable, damaged, or written by another program.
     """
-    import torch
-
-    if path.suffix == SUFFIX:
-        state, header = read_weights(path, map_location=map_location)
-        return _checked({_KEY: header, "state_dict": state}, path)
     try:
-        if not zipfile.is_zipfile(path):  # what torch.save writes; a bare pickle is not even looked at
-            raise zipfile.BadZipFile("it is not an archive of torch")
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums of its own archives
-            if (bad := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
-        contents = torch.load(path, map_location=map_location, weights_only=True)
+        contents = (
+            _read_safetensors(path, map_location) if path.suffix == _SAFETENSORS else _read(path, map_location)
+        )
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
@@ -207,10 +225,6 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     except Exception as error:  # a damaged file can make the reader fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} cannot be read, it is truncated or no checkpoint: {reason}") from None
-    return _checked(contents, path)
-
-
-def _checked(contents: Any, path: Path) -> dict[str, Any]:
     header = contents.get(_KEY) if isinstance(contents, Mapping) else None
     if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
         raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")
@@ -219,9 +233,25 @@ def _checked(contents: Any, path: Path) -> dict[str, Any]:
             f"{path} was written by rnode-plugin {header.get('version')} in format {header.get('format')!r}; this "
             f"is {__version__}, which reads format {_FORMAT}. Install that version to use it."
         )
-    if (problem := damaged_weights(contents)) is not None:
-        raise CheckpointError(f"{path} is damaged: {problem}. Use another checkpoint of the run.")
     return dict(contents)
+
+
+def _read(path: Path, map_location: str | torch.device) -> Any:
+    import torch
+
+    with zipfile.ZipFile(path) as archive:  # a bare pickle is not even looked at
+        if (bad := archive.testzip()) is not None:  # torch does not look at the checksums of its own archives
+            raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device=str(map_location)) as file:  # pyright: ignore[reportArgumentType]
+        header = (file.metadata() or {}).get(_KEY)
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return {_KEY: header and json.loads(header), "state_dict": state}
 
 
 def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
@@ -230,7 +260,7 @@ def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
     Raises:
         CheckpointError: it is not one that this version understands.
     """
-    from ...recipes.recipe import Recipe
+    from ..recipes.recipe import Recipe
 
     try:
         return Recipe.from_plain(contents[_KEY]["recipe"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -12,28 +13,21 @@ import pytorch_lightning as L
 import torch
 from torch import Tensor
 
-from ...core.random_streams import Stream, seed_everything, seeded
-from ...errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
-from ...fields import compile_fields
-from ...flows.table import TableFlow
-from ...recipes.recipe import Recipe
-from ...solvers import Solver
-from ..cost.fastest import is_open
-from ..optimizers import check_installed, make_optimizer
-from ..runs.checkpoints import header_with, load_weights
-from ..runs.folder import RunFolder
-from ..schedule import learning_rate_factor
-from ..steps.auto_step import AutoStep
-from ..steps.compile_first import compile_first
-from ..steps.step_graph import StepGraph
-from ..steps.step_guard import StepGuard
-from ..steps.step_objective import StepObjective
-from ..steps.step_reading import StepReading
-from ..steps.step_row import StepClock, StepRow
-from ..validation import ValidationSums, gap_warning
+from ..core.random_streams import Stream, seed_everything, seeded
+from ..errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
+from ..fields import compile_fields
+from ..fields.kernels import compile as compiling
+from ..flows.table import TableFlow
+from ..recipes.recipe import Recipe
+from ..solvers import Solver
+from ..text import duration
+from .checkpoints import header_with, load_weights
 from .datamodule import RecipeDataModule
-from .fastest_way import take_fastest_way
-from .private import data_of, log_interval
+from .fastest import is_open, take_fastest_way
+from .optimizers import learning_rate_factor, make_optimizer
+from .runs import RunFolder
+from .step import AutoStep, StepClock, StepGuard, StepObjective, StepRecord, ValidationSums, gap_warning
+from .trainer import is_logged
 
 __all__ = ["RnodeModule"]
 
@@ -42,11 +36,11 @@ class RnodeModule(L.LightningModule):
     """The flow of a recipe, the objective (eq. 17) and its optimizer, for any ``Trainer``.
 
     A batch is uint8 images ``(B, C, H, W)`` or rows of a table ``(B, C)``, as
-    :class:`~rnode_plugin.training.lightning.datamodule.ImageDataModule` and ``TableDataModule`` give. What is
-    logged: ``train/loss`` in nats per dimension, ``train/bpd`` (of a table ``train/nll``, nats per row),
-    ``train/nfe``, each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and ``lr``
-    at each step; ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap`` at each
-    validation, as means over all devices.
+    :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give. What is logged:
+    ``train/loss`` in nats per dimension, ``train/bpd`` (of a table ``train/nll``, nats per row), ``train/nfe``,
+    each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and ``lr`` at each step;
+    ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap`` at each validation, as
+    means over all devices.
 
     The noise of a step is a function of the seed, the step and the device. A run that is interrupted at a whole
     step and resumed is the same as one that was not, to the bit on a CPU.
@@ -69,8 +63,7 @@ class RnodeModule(L.LightningModule):
         folder: the run's folder in :func:`~rnode_plugin.training.fit.fit`; None in other Trainers.
 
     Raises:
-        ConfigError: the model has no field that can be compiled, or the package of the optimizer is missing, and
-            the recipe asks for that.
+        ConfigError: the recipe asks for compiling, and the model has no field that can be compiled.
 
     Example:
         >>> from rnode_plugin import get_recipe
@@ -83,7 +76,6 @@ class RnodeModule(L.LightningModule):
         super().__init__()
         if not isinstance(recipe, Recipe):
             recipe = Recipe.from_plain(recipe)
-        check_installed(recipe.optimizer)
         self.save_hyperparameters({"recipe": recipe.to_plain()})
         self.recipe = recipe
         self.folder: RunFolder | None = None
@@ -94,13 +86,12 @@ class RnodeModule(L.LightningModule):
             self._compile_fields()
         self.objective = StepObjective(self.flow, recipe)
         self.measure = self.objective.measure
-        self._graph = StepGraph(self.objective, self.flow, seed=recipe.training.seed)
         automatic = recipe.solver.step == "auto"
         self.auto = AutoStep(recipe.solver, self.measure, seed=recipe.training.seed) if automatic else None
         self.guard = StepGuard(recipe.training.max_skipped)
         self.clock = StepClock()
-        self.row: dict[str, float] = {}
-        self._row, self._reading = StepRow(), StepReading()
+        self._record = StepRecord()
+        self._row: dict[str, float] | None = None
         self._batches = self._world = 1  # of a step: per device, and devices
         self._warned = False
 
@@ -110,81 +101,31 @@ class RnodeModule(L.LightningModule):
         solver = self.recipe.solver if self.auto is None else self.auto.solver
         return self.recipe.start.solver_at(self.global_step, solver)
 
-    def _compile_fields(self) -> None:
-        if not compile_fields(self.flow):
-            name = self.recipe.model.name
-            raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
-        self._compiled = set()
-
-    def setup(self, stage: str) -> None:
-        """Give the flow of a table the mean and the deviation of the training rows."""
-        data = data_of(self.trainer)
-        if stage == "fit" and isinstance(self.flow, TableFlow) and isinstance(data, RecipeDataModule):
-            self.flow.standardize(torch.from_numpy(data.data.train))
-
-    def load_weights(self) -> None:
-        """Take the weights that the recipe starts from, if it names some.
-
-        Raises:
-            CheckpointError: they cannot be read, or are of another model.
-        """
-        if (weights := self.recipe.training.weights) is not None:
-            load_weights(self.flow, weights)
-
-    def on_fit_start(self) -> None:
-        if self.trainer.ckpt_path is None:  # else the checkpoint has them, and more steps
-            self.load_weights()
-
     # a training step -------------------------------------------------------------------------------------------
-
-    def on_train_start(self) -> None:
-        if not is_open(self.recipe):
-            return
-        folder = None if self.folder is None else self.folder.path
-        way = take_fastest_way(self.trainer, self.recipe, folder).way
-        if way.compiled and self._compiled is None:
-            self._compile_fields()
-
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        if batch_idx % self._batches == 0:
-            if self._compiled is not None:
-                self._compile(batch)
-            self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
-            self._tune()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Equation 17 on a batch as the data come, in nats per dimension."""
         part = batch_idx % self._batches
         if part == 0:
             step_size = {} if self.auto is None else {"step_size": self.solver.step}
-            self._row = StepRow(self._batches, self.measure.metric, **step_size)  # pyright: ignore[reportArgumentType]
-            self._reading = StepReading()
+            self._record = StepRecord(self._batches, self.measure.metric, **step_size)  # pyright: ignore[reportArgumentType]
         # a device that takes the batches of several in turn draws the noise of each
         device = part * self._world + self.global_rank
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
         inputs = self.objective.inputs(batch)
         try:
-            terms = self._graph(inputs, self.solver)
-            if terms is None:
-                terms = self.objective(inputs, self.solver, step=self.global_step)
+            terms = self.objective(inputs, self.solver, step=self.global_step)
         except SolverError as error:
-            return self._unusable(f"the solver failed ({error})", error.nfe)
-        self._reading.add(terms)
-        self._row.add(loss=terms.loss.detach(), score=terms.score, nfe=terms.nfe, penalties=terms.penalties)
+            self._record.problem = f"the solver failed ({error})"
+            terms = self.objective.unusable(error.nfe)
+        self._record.add(terms)
         return terms.loss
 
-    def _unusable(self, problem: str, nfe: int) -> Tensor:
-        self._reading.problem = problem
-        self.guard.remember(nfe, math.nan)
-        names = self.recipe.measured if self.objective.lambdas else ()
-        self._row.add(loss=math.nan, score=math.nan, nfe=nfe, penalties=dict.fromkeys(names, math.nan))
-        return self.objective.unusable()
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Read what the step measured; a step without a usable gradient changes nothing."""
         # an infinite bound measures the norm and leaves the gradient alone
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)
-        length, solves = self._reading.read(norm)
+        length, solves = self._record.read(norm)
         for nfe, jacobian in solves:
             self.guard.remember(nfe, jacobian)
         if math.isfinite(length):
@@ -193,67 +134,118 @@ class RnodeModule(L.LightningModule):
             optimizer.zero_grad()  # without gradients an optimizer changes neither weights nor its own state
             if self.guard.skip():
                 raise TrainingError(self._why_too_many(length))
-        self._row.values |= {"train/grad_norm": norm, "train/skipped": float(self.guard.skipped)}
-        self._row.values["lr"] = optimizer.param_groups[0]["lr"]
-        self._log_row()
-
-    def _log_row(self) -> None:
-        """Log the row of the step that ends, at the steps that are written down as a mean over the devices."""
-        values = self._row.values
-        if (self.global_step + 1) % log_interval(self.trainer) == 0:
-            # tensors of a device come over one by one, and devices wait for each other: not at each step
-            self.row = values = self._mean_over_devices({name: float(value) for name, value in values.items()})
+        self._record.values |= {"train/grad_norm": norm, "train/skipped": float(self.guard.skipped)}
+        self._record.values["lr"] = optimizer.param_groups[0]["lr"]
+        self._row = None
+        # tensors come from a device one by one, and devices wait for each other: not at each step
+        values = self.row() if is_logged(self.trainer, self.global_step + 1) else self._record.values
         for name, value in values.items():
             self.log(name, value, prog_bar=name in (f"train/{self.measure.metric}", "train/nfe"))
-
-    def _mean_over_devices(self, row: dict[str, float]) -> dict[str, float]:
-        if self._world == 1:
-            return row
-        values = torch.tensor(list(row.values()), dtype=torch.float64, device=self.device)
-        means = self.trainer.strategy.reduce(values, reduce_op="mean")
-        return dict(zip(row, means.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)
         self.clock.end_step()
 
+    def row(self) -> dict[str, float]:
+        """What the last step measured, as means over its batches and over the devices, all of which have to ask."""
+        if self._row is None:
+            row = {name: float(value) for name, value in self._record.values.items()}
+            if self._world > 1:
+                values = torch.tensor(list(row.values()), dtype=torch.float64, device=self.device)
+                means = self.trainer.strategy.reduce(values, reduce_op="mean")
+                row = dict(zip(row, means.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
+            self._row = row
+        return self._row
+
     def _why_too_many(self, norm: float) -> str:
         """The message of the process where the gradient was spoilt; its batch goes into a file of the run."""
-        problem = self._reading.problem or f"the gradient's norm is {norm}"
-        samples: list[int] = []
-        if isinstance(data := data_of(self.trainer), RecipeDataModule):
-            samples = data.samples_of_step(self.global_step)
+        problem = self._record.problem or f"the gradient's norm is {norm}"
+        samples = [] if (data := self._data()) is None else data.samples_of_step(self.global_step)
         listed_in = self.folder.skipped if self.folder is not None else None
         message = self.guard.message(self.global_step + 1, problem, samples, listed_in, self.measure.samples)
         if self._world > 1:
             found: list[Any] = [None] * self._world
-            torch.distributed.all_gather_object(found, (self._reading.problem is None, message, samples))
+            torch.distributed.all_gather_object(found, (self._record.problem is None, message, samples))
             _, message, samples = min(found)
         if self.global_rank == 0 and self.folder is not None:
             with suppress(CheckpointError):  # if the disk is full too, the message still has its first ones
                 self.folder.name_skipped(self.global_step + 1, samples, self.measure.samples)
         return message
 
-    def _compile(self, batch: Tensor) -> None:
-        assert self._compiled is not None
-        precision, say = self.trainer.precision_plugin.train_step_context, self.global_rank == 0
-        if batch.shape not in self._compiled:
-            self._compiled.add(batch.shape)
-            seed, parameters = self.recipe.training.seed, list(self.flow.parameters())
-            compile_first(self.objective, batch, self.solver, parameters, seed=seed, precision=precision(), say=say)
-        line = self._graph.prepare(batch, self.solver, precision=precision, devices=self._world)
-        if line is not None and say:
-            print(line, file=sys.stderr, flush=True)
+    # before a step ---------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Give the flow of a table the mean and the deviation of the training rows."""
+        data = self._data()
+        if stage == "fit" and isinstance(self.flow, TableFlow) and data is not None:
+            self.flow.standardize(torch.from_numpy(data.data.train))
+
+    def _data(self) -> RecipeDataModule[Any] | None:
+        """The data module of ours that the Trainer was given; None if it got others, or loaders."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, RecipeDataModule) else None
+
+    def load_weights(self) -> None:
+        """Take the weights that the recipe starts from, if it names some.
+
+        Raises:
+            CheckpointError: they cannot be read, or are of another model.
+        """
+        if (weights := self.recipe.training.weights) is not None:
+            load_weights(self.flow, weights, recipe=self.recipe)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.ckpt_path is None:  # else the checkpoint has them, and more steps
+            self.load_weights()
+
+    def on_train_start(self) -> None:
+        if is_open(self.recipe):
+            folder = None if self.folder is None else self.folder.path
+            way = take_fastest_way(self.trainer, self.recipe, folder).way
+            if way.compiled and self._compiled is None:
+                self._compile_fields()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if batch_idx % self._batches == 0:
+            self._compile_step(batch)
+            self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
+            self._tune()
+
+    def _compile_fields(self) -> None:
+        if not compile_fields(self.flow):
+            name = self.recipe.model.name
+            raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
+        self._compiled = set()
+
+    def _compile_step(self, batch: Tensor) -> None:
+        """Go through a step on a batch of a new shape that changes nothing, so that its code is compiled."""
+        if self._compiled is None or batch.shape in self._compiled:
+            return
+        self._compiled.add(batch.shape)
+        say = self.global_rank == 0 and compiling.works()
+        if say:
+            print("compiling: the first step takes longer", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        precision = self.trainer.precision_plugin.train_step_context()
+        with (
+            seeded(self.recipe.training.seed, Stream.TUNE),
+            precision,
+            suppress(SolverError),
+        ):  # the step reports it
+            loss = self.objective(self.objective.inputs(batch), self.solver).loss
+            torch.autograd.grad(loss, list(self.flow.parameters()), allow_unused=True)
+        if say and compiling.works():
+            print(f"compiled in {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
 
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with what the first one found."""
         auto = self.auto
-        if self.recipe.start.gives_step_at(self.global_step):
+        if auto is None or self.recipe.start.gives_step_at(self.global_step):
             return
-        if auto is None or not (auto.step is None or self.global_step % self.recipe.training.tune_every == 0):
+        if auto.step is not None and self.global_step % self.recipe.training.tune_every:
             return
-        data = data_of(self.trainer)
-        if not isinstance(data, RecipeDataModule):
+        if (data := self._data()) is None:
             samples = self.measure.samples
             kind = "a TableDataModule" if samples == "rows" else "an ImageDataModule"
             raise ConfigError(f"solver.step=auto measures on held-out {samples}: train with {kind}.")
@@ -286,9 +278,8 @@ class RnodeModule(L.LightningModule):
             )
         if self.trainer.sanity_checking or self._warned or self.global_rank != 0:
             return
-        warning = gap_warning(
-            means.get("gap", 0.0), self.measure, at=self.global_step, automatic=self.auto is not None
-        )
+        gap = means.get("gap", 0.0)
+        warning = gap_warning(gap, self.measure, at=self.global_step, automatic=self.auto is not None)
         if warning is not None:
             self._warned = True
             print(warning, file=sys.stderr, flush=True)

@@ -1,0 +1,516 @@
+"""The callbacks of a run: metrics, checkpoints, samples, averaged weights, and how a run stops and goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..errors import SolverError, TrainingError
+from ..evaluation.measures import measure_of
+from ..evaluation.samples import sample_images, save_grid
+from ..files import write_atomically
+from ..recipes.recipe import Data, Recipe
+from .checkpoints import BEST, LAST
+from .runs import RunFolder, RunPlan
+from .trainer import is_logged, validates_after_this_batch
+
+__all__ = [
+    "Interrupted",
+    "MetricsFile",
+    "MetricsTable",
+    "RunCallbacks",
+    "RunCheckpoints",
+    "RunPosition",
+    "SampleGrids",
+    "StopAfterStep",
+    "StoppedAtOnce",
+    "WeightAverage",
+    "signals_restored",
+]
+
+
+class RunCallbacks:
+    """All callbacks of a run in a folder, in the order in which Lightning has to call them.
+
+    Samples and validations see the averaged weights; metrics are written before the checkpoint of their step; the
+    checkpoints come last, and save once more if the run is stopped.
+
+    Args:
+        recipe: its metric, and its settings of samples, averages and checkpoints.
+        max_time: seconds after which training stops; None for no limit.
+    """
+
+    def __init__(self, recipe: Recipe, *, max_time: float | None) -> None:
+        training, metric = recipe.training, measure_of(recipe).metric
+        self.stop = StopAfterStep(max_time=max_time)
+        self.checkpoints = RunCheckpoints(save_every=training.save_every, monitor=f"val/{metric}")
+        self._metrics = MetricsFile()
+        self._samples = SampleGrids(
+            temperatures=training.sample_temperatures, images=training.sample_images, seed=training.seed
+        )
+        # the picture of a table takes as long as some of its steps, and is drawn at the end
+        samples = [self._samples] if training.sample_images and isinstance(recipe.data, Data) else []
+        average = [] if training.ema is None else [WeightAverage(training.ema)]
+        self.before_saving: list[Callback] = [*samples, *average, self._metrics, self.stop]
+
+    def write_into(self, folder: RunFolder, *, keep: int) -> None:
+        """Set the run's folder (rank 0 only), and up to which step its metrics stay."""
+        self.checkpoints.folder = folder.last.parent
+        self._samples.folder = folder.samples
+        self._metrics.table = MetricsTable(folder.metrics, keep=keep)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Of the run, known to all processes once training has begun."""
+        assert self.checkpoints.folder is not None
+        return RunFolder(self.checkpoints.folder.parent)
+
+
+class RunPosition(Callback):
+    """Starts a resumed run between two steps of its own plan.
+
+    The checkpoint may be of another plan: fewer devices that accumulate more batches for a step, another number of
+    steps, or version 0.1, which counted a whole run as one epoch. Lightning's loops are placed after the steps that
+    were made, whatever they counted when the checkpoint was written.
+
+    Args:
+        plan: of the run.
+    """
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loop, plan, steps = checkpoint["loops"]["fit_loop"], self._plan, checkpoint["progress"]["batches"]
+        epoch, step = divmod(steps, plan.steps_per_epoch)
+        trained = steps * plan.accumulate
+        batches = loop["epoch_loop.batch_progress"]
+        _count(batches["current"], step * plan.accumulate)
+        _count(batches["total"], trained)
+        batches["is_last_batch"] = False
+        for which in ("current", "total"):
+            _count(loop["epoch_progress"][which], epoch)
+            if step:  # in the middle of an epoch
+                loop["epoch_progress"][which].update(ready=epoch + 1, started=epoch + 1)
+        # a loop that begins after a step with a validation counts that step when it leaves the validation out
+        validated = trained % (plan.val_every * plan.accumulate) == 0
+        loop["epoch_loop.state_dict"] = {"_batches_that_stepped": steps - validated}
+
+
+def _count(counts: dict[str, int], value: int) -> None:
+    counts.update(dict.fromkeys(counts, value))
+
+
+# metrics.csv ---------------------------------------------------------------------------------------------------
+
+
+class MetricsTable:
+    """Rows of numbers by step in a CSV file, with a column for each name that comes along.
+
+    Args:
+        path: of the file; rows that are there stay if their step is not greater than ``keep``.
+        keep: the rest was written by a run that stopped without a checkpoint.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, keep: int = 0) -> None:
+        self._path, self._names = Path(path), list[str]()
+        if self._path.is_file():
+            self._names, rows = self._read()
+            self._replace([row for row in rows if row["step"].isdigit() and int(row["step"]) <= keep])
+
+    def add(self, row: dict[str, float], step: int) -> None:
+        """Write a row; it is in the file when this returns.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        full: dict[str, Any] = {**row, "step": step}
+        if new := full.keys() - set(self._names):
+            rows = self._read()[1] if self._path.exists() else []
+            self._names = sorted({*self._names, *new})
+            self._replace(rows)
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, self._names).writerow(full)
+
+    def _read(self) -> tuple[list[str], list[dict[str, str]]]:
+        text = self._path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # a kill can cut the last row in two
+        reader = csv.DictReader(io.StringIO(whole, newline=""))
+        names = list(reader.fieldnames or [])
+        return names, [{name: row.get(name) or "" for name in {*names, "step"}} for row in reader]
+
+    def _replace(self, rows: list[dict[str, str]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
+
+
+class MetricsFile(Callback):
+    """Writes the metrics of logged steps, the last step and validations, before the checkpoint of their step.
+
+    Lightning hands a step's metrics to its loggers after the step's checkpoint, so a kill in between would lose a
+    row for good.
+
+    Args:
+        table: where they go, in the first process; None in the others.
+    """
+
+    def __init__(self, table: MetricsTable | None = None) -> None:
+        self.table = table
+        self._step = self._written = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = self._written = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step != self._step and is_logged(trainer, step):  # else in the middle of a step
+            self._write(trainer, pl_module)
+        self._step = step
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        if trainer.should_stop and self._written < trainer.global_step:  # a time limit: the step was the last one
+            self._write(trainer, pl_module)
+        if self.table is not None:
+            row = {
+                name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+            }
+            self.table.add({**row, "seconds": pl_module.clock.run}, trainer.global_step)
+
+    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
+        step = self._written = trainer.global_step
+        row = pl_module.row()  # a mean over the devices, to which all of them come
+        if self.table is not None:
+            clock = pl_module.clock
+            times = {"seconds_per_step": clock.last, "train_seconds": clock.training, "seconds": clock.run}
+            epochs = step * trainer.accumulate_grad_batches / trainer.num_training_batches
+            self.table.add({"epoch": epochs, **row, **times}, step)
+
+
+# checkpoints and samples ---------------------------------------------------------------------------------------
+
+
+class RunCheckpoints(Checkpoint):
+    """Writes ``last.ckpt`` every few steps and after each validation, and ``best.ckpt`` after the best validation.
+
+    With :class:`~rnode_plugin.training.trainer.AtomicCheckpointIO` among the Trainer's plugins they are written all
+    or not at all, and the ``last.ckpt`` from before stays as ``previous.ckpt``.
+
+    Args:
+        folder: where they go; only the first process needs to know.
+        save_every: steps between two checkpoints.
+        monitor: metric of a validation whose lowest value is the best.
+
+    Attributes:
+        best: lowest value so far.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None = None, *, save_every: int = 100, monitor: str = "val/bpd"
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.best = math.inf
+        self._save_every, self._monitor = save_every, monitor
+        self._saved = -1  # step of the newest checkpoint
+
+    @property
+    def state_key(self) -> str:
+        return "RunControl"  # as in version 0.1, so that the best value of its runs is found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._saved or step % self._save_every or validates_after_this_batch(trainer):
+            return
+        if not pl_module.guard.in_row:  # a skipped step changes no weights
+            self._save(trainer, LAST)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        value = float(trainer.callback_metrics[self._monitor])
+        if not math.isfinite(value):
+            raise TrainingError(f"the validation {self._monitor.removeprefix('val/')} is {value}.")
+        if value < self.best:
+            self.best = value
+            self._save(trainer, BEST)
+        self._save(trainer, LAST)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Interrupted) and trainer.global_step != self._saved:
+            self._save(trainer, LAST)
+
+    def _save(self, trainer: L.Trainer, name: str) -> None:
+        assert self.folder is not None  # the first process has told it in setup
+        trainer.save_checkpoint(self.folder / name)
+        self._saved = trainer.global_step
+
+
+class SampleGrids(Callback):
+    """Writes ``step-NUMBER.png``, a grid of samples, at the end of each validation, with the weights it measured.
+
+    Args:
+        folder: where they go; only the first process needs to know.
+        temperatures: standard deviation of the latent, one row of images each.
+        images: in a row.
+        seed: of the latents, the same in every grid.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        temperatures: tuple[float, ...],
+        images: int,
+        seed: int,
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._temperatures, self._images, self._seed = temperatures, images, seed
+
+    # in this hook a callback that averages the weights has not put them back yet, if it comes later
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero or trainer.sanity_checking or self.folder is None:
+            return
+        flow = pl_module.flow
+        try:
+            samples = sample_images(flow, self._images, temperatures=self._temperatures, seed=self._seed)
+        except SolverError as error:  # training may go on if a latent far out cannot be integrated
+            print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)
+            return
+        path = self.folder / f"step-{trainer.global_step:07d}.png"
+        save_grid(path, samples, levels=flow.levels, columns=self._images)
+
+
+class WeightAverage(Callback):
+    """Averages the weights after each step: ``average = decay * average + (1 - decay) * weights``.
+
+    Validations measure the average. In a checkpoint ``state_dict`` holds the average, so that a loaded model
+    has it, and ``current_model_state`` the weights that training goes on from; Lightning's own averaging uses the
+    same names.
+
+    Args:
+        decay: between 0 and 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._average: AveragedModel | None = None
+        self._step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._average = AveragedModel(pl_module.flow, multi_avg_fn=get_ema_multi_avg_fn(self._decay))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        assert self._average is not None
+        self._average.to(pl_module.device)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._step:
+            assert self._average is not None
+            self._step = trainer.global_step
+            self._average.update_parameters(pl_module.flow)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._swap(pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: Any) -> None:
+        if self._average is None:  # a validation outside of training measures the weights that were loaded
+            return
+        pairs = zip(pl_module.flow.parameters(), self._average.module.parameters(), strict=True)
+        for mine, averaged in pairs:
+            kept = mine.clone()
+            mine.copy_(averaged)
+            averaged.copy_(kept)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._average is None:
+            return
+        averaged = {f"flow.{name}": tensor for name, tensor in self._average.module.state_dict().items()}
+        checkpoint["current_model_state"] = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **averaged}
+        checkpoint["averaging_state"] = {"n_averaged": self._average.n_averaged}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self._average is None:
+            return
+        # Lightning has put state_dict, the average, into the module
+        self._average.module.load_state_dict(pl_module.flow.state_dict())
+        if "current_model_state" in checkpoint:
+            self._average.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+            pl_module.load_state_dict(checkpoint["current_model_state"])
+        else:  # a run that had no average until now: it begins as the weights
+            self._average.n_averaged.fill_(1)
+
+
+# stopping ------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Raised between two steps because a signal asked to stop; callbacks that save checkpoints save one."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StoppedAtOnce(BaseException):
+    """Raised in the middle of a step when a second signal comes; nothing is saved."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _any_device(trainer: L.Trainer, decision: bool) -> bool:
+    """Whether any process of the run decides so: all must stop at the same step."""
+    return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
+
+
+def _signals_to_stop() -> list[signal.Signals]:
+    named = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
+    return [signum for signum in named if signum is not None]
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """Put the signal handlers from before back at the end, which training and Lightning replace."""
+    former = {signum: signal.getsignal(signum) for signum in _signals_to_stop()}
+    try:
+        yield
+    finally:
+        if _in_main_thread():
+            for signum, handler in former.items():
+                signal.signal(signum, handler)
+
+
+class StopAfterStep(Callback):
+    """Ends training between two steps.
+
+    SIGINT (Ctrl-C), SIGTERM and SIGHUP end it after the step, or the validation, in which they come, by
+    raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`. When the time is
+    up, and after the last step, Lightning validates once more and stops.
+
+    Only the main thread of a program can handle signals; in another one they are left alone. The handlers from
+    before are back when training ends. A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+
+    Args:
+        max_time: seconds from now; None for no limit.
+
+    Attributes:
+        out_of_time: whether the limit ended the training.
+    """
+
+    def __init__(self, *, max_time: float | None = None) -> None:
+        self.out_of_time = False
+        self._max_time, self._start = max_time, time.monotonic()
+        self._signum: int | None = None
+        self._interrupted: int | None = None  # all processes agree on this one
+        self._former: dict[int, Any] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        # here Lightning has set its own, which would end a run between a step and its checkpoint
+        if not _in_main_thread():
+            return
+        for signum in _signals_to_stop():
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._former[signum] = signal.signal(signum, self._on_signal)
+
+    def _restore(self) -> None:
+        while self._former:
+            signal.signal(*self._former.popitem())
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None:
+            raise StoppedAtOnce(signum)
+        self._signum = signum
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # in the middle of a step
+        self._step = trainer.global_step
+        late = self._max_time is not None and time.monotonic() - self._start >= self._max_time
+        self.out_of_time = self._max_time is not None and _any_device(trainer, late)
+        if self.out_of_time or trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates once more before it stops
+        if _any_device(trainer, self._signum is not None):
+            self._interrupted = self._signum or signal.SIGTERM
+            # a run that stopped right before a validation would go on without it
+            if not validates_after_this_batch(trainer):
+                raise Interrupted(self._interrupted)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and _any_device(trainer, self._signum is not None):
+            self._interrupted = self._signum or signal.SIGTERM
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._end_after_validation()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_after_validation()
+
+    def _end_after_validation(self) -> None:
+        if self._interrupted is not None:  # in on_validation_end other callbacks had yet to save
+            raise Interrupted(self._interrupted)

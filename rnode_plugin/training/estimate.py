@@ -1,0 +1,316 @@
+"""estimate: what training a recipe costs: counted without values, and timed on this machine on a few images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..core.random_streams import Stream, seeded
+from ..core.tensors.nested import tree_leaves
+from ..errors import ConfigError
+from ..evaluation.measures import measure_of
+from ..recipes.recipe import Recipe, TableData
+from .fastest import NFE_PER_BLOCK, StepTimer, TimedStep, Way, fixed_solver, forward_and_backward
+
+__all__ = ["TRAINING_IMAGES", "Cost", "Estimate", "ScaledStep", "StepCost", "count", "count_step", "estimate"]
+
+TRAINING_IMAGES = {
+    "digits": 1500,
+    "mnist": 60_000,
+    "fashion-mnist": 60_000,
+    "cifar10": 50_000,
+    "svhn": 73_257,
+    "imagenet64": 1_281_149,
+    "celebahq256": 27_000,
+}
+"""Training images of the data sets with a name of their own, so that an estimate needs no data."""
+
+_SECONDS = 0.7  # of one timed step, at most about
+_PATIENCE = 8.0  # seconds of timing after which no other gradient mode is begun, so that an estimate answers soon
+
+# operations that allocate or name memory, and start no work on a device
+_ATEN: Any = torch.ops.aten
+_NO_KERNEL = {
+    _ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN.detach,
+    _ATEN.lift_fresh, _ATEN._unsafe_view, _ATEN.resize_, _ATEN.set_, _ATEN.squeeze_, _ATEN.sym_size,
+    _ATEN.is_same_size, _ATEN._local_scalar_dense,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a computation asks of a device.
+
+    Attributes:
+        flops: floating-point operations of convolutions and matrix products, a multiplication and an addition
+            counted as two.
+        kernels: launches; views and allocations are not among them.
+        peak_memory: bytes of all tensors that are alive at the same time, at most, arguments included.
+    """
+
+    flops: int
+    kernels: int
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The counted cost of one training step on one device.
+
+    Attributes:
+        gradient: gradient mode of the solver.
+        batch: images per device.
+        nfe: evaluations of the vector fields, summed over blocks.
+        parameters: of the flow.
+        cost: as counted.
+    """
+
+    gradient: str
+    batch: int
+    nfe: int
+    parameters: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class ScaledStep:
+    """A training step that was timed on a part of its batch.
+
+    Attributes:
+        precision: Lightning's name.
+        gradient: gradient mode of the solver.
+        images: of the timed step.
+        seconds: of a step of the whole batch: the shorter of two timed steps times batch / images; None if it
+            failed.
+        hours: of all planned steps; None if their number is not known.
+        problem: why it could not be timed.
+    """
+
+    precision: str
+    gradient: str
+    images: int
+    seconds: float | None
+    hours: float | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training a recipe costs.
+
+    Attributes:
+        recipe: its name.
+        samples: what a sample of its data is called: images or rows.
+        device: that the steps were timed on.
+        threads: of torch.
+        batch: images per device and batch.
+        steps: that the recipe plans; None if that takes a number of images which is not known.
+        counted: one step by gradient mode.
+        timed: one step by precision and gradient mode, as far as time allowed.
+        nfe_per_block: with which an adaptive training solver was counted and timed; None for a fixed grid.
+    """
+
+    recipe: str
+    samples: str
+    device: str
+    threads: int
+    batch: int
+    steps: float | None
+    counted: tuple[StepCost, ...]
+    timed: tuple[ScaledStep, ...]
+    nfe_per_block: int | None
+
+
+def estimate(
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    images: int | None = None,
+    devices: int = 1,
+    nfe_per_block: int = NFE_PER_BLOCK,
+) -> Estimate:
+    """Count a training step of ``recipe`` at its batch, and time it on as many images as take less than a second.
+
+    Compiled steps are not timed: compiling takes a minute, and ``training.compile=auto`` times them.
+
+    Args:
+        recipe: what to train; its batch is per device.
+        device: to time the steps on.
+        images: training images; None: those of the data set (:data:`TRAINING_IMAGES`).
+        devices: that train together.
+        nfe_per_block: evaluations per block if the training solver is adaptive.
+    """
+    modes = sorted(("autograd", "checkpointed"), key=lambda mode: mode != recipe.solver.gradient)
+    steps = _planned_steps(recipe, images, devices)
+    start = time.perf_counter()
+    size = _images_that_fit(recipe, device, nfe_per_block)
+    timed = list[ScaledStep]()
+    for mode in modes:
+        if not timed or time.perf_counter() - start < _PATIENCE:
+            timed += _time(recipe, mode, size, device, nfe_per_block, steps)
+    return Estimate(
+        recipe=recipe.name,
+        samples=measure_of(recipe).samples,
+        device=device.type,
+        threads=torch.get_num_threads(),
+        batch=recipe.data.batch_size,
+        steps=steps,
+        counted=tuple(count_step(recipe, gradient=mode, nfe_per_block=nfe_per_block) for mode in modes),
+        timed=tuple(timed),
+        nfe_per_block=nfe_per_block if recipe.solver.adaptive else None,
+    )
+
+
+def _planned_steps(recipe: Recipe, images: int | None, devices: int) -> float | None:
+    """The steps that a recipe asks for; None if that takes the number of images and it is not known."""
+    data, training = recipe.data, recipe.training
+    limit = data.train_rows if isinstance(data, TableData) else data.train_images
+    known = images or limit or TRAINING_IMAGES.get(data.name)
+    epoch = math.inf if known is None else known / (data.batch_size * devices * training.accumulate)
+    steps = min(training.max_steps or math.inf, (training.max_epochs or math.inf) * epoch)
+    return None if math.isinf(steps) else steps
+
+
+# timed ---------------------------------------------------------------------------------------------------------
+
+
+def _with(recipe: Recipe, gradient: str, batch: int) -> Recipe:
+    solver = dataclasses.replace(recipe.solver, gradient=gradient)
+    return dataclasses.replace(recipe, solver=solver, data=dataclasses.replace(recipe.data, batch_size=batch))
+
+
+def _images_that_fit(recipe: Recipe, device: torch.device, nfe_per_block: int) -> int:
+    """So many images that a step of them takes about as long as a timed step may."""
+    plain, size, batch = Way("32-true"), 1, recipe.data.batch_size
+    while size < batch:
+        timer = StepTimer(_with(recipe, recipe.solver.gradient, size), device=device, nfe_per_block=nfe_per_block)
+        start = time.perf_counter()
+        timer.time(plain)
+        timer.time(plain)
+        seconds = (time.perf_counter() - start) / 2
+        if 2 * seconds > _SECONDS:
+            break
+        size = min(batch, max(2 * size, math.floor(size * _SECONDS / (2 * seconds))))
+    return size
+
+
+def _time(
+    recipe: Recipe, gradient: str, size: int, device: torch.device, nfe_per_block: int, steps: float | None
+) -> list[ScaledStep]:
+    """A step of ``size`` images in each precision that the training solver can use."""
+    timer = StepTimer(_with(recipe, gradient, size), device=device, nfe_per_block=nfe_per_block)
+    ways = [Way(precision) for precision in ("32-true", *(() if recipe.solver.adaptive else ("bf16-mixed",)))]
+    for way in ways * 3:  # each one's first step is a warm-up
+        timer.time(way)
+    return [_scaled(each, recipe, gradient, steps) for each in timer.results]
+
+
+def _scaled(each: TimedStep, recipe: Recipe, gradient: str, steps: float | None) -> ScaledStep:
+    if not each.seconds:
+        return ScaledStep(each.way.precision, gradient, each.batch, None, None, each.problem)
+    seconds = min(each.seconds) * recipe.data.batch_size / each.batch
+    hours = None if steps is None else seconds * recipe.training.accumulate * steps / 3600
+    return ScaledStep(each.way.precision, gradient, each.batch, seconds, hours)
+
+
+# counted -------------------------------------------------------------------------------------------------------
+
+
+def count_step(
+    recipe: Recipe, *, gradient: str | None = None, batch: int | None = None, nfe_per_block: int = NFE_PER_BLOCK
+) -> StepCost:
+    """Count a training step of ``recipe`` on the device ``meta``, whose tensors have no values.
+
+    Args:
+        recipe: its model, batch, solver and penalties.
+        gradient: gradient mode instead of the recipe's.
+        batch: images per device instead of the recipe's.
+        nfe_per_block: evaluations per block if the training solver is adaptive.
+
+    Raises:
+        ConfigError: for a gradient mode that the solver does not offer, or a model that needs values to be built.
+    """
+    solver = fixed_solver(recipe.solver, nfe_per_block=nfe_per_block)
+    if gradient is not None:
+        solver = dataclasses.replace(solver, gradient=gradient)
+    size = batch or recipe.data.batch_size
+    with torch.device("meta"):
+        flow = recipe.build_flow()
+        x = measure_of(recipe).random_inputs(size)
+    parameters = tuple(flow.parameters())
+    if any(p.device.type != "meta" for p in parameters):
+        raise ConfigError(f"the model {recipe.model.name} makes tensors with values and cannot be counted.")
+    step, found = forward_and_backward(flow, recipe, x, solver), list[int]()
+    with seeded(recipe.training.seed, Stream.TUNE):  # which stages a sampled quadrature takes changes the memory
+        cost = count(lambda: found.append(step()), alive=(*parameters, x.x, *x.options.values()))
+    # Adam's two moments are there during every step but the first
+    moments = 2 * sum(p.numel() * p.element_size() for p in parameters)
+    cost = dataclasses.replace(cost, peak_memory=cost.peak_memory + moments)
+    return StepCost(solver.gradient, size, found[0], sum(p.numel() for p in parameters), cost)
+
+
+def count(run: Callable[[], object], *, alive: tuple[Tensor, ...] = ()) -> Cost:
+    """The cost of ``run()``, counted while it runs.
+
+    Args:
+        run: the computation, its backward pass included.
+        alive: tensors that exist before, such as parameters, and count as memory.
+    """
+    counter = _Counter(alive)
+    with counter:
+        run()
+    return Cost(counter.flops, counter.kernels_elsewhere or counter.kernels_here, counter.peak)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, alive: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.flops = self.peak = self._live = 0
+        self.kernels_here = self.kernels_elsewhere = 0  # a solve on a device computes its times on the host
+        self._known: set[int] = set()
+        for tensor in alive:
+            self._allocate(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._allocate(tensor)
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if is_view or func.overloadpacket in _NO_KERNEL:
+            return out
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        if any(x.device.type != "cpu" for x in tensors):
+            self.kernels_elsewhere += 1
+        else:
+            self.kernels_here += 1
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=out))
+        return out
+
+    def _allocate(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self._live += size
+        self.peak = max(self.peak, self._live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size

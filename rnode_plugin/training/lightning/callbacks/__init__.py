@@ -1,1 +1,0 @@
-"""Callbacks of Lightning's Trainer, each usable alone."""

@@ -1,0 +1,345 @@
+"""RunPlan and RunFolder: the steps of a run, its folder, and from which checkpoint it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from .._version import __version__
+from ..errors import CheckpointError, ConfigError
+from ..evaluation.measures import Evaluation, ImageMeasure, Measure, TableMeasure
+from ..files import write_atomically
+from ..plugins import registry
+from ..recipes.recipe import Recipe, Start, TableData
+from .checkpoints import BEST, LAST, PREVIOUS, find_checkpoint, read_checkpoint, recipe_of
+
+__all__ = [
+    "CHOSEN",
+    "DIAGNOSIS",
+    "RunFolder",
+    "RunPlan",
+    "checkpoint_to_resume",
+    "environment",
+    "newest_intact",
+    "training_lock",
+]
+
+CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
+DIAGNOSIS = "diagnosis.json"
+
+_SCORES = (ImageMeasure.file, TableMeasure.file)
+_PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
+
+# settings that a run keeps, of images and of tables
+_FIXED = (
+    "data.name", "data.shape", "data.levels",
+    "data.kind", "data.columns", "data.given", "data.validation", "data.held_out", "data.split_seed",
+    "data.train_rows",
+    "model.name", "model.hidden", "model.layers", "model.alpha",
+    "model.field", "model.activation", "model.blocks",
+    "optimizer.name", "training.weights",
+)  # fmt: skip
+
+_OF_TRAINING = ("progress", "optimizer_states", "lr_schedulers", "loops", "callbacks")  # of a checkpoint
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The steps of a run.
+
+    Attributes:
+        images: training images.
+        batch_size: images per device and step, after the start of the run.
+        world: number of devices.
+        total: steps of the whole run.
+        val_every: steps between two validations.
+        accumulate: batches per device and step.
+        start: whose first steps may take batches of another size.
+    """
+
+    images: int
+    batch_size: int
+    world: int
+    total: int
+    val_every: int
+    accumulate: int = 1
+    start: Start = field(default_factory=Start)
+
+    @property
+    def batches(self) -> str:
+        """The sizes of the batches in words."""
+        return self.start.described(self.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that take all images once after the start; what does not fill one waits for another order."""
+        return self.images // self.images_per_step
+
+    @property
+    def images_per_step(self) -> int:
+        """On all devices together."""
+        return self.batch_size * self.world * self.accumulate
+
+    @staticmethod
+    def of(recipe: Recipe, images: int, world: int = 1) -> RunPlan:
+        """The plan of a recipe for a number of images and devices.
+
+        Raises:
+            ConfigError: the images do not fill one batch on each device.
+        """
+        training = recipe.training
+        called = "rows" if isinstance(recipe.data, TableData) else "images"
+        batch, accumulate = recipe.data.batch_size, training.accumulate
+        per_epoch = images // (batch * world * accumulate)
+        if per_epoch == 0:
+            devices = f" on each of {world} devices" if world > 1 else ""
+            times = f", {accumulate} times" if accumulate > 1 else ""
+            raise ConfigError(
+                f"{images} training {called} do not fill one batch of {batch}{devices}{times}: use a smaller "
+                "--batch-size."
+            )
+        limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
+        total = min(limit for limit in limits if limit is not None)
+        check = training.val_every_steps or training.val_every * per_epoch
+        return RunPlan(images, batch, world, total, min(check, total), accumulate, recipe.start)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the lowest score of a validation: bits/dim, or nats of a table."""
+        return self.path / "checkpoints" / BEST
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint, from which a run goes on."""
+        return self.path / "checkpoints" / LAST
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended and what its best weights measure; absent while it runs and after an interruption."""
+        return self.path / "result.json"
+
+    @property
+    def skipped(self) -> Path:
+        """The training samples of the step that ended the run without a usable gradient; absent otherwise."""
+        return self.path / "skipped.json"
+
+    @property
+    def diagnosis(self) -> Path:
+        """What ``rnode-cli diagnose`` found; absent before it."""
+        return self.path / DIAGNOSIS
+
+    @staticmethod
+    def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
+        """The next free version under ``runs/RECIPE``.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        parent = Path(runs) / recipe.name
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
+            while True:
+                try:
+                    (parent / str(version)).mkdir()
+                    return RunFolder(parent / str(version))
+                except FileExistsError:  # another run took it in the meantime
+                    version += 1
+        except OSError as error:
+            raise ConfigError(f"cannot make a run folder: {error}. Choose another with --runs.") from None
+
+    @staticmethod
+    def claim(path: str | os.PathLike[str]) -> RunFolder:
+        """A run folder at exactly ``path``, made if it is not there.
+
+        It may hold a ``chosen.json``, which the run then keeps to.
+
+        Raises:
+            ConfigError: it cannot be made, or it holds something already.
+        """
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            taken = next((each for each in path.iterdir() if each.name != CHOSEN), None)
+        except OSError as error:
+            raise ConfigError(f"cannot make the run folder {path}: {error.strerror}.") from None
+        if taken is not None:
+            raise ConfigError(
+                f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
+            )
+        return RunFolder(path)
+
+    @staticmethod
+    def of_checkpoint(checkpoint: Path) -> RunFolder | None:
+        """The run that a checkpoint lies in; None for a file elsewhere."""
+        inside = checkpoint.parent.name == "checkpoints" and (checkpoint.parent.parent / "recipe.json").is_file()
+        return RunFolder(checkpoint.parent.parent) if inside else None
+
+    def describe(self, recipe: Recipe, device: torch.device) -> None:
+        """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        try:
+            scores = (self.path / name for name in _SCORES)
+            for file in (self.result, self.skipped, self.diagnosis, *scores):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None
+        _write_json(self.path / "recipe.json", recipe.to_plain())
+        _write_json(self.path / "environment.json", environment(device))
+
+    def name_skipped(self, step: int, samples: Sequence[int], called: str = "images") -> None:
+        """Write ``skipped.json``: the samples, called so, of the batch that could not be used at ``step``.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        _write_json(self.skipped, {"step": step, called: list(samples)})
+
+    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure[Any]) -> None:
+        """Write ``result.json`` and, before it, the scores of each held-out sample (``images.csv``, ``rows.csv``).
+
+        Args:
+            ended: how the run ended.
+            evaluation: of its best weights.
+            measure: of the kind of data.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        measured = dataclasses.asdict(evaluation)
+        values = measure.values(evaluation)
+        for name in values:
+            del measured[name][measure.samples]
+        columns = zip(*(mean.samples for mean in values.values()), strict=True)
+        rows = (",".join([str(number), *(f"{value:.8g}" for value in row)]) for number, row in enumerate(columns))
+        text = "\n".join([",".join([measure.sample, *values]), *rows]) + "\n"
+        write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
+        _write_json(self.result, {**ended, "evaluation": measured})
+
+
+def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    text = json.dumps(contents, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads, as plain data."""
+    cuda = device.type == "cuda"
+    return {
+        "rnode-plugin": __version__,
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "torch": torch.__version__,  # with its build: a wheel does not say in its metadata for which CUDA it is
+        "plugins": {
+            each.name: f"{each.distribution} {each.version}"
+            for each in registry.report()
+            if each.status == "loaded" and each.distribution not in (None, "rnode-plugin")
+        },
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.processor()}".strip(),
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+@contextmanager
+def training_lock(folder: Path) -> Iterator[None]:
+    """Hold the run in ``folder`` for this process.
+
+    The system frees the lock of a process that ends, also of one that is killed. On a file system without locks,
+    two processes that train one run are not noticed.
+
+    Raises:
+        ConfigError: another process trains the run.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"{folder} is being trained by another process: wait for its end, or stop it.") from None
+    except (OSError, NotImplementedError):  # no locks here, or a folder that cannot be written
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# from which checkpoint a run goes on ---------------------------------------------------------------------------
+
+
+def newest_intact(resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint file that ``resume`` means and its contents: of a run folder, the newest that can be read.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(resume)
+    errors: list[CheckpointError] = []
+    for name in (LAST, PREVIOUS, BEST) if path.is_dir() else ():
+        for file in (path / "checkpoints" / name, path / name):
+            if not file.is_file():
+                continue
+            try:
+                contents = read_checkpoint(file)
+            except CheckpointError as error:
+                errors.append(error)
+                continue
+            for error in errors:
+                print(f"{error} Going on from {file.name}.", file=sys.stderr)
+            return file, contents
+    if errors:
+        raise errors[0]
+    file = find_checkpoint(path, prefer=LAST)
+    return file, read_checkpoint(file)
+
+
+def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, int]:
+    """The checkpoint file and the steps behind it, after comparing its recipe with the one to train.
+
+    Raises:
+        CheckpointError: there is none, or it holds another model or was trained on other images.
+    """
+    path, contents = newest_intact(resume)
+    if missing := [name for name in _OF_TRAINING if name not in contents]:
+        raise CheckpointError(f"{path} has no {missing[0]}, it holds weights only: training cannot go on from it.")
+    old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
+    differ = [name for name in _FIXED if old.get(name) != new.get(name)]
+    if new["training.ema"] is None and old["training.ema"] is not None:
+        raise CheckpointError(f"{path} holds averaged weights: training.ema cannot be switched off in a run.")
+    if differ:
+        what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
+        advice = f"--weights {path} starts a new run from it"
+        raise CheckpointError(f"{path} cannot go on with other settings: {what}. {advice}.")
+    return path, contents["progress"]["batches"]
