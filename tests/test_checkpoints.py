@@ -104,7 +104,7 @@ def test_nothing_in_the_file_is_executed(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="could run code"):
         load_flow(file)
     file.write_bytes(pickle.dumps(_Bomb(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match="not an archive"):
+    with pytest.raises(CheckpointError, match="not a zip"):
         load_flow(file)
     assert not (tmp_path / "ran").exists()
 
@@ -181,7 +181,7 @@ def test_a_truncated_export(file: Path, tmp_path: Path, size: int) -> None:
     out = tmp_path / "model.safetensors"
     export_flow(file, out)
     out.write_bytes(out.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="cannot be read, it is truncated or no safetensors file"):
+    with pytest.raises(CheckpointError, match="cannot be read, it is truncated"):
         load_flow(out)
 
 

@@ -450,11 +450,12 @@ class StopAfterStep(Callback):
         max_time: seconds from now; None for no limit.
 
     Attributes:
+        started: whether training has begun, after a checkpoint was loaded.
         out_of_time: whether the limit ended the training.
     """
 
     def __init__(self, *, max_time: float | None = None) -> None:
-        self.out_of_time = False
+        self.started = self.out_of_time = False
         self._max_time, self._start = max_time, time.monotonic()
         self._signum: int | None = None
         self._interrupted: int | None = None  # all processes agree on this one
@@ -462,7 +463,7 @@ class StopAfterStep(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
+        self.started, self._step = True, trainer.global_step
         # here Lightning has set its own, which would end a run between a step and its checkpoint
         if not _in_main_thread():
             return

@@ -242,6 +242,11 @@ def _train(
     except StoppedAtOnce as interruption:
         end_other_processes(trainer, signal.SIGKILL)
         return str(interruption), True
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if checkpoint is None or stop.started:
+            raise
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise CheckpointError(f"{checkpoint} does not hold what a run goes on from ({problem}).") from error
     if stop.out_of_time:
         return "max_time", False
     return "finished" if trainer.global_step >= plan.total else "early", False
@@ -316,7 +321,8 @@ def _errors_with_advice(
         yield
     except RnodeError as error:
         end_other_processes(trainer, signal.SIGKILL)
-        left = _what_is_left(module, ours, remove=is_new and trainer.is_global_zero and trainer.global_step == 0)
+        nothing_done = trainer.global_step == 0 or not ours.stop.started
+        left = _what_is_left(module, ours, remove=is_new and trainer.is_global_zero and nothing_done)
         # what cannot work was said before the start: now it is one process that failed
         kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
@@ -357,10 +363,6 @@ def explained() -> Iterator[None]:
         place = f" ({error.filename})" if error.filename else ""
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise LocalError(f"the system refused: {reason}{place}.") from error
-    except ValueError as error:
-        if "loaded state dict" not in str(error):  # torch's words
-            raise
-        raise CheckpointError(f"the optimizer's state in the checkpoint is of another model: {error}.") from error
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
     except RuntimeError as error:
