@@ -21,7 +21,7 @@ from torch import Tensor
 from training_runs import ADAM, METHODS, Trainer, rk4
 
 from rnode_plugin import get_recipe
-from rnode_plugin.core.tensors.denormals import flush_denormals
+from rnode_plugin.core.ops import flush_denormals
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.training.checkpoints import load_with_recipe
 

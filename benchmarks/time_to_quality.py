@@ -22,7 +22,7 @@ from measure import device_option, print_environment, set_up, table, threads_opt
 from training_runs import ADAM, METHODS, Point, Run, Trainer
 
 from rnode_plugin import get_recipe
-from rnode_plugin.core.tensors.denormals import flush_denormals
+from rnode_plugin.core.ops import flush_denormals
 from rnode_plugin.data import ImageData
 from rnode_plugin.evaluation.loading import load_images
 

@@ -18,7 +18,7 @@ import torch
 from measure import device_option, print_environment, set_up, table, threads_option
 
 from rnode_plugin import Solver
-from rnode_plugin.core.tensors.denormals import flush_denormals
+from rnode_plugin.core.ops import flush_denormals
 from rnode_plugin.data import get_dataset
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.training.checkpoints import load_with_recipe

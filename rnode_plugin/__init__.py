@@ -17,10 +17,10 @@ _PUBLIC = {
     "RegularizedCNF": "torchdyn.density",
     "MultiscaleFlow": "flows.multiscale",
     "TableFlow": "flows.table",
-    "FlowOutput": "types",
-    "Solution": "types",
+    "FlowOutput": "core.objective",
+    "Solution": "solvers.solution",
     "Solver": "solvers",
-    "Dynamics": "core.augmented",
+    "Dynamics": "core.dynamics",
     "Regularizer": "core.regularizers",
     "Exact": "core.trace_estimators",
     "Hutchinson": "core.trace_estimators",
@@ -44,8 +44,8 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from .core.augmented import Dynamics
-    from .core.objective import bits_per_dim, objective
+    from .core.dynamics import Dynamics
+    from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.regularizers import Regularizer
     from .core.trace_estimators import Exact, Hutchinson
     from .errors import RnodeError, SolverError
@@ -56,13 +56,13 @@ if TYPE_CHECKING:
     from .plugins.hookspecs import hookimpl
     from .recipes.recipe import get_recipe
     from .solvers import Solver
+    from .solvers.solution import Solution
     from .torchdyn.cnf import CNF
     from .torchdyn.density import RegularizedCNF
     from .torchdyn.neural_ode import NeuralODE, install, uninstall
     from .training.checkpoints import load_flow
     from .training.datamodule import ImageDataModule, TableDataModule
     from .training.module import RnodeModule
-    from .types import FlowOutput, Solution
 
 
 def __getattr__(name: str) -> Any:

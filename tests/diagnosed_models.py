@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from rnode_plugin import Dynamics, RegularizedCNF, Solver
+from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
+from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.solvers import solve
-from rnode_plugin.types import FlowOutput
 
 MATRIX = torch.tensor([[0.5, 0.8], [-0.6, -0.4]])
 
@@ -54,8 +55,10 @@ class Biased(Hutchinson):
 class WrongProduct(Linear):
     """A field whose own product with the Jacobian is too large."""
 
-    def forward_and_vjp(self, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return self(t, z), 1.2 * noise @ self.matrix
+    def linearize(self, t: Tensor, z: Tensor, noise: Any = None, *, ask: Ask = VELOCITY) -> Linearization:
+        found = AutogradField(self.forward).linearize(t, z, noise, ask=ask)
+        products, divergence = (None if x is None else 1.2 * x for x in (found.products, found.divergence))
+        return found._replace(products=products, divergence=divergence)
 
 
 class WrongInverse(RegularizedCNF):

@@ -21,7 +21,7 @@ ROOMS = {
     "core", "solvers", "fields", "plugins", "torchdyn", "flows", "data", "recipes", "evaluation",
     "training", "reports", "comparison", "cli",
 }  # fmt: skip
-FLOORS = {"__init__", "__main__", "_version", "errors", "types", "files", "text"}
+FLOORS = {"__init__", "__main__", "_version", "errors", "files", "text"}
 
 try:
     import tomllib

@@ -219,7 +219,7 @@ CALLS: list[tuple[Callable[[], object], str]] = [
 
 
 def _solve(times: list[float]) -> object:
-    from rnode_plugin.core.augmented import Dynamics
+    from rnode_plugin.core.dynamics import Dynamics
 
     dynamics = Dynamics(lambda t, z: z, divergence=False)
     return solve(dynamics.bind(None), torch.ones(1, 2), torch.tensor(times), Solver())

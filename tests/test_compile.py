@@ -17,6 +17,7 @@ from tiny_runs import SETTINGS, rows, tiny_recipe
 from torch._dynamo.exc import TorchDynamoException
 
 from rnode_plugin import get_recipe
+from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import (
     FusedStackField,
@@ -49,9 +50,8 @@ def numbers(field: Any, z: torch.Tensor, *, velocity: bool = True) -> list[torch
     noise = torch.linspace(-1, 1, z.numel()).reshape(z.shape).requires_grad_()
     z = z.clone().requires_grad_()
     prepared, t = field.prepare(z, noise), torch.tensor(0.3)
-    dz, product, jvp = prepared.linearize(t, z, noise)
-    assert product is not None
-    outputs = [dz, product, jvp(dz, 1.0), *([prepared(t, dz)] if velocity else [])]
+    dz, product, jvp = prepared.linearize(t, z, noise, ask=Ask("noise", jvp=True))[:3]
+    outputs = [dz, product, jvp(dz, 1.0), *([prepared.linearize(t, dz).dz] if velocity else [])]
     loss: Any = sum(x.sin().sum() * (k + 1) for k, x in enumerate(outputs))
     return [*outputs, *torch.autograd.grad(loss, [z, noise, *field.parameters()])]  # pyright: ignore[reportArgumentType]
 

@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import torch
-from rnode_plugin.core.tensors.denormals import flush_denormals
+from rnode_plugin.core.ops import flush_denormals
 tiny = torch.full((10,), 1e-39)
 before = bool((tiny * 1 != 0).all())
 able = flush_denormals()

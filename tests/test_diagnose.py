@@ -232,7 +232,8 @@ def test_rows_by_differentiation_are_those_of_the_jacobian() -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     z = torch.randn(4, 3, dtype=torch.float64)
     estimator = AutogradRows()
-    _, rows = estimator.bind(lambda t, z: net(z))(torch.tensor(0.0), z, estimator.draw(z))
+    rows = estimator.bind(lambda t, z: net(z))(torch.tensor(0.0), z, estimator.draw(z)).products
+    assert rows is not None
     with torch.enable_grad():
         dense = torch.stack([torch.autograd.functional.jacobian(net, each) for each in z])  # pyright: ignore[reportArgumentType, reportCallIssue]
     torch.testing.assert_close(rows.transpose(0, 1), dense)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver
-from rnode_plugin.core.objective import output_log_prob
+from rnode_plugin.core.objective import FlowOutput, output_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
@@ -21,7 +21,6 @@ from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import get_regularizer
-from rnode_plugin.types import FlowOutput
 
 RK4 = Solver(method="rk4", step=0.5)
 

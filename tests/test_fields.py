@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from rnode_plugin.core.tensors.transforms_active import transforms_active
+from rnode_plugin.core.derivatives import Ask, Field
+from rnode_plugin.core.ops import transforms_active
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS, Activation
-from rnode_plugin.fields.stack import PreparedStack
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
 
@@ -66,6 +66,18 @@ def plain(field: StackField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tenso
     return dz, product
 
 
+def product_of(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Velocity and product of a field that makes its own."""
+    dz, product = field.linearize(t, z, noise, ask=Ask("noise"))[:2]
+    return dz, product
+
+
+def derivative_of(field: Any, t: Tensor, z: Tensor, v: Tensor, dt: Any = 0.0) -> tuple[Tensor, Tensor]:
+    """Velocity and derivative along a direction."""
+    found = field.linearize(t, z, ask=Ask(jvp=True))
+    return found.dz, found.jvp(v, dt)
+
+
 def gradients(*arguments: Any) -> tuple[Tensor, ...]:
     """Of a loss of velocity and product, the first two arguments, with respect to the list that is the third."""
     dz, product, wanted = arguments
@@ -88,7 +100,7 @@ def test_fused_equals_autograd(kind: str, activation: str, dtype: torch.dtype) -
     t, z, noise = make_inputs(kind, dtype=dtype)
     # time's gradient is one number, a sum of many that cancel: only float64 leaves enough digits to compare
     wanted = [*([t] if dtype is torch.float64 else []), z, noise, *field.parameters()]
-    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    fused, expected = product_of(field, t, z, noise), plain(field, t, z, noise)
     assert relative(field(t, z), expected[0]) < tolerance
     for a, b in zip(fused, expected, strict=True):
         assert relative(a, b) < tolerance
@@ -108,7 +120,7 @@ def test_gradcheck(kind: str, activation: str) -> None:
             _, index, which = name.split(".")
             layer = field.layers[int(index)]
             layer._parameters[which] = value  # pyright: ignore[reportArgumentType]
-        return field.forward_and_vjp(t, z, noise)
+        return product_of(field, t, z, noise)
 
     # the last layer's 6 x 9 weights a channel are enough of them; all the others are checked against autograd
     values = [p.detach().clone().requires_grad_(i >= 6) for i, p in enumerate(field.parameters())]
@@ -121,7 +133,7 @@ def test_product_against_dense_jacobian(kind: str) -> None:
     t, z, noise = (x.detach() for x in make_inputs(kind))
     jacobian = torch.autograd.functional.jacobian(lambda z: field(t, z), z)
     expected = (noise.flatten() @ jacobian.reshape(z.numel(), z.numel())).reshape(z.shape)
-    assert relative(field.forward_and_vjp(t, z, noise)[1], expected) < 1e-12
+    assert relative(product_of(field, t, z, noise)[1], expected) < 1e-12
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -132,7 +144,7 @@ def test_derivatives_stay_right_for_large_activations(kind: str) -> None:
     with torch.no_grad():
         z *= 30
     wanted = [z, *field.parameters()]
-    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    fused, expected = product_of(field, t, z, noise), plain(field, t, z, noise)
     for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
         assert relative(a, b) < 1e-12
 
@@ -143,7 +155,7 @@ def test_one_output_alone(loss: str) -> None:
     t, z, noise = make_inputs("conv")
     index = 0 if loss == "velocity" else 1
     wanted = [z, field.layers[0].weight]
-    a = torch.autograd.grad(field.forward_and_vjp(t, z, noise)[index].square().sum(), wanted)
+    a = torch.autograd.grad(product_of(field, t, z, noise)[index].square().sum(), wanted)
     b = torch.autograd.grad(plain(field, t, z, noise)[index].square().sum(), wanted)
     for x, y in zip(a, b, strict=True):
         assert relative(x, y) < 1e-12
@@ -159,7 +171,7 @@ def test_differentiating_twice_gives_autograds_numbers() -> None:
         return torch.autograd.grad(first.square().sum(), [z, *field.parameters()], allow_unused=True)
 
     # all but the last bias, on which the gradient does not depend
-    fused, expected = second(field.forward_and_vjp(t, z, noise)), second(plain(field, t, z, noise))
+    fused, expected = second(product_of(field, t, z, noise)), second(plain(field, t, z, noise))
     for a, b in zip(fused[:-1], expected[:-1], strict=True):
         assert relative(a, b) < 1e-10
 
@@ -167,7 +179,7 @@ def test_differentiating_twice_gives_autograds_numbers() -> None:
 def test_retained_graph_can_be_used_again() -> None:
     field = make_field("conv")
     t, z, noise = make_inputs("conv")
-    dz, product = field.forward_and_vjp(t, z, noise)
+    dz, product = product_of(field, t, z, noise)
     loss = dz.square().sum() + product.square().sum()
     first = torch.autograd.grad(loss, list(field.parameters()), retain_graph=True)
     again = torch.autograd.grad(loss, list(field.parameters()))
@@ -180,7 +192,7 @@ def test_without_gradients(mode: type) -> None:
     t, z, noise = make_inputs("conv")
     expected = plain(field, t, z, noise)
     with mode():
-        outputs = (*field.forward_and_vjp(t, z, noise), field(t, z))
+        outputs = (*product_of(field, t, z, noise), field(t, z))
     assert not any(x.requires_grad for x in outputs)
     for a, b in zip(outputs, (*expected, expected[0]), strict=True):
         assert relative(a, b.detach()) < 1e-12
@@ -192,7 +204,7 @@ def test_frozen_parameters_get_no_gradient_and_change_nothing() -> None:
     field.layers[1].weight.requires_grad_(False)
     field.layers[2].bias.requires_grad_(False)
     wanted = [z, *(p for p in field.parameters() if p.requires_grad)]
-    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    fused, expected = product_of(field, t, z, noise), plain(field, t, z, noise)
     for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
         assert relative(a, b) < 1e-12
 
@@ -201,8 +213,8 @@ def test_non_reentrant_checkpoint() -> None:
     field = make_field("conv")
     t, z, noise = make_inputs("conv")
     wanted = [t, z, *field.parameters()]
-    outputs = checkpoint(field.forward_and_vjp, t, z, noise, use_reentrant=False)
-    direct = field.forward_and_vjp(t, z, noise)
+    outputs = checkpoint(product_of, field, t, z, noise, use_reentrant=False)
+    direct = product_of(field, t, z, noise)
     for a, b in zip(gradients(*outputs, wanted), gradients(*direct, wanted), strict=True):
         assert torch.equal(a, b)
 
@@ -213,7 +225,7 @@ def test_autocast_keeps_the_states_dtype() -> None:
     expected = plain(field, t, z, noise)
     wanted = [t, z, noise, *field.parameters()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = field.forward_and_vjp(t, z, noise)
+        low = product_of(field, t, z, noise)
         alone = field(t, z)
     assert all(x.dtype is torch.float32 for x in (*low, alone))
     # bfloat16 has 8 bits: 2^-8 a rounding, a few of them in a row; and it must show that it was used at all
@@ -225,7 +237,7 @@ def test_autocast_keeps_the_states_dtype() -> None:
     # float64 is what people ask for when they want exactness: autocast leaves it alone, as torch's own does
     double, inputs = make_field("conv"), make_inputs("conv")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert relative(double.forward_and_vjp(*inputs)[1], plain(double, *inputs)[1]) < 1e-12
+        assert relative(product_of(double, *inputs)[1], plain(double, *inputs)[1]) < 1e-12
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 4), (9, 9)])
@@ -255,7 +267,7 @@ def test_fresh_field_is_zero(field: StackField) -> None:
 def test_plain_and_fused_fields_share_weights_and_numbers() -> None:
     fused, other = make_field("conv"), conv_field(2, hidden=6, fused=False).double()
     assert isinstance(fused, FusedStackField)
-    assert not hasattr(other, "forward_and_vjp")
+    assert not hasattr(other, "linearize")
     other.load_state_dict(fused.state_dict())
     t, z, _ = make_inputs("conv")
     assert torch.equal(fused(t, z), other(t, z))
@@ -264,12 +276,12 @@ def test_plain_and_fused_fields_share_weights_and_numbers() -> None:
 def test_weights_are_never_stale() -> None:
     field = make_field("conv")
     t, z, noise = make_inputs("conv")
-    before = field.forward_and_vjp(t, z, noise)[0]
+    before = product_of(field, t, z, noise)[0]
     with torch.no_grad():
         first: Any = field.layers[0]
         first.weight.mul_(2)
         first.weight.data[:, 0] += 1
-    after, expected = field.forward_and_vjp(t, z, noise)[0], plain(field, t, z, noise)[0]
+    after, expected = product_of(field, t, z, noise)[0], plain(field, t, z, noise)[0]
     assert not torch.equal(before, after)
     assert relative(after, expected) < 1e-12
 
@@ -280,14 +292,14 @@ def test_deepcopy_keeps_weights_and_layout() -> None:
     second: Any = twin.layers[1]
     assert second.weight.is_contiguous(memory_format=torch.channels_last)
     t, z, noise = make_inputs("conv", dtype=torch.float32)
-    for a, b in zip(field.forward_and_vjp(t, z, noise), twin.forward_and_vjp(t, z, noise), strict=True):
+    for a, b in zip(product_of(field, t, z, noise), product_of(twin, t, z, noise), strict=True):
         assert torch.equal(a, b)
 
 
 def test_gradient_has_the_weights_layout() -> None:
     # DDP's buckets and foreach optimizers are slower, and warn, where the two differ
     field = make_field("conv", dtype=torch.float32)
-    dz, product = field.forward_and_vjp(*make_inputs("conv", dtype=torch.float32))
+    dz, product = product_of(field, *make_inputs("conv", dtype=torch.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (dz.sum() + product.square().sum()).backward()
@@ -322,7 +334,7 @@ def test_a_prepared_field_gives_the_same_numbers(kind: str, activation: str) -> 
     wanted = [t, z, noise, *field.parameters()]
     prepared = field.prepare(z, noise)
     # two evaluations share what was prepared, and the gradients of both reach the weights through it
-    fused = [prepared.forward_and_vjp(s, z, noise) for s in (t, 2 * t)]
+    fused = [product_of(prepared, s, z, noise) for s in (t, 2 * t)]
     expected = [plain(field, s, z, noise) for s in (t, 2 * t)]
     for a, b in zip([*fused[0], *fused[1]], [*expected[0], *expected[1]], strict=True):
         assert relative(a, b) < 1e-12
@@ -335,7 +347,7 @@ def test_a_field_prepared_for_one_noise_takes_another() -> None:
     field = make_field("conv")
     t, z, noise = make_inputs("conv")
     other = torch.randn_like(noise)
-    product = field.prepare(z, noise).forward_and_vjp(t, z, other)[1]
+    product = product_of(field.prepare(z, noise), t, z, other)[1]
     assert relative(product, plain(field, t, z, other)[1]) < 1e-12
 
 
@@ -345,11 +357,11 @@ def test_prepared_velocity_has_autograds_gradients(kind: str, activation: str) -
     field = make_field(kind, activation)
     t, z, noise = make_inputs(kind)
     wanted = [t, z, *field.parameters()]
-    fast, expected = field.prepare(z)(t, z), field(t, z)
+    fast, expected = field.prepare(z).linearize(t, z).dz, field(t, z)
     assert relative(fast, expected) < 1e-14
     found = torch.autograd.grad(fast, wanted, noise.detach(), create_graph=True)
     for a, b, c in zip(
-        torch.autograd.grad(field.prepare(z)(t, z), wanted, noise.detach()),
+        torch.autograd.grad(field.prepare(z).linearize(t, z).dz, wanted, noise.detach()),
         torch.autograd.grad(expected, wanted, noise.detach(), create_graph=True),
         found,
         strict=True,
@@ -369,7 +381,7 @@ def second_gradients(
     return torch.autograd.grad(first.square().sum(), wanted[1:-1])
 
 
-def hidden_tensors_saved(prepared: PreparedStack, t: Tensor, z: Tensor) -> int:
+def hidden_tensors_saved(prepared: Field, t: Tensor, z: Tensor) -> int:
     """How many tensors of a hidden layer's size an evaluation keeps for its backward pass."""
     saved: dict[int, Tensor] = {}
 
@@ -378,7 +390,7 @@ def hidden_tensors_saved(prepared: PreparedStack, t: Tensor, z: Tensor) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        prepared(t, z)
+        prepared.linearize(t, z)
     return sum(x.shape == (3, 6, 5, 4) for x in saved.values())
 
 
@@ -394,11 +406,11 @@ def test_softplus_as_on_a_device_equals_autograd(kind: str) -> None:
     field = make_field(kind)
     t, z, noise = make_inputs(kind)
     wanted = [t, z, noise, *field.parameters()]
-    fused, expected = field.forward_and_vjp(t, z, noise), plain(field, t, z, noise)
+    fused, expected = product_of(field, t, z, noise), plain(field, t, z, noise)
     for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
         assert relative(a, b) < 1e-12
     for a, b in zip(
-        torch.autograd.grad(field.prepare(z)(t, z), wanted[:2], noise.detach()),
+        torch.autograd.grad(field.prepare(z).linearize(t, z).dz, wanted[:2], noise.detach()),
         torch.autograd.grad(field(t, z), wanted[:2], noise.detach()),
         strict=True,
     ):
@@ -410,7 +422,7 @@ def test_torch_func_still_differentiates_a_field() -> None:
     t, z, noise = (x.detach() for x in make_inputs("conv"))
     for function in (field, field.prepare(z)):
         pull = torch.func.vjp(lambda z, function=function: function(t, z), z)[1]
-        assert relative(pull(noise)[0], field.forward_and_vjp(t, z, noise)[1]) < 1e-12
+        assert relative(pull(noise)[0], product_of(field, t, z, noise)[1]) < 1e-12
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -420,7 +432,7 @@ def test_a_fused_field_under_the_transforms_of_torch_func(kind: str) -> None:
     prepared = field.prepare(z, noise)
 
     def product(z: Tensor) -> Tensor:
-        return prepared.forward_and_vjp(t, z, noise)[1]
+        return product_of(prepared, t, z, noise)[1]
 
     expected = torch.autograd.functional.jacobian(lambda z: plain(field, t, z, noise)[1], z.requires_grad_())
     z = z.detach()
@@ -439,7 +451,7 @@ def test_a_fused_field_under_the_transforms_of_torch_func(kind: str) -> None:
         return torch.func.functional_call(field, parameters, (t, z)).square().sum()
 
     found = torch.func.grad(loss)({name: p.detach() for name, p in field.named_parameters()})
-    direct = torch.autograd.grad(field.prepare(z)(t, z).square().sum(), list(field.parameters()))
+    direct = torch.autograd.grad(field.prepare(z).linearize(t, z).dz.square().sum(), list(field.parameters()))
     for a, b in zip(found.values(), direct, strict=True):
         assert relative(a, b) < 1e-12
 
@@ -451,13 +463,13 @@ def test_product_along_a_direction_of_state_and_time(kind: str, activation: str)
     t, z, v = make_inputs(kind)
     dt = torch.tensor(-1.3, dtype=torch.float64)
     expected = torch.func.jvp(field, (t, z), (dt, v))
-    found = field.prepare(z).forward_and_jvp(t, z, v, dt)
+    found = derivative_of(field.prepare(z), t, z, v, dt)
     wanted = [t, z, v, *field.parameters()]
     for a, b in zip(found, expected, strict=True):
         assert relative(a, b) < 1e-12
     for a, b in zip(gradients(*found, wanted), gradients(*expected, wanted), strict=True):
         assert relative(a, b) < 1e-11
-    assert relative(field.forward_and_jvp(t, z, v)[1], torch.func.jvp(lambda z: field(t, z), (z,), (v,))[1]) < 1e-12
+    assert relative(derivative_of(field, t, z, v)[1], torch.func.jvp(lambda z: field(t, z), (z,), (v,))[1]) < 1e-12
 
 
 def test_the_private_name_of_torch_that_transforms_are_asked_by() -> None:

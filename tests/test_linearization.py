@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, Solver
-from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.derivatives import Ask
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.fields import FusedStackField, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.passes import fused
 from rnode_plugin.fields.recognise import recognise
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.types import FieldWithLinearization, FlatFieldWithLinearization
 
 __all__ = ["as_on_a_device"]  # a fixture
 
@@ -35,9 +35,9 @@ def expected(field: FusedStackField, t: Tensor, z: Tensor, noise: Tensor, dt: An
 def found(
     field: Any, t: Tensor, z: Tensor, noise: Tensor, dt: Any = -1.3, *, with_noise: bool = True
 ) -> tuple[Tensor, ...]:
-    dz, product, jvp = field.linearize(t, z, noise if with_noise else None)
+    dz, product, jvp = field.linearize(t, z, noise, ask=Ask("noise" if with_noise else "", jvp=True))[:3]
     if product is None:
-        product = field.forward_and_vjp(t, z, noise)[1]
+        product = field.linearize(t, z, noise, ask=Ask("noise")).products
     return dz, product, jvp(dz, 0.0), jvp(dz, dt), jvp(noise, 0.0)
 
 
@@ -92,7 +92,7 @@ def test_the_whole_jacobian_and_a_direction() -> None:
     field = make_field("linear")
     t, z, _ = make_inputs("linear")
     wanted = [t, z, *field.parameters()]
-    dz, rows, jvp = field.prepare(z).linearize_with_jacobian(t, z)  # pyright: ignore[reportAttributeAccessIssue]
+    dz, rows, jvp = field.prepare(z).linearize(t, z, ask=Ask("rows", jvp=True))[:3]
     ours = (dz, rows, jvp(dz, 1.0))
     velocity = field(t, z)
     jacobian = [torch.autograd.grad(velocity[:, i].sum(), z, create_graph=True)[0] for i in range(z.shape[1])]
@@ -151,7 +151,7 @@ def test_under_the_transforms_of_torch_func(kind: str) -> None:
     t, z, noise = (x.detach() for x in make_inputs(kind))
 
     def second(z: Tensor) -> Tensor:
-        dz, _, jvp = field.linearize(t, z, noise)
+        dz, _, jvp = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))[:3]
         return jvp(dz, 1.0)
 
     one = torch.ones_like(t)
@@ -161,7 +161,7 @@ def test_under_the_transforms_of_torch_func(kind: str) -> None:
     many = torch.stack([z, 2 * z])
     assert relative(torch.func.vmap(second)(many), torch.stack([second(each) for each in many])) < 1e-12
     direction = torch.randn_like(z)
-    dz, _, jvp = field.linearize(t, z, None)
+    dz, _, jvp = field.linearize(t, z, ask=Ask(jvp=True))[:3]
     with forward_ad.dual_level():  # a direction with a tangent meets a pass without one
         tangent = forward_ad.unpack_dual(jvp(forward_ad.make_dual(dz, direction), 0.0)).tangent
     assert tangent is not None
@@ -248,7 +248,6 @@ def test_the_image_flow_has_the_plain_fields_numbers_in_every_gradient_mode(grad
 def test_an_evaluation_passes_through_the_field_once(
     estimator: str, divergence: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Except for several probes, whose batch is another one."""
     passes = []
     ascend = fused.ascend
     monkeypatch.setattr(fused, "ascend", lambda *args, **kwargs: passes.append(1) or ascend(*args, **kwargs))
@@ -257,15 +256,7 @@ def test_an_evaluation_passes_through_the_field_once(
     regularizers = [entry.regularizer for entry in resolve_regularizers(JVPS[:2]).values()]
     dynamics = Dynamics(field.prepare(z), regularizers=regularizers, estimator=estimator, divergence=divergence)
     rates = dynamics.evaluate(t, z, dynamics.draw(z))
-    assert len(passes) == (3 if estimator == "rademacher:2" and divergence else 1)
+    assert len(passes) == 1
     other = Dynamics(lambda t, z: field(t, z), regularizers=regularizers, divergence=False)
     for name, rate in other.evaluate(t, z, None).penalties.items():
         torch.testing.assert_close(rates.penalties[name], rate)
-
-
-def test_which_fields_share_their_pass() -> None:
-    images, flat = make_field("conv"), make_field("linear")
-    (z, _), (x, _) = make_inputs("conv")[1:], make_inputs("linear")[1:]
-    assert isinstance(images.prepare(z), FieldWithLinearization)
-    assert not isinstance(images.prepare(z), FlatFieldWithLinearization)
-    assert isinstance(flat.prepare(x), FlatFieldWithLinearization)

@@ -8,7 +8,8 @@ from problems import Plain
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF
-from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.derivatives import Ask
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import curl, hjb
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.potential import PotentialField
@@ -25,12 +26,14 @@ def test_gradient_divergence_and_rate_are_those_of_the_potential(layers: int) ->
     def potential(t: Tensor, z: Tensor) -> Tensor:
         return field.potential(t, z[None])[0]
 
-    dz, divergence = field.forward_and_divergence(t, z)
+    dz, _, _, divergence, aux = field.linearize(t, z, ask=Ask(divergence=True, aux=True))
+    assert divergence is not None
+    assert aux is not None
     torch.testing.assert_close(dz, field(t, z))
     for i, sample in enumerate(z):
         by_t, by_z = torch.func.grad(potential, argnums=(0, 1))(t, sample)
         torch.testing.assert_close(dz[i], -by_z)
-        torch.testing.assert_close(field.aux(t, z)["potential_rate"][i], by_t)
+        torch.testing.assert_close(aux["potential_rate"][i], by_t)
         hessian = torch.func.hessian(potential, argnums=1)(t, sample).reshape(4, 4)
         torch.testing.assert_close(divergence[i], -hessian.trace())
 

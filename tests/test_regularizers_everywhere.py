@@ -19,13 +19,12 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, Solver
-from rnode_plugin.core.augmented import Dynamics
-from rnode_plugin.core.regularizers import FunctionStepPenalty, local_error, local_stiffness
+from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.regularizers import FunctionStepPenalty, StepRecord, local_error, local_stiffness
 from rnode_plugin.fields import StackField, conv_field
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import solve
-from rnode_plugin.types import StepRecord
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 OF_STEPS = ["error", "stiffness"]  # they need the steps in the graph

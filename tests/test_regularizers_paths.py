@@ -11,7 +11,7 @@ from problems import Linear, Wave
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver
-from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import (
     LearnedEndTime,
     Steer,

@@ -11,11 +11,17 @@ from scipy.integrate._ivp.rk import RK45
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, Solver
-from rnode_plugin.core.augmented import Dynamics
-from rnode_plugin.core.regularizers import FunctionStepPenalty, error, local_error, local_stiffness, stiffness
+from rnode_plugin.core.dynamics import Dynamics
+from rnode_plugin.core.regularizers import (
+    FunctionStepPenalty,
+    StepRecord,
+    error,
+    local_error,
+    local_stiffness,
+    stiffness,
+)
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import solve
-from rnode_plugin.types import StepRecord
 
 T = torch.tensor([0.0, 2.0], dtype=torch.float64)
 TIGHT = Solver("dopri5", atol=1e-6, rtol=1e-6)

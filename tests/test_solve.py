@@ -10,13 +10,12 @@ import torch
 from problems import Linear, Wave, linear_closed_form
 from torch import Tensor
 
-from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import ADAPTIVE_METHODS, METHODS, Solver, check_health, solve
-from rnode_plugin.types import Rates
 
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to

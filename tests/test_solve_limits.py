@@ -11,7 +11,7 @@ import torch
 from problems import Linear, Wave
 from torch import Tensor
 
-from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.regularizers import FunctionStepPenalty, jacfrob, kinetic
 from rnode_plugin.core.regularizers.base import Trajectory
 from rnode_plugin.core.trace_estimators import Exact
@@ -26,7 +26,6 @@ from rnode_plugin.solvers import (
     get_method,
     solve,
 )
-from rnode_plugin.types import Rates
 
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 

@@ -10,7 +10,7 @@ import torch
 from problems import Wave
 from torch import Tensor
 
-from rnode_plugin.core.augmented import Dynamics
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import FIXED_METHODS, Solver, solve

@@ -12,12 +12,13 @@ from problems import Plain
 from torch import Tensor, nn
 
 from rnode_plugin import Solver
+from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.trace_estimators import HutchPlusPlus, TraceEstimator
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import linear_field
-from rnode_plugin.fields.conditional import PotentialAt, StackAt, at_context
 from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.fields.stack import AtContext
 from rnode_plugin.flows.table import TableFlow
 
 TIGHT = Solver(method="dopri5", atol=1e-10, rtol=1e-10)
@@ -135,8 +136,8 @@ def test_the_products_at_a_context_are_those_of_automatic_differentiation(
     found = []
     for plain in (False, True):
         if plain:
-            hide = "rnode_plugin.flows.table.at_context"
-            monkeypatch.setattr(hide, lambda field, given: Plain(at_context(field, given)))
+            hide = "rnode_plugin.flows.table.AtContext"
+            monkeypatch.setattr(hide, lambda field, given: Plain(AtContext(field, given)))
         flow.zero_grad()
         output = flow(x, context=context, generator=torch.Generator().manual_seed(3))
         loss = output_log_prob(output).sum() + sum(value.sum() for value in output.regularization.values())
@@ -172,19 +173,31 @@ def test_gradient_modes_agree_at_a_context(field: str, gradient: str, close: flo
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_potential_knows_its_jacobian(layers: int) -> None:
     torch.manual_seed(0)
-    at = PotentialAt(PotentialField(3, hidden=5, layers=layers, context=2).double(), rows(4, 2))
+    at = AtContext(PotentialField(3, hidden=5, layers=layers, context=2).double(), rows(4, 2))
     t, z = torch.tensor(0.3, dtype=torch.float64), rows(4, 3)
-    dz, jacobian = at.forward_and_jacobian(t, z)
+    noise, v = rows(4, 3), rows(4, 3)
+    dz, jacobian, jvp, divergence, aux = at.linearize(t, z, ask=Ask("rows", jvp=True, divergence=True, aux=True))
+    assert jvp is not None
+    assert aux is not None
     dense: Any = torch.autograd.functional.jacobian(lambda z: at(t, z).sum(0), z)
     torch.testing.assert_close(dz, at(t, z))
     torch.testing.assert_close(jacobian, dense)
-    torch.testing.assert_close(at.forward_and_divergence(t, z)[1], dense.diagonal(dim1=0, dim2=2).sum(-1))
+    torch.testing.assert_close(divergence, dense.diagonal(dim1=0, dim2=2).sum(-1))
+    product = at.linearize(t, z, noise, ask=Ask("noise")).products
+    torch.testing.assert_close(product, torch.einsum("bi,ibj->bj", noise, dense))
+    several = at.linearize(t, z, torch.stack([noise, v]), ask=Ask("noise")).products
+    torch.testing.assert_close(several, torch.einsum("kbi,ibj->kbj", torch.stack([noise, v]), dense))
+    along = torch.func.jvp(at, (t, z), (torch.full_like(t, 1.7), v))[1]
+    torch.testing.assert_close(jvp(v, 1.7), along)
     rate = torch.func.grad(lambda t: at.field.potential(t, z, rows(4, 2)).sum())(t)
-    torch.testing.assert_close(at.aux(t, z)["potential_rate"].sum(), rate)
+    torch.testing.assert_close(aux["potential_rate"].sum(), rate)
     shaped = PotentialField(4, hidden=5, layers=layers).double()
     squares = rows(2, 2, 2)
-    flat = shaped.forward_and_jacobian(t, squares.flatten(1))[1]
-    assert torch.equal(shaped.forward_and_jacobian(t, squares)[1], flat.reshape(4, 2, 2, 2))
+    flat = shaped.linearize(t, squares.flatten(1), ask=Ask("rows")).products
+    found = shaped.linearize(t, squares, ask=Ask("rows")).products
+    assert flat is not None
+    assert found is not None
+    assert torch.equal(found, flat.reshape(4, 2, 2, 2))
 
 
 def test_the_gradient_of_a_product_alone() -> None:
@@ -192,9 +205,10 @@ def test_the_gradient_of_a_product_alone() -> None:
     field = linear_field(3, hidden=5, context=2).double()
     nn.init.normal_(field.layers[-1].weight)  # pyright: ignore[reportArgumentType]
     t, z, noise = torch.tensor(0.3, dtype=torch.float64), rows(4, 3), rows(4, 3)
-    at = StackAt(field, rows(4, 2))  # pyright: ignore[reportArgumentType]
+    at = AtContext(field, rows(4, 2))
     weight = field.layers[0].weight
-    product = at.forward_and_vjp(t, z, noise)[1]
+    product = at.linearize(t, z, noise, ask=Ask("noise")).products
+    assert product is not None
     (own,) = torch.autograd.grad(product.square().sum(), weight)  # pyright: ignore
     leaf = z.clone().requires_grad_()
     (plain,) = torch.autograd.grad(at(t, leaf), leaf, noise, create_graph=True)

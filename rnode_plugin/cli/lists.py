@@ -61,28 +61,29 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
 @click.command()
 @_as_json
 def regularizers(*, as_json: bool) -> None:
-    """List the regularizers: kind, what each penalizes, products per evaluation, source, and the package.
+    """List the regularizers: kind, what each penalizes, its cost, its source, and the package.
 
     Use a name with NeuralODE(..., regularizers=[NAME]), or train with --set regularizers.NAME=LAMBDA. Names can
     carry options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
     linear_warmup(STEPS)*NUMBER.
     """
-    from ..core.regularizers import describe
+    from ..core.regularizers import KINDS, declaration_of
 
     rows: list[dict[str, str]] = []
     for plugin in registry.report():
         for name in plugin.registers.get("regularizers", []):
             try:
-                row = describe(registry.get("regularizers", name), name)._asdict()
+                found = declaration_of(registry.get("regularizers", name), name)
+                row = {**found._asdict(), "source": str(found.source)}
             except RnodeError as error:
-                row = {"kind": "?", "formula": str(error), "products": "?", "source": "?"}
+                row = {"name": name, "kind": "?", "formula": str(error), "cost": "?", "source": "?"}
             source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"
-            rows.append({"name": name, **row, "installed_from": source})
+            rows.append({**row, "installed_from": source})
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    rows.sort(key=lambda row: ("rate", "step", "trajectory", "span", "?").index(row["kind"]))
-    header = ("name", "kind", "what it penalizes", "products", "source", "installed from")
+    rows.sort(key=lambda row: (*KINDS, "?").index(row["kind"]))
+    header = ("name", "kind", "what it penalizes", "cost", "source", "installed from")
     click.echo(table([header, *(tuple(row.values()) for row in rows)]))
 
 

@@ -80,7 +80,7 @@ def _flush_denormals(ctx: click.Context, param: click.Parameter, keep: bool) -> 
         return
     import torch
 
-    from ..core.tensors.denormals import flush_denormals
+    from ..core.ops import flush_denormals
 
     if flush_denormals():  # a program that calls a command as a function has its own arithmetic back afterwards
         ctx.call_on_close(lambda: torch.set_flush_denormal(False))

@@ -1,42 +1,223 @@
-"""Products of a vector field with its Jacobian, and its derivatives along a trajectory, by differentiation.
+"""The field protocol: velocity, products with the Jacobian and directional derivatives from one pass.
 
-A field that brings its own products (:class:`~rnode_plugin.types.FieldWithVJP`,
-:class:`~rnode_plugin.types.FieldWithJVP`) is asked for them. One whose call goes through autograd Functions of its
-own may offer ``plain_path``: the same function ``(t, z)`` in operations that autograd knows.
+:class:`Field` is the protocol. :class:`AutogradField` implements it for any function ``(t, z)`` by automatic
+differentiation; fields with a faster pass of their own implement it themselves.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..types import FieldWithJVP, FieldWithVJP, VectorField
-from .tensors.transforms_active import transforms_active
+from .ops import transforms_active
 
-__all__ = ["FieldDerivatives", "field_and_vjp", "vjp_of"]
+__all__ = [
+    "VELOCITY",
+    "Ask",
+    "AutogradField",
+    "Field",
+    "Linearization",
+    "Velocity",
+    "as_field",
+    "total_derivative",
+    "trace_of_rows",
+    "unit_vectors",
+]
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""A vector field ``f(t, z)``: time, a scalar tensor, and state ``(B, *event)`` to velocity ``(B, *event)``."""
+
+DirectionalDerivative = Callable[[Tensor, float], Tensor]
 
 
-def field_and_vjp(field: VectorField, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """``(f(t, z), noise^T df/dz)`` for any differentiable field, by automatic differentiation.
+class Ask(NamedTuple):
+    """What one pass over a field shall give beside the velocity.
 
-    Works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func`` too. Without gradients enabled
-    the result carries no graph.
+    Attributes:
+        products: ``"noise"``, the products ``noise^T df/dz``; ``"rows"``, all rows of ``df/dz``; ``""``, none.
+        jvp: whether derivatives along directions are wanted.
+        divergence: whether the exact divergence is wanted.
+        aux: whether values that the field offers by name are wanted.
     """
+
+    products: Literal["", "noise", "rows"] = ""
+    jvp: bool = False
+    divergence: bool = False
+    aux: bool = False
+
+
+VELOCITY = Ask()
+"""The velocity alone."""
+
+
+class Linearization(NamedTuple):
+    """One pass over a field; what was not asked for may be None.
+
+    Attributes:
+        dz: velocity ``f(t, z)``, ``(B, *event)``.
+        products: ``noise^T df/dz`` of the shape of the noise, or all rows of ``df/dz``, ``(D, B, *event)``.
+        jvp: ``(v, dt)`` to ``df/dz v + dt df/dt``, ``v`` and the result of the shape of ``z``.
+        divergence: exact ``div f``, ``(B,)``.
+        aux: values by name, such as ``"potential_rate"``, the ``(B,)`` of a potential's d/dt that ``hjb`` reads.
+    """
+
+    dz: Tensor
+    products: Tensor | None = None
+    jvp: DirectionalDerivative | None = None
+    divergence: Tensor | None = None
+    aux: Mapping[str, Tensor] | None = None
+
+
+@runtime_checkable
+class Field(Protocol):
+    """A vector field that gives its velocity together with products and derivatives, from one pass.
+
+    A call is the velocity in operations that autograd and ``torch.func`` know, as often differentiable as one
+    likes. A solve evaluates :meth:`linearize`, whose result has gradients of first order at least.
+    """
+
+    def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
+        """Velocity ``(B, *event)`` at time ``t``, a scalar, and state ``z (B, *event)``."""
+        ...
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
+        """The velocity and whatever ``ask`` wants.
+
+        Args:
+            t, z: as for a call.
+            noise: ``(B, *event)``, or ``(k, B, *event)`` for k vectors, if ``ask.products`` is ``"noise"``.
+            ask: what is wanted.
+        """
+        ...
+
+
+def as_field(field: Velocity) -> Field:
+    """``field`` itself if it implements the protocol, else an :class:`AutogradField` of it."""
+    return field if isinstance(field, Field) else AutogradField(field)
+
+
+class AutogradField:
+    """Any differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
+
+    Works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func`` too. Results have a graph if
+    gradients are enabled. Reverse mode twice gives ``J v``: faster in training than forward mode, and right through
+    autograd Functions of a user's own, for which nested forward mode silently gives zero.
+
+    Args:
+        field: the function.
+        aux: ``(t, z)`` to values by name that the field offers; None: the function's method ``aux``, if it has one.
+    """
+
+    def __init__(
+        self, field: Velocity, *, aux: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
+    ) -> None:
+        self._field = field
+        self._aux = getattr(field, "aux", None) if aux is None else aux
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        return self._field(t, z)
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
+        aux = None
+        if ask.aux:
+            aux = {} if self._aux is None else self._aux(t, z)
+        if not (ask.products or ask.jvp or ask.divergence):
+            return Linearization(self._field(t, z), aux=aux)
+        if transforms_active():
+            return self._in_transform(t, z, noise, ask, aux)
+        keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        several = ask.products == "rows" or ask.divergence or (noise is not None and noise.ndim > z.ndim)
+        with torch.inference_mode(False), torch.enable_grad():
+            t, z = _usable(t), _as_variable(z, keep=keep)
+            if ask.jvp:
+                t = _as_variable(t, keep=keep)
+            dz = self._field(t, z)
+
+            def pull(v: Tensor) -> Tensor:
+                return _vjp(dz, z, _usable(v), create_graph=keep, retain=several or ask.jvp)
+
+            products, divergence = _products(ask, z, noise, pull)
+        jvp = _double_reverse(dz, t, z, keep=keep) if ask.jvp else None
+        if not keep:
+            dz = dz.detach()
+            products = None if products is None else products.detach()
+        return Linearization(dz, products, jvp, divergence, aux)
+
+    def _in_transform(
+        self, t: Tensor, z: Tensor, noise: Tensor | None, ask: Ask, aux: Mapping[str, Tensor] | None
+    ) -> Linearization:
+        """The same inside a transform of ``torch.func``, where autograd's own functions fail."""
+        if not ask.jvp:
+            dz, pull = torch.func.vjp(lambda z: self._field(t, z), z)[:2]
+            products, divergence = _products(ask, z, noise, lambda v: pull(v.to(dz.dtype))[0])
+            return Linearization(dz, products, None, divergence, aux)
+        dz, pull = torch.func.vjp(self._field, t, z)[:2]
+        products, divergence = _products(ask, z, noise, lambda v: pull(v.to(dz.dtype))[1])
+
+        def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
+            transpose = torch.func.vjp(pull, torch.zeros_like(dz))[1]
+            return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
+
+        return Linearization(dz, products, jvp, divergence, aux)
+
+
+def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tensor:
+    """``d^order z / dt^order`` along the trajectory of ``field`` through ``(t, z)``, of the shape of ``z``.
+
+    Order 1 is the velocity. ``order - 1`` nested derivatives; each costs about three times the one before.
+    """
+    derivative = field
+    for _ in range(order - 1):
+        derivative = _along(field, derivative)
     if transforms_active():
-        dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]
-        return dz, pull(noise.to(dz.dtype))[0]
-    keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with _grad_enabled():
-        t, z, noise = _ours(t, z, noise, keep_graph=keep_graph)
-        dz = field(t, z)
-        vjp = vjp_of(dz, z, noise, create_graph=keep_graph)
-    return (dz, vjp) if keep_graph else (dz.detach(), vjp.detach())
+        return derivative(t, z).to(z.dtype)
+    keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        found = derivative(_as_variable(t, keep=keep), _as_variable(z, keep=keep)).to(z.dtype)
+    return found if keep else found.detach()
 
 
-def vjp_of(dz: Tensor, z: Tensor, v: Tensor, *, create_graph: bool, retain: bool = False) -> Tensor:
+def trace_of_rows(rows: Tensor) -> Tensor:
+    """The trace ``(B,)`` of Jacobians given by their rows ``(D, B, *event)``."""
+    return rows.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
+
+
+def unit_vectors(z: Tensor) -> Tensor:
+    """The unit vectors of the event space of ``z (B, *event)``, ``(D, 1, *event)``."""
+    dims = math.prod(z.shape[1:])
+    return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
+
+
+def _along(field: Velocity, derivative: Velocity) -> Velocity:
+    """The derivative of a function of ``(t, z)`` along the field's trajectories."""
+
+    def along(t: Tensor, z: Tensor) -> Tensor:
+        jvp = AutogradField(derivative).linearize(t, z, ask=Ask(jvp=True)).jvp
+        assert jvp is not None
+        return jvp(field(t, z), 1.0)
+
+    return along
+
+
+def _products(
+    ask: Ask, z: Tensor, noise: Tensor | None, pull: Callable[[Tensor], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Products and exact divergence from ``pull``, which gives ``v^T df/dz``."""
+    products = divergence = None
+    if ask.products == "rows" or ask.divergence:
+        products = torch.stack([pull(v.expand_as(z)) for v in unit_vectors(z)])
+        divergence = trace_of_rows(products) if ask.divergence else None
+    if ask.products == "noise":
+        assert noise is not None
+        products = torch.stack([pull(v) for v in noise]) if noise.ndim > z.ndim else pull(noise)
+    return products if ask.products else None, divergence
+
+
+def _vjp(dz: Tensor, z: Tensor, v: Tensor, *, create_graph: bool, retain: bool) -> Tensor:
     """``v^T d(dz)/dz`` from the graph of ``dz``; zero for a field that ignores its state."""
     if not dz.requires_grad:
         return torch.zeros_like(z)
@@ -46,112 +227,41 @@ def vjp_of(dz: Tensor, z: Tensor, v: Tensor, *, create_graph: bool, retain: bool
     return torch.zeros_like(z) if vjp is None else vjp
 
 
-class FieldDerivatives:
-    """Derivatives of one field at any point: by the products that it brings, or by reverse mode.
+def _double_reverse(dz: Tensor, t: Tensor, z: Tensor, *, keep: bool) -> DirectionalDerivative:
+    """Derivatives along directions from the graph of ``dz``.
 
-    Reverse mode twice gives ``J v``: faster in training than forward mode, and right through autograd Functions
-    of a user's own, for which nested forward mode silently gives zero.
-
-    Args:
-        field: ``f(t, z)``.
+    ``u^T J`` is linear in ``u``, and its own transpose is the product wanted.
     """
 
-    def __init__(self, field: VectorField) -> None:
-        self._own_vjp = field.forward_and_vjp if isinstance(field, FieldWithVJP) else None
-        self._own_jvp = field.forward_and_jvp if isinstance(field, FieldWithJVP) else None
-        plain: VectorField | None = getattr(field, "plain_path", None)
-        self._plain: VectorField = field if plain is None else plain
+    def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            found = push(_usable(v), dt)
+        return found if keep else found.detach()
 
-    def vjp(self, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
-        """``v^T df/dz``, of the shape of ``z (B, *event)``."""
-        if self._own_vjp is not None and not transforms_active():
-            return self._own_vjp(t, z, v)[1].to(z.dtype)
-        return field_and_vjp(self._plain, t, z, v)[1].to(z.dtype)
+    def push(v: Tensor, dt: float) -> Tensor:
+        if not dz.requires_grad:
+            return torch.zeros_like(z)
+        u = torch.zeros_like(dz).requires_grad_()
+        inputs, tangents = ((z,), (v,)) if dt == 0 else ((z, t), (v, torch.full_like(t, dt)))
+        pulled = torch.autograd.grad(dz, inputs, u, create_graph=True, allow_unused=True)
+        pairs = [(p, w.to(p.dtype)) for p, w in zip(pulled, tangents, strict=True) if p is not None]
+        pairs = [(p, w) for p, w in pairs if p.requires_grad]
+        if not pairs:
+            return torch.zeros_like(z)
+        (product,) = torch.autograd.grad(
+            [p for p, _ in pairs], u, [w for _, w in pairs], create_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(z) if product is None else product
 
-    def jvp(self, t: Tensor, z: Tensor, v: Tensor, dt: float = 0.0) -> Tensor:
-        """``df/dz v + dt df/dt``, of the shape of ``z (B, *event)``."""
-        if self._own_jvp is not None and not transforms_active():
-            return self._own_jvp(t, z, v, dt)[1].to(z.dtype)
-        return _with_graph(lambda push, t, z, v: push(self._plain, t, z, v, dt), t, z, v)
-
-    def jacobian_rows(self, t: Tensor, z: Tensor) -> Tensor:
-        """All rows of ``df/dz``, ``(D, B, *event)``, one product each."""
-        basis = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device).reshape(-1, 1, *z.shape[1:])
-        return torch.stack([self.vjp(t, z, v.expand_as(z)) for v in basis])
-
-    def total_derivative(self, t: Tensor, z: Tensor, order: int) -> Tensor:
-        """``d^order z / dt^order`` along the trajectory through ``(t, z)``; order 1 is the velocity.
-
-        ``order - 1`` nested products on the field's plain path; each order costs about three times the one before.
-        """
-
-        def nested(push: _Push, t: Tensor, z: Tensor) -> Tensor:
-            derivative: VectorField = self._plain
-            for _ in range(order - 1):
-                derivative = _along(push, self._plain, derivative)
-            return derivative(t, z)
-
-        return _with_graph(nested, t, z)
+    return jvp
 
 
-_Push = Callable[["VectorField", Tensor, Tensor, Tensor, float], Tensor]  # (g, t, z, v, dt) -> dg/dz v + dt dg/dt
+def _usable(x: Tensor) -> Tensor:
+    """``x``, or a clone if it was made in inference mode: such a tensor cannot be saved for a backward pass."""
+    return x.clone() if x.is_inference() else x
 
 
-def _with_graph(compute: Callable[..., Tensor], t: Tensor, z: Tensor, *rest: Tensor) -> Tensor:
-    """``compute(push, t, z, *rest)`` with a graph inside; its result has one only if gradients are enabled."""
-    if transforms_active():
-        return compute(_push_in_transform, t, z, *rest).to(z.dtype)
-    keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    with _grad_enabled():
-        result = compute(_push, *_ours(t, z, *rest, keep_graph=keep_graph)).to(z.dtype)
-    return result if keep_graph else result.detach()
-
-
-def _along(push: _Push, field: VectorField, derivative: VectorField) -> VectorField:
-    """The derivative of a function of ``(t, z)`` along the field's trajectories."""
-    return lambda t, z: push(derivative, t, z, field(t, z), 1.0)
-
-
-def _push(g: VectorField, t: Tensor, z: Tensor, v: Tensor, dt: float) -> Tensor:
-    """By reverse mode twice: ``u^T J`` is linear in ``u``, and its own transpose is the product wanted."""
-    if not z.requires_grad:
-        z = z.detach().requires_grad_()
-    if not t.requires_grad:
-        t = t.detach().requires_grad_()
-    dz = g(t, z)
-    if not dz.requires_grad:
-        return torch.zeros_like(z)
-    u = torch.zeros_like(dz).requires_grad_()
-    inputs, tangents = (z, t), (v, torch.full_like(t, dt))
-    if dt == 0:
-        inputs, tangents = inputs[:1], tangents[:1]
-    pulled = torch.autograd.grad(dz, inputs, u, create_graph=True, allow_unused=True)
-    pairs = [(p, w.to(p.dtype)) for p, w in zip(pulled, tangents, strict=True) if p is not None and p.requires_grad]
-    if not pairs:
-        return torch.zeros_like(z)
-    (product,) = torch.autograd.grad(
-        [p for p, _ in pairs], u, [w for _, w in pairs], create_graph=True, allow_unused=True
-    )
-    return torch.zeros_like(z) if product is None else product
-
-
-def _push_in_transform(g: VectorField, t: Tensor, z: Tensor, v: Tensor, dt: float) -> Tensor:
-    """The same inside a transform of ``torch.func``, where autograd's own functions fail."""
-    dz, pull = torch.func.vjp(g, t, z)[:2]
-    transpose = torch.func.vjp(pull, torch.zeros_like(dz))[1]
-    return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
-
-
-@contextlib.contextmanager
-def _grad_enabled() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def _ours(t: Tensor, z: Tensor, *rest: Tensor, keep_graph: bool) -> list[Tensor]:
-    """The tensors in a form that can be differentiated: ``z`` requires a gradient, nobody else's tensor changes."""
-    # a tensor made in inference mode cannot be saved for a backward pass: a clone outside of it can
-    tensors = [x.clone() if x.is_inference() else x for x in (t, z, *rest)]
-    if not (keep_graph and tensors[1].requires_grad):
-        tensors[1] = tensors[1].detach().requires_grad_()
-    return tensors
+def _as_variable(x: Tensor, *, keep: bool) -> Tensor:
+    """``x`` in a form to differentiate by; the caller's tensor does not change."""
+    x = _usable(x)
+    return x if keep and x.requires_grad else x.detach().requires_grad_()

@@ -15,7 +15,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..types import FlowOutput
+    from .objective import FlowOutput
+
 
 __all__ = ["DensityModel", "FlowDistribution"]
 

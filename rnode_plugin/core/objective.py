@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
-from ..types import FlowOutput
 
-__all__ = ["Objective", "bits_per_dim", "objective", "output_log_prob", "penalty", "standard_normal_log_prob"]
+__all__ = [
+    "FlowOutput",
+    "Objective",
+    "bits_per_dim",
+    "objective",
+    "output_log_prob",
+    "penalty",
+    "standard_normal_log_prob",
+]
+
+
+@dataclass(frozen=True)
+class FlowOutput:
+    """The result of pushing data through a flow.
+
+    Attributes:
+        z: latent ``(B, D)``: factored-out parts flattened in the order in which they leave, the last scale last.
+        logdet: ``(B,)`` in nats, the logit transform included.
+        regularization: raw integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
+        nfe: evaluations of the vector fields, summed over blocks.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import MultiscaleFlow
+        >>> out = MultiscaleFlow((1, 8, 8), hidden=8)(torch.rand(2, 1, 8, 8))
+        >>> tuple(out.z.shape), tuple(out.logdet.shape), sorted(out.regularization)
+        ((2, 64), (2,), ['jacfrob', 'kinetic'])
+    """
+
+    z: Tensor
+    logdet: Tensor
+    regularization: dict[str, Tensor]
+    nfe: int
 
 
 class Objective(NamedTuple):

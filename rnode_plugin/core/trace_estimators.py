@@ -7,30 +7,21 @@ evaluation never pays for a second one.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
-from ..types import (
-    FieldWithJacobian,
-    FieldWithLinearization,
-    FieldWithVJP,
-    FlatFieldWithLinearization,
-    Linearization,
-    VectorField,
-)
-from .derivatives import field_and_vjp
-from .jacobian_products import products_of
-from .tensors.reductions import sum_products, sum_squares
+from .derivatives import VELOCITY, Ask, Linearization, Velocity, as_field, trace_of_rows, unit_vectors
+from .ops import sum_products, sum_squares
 
 __all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Probes", "TraceEstimator", "get_estimator"]
 
-FieldAndProduct = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 Linearize = Callable[[Tensor, Tensor, "Tensor | None"], Linearization]
 
 _NOISES = ("gaussian", "rademacher")
@@ -57,19 +48,21 @@ class TraceEstimator(ABC):
 
     :meth:`draw` is called once per solve, :meth:`bind` once per field. The function that :meth:`bind` returns is
     called at every evaluation and gives the velocity and the products, which the other methods reduce.
+
+    Attributes:
+        asks: the products that it wants of a field: ``"noise"`` or ``"rows"``, see
+            :class:`~rnode_plugin.core.derivatives.Ask`.
     """
+
+    asks: ClassVar[Literal["noise", "rows"]] = "noise"
 
     @abstractmethod
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
         """Noise for one solve from the state ``z (B, *event)``; None if the estimator needs none."""
 
-    @abstractmethod
-    def bind(self, field: VectorField) -> FieldAndProduct:
-        """Choose, once, how ``(t, z, noise) -> (f(t, z), products)`` is computed for this field."""
-
-    def bind_linearization(self, field: VectorField) -> Linearize | None:
-        """As :meth:`bind`, with products along directions from the same pass; None if they cannot share it."""
-        return None
+    def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
+        """The pass ``(t, z, noise) -> Linearization`` over a field: the products, and whatever ``ask`` wants."""
+        return functools.partial(as_field(field).linearize, ask=ask._replace(products=self.asks))
 
     @abstractmethod
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
@@ -106,8 +99,8 @@ class Hutchinson(TraceEstimator):
         >>> evaluate = estimator.bind(lambda t, z: torch.tensor([1.0, 2.0]) * z)
         >>> z = torch.ones(3, 2)
         >>> noise = estimator.draw(z)
-        >>> dz, products = evaluate(torch.tensor(0.0), z, noise)
-        >>> estimator.divergence(products, noise)  # signs are exact if the Jacobian is diagonal
+        >>> found = evaluate(torch.tensor(0.0), z, noise)
+        >>> estimator.divergence(found.products, noise)  # signs are exact if the Jacobian is diagonal
         tensor([3., 3., 3.])
     """
 
@@ -123,17 +116,6 @@ class Hutchinson(TraceEstimator):
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         shape = z.shape if self.count == 1 else torch.Size([self.count, *z.shape])
         return _draw(self.noise, shape, z, generator)
-
-    def bind(self, field: VectorField) -> FieldAndProduct:
-        if self.count > 1:
-            several = products_of(field)
-            return lambda t, z, noise: several(t, z, list(_given(noise)))
-        if isinstance(field, FieldWithVJP):
-            return field.forward_and_vjp  # pyright: ignore[reportReturnType]  (noise is never None here)
-        return lambda t, z, noise: field_and_vjp(field, t, z, _given(noise))
-
-    def bind_linearization(self, field: VectorField) -> Linearize | None:
-        return field.linearize if self.count == 1 and isinstance(field, FieldWithLinearization) else None
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
         noise = _given(noise)
@@ -184,18 +166,19 @@ class HutchPlusPlus(TraceEstimator):
             )
         return _draw(self.noise, torch.Size([2 * self.rank, *z.shape]), z, generator)
 
-    def bind(self, field: VectorField) -> FieldAndProduct:
-        several = products_of(field)
+    def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
+        field, ask = as_field(field), ask._replace(products="noise")
 
-        def products(t: Tensor, z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        def linearize(t: Tensor, z: Tensor, noise: Tensor | None) -> Linearization:
             noise = _given(noise)
             with torch.no_grad():
-                sketch = several(t, z.detach(), list(noise[: self.rank]))[1]
-                vectors = self._directions(sketch, noise[self.rank :])
-            dz, rows = several(t, z, list(vectors))
-            return dz, torch.stack([vectors.to(rows.dtype), rows])
+                sketch = field.linearize(t, z.detach(), noise[: self.rank], ask=Ask("noise")).products
+                vectors = self._directions(_given(sketch), noise[self.rank :])
+            found = field.linearize(t, z, vectors, ask=ask)
+            rows = _given(found.products)
+            return found._replace(products=torch.stack([vectors.to(rows.dtype), rows]))
 
-        return products
+        return linearize
 
     def _directions(self, sketch: Tensor, noise: Tensor) -> Tensor:
         """``Q`` and projected noise, ``(2 rank, B, *event)``, from ``J^T S`` and ``g``, ``(rank, B, *event)``."""
@@ -219,10 +202,12 @@ class Exact(TraceEstimator):
         >>> import torch
         >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         >>> evaluate = Exact().bind(lambda t, z: z @ matrix.T)
-        >>> dz, rows = evaluate(torch.tensor(0.0), torch.ones(1, 2), None)
+        >>> rows = evaluate(torch.tensor(0.0), torch.ones(1, 2), None).products
         >>> Exact().divergence(rows, None), Exact().squared_frobenius(rows, None)
         (tensor([5.]), tensor([30.]))
     """
+
+    asks = "rows"
 
     def __repr__(self) -> str:
         return "Exact()"
@@ -230,25 +215,12 @@ class Exact(TraceEstimator):
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
         return None
 
-    def bind(self, field: VectorField) -> FieldAndProduct:
-        if isinstance(field, FieldWithJacobian):
-            own = field.forward_and_jacobian
-            return lambda t, z, noise: own(t, z)
-        several = products_of(field)
-        return lambda t, z, noise: several(t, z, _basis(z))
-
-    def bind_linearization(self, field: VectorField) -> Linearize | None:
-        if not isinstance(field, FlatFieldWithLinearization):
-            return None
-        own = field.linearize_with_jacobian
-        return lambda t, z, noise: own(t, z)
-
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        return Probes((1.0,) * len(products), tuple(_basis(products[0])), tuple(products))
+        vectors = unit_vectors(products[0]).expand_as(products)
+        return Probes((1.0,) * len(products), tuple(vectors), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        # (D, B, *event) -> (D, B, D) -> the diagonal
-        return products.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
+        return trace_of_rows(products)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         return sum_squares(products.transpose(0, 1))
@@ -264,13 +236,6 @@ def _draw(kind: str, shape: torch.Size, like: Tensor, generator: torch.Generator
         return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
     signs = torch.randint(0, 2, shape, dtype=torch.int8, device=like.device, generator=generator)
     return signs.to(like.dtype) * 2 - 1
-
-
-def _basis(z: Tensor) -> list[Tensor]:
-    """The unit vectors of the event space for each sample, each ``(B, *event)``."""
-    dims = math.prod(z.shape[1:])
-    eye = torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
-    return list(eye.expand(dims, *z.shape))
 
 
 def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:

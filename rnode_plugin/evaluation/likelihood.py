@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.objective import output_log_prob
+from ..core.objective import FlowOutput, output_log_prob
 from ..core.random_streams import Stream, seeded
 from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError, SolverError
 from ..flows.base import BlockFlow
 from ..solvers import StepMemory
-from ..types import FlowOutput
 from .measures import Evaluation, EvaluationResult, ImageMeasure, Mean, Measure, batch_of
 
 if TYPE_CHECKING:

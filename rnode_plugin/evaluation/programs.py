@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..core.tensors.exporting import recording
+from ..core.ops import recording
 from ..errors import ConfigError, RnodeError, suggest
 from ..files import write_atomically
 from ..solvers.config import FIXED_METHODS, Solver

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.tensors.exporting import on_host
+from ..core.ops import on_host
 from ..errors import ConfigError
 from .kernels.base import LayerMap
 from .kernels.compile import works

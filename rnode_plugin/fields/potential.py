@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.derivatives import VELOCITY, Ask, Linearization
 from ..errors import ConfigError
 
 __all__ = ["PotentialField"]
@@ -70,11 +71,65 @@ class PotentialField(nn.Module):
         s = self._joined(t, z, context)
         return -self._gradient(s, self._run(s))[0][:, : self.dims].reshape(z.shape)
 
-    def forward_and_divergence(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``f (B, *event)`` and its exact divergence ``-tr(Hess Phi) (B,)``."""
+    def linearize(
+        self,
+        t: Tensor,
+        z: Tensor,
+        noise: Tensor | None = None,
+        *,
+        ask: Ask = VELOCITY,
+        context: Tensor | None = None,
+    ) -> Linearization:
+        """``-grad Phi`` and whatever ``ask`` wants, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
+
+        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``.
+        """
         s = self._joined(t, z, context)
         layers = self._run(s)
         gradient, pulled = self._gradient(s, layers)
+        aux = {"potential_rate": gradient[:, self.dims]} if ask.aux else None
+        products = divergence = None
+        if ask.products == "rows":
+            products = self._rows(s, layers, pulled).reshape(self.dims, *z.shape)
+        elif ask.products:
+            assert noise is not None
+            vectors = noise.flatten(1).unsqueeze(0) if noise.ndim == z.ndim else noise.flatten(2)
+            products = -self._hessian_times(layers, pulled, self._direction(vectors, 0.0)).reshape(noise.shape)
+        if ask.divergence:
+            divergence = -self._laplacian(layers, pulled)
+
+        def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
+            direction = self._direction(v.to(z.dtype).flatten(1).unsqueeze(0), dt)
+            return -self._hessian_times(layers, pulled, direction).reshape(z.shape)
+
+        dz = -gradient[:, : self.dims].reshape(z.shape)
+        return Linearization(dz, products, jvp if ask.jvp else None, divergence, aux)
+
+    def aux(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> dict[str, Tensor]:
+        """``{"potential_rate": dPhi/dt (B,)}``."""
+        s = self._joined(t, z, context)
+        return {"potential_rate": self._gradient(s, self._run(s))[0][:, self.dims]}
+
+    def _direction(self, v: Tensor, dt: float) -> Tensor:
+        """A direction ``(k, B, D)`` of the state and ``dt`` of time as one of ``s = (z, t, c)``."""
+        still = v.new_zeros(*v.shape[:2], self._given)
+        return torch.cat([v, torch.full_like(v[..., :1], dt), still], 2)
+
+    def _hessian_times(self, layers: list[_Layer], pulled: list[Tensor], v: Tensor) -> Tensor:
+        """The part by ``z`` of ``Hess Phi v`` for directions ``v (k, B, inputs)``, ``(k, B, D)``."""
+        pushed = [v @ layers[0].weight.T]  # of the pre-activations of each layer
+        moved = layers[0].slope * pushed[0]  # of its activations
+        for layer in layers[1:]:
+            pushed.append(moved @ layer.weight.T)
+            moved = moved + layer.slope * pushed[-1]
+        back = torch.zeros_like(moved)
+        for layer, above, push in zip(layers[:0:-1], pulled[:0:-1], pushed[:0:-1], strict=True):
+            back = back + (layer.bend * above * push + layer.slope * back) @ layer.weight
+        first = layers[0].bend * pulled[0] * pushed[0] + layers[0].slope * back
+        return first @ layers[0].weight[:, : self.dims] + (v @ self.a.T) @ self.a[:, : self.dims]
+
+    def _laplacian(self, layers: list[_Layer], pulled: list[Tensor]) -> Tensor:
+        """``tr(Hess Phi) (B,)``, by z."""
         by_z = self.weights[0][:, : self.dims]
         trace = (layers[0].bend * pulled[0]) @ by_z.square().sum(1)
         jacobian = layers[0].slope.unsqueeze(2) * by_z  # of u_0 by z, (B, hidden, D)
@@ -82,30 +137,19 @@ class PotentialField(nn.Module):
             pushed = layer.weight @ jacobian
             trace = trace + (layer.bend * above * pushed.square().sum(2)).sum(1)
             jacobian = jacobian + layer.slope.unsqueeze(2) * pushed
-        trace = trace + self.a[:, : self.dims].square().sum()
-        return -gradient[:, : self.dims].reshape(z.shape), -trace
+        return trace + self.a[:, : self.dims].square().sum()
 
-    def forward_and_jacobian(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``f (B, *event)`` and all rows of ``df/dz = -Hess Phi``, ``(D, B, *event)``, in closed form."""
-        s = self._joined(t, z, context)
-        layers = self._run(s)
-        gradient, pulled = self._gradient(s, layers)
-        pushed = self.weights[0][:, : self.dims].expand(
-            s.shape[0], -1, -1
-        )  # of the pre-activations by z, (B, hidden, D)
-        jacobian, hessian = torch.zeros_like(pushed), self.a[:, : self.dims].T @ self.a[:, : self.dims]
+    def _rows(self, s: Tensor, layers: list[_Layer], pulled: list[Tensor]) -> Tensor:
+        """All rows of ``-Hess Phi`` by z, ``(D, B, D)``."""
+        by_z = self.a[:, : self.dims]
+        pushed = self.weights[0][:, : self.dims].expand(s.shape[0], -1, -1)  # pre-activations by z, (B, hidden, D)
+        jacobian, hessian = torch.zeros_like(pushed), by_z.T @ by_z
         for number, (layer, above) in enumerate(zip(layers, pulled, strict=True)):
             if number:
                 pushed = layer.weight @ jacobian
             hessian = hessian + pushed.mT @ ((layer.bend * above).unsqueeze(2) * pushed)
             jacobian = jacobian + layer.slope.unsqueeze(2) * pushed
-        rows = -hessian.transpose(0, 1)  # (D, B, D)
-        return -gradient[:, : self.dims].reshape(z.shape), rows.reshape(self.dims, *z.shape)
-
-    def aux(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> dict[str, Tensor]:
-        """``{"potential_rate": dPhi/dt (B,)}``."""
-        s = self._joined(t, z, context)
-        return {"potential_rate": self._gradient(s, self._run(s))[0][:, self.dims]}
+        return -hessian.transpose(0, 1)
 
     def extra_repr(self) -> str:
         return f"dims={self.dims}, hidden={len(self.w)}, layers={len(self.weights)}, rank={len(self.a)}"

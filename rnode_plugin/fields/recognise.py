@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.tensors.exporting import exporting
+from ..core.ops import exporting
 from .activations import Activation, get_activation
 from .autocast import compute_dtype, without_autocast
 from .layers import LINEAR
 from .prepared import Stack
-from .stack import FlatPreparedStack
+from .stack import PreparedStack
 
 __all__ = ["PARTS", "Affine", "AppendTime", "Layer", "Part", "Pointwise", "RecognisedStack", "recognise"]
 
@@ -104,13 +104,13 @@ class RecognisedStack:
             and all(weight.dtype == z.dtype for weight in weights)
         )
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None) -> FlatPreparedStack:
+    def prepare(self, z: Tensor, noise: Tensor | None = None) -> PreparedStack:
         """The field for the evaluations of one solve, from a state like ``z (B, D)``."""
         dtype = compute_dtype(z)
         with without_autocast(z):
             parameters = [layer.parameters() for layer in self.layers]
             fast = not exporting()  # a program has no backward pass
-            return FlatPreparedStack(Stack.make(LINEAR, self.activation, dtype, parameters, z, fast=fast), noise)
+            return PreparedStack(Stack.make(LINEAR, self.activation, dtype, parameters, z, fast=fast), noise)
 
 
 def recognise(module: Any) -> RecognisedStack | None:

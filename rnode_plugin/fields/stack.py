@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from ..core.tensors.exporting import exporting
+from ..core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization, trace_of_rows, unit_vectors
+from ..core.ops import exporting
 from ..errors import ConfigError
-from ..types import Linearization
 from .activations import get_activation
 from .autocast import compute_dtype, without_autocast
 from .layers import LINEAR, ConcatConv2d, ConcatLinear, Products
-from .passes.fused import linearize, pull_noise, run_fused, run_velocity
+from .passes.fused import linearize, pull_noise
 from .prepared import Stack, run_stack
 
-__all__ = ["FusedStackField", "StackField", "compile_fields", "conv_field", "linear_field"]
+__all__ = [
+    "AtContext",
+    "FusedStackField",
+    "PreparedStack",
+    "StackField",
+    "compile_fields",
+    "conv_field",
+    "linear_field",
+]
 
 
 class StackField(nn.Module):
@@ -28,7 +37,7 @@ class StackField(nn.Module):
             one's inputs.
         activation: ``"softplus"``, ``"tanh"``, ``"elu"``, ``"silu"`` or ``"gelu"``.
         context: inputs of the first layer behind those of the state; such a field is one of ``z`` and a context,
-            see :mod:`~rnode_plugin.fields.conditional`.
+            see :class:`AtContext`.
 
     The layers keep the weights that they come with; :func:`conv_field` and :func:`linear_field` start from f = 0.
     Under ``torch.autocast`` the layers compute in its dtype; the result has the state's.
@@ -43,21 +52,22 @@ class StackField(nn.Module):
         self._activation = get_activation(activation)
         self._products = _one_kind(self.layers, context)
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None) -> PreparedStack:
+    def prepare(self, z: Tensor, noise: Tensor | None = None, *, context: Tensor | None = None) -> Field:
         """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
 
-        What depends on the weights and the ``noise`` of the solve alone is computed here, once, with its graph; do
-        not keep the result for longer than the weights.
+        All that depends only on the weights and the ``noise`` of the solve is computed here, once, with its graph;
+        do not keep the result for longer than the weights.
         """
-        return PreparedStack(self._stack(z))
+        return AutogradField(PreparedStack(self._stack(z), context=context))
 
     def layout(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the memory layout in which this field is fast, and in which its velocity comes."""
         return self._products.layout(x)
 
-    def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
+    def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Velocity ``(B, *event)`` at time ``t``, a scalar, and state ``z (B, *event)``."""
-        return self.prepare(z)(t, z)
+        # in operations that autograd and torch.func know
+        return PreparedStack(self._stack(z), context=context)(t, z)
 
     def extra_repr(self) -> str:
         return f"activation={self._activation.name!r}"
@@ -71,111 +81,124 @@ class StackField(nn.Module):
 
 
 class FusedStackField(StackField):
-    """A :class:`StackField` that brings its own product with the Jacobian; same parameters, same numbers."""
+    """A :class:`StackField` with products and derivatives of its own; same parameters, same numbers.
+
+    It is a :class:`~rnode_plugin.core.derivatives.Field`: the velocity, products with the Jacobian and derivatives
+    along directions come from one pass with a backward by hand. First-order gradients of all of them with respect
+    to time, state, noise and parameters cost no double backward. With ``create_graph=True`` they are computed again
+    by automatic differentiation, so that they can be differentiated in turn.
+    """
 
     compiled = False
     """Whether evaluations in training mode go through torch.compile."""
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None) -> FusedPreparedStack:
+    def prepare(self, z: Tensor, noise: Tensor | None = None, *, context: Tensor | None = None) -> PreparedStack:
         # not where shapes come and go, as in validation and sampling: each would be compiled again
-        kind = FlatPreparedStack if self._products is LINEAR else FusedPreparedStack
         fast = not exporting()  # a program has no backward pass
-        return kind(self._stack(z, fast=fast, compiled=self.compiled and self.training), noise)
+        stack = self._stack(z, fast=fast, compiled=self.compiled and self.training)
+        return PreparedStack(stack, noise, context=context)
 
-    def forward(self, t: Tensor | float, z: Tensor) -> Tensor:
-        # not the one with a backward by hand: somebody may transform this with torch.func
-        return PreparedStack(self._stack(z))(t, z)
-
-    def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """``(f(t, z), noise^T df/dz)``, both ``(B, *event)``, from one pass with a backward by hand.
-
-        First-order gradients of both with respect to time, state, noise and parameters cost no double backward.
-        With ``create_graph=True`` they are computed again by automatic differentiation, so that they can be
-        differentiated in turn.
-        """
-        return self.prepare(z).forward_and_vjp(t, z, noise)
-
-    def forward_and_jvp(
-        self, t: Tensor | float, z: Tensor, v: Tensor, dt: Tensor | float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """``(f(t, z), df/dz v + df/dt dt)``, both ``(B, *event)``, from one pass.
-
-        Args:
-            t, z: as for :meth:`forward`.
-            v: direction, of the shape of ``z``.
-            dt: tangent of time, a scalar.
-        """
-        return self.prepare(z).forward_and_jvp(t, z, v, dt)
-
-    def linearize(self, t: Tensor | float, z: Tensor, noise: Tensor | None = None) -> Linearization:
-        """The velocity, ``noise^T df/dz``, and any number of products along directions, from one pass.
-
-        First-order gradients of all of them cost no double backward, also where a direction is the velocity itself.
-        """
-        return self.prepare(z).linearize(t, z, noise)
+    def linearize(
+        self,
+        t: Tensor | float,
+        z: Tensor,
+        noise: Tensor | None = None,
+        *,
+        ask: Ask = VELOCITY,
+        context: Tensor | None = None,
+    ) -> Linearization:
+        """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        return self.prepare(z, context=context).linearize(t, z, noise, ask=ask)
 
 
 class PreparedStack:
-    """A :class:`StackField` with the weights of the moment; see :meth:`StackField.prepare`."""
+    """A stack with the weights of the moment, as the field of one solve; see :meth:`StackField.prepare`.
 
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
+    Args:
+        stack: made from the weights.
+        noise: that of the products to come; another one takes longer.
+        context: ``(B, C)`` of a stack made for one; the products and derivatives are those by ``z`` alone.
+    """
+
+    def __init__(self, stack: Stack, noise: Tensor | None = None, *, context: Tensor | None = None) -> None:
+        self._stack, self._context = stack, context
+        self._flat = stack.structure.products is LINEAR
+        several = noise is not None and noise.ndim > 2 + len(stack.structure.event)
+        self._noise = None if several and not self._flat else noise
+        self._pulled = None if self._noise is None else self._pull(self._noise)
 
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
-        """Velocity ``(B, *event)``."""
+        """Velocity ``(B, *event)``, in operations that autograd and ``torch.func`` know."""
         with without_autocast(z):
-            return run_stack(self._stack, t, z)
+            return run_stack(self._stack, t, self._with_context(z))
 
+    def linearize(
+        self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
+    ) -> Linearization:
+        """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        rows = ask.products == "rows" or ask.divergence
+        if rows and not self._flat:
+            noise = unit_vectors(z).expand(-1, *z.shape)
+        if not self._flat and noise is not None and noise.ndim > z.ndim:
+            return self._several(t, z, noise, ask)
+        pulled = None
+        if rows:
+            pulled = self._stack.last_weight.unsqueeze(1)
+        elif ask.products:
+            pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
+        dz, products, jvp = linearize(self._stack, t, self._with_context(z), pulled)
+        if self._context is not None:
+            products = None if products is None else products[..., : z.shape[1]]
+            whole, still = jvp, torch.zeros_like(self._context)
+            jvp = lambda v, dt=0.0: whole(torch.cat([v, still.to(v.dtype)], 1), dt)  # noqa: E731
+        divergence = trace_of_rows(products) if ask.divergence and products is not None else None
+        return Linearization(dz, products, jvp, divergence)
 
-class FusedPreparedStack(PreparedStack):
-    """A :class:`FusedStackField` with the weights of the moment, and ready for the products with one ``noise``."""
+    def _several(self, t: Tensor | float, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
+        """Several products of convolutions, as one batch."""
+        count, batch = len(vectors), z.shape[0]
+        repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
+        dz, products, _ = linearize(self._stack, t, repeated, self._pull(vectors.flatten(0, 1)))
+        assert products is not None
+        rows = products.unflatten(0, (count, batch))
+        jvp = linearize(self._stack, t, z).jvp if ask.jvp else None
+        return Linearization(dz[:batch], rows, jvp, trace_of_rows(rows) if ask.divergence else None)
 
-    def __init__(self, stack: Stack, noise: Tensor | None = None) -> None:
-        super().__init__(stack)
-        self._noise = noise
-        self._pulled = None if noise is None else self._pull(noise)
+    def _with_context(self, z: Tensor) -> Tensor:
+        return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
 
-    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
-        return run_velocity(self._stack, t, z)
-
-    @property
-    def plain_path(self) -> PreparedStack:
-        """The same field in operations that autograd knows, as often differentiable as one likes."""
-        return PreparedStack(self._stack)
-
-    def forward_and_vjp(self, t: Tensor | float, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`FusedStackField.forward_and_vjp`; another noise than the one prepared for takes longer."""
-        return run_fused(self._stack, t, z, self._pulled_for(noise))
-
-    def forward_and_jvp(
-        self, t: Tensor | float, z: Tensor, v: Tensor, dt: Tensor | float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`FusedStackField.forward_and_jvp`."""
-        found = linearize(self._stack, t, z)
-        return found.dz, found.jvp(v, dt)  # pyright: ignore[reportArgumentType]
-
-    def linearize(self, t: Tensor | float, z: Tensor, noise: Tensor | None = None) -> Linearization:
-        """As :meth:`FusedStackField.linearize`; another noise than the one prepared for takes longer."""
-        return linearize(self._stack, t, z, None if noise is None else self._pulled_for(noise))
-
-    def _pulled_for(self, noise: Tensor) -> Tensor:
-        return self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
-
-    def _pull(self, noise: Tensor) -> Tensor:
+    def _pull(self, noise: Tensor | None) -> Tensor:
+        assert noise is not None
         with without_autocast(noise):
             return pull_noise(self._stack, noise)
 
 
-class FlatPreparedStack(FusedPreparedStack):
-    """The same for flat states ``z (B, D)``, with the whole Jacobian."""
+class AtContext(nn.Module):
+    """A field ``f(t, z, context)`` at one context for each sample: a field ``f(t, z)`` of flat states ``(B, D)``.
 
-    def forward_and_jacobian(self, t: Tensor | float, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``f(t, z)`` and all rows of ``df/dz``, ``(D, B, D)``, from one pass."""
-        return run_fused(self._stack, t, z, self._stack.last_weight.unsqueeze(1))
+    Args:
+        field: one with ``linearize(..., context=)``, made with ``context=C``.
+        context: ``(B, C)``.
+    """
 
-    def linearize_with_jacobian(self, t: Tensor | float, z: Tensor) -> Linearization:
-        """As :meth:`linearize`, with all rows of ``df/dz``, ``(D, B, D)``, as its products."""
-        return linearize(self._stack, t, z, self._stack.last_weight.unsqueeze(1))
+    def __init__(self, field: nn.Module, context: Tensor) -> None:
+        super().__init__()
+        self.field: Any = field
+        self._context = context
+
+    def prepare(self, z: Tensor, noise: Tensor | None = None) -> Field:
+        """As :meth:`StackField.prepare`, for a stack; another field as it is."""
+        if isinstance(self.field, StackField):
+            return self.field.prepare(z, noise, context=self._context)
+        return self
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        """Velocity ``(B, D)``."""
+        return self.field(t, z, self._context)
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
+        """As :meth:`~rnode_plugin.core.derivatives.Field.linearize`; products are those by ``z``."""
+        return self.field.linearize(t, z, noise, ask=ask, context=self._context)
 
 
 def conv_field(
@@ -206,7 +229,7 @@ def linear_field(
 ) -> StackField:
     """A multilayer perceptron as the field of flat states ``(B, features)``; arguments as for the images'.
 
-    With a ``context`` the first layer takes so many numbers more; see :mod:`~rnode_plugin.fields.conditional`.
+    With a ``context`` the first layer takes so many numbers more; see :class:`AtContext`.
     """
     return _build(ConcatLinear, features, hidden, layers, activation, fused, context)
 

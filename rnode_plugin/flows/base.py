@@ -11,17 +11,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..core.augmented import Dynamics
-from ..core.no_data_parallel import OneProcessADevice
-from ..core.objective import output_log_prob
+from ..core.dynamics import Dynamics
+from ..core.objective import FlowOutput, output_log_prob
+from ..core.ops import OneProcessADevice, on_host
 from ..core.regularizers import kind_of, span_policy, weigh_regularizers
-from ..core.tensors.exporting import on_host
 from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..fields import StackField
-from ..fields.conditional import StackAt
+from ..fields.stack import AtContext, StackField
 from ..solvers import HealthCheck, Solver, StepMemory, check_health, solve
-from ..types import FlowOutput, Solution
+from ..solvers.solution import Solution
 
 __all__ = [
     "BlockFlow",
@@ -214,20 +212,20 @@ def solve_block(
         checks: a list that receives the health checks of a fixed grid.
         noise: probe vectors of the divergence; None if it is exact or not followed.
         memory: the steps of an adaptive solver, carried from batch to batch.
-        options: of :class:`~rnode_plugin.core.augmented.Dynamics`.
+        options: of :class:`~rnode_plugin.core.dynamics.Dynamics`.
 
     Raises:
         SolverError: the integration could not go on.
     """
     # a continuous adjoint differentiates again at times of its own, with respect to the parameters themselves
-    if isinstance(field, (StackField, StackAt)) and not solver.gradient.endswith("adjoint"):
-        z = field.layout(z)
-        prepared = None
-        if noise is not None and noise.shape == z.shape:  # not that of several probes
-            noise = prepared = field.layout(noise)
-        dynamics = Dynamics(field.prepare(z, prepared), **options)
-    else:
-        dynamics = Dynamics(field, **options)
+    prepared: Any = field
+    if isinstance(field, (StackField, AtContext)) and not solver.gradient.endswith("adjoint"):
+        if isinstance(field, StackField):
+            z = field.layout(z)
+            if noise is not None and noise.shape == z.shape:  # not that of several probes
+                noise = field.layout(noise)
+        prepared = field.prepare(z, noise)
+    dynamics = Dynamics(prepared, **options)
     return solve(dynamics.bind(noise), z, times, solver, checks=checks, memory=memory)
 
 

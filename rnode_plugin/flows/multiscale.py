@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.objective import bits_per_dim
+from ..core.objective import FlowOutput, bits_per_dim
 from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..fields import conv_field
 from ..solvers import HealthCheck, Solver, StepMemory, check_health
-from ..types import FlowOutput
 from .base import BlockFlow, Pass, check_image_shape, check_images, check_latents, range_check, solve_block
 
 __all__ = [

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.objective import FlowOutput
 from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError, suggest
 from ..fields import linear_field
-from ..fields.conditional import at_context
 from ..fields.potential import PotentialField
+from ..fields.stack import AtContext
 from ..solvers import HealthCheck, Solver, StepMemory, check_health
-from ..types import FlowOutput
 from .base import BlockFlow, Pass, check_latents, check_rows, solve_block
 
 __all__ = ["TableFlow"]
@@ -231,4 +231,4 @@ class TableFlow(BlockFlow):
             )
         given = context.to(self._like()).expand(batch, self.context)
         given = (given - self.mean[self.dims :]) / self.scale[self.dims :]
-        return [at_context(field, given) for field in self.fields]  # pyright: ignore[reportArgumentType]
+        return [AtContext(field, given) for field in self.fields]

@@ -5,7 +5,9 @@ Everything is named by its place, so that listing names does not import torch.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
+from pathlib import Path
 
 from .hookspecs import hookimpl
 
@@ -14,19 +16,22 @@ __all__: list[str] = []
 
 @hookimpl
 def rnode_register_regularizers() -> Mapping[str, str]:
-    home = "rnode_plugin.core.regularizers"
-    objects = (
-        "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",
-        "curl", "strain", "hjb", "error", "stiffness", "local_error", "local_stiffness",
-    )  # fmt: skip
-    return {
-        **{name: f"{home}:{name}" for name in objects},
-        "taylor": f"{home}:Taylor",
-        "straightness": f"{home}:Straightness",
-        "trajectory_polynomial": f"{home}:TrajectoryPolynomial",
-        "steer": f"{home}:Steer",
-        "learned_end_time": f"{home}:LearnedEndTime",
-    }
+    return dict(_declared("rates") + _declared("paths"))
+
+
+def _declared(module: str) -> list[tuple[str, str]]:
+    """Names and places of what ``@regularizer("name", ...)`` declares, from the source: an import needs torch."""
+    source = Path(__file__).parents[1].joinpath("core", "regularizers", f"{module}.py").read_text("utf-8")
+    return [
+        (decorator.args[0].value, f"rnode_plugin.core.regularizers.{module}:{node.name}")
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call)
+        and isinstance(decorator.func, ast.Name)
+        and decorator.func.id == "regularizer"
+        and isinstance(decorator.args[0], ast.Constant)
+    ]
 
 
 @hookimpl

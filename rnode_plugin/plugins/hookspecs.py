@@ -15,7 +15,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from ..solvers import Solver
-    from ..types import Solution
+    from ..solvers.solution import Solution
 
 __all__ = [
     "hookimpl",
@@ -52,7 +52,7 @@ def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportRetur
     The model of a table has the arguments and methods of :class:`~rnode_plugin.flows.table.TableFlow`. One of
     images takes the image shape ``(C, H, W)`` and keyword-only options, and has the methods of
     :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images ``x (B, C, H, W)``, dequantized, in
-    ``[0, 1]``, it returns a :class:`~rnode_plugin.types.FlowOutput` whose ``logdet (B,)`` is in nats.
+    ``[0, 1]``, it returns a :class:`~rnode_plugin.core.objective.FlowOutput` whose ``logdet (B,)`` is in nats.
     """
 
 

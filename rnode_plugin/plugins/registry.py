@@ -32,7 +32,7 @@ from . import builtin, hookspecs
 if TYPE_CHECKING:
     from ..core.regularizers import Strength, Weighted
     from ..solvers import Solver
-    from ..types import Solution
+    from ..solvers.solution import Solution
 
 __all__ = [
     "GROUP",

@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..core.dynamics import BoundDynamics, Rates
 from ..errors import ConfigError, SolverError
-from ..types import BoundDynamics, Rates, Solution
 from .checkpoint import checkpointed
 from .config import DEFAULT_MAX_NFE, FIXED_METHODS, Solver, count_steps
 from .fixed import Step, Totals, Trace, fail_integrals, fail_max_nfe, fail_nonfinite, health, read, stepper
+from .solution import Solution
 from .tableaus import Method
 
 __all__ = ["StepMemory", "error_ratio", "guess_first_step", "next_step", "rms_norm", "solve_adaptive"]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..types import BoundDynamics, Rates, Solution, SolveStats
+from ..core.dynamics import BoundDynamics, Rates
 from .adaptive import solve_adaptive
 from .config import Solver
 from .fixed import Trace, solve_fixed
+from .solution import Solution, SolveStats
 from .tableaus import Method, hermite
 
 __all__ = ["solve_adjoint"]

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from ..core.tensors.nested import tree_flatten, tree_leaves, tree_unflatten
-from ..core.tensors.transforms_active import transforms_active
+from ..core.dynamics import BoundDynamics
+from ..core.ops import transforms_active, tree_flatten, tree_leaves, tree_unflatten
 from ..errors import ConfigError
-from ..types import BoundDynamics
 
 __all__ = ["checkpointed"]
 

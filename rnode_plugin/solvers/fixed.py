@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..core.tensors.exporting import exporting, on_host
-from ..core.tensors.transforms_active import transforms_active
+from ..core.dynamics import BoundDynamics, Rates
+from ..core.ops import exporting, on_host, transforms_active
+from ..core.regularizers import StepRecord
 from ..errors import SolverError
-from ..types import BoundDynamics, Rates, Solution, SolveStats, StepRecord
 from .checkpoint import checkpointed
 from .config import Solver, count_steps
+from .solution import Solution, SolveStats
 from .tableaus import Method
 
 __all__ = [

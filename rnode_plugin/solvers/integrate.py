@@ -9,16 +9,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..core.path_penalties import PathPenalties
-from ..core.tensors.exporting import on_host
-from ..core.tensors.transforms_active import transforms_active
+from ..core.dynamics import BoundDynamics, PathPenalties
+from ..core.ops import on_host, transforms_active
 from ..errors import ConfigError
-from ..types import BoundDynamics, Solution
 from . import config
 from .adaptive import StepMemory, solve_adaptive
 from .adjoint import solve_adjoint
 from .config import Solver
 from .fixed import HealthCheck, Trace, check_health, fail_integrals, health, solve_fixed, stepper
+from .solution import Solution
 from .tableaus import Method, get_method, hermite
 
 __all__ = ["check_steps", "solve"]

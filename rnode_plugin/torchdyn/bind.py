@@ -6,7 +6,7 @@ every evaluation, also those that a backward pass repeats. Another solve in betw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.augmented import Dynamics
-from ..core.derivatives import FieldDerivatives
+from ..core.derivatives import AutogradField, Field
+from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.field_evaluation import FieldEvaluation
-from ..core.path_penalties import PathPenalties
+from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer
 from ..core.signature import buffers_kept
-from ..core.tensors.nested import tree_leaves
 from ..errors import ConfigError
-from ..types import BoundDynamics, FieldWithAux, Rates
 from .running_cost import Cost, with_cost_column, with_hidden_cost
 from .shared_trace import WithoutTrace, can_observe, observing
 from .stacks.recognise import fast_rates
@@ -30,7 +28,7 @@ from .wrapped.compiled import has_compiled_parts, run_original
 from .wrapped.lost_graph import refuse_lost_graph
 from .wrapped.slots import find_slots
 from .wrapped.state_layout import Penalized, StateLayout, is_cnf, layout_of
-from .wrapped.velocity import Velocity, counted, counters, unwrapped, with_slots
+from .wrapped.velocity import Counter, Velocity, counters, unwrapped, with_slots
 
 __all__ = ["BoundField", "bind_field", "tensors_of"]
 
@@ -102,12 +100,12 @@ def bind_field(
     velocity = unwrapped(vf, args)
     if (layout.trace or _differentiates(regularizers)) and has_compiled_parts(vf):
         velocity = run_original(velocity)
-    source = _Source(with_slots(velocity, find_slots(vf, x, layout)), vf)
+    source = with_slots(velocity, find_slots(vf, x, layout))
     state = layout.without_cost(x)
     dynamics = None
     if regularizers:
-        dynamics = _dynamics(source, vf, state, layout, regularizers, trace_noise)
-    rates = _rates(counted(source, counters(vf)), vf, state, layout, dynamics)
+        dynamics = _dynamics(source, vf, layout, regularizers, trace_noise)
+    rates = _counting(_rates(source, vf, state, layout, dynamics), counters(vf))
     if layout.cost:
         rates = with_cost_column(rates, vf.integral_loss)
     elif hidden_cost is not None:
@@ -139,36 +137,31 @@ def _differentiates(regularizers: Sequence[Regularizer]) -> bool:
     return dynamics.needs_products or dynamics.inner_autograd
 
 
-class _Source:
-    """The velocity without being counted, and what the user's field offers besides."""
-
-    def __init__(self, velocity: Velocity, vf: Any) -> None:
-        self._velocity = velocity
-        offers = next((m for m in vf.modules() if isinstance(m, FieldWithAux)), None)
-        if offers is not None:
-            self.aux = offers.aux
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        return self._velocity(t, x)
-
-
 def _dynamics(
-    source: _Source,
-    vf: Any,
-    x: Tensor,
-    layout: StateLayout,
-    regularizers: Sequence[Regularizer],
-    trace_noise: str,
+    source: Velocity, vf: Any, layout: StateLayout, regularizers: Sequence[Regularizer], trace_noise: str
 ) -> Dynamics:
     """The penalties and their products, for a state without a running cost."""
-    field: Any = refuse_lost_graph(counted(source, counters(vf)))
-    field.plain_path = source
-    if hasattr(source, "aux"):
-        field.aux = source.aux
+    field = AutogradField(refuse_lost_graph(source), aux=_aux_of(vf))
     return Dynamics(
         field, regularizers=regularizers, estimator=trace_noise, divergence=False,
         event=lambda state: (inner := layout.without_cost(state))[:, layout.columns(inner)],
     )  # fmt: skip
+
+
+def _aux_of(vf: Any) -> Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None:
+    """The values that a module of the user's field offers by name."""
+    return next((m.aux for m in vf.modules() if callable(getattr(m, "aux", None))), None)
+
+
+def _counting(rates: BoundDynamics, counted: Sequence[Counter]) -> BoundDynamics:
+    """``rates`` whose evaluations count as those of torchdyn's wrappers."""
+
+    def counting(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        for counter in counted:
+            counter["nfe"] += 1
+        return rates(t, z, products=products)
+
+    return counting
 
 
 def _rates(velocity: Velocity, vf: Any, x: Tensor, layout: StateLayout, dynamics: Dynamics | None) -> BoundDynamics:
@@ -179,8 +172,8 @@ def _rates(velocity: Velocity, vf: Any, x: Tensor, layout: StateLayout, dynamics
         return _of_whole_state(velocity, dynamics, x)
     cnf = next((m for m in vf.modules() if is_cnf(m)), None)
     if layout.penalized is None and can_observe(cnf, x):
-        return _shared_with_trace(velocity, dynamics, cnf)
-    return _of_columns(velocity, dynamics, x, layout)
+        return _shared_with_trace(velocity, dynamics, cnf, vf)
+    return _of_columns(velocity, vf, dynamics, x, layout)
 
 
 def _plain(velocity: Velocity) -> BoundDynamics:
@@ -200,26 +193,25 @@ def _of_whole_state(velocity: Velocity, dynamics: Dynamics, x: Tensor) -> BoundD
     return rates
 
 
-def _shared_with_trace(velocity: Velocity, dynamics: Dynamics, cnf: Any) -> BoundDynamics:
+def _shared_with_trace(velocity: Velocity, dynamics: Dynamics, cnf: Any, vf: Any) -> BoundDynamics:
     """Penalties of ``z`` behind the trace of a CNF, which read the products that the trace is made of."""
-    field: Any = dynamics.field
-    inner: Any = WithoutTrace(field.plain_path, cnf)
-    if hasattr(field, "aux"):
-        inner.aux = field.aux
-    derivatives = FieldDerivatives(inner)
+    aux = _aux_of(vf) if "aux" in dynamics.needs else None
+    inner = AutogradField(WithoutTrace(velocity, cnf))
 
     def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         if not products:
             return Rates(_at_least(velocity(t, z), z), None, {})
         with observing(cnf, products=dynamics.needs_products) as seen:
             dx = _at_least(velocity(t, z), z)
-        evaluation = replace(seen.evaluation(t, z, dx), field=inner, derivatives=derivatives)
+        evaluation = seen.evaluation(t, z, dx)
+        offered = {} if aux is None else aux(t, evaluation.z)
+        evaluation = replace(evaluation, field=inner, shared_aux=offered)
         return Rates(dx, None, dynamics.penalties(evaluation))
 
     return rates
 
 
-def _of_columns(velocity: Velocity, dynamics: Dynamics, x: Tensor, layout: StateLayout) -> BoundDynamics:
+def _of_columns(velocity: Velocity, vf: Any, dynamics: Dynamics, x: Tensor, layout: StateLayout) -> BoundDynamics:
     """Penalties of some columns: noise of zero in the others gives products with their block of the Jacobian."""
     columns = layout.columns(x)
     noise, padded = dynamics.draw(x[:, columns]), None
@@ -231,36 +223,34 @@ def _of_columns(velocity: Velocity, dynamics: Dynamics, x: Tensor, layout: State
             )
         padded = torch.zeros_like(x)
         padded[:, columns] = noise
-    velocity_and_products = dynamics.estimator.bind(dynamics.field)
+    linearize = dynamics.estimator.bind(dynamics.field)
+    aux = _aux_of(vf) if "aux" in dynamics.needs else None
     index = torch.arange(x.shape[1], device=x.device)[columns]
-    field: Any = dynamics.field
-    source = field.plain_path
 
-    def of_block(evaluation: FieldEvaluation, whole: Tensor) -> FieldEvaluation:
-        """With derivatives by these columns; the others stay as they are at this evaluation."""
-
-        def block(t: Tensor, z: Tensor) -> Tensor:
-            state = whole.index_copy(1, index, z)
-            return source(t, state)[:, columns]
-
-        return replace(evaluation, field=source, derivatives=FieldDerivatives(block))
+    def block(whole: Tensor) -> Field:
+        """The field of these columns; the others stay as they are at this evaluation."""
+        return AutogradField(lambda t, z: velocity(t, whole.index_copy(1, index, z))[:, columns])
 
     def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         if not products:
             return Rates(_at_least(velocity(t, z), z), None, {})
-        if not dynamics.needs_products:
-            dx = _at_least(velocity(t, z), z)
-            bare = FieldEvaluation(t, z[:, columns], dx[:, columns])
-            return Rates(dx, None, dynamics.penalties(of_block(bare, z)))
-        dx, rows = velocity_and_products(t, z, padded)
-        dx, rows = _at_least(dx, z), rows.to(z.dtype)
-        if rows.ndim > z.ndim:  # the whole Jacobian, a row for each dimension of one sample
-            rows = rows.unflatten(0, z.shape[1:])[columns].flatten(0, z.ndim - 2)
-            block = rows[:, :, columns]
+        mine, rows = z[:, columns], None
+        if dynamics.needs_products:
+            dx, rows = linearize(t, z, padded)[:2]
+            assert rows is not None
+            rows = rows.to(z.dtype)
+            if rows.ndim > z.ndim:  # the whole Jacobian, a row for each dimension of one sample
+                rows = rows.unflatten(0, z.shape[1:])[columns].flatten(0, z.ndim - 2)[:, :, columns]
+            else:
+                rows = rows[:, columns]
         else:
-            block = rows[:, columns]
-        evaluation = FieldEvaluation(t, z[:, columns], dx[:, columns], noise, block, dynamics.estimator)
-        return Rates(dx, None, dynamics.penalties(of_block(evaluation, z)))
+            dx = velocity(t, z)
+        dx = _at_least(dx, z)
+        evaluation = FieldEvaluation(
+            t, mine, dx[:, columns], noise, rows, dynamics.estimator, block(z),
+            shared_aux={} if aux is None else aux(t, mine),
+        )  # fmt: skip
+        return Rates(dx, None, dynamics.penalties(evaluation))
 
     return rates
 

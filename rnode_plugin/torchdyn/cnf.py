@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
+from ..core.derivatives import Ask, AutogradField, Field
 from ..core.signature import accepts, field_takes, refuse_state_first
 from ..core.trace_estimators import Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..types import FieldWithVJP
 from .wrapped.lost_graph import refuse_lost_graph
 from .wrapped.velocity import Velocity, called_as_it_takes, first_order_system
 
@@ -130,13 +130,14 @@ class CNF(torchdyn_cnf.CNF):
                 "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, which "
                 "draws the noise once per solve, or give it a noise_dist."
             )
-        closed = getattr(field, "forward_and_divergence", None)
-        if closed is not None and isinstance(estimator, Exact) and self.observer is None:
-            dz, divergence = closed(t, z)
+        if not isinstance(field, Field):
+            field = AutogradField(refuse_lost_graph(field))
+        if isinstance(estimator, Exact) and self.observer is None:
+            dz, _, _, divergence, _ = field.linearize(t, z, ask=Ask(divergence=True))
+            assert divergence is not None
             return dz.to(z.dtype), divergence.to(z.dtype)
-        if not isinstance(field, FieldWithVJP):  # such a field makes its products without autograd
-            field = refuse_lost_graph(field)
-        dz, products = estimator.bind(field)(t, z, noise)
+        dz, products = estimator.bind(field)(t, z, noise)[:2]
+        assert products is not None
         dz, products = dz.to(z.dtype), products.to(z.dtype)
         seen = self.observer
         if seen is not None:

@@ -17,14 +17,14 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel
+from ..core.objective import FlowOutput
+from ..core.ops import on_host
 from ..core.regularizers import Regularizer, span_policy
 from ..core.signature import time_first
-from ..core.tensors.exporting import on_host
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..solvers import Solver
 from ..solvers.config import FIXED_METHODS
-from ..types import FlowOutput
 from .cnf import CNF, check_shape, is_count
 from .neural_ode import NeuralODE
 from .solver_names import resolve_solver

@@ -16,12 +16,10 @@ from torchdyn.core.defunc import SDEFunc
 from torchdyn.numerics.interpolators import INTERP_DICT, str_to_interp
 from torchdyn.numerics.solvers.ode import Tsitouras45
 
-from ..core.no_data_parallel import OneProcessADevice
+from ..core.ops import OneProcessADevice, on_host, tree_map_only
 from ..core.penalties import Penalties, attach
 from ..core.regularizers import kind_of, span_policy
 from ..core.signature import refuse_state_first
-from ..core.tensors.exporting import on_host
-from ..core.tensors.nested import tree_map_only
 from ..core.trace_estimators import get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..types import BoundDynamics, Rates
+from ..core.dynamics import BoundDynamics, Rates
 
 __all__ = ["INTEGRAL_LOSS", "Cost", "with_cost_column", "with_hidden_cost"]
 

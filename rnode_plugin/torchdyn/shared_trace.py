@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 
+from ..core.derivatives import VELOCITY, Ask, Linearization, Velocity
 from ..core.field_evaluation import FieldEvaluation
 from ..core.trace_estimators import Exact, Hutchinson, Probes, TraceEstimator
 from ..errors import ConfigError
@@ -81,8 +82,8 @@ class _NoTrace(TraceEstimator):
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
         return None
 
-    def bind(self, field: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        return lambda t, z, noise: (field(t, z), z.new_zeros(len(z)))
+    def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Any:
+        return lambda t, z, noise: Linearization(field(t, z), z.new_zeros(len(z)))
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
         return Probes((), (), ())

@@ -20,7 +20,7 @@ from torchdyn.numerics.solvers.ode import (
 )
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
-from ..core.tensors.exporting import on_host
+from ..core.ops import on_host
 from ..errors import ConfigError, suggest
 from ..solvers import Method, get_method
 from ..solvers.tableaus import Field, StepResult

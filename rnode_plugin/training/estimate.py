@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..core.ops import tree_leaves
 from ..core.random_streams import Stream, seeded
-from ..core.tensors.nested import tree_leaves
 from ..errors import ConfigError
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, TableData

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.objective import objective, output_log_prob
+from ..core.objective import FlowOutput, objective, output_log_prob
 from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.schedules import final_strength, strength_at
@@ -23,7 +23,6 @@ from ..errors import SolverError
 from ..evaluation.measures import FlowInput, Measure, batch_of, measure_of
 from ..evaluation.step_size import StepTable, tune_step
 from ..solvers import HealthCheck, Solver, all_finite, check_health
-from ..types import FlowOutput
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe

@@ -1,22 +1,37 @@
 """Regularizers: rates, step penalties, trajectory penalties and span policies."""
 
-from ..schedules import LinearWarmup, Strength, check_lambda, linear_warmup, strength_at
+from ..schedules import DEFAULT_LAMBDA, LinearWarmup, Strength, check_lambda, linear_warmup, strength_at
 from .base import (
-    DEFAULT_LAMBDA,
+    DECLARED,
     KINDS,
+    Declaration,
     FunctionRegularizer,
-    PlainRate,
+    FunctionStepPenalty,
     Rate,
     Regularizer,
+    Source,
     SpanPolicy,
     StepPenalty,
+    StepRecord,
+    Trajectory,
     TrajectoryPenalty,
     Weighted,
+    declaration_of,
     kind_of,
     span_policy,
     undivided,
+    weigh_regularizers,
 )
-from .descriptions import DESCRIPTIONS, Description, describe
+from .paths import (
+    LearnedEndTime,
+    Steer,
+    Straightness,
+    TrajectoryPolynomial,
+    error,
+    local_error,
+    local_stiffness,
+    stiffness,
+)
 from .rates import (
     Taylor,
     curl,
@@ -31,35 +46,33 @@ from .rates import (
     strain,
     total_derivative,
 )
-from .spans import LearnedEndTime, Steer
-from .spec import weigh_regularizers
-from .steps import FunctionStepPenalty, error, local_error, local_stiffness, stiffness
-from .trajectories import Straightness, TrajectoryPolynomial
 
 __all__ = [
+    "DECLARED",
     "DEFAULT_LAMBDA",
-    "DESCRIPTIONS",
     "KINDS",
-    "Description",
+    "Declaration",
     "FunctionRegularizer",
     "FunctionStepPenalty",
     "LearnedEndTime",
     "LinearWarmup",
-    "PlainRate",
     "Rate",
     "Regularizer",
+    "Source",
     "SpanPolicy",
     "Steer",
     "StepPenalty",
+    "StepRecord",
     "Straightness",
     "Strength",
     "Taylor",
+    "Trajectory",
     "TrajectoryPenalty",
     "TrajectoryPolynomial",
     "Weighted",
     "check_lambda",
     "curl",
-    "describe",
+    "declaration_of",
     "directional",
     "directional_vjp",
     "error",

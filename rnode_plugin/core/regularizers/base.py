@@ -1,53 +1,62 @@
-"""The contract of a regularizer: four kinds, each with a name and what it needs.
+"""The contract of a regularizer: four kinds, each with a name and what it needs; and how one declares itself.
 
 - A **rate** (``kind = "rate"``) is a number per unit of time; its integral along the trajectory is the penalty.
 - A **step penalty** (``"step"``) sees each accepted step of the solver.
 - A **trajectory penalty** (``"trajectory"``) sees states at times of its own.
 - A **span policy** (``"span"``) changes the times of the solve.
 
-The objective (eq. 17) adds the penalties, each per sample ``(B,)``. Another package offers regularizers of its own
-through the hook ``rnode_register_regularizers``.
+The objective (eq. 17) adds the penalties, each per sample ``(B,)``. A regularizer of this package declares itself
+once, with :func:`regularizer`: its registration, the listings and the table in the docs read that. Another package
+offers regularizers of its own through the hook ``rnode_register_regularizers``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from ...types import StepRecord, Trajectory
-from ..schedules import DEFAULT_LAMBDA, Strength
+from ...errors import ConfigError
+from ..schedules import DEFAULT_LAMBDA, Strength, check_lambda
 
 if TYPE_CHECKING:
     from ..field_evaluation import FieldEvaluation
 
 __all__ = [
-    "DEFAULT_LAMBDA",
+    "DECLARED",
     "KINDS",
-    "NEEDS",
+    "Declaration",
     "FunctionRegularizer",
-    "PlainRate",
+    "FunctionStepPenalty",
     "Rate",
     "Regularizer",
+    "Source",
     "SpanPolicy",
     "StepPenalty",
+    "StepRecord",
+    "Trajectory",
     "TrajectoryPenalty",
     "Weighted",
+    "declaration_of",
     "kind_of",
+    "regularizer",
     "span_policy",
     "undivided",
+    "weigh_regularizers",
 ]
 
-KINDS = ("rate", "step", "trajectory", "span")
 NEEDS = frozenset({"vjp", "jvp", "aux"})
-"""What a rate can need of an evaluation, see :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`."""
+"""What a rate can need of an evaluation, see :class:`~rnode_plugin.core.dynamics.FieldEvaluation`."""
+
+_REDUCTIONS = ("sum", "mean", "max")
 
 
 @runtime_checkable
 class Regularizer(Protocol):
-    """What all kinds share: a name and a call. See :class:`Rate` and its siblings for what is called with what.
+    """What all kinds share: a name and a call. See :class:`Rate` and its siblings for the argument of the call.
 
     Two attributes are optional: ``kind``, one of :data:`KINDS`, ``"rate"`` if it is missing, and
     ``divided_by_dims``, whether the objective divides the penalty by the number of dimensions (True if it is
@@ -181,9 +190,69 @@ class SpanPolicy(Protocol):
         ...
 
 
+KINDS: dict[str, tuple[type, str]] = {
+    "rate": (Rate, "`needs` and `__call__(evaluation)`"),
+    "step": (StepPenalty, "`uses`, `reduction`, `local` and `__call__(step)`"),
+    "trajectory": (TrajectoryPenalty, "`rates`, `times(t0, t1)` and `__call__(trajectory)`"),
+    "span": (SpanPolicy, "`penalized`, `times(t_span, *, training)` and `__call__(z)`"),
+}
+"""The kinds: the protocol of each, and what it asks for beside a name."""
+
+
 @dataclass(frozen=True)
-class FunctionRegularizer:
-    """A rate from a function of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`.
+class StepRecord:
+    """One step of a solve, as a step penalty sees it.
+
+    Attributes:
+        t: time at its start, a tensor of one entry.
+        h: its length, positive, a tensor of one entry.
+        z0, z1: states ``(B, *event)`` at its two ends.
+        times, states, velocities: of each stage, in the order of their evaluation.
+        error: the embedded estimate of the error of ``z1``, ``(B, *event)``; None if the method has none.
+        pair: indices of two stages at the same time; None if the method has no two.
+        atol, rtol: the solve's tolerances; a fixed grid does not use them.
+    """
+
+    t: Tensor
+    h: Tensor
+    z0: Tensor
+    z1: Tensor
+    times: Sequence[Tensor]
+    states: Sequence[Tensor]
+    velocities: Sequence[Tensor]
+    error: Tensor | None
+    pair: tuple[int, int] | None
+    atol: float
+    rtol: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """States along one solve, as a trajectory penalty sees them.
+
+    Attributes:
+        t: times ``(T,)`` in the order of the solve: both ends, and between them those that the penalty asked for.
+        z: states at them, ``(T, B, *event)``.
+        integrals: integral along the path of each rate that the penalty asked for by name, ``(B,)``.
+    """
+
+    t: Tensor
+    z: Tensor
+    integrals: Mapping[str, Tensor]
+
+
+class _Reference:
+    """A regularizer made by :func:`regularizer` from a function: copies and pickles of it are references."""
+
+    name: str
+
+    def __reduce__(self) -> Any:
+        return self.name if "__module__" in vars(self) else super().__reduce__()
+
+
+@dataclass(frozen=True)
+class FunctionRegularizer(_Reference):
+    """A rate from a function of a :class:`~rnode_plugin.core.dynamics.FieldEvaluation`.
 
     Args:
         name: the key of its penalty in every result.
@@ -205,13 +274,134 @@ class FunctionRegularizer:
 
 
 @dataclass(frozen=True)
-class PlainRate:
+class FunctionStepPenalty(_Reference):
+    """A step penalty from a function of a :class:`StepRecord`.
+
+    Args:
+        name: the key of the penalty in every result.
+        value: step to ``(B,)``.
+        uses: ``"error"`` and ``"pair"``, those that it reads.
+        reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
+        local: whether it sees one extra step from a random time instead of the accepted ones.
+        divided_by_dims: whether the objective divides the penalty by the number of dimensions.
+    """
+
+    name: str
+    value: Callable[[StepRecord], Tensor]
+    uses: Collection[str] = frozenset()
+    reduction: str = "sum"
+    local: bool = False
+    divided_by_dims: bool = False
+    kind: str = "step"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uses", frozenset(self.uses))  # hashable: a key of {regularizer: lambda}
+
+    def __call__(self, step: StepRecord, /) -> Tensor:
+        return self.value(step)
+
+
+@dataclass(frozen=True)
+class _PlainRate:
     """A function of ``(t, z, dz)`` as a rate; a class, so that a model that holds it can be pickled."""
 
     function: Callable[[Tensor, Tensor, Tensor], Any]
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return self.function(evaluation.t, evaluation.z, evaluation.dz)
+
+
+class Source(NamedTuple):
+    """Who proposed a regularizer.
+
+    Attributes:
+        method: the name of the method, such as ``"RNODE"``; ``""`` if it has none.
+        authors: such as ``"Finlay et al."``; ``""`` for this package.
+        year: of the paper.
+        key: of its BibTeX entry.
+        place: where in the paper, such as ``"eq. 9a"``, or ``"code"``.
+    """
+
+    method: str
+    authors: str = ""
+    year: int = 0
+    key: str = ""
+    place: str = ""
+
+    def at(self, place: str, *, method: str = "") -> Source:
+        """The same at a place, or for another method of the paper."""
+        return self._replace(place=place, method=method or self.method)
+
+    def __str__(self) -> str:
+        paper = f"{self.authors}, {self.year}" if self.authors else ""
+        text = f"{self.method} ({paper})" if self.method and paper else self.method or paper
+        return f"{text}, {self.place}" if self.place else text
+
+
+class Declaration(NamedTuple):
+    """What a regularizer says of itself.
+
+    Attributes:
+        name: under which it is registered.
+        kind: one of :data:`KINDS`.
+        formula: what is penalized.
+        cost: of an evaluation beyond itself, or what a penalty needs of the solve.
+        source: who proposed it.
+    """
+
+    name: str
+    kind: str
+    formula: str
+    cost: str
+    source: str | Source
+
+
+DECLARED: dict[str, Declaration] = {}
+"""The regularizers of this package in the order of their declaration."""
+
+_T = TypeVar("_T", bound=type)
+
+
+def regularizer(
+    name: str, *, formula: str, source: Source, cost: str = "none", kind: str = "rate", **options: Any
+) -> Callable[[Any], Any]:
+    """Declare a function or a class as the regularizer ``name`` of this package.
+
+    A function becomes a :class:`FunctionRegularizer` or a :class:`FunctionStepPenalty`. A class stays one; it takes
+    the options of ``"name:options"``, and ``name=``. The declaration must be a decorator at the top level of a
+    module of this package with ``name`` in quotes: the registration reads the source, without importing torch.
+
+    Args:
+        name, formula, source, cost, kind: see :class:`Declaration`.
+        options: of the function's class.
+    """
+    DECLARED[name] = Declaration(name, kind, formula, cost, source)
+
+    def declare(value: Any) -> Any:
+        if isinstance(value, type):
+            return value
+        made = (FunctionRegularizer if kind == "rate" else FunctionStepPenalty)(name, value, **options)
+        for attribute in ("__module__", "__doc__"):
+            object.__setattr__(made, attribute, getattr(value, attribute))
+        return made
+
+    return declare
+
+
+def declaration_of(found: Any, name: str) -> Declaration:
+    """What is known of the regularizer ``found`` that is registered as ``name``.
+
+    One of another package tells by its ``kind``, its ``needs`` and the first line of its docstring, or that of the
+    function that it was made from.
+    """
+    if name in DECLARED:
+        return DECLARED[name]
+    function = getattr(found, "rate", None) or getattr(found, "value", None) or found
+    owner = function if isinstance(function, type) or inspect.isroutine(function) else type(function)
+    text = vars(function).get("__doc__") or owner.__doc__ or ""  # not inherited, as from torch's nn.Module
+    lines = inspect.cleandoc(text).splitlines()
+    needs = ", ".join(sorted(getattr(found, "needs", ()))) or "none"
+    return Declaration(name, kind_of(found), lines[0] if lines else "", needs, "its plugin")
 
 
 class Weighted(NamedTuple):
@@ -226,11 +416,97 @@ def kind_of(regularizer: Any) -> str:
     return getattr(regularizer, "kind", "rate")
 
 
-def undivided(regularizers: Collection[Any]) -> frozenset[str]:
+def undivided(regularizers: Iterable[Any]) -> frozenset[str]:
     """Names of those whose penalty the objective does not divide by the number of dimensions."""
     return frozenset(r.name for r in regularizers if not getattr(r, "divided_by_dims", True))
 
 
-def span_policy(regularizers: Collection[Any]) -> SpanPolicy | None:
+def span_policy(regularizers: Iterable[Any]) -> SpanPolicy | None:
     """The one span policy among them; None if there is none."""
     return next((r for r in regularizers if kind_of(r) == "span"), None)
+
+
+def weigh_regularizers(
+    spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None,
+    *,
+    by_name: Callable[[str], Any],
+    default_lambda: float = DEFAULT_LAMBDA,
+) -> dict[str, Weighted]:
+    """Regularizers by name with their strengths.
+
+    Args:
+        spec: names, :class:`Regularizer` objects or plain functions ``rate(t, z, dz) -> (B,)``, one or several,
+            or a mapping from any of these to lambda: a number, or a function of the optimizer's step.
+        by_name: looks up the regularizer of a name; ``rnode_plugin.plugins.registry.get_regularizer`` is one.
+        default_lambda: strength if ``spec`` gives none, or None.
+
+    Raises:
+        ConfigError: for an unknown name, a name used twice, a lambda that is negative or not finite, a lambda of a
+            regularizer that has no penalty, two span policies, or an object that is none of the three.
+    """
+    if spec is None:
+        return {}
+    if isinstance(spec, str) or callable(spec):
+        spec = [spec]
+    if isinstance(spec, Mapping):
+        items = list(spec.items())
+    elif isinstance(spec, Iterable):
+        items = [(entry, None) for entry in spec]
+    else:
+        raise ConfigError(
+            f"regularizers must be names, objects or functions, or a mapping of them to lambda, not {spec!r}."
+        )
+    resolved: dict[str, Weighted] = {}
+    for entry, strength in items:
+        found = _regularizer(entry, by_name)
+        if found.name in resolved:
+            raise ConfigError(f"the regularizer {found.name!r} is named twice; name each once.")
+        resolved[found.name] = Weighted(found, _strength(found, strength, default_lambda))
+    policies = [name for name, entry in resolved.items() if kind_of(entry.regularizer) == "span"]
+    if len(policies) > 1:
+        raise ConfigError(f"{' and '.join(policies)} both change the times of a solve: choose one.")
+    return resolved
+
+
+def _strength(regularizer: Regularizer, strength: Any, default: float) -> Strength:
+    if getattr(regularizer, "penalized", True):
+        return check_lambda(regularizer.name, default if strength is None else strength)
+    if strength is not None and strength != 1:
+        raise ConfigError(
+            f"{regularizer.name!r} has no penalty and takes no lambda: give None, or 1. Its strength is an option, "
+            f"as in 'steer:0.25'."
+        )
+    return 1.0
+
+
+def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
+    if isinstance(entry, str):
+        entry = by_name(entry)
+    if isinstance(entry, type):
+        raise ConfigError(f"{entry.__name__} is a class: give an object, {entry.__name__}(...).")
+    kind = kind_of(entry)
+    if hasattr(entry, "name") and kind in KINDS and isinstance(entry, KINDS[kind][0]):
+        _check(entry, kind)
+        return entry
+    if callable(entry) and not hasattr(entry, "name"):
+        return FunctionRegularizer(getattr(entry, "__name__", type(entry).__name__), _PlainRate(entry))
+    if kind not in KINDS:
+        raise ConfigError(f"{entry!r} has kind = {kind!r}; the kinds are {', '.join(KINDS)}.")
+    raise ConfigError(
+        f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object with "
+        f"`name`, {KINDS[kind][1]}."
+    )
+
+
+def _check(regularizer: Any, kind: str) -> None:
+    name = regularizer.name
+    if kind == "rate" and not set(regularizer.needs) <= NEEDS:
+        raise ConfigError(
+            f"{name!r} needs {set(regularizer.needs) - NEEDS}; it can need {', '.join(sorted(NEEDS))}."
+        )
+    if kind == "step" and regularizer.reduction not in _REDUCTIONS:
+        raise ConfigError(
+            f"{name!r} has reduction {regularizer.reduction!r}; it must be one of {', '.join(_REDUCTIONS)}."
+        )
+    if kind == "step" and not set(regularizer.uses) <= {"error", "pair"}:
+        raise ConfigError(f"{name!r} uses {set(regularizer.uses)}; a step has 'error' and 'pair'.")

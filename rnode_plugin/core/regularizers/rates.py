@@ -7,14 +7,17 @@ D is the number of dimensions of one sample's event, ``J = df/dz``, ``v`` the tr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..field_evaluation import FieldEvaluation
-from ..tensors.reductions import sum_event, sum_squares
+from ..ops import sum_event, sum_squares
 from ..trace_estimators import Exact
-from .base import FunctionRegularizer
+from .base import Source, regularizer
+
+if TYPE_CHECKING:
+    from ..field_evaluation import FieldEvaluation
 
 __all__ = [
     "Taylor",
@@ -31,8 +34,15 @@ __all__ = [
     "total_derivative",
 ]
 
+_RNODE = Source("RNODE", "Finlay et al.", 2020, "finlay2020how")
+_FFJORD = Source("FFJORD", "Grathwohl et al.", 2019, "grathwohl2019ffjord", "code")
+_OURS = Source("this package")
+_SHARED = "the shared product"
+_EACH = "D products, for small D"
 
-def _kinetic(evaluation: FieldEvaluation) -> Tensor:
+
+@regularizer("kinetic", formula="‖f‖², the squared speed", source=_RNODE.at("eq. 9a"))
+def kinetic(evaluation: FieldEvaluation) -> Tensor:
     """``||f(t, z)||^2``, the integrand of the kinetic energy (RNODE, eq. 9a). No product.
 
     The authors' code takes half the mean over D.
@@ -40,7 +50,8 @@ def _kinetic(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.dz)
 
 
-def _jacfrob(evaluation: FieldEvaluation) -> Tensor:
+@regularizer("jacfrob", formula="‖J‖²_F", cost=_SHARED, source=_RNODE.at("eqs. 13 and 16"), needs={"vjp"})
+def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     """``||v^T J||^2`` (RNODE, eq. 16), or ``||J||_F^2`` itself (eq. 13) with the exact estimator.
 
     The authors' code takes the mean over D; FFJORD's code the root of the mean square, averaged over the batch.
@@ -49,7 +60,11 @@ def _jacfrob(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.squared_frobenius()
 
 
-def _total_derivative(evaluation: FieldEvaluation) -> Tensor:
+@regularizer(
+    "total_derivative", formula="‖J f + ∂f/∂t‖², the squared acceleration", cost="one jvp", needs={"jvp"},
+    source=_RNODE.at("eq. 7"),
+)  # fmt: skip
+def total_derivative(evaluation: FieldEvaluation) -> Tensor:
     """``||J f + df/dt||^2 = ||d^2 z/dt^2||^2``, the squared acceleration (RNODE, eq. 7). One jvp along (f, 1).
 
     The authors' code takes half the mean of ``(J^T f + df/dt)^2``, with the transposed product, which is not the
@@ -58,12 +73,17 @@ def _total_derivative(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.total_derivative(2))
 
 
-def _directional(evaluation: FieldEvaluation) -> Tensor:
+@regularizer(
+    "directional", formula="‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7"), needs={"jvp"}
+)
+def directional(evaluation: FieldEvaluation) -> Tensor:
     """``||J f||^2``, the first term of RNODE's eq. 7. One jvp along f."""
     return sum_squares(evaluation.jvp(evaluation.dz))
 
 
-def _directional_vjp(evaluation: FieldEvaluation) -> Tensor:
+@regularizer("directional_vjp", formula="‖Jᵀ f‖²", cost="one vjp", source=_RNODE.at('code ("directional")'),
+             needs={"vjp"})  # fmt: skip
+def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
     """``||J^T f||^2``, what RNODE's and FFJORD's codes compute under the name "directional". One vjp with f.
 
     FFJORD's code takes the root of the mean square.
@@ -71,76 +91,11 @@ def _directional_vjp(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.vjp(evaluation.dz))
 
 
-def _l1(evaluation: FieldEvaluation) -> Tensor:
-    """``||f||_1`` (FFJORD's code, which takes the mean). No product."""
-    return sum_event(evaluation.dz.abs())
-
-
-def _jacdiag(evaluation: FieldEvaluation) -> Tensor:
-    """``sum_i J_ii^2``. The exact Jacobian: D products, for small D.
-
-    FFJORD's code means this, takes the root of the mean square, and slices the first column by mistake.
-    """
-    return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
-
-
-def _jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
-    """``sum_{i != j} J_ij^2`` (FFJORD's code, which takes the mean). The exact Jacobian: D products."""
-    squares = evaluation.jacobian().square()
-    return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
-
-
-def _curl(evaluation: FieldEvaluation) -> Tensor:
-    """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
-
-    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
-    """
-    return _with_transpose(evaluation, -1.0)
-
-
-def _strain(evaluation: FieldEvaluation) -> Tensor:
-    """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
-
-    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
-    """
-    return _with_transpose(evaluation, 1.0) / 4
-
-
-def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
-    """``||J + sign J^T||_F^2``."""
-    if isinstance(evaluation.estimator, Exact):
-        jacobian = evaluation.jacobian()
-        return (jacobian + sign * jacobian.mT).square().sum((1, 2))
-    total: Tensor | None = None
-    for weight, v, row in zip(*evaluation.probes(), strict=True):
-        term = weight * sum_squares(row + sign * evaluation.jvp(v))
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def _hjb(evaluation: FieldEvaluation) -> Tensor:
-    """``|dPhi/dt - ||grad Phi||^2 / 2|`` for a potential field ``f = -grad Phi`` (OT-Flow; Onken et al., 2021).
-
-    0 if Phi solves the Hamilton-Jacobi-Bellman equation, as that of the optimal transport does. Read from the
-    field's ``aux``: no product. Not divided by D.
-    """
-    return (evaluation.aux("potential_rate") - sum_squares(evaluation.dz) / 2).abs()
-
-
-kinetic = FunctionRegularizer("kinetic", _kinetic)
-jacfrob = FunctionRegularizer("jacfrob", _jacfrob, needs=frozenset({"vjp"}))
-total_derivative = FunctionRegularizer("total_derivative", _total_derivative, needs=frozenset({"jvp"}))
-directional = FunctionRegularizer("directional", _directional, needs=frozenset({"jvp"}))
-directional_vjp = FunctionRegularizer("directional_vjp", _directional_vjp, needs=frozenset({"vjp"}))
-l1 = FunctionRegularizer("l1", _l1)
-jacdiag = FunctionRegularizer("jacdiag", _jacdiag, needs=frozenset({"vjp"}))
-jacoffdiag = FunctionRegularizer("jacoffdiag", _jacoffdiag, needs=frozenset({"vjp"}))
-curl = FunctionRegularizer("curl", _curl, needs=frozenset({"vjp", "jvp"}))
-strain = FunctionRegularizer("strain", _strain, needs=frozenset({"vjp", "jvp"}))
-hjb = FunctionRegularizer("hjb", _hjb, needs=frozenset({"aux"}), divided_by_dims=False)
-
-
+@regularizer(
+    "taylor", formula="‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`",
+    cost="K − 1 nested jvps, each about three times the one before",
+    source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"),
+)  # fmt: skip
 @dataclass(frozen=True)
 class Taylor:
     """``||d^K z/dt^K||^2`` (TayNODE; Kelly et al., 2020), summed over the event.
@@ -170,3 +125,71 @@ class Taylor:
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return sum_squares(evaluation.total_derivative(self.order))
+
+
+@regularizer("l1", formula="‖f‖₁", source=_FFJORD)
+def l1(evaluation: FieldEvaluation) -> Tensor:
+    """``||f||_1`` (FFJORD's code, which takes the mean). No product."""
+    return sum_event(evaluation.dz.abs())
+
+
+@regularizer("jacdiag", formula="Σ J_ii²", cost=_EACH, source=_FFJORD, needs={"vjp"})
+def jacdiag(evaluation: FieldEvaluation) -> Tensor:
+    """``sum_i J_ii^2``. The exact Jacobian: D products, for small D.
+
+    FFJORD's code means this, takes the root of the mean square, and slices the first column by mistake.
+    """
+    return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
+
+
+@regularizer("jacoffdiag", formula="Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD, needs={"vjp"})
+def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
+    """``sum_{i != j} J_ij^2`` (FFJORD's code, which takes the mean). The exact Jacobian: D products."""
+    squares = evaluation.jacobian().square()
+    return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
+
+
+@regularizer("curl", formula="‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_OURS,
+             needs={"vjp", "jvp"})  # fmt: skip
+def curl(evaluation: FieldEvaluation) -> Tensor:
+    """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
+
+    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
+    """
+    return _with_transpose(evaluation, -1.0)
+
+
+@regularizer("strain", formula="‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_OURS,
+             needs={"vjp", "jvp"})  # fmt: skip
+def strain(evaluation: FieldEvaluation) -> Tensor:
+    """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
+
+    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
+    """
+    return _with_transpose(evaluation, 1.0) / 4
+
+
+def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
+    """``||J + sign J^T||_F^2``."""
+    if isinstance(evaluation.estimator, Exact):
+        jacobian = evaluation.jacobian()
+        return (jacobian + sign * jacobian.mT).square().sum((1, 2))
+    total: Tensor | None = None
+    for weight, v, row in zip(*evaluation.probes(), strict=True):
+        term = weight * sum_squares(row + sign * evaluation.jvp(v))
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+@regularizer(
+    "hjb", formula="abs(∂Φ/∂t − ‖∇Φ‖²/2) for a potential field f = −∇Φ, not divided by D", needs={"aux"},
+    divided_by_dims=False, source=Source("OT-Flow", "Onken et al.", 2021, "onken2021otflow"),
+)  # fmt: skip
+def hjb(evaluation: FieldEvaluation) -> Tensor:
+    """``|dPhi/dt - ||grad Phi||^2 / 2|`` for a potential field ``f = -grad Phi`` (OT-Flow; Onken et al., 2021).
+
+    0 if Phi solves the Hamilton-Jacobi-Bellman equation, as that of the optimal transport does. Read from the
+    field's ``aux``: no product. Not divided by D.
+    """
+    return (evaluation.aux("potential_rate") - sum_squares(evaluation.dz) / 2).abs()

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from ...core.derivatives import vjp_of
-from ...core.trace_estimators import Exact, FieldAndProduct, Probes, TraceEstimator
+from ...core.derivatives import VELOCITY, Ask, AutogradField, Velocity, unit_vectors
+from ...core.trace_estimators import Exact, Linearize, Probes, TraceEstimator
 from ...solvers import Solver
-from ...types import VectorField
 from .result import Check
 from .subject import HeldOut, Subject
 
@@ -37,35 +36,21 @@ def _effort(dims: int) -> tuple[int, Solver]:
 
 
 class AutogradRows(TraceEstimator):
-    """The whole Jacobian by automatic differentiation, row by row, whatever products the field brings.
+    """The whole Jacobian by automatic differentiation, row by row.
 
-    So it is independent of what it is compared with: the field's own products and closed forms.
+    So it is independent of the field's own products and closed forms, with which it is compared.
     """
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
         return None
 
-    def bind(self, field: VectorField) -> FieldAndProduct:
-        plain: VectorField = getattr(field, "plain_path", None) or field
-
-        def rows(t: Tensor, z: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-            with torch.inference_mode(False), torch.enable_grad():
-                z = z.detach().clone().requires_grad_()
-                dz = plain(t, z)
-                found = [vjp_of(dz, z, v.expand_as(z), create_graph=False, retain=True) for v in _units(z)]
-            return dz.detach(), torch.stack(found)
-
-        return rows
+    def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
+        rows = AutogradField(field).linearize  # a call of a field makes no use of its own products
+        return lambda t, z, noise: rows(t, z, ask=ask._replace(products="rows"))
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        vectors = tuple(v.expand_as(products[0]) for v in _units(products[0]))
-        return Probes((1.0,) * len(products), vectors, tuple(products))
-
-
-def _units(z: Tensor) -> Tensor:
-    """The unit vectors of the event space, ``(D, 1, *event)``."""
-    dims = z[0].numel()
-    return torch.eye(dims, dtype=z.dtype, device=z.device).reshape(dims, 1, *z.shape[1:])
+        vectors = unit_vectors(products[0]).expand_as(products)
+        return Probes((1.0,) * len(products), tuple(vectors), tuple(products))
 
 
 def trace(subject: Subject, data: HeldOut) -> Check:

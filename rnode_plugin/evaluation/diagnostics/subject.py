@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ...core.objective import output_log_prob
+from ...core.objective import FlowOutput, output_log_prob
 from ...core.random_streams import Stream, seeded
 from ...core.regularizers import Rate, span_policy
 from ...core.trace_estimators import TraceEstimator
@@ -20,7 +20,6 @@ from ...flows.multiscale import MultiscaleFlow, logit, squeeze
 from ...solvers import Solver
 from ...solvers.config import solver_text
 from ...torchdyn.density import RegularizedCNF
-from ...types import FlowOutput
 
 __all__ = ["Encoded", "HeldOut", "SolvedFlow", "Subject", "subject_of"]
 

@@ -15,24 +15,23 @@ gradient for them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...core.tensors.transforms_active import needs_plain_pass
-from ...types import Linearization
+from ...core.ops import needs_plain_pass
 from ..autocast import without_autocast
 from ..prepared import Stack, keep_activations, run_jvp, run_stack, run_vjp
 from .sweeps import Fixed, Kept, Needs, ascend, backward, by_autograd, descend, pull_through
 from .tangents import run_tangent
 
-__all__ = ["linearize", "pull_noise", "run_fused", "run_velocity"]
+__all__ = ["Pass", "linearize", "pull_noise"]
 
 
 def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
-    """``W_L^T noise``, from which :func:`run_fused` starts its products: the same at all times of a solve.
+    """``W_L^T noise``, from which :func:`linearize` starts its products: the same at all times of a solve.
 
     It has the noise's dtype, in which the gradients of many evaluations add up, whatever the layers compute in.
     """
@@ -41,23 +40,22 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
     return products.layout(products.transpose(v, stack.last_weight.to(dtype))).to(noise.dtype)
 
 
-def run_velocity(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
-    """As :func:`~rnode_plugin.fields.prepared.run_stack`, saving half as much for the backward pass."""
-    return linearize(stack, t, z).dz
+class Pass(NamedTuple):
+    """Velocity, products if there was noise, and ``(v, dt)`` to ``df/dz v + df/dt dt``."""
+
+    dz: Tensor
+    products: Tensor | None
+    jvp: Callable[..., Tensor]
 
 
-def run_fused(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor]:
-    """``(f(t, z), noise^T df/dz)`` for noise as :func:`pull_noise` made it; ``t`` and ``z`` as in ``run_stack``.
+def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None = None) -> Pass:
+    """Velocity, products and derivatives along any direction, from one pass.
 
-    For ``pulled (K, B, ...)`` or ``(K, 1, ...)`` of linear layers there are K products, ``(K, B, ...)``.
+    Args:
+        stack, t, z: as for :func:`~rnode_plugin.fields.prepared.run_stack`.
+        pulled: the noise as :func:`pull_noise` made it; for ``(K, B, ...)`` or ``(K, 1, ...)`` of linear layers
+            there are K products, ``(K, B, ...)``. None: no product.
     """
-    dz, product, _ = linearize(stack, t, z, pulled)
-    assert product is not None
-    return dz, product
-
-
-def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None = None) -> Linearization:
-    """As :func:`run_fused`, or :func:`run_velocity` without noise, with products along any direction to come."""
     t = t if isinstance(t, Tensor) else z.new_tensor(t)
     fast, given = stack.fast, () if pulled is None else (pulled,)
     constant = len(stack.structure.shapes) == 1 and pulled is not None  # a linear map's product
@@ -70,10 +68,10 @@ def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None 
     else:
         dz, product, *kept = _FieldAndProduct.apply(fixed, t, z, pulled, fast.packed)  # pyright: ignore[reportGeneralTypeIssues]
     activations = kept[: fixed.hidden]
-    return Linearization(dz, product, lambda v, dt=0.0: run_tangent(fixed, activations, v, dt))
+    return Pass(dz, product, lambda v, dt=0.0: run_tangent(fixed, activations, v, dt))
 
 
-def _plain(stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None) -> Linearization:
+def _plain(stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None) -> Pass:
     """The same in operations that autograd and torch.func know."""
     with without_autocast(z):
         if pulled is None:
@@ -86,7 +84,7 @@ def _plain(stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None) -> Lineari
         with without_autocast(z):
             return run_jvp(stack, t, z, v, dt)[1]
 
-    return Linearization(dz, product, jvp)
+    return Pass(dz, product, jvp)
 
 
 def _keep(ctx: Any, inputs: Sequence[Tensor], kept: Sequence[Tensor]) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.tensors.foreach import add_each, multiply_each
+from ...core.ops import add_each, multiply_each
 from ..prepared import FastParts, Stack, Structure, shift_maps, unpack
 from . import pieces
 from .pieces import piece

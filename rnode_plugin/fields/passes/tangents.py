@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.tensors.foreach import multiply_each
-from ...core.tensors.transforms_active import needs_plain_pass
+from ...core.ops import multiply_each, needs_plain_pass
 from ..autocast import without_autocast
 from ..prepared import shift_maps
 from . import pieces

@@ -13,12 +13,10 @@ from torch import Tensor
 from torchdyn.core.defunc import DEFunc, DEFuncBase
 from torchdyn.nn import DepthCat
 
-from ...core.augmented import Dynamics
+from ...core.dynamics import BoundDynamics, Dynamics, Rates
 from ...core.regularizers import Regularizer
 from ...core.trace_estimators import Exact
 from ...fields.recognise import PARTS, AppendTime, RecognisedStack, recognise
-from ...fields.stack import FlatPreparedStack, PreparedStack
-from ...types import BoundDynamics, Linearization, Rates
 from ..cnf import CNF
 from ..wrapped.state_layout import StateLayout
 from ..wrapped.velocity import Counter, counters
@@ -47,15 +45,15 @@ def fast_rates(
     stack = recognise(field) if system.needs_products and isinstance(system.estimator, Exact) else None
     if stack is None or not stack.fits(x):
         return None
-    velocity = _Counted(stack.prepare(x), counters(vf))
+    velocity = stack.prepare(x)
     dynamics = Dynamics(velocity, regularizers=regularizers, estimator=trace_noise, divergence=False)
 
     def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         if not products:  # for a guess of the first step: nobody asks for penalties
-            return Rates(velocity(t, z), None, {})
+            return Rates(velocity.linearize(t, z).dz, None, {})
         return dynamics.evaluate(t, z, None)
 
-    return rates, dynamics
+    return _counting(rates, counters(vf)), dynamics
 
 
 def _rates_of_cnf(
@@ -64,7 +62,7 @@ def _rates_of_cnf(
     stack = _stack_of(cnf)
     if stack is None or not stack.fits(x[:, 1:]):
         return None
-    velocity = _Counted(stack.prepare(x[:, 1:]), counters(vf))
+    velocity = stack.prepare(x[:, 1:])
     plain = Dynamics(velocity, estimator="exact")
     dynamics = Dynamics(velocity, regularizers=regularizers, estimator="exact", event=lambda state: state[:, 1:])
 
@@ -73,7 +71,7 @@ def _rates_of_cnf(
         assert found.dlogdet is not None
         return Rates(torch.cat([-found.dlogdet[:, None], found.dz], 1), None, found.penalties)
 
-    return rates, dynamics
+    return _counting(rates, counters(vf)), dynamics
 
 
 def _stack_of(cnf: CNF) -> RecognisedStack | None:
@@ -84,34 +82,12 @@ def _stack_of(cnf: CNF) -> RecognisedStack | None:
     return recognise(cnf.net)
 
 
-class _Counted:
-    """A prepared stack whose evaluations count as those of torchdyn's wrappers."""
+def _counting(rates: BoundDynamics, counted: Sequence[Counter]) -> BoundDynamics:
+    """``rates`` whose evaluations count as those of torchdyn's wrappers."""
 
-    def __init__(self, stack: FlatPreparedStack, counted: Sequence[Counter]) -> None:
-        self._stack, self._counted = stack, counted
-        self.forward_and_jvp = stack.forward_and_jvp
-        self.plain_path: PreparedStack = stack.plain_path
-
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        self._count()
-        return self._stack(t, z)
-
-    def forward_and_vjp(self, t: Tensor, z: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        self._count()
-        return self._stack.forward_and_vjp(t, z, noise)
-
-    def forward_and_jacobian(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        self._count()
-        return self._stack.forward_and_jacobian(t, z)
-
-    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None) -> Linearization:
-        self._count()
-        return self._stack.linearize(t, z, noise)
-
-    def linearize_with_jacobian(self, t: Tensor, z: Tensor) -> Linearization:
-        self._count()
-        return self._stack.linearize_with_jacobian(t, z)
-
-    def _count(self) -> None:
-        for counter in self._counted:
+    def counting(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        for counter in counted:
             counter["nfe"] += 1
+        return rates(t, z, products=products)
+
+    return counting

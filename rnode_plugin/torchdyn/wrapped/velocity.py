@@ -19,7 +19,6 @@ __all__ = [
     "Counter",
     "Velocity",
     "called_as_it_takes",
-    "counted",
     "counters",
     "first_order_system",
     "unwrapped",
@@ -60,17 +59,6 @@ def with_slots(velocity: Velocity, slots: Slots) -> Velocity:
             slots.clear(t)
 
     return filled if slots else velocity
-
-
-def counted(velocity: Velocity, counters: tuple[Counter, ...]) -> Velocity:
-    """``velocity`` that counts evaluations as torchdyn does."""
-
-    def counting(t: Tensor, x: Tensor) -> Tensor:
-        for counter in counters:
-            counter["nfe"] += 1
-        return velocity(t, x)
-
-    return counting
 
 
 def first_order_system(velocity: Velocity, order: int) -> Velocity:

@@ -1,0 +1,38 @@
+"""The tables of docs/regularizers.md from what the regularizers declare: run this file after you add one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rnode_plugin.core.regularizers import DECLARED, KINDS
+
+PAGE = Path(__file__).with_name("regularizers.md")
+_HEADERS = {
+    "rate": "| Name | Rate | Cost per evaluation | Source |",
+    "step": "| Name | Value | Needs | Source |",
+    "trajectory": "| Name | Value | Needs | Source |",
+    "span": "| Name | What it changes | Penalty | Source |",
+}
+
+
+def with_tables(page: str) -> str:
+    """``page`` with each table, between ``<!-- table: KIND -->`` and ``<!-- end -->``, made again."""
+    for kind in KINDS:
+        rows = [
+            f"| `{each.name}` | {each.formula} | {each.cost} | {each.source} |"
+            for each in DECLARED.values()
+            if each.kind == kind
+        ]
+        table = "\n".join([_HEADERS[kind], "|---|---|---|---|", *rows])
+        page = re.sub(
+            rf"(<!-- table: {kind} -->\n).*?(\n<!-- end -->)",
+            lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}",
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")

@@ -1,0 +1,307 @@
+"""The augmented system (RNODE): velocity, divergence and penalties of one evaluation, one step or one trajectory.
+
+A solve integrates :class:`Dynamics`, whose noise is fixed by ``bind``. Each evaluation passes through the field
+once and makes one product with the Jacobian at most. Rates read a
+:class:`~rnode_plugin.core.dynamics.FieldEvaluation`; :class:`PathPenalties` holds the penalties of steps and
+trajectories, which the solver calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, PluginError, RnodeError
+from .derivatives import VELOCITY, Ask, AutogradField, Velocity, as_field
+from .field_evaluation import FieldEvaluation
+from .regularizers.base import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty, kind_of
+from .trace_estimators import Exact, TraceEstimator, get_estimator
+
+__all__ = ["BoundDynamics", "Dynamics", "PathPenalties", "Rates"]
+
+
+class Rates(NamedTuple):
+    """The right-hand side of the augmented system (RNODE) at one time.
+
+    Attributes:
+        dz: velocity, of the state's shape.
+        dlogdet: divergence ``(B,)`` in nats per unit of time; None where no density is followed.
+        penalties: rate of each penalty by name, usually ``(B,)``.
+    """
+
+    dz: Tensor
+    dlogdet: Tensor | None
+    penalties: dict[str, Tensor]
+
+
+class BoundDynamics(Protocol):
+    """What the integrator integrates: an augmented system whose noise is fixed for one solve.
+
+    With ``products=False`` the result leaves out all that needs a product with the Jacobian. An attribute ``path``,
+    if there is one, holds the penalties of steps and trajectories (:class:`PathPenalties`).
+    """
+
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates: ...
+
+
+def _whole(state: Tensor) -> Tensor:
+    return state
+
+
+@dataclass(frozen=True)
+class PathPenalties:
+    """The penalties of one solve that are not rates, and how they see a state.
+
+    Attributes:
+        steps: penalties on all accepted steps.
+        local: penalties on one extra step.
+        trajectories: penalties on states at times of their own.
+        event: takes from a state ``(B, ...)`` what the penalties are about; a torchdyn state may hold more.
+        rates: the rates that are integrated, by the key of their integral.
+        hidden: keys of those that are integrated for trajectory penalties alone.
+    """
+
+    steps: tuple[StepPenalty, ...] = ()
+    local: tuple[StepPenalty, ...] = ()
+    trajectories: tuple[TrajectoryPenalty, ...] = ()
+    event: Callable[[Tensor], Tensor] = _whole
+    rates: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
+
+    def of_step(self, record: StepRecord, *, local: bool = False) -> dict[str, tuple[str, Tensor]]:
+        """``(reduction, value (B,))`` of one step by name."""
+        event = self.event
+        seen = replace(
+            record,
+            z0=event(record.z0),
+            z1=event(record.z1),
+            states=[event(z) for z in record.states],
+            velocities=[event(v) for v in record.velocities],
+            error=None if record.error is None else event(record.error),
+        )
+        untouched = [seen.z0, seen.z1, *seen.states, *seen.velocities]
+        penalties = self.local if local else self.steps
+        return {r.name: (r.reduction, _checked(r, seen, untouched, seen.z0)) for r in penalties}
+
+    def times(self, t0: Tensor, t1: Tensor) -> list[Tensor]:
+        """The times at which each trajectory penalty wants states, one row ``(k,)`` each."""
+        return [penalty.times(t0, t1) for penalty in self.trajectories]
+
+    def of_trajectory(
+        self, index: int, t: Tensor, z: Sequence[Tensor], integrals: dict[str, Tensor]
+    ) -> tuple[str, Tensor]:
+        """Name and value ``(B,)`` of one trajectory penalty for states at the times ``t``."""
+        penalty: Any = self.trajectories[index]
+        states = torch.stack([self.event(each) for each in z])
+        mine = {
+            rate.name: integrals[key]
+            for rate in penalty.rates
+            for key, known in self.rates.items()
+            if known == rate
+        }
+        return penalty.name, _checked(penalty, Trajectory(t, states, mine), [states], states[0])
+
+
+class Dynamics:
+    """The augmented system (RNODE) of a vector field: state, log-determinant and penalties.
+
+    Args:
+        field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which makes its own products.
+        regularizers: rates, step penalties and trajectory penalties to follow. A span policy does not belong here:
+            the code that chooses the times of a solve applies it.
+        estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
+            :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
+        divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
+        event: takes from a state what step and trajectory penalties are about; None: all of it.
+
+    Attributes:
+        rates: the rates that are integrated, by the key of their integral.
+        needs: what they read of an evaluation.
+        path: the penalties that are not rates; None if there are none.
+        needs_products: whether an evaluation makes products with the Jacobian.
+        inner_autograd: whether an evaluation differentiates inside, which a checkpoint has to know.
+
+    Raises:
+        ConfigError: for an unknown estimator and a span policy; later for a penalty that does not return ``(B,)``.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.core.regularizers import jacfrob, kinetic
+        >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic, jacfrob], estimator="exact")
+        >>> rates = dynamics.evaluate(torch.tensor(0.0), torch.ones(1, 3), None)
+        >>> rates.dlogdet.item(), rates.penalties["kinetic"].item(), rates.penalties["jacfrob"].item()
+        (-3.0, 3.0, 3.0)
+    """
+
+    def __init__(
+        self,
+        field: Velocity,
+        *,
+        regularizers: Iterable[Regularizer] = (),
+        estimator: str | TraceEstimator = "gaussian",
+        divergence: bool = True,
+        event: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.field = as_field(field)
+        self.estimator = get_estimator(estimator)
+        self.regularizers = tuple(regularizers)
+        self.divergence = divergence
+        self._given = field
+        kinds: dict[str, list[Any]] = {"rate": [], "step": [], "trajectory": [], "span": []}
+        for regularizer in self.regularizers:
+            kinds[kind_of(regularizer)].append(regularizer)
+        if kinds["span"]:
+            raise ConfigError(
+                f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "
+                "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
+            )
+        self.rates: dict[str, Rate] = {rate.name: rate for rate in kinds["rate"]}
+        hidden = _add_hidden_rates(self.rates, kinds["trajectory"])
+        self.path: PathPenalties | None = None
+        if kinds["step"] or kinds["trajectory"]:
+            self.path = PathPenalties(
+                tuple(r for r in kinds["step"] if not r.local),
+                tuple(r for r in kinds["step"] if r.local),
+                tuple(kinds["trajectory"]),
+                event=event or _whole,
+                rates=self.rates,
+                hidden=hidden,
+            )
+        self.needs = frozenset(need for rate in self.rates.values() for need in rate.needs)
+        self.needs_products = divergence or "vjp" in self.needs
+        by_autograd = isinstance(self.field, AutogradField)
+        self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
+        self._velocity = functools.partial(self.field.linearize, ask=VELOCITY)
+        ask = Ask(jvp="jvp" in self.needs, aux="aux" in self.needs)
+        if divergence and isinstance(self.estimator, Exact) and "vjp" not in self.needs:
+            # without its rows: some fields know it in closed form
+            self._pass = functools.partial(self.field.linearize, ask=ask._replace(divergence=True))
+        elif self.needs_products:
+            self._pass = self.estimator.bind(self.field, ask)
+        else:
+            self._pass = functools.partial(self.field.linearize, ask=ask)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the field and of the regularizers, of those that are modules."""
+        for part in (self._given, *self.rates.values()):
+            if isinstance(part, nn.Module):
+                yield from part.parameters()
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
+        """Noise for one solve from ``z``; None if no product is needed."""
+        return self.estimator.draw(z, generator=generator) if self.needs_products else None
+
+    def bind(self, noise: Tensor | None) -> _Bound:
+        """The system with its noise fixed, ready to be integrated."""
+        return _Bound(self, noise)
+
+    def evaluate(self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True) -> Rates:
+        """The right-hand side at one time; ``products=False`` leaves out all that needs a product."""
+        dz, rows, jvp, known, aux = (self._pass if products else self._velocity)(t, z, noise)
+        if dz.shape != z.shape:
+            raise ConfigError(
+                f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
+                "must have the shape of z."
+            )
+        # under autocast the field runs in low precision; everything that is summed does not
+        dz = dz.to(z.dtype)
+        rows = None if rows is None else rows.to(z.dtype)
+        evaluation = FieldEvaluation(
+            t, z, dz, noise, rows, self.estimator, self.field if self.needs else None, jvp, aux
+        )
+        dlogdet = None
+        if self.divergence and products:
+            dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
+        return Rates(dz, dlogdet, self.penalties(evaluation, products=products))
+
+    def penalties(self, evaluation: FieldEvaluation, *, products: bool = True) -> dict[str, Tensor]:
+        """The rate ``(B,)`` of each penalty by name; ``products=False`` leaves out those that need anything."""
+        seen = (evaluation.z, evaluation.dz)
+        return {
+            key: _checked(rate, evaluation, seen, evaluation.z)
+            for key, rate in self.rates.items()
+            if products or not rate.needs
+        }
+
+
+@dataclass(frozen=True)
+class _Bound:
+    dynamics: Dynamics
+    noise: Tensor | None
+
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return self.dynamics.evaluate(t, z, self.noise, products=products)
+
+    @property
+    def inner_autograd(self) -> bool:
+        return self.dynamics.inner_autograd
+
+    @property
+    def path(self) -> PathPenalties | None:
+        return self.dynamics.path
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.dynamics.parameters()
+
+
+def _add_hidden_rates(rates: dict[str, Rate], trajectories: Sequence[TrajectoryPenalty]) -> frozenset[str]:
+    """Add the rates that trajectory penalties read and that are not followed already; returns their keys."""
+    hidden: list[str] = []
+    for rate in (rate for penalty in trajectories for rate in penalty.rates):
+        if any(rate == known for known in rates.values()):
+            continue
+        key = rate.name
+        while key in rates:  # another rate of the same name
+            key = f"<{key}>"
+        rates[key] = rate
+        hidden.append(key)
+    return frozenset(hidden)
+
+
+_WRITES = (
+    "the regularizer {!r} writes into the state or the velocity that it is shown, which changes the solve: use "
+    "dz.square(), not dz.square_(), and so on."
+)
+
+
+def _checked(regularizer: Any, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
+    """``regularizer(record)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
+
+    Args:
+        regularizer: with a ``name``.
+        record: its argument.
+        untouched: tensors of ``record`` that the solve goes on with.
+        like: a state ``(B, *event)``.
+    """
+    if torch.compiler.is_compiling():  # the same call was made uncompiled before
+        return regularizer(record)
+    # tensors of inference mode have no version
+    versions = [None if x.is_inference() else x._version for x in untouched]
+    try:
+        value = regularizer(record)
+    except (RnodeError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        # torch ends the second run of a checkpointed step by an exception of its own
+        if "allocate memory" in text or type(error).__module__ == "torch.utils.checkpoint":
+            raise
+        if "in-place operation" in text:
+            raise ConfigError(_WRITES.format(regularizer.name)) from error
+        raise PluginError(f"the regularizer {regularizer.name!r} raised {type(error).__name__}: {text}") from error
+    for x, before in zip(untouched, versions, strict=True):
+        if before is not None and x._version != before:
+            raise ConfigError(_WRITES.format(regularizer.name))
+    if not isinstance(value, Tensor) or value.shape != like.shape[:1] or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(
+            f"the regularizer {regularizer.name!r} returned {got}; it must return one real number per sample, a "
+            f"tensor of floats of shape {tuple(like.shape[:1])}."
+        )
+    return value

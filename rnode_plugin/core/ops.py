@@ -1,0 +1,180 @@
+"""Small operations that the mathematics shares: sums over an event, checks for transforms and exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# torch has no public names for these
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from ..errors import ConfigError
+
+__all__ = [
+    "OneProcessADevice",
+    "add_each",
+    "exporting",
+    "flush_denormals",
+    "multiply_each",
+    "needs_plain_pass",
+    "on_host",
+    "recording",
+    "sum_event",
+    "sum_products",
+    "sum_squares",
+    "transforms_active",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_unflatten",
+]
+
+_recording: ContextVar[bool] = ContextVar("_recording", default=False)
+
+
+def exporting() -> bool:
+    """Whether the operations of this thread become a program: values of its inputs are unknown."""
+    # torch.compile cannot trace a context variable, and what it compiles is never recorded
+    return not torch.compiler.is_compiling() and _recording.get()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Around operations that become a program."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def on_host() -> AbstractContextManager[object]:
+    """Around operations that a program does not repeat: their results are constants of it, with known values."""
+    return _disable_current_modes() if exporting() else nullcontext()
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func is active."""
+    # torch has no public name for this; autograd.Function asks the same question
+    return torch._C._are_functorch_transforms_active()
+
+
+def needs_plain_pass(*tensors: Tensor) -> bool:
+    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward-mode AD."""
+    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
+    return x.flatten(1).sum(1) if x.ndim > 1 else x
+
+
+def sum_products(x: Tensor, y: Tensor) -> Tensor:
+    """``sum x y`` over all but the first dimension: two ``(B, *event)`` to ``(B,)``.
+
+    On a CPU torch's own operations are the fast ones. Elsewhere a launch costs more than the arithmetic: there a
+    sum is one product of matrices forward and one or two operations backward.
+    """
+    if x.device.type == "cpu" or x.ndim == 1 or needs_plain_pass(x, y):
+        return sum_event(x * y)
+    return _Products.apply(x, y)  # pyright: ignore[reportReturnType]
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``; see :func:`sum_products`."""
+    if x.device.type == "cpu" or x.ndim == 1 or needs_plain_pass(x):
+        return sum_event(x.square())
+    return _Squares.apply(x)  # pyright: ignore[reportReturnType]
+
+
+class _Products(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return _inner(x, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, y = ctx.saved_tensors
+        each = gradient.view(-1, *[1] * (x.dim() - 1))
+        return each * y if ctx.needs_input_grad[0] else None, each * x if ctx.needs_input_grad[1] else None
+
+
+class _Squares(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return _inner(x, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        each = gradient.view(-1, 1, 1)
+        rows, shape = _rows(x)
+        product = torch.baddbmm(each, rows.unsqueeze(2), each, beta=0, alpha=2)  # 2 g x as one operation
+        return product.view(shape).permute(0, 3, 1, 2) if len(shape) == 4 else product.view(shape)
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """By one product of matrices per sample."""
+    (rows, _), (columns, _) = _rows(x), _rows(y)
+    return torch.bmm(rows.unsqueeze(1), columns.unsqueeze(2)).view(-1)
+
+
+def _rows(x: Tensor) -> tuple[Tensor, torch.Size]:
+    """``(B, D)``, of images with their channels last, and the shape before flattening."""
+    last = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    return last.flatten(1), last.shape
+
+
+def add_each(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Add to each tensor its counterpart among the others, in place, in few kernels."""
+    torch._foreach_add_(tensors, others)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def multiply_each(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    """Each tensor times the same factor, which has no dimensions, in few kernels."""
+    return torch._foreach_mul(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def flush_denormals() -> bool:
+    """Treat denormal numbers as zero in this process: training, evaluation and sampling call it first.
+
+    A number below 1e-38 in float32 is a denormal, and processors are slow on them: softplus of pre-activations near
+    -95, whose value exp(-95) is one, takes 26 times as long as elsewhere, its product with a slope 17 times. It is
+    smaller than the rounding of all that it is added to, so it may as well be zero.
+
+    It reaches torch's threads for parallel operations, and threads that are started later. A library must not call
+    it: it would change a user's arithmetic.
+
+    Returns:
+        Whether the processor can do it.
+    """
+    import numpy as np
+
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
+    return torch.set_flush_denormal(True)
+
+
+class OneProcessADevice:
+    """A module that refuses DataParallel: its copies would lose penalties and NFE with the thread they ran in."""
+
+    def _replicate_for_data_parallel(self) -> NoReturn:  # torch's DataParallel calls it for each module inside
+        raise ConfigError(
+            f"{type(self).__name__} does not work under DataParallel. Use one process a device: "
+            "DistributedDataParallel, Lightning's strategy='ddp', or rnode-cli train --devices N."
+        )

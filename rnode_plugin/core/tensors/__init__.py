@@ -1,1 +1,0 @@
-"""Operations on tensors that the mathematics shares: reductions, nested structures, transforms, denormals."""

@@ -1,0 +1,58 @@
+"""The result of one solve, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Solution", "SolveStats"]
+
+
+@dataclass(frozen=True)
+class SolveStats:
+    """What a solve cost.
+
+    Attributes:
+        nfe: evaluations of the vector field, those of rejected steps and of the first step's guess included.
+        steps: accepted steps.
+        rejected: rejected steps.
+    """
+
+    nfe: int
+    steps: int
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The result of one solve.
+
+    Attributes:
+        t: output times ``(T,)``.
+        z: states at them ``(T, B, *event)``.
+        logdet: log-determinant of the flow's Jacobian from the first time to each output time, ``(T, B)`` in
+            nats (eq. 4); None where the dynamics follow no density.
+        penalties: each penalty of the whole trajectory by name, ``(B,)``; the integral of a rate that is never
+            negative is not negative either, whichever way time runs.
+        stats: evaluations and steps.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import Dynamics, Solver
+        >>> from rnode_plugin.core.regularizers import kinetic
+        >>> from rnode_plugin.solvers import solve
+        >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic], estimator="exact")
+        >>> z0, times = torch.ones(1, 2), torch.linspace(0, 1, 2)
+        >>> solution = solve(dynamics.bind(None), z0, times, Solver(method="dopri5"))
+        >>> [round(value, 4) for value in solution.z[-1, 0].tolist()]  # exp(-1)
+        [0.3679, 0.3679]
+        >>> round(solution.logdet[-1].item(), 3), round(solution.penalties["kinetic"].item(), 3)  # -2, 1 - exp(-2)
+        (-2.0, 0.865)
+    """
+
+    t: Tensor
+    z: Tensor
+    logdet: Tensor | None
+    penalties: dict[str, Tensor]
+    stats: SolveStats
