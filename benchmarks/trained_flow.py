@@ -50,7 +50,7 @@ def main(run: str, data_root: str, images: int, batch_size: int, device: str, th
         with torch.autocast(where.type, torch.bfloat16) if low else nullcontext():
             found = evaluate(flow, chosen, batch_size=batch_size, draws=1, solver=solver)
         seconds = time.process_time() - start
-        scores = np.asarray(found.dirty.images)
+        scores = np.asarray(found.dirty.samples)
         exact = scores if exact is None else exact
         gap = scores - exact
         difference = f"{gap.mean():+.5f} ± {gap.std(ddof=1) / len(gap) ** 0.5:.5f}"

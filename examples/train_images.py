@@ -39,9 +39,9 @@ def main():
     if evaluation is None:  # a signal stopped it; fit(recipe, resume=result.folder.path) goes on
         raise SystemExit(f"stopped by {result.stopped} after {result.steps} steps")
     print(f"steps              {result.steps} in {result.seconds:.1f} s")
-    print(f"bits/dim dirty     {evaluation.dirty.mean:.3f} ± {evaluation.dirty.stderr_images:.3f}")
+    print(f"bits/dim dirty     {evaluation.dirty.mean:.3f} ± {evaluation.dirty.stderr:.3f}")
     print(f"bits/dim clean     {evaluation.clean.mean:.3f} (density at the bins' centres: no bound)")
-    print(f"NFE per batch      {evaluation.nfe_mean:.0f}, all blocks together")
+    print(f"NFE of a solve     {evaluation.nfe_mean:.0f}, all blocks together")
     for name, value in evaluation.penalties.items():
         print(f"{name + ' / dim':<18} {value:.4f}")
     print(f"run                {result.folder.path}")

@@ -17,7 +17,7 @@ from rnode_plugin.core.objective import FlowOutput, output_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.likelihood import evaluate
+from rnode_plugin.evaluation.likelihood import evaluate, nfe_batches
 from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import get_regularizer
@@ -51,23 +51,22 @@ def test_a_uniform_density_costs_the_bits_of_its_levels() -> None:
     result = evaluate(Known(lambda x: torch.zeros(len(x))), images(10), batch_size=4)  # pyright: ignore
     for bits in (result.dirty, result.clean):
         assert bits.mean == pytest.approx(2.0, abs=1e-6)  # log2(4 levels), whatever the image
-        assert bits.stderr_images == pytest.approx(0.0, abs=1e-6)
+        assert bits.stderr == pytest.approx(0.0, abs=1e-6)
         assert bits.stderr_noise == pytest.approx(0.0, abs=1e-6)
-    assert (result.images, result.draws) == (10, 1)
+    assert (len(result.dirty.samples), result.draws) == (10, 1)
 
 
 def test_means_and_standard_errors_are_over_images_not_batches() -> None:
-    flow = Known(lambda x: x.flatten(1).sum(1), nfe=[6, 12, 9])
+    flow = Known(lambda x: x.flatten(1).sum(1))
     result = evaluate(flow, images(10), batch_size=4, draws=3, seed=5)  # pyright: ignore
-    assert [len(x) for x in flow.seen] == [4, 4, 2] * 6
-    assert (result.nfe_mean, result.nfe_min, result.nfe_max) == (9.0, 6, 12)
+    assert [len(x) for x in flow.seen] == [*[4, 4, 2] * 6, 10]  # and once more for NFE
     # draws alternate dirty and clean, three batches each
-    x = torch.cat(flow.seen).reshape(3, 2, 10, -1).double()
+    x = torch.cat(flow.seen[:-1]).reshape(3, 2, 10, -1).double()
     bits = 2 - x.sum(3) / (4 * math.log(2))
     for index, found in ((0, result.dirty), (1, result.clean)):
         each = bits[:, index].numpy()
         assert found.mean == pytest.approx(each.mean(), abs=1e-6)
-        assert found.stderr_images == pytest.approx(each.mean(0).std(ddof=1) / 10**0.5, abs=1e-6)
+        assert found.stderr == pytest.approx(each.mean(0).std(ddof=1) / 10**0.5, abs=1e-6)
         assert found.stderr_noise == pytest.approx((each.var(0, ddof=1).mean() / 3 / 10) ** 0.5, abs=1e-6)
     assert result.penalties == {"kinetic": pytest.approx(x[:, 0].mean().item(), abs=1e-6)}
 
@@ -76,7 +75,7 @@ def test_dirty_is_noise_in_the_bin_and_clean_its_centre() -> None:
     flow = Known(lambda x: x.flatten(1).sum(1))
     pictures = images(6)
     evaluate(flow, pictures, draws=2)  # pyright: ignore
-    dirty, clean, again, centre = (x.numpy() for x in flow.seen)
+    dirty, clean, again, centre = (x.numpy() for x in flow.seen[:4])
     np.testing.assert_allclose(clean, (pictures + 0.5) / 4)
     np.testing.assert_array_equal(clean, centre)
     for noisy in (dirty, again):
@@ -116,7 +115,7 @@ def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int)
     own = np.var(pictures[:, 0, 0, 0])
     for bits in (found.dirty, found.clean):
         assert bits.stderr_noise == pytest.approx(noise / (draws * 4000) ** 0.5, rel=0.05)
-        assert bits.stderr_images == pytest.approx(((own + noise**2 / draws) / 4000) ** 0.5, rel=0.05)
+        assert bits.stderr == pytest.approx(((own + noise**2 / draws) / 4000) ** 0.5, rel=0.05)
 
 
 def test_the_error_of_the_noise_is_what_evaluations_differ_by() -> None:
@@ -133,7 +132,7 @@ def test_the_first_images_are_drawn_twice_and_only_once_more_if_that_is_enough()
     flow = Noisy(1.0, 0.3)
     calls: list[tuple[int, int]] = []
     evaluate(flow, images(100), batch_size=20, progress=lambda *counts: calls.append(counts))  # pyright: ignore
-    assert len(flow.seen) == 2 * (5 + 2)  # clean and dirty, five batches, two of them twice
+    assert len(flow.seen) == 2 * (5 + 2) + 1  # clean and dirty, five batches, two of them twice; NFE
     assert calls == [(done, 14) for done in range(1, 15)]
 
 
@@ -150,7 +149,7 @@ def test_the_trace_is_exact_in_few_dimensions() -> None:
     pictures = images(9, 17, (1, 4, 4))
     gaussian = evaluate(active_flow((1, 4, 4), "gaussian"), pictures, draws=2)
     exact = evaluate(active_flow((1, 4, 4), "exact"), pictures, draws=2)
-    assert gaussian.clean.images == pytest.approx(exact.clean.images, abs=1e-6)
+    assert gaussian.clean.samples == pytest.approx(exact.clean.samples, abs=1e-6)
     assert gaussian.clean.stderr_noise == 0
     assert gaussian.penalties["jacfrob"] == pytest.approx(exact.penalties["jacfrob"], abs=1e-6)
     assert gaussian.dirty.stderr_noise is not None
@@ -170,7 +169,7 @@ def test_rademacher_probes_in_many_dimensions() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hutchinson, "draw", recorded)
         found = evaluate(flow, pictures, draws=2)
-    assert len(probes) == 2 * 2 * len(flow.fields)
+    assert len(probes) == (2 * 2 + 1) * len(flow.fields)  # two quantities, two draws; NFE
     assert all((probe.abs() == 1).all() for probe in probes)
     exact = evaluate(active_flow((1, 8, 8), "exact"), pictures, draws=1)
     assert found.clean.stderr_noise is not None
@@ -191,7 +190,7 @@ def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:
 
 
 def test_a_single_image_has_no_standard_error() -> None:
-    assert evaluate(Known(lambda x: torch.zeros(len(x))), images(1)).dirty.stderr_images is None  # pyright: ignore
+    assert evaluate(Known(lambda x: torch.zeros(len(x))), images(1)).dirty.stderr is None  # pyright: ignore
 
 
 def test_evaluation_leaves_generators_and_gradients_alone() -> None:
@@ -271,3 +270,34 @@ def test_a_grid_shows_each_image_in_its_bin(tmp_path: Path) -> None:
         assert [int(pixels[top, 2 + column * cell + scale]) for column in range(5)] == wanted
     save_grid(tmp_path / "b.png", {1.0: x.expand(5, 3, 2, 2)}, levels=256)
     assert Image.open(tmp_path / "b.png").size == (3 * cell + 2, 2 * cell + 2)  # about square
+
+
+def test_nfe_is_that_of_solves_that_stand_alone_on_the_same_batches() -> None:
+    """Whatever the draws and the batch size: one checkpoint has one NFE."""
+    flow, pictures = active_flow((1, 8, 8), "gaussian"), images(350, 17, (1, 8, 8))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(0.3)
+    solver = Solver(method="dopri5", atol=1e-3, rtol=1e-3)
+    settings: tuple[dict[str, Any], ...] = ({"draws": 1}, {"draws": 3}, {"draws": 1, "batch_size": 50})
+    found = [evaluate(flow, pictures, solver=solver, **{"batch_size": 350, **options}) for options in settings]
+    assert len({(each.nfe_mean, each.nfe_min, each.nfe_max) for each in found}) == 1
+    assert (found[0].nfe_batches, found[0].nfe_batch_size) == (3, 100)
+    alone = []
+    for index in range(3):
+        with torch.no_grad(), seeded(0, Stream.VALIDATE, 0, 0, index):
+            x = dequantize(torch.from_numpy(pictures[100 * index : 100 * index + 100]), 17)
+            probes = [(torch.randint(2, (100, *shape)) * 2 - 1).float() for shape in flow.block_shapes]
+            alone.append(flow(x, solver=solver, noise=probes, penalties=False).nfe)
+    # with other probes: the steps are those of the states and of the log-determinant
+    assert found[0].nfe_mean == pytest.approx(np.mean(alone), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "dims", "sizes"),
+    [(360, 64, [100] * 3), (10_000, 784, [100] * 4), (40, 64, [40]), (50, 196_608, [2] * 4), (1, 400_001, [1])],
+)
+def test_the_batches_of_nfe_depend_on_the_data_alone(samples: int, dims: int, sizes: list[int]) -> None:
+    batches = nfe_batches(samples, dims)
+    assert [each.stop - each.start for each in batches] == sizes
+    assert [each.start for each in batches] == [k * sizes[0] for k in range(len(sizes))]

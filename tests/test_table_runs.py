@@ -19,9 +19,9 @@ from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.data.tables import Table
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.likelihood import evaluate_by
+from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.loading import load_table
-from rnode_plugin.evaluation.measures import TableEvaluation, TableMeasure, gaussian_scores, measure_of
+from rnode_plugin.evaluation.measures import TableMeasure, gaussian_scores, measure_of
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.recipes.recipe import Recipe, TableData
@@ -318,12 +318,12 @@ def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
     flow = _flow(3, trace_noise="rademacher")
     samples = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
     measure = TableMeasure(("a", "b", "c"))
-    exact = evaluate_by(measure, flow, samples, batch_size=20)
-    assert (exact.rows, exact.draws, exact.nll.stderr_noise) == (64, 1, None)
+    exact = evaluate(flow, samples, measure=measure, batch_size=20)
+    assert (exact.draws, exact.nll.stderr_noise) == (1, None)
     nll = -_flow(3).log_prob(torch.from_numpy(samples), solver=flow.solver)
-    assert exact.nll.rows == pytest.approx(nll.tolist(), abs=1e-5)
+    assert exact.nll.samples == pytest.approx(nll.tolist(), abs=1e-5)
     measure.exact_dims = 2  # pyright: ignore[reportAttributeAccessIssue]  (of this object)
-    estimated = evaluate_by(measure, flow, samples, batch_size=20, draws=8)
+    estimated = evaluate(flow, samples, measure=measure, batch_size=20, draws=8)
     assert estimated.nll.stderr_noise is not None
     assert abs(estimated.nll.mean - exact.nll.mean) < 5 * estimated.nll.stderr_noise
 
@@ -331,13 +331,12 @@ def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
 def test_an_evaluation_of_a_table_without_its_baseline() -> None:
     measure = TableMeasure(("a", "b"))
     samples = np.zeros((3, 2), np.float32)
-    result = evaluate_by(measure, _flow(2), samples)
-    assert isinstance(result, TableEvaluation)
-    assert list(measure.values(result)) == ["nll"]
+    result = evaluate(_flow(2), samples, measure=measure)
+    assert list(result.means) == ["nll"]
     beside = measure.beside_baselines(result, Table("t", ("a", "b"), np.eye(4, 2), samples, samples))
-    assert list(measure.values(beside)) == ["nll", "gaussian"]
+    assert list(beside.means) == ["nll", "gaussian"]
     with pytest.raises(ConfigError, match="at least one row"):
-        evaluate_by(measure, _flow(2), samples[:0])
+        evaluate(_flow(2), samples[:0], measure=measure)
 
 
 def test_rows_drawn_in_batches() -> None:

@@ -116,18 +116,21 @@ def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
     return "\n\n".join(blocks)
 
 
-def evaluation_rows(evaluation: Evaluation, measure: Measure[Any]) -> list[tuple[str, str]]:
+def evaluation_rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str, str]]:
     """What an evaluation measured, one row each."""
     spread = "" if evaluation.nfe_min == evaluation.nfe_max else f" ({evaluation.nfe_min} to {evaluation.nfe_max})"
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
-    values = measure.values(evaluation)
+    values, solves = evaluation.means, f"{evaluation.nfe_batches} of {evaluation.nfe_batch_size} {measure.samples}"
     known = [each for each in (*measure.quantities, *measure.baselines) if each.name in values]
     return [
         (f"held-out {measure.samples}", f"{len(next(iter(values.values())).samples):,}{draws}"),
         *((each.label, f"{_score(values[each.name], measure)}  {each.explained}") for each in known),
-        ("NFE", f"{evaluation.nfe_mean:.1f}{spread} per batch, all blocks"),
+        ("NFE", f"{evaluation.nfe_mean:.1f}{spread}  all blocks, batches solved alone: {solves}"),
         *([] if (gap := evaluation.gap) is None else [("solver gap", _GAP.format(gap, measure.unit))]),
-        *((f"{name} / dim", f"{value:.5f}") for name, value in evaluation.penalties.items()),
+        *(
+            (name if name in evaluation.undivided else f"{name} / dim", f"{value:.5f}")
+            for name, value in evaluation.penalties.items()
+        ),
         ("evaluation", duration(evaluation.seconds)),
     ]
 
@@ -135,7 +138,7 @@ def evaluation_rows(evaluation: Evaluation, measure: Measure[Any]) -> list[tuple
 _GAP = "{:+.4f}  {} by the training solver, less those above; the first batch"
 
 
-def _score(mean: Mean, measure: Measure[Any]) -> str:
+def _score(mean: Mean, measure: Measure) -> str:
     errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({measure.samples})"]
     errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
     return " ".join([f"{mean.mean:.4f}", *errors])

@@ -64,10 +64,10 @@ def eval(  # noqa: A001 - the command's name
     """Bits/dim of RUN, a run folder or a checkpoint, on held-out images; of a table NLL in nats per row.
 
     Dirty (uniform noise in each bin) and clean (bins' centres), with standard errors from the choice of images and
-    from the noise, the solver's NFE, the penalties, and the time. The trace is exact in up to 16 dimensions (64 of
-    a table), else estimated with Rademacher probes. A table's NLL stands beside that of a Gaussian.
+    from the noise, the NFE of solves that stand alone, the penalties, and the time. The trace is exact in up to 16
+    dimensions (64 of a table), else estimated with Rademacher probes. A table's NLL stands beside a Gaussian's.
     """
-    from ..evaluation.likelihood import evaluate_by
+    from ..evaluation.likelihood import evaluate
     from ..evaluation.loading import load_data, pick_device
     from ..evaluation.measures import measure_of
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
@@ -80,10 +80,10 @@ def eval(  # noqa: A001 - the command's name
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=data_root))
     measure = measure_of(recipe)
     data = load_data(recipe, download=download, all_val=True).limit(None, limit)
-    result = evaluate_by(
-        measure,
+    result = evaluate(
         flow,
         data.held_out[:limit],
+        measure=measure,
         batch_size=batch_size or recipe.data.val_batch_size,
         draws=draws,
         solver=recipe.test_solver,
@@ -94,7 +94,7 @@ def eval(  # noqa: A001 - the command's name
     result = measure.beside_baselines(result, data)
     if as_json:
         head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
-        click.echo(json.dumps({**head, **dataclasses.asdict(result)}, indent=2))
+        click.echo(json.dumps({**head, **measure.to_plain(result)}, indent=2))
         return
     rows = [("checkpoint", str(path)), ("weights", recipe.weights)]
     click.echo(table([*rows, *evaluation_rows(result, measure)]))

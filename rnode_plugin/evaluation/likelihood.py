@@ -14,7 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,46 +22,48 @@ from torch import Tensor
 
 from ..core.objective import FlowOutput, output_log_prob
 from ..core.random_streams import Stream, seeded
+from ..core.regularizers import undivided
 from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError, SolverError
 from ..flows.base import BlockFlow
 from ..solvers import StepMemory
-from .measures import Evaluation, EvaluationResult, ImageMeasure, Mean, Measure, batch_of
+from .measures import Evaluation, ImageMeasure, Mean, Measure, batch_of
 
 if TYPE_CHECKING:
-    from ..flows.multiscale import MultiscaleFlow
     from ..solvers import Solver
 
-__all__ = ["evaluate", "evaluate_by"]
+__all__ = ["evaluate", "nfe_batches"]
 
 
 _PILOT = 32  # samples: at least so many are drawn twice to learn how large the noise is
 _FEWEST_TO_JUDGE = 8  # samples: the spread of fewer says too little
 _MAX_DRAWS = 8
 _NOISE_SHARE = 0.5  # of the samples' error: so large the noise's may be
+_NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # batches, and samples and numbers of one
 
-R = TypeVar("R", bound=Evaluation)
 
-
-def evaluate_by(
-    measure: Measure[R],
+@torch.no_grad()
+def evaluate(
     flow: Any,
     samples: Any,
     *,
+    measure: Measure | None = None,
     batch_size: int = 200,
     draws: int | None = None,
     solver: Solver | None = None,
     seed: int = 0,
     training_solver: Solver | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> R:
+) -> Evaluation:
     """Measure ``flow`` on samples.
 
     Args:
-        measure: of the kind of data, see :func:`~rnode_plugin.evaluation.measures.measure_of`.
         flow: the model; it stays on its device and in its mode. Its own trace estimator is not used, see above.
-        samples: as the data come, array or tensor ``(N, ...)``.
+        samples: as the data come, array or tensor ``(N, ...)``: images uint8 ``(N, C, H, W)`` with values in
+            0..levels-1, or rows of a table.
+        measure: of the kind of data, see :func:`~rnode_plugin.evaluation.measures.measure_of`; None for images of
+            the flow's shape and levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with those
             that suited the batch before.
         draws: draws of noise per sample. None for as many as make the error from the noise at most half of that
@@ -73,12 +75,15 @@ def evaluate_by(
         progress: called with batches done and batches in all.
 
     Returns:
-        Means over samples: the last, smaller batch counts by its samples.
+        Means over samples: the last, smaller batch counts by its samples. NFE is that of solves of their own, which
+        begin with no step of another solve: of four batches of 100 samples, of large samples fewer, see
+        :func:`nfe_batches`.
 
     Raises:
         ConfigError: for counts below one, or no samples.
         SolverError: if the integration fails.
     """
+    measure = measure or ImageMeasure(flow.image_shape, flow.levels)
     if (draws is not None and draws < 1) or batch_size < 1 or len(samples) < 1:
         raise ConfigError(f"evaluation needs at least one {measure.sample}, one draw and a batch size of one.")
     start = time.monotonic()
@@ -86,28 +91,42 @@ def evaluate_by(
     if draws is None:
         draws = measuring.choose_draws()
     measuring.finish(draws)
-    return measure.result(
-        {quantity.name: measuring.mean(draws, k) for k, quantity in enumerate(measure.quantities)},
+    batches = nfe_batches(len(samples), measure.dims)
+    nfe = [measuring.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
+    return Evaluation(
+        means={quantity.name: measuring.mean(draws, k) for k, quantity in enumerate(measure.quantities)},
         draws=draws,
-        nfe_mean=float(np.mean(measuring.nfe)),
-        nfe_min=min(measuring.nfe),
-        nfe_max=max(measuring.nfe),
+        nfe_mean=float(np.mean(nfe)),
+        nfe_min=min(nfe),
+        nfe_max=max(nfe),
+        nfe_batches=len(batches),
+        nfe_batch_size=batches[0].stop,
         penalties=measuring.penalties(draws),
+        undivided=tuple(sorted(measuring.whole)),
         gap=measuring.gap(training_solver),
         seconds=time.monotonic() - start,
     )
+
+
+def nfe_batches(samples: int, dims: int) -> list[slice]:
+    """The batches of which NFE is reported: four of 100 samples, of more than 4000 dimensions fewer than 100.
+
+    They depend on the data alone, so that two models are measured on the same ones.
+    """
+    size = min(samples, max(1, min(_NFE_BATCH, _NFE_NUMBERS // dims)))
+    return [slice(k * size, (k + 1) * size) for k in range(min(_NFE_BATCHES, samples // size))]
 
 
 class _Measuring:
     """The solves of an evaluation: each batch of samples, draw of noise and quantity once.
 
     Attributes:
-        nfe: evaluations of each solve.
+        whole: names of the penalties that the objective does not divide by the dimensions.
     """
 
     def __init__(
         self,
-        measure: Measure[Any],
+        measure: Measure,
         flow: Any,
         samples: Any,
         batch_size: int,
@@ -120,7 +139,9 @@ class _Measuring:
         self._batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self._pilot = min(len(self._batches), math.ceil(_PILOT / batch_size))
         # penalties of steps and trajectories may take evaluations of their own, which are not the flow's
-        self._apart = any(kind_of(each) != "rate" for each in getattr(flow, "regularizers", ()))
+        regularizers = getattr(flow, "regularizers", ())
+        self._apart = any(kind_of(each) != "rate" for each in regularizers)
+        self.whole = undivided(regularizers)
         self._kinds = range(len(measure.quantities))
         self._device = next(flow.parameters()).device
         self._progress, self._done = progress, 0
@@ -129,7 +150,6 @@ class _Measuring:
         self._options: dict[str, Any] = {"memory": defaultdict(StepMemory)} if remembers else {}
         self._scores: dict[tuple[int, int, int], Tensor] = {}  # by quantity, draw and batch
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
-        self.nfe: list[int] = []
 
     def choose_draws(self) -> int:
         """Draw the first samples twice; how many draws make the noise small enough."""
@@ -167,12 +187,13 @@ class _Measuring:
         return Mean(float(scores.mean()), of_samples, noise, tuple(scores.mean(0).tolist()))
 
     def penalties(self, draws: int) -> dict[str, float]:
-        """Mean integral of each penalty over samples and draws of the first quantity, divided by the dimensions."""
+        """Mean integral of each penalty, first quantity, divided by the dimensions where the objective is."""
         found: dict[str, float] = {}
         for draw in range(draws):
             for index in range(len(self._batches)):
                 for name, integral in self._integrals[draw, index].items():
-                    share = integral / (self._measure.dims * len(self._samples) * draws)
+                    share = integral / (len(self._samples) * draws)
+                    share = share if name in self.whole else share / self._measure.dims
                     found[name] = found.get(name, 0.0) + share
         return found
 
@@ -182,7 +203,7 @@ class _Measuring:
             return None
         full = dataclasses.replace(training_solver, trace_quadrature="full")
         try:
-            coarse = self._scores_of(self._encode(full, kind=0, draw=0, index=0, penalties=False))
+            coarse = self._scores_of(self.encode(full, self._batches[0]))
         except SolverError:  # the gap informs; a training solver that fails is infinitely far off
             return math.inf
         return float((coarse - self._scores[0, 0, 0]).mean())
@@ -194,29 +215,44 @@ class _Measuring:
 
     def _take(self, kind: int, draw: int, index: int) -> None:
         along = kind == 0 and not self._apart
-        output = self._encode(self._solver, kind=kind, draw=draw, index=index, penalties=along)
+        options = {"kind": kind, "draw": draw, "index": index}
+        output = self.encode(self._solver, self._batches[index], **options, penalties=along)
         self._scores[kind, draw, index] = self._scores_of(output)
-        self.nfe.append(output.nfe)
         if kind == 0:  # the penalties are those of the samples as training sees them
             if self._apart:
-                output = self._encode(self._solver, kind=0, draw=draw, index=index, penalties=True)
+                output = self.encode(self._solver, self._batches[index], **options, penalties=True)
             sums = {name: float(each.double().sum()) for name, each in output.regularization.items()}
             self._integrals[draw, index] = sums
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
 
-    def _encode(self, solver: Solver | None, *, kind: int, draw: int, index: int, penalties: bool) -> FlowOutput:
-        with torch.no_grad(), seeded(self._seed, Stream.VALIDATE, draw, kind, index):
-            batch = batch_of(self._samples, self._batches[index]).to(self._device)
-            x, given = self._measure.inputs(batch, kind)
-            return self._flow(x, **given, solver=solver, penalties=penalties, **self._options)
+    def encode(
+        self,
+        solver: Solver | None,
+        batch: slice,
+        *,
+        kind: int = 0,
+        draw: int = 0,
+        index: int = 0,
+        penalties: bool = False,
+        alone: bool = False,
+    ) -> FlowOutput:
+        """Solve a batch of samples, with the noise of this quantity, draw and index.
+
+        Args:
+            alone: begin without a step of another solve, and leave none.
+        """
+        with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
+            x, given = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
+            options = {} if alone else self._options
+            return self._flow(x, **given, solver=solver, penalties=penalties, **options)
 
     def _scores_of(self, output: FlowOutput) -> Tensor:
         return self._measure.scores(output_log_prob(output)).double().cpu()
 
 
-def _with_least_noise(flow: Any, measure: Measure[Any]) -> Any:
+def _with_least_noise(flow: Any, measure: Measure) -> Any:
     """The same flow, the same parameters, with the trace estimator of an evaluation."""
     estimator = getattr(flow, "estimator", None)
     if estimator is None or isinstance(estimator, Exact):
@@ -235,43 +271,3 @@ def _draws_needed(rows: Tensor) -> int:
     if noise <= _NOISE_SHARE**2 * own:
         return 1
     return min(_MAX_DRAWS, math.ceil(noise / (_NOISE_SHARE**2 * own))) if own > 0 else _MAX_DRAWS
-
-
-def evaluate(
-    flow: MultiscaleFlow,
-    images: Any,
-    *,
-    batch_size: int = 200,
-    draws: int | None = None,
-    solver: Solver | None = None,
-    seed: int = 0,
-    training_solver: Solver | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> EvaluationResult:
-    """Measure ``flow`` on images.
-
-    Args:
-        flow: the model; it stays on its device and in its mode. Its own trace estimator is not used, see
-            :mod:`~rnode_plugin.evaluation.likelihood`.
-        images: uint8 ``(N, C, H, W)``, array or tensor, values in 0..levels-1.
-        batch_size, draws, solver, seed, training_solver, progress: as for
-            :func:`~rnode_plugin.evaluation.likelihood.evaluate_by`.
-
-    Returns:
-        Means over images: the last, smaller batch counts by its images.
-
-    Raises:
-        ConfigError: for counts below one, or no images.
-        SolverError: if the integration fails.
-    """
-    return evaluate_by(
-        ImageMeasure(flow.image_shape, flow.levels),
-        flow,
-        images,
-        batch_size=batch_size,
-        draws=draws,
-        solver=solver,
-        seed=seed,
-        training_solver=training_solver,
-        progress=progress,
-    )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +23,12 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe, Training
 
 __all__ = [
-    "BitsPerDim",
     "Evaluation",
-    "EvaluationResult",
     "FlowInput",
     "ImageMeasure",
     "Mean",
     "Measure",
-    "NatsPerRow",
     "Quantity",
-    "TableEvaluation",
     "TableMeasure",
     "batch_of",
     "gaussian_scores",
@@ -65,49 +60,67 @@ class Quantity:
     meaning: str
 
 
-class Mean(NamedTuple):
-    """A mean over samples, as a measure names its parts.
+@dataclass(frozen=True)
+class Mean:
+    """A mean over samples and how far it can be trusted.
 
     Attributes:
         mean: over samples and draws of noise.
-        stderr: standard error from the choice of samples; None for a single one.
-        stderr_noise: the part of it that comes from the noise; None if nothing was drawn twice.
-        samples: the value of each sample.
+        stderr: standard error from the choice of samples, with the noise that their means still have; None for a
+            single sample.
+        stderr_noise: the part of it that comes from the noise: what another evaluation of the same samples would
+            differ by. None if nothing was drawn twice.
+        samples: the value of each sample, its mean over draws. Two models are best compared sample by sample.
     """
 
     mean: float
     stderr: float | None
     stderr_noise: float | None
-    samples: tuple[float, ...]
+    samples: tuple[float, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation measures of every kind of data.
+    """Likelihoods, NFE and penalties of a flow on held-out samples.
+
+    The means are also attributes, by their names: ``evaluation.dirty`` and ``evaluation.clean`` of images,
+    ``evaluation.nll`` and ``evaluation.gaussian`` of tables.
 
     Attributes:
+        means: by the name of their :class:`Quantity`, in the unit of the measure.
         draws: noise draws of each sample.
-        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields per batch, all blocks together, without those
-            that a penalty takes for itself.
-        penalties: mean integral of each penalty by name, divided by the number of dimensions.
+        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in one solve that stands alone, all blocks
+            together, over ``nfe_batches`` batches of ``nfe_batch_size`` samples, the first of the data, with the
+            first draw of the first quantity. They do not depend on the number of draws and the batch size.
+        nfe_batches, nfe_batch_size: see there.
+        penalties: mean integral of each penalty by name, divided by the number of dimensions where the objective
+            divides it.
+        undivided: names of the penalties that are not divided.
         seconds: wall-clock time.
         gap: mean score by the training solver, less that by the accurate one, of the first batch with the same
             noise; infinite if the training solver fails there, None if it is not a fixed grid with a known step.
     """
 
+    means: dict[str, Mean]
     draws: int
     nfe_mean: float
     nfe_min: int
     nfe_max: int
+    nfe_batches: int
+    nfe_batch_size: int
     penalties: dict[str, float]
+    undivided: tuple[str, ...] = ()
     seconds: float
     gap: float | None = None
 
+    def __getattr__(self, name: str) -> Mean:
+        try:
+            return self.__dict__["means"][name]
+        except KeyError:
+            raise AttributeError(f"this evaluation has no {name!r}.") from None
 
-R = TypeVar("R", bound=Evaluation)
 
-
-class Measure(ABC, Generic[R]):
+class Measure(ABC):
     """What is measured of one kind of data. Lower scores are better.
 
     Attributes:
@@ -165,17 +178,17 @@ class Measure(ABC, Generic[R]):
     def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
         """Root mean square of what samples are apart, in :attr:`step_unit`."""
 
-    @abstractmethod
-    def result(self, means: Mapping[str, Mean], **shared: Any) -> R:
-        """The evaluation from the mean of each quantity and the fields of :class:`Evaluation`."""
+    def beside_baselines(self, evaluation: Evaluation, data: Any) -> Evaluation:
+        """``evaluation`` with the means of the baselines, which need the training data."""
+        return evaluation
 
-    def beside_baselines(self, result: R, data: Any) -> R:
-        """``result`` with the baselines, which need the training data."""
-        return result
-
-    @abstractmethod
-    def values(self, result: R) -> dict[str, Mean]:
-        """The means of a result by the name of their quantity, of the baselines that it has too."""
+    def to_plain(self, evaluation: Evaluation) -> dict[str, Any]:
+        """An evaluation for JSON, as ``result.json`` has it: its means by name beside the other numbers."""
+        plain = dataclasses.asdict(evaluation)
+        means: dict[str, dict[str, Any]] = plain.pop("means")
+        for mean in means.values():
+            mean[f"stderr_{self.samples}"], mean[self.samples] = mean.pop("stderr"), mean.pop("samples")
+        return {**plain, self.samples: len(next(iter(means.values()))[self.samples]), **means}
 
     @abstractmethod
     def draw_picture(self, flow: Any, data: Any, training: Training, path: Path) -> None:
@@ -193,42 +206,7 @@ def batch_of(samples: Any, part: slice) -> Tensor:
     return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))  # files are read-only
 
 
-@dataclass(frozen=True)
-class BitsPerDim:
-    """A mean in bits/dim and how far it can be trusted.
-
-    Attributes:
-        mean: over images and noise draws.
-        stderr_images: standard error from the choice of images: of each image's mean over draws, so what noise is
-            left is in it; None for a single image.
-        stderr_noise: the part of it that comes from the noise: what another evaluation of the same images would
-            differ by. None if nothing was drawn twice.
-        images: bits/dim of each image, its mean over draws. Two models are best compared image by image.
-    """
-
-    mean: float
-    stderr_images: float | None
-    stderr_noise: float | None
-    images: tuple[float, ...] = field(repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationResult(Evaluation):
-    """What :func:`~rnode_plugin.evaluation.likelihood.evaluate` measured of images.
-
-    Attributes:
-        images: how many.
-        dirty: with uniform noise in each bin, an upper bound on the bits/dim of the discrete images (in
-            expectation over the noise).
-        clean: of the density at the bins' centres; not a bound on anything discrete.
-    """
-
-    images: int
-    dirty: BitsPerDim
-    clean: BitsPerDim
-
-
-class ImageMeasure(Measure[EvaluationResult]):
+class ImageMeasure(Measure):
     """Bits/dim of uint8 images ``(B, C, H, W)``.
 
     Args:
@@ -284,13 +262,6 @@ class ImageMeasure(Measure[EvaluationResult]):
     def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
         return float((one - other).double().square().mean().sqrt()) * self._levels
 
-    def result(self, means: Mapping[str, Mean], **shared: Any) -> EvaluationResult:
-        parts = {name: BitsPerDim(*mean) for name, mean in means.items()}
-        return EvaluationResult(images=len(means["dirty"].samples), **parts, **shared)
-
-    def values(self, result: EvaluationResult) -> dict[str, Mean]:
-        return {name: _bits_mean(getattr(result, name)) for name in ("dirty", "clean")}
-
     def draw_picture(self, flow: Any, data: Any, training: Training, path: Path) -> None:
         """A grid: one row of images for each temperature, from the same latents."""
         count = training.sample_images
@@ -298,45 +269,7 @@ class ImageMeasure(Measure[EvaluationResult]):
         save_grid(path, drawn, levels=self._levels, columns=count)
 
 
-def _bits_mean(bits: BitsPerDim) -> Mean:
-    return Mean(bits.mean, bits.stderr_images, bits.stderr_noise, bits.images)
-
-
-@dataclass(frozen=True)
-class NatsPerRow:
-    """A mean in nats per row and how far it can be trusted.
-
-    Attributes:
-        mean: over rows and noise draws.
-        stderr_rows: standard error from the choice of rows; None for a single row.
-        stderr_noise: the part of it that comes from the trace estimate's noise; None if nothing was drawn twice, as
-            with an exact trace.
-        rows: of each row. Two models are best compared row by row.
-    """
-
-    mean: float
-    stderr_rows: float | None
-    stderr_noise: float | None
-    rows: tuple[float, ...] = field(repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableEvaluation(Evaluation):
-    """What an evaluation measured of a table.
-
-    Attributes:
-        rows: how many.
-        nll: negative log-likelihood of the held-out rows, in nats.
-        gaussian: that of a Gaussian with the training rows' mean and covariance, given the columns that the density
-            is given; None if it was not asked for.
-    """
-
-    rows: int
-    nll: NatsPerRow
-    gaussian: NatsPerRow | None = None
-
-
-class TableMeasure(Measure[TableEvaluation]):
+class TableMeasure(Measure):
     """Nats per row of float rows ``(B, C)``: the modelled columns first, those that are given behind them.
 
     Args:
@@ -382,23 +315,11 @@ class TableMeasure(Measure[TableEvaluation]):
     def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
         return float(((one - other) / flow.scale[: self.dims]).double().square().mean().sqrt())
 
-    def result(self, means: Mapping[str, Mean], **shared: Any) -> TableEvaluation:
-        nll = means["nll"]
-        return TableEvaluation(rows=len(nll.samples), nll=NatsPerRow(*nll), **shared)
-
-    def beside_baselines(self, result: TableEvaluation, data: Table) -> TableEvaluation:
-        scores = gaussian_scores(data.train, data.held_out[: result.rows], self.dims)
+    def beside_baselines(self, evaluation: Evaluation, data: Table) -> Evaluation:
+        scores = gaussian_scores(data.train, data.held_out[: len(evaluation.nll.samples)], self.dims)
         error = None if len(scores) < 2 else float(scores.std(ddof=1) / len(scores) ** 0.5)
-        gaussian = NatsPerRow(float(scores.mean()), error, None, tuple(scores.tolist()))
-        return dataclasses.replace(result, gaussian=gaussian)
-
-    def values(self, result: TableEvaluation) -> dict[str, Mean]:
-        found = {"nll": result.nll, "gaussian": result.gaussian}
-        return {
-            name: Mean(each.mean, each.stderr_rows, each.stderr_noise, each.rows)
-            for name, each in found.items()
-            if each is not None
-        }
+        gaussian = Mean(float(scores.mean()), error, None, tuple(scores.tolist()))
+        return dataclasses.replace(evaluation, means={**evaluation.means, "gaussian": gaussian})
 
     def draw_picture(self, flow: Any, data: Table, training: Training, path: Path) -> None:
         """A corner plot: the held-out rows beside samples, for a conditional density at the same contexts."""
@@ -429,7 +350,7 @@ def _gaussian_nll(train: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return 0.5 * (z**2).sum(0) + logdet + 0.5 * len(mean) * np.log(2 * np.pi)
 
 
-def measure_of(recipe: Recipe) -> Measure[Any]:
+def measure_of(recipe: Recipe) -> Measure:
     """What is measured of the data of a recipe."""
     data = recipe.data
     if isinstance(data, TableData):

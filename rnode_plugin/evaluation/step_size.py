@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def tune_step(
     flow: MultiscaleFlow | TableFlow,
     x: Tensor | FlowInput,
     *,
-    measure: Measure[Any] | None = None,
+    measure: Measure | None = None,
     solver: Solver | None = None,
     start: float = 1.0,
     smallest: float = 1 / 32,

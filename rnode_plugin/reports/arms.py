@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class Arm:
     look: Look
 
     @property
-    def measure(self) -> Measure[Any]:
+    def measure(self) -> Measure:
         """The measure of its kind of data, the same for all arms of a report."""
         return self.runs[0].measure
 

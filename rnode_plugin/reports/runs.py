@@ -55,7 +55,7 @@ class Run:
     diagnosis: Diagnosis | None = None
 
     @property
-    def measure(self) -> Measure[Any]:
+    def measure(self) -> Measure:
         """What is measured of its kind of data."""
         return measure_of(self.recipe)
 

@@ -75,7 +75,7 @@ def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
         if number == 0:
             meaning = f"{each.heading}, {measure.sample} by {measure.sample}"
             yield _Line(f"against {base.label}", meaning, lambda arm: _difference(arm, base))
-    yield _Line("NFE, test", "adaptive solver, per batch, all blocks", _known("nfe_test"))
+    yield _Line("NFE, test", "test solver, a solve that stands alone, all blocks", _known("nfe_test"))
     yield _Line("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train"))
     for name in penalties_of(arms):
         heading, meaning = _PENALTIES.get(name, (name, "penalty / dim" if is_divided(name) else "penalty"))
@@ -211,6 +211,16 @@ def _notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> Iterator[str]:
         )
     if not all(arm.finished for arm in arms):
         yield "A run that is not finished shows its last validation, without a standard error."
+    yield (
+        "Test NFE is the mean over solves that stand alone: none begins with a step of another one. They are those "
+        f"of four batches of 100 {samples} (of large ones fewer); of a run that is not finished, of its validation."
+    )
+    results = [run.result["evaluation"] for arm in arms for run in arm.runs if run.result is not None]
+    if not all("nfe_batches" in result for result in results):
+        yield (
+            "Runs of older versions have the NFE of solves that began with the steps of the one before: too low "
+            "beside the others. `rnode-cli eval` measures it again."
+        )
     if paper:
         yield (
             "Columns of the paper hold the paper's own figures (Finlay et al. 2020, tables 1 and 2), of another "

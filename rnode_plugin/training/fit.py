@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import Logger
 
 from ..data import ImageData, Table
 from ..errors import CheckpointError, ConfigError, DataError, LocalError, RnodeError, SolverError, TrainingError
-from ..evaluation.likelihood import evaluate_by
+from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
 from ..evaluation.measures import Evaluation, measure_of
 from ..recipes.recipe import Recipe
@@ -57,8 +57,7 @@ class FitResult:
         step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
         evaluation: of the best weights on the held-out samples, an
-            :class:`~rnode_plugin.evaluation.measures.EvaluationResult` for images or a ``TableEvaluation``; None
-            after a signal.
+            :class:`~rnode_plugin.evaluation.measures.Evaluation`; None after a signal.
         samples: the last picture of samples; None if there is none.
         at_once: whether a second signal ended the call in the middle of a step; ``steps`` are then those of the
             last checkpoint.
@@ -286,10 +285,10 @@ def _conclude(
     """
     flow, measure = load_flow(folder.best, map_location=device), measure_of(recipe)
     try:
-        evaluation = evaluate_by(
-            measure,
+        evaluation = evaluate(
             flow,
             data.held_out,
+            measure=measure,
             batch_size=recipe.data.val_batch_size,
             seed=recipe.training.seed,
             training_solver=training_solver(folder.best),

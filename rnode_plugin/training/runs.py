@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -225,7 +224,7 @@ class RunFolder:
         """
         _write_json(self.skipped, {"step": step, called: list(samples)})
 
-    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure[Any]) -> None:
+    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure) -> None:
         """Write ``result.json`` and, before it, the scores of each held-out sample (``images.csv``, ``rows.csv``).
 
         Args:
@@ -236,8 +235,7 @@ class RunFolder:
         Raises:
             CheckpointError: they cannot be written.
         """
-        measured = dataclasses.asdict(evaluation)
-        values = measure.values(evaluation)
+        measured, values = measure.to_plain(evaluation), evaluation.means
         for name in values:
             del measured[name][measure.samples]
         columns = zip(*(mean.samples for mean in values.values()), strict=True)

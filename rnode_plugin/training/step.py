@@ -97,7 +97,8 @@ class StepObjective:
         goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=dims, undivided=whole)
         score = self.measure.scores(log_prob.detach()).mean()
         one = _one_if_usable(goal.loss, checks)
-        penalties = {name: one * (value.detach().mean() / dims) for name, value in output.regularization.items()}
+        means = {name: value.detach().mean() for name, value in output.regularization.items()}
+        penalties = {name: one * (mean if name in whole else mean / dims) for name, mean in means.items()}
         return StepTerms(one * goal.loss, one * score, output.nfe, penalties, checks)
 
     def unusable(self, nfe: int) -> StepTerms:
@@ -317,7 +318,7 @@ class AutoStep:
         step: as found by the last check; None before the first one.
     """
 
-    def __init__(self, solver: Solver, measure: Measure[Any], *, seed: int) -> None:
+    def __init__(self, solver: Solver, measure: Measure, *, seed: int) -> None:
         self.step: float | None = None
         self._solver, self._measure, self._seed = solver, measure, seed
         self._failing = False
@@ -384,7 +385,7 @@ class AutoStep:
 # a validation --------------------------------------------------------------------------------------------------
 
 
-def gap_warning(gap: float, measure: Measure[Any], *, at: int, automatic: bool) -> str | None:
+def gap_warning(gap: float, measure: Measure, *, at: int, automatic: bool) -> str | None:
     """A line to warn with if the training solver is off by more than the measure allows; None if it is not.
 
     Args:
@@ -428,7 +429,9 @@ class ValidationSums:
         with torch.autocast(batch.device.type, enabled=False):
             scores, output = self._scores(batch, index)
         sums = {"samples": len(scores), self._measure.metric: scores.sum(), "nfe": output.nfe * len(scores)}
-        sums |= {name: integral.sum() / self._measure.dims for name, integral in output.regularization.items()}
+        whole = undivided(getattr(self._flow, "regularizers", ()))
+        for name, integral in output.regularization.items():
+            sums[name] = integral.sum() if name in whole else integral.sum() / self._measure.dims
         if index == 0 and not training_solver.adaptive:
             coarse = self._training_scores(batch, index, training_solver)
             sums |= {"gap_samples": len(scores), "gap": (coarse - scores).sum()}
