@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from scipy import stats
 from tiny_runs import rows, run, signal_at
 
-from rnode_plugin import get_recipe, load_flow
+from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.data.tables import Table
 from rnode_plugin.errors import ConfigError
@@ -24,7 +24,8 @@ from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.evaluation.measures import TableMeasure, gaussian_scores, measure_of
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.recipes.recipe import Recipe, TableData
+from rnode_plugin.plugins import registry
+from rnode_plugin.recipes.recipe import Recipe, TableData, read_recipe
 from rnode_plugin.training.datamodule import TableDataModule
 from rnode_plugin.training.module import RnodeModule
 
@@ -348,6 +349,79 @@ def test_rows_drawn_in_batches() -> None:
         sample_rows(flow, 0)
     with pytest.raises(ConfigError, match="a context for each row"):
         sample_rows(flow, 3, context=np.zeros((2, 1), np.float32))
+
+
+# a file that changes
+
+
+def _sorted(lines: list[str]) -> list[str]:
+    return [lines[0], *sorted(lines[1:])]
+
+
+def _appended(lines: list[str]) -> list[str]:
+    return [*lines, *(f"{300 + k},{k},5,{k}" for k in range(20))]
+
+
+@pytest.mark.parametrize(("change", "words"), [(_sorted, "as many rows"), (_appended, "220 rows")])
+def test_a_table_that_has_changed_is_not_split_anew(file: Path, tmp_path: Path, change: Any, words: str) -> None:
+    """Rows that were trained on would be held out."""
+    path = tmp_path / "measurements.csv"
+    lines = file.read_text().splitlines()
+    path.write_text("\n".join(lines) + "\n")
+    folder = run(recipe_of(path), tmp_path / "runs").folder.path
+    assert json.loads((folder / "recipe.json").read_text())["data"]["rows"] == 200
+    before = rnode("eval", str(folder), "--json")
+    path.write_text("\n".join(change(lines)) + "\n")
+    for command in (["eval", str(folder)], ["diagnose", str(folder)], ["train", "--resume", str(folder)]):
+        result = rnode(*command)
+        assert result.exit_code != 0
+        assert "has changed since the training" in result.output
+        assert words in result.output
+        assert "--data-root" in result.output
+    moved = tmp_path / "moved.csv"
+    moved.write_text("\n".join(lines) + "\n")
+    again = rnode("eval", str(folder), "--json", "--data-root", str(moved))
+    assert json.loads(again.stdout)["nll"] == json.loads(before.stdout)["nll"]
+    new = read_recipe(folder / "recipe.json")
+    assert load_table(new).rows == len(change(lines)) - 1, "a new run takes the new rows"
+
+
+def test_an_old_run_without_a_checksum_is_evaluated(file: Path) -> None:
+    plain = recipe_of(file).to_plain()
+    del plain["data"]["rows"], plain["data"]["checksum"]
+    assert load_table(Recipe.from_plain(plain)).rows == 200
+
+
+def test_the_first_lines_name_rows_and_columns(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "headless.csv"
+    path.write_text("\n".join(file.read_text().splitlines()[1:]))
+    made = load_table(get_recipe("table").override([f"data.root={path}"]))
+    first, note = made.described()
+    assert first.endswith("200 rows, columns column_1, column_2, column_3, column_4")
+    assert "no header found" in note
+
+
+def _ring(*, root: str | None = None) -> Table:
+    points = np.random.default_rng(0).normal(size=(60, 2))
+    return Table("ring", ("x", "y"), points[:40], points[40:50], points[50:])
+
+
+def test_a_table_of_a_plugin_with_a_split_of_its_own() -> None:
+    class Plugin:
+        @hookimpl
+        def rnode_register_datasets(self) -> dict[str, Any]:
+            return {"ring": _ring}
+
+    registry.register(Plugin(), name="ring")
+    try:
+        recipe = get_recipe("table").override(["data.name=ring"])  # whose own share of held-out rows is 0.2
+        assert (recipe.table.columns, len(load_table(recipe).train)) == (("x", "y"), 40)
+        with pytest.raises(ConfigError, match="split of its own"):
+            load_table(recipe.override(["data.held_out=0.3"]))
+    finally:
+        registry.unregister("ring")
 
 
 # other Trainers

@@ -76,8 +76,7 @@ def eval(  # noqa: A001 - the command's name
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(device))
     recipe = recipe.override([f"test_solver.{change}" for change in solver_settings])
-    if data_root is not None:  # with the columns that the run was trained on
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=data_root))
+    recipe = recipe.at_root(data_root)
     measure = measure_of(recipe)
     data = load_data(recipe, download=download, all_val=True).limit(None, limit)
     result = evaluate(
@@ -150,7 +149,7 @@ def diagnose(
 
     path, place = find_checkpoint(run), pick_device(device)
     flow, recipe = load_with_recipe(path, map_location=place)
-    recipe = recipe.override([f"data.root={data_root}"] if data_root else [])
+    recipe = recipe.at_root(data_root)
     held_out = held_out_samples(recipe, samples or samples_for(recipe.dims), seed=seed, download=download)
     trained_with = training_solver(path)
     known = trained_with.adaptive or trained_with.step != "auto"

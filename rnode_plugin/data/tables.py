@@ -36,6 +36,8 @@ class Table:
         val: rows whose likelihood says which weights are the best.
         held_out: rows that measure the result.
         notes: choices made while reading the file, in a sentence each.
+        rows, checksum: number of rows in all parts, and a hash of their values and of the split, also after
+            :meth:`limit`; they are found if they are not given.
 
     Raises:
         DataError: the arrays are not such rows.
@@ -47,6 +49,8 @@ class Table:
     val: np.ndarray
     held_out: np.ndarray
     notes: tuple[str, ...] = ()
+    rows: int = 0
+    checksum: str = ""
 
     def __post_init__(self) -> None:
         for part in _PARTS:
@@ -58,6 +62,14 @@ class Table:
                 )
             if len(rows) == 0:
                 raise DataError(f"{self.name}: there are no {part} rows.")
+        if not self.checksum:
+            found = hashlib.sha256()
+            for part in _PARTS:
+                rows = np.ascontiguousarray(getattr(self, part), dtype="<f8")
+                found.update(f"{rows.shape}".encode())
+                found.update(rows.data)
+            object.__setattr__(self, "checksum", found.hexdigest()[:16])
+            object.__setattr__(self, "rows", sum(len(getattr(self, part)) for part in _PARTS))
 
     def select(self, columns: Sequence[str]) -> Table:
         """The same rows with these columns, in this order.
@@ -70,7 +82,7 @@ class Table:
                 raise DataError(f"{self.name}: {suggest(name, self.columns, 'column')}")
         at = [self.columns.index(name) for name in columns]
         parts = {part: np.ascontiguousarray(getattr(self, part)[:, at]) for part in _PARTS}
-        return dataclasses.replace(self, columns=tuple(columns), **parts)
+        return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
         """The same table with at most so many rows to train on and to choose weights by, always the same ones."""
@@ -91,19 +103,10 @@ class Table:
                 )
         return dataclasses.replace(self, **{part: getattr(self, part).astype(np.float32) for part in _PARTS})
 
-    @property
-    def rows(self) -> int:
-        """Number of rows in all parts."""
-        return sum(len(getattr(self, part)) for part in _PARTS)
-
-    def checksum(self) -> str:
-        """A hash of the values and of the split."""
-        found = hashlib.sha256()
-        for part in _PARTS:
-            rows = np.ascontiguousarray(getattr(self, part), dtype="<f8")
-            found.update(f"{rows.shape}".encode())
-            found.update(rows.data)
-        return found.hexdigest()[:16]
+    def described(self) -> list[str]:
+        """The first lines of a run: rows, columns, and what was chosen while the file was read."""
+        columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
+        return [f"{self.name}: {self.rows:,} rows, columns {columns}", *self.notes]
 
 
 def split_rows(

@@ -20,15 +20,18 @@ __all__ = ["held_out_samples", "load_data", "load_for_training", "load_images", 
 
 
 def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe, ImageData | Table]:
-    """The data of a recipe, and the recipe with what only they can say: a table smaller than a batch is one batch.
+    """The data of a recipe, and the recipe with what only they can say.
+
+    A table smaller than a batch is one batch; its number of rows and its checksum are kept in the recipe.
 
     Raises:
         DataError, ConfigError: see :func:`load_images` and :func:`load_table`.
     """
     data = load_data(recipe, download=download)
-    if isinstance(recipe.data, TableData) and len(data.train) < recipe.data.batch_size:
-        fitting = dataclasses.replace(recipe.data, batch_size=len(data.train))
-        return dataclasses.replace(recipe, data=fitting), data
+    if isinstance(recipe.data, TableData) and isinstance(data, Table):
+        batch_size = min(recipe.data.batch_size, len(data.train))
+        known = dataclasses.replace(recipe.data, batch_size=batch_size, rows=data.rows, checksum=data.checksum)
+        return dataclasses.replace(recipe, data=known), data
     return recipe, data
 
 
@@ -62,6 +65,13 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
     columns = (*wanted.modelled, *wanted.given)
     table = get_table(wanted.name, root=wanted.root, download=download, columns=columns, **options).select(columns)
     check_columns(table, len(wanted.modelled))
+    if wanted.checksum not in (None, table.checksum):
+        now = f"{table.rows:,} rows" if table.rows != wanted.rows else "as many rows, but not the same"
+        raise DataError(
+            f"{table.name} has changed since the training: it had {wanted.rows:,} rows, and has {now} now. "
+            "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
+            "--data-root, or train a new run on this one."
+        )
     return table.limit(wanted.train_rows, None if all_val else recipe.training.val_images).single()
 
 

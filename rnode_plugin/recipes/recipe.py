@@ -178,6 +178,8 @@ class Recipe:
         for group, values in changes.items():
             old = getattr(recipe, group)
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
+        if isinstance(self.data, TableData) and _OF_SPLIT & data.keys():  # other rows, whatever the file holds
+            new["data"].update(rows=None, checksum=None)
         changed = dataclasses.replace(recipe, **new)
         old = self.regularizers
         # an unknown name is refused here, not after the data is loaded
@@ -269,6 +271,15 @@ class Recipe:
             raise ConfigError(f"the recipe {self.name} is one of images, not of a table.")
         return self.data
 
+    def at_root(self, root: str | None) -> Recipe:
+        """The recipe with its data at another place; a table keeps its columns, and may be another table."""
+        if root is None or root == self.data.root:
+            return self
+        data = dataclasses.replace(self.data, root=root)
+        if isinstance(data, TableData):
+            data = dataclasses.replace(data, rows=None, checksum=None)
+        return dataclasses.replace(self, data=data)
+
     @property
     def lambdas(self) -> dict[str, float]:
         """Lambda by name, that at which a warm-up ends."""
@@ -305,6 +316,7 @@ class Recipe:
         return flow
 
 
+_OF_SPLIT = {"columns", "given", "validation", "held_out", "split_seed"}
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with
 
 # they cost next to nothing once the divergence is followed, and every report shows them
@@ -341,6 +353,8 @@ def is_recipe_file(name: str) -> bool:
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """The recipe in a JSON file that :meth:`Recipe.to_plain` describes, such as the ``recipe.json`` of a run.
 
+    It is for a new run: of a table, what is known of the rows that were trained on is left out.
+
     Raises:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
             not known here or cannot have its lambda.
@@ -358,6 +372,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     except (ConfigError, RecursionError) as error:
         raise ConfigError(f"{path} does not hold a recipe: {error}") from None
     resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
+    if isinstance(recipe.data, TableData):  # a new run may train on a table that has changed
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, rows=None, checksum=None))
     return recipe
 
 
@@ -373,6 +389,8 @@ def _of_other_table(data: TableData, *, name: str = "", root: str | None = None,
     name = name or data.name
     changes: dict[str, Any] = {"name": name, "root": root or data.root}
     own = name == data.name != "table"  # the same published table elsewhere
+    if (name, changes["root"]) != (data.name, data.root):
+        changes.update(rows=None, checksum=None)
     changes["columns"] = data.columns if own else table_columns(name, root=changes["root"])
     taken = inspect.signature(registry.get("datasets", name)).parameters
     defaults = {field.name: field.default for field in dataclasses.fields(TableData)}  # pyright: ignore

@@ -137,6 +137,8 @@ class TableData:
         val_batch_size: rows per device while evaluating; see :class:`Data`.
         train_rows: train on so many rows only, drawn from all of them; None for all.
         workers: processes that read batches; 0 reads them in the training process.
+        rows, checksum: of the table that was trained on, which training fills in: a table that has changed would
+            be split anew, and rows that were trained on could be held out. None: not known, or not compared.
         kind: tells the settings of a table from those of images.
     """
 
@@ -151,6 +153,8 @@ class TableData:
     val_batch_size: _Count = 1000
     train_rows: _Count | None = None
     workers: _NotNegative = 0
+    rows: _Count | None = None
+    checksum: _Text | None = None
     kind: Literal["table"] = "table"
 
     def __post_init__(self) -> None:

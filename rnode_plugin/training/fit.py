@@ -265,6 +265,8 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
     if data.held_out is not data.val:
         counts += f", {len(data.val):,} to choose the weights by"
     print(f"{module.recipe.name}: {parameters:,} parameters, {counts}")
+    if isinstance(data, Table):
+        print("\n".join(data.described()))
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     print(f"steps {done} to {plan.total}, batch {plan.batches}, {where}, in {module.folder.path}", flush=True)
 
