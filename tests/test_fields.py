@@ -17,15 +17,9 @@ from rnode_plugin.core.derivatives import Ask, Field
 from rnode_plugin.core.ops import transforms_active
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
-from rnode_plugin.fields.activations import ACTIVATIONS, Activation
+from rnode_plugin.fields.activations import ACTIVATIONS
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
-
-
-@pytest.fixture
-def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The form of the activations that is for other devices than a CPU."""
-    monkeypatch.setattr(type(ACTIVATIONS["softplus"]), "on", Activation.on)
 
 
 def make_field(kind: str, activation: str = "softplus", *, dtype: torch.dtype = torch.float64) -> FusedStackField:
@@ -398,23 +392,6 @@ def test_a_velocity_saves_half_of_what_autograd_saves() -> None:
     t, z, _ = make_inputs("conv")
     assert hidden_tensors_saved(make_field("conv").prepare(z), t, z) == 3
     assert hidden_tensors_saved(conv_field(2, hidden=6, fused=False).double().prepare(z), t, z) == 6
-
-
-@pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("kind", SHAPES)
-def test_softplus_as_on_a_device_equals_autograd(kind: str) -> None:
-    field = make_field(kind)
-    t, z, noise = make_inputs(kind)
-    wanted = [t, z, noise, *field.parameters()]
-    fused, expected = product_of(field, t, z, noise), plain(field, t, z, noise)
-    for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
-        assert relative(a, b) < 1e-12
-    for a, b in zip(
-        torch.autograd.grad(field.prepare(z).linearize(t, z).dz, wanted[:2], noise.detach()),
-        torch.autograd.grad(field(t, z), wanted[:2], noise.detach()),
-        strict=True,
-    ):
-        assert relative(a, b) < 1e-12
 
 
 def test_torch_func_still_differentiates_a_field() -> None:

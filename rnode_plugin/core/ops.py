@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NoReturn
@@ -19,10 +19,8 @@ from ..errors import ConfigError
 
 __all__ = [
     "OneProcessADevice",
-    "add_each",
     "exporting",
     "flush_denormals",
-    "multiply_each",
     "needs_plain_pass",
     "on_host",
     "recording",
@@ -138,16 +136,6 @@ def _rows(x: Tensor) -> tuple[Tensor, torch.Size]:
     """``(B, D)``, of images with their channels last, and the shape before flattening."""
     last = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     return last.flatten(1), last.shape
-
-
-def add_each(tensors: list[Tensor], others: list[Tensor]) -> None:
-    """Add to each tensor its counterpart among the others, in place, in few kernels."""
-    torch._foreach_add_(tensors, others)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def multiply_each(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    """Each tensor times the same factor, which has no dimensions, in few kernels."""
-    return torch._foreach_mul(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def flush_denormals() -> bool:

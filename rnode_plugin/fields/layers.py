@@ -1,4 +1,4 @@
-"""Layers that see time as one more input, and the products that a hand-written backward needs of them.
+"""Layers that see time as one more input.
 
 A layer's weight holds the time input first: ``(out, 1 + in, 3, 3)`` for a convolution, ``(out, 1 + in)`` for a
 linear map. Nothing is concatenated, though. The layer is affine, so time adds ``t * response``, where the response
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,71 +18,56 @@ from torch import Tensor, nn
 
 from ..core.ops import on_host
 from ..errors import ConfigError
-from .kernels.base import LayerMap
-from .kernels.compile import works
-from .kernels.direct import DirectConvolution, DirectLinear
-from .kernels.im2col import Columns
-from .kernels.winograd import Winograd
+from .kernels import Dense, LayerMap, convolution
 
 __all__ = ["CONVOLUTION", "LINEAR", "ConcatConv2d", "ConcatLinear", "Products"]
 
-# channels up to which a convolution is faster as one product of matrices
-_FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
-_MANY = 32  # channels, from which on Winograd's method pays where torch.compile works
 
+class Products:
+    """The linear parts of layers of one kind, here of linear ones (``weight`` is without the time input)."""
 
-class Products(Protocol):
-    """The linear parts of layers of one kind (``weight`` is without the time input)."""
+    def __reduce__(self) -> str:  # a copied or unpickled field has the one of this module
+        return "LINEAR"
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The weight of time, with an input of size 1, and the weight of the state."""
-        ...
+        time, state = weight.split([1, weight.shape[1] - 1], dim=1)
+        return time, state
 
     def layout(self, x: Tensor) -> Tensor:
         """``x`` in the memory layout in which the products are fast."""
-        ...
-
-    def flatten(self, weight: Tensor) -> Tensor:
-        """The weight as one row, in the order of memory."""
-        ...
-
-    def unflatten(self, row: Tensor, shape: Sequence[int]) -> Tensor:
-        """The weight of that shape from its row; a view."""
-        ...
+        return x
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer: inputs to outputs."""
-        ...
+        return F.linear(x, weight, bias)
 
     def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         """Outputs' cotangents to inputs' cotangents."""
-        ...
+        return v @ weight
 
-    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
-        """A layer's products, without a graph, for the evaluations of one solve.
-
-        ``compiled`` says that torch.compile will see them.
-        """
-        ...
+    def prepare(self, weight: Tensor) -> LayerMap:
+        """A layer's products without a graph, for the evaluations of one solve."""
+        return Dense(weight)
 
     def sum_batch(self, v: Tensor) -> Tensor:
         """Sum over the samples, as one row in the order of memory."""
-        ...
+        return v.sum(0)
 
     def shift_rows(self, time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
         """What the bias and a unit of time add for a state with these spatial dimensions, ``(2, out * ...)``.
 
         Both are rows in the order of memory.
         """
-        ...
+        return torch.stack([bias, time.squeeze(1)])
 
-    def response(self, time: Tensor, x: Tensor) -> Tensor:
-        """What the weight of time makes of a constant 1 beside the state ``x``, ``(1, out, ...)``."""
-        ...
+    def as_map(self, row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
+        """A row in the order of memory as ``(1, out, ...)``; a view."""
+        return row.view(1, outputs)
 
 
-class _Convolution:
-    def __reduce__(self) -> str:  # a copied or unpickled field has the one of this module
+class _Convolution(Products):
+    def __reduce__(self) -> str:
         return "CONVOLUTION"
 
     def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,29 +82,14 @@ class _Convolution:
         batch, _, h, w = x.shape
         return x.reshape(batch, h, w, 1).permute(0, 3, 1, 2)
 
-    def flatten(self, weight: Tensor) -> Tensor:
-        return weight.permute(0, 2, 3, 1).reshape(-1)
-
-    def unflatten(self, row: Tensor, shape: Sequence[int]) -> Tensor:
-        outputs, inputs, *taps = shape
-        return row.view(outputs, *taps, inputs).permute(0, 3, 1, 2)
-
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=1)
 
     def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
         return F.conv_transpose2d(v, weight, padding=1)
 
-    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
-        # on other devices, and of many channels in low precision, the libraries' own convolutions are the fast ones
-        if weight.device.type != "cpu":
-            return DirectConvolution(weight)
-        channels, low = min(weight.shape[:2]), weight.dtype.itemsize < 4
-        if channels <= _FEW.get(weight.dtype, 0):
-            return Columns(weight)
-        if channels >= _MANY and not low and compiled and works():
-            return Winograd(weight)
-        return DirectConvolution(weight)
+    def prepare(self, weight: Tensor) -> LayerMap:
+        return convolution(weight)
 
     def sum_batch(self, v: Tensor) -> Tensor:
         rows = v.permute(0, 2, 3, 1)
@@ -133,12 +102,8 @@ class _Convolution:
         rows = torch.cat([bias.unsqueeze(0), time.flatten(1).t()])  # (1 + 9, out)
         return (_shift_basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
 
-    def response(self, time: Tensor, x: Tensor) -> Tensor:
-        # a convolution of a constant image, as one product of two matrices: torch has no fast path for it
-        h, w = x.shape[2:]
-        basis = _shift_basis(h, w, time.dtype, time.device)[h * w :, 1:]
-        image = basis @ time.flatten(1).t()  # (H * W, out), channels last
-        return image.t().unflatten(1, (h, w)).unsqueeze(0)
+    def as_map(self, row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
+        return row.view(1, *event, outputs).permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=64)
@@ -150,44 +115,8 @@ def _shift_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Te
         return torch.cat([torch.cat([one, zero], 1), torch.cat([zero[:, :1], patches], 1)])
 
 
-class _Linear:
-    def __reduce__(self) -> str:
-        return "LINEAR"
-
-    def split(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        time, state = weight.split([1, weight.shape[1] - 1], dim=1)
-        return time, state
-
-    def layout(self, x: Tensor) -> Tensor:
-        return x
-
-    def flatten(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1)
-
-    def unflatten(self, row: Tensor, shape: Sequence[int]) -> Tensor:
-        return row.view(*shape)
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    def transpose(self, v: Tensor, weight: Tensor) -> Tensor:
-        return v @ weight
-
-    def prepare(self, weight: Tensor, *, compiled: bool) -> LayerMap:
-        return DirectLinear(weight)
-
-    def sum_batch(self, v: Tensor) -> Tensor:
-        return v.sum(0)
-
-    def shift_rows(self, time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
-        return torch.stack([bias, time.squeeze(1)])
-
-    def response(self, time: Tensor, x: Tensor) -> Tensor:
-        return time.t()
-
-
-CONVOLUTION: Products = _Convolution()
-LINEAR: Products = _Linear()
+LINEAR = Products()
+CONVOLUTION = _Convolution()
 
 
 class _Concat(nn.Module):
@@ -209,9 +138,10 @@ class _Concat(nn.Module):
 
     def forward(self, t: Tensor | float, x: Tensor) -> Tensor:
         """``layer([t, x])``: time, a scalar, and inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``."""
-        products = self.products
+        products, event = self.products, x.shape[2:]
         time, weight = products.split(self.weight)
-        return products.apply(x, weight, self.bias) + t * products.response(time, x)
+        response = products.as_map(products.shift_rows(time, self.bias, event)[1], len(self.bias), event)
+        return products.apply(x, weight, self.bias) + t * response
 
     def extra_repr(self) -> str:
         return f"1 + {self.weight.shape[1] - 1}, {self.weight.shape[0]}"

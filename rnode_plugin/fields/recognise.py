@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..core.ops import exporting
 from .activations import Activation, get_activation
 from .autocast import compute_dtype, without_autocast
+from .fused import Stack
 from .layers import LINEAR
-from .prepared import Stack
 from .stack import PreparedStack
 
 __all__ = ["PARTS", "Affine", "AppendTime", "Layer", "Part", "Pointwise", "RecognisedStack", "recognise"]

@@ -14,9 +14,8 @@ from ..core.ops import exporting
 from ..errors import ConfigError
 from .activations import get_activation
 from .autocast import compute_dtype, without_autocast
+from .fused import Stack, linearize, pull_noise, run_stack
 from .layers import LINEAR, ConcatConv2d, ConcatLinear, Products
-from .passes.fused import linearize, pull_noise
-from .prepared import Stack, run_stack
 
 __all__ = [
     "AtContext",
@@ -122,15 +121,14 @@ class PreparedStack:
 
     def __init__(self, stack: Stack, noise: Tensor | None = None, *, context: Tensor | None = None) -> None:
         self._stack, self._context = stack, context
-        self._flat = stack.structure.products is LINEAR
-        several = noise is not None and noise.ndim > 2 + len(stack.structure.event)
+        self._flat = stack.products is LINEAR
+        several = noise is not None and noise.ndim > 2 + len(stack.event)
         self._noise = None if several and not self._flat else noise
         self._pulled = None if self._noise is None else self._pull(self._noise)
 
     def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
         """Velocity ``(B, *event)``, in operations that autograd and ``torch.func`` know."""
-        with without_autocast(z):
-            return run_stack(self._stack, t, self._with_context(z))
+        return run_stack(self._stack, t, self._with_context(z))
 
     def linearize(
         self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
@@ -169,8 +167,7 @@ class PreparedStack:
 
     def _pull(self, noise: Tensor | None) -> Tensor:
         assert noise is not None
-        with without_autocast(noise):
-            return pull_noise(self._stack, noise)
+        return pull_noise(self._stack, noise)
 
 
 class AtContext(nn.Module):

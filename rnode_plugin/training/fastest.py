@@ -20,7 +20,6 @@ from ..core.random_streams import Stream, seeded
 from ..errors import CheckpointError, ConfigError, RnodeError
 from ..evaluation.measures import FlowInput, measure_of
 from ..fields import compile_fields
-from ..fields.kernels import compile as compiling
 from ..files import write_atomically
 from ..recipes.recipe import Recipe
 from ..recipes.settings import from_plain
@@ -351,8 +350,6 @@ class StepTimer:
             return dataclasses.replace(timed, problem=str(error).splitlines()[0])
         finally:
             flow.zero_grad(set_to_none=True)
-        if way.compiled and not compiling.works():
-            return dataclasses.replace(timed, problem="torch.compile does not work here")
         if timed.warm_up is None:
             return dataclasses.replace(timed, warm_up=seconds)
         return dataclasses.replace(timed, seconds=(*timed.seconds, seconds))

@@ -1,0 +1,159 @@
+"""The linear part of one layer without a graph, prepared for the evaluations of one solve.
+
+Between few channels and many, a 3x3 convolution on a CPU is one product of two matrices: the nine neighbours of
+each pixel of the few channels side by side, times the weights. The libraries' own convolutions, made for many
+channels on both sides, take up to ten times as long there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Columns", "Convolution", "Dense", "LayerMap", "convolution"]
+
+# channels up to which a convolution is faster as one product of matrices
+_FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
+
+
+class LayerMap(ABC):
+    """``x -> W x`` for one weight, its transpose, and the gradient of ``v^T W x`` with respect to the weight.
+
+    It is made from the weight of the moment, without the time input.
+    """
+
+    @abstractmethod
+    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Inputs ``(B, in, ...)`` to outputs ``(B, out, ...)``, plus a ``shift (1, out, ...)``."""
+
+    @abstractmethod
+    def transpose(self, v: Tensor) -> Tensor:
+        """Outputs' cotangents ``(B, out, ...)`` to inputs' cotangents ``(B, in, ...)``."""
+
+    @abstractmethod
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        """Cotangent of the weight, in its shape, for inputs ``x`` and outputs' cotangents ``v``."""
+
+
+class Dense(LayerMap):
+    """A linear map of ``(..., in)``; leading dimensions are samples, or probes and samples.
+
+    Args:
+        weight: ``(out, in)``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+        self._transposed = self._weight.t().contiguous()  # a narrow result takes a quarter of the time from it
+
+    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return F.linear(x, self._weight, None if shift is None else shift[0])
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return F.linear(v, self._transposed)
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        v, x = v.flatten(0, -2), x.flatten(0, -2)
+        # few rows times many columns are up to six times as fast as the reverse
+        return (x.t() @ v).t() if x.shape[1] < v.shape[1] else v.t() @ x
+
+
+class Convolution(LayerMap):
+    """A 3x3 convolution with zero padding 1, by the library's convolutions.
+
+    Args:
+        weight: ``(out, in, 3, 3)``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+
+    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = _channels_last(F.conv2d(x, self._weight, padding=1))
+        return y if shift is None else y.add_(shift)
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return _channels_last(F.conv_transpose2d(v, self._weight, padding=1))
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        return _channels_last(
+            torch.ops.aten.convolution_backward(
+                v, x, self._weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (False, True, False)
+            )[1]
+        )
+
+
+class Columns(LayerMap):
+    """A 3x3 convolution with zero padding 1, fast where the inputs or the outputs have few channels.
+
+    Args:
+        weight: ``(out, in, 3, 3)``.
+
+    Results with many channels are ``channels_last``, and arguments with many had better be.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._outputs_are_few = weight.shape[0] < weight.shape[1]
+        # with few outputs it is their cotangents whose neighbours are taken, and a transposed kernel is flipped
+        taps = weight.detach().flip(2, 3).transpose(0, 1) if self._outputs_are_few else weight.detach()
+        self._few = taps.shape[1]
+        self._weight = taps.permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (9 * few, many)
+
+    def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = self._narrow(x) if self._outputs_are_few else self._widen(x)
+        return y if shift is None else y.add_(shift)
+
+    def transpose(self, v: Tensor) -> Tensor:
+        return self._widen(v) if self._outputs_are_few else self._narrow(v)
+
+    def gradient(self, x: Tensor, v: Tensor) -> Tensor:
+        few, many = (v, x) if self._outputs_are_few else (x, v)
+        taps = (_neighbours(few) @ _rows(many)).unflatten(0, (3, 3, self._few)).permute(3, 2, 0, 1)
+        return taps.transpose(0, 1).flip(2, 3) if self._outputs_are_few else taps
+
+    def _widen(self, few: Tensor) -> Tensor:
+        batch, _, h, w = few.shape
+        return (_neighbours(few).t() @ self._weight).view(batch, h, w, -1).permute(0, 3, 1, 2)
+
+    def _narrow(self, many: Tensor) -> Tensor:
+        batch, _, h, w = many.shape
+        parts = self._weight @ _rows(many).t()
+        if parts.dtype is torch.bfloat16:  # nine roundings are enough: the sums are made in float32
+            parts = parts.float()
+        parts = parts.view(3, 3, self._few, batch, h, w)
+        # to each pixel what its neighbours have for it: first along rows, then along columns
+        before, out, after = parts.unbind(1)
+        out[..., :-1].add_(before[..., 1:])
+        out[..., 1:].add_(after[..., :-1])
+        above, out, below = out.unbind(0)
+        out[..., :-1, :].add_(above[..., 1:, :])
+        out[..., 1:, :].add_(below[..., :-1, :])
+        return out.transpose(0, 1).to(many.dtype).contiguous()
+
+
+def convolution(weight: Tensor) -> LayerMap:
+    """The faster map for a ``weight (out, in, 3, 3)``, its device and its dtype."""
+    few = min(weight.shape[:2]) <= _FEW.get(weight.dtype, 0)
+    return Columns(weight) if few and weight.device.type == "cpu" else Convolution(weight)
+
+
+def _neighbours(few: Tensor) -> Tensor:
+    """``(9 * channels, B * H * W)`` of ``few (B, channels, H, W)``."""
+    windows = F.pad(few.transpose(0, 1), (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (channels, B, H, W, 3, 3)
+    return windows.permute(4, 5, 0, 1, 2, 3).reshape(9 * few.shape[1], -1)
+
+
+def _rows(many: Tensor) -> Tensor:
+    """``(B * H * W, channels)`` of ``many (B, channels, H, W)``."""
+    return many.permute(0, 2, 3, 1).reshape(-1, many.shape[1])
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    """A convolution's result; on ``meta``, which forgets it, in the layout that a device's libraries give it."""
+    if not y.is_meta:
+        return y
+    _, channels, h, w = y.shape
+    return y.as_strided(y.shape, (h * w * channels, 1, w * channels, channels))
