@@ -67,6 +67,20 @@ def test_straightness_beside_kinetic_and_of_a_straight_path() -> None:
         assert bool(field.weight.grad.isfinite().all())  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def test_straightness_beside_a_function_of_the_users_that_is_called_kinetic() -> None:
+    """The authors' kinetic energy is half a mean: straightness reads its own, not one of the same name."""
+
+    def kinetic(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+        return 0.5 * dz.square().mean(1)
+
+    alone, both = (NeuralODE(Wave(), "rk4", regularizers=[*names, "straightness"]) for names in ([], [kinetic]))
+    for model in (alone, both):
+        model(states(), torch.linspace(0, 1, 5).double())
+    assert set(both.regularization) == {"kinetic", "straightness"}
+    torch.testing.assert_close(both.regularization["straightness"], alone.regularization["straightness"])
+    assert not torch.allclose(both.regularization["kinetic"], alone.regularization["straightness"])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", [1, 2])
 def test_trajectory_polynomial_is_the_residual_of_a_fit(mode: str, order: int) -> None:

@@ -10,7 +10,7 @@ from problems import Linear, Wave
 from scipy.integrate._ivp.rk import RK45
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, Solver
+from rnode_plugin import NeuralODE, Solver, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import (
     FunctionStepPenalty,
@@ -257,3 +257,31 @@ def test_values_without_gradients_work_in_every_mode() -> None:
     for other in found[1:]:
         for name, value in found[0].items():
             torch.testing.assert_close(other[name], value)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_means_and_maxima_of_a_flow_are_those_of_all_its_steps(method: str) -> None:
+    """So a lambda does not depend on the number of blocks, here of 3 with different numbers of steps."""
+    seen: list[Tensor] = []
+
+    def speed(step: StepRecord) -> Tensor:
+        seen.append(step.velocities[0].square().mean(1))
+        return seen[-1]
+
+    penalties = [
+        FunctionStepPenalty("max", speed, reduction="max"),
+        FunctionStepPenalty("sum", lambda step: step.velocities[0].square().mean(1)),
+        FunctionStepPenalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
+        FunctionStepPenalty("steps", lambda step: torch.ones(len(step.z0))),
+    ]
+    flow = TableFlow(2, blocks=3, hidden=4, solver=Solver(method, step=None if method == "dopri5" else 0.5),
+                     regularizers=penalties)  # fmt: skip
+    torch.manual_seed(0)
+    for field, scale in zip(flow.fields, (0.5, 1.5, 1.0), strict=True):
+        for parameter in field.parameters():
+            nn.init.normal_(parameter, std=scale)
+    found = flow(torch.randn(5, 2)).regularization
+    assert bool((found["steps"] == 6).all()) == (method == "rk4")
+    torch.testing.assert_close(found["mean"], found["sum"] / found["steps"])
+    if method == "rk4":  # no rejected steps among those seen
+        torch.testing.assert_close(found["max"], torch.stack(seen).amax(0))

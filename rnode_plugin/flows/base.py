@@ -146,6 +146,7 @@ class Pass:
         self._training = penalties and flow.training and torch.is_grad_enabled()
         self._followed = [r for r in flow.regularizers if kind_of(r) != "span"] if penalties else []
         self._regularization = {r.name: torch.zeros_like(logdet) for r in self._followed}
+        self._steps: dict[str, int] = {}  # behind each mean over steps
 
     def through(self, field: nn.Module, z: Tensor, noise: Tensor | None) -> Tensor:
         """The state behind the next block."""
@@ -165,9 +166,24 @@ class Pass:
         self._nfe += solution.stats.nfe
         assert solution.logdet is not None
         self._logdet = self._logdet + solution.logdet[-1]
-        for name, integral in solution.penalties.items():
-            self._regularization[name] = self._regularization[name] + integral
+        self._add(solution)
         return solution.z[-1]
+
+    def _add(self, solution: Solution) -> None:
+        """The penalties of one block: a mean or a maximum over steps is one over the steps of all blocks."""
+        total = self._regularization
+        for penalty in self._followed:
+            name, value = penalty.name, solution.penalties[penalty.name]
+            reduction = getattr(penalty, "reduction", "sum")
+            if reduction == "max":
+                total[name] = torch.maximum(total[name], value) if self._block > 1 else value
+            elif reduction == "mean":
+                steps = 1 if getattr(penalty, "local", False) else solution.stats.steps
+                before = self._steps.get(name, 0)
+                self._steps[name] = before + steps
+                total[name] = total[name] + (value - total[name]) * (steps / self._steps[name])
+            else:
+                total[name] = total[name] + value
 
     def output(self, z: Tensor, x: Tensor) -> FlowOutput:
         """The result, once all blocks are done.
