@@ -18,7 +18,7 @@ from tiny_runs import rows, run, signal_at
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.data.tables import Table
-from rnode_plugin.errors import ConfigError
+from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.evaluation.measures import TableMeasure, gaussian_scores, measure_of
@@ -441,3 +441,13 @@ def test_a_trainer_of_ones_own(file: Path, trainer: L.Trainer) -> None:
     np.testing.assert_allclose(module.flow.mean, data.data.train.mean(0), rtol=1e-5)  # pyright: ignore
     assert "val/nll" in trainer.callback_metrics or "train/nll" in trainer.callback_metrics
     assert measure_of(recipe).metric == "nll"
+
+
+# weights of other columns
+
+
+def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, conditional: Path) -> None:
+    settings = ["data.given=yield,pressure", f"training.weights={conditional}"]
+    with pytest.raises(CheckpointError, match="of other columns: modelled are pressure, yield there"):
+        run(recipe_of(file, *settings), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -386,3 +386,11 @@ def test_a_folder_comes_in_the_recipe_s_shape_and_levels(recipe: Recipe, tmp_pat
     assert (data.shape, data.levels) == ((1, 8, 8), 16)
     assert len(data.train) + len(data.val) == 20
     assert load_images(recipe.override([*settings, "data.shape=3,8,8"])).shape == (3, 8, 8)
+
+
+def test_the_last_step_is_logged(tmp_path: Path) -> None:
+    """Also if it is not a multiple of ``log_every``, and if a time limit makes it the last one."""
+    recipe = tiny_recipe("training.log_every=5", "training.max_steps=3")
+    for folder, options, last in (("steps", {}, "3"), ("time", {"max_time": 1e-6}, "1")):
+        result = run(recipe, tmp_path / folder, **options)
+        assert [row["step"] for row in rows(result) if "train/loss" in row] == [last]
