@@ -1,16 +1,19 @@
-"""BlockFlow, the base of flows whose blocks are neural ODEs: solver, noise, penalties, sums of one pass."""
+"""BlockFlow, the base of flows whose blocks are neural ODEs: densities, samples, noise and penalties."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
 
+from ..core.distribution import DensityModel
 from ..core.dynamics import Dynamics
 from ..core.objective import FlowOutput, output_log_prob
 from ..core.ops import OneProcessADevice, on_host
@@ -21,24 +24,16 @@ from ..fields.stack import AtContext, StackField
 from ..solvers import HealthCheck, Solver, StepMemory, check_health, solve
 from ..solvers.solution import Solution
 
-__all__ = [
-    "BlockFlow",
-    "Pass",
-    "check_image_shape",
-    "check_images",
-    "check_latents",
-    "check_noise",
-    "check_rows",
-    "check_sampling",
-    "range_check",
-    "solve_block",
-]
+__all__ = ["BlockFlow", "solve_block"]
+
+_Through = Callable[[Tensor], Tensor]  # the state behind the next block
 
 
-class BlockFlow(OneProcessADevice, nn.Module, ABC):
-    """Base of the flows whose blocks are neural ODEs, one after the other.
+class BlockFlow(OneProcessADevice, DensityModel):
+    """Base of the flows whose blocks are neural ODEs, one after the other, from data to a standard normal latent.
 
-    A subclass makes :attr:`fields`, one for each block, and :attr:`block_shapes`.
+    A subclass sets :attr:`event_shape`, and :attr:`context_shape` if it has contexts, makes :attr:`fields`, one for
+    each block, and writes :attr:`block_shapes`, :meth:`_enter`, :meth:`_leave`, :meth:`_push` and :meth:`_pull`.
 
     Args:
         solver: the integrator where a call brings none; also an attribute, :attr:`solver`.
@@ -47,6 +42,7 @@ class BlockFlow(OneProcessADevice, nn.Module, ABC):
     """
 
     fields: nn.ModuleList
+    called = "samples"  # in messages
 
     def __init__(self, *, solver: Solver | None, regularizers: Any, trace_noise: str | TraceEstimator) -> None:
         super().__init__()
@@ -63,6 +59,38 @@ class BlockFlow(OneProcessADevice, nn.Module, ABC):
     def block_shapes(self) -> Sequence[tuple[int, ...]]:
         """Shape of one state of each block, in order."""
 
+    @property
+    def dims(self) -> int:
+        """Number of dimensions of one sample."""
+        return self.event_shape.numel()
+
+    @property
+    def base(self) -> Distribution:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The standard normal of the latents ``(D,)``."""
+        zeros = self._like().new_zeros(self.dims)
+        return Independent(Normal(zeros, zeros + 1), 1)
+
+    @abstractmethod
+    def _enter(self, x: Tensor, solver: Solver, health: list[HealthCheck]) -> tuple[Tensor, Tensor]:
+        """The state before the first block, and the log-determinant ``(B,)`` in nats of the way to it."""
+
+    @abstractmethod
+    def _leave(self, z: Tensor) -> Tensor:
+        """The samples of a state before the first block."""
+
+    @abstractmethod
+    def _push(self, z: Tensor, through: _Through) -> Tensor:
+        """The latent ``(B, D)`` of a state before the first block; ``through`` takes a state through the next."""
+
+    @abstractmethod
+    def _pull(self, z: Tensor, through: _Through) -> Tensor:
+        """The inverse of :meth:`_push`; ``through`` goes backward through the blocks, from the last one."""
+
+    def _fields_at(self, context: Tensor | None, like: Tensor) -> Sequence[nn.Module]:
+        """The fields of the blocks as functions of time and state, for samples ``like``."""
+        self.context_rows(context, like)
+        return list(self.fields)
+
     def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
         """Noise for one :meth:`forward` of ``batch`` samples: one tensor per block, of the block's input shape.
 
@@ -73,13 +101,156 @@ class BlockFlow(OneProcessADevice, nn.Module, ABC):
             self.estimator.draw(like.new_empty(batch, *shape), generator=generator) for shape in self.block_shapes
         ]
 
-    def log_prob(self, x: Tensor, *, solver: Solver | None = None, **options: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        solver: Solver | None = None,
+        penalties: bool = True,
+        generator: torch.Generator | None = None,
+        memory: Mapping[int, StepMemory] | None = None,
+        checks: list[HealthCheck] | None = None,
+    ) -> FlowOutput:
+        """Push samples through the flow, with the log-determinant and the penalties.
+
+        Args:
+            x: ``(B, *event_shape)``: images in [0, 1], already dequantised, or rows in the unit of the data.
+            context: ``context_shape`` for all samples or ``(B, *context_shape)``, in the unit of the data; only for
+                a conditional density.
+            noise: probe vectors of the divergence, one for each block, ``(B, *shape)`` with the shapes of
+                :attr:`block_shapes`; None draws them.
+            solver: the integrator; None for :attr:`solver`.
+            penalties: whether to integrate the penalties.
+            generator: draws the noise; of the samples' device.
+            memory: carries the steps of an adaptive solver from one batch to the next, one entry for each block by
+                its index, such as a ``defaultdict(StepMemory)``; None: each batch finds its own.
+            checks: a list that receives the health checks of a fixed grid, for a caller who reads the device once
+                for all that it wants to know; None: they are read, and fail, before this returns.
+
+        Returns:
+            FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats with that of the logit or of the
+            standardisation, raw integrals of the penalties over all blocks ``(B,)``, and the evaluations of all
+            blocks together.
+
+        Raises:
+            ConfigError: for samples, contexts or noise of the wrong shape, type or range.
+            SolverError: where the integration fails.
+        """
+        self._check(x, self.event_shape, f"this flow takes {self.called} of shape", f"the {self.called} are")
+        solver, health = solver or self.solver, [] if checks is None else checks
+        fields = self._fields_at(context, x)
+        z, logdet = self._enter(x, solver, health)
+        noise = self._checked_noise(noise, x) if noise is not None else self.draw_noise(len(x), generator=generator)
+        followed = [r for r in self.regularizers if kind_of(r) != "span"] if penalties else []
+        regularization, weights = {r.name: torch.zeros_like(logdet) for r in followed}, dict[str, int]()
+        training = penalties and self.training and torch.is_grad_enabled()
+        blocks, nfe = enumerate(zip(fields, noise, strict=True)), 0
+
+        def through(z: Tensor) -> Tensor:
+            nonlocal logdet, nfe
+            index, (field, probe) = next(blocks)
+            times, own = self._times(z, training=training), None if memory is None else memory[index]
+            options = {"regularizers": followed, "estimator": self.estimator}
+            solution = solve_block(field, z, times, solver, health, probe, own, **options)
+            assert solution.logdet is not None
+            logdet, nfe = logdet + solution.logdet[-1], nfe + solution.stats.nfe
+            for penalty in followed:
+                _add_block(regularization, weights, penalty, solution, first=index == 0)
+            return solution.z[-1]
+
+        z = self._push(z, through)
+        if checks is None:
+            check_health(health)
+        policy = span_policy(self.regularizers) if penalties else None
+        if policy is not None:
+            regularization[policy.name] = policy(x)
+        return FlowOutput(z, logdet, regularization, nfe)
+
+    def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
+        """:meth:`forward` with the divergence in full, even with a solver that samples it."""
+        solver = dataclasses.replace(self.solver, trace_quadrature="full")
+        return self(x, context=context, solver=solver, penalties=penalties)
+
+    def log_prob(
+        self, x: Tensor, *, context: Tensor | None = None, solver: Solver | None = None, **options: Any
+    ) -> Tensor:
         """Log-density of samples in the unit of the data, ``(B,)`` in nats (eq. 4); options as for :meth:`forward`.
 
         The divergence is integrated in full even with a solver that samples it.
         """
         solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
-        return output_log_prob(self(x, solver=solver, penalties=False, **options))
+        return output_log_prob(self(x, context=context, solver=solver, penalties=False, **options))
+
+    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
+        """The samples ``(B, *event_shape)`` of latents ``z (B, D)``; images are in [0, 1] for the latent of one.
+
+        The state is integrated alone, backward in time: no products with the Jacobian.
+
+        Raises:
+            ConfigError: for latents or contexts of the wrong shape or type.
+            SolverError: where the integration fails.
+        """
+        self._check(z, (self.dims,), "latents must be of shape", "the latents are")
+        fields, health = iter(reversed(self._fields_at(context, z))), []
+
+        def through(z: Tensor) -> Tensor:
+            times = self._times(z, training=False, backward=True)
+            return solve_block(next(fields), z, times, solver or self.solver, health, divergence=False).z[-1]
+
+        z = self._pull(z, through)
+        check_health(health)
+        return self._leave(z)
+
+    def inverse_and_log_prob(self, z: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The samples of latents ``z (B, D)`` and their ``log p(x) (B,)`` in nats, from a solve each."""
+        x = self.inverse(z, context=context)
+        return x, self.log_prob(x, context=context)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        context: Tensor | None = None,
+        temperature: float = 1.0,
+        solver: Solver | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw ``n`` samples ``(n, *event_shape)`` from latents with standard deviation ``temperature``.
+
+        Args:
+            n: how many.
+            context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
+            temperature: below 1 samples are closer to the mode (the paper shows images at 0.5 to 1).
+            solver: the integrator; None for :attr:`solver`.
+            generator: draws the latents; of the flow's device.
+
+        Raises:
+            ConfigError: for a number below one, a temperature that is not positive, or a context as above.
+            SolverError: where the integration fails.
+        """
+        if n < 1:
+            raise ConfigError(f"the number of samples must be at least 1, not {n}.")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+        like = self._like()
+        z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
+        return self.inverse(z * temperature, context=context, solver=solver)
+
+    def solved_with(
+        self,
+        *,
+        solver: Solver | None = None,
+        estimator: TraceEstimator | None = None,
+        regularizers: Sequence[Any] = (),
+    ) -> BlockFlow:
+        twin = copy.copy(self)
+        twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
+        policy = span_policy(self.regularizers)
+        twin.regularizers = (*regularizers, *(() if policy is None else (policy,)))
+        return twin
 
     def _times(self, z: Tensor, *, training: bool, backward: bool = False) -> Tensor:
         """The times of one block, ``(2,)``, on the CPU: nothing that the host asks of them waits for the device."""
@@ -89,125 +260,39 @@ class BlockFlow(OneProcessADevice, nn.Module, ABC):
             times = times if policy is None else policy.times(times, training=training)
             return times.flip(0) if backward else times
 
-    def _noise_for(
-        self, x: Tensor, noise: Sequence[Tensor | None] | None, generator: torch.Generator | None
-    ) -> Sequence[Tensor | None]:
-        """The noise of a pass of samples ``x``: what was given, if it fits, or a draw."""
-        if noise is None:
-            return self.draw_noise(x.shape[0], generator=generator)
+    def _checked_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> Sequence[Tensor | None]:
+        """One tensor per block, of the block's input shape; several probes are one more dimension in front."""
         if isinstance(self.estimator, Exact):
             raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
-        check_noise(noise, self.block_shapes, x)
+        shapes = self.block_shapes
+        if isinstance(noise, Tensor) or len(noise) != len(shapes):
+            got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
+            raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")
+        for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
+            expected = (len(x), *shape)
+            if probe is None or tuple(probe.shape)[-len(expected) :] != expected:
+                got = None if probe is None else tuple(probe.shape)
+                raise ConfigError(f"the noise of block {k} must be of shape {expected}, not {got}.")
+            self._check_kind(probe, x, f"the noise of block {k} is")
         return noise
 
-    def _latents(self, n: int, dims: int, *, temperature: float, generator: torch.Generator | None) -> Tensor:
-        """``n`` draws ``(n, dims)`` of a normal distribution with standard deviation ``temperature``."""
-        check_sampling(n, temperature)
-        like = self._like()
-        z = torch.randn(n, dims, dtype=like.dtype, device=like.device, generator=generator)
-        return z * temperature
+    def _check(self, x: Tensor, shape: Sequence[int], wanted: str, who: str) -> None:
+        """Refuse tensors of another shape, dtype or device than this flow works with."""
+        if x.ndim != 1 + len(shape) or tuple(x.shape[1:]) != tuple(shape) or x.shape[0] == 0:
+            raise ConfigError(f"{wanted} (B, {', '.join(map(str, shape))}) with B >= 1, not {tuple(x.shape)}.")
+        self._check_kind(x, self._like(), who)
+
+    @staticmethod
+    def _check_kind(x: Tensor, like: Tensor, who: str) -> None:
+        if (x.dtype, x.device) != (like.dtype, like.device):
+            raise ConfigError(
+                f"{who} {x.dtype} on {x.device}, but {like.dtype} on {like.device} is needed: convert them with "
+                ".to()."
+            )
 
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this flow; of torch's defaults where the fields have none."""
         return next(self.parameters(), torch.empty(0))
-
-
-class Pass:
-    """The sums of one pass of a batch through the blocks of a flow, from data to latent.
-
-    Args:
-        flow: whose pass it is.
-        logdet: log-determinant ``(B,)`` in nats of what happened before the first block.
-        solver: the integrator.
-        penalties: whether to integrate the penalties.
-        memory: carries the steps of an adaptive solver from one batch to the next, by block.
-        checks: a list that receives what tells whether the solves stayed finite, for a caller who reads it; None:
-            :meth:`output` reads it.
-
-    Attributes:
-        checks: of what was done so far.
-    """
-
-    def __init__(
-        self,
-        flow: BlockFlow,
-        logdet: Tensor,
-        *,
-        solver: Solver,
-        penalties: bool,
-        memory: Mapping[int, StepMemory] | None,
-        checks: list[HealthCheck] | None,
-    ) -> None:
-        self._flow, self._solver, self._memory = flow, solver, memory
-        self._deferred = checks is not None
-        self.checks = [] if checks is None else checks
-        self._logdet, self._nfe, self._block = logdet, 0, 0
-        self._penalties = penalties
-        self._training = penalties and flow.training and torch.is_grad_enabled()
-        self._followed = [r for r in flow.regularizers if kind_of(r) != "span"] if penalties else []
-        self._regularization = {r.name: torch.zeros_like(logdet) for r in self._followed}
-        self._steps: dict[str, int] = {}  # behind each mean over steps
-
-    def through(self, field: nn.Module, z: Tensor, noise: Tensor | None) -> Tensor:
-        """The state behind the next block."""
-        flow = self._flow
-        solution = solve_block(
-            field,
-            z,
-            flow._times(z, training=self._training),
-            self._solver,
-            self.checks,
-            noise,
-            None if self._memory is None else self._memory[self._block],
-            regularizers=self._followed,
-            estimator=flow.estimator,
-        )
-        self._block += 1
-        self._nfe += solution.stats.nfe
-        assert solution.logdet is not None
-        self._logdet = self._logdet + solution.logdet[-1]
-        self._add(solution)
-        return solution.z[-1]
-
-    def _add(self, solution: Solution) -> None:
-        """The penalties of one block: a mean or a maximum over steps is one over the steps of all blocks."""
-        total = self._regularization
-        for penalty in self._followed:
-            name, value = penalty.name, solution.penalties[penalty.name]
-            reduction = getattr(penalty, "reduction", "sum")
-            if reduction == "max":
-                total[name] = torch.maximum(total[name], value) if self._block > 1 else value
-            elif reduction == "mean":
-                steps = 1 if getattr(penalty, "local", False) else solution.stats.steps
-                before = self._steps.get(name, 0)
-                self._steps[name] = before + steps
-                total[name] = total[name] + (value - total[name]) * (steps / self._steps[name])
-            else:
-                total[name] = total[name] + value
-
-    def output(self, z: Tensor, x: Tensor) -> FlowOutput:
-        """The result, once all blocks are done.
-
-        Args:
-            z: latent ``(B, D)``.
-            x: what went in.
-
-        Raises:
-            SolverError: a state was not finite, and nobody else looks.
-        """
-        if not self._deferred:
-            check_health(self.checks)
-        policy = span_policy(self._flow.regularizers)
-        if policy is not None and self._penalties:
-            self._regularization[policy.name] = policy(x)
-        return FlowOutput(z, self._logdet, self._regularization, self._nfe)
-
-
-def _registered(name: str) -> Any:
-    """The regularizer of a name: only a name loads the plugin host."""
-    from ..plugins.registry import get_regularizer
-
-    return get_regularizer(name)
 
 
 def solve_block(
@@ -245,79 +330,27 @@ def solve_block(
     return solve(dynamics.bind(noise), z, times, solver, checks=checks, memory=memory)
 
 
-def check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    """``image_shape`` as three positive integers (C, H, W)."""
-    shape = tuple(image_shape)
-    if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
-        raise ConfigError(f"image_shape must be three positive integers (channels, height, width), not {shape}.")
-    return shape
+def _add_block(
+    total: dict[str, Tensor], weights: dict[str, int], penalty: Any, solution: Solution, *, first: bool
+) -> None:
+    """Add a penalty of one block: a mean or a maximum over steps is one over the steps of all blocks.
 
-
-def check_images(x: Tensor, image_shape: Sequence[int], like: Tensor) -> None:
-    """Images ``(B, C, H, W)`` of the dtype and on the device of ``like``."""
-    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape) or x.shape[0] == 0:
-        expected = ", ".join(map(str, image_shape))
-        raise ConfigError(f"this flow takes images of shape (B, {expected}) with B >= 1, not {tuple(x.shape)}.")
-    if not x.is_floating_point():
-        raise ConfigError(
-            f"this flow takes floating-point images in [0, 1], not {x.dtype}: "
-            "rnode_plugin.flows.multiscale.dequantize turns uint8 images into them."
-        )
-    _check_kind(x, like, "the images are")
-
-
-def check_rows(x: Tensor, columns: int, like: Tensor) -> None:
-    """Rows ``(B, columns)`` of the dtype and on the device of ``like``."""
-    if x.ndim != 2 or x.shape[1] != columns or x.shape[0] == 0:
-        raise ConfigError(f"this flow takes rows of shape (B, {columns}) with B >= 1, not {tuple(x.shape)}.")
-    _check_kind(x, like, "the rows are")
-
-
-def check_sampling(n: int, temperature: float) -> None:
-    """Refuse a number of samples below one and a temperature that is not positive."""
-    if n < 1:
-        raise ConfigError(f"the number of samples must be at least 1, not {n}.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
-
-
-def range_check(x: Tensor) -> HealthCheck:
-    """Whether images lie in [0, 1], to be asked together with the health of the solves."""
-    low, high = x.detach().aminmax()
-
-    def fail(_: int) -> NoReturn:
-        found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
-        raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
-
-    outside = torch.stack([-low, high - 1]).clamp(min=0)
-    return HealthCheck(outside / (outside == 0), fail)  # 0 / 1, or a positive number / 0
-
-
-def check_noise(noise: Sequence[Tensor | None], shapes: Sequence[Sequence[int]], like: Tensor) -> None:
-    """One tensor per block, of the block's input shape, of the dtype and on the device of the samples ``like``.
-
-    Several probes are one more dimension in front.
+    ``weights`` holds the number of steps behind each mean.
     """
-    if isinstance(noise, Tensor) or len(noise) != len(shapes):
-        got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
-        raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")
-    for k, (eps, shape) in enumerate(zip(noise, shapes, strict=True)):
-        expected = (like.shape[0], *shape)
-        if eps is None or tuple(eps.shape)[-len(expected) :] != expected:
-            got = None if eps is None else tuple(eps.shape)
-            raise ConfigError(f"the noise of block {k} must be of shape {expected}, not {got}.")
-        _check_kind(eps, like, f"the noise of block {k} is")
+    name, value = penalty.name, solution.penalties[penalty.name]
+    reduction = getattr(penalty, "reduction", "sum")
+    if reduction == "max":
+        total[name] = value if first else torch.maximum(total[name], value)
+    elif reduction == "mean":
+        steps = 1 if getattr(penalty, "local", False) else solution.stats.steps
+        weights[name] = weights.get(name, 0) + steps
+        total[name] = total[name] + (value - total[name]) * (steps / weights[name])
+    else:
+        total[name] = total[name] + value
 
 
-def check_latents(z: Tensor, dims: int, like: Tensor) -> None:
-    """Latents ``(B, dims)`` of the dtype and on the device of ``like``."""
-    if z.ndim != 2 or z.shape[1] != dims or z.shape[0] == 0:
-        raise ConfigError(f"latents must be of shape (B, {dims}) with B >= 1, not {tuple(z.shape)}.")
-    _check_kind(z, like, "the latents are")
+def _registered(name: str) -> Any:
+    """The regularizer of a name: only a name loads the plugin host."""
+    from ..plugins.registry import get_regularizer
 
-
-def _check_kind(x: Tensor, like: Tensor, who: str) -> None:
-    if (x.dtype, x.device) != (like.dtype, like.device):
-        raise ConfigError(
-            f"{who} {x.dtype} on {x.device}, but {like.dtype} on {like.device} is needed: convert them with .to()."
-        )
+    return get_regularizer(name)

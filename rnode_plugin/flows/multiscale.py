@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.objective import FlowOutput, bits_per_dim
+from ..core.objective import bits_per_dim
 from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..fields import conv_field
-from ..solvers import HealthCheck, Solver, StepMemory, check_health
-from .base import BlockFlow, Pass, check_image_shape, check_images, check_latents, range_check, solve_block
+from ..solvers import HealthCheck, Solver, check_health
+from .base import BlockFlow
 
 __all__ = [
     "BLOCKS",
@@ -183,6 +182,8 @@ class MultiscaleFlow(BlockFlow):
         (4, 1, 8, 8)
     """
 
+    called = "images"
+
     def __init__(
         self,
         image_shape: Sequence[int],
@@ -199,7 +200,12 @@ class MultiscaleFlow(BlockFlow):
         field: Callable[[Shape], nn.Module] | None = None,
     ) -> None:
         super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
-        self.image_shape = check_image_shape(image_shape)
+        shape = tuple(image_shape)
+        if len(shape) != 3 or not all(isinstance(n, int) and n >= 1 for n in shape):
+            raise ConfigError(
+                f"image_shape must be three positive integers (channels, height, width), not {shape}."
+            )
+        self.image_shape, self.event_shape = shape, torch.Size(shape)
         check_alpha(alpha)
         if levels < 1:
             raise ConfigError(f"levels must be at least 1, not {levels}.")
@@ -212,11 +218,6 @@ class MultiscaleFlow(BlockFlow):
         self.fields = nn.ModuleList(map(field or default, self.block_shapes))
 
     @property
-    def dims(self) -> int:
-        """Number of dimensions of an image, C*H*W."""
-        return math.prod(self.image_shape)
-
-    @property
     def block_shapes(self) -> list[Shape]:
         """``(C, H, W)`` of each block's state, in order."""
         return [stage.shape for stage in self.stages for _ in range(BLOCKS)]
@@ -224,59 +225,48 @@ class MultiscaleFlow(BlockFlow):
     def extra_repr(self) -> str:
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        noise: Sequence[Tensor | None] | None = None,
-        solver: Solver | None = None,
-        penalties: bool = True,
-        generator: torch.Generator | None = None,
-        memory: Mapping[int, StepMemory] | None = None,
-        checks: list[HealthCheck] | None = None,
-    ) -> FlowOutput:
-        """Push images through the flow, following the log-determinant and the penalties.
-
-        Args:
-            x: ``(B, C, H, W)`` in [0, 1], already dequantised.
-            noise: probe vectors of the divergence, one for each block, ``(B, *shape)`` with the shapes of
-                :attr:`block_shapes`; None draws them.
-            solver: the integrator; None for :attr:`solver`.
-            penalties: whether to integrate the penalties.
-            generator: draws the noise; of the images' device.
-            memory: carries the steps of an adaptive solver from one batch to the next, one entry for each block by
-                its index, such as a ``defaultdict(StepMemory)``; None: each batch finds its own.
-            checks: a list that receives the health checks of a fixed grid, for a caller who reads the device once
-                for all that it wants to know; None: they are read, and fail, before this returns.
-
-        Returns:
-            FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats with that of the logit, raw integrals of
-            the penalties over all blocks ``(B,)``, and the evaluations of all blocks together.
-
-        Raises:
-            ConfigError: for images or noise of the wrong shape, type or range.
-            SolverError: where the integration fails.
-        """
-        check_images(x, self.image_shape, self._like())
-        solver = solver or self.solver
-        in_range = range_check(x)
-        if solver.adaptive:  # which would meet what a wrong image leads to, and fail with another error
+    def _enter(self, x: Tensor, solver: Solver, health: list[HealthCheck]) -> tuple[Tensor, Tensor]:
+        health.append(in_range := _range_check(x))
+        if solver.adaptive:  # which would fail with another error on values out of range
             check_health([in_range])
-        noise = self._noise_for(x, noise, generator)
-        z, logdet = logit(x, self.alpha)
-        run = Pass(self, logdet, solver=solver, penalties=penalties, memory=memory, checks=checks)
-        run.checks.append(in_range)
+        return logit(x, self.alpha)
+
+    def _leave(self, z: Tensor) -> Tensor:
+        return inverse_logit(z, self.alpha)
+
+    def _push(self, z: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
         leaving: list[Tensor] = []
-        blocks = zip(self.fields, noise, strict=True)
         for stage in self.stages:
-            for field, probe in islice(blocks, BLOCKS):
-                z = run.through(field, z, probe)
+            for _ in range(BLOCKS):
+                z = through(z)
             if stage.squeezes:
                 z = squeeze(z)
             else:
                 leaving.append(z[:, stage.keeps :].flatten(1))
                 z = z[:, : stage.keeps]
-        return run.output(torch.cat(leaving, dim=1), x)
+        return torch.cat(leaving, dim=1)
+
+    def _pull(self, z: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
+        y, end = z, self.dims
+        for stage in reversed(self.stages):
+            c, h, w = stage.shape
+            if stage.squeezes:
+                y = unsqueeze(y)
+            else:  # the part that left last in the forward direction comes back first
+                start = end - (c - stage.keeps) * h * w
+                left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
+                y = torch.cat([y, left], dim=1) if stage.keeps else left
+            for _ in range(BLOCKS):
+                y = through(y)
+        return y
+
+    def _check(self, x: Tensor, shape: Sequence[int], wanted: str, who: str) -> None:
+        if x.ndim == 4 and not x.is_floating_point():
+            raise ConfigError(
+                f"this flow takes floating-point images in [0, 1], not {x.dtype}: "
+                "rnode_plugin.flows.multiscale.dequantize turns uint8 images into them."
+            )
+        super()._check(x, shape, wanted, who)
 
     def bits_per_dim(
         self,
@@ -290,51 +280,19 @@ class MultiscaleFlow(BlockFlow):
         log_prob = self.log_prob(x, noise=noise, solver=solver, generator=generator)
         return bits_per_dim(log_prob, dims=self.dims, levels=self.levels)
 
-    def inverse(self, z: Tensor, *, solver: Solver | None = None) -> Tensor:
-        """The images of latents ``z (B, D)``: ``(B, C, H, W)``, inside [0, 1] for the latent of an image.
-
-        The state is integrated alone, backward in time: no products with the Jacobian.
-
-        Raises:
-            ConfigError: for latents of the wrong shape or type.
-            SolverError: where the integration fails.
-        """
-        check_latents(z, self.dims, self._like())
-        y, end, fields, checks = z, self.dims, reversed(self.fields), []
-        for stage in reversed(self.stages):
-            c, h, w = stage.shape
-            if stage.squeezes:
-                y = unsqueeze(y)
-            else:  # what left last in the forward direction comes back first
-                start = end - (c - stage.keeps) * h * w
-                left, end = z[:, start:end].unflatten(1, (c - stage.keeps, h, w)), start
-                y = torch.cat([y, left], dim=1) if stage.keeps else left
-            for field in islice(fields, BLOCKS):
-                times = self._times(y, training=False, backward=True)
-                y = solve_block(field, y, times, solver or self.solver, checks, divergence=False).z[-1]
-        check_health(checks)
-        return inverse_logit(y, self.alpha)
-
     @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        *,
-        temperature: float = 1.0,
-        solver: Solver | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1] from latents with standard deviation ``temperature``.
+    def sample(self, n: int, **options: Any) -> Tensor:
+        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1]; options as for :meth:`BlockFlow.sample`."""
+        return super().sample(n, **options).clamp(0, 1)
 
-        Args:
-            n: how many.
-            temperature: below 1 images are closer to the mode (the paper shows 0.5 to 1).
-            solver: the integrator; None for :attr:`solver`.
-            generator: draws the latents; of the flow's device.
 
-        Raises:
-            ConfigError: for a number below one or a temperature that is not positive.
-            SolverError: where the integration fails.
-        """
-        z = self._latents(n, self.dims, temperature=temperature, generator=generator)
-        return self.inverse(z, solver=solver).clamp(0, 1)
+def _range_check(x: Tensor) -> HealthCheck:
+    """Whether images lie in [0, 1], to be asked together with the health of the solves."""
+    low, high = x.detach().aminmax()
+
+    def fail(_: int) -> NoReturn:
+        found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
+        raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
+
+    outside = torch.stack([-low, high - 1]).clamp(min=0)
+    return HealthCheck(outside / (outside == 0), fail)  # 0 / 1, or a positive number / 0

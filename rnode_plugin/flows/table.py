@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.objective import FlowOutput
 from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError, suggest
 from ..fields import linear_field
 from ..fields.potential import PotentialField
 from ..fields.stack import AtContext
-from ..solvers import HealthCheck, Solver, StepMemory, check_health
-from .base import BlockFlow, Pass, check_latents, check_rows, solve_block
+from ..solvers import HealthCheck, Solver
+from .base import BlockFlow
 
 __all__ = ["TableFlow"]
 
@@ -64,6 +63,7 @@ class TableFlow(BlockFlow):
 
     mean: Tensor
     scale: Tensor
+    called = "rows"
 
     def __init__(
         self,
@@ -90,7 +90,8 @@ class TableFlow(BlockFlow):
             known = field == "potential" or columns <= _EXACT_COLUMNS
             trace_noise = "exact" if known else "rademacher"
         super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
-        self.dims, self.context = columns, context
+        self.event_shape, self.context = torch.Size([columns]), context
+        self.context_shape = torch.Size([context]) if context else None
 
         def make() -> nn.Module:
             if field == "potential":
@@ -100,11 +101,6 @@ class TableFlow(BlockFlow):
         self.fields = nn.ModuleList(make() for _ in range(blocks))
         self.register_buffer("mean", torch.zeros(columns + context))
         self.register_buffer("scale", torch.ones(columns + context))
-
-    @property
-    def context_shape(self) -> torch.Size | None:
-        """Shape of one context; None if the density takes none."""
-        return torch.Size([self.context]) if self.context else None
 
     @property
     def block_shapes(self) -> list[tuple[int, ...]]:
@@ -129,106 +125,28 @@ class TableFlow(BlockFlow):
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        context: Tensor | None = None,
-        noise: Sequence[Tensor | None] | None = None,
-        solver: Solver | None = None,
-        penalties: bool = True,
-        generator: torch.Generator | None = None,
-        memory: Mapping[int, StepMemory] | None = None,
-        checks: list[HealthCheck] | None = None,
-    ) -> FlowOutput:
-        """Push rows through the flow, following the log-determinant and the penalties.
-
-        Args:
-            x: ``(B, columns)`` in the unit of the data.
-            context: ``(context,)`` for all rows or ``(B, context)``, in the unit of the data; only for a
-                conditional density.
-            noise: probe vectors of the divergence, one for each block, ``(B, columns)``; None draws them.
-            solver: the integrator; None for :attr:`solver`.
-            penalties: whether to integrate the penalties.
-            generator: draws the noise; of the rows' device.
-            memory, checks: as for an image flow.
-
-        Returns:
-            FlowOutput: latent ``(B, columns)``, log-determinant ``(B,)`` in nats with that of the standardisation,
-            raw integrals of the penalties over all blocks ``(B,)``, and the evaluations of all blocks together.
-
-        Raises:
-            ConfigError: for rows, contexts or noise of the wrong shape or type.
-            SolverError: where the integration fails.
-        """
-        check_rows(x, self.dims, self._like())
-        solver = solver or self.solver
-        noise = self._noise_for(x, noise, generator)
+    def _enter(self, x: Tensor, solver: Solver, health: list[HealthCheck]) -> tuple[Tensor, Tensor]:
         mean, scale = self._of_columns()
-        z, logdet = (x - mean) / scale, -scale.log().sum().expand(x.shape[0])
-        run = Pass(self, logdet, solver=solver, penalties=penalties, memory=memory, checks=checks)
-        for field, probe in zip(self._fields_at(context, x.shape[0]), noise, strict=True):
-            z = run.through(field, z, probe)
-        return run.output(z, x)
+        return (x - mean) / scale, -scale.log().sum().expand(x.shape[0])
 
-    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
-        """The rows ``(B, columns)`` of latents ``z (B, columns)``, at contexts as for :meth:`forward`.
-
-        Raises:
-            ConfigError: for latents or contexts of the wrong shape or type.
-            SolverError: where the integration fails.
-        """
-        check_latents(z, self.dims, self._like())
-        checks: list[HealthCheck] = []
-        times = self._times(z, training=False, backward=True)
-        for field in reversed(self._fields_at(context, z.shape[0])):
-            z = solve_block(field, z, times, solver or self.solver, checks, divergence=False).z[-1]
-        check_health(checks)
+    def _leave(self, z: Tensor) -> Tensor:
         mean, scale = self._of_columns()
         return mean + scale * z
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        *,
-        context: Tensor | None = None,
-        temperature: float = 1.0,
-        solver: Solver | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw ``n`` rows ``(n, columns)`` in the unit of the data.
+    def _push(self, z: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
+        for _ in self.fields:
+            z = through(z)
+        return z
 
-        Args:
-            n: how many.
-            context: ``(context,)`` for all rows or ``(n, context)``; only for a conditional density.
-            temperature: standard deviation of the latents; below 1 rows are closer to the mode.
-            solver: the integrator; None for :attr:`solver`.
-            generator: draws the latents; of the flow's device.
-
-        Raises:
-            ConfigError: for a number below one, a temperature that is not positive, or a context as above.
-            SolverError: where the integration fails.
-        """
-        z = self._latents(n, self.dims, temperature=temperature, generator=generator)
-        return self.inverse(z, context=context, solver=solver)
+    _pull = _push
 
     def _of_columns(self) -> tuple[Tensor, Tensor]:
         """Mean and scale of the modelled columns."""
         return self.mean[: self.dims], self.scale[: self.dims]
 
-    def _fields_at(self, context: Tensor | None, batch: int) -> Sequence[nn.Module]:
-        """The fields of the blocks as functions of time and state."""
-        if self.context == 0:
-            if context is not None:
-                raise ConfigError("this density takes no context: it was made without.")
+    def _fields_at(self, context: Tensor | None, like: Tensor) -> Sequence[nn.Module]:
+        given = self.context_rows(context, like)
+        if given is None:
             return list(self.fields)
-        if context is None or tuple(context.shape) not in ((self.context,), (batch, self.context)):
-            got = "none" if context is None else f"one of shape {tuple(context.shape)}"
-            raise ConfigError(
-                f"this density is conditional: give a context ({self.context},) or ({batch}, {self.context}), "
-                f"not {got}."
-            )
-        given = context.to(self._like()).expand(batch, self.context)
         given = (given - self.mean[self.dims :]) / self.scale[self.dims :]
-        return [AtContext(field, given) for field in self.fields]
+        return [AtContext(field, given) for field in self.fields]  # pyright: ignore[reportArgumentType]
