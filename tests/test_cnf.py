@@ -62,7 +62,7 @@ def test_hutchinson_trace_is_unbiased_on_images(estimator: Any) -> None:
     many, t, conv = 4000, torch.tensor(0.3, dtype=torch.float64), ConvWithTime()
     z = torch.randn(1, 2, 3, 3, dtype=torch.float64)
     cnf: Any = CNF(conv, estimator, event_shape=(2, 3, 3))
-    cnf.noise = cnf.draw_noise(z.expand(many, -1, -1, -1))
+    cnf.noise = cnf.trace_estimator.draw(z.expand(many, -1, -1, -1))
     with torch.no_grad():
         trace = -cnf(t, torch.cat([torch.zeros(many, 1), z.flatten(1).expand(many, -1)], 1))[:, 0]
     exact = dense(lambda z: conv(t, z), z)[0]

@@ -1,4 +1,4 @@
-"""RegularizedCNF: densities with known answers, samples, shapes, precision, training in three gradient modes."""
+"""Densities: known answers, samples, shapes, precision, gradients in every mode, contexts, flow matching."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from torch import Tensor, nn
 from torch.distributions import (
     AffineTransform,
     Categorical,
+    Distribution,
     Independent,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
     TransformedDistribution,
+    kl_divergence,
 )
 from torchdyn.nn import DepthCat
+from torchdyn_fields import mlp
 
-from rnode_plugin import RegularizedCNF
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
 
+MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
 
 
@@ -177,35 +182,215 @@ def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any)
         assert policy.end.grad is not None
 
 
-def test_usable_in_a_lightning_module(tmp_path) -> None:
-    import pytorch_lightning as pl
-    from torch.utils.data import DataLoader
+# --- contexts ---
 
-    class Learner(pl.LightningModule):
+
+class Affine(nn.Module):
+    """``f(t, z, c) = s(c) z + m(c)``: its flow is known, and so is the density, a Gaussian for each context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Linear(3, 2).double()
+        self.shift = nn.Linear(3, 2).double()
+
+    def parts(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.rate(context)), self.shift(context)
+
+    def forward(self, t: Tensor, z: Tensor, context: Tensor) -> Tensor:
+        rate, shift = self.parts(context)
+        return rate * z + shift
+
+    def exact(self, context: Tensor) -> Independent:
+        """``z = e^s x + m (e^s - 1) / s`` is standard normal."""
+        rate, shift = self.parts(context)
+        return Independent(Normal(-shift * (1 - torch.exp(-rate)) / rate, torch.exp(-rate)), 1)
+
+
+class Mixing(nn.Module):
+    """A field without a closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+    def forward(self, t: Tensor, z: Tensor, context: Tensor) -> Tensor:
+        return self.net(torch.cat([z, context], 1)) * (1 + t)
+
+
+def model_of(net: nn.Module, **options: object) -> RegularizedCNF:
+    merged = {"event_shape": 2, "context_shape": 3, "trace_estimator": "exact", **TIGHT, **options}
+    return RegularizedCNF(net, **merged).double()
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("trace_estimator", ["exact", "rademacher"])  # both exact: the Jacobian is diagonal
+def test_density_and_its_gradients_are_those_of_the_closed_form(trace_estimator: str, sensitivity: str) -> None:
+    torch.manual_seed(0)
+    net = Affine()
+    adjoint = {"atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+    model = model_of(net, trace_estimator=trace_estimator, sensitivity=sensitivity, **adjoint)
+    x, context = torch.randn(6, 2).double(), torch.randn(6, 3).double().requires_grad_()
+    found, exact = model.log_prob(x, context=context), net.exact(context).log_prob(x)
+    torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-7)
+    weights = torch.linspace(1, 2, 6).double()
+    inputs = [context, *net.parameters()]
+    for ours, true in zip(
+        torch.autograd.grad((weights * found).sum(), inputs),
+        torch.autograd.grad((weights * exact).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_gradients_reach_the_encoder_of_the_context(sensitivity: str) -> None:
+    """Of log-density, both penalties and a pushed sample together, against finite differences."""
+    torch.manual_seed(0)
+    net = Mixing()
+    linear = nn.Linear(4, 3)
+    encoder = nn.Sequential(linear, nn.Tanh()).double()
+    x, seen = torch.randn(5, 2).double(), torch.randn(5, 4).double()
+    grid = {"solver": "rk4_38", "t_span": torch.linspace(0, 1, 41 if "adjoint" in sensitivity else 4)}
+    model = RegularizedCNF(
+        net, event_shape=2, context_shape=3, trace_estimator="exact", sensitivity=sensitivity,
+        regularizers={"kinetic": 0.3, "jacfrob": 0.2}, **grid,
+    ).double()  # fmt: skip
+
+    def loss() -> Tensor:
+        context = encoder(seen)
+        value = -model.log_prob(x, context).mean() + model.reg_loss()
+        return value + model.inverse(x, context).square().mean()
+
+    weight = linear.weight
+    (found,) = torch.autograd.grad(loss(), weight)
+    step = 1e-5
+    for i, j in ((0, 0), (1, 2), (2, 3)):
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1, 0):
+                weight[i, j] += sign * step if sign else 0
+                if sign:
+                    with torch.enable_grad():
+                        values.append(float(loss().detach()))
+                    weight[i, j] -= sign * step
+        difference = (values[0] - values[1]) / (2 * step)
+        assert float(found[i, j]) == pytest.approx(difference, rel=2e-3 if "adjoint" in sensitivity else 1e-6)
+
+
+@pytest.mark.parametrize("sensitivity", MODES)
+def test_tensors_in_args_have_gradients_in_every_mode(sensitivity: str) -> None:
+    """x' = k x with k given as an argument of the solve: d/dk of x(1) is x(1)."""
+    k = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    model = NeuralODE(
+        lambda t, x, args: 2 * args["half"] * x, "dopri5", sensitivity=sensitivity, regularizers=["kinetic"],
+        atol_adjoint=1e-9, rtol_adjoint=1e-9, **TIGHT,
+    )  # fmt: skip
+    end = model(x, torch.tensor([0.0, 1.0]).double(), args={"half": k / 2})[1][-1]
+    (found,) = torch.autograd.grad(end.sum(), k)
+    torch.testing.assert_close(found, (x * torch.exp(k)).sum().detach(), rtol=1e-6, atol=0)
+
+
+def test_one_context_for_all_or_one_for_each() -> None:
+    torch.manual_seed(0)
+    net = Affine()
+    model, x = model_of(net), torch.randn(4, 2).double()
+    one = torch.randn(3).double()
+    each = one.expand(4, 3)
+    assert torch.equal(model.log_prob(x, one), model.log_prob(x, each))
+    assert torch.equal(model(x, one), model.log_prob(x, context=one))
+    assert torch.equal(model.inverse(x, one), model.inverse(x, each))
+    z, logdet = model.transform(x, one)
+    torch.testing.assert_close(model.inverse(z, one), x)
+    back, log_prob = model.inverse_and_log_prob(z, each)
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(log_prob, model.base.log_prob(z) + logdet)
+    single = torch.cat([model.log_prob(x[i : i + 1], each[i]) for i in range(4)])
+    torch.testing.assert_close(single, model.log_prob(x, each))
+    assert model.log_prob(x, one.float()).dtype == torch.float64
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model.log_prob(x, torch.as_tensor(one.tolist()).double()), model.log_prob(x, one)
+        )
+
+
+def test_samples_follow_their_context() -> None:
+    torch.manual_seed(0)
+    net, one = Affine(), torch.randn(3).double()
+    model = model_of(net, atol=1e-6, rtol=1e-6)
+    exact = net.exact(one)
+    x = model.sample(20000, context=one)
+    torch.testing.assert_close(x.mean(0), exact.mean.detach(), rtol=0, atol=0.04)
+    torch.testing.assert_close(x.std(0), exact.stddev.detach(), rtol=0.03, atol=0)
+    assert not x.requires_grad
+    contexts = torch.randn(2, 3).double().repeat_interleave(5000, 0)
+    x = model.sample(10000, context=contexts)
+    for half in (slice(0, 5000), slice(5000, 10000)):
+        torch.testing.assert_close(x[half].mean(0), net.exact(contexts[half][0]).mean.detach(), rtol=0, atol=0.06)
+
+
+def test_images_with_classes_as_contexts_train() -> None:
+    class Field(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.flow = RegularizedCNF(nn.Linear(2, 2), event_shape=2)
+            self.embed, self.conv = nn.Embedding(3, 2), nn.Conv2d(3, 1, 3, padding=1)
 
-        def training_step(self, x, batch_idx):
-            return -self.flow.log_prob(x).mean() / self.flow.dims + self.flow.reg_loss()
+        def forward(self, t: Tensor, z: Tensor, context: Tensor) -> Tensor:
+            planes = self.embed(context[:, 0])[:, :, None, None].expand(-1, -1, *z.shape[2:])
+            return self.conv(torch.cat([z, planes], 1))
 
-        def validation_step(self, x, batch_idx):
-            self.log("val", -self.flow.log_prob(x).mean())
+    torch.manual_seed(0)
+    net = Field()
+    model = RegularizedCNF(net, event_shape=(1, 4, 4), context_shape=1, solver="rk4_38")
+    classes = torch.randint(0, 3, (8, 1))
+    (-model.log_prob(torch.randn(8, 1, 4, 4), classes).mean() + model.reg_loss()).backward()
+    assert net.embed.weight.grad is not None
+    assert bool(net.embed.weight.grad.any())
+    assert model.sample(3, context=torch.tensor([2])).shape == (3, 1, 4, 4)
 
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), 1e-2)
 
-    rows: Any = torch.randn(32, 2)  # a tensor serves as a data set
-    data = DataLoader(rows, batch_size=16)
-    pl.Trainer(
-        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        default_root_dir=tmp_path,
-    ).fit(Learner(), data, data)  # fmt: skip
+def test_the_jacobian_of_penalties_is_that_of_the_state_alone() -> None:
+    torch.manual_seed(0)
+    net, x, context = Affine(), torch.randn(4, 2).double(), torch.randn(4, 3).double()
+    model = model_of(net, regularizers=["jacfrob"])
+    model.log_prob(x, context)
+    exact = net.parts(context)[0].square().sum(1)
+    torch.testing.assert_close(model.regularization["jacfrob"], exact)
+
+
+def conditional() -> RegularizedCNF:
+    return RegularizedCNF(Affine(), event_shape=2, context_shape=3).double()
+
+
+def unconditional() -> RegularizedCNF:
+    return RegularizedCNF(nn.Linear(2, 2), event_shape=2)
+
+
+X = torch.zeros(4, 2, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: conditional().log_prob(X), r"conditional: give context="),
+        (lambda: conditional().sample(3), r"conditional: give context="),
+        (lambda: conditional().inverse(X), r"conditional: give context="),
+        (lambda: conditional().distribution(), r"conditional: give context="),
+        (lambda: conditional().log_prob(X, torch.zeros(4, 2)), r"must be a tensor of shape \(3,\)"),
+        (lambda: conditional().log_prob(X, torch.zeros(2)), r"must be a tensor of shape \(3,\)"),
+        (lambda: conditional().log_prob(X, [0.0, 0.0, 0.0]), r"not list"),  # pyright: ignore[reportArgumentType]
+        (lambda: conditional().log_prob(X, torch.zeros(5, 3)), r"for 4 samples"),
+        (lambda: conditional().log_prob(X, torch.zeros(1, 4, 3)), r"for 4 samples"),
+        (lambda: conditional().sample(3, context=torch.zeros(2, 3)), r"for 3 samples"),
+        (lambda: unconditional().log_prob(X.float(), torch.zeros(4, 3)), r"takes no context"),
+        (lambda: unconditional().distribution(torch.zeros(3)), r"takes no context"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, context_shape=3), r"net\(t, z, context\)"),
+        (lambda: RegularizedCNF(Affine(), event_shape=2, context_shape=0), r"context_shape"),
+        (lambda: NeuralODE(CNF(Affine(), conditional=True))(torch.zeros(4, 3)), r"args=context"),
+        (lambda: RegularizedCNF.from_velocity(nn.Linear(2, 2), t_span=[0, 1], event_shape=2), r"t_span"),
+        (lambda: RegularizedCNF.from_velocity(nn.Linear(2, 2), 0.5, event_shape=2), r"two different"),
+        (lambda: RegularizedCNF.from_velocity(nn.Linear(2, 2), float("nan"), event_shape=2), r"two different"),
+        (lambda: RegularizedCNF.from_velocity(nn.Linear(2, 2), steps=0, event_shape=2), r"steps"),
         (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),
@@ -214,8 +399,247 @@ def test_usable_in_a_lightning_module(tmp_path) -> None:
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).log_prob(torch.zeros(4, 3)), "give"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).sample(2, 0.0), "temperature"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).reg_loss(), "call the model"),
+        (lambda: CNF(mlp(2, 4, 2), order=1.5), "order"),  # pyright: ignore[reportArgumentType]
+        (lambda: CNF(mlp(2, 4, 2), event_shape=(-1, 2)), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=-2), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=(2, 0)), "event_shape"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2.5), "event_shape"),  # pyright: ignore[reportArgumentType]
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(-1), "number of samples"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1.5), "number of samples"),  # pyright: ignore[reportArgumentType]
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).sample(1, "hot"), "temperature"),  # pyright: ignore[reportArgumentType]
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2).inverse(torch.zeros(4, 3)), "give"),
     ],
 )
 def test_mistakes(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+# --- densities of flow-matching models ---
+
+MEAN = torch.tensor([1.0, -0.5], dtype=torch.float64)
+COVARIANCE = torch.tensor([[1.2, 0.4], [0.4, 0.5]], dtype=torch.float64)
+
+
+class GaussianToGaussian(nn.Module):
+    """The velocity of flow matching from N(0, I) at t = 0 to N(MEAN, COVARIANCE) at 1 by independent pairs.
+
+    Points on the lines ``(1 - t) x0 + t x1`` are Gaussian at each time, and the velocity is the conditional mean of
+    ``x1 - x0``.
+    """
+
+    def __init__(self, *, reverse: bool = False) -> None:
+        super().__init__()
+        self.reverse = reverse
+
+    def forward(self, t: Tensor, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        t = 1 - t if self.reverse else t
+        eye = torch.eye(2, dtype=x.dtype)
+        spread = (1 - t) ** 2 * eye + t**2 * COVARIANCE
+        gain = torch.linalg.solve(spread, t * COVARIANCE - (1 - t) * eye, left=False)
+        velocity = MEAN + (x - t * MEAN) @ gain.T
+        return -velocity if self.reverse else velocity
+
+
+@pytest.mark.parametrize("data_time", [1.0, 0.0])
+def test_density_of_a_flow_matching_model(data_time: float) -> None:
+    torch.manual_seed(0)
+    net = GaussianToGaussian(reverse=data_time == 0)
+    target = MultivariateNormal(MEAN, COVARIANCE)
+    model = RegularizedCNF.from_velocity(
+        net, data_time, event_shape=2, trace_estimator="exact", atol=1e-9, rtol=1e-9
+    ).double()
+    x = target.sample((6,))
+    torch.testing.assert_close(model.log_prob(x), target.log_prob(x), rtol=1e-6, atol=1e-6)
+    many = model.sample(20000)
+    torch.testing.assert_close(many.mean(0), MEAN, rtol=0, atol=0.04)
+    torch.testing.assert_close(many.T.cov(), COVARIANCE, rtol=0, atol=0.05)
+    # the other direction: the same paths from the noise, with their log-density
+    sample, log_prob = model.inverse_and_log_prob(torch.randn(6, 2).double())
+    torch.testing.assert_close(log_prob, target.log_prob(sample), rtol=1e-6, atol=1e-6)
+    fixed = RegularizedCNF.from_velocity(
+        net, data_time, event_shape=2, trace_estimator="exact", solver="rk4_38", steps=40
+    ).double()
+    torch.testing.assert_close(fixed.log_prob(x), target.log_prob(x), rtol=1e-5, atol=1e-5)
+    assert fixed.regularization == {}
+
+
+@pytest.mark.parametrize("trace_estimator", ["gaussian", "rademacher"])
+def test_estimated_density_of_a_flow_matching_model_is_unbiased(trace_estimator: str) -> None:
+    torch.manual_seed(0)
+    target, many = MultivariateNormal(MEAN, COVARIANCE), 4000
+    model = RegularizedCNF.from_velocity(
+        GaussianToGaussian(), event_shape=2, trace_estimator=trace_estimator, solver="rk4_38", steps=20
+    ).double()
+    x = target.sample((1,))
+    with torch.no_grad():
+        estimates = model.log_prob(x.expand(many, 2))
+    assert float(estimates.std()) > 0.01
+    assert abs(float(estimates.mean() - target.log_prob(x))) < 4 * float(estimates.std()) / many**0.5
+
+
+# --- distribution() ---
+
+
+def plain() -> RegularizedCNF:
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    return RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver="rk4_38").double()
+
+
+def images() -> RegularizedCNF:
+    return RegularizedCNF(nn.Conv2d(1, 1, 3, padding=1), event_shape=(1, 2, 2), solver="rk4_38").double()
+
+
+def fast() -> RegularizedCNF:
+    return RegularizedCNF(
+        Affine(), event_shape=2, context_shape=3, trace_estimator="exact", solver="rk4_38"
+    ).double()
+
+
+def cases() -> dict[str, FlowDistribution]:
+    torch.manual_seed(0)
+    context = torch.randn(4, 3, 3).double()
+    return {
+        "no context": plain().distribution(),
+        "image": images().distribution(),
+        "one context": fast().distribution(context[0, 0]),
+        "contexts": fast().distribution(context[0]),
+        "grid of contexts": fast().distribution(context),
+    }
+
+
+BATCH = {
+    "no context": (),
+    "image": (),
+    "one context": (),
+    "contexts": (3,),
+    "grid of contexts": (4, 3),
+}
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_shapes(name: str) -> None:
+    d, batch = cases()[name], BATCH[name]
+    event = tuple(d.event_shape)
+    assert isinstance(d, Distribution)
+    assert d.batch_shape == batch
+    assert d.has_rsample
+    repr(d)
+    for shape in ((), (5,), (2, 5), (0,)):
+        for draw in (d.sample, d.rsample):
+            assert draw(torch.Size(shape)).shape == (*shape, *batch, *event)
+        x, log_prob = d.rsample_and_log_prob(torch.Size(shape))
+        assert x.shape == (*shape, *batch, *event)
+        assert log_prob.shape == d.log_prob(x).shape == (*shape, *batch)
+    assert d.log_prob(torch.zeros(event).double()).shape == batch
+    assert not d.sample().requires_grad
+    assert d.rsample().requires_grad
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_expand(name: str) -> None:
+    d = cases()[name]
+    wider = d.expand((2, *d.batch_shape))
+    assert wider.batch_shape == (2, *d.batch_shape)
+    assert wider.event_shape == d.event_shape
+    assert wider.sample((3,)).shape == (3, 2, *d.batch_shape, *d.event_shape)
+    x = d.sample()
+    if name != "image":  # which estimates its density
+        torch.testing.assert_close(wider.log_prob(x), d.log_prob(x).expand(wider.batch_shape))
+        torch.testing.assert_close(wider.expand((5, *wider.batch_shape)).log_prob(x)[4], wider.log_prob(x))
+    assert wider.sample((2,)).unique().numel() == wider.sample((2,)).numel()  # each has a draw of its own
+    if d.batch_shape:
+        with pytest.raises(RuntimeError):
+            d.expand((7,))
+
+
+def test_values_are_checked_as_torch_checks_them() -> None:
+    d = FlowDistribution(plain(), validate_args=True)  # torch's compiler turns the default off
+    for value in (torch.tensor([float("nan"), 0.0]).double(), torch.zeros(3).double()):
+        with pytest.raises(ValueError, match=r"(?i)value|support|event"):
+            d.log_prob(value)
+    unchecked = FlowDistribution(plain(), validate_args=False)
+    assert unchecked.expand((2,))._validate_args is False
+    assert d.support.event_dim == 1
+    with pytest.raises(NotImplementedError):
+        _ = d.mean
+    with pytest.raises(NotImplementedError):
+        d.entropy()
+
+
+def test_log_prob_and_samples_are_those_of_the_closed_form() -> None:
+    torch.manual_seed(0)
+    net, context = Affine(), torch.randn(3, 3).double()
+    d = model_of(net).distribution(context)
+    exact = net.exact(context)
+    x = exact.sample((4,))
+    torch.testing.assert_close(d.log_prob(x), exact.log_prob(x), rtol=1e-6, atol=1e-6)
+    sample, log_prob = d.rsample_and_log_prob((4,))
+    torch.testing.assert_close(log_prob, exact.log_prob(sample), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d.sample((4000,)).mean(0), exact.mean.detach(), rtol=0, atol=0.15)
+
+
+def test_rsample_has_the_gradient_of_the_closed_form() -> None:
+    """``x = e^-s z - m (1 - e^-s) / s`` of the same noise; and of KL(model || target) with a single sample each."""
+    torch.manual_seed(0)
+    net, context = Affine(), torch.randn(3, 3).double().requires_grad_()
+    d, exact = model_of(net).distribution(context), net.exact(context)
+    inputs = [context, *net.parameters()]
+    torch.manual_seed(5)
+    x, log_prob = d.rsample_and_log_prob((2,))
+    torch.manual_seed(5)
+    z = torch.randn(6, 2).double().reshape(2, 3, 2)
+    expected = exact.base_dist.loc + exact.base_dist.scale * z
+    torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+    torch.manual_seed(5)
+    torch.testing.assert_close(d.rsample((2,)), expected, rtol=1e-6, atol=1e-6)
+    target = Independent(Normal(torch.zeros(2).double(), 2.0), 1)
+    losses = ((log_prob - target.log_prob(x)).sum(), (exact.log_prob(expected) - target.log_prob(expected)).sum())
+    for ours, true in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-6)
+    assert kl_divergence(exact, target.expand((3,))).shape == (3,)
+
+
+def test_penalties_of_what_a_distribution_solves() -> None:
+    model = plain()
+    d = model.distribution()
+    d.log_prob(torch.zeros(3, 2).double())
+    assert float(model.reg_loss().detach()) > 0
+    d.rsample_and_log_prob((3,))
+    assert model.regularization["kinetic"].shape == (3,)
+
+
+def test_it_follows_its_model_and_copies_with_it() -> None:
+    model = plain()
+    d = model.distribution()
+    twin = copy.deepcopy(d)
+    before = d.log_prob(torch.ones(2).double())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3)
+    assert not torch.equal(d.log_prob(torch.ones(2).double()), before)
+    torch.testing.assert_close(twin.log_prob(torch.ones(2).double()), before)
+
+
+def test_a_base_that_cannot_be_reparametrized() -> None:
+    base = MixtureSameFamily(
+        Categorical(torch.tensor([0.3, 0.7])), Independent(Normal(torch.randn(2, 2), torch.ones(2, 2)), 1)
+    )
+    d = RegularizedCNF(nn.Linear(2, 2), base, solver="rk4_38").distribution()
+    assert not d.has_rsample
+    assert d.sample((3,)).shape == (3, 2)
+    with pytest.raises(NotImplementedError):
+        d.rsample()
+
+
+def test_inside_of_torchs_own_machinery() -> None:
+    """As a component, with transforms on top, and as a base of another flow."""
+    torch.manual_seed(0)
+    d = plain().distribution()
+    scaled = torch.distributions.TransformedDistribution(d, [torch.distributions.AffineTransform(1.0, 2.0)])
+    x: Tensor = scaled.rsample((4,))
+    scale = torch.log(torch.tensor(2.0)).double()
+    torch.testing.assert_close(scaled.log_prob(x), d.log_prob((x - 1) / 2) - 2 * scale)
+    outer = Independent(d.expand((3,)), 1)
+    assert outer.event_shape == (3, 2)
+    assert outer.log_prob(outer.sample((5,))).shape == (5,)

@@ -221,25 +221,6 @@ def test_a_model_in_nn_sequential_and_images() -> None:
     assert node.regularization["jacfrob"].shape == (2,)
 
 
-def test_lightning_module_as_field() -> None:
-    import pytorch_lightning as pl
-
-    class Field(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
-
-    torch.manual_seed(0)
-    _, ours, (_, sol), (_, our_sol) = solve_both(
-        Field, torch.linspace(0, 1, 3), torch.randn(5, 4), regularizers=["kinetic", "jacfrob"]
-    )
-    assert torch.equal(our_sol, sol)
-    ours.reg_loss().backward()
-
-
 def test_unbatched_and_complex_states() -> None:
     x = torch.randn(4)
     field = WithTime()
@@ -247,25 +228,6 @@ def test_unbatched_and_complex_states() -> None:
     rotation = lambda t, x, args=None: 1j * x  # noqa: E731
     z = torch.randn(3, 2, dtype=torch.complex64)
     torch.testing.assert_close(NeuralODE(rotation, atol=1e-6, rtol=1e-6)(z)[1][-1], z * torch.exp(torch.tensor(1j)))
-
-
-def test_field_sees_the_arguments_of_the_call() -> None:
-    def field(t: Tensor, x: Tensor, args: dict[str, float]) -> Tensor:
-        return args["rate"] * x
-
-    x = torch.ones(1, 2)
-    sol = NeuralODE(field, "dopri5", atol=1e-7, rtol=1e-7)(x, torch.linspace(0, 1, 2), args={"rate": -2.0})[1]
-    torch.testing.assert_close(sol[-1], x * torch.exp(torch.tensor(-2.0)), rtol=1e-5, atol=0)
-
-
-def test_fields_without_args_work() -> None:
-    class NoArgs(nn.Module):  # torchdyn calls it with args= and fails
-        def forward(self, t: Tensor, x: Tensor) -> Tensor:
-            return -x
-
-    x = torch.ones(1, 2)
-    assert NeuralODE(NoArgs())(x)[1].shape == (2, 1, 2)
-    assert NeuralODE(lambda t, x: -x)(x)[1].shape == (2, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +245,14 @@ def test_fields_without_args_work() -> None:
         ({"trace_noise": "normal"}, "trace estimator"),
         ({"max_nfe": 0}, "max_nfe"),
         ({"max_nfe": 2.5}, "max_nfe"),
+        *[({name: value}, name) for name in ("atol", "rtol", "atol_adjoint") for value in (-1, float("inf"))],
+        *[({"rtol_adjoint": value}, "rtol_adjoint") for value in (float("nan"), None, "small", True)],
+        *[({"order": value}, "order must be a whole number") for value in (0, -1, 1.5, True)],
+        ({"interpolator": "5th"}, "did you mean '4th'"),
+        ({"interpolator": 4}, "interpolator"),
+        ({"max_nfe": True}, "max_nfe"),
+        ({"penalized": 3}, "penalized="),
+        ({"penalized": [1, 0]}, "penalized="),
     ],
 )
 def test_mistakes_are_told_at_construction(options: dict[str, Any], message: str) -> None:
@@ -297,24 +267,6 @@ def test_more_mistakes() -> None:
         NeuralODE(SDEFunc(lambda t, x: x, lambda t, x: x))
     with pytest.raises(TypeError, match="regularisers"):
         NeuralODE(WithTime(), regularisers=["kinetic"])  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError):
-        NeuralODE(
-            WithTime(),
-            "rk4",
-            1,
-            1e-3,
-            1e-3,
-            "autograd",
-            None,
-            1e-4,
-            1e-4,
-            None,
-            None,
-            False,
-            True,
-            (),
-            ["kinetic"],  # pyright: ignore[reportCallIssue]
-        )
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
     model(torch.randn(2, 4))
     with pytest.raises(ConfigError, match="unknown penalty 'jacfrob'"):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
-from torch.multiprocessing.spawn import spawn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models.cnf import hutch_trace
@@ -162,43 +160,3 @@ def test_a_lightning_module_that_owns_one_trains(tmp_path) -> None:
     assert not torch.equal(learner.model.vf_params, before)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     Learner.load_from_checkpoint(tmp_path / "model.ckpt")
-
-
-def _gradients(rank: int, address: str, result: str) -> None:
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    store = f"file://{address}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
-    t = torch.linspace(0, 1, 2, dtype=torch.float64)
-    tight: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
-    found = {}
-    for sensitivity in MODES:
-        torch.manual_seed(0)
-        field = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
-        penalties: dict[str, Any] = {"regularizers": {"kinetic": 0.5, "jacfrob": 0.5}, "trace_noise": "exact"}
-        model = NeuralODE(field, "dopri5", sensitivity=sensitivity, **penalties, **tight)
-        single, gradients = copy.deepcopy(model), []
-        parallel = nn.parallel.DistributedDataParallel(model)
-        for call, node, part in ((parallel, model, x[2 * rank : 2 * rank + 2]), (single, single, x)):
-            _, sol = call(part, t)
-            (sol[-1].square().mean() + node.reg_loss()).backward()
-            parts: list[Any] = [p.grad for p in node.parameters()]
-            gradients.append(torch.cat([part.flatten() for part in parts]))
-        found[sensitivity] = gradients
-    if rank == 0:
-        torch.save(found, result)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.ddp
-def test_two_processes_have_the_gradient_of_one(tmp_path) -> None:
-
-    result = str(tmp_path / "gradients.pt")
-    spawn(_gradients, (str(tmp_path / "rendezvous"), result), nprocs=2)
-    for sensitivity, (both, single) in torch.load(result).items():
-        # steps differ with the batch, and cubic interpolation between them is what that mode's accuracy hangs on
-        tolerance = 1e-5 if sensitivity == "interpolated_adjoint" else 1e-7
-        torch.testing.assert_close(both, single, rtol=tolerance, atol=1e-9)

@@ -109,29 +109,6 @@ def test_a_second_forward_before_backward_changes_nothing(kind: str, sensitivity
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
-def test_unused_and_frozen_parameters(sensitivity: str) -> None:
-    class Partly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.frozen, self.unused = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
-            self.frozen.requires_grad_(False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(self.used(x) + self.frozen(x))
-
-    torch.manual_seed(0)
-    field = Partly()
-    model = NeuralODE(field, "dopri5", sensitivity=sensitivity, regularizers=BOTH)
-    _, sol = model(torch.randn(4, 3))
-    (sol[-1].sum() + model.reg_loss()).backward()
-    assert field.used.weight.grad is not None
-    assert bool(field.used.weight.grad.any())
-    assert field.frozen.weight.grad is None
-    unused = field.unused.weight.grad
-    assert unused is None or not bool(unused.any())
-
-
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "reversed"])
 @pytest.mark.parametrize("sensitivity", MODES)
 def test_integral_loss_has_its_whole_gradient(sensitivity: str, span: tuple[float, float]) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.datasets import ToyDataset
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
-from torchdyn.models import HNN
 from torchdyn.models.cnf import hutch_trace
-from torchdyn.nn import Augmenter, DataControl, DepthCat, Fourier, GalConv2d, GalLinear
+from torchdyn.nn import Augmenter, DataControl, DepthCat, Fourier, GalLinear
 
 import rnode_plugin
 
@@ -103,23 +102,6 @@ def test_cookbook(model_class: type, moons: tuple[Tensor, Tensor], kind: str) ->
     assert pieces[0].trajectory(before(x), torch.linspace(0, 1, 9)).shape[0] == 9
 
 
-def test_image_classification(model_class: type) -> None:
-    torch.manual_seed(0)
-    images, labels = torch.rand(8, 1, 12, 12), torch.randint(0, 10, (8,))
-    plain = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.Tanh())
-    rich = nn.Sequential(DataControl(), DepthCat(1), GalConv2d(12, 6, 3, padding=1, expfunc=Fourier(2)), nn.Tanh())
-    for field, options in ((plain, {"solver": "rk4"}), (rich, {"solver": "dopri5", "sensitivity": "adjoint"})):
-        node = model_class(field, return_t_eval=False, regularizers=["kinetic", "jacfrob"], **options)
-        head = nn.Sequential(nn.Conv2d(6, 1, 3, padding=1), nn.Flatten(), nn.Linear(144, 10))
-        before = Augmenter(augment_dims=5)
-
-        def loss(node=node, head=head, before=before) -> Tensor:
-            return nn.functional.cross_entropy(head(node(before(images))[-1]), labels) + node.reg_loss()
-
-        first, last = train(loss, [*node.parameters(), *head.parameters()], steps=5)
-        assert last < first
-
-
 @pytest.mark.parametrize("estimator", [None, hutch_trace])
 def test_continuous_normalizing_flow(model_class: type, moons: tuple[Tensor, Tensor], estimator: Any) -> None:
     x, _ = moons
@@ -138,18 +120,6 @@ def test_continuous_normalizing_flow(model_class: type, moons: tuple[Tensor, Ten
     node.t_span = torch.linspace(1, 0, 2)
     assert model(prior.sample((16,)))[1][-1].shape == (16, 3)
     assert node.trajectory(Augmenter(1, 1)(prior.sample((16,))), torch.linspace(1, 0, 9)).shape == (9, 16, 3)
-
-
-def test_hamiltonian_network(model_class: type) -> None:
-    torch.manual_seed(0)
-    t = torch.linspace(0, 1, 32)[:, None] * 2 * torch.pi
-    x, y = torch.cat([t.sin(), t.cos()], 1), torch.cat([t.cos(), -t.sin()], 1)
-    model = model_class(HNN(nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))), regularizers=["kinetic"])
-    first, last = train(lambda: (model.vf(0, x) - y).square().mean(), model.parameters())
-    assert last < first
-    assert model.trajectory(x, torch.linspace(0, 1, 10)).shape == (10, 32, 2)
-    with torch.no_grad():
-        model(x, torch.linspace(0, 1, 3))
 
 
 def test_generalized_adjoint(model_class: type) -> None:

@@ -18,8 +18,7 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.core import signature
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.torchdyn.wrapped import compiled
-from rnode_plugin.torchdyn.wrapped.slots import CONTROL
+from rnode_plugin.torchdyn import field as torchdyn_field
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 
@@ -245,7 +244,7 @@ def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
     model = RegularizedCNF.from_velocity(VELOCITIES[name](), 0.0, event_shape=2, solver="midpoint")
     torch.testing.assert_close(model.transform(z)[0], z + 1.5)
     torch.testing.assert_close(model.inverse(z), z - 1.5)
-    torch.testing.assert_close(NeuralODE(time_first(model._cnf[0].net), "midpoint")(z)[1][-1], z + 1.5)
+    torch.testing.assert_close(NeuralODE(time_first(model._cnf.net), "midpoint")(z)[1][-1], z + 1.5)
 
 
 @pytest.mark.parametrize("name", STATE_FIRST)
@@ -315,6 +314,6 @@ def test_private_names_of_torch_and_torchdyn_are_still_there() -> None:
     function = torch.compile(lambda x: x, backend="aot_eager")
     assert hasattr(function, signature._COMPILED_FUNCTION)
     module.compile(backend="aot_eager")
-    assert getattr(module, compiled._COMPILED_IN_PLACE) is not None
-    assert CONTROL in vars(DataControl())
+    assert getattr(module, torchdyn_field._COMPILED_IN_PLACE) is not None
+    assert torchdyn_field.CONTROL in vars(DataControl())
     assert "_prep_integration" in vars(TorchdynNeuralODE)

@@ -179,7 +179,7 @@ class Dynamics:
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
         self._velocity = functools.partial(self.field.linearize, ask=VELOCITY)
         ask = Ask(jvp="jvp" in self.needs, aux="aux" in self.needs)
-        if divergence and isinstance(self.estimator, Exact) and "vjp" not in self.needs:
+        if divergence and type(self.estimator) is Exact and "vjp" not in self.needs:
             # without its rows: some fields know it in closed form
             self._pass = functools.partial(self.field.linearize, ask=ask._replace(divergence=True))
         elif self.needs_products:

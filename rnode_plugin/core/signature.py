@@ -19,6 +19,7 @@ __all__ = [
     "Takes",
     "accepts",
     "buffers_kept",
+    "call_of",
     "field_takes",
     "original",
     "refuse_state_first",
@@ -77,6 +78,29 @@ def accepts(field: Any, *positional: object) -> bool:
     except ValueError:  # built-in functions may have no signature
         return True
     return True
+
+
+def call_of(
+    field: Any, args: Any = None, *, conditional: bool = False
+) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
+    """How ``field`` is called: ``(function, extra, keywords)`` for ``function(t, x, *extra, **keywords)``.
+
+    Args:
+        field: the field; one of time and state alone is the function.
+        args: handed to a field that takes ``args``.
+        conditional: whether ``args`` is the third argument, a context.
+
+    Raises:
+        ConfigError: for a context that is no tensor.
+    """
+    if conditional:
+        if not isinstance(args, Tensor):
+            raise ConfigError("this CNF is conditional: give the solve a context, model(x, t_span, args=context).")
+        return field, (args,), {}
+    takes = field_takes(field)
+    if not takes.time:
+        return lambda t, x: field(x), (), {}
+    return field, (), {"args": {} if args is None else args} if takes.args else {}
 
 
 def original(field: Any) -> Any:

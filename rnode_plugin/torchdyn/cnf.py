@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
-from ..core.derivatives import Ask, AutogradField, Field
-from ..core.signature import accepts, field_takes, refuse_state_first
-from ..core.trace_estimators import Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
+from ..core.derivatives import Field
+from ..core.dynamics import Dynamics
+from ..core.signature import accepts, call_of, field_takes, refuse_state_first
+from ..core.trace_estimators import Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from .wrapped.lost_graph import refuse_lost_graph
-from .wrapped.velocity import Velocity, called_as_it_takes, first_order_system
 
-if TYPE_CHECKING:
-    from .shared_trace import Seen
-
-__all__ = ["CNF", "check_shape", "is_count"]
+__all__ = ["CNF", "check_shape", "first_order_system", "is_count", "noise_of", "refuse_lost_graph"]
 
 
 class CNF(torchdyn_cnf.CNF):
@@ -81,84 +76,34 @@ class CNF(torchdyn_cnf.CNF):
         self.trace_estimator = _estimator(trace_estimator)
         self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
         self.conditional = conditional
-        self._given: tuple[Tensor | None] | None = None
         self.t: Tensor | None = None  # filled as DepthCat's is, for when the module is called with the state alone
-        if isinstance(self.trace_estimator, TraceEstimator):
-            self.observer: Seen | None = None
 
     def forward(self, t: Tensor, x: Tensor | None = None, args: Any = None) -> Tensor:  # pyright: ignore
         """The field at ``t`` and ``x [B, 1 + D]``; ``cnf(x)``, in an nn.Sequential, is at the solver's time."""
         if x is None:
             x, t = t, self.t  # pyright: ignore[reportAssignmentType]
-        z = self._event(x)
-        field = self._field(t, args)
+        if t is None and not self.conditional and field_takes(self.net).time:
+            raise ConfigError("the net of this CNF depends on time, and no time is known: call it as cnf(t, x).")
+        z = self.event(x)
         t = z.new_zeros(()) if t is None else t
+        noise = self._noise_like(z)
         if isinstance(self.trace_estimator, TraceEstimator):
-            dz, trace = self._estimate(self.trace_estimator, field, t, z)
+            if noise is None and isinstance(self.trace_estimator, (Hutchinson, HutchPlusPlus)):
+                raise ConfigError(
+                    "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, "
+                    "which draws the noise once per solve, or give it a noise_dist."
+                )
+            dz, trace, _ = Dynamics(self._velocity(args), estimator=self.trace_estimator).evaluate(t, z, noise)
+            assert trace is not None
         else:
             with torch.enable_grad():
                 z = z.requires_grad_()
-                dz = field(t, z)
-                trace = self.trace_estimator(dz, z, noise=self._noise_like(z))
+                dz = self._velocity(args)(t, z)
+                trace = self.trace_estimator(dz, z, noise=noise)
         return torch.cat([-trace[:, None], dz.flatten(1)], 1)
 
-    def velocity(self, t: Tensor | None, z: Tensor, args: Any = None) -> Tensor:
-        """``f(t, z)``, of the shape of ``z (B, *event_shape)``, without its trace."""
-        return self._field(t, args)(t, z)  # pyright: ignore[reportArgumentType]
-
-    def draw_noise(self, state: Tensor) -> Tensor | None:
-        """Noise for one solve from ``state (B, D)``; None if the estimator needs none."""
-        if self._given is not None:
-            return self._given[0]
-        if not isinstance(self.trace_estimator, TraceEstimator):
-            return None
-        return self.trace_estimator.draw(state)
-
-    @contextmanager
-    def given_noise(self, noise: Tensor | None) -> Iterator[None]:
-        """Solves inside use ``noise``, ``(B, D)`` or ``(k, B, D)`` for k probes, or none, instead of drawing it."""
-        self._given = (noise,)
-        try:
-            yield
-        finally:
-            self._given = None
-
-    def _estimate(self, estimator: TraceEstimator, field: Velocity, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        noise = self._noise_like(z)
-        if noise is None and isinstance(estimator, (Hutchinson, HutchPlusPlus)):
-            raise ConfigError(
-                "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, which "
-                "draws the noise once per solve, or give it a noise_dist."
-            )
-        if not isinstance(field, Field):
-            field = AutogradField(refuse_lost_graph(field))
-        if isinstance(estimator, Exact) and self.observer is None:
-            dz, _, _, divergence, _ = field.linearize(t, z, ask=Ask(divergence=True))
-            assert divergence is not None
-            return dz.to(z.dtype), divergence.to(z.dtype)
-        dz, products = estimator.bind(field)(t, z, noise)[:2]
-        assert products is not None
-        dz, products = dz.to(z.dtype), products.to(z.dtype)
-        seen = self.observer
-        if seen is not None:
-            seen.z, seen.dz, seen.products, seen.noise, seen.estimator = z, dz, products, noise, estimator
-        return dz, estimator.divergence(products, noise)
-
-    def _field(self, t: Tensor | None, args: Any) -> Velocity:
-        net = self.net
-        if self.conditional:
-            if not isinstance(args, Tensor):
-                raise ConfigError(
-                    "this CNF is conditional: give the solve a context, model(x, t_span, args=context)."
-                )
-            velocity: Velocity = lambda t, z: net(t, z, args)  # noqa: E731
-        elif field_takes(net).time and t is None:
-            raise ConfigError("the net of this CNF depends on time, and no time is known: call it as cnf(t, x).")
-        else:
-            velocity = called_as_it_takes(net, args)
-        return velocity if self.order == 1 else first_order_system(velocity, self.order)
-
-    def _event(self, x: Tensor) -> Tensor:
+    def event(self, x: Tensor) -> Tensor:
+        """``z (B, *event_shape)`` of a state ``[B, 1 + D]``."""
         z = x[:, 1:]
         if self.event_shape is None:
             return z
@@ -169,18 +114,84 @@ class CNF(torchdyn_cnf.CNF):
             )
         return z.reshape(z.shape[0], *self.event_shape)
 
+    def _velocity(self, args: Any) -> Any:
+        function, extra, keywords = call_of(self.net, args, conditional=self.conditional)
+        if self.order > 1:
+            function, extra, keywords = first_order_system(function, extra, keywords, self.order), (), {}
+        if isinstance(function, Field) and not (extra or keywords):
+            return function  # it makes its products without autograd
+
+        def velocity(t: Tensor, z: Tensor) -> Tensor:
+            dz = function(t, z, *extra, **keywords)
+            if z.requires_grad and not dz.requires_grad and torch.is_grad_enabled():
+                refuse_lost_graph(lambda t, z: function(t, z, *extra, **keywords), t, z, dz)
+            return dz
+
+        return velocity
+
     def _noise_like(self, z: Tensor) -> Tensor | None:
         noise = self.noise
-        if noise is None:
-            return None
-        if noise.ndim == 3 and math.prod(noise.shape[1:]) == z.numel():  # several probes (k, B, D)
-            return noise.reshape(len(noise), *z.shape)
+        if noise is None or noise.shape[-z.ndim :] == z.shape:
+            return noise
         if noise.numel() != z.numel():
             raise ConfigError(
                 f"the noise of this CNF has shape {tuple(noise.shape)} for a state of shape {tuple(z.shape)}: give "
                 "a noise_dist whose samples have as many entries as one event."
             )
         return noise.reshape(z.shape)
+
+
+def noise_of(cnf: Any, z: Tensor) -> Tensor | None:
+    """Noise of a CNF's trace for one solve from ``z``: of its ``noise_dist``, its estimator's, or None.
+
+    Raises:
+        ConfigError: for a ``noise_dist`` of samples of another size.
+    """
+    if cnf.noise_dist is None:
+        return cnf.trace_estimator.draw(z) if isinstance(cnf.trace_estimator, TraceEstimator) else None
+    noise = cnf.noise_dist.sample((z.shape[0],)).to(z)
+    if noise.numel() != z.numel():
+        raise ConfigError(
+            f"the noise_dist of a CNF has samples {tuple(noise.shape)} for a state of shape {tuple(z.shape)}: they "
+            "must have as many entries as one event."
+        )
+    return noise.reshape(z.shape)
+
+
+def first_order_system(
+    function: Callable[..., Tensor], extra: tuple[Any, ...], keywords: dict[str, Any], order: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``x = (position, velocity, ...)`` along dimension 1; the function gives the highest derivative."""
+
+    def system(t: Tensor, x: Tensor) -> Tensor:
+        size = x.size(1) // order
+        highest = function(t, x, *extra, **keywords)
+        return torch.cat([x[:, size : size * order], highest], dim=1).to(x)
+
+    return system
+
+
+def refuse_lost_graph(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, z: Tensor, dz: Tensor) -> None:
+    """Refuse a field that depends on its state and gives a velocity ``dz`` without a graph.
+
+    Without a graph a velocity has a Jacobian of zero. That is right for a field that ignores its state. To tell,
+    the field is evaluated once more at another state.
+
+    Raises:
+        ConfigError: if the velocity there is another one.
+    """
+    with torch.no_grad():
+        state = z.detach()
+        # another value in each entry, so that no symmetry of the field hides the change
+        shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
+        moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
+        if torch.equal(function(t.detach(), moved), dz):
+            return
+    raise ConfigError(
+        "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would count "
+        "as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties that need no "
+        "Jacobian, such as kinetic."
+    )
 
 
 def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> TraceEstimator | Callable[..., Tensor]:

@@ -8,7 +8,7 @@ import io
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -103,12 +103,10 @@ class RegularizedCNF(DensityModel):
     def _solve_by(self, cnf: CNF, regularizers: Any, options: dict[str, Any]) -> None:
         self._options = options
         self.ode = NeuralODE(cnf, regularizers=regularizers, return_t_eval=False, **options)
-        # In tuples, where torch sees no second module with the same parameters: the CNF, and the same field without
-        # its trace, which samples do not need; an end time that is learned is theirs too.
-        self._cnf = (cnf,)
-        self._without_trace = (
-            NeuralODE(_EventVelocity(cnf), regularizers=self._span_policy(), return_t_eval=False, **options),
-        )
+
+    @property
+    def _cnf(self) -> CNF:
+        return self.ode.vf.vf
 
     def _span_policy(self) -> tuple[Any, ...]:
         policy = span_policy([each.regularizer for each in self.ode._penalties.weighted.values()])
@@ -187,9 +185,9 @@ class RegularizedCNF(DensityModel):
             estimator: of the trace; None: as this model.
             regularizers: the penalties that the copy follows; an end time that is learned stays.
         """
-        cnf = copy.copy(self._cnf[0])
+        cnf = copy.copy(self._cnf)
         if estimator is not None:
-            cnf.trace_estimator, cnf.observer, cnf.noise = estimator, None, None
+            cnf.trace_estimator, cnf.noise = estimator, None
         twin = copy.copy(self)
         twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)  # assignments stay in the copy
         options = dict(self._options)
@@ -216,8 +214,8 @@ class RegularizedCNF(DensityModel):
 
         ``(batch, *event_shape)``, or ``(k, batch, *event_shape)`` for k probes.
         """
-        noise = self._cnf[0].draw_noise(self.t_span.new_empty(batch, self.dims))
-        return None if noise is None else noise.unflatten(-1, self.event_shape)
+        estimator: Any = self._cnf.trace_estimator
+        return estimator.draw(self.t_span.new_empty(batch, *self.event_shape))
 
     def log_prob(
         self,
@@ -240,7 +238,7 @@ class RegularizedCNF(DensityModel):
                 missing, misshapen or not asked for.
             SolverError: from the solve.
         """
-        z, logdet = self.transform(x, context, noise=noise, penalties=penalties)
+        z, logdet = self._with_trace(x, context, penalties=penalties, noise=noise)
         return self._base_log_prob(z) + logdet
 
     def transform(
@@ -252,11 +250,7 @@ class RegularizedCNF(DensityModel):
         penalties: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``; see :meth:`log_prob`."""
-        self._check(x)
-        rows = _noise_rows(noise, self.draw_noise, x)
-        with nullcontext() if rows is None else self._cnf[0].given_noise(rows):
-            z, column = self._with_trace(x, context, penalties=penalties)
-        return z, -column
+        return self._with_trace(x, context, penalties=penalties, noise=noise)
 
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
         """``(n, *event_shape)``: base samples, drawn to the base's mean by ``temperature``, taken back to the data.
@@ -279,16 +273,13 @@ class RegularizedCNF(DensityModel):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``x (B, *event_shape)`` that flows to ``z``."""
         self._check(z)
-        rows = self.context_rows(context, z)
-        times = self._times(z, backward=True)
-        with self._cnf[0].given_noise(None):  # a velocity without its trace needs none
-            return self._without_trace[0](z, times, args=rows, penalties=False)[-1]
+        rows, times = self.context_rows(context, z), self._times(z, backward=True)
+        return self.ode._solve(z, times, args=rows, remember=False, trace=False)[1][-1]
 
     def inverse_and_log_prob(
         self, z: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve."""
-        self._check(z)
         x, logdet = self._with_trace(z, context, penalties=penalties, backward=True)
         return x, self._base_log_prob(z) + logdet
 
@@ -324,15 +315,23 @@ class RegularizedCNF(DensityModel):
         return self
 
     def _with_trace(
-        self, x: Tensor, context: Tensor | None, *, penalties: bool | None, backward: bool = False
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        *,
+        penalties: bool | None,
+        noise: Tensor | None = None,
+        backward: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Where the flow takes ``x``, and minus the integral of its divergence over time, ``(B,)`` in nats."""
+        """Where the flow takes ``x``, and the integral of its divergence along the way, ``(B,)`` in nats."""
+        self._check(x)
+        if noise is not None:
+            _check_noise(noise, self.draw_noise, x)
         flat = x.flatten(1)
         state = torch.cat([torch.zeros_like(flat[:, :1]), flat], 1)
-        rows = self.context_rows(context, x)
-        times = self._times(state, backward=backward)
-        end = self.ode(state, times, args=rows, penalties=penalties)[-1]
-        return end[:, 1:].reshape(x.shape), end[:, 0]
+        rows, times = self.context_rows(context, x), self._times(state, backward=backward)
+        end = self.ode._solve(state, times, args=rows, penalties=penalties, noise=noise)[1][-1]
+        return end[:, 1:].reshape(x.shape), -end[:, 0] if not backward else end[:, 0]
 
     def _times(self, like: Tensor, *, backward: bool) -> Tensor:
         with on_host():
@@ -351,17 +350,6 @@ class RegularizedCNF(DensityModel):
                 f"this density is one of samples {tuple(self.event_shape)}: give (B, *{tuple(self.event_shape)}), "
                 f"not {tuple(x.shape)}."
             )
-
-
-class _EventVelocity(nn.Module):
-    """The field of a CNF on ``z (B, *event_shape)`` alone."""
-
-    def __init__(self, cnf: CNF) -> None:
-        super().__init__()
-        self.cnf = cnf
-
-    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-        return self.cnf.velocity(t, x, args)
 
 
 def _example(net: Any, options: dict[str, Any]) -> list[Tensor]:
@@ -431,19 +419,8 @@ def _shrunk_samples(base: Distribution, n: int, temperature: float) -> Tensor:
     return mean + temperature * (z - mean)
 
 
-def _noise_rows(noise: Tensor | None, draw: Callable[[int], Tensor | None], x: Tensor) -> Tensor | None:
-    """``noise`` with flattened events, ``(B, D)`` or ``(k, B, D)`` for k probes; None if there is none.
-
-    Args:
-        noise: what the caller brings; None: nothing.
-        draw: draws noise for so many samples; its result is None if the trace is exact.
-        x: samples ``(B, *event_shape)``.
-
-    Raises:
-        ConfigError: for noise of another shape, dtype or device, and for noise of an exact trace.
-    """
-    if noise is None:
-        return None
+def _check_noise(noise: Tensor, draw: Callable[[int], Tensor | None], x: Tensor) -> None:
+    """Refuse noise that a trace does not take for samples ``x (B, *event_shape)``."""
     drawn = draw(0)
     if drawn is None:
         raise ConfigError("the trace of this density is exact and takes no noise: leave noise= out.")
@@ -454,4 +431,3 @@ def _noise_rows(noise: Tensor | None, draw: Callable[[int], Tensor | None], x: T
         raise ConfigError(
             f"noise= is {noise.dtype} on {noise.device}, but the samples are {x.dtype} on {x.device}: use .to()."
         )
-    return noise.flatten(-(x.ndim - 1))

@@ -25,11 +25,9 @@ from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Method, Solver, get_method, solve
 from ..solvers.integrate import check_steps
-from .bind import bind_field, tensors_of
 from .cnf import is_count
-from .running_cost import INTEGRAL_LOSS
+from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
 from .solver_names import kept_times, method_from_torchdyn, resolve_solver, solver_name, step_method
-from .wrapped.state_layout import Penalized, check_penalized, layout_of
 
 __all__ = ["NeuralODE", "install", "uninstall"]
 
@@ -179,7 +177,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in torchdyn.
         """
         x, t_span = self._prep_integration(x, t_span)
-        t_eval, sol = self.odeint(x, t_span, save_at, args, penalties=penalties)
+        t_eval, sol = self._solve(x, t_span, save_at, args, penalties=penalties)
         return (t_eval, sol) if self.return_t_eval else sol
 
     def odeint(
@@ -192,17 +190,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """``(t_eval, solution)``; see :meth:`forward`."""
-        left = self._last_penalties()
-        left.begin()
-        if isinstance(x, dict):
-            if left.weighted:
-                raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
-            return _torchdyn_odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
-        if penalties is None:
-            penalties = torch.is_grad_enabled() and self.training
-        solution, integrals, dims = self._solve(x, t_span, save_at, args, self.sensalg, penalties=penalties)
-        left.add(integrals, dims)
-        return solution
+        return self._solve(x, t_span, save_at, args, penalties=penalties)
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
         """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties.
@@ -210,8 +198,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
         """
         x, t_span = self._prep_integration(x, t_span)
-        (_, sol), *_ = self._solve(x, t_span, (), {}, "autograd", penalties=False, interpolate=False)
-        return sol
+        return self._solve(x, t_span, gradient="autograd", remember=False, interpolate=False)[1]
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """For a loss that solves several times: :meth:`reg_loss` of all calls in a ``with`` block, summed::
@@ -279,41 +266,66 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self,
         x: Any,
         t_span: Any,
-        save_at: Any,
-        args: Any,
-        gradient: str,
+        save_at: Any = (),
+        args: Any = {},  # noqa: B006
         *,
-        penalties: bool,
+        gradient: str | None = None,
+        penalties: bool | None = None,
+        remember: bool = True,
         interpolate: bool = True,
-    ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor], int]:
-        """Times and states, the integrals of the penalties if they are followed, and the dimensions of ``z``."""
+        trace: bool = True,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Times and states.
+
+        Args:
+            x, t_span, save_at, args, penalties: as in :meth:`forward`.
+            gradient: None: the model's.
+            remember: whether the solve counts as a call of the model, which leaves its penalties.
+            interpolate: whether the model's interpolator may give output times between steps.
+            trace: False: the state is that of a CNF's field alone, ``(B, *event_shape)``.
+            noise: of a CNF's trace; None: drawn.
+        """
+        left, gradient = self._last_penalties(), gradient or self.sensalg
+        if remember:
+            left.begin()
+            if isinstance(x, dict):
+                if left.weighted:
+                    raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
+                return _torchdyn_odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
+        if penalties is None:
+            penalties = torch.is_grad_enabled() and self.training
+        penalties = penalties and remember
         if torch.is_inference_mode_enabled():
             # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
             with torch.inference_mode(False), torch.no_grad():
-                x, t_span, args = tree_map_only(Tensor, Tensor.clone, (x, t_span, args))
-                return self._solve(x, t_span, save_at, args, gradient, penalties=penalties, interpolate=interpolate)
+                x, t_span, args, noise = tree_map_only(Tensor, Tensor.clone, (x, t_span, args, noise))
+                return self._solve(
+                    x, t_span, save_at, args, gradient=gradient, penalties=penalties, remember=remember,
+                    interpolate=interpolate, trace=trace, noise=noise,
+                )  # fmt: skip
         adaptive = self.solver.stepping_class == "adaptive"
         x = _checked_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
-        weighted = self._last_penalties().weighted
-        policy = span_policy([each.regularizer for each in weighted.values()])
-        followed = [each.regularizer for each in weighted.values()] if penalties else []
+        given = [each.regularizer for each in left.weighted.values()]
+        policy, followed = span_policy(given), given if penalties else []
         with on_host():
             t_span = _checked_times(t_span, x, adaptive=adaptive)
             if policy is not None:
-                training = bool(followed) and self.training and torch.is_grad_enabled()
+                training = penalties and self.training and torch.is_grad_enabled()
                 t_span = policy.times(t_span, training=training)
-        hidden = None
+        hidden, tensors = None, []
         if torch.is_grad_enabled() and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd":
             hidden = self.integral_loss
-        field = bind_field(
+        if gradient != "autograd":
+            tensors = tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args)
+        system = system_of(
             self.vf, x, args=args, regularizers=[r for r in followed if kind_of(r) != "span"],
-            trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden,
-            tensors=tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args),
-            prepare=not gradient.endswith("adjoint"),
+            trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden, tensors=tensors,
+            prepare=not gradient.endswith("adjoint"), trace=trace, noise=noise,
         )  # fmt: skip
         solver, method, keep = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
         nfe = self.vf.nfe
-        solution = solve(field, x, t_span, solver, method=method, keep=keep)
+        solution = solve(system, x, t_span, solver, method=method, keep=keep)
         if gradient == "checkpointed":
             self.vf.nfe = nfe + solution.stats.nfe  # not those that find what a replay needs
         integrals = dict(solution.penalties)
@@ -323,8 +335,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if policy is not None and penalties:
             integrals[policy.name] = policy(x)
         sol, integrals = attach(solution.z, integrals, cost)
-        dims = layout_of(self.vf, self._penalized).dims(x) if followed else 1
-        return (solution.t, sol), integrals, dims
+        if remember:
+            left.add(integrals, system.dims)
+        return solution.t, sol
 
     def _plan(
         self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: str, *, interpolate: bool
@@ -335,7 +348,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         keep = interpolator = None
         if method.adaptive:
             if len(save_at) > 0:
-                warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=5)
+                warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=4)
             if interpolate and self.interpolator is not None and not isinstance(self.solver, Tsitouras45):
                 interpolator = self.interpolator  # torchdyn's tsit5 has none
                 if isinstance(interpolator, str):
@@ -343,7 +356,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 interpolator.sync_device_dtype(x, t_span)
         else:
             if (self.atol, self.rtol) != (1e-3, 1e-3):  # torchdyn's defaults
-                warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=5)
+                warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=4)
             if len(save_at) > 0:
                 keep = kept_times(t_span, save_at)
         if x.ndim > 0 and x.shape[0] == 0:  # a batch without samples has no error to choose steps by

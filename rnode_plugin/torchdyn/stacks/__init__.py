@@ -1,1 +1,0 @@
-"""Fields that are stacks of linear layers: recognised, evaluated by their own products, and compiled."""

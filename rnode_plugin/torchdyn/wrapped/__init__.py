@@ -1,1 +1,0 @@
-"""What a torchdyn field takes, holds and returns: signatures, columns, placeholders, buffers."""
