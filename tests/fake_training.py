@@ -25,15 +25,16 @@ def stop(*_):
     os._exit(143)
 
 signal.signal(signal.SIGTERM, stop)
-if how.startswith("refuse"):
-    while "after" in how and not list(here.parent.rglob(f"{how.split()[-1]}/0/recipe.json")):
-        time.sleep(0.05)
+if how == "refuse":
     print("Usage: train\\n\\nError: it cannot\\nwork.", file=sys.stderr)
     sys.exit(2)
 folder.mkdir(parents=True, exist_ok=True)
 shutil.copytree(here / "template", folder, dirs_exist_ok=True)
 (folder / "recipe.json").write_text(json.dumps(recipe))
-if how == "finish":
+if how == "wait":
+    while not (here / "go on").exists():
+        time.sleep(0.05)
+if how in ("finish", "wait"):
     shutil.copy(here / "result.json", folder)
     sys.exit(0)
 print("a warning", file=sys.stderr)
@@ -71,6 +72,10 @@ class FakeTraining:
     def behave(self, how: Mapping[str, str]) -> None:
         """Say by the name of an arm how its training ends: ``fail``, ``refuse``, ...; the others finish."""
         (self._folder / "how.json").write_text(json.dumps(how))
+
+    def go_on(self) -> None:
+        """Let an arm that waits finish."""
+        (self._folder / "go on").touch()
 
     def calls(self) -> list[dict[str, str]]:
         """The options of each call since the last question, with the ``name`` of the recipe, sorted by it."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,9 @@ from run_folders import write_run
 
 from rnode_plugin import get_recipe, hookimpl, plugins
 from rnode_plugin.cli import main
-from rnode_plugin.comparison import worker
-from rnode_plugin.comparison.arm_checks import check_arm
-from rnode_plugin.comparison.arm_recipes import arm_recipes
-from rnode_plugin.comparison.compare import Comparison, compare
-from rnode_plugin.comparison.scheduler import places_of
+from rnode_plugin.comparison import compare as comparison
+from rnode_plugin.comparison.arms import arm_recipes, check_arm
+from rnode_plugin.comparison.compare import Comparison, compare, places_of
 from rnode_plugin.core.regularizers import FunctionRegularizer
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
@@ -51,7 +51,7 @@ def recipe() -> Recipe:
 def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
     """What the comparisons of a test start instead of ``rnode-cli train``."""
     fake = FakeTraining(tmp_path / "fake", write_run(tmp_path / "run", get_recipe("digits")))
-    monkeypatch.setattr(worker, "_COMMAND", fake.command)
+    monkeypatch.setattr(comparison, "_TRAIN", fake.command)
     monkeypatch.setattr(page, "make_panels", lambda arms: [])  # drawing takes longer than all else
     return fake
 
@@ -129,7 +129,7 @@ def test_arms_that_are_refused(recipe: Recipe, tmp_path: Path) -> None:
         (["nonne"], "unknown arm 'nonne'; did you mean 'none'"),
         (["rnode", "rnode"], "each arm once: rnode and rnode train the same"),
         (["rnode", "jacfrob+kinetic"], r"rnode and jacfrob\+kinetic train the same"),
-        (["kinetic="], "is not a penalty: write kinetic"),
+        (["kinetic="], "lambda of kinetic"),
         (["kinetic+kinetic"], "names kinetic twice"),
         (["kinetic=x"], "lambda of kinetic must be a finite number >= 0 or linear_warmup"),
         (["kinetic=-1"], "must be a finite number"),
@@ -235,37 +235,55 @@ def test_an_interrupted_arm_is_resumed(recipe: Recipe, training: FakeTraining, t
 
 
 def test_an_arm_that_fails_leaves_the_others_alone(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
-    training.behave({"digits-none": "fail", "digits-kinetic": "die", "digits-jacfrob": "crash"})
+    how = {"digits-none": "fail", "digits-kinetic": "die", "digits-jacfrob": "crash", "digits-l1": "refuse"}
+    training.behave(how)
     lines: list[str] = []
-    result = run(recipe, tmp_path / "c", arms=(), devices="2", progress=True, announce=lines.append)
-    assert sorted(result.failed) == [
-        "digits-jacfrob, seed 42: its process ended with exit code 1; the lines above may say why.",
+    arms = ["none", "kinetic", "jacfrob", "l1", "rnode"]
+    result = run(recipe, tmp_path / "c", arms=arms, devices="2", progress=True, announce=lines.append)
+    log = tmp_path / "c" / "logs" / "digits-jacfrob-42.log"
+    assert result.failed == (
+        "digits-none, seed 42: training stopped: the gradient is nan.",
         "digits-kinetic, seed 42: its process was ended by SIGKILL. Perhaps the memory did not suffice: "
         "--devices 1 trains one arm at a time.",
-        "digits-none, seed 42: training stopped: the gradient is nan.",
-    ]
+        f"digits-jacfrob, seed 42: its process ended with exit code 1; {log} may say why.",
+        "digits-l1, seed 42: it cannot work.",
+    )
+    assert set(result.failed) < set(lines)
     assert result.stopped is None
+    assert folders(result) == [f"digits-{name}/0" for name in ("none", "kinetic", "jacfrob", "rnode")]
+    assert not (tmp_path / "c" / "runs" / "digits-l1" / "0").exists()  # it had not begun
     text = result.report.markdown.read_text()
     assert "not finished: step 40" in text
     assert "step 40 of 40" in text
-    assert "digits-rnode, seed 42: on the output" in lines
-    assert "digits-none, seed 42: a warning" in lines
-    assert any(line.startswith("digits-jacfrob, seed 42: ZeroDivisionError") for line in lines)
-    assert not any("the gradient is nan" in line for line in lines)  # it is told at the end
+    assert "ZeroDivisionError" in log.read_text()
 
 
-@pytest.mark.parametrize("devices", ["1", "2"])
-def test_what_cannot_work_ends_the_comparison(
-    recipe: Recipe, training: FakeTraining, tmp_path: Path, devices: str
-) -> None:
-    training.behave({"digits-none": "wait", "digits-kinetic": "refuse" + " after digits-none" * (devices == "2")})
-    arms = ["none", "kinetic"] if devices == "2" else ["kinetic", "none"]
-    with pytest.raises(ConfigError, match=r"^digits-kinetic, seed 42: it cannot work\.$"):
-        run(recipe, tmp_path / "c", arms=arms, devices=devices)
-    assert not (tmp_path / "c" / "runs" / "digits-kinetic" / "0").exists()
-    none = tmp_path / "c" / "runs" / "digits-none" / "0"
-    assert none.exists() is (devices == "2")  # it was stopped, or had not begun
-    assert (none / "stopped").exists() is (devices == "2")
+def test_what_no_arm_can_do_is_a_wrong_setting(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    training.behave({"digits-none": "refuse"})
+    with pytest.raises(ConfigError, match=r"^digits-none, seed 42: it cannot work\.$"):
+        run(recipe, tmp_path / "c", arms=["none"])
+
+
+def test_two_calls_in_one_folder(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+    """The second one is refused while the first trains: otherwise both would train every arm."""
+    training.behave({"digits-none": "wait"})
+    (tmp_path / "c").mkdir()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(run, recipe, tmp_path / "c", arms=["none"])
+        wait_for(lambda: bool(list((tmp_path / "c").glob("runs/*/0/recipe.json"))))
+        try:
+            with pytest.raises(ConfigError, match="another process"):
+                run(recipe, tmp_path / "c", arms=["none", "kinetic"])
+        finally:
+            training.go_on()
+        assert folders(first.result()) == ["digits-none/0"]
+    assert [call["name"] for call in training.calls()] == ["digits-none"]
+
+
+def test_fewer_steps_than_one_that_is_logged(recipe: Recipe, tmp_path: Path) -> None:
+    result = run(recipe.override(["training.log_every=50"]), tmp_path / "c", arms=["none"])
+    assert (result.failed, result.stopped) == ((), None)
+    assert "step 4 of 4" in result.report.markdown.read_text()
 
 
 def test_a_time_limit_counts_earlier_calls(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
@@ -333,25 +351,6 @@ def test_arms_begin_alike(recipe: Recipe, tmp_path: Path) -> None:
     assert ended["evaluation"]["penalties"]["taylor:2"] > 0
 
 
-def test_a_child_ends_when_its_parent_does() -> None:
-    """The end of the standard input is the end of the parent, however it came."""
-    program = (
-        "import threading, time, rnode_plugin.comparison.child as child\n"
-        "threading.Thread(target=child._end_with_parent, daemon=True).start()\n"
-        "print('ready', flush=True)\n"
-        "time.sleep(60)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.stdin.close()
-    assert process.wait(30) == -signal.SIGTERM
-    process.stdout.close()
-
-
 @pytest.mark.slow
 def test_an_interrupted_arm_ends_as_if_nothing_had_been(recipe: Recipe, tmp_path: Path) -> None:
     whole = run(recipe, tmp_path / "whole", devices="2")
@@ -366,21 +365,19 @@ def test_an_interrupted_arm_ends_as_if_nothing_had_been(recipe: Recipe, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_processes_of_the_arms_end_with_the_first(tmp_path: Path, signum: int) -> None:
-    """A signal ends them with a checkpoint each, and so does the end of the process that started them."""
+    """A signal ends them with a checkpoint each: SIGTERM to the first, Ctrl-C to the group of all of them."""
     settings = [part for setting in TINY if "max_steps" not in setting for part in ("--set", setting)]
     options = ["--max-steps", "100000", "--devices", "2", "--arm", "none", "--arm", "rnode", "--accelerator", "cpu"]
     command = [sys.executable, "-m", "rnode_plugin", "compare", "digits", *options, "--out", str(tmp_path / "c")]
-    process = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True, start_new_session=True)
     folders = [tmp_path / "c" / "runs" / name / "0" for name in ("digits-none", "digits-rnode")]
     wait_for(lambda: all((folder / "checkpoints" / "last.ckpt").is_file() for folder in folders))
-    process.send_signal(signum)
+    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
     output, _ = process.communicate(timeout=120)
-    if signum == signal.SIGTERM:
-        assert process.returncode == 128 + signal.SIGTERM, output
-        assert "SIGTERM: the same command goes on." in output
-        assert "digits-rnode, seed 42: steps 0 to 100000" in output
+    assert process.returncode == 128 + signum, output
+    assert f"{signal.Signals(signum).name}: the same command goes on." in output
     sizes: list[int] = []
 
     def quiet() -> bool:
@@ -460,7 +457,7 @@ def test_the_commands_mistakes(tmp_path: Path) -> None:
     for arguments, code, message in (
         (["digitz"], 2, "did you mean 'digits'"),
         (["digits", "--arm", "none", "--arm", "rnod"], 2, "did you mean 'rnode'"),
-        (["digits", "--arm", ""], 2, "'' is not a penalty"),
+        (["digits", "--arm", ""], 2, "unknown arm ''"),
         (["digits", "--sweep", "kinetic=a"], 2, "lambda of kinetic"),
         (["digits", "--seeds", "0"], 2, "--seeds"),
         (["digits", "--devices", "some"], 2, "devices: expected auto"),

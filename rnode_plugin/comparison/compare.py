@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from ..errors import ConfigError, TrainingError
-from ..evaluation.loading import load_for_training
+from ..evaluation.loading import load_for_training, pick_device
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.runs import Run, read_run
-from ..training.runs import RunPlan, newest_intact
-from .arm_checks import check_arm
-from .arm_recipes import arm_recipes
-from .scheduler import places_of, threads_of, train_arms
-from .shared_choice import shared_choice
-from .worker import Job
+from ..training.fastest import Choice, choose, is_open, read_choice, write_choice
+from ..training.runs import CHOSEN, RunFolder, RunPlan, newest_intact, training_lock
+from .arms import arm_recipes, check_arm
 
 __all__ = ["Comparison", "compare"]
+
+_TRAIN = ("-m", "rnode_plugin", "train")
+_CANNOT_WORK = 2  # the exit code of the command line for what cannot work
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,26 @@ class Comparison:
     stopped: str | None
 
 
+class _Job(NamedTuple):
+    """An arm to train: its number in the list of all, the run to go on with, and the seconds that are left."""
+
+    recipe: Recipe
+    head: str
+    resume: Path | None
+    max_time: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}, seed {self.recipe.training.seed}"
+
+
+class _Failure(NamedTuple):
+    """Why an arm could not be trained to its end, and the exit code of its process."""
+
+    message: str
+    code: int
+
+
 def compare(
     recipe: Recipe,
     *,
@@ -58,27 +91,28 @@ def compare(
 ) -> Comparison:
     """Train the arms, several at the same time if there is room, and write one report.
 
-    A call with the same settings in the same folder continues the last one: a finished arm is not
+    Each arm is ``rnode-cli train`` in a process of its own, so a penalty, a model or a data set of a plugin must be
+    installed. A call with the same settings in the same folder continues the last one: a finished arm is not
     trained again, an interrupted one is resumed. What ``training.precision=auto`` and ``training.compile=auto``
     leave open is measured once for all arms (``chosen.json``). An arm does not depend on which others train beside
-    it. Each trains in a process of its own, so a penalty, a model or a data set of a plugin must be installed.
+    it, and one that fails does not end the others.
 
     Args:
         recipe: what the arms share.
-        arms, sweeps, seeds: see :func:`~rnode_plugin.comparison.arm_recipes.arm_recipes`.
+        arms, sweeps, seeds: see :func:`~rnode_plugin.comparison.arms.arm_recipes`.
         validations: of each arm, evenly spread over its steps; they are the marks of the figures. Used if
             the recipe has ``max_steps`` and no ``val_every_steps`` of its own.
         max_time: seconds for each arm, validations included, those of earlier calls included.
-        out: folder for ``runs/`` and the report.
+        out: folder for ``runs/``, ``logs/`` and the report; one call at a time trains in it.
         accelerator: as Lightning's Trainer takes it.
-        devices: see :func:`~rnode_plugin.comparison.scheduler.places_of`; each arm has one. Processes on a CPU
-            share out its threads.
+        devices: see :func:`places_of`; each arm has one. Processes on a CPU share out its threads.
         download: fetch the data set if it is missing.
-        progress: show progress on the terminal.
-        announce: called with a line before each arm and, if several train at once, for each line of theirs.
+        progress: show the progress of arms that train one after another on the terminal. Other output of an arm is
+            in its log.
+        announce: called with a line at the beginning and at the end of each arm.
 
     Raises:
-        ConfigError: settings that cannot work.
+        ConfigError: settings that cannot work, or another call trains in the folder.
         DataError: the data set is missing or does not fit the recipe.
         CheckpointError: what was chosen for an earlier call cannot be read.
         TrainingError: no arm has a run to report.
@@ -93,20 +127,32 @@ def compare(
     for arm in planned[: len(planned) // seeds]:
         check_arm(arm)
     places = places_of(accelerator, devices, len(planned))
+    threads = max(1, torch.get_num_threads() // len(places))
     out = Path(out)
-    jobs = _unfinished(planned, out / "runs", accelerator, max_time, announce)
-    if jobs:
-        steps, threads = RunPlan.of(planned[0], len(data.train)).total, threads_of(places)
-        chosen = shared_choice(
-            planned, out, steps=steps, accelerator=accelerator, threads=threads, announce=announce
-        )
-        jobs = [dataclasses.replace(job, chosen=chosen) for job in jobs]
-    failed, stopped = train_arms(jobs, places, announce, progress=progress)
-    runs = [run.path for arm in planned if (run := _earlier_run(out / "runs", arm)) is not None]
-    if not any(read_run(run).has_steps for run in runs):
-        raise TrainingError(" ".join(failed) or f"{stopped or 'The call ended'} before an arm had a logged step.")
-    report = write_report(runs, out, title=f"{recipe.name}: what the penalties change")
-    return Comparison(tuple(runs), report, tuple(failed), stopped)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {out}: {error.strerror}. Choose another --out.") from None
+    with training_lock(out):
+        jobs = _unfinished(planned, out / "runs", max_time, announce)
+        choice = None
+        if jobs:
+            steps = RunPlan.of(planned[0], len(data.train)).total
+            device = pick_device({"gpu": "cuda"}.get(accelerator, accelerator))
+            choice = _shared_choice(planned, out, steps=steps, device=device, threads=threads, announce=announce)
+        pool = _Pool(places, out, accelerator, threads, choice, progress, announce)
+        failures, stopped = pool.train(jobs)
+        runs = [run for arm in planned if (run := _earlier_run(out / "runs", arm)) is not None]
+        if not any(run.has_begun for run in runs):
+            message = " ".join(failure.message for failure in failures)
+            hopeless = bool(failures) and all(failure.code == _CANNOT_WORK for failure in failures)
+            raise (ConfigError if hopeless else TrainingError)(
+                message or f"{stopped or 'The call ended'} before an arm had a logged step."
+            )
+        report = write_report([run.path for run in runs], out, title=f"{recipe.name}: what the penalties change")
+    return Comparison(
+        tuple(run.path for run in runs), report, tuple(failure.message for failure in failures), stopped
+    )
 
 
 def _with_validations(recipe: Recipe, validations: int) -> Recipe:
@@ -118,25 +164,61 @@ def _with_validations(recipe: Recipe, validations: int) -> Recipe:
     return dataclasses.replace(recipe, training=dataclasses.replace(training, val_every_steps=every))
 
 
+def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
+    """The places for arms that train at the same time, each as Lightning's Trainer takes its ``devices``.
+
+    Args:
+        accelerator: as Lightning's Trainer takes it.
+        devices: ``auto``: all GPUs, or on a CPU as many processes as it has cores; a number of them; or a list of
+            GPUs such as ``0,2``. No more places than arms are used.
+        arms: how many there are.
+
+    Raises:
+        ConfigError: another text, or more GPUs than there are.
+    """
+    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    if devices == "auto":
+        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
+        cores = torch.get_num_threads() if on_cpu else 1
+        return ([f"{gpu}," for gpu in range(gpus)] or ["1"] * cores)[:arms]
+    listed = "," in devices
+    parts = [part.strip() for part in devices.strip(", ").split(",")]
+    if not all(part.isdigit() for part in parts) or (not listed and int(parts[0]) < 1):
+        raise ConfigError(
+            f"devices: expected auto, a number of arms at a time or GPUs such as 0,2; got {devices!r}"
+        )
+    numbers = [int(part) for part in parts] if listed else list(range(int(parts[0])))
+    if gpus == 0:
+        if listed:
+            raise ConfigError(f"there are no GPUs to choose {devices} from; give a number of arms at a time.")
+        return ["1"] * min(len(numbers), arms)
+    if max(numbers) >= gpus or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"the devices {devices} are not different ones of the {gpus} GPUs of this machine.")
+    return [f"{number}," for number in numbers][:arms]
+
+
+# ---- what is left to do ----
+
+
 def _unfinished(
-    planned: Sequence[Recipe],
-    runs: Path,
-    accelerator: str,
-    max_time: float | None,
-    announce: Callable[[str], object],
-) -> list[Job]:
-    """What is left to do; what is done is announced."""
-    jobs: list[Job] = []
+    planned: Sequence[Recipe], runs: Path, max_time: float | None, announce: Callable[[str], object]
+) -> list[_Job]:
+    """The arms that are not done; those that are done are announced."""
+    jobs: list[_Job] = []
     for number, arm in enumerate(planned, 1):
         head = f"arm {number} of {len(planned)}: {arm.name}, seed {arm.training.seed}, {arm.solver.method}"
         run = _earlier_run(runs, arm)
-        left = None if max_time is None else max_time - (_seconds_spent(run.path) if run is not None else 0.0)
-        if run is not None and _is_done(run, left):
-            announce(f"{head}: done, in {run.path}")
-            continue
-        resume = run.path if run is not None and _has_checkpoint(run.path) else None
+        begun = run is not None and any((run.path / "checkpoints").glob("*.ckpt"))
+        left = max_time
+        if max_time is not None and run is not None and begun:
+            left = max_time - float(newest_intact(run.path)[1]["progress"]["seconds"])
+        if run is not None and run.result is not None:
+            out_of_time = left is not None and left <= 0  # stopped by a time limit, and again
+            if run.result["stopped"] == "finished" or out_of_time:
+                announce(f"{head}: done, in {run.path}")
+                continue
         limit = None if left is None else max(left, 1e-3)  # at least one step, and the evaluation
-        jobs.append(Job(arm, head, runs, resume, limit, accelerator))
+        jobs.append(_Job(arm, head, run.path if run is not None and begun else None, limit))
     return jobs
 
 
@@ -151,16 +233,156 @@ def _earlier_run(runs: Path, recipe: Recipe) -> Run | None:
     return None
 
 
-def _is_done(run: Run, left: float | None) -> bool:
-    """Finished, or stopped by a time limit and out of time again."""
-    if run.result is None:
-        return False
-    return run.result["stopped"] == "finished" or (left is not None and left <= 0)
+def _shared_choice(
+    arms: Sequence[Recipe],
+    out: Path,
+    *,
+    steps: float,
+    device: torch.device,
+    threads: int,
+    announce: Callable[[str], object],
+) -> Choice | None:
+    """What ``chosen.json`` in the folder of a comparison says; it is measured and written if it is not there.
+
+    The arm with the most penalties is timed, or one with an adaptive solver if there is one, because then all train
+    in 32-true. None if the recipes leave nothing open.
+
+    Raises:
+        ConfigError: earlier arms train in a precision in which one of these cannot.
+        CheckpointError: the file cannot be read or written.
+    """
+    if not is_open(arms[0]):
+        return None
+    choice = read_choice(out)
+    if choice is None:
+        timed = max(arms, key=lambda arm: (arm.solver.adaptive, len(arm.regularizers)))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            choice = choose(timed, device=device, steps=steps)
+        finally:
+            torch.set_num_threads(before)
+        write_choice(choice, out)
+        announce(f"all arms: {choice.line()}")
+    for arm in arms:
+        if not choice.fits(arm):
+            raise ConfigError(
+                f"the arm {arm.name} cannot train in {choice.way}, as {out / CHOSEN} says for all arms: choose "
+                "another --out."
+            )
+    return choice
 
 
-def _has_checkpoint(path: Path) -> bool:
-    return any((path / "checkpoints").glob("*.ckpt"))
+# ---- the processes ----
 
 
-def _seconds_spent(path: Path) -> float:
-    return float(newest_intact(path)[1]["progress"]["seconds"]) if _has_checkpoint(path) else 0.0
+class _Pool:
+    """Trains arms, one at a time at each place, each as ``rnode-cli train`` in a process of its own.
+
+    Args:
+        places: see :func:`places_of`.
+        out: folder for ``runs/`` and ``logs/``.
+        accelerator: as Lightning's Trainer takes it.
+        threads: of each process.
+        choice: how all arms compute their steps, if their recipes leave that open.
+        progress: whether an arm shows its progress on the terminal; only if there is one place.
+        announce: called with lines for the user.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[str],
+        out: Path,
+        accelerator: str,
+        threads: int,
+        choice: Choice | None,
+        progress: bool,
+        announce: Callable[[str], object],
+    ) -> None:
+        self._out, self._accelerator, self._choice, self._announce = out, accelerator, choice, announce
+        self._shown = progress and len(places) == 1
+        self._count = len(places)
+        self._free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for place in places:
+            self._free.put(place)
+        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
+        self._environment = {**os.environ, **own}
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._received: list[str] = []  # names of signals that asked this process to end
+
+    def train(self, jobs: Sequence[_Job]) -> tuple[list[_Failure], str | None]:
+        """Train all; why some could not be, and the name of the signal that ended the call early."""
+        with self._signals(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(self._count) as threads:
+            ended = [threads.submit(self._train_one, job, Path(folder)) for job in jobs]
+        failures = [failure for each in ended if (failure := each.result()) is not None]
+        return failures, self._received[0] if self._received else None
+
+    def _train_one(self, job: _Job, recipes: Path) -> _Failure | None:
+        if self._received:
+            return None
+        place = self._free.get()
+        try:
+            folder = job.resume or RunFolder.create(self._out / "runs", job.recipe).path
+            self._announce(job.head)
+            if self._choice is not None and not (folder / CHOSEN).exists():
+                write_choice(self._choice, folder)
+            file = recipes / f"{job.recipe.name}-{job.recipe.training.seed}.json"
+            file.write_text(json.dumps(job.recipe.to_plain()), encoding="utf-8")
+            log = self._out / "logs" / file.with_suffix(".log").name
+            log.parent.mkdir(exist_ok=True)
+            arguments = [str(file), "--accelerator", self._accelerator, "--devices", place]
+            arguments += ["--run-folder" if job.resume is None else "--resume", str(folder)]
+            arguments += [] if job.max_time is None else ["--max-time", f"{job.max_time:.3f}"]
+            code = self._run([sys.executable, *_TRAIN, *arguments], log)
+            if not (folder / "recipe.json").exists():  # the process had not begun
+                shutil.rmtree(folder, ignore_errors=True)
+            if code == 0 or self._received:
+                return None
+            failure = _Failure(f"{job.name}: {_reason(code, log)}", code)
+            self._announce(failure.message)
+            return failure
+        finally:
+            self._free.put(place)
+
+    def _run(self, command: Sequence[str], log: Path) -> int:
+        """The exit code of a process whose output, but for its progress, is in the log."""
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=None if self._shown else file, stderr=file,
+                env=self._environment,
+            )  # fmt: skip
+            self._running.add(process)
+            if self._received:  # while it started
+                process.terminate()
+            code = process.wait()
+        self._running.discard(process)
+        return code
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Begin no more arms after a signal; SIGTERM is passed on, and Ctrl-C reaches the processes by itself."""
+
+        def received(signum: int, frame: object) -> None:
+            self._received.append(signal.Signals(signum).name)
+            for process in tuple(self._running) if signum == signal.SIGTERM else ():
+                process.terminate()
+
+        # in another thread, the program that owns the main one decides about signals
+        handles = threading.current_thread() is threading.main_thread()
+        former = {each: signal.signal(each, received) for each in (signal.SIGINT, signal.SIGTERM) if handles}
+        try:
+            yield
+        finally:
+            for signum, handler in former.items():
+                signal.signal(signum, handler)
+
+
+def _reason(code: int, log: Path) -> str:
+    """Why a process ended: the message of the command line, or its signal or exit code."""
+    if message := re.search(r"^Error: (.*)", log.read_text(errors="replace"), re.MULTILINE | re.DOTALL):
+        return " ".join(message[1].split())
+    if code >= 0:
+        return f"its process ended with exit code {code}; {log} may say why."
+    name = signal.Signals(-code).name
+    hint = " Perhaps the memory did not suffice: --devices 1 trains one arm at a time." if name == "SIGKILL" else ""
+    return f"its process was ended by {name}.{hint}"

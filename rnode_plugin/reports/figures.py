@@ -133,7 +133,7 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
 def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
     """Name, title, caption, section and painter of each figure."""
     logged = [arm for arm in arms if all(run.has_steps for run in arm.runs)]
-    checked = [arm for arm in arms if any(len(run.checks["step"]) for run in arm.runs)]
+    checked = [arm for arm in arms if any(run.has_steps and len(run.checks["step"]) for run in arm.runs)]
     measure = arms[0].measure
     likelihood, samples, sample = measure.likelihood, measure.samples, measure.sample
     images = measure.metric == "bpd"

@@ -65,9 +65,16 @@ class Run:
         return len(self.steps["step"]) > 0
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there is something to report: a logged step or a result."""
+        return self.has_steps or self.result is not None
+
+    @property
     def done(self) -> int:
         """Training steps so far."""
-        return int(self.steps["step"][-1]) if self.has_steps else 0
+        if self.has_steps:
+            return int(self.steps["step"][-1])
+        return 0 if self.result is None else int(self.result["steps"])
 
     @property
     def state(self) -> str:
@@ -148,8 +155,8 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
             and others on tables.
     """
     runs, left_out = _read_all(map(Path, paths))
-    begun = [run for run in runs if run.has_steps]
-    left_out += [f"{run.path} has no logged step." for run in runs if not run.has_steps]
+    begun = [run for run in runs if run.has_begun]
+    left_out += [f"{run.path} has no logged step." for run in runs if not run.has_begun]
     if not begun:
         raise ConfigError(" ".join(left_out))
     kinds = {run.measure.metric: run for run in begun}
@@ -287,7 +294,9 @@ def _read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
     checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))
     # a validation is logged with its step only; its epoch and time are those of the steps around it
     places = {
-        name: np.interp(checks["step"], steps["step"], steps[name]) if len(steps["step"]) else checks["step"]
+        name: np.interp(checks["step"], steps["step"], steps[name])
+        if len(steps["step"])
+        else checks["step"] * np.nan
         for name in ("epoch", "train_seconds")
     }
     return steps, {**checks, **places}

@@ -8,19 +8,17 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
+from ..core.random_streams import Stream, seeded
 from ..core.schedules import LinearWarmup, WrittenStrength, strength_text
 from ..errors import ConfigError, suggest
+from ..evaluation.measures import measure_of
 from ..plugins import registry
 from ..plugins.registry import resolve_regularizers
 from ..recipes.recipe import Recipe, read_strength
 
-__all__ = ["arm_recipes"]
+__all__ = ["arm_recipes", "check_arm"]
 
 _NONE, _FFJORD, _ALL = "none", "ffjord", "rnode"
-_TERM = re.compile(
-    r"(?P<name>[^:=,]+(:([A-Za-z_]\w*=)?[^=,]+(,([A-Za-z_]\w*=)?[^=,]+)*)?)"  # with options: taylor:order=3
-    r"(=(?P<lambdas>[^=]+))?"
-)
 _LONGEST = 70  # characters of a folder's name; longer ones end in a hash
 
 
@@ -35,9 +33,8 @@ def arm_recipes(
             penalty, Dormand-Prince at 1e-5, as in the paper's comparison of times), ``rnode`` (all penalties of the
             recipe), or penalties joined by ``+``. A penalty is a name, with options if it takes them, and its
             lambda: ``kinetic``, ``taylor:3``, ``kinetic=0.1+jacfrob``, ``kinetic=linear_warmup(100)*0.1``. Without
-            a lambda it has that of the recipe,
-            else its default. No arms: ``none``, each penalty of the recipe alone and ``rnode``; with sweeps
-            ``none`` alone.
+            a lambda it has that of the recipe, else its default. No arms: ``none``, each penalty of the recipe
+            alone and ``rnode``; with sweeps ``none`` alone.
         sweeps: arms with several lambdas, as ``kinetic=0.001,0.01,0.1``. With several penalties they form a grid.
         seeds: runs of each arm; the first has the recipe's seed, the others the next ones.
 
@@ -94,10 +91,10 @@ def _parse(recipe: Recipe, text: str) -> list[dict[str, WrittenStrength]]:
     """
     grid: dict[str, list[WrittenStrength]] = {}
     for term in re.split(r"\+(?![\d.])", text):  # but not the plus of 1e+3
-        found = _TERM.fullmatch(term.strip())
-        if found is None:
-            raise ConfigError(f"{term!r} is not a penalty: write kinetic, kinetic=0.1, taylor:3 or taylor:3=0.1.")
-        name, values = found["name"], found["lambdas"]
+        name, equals, values = term.strip().rpartition("=")
+        # without an equals sign, or if it is that of the last option, as in taylor:order=3
+        if not equals or (":" in name and re.split("[:,]", name)[-1].isidentifier()):
+            name, values = term.strip(), None
         if name in grid:
             raise ConfigError(f"the arm {text!r} names {name} twice.")
         default = _default_lambda(recipe, name)
@@ -158,3 +155,36 @@ def _folder_name(recipe: Recipe, label: str) -> str:
 def _find_same(arm: Recipe, chosen: Mapping[str, Recipe]) -> str | None:
     """The arm that trains the same, if there is one."""
     return next((text for text, other in chosen.items() if dataclasses.replace(other, name=arm.name) == arm), None)
+
+
+# ---- what makes an arm impossible ----
+
+
+def check_arm(recipe: Recipe) -> None:
+    """Refuse an arm that cannot be trained, or not in a process of its own, before the first one is trained.
+
+    Raises:
+        ConfigError: a regularizer, the model or the data set is registered in this process only; or a penalty
+            cannot be computed for the model with the solver of the recipe.
+    """
+    used = [("regularizers", name.partition(":")[0]) for name in recipe.regularizers]
+    used += [("models", recipe.model.name), ("datasets", recipe.data.name)]
+    plugins = registry.report()
+    for kind, name in used:
+        owners = [plugin for plugin in plugins if name in plugin.registers.get(kind, ())]
+        if owners and all(plugin.distribution is None for plugin in owners):
+            raise ConfigError(
+                f"the {registry.KINDS[kind]} {name!r} is registered in this process only, by the plugin "
+                f"{owners[0].name!r}, but each arm of a comparison trains in a process of its own. Make it a "
+                "plugin of an installed package: docs/plugins.md says how."
+            )
+    if not recipe.regularizers:
+        return
+    # one sample through a fresh flow, in one step if the solver has a grid
+    solver = recipe.solver if recipe.solver.adaptive else dataclasses.replace(recipe.solver, step=None)
+    try:
+        with seeded(recipe.training.seed, Stream.TUNE):
+            x, given = measure_of(recipe).random_inputs(1)
+            recipe.build_flow()(x, **given, solver=solver)
+    except ConfigError as error:
+        raise ConfigError(f"the arm {recipe.name} cannot be trained: {error}") from error
