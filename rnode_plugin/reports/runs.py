@@ -293,10 +293,9 @@ def _read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
     steps = _columns([row for row in rows if f"train/{metric}" in row], ("step", "epoch", "train_seconds"))
     checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))
     # a validation is logged with its step only; its epoch and time are those of the steps around it
+    known, unknown = len(steps["step"]) > 0, np.full(len(checks["step"]), np.nan)
     places = {
-        name: np.interp(checks["step"], steps["step"], steps[name])
-        if len(steps["step"])
-        else checks["step"] * np.nan
+        name: np.interp(checks["step"], steps["step"], steps[name]) if known else unknown
         for name in ("epoch", "train_seconds")
     }
     return steps, {**checks, **places}
