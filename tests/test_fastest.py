@@ -18,7 +18,7 @@ from tiny_runs import rows, run, signal_at, tiny_recipe
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
-from rnode_plugin.comparison import shared_choice, worker
+from rnode_plugin.comparison import compare as comparison
 from rnode_plugin.comparison.compare import compare
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.recipes.recipe import Recipe
@@ -244,7 +244,7 @@ def test_a_damaged_choice_is_one_message(tmp_path: Path) -> None:
 
 def test_the_arms_of_a_comparison_share_one_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTraining(tmp_path / "fake", write_run(tmp_path / "run", get_recipe("digits")))
-    monkeypatch.setattr(worker, "_COMMAND", fake.command)
+    monkeypatch.setattr(comparison, "_TRAIN", fake.command)
     monkeypatch.setattr(page, "make_panels", lambda arms: [])
     timed: list[Recipe] = []
 
@@ -252,7 +252,7 @@ def test_the_arms_of_a_comparison_share_one_choice(tmp_path: Path, monkeypatch: 
         timed.append(recipe)
         return Choice(BF16, options["steps"], "cpu", ())
 
-    monkeypatch.setattr(shared_choice, "choose", choose_bf16)
+    monkeypatch.setattr(comparison, "choose", choose_bf16)
     recipe = tiny_recipe("training.precision=auto")
     lines: list[str] = []
 

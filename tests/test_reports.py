@@ -485,11 +485,17 @@ def test_many_arms_look_different(tmp_path: Path) -> None:
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
     path = write_run(tmp_path / "0", digits(penalties=("kinetic",)), finished=False)
     result = json.loads((write_run(tmp_path / "1", digits()) / "result.json").read_text())
-    result["evaluation"]["penalties"]["taylor:3"] = 0.25
-    (path / "result.json").write_text(json.dumps(result))
-    table = table_of(path, tmp_path / "1")
-    assert cell(table, "taylor:3", "kinetic") == "0.250"
-    assert cell(table, "taylor:3", "rnode") == ""
+    result["evaluation"]["penalties"] |= {"taylor:3": 0.25, "hjb": 0.5}
+    for undivided, hjb in ({}, "32"), ({"undivided": ["hjb"]}, "0.500"):  # older versions divided it by 64
+        result["evaluation"] |= undivided
+        (path / "result.json").write_text(json.dumps(result))
+        table = table_of(path, tmp_path / "1")
+        assert cell(table, "taylor:3", "kinetic") == "0.250"
+        assert cell(table, "taylor:3", "rnode") == ""
+        assert cell(table, "hjb", "kinetic") == hjb
+        meanings = {row.name: row.meaning for row in table.rows}
+        assert meanings["taylor:3"].startswith("penalty / dim,")
+        assert meanings["hjb"].startswith("penalty,")
 
 
 def test_the_files_of_a_report(runs: list[Path], tmp_path: Path) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.regularizers import undivided
 from ..core.schedules import final_strength
-from ..errors import ConfigError
+from ..errors import ConfigError, RnodeError
 from ..evaluation.diagnostics.result import Diagnosis
 from ..evaluation.measures import Measure, measure_of
+from ..plugins.registry import get_regularizer
 from ..recipes.recipe import Recipe
 
-__all__ = ["Run", "arm_of", "read_run", "read_runs"]
+__all__ = ["Run", "arm_of", "is_divided", "read_run", "read_runs"]
 
 Columns = Mapping[str, NDArray[np.float64]]
 
@@ -91,9 +93,16 @@ class Run:
 
     @property
     def penalties(self) -> dict[str, float]:
-        """Mean integrals: of the best weights, or at the last validation of a run that has not come to them."""
+        """Mean integrals: of the best weights, or at the last validation of a run that has not come to them.
+
+        Divided by the number of dimensions if the objective divides them, see :func:`is_divided`.
+        """
         if self.result is not None:
-            return self.result["evaluation"]["penalties"]
+            evaluation = self.result["evaluation"]
+            # results of older versions hold all of them divided, and do not name those that need not be
+            dims = 1 if "undivided" in evaluation else self.measure.dims
+            found = evaluation["penalties"]
+            return {name: value if is_divided(name) else value * dims for name, value in found.items()}
         followed = dict.fromkeys(["kinetic", "jacfrob", *self.recipe.regularizers])
         return {name: _last(self.checks[f"val/{name}"]) for name in followed if f"val/{name}" in self.checks}
 
@@ -131,6 +140,14 @@ class Run:
             "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
             "steps": self.done,
         }
+
+
+def is_divided(name: str) -> bool:
+    """Whether the objective divides a penalty by the number of dimensions, as it does a sum over them."""
+    try:
+        return not undivided([get_regularizer(name)])
+    except RnodeError:  # of a plugin that is not installed here
+        return True
 
 
 def arm_of(recipe: Recipe) -> str:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..core.regularizers import undivided
 from ..core.schedules import strength_text
-from ..errors import RnodeError
-from ..plugins.registry import get_regularizer
 from ..solvers.config import solver_text
 from ..text import change_with_error, duration, significant, with_error
 from .arms import Arm, base_of, paired_difference, penalties_of
+from .runs import is_divided
 
-__all__ = ["Column", "Row", "Table", "against_base", "is_divided", "make_table"]
+__all__ = ["Column", "Row", "Table", "against_base", "make_table"]
 
 
 @dataclass(frozen=True)
@@ -104,14 +102,6 @@ _PENALTIES = {
     "jacfrob": ("Jacobian norm", "∫ ‖εᵀ∇f‖² dt / dim"),
     "kinetic": ("kinetic energy", "∫ ‖f‖² dt / dim"),
 }
-
-
-def is_divided(name: str) -> bool:
-    """Whether the objective divides a penalty by the number of dimensions: one that is a sum over them."""
-    try:
-        return not undivided([get_regularizer(name)])
-    except RnodeError:  # of a plugin that is not installed here
-        return True
 
 
 def _paper_columns(arms: Sequence[Arm]) -> Mapping[str, Mapping[str, str]]:
