@@ -14,7 +14,7 @@ from image_files import picture_bytes, random_images, real_data, write_picture
 from PIL import Image
 
 from rnode_plugin.data import ArrayDataset, folders, get_dataset
-from rnode_plugin.data.packing.pictures import ImageFiles, decode
+from rnode_plugin.data.folders import ImageFiles, decode
 from rnode_plugin.errors import ConfigError, DataError
 
 

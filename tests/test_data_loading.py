@@ -9,9 +9,8 @@ from image_files import random_images, write_picture
 from torch.utils.data import DistributedSampler
 
 from rnode_plugin.data import ArrayDataset, loader
+from rnode_plugin.data.folders import ImageFiles, PackedImages
 from rnode_plugin.data.images import Selection
-from rnode_plugin.data.packing.packed import PackedImages
-from rnode_plugin.data.packing.pictures import ImageFiles
 from rnode_plugin.errors import ConfigError, DataError
 
 

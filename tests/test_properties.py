@@ -19,15 +19,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from image_files import picture_bytes
 from packing_sources import prepare, write_zip
-from test_data_containers import plain_crc32c
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli.options import Duration, table
-from rnode_plugin.data.idx import read_idx_images
+from rnode_plugin.data.folders import assign, fit_pixels, split_named
 from rnode_plugin.data.images import ImageData
-from rnode_plugin.data.packing.pictures import fit_pixels
-from rnode_plugin.data.packing.tfrecords import crc32c, pixels_of
-from rnode_plugin.data.splits import assign, split_named
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.files import check_path_name
 from rnode_plugin.recipes.recipe import Recipe, as_text
@@ -190,26 +186,3 @@ def test_a_smaller_limit_is_a_part_of_a_larger_one(count: int, one: int, other: 
     few, more = (set(data.limit(n).train[:].ravel().tolist()) for n in sorted((one, other)))
     assert few <= more
     assert len(more) == min(count, max(one, other))
-
-
-@given(st.one_of(st.binary(max_size=64), st.binary(max_size=40).map(lambda rest: bytes([0, 0, 8, 3]) + rest)))
-def test_any_bytes_are_idx_images_or_refused(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name, "x")
-        path.write_bytes(content)
-        try:
-            images = read_idx_images(path)
-        except DataError:
-            return
-    assert images.size == len(content) - 16
-
-
-@given(st.binary(max_size=3000))
-def test_the_checksum_is_that_of_the_definition(content: bytes) -> None:
-    assert crc32c(content) == plain_crc32c(content)
-
-
-@given(st.binary(max_size=60))
-def test_any_record_is_an_image_or_refused(content: bytes) -> None:
-    with pytest.raises(ValueError, match="it"):
-        pixels_of(content)

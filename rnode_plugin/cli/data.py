@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -63,20 +64,22 @@ def prepare(
     """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
 
     A SOURCE is a folder, or a zip or tar archive, of pictures; the published ImageNet 64x64 archives
-    (Imagenet64_train_part1_npz.zip, ..., Imagenet64_val_npz.zip), which must be given together; TFRecord files, as
-    CelebA-HQ is passed on (celebahq-r08.tfrecords, celeba-tfr.tar); or parquet files of the Hugging Face Hub, which
-    need the extra `parquet`. Several make one data set. Pictures of another size are scaled to --size by their
+    (Imagenet64_train_part1_npz.zip, ..., Imagenet64_val_npz.zip), which must be given together; or TFRecord
+    files, as CelebA-HQ is passed on (celebahq-r08.tfrecords, celeba-tfr.tar), which need the extra `tfrecord`.
+    Several make one data set. Pictures of another size are scaled to --size by their
     shorter side and cut around the middle.
 
     The files hold 8 bits a value; celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
     before all of it is written.
     """
+    from tqdm import tqdm
+
     from ..data import pack, plan_packing
-    from ..data.progress import byte_bar
 
     click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
     plan = plan_packing(sources, val_fraction=val_fraction)
-    with byte_bar("packing", plan.nbytes) as bar:
+    shown = {"unit": "B", "unit_scale": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
+    with tqdm(total=plan.nbytes, desc="packing", **shown) as bar:
         result = pack(
             plan,
             target,

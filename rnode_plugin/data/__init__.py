@@ -5,13 +5,10 @@
 """
 
 from .catalog import get_dataset, get_table
-from .downloads import one_download
 from .folders import celebahq256, folder, imagenet64
-from .images import ImageArray, ImageData
-from .loading import ArrayDataset, loader
-from .packing.pack import PackingResult, pack
-from .packing.plan import PackingPlan, plan_packing
-from .published import cifar10, digits, fashion_mnist, mnist, svhn
+from .images import ArrayDataset, ImageArray, ImageData, loader
+from .packing import PackingPlan, PackingResult, pack, plan_packing
+from .sets import cifar10, digits, fashion_mnist, mnist, one_download, svhn
 from .tables import Table
 
 __all__ = [

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, PluginError
 from ..plugins import registry
-from .downloads import one_download
 from .images import ImageData
+from .sets import one_download
 from .tables import Table
 
 __all__ = ["get_dataset", "get_table", "table_columns"]

@@ -1,20 +1,46 @@
-"""Data sets of a user: ``folder``, ``imagenet64`` and ``celebahq256``, as pictures or packed arrays."""
+"""Folders of pictures and packed arrays as data sets: ``folder``, ``imagenet64`` and ``celebahq256``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .downloads import DEFAULT_ROOT
-from .images import ImageArray, ImageData
-from .packing.packed import TRAIN_FILE, VAL_FILE, PackedImages
-from .packing.pictures import ImageFiles, files_in, is_picture
-from .splits import VAL_FRACTION, assign, split_named
+from .images import ImageArray, ImageData, shuffled
 
-__all__ = ["celebahq256", "folder", "imagenet64"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "DEFAULT_ROOT",
+    "TRAIN_FILE",
+    "VAL_FILE",
+    "VAL_FRACTION",
+    "ImageFiles",
+    "PackedImages",
+    "assign",
+    "celebahq256",
+    "decode",
+    "files_in",
+    "fit_pixels",
+    "folder",
+    "imagenet64",
+    "is_hidden",
+    "is_picture",
+    "split_named",
+]
+
+DEFAULT_ROOT = Path("data")
+"""The folder of the data sets unless another is named."""
+
+VAL_FRACTION = 0.1
 
 # pictures that fit are decoded once; more than that are decoded batch by batch, which workers and packing speed up
 _IN_MEMORY_BYTES = 2**30
@@ -78,8 +104,8 @@ def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageDat
         bits=5,
         flip=True,
         source="the 30,000 CelebA-HQ pictures of 256x256 pixels or more (the folder CelebA-HQ-img of "
-        "CelebAMask-HQ.zip, celebahq-r08.tfrecords of progressive growing, celeba-tfr.tar of Glow from "
-        "https://openaipublic.azureedge.net/glow-demo/data, or parquet files of the Hugging Face Hub)",
+        "CelebAMask-HQ.zip, celebahq-r08.tfrecords of progressive growing, or celeba-tfr.tar of Glow from "
+        "https://openaipublic.azureedge.net/glow-demo/data)",
         command="rnode-cli data prepare PICTURES_OR_ARCHIVE {target} --size 256",
     )
 
@@ -156,3 +182,288 @@ def _check_packed(
                 f"{name}: the images in {where / file} are {'x'.join(map(str, shape[1:]))}, not "
                 f"{'x'.join(map(str, wanted))}; pack them again with `rnode-cli data prepare --overwrite`."
             )
+
+
+# Training and held-out pictures --------------------------------------------------------------------------------
+
+_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "train_64x64": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "valid_64x64": "val",
+    "test": "test",
+    "testing": "test",
+}
+_BATCH = re.compile(r"(train|val)_data(_batch_\d+)?\.npz")  # as the ImageNet 64x64 archives name theirs
+_SHARD = re.compile(r"([a-z]+)-.*\.tfrecords?")  # train-r08-s-0000-of-0120.tfrecords
+
+
+def split_named(name: str) -> str | None:
+    """``"train"``, ``"val"`` or ``"test"`` if one of the first three folders of a path, or its file, says so."""
+    *folders, file = PurePosixPath(name).parts
+    if batch := _BATCH.fullmatch(file):
+        return batch[1]
+    if (shard := _SHARD.fullmatch(file)) and shard[1] in _FOLDERS:
+        return _FOLDERS[shard[1]]
+    return next((_FOLDERS[f.lower()] for f in folders[:3] if f.lower() in _FOLDERS), None)
+
+
+def assign(
+    splits: Sequence[str | None], names: Sequence[str], *, val_fraction: float, where: str
+) -> list[str | None]:
+    """Say of each picture whether it is ``"train"``, ``"val"`` or None (left out).
+
+    With folders for both, these count, and ``test`` only if there is no ``val``. Without, a fixed random
+    ``val_fraction`` of all pictures is held out.
+
+    Args:
+        splits: what :func:`split_named` found, one per picture.
+        names: of the pictures, for messages.
+        val_fraction: between 0 and 1.
+        where: the folder or archive, for messages.
+
+    Raises:
+        DataError: pictures beside the folders for training and validation, or too few to hold one out.
+        ConfigError: a fraction outside (0, 1).
+    """
+    found = Counter(splits)
+    held_out = "val" if found["val"] else "test"
+    if found["train"] and found[held_out]:
+        if found[None]:
+            stray = names[splits.index(None)]
+            raise DataError(
+                f"{where}: {stray} lies beside the folders for training and validation "
+                f"({found[None]} such files); move it into one of them, or away."
+            )
+        return ["train" if s == "train" else "val" if s == held_out else None for s in splits]
+    if not 0 < val_fraction < 1:
+        raise ConfigError(f"the held-out fraction must lie between 0 and 1, not {val_fraction}.")
+    if len(splits) < 2:
+        raise DataError(f"{where}: {len(splits)} picture is too few to hold one out; at least two are needed.")
+    n_val = min(max(1, round(len(splits) * val_fraction)), len(splits) - 1)
+    result: list[str | None] = ["train"] * len(splits)
+    for position in shuffled(len(splits))[:n_val]:
+        result[position] = "val"
+    return result
+
+
+# Picture files --------------------------------------------------------------------------------------------------
+
+# JPEG covers the multi-picture files of cameras; formats whose readers start other programs are left out
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+_MAX_PIXELS = 50_000_000
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file calls itself a picture."""
+    return PurePosixPath(name).suffix.lower() in _SUFFIXES
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is what file managers and archivers leave behind, and not part of the data."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") and part not in (".", "..") for part in parts) or bool(
+        {"__MACOSX", "Thumbs.db", "desktop.ini"}.intersection(parts)
+    )
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Names of the files below a folder, relative, with ``/``, sorted folder by folder; links are followed once."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}.") from error
+
+    seen: set[str] = set()
+    for here, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(here)
+        if real in seen:  # a link back up would lead in circles
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        for file in sorted(files):
+            path = Path(here, file)
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and not is_hidden(name):  # reading a pipe could wait for ever
+                yield name
+
+
+def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np.ndarray:
+    """One picture as ``(C, H, W)``, uint8.
+
+    Args:
+        file: an open picture file.
+        name: for messages.
+        size: if given, the shorter side is scaled to it and the longer one cut around the middle.
+        channels: 3 for colour, 1 for grey. Transparency is dropped.
+
+    Raises:
+        DataError: not a picture, damaged, too large, or with more than 8 bits a channel.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=_FORMATS) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise DataError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS:,}")
+                if image.mode not in _MODES:
+                    raise DataError(f"pixels of the kind {image.mode!r}, which 8 bits a channel cannot hold")
+                pixels = _fit(ImageOps.exif_transpose(image), size, channels)
+    # on garbage a decoder raises whatever it stumbled over: OSError, SyntaxError, struct.error, ValueError, ...
+    except Exception as error:
+        reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DataError(f"{name} cannot be read as a picture: {reason}.") from error
+    return pixels
+
+
+def fit_pixels(pixels: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
+    """Pixels ``(C, H, W)``, uint8, scaled and converted as :func:`decode` does with pictures."""
+    from PIL import Image
+
+    if size in (None, pixels.shape[1]) and pixels.shape[1] == pixels.shape[2] and channels == pixels.shape[0]:
+        return pixels
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return _fit(image, size, channels)
+
+
+def _fit(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    image = image.convert("RGB" if channels == 3 else "L")
+    if size is not None and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
+
+
+class ImageFiles:
+    """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes what is indexed.
+
+    Args:
+        folder: where they are.
+        names: relative to it.
+        size: height and width that they are scaled to; None: all have the size of the first.
+        channels: 1 or 3.
+        shift: bits to drop from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
+
+    Raises:
+        DataError: here or when indexed: a file that is not a readable picture, or has another size.
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], *, size: int | None, channels: int, shift: int = 0
+    ) -> None:
+        self._folder, self._names, self._size = folder, names, size
+        self._channels, self._shift = channels, shift
+        self._image_shape = self._read(0).shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self._names), *self._image_shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        positions = np.arange(len(self))[index]
+        images = np.empty((*positions.shape, *self._image_shape), np.uint8)
+        for position, out in zip(positions.flat, images.reshape(-1, *self._image_shape), strict=True):
+            image = self._read(int(position))
+            if image.shape != self._image_shape:
+                raise DataError(self._mismatch(int(position), image.shape))
+            np.right_shift(image, self._shift, out=out)
+        return images
+
+    def _read(self, position: int) -> np.ndarray:
+        path = self._folder / self._names[position]
+        try:
+            with open(path, "rb") as file:
+                return decode(file, str(path), size=self._size, channels=self._channels)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+    def _mismatch(self, position: int, shape: tuple[int, ...]) -> str:
+        _, height, width = self._image_shape
+        return (
+            f"the pictures in {self._folder} differ in size: {self._names[position]} has {shape[1]}x{shape[2]} "
+            f"pixels, {self._names[0]} has {height}x{width}. Give the size that all are scaled to (--size)."
+        )
+
+
+# Packed arrays --------------------------------------------------------------------------------------------------
+
+TRAIN_FILE, VAL_FILE = "train.npy", "val.npy"
+
+_PROBED = 64  # images that are checked for fewer than 8 bits
+
+
+class PackedImages:
+    """A ``.npy`` file of images ``(N, C, H, W)``, uint8, that is read when it is indexed.
+
+    It is pickled by its path, so that worker processes map the file instead of being sent its content.
+
+    Args:
+        path: the file.
+        shift: bits to drop from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
+
+    Raises:
+        DataError: damaged, not such images, or with fewer than 8 bits although some are to be dropped.
+    """
+
+    def __init__(self, path: Path, *, shift: int = 0) -> None:
+        self._path, self._shift = path, shift
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # NumPy's reader of headers is Python's own: on garbage it raises anything
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise DataError(f"{path} cannot be read as a packed array: {reason}. Make it again with "
+                            "`rnode-cli data prepare`.") from error  # fmt: skip
+        if not isinstance(array, np.memmap):
+            raise DataError(f"{path} is an archive of arrays (.npz), not one array.")
+        if array.dtype != np.uint8:
+            raise DataError(f"{path} holds {array.dtype}; packed images are uint8 with values 0 to 255.")
+        if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
+            raise DataError(f"{path} has the shape {array.shape}; packed images are (N, C, H, W), channels first, "
+                            "with 1 or 3 of them.")  # fmt: skip
+        whole, found = array.offset + array.nbytes, path.stat().st_size
+        if found != whole:  # a damaged header can claim fewer images than there are
+            raise DataError(f"{path} is damaged: it has {found:,} bytes, and its header says {whole:,}.")
+        self._array = array
+        if shift:
+            probe = array[np.linspace(0, len(array) - 1, min(len(array), _PROBED)).astype(int)]
+            if probe.max() < 2 ** (8 - shift):
+                raise DataError(f"{path} has no value above {probe.max()}: it seems to hold {8 - shift} bits "
+                                f"already, where 8 are expected. Multiply it by {2**shift}.")  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._array.dtype
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        # without bits to drop this still copies: a map of a file cannot be written to, a tensor can
+        return np.right_shift(self._array[index], self._shift)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._path, self._shift)
+
+
+def _reopen(path: Path, shift: int) -> PackedImages:
+    return PackedImages(path, shift=shift)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from ..core.random_streams import Stream, stream_seed
 from ..data import ArrayDataset, ImageArray, ImageData, Table
-from ..data.loading import keep_batch
+from ..data.images import keep_batch
 from ..errors import ConfigError
 from ..evaluation.loading import load_data
 from ..evaluation.measures import measure_of

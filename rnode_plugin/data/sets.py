@@ -1,0 +1,188 @@
+"""Data sets that are published with a split: digits of scikit-learn, MNIST, Fashion-MNIST, CIFAR10 and SVHN.
+
+torchvision knows the addresses and checksums, and downloads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from ..errors import ConfigError, DataError
+from .folders import DEFAULT_ROOT
+from .images import ImageData, shuffled
+
+__all__ = ["cifar10", "digits", "fashion_mnist", "mnist", "one_download", "svhn"]
+
+_HELD_OUT_DIGITS = 297
+_LOCK = ".download.lock"
+_WAIT_SECONDS = 3600.0  # for another process that downloads
+
+
+def digits(*, root: str | None = None, size: int | None = None) -> ImageData:
+    """1,797 handwritten digits, 1x8x8, 17 grey levels, 297 held out; they come with scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    _only_size(size, 8, "digits")
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.asarray(pixels, dtype=np.uint8).reshape(-1, 1, 8, 8)
+    # evenly spaced in a random order sorted by class: each digit is held out in proportion
+    order = shuffled(len(images))
+    order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
+    held_out = np.zeros(len(images), dtype=bool)
+    held_out[order[np.arange(_HELD_OUT_DIGITS) * len(images) // _HELD_OUT_DIGITS]] = True
+    return ImageData(name="digits", train=images[~held_out], val=images[held_out], shape=(1, 8, 8), levels=17)
+
+
+def mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """70,000 handwritten digits, 1x28x28; 10,000 of them held out."""
+    return _idx_set("mnist", "MNIST", root, download, size)
+
+
+def fashion_mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """70,000 pieces of clothing, 1x28x28; 10,000 of them held out."""
+    return _idx_set("fashion-mnist", "FashionMNIST", root, download, size)
+
+
+def cifar10(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """60,000 photographs, 3x32x32; 10,000 of them held out."""
+    from torchvision.datasets import CIFAR10
+
+    def read(base: Path, part: str) -> np.ndarray:
+        return CIFAR10(str(base), train=part == "train").data.transpose(0, 3, 1, 2)
+
+    def fetch(base: Path) -> None:
+        CIFAR10(str(base), download=True)
+
+    return _load("cifar10", (3, 32, 32), read, fetch, root, download, size, flip=True)
+
+
+def svhn(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """99,289 house numbers from street views, 3x32x32; 26,032 of them held out."""
+    from torchvision.datasets import SVHN
+
+    def read(base: Path, part: str) -> np.ndarray:
+        return SVHN(str(base), split="train" if part == "train" else "test").data
+
+    def fetch(base: Path) -> None:
+        for split in ("train", "test"):
+            SVHN(str(base), split=split, download=True)
+
+    return _load("svhn", (3, 32, 32), read, fetch, root, download, size)
+
+
+def _idx_set(name: str, class_name: str, root: str | None, download: bool, size: int | None) -> ImageData:
+    """MNIST and what was made in its form."""
+    import torchvision.datasets
+    from torchvision.datasets.mnist import read_image_file
+
+    cls: Any = getattr(torchvision.datasets, class_name)
+    files = {part: f"{prefix}-images-idx3-ubyte" for part, prefix in (("train", "train"), ("val", "t10k"))}
+
+    def read(base: Path, part: str) -> np.ndarray:
+        file = base / class_name / "raw" / files[part]
+        images = read_image_file(str(file)).numpy()[:, None]
+        if file.stat().st_size != images.size + 16:  # torchvision takes what fits the header
+            raise ValueError(f"{file} does not have the size that its header says")
+        return images
+
+    def fetch(base: Path) -> None:
+        for file in files.values():  # torchvision keeps a file that was half unpacked
+            (base / class_name / "raw" / file).unlink(missing_ok=True)
+        cls(str(base), download=True)
+
+    return _load(name, (1, 28, 28), read, fetch, root, download, size)
+
+
+def _load(
+    name: str,
+    shape: tuple[int, int, int],
+    read: Callable[[Path, str], np.ndarray],
+    fetch: Callable[[Path], None],
+    root: str | None,
+    download: bool,
+    size: int | None,
+    *,
+    flip: bool = False,
+) -> ImageData:
+    """The data set that ``read`` finds in the data folder; ``fetch`` puts it there, if it may be downloaded."""
+    _only_size(size, shape[1], name)
+    base = Path(root) if root is not None else DEFAULT_ROOT
+
+    def found() -> ImageData:
+        train, val = (np.ascontiguousarray(read(base, part)) for part in ("train", "val"))
+        return ImageData(name=name, train=train, val=val, shape=shape, flip=flip)
+
+    try:
+        return found()
+    except Exception as error:  # missing, or damaged: then the reader raises anything
+        if not download:
+            raise DataError(
+                f"{name} is not in {base}, or is damaged: {_reason(error)}. Leave out --no-download to fetch it "
+                "(in Python: download=True); --data-root names another folder."
+            ) from error
+    with one_download(base):
+        try:
+            return found()  # another process has fetched it in the meantime
+        except Exception:  # as above
+            pass
+        try:
+            fetch(base)
+            return found()
+        except Exception as error:
+            raise DataError(
+                f"{name}: the download to {base} failed: {_reason(error)}. Try again, or put the files there by "
+                "hand, as torchvision lays them out; --data-root names another folder."
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _only_size(size: int | None, native: int, name: str) -> None:
+    if size not in (None, native):
+        raise ConfigError(f"{name} comes in {native}x{native} pixels only, not {size}x{size}.")
+
+
+@contextmanager
+def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Let one process after the other into the folder of the data sets: the first downloads, the others find.
+
+    Args:
+        root: the folder; None for ``data`` in the working directory. It is made.
+
+    Yields:
+        the folder.
+
+    Raises:
+        DataError: the folder cannot be written, or another process holds it for an hour.
+    """
+    folder = Path(root) if root is not None else DEFAULT_ROOT
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _LOCK).touch()  # FileLock would wait for ever where no file can be made
+    except OSError as error:
+        raise DataError(
+            f"nothing can be downloaded to {folder}: {error.strerror}. --data-root names another folder."
+        ) from error
+    lock = FileLock(folder.resolve() / _LOCK, is_singleton=True)  # a plugin's data set may call one of ours
+    try:
+        lock.acquire(timeout=_WAIT_SECONDS)
+    except Timeout:
+        raise DataError(
+            f"another process has held {folder / _LOCK} for {_WAIT_SECONDS / 60:.0f} minutes: end it."
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield folder
+        return
+    try:
+        yield folder
+    finally:
+        lock.release()
