@@ -20,7 +20,6 @@ from rnode_plugin.training.checkpoints import (
     load_with_recipe,
     read_checkpoint,
     save_flow,
-    write_atomically,
 )
 
 
@@ -132,19 +131,6 @@ def test_weights_of_another_model(file: Path, recipe: Recipe) -> None:
         load_flow(file)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(file: Path) -> None:
-    before = file.read_bytes()
-
-    def fail(stream) -> None:
-        stream.write(b"half")
-        raise OSError("No space left on device")
-
-    with pytest.raises(CheckpointError, match="No space left"):
-        write_atomically(file, fail)
-    assert file.read_bytes() == before
-    assert sorted(each.name for each in file.parent.iterdir()) == ["flow.ckpt", "weights.pt"]
-
-
 def test_a_folder_that_cannot_be_made(file: Path, recipe: Recipe) -> None:
     with pytest.raises(CheckpointError, match="cannot write"):
         save_flow(recipe.build_flow(), file / "below" / "flow.ckpt", recipe=recipe)
@@ -195,10 +181,3 @@ def test_a_safetensors_file_of_somebody_else(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata={"rnode_plugin": "{"})
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_flow(tmp_path / "x.safetensors")
-
-
-def test_the_file_before_is_kept_where_asked(tmp_path: Path) -> None:
-    for number in range(3):
-        write_atomically(tmp_path / "new", lambda file, n=number: file.write(b"%d" % n), keep=tmp_path / "old")
-    assert (tmp_path / "new").read_bytes() == b"2"
-    assert (tmp_path / "old").read_bytes() == b"1"

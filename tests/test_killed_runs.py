@@ -28,6 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_run(runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments_and_resumed(whole: Path, tmp_path: Path, seed: int) -> None:
     moments = random.Random(seed)
@@ -58,8 +59,7 @@ def test_killed_at_random_moments_and_resumed(whole: Path, tmp_path: Path, seed:
     assert_same(whole, one_run(runs))
 
 
-@pytest.mark.parametrize("signum", ["SIGKILL", "SIGTERM"])
-@pytest.mark.parametrize("step", [2, 9])  # 9: right after a validation
+@pytest.mark.parametrize(("signum", "step"), [("SIGKILL", 9), ("SIGTERM", 2)])  # 9: right after a validation
 def test_killed_in_a_step(whole: Path, tmp_path: Path, signum: str, step: int) -> None:
     runs = tmp_path / "runs"
     code, output = Child(runs, STEPS, at(step, f"os.kill(os.getpid(), signal.{signum})")).end()
@@ -92,14 +92,11 @@ torch.save = dying
     assert_same(whole, one_run(runs))
 
 
-@pytest.mark.parametrize("size", [0, 1000])
-def test_a_truncated_newest_checkpoint(
-    whole: Path, tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_truncated_newest_checkpoint(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     Child(runs, STEPS, at(12, "os.kill(os.getpid(), signal.SIGKILL)")).end()
     run = one_run(runs)
-    os.truncate(run / "checkpoints" / "last.ckpt", size)
+    os.truncate(run / "checkpoints" / "last.ckpt", 1000)
     found, contents = newest_intact(run)
     assert (found.name, contents["progress"]["batches"]) == ("previous.ckpt", 10)
     assert "last.ckpt cannot be read" in (said := capsys.readouterr().err)
@@ -107,7 +104,7 @@ def test_a_truncated_newest_checkpoint(
     assert Child(runs, STEPS, resume=run).end()[0] == 0
     assert_same(whole, run)
     for name in ("last", "previous", "best"):
-        os.truncate(run / "checkpoints" / f"{name}.ckpt", size)
+        os.truncate(run / "checkpoints" / f"{name}.ckpt", 0)
     with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
         newest_intact(run)
 
@@ -176,9 +173,8 @@ def pictures(folder: Path) -> list[str]:
     return [*STEPS, "data.name=folder", f"data.root={folder}", "data.levels=256"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_vanish(tmp_path: Path, workers: int) -> None:
-    settings = [*pictures(tmp_path / "pictures"), f"data.workers={workers}"]
+def test_data_that_vanish(tmp_path: Path) -> None:
+    settings = [*pictures(tmp_path / "pictures"), "data.workers=1"]
     vanish = f"import shutil; shutil.rmtree({str(tmp_path / 'pictures')!r}, ignore_errors=True)"
     large = "import rnode_plugin.data.folders as folders; folders._IN_MEMORY_BYTES = 0\n"  # read while training
     message = Child(tmp_path / "runs", settings, large + at(3, vanish)).error()

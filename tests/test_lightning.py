@@ -95,17 +95,13 @@ def test_a_strangers_callbacks_and_logger(tmp_path: Path) -> None:
 
 
 SAVES: dict[str, dict[str, Any]] = {
-    "in an epoch": {"every_n_train_steps": 3},
     "at the last step of an epoch": {"every_n_train_steps": 4},
-    "after a validation": {"every_n_epochs": 1},
     "at the end of an epoch": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
     "after a validation in an epoch": {"val_check_interval": 2, "every_n_epochs": 1},
 }
 
 
-@pytest.mark.parametrize(
-    ("when", "workers"), [*((when, 0) for when in SAVES), ("in an epoch", 1), ("after a validation", 1)]
-)
+@pytest.mark.parametrize(("when", "workers"), [*((when, 0) for when in SAVES), ("at the last step of an epoch", 1)])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, when: str, workers: int) -> None:
     recipe = tiny_recipe(f"data.workers={workers}")
     saves = dict(SAVES[when])

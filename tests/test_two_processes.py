@@ -125,6 +125,7 @@ def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "lightning" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow  # examples/torchrun.sh is tested elsewhere
 def test_torchrun(tmp_path: Path) -> None:
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = train(tmp_path, *changed("training.max_steps=2"), launcher=launcher)
