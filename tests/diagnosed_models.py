@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal
+from torch.distributions import Independent, MultivariateNormal, Normal
 
 from rnode_plugin import Dynamics, RegularizedCNF, Solver
 from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
+from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.solvers import solve
@@ -118,37 +120,56 @@ def posterior() -> RegularizedCNF:
     return RegularizedCNF(Shift(), event_shape=2, context_shape=2, trace_estimator="exact", regularizers=())
 
 
-class TableFlow(nn.Module):
-    """A flow of a class of its own, with standardised columns and, if asked to, a context that shifts them."""
+class TableFlow(DensityModel):
+    """A flow of a class of its own, with standardised columns and, if asked to, a context that shifts them.
 
-    def __init__(self, *, conditional: bool = False, solver: Solver | None = None, off: float = 0.0) -> None:
+    ``off`` shifts its samples alone; ``extra`` is added to its log-determinant alone.
+    """
+
+    def __init__(
+        self, *, conditional: bool = False, solver: Solver | None = None, off: float = 0.0, extra: float = 0.0
+    ) -> None:
         super().__init__()
-        self.field, self.dims, self.off = Linear(), 2, off
+        self.field, self.off, self.extra = Linear(), off, extra
         self.solver = solver or Solver(method="dopri5")
         self.estimator: Any = Hutchinson("gaussian")
         self.regularizers: tuple[Any, ...] = ()
+        self.event_shape = torch.Size([2])
         self.context_shape = torch.Size([2]) if conditional else None
+        self.base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
         self.scale = torch.tensor([10.0, 0.1])
 
-    def forward(
-        self, x: Tensor, *, solver: Solver | None = None, penalties: bool = True, context: Tensor | None = None
-    ) -> FlowOutput:
+    def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
         y = x / self.scale - self._shift(context)
         dynamics = Dynamics(
             self.field, regularizers=self.regularizers if penalties else (), estimator=self.estimator
         )
-        solution = solve(dynamics.bind(dynamics.draw(y)), y, torch.tensor([0.0, 1.0]), solver or self.solver)
+        solution = solve(dynamics.bind(dynamics.draw(y)), y, torch.tensor([0.0, 1.0]), self.solver)
         assert solution.logdet is not None
-        logdet = solution.logdet[-1] - self.scale.log().sum()
+        logdet = solution.logdet[-1] - self.scale.log().sum() + self.extra
         return FlowOutput(solution.z[-1], logdet, solution.penalties, solution.stats.nfe)
 
-    def inverse(self, z: Tensor, *, solver: Solver | None = None, context: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+        output = self.encode(x, context=context)
+        return self.base.log_prob(output.z) + output.logdet
+
+    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
         dynamics = Dynamics(self.field, divergence=False)
-        solution = solve(dynamics.bind(None), z, torch.tensor([1.0, 0.0]), solver or self.solver)
+        solution = solve(dynamics.bind(None), z, torch.tensor([1.0, 0.0]), self.solver)
         return (solution.z[-1] + self._shift(context) + self.off) * self.scale
 
-    def sample(self, n: int, *, solver: Solver | None = None, context: Tensor | None = None) -> Tensor:
-        return self.inverse(torch.randn(n, 2), solver=solver, context=context)
+    def inverse_and_log_prob(self, z: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = self.inverse(z, context=context)
+        return x, self.log_prob(x, context=context)
+
+    def solved_with(self, *, solver: Any = None, estimator: Any = None, regularizers: Any = ()) -> TableFlow:
+        twin = copy.copy(self)
+        twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
+        twin.regularizers = tuple(regularizers)
+        return twin
+
+    def sample(self, n: int, *, context: Tensor | None = None) -> Tensor:
+        return self.inverse(torch.randn(n, 2), context=context)
 
     def data(self, n: int, context: Tensor | None = None) -> Tensor:
         """Samples of its density in closed form."""

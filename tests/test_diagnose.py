@@ -31,7 +31,7 @@ from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
 from rnode_plugin.core.regularizers import LearnedEndTime
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.diagnostics.density_checks import AutogradRows, trace
+from rnode_plugin.evaluation.diagnostics.density_checks import AutogradRows, log_determinant, trace
 from rnode_plugin.evaluation.diagnostics.diagnose import samples_for
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.diagnostics.sample_checks import null_limit, ranks, two_sample
@@ -42,7 +42,7 @@ from rnode_plugin.evaluation.diagnostics.solver_checks import (
     tolerance_curve,
     training_solver_gap,
 )
-from rnode_plugin.evaluation.diagnostics.subject import HeldOut, subject_of
+from rnode_plugin.evaluation.diagnostics.subject import HeldOut, Subject
 
 X = gaussian(MATRIX, 200)
 
@@ -56,7 +56,7 @@ def no_grad() -> Any:
 def of(
     check: Any, model: nn.Module, x: Tensor = X, context: Tensor | None = None, *, seed: int = 0, **options: Any
 ) -> Check:
-    return check(subject_of(model), HeldOut(x, context, seed), **options)
+    return check(Subject(model), HeldOut(x, context, seed), **options)
 
 
 def image_flow(**options: Any) -> MultiscaleFlow:
@@ -77,7 +77,15 @@ def test_a_density_in_closed_form_passes() -> None:
     asked: list[str] = []
     found = diagnose(density(), X, progress=asked.append)
     assert {check.name: check.verdict for check in found.checks} == dict.fromkeys(asked, "ok")
-    assert asked == ["round trip", "trace", "training solver", "tolerance", "path", "two samples"]
+    assert asked == [
+        "round trip",
+        "trace",
+        "log-determinant",
+        "training solver",
+        "tolerance",
+        "path",
+        "two samples",
+    ]
     assert (found.samples, found.dims, found.failed, found.seed) == (200, 2, False, 0)
     assert found.solver == "dopri5, tolerance 1e-05"
     curve = next(check for check in found.checks if check.name == "tolerance")
@@ -91,10 +99,10 @@ def test_a_posterior_in_closed_form_passes() -> None:
     x, context = posterior_pairs(256)
     found = diagnose(posterior(), x, context=context)
     assert {check.name: check.verdict for check in found.checks} == {
-        "round trip": "ok", "trace": "ok", "training solver": "ok", "tolerance": "ok", "path": "ok",
-        "two samples": "ok", "posterior ranks": "ok",
+        "round trip": "ok", "trace": "ok", "log-determinant": "ok", "training solver": "ok", "tolerance": "ok",
+        "path": "ok", "two samples": "ok", "posterior ranks": "ok",
     }  # fmt: skip
-    numbers = found.checks[5].numbers  # contexts occur twice, which must not mislead the classifier
+    numbers = found.checks[6].numbers  # contexts occur twice, which must not mislead the classifier
     assert numbers["null_low"] <= numbers["accuracy"] <= numbers["null_high"]
 
 
@@ -280,7 +288,7 @@ def test_tolerance_that_is_converged_loose_or_out_of_reach() -> None:
 def test_a_field_on_which_no_solver_works_fails_and_the_rest_is_said() -> None:
     found = diagnose(density(Blows()), 3 + torch.rand(24, 2, generator=torch.Generator().manual_seed(0)))
     verdicts = {check.name: check.verdict for check in found.checks}
-    assert len(verdicts) == 6
+    assert len(verdicts) == 7
     assert verdicts["round trip"] == verdicts["tolerance"] == "failed"
     assert "Nothing can be said until" in found.checks[0].sentence
 
@@ -319,7 +327,7 @@ def test_path_of_images_is_block_after_block() -> None:
     # a flow that does nothing leaves the images where its paths begin
     still = MultiscaleFlow((1, 8, 8), hidden=2)
     images = torch.rand(3, 1, 8, 8)
-    start = subject_of(still).start(images)
+    start = Subject(still).start(images)
     assert start is not None
     torch.testing.assert_close(start, still(images).z)
 
@@ -429,7 +437,7 @@ def test_a_flow_of_another_class(conditional: bool) -> None:
     context = torch.randn(120, 2, generator=torch.Generator().manual_seed(2)) if conditional else None
     found = diagnose(flow, flow.data(120, context), context=context, training_solver=Solver("rk4", step=0.25))
     assert {check.verdict for check in found.checks} == {"ok"}
-    assert len(found.checks) == 6 + conditional
+    assert len(found.checks) == 7 + conditional
     wrong = TableFlow(conditional=conditional, off=0.8, solver=Solver("euler", step=0.5))
     wrong.estimator = Biased("gaussian")
     x = wrong.data(120, context)
@@ -462,3 +470,30 @@ def test_solved_with_keeps_a_learned_end_time() -> None:
     model = RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), trace_estimator="exact")
     twin = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
     torch.testing.assert_close(twin.transform(X)[0], model.transform(X)[0], rtol=1e-3, atol=1e-3)
+
+
+# log-determinant -----------------------------------------------------------------------------------------------
+
+
+def test_a_density_that_is_not_normalised_fails() -> None:
+    for extra in (1.0, -0.05):
+        flow = TableFlow(extra=extra)
+        found = of(log_determinant, flow, flow.data(40))
+        assert found.verdict == "failed"
+        assert found.numbers["mean"] == pytest.approx(extra, abs=1e-3)
+        others = diagnose(flow, flow.data(40)).checks
+        assert [check.name for check in others if check.verdict == "failed"] == ["log-determinant"]
+
+
+@pytest.mark.parametrize("model", [density(), density(trace_estimator="exact", solver="tsit5"), TableFlow()])
+def test_a_normalised_density_passes(model: Any) -> None:
+    x = model.data(40) if isinstance(model, TableFlow) else X
+    found = of(log_determinant, model, x)
+    assert found.verdict == "ok", found.sentence
+    assert abs(found.numbers["difference"]) < 1e-3
+
+
+def test_the_image_flow_and_a_posterior_are_normalised() -> None:
+    assert of(log_determinant, image_flow(), IMAGES).verdict == "ok"
+    assert of(log_determinant, posterior(), *posterior_pairs(20)).verdict == "ok"
+    assert of(log_determinant, density(), torch.rand(2, 2)).numbers["samples"] == 2

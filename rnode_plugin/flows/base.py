@@ -168,6 +168,10 @@ class BlockFlow(OneProcessADevice, DensityModel):
             regularization[policy.name] = policy(x)
         return FlowOutput(z, logdet, regularization, nfe)
 
+    def first_state(self, x: Tensor) -> Tensor:
+        """Where the paths of samples begin, ``(B, D)`` in the order of the latent: the latent if all f are zero."""
+        return self._push(self._enter(x, self.solver, [])[0], lambda z: z)
+
     def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
         """:meth:`forward` with the divergence in full, even with a solver that samples it."""
         solver = dataclasses.replace(self.solver, trace_quadrature="full")

@@ -1,4 +1,4 @@
-"""Checks of the density: the estimated trace against the exact one."""
+"""Checks of the density: the trace against the exact one, the log-determinant against the Jacobian of the map."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from ...core.derivatives import VELOCITY, Ask, AutogradField, Velocity, unit_vec
 from ...core.trace_estimators import Exact, Linearize, Probes, TraceEstimator
 from ...solvers import Solver
 from .result import Check
+from .solver_checks import accurate
 from .subject import HeldOut, Subject
 
-__all__ = ["TRACE", "AutogradRows", "trace"]
+__all__ = ["LOG_DETERMINANT", "TRACE", "AutogradRows", "log_determinant", "trace"]
 
 
 TRACE = "trace"
 MAX_DIMS = 4096
 """The exact trace takes a product per dimension and evaluation: beyond this it is left out."""
+
+LOG_DETERMINANT = "log-determinant"
+_MAX_JACOBIAN = 256  # dimensions: the Jacobian of the map takes a backward pass through a whole solve for each
+_UNEXPLAINED = 1e-3  # nats per dimension: more than the solver's error and rounding
 
 _DRAWS = 32
 _FALSE_ALARM = 1e-3
@@ -115,3 +120,51 @@ def _sentence(right: bool, subject: Subject, numbers: dict[str, float]) -> str:
         f"{found} No bias is seen; a single estimate deviates by {numbers['noise']:.2g} nats "
         f"({numbers['noise'] / subject.dims:.2g} nats/dim), which an average over samples or draws makes small."
     )
+
+
+def log_determinant(subject: Subject, data: HeldOut) -> Check:
+    """Whether ``exp(log_prob)`` is the density of the samples: by the change of variables along the inverse map.
+
+    ``log p(x) = log q(z) - log |det dx/dz|``, with the Jacobian of the whole map from latent to sample by automatic
+    differentiation: independent of the log-determinant that the model itself reports.
+    """
+    if subject.dims > _MAX_JACOBIAN:
+        sentence = (
+            f"Left out: the Jacobian of the whole map takes {subject.dims} passes backward through a solve, and "
+            f"the limit is {_MAX_JACOBIAN}. Check a smaller model with the same layers."
+        )
+        return Check(LOG_DETERMINANT, "left out", sentence, {"dims": subject.dims})
+    few = data.first(16 if subject.dims <= 16 else 4 if subject.dims <= 64 else 1)
+    fine, coarse = (accurate(few.x.dtype, times) for times in (1.0, 10.0))
+    encoded, rougher = (
+        subject.encode(few.x, few.context, solver=solver, estimator=AutogradRows()) for solver in (fine, coarse)
+    )
+    expected = _by_jacobian(subject, encoded.z, few.context, fine)
+    differences = encoded.log_prob - expected
+    worst = float(differences[differences.abs().argmax()])
+    allowed = _UNEXPLAINED * subject.dims + 10 * float((rougher.log_prob - encoded.log_prob).abs().max())
+    verdict = "ok" if abs(worst) <= allowed else "failed"
+    numbers = {"difference": worst, "mean": float(differences.mean()), "allowed": allowed, "samples": len(few.x)}
+    curves = {"reported": encoded.log_prob.tolist(), "by_jacobian": expected.tolist()}
+    found = (
+        f"The reported log-density is at most {worst:+.2g} nats off the change of variables by the Jacobian of the "
+        f"whole map ({len(few.x)} samples, exact traces, an accurate solver)."
+    )
+    if verdict == "ok":
+        return Check(LOG_DETERMINANT, verdict, f"{found} It is normalised.", numbers, curves)
+    sentence = (
+        f"{found} It is not the density of the samples: it does not integrate to one. Look for a missing or "
+        "doubled term of the log-determinant, such as that of a scale or a logit, and for its sign."
+    )
+    return Check(LOG_DETERMINANT, verdict, sentence, numbers, curves)
+
+
+def _by_jacobian(subject: Subject, z: Tensor, context: Tensor | None, solver: Solver) -> Tensor:
+    """``log p (B,)`` in nats, double precision, of the samples of latents ``z (B, D)``."""
+    base, model = subject.model.base, subject.model.solved_with(solver=solver)
+    with torch.inference_mode(False), torch.enable_grad():
+        z = z.detach().clone().requires_grad_()
+        x = model.inverse(z.reshape(len(z), *base.event_shape), context=context).flatten(1)
+        rows = [torch.autograd.grad(x[:, k].sum(), z, retain_graph=True)[0] for k in range(subject.dims)]
+    logdet = torch.linalg.slogdet(torch.stack(rows, 1).cpu().double()).logabsdet
+    return base.log_prob(z.detach().reshape(len(z), *base.event_shape)).cpu().double() - logdet

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, SolverError
 from ...solvers import Solver
-from .density_checks import TRACE, trace
+from .density_checks import LOG_DETERMINANT, TRACE, log_determinant, trace
 from .result import Check, Diagnosis
 from .sample_checks import RANKS, TWO_SAMPLE, ranks, two_sample
 from .solver_checks import (
@@ -25,7 +25,7 @@ from .solver_checks import (
     tolerance_curve,
     training_solver_gap,
 )
-from .subject import HeldOut, Subject, subject_of
+from .subject import HeldOut, Subject
 
 __all__ = ["diagnose", "samples_for"]
 
@@ -52,7 +52,7 @@ def diagnose(
 
     Args:
         model: a :class:`~rnode_plugin.RegularizedCNF`, a :class:`~rnode_plugin.MultiscaleFlow`, or another
-            :class:`~rnode_plugin.evaluation.diagnostics.subject.SolvedFlow`. It is in evaluation mode meanwhile.
+            :class:`~rnode_plugin.core.distribution.DensityModel`. It is in evaluation mode meanwhile.
         x: held-out data as ``model.log_prob`` takes them, ``(N, *event)``: images in [0, 1], dequantised. They must
             be in no order.
         context: ``(N, *context_shape)`` of a conditional model: what each sample belongs to.
@@ -62,10 +62,10 @@ def diagnose(
         progress: called with the name of each check before it is made.
 
     Returns:
-        Diagnosis: round trip, trace, training solver, tolerance, path, two samples and, for a conditional model,
-        posterior ranks. NLL and gaps are in nats per dimension. A check in which a solver fails has failed. The
-        checks that are statistical (trace, two samples, posterior ranks) fail a right model about once in 1000
-        times each.
+        Diagnosis: round trip, trace, log-determinant, training solver, tolerance, path, two samples and, for a
+        conditional model, posterior ranks. NLL and gaps are in nats per dimension. A check in which a solver
+        fails has failed. The checks that are statistical (trace, two samples, posterior ranks) fail a right model
+        about once in 1000 times each.
 
     Raises:
         ConfigError: for another class of model, fewer than two samples, values that are not finite, and shapes that
@@ -77,18 +77,19 @@ def diagnose(
         >>> model = RegularizedCNF(linear_field(2), event_shape=2)  # fresh: f = 0, a standard normal
         >>> diagnosis = diagnose(model, torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))
         >>> [check.name for check in diagnosis.checks if check.verdict == "ok"]
-        ['round trip', 'trace', 'training solver', 'tolerance', 'two samples']
-        >>> diagnosis.checks[4].sentence
+        ['round trip', 'trace', 'log-determinant', 'training solver', 'tolerance', 'two samples']
+        >>> diagnosis.checks[5].sentence
         'The flow moves nothing (f = 0): it has not been trained.'
     """
     start = time.monotonic()
-    subject = subject_of(model)
+    subject = Subject(model)
     data = _held_out(subject, x, context, samples, seed)
     checks: list[Check] = []
     with _evaluation_mode(model):
         for name, make in (
             (ROUND_TRIP, round_trip),
             (TRACE, trace),
+            (LOG_DETERMINANT, log_determinant),
             (TRAINING_SOLVER, lambda s, d: training_solver_gap(s, d, training_solver)),
             (TOLERANCE, tolerance_curve),
             (PATH, along_path),
@@ -118,7 +119,7 @@ def _held_out(subject: Subject, x: Tensor, context: Tensor | None, samples: int 
     given = [x] if context is None else [x, context]
     if not all(bool(torch.isfinite(each).all()) for each in given):
         raise ConfigError("the held-out data hold values that are not finite: leave those samples out.")
-    shape = subject.context_shape
+    shape = subject.model.context_shape
     if (context is None) != (shape is None):
         wanted = "takes no context" if shape is None else f"is conditional: give context=, (N, *{tuple(shape)})"
         raise ConfigError(f"this model {wanted}.")

@@ -34,9 +34,9 @@ _GAP_WARN, _GAP_FAIL = 0.005, 0.05  # nats per dimension
 _BUDGET = 20_000  # evaluations of one solve: a field that needs more cannot be used anyway
 
 
-def accurate(dtype: torch.dtype) -> Solver:
-    """The solver that others are held against: ``dopri5`` at 1e-6, in double precision at 1e-9."""
-    return _at(1e-9 if dtype is torch.float64 else 1e-6)
+def accurate(dtype: torch.dtype, times: float = 1.0) -> Solver:
+    """The solver that others are held against: ``dopri5`` at ``times`` 1e-6, in double precision 1e-9."""
+    return _at(times * (1e-9 if dtype is torch.float64 else 1e-6))
 
 
 def training_solver_gap(subject: Subject, data: HeldOut, training: Solver | None) -> Check:
