@@ -1,0 +1,459 @@
+"""torchdiffeq's ``odeint`` and ``odeint_adjoint`` with penalties on the vector field along the trajectory.
+
+torchdiffeq integrates. The state gets one ``(B,)`` more per penalty, which the error norm does not see: steps, NFE
+and values of the rest are those of the plain call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+from ..core.dynamics import Dynamics
+from ..core.penalties import Penalties, attach
+from ..core.random_streams import Stream, stream_seed
+from ..core.regularizers import Weighted, kind_of, span_policy
+from ..core.trace_estimators import get_estimator
+from ..errors import ConfigError
+from ..plugins.registry import resolve_regularizers
+
+__all__ = ["Follow", "follow", "odeint", "odeint_adjoint", "solve"]
+
+# as they were before `install` or `regularize` put others in their place
+PLAIN: dict[str, Any] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdiffeq.odeint_adjoint}
+
+
+def odeint(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[..., Tensor] | None = None,
+    regularizers: Any = None,
+    penalized: int | Sequence[int] | None = None,
+    batch_dim: int = 0,
+    trace_noise: str = "gaussian",
+) -> Any:
+    """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5).
+
+    Without ``regularizers`` this is torchdiffeq's own call. With them the same steps are taken, with one evaluation
+    of ``func`` per stage; ``jacfrob`` costs one product with the Jacobian of it.
+
+    The arguments before ``regularizers`` are torchdiffeq's.
+
+    Args:
+        regularizers: names (``"kinetic"``, ``"jacfrob"``), regularizer objects or functions ``rate(t, z, dz) ->
+            (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
+            the solver's steps, which torchdiffeq does not show: they are refused.
+        penalized: the tensor of a tuple ``y0`` that the penalties are about, or several, joined; None: the first.
+        batch_dim: dimension of this tensor that holds the samples.
+        trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
+            ``"exact"``; drawn once per solve, without a change of torch's global generator.
+
+    Returns:
+        The solution as torchdiffeq gives it; with ``regularizers`` the pair of it and the penalties
+        (:class:`~rnode_plugin.core.penalties.Penalties`), a mapping from names to integrals ``(B,)`` along the path
+        with the sum of eq. 17 as its ``loss()``. With ``event_fn`` the triple of time, solution and penalties.
+
+    Raises:
+        ConfigError: for a state that is neither tensor nor tuple, or complex; for ``penalized`` or ``batch_dim``
+            that it lacks; for a regularizer that is unknown, given twice or about the solver's steps.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.torchdiffeq import odeint
+        >>> y0, t = torch.ones(4, 2), torch.tensor([0.0, 1.0])
+        >>> y, penalties = odeint(lambda t, y: -y, y0, t, regularizers={"kinetic": 0.01})
+        >>> round(float(penalties["kinetic"][0]), 4)  # 1 - exp(-2)
+        0.8647
+    """
+    torchdiffeqs = {"rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn}
+    if regularizers is None:
+        return PLAIN["odeint"](func, y0, t, **torchdiffeqs)
+    wanted = follow(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    return _with_penalties(PLAIN["odeint"], func, y0, t, torchdiffeqs, wanted)
+
+
+def odeint_adjoint(
+    func: Callable[..., Any],
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Callable[..., Tensor] | None = None,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Any = None,
+    regularizers: Any = None,
+    penalized: int | Sequence[int] | None = None,
+    batch_dim: int = 0,
+    trace_noise: str = "gaussian",
+) -> Any:
+    """torchdiffeq's ``odeint_adjoint`` with penalties on the vector field; see :func:`odeint`.
+
+    The adjoint carries the penalties; its error norm sees the user's part of the state alone. Parameters of
+    regularizers that are modules are added to ``adjoint_params``.
+    """
+    torchdiffeqs = {
+        "rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn,
+        "adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol, "adjoint_method": adjoint_method,
+        "adjoint_options": adjoint_options, "adjoint_params": adjoint_params,
+    }  # fmt: skip
+    if regularizers is None:
+        return PLAIN["odeint_adjoint"](func, y0, t, **torchdiffeqs)
+    wanted = follow(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    return _with_penalties(PLAIN["odeint_adjoint"], func, y0, t, torchdiffeqs, wanted)
+
+
+@dataclass(frozen=True)
+class Follow:
+    """The penalties to follow in a solve, and where: made by :func:`follow`, which checks them."""
+
+    weighted: dict[str, Weighted]
+    penalized: tuple[int, ...]
+    batch_dim: int
+    trace_noise: str
+
+    @property
+    def regularizers(self) -> list[Any]:
+        return [w.regularizer for w in self.weighted.values()]
+
+
+def follow(
+    regularizers: Any, *, penalized: Any = None, batch_dim: int = 0, trace_noise: str = "gaussian"
+) -> Follow:
+    """The arguments that :func:`odeint` adds, checked as far as no state is needed."""
+    weighted = resolve_regularizers(regularizers)
+    steps = [name for name, w in weighted.items() if kind_of(w.regularizer) == "step"]
+    if steps:
+        raise ConfigError(
+            f"{steps[0]!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "
+            "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
+        )
+    get_estimator(trace_noise)
+    indices = (0,) if penalized is None else (penalized,) if isinstance(penalized, int) else tuple(penalized)
+    if not indices or not all(isinstance(i, int) for i in indices) or len(set(indices)) < len(indices):
+        raise ConfigError(f"penalized must be an index of the state's tuple or several, not {penalized!r}.")
+    return Follow(weighted, indices, batch_dim, trace_noise)
+
+
+def _with_penalties(
+    plain: Any, func: Any, y0: Any, t: Tensor, torchdiffeqs: dict[str, Any], wanted: Follow
+) -> tuple[Any, ...]:
+    found = Penalties(wanted.weighted)
+    solution, integrals, dims = solve(plain, func, y0, t, torchdiffeqs, wanted)
+    found.add(integrals, dims)
+    return (solution, found) if torchdiffeqs["event_fn"] is None else (*solution, found)
+
+
+def solve(
+    plain: Any, func: Any, y0: Any, t: Tensor, torchdiffeqs: dict[str, Any], wanted: Follow
+) -> tuple[Any, dict[str, Tensor], int]:
+    """One solve by torchdiffeq: its result, the penalties' integrals ``(B,)`` by name, and D of one sample."""
+    layout = _Layout.of(y0, wanted)
+    policy = span_policy(wanted.regularizers)
+    if policy is not None:
+        training = func.training if isinstance(func, nn.Module) else torch.is_grad_enabled()
+        t = policy.times(t, training=training)
+    z0 = layout.penalized(y0)
+    system = _Augmented(func, layout, wanted, y0, t)
+    times, rows = system.output_times(t, event=torchdiffeqs["event_fn"] is not None)
+    state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in system.dynamics.rates))
+    result = plain(system, state, times, **_extended(torchdiffeqs, layout, system, t, grid_is_t=rows is not None))
+    event_t, full = (None, result) if torchdiffeqs["event_fn"] is None else result
+    count = layout.count
+    integrals = {key: value[-1] for key, value in zip(system.dynamics.rates, full[count:], strict=True)}
+    path = system.dynamics.path
+    if path is not None:
+        ends = (times[:1], times[-1:])
+        for index, (at, states) in enumerate(system.trajectories(full[:count], times, rows)):
+            name, value = path.of_trajectory(index, torch.cat([ends[0], at, ends[1]]), states, integrals)
+            integrals[name] = value
+        integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
+    if policy is not None and getattr(policy, "penalized", True):
+        integrals[policy.name] = policy(z0)
+    kept = [x if rows is None else x[rows] for x in full[:count]]
+    kept[0], integrals = attach(kept[0], integrals)
+    solution = tuple(kept) if layout.tuple_state else kept[0]
+    return (solution if event_t is None else (event_t, solution)), integrals, math.prod(z0.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a state of torchdiffeq's holds the ``z (B, *event)`` that the penalties are about.
+
+    Attributes:
+        tuple_state: whether the user's state is a tuple.
+        count: its tensors.
+        indices: those of them that the penalties are about.
+        batch_dim: the dimension of the samples in these.
+        shapes: of all tensors.
+    """
+
+    tuple_state: bool
+    count: int
+    indices: tuple[int, ...]
+    batch_dim: int
+    shapes: tuple[torch.Size, ...]
+
+    @classmethod
+    def of(cls, y0: Any, wanted: Follow) -> _Layout:
+        """The layout of ``y0``.
+
+        Raises:
+            ConfigError: for a state that penalties cannot be about.
+        """
+        tuple_state = not isinstance(y0, Tensor)
+        tensors = y0 if tuple_state else (y0,)
+        if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+            raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not {type(y0).__name__}.")
+        count = len(tensors)
+        if any(not -count <= i < count for i in wanted.penalized):
+            raise ConfigError(f"penalized={wanted.penalized} names a tensor that y0, with {count}, does not have.")
+        indices = tuple(i % count for i in wanted.penalized)
+        for i in indices:
+            x = tensors[i]
+            if not x.is_floating_point():
+                raise ConfigError(f"penalties need a real floating-point state, not one of {x.dtype}.")
+            if not -x.ndim <= wanted.batch_dim < x.ndim:
+                raise ConfigError(
+                    f"batch_dim={wanted.batch_dim} is not a dimension of the state of shape {tuple(x.shape)}: "
+                    "penalties are per sample; x.unsqueeze(0) makes a batch of one."
+                )
+        sizes = {tensors[i].shape[wanted.batch_dim] for i in indices}
+        if len(sizes) > 1:
+            raise ConfigError(f"the penalized tensors have different numbers of samples: {sorted(sizes)}.")
+        return cls(tuple_state, count, indices, wanted.batch_dim, tuple(x.shape for x in tensors))
+
+    def tensors(self, y: Any) -> tuple[Tensor, ...]:
+        return tuple(y) if self.tuple_state else (y,)
+
+    def of_user(self, state: Sequence[Tensor]) -> Any:
+        """The user's state, from a state that may have penalties behind it."""
+        return tuple(state[: self.count]) if self.tuple_state else state[0]
+
+    def penalized(self, y: Any) -> Tensor:
+        """``z (B, *event)``; of several tensors ``(B, D)``."""
+        parts = [x.movedim(self.batch_dim, 0) for i, x in enumerate(self.tensors(y)) if i in self.indices]
+        return parts[0] if len(parts) == 1 else torch.cat([x.flatten(1) for x in parts], 1)
+
+    def replaced(self, y: Sequence[Tensor], z: Tensor) -> Any:
+        """The user's state ``y`` with ``z`` in its place."""
+        tensors, places = list(y), sorted(self.indices)
+        widths = [self.shapes[i].numel() // len(z) for i in places] if len(places) > 1 else []
+        parts = z.split(widths, 1) if widths else [z]
+        for i, part in zip(places, parts, strict=True):
+            first = y[i].movedim(self.batch_dim, 0)
+            tensors[i] = part.reshape(first.shape).movedim(0, self.batch_dim)
+        return self.of_user(tensors)
+
+
+class _Augmented:
+    """``func`` with the rates of the penalties behind its velocity: what torchdiffeq calls.
+
+    What its callers read off ``func`` (callbacks, counters) is still there.
+    """
+
+    def __init__(self, func: Any, layout: _Layout, wanted: Follow, y0: Any, t: Tensor) -> None:
+        self._func, self._layout = func, layout
+        self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
+        self._state: Sequence[Tensor] = ()
+        self._velocity: tuple[Tensor, ...] = ()
+        followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
+        self.dynamics = Dynamics(self._field, regularizers=followed, estimator=wanted.trace_noise, divergence=False)
+        z0 = layout.penalized(y0)
+        self._noise = (
+            self.dynamics.draw(z0, generator=_generator(z0.device)) if self.dynamics.needs_products else None
+        )
+        self.parameters = [p for r in followed if isinstance(r, nn.Module) for p in r.parameters()]
+
+    def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self._state = state[: self._layout.count]
+        penalties = self.dynamics.evaluate(
+            t, self._layout.penalized(self._layout.of_user(state)), self._noise
+        ).penalties
+        velocity, self._velocity, self._state = self._velocity, (), ()
+        if not torch.is_grad_enabled():  # a product has made a graph
+            velocity = tuple(x.detach() for x in velocity)
+        return (*velocity, *(rate * self._sign for rate in penalties.values()))
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._func, name)
+        if not name.startswith("callback_"):
+            return found
+        if name.endswith("_adjoint"):
+            return lambda t, state, dt: found(t, self._adjoint_of_user(state), dt)
+        return lambda t, state, dt: found(t, self._layout.of_user(state), dt)
+
+    def _field(self, t: Tensor, z: Tensor) -> Tensor:
+        velocity = self._func(t, self._layout.replaced(self._state, z))
+        self._velocity = self._layout.tensors(velocity)
+        return self._layout.penalized(velocity)
+
+    def _adjoint_of_user(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A state of the adjoint (time, state, adjoint state, parameters) without the penalties."""
+        time, y, adjoint, *rest = state
+        return (time, *(self.flat_of_user(x) for x in (y, adjoint)), *rest)
+
+    def flat_of_user(self, flat: Tensor) -> Tensor:
+        """The user's part of a flattened state, flat for a tuple as torchdiffeq has it."""
+        own = flat[: sum(shape.numel() for shape in self._layout.shapes)]
+        return own if self._layout.tuple_state else own.view(self._layout.shapes[0])
+
+    def output_times(self, t: Tensor, *, event: bool) -> tuple[Tensor, Tensor | None]:
+        """The times of ``t`` and of trajectory penalties; where those of ``t`` are among them, None if all are."""
+        self._wanted: list[Tensor] = []
+        if self.dynamics.path is None:
+            return t, None
+        if event:
+            raise ConfigError("a penalty of the trajectory needs to know its end, which an event_fn decides.")
+        self._wanted = self.dynamics.path.times(t[0], t[-1])
+        extra = torch.cat([x.to(t) for x in self._wanted])
+        if not len(extra):
+            return t, None
+        times, places = torch.cat([t, extra]).unique(return_inverse=True)  # sorted
+        if self._sign < 0:
+            times, places = times.flip(0), len(times) - 1 - places
+        order = torch.argsort(places[: len(t)])
+        self._places = list(places[len(t) :].split([len(x) for x in self._wanted]))
+        # the times of t carry a graph, those of `unique` do not
+        times = times.index_copy(0, places[: len(t)], t)
+        return times, places[: len(t)][order]
+
+    def trajectories(
+        self, solution: Sequence[Tensor], times: Tensor, rows: Tensor | None
+    ) -> list[tuple[Tensor, list[Tensor]]]:
+        """For each trajectory penalty its times, and the states at both ends and these."""
+        found = []
+        for number, wanted in enumerate(self._wanted):
+            places = (
+                self._places[number].sort().values
+                if rows is not None and len(wanted)
+                else wanted.new_empty(0).long()
+            )
+            at = [0, *places.tolist(), len(times) - 1]
+            states = [self._layout.penalized(self._layout.of_user([x[i] for x in solution])) for i in at]
+            found.append((times[places], states))
+        return found
+
+
+def _extended(
+    torchdiffeqs: Mapping[str, Any], layout: _Layout, system: _Augmented, t: Tensor, *, grid_is_t: bool
+) -> dict[str, Any]:
+    """torchdiffeq's arguments for the longer state: norms, tolerances and callables see the user's part alone."""
+    given, extra = dict(torchdiffeqs), len(system.dynamics.rates)
+    size = [shape.numel() for shape in layout.shapes]
+
+    # Adams' iteration has no norm of its own: a tolerance of infinity keeps the penalties out of it
+    iterates = given["method"] in ("implicit_adams", "fixed_adams") and given["event_fn"] is None
+
+    def tolerance(value: Any, of_penalty: float) -> Any:
+        if _is_number(value) and not iterates:
+            return value
+        if _is_number(value) or not layout.tuple_state:
+            rows = [torch.as_tensor(value, dtype=torch.float64)] * layout.count
+        else:
+            rows = [torch.as_tensor(x) for x in value]  # float32 of a number, as torchdiffeq has it
+            if len(rows) != layout.count:
+                return value  # torchdiffeq says so
+        rows = [x.reshape(-1).expand(n) for x, n in zip(rows, size, strict=True)]
+        return (*rows, *(torch.tensor(of_penalty, dtype=torch.float64) for _ in range(extra)))
+
+    for name, of_penalty in (("rtol", 1e-3), ("atol", math.inf)):
+        given[name] = tolerance(given[name], of_penalty)
+        own = given.get(f"adjoint_{name}")
+        if f"adjoint_{name}" in given and own is None:
+            # the adjoint has a state of its own, for which torchdiffeq would take the tuple
+            given[f"adjoint_{name}"] = torchdiffeqs[name]
+    options = dict(given["options"] or {})
+    norm = options.get("norm", _mixed_norm if layout.tuple_state else _rms_norm)
+    options["norm"] = lambda state: norm(layout.of_user(state))
+    if "grid_constructor" in options:
+        constructor = options["grid_constructor"]
+        options["grid_constructor"] = lambda func, y, t: constructor(func, _whole(system, layout, y), t)
+    elif grid_is_t and "step_size" not in options and given["method"] in _FIXED:
+        # the times of a trajectory penalty are no steps
+        options["grid_constructor"] = lambda func, y, _: t
+        options["interp"] = "cubic"
+    given["options"] = options
+    if event := given["event_fn"]:
+        given["event_fn"] = lambda t, state: event(t, layout.of_user(state))
+    if "adjoint_params" in given:
+        _extend_adjoint(given, torchdiffeqs, layout, system)
+    return given
+
+
+_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+
+
+def _extend_adjoint(
+    given: dict[str, Any], torchdiffeqs: Mapping[str, Any], layout: _Layout, system: _Augmented
+) -> None:
+    parameters = torchdiffeqs["adjoint_params"]
+    func = system._func
+    if parameters is None and isinstance(func, nn.Module):
+        parameters = func.parameters()
+    if parameters is not None:
+        given["adjoint_params"] = (*parameters, *system.parameters)
+    options, own = torchdiffeqs["options"], torchdiffeqs["adjoint_options"]
+    if own is None and given["adjoint_method"] in (None, given["method"]):
+        # torchdiffeq hands them on too; `options` here have a norm and a grid for the longer state
+        given["adjoint_options"] = {k: v for k, v in (options or {}).items() if k != "norm"}
+    elif own is not None and callable(own.get("norm")):
+        norm = own["norm"]
+
+        def of_user(state: Sequence[Tensor]) -> Tensor:
+            n, k = layout.count, layout.count + len(system.dynamics.rates)
+            time, parts, rest = state[0], state[1 : 1 + 2 * k], state[1 + 2 * k :]
+            return norm((time, *parts[:n], *parts[k : k + n], *rest))
+
+        given["adjoint_options"] = {**own, "norm": of_user}
+
+
+def _whole(system: _Augmented, layout: _Layout, flat: Tensor) -> Tensor:
+    return system.flat_of_user(flat)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    """torchdiffeq's norm of a tensor."""
+    return x.abs().pow(2).mean().sqrt()
+
+
+def _mixed_norm(tensors: Sequence[Tensor]) -> Any:
+    """torchdiffeq's norm of a tuple."""
+    return max(_rms_norm(x) for x in tensors)
+
+
+_solves: tuple[bytes, int] = (b"", 0)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Noise of its own: the random numbers that the user's code draws stay those of the plain call.
+
+    Its seed is the state of torch's generator, and how many solves have seen that state.
+    """
+    global _solves
+    state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest()
+    _solves = (state, _solves[1] + 1 if _solves[0] == state else 0)
+    seed = stream_seed(int.from_bytes(state[:4], "little"), Stream.TRAIN, _solves[1])
+    return torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,380 @@
+"""torchdiffeq's functions with penalties: the plain call's bits and NFE, dense references, and clear refusals."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from scipy.integrate import solve_ivp
+from torch import Tensor, nn
+
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
+
+theirs: Any = torchdiffeq  # its functions have no annotations
+
+METHODS = [
+    "dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2", "euler", "midpoint", "heun2", "heun3", "rk4",
+    "explicit_adams", "implicit_adams",
+]  # fmt: skip
+BOTH = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
+PLAIN = {"odeint": theirs.odeint, "odeint_adjoint": theirs.odeint_adjoint}
+SPAN = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+
+
+class Field(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+        self.nfe = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.nfe += 1
+        return self.net(y) * torch.cos(t)
+
+
+def start(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (4, 2)), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def dense(field: Field, y0: Tensor, t0: float, t1: float) -> dict[str, Tensor]:
+    """Integrals along the path by scipy at 1e-11, with Jacobians of torch.func."""
+
+    def rates(t: float, flat: Any) -> Any:
+        y, time = torch.as_tensor(flat[: y0.numel()]).view_as(y0), torch.tensor(t, dtype=torch.float64)
+        with torch.no_grad():
+            f = field(time, y)
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda y: field(time, y)))(y).detach()
+        direction = 1.0 if t1 > t0 else -1.0
+        parts = [f.flatten(), direction * f.square().sum(1), direction * jacobian.square().sum((1, 2))]
+        return torch.cat(parts).numpy()
+
+    batch = len(y0)
+    begin = torch.cat([y0.flatten(), torch.zeros(2 * batch, dtype=y0.dtype)]).numpy()
+    done = solve_ivp(rates, (t0, t1), begin, method="DOP853", rtol=1e-11, atol=1e-12)
+    end = torch.as_tensor(done.y[:, -1])
+    kinetic, jacfrob = end[y0.numel() :].split(batch)
+    distance = (end[: y0.numel()].view_as(y0) - y0).square().sum(1)
+    return {"kinetic": kinetic, "jacfrob": jacfrob, "straightness": kinetic - distance / abs(t1 - t0)}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_without_penalties_it_is_torchdiffeqs_call(name: str) -> None:
+    field, y0 = Field(), start()
+    found = BOTH[name](field, y0, SPAN, method="dopri5", options={"first_step": 0.1}, rtol=1e-4, atol=1e-4)
+    nfe, field.nfe = field.nfe, 0
+    expected = PLAIN[name](field, y0, SPAN, method="dopri5", options={"first_step": 0.1}, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, expected)
+    assert nfe == field.nfe
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_penalties_change_neither_values_nor_evaluations(method: str, backward: bool) -> None:
+    field, y0, t = Field(), start(), SPAN.flip(0) if backward else SPAN
+    options = {"step_size": 0.1} if METHODS.index(method) > 4 else {}
+    arguments: dict[str, Any] = {"method": method, "options": options, "rtol": 1e-4, "atol": 1e-5}
+    expected = theirs.odeint(field, y0, t, **arguments)
+    nfe, field.nfe = field.nfe, 0
+    found, penalties = odeint(field, y0, t, **arguments, regularizers=["kinetic", "jacfrob"])
+    assert torch.equal(found, expected)
+    assert field.nfe == nfe
+    assert all(value.shape == (4,) and bool((value > 0).all()) for value in penalties.values())
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("backward", [False, True])
+def test_penalties_are_their_dense_integrals(name: str, backward: bool) -> None:
+    field, y0, t = Field(), start(), SPAN.flip(0) if backward else SPAN
+    names = ["kinetic", "jacfrob", "straightness"]
+    _, penalties = BOTH[name](field, y0, t, rtol=1e-9, atol=1e-9, regularizers=names, trace_noise="exact")
+    expected = dense(field, y0, float(t[0]), float(t[-1]))
+    for key, value in penalties.items():
+        torch.testing.assert_close(value.detach(), expected[key], rtol=1e-6, atol=1e-8)
+
+
+def loss_and_gradient(ode: Any, field: Field, t: Tensor, method: str, spec: Any) -> list[Tensor]:
+    y0, t = start().requires_grad_(), t.clone().requires_grad_()
+    options: Any = {"step_size": 0.05} if method == "rk4" else None
+    y, penalties = ode(
+        field, y0, t, rtol=1e-8, atol=1e-8, method=method, options=options, regularizers=spec, trace_noise="exact"
+    )
+    loss = y[-1].square().mean() + penalties.loss()
+    return [loss, *torch.autograd.grad(loss, [y0, t, *field.parameters()])]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("regularizer", ["kinetic", "jacfrob", "straightness"])
+def test_the_adjoints_gradient_is_that_of_the_steps(regularizer: str, backward: bool) -> None:
+    t = SPAN.flip(0) if backward else SPAN
+    steps = loss_and_gradient(odeint, Field(), t, "rk4", {regularizer: 1.0})
+    adjoint = loss_and_gradient(odeint_adjoint, Field(), t, "dopri5", {regularizer: 1.0})
+    for a, b in zip(steps, adjoint, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    field, h = Field(), 1e-5
+    weight = next(field.parameters())
+
+    def loss() -> Tensor:
+        options = {"step_size": 0.25}
+        regularizers = {"kinetic": 1.0, "jacfrob": 1.0}
+        return odeint(
+            field, start(), SPAN, method="rk4", options=options, regularizers=regularizers, trace_noise="exact"
+        )[1].loss()
+
+    (found,) = torch.autograd.grad(loss(), weight)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 1] += sign * h
+            values.append(float(loss()))
+            weight[0, 1] -= sign * h
+    assert found[0, 1].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("tolerance", [1e-5, (1e-5, 1e-3)], ids=["number", "tuple"])
+def test_a_tuple_state(name: str, tolerance: Any) -> None:
+    field = Field()
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.field = field
+
+        def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return self.field(t, state[1]), -state[0]
+
+    state, func = (start(), start(4, 2)), Pair()
+    arguments: dict[str, Any] = {"rtol": tolerance, "atol": tolerance}
+    if name == "odeint_adjoint":  # torchdiffeq hands a tuple on to the adjoint, whose state is another
+        arguments |= {"adjoint_rtol": 1e-6, "adjoint_atol": 1e-6}
+    expected = PLAIN[name](func, state, SPAN, **arguments)
+    nfe, field.nfe = field.nfe, 0
+    found, penalties = BOTH[name](func, state, SPAN, **arguments, regularizers={"kinetic": 1.0}, penalized=1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert field.nfe == nfe
+    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    fine = theirs.odeint(func, state, grid, rtol=1e-8, atol=1e-8)
+    integral = torch.trapezoid(
+        fine[0].square().sum(2), grid, dim=0
+    )  # the second tensor's velocity is minus the first
+    torch.testing.assert_close(penalties["kinetic"], integral, rtol=1e-3, atol=1e-4)
+    penalties.loss().backward()
+    assert next(field.parameters()).grad is not None
+
+
+def test_several_tensors_are_penalized_together() -> None:
+    def func(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(-x for x in state)
+
+    state = (start(4, 2), start(4, 3), start(5))
+    _, both = odeint(func, state, SPAN, regularizers=["kinetic", "jacfrob"], penalized=(0, 1), trace_noise="exact")
+    expected = sum((1 - torch.exp(torch.tensor(-2.0))) / 2 * x.square().sum(1) for x in state[:2])
+    torch.testing.assert_close(both["kinetic"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(both["jacfrob"], torch.full((4,), 5.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_the_samples_may_be_another_dimension() -> None:
+    field, y0 = Field(), start(3, 5, 2)  # (S, B, D) of latent ODEs
+    tight: Any = {"rtol": 1e-9, "atol": 1e-9}
+    found, penalties = odeint(field, y0, SPAN, **tight, regularizers=["kinetic"], batch_dim=1)
+    assert torch.equal(found, theirs.odeint(field, y0, SPAN, **tight))
+    _, alone = odeint(field, y0[:, 2:3], SPAN, **tight, regularizers=["kinetic"], batch_dim=1)
+    torch.testing.assert_close(penalties["kinetic"][2], alone["kinetic"][0], rtol=1e-6, atol=1e-8)
+
+
+def test_norms_of_the_user_see_the_users_state() -> None:
+    field, y0, shapes = Field(), start(), set()
+
+    def norm(y: Tensor) -> Tensor:
+        shapes.add(tuple(y.shape))
+        return y.abs().max()
+
+    def adjoint_norm(state: tuple[Tensor, ...]) -> Tensor:
+        shapes.add(tuple(state[1].shape))
+        return max(x.abs().max() for x in state)
+
+    options = {"norm": norm}
+    expected = theirs.odeint(field, y0, SPAN, method="dopri5", options=options)
+    found, penalties = odeint_adjoint(
+        field, y0, SPAN, method="dopri5", options=options, adjoint_options={"norm": adjoint_norm},
+        regularizers=["kinetic"],
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+    penalties.loss().backward()
+    assert shapes == {(4, 2)} or shapes == {(4, 2), (8,)}
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_an_event_ends_the_solve_and_the_integrals(name: str) -> None:
+    field, y0 = Field(), start()
+
+    def event(t: Tensor, y: Tensor) -> Tensor:
+        assert y.shape == y0.shape
+        return t - 0.37
+
+    when, expected = PLAIN[name](field, y0, SPAN[[0, -1]], event_fn=event)
+    t, found, penalties = BOTH[name](field, y0, SPAN[[0, -1]], event_fn=event, regularizers=["kinetic"])
+    assert torch.equal(t, when)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(
+        penalties["kinetic"].detach(), dense(field, y0, 0.0, 0.37)["kinetic"], rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_a_trajectory_penalty_does_not_move_the_steps(method: str, backward: bool) -> None:
+    field, y0 = Field(), start()
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    t = t.flip(0) if backward else t
+    expected = theirs.odeint(field, y0, t, method=method)
+    torch.manual_seed(0)
+    found, penalties = odeint(field, y0, t, method=method, regularizers=["trajectory_polynomial", "straightness"])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.manual_seed(0)
+    inner = t[0] + (t[-1] - t[0]) * torch.rand(2, dtype=torch.float64)
+    times = torch.cat([t[:1], inner.sort(descending=backward).values, t[-1:]])
+    states = theirs.odeint(field, y0, times, rtol=1e-10, atol=1e-10)
+    design = torch.stack([torch.ones_like(times), times], 1)
+    flat = states.flatten(1)
+    residual = flat - design @ torch.linalg.lstsq(design, flat).solution
+    reference = residual.view_as(states).square().sum((0, 2))
+    torch.testing.assert_close(penalties["trajectory_polynomial"], reference, rtol=1e-3, atol=1e-7)
+
+
+def test_span_policies_choose_the_times() -> None:
+    field = Field()
+    y, penalties = odeint(field, start(), SPAN, regularizers={"learned_end_time:0.5": 1.0})
+    torch.testing.assert_close(y[-1], theirs.odeint(field, start(), SPAN / 2)[-1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(next(iter(penalties.values())), torch.full((4,), 0.125, dtype=torch.float64))
+
+
+def test_noise_leaves_the_users_random_numbers_alone() -> None:
+    field = Field()
+    torch.manual_seed(3)
+    first = odeint(field, start(), SPAN, regularizers=["jacfrob"])[1]["jacfrob"]
+    second = odeint(field, start(), SPAN, regularizers=["jacfrob"])[1]["jacfrob"]
+    after = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(after, torch.rand(1))
+    assert not torch.equal(first, second)
+
+
+def test_callbacks_see_the_users_state() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Watched(Field):
+        def callback_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+            seen.append(tuple(y.shape))
+
+    func = Watched()
+    odeint(func, start(), SPAN, regularizers=["kinetic"])
+    assert seen
+    assert set(seen) == {(4, 2)}
+
+
+# --- code that cannot be changed --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def their_code(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that has said ``from torchdiffeq import odeint`` already."""
+    module = ModuleType("their_code")
+    exec("from torchdiffeq import odeint, odeint_adjoint\nimport torchdiffeq", module.__dict__)
+    monkeypatch.setitem(sys.modules, "their_code", module)
+    return module
+
+
+def test_a_block_collects_over_its_solves(their_code: ModuleType) -> None:
+    field, y0 = Field(), start()
+    one = odeint(field, y0, SPAN, regularizers={"kinetic": 0.5})[1]
+    with regularize({"kinetic": 0.5}) as penalties:
+        a = their_code.odeint(field, y0, SPAN)
+        b = their_code.torchdiffeq.odeint_adjoint(field, y0, SPAN)
+        with torch.no_grad():
+            their_code.odeint(field, y0, SPAN)
+    assert torch.equal(a, theirs.odeint(field, y0, SPAN))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(penalties["kinetic"], 2 * one["kinetic"])
+    torch.testing.assert_close(penalties.loss(), 2 * one.loss())
+    assert their_code.odeint is PLAIN["odeint"]
+    penalties.loss().backward()
+
+
+def test_a_block_puts_all_back_after_an_exception(their_code: ModuleType) -> None:
+    def broken() -> None:
+        with regularize("kinetic"):
+            assert their_code.odeint is not PLAIN["odeint"]
+            with pytest.raises(ConfigError, match="inside"), regularize("jacfrob"):
+                pass
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert their_code.odeint is PLAIN["odeint"]
+    assert theirs.odeint_adjoint is PLAIN["odeint_adjoint"]
+    with regularize("kinetic"):
+        pass
+
+
+def test_install_gives_torchdiffeqs_names_the_argument(their_code: ModuleType) -> None:
+    install()
+    try:
+        _, penalties = their_code.odeint(Field(), start(), SPAN, regularizers=["kinetic"])
+        assert penalties["kinetic"].shape == (4,)
+    finally:
+        uninstall()
+    assert their_code.odeint is PLAIN["odeint"]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_installed_regularizers_add_their_gradient(their_code: ModuleType, name: str) -> None:
+    def gradient(loss: Tensor, field: Field) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, list(field.parameters())))
+
+    field, y0 = Field(), start()
+    y, penalties = BOTH[name](field, y0, SPAN, regularizers={"kinetic": 0.5})
+    expected = gradient(y[-1].mean() + penalties.loss(), field)
+    install({"kinetic": 0.5})
+    try:
+        loss = getattr(their_code, name)(field, y0, SPAN)[-1].mean()
+        found = gradient(loss, field)
+    finally:
+        uninstall()
+    assert loss.item() == y[-1].mean().item()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("y0", "options", "words"),
+    [
+        ([start()], {}, "tensor or a tuple"),
+        ("state", {}, "tensor or a tuple"),
+        (start().to(torch.complex128), {}, "real"),
+        (start(), {"penalized": 1}, "penalized"),
+        (start(), {"penalized": "first"}, "penalized"),
+        (start(), {"batch_dim": 2}, "batch_dim"),
+        (torch.tensor(1.0), {}, "batch_dim"),
+        (start(), {"regularizers": ["error"]}, "NeuralODE"),
+        (start(), {"regularizers": ["kinetic", "kinetic"]}, "twice"),
+        (start(), {"regularizers": ["kinetik"]}, "kinetic"),
+        (start(), {"trace_noise": "gausian"}, "gaussian"),
+        ((start(), start(3, 2)), {"penalized": (0, 1)}, "samples"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(y0: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        odeint(lambda t, y: y, y0, SPAN, **{"regularizers": ["kinetic"], **options})
