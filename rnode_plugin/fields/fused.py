@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -33,7 +34,6 @@ from torch import Tensor
 from ..core.ops import needs_plain_pass
 from ..errors import ConfigError
 from .activations import Activation
-from .autocast import without_autocast
 from .kernels import LayerMap
 from .layers import Products
 
@@ -74,7 +74,6 @@ class Stack:
         cls,
         products: Products,
         activation: Activation,
-        dtype: torch.dtype,
         layers: Sequence[tuple[Tensor | None, Tensor, Tensor | None]],
         z: Tensor,
         *,
@@ -83,17 +82,21 @@ class Stack:
     ) -> Stack:
         """A stack for states like ``z`` from each layer's weights of time and state, and its bias.
 
+        It computes in autocast's dtype for float32 states, else in the state's own.
         ``fast`` makes it one for the passes with a backward by hand, ``compiled`` one for torch.compile.
         """
-        event = tuple(z.shape[2:])
+        event, device = tuple(z.shape[2:]), z.device.type
+        dtype, rows = z.dtype, list[Tensor]()
+        if dtype is torch.float32 and _autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with _without_autocast(z):
+            for time, weight, bias in layers:
+                time = weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]) if time is None else time
+                bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+                rows.append(products.shift_rows(time, bias, event))
+        bias, response = torch.cat(rows, 1).unbind()
         timed = any(time is not None for time, _, _ in layers)
         weights = tuple(weight for _, weight, _ in layers)
-        rows: list[Tensor] = []
-        for time, weight, bias in layers:
-            time = weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]) if time is None else time
-            bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            rows.append(products.shift_rows(time, bias, event))
-        bias, response = torch.cat(rows, 1).unbind()
         maps = tuple(products.prepare(weight.to(dtype)) for weight in weights) if fast else None
         return cls(products, activation, dtype, event, weights, bias, response if timed else None, maps, compiled)
 
@@ -166,7 +169,7 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
 
     It has the noise's dtype, in which the gradients of many evaluations add up, whatever the layers compute in.
     """
-    with without_autocast(noise):
+    with _without_autocast(noise):
         (last,) = stack.plain_maps(stack.weights[-1:])
         return stack.products.layout(last.transpose(stack.enter(noise))).to(noise.dtype)
 
@@ -202,9 +205,20 @@ def _along(stack: Stack, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) 
     turn = dt if isinstance(dt, Tensor) else v.new_tensor(dt) if dt else None
     turn = None if stack.response is None else turn
     if stack.maps is None or _transformed(stack, v, turn, *kept):
-        with without_autocast(v):
+        with _without_autocast(v):
             return _direction(stack, stack.plain_maps(), stack.response, kept, v, turn)[0].to(v.dtype)
     return _Direction.apply(stack, turn, v, stack.response, *stack.weights, *kept)[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+
+
+def _autocast_enabled(device: str) -> bool:
+    # not available on "meta"
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the device of ``z``: what runs inside chooses its dtypes itself."""
+    device = z.device.type
+    return torch.autocast(device, enabled=False) if _autocast_enabled(device) else nullcontext()
 
 
 def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
@@ -220,7 +234,7 @@ def _plain(
     stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
     """Velocity, product, and what is kept of each activation, in operations that autograd and torch.func know."""
-    with without_autocast(z):
+    with _without_autocast(z):
         maps = stack.plain_maps()
         a, kept = _velocity(stack, maps, stack.bias, stack.response, t, z)
         if pulled is None:
@@ -307,7 +321,7 @@ class _Evaluation(torch.autograd.Function):
         stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None, bias: Tensor, response: Tensor | None, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         assert stack.maps is not None
-        with without_autocast(z):
+        with _without_autocast(z):
             a, kept = _velocity(stack, stack.maps, bias, response, t, z)
             if pulled is None:
                 return a.to(z.dtype), None, *kept
@@ -329,7 +343,7 @@ class _Evaluation(torch.autograd.Function):
             return (None,) * (7 + n)
         inputs, saved = _split(ctx.saved_tensors, 6 + n)
         t, z, pulled, bias, response, *weights = inputs
-        with without_autocast(z):
+        with _without_autocast(z):
             if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: autograd must see it
                 maps = stack.plain_maps(weights)
                 a, kept = _velocity(stack, maps, bias, response, t, z)
@@ -347,7 +361,7 @@ class _Direction(torch.autograd.Function):
         stack: Stack, dt: Tensor | None, v: Tensor, response: Tensor | None, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         assert stack.maps is not None
-        with without_autocast(v):
+        with _without_autocast(v):
             y, inner = _direction(stack, stack.maps, response, rest[stack.hidden + 1 :], v, dt)
         return y.to(v.dtype), *inner
 
@@ -367,7 +381,7 @@ class _Direction(torch.autograd.Function):
         inputs, inner = _split(ctx.saved_tensors, 4 + 2 * n)
         dt, v, response, *rest = inputs
         weights, kept = rest[: n + 1], rest[n + 1 :]
-        with without_autocast(v):
+        with _without_autocast(v):
             if torch.is_grad_enabled():
                 y = _direction(stack, stack.plain_maps(weights), response, kept, v, dt)[0].to(v.dtype)
                 return None, *_by_autograd((y,), (q,), inputs)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..core.ops import exporting
 from .activations import Activation, get_activation
-from .autocast import compute_dtype, without_autocast
 from .fused import Stack
 from .layers import LINEAR
 from .stack import PreparedStack
@@ -106,11 +105,9 @@ class RecognisedStack:
 
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> PreparedStack:
         """The field for the evaluations of one solve, from a state like ``z (B, D)``."""
-        dtype = compute_dtype(z)
-        with without_autocast(z):
-            parameters = [layer.parameters() for layer in self.layers]
-            fast = not exporting()  # a program has no backward pass
-            return PreparedStack(Stack.make(LINEAR, self.activation, dtype, parameters, z, fast=fast), noise)
+        parameters = [layer.parameters() for layer in self.layers]
+        fast = not exporting()  # a program has no backward pass
+        return PreparedStack(Stack.make(LINEAR, self.activation, parameters, z, fast=fast), noise)
 
 
 def recognise(module: Any) -> RecognisedStack | None:

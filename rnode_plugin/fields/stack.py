@@ -13,7 +13,6 @@ from ..core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearizatio
 from ..core.ops import exporting
 from ..errors import ConfigError
 from .activations import get_activation
-from .autocast import compute_dtype, without_autocast
 from .fused import Stack, linearize, pull_noise, run_stack
 from .layers import LINEAR, ConcatConv2d, ConcatLinear, Products
 
@@ -73,10 +72,8 @@ class StackField(nn.Module):
 
     def _stack(self, z: Tensor, **options: bool) -> Stack:
         layers = cast("list[ConcatConv2d]", list(self.layers))
-        dtype = compute_dtype(z)
-        with without_autocast(z):
-            parameters = [(*self._products.split(layer.weight), layer.bias) for layer in layers]
-            return Stack.make(self._products, self._activation, dtype, parameters, z, **options)
+        parameters = [(*self._products.split(layer.weight), layer.bias) for layer in layers]
+        return Stack.make(self._products, self._activation, parameters, z, **options)
 
 
 class FusedStackField(StackField):

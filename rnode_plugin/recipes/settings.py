@@ -344,9 +344,8 @@ class Training:
             the package; None for fresh ones.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the faster of these two,
             measured before the first step.
-        compile: send the evaluations of the fused fields through torch.compile while training, and on CUDA replay
-            the step as a graph where that is possible; or ``auto``: if compiling is faster and the run wins back
-            what it takes.
+        compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: if
+            that is faster and the run wins back what compiling takes.
         tune_every: steps between two measurements of ``solver.step=auto``.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
