@@ -51,6 +51,8 @@ def refusing(group: str) -> Callable[[type[T]], type[T]]:
                 validated(self, *arguments, **settings)
             except ValidationError as error:
                 raise ConfigError(sentence(error, cls, group)) from None
+            except OverflowError as error:  # a whole number of hundreds of digits
+                raise ConfigError(f"{group or 'recipe'}: {error}.") from None
 
         functools.update_wrapper(__init__, validated)
         setattr(cls, "__init__", __init__)  # noqa: B010
@@ -418,6 +420,8 @@ def from_plain(kind: type[T], plain: Any) -> T:
         return TypeAdapter(kind).validate_python(plain)
     except ValidationError as error:
         raise ConfigError(sentence(error, kind)) from None
+    except OverflowError as error:  # a whole number of hundreds of digits
+        raise ConfigError(f"{kind.__name__.lower()}: {error}.") from None
 
 
 def sentence(error: ValidationError, kind: Any, group: str = "") -> str:

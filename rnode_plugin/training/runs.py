@@ -334,6 +334,8 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(f"{path} has no {missing[0]}, it holds weights only: training cannot go on from it.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
     differ = [name for name in _FIXED if old.get(name) != new.get(name)]
+    if old.get("data.checksum") not in (None, new.get("data.checksum")):  # of the rows of a table
+        differ.append("data.checksum")
     if new["training.ema"] is None and old["training.ema"] is not None:
         raise CheckpointError(f"{path} holds averaged weights: training.ema cannot be switched off in a run.")
     if differ:
