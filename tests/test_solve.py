@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,7 +16,7 @@ from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import ADAPTIVE_METHODS, METHODS, Solver, check_health, solve
+from rnode_plugin.solvers import ADAPTIVE_METHODS, METHODS, QUADRATURES, Solver, check_health, solve
 
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
@@ -238,7 +239,86 @@ def test_logdet_takes_part_in_the_error_control() -> None:
     torch.testing.assert_close(followed.logdet[-1, 0], torch.sin(40 * t[1]) / 40, rtol=1e-6, atol=1e-8)
 
 
-def test_sampled_quadrature_is_unbiased() -> None:
+class _Toy:
+    """``z' = w tanh(z)``, whose penalty ``costly`` counts as one that needs a product."""
+
+    def __init__(self) -> None:
+        self.w = torch.tensor([[1.5, -0.7]], dtype=torch.float64, requires_grad=True)
+        self.calls = {True: 0, False: 0}
+
+    def parameters(self) -> list[Tensor]:
+        return [self.w]
+
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        self.calls[products] += 1
+        dz = self.w * torch.tanh(z)
+        penalties = {"free": dz.square().sum(1)}
+        if products:
+            penalties["costly"] = ((1 + t) * self.w * z).square().sum(1)
+        return Rates(dz, None, penalties)
+
+
+def _draws(solver: Solver, count: int) -> Tensor:
+    """Penalties and the gradients of the costly one by parameters, state and times, ``(count, 8)``."""
+    z = torch.tensor([[0.4, 0.3]], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        toy = _Toy()
+        penalties = solve(toy, z, t, solver, generator=generator).penalties
+        gradients = torch.autograd.grad(penalties["costly"].sum(), [toy.w, z, t])
+        values = torch.stack([penalties["free"].sum(), penalties["costly"].sum()]).detach()
+        found.append(torch.cat([values, *(g.flatten() for g in gradients)]))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient", "count"),
+    [
+        *((m, "autograd", 400) for m in ("rk4", "dopri5", "tsit5")),
+        ("rk4", "adjoint", 100),
+        ("dopri5", "interpolated_adjoint", 50),
+    ],
+)
+def test_sampled_penalties_are_unbiased(method: str, gradient: str, count: int) -> None:
+    """Means of value and gradients are the full ones within 3 standard errors, which are below 10 percent."""
+    solver = Solver(method, step=0.25, atol=1e-6, rtol=1e-6, gradient=gradient)
+    full = _draws(solver, 1)[0]
+    draws = _draws(dataclasses.replace(solver, penalty_quadrature="sampled"), count)
+    torch.testing.assert_close(draws[:, 0], full[0].expand(count), rtol=1e-12, atol=0)  # needs no product
+    draws, full = draws[:, 1:], full[1:]
+    error = draws.std(0) / count**0.5
+    assert bool((draws.std(0) > 1e-6 * full.abs()).all()), "without noise this test shows nothing"
+    assert bool((3 * error < 0.1 * full.abs()).all()), "a wrong weight would not be seen"
+    # the quadrature that dopri5 and tsit5 draw from and the interpolant of an adjoint have an error of their own
+    assert bool(((draws.mean(0) - full).abs() < 3 * error + 1e-3 * full.abs()).all())
+
+
+@pytest.mark.parametrize("method", ["rk4_38", "dopri5"])
+def test_checkpointed_repeats_the_draws(method: str) -> None:
+    solvers = [Solver(method, penalty_quadrature="sampled", gradient=g) for g in ("autograd", "checkpointed")]
+    torch.testing.assert_close(*(_draws(solver, 3) for solver in solvers), rtol=1e-12, atol=0)
+
+
+def test_how_many_products_a_sampled_quadrature_makes() -> None:
+    """One a step, of rejected steps too; eight with an adjoint."""
+    z, t = torch.ones(2, 2, dtype=torch.float64), torch.tensor([0.0, 4.0], dtype=torch.float64)
+    for method, gradient in (("rk4", "autograd"), ("dopri5", "autograd"), ("rk4", "adjoint")):
+        toy, full = _Toy(), _Toy()
+        solver = Solver(method, step=0.5, gradient=gradient, penalty_quadrature="sampled")
+        stats = solve(toy, z, t, solver).stats
+        plain = solve(full, z, t, dataclasses.replace(solver, penalty_quadrature="full")).stats
+        if gradient == "adjoint":
+            assert toy.calls[True] == 8
+        else:
+            assert stats == plain
+            assert toy.calls[True] == stats.steps + stats.rejected
+    euler = Solver("euler", step=0.5)
+    once = dataclasses.replace(euler, penalty_quadrature="sampled")
+    assert torch.equal(*(solve(_Toy(), z, t, s).penalties["costly"] for s in (euler, once)))
+
+
+def test_a_sampled_trace_is_unbiased() -> None:
     """The mean over many draws is the full sum, within 4 standard errors, for every integral and a gradient."""
     z0 = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3)
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -256,7 +336,7 @@ def test_sampled_quadrature_is_unbiased() -> None:
 
     full = sums("full")
     g = torch.Generator().manual_seed(0)
-    draws = torch.stack([sums("sampled", g) for _ in range(600)])
+    draws = torch.stack([sums("sampled", g) for _ in range(200)])
     torch.testing.assert_close(draws[0, :2], full[:2], rtol=0, atol=0)  # state and kinetic keep the full sum
     spread = draws[:, 2:].std(0)
     assert bool((spread > 1e-4).all()), "the stages must differ, or this test shows nothing"
@@ -264,17 +344,17 @@ def test_sampled_quadrature_is_unbiased() -> None:
     assert float(distance.max()) < 4
 
 
-def test_one_product_a_step_with_sampled_quadrature() -> None:
-    calls = {True: 0, False: 0}
-
-    def counting(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        calls[products] += 1
-        return Rates(-z, -torch.ones_like(z[:, 0]) if products else None, {})
-
-    solve(
-        counting, torch.ones(2, 1), torch.tensor([0.0, 1.0]), Solver("rk4", step=0.25, trace_quadrature="sampled")
-    )
-    assert calls == {True: 4, False: 12}
+@pytest.mark.parametrize("estimator", ["exact", "gaussian"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_full_trace_beside_sampled_penalties_stays_full(method: str, estimator: str) -> None:
+    z0, t = torch.ones(2, 3, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    bound = Dynamics(Wave(), regularizers=[kinetic, jacfrob], estimator=estimator).bind(z0)
+    solver = Solver(method, step=0.25)
+    full, sampled = (solve(bound, z0, t, dataclasses.replace(solver, penalty_quadrature=q)) for q in QUADRATURES)
+    torch.testing.assert_close(sampled.logdet, full.logdet, rtol=1e-12, atol=0)
+    assert sampled.stats == full.stats
+    torch.testing.assert_close(sampled.penalties["kinetic"], full.penalties["kinetic"], rtol=1e-12, atol=0)
+    assert not torch.equal(sampled.penalties["jacfrob"], full.penalties["jacfrob"])
 
 
 def test_states_of_any_event_shape() -> None:

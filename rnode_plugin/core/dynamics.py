@@ -44,7 +44,8 @@ class BoundDynamics(Protocol):
     """What the integrator integrates: an augmented system whose noise is fixed for one solve.
 
     With ``products=False`` the result leaves out all that needs a product with the Jacobian. An attribute ``path``,
-    if there is one, holds the penalties of steps and trajectories (:class:`PathPenalties`).
+    if there is one, holds the penalties of steps and trajectories (:class:`PathPenalties`); ``trace_only(t, z)``
+    leaves out the penalties that need a product, but not the log-determinant.
     """
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates: ...
@@ -186,6 +187,11 @@ class Dynamics:
             self._pass = self.estimator.bind(self.field, ask)
         else:
             self._pass = functools.partial(self.field.linearize, ask=ask)
+        self._pass_for_trace = self._velocity
+        if divergence and isinstance(self.estimator, Exact):
+            self._pass_for_trace = functools.partial(self.field.linearize, ask=Ask(divergence=True))
+        elif divergence:
+            self._pass_for_trace = self.estimator.bind(self.field)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the field and of the regularizers, of those that are modules."""
@@ -201,9 +207,16 @@ class Dynamics:
         """The system with its noise fixed, ready to be integrated."""
         return _Bound(self, noise)
 
-    def evaluate(self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True) -> Rates:
-        """The right-hand side at one time; ``products=False`` leaves out all that needs a product."""
-        dz, rows, jvp, known, aux = (self._pass if products else self._velocity)(t, z, noise)
+    def evaluate(
+        self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True, trace: bool | None = None
+    ) -> Rates:
+        """The right-hand side at one time.
+
+        ``products=False`` leaves out all that needs a product; with ``trace=True`` all but the log-determinant.
+        """
+        trace = products if trace is None else trace
+        one_pass = self._pass if products else self._pass_for_trace if trace else self._velocity
+        dz, rows, jvp, known, aux = one_pass(t, z, noise)
         if dz.shape != z.shape:
             raise ConfigError(
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
@@ -216,7 +229,7 @@ class Dynamics:
             t, z, dz, noise, rows, self.estimator, self.field if self.needs else None, jvp, aux
         )
         dlogdet = None
-        if self.divergence and products:
+        if self.divergence and trace:
             dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
         return Rates(dz, dlogdet, self.penalties(evaluation, products=products))
 
@@ -237,6 +250,9 @@ class _Bound:
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         return self.dynamics.evaluate(t, z, self.noise, products=products)
+
+    def trace_only(self, t: Tensor, z: Tensor) -> Rates:
+        return self.dynamics.evaluate(t, z, self.noise, products=False, trace=True)
 
     @property
     def inner_autograd(self) -> bool:

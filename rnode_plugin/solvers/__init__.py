@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, TRACE_QUADRATURES, Solver
+from .config import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, QUADRATURES, Solver
 
 if TYPE_CHECKING:
     from .adaptive import StepMemory
@@ -18,7 +18,7 @@ __all__ = [
     "FIXED_METHODS",
     "GRADIENTS",
     "METHODS",
-    "TRACE_QUADRATURES",
+    "QUADRATURES",
     "HealthCheck",
     "Method",
     "Solver",

@@ -20,7 +20,19 @@ from ..core.dynamics import BoundDynamics, Rates
 from ..errors import ConfigError, SolverError
 from .checkpoint import checkpointed
 from .config import DEFAULT_MAX_NFE, FIXED_METHODS, Solver, count_steps
-from .fixed import Step, Totals, Trace, fail_integrals, fail_max_nfe, fail_nonfinite, health, read, stepper
+from .fixed import (
+    Step,
+    Totals,
+    Trace,
+    draw_stage,
+    fail_integrals,
+    fail_max_nfe,
+    fail_nonfinite,
+    health,
+    read,
+    stepper,
+    without_products,
+)
 from .solution import Solution
 from .tableaus import Method
 
@@ -64,6 +76,7 @@ def solve_adaptive(
     solver: Solver,
     method: Method,
     *,
+    generator: torch.Generator | None = None,
     trace: Trace | None = None,
     memory: StepMemory | None = None,
 ) -> Solution:
@@ -74,7 +87,7 @@ def solve_adaptive(
     """
     _check_precision(solver, method, z.dtype)
     device, span = z.device, t_span.cpu()
-    take = stepper(dynamics, method, tolerance=(solver.atol, solver.rtol))
+    take = stepper(dynamics, method, solver)
     if solver.gradient == "checkpointed":
         take = checkpointed(take, dynamics, z, span[0].to(device))
     budget = int(solver.max_nfe or DEFAULT_MAX_NFE)
@@ -85,7 +98,8 @@ def solve_adaptive(
         return bool((b - a) * sign > 0)
 
     t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
-    rates: Rates | None = dynamics(span[0].to(device), z)
+    drawn = draw_stage(solver, method, generator)
+    rates: Rates | None = (dynamics if drawn is None else without_products(dynamics))(span[0].to(device), z)
     totals = Totals()
     totals.nfe += 1
     dt = _first_step(dynamics, z, rates.dz, span, sign, solver, method, memory, totals)
@@ -106,7 +120,7 @@ def solve_adaptive(
             _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
         if totals.nfe + method.stages - 1 > budget:
             fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
-        step = take(z, t.to(device), dt.to(device), rates, None)
+        step = take(z, t.to(device), dt.to(device), rates, drawn)
         totals.nfe += step.nfe
         ratio = _ratio_of_step(step, z, totals.logdet, solver, method, span.dtype)
         if not math.isfinite(float(ratio)):
@@ -132,6 +146,7 @@ def solve_adaptive(
             if arrived:
                 upcoming = min(upcoming + 1, len(span) - 1)
             t, z, rates = reached, step.z, step.last
+            drawn = draw_stage(solver, method, generator)  # for a step until it is accepted
             if trace is not None:
                 trace.append((t.to(device), z))
         else:

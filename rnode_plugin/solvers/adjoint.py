@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from ..core.dynamics import BoundDynamics, Rates
 from .adaptive import solve_adaptive
 from .config import Solver
-from .fixed import Trace, solve_fixed
+from .fixed import Trace, solve_fixed, without_products
 from .solution import Solution, SolveStats
 from .tableaus import Method, hermite
 
@@ -37,6 +37,7 @@ def solve_adjoint(
     params: Sequence[Tensor],
     *,
     keep: Sequence[bool] | None = None,
+    generator: torch.Generator | None = None,
     trace: Trace | None = None,
 ) -> Solution:
     """Solve without a graph and attach the continuous adjoint as the gradient.
@@ -51,6 +52,7 @@ def solve_adjoint(
         method: how to take a step; the backward solve takes those of ``method.adjoint``.
         params: the tensors that the dynamics read and that need a gradient.
         keep: for each time of ``t_span`` whether its state is an output; None: all are.
+        generator: draws the times of a sampled quadrature.
         trace: a list that receives the time and state of every accepted step, the initial one first.
 
     Raises:
@@ -58,20 +60,38 @@ def solve_adjoint(
     """
     call = _AdjointCall(dynamics, solver, method, watched=trace)
     wanted = [p for p in params if p.requires_grad]
-    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
+    drawn = None
+    if solver.penalty_quadrature == "sampled":
+        light = without_products(dynamics)
+        call.dynamics = lambda t, z, *, products=True: light(t, z)
+        share = torch.rand(_DRAWN, dtype=torch.float64, generator=generator)
+        share = (torch.arange(_DRAWN) + share).to(t_span) / _DRAWN
+        drawn = t_span[0] + share * (t_span[-1] - t_span[0])
+    times, z, logdet, on_path, *integrals = _Adjoint.apply(call, z0, t_span, drawn, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
     assert call.stats is not None
+    penalties, stats = dict(zip(call.names, integrals, strict=True)), call.stats
+    if drawn is not None:
+        length = (t_span[-1] - t_span[0]).abs()
+        rates = [dynamics(t, z).penalties for t, z in zip(drawn, on_path, strict=True)]
+        for name in rates[0].keys() - penalties.keys():
+            penalties[name] = torch.stack([rate[name] for rate in rates]).mean(0) * length
+        stats = replace(stats, nfe=stats.nfe + _DRAWN)
     if keep is not None and not method.adaptive:
         # the backward pass needs the states at all times of t_span
         kept = [i for i, wanted in enumerate(keep) if wanted]
         times, z, logdet = times[kept], z[kept], None if logdet is None else logdet[kept]
-    return Solution(times, z, logdet, dict(zip(call.names, integrals, strict=True)), call.stats)
+    return Solution(times, z, logdet, penalties, stats)
+
+
+_DRAWN = 8
+"""Random times, one in each eighth of the solve, of a sampled quadrature of penalties."""
 
 
 def _solve(
     dynamics: BoundDynamics, z: Tensor, t_span: Tensor, solver: Solver, method: Method, trace: Trace | None = None
 ) -> Solution:
     engine = solve_adaptive if method.adaptive else solve_fixed
-    return engine(dynamics, z, t_span, solver, method, trace=trace)
+    return engine(dynamics, z, t_span, replace(solver, penalty_quadrature="full"), method, trace=trace)
 
 
 @dataclass
@@ -89,27 +109,43 @@ class _AdjointCall:
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
-        trace = call.trace if call.solver.gradient == "interpolated_adjoint" else call.watched
+    def forward(
+        ctx: Any, call: _AdjointCall, z0: Tensor, t_span: Tensor, drawn: Tensor | None, *params: Tensor
+    ) -> tuple[Any, ...]:
+        interpolates = call.solver.gradient == "interpolated_adjoint"
+        trace = call.trace if interpolates or drawn is not None else call.watched
         solution = _solve(call.dynamics, z0, t_span, call.solver, call.method, trace)
         if call.watched is not None and trace is not call.watched:
             call.watched += call.trace
+        on_path = None
+        if drawn is not None:
+            path = _Path(call.dynamics, call.trace, 1.0 if bool(t_span[-1] >= t_span[0]) else -1.0)
+            on_path = torch.stack([path(t) for t in drawn])
+        if not interpolates:
+            call.trace = []
         call.names, call.stats = tuple(solution.penalties), solution.stats
         ctx.call = call
-        ctx.save_for_backward(t_span, solution.t, solution.z, *params)
+        ctx.save_for_backward(t_span, solution.t, solution.z, drawn, on_path, *params)
         ctx.mark_non_differentiable(solution.t)
-        return solution.t, solution.z, solution.logdet, *solution.penalties.values()
+        return solution.t, solution.z, solution.logdet, on_path, *solution.penalties.values()
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor
+        ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, dpath: Tensor | None, *dpenalties: Tensor
     ) -> tuple[Any, ...]:
-        t_span, t, z, *params = ctx.saved_tensors
+        t_span, t, z, drawn, on_path, *params = ctx.saved_tensors
+        times = t_span
+        if drawn is not None and dpath is not None:  # these states are outputs like the others
+            times = torch.cat([t_span, drawn])
+            order = torch.cat([t, drawn]).argsort(descending=bool(t[-1] < t[0]))
+            t, z, dz = (torch.cat(pair)[order] for pair in ((t, drawn), (z, on_path), (dz, dpath)))
+            if dlogdet is not None:
+                dlogdet = torch.cat([dlogdet, dlogdet.new_zeros(len(drawn), *dlogdet.shape[1:])])[order]
         pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.call.names, dpenalties, strict=True)))
         wants_times, last = ctx.needs_input_grad[2], len(t) - 1
-        span_index = _positions(t_span, t) if wants_times else {}
-        dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
+        span_index = _positions(times, t) if wants_times else {}
+        dt, a = torch.zeros_like(times), torch.zeros_like(z[0])
         dl = None if dlogdet is None else torch.zeros_like(dlogdet[0])
         k = last
         while True:
@@ -126,11 +162,13 @@ class _Adjoint(torch.autograd.Function):
             if pass_.may_skip:
                 while before > 0 and not _any(dz[before], None if dlogdet is None else dlogdet[before]):
                     before -= 1
-            a = pass_.interval(t[k], t[before], z[k], a, dl)
+            if bool(t[k] != t[before]):
+                a = pass_.interval(t[k], t[before], z[k], a, dl)
             k = before
         if wants_times:
             dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
-        return None, a + dz[0], dt if wants_times else None, *pass_.gradients
+        dt = dt.split([len(t_span), len(times) - len(t_span)]) if wants_times else (None, None)
+        return None, a + dz[0], dt[0], dt[1] if drawn is not None else None, *pass_.gradients
 
 
 def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:

@@ -15,7 +15,7 @@ __all__ = [
     "FIXED_METHODS",
     "GRADIENTS",
     "METHODS",
-    "TRACE_QUADRATURES",
+    "QUADRATURES",
     "Solver",
     "count_steps",
     "observers",
@@ -27,7 +27,7 @@ FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
 ADAPTIVE_METHODS = ("dopri5", "tsit5")
 METHODS = FIXED_METHODS + ADAPTIVE_METHODS
 GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
-TRACE_QUADRATURES = ("full", "sampled")
+QUADRATURES = ("full", "sampled")
 
 DEFAULT_MAX_NFE = 100_000
 """Evaluations that an adaptive solve may use unless it is told otherwise: a stiff field must not run for ever."""
@@ -55,6 +55,11 @@ class Solver:
             discretisation error); ``interpolated_adjoint`` does so along an interpolant of the forward states.
         trace_quadrature: ``full``, or ``sampled``: in each step of a fixed grid, products with the Jacobian are
             evaluated at one stage only, drawn with the probability that is its quadrature weight; unbiased.
+        penalty_quadrature: ``full``, or ``sampled``: penalties that need a product with the Jacobian are evaluated
+            at one stage of each step only, drawn like that of the trace (dopri5 and tsit5, some of whose weights
+            are negative, draw by other weights of order 3); with a continuous adjoint at eight random times of the
+            solve. Unbiased in value and gradient, but for the error of the quadrature or the interpolant that it
+            draws from; other penalties stay full. A sampled trace samples these penalties too.
         atol_adjoint: tolerance of an adaptive continuous adjoint; None: as ``atol``.
         rtol_adjoint: relative tolerance of the same; None: as ``rtol``.
 
@@ -76,6 +81,7 @@ class Solver:
     max_nfe: int | None = None
     gradient: str = "autograd"
     trace_quadrature: str = "full"
+    penalty_quadrature: str = "full"
     atol_adjoint: float | None = None
     rtol_adjoint: float | None = None
 
@@ -83,7 +89,8 @@ class Solver:
         for value, known, kind in (
             (self.method, METHODS, "solver method"),
             (self.gradient, GRADIENTS, "gradient mode"),
-            (self.trace_quadrature, TRACE_QUADRATURES, "trace quadrature"),
+            (self.trace_quadrature, QUADRATURES, "trace quadrature"),
+            (self.penalty_quadrature, QUADRATURES, "penalty quadrature"),
         ):
             if value not in known:
                 raise ConfigError(suggest(value, known, kind))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.ops import exporting, on_host, transforms_active
 from ..core.regularizers import StepRecord
-from ..errors import SolverError
+from ..errors import ConfigError, SolverError
 from .checkpoint import checkpointed
 from .config import Solver, count_steps
 from .solution import Solution, SolveStats
@@ -30,6 +30,7 @@ __all__ = [
     "Totals",
     "all_finite",
     "check_health",
+    "draw_stage",
     "fail_integrals",
     "fail_max_nfe",
     "fail_nonfinite",
@@ -37,8 +38,10 @@ __all__ = [
     "read",
     "solve_fixed",
     "stepper",
+    "without_products",
 ]
 
+_CPU = torch.device("cpu")
 Trace = list[tuple[Tensor, Tensor]]
 """The time and the state of every accepted step, the initial one first."""
 
@@ -65,7 +68,7 @@ def solve_fixed(
         counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(_numbers(t_span))]
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)
-    take = stepper(dynamics, method, tolerance=(solver.atol, solver.rtol))
+    take = stepper(dynamics, method, solver)
     if solver.gradient == "checkpointed":
         take = checkpointed(take, dynamics, z, t_span[0].to(z.device))
     keep = [True] * len(t_span) if keep is None else keep
@@ -79,7 +82,7 @@ def solve_fixed(
     steps = iter(grid)
     for k, count in enumerate(counts, start=1):
         for start, dt, end in itertools.islice(steps, count):
-            step = take(z, start, dt, None, _draw_stage(solver, method, generator))
+            step = take(z, start, dt, None, draw_stage(solver, method, generator))
             totals.add(step)
             totals.nfe += step.nfe
             z = step.z
@@ -192,23 +195,22 @@ class Step(NamedTuple):
 StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "int | None"], Step]
 
 
-def stepper(
-    dynamics: BoundDynamics, method: Method, *, tolerance: tuple[Any, Any] = (0.0, 0.0), local: bool = False
-) -> StepTaker:
-    """A function ``(z, t, dt, first, product_stage) -> Step``.
+def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: bool = False) -> StepTaker:
+    """A function ``(z, t, dt, first, drawn) -> Step``.
 
-    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``product_stage``
-    products with the Jacobian are evaluated at that stage only, which then stands for the whole step.
+    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``drawn`` stage, see
+    :func:`draw_stage`, this one alone makes the products with the Jacobian, and stands for the whole step.
 
-    ``tolerance`` (absolute, relative) is what step penalties are told; a ``local`` step computes the local ones,
-    the others see the accepted steps.
+    A ``local`` step computes the local step penalties; the others see the accepted steps.
     """
     path = getattr(dynamics, "path", None)
     if path is not None and not (path.local if local else path.steps):
         path = None
     weights = method.weights or (1.0,)
+    sampled_trace = solver.trace_quadrature == "sampled"
+    elsewhere = without_products(dynamics, trace=not sampled_trace)
 
-    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, product_stage: int | None) -> Step:
+    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, drawn: int | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
         asked: list[tuple[Tensor, Tensor]] = [] if first is None else [(t, z)]
 
@@ -216,15 +218,27 @@ def stepper(
             if path is not None:
                 asked.append((time, state))
             # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
-            rates.append(dynamics(time, state, products=product_stage in (None, len(rates))))
+            rates.append((dynamics if drawn in (None, len(rates)) else elsewhere)(time, state))
             return rates[-1].dz
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
         nfe = len(rates) - (first is not None)
-        dlogdet, penalties = _quadrature(rates, weights, dt, product_stage)
+        source = rates[drawn or 0]
+        dlogdet = source.dlogdet
+        if dlogdet is not None and drawn is not None and sampled_trace:
+            dlogdet = dlogdet * dt
+        elif dlogdet is not None:
+            dlogdet = _weigh([r.dlogdet for r in rates], weights, dt)
         dlogdet_error = None
         if error is not None and dlogdet is not None and method.error_weights is not None:
             dlogdet_error = _weigh([r.dlogdet for r in rates], method.error_weights, dt.detach())
+        # the integral of every penalty: along the path, whichever way time runs
+        length, penalties = dt.abs(), {}
+        for name, rate in source.penalties.items():
+            if drawn is None or all(name in r.penalties for r in rates):
+                penalties[name] = _weigh([r.penalties[name] for r in rates], weights, length)
+            else:
+                penalties[name] = rate * length
         last = None
         for each in rates:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
@@ -232,42 +246,49 @@ def stepper(
         if path is not None:
             times, states = zip(*asked, strict=True)
             record = StepRecord(
-                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, *tolerance
-            )
+                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, solver.atol,
+                solver.rtol,
+            )  # fmt: skip
             of_path = path.of_step(record, local=local)
         return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, more[0] if more else None, nfe)
 
     return take
 
 
-def _quadrature(
-    rates: Sequence[Rates], weights: Sequence[float], dt: Tensor, product_stage: int | None
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Integrals over one step of the log-determinant (signed) and the penalties (along the path)."""
-    source = rates[product_stage or 0]
-    sampled = product_stage is not None
-    dlogdet = None
-    if source.dlogdet is not None:
-        dlogdet = source.dlogdet * dt if sampled else _weigh([r.dlogdet for r in rates], weights, dt)
-    length, penalties = dt.abs(), {}
-    for name, rate in source.penalties.items():
-        if sampled and any(name not in r.penalties for r in rates):
-            penalties[name] = rate * length
-        else:
-            penalties[name] = _weigh([r.penalties[name] for r in rates], weights, length)
-    return dlogdet, penalties
+def draw_stage(solver: Solver, method: Method, generator: torch.Generator | None) -> int | None:
+    """The stage that stands for the next step in its sampled quadratures; None if they are full.
+
+    The weights of a quadrature of the stages are its probabilities, so that the rate of the drawn stage is an
+    estimate without bias. A solver object without known weights has full quadratures.
+    """
+    if "sampled" not in (solver.trace_quadrature, solver.penalty_quadrature) or method.draws is None:
+        return None
+    weights = _weight_row(method.draws, torch.float64, _CPU)
+    return int(torch.multinomial(weights, 1, generator=generator))
+
+
+def without_products(dynamics: Any, *, trace: bool = True) -> Callable[[Tensor, Tensor], Rates]:
+    """``(t, z) -> Rates`` without the penalties that need a product, with or without the ``trace``."""
+    if trace and hasattr(dynamics, "trace_only"):
+        return dynamics.trace_only
+    return partial(dynamics, products=False)
 
 
 def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor) -> Tensor:
-    """``dt`` times the weighted sum of the values that are there."""
-    present = [(value, weight) for value, weight in zip(values, weights, strict=False) if value is not None]
-    first = present[0][0]
+    """``dt`` times the weighted sum; values beyond the weights do not count."""
+    used: list[Tensor] = [value for value in values[: len(weights)] if value is not None]
+    if len(used) < min(len(values), len(weights)):
+        raise ConfigError(
+            "penalty_quadrature='sampled' needs dynamics with a method `trace_only` if they follow a density: use "
+            "rnode_plugin.Dynamics, or penalty_quadrature='full'."
+        )
+    first = used[0]
     # rates of small problems: few operations count, not what they compute. torch.compile makes one of them anyway
     if first.ndim == 1 and not torch.compiler.is_compiling():
-        row = _weight_row(tuple([weight for _, weight in present]), first.dtype, first.device)
-        return (row * dt.to(first.dtype)) @ torch.stack([value for value, _ in present])
+        row = _weight_row(tuple(weights[: len(used)]), first.dtype, first.device)
+        return (row * dt.to(first.dtype)) @ torch.stack(used)
     total: Tensor | None = None
-    for value, weight in present:
+    for value, weight in zip(used, weights, strict=False):
         if weight:
             total = value * weight if total is None else total.add(value, alpha=weight)
     assert total is not None
@@ -280,15 +301,6 @@ def _weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.de
     # a tensor made in inference mode could not serve a later backward pass
     with on_host(), torch.inference_mode(False):
         return torch.tensor(weights, dtype=dtype, device=device)
-
-
-def _draw_stage(solver: Solver, method: Method, generator: torch.Generator | None) -> int | None:
-    """The stage that stands for the step in a sampled quadrature, drawn with its weight as probability."""
-    if solver.trace_quadrature != "sampled":
-        return None
-    assert method.weights is not None  # only methods known by name have a sampled quadrature
-    weights = _weight_row(method.weights, torch.float64, torch.device("cpu"))
-    return int(torch.multinomial(weights, 1, generator=generator))
 
 
 class Totals:

@@ -87,9 +87,13 @@ def solve(
     if chosen.gradient.endswith("adjoint") and not transforms_active():
         params = tuple(getattr(dynamics, "parameters", tuple)() if params is None else params)
         times = times.to(z0.device)
-        solution = solve_adjoint(dynamics, z0, times, chosen, method, params, keep=keep, trace=trace)
+        solution = solve_adjoint(
+            dynamics, z0, times, chosen, method, params, keep=keep, generator=generator, trace=trace
+        )
     elif method.adaptive:
-        solution = solve_adaptive(dynamics, z0, times, chosen, method, trace=trace, memory=memory)
+        solution = solve_adaptive(
+            dynamics, z0, times, chosen, method, generator=generator, trace=trace, memory=memory
+        )
     else:
         solution = solve_fixed(
             dynamics, z0, times, chosen, method, keep=keep, generator=generator, trace=trace, checks=checks
@@ -247,6 +251,6 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, trace: Trace) -> t
         v0, v1 = (dynamics(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
-    take = stepper(dynamics, get_method("tsit5"), tolerance=(solver.atol, solver.rtol), local=True)
+    take = stepper(dynamics, get_method("tsit5"), solver, local=True)
     step = take(z, s, -h if backward else h, None, None)
     return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2

@@ -37,6 +37,8 @@ class Method:
         weights: quadrature weight of each evaluation of the field in a step, in their order. None if they are not
             known (a user's solver object): a rate is then taken at the start of the step.
         error_weights: the same for the error estimate of a quadrature.
+        draws: the probability of each evaluation to stand for the step in a sampled quadrature; they are the
+            weights of a quadrature without negative ones. None: there are no sampled quadratures.
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
         even_steps: whether adaptive steps divide what is left up to the next stop evenly, so that no sliver is
@@ -53,6 +55,7 @@ class Method:
     adaptive: bool
     weights: tuple[float, ...] | None
     error_weights: tuple[float, ...] | None = None
+    draws: tuple[float, ...] | None = None
     safety: float = 0.9
     min_factor: float = 0.2
     max_factor: float = 10.0
@@ -169,6 +172,13 @@ _TABLEAUS = {
     "tsit5": _tableau(_TSIT5_A, _TSIT5_B, 5, error=_TSIT5_ERROR),
 }
 
+# Some weights of dopri5 and tsit5 are negative: these quadratures of order 3 on their stages have none. The first
+# stage, which is the last one of the step before, has no part in them.
+_DRAWS = {
+    "dopri5": (0.0, 0.0, 2 / 3, 1 / 6, 0.0, 0.0, 1 / 6),
+    "tsit5": (0.0, 0.01371596088086835, 0.7126775982927023, 0.08860285169962806, 0.0, 0.0, 0.18500358912680132),
+}
+
 
 @cache
 def get_method(name: str) -> Method:
@@ -182,7 +192,8 @@ def get_method(name: str) -> Method:
     tableau = _TABLEAUS[name]
     nodes = (0.0, *tableau.c)
     adaptive = tableau.error is not None
-    return Method(name, tableau.advance, tableau.order, adaptive, tableau.b, tableau.error, nodes=nodes)
+    draws = _DRAWS.get(name, tableau.b)
+    return Method(name, tableau.advance, tableau.order, adaptive, tableau.b, tableau.error, draws, nodes=nodes)
 
 
 def hermite(t0: Tensor, z0: Tensor, v0: Tensor, t1: Tensor, z1: Tensor, v1: Tensor, t: Tensor) -> Tensor:

@@ -192,6 +192,10 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
 
     family = next((get_method(name) for kind, name in _FAMILIES.items() if isinstance(solver, kind)), None)
     weights = getattr(solver, "weights", family.weights if family else None)
+    weights = None if weights is None else tuple([float(w) for w in weights])
+    draws = family.draws if family else None
+    if draws is None and weights is not None and min(weights) >= 0 and solver.stepping_class == "fixed":
+        draws = weights
     safety, least, most = (
         float(getattr(solver, name, default))
         for name, default in (("safety", 0.9), ("min_factor", 0.2), ("max_factor", 10.0))
@@ -201,12 +205,13 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         partial(solver.step, args=args) if type(solver) in _FAMILIES else advance_either_way,
         getattr(solver, "order", 1),
         solver.stepping_class == "adaptive",
-        None if weights is None else tuple(float(w) for w in weights),
-        family.error_weights if family else None,
-        safety,
-        least,
-        most,
-        _RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
+        weights,
+        error_weights=family.error_weights if family else None,
+        draws=draws,
+        safety=safety,
+        min_factor=least,
+        max_factor=most,
+        nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
         even_steps=False,
         every_step=True,
     )
