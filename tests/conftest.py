@@ -1,11 +1,31 @@
-"""Settings of all tests: where several processes of pytest share the cores, each computes on one thread."""
+"""Settings of all tests: the marker ``unit``, and one thread where several processes of pytest share the cores."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
+
+UNIT = frozenset(
+    {
+        "test_convolutions", "test_declared_regularizers", "test_denormals", "test_estimators", "test_fields",
+        "test_linearization", "test_multiscale", "test_potential", "test_recognise", "test_regularizers_paths",
+        "test_regularizers_rates", "test_regularizers_steps", "test_solve", "test_solve_limits",
+        "test_solve_transforms", "test_table_flow", "test_transforms",
+    }
+)  # fmt: skip
+"""The quick tests of core, solvers, fields and flows: ``pytest -m unit``."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the files in :data:`UNIT`, but for slow ones."""
+    for item in items:
+        if Path(item.fspath).stem in UNIT and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.unit)

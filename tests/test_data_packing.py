@@ -20,7 +20,7 @@ from packing_sources import (
     write_zip,
 )
 
-from rnode_plugin.cli.data import data as data_group
+from rnode_plugin.cli.lists import data as data_group
 from rnode_plugin.data import get_dataset, pack, plan_packing
 from rnode_plugin.errors import ConfigError, DataError
 

@@ -66,12 +66,10 @@ def rnode_register_recipes() -> Mapping[str, str]:
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
     modules = {
-        "train": ("train", "tune_step"),
+        "train": ("train", "tune_step", "estimate"),
         "runs": ("eval", "diagnose", "sample", "export", "report"),
-        "lists": ("recipes", "plugins", "regularizers", "info"),
+        "lists": ("recipes", "data", "plugins", "regularizers", "info"),
         "compare": ("compare",),
-        "data": ("data",),
-        "estimate": ("estimate",),
     }
     commands = {name: f"rnode_plugin.cli.{module}:{name}" for module, names in modules.items() for name in names}
     return {
