@@ -68,6 +68,8 @@ def test_exact_estimator(field: nn.Module, shape: tuple[int, ...]) -> None:
     jacobian = dense_jacobian(field, t, z)
     estimator = Exact()
     dz, rows = estimator.bind(field)(t, z, None)[:2]
+    assert rows is not None
+    assert rows is not None
     torch.testing.assert_close(dz, field(t, z))
     torch.testing.assert_close(estimator.divergence(rows, None), torch.einsum("bii->b", jacobian))
     torch.testing.assert_close(estimator.squared_frobenius(rows, None), jacobian.square().sum((1, 2)))

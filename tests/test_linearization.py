@@ -79,7 +79,8 @@ def test_the_whole_jacobian_and_a_direction() -> None:
     field = make_field("linear")
     t, z, _ = make_inputs("linear")
     wanted = [t, z, *field.parameters()]
-    dz, rows, jvp = field.prepare(z).linearize(t, z, ask=Ask("rows", jvp=True))[:3]
+    found: Any = field.prepare(z).linearize(t, z, ask=Ask("rows", jvp=True))
+    dz, rows, jvp = found[:3]
     ours = (dz, rows, jvp(dz, 1.0))
     velocity = field(t, z)
     jacobian = [torch.autograd.grad(velocity[:, i].sum(), z, create_graph=True)[0] for i in range(z.shape[1])]
@@ -151,7 +152,8 @@ def test_under_the_transforms_of_torch_func(kind: str) -> None:
     many = torch.stack([z, 2 * z])
     assert relative(torch.func.vmap(second)(many), torch.stack([second(each) for each in many])) < 1e-12
     direction = torch.randn_like(z)
-    dz, _, jvp = field.linearize(t, z, ask=Ask(jvp=True))[:3]
+    found: Any = field.linearize(t, z, ask=Ask(jvp=True))
+    dz, _, jvp = found[:3]
     with forward_ad.dual_level():  # a direction with a tangent meets a pass without one
         tangent = forward_ad.unpack_dual(jvp(forward_ad.make_dual(dz, direction), 0.0)).tangent
     assert tangent is not None
