@@ -139,11 +139,12 @@ def test_under_the_transforms_of_torch_func(kind: str) -> None:
     t, z, noise = (x.detach() for x in make_inputs(kind))
 
     def second(z: Tensor) -> Tensor:
-        dz, product, jvp = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))[:3]
+        found: Any = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
+        dz, product, jvp = found[:3]
         return product + jvp(dz, 1.0)
 
     def plainly(z: Tensor) -> Tensor:
-        dz, pull = torch.func.vjp(lambda z: field(t, z), z)
+        dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]
         return pull(noise)[0] + torch.func.jvp(field, (t, z), (torch.ones_like(t), dz))[1]
 
     wanted = torch.func.jacrev(plainly)(z)

@@ -144,7 +144,8 @@ def test_product_of_a_recognised_stack(activation: Callable[[], nn.Module], time
     (product,) = torch.autograd.grad(dz, z, noise, create_graph=True)
     stack = recognise(net)
     assert stack is not None
-    found = stack.prepare(z, noise).linearize(t, z, noise, ask=Ask("noise"))[:2]
+    prepared: Any = stack.prepare(z, noise)
+    found = prepared.linearize(t, z, noise, ask=Ask("noise"))[:2]
     losses = [(pair[0].sin().sum() + pair[1].square().sum()) for pair in (found, (dz, product))]
     gradients = [torch.autograd.grad(loss, [z, *net.parameters()]) for loss in losses]
     for a, b in zip([*found, *gradients[0]], [dz, product, *gradients[1]], strict=True):

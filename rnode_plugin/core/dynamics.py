@@ -48,7 +48,7 @@ class BoundDynamics(Protocol):
     leaves out the penalties that need a product, but not the log-determinant.
     """
 
-    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates: ...
+    def __call__(self, t: Tensor, z: Tensor, /, *, products: bool = True) -> Rates: ...
 
 
 def _whole(state: Tensor) -> Tensor:
