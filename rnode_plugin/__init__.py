@@ -34,6 +34,7 @@ _PUBLIC = {
     "diagnose": "evaluation.diagnostics.diagnose",
     "export_program": "evaluation.programs",
     "save_program": "evaluation.programs",
+    "penalties_at": "flow_matching",
     "install": "torchdyn.neural_ode",
     "uninstall": "torchdyn.neural_ode",
     "hookimpl": "plugins.hookspecs",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .errors import RnodeError, SolverError
     from .evaluation.diagnostics.diagnose import diagnose
     from .evaluation.programs import export_program, save_program
+    from .flow_matching import penalties_at
     from .flows.multiscale import MultiscaleFlow
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl

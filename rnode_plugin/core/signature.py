@@ -203,6 +203,8 @@ def buffers_kept(module: Any) -> Iterator[None]:
 def _function(field: Any) -> Any:
     """The function with the signature of ``field``."""
     field = original(field)
+    if isinstance(field, functools.partial) and isinstance(field.func, nn.Module):
+        return functools.partial(_function(field.func), *field.args, **field.keywords)
     if not isinstance(field, nn.Module):
         return field
     inner = getattr(field, "module", None)  # DistributedDataParallel and AveragedModel keep what they wrap there

@@ -1,0 +1,265 @@
+"""Velocities trained without a solve: penalties at points, and flow_matching's ``ODESolver`` by our solver."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .core.dynamics import Dynamics, FieldEvaluation
+from .core.regularizers import FunctionRegularizer, kind_of
+from .core.signature import time_first
+from .core.trace_estimators import Hutchinson
+from .errors import ConfigError, suggest
+from .plugins.registry import resolve_regularizers
+from .solvers import Solver, solve
+
+__all__ = ["Likelihood", "ODESolver", "penalties_at"]
+
+# torchdiffeq's names, which flow_matching takes; its rk4 is the 3/8 rule
+_METHODS = {"euler": "euler", "midpoint": "midpoint", "rk4": "rk4_38", "dopri5": "dopri5"}
+
+
+def penalties_at(
+    field: Callable[..., Tensor],
+    t: Tensor | float,
+    z: Tensor,
+    regularizers: Any,
+    *,
+    trace_noise: str = "gaussian",
+) -> dict[str, Tensor]:
+    """The rates of penalties at given points, for a loss without a solve such as flow matching's.
+
+    ``penalties_at(v, t, x_t, {"jacfrob": ...})`` at the points of a batch estimates the penalty's integral if ``t``
+    is uniform in [0, 1]; its mean over the batch times lambda / D is the term of eq. 17.
+
+    Args:
+        field: the velocity; called by the names of its parameters, ``(t, x)`` if they say nothing.
+        t: a number, or one time per sample, ``(B,)``.
+        z: states ``(B, *event)``.
+        regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`.
+        trace_noise: noise of the product that ``jacfrob`` needs; one draw per call from torch's generator.
+
+    Returns:
+        The rate ``(B,)`` of each by name, summed over the event; differentiable if gradients are enabled.
+
+    Raises:
+        ConfigError: for a regularizer that is unknown or not a rate, and for a ``t`` of another shape.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import penalties_at
+        >>> z = torch.ones(3, 2)
+        >>> penalties_at(lambda t, x: -2 * x, 0.5, z, ["kinetic", "jacfrob"], trace_noise="exact")
+        {'kinetic': tensor([8., 8., 8.]), 'jacfrob': tensor([8., 8., 8.])}
+    """
+    weighted = resolve_regularizers(regularizers)
+    for name, entry in weighted.items():
+        if kind_of(entry.regularizer) != "rate":
+            raise ConfigError(f"{name!r} is not a rate: it needs a solve, which penalties_at does not make.")
+    t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
+    if t.shape not in ((), z.shape[:1]):
+        raise ConfigError(f"t must be a number or of shape {tuple(z.shape[:1])}, not {tuple(t.shape)}.")
+    rates = [entry.regularizer for entry in weighted.values()]
+    dynamics = Dynamics(time_first(field), regularizers=rates, estimator=trace_noise, divergence=False)
+    return dynamics.evaluate(t, z, dynamics.draw(z)).penalties
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Log-densities of samples.
+
+    Attributes:
+        log_prob: ``log p(x) (B,)`` in nats.
+        stderr: standard error ``(B,)`` of the trace estimate, in nats; None for the exact trace and for one probe.
+        x: the other end of the solve: the source points of given samples, or the samples of given source points.
+        path: states at the times of the grid, ``(T, B, *event)``.
+        nfe: evaluations of the velocity.
+    """
+
+    log_prob: Tensor
+    stderr: Tensor | None
+    x: Tensor
+    path: Tensor
+    nfe: int
+
+
+class ODESolver:
+    """flow_matching's ``ODESolver`` over the solver of this package: the same two methods, and two more.
+
+    Beside flow_matching 1.0.10: likelihoods have gradients (``enable_grad=True``), exact traces work for every
+    event shape, several probes give a standard error, and samples come with their log-densities from one solve.
+
+    Args:
+        velocity_model: called by the names of its parameters, such as ``model(x, t, **extras)``.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.flow_matching import ODESolver
+        >>> solver = ODESolver(lambda x, t: 3 * t**2 * torch.ones_like(x))
+        >>> round(float(solver.sample(torch.zeros(1, 2), step_size=0.01, method="midpoint")[0, 0]), 3)
+        1.0
+    """
+
+    def __init__(self, velocity_model: Callable[..., Tensor]) -> None:
+        self.velocity_model = velocity_model
+
+    def sample(
+        self,
+        x_init: Tensor,
+        step_size: float | None = None,
+        method: str = "euler",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        time_grid: Tensor | None = None,
+        return_intermediates: bool = False,
+        enable_grad: bool = False,
+        **model_extras: Any,
+    ) -> Tensor:
+        """Samples from source points ``x_init (B, *event)``; the arguments are flow_matching's.
+
+        Args:
+            step_size: longest step of a fixed grid, which divides each interval of ``time_grid`` evenly; None: one
+                step per interval.
+            method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (the 3/8 rule, as in torchdiffeq) or ``"dopri5"``.
+            time_grid: times, by default from 0 to 1.
+            return_intermediates: whether to return the states at all of them, ``(T, B, *event)``.
+
+        Raises:
+            ConfigError: for another method.
+            SolverError: if the solve cannot go on.
+        """
+        field = self._field(model_extras)
+        with torch.set_grad_enabled(enable_grad):
+            dynamics = Dynamics(field, divergence=False)
+            solver = _solver(method, step_size, atol, rtol)
+            path = solve(dynamics.bind(None), x_init, _grid(time_grid, (0.0, 1.0), x_init), solver).z
+        return path if return_intermediates else path[-1]
+
+    def compute_likelihood(
+        self,
+        x_1: Tensor,
+        log_p0: Callable[[Tensor], Tensor],
+        step_size: float | None = None,
+        method: str = "euler",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        time_grid: Tensor | None = None,
+        return_intermediates: bool = False,
+        exact_divergence: bool = False,
+        enable_grad: bool = False,
+        **model_extras: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Source points of samples ``x_1``, and ``log p(x_1) (B,)`` in nats; the arguments are flow_matching's.
+
+        Without ``exact_divergence`` the trace is Hutchinson's with one Rademacher probe; :meth:`log_prob` takes
+        more of them. See :meth:`sample` for the others.
+        """
+        found = self.log_prob(
+            x_1, log_p0, step_size=step_size, method=method, atol=atol, rtol=rtol, time_grid=time_grid,
+            probes=None if exact_divergence else 1, enable_grad=enable_grad, **model_extras,
+        )  # fmt: skip
+        return found.path if return_intermediates else found.x, found.log_prob
+
+    def log_prob(
+        self,
+        x_1: Tensor,
+        log_p0: Callable[[Tensor], Tensor],
+        *,
+        probes: int | None = None,
+        time_grid: Tensor | None = None,
+        enable_grad: bool = False,
+        step_size: float | None = None,
+        method: str = "dopri5",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        **model_extras: Any,
+    ) -> Likelihood:
+        """``log p(x_1)`` of samples ``(B, *event)``, with a standard error if there are several probes.
+
+        Args:
+            log_p0: log-density ``(B,)`` of the source.
+            probes: Rademacher probes of Hutchinson's estimator, one product each; None: the exact trace, one
+                product per dimension.
+            time_grid: from 1 to 0.
+            step_size, method, atol, rtol: as for :meth:`sample`.
+
+        Raises:
+            ConfigError: for a ``time_grid`` with other ends, another method or a number of probes below 1.
+        """
+        grid = _grid(time_grid, (1.0, 0.0), x_1)
+        with torch.set_grad_enabled(enable_grad):
+            solver = _solver(method, step_size, atol, rtol)
+            path, logdet, stderr, nfe = self._with_trace(x_1, grid, solver, probes, model_extras)
+            log_prob = log_p0(path[-1]) + logdet
+        return Likelihood(log_prob, stderr, path[-1], path, nfe)
+
+    def sample_and_log_prob(
+        self,
+        x_init: Tensor,
+        log_p0: Callable[[Tensor], Tensor],
+        *,
+        probes: int | None = None,
+        time_grid: Tensor | None = None,
+        enable_grad: bool = False,
+        step_size: float | None = None,
+        method: str = "dopri5",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        **model_extras: Any,
+    ) -> Likelihood:
+        """Samples from source points ``x_init`` and their log-densities, from one solve; as :meth:`log_prob`."""
+        grid = _grid(time_grid, (0.0, 1.0), x_init)
+        with torch.set_grad_enabled(enable_grad):
+            solver = _solver(method, step_size, atol, rtol)
+            path, logdet, stderr, nfe = self._with_trace(x_init, grid, solver, probes, model_extras)
+            log_prob = log_p0(x_init) - logdet
+        return Likelihood(log_prob, stderr, path[-1], path, nfe)
+
+    def _field(self, extras: dict[str, Any]) -> Any:
+        model = self.velocity_model
+        return time_first(functools.partial(model, **extras) if extras else model)
+
+    def _with_trace(
+        self, x: Tensor, grid: Tensor, solver: Solver, probes: int | None, extras: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Path, log-determinant ``(B,)`` of the map, its standard error and NFE."""
+        estimator = "exact" if probes is None else Hutchinson("rademacher", probes=probes)
+        several = probes is not None and probes > 1
+        # the trace of each probe by itself, as a rate: its integral is along the path, so its sign is lost
+        rates = [FunctionRegularizer(f"probe {i}", _ProbeTrace(i), {"vjp"}) for i in range(probes or 0) if several]
+        dynamics = Dynamics(self._field(extras), regularizers=rates, estimator=estimator)
+        solution = solve(dynamics.bind(dynamics.draw(x)), x, grid, solver)
+        assert solution.logdet is not None
+        stderr = None
+        if several:
+            single = torch.stack([solution.penalties[rate.name] for rate in rates]).detach()
+            stderr = single.std(0) / len(rates) ** 0.5
+        return solution.z, solution.logdet[-1], stderr, solution.stats.nfe
+
+
+@dataclass(frozen=True)
+class _ProbeTrace:
+    index: int
+
+    def __call__(self, evaluation: FieldEvaluation) -> Tensor:
+        _, vectors, rows = evaluation.probes()
+        return (vectors[self.index] * rows[self.index]).flatten(1).sum(1)
+
+
+def _solver(method: str, step: float | None, atol: float, rtol: float) -> Solver:
+    if method not in _METHODS:
+        raise ConfigError(suggest(method, _METHODS, "method"))
+    name = _METHODS[method]
+    return Solver(method=name, step=None if name == "dopri5" else step, atol=atol, rtol=rtol)
+
+
+def _grid(given: Tensor | None, ends: tuple[float, float], x: Tensor) -> Tensor:
+    grid = torch.tensor(ends) if given is None else given
+    if ends == (1.0, 0.0) and given is not None and (float(grid[0]), float(grid[-1])) != ends:
+        raise ConfigError(f"the time_grid of a likelihood goes from 1 to 0, not from {grid[0]:g} to {grid[-1]:g}.")
+    return grid.to(device=x.device, dtype=x.dtype)

@@ -1,0 +1,172 @@
+"""Penalties at given points, and flow_matching's ODESolver over our solver, against references of their own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rnode_plugin import NeuralODE, penalties_at
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.flow_matching import ODESolver
+
+SCALES = torch.tensor([0.5, -0.3, 1.0], dtype=torch.float64)
+
+
+class Velocity(nn.Module):
+    """In the order of flow_matching's models, with an extra."""
+
+    def __init__(self, dims: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(dims + 1, 16), nn.Tanh(), nn.Linear(16, dims)).double()
+
+    def forward(self, x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:
+        flat = x.flatten(1)
+        time = t.to(flat).reshape(-1, 1).expand(len(flat), 1)
+        return scale * self.net(torch.cat([flat, time], 1)).view_as(x)
+
+
+def linear(x: Tensor, t: Tensor) -> Tensor:
+    """``f = a x``: samples at t = 1 are ``exp(a)`` times the source."""
+    return x * SCALES.to(x)
+
+
+def points(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def normal(x: Tensor) -> Tensor:
+    return -0.5 * (x.flatten(1).square() + math.log(2 * math.pi)).sum(1)
+
+
+def exact_log_prob(x: Tensor) -> Tensor:
+    return normal(x * torch.exp(-SCALES)) - SCALES.sum()
+
+
+@pytest.mark.parametrize("t", [0.3, torch.linspace(0, 1, 5, dtype=torch.float64)], ids=["number", "per sample"])
+def test_penalties_at_points_are_dense_derivatives(t: Any) -> None:
+    field, z = Velocity(), points(5, 3)
+    names = ["kinetic", "jacfrob", "total_derivative", "curl"]
+    found = penalties_at(field, t, z, names, trace_noise="exact")
+    times = torch.as_tensor(t, dtype=z.dtype).expand(5)
+
+    def one(z: Tensor, t: Tensor) -> Tensor:
+        return field(z[None], t)[0]
+
+    f = torch.func.vmap(one)(z, times)
+    jacobian = torch.func.vmap(torch.func.jacrev(one))(z, times)
+    by_time = torch.func.vmap(torch.func.jacrev(one, 1))(z, times)
+    expected = {
+        "kinetic": f.square().sum(1),
+        "jacfrob": jacobian.square().sum((1, 2)),
+        "total_derivative": (torch.einsum("bij,bj->bi", jacobian, f) + by_time).square().sum(1),
+        "curl": (jacobian - jacobian.mT).square().sum((1, 2)),
+    }
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-12)
+    sum(value.mean() for value in found.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(p.grad is not None for p in field.parameters())
+
+
+def test_an_estimate_at_points_is_unbiased() -> None:
+    field, z = Velocity(), points(1, 3).expand(20_000, 3)
+    exact = penalties_at(field, 0.5, z[:1], ["jacfrob"], trace_noise="exact")["jacfrob"]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = penalties_at(field, 0.5, z, ["jacfrob"])["jacfrob"]
+    assert abs(drawn.mean() - exact[0]) < 3 * drawn.std() / 20_000**0.5
+
+
+@pytest.mark.parametrize(
+    ("t", "names", "words"),
+    [(torch.zeros(4), ["kinetic"], "shape"), (0.5, ["straightness"], "rate"), (0.5, ["kinetik"], "kinetic")],
+)
+def test_bad_points_are_refused(t: Any, names: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        penalties_at(Velocity(), t, points(5, 3), names)
+
+
+@pytest.mark.parametrize("step", [None, 0.125])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+def test_samples_are_flow_matchings(method: str, step: float | None) -> None:
+    solver = pytest.importorskip("flow_matching.solver")
+    model, x = Velocity(), points(4, 3)
+    arguments: dict[str, Any] = {"step_size": step, "method": method, "time_grid": torch.linspace(0, 1, 5).double()}
+    theirs = solver.ODESolver(model).sample(x, **arguments, return_intermediates=True, scale=0.5)
+    ours = ODESolver(model).sample(x, **arguments, return_intermediates=True, scale=0.5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    assert not ours.requires_grad
+
+
+def test_likelihoods_are_flow_matchings() -> None:
+    solver = pytest.importorskip("flow_matching.solver")
+    model, x = Velocity(), points(4, 3)
+    arguments: dict[str, Any] = {"step_size": 0.05, "method": "midpoint", "exact_divergence": True}
+    theirs = solver.ODESolver(model).compute_likelihood(x, normal, **arguments)
+    ours = ODESolver(model).compute_likelihood(x, normal, **arguments)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("probes", [None, 1, 4])
+def test_likelihoods_are_exact_for_a_linear_velocity(probes: int | None) -> None:
+    x = points(6, 3)
+    found = ODESolver(linear).log_prob(x, normal, probes=probes, atol=1e-8, rtol=1e-8)
+    # signs are exact for a diagonal Jacobian
+    torch.testing.assert_close(found.log_prob, exact_log_prob(x), rtol=1e-6, atol=1e-6)
+    assert (found.stderr is None) == (probes in (None, 1))
+    drawn = ODESolver(linear).sample_and_log_prob(found.x, normal, probes=probes, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(drawn.x, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(drawn.log_prob, found.log_prob, rtol=1e-6, atol=1e-6)
+
+
+def test_the_standard_error_is_that_of_the_probes() -> None:
+    model, x = Velocity(), points(1, 3).expand(400, 3)
+    torch.manual_seed(0)
+    found = ODESolver(model).log_prob(x, normal, probes=8, method="rk4", step_size=0.25)
+    exact = ODESolver(model).log_prob(x[:1], normal, method="rk4", step_size=0.25)
+    assert found.stderr is not None
+    spread = found.log_prob.std()
+    assert abs(found.log_prob.mean() - exact.log_prob[0]) < 4 * spread / 20
+    assert float(found.stderr.square().mean().sqrt() / spread) == pytest.approx(1, abs=0.15)
+
+
+def test_exact_traces_of_images_have_gradients() -> None:
+    torch.manual_seed(1)
+    conv = nn.Conv2d(3, 3, 3, padding=1).double()
+    x = 0.5 * points(2, 3, 8, 8)
+
+    def log_prob() -> Tensor:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return torch.tanh(conv(x)) * (1 + t)
+
+        arguments: dict[str, Any] = {"step_size": 0.5, "method": "midpoint", "exact_divergence": True}
+        return ODESolver(velocity).compute_likelihood(x, normal, **arguments, enable_grad=True)[1].sum()
+
+    weight, h = conv.weight, 1e-6
+    (found,) = torch.autograd.grad(log_prob(), weight)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight[0, 1, 2, 0] += sign * h
+            values.append(log_prob().item())
+            weight[0, 1, 2, 0] -= sign * h
+    assert found[0, 1, 2, 0].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=1e-5)
+
+
+def test_wrong_arguments_are_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="midpoint"):
+        ODESolver(linear).sample(points(2, 3), method="midpiont")
+    with pytest.raises(ConfigError, match="from 1 to 0"):
+        ODESolver(linear).log_prob(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
+
+
+def test_the_order_of_the_names_decides() -> None:
+    solver = ODESolver(lambda x, t: 3 * t * torch.ones_like(x))  # u = 3t: 1.5 at t = 1
+    assert solver.sample(torch.zeros(1, 1), method="midpoint", step_size=0.1).item() == pytest.approx(1.5)
+    with pytest.raises(ConfigError, match="time_first"):
+        NeuralODE(lambda x, t: 3 * t * torch.ones_like(x))
