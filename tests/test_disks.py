@@ -56,7 +56,7 @@ def test_read_only(disk: Path) -> None:
         (
             ["train", "--resume", str(one_run(disk)), "--accelerator", "cpu"],
             1,
-            f"cannot write {one_run(disk)}",
+            f"cannot write into {one_run(disk)}",
         ),
         (
             ["train", "digits", *settings, "--accelerator", "cpu", "--runs", str(disk)],
