@@ -14,6 +14,12 @@ from ..plugins import registry
 __all__ = ["main"]
 
 
+class _Misuse(click.ClickException):
+    """What was asked for cannot work."""
+
+    exit_code = 2
+
+
 def _command(name: str) -> click.Command:
     command = registry.get("commands", name)
     if not isinstance(command, click.Command):
@@ -55,9 +61,7 @@ class _Commands(click.Group):
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
             hint = "" if not isinstance(error, PluginError) else " `rnode-cli --debug ...` shows the traceback."
-            failure = click.ClickException(f"{error}{hint}")
-            failure.exit_code = 2 if isinstance(error, ConfigError) else 1
-            raise failure from error
+            raise (_Misuse if isinstance(error, ConfigError) else click.ClickException)(f"{error}{hint}") from error
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

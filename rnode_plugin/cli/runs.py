@@ -235,13 +235,14 @@ def sample(
     if isinstance(recipe.data, TableData):
         if columns is not None:
             raise ConfigError("--columns is for grids of images, and this is a run on a table.")
-        if len(temperatures) > 1:
+        temperature, *others = temperatures
+        if others:
             raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
         out = out or "samples.csv"
         context = _contexts(recipe.table, given_values, given_file, count)
         number = count or 1000 if context is None else len(context)
-        _write_rows(out, flow, recipe.table, number, context, temperatures[0], seed, batch_size or 10_000)
-        click.echo(f"{number:,} rows at temperature {temperatures[0]:g}{averaged}: {out}")
+        _write_rows(out, flow, recipe.table, number, context, temperature, seed, batch_size or 10_000)
+        click.echo(f"{number:,} rows at temperature {temperature:g}{averaged}: {out}")
         return
     if given_values is not None or given_file is not None:
         raise ConfigError("--given-values and --given-file are for tables, and this is a run on images.")

@@ -23,7 +23,7 @@ def _declared(module: str) -> list[tuple[str, str]]:
     """Names and places of what ``@regularizer("name", ...)`` declares, from the source: an import needs torch."""
     source = Path(__file__).parents[1].joinpath("core", "regularizers", f"{module}.py").read_text("utf-8")
     return [
-        (decorator.args[0].value, f"rnode_plugin.core.regularizers.{module}:{node.name}")
+        (str(decorator.args[0].value), f"rnode_plugin.core.regularizers.{module}:{node.name}")
         for node in ast.parse(source).body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
         for decorator in node.decorator_list

@@ -100,9 +100,10 @@ class Arm:
 
         None if it is not known: no error of one NFE, nor of a run that is not finished.
         """
-        if len(self.runs) > 1:
+        first, *others = self.runs
+        if others:
             return float(np.std([run.numbers[name] for run in self.runs], ddof=1) / len(self.runs) ** 0.5)
-        result = self.runs[0].result
+        result = first.result
         if result is None or name == "nfe_test":
             return None
         return result["evaluation"][name][f"stderr_{self.measure.samples}"]
