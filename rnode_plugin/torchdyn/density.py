@@ -19,12 +19,13 @@ from torch.distributions.transforms import Transform
 from ..core.distribution import DensityModel
 from ..core.objective import FlowOutput
 from ..core.ops import on_host
+from ..core.penalties import Penalties
 from ..core.regularizers import Regularizer, span_policy
 from ..core.signature import time_first
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..solvers import Solver
-from ..solvers.config import FIXED_METHODS
+from ..solvers.config import FIXED_METHODS, count_steps
 from .cnf import CNF, check_shape, is_count
 from .neural_ode import NeuralODE
 from .solver_names import resolve_solver
@@ -103,13 +104,14 @@ class RegularizedCNF(DensityModel):
     def _solve_by(self, cnf: CNF, regularizers: Any, options: dict[str, Any]) -> None:
         self._options = options
         self.ode = NeuralODE(cnf, regularizers=regularizers, return_t_eval=False, **options)
+        self.ode.training = self.training
 
     @property
     def _cnf(self) -> CNF:
         return self.ode.vf.vf
 
     def _span_policy(self) -> tuple[Any, ...]:
-        policy = span_policy([each.regularizer for each in self.ode._penalties.weighted.values()])
+        policy = span_policy([each.regularizer for each in self.ode._last_penalties().weighted.values()])
         return () if policy is None else (policy,)
 
     @classmethod
@@ -199,7 +201,7 @@ class RegularizedCNF(DensityModel):
                 options |= {"atol": solver.atol, "rtol": solver.rtol}
                 twin.t_span = self.t_span[[0, -1]]
             elif isinstance(solver.step, (int, float)):
-                steps = max(1, math.ceil(abs(last - first) / solver.step - 1e-6))  # forgives rounding
+                steps = count_steps(last - first, solver.step)
                 twin.t_span = torch.linspace(first, last, steps + 1).to(self.t_span)
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints again that a field has no parameters
             twin._solve_by(cnf, (*regularizers, *self._span_policy()), options)
@@ -217,7 +219,7 @@ class RegularizedCNF(DensityModel):
         estimator: Any = self._cnf.trace_estimator
         return estimator.draw(self.t_span.new_empty(batch, *self.event_shape))
 
-    def log_prob(
+    def log_prob(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
         context: Tensor | None = None,
@@ -270,20 +272,22 @@ class RegularizedCNF(DensityModel):
         with torch.no_grad():
             return self.inverse(_shrunk_samples(self.base, n, temperature), context)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x (B, *event_shape)`` that flows to ``z``."""
         self._check(z)
         rows, times = self.context_rows(context, z), self._times(z, backward=True)
         return self.ode._solve(z, times, args=rows, remember=False, trace=False)[1][-1]
 
-    def inverse_and_log_prob(
+    def inverse_and_log_prob(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, z: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
     ) -> tuple[Tensor, Tensor]:
         """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve."""
         x, logdet = self._with_trace(z, context, penalties=penalties, backward=True)
         return x, self._base_log_prob(z) + logdet
 
-    def encode(self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = False) -> FlowOutput:
+    def encode(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = False
+    ) -> FlowOutput:
         """Latents, log-determinant in nats, penalties and NFE of samples ``x (B, *event_shape)``.
 
         As :meth:`transform`, in the form that flows have.
@@ -293,7 +297,7 @@ class RegularizedCNF(DensityModel):
         values = self.regularization if penalties else {}
         return FlowOutput(z, logdet, values, int(self.ode.vf.nfe - before))
 
-    def collect_penalties(self) -> AbstractContextManager[None]:
+    def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
         return self.ode.collect_penalties()
 

@@ -301,25 +301,25 @@ class TorchdynSystem:
     hidden_cost: Cost | None = None
     tensors: Sequence[Tensor] = ()
 
-    def __call__(self, t: Tensor, x: Tensor, *, products: bool = True) -> Rates:
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         for counter in self.counters:
             counter["nfe"] += 1
-        state = x if self.cost is None else x[:, 1:]
+        state = z if self.cost is None else z[:, 1:]
         dynamics, columns = self.dynamics, self.columns
         penalties: dict[str, Tensor] = {}
         if dynamics is None:
             dx = _at_least(self.field(t, state), state)
         elif self.event_shape is not None:  # the trace is part of the state: its products are always made
-            z = state[:, 1:].reshape(state.shape[0], *self.event_shape)
-            dz, divergence, penalties = dynamics.evaluate(t, z, self.noise)
+            event = state[:, 1:].reshape(state.shape[0], *self.event_shape)
+            dz, divergence, penalties = dynamics.evaluate(t, event, self.noise)
             assert divergence is not None
             dx = torch.cat([-divergence[:, None], dz.flatten(1)], 1)
         elif columns is None:
             dx, _, penalties = dynamics.evaluate(t, state, self.noise, products=products)
         else:
             columns.state, columns.velocity = state, None
-            z = state[:, columns.columns]
-            penalties = dynamics.evaluate(t, z, self.noise, products=products).penalties
+            chosen = state[:, columns.columns]
+            penalties = dynamics.evaluate(t, chosen, self.noise, products=products).penalties
             assert columns.velocity is not None
             dx = _at_least(columns.velocity, state)
             dx = dx if torch.is_grad_enabled() else dx.detach()
@@ -373,64 +373,68 @@ def system_of(
     Raises:
         ConfigError: for a state that cannot carry the penalties.
     """
+    # what the state holds: a cost, the traces of CNFs, and z
     cost = vf.integral_loss if type(vf) is DEFunc and vf.sensitivity == "autograd" else None
-    state = x if cost is None else x[:, 1:]
+    state = z = x if cost is None else x[:, 1:]
     modules = list(vf.modules())
     cnfs = [module for module in modules if is_cnf(module)] if trace else []
     if regularizers:
         _check_penalized_state(x, 0 if penalized is not None else len(cnfs))
+
+    # the field; of a CNF its net, so that trace and penalties share the products with its Jacobian
     field, order = _unwrapped(vf)
-    # the CNF whose net the solve calls itself, so that trace and penalties share its products
-    cnf: Any = (
-        field if not trace or (len(cnfs) == 1 and penalized is None and _is_transparent(field, state)) else None
-    )
-    needs, z, conditional, traced = _needs(regularizers), state, False, cnf is not None and trace
+    transparent = len(cnfs) == 1 and penalized is None and _is_transparent(field, state)
+    cnf: Any = field if transparent or not trace else None
+    conditional = False
     if cnf is not None:
         field, order, conditional = cnf.net, cnf.order, getattr(cnf, "conditional", False)
-    if traced:
-        z = cnf.event(state) if isinstance(cnf, CNF) else state[:, 1:]
-        cnf.noise = noise_of(cnf, z) if noise is None else noise
-    differentiated = traced or bool(needs & {"vjp", "jvp"})
+    if transparent:
+        z = cnf.event(state) if type(cnf) is CNF else state[:, 1:]
+        noise = noise_of(cnf, z) if noise is None else noise
+        vars(cnf)["noise"] = noise
+    needs = _needs(regularizers)
+    differentiated = transparent or bool(needs & {"vjp", "jvp"})
     slots = _Slots(modules, x, 0 if cost is None else 1, cnf, traced=trace)
     function, extra, keywords = call_of(field, args, conditional=conditional)
-    has_own_products = function is field and order == 1 and not (extra or keywords or slots)
+    plain = function is field and order == 1 and not (extra or keywords or slots)
     if order > 1:
         function, extra, keywords = first_order_system(function, extra, keywords, order), (), {}
     if (differentiated or cnfs) and _has_compiled_parts(modules):
         function = _run_original(function)
-    aux = (
-        next((m.aux for m in modules if callable(getattr(type(m), "aux", None))), None) if "aux" in needs else None
-    )
+    offers = (module for module in modules if callable(getattr(type(module), "aux", None)))
+    aux = getattr(next(offers, None), "aux", None) if "aux" in needs else None
     known: Any = TorchdynField(function, extra, keywords, slots=slots, aux=aux, watched=differentiated)
 
     system = TorchdynSystem(
         known, vf, [vars(part) for part in (vf, getattr(vf, "vf", None)) if type(part) in (DEFunc, DEFuncBase)],
         cost=cost, hidden_cost=hidden_cost, tensors=tensors,
     )  # fmt: skip
-    if not (traced or regularizers):
+    if not (transparent or regularizers):
         return system
-    chosen = _columns_of(state, len(cnfs), penalized)
-    system.dims = state[:, chosen].shape[1:].numel() if state.ndim > 1 else 1
+
+    # the trace and the penalties of z
+    columns = _columns_of(state, len(cnfs), penalized)
+    system.dims = state[:, columns].shape[1:].numel() if state.ndim > 1 else 1
     estimator = get_estimator(trace_noise)
     if cnfs and penalized is None:
         estimator = _estimator_of(cnfs[0]) or estimator
-    if traced:
+    if transparent:
         system.event_shape = z.shape[1:]
     elif penalized is not None or cnfs:
-        known = system.columns = _Columns(known, state, chosen, aux)
-        z = state[:, chosen]
+        known, z = _Columns(known, state, columns, aux), state[:, columns]
+        system.columns = known
     if differentiated and system.columns is None:
-        exact = prepare and order == 1 and type(estimator) is Exact and (traced or "vjp" in needs)
+        exact = prepare and order == 1 and type(estimator) is Exact and (transparent or "vjp" in needs)
         stack = recognise(field) if exact else None
         if stack is not None and stack.fits(z):
             known = stack.prepare(z)
-        elif has_own_products and isinstance(field, Field):
+        elif plain and isinstance(field, Field):
             known = field
     system.dynamics = Dynamics(
-        known, regularizers=regularizers, estimator=estimator, divergence=traced,
-        event=lambda x: (x if cost is None else x[:, 1:])[:, chosen],
+        known, regularizers=regularizers, estimator=estimator, divergence=transparent,
+        event=lambda x: (x if cost is None else x[:, 1:])[:, columns],
     )  # fmt: skip
-    system.noise = cnf.noise if traced else system.dynamics.draw(z)
+    system.noise = noise if transparent else system.dynamics.draw(z)
     return system
 
 
@@ -459,7 +463,7 @@ def _unwrapped(vf: Any) -> tuple[Any, int]:
         return vf, 1
     wrapped: Any = vf.vf
     field = wrapped.vf if type(wrapped) is DEFuncBase else wrapped
-    inner = field
+    inner: Any = field
     while type(inner) is nn.Sequential and len(inner) == 1 and not _has_hooks(inner):
         inner = inner[0]
     return (inner if isinstance(inner, nn.Module) and is_cnf(inner) else field), vf.order

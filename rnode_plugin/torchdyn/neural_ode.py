@@ -126,7 +126,12 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     ) -> None:
         weighted = resolve_regularizers(regularizers)
         get_estimator(trace_noise)
-        tolerances = {"atol": atol, "rtol": rtol, "atol_adjoint": atol_adjoint, "rtol_adjoint": rtol_adjoint}
+        tolerances: dict[str, Any] = {
+            "atol": atol,
+            "rtol": rtol,
+            "atol_adjoint": atol_adjoint,
+            "rtol_adjoint": rtol_adjoint,
+        }
         _check_options(tolerances, max_nfe, order, interpolator)
         if sensitivity not in GRADIENTS:
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
