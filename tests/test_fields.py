@@ -297,3 +297,10 @@ def test_the_private_name_of_torch_that_transforms_are_asked_by() -> None:
     seen: list[bool] = []
     torch.func.vmap(lambda x: seen.append(transforms_active()) or x)(torch.zeros(2))
     assert seen == [True]
+
+
+def test_a_first_call_inside_nested_transforms_leaves_nothing_behind() -> None:
+    field, z, t = make_field("conv"), torch.randn(2, 2, 3, 11, dtype=torch.float64), torch.tensor(0.3)
+    second = torch.func.jacrev(lambda z: torch.func.jvp(lambda z: field(t, z), (z,), (z,))[1])
+    assert second(z).shape == (*z.shape, *z.shape)
+    assert field(t, z).shape == z.shape

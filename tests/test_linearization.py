@@ -76,7 +76,7 @@ def test_one_output_alone(kind: str, which: int) -> None:
 
 
 def test_the_whole_jacobian_and_a_direction() -> None:
-    field = make_field("linear")
+    field: Any = make_field("linear")
     t, z, _ = make_inputs("linear")
     wanted = [t, z, *field.parameters()]
     found: Any = field.prepare(z).linearize(t, z, ask=Ask("rows", jvp=True))
@@ -135,7 +135,7 @@ def test_frozen_parameters_and_a_retained_graph() -> None:
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_under_the_transforms_of_torch_func(kind: str) -> None:
-    field = make_field(kind)
+    field: Any = make_field(kind)
     t, z, noise = (x.detach() for x in make_inputs(kind))
 
     def second(z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.ops import on_host
+from ..core.ops import on_host, transforms_active
 from ..errors import ConfigError
 from .kernels import Dense, LayerMap, convolution
 
@@ -100,7 +100,9 @@ class _Convolution(Products):
     def shift_rows(self, time: Tensor, bias: Tensor, event: Sequence[int]) -> Tensor:
         h, w = event
         rows = torch.cat([bias.unsqueeze(0), time.flatten(1).t()])  # (1 + 9, out)
-        return (_shift_basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
+        # what is made inside a transform of torch.func must not outlive it
+        basis = _shift_basis.__wrapped__ if transforms_active() else _shift_basis
+        return (basis(h, w, bias.dtype, bias.device) @ rows).view(2, -1)
 
     def as_map(self, row: Tensor, outputs: int, event: Sequence[int]) -> Tensor:
         return row.view(1, *event, outputs).permute(0, 3, 1, 2)
