@@ -39,6 +39,11 @@ READ = {
     "savetxt": (text_of(ROWS, " "), ("column_1", "column_2"), "no header found"),
     "a comment": ("# made by us, 2026\n# units: K\na,b\n" + text_of(ROWS), ("a", "b"), None),
     "Excel's sep=": ("sep=;\r\na;b\r\n" + text_of(ROWS, ";"), ("a", "b"), None),
+    "Excel's sep= of a tab": ("sep=\t\na\tb\n" + text_of(ROWS, "\t"), ("a", "b"), None),
+    "SAS": ("a,b\n" + text_of(ROWS).replace("0.", "."), ("a", "b"), None),
+    "Fortran": (text_of(ROWS, "  ", start=" "), ("column_1", "column_2"), "no header found"),
+    "cells all in quotes": ('"a","b"\r\n' + '"' + text_of(ROWS, '","').replace("\n", '"\r\n"')[:-1],
+                            ("a", "b"), None),
     "Excel with empty rows and columns": ("a,b,,\n" + text_of(ROWS).replace("\n", ",,\n") + ",,,\n" * 3,
                                           ("a", "b"), None),
     "a separator at the end": ("a;b\n" + text_of(ROWS, ";").replace("\n", ";\n"), ("a", "b"), None),
@@ -89,6 +94,10 @@ REFUSED = {
     "dates": ("a,b\n1,2026-01-02\n", "'b' .* not numeric"),
     "percent": ("a,b\n1,12%\n", "'b' .* not numeric"),
     "truth": ("a,b\n1,TRUE\n2,FALSE\n", "'b' .* not numeric: row 1 holds 'True'"),
+    "units below the names": ("a,b\nK,m\n" + text_of(ROWS), "'a' .* not numeric: row 1 holds 'K'"),
+    "Fortran's exponents": ("a b\n1.0D-01 2\n", "'a' .* not numeric: row 1 holds '1.0D-01'"),
+    "a title": ("Our measurements\na,b\n" + text_of(ROWS), "2 cells, not 1"),
+    "a sum below": ("a,b\n" + text_of(ROWS) + "Sum,\n", "'a' .* not numeric: row 41 holds 'Sum'"),
     "an unnamed column between": ("a,,b\n1,2,3\n", "column without a name"),
 }
 

@@ -226,6 +226,10 @@ class _Writer(Draft):
 
     shape: tuple[int, ...] = ()
 
+    def __enter__(self) -> _Writer:
+        super().__enter__()
+        return self
+
     @property
     def count(self) -> int:
         return self.shape[0] if self.shape else 0

@@ -120,6 +120,8 @@ def _checked(source: _Source, wanted: Sequence[str]) -> np.ndarray:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        reason = f"it is not UTF-8 text, {reason}"
     return DataError(f"{path} cannot be read: {reason}.")
 
 
@@ -230,7 +232,7 @@ def _first_record(file: TextIO) -> tuple[str, str | None, int, str]:
     while True:
         begin = file.tell()
         record = _record(file)
-        if named := re.fullmatch(r"sep=(.)", record.strip(), re.IGNORECASE):  # as Excel reads it
+        if named := re.fullmatch(r"sep=(.)\s*", record, re.IGNORECASE):  # as Excel reads it
             separator = named[1]
         elif record.startswith("#"):
             comment = record.strip()
