@@ -36,7 +36,7 @@ from .fixed import (
 from .solution import Solution
 from .tableaus import Method
 
-__all__ = ["StepMemory", "error_ratio", "guess_first_step", "next_step", "rms_norm", "solve_adaptive"]
+__all__ = ["StepMemory", "guess_first_step", "next_step", "rms_norm", "solve_adaptive"]
 
 
 class StepMemory:
@@ -85,7 +85,8 @@ def solve_adaptive(
     Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`; a list ``trace`` receives the time and
     the state of every accepted step. Tolerances below the precision of the state are refused.
     """
-    _check_precision(solver, method, z.dtype)
+    if z.dtype.itemsize < 4:
+        _check_precision(solver, method, z.dtype)
     device, span = z.device, t_span.cpu()
     take = stepper(dynamics, method, solver)
     if solver.gradient == "checkpointed":
@@ -105,7 +106,7 @@ def solve_adaptive(
     dt = _first_step(dynamics, z, rates.dz, span, sign, solver, method, memory, totals)
     if method.even_steps:
         dt = _evenly(dt, span[-1 if method.interpolator is not None else upcoming] - t, sign)
-    times, states = [t.to(device)], [z]
+    times, states = [span[0].to(device)], [z]
     logdets: list[Tensor | None] = [None]
     if trace is not None:
         trace.append((t.to(device), z))
@@ -122,7 +123,7 @@ def solve_adaptive(
             fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
         step = take(z, t.to(device), dt.to(device), rates, drawn)
         totals.nfe += step.nfe
-        ratio = _ratio_of_step(step, z, totals.logdet, solver, method, span.dtype)
+        ratio = _error_ratio(step, z, totals.logdet, solver, method) if z.numel() else span.new_zeros(())
         if not math.isfinite(float(ratio)):
             fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
         if bool(ratio <= 1):
@@ -132,7 +133,7 @@ def solve_adaptive(
                 while last < len(span) - 1 and before(span[last], reached):
                     last += 1
                 inside = [x.to(device) for x in span[first:last]]
-                times += [x[None] for x in inside]
+                times += inside
                 states += _interpolate(method.interpolator, step, z, rates, t.to(device), dt.to(device), inside)
                 logdets += [None] * len(inside)
                 upcoming = last
@@ -140,7 +141,7 @@ def solve_adaptive(
             # not equality: rounding may have carried a step that was cut off at this time just past it
             arrived = not before(reached, span[upcoming])
             if arrived or every_step:
-                times.append(reached.to(device))
+                times.append(reached.to(device).reshape(()))
                 states.append(step.z)
                 logdets.append(totals.logdet)
             if arrived:
@@ -189,39 +190,29 @@ def rms_norm(x: Tensor) -> Tensor:
     return (x.abs() if x.is_complex() else x).pow(2).mean().sqrt()
 
 
-def error_ratio(parts: Sequence[tuple[Tensor, Tensor | None, Tensor]], atol: Any, rtol: Any) -> Tensor:
-    """The error of a step over what the tolerances allow, over all entries of all parts; a scalar.
-
-    Args:
-        parts: error, value before and value after the step, of the same shape. None for a value of zero.
-        atol, rtol: tolerances.
-    """
-    scaled: list[Tensor] = []
-    for error, before, after in parts:
-        size = after.abs() if before is None else torch.max(before.abs(), after.abs())
-        scaled.append(_at_least_single(error) / (atol + rtol * _at_least_single(size)))
-    return rms_norm(scaled[0] if len(scaled) == 1 else torch.cat([x.flatten() for x in scaled]))
-
-
 @torch.no_grad()
-def _ratio_of_step(
-    step: Step, z: Tensor, logdet: Tensor | None, solver: Solver, method: Method, dtype: torch.dtype
-) -> Tensor:
-    """:func:`error_ratio` of a step from ``z``, on the CPU: the one number that a step reads from the device."""
-    if z.numel() == 0:
-        return torch.zeros((), dtype=dtype)
+def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Solver, method: Method) -> Tensor:
+    """The error of a step from ``z`` over what the tolerances allow, over all entries of state and log-determinant.
+
+    A scalar on the CPU, the one number that a step reads from the device.
+    """
     assert step.error is not None
-    parts: list[tuple[Tensor, Tensor | None, Tensor]] = [(step.error, z, step.z)]
+    size = _at_least_single(torch.max(z.abs(), step.z.abs()))
+    scaled = _at_least_single(step.error) / (solver.atol + solver.rtol * size)
     if step.dlogdet_error is not None and step.dlogdet is not None:
-        parts.append((step.dlogdet_error, logdet, step.dlogdet if logdet is None else logdet + step.dlogdet))
-    return _on_host(method, error_ratio(parts, solver.atol, solver.rtol))[0]
+        size = step.dlogdet.abs()
+        if logdet is not None:
+            size = torch.max(logdet.abs(), (logdet + step.dlogdet).abs())
+        of_logdet = _at_least_single(step.dlogdet_error) / (solver.atol + solver.rtol * _at_least_single(size))
+        scaled = torch.cat([scaled.flatten(), of_logdet.flatten()])
+    return _on_host(method, rms_norm(scaled))[0]
 
 
 @torch.no_grad()
 def next_step(method: Method, dt: Tensor, error_ratio: Tensor) -> Tensor:
     """The step after ``dt``, whose error was ``error_ratio`` times what the tolerances allow."""
-    factors = (method.safety, method.min_factor, method.max_factor)
-    safety, least, most = (torch.tensor([x], dtype=dt.dtype) for x in factors)
+    factors = [[method.safety], [method.min_factor], [method.max_factor]]
+    safety, least, most = torch.tensor(factors, dtype=dt.dtype)
     if error_ratio == 0:
         return dt * most
     if error_ratio < 1:  # an accepted step is not followed by a smaller one
@@ -329,13 +320,14 @@ def _on_host(method: Method, *norms: Tensor) -> Sequence[Tensor]:
     Raises:
         ConfigError: they have no values to read.
     """
-    values = read(torch.stack(norms))
+    together = torch.stack(norms)
+    values = read(together)
     if values is None:
         raise ConfigError(
             f"{method.name} chooses its steps by the size of their errors, which cannot be read inside "
             f"torch.func.vmap or on the device meta: use a fixed grid ({', '.join(FIXED_METHODS)}) there."
         )
-    return [torch.tensor(value, dtype=x.dtype) for value, x in zip(values, norms, strict=True)]
+    return torch.tensor(values, dtype=together.dtype).unbind()
 
 
 # refusals -------------------------------------------------------------------------------------------------------
@@ -347,8 +339,6 @@ def _check_precision(solver: Solver, method: Method, dtype: torch.dtype) -> None
     Raises:
         ConfigError: with what to do.
     """
-    if not dtype.is_floating_point or dtype.itemsize >= 4:
-        return
     precision = torch.finfo(dtype).eps
     loosest = max(float(torch.as_tensor(x).max()) for x in (solver.atol, solver.rtol))
     if loosest < precision:

@@ -65,7 +65,7 @@ def solve_fixed(
     """
     counts = [1] * (len(t_span) - 1)
     if solver.step is not None:
-        counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(_numbers(t_span))]
+        counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(t_span.tolist())]
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)
     take = stepper(dynamics, method, solver)
@@ -223,22 +223,16 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
         nfe = len(rates) - (first is not None)
-        source = rates[drawn or 0]
-        dlogdet = source.dlogdet
-        if dlogdet is not None and drawn is not None and sampled_trace:
-            dlogdet = dlogdet * dt
-        elif dlogdet is not None:
-            dlogdet = _weigh([r.dlogdet for r in rates], weights, dt)
-        dlogdet_error = None
-        if error is not None and dlogdet is not None and method.error_weights is not None:
-            dlogdet_error = _weigh([r.dlogdet for r in rates], method.error_weights, dt.detach())
+        source, dlogdet, dlogdet_error = rates[drawn or 0], None, None
+        if source.dlogdet is not None:
+            traces = [r.dlogdet for r in rates]
+            dlogdet = _weigh(traces, weights, dt, drawn if sampled_trace else None)
+            if error is not None and method.error_weights is not None:
+                dlogdet_error = _weigh(traces, method.error_weights, dt.detach())
         # the integral of every penalty: along the path, whichever way time runs
         length, penalties = dt.abs(), {}
-        for name, rate in source.penalties.items():
-            if drawn is None or all(name in r.penalties for r in rates):
-                penalties[name] = _weigh([r.penalties[name] for r in rates], weights, length)
-            else:
-                penalties[name] = rate * length
+        for name in source.penalties:
+            penalties[name] = _weigh([r.penalties.get(name) for r in rates], weights, length, drawn)
         last = None
         for each in rates:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
@@ -274,21 +268,23 @@ def without_products(dynamics: Any, *, trace: bool = True) -> Callable[[Tensor, 
     return partial(dynamics, products=False)
 
 
-def _weigh(values: Sequence[Tensor | None], weights: Sequence[float], dt: Tensor) -> Tensor:
-    """``dt`` times the weighted sum; values beyond the weights do not count."""
-    used: list[Tensor] = [value for value in values[: len(weights)] if value is not None]
-    if len(used) < min(len(values), len(weights)):
-        raise ConfigError(
-            "penalty_quadrature='sampled' needs dynamics with a method `trace_only` if they follow a density: use "
-            "rnode_plugin.Dynamics, or penalty_quadrature='full'."
-        )
-    first = used[0]
+def _weigh(values: Sequence[Any], weights: Sequence[float], dt: Tensor, drawn: int | None = None) -> Tensor:
+    """``dt`` times the weighted sum of the stages; if some have no value, the ``drawn`` one stands for all."""
+    values = values[: len(weights)]
+    if any(value is None for value in values):
+        if drawn is None:
+            raise ConfigError(
+                "penalty_quadrature='sampled' needs dynamics with a method `trace_only` if they follow a density: "
+                "use rnode_plugin.Dynamics, or penalty_quadrature='full'."
+            )
+        return values[drawn] * dt
+    first = values[0]
     # rates of small problems: few operations count, not what they compute. torch.compile makes one of them anyway
     if first.ndim == 1 and not torch.compiler.is_compiling():
-        row = _weight_row(tuple(weights[: len(used)]), first.dtype, first.device)
-        return (row * dt.to(first.dtype)) @ torch.stack(used)
+        row = _weight_row(tuple(weights[: len(values)]), first.dtype, first.device)
+        return (row * dt.to(first.dtype)) @ torch.stack(values)
     total: Tensor | None = None
-    for value, weight in zip(used, weights, strict=False):
+    for value, weight in zip(values, weights, strict=False):
         if weight:
             total = value * weight if total is None else total.add(value, alpha=weight)
     assert total is not None
@@ -326,19 +322,16 @@ class Totals:
                 self._means.add(name)
         self.steps += 1
 
-    def solution(self, t: Sequence[Tensor], z: Sequence[Tensor], logdet: Sequence[Tensor | None]) -> Solution:
+    def solution(self, t: Sequence[Tensor], z: Sequence[Tensor], logdet: list[Tensor | None]) -> Solution:
         """The solution with outputs at the times ``t``; a log-determinant of None is zero."""
-        total = self.logdet
         logdets = None
-        if total is not None:
-            logdets = torch.stack([torch.zeros_like(total) if x is None else x for x in logdet])
-        times = torch.stack([x.reshape(()) for x in t])
-        penalties = self.penalties
+        if self.logdet is not None:
+            zero = torch.zeros_like(self.logdet)
+            logdets = torch.stack([zero if x is None else x for x in logdet])
         for name in self._means:
-            penalties = {**penalties, name: penalties[name] / self.steps}
-        return Solution(
-            times, torch.stack(list(z)), logdets, penalties, SolveStats(self.nfe, self.steps, self.rejected)
-        )
+            self.penalties[name] = self.penalties[name] / self.steps
+        stats = SolveStats(self.nfe, self.steps, self.rejected)
+        return Solution(torch.stack(list(t)), torch.stack(list(z)), logdets, self.penalties, stats)
 
 
 # what the host reads, and the errors a solve can end in ---------------------------------------------------------
@@ -353,21 +346,14 @@ def read(x: Tensor) -> Any:
     if x.is_meta or exporting():
         return None
     try:
-        return _numbers(x.detach())
-    except RuntimeError:
-        if transforms_active():
-            return None
-        raise
-
-
-def _numbers(x: Tensor) -> Any:
-    try:
-        return x.tolist()
+        return x.detach().tolist()
     except RuntimeError:
         if not transforms_active():
             raise
-        # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
-        return x.item() if x.ndim == 0 else [_numbers(row) for row in x]
+    try:  # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
+        return x.item() if x.ndim == 0 else [row.item() for row in x]
+    except RuntimeError:
+        return None
 
 
 class HealthCheck(NamedTuple):
@@ -406,8 +392,10 @@ def health(*tensors: Tensor | None) -> Tensor:
 
     (The sum of finite entries can overflow only if they are about to.)
     """
-    sums = [x.detach().sum() for x in tensors if x is not None]
-    return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
+    first, *others = [x.detach().sum() for x in tensors if x is not None]
+    for other in others:
+        first = first + other.to(first.dtype)
+    return first
 
 
 def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:
