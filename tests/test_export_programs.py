@@ -386,3 +386,11 @@ def test_the_pretrained_flow(tmp_path: Path) -> None:
     for program in (sampler, log_prob):
         file = save_program(program, tmp_path / "program.pt2")
         assert file.stat().st_size < 4 * weights
+
+
+def test_onnx_without_an_operation_of_the_estimator_is_said_in_one_sentence(tmp_path: Path) -> None:
+    flow = TableFlow(4, hidden=4, trace_noise="hutch++:1")
+    program = export_program(flow, "log_prob", solver=Solver("euler", step=1.0))
+    with pytest.raises(ConfigError, match=r"ONNX has no form .*qr.*\.pt2"):
+        save_program(program, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())

@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..core.distribution import DensityModel
 from ..core.ops import recording
 from ..errors import ConfigError, RnodeError, suggest
 from ..files import write_atomically
@@ -226,7 +227,16 @@ def _onnx_bytes(program: ExportedProgram) -> bytes:
     output = "log_prob" if "x" in program.graph_signature.user_inputs else "x"
     with _quiet():
         # ONNX runtimes optimize when they load; here it would take longer than all the rest
-        made: Any = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, output_names=[output])
+        try:
+            made: Any = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, output_names=[output]
+            )
+        except Exception as error:  # an operation that it has not, such as the QR decomposition of Hutch++
+            line = next(iter(str(error.__cause__ or error).strip().splitlines()), "")
+            raise ConfigError(
+                f"ONNX has no form of this program ({line[:80]}): write it for torch.export (.pt2), or use another "
+                "trace estimator or field."
+            ) from error
     model = made.model_proto
     graph = model.graph
     for each in (*graph.input, *graph.output):
@@ -278,40 +288,38 @@ def entry_point(model: nn.Module, which: Which, *, solver: Solver | None, contex
     """
     if which not in get_args(Which):
         raise ConfigError(suggest(str(which), get_args(Which), "program"))
-    if not isinstance(model, nn.Module) or not all(
-        callable(getattr(model, name, None)) for name in ("inverse", "log_prob", "draw_noise")
-    ):
+    if not isinstance(model, DensityModel) or not hasattr(model, "draw_noise"):
         raise ConfigError(
-            "a program is made of a MultiscaleFlow, a RegularizedCNF or another flow with `inverse`, `log_prob` "
-            f"and `draw_noise`, not of {type(model).__name__}: put a NeuralODE's field into a RegularizedCNF."
+            "a program is made of a MultiscaleFlow, a TableFlow, a RegularizedCNF or another DensityModel with "
+            f"`draw_noise`, not of {type(model).__name__}: put a NeuralODE's field into a RegularizedCNF."
         )
-    model, options = _on_grid(_frozen_copy(model), solver)
+    model = _on_grid(_frozen_copy(model), solver)
     contexts = _contexts(model, context)
-    if which == "sampler":
-        return _sampler(model, contexts, options)
-    return _log_density(model, contexts, options)
+    return _sampler(model, contexts) if which == "sampler" else _log_density(model, contexts)
 
 
-def _sampler(model: Any, contexts: Callable[[int], dict[str, Tensor]], options: dict[str, Any]) -> EntryPoint:
+def _sampler(model: DensityModel, contexts: Callable[[int], dict[str, Tensor]]) -> EntryPoint:
     clamps = hasattr(model, "image_shape")  # as its `sample`
 
     def sample(z: Tensor, *context: Tensor) -> Tensor:
-        x = model.inverse(z.detach(), **_named(context), **options)
+        x = model.inverse(z.detach(), **_named(context))
         return x.clamp(0, 1) if clamps else x
 
-    return EntryPoint(model, sample, lambda batch: {"z": _latents(model, batch), **contexts(batch)})
+    def inputs(batch: int) -> dict[str, Tensor]:
+        like = next(model.parameters(), torch.empty(0))
+        return {"z": model.base.sample(torch.Size([batch])).to(like), **contexts(batch)}
+
+    return EntryPoint(model, sample, inputs)
 
 
-def _log_density(model: Any, contexts: Callable[[int], dict[str, Tensor]], options: dict[str, Any]) -> EntryPoint:
+def _log_density(model: Any, contexts: Callable[[int], dict[str, Tensor]]) -> EntryPoint:
     layout = _NoiseLayout.of(model)
-    sampler = _sampler(model, contexts, options)
+    sampler = _sampler(model, contexts)
 
     def log_prob(x: Tensor, *rest: Tensor) -> Tensor:
-        noise = {}
-        if layout is not None:
-            noise = {"noise": layout.split(rest[-1])}
-            rest = rest[:-1]
-        return model.log_prob(x.detach(), **_named(rest), **noise, **options)
+        if layout is None:
+            return model.log_prob(x.detach(), **_named(rest))
+        return model.log_prob(x.detach(), **_named(rest[:-1]), noise=layout.split(rest[-1]))
 
     def inputs(batch: int) -> dict[str, Tensor]:
         z, *context = sampler.inputs(batch).values()
@@ -371,19 +379,16 @@ class _NoiseLayout:
         return torch.cat([row.flatten(1) for row in rows], 1)
 
 
-def _on_grid(model: Any, solver: Solver | None) -> tuple[Any, dict[str, Any]]:
-    """``model`` that solves on a fixed grid, and the options that its methods are to be called with."""
-    if not hasattr(model, "on_grid"):
-        solver = solver or getattr(model, "solver", None)
-        if not isinstance(solver, Solver):
-            raise ConfigError(f"{type(model).__name__} has no solver: give a fixed grid, solver=Solver('rk4_38').")
-        _check_fixed(solver.method, solver.adaptive)
-        return model, {"solver": dataclasses.replace(solver, gradient="autograd", trace_quadrature="full")}
+def _on_grid(model: Any, solver: Solver | None) -> Any:
+    """``model`` that solves on a fixed grid: that of ``solver``, or its own."""
+    own = getattr(model, "solver", None)
+    if solver is None and isinstance(own, Solver):
+        solver = own
     if solver is not None:
         _check_fixed(solver.method, solver.adaptive)
-        return model.on_grid(solver.method, step=solver.step), {}
+        return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", trace_quadrature="full"))
     _check_fixed(type(model.ode.solver).__name__, model.ode.solver.stepping_class == "adaptive")
-    return model, {}
+    return model
 
 
 def _check_fixed(name: str, adaptive: bool) -> None:
@@ -394,36 +399,25 @@ def _check_fixed(name: str, adaptive: bool) -> None:
         )
 
 
-def _frozen_copy(model: nn.Module) -> nn.Module:
+def _frozen_copy(model: DensityModel) -> DensityModel:
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
-    base = getattr(model, "base", None)
-    if isinstance(base, Distribution):
-        _without_checks(base)
+    _without_checks(model.base)
     return model
 
 
 def _without_checks(distribution: Distribution) -> None:
-    """Let it take values that nobody can look at."""
+    """Disable the validation of values, which a program does not have while it is recorded."""
     distribution._validate_args = False
     for part in vars(distribution).values():
         if isinstance(part, Distribution):
             _without_checks(part)
 
 
-def _latents(model: Any, batch: int) -> Tensor:
-    like = next(model.parameters(), torch.empty(0))
-    if hasattr(model, "base"):
-        return model.base.sample(torch.Size([batch])).to(like)
-    return torch.randn(batch, model.dims).to(like)
-
-
-def _contexts(model: Any, context: Tensor | None) -> Callable[[int], dict[str, Tensor]]:
+def _contexts(model: DensityModel, context: Tensor | None) -> Callable[[int], dict[str, Tensor]]:
     """Makes the context of a batch, by name; nothing for a model without contexts."""
-    shape = getattr(model, "context_shape", None)
-    if shape is None and getattr(model, "context", 0):  # a table's number of given columns
-        shape = (model.context,)
+    shape = model.context_shape
     if shape is None:
         if context is not None:
             raise ConfigError("this model takes no context: leave context= out.")

@@ -142,7 +142,10 @@ class BlockFlow(OneProcessADevice, DensityModel):
         solver, health = solver or self.solver, [] if checks is None else checks
         fields = self._fields_at(context, x)
         z, logdet = self._enter(x, solver, health)
-        noise = self._checked_noise(noise, x) if noise is not None else self.draw_noise(len(x), generator=generator)
+        if noise is None:
+            noise = self.draw_noise(x.shape[0], generator=generator)
+        else:
+            self._check_noise(noise, x)
         followed = [r for r in self.regularizers if kind_of(r) != "span"] if penalties else []
         regularization, weights = {r.name: torch.zeros_like(logdet) for r in followed}, dict[str, int]()
         training = penalties and self.training and torch.is_grad_enabled()
@@ -264,8 +267,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
             times = times if policy is None else policy.times(times, training=training)
             return times.flip(0) if backward else times
 
-    def _checked_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> Sequence[Tensor | None]:
-        """One tensor per block, of the block's input shape; several probes are one more dimension in front."""
+    def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
+        """Refuse all but one tensor per block, of the block's input shape; several probes are one more dimension in front."""
         if isinstance(self.estimator, Exact):
             raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
         shapes = self.block_shapes
@@ -273,12 +276,11 @@ class BlockFlow(OneProcessADevice, DensityModel):
             got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
             raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")
         for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
-            expected = (len(x), *shape)
+            expected = (x.shape[0], *shape)
             if probe is None or tuple(probe.shape)[-len(expected) :] != expected:
                 got = None if probe is None else tuple(probe.shape)
                 raise ConfigError(f"the noise of block {k} must be of shape {expected}, not {got}.")
             self._check_kind(probe, x, f"the noise of block {k} is")
-        return noise
 
     def _check(self, x: Tensor, shape: Sequence[int], wanted: str, who: str) -> None:
         """Refuse tensors of another shape, dtype or device than this flow works with."""
