@@ -268,7 +268,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
             return times.flip(0) if backward else times
 
     def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
-        """Refuse all but one tensor per block, of the block's input shape; several probes are one more dimension in front."""
+        """Refuse all but a tensor for each block, of its input shape; several probes are a dimension in front."""
         if isinstance(self.estimator, Exact):
             raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
         shapes = self.block_shapes
