@@ -96,7 +96,7 @@ REFUSED = {
     "truth": ("a,b\n1,TRUE\n2,FALSE\n", "'b' .* not numeric: row 1 holds 'True'"),
     "units below the names": ("a,b\nK,m\n" + text_of(ROWS), "'a' .* not numeric: row 1 holds 'K'"),
     "Fortran's exponents": ("a b\n1.0D-01 2\n", "'a' .* not numeric: row 1 holds '1.0D-01'"),
-    "a title": ("Our measurements\na,b\n" + text_of(ROWS), "2 cells, not 1"),
+    "a title": ("Our measurements\na,b\n" + text_of(ROWS), "not numeric: row 1 holds .b."),
     "a sum below": ("a,b\n" + text_of(ROWS) + "Sum,\n", "'a' .* not numeric: row 41 holds 'Sum'"),
     "an unnamed column between": ("a,,b\n1,2,3\n", "column without a name"),
 }
