@@ -138,7 +138,13 @@ class AutogradField:
             dz = self._field(t, z)
 
             def pull(v: Tensor) -> Tensor:
-                return _vjp(dz, z, _usable(v), create_graph=keep, retain=several or ask.jvp)
+                """``v^T d(dz)/dz``; zero for a field that ignores its state."""
+                vjp = None
+                if dz.requires_grad:
+                    retain = keep or several or ask.jvp
+                    v = _usable(v).to(dz.dtype)
+                    vjp = torch.autograd.grad(dz, z, v, retain, create_graph=keep, allow_unused=True)[0]
+                return torch.zeros_like(z) if vjp is None else vjp
 
             products, divergence = _products(ask, z, noise, pull)
         jvp = _double_reverse(dz, t, z, keep=keep) if ask.jvp else None
@@ -215,16 +221,6 @@ def _products(
         assert noise is not None
         products = torch.stack([pull(v) for v in noise]) if noise.ndim > z.ndim else pull(noise)
     return products if ask.products else None, divergence
-
-
-def _vjp(dz: Tensor, z: Tensor, v: Tensor, *, create_graph: bool, retain: bool) -> Tensor:
-    """``v^T d(dz)/dz`` from the graph of ``dz``; zero for a field that ignores its state."""
-    if not dz.requires_grad:
-        return torch.zeros_like(z)
-    (vjp,) = torch.autograd.grad(
-        dz, z, v.to(dz.dtype), create_graph=create_graph, retain_graph=create_graph or retain, allow_unused=True
-    )
-    return torch.zeros_like(z) if vjp is None else vjp
 
 
 def _double_reverse(dz: Tensor, t: Tensor, z: Tensor, *, keep: bool) -> DirectionalDerivative:

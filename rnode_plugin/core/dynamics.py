@@ -162,8 +162,18 @@ class Dynamics:
                 f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
-        self.rates: dict[str, Rate] = {rate.name: rate for rate in kinds["rate"]}
-        hidden = _add_hidden_rates(self.rates, kinds["trajectory"])
+        self.rates: dict[str, Rate] = {}
+        for rate in kinds["rate"]:
+            self.rates[rate.name] = rate
+        hidden: list[str] = []  # keys of the rates that trajectory penalties alone read
+        for penalty in kinds["trajectory"]:
+            for rate in penalty.rates:
+                if rate not in self.rates.values():
+                    key = rate.name
+                    while key in self.rates:  # another rate of the same name
+                        key = f"<{key}>"
+                    self.rates[key] = rate
+                    hidden.append(key)
         self.path: PathPenalties | None = None
         if kinds["step"] or kinds["trajectory"]:
             self.path = PathPenalties(
@@ -172,9 +182,9 @@ class Dynamics:
                 tuple(kinds["trajectory"]),
                 event=event or _whole,
                 rates=self.rates,
-                hidden=hidden,
+                hidden=frozenset(hidden),
             )
-        self.needs = frozenset(need for rate in self.rates.values() for need in rate.needs)
+        self.needs = frozenset().union(*(rate.needs for rate in self.rates.values()))
         self.needs_products = divergence or "vjp" in self.needs
         by_autograd = isinstance(self.field, AutogradField)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
@@ -231,16 +241,11 @@ class Dynamics:
         dlogdet = None
         if self.divergence and trace:
             dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
-        return Rates(dz, dlogdet, self.penalties(evaluation, products=products))
-
-    def penalties(self, evaluation: FieldEvaluation, *, products: bool = True) -> dict[str, Tensor]:
-        """The rate ``(B,)`` of each penalty by name; ``products=False`` leaves out those that need anything."""
-        seen = (evaluation.z, evaluation.dz)
-        return {
-            key: _checked(rate, evaluation, seen, evaluation.z)
-            for key, rate in self.rates.items()
-            if products or not rate.needs
-        }
+        penalties: dict[str, Tensor] = {}
+        for key, rate in self.rates.items():
+            if products or not rate.needs:
+                penalties[key] = _checked(rate, evaluation, (z, dz), z)
+        return Rates(dz, dlogdet, penalties)
 
 
 @dataclass(frozen=True)
@@ -264,20 +269,6 @@ class _Bound:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.dynamics.parameters()
-
-
-def _add_hidden_rates(rates: dict[str, Rate], trajectories: Sequence[TrajectoryPenalty]) -> frozenset[str]:
-    """Add the rates that trajectory penalties read and that are not followed already; returns their keys."""
-    hidden: list[str] = []
-    for rate in (rate for penalty in trajectories for rate in penalty.rates):
-        if any(rate == known for known in rates.values()):
-            continue
-        key = rate.name
-        while key in rates:  # another rate of the same name
-            key = f"<{key}>"
-        rates[key] = rate
-        hidden.append(key)
-    return frozenset(hidden)
 
 
 _WRITES = (

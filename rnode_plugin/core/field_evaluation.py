@@ -54,13 +54,17 @@ class FieldEvaluation:
 
     def divergence(self) -> Tensor:
         """``div f (B,)``, exact or estimated (eq. 5)."""
-        products, estimator = self._shared_products()
-        return self._once("divergence", lambda: estimator.divergence(products, self.noise))
+        if "divergence" not in self._known:
+            products, estimator = self._shared_products()
+            self._known["divergence"] = estimator.divergence(products, self.noise)
+        return self._known["divergence"]
 
     def squared_frobenius(self) -> Tensor:
         """``||df/dz||_F^2 (B,)``, exact or estimated (eq. 16)."""
-        products, estimator = self._shared_products()
-        return self._once("frobenius", lambda: estimator.squared_frobenius(products, self.noise))
+        if "frobenius" not in self._known:
+            products, estimator = self._shared_products()
+            self._known["frobenius"] = estimator.squared_frobenius(products, self.noise)
+        return self._known["frobenius"]
 
     def probes(self) -> Probes:
         """The probe vectors ``v_i``, their weights and the shared products ``v_i^T df/dz``."""
