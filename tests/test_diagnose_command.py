@@ -25,7 +25,7 @@ from rnode_plugin.reports.diagnosis import diagnosis_panels
 from rnode_plugin.reports.runs import read_run
 from rnode_plugin.training.runs import RunFolder
 
-NAMES = ["round trip", "trace", "training solver", "tolerance", "path", "two samples"]
+NAMES = ["round trip", "trace", "log-determinant", "training solver", "tolerance", "path", "two samples"]
 
 
 def rnode(*arguments: str) -> Result:

@@ -18,6 +18,7 @@ from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate, nfe_batches
+from rnode_plugin.evaluation.measures import FlowInput, ImageMeasure
 from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import get_regularizer
@@ -301,3 +302,50 @@ def test_the_batches_of_nfe_depend_on_the_data_alone(samples: int, dims: int, si
     batches = nfe_batches(samples, dims)
     assert [each.stop - each.start for each in batches] == sizes
     assert [each.start for each in batches] == [k * sizes[0] for k in range(len(sizes))]
+
+
+def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
+    """Clean bits/dim, its error and the penalties of a flow of small images, from its fields alone."""
+    from scipy.integrate import solve_ivp
+
+    torch.manual_seed(1)
+    flow = MultiscaleFlow((1, 2, 2), hidden=3, levels=17, alpha=0.05, solver=Solver("dopri5", atol=1e-7, rtol=1e-7))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.copy_(0.5 * torch.randn_like(parameter))
+    flow = flow.double()
+    pictures = images(3, 17, (1, 2, 2))
+
+    def rates(t: float, y: np.ndarray, field: nn.Module) -> np.ndarray:
+        """Velocity, divergence, squared speed and squared Jacobian norm of ``y (7,)``."""
+
+        def velocity(z: Tensor) -> Tensor:
+            return field(torch.tensor(t, dtype=torch.float64), z.reshape(1, 1, 2, 2)).flatten()
+
+        z = torch.from_numpy(y[:4])
+        jacobian = torch.func.jacrev(velocity)(z)
+        f = velocity(z)
+        found = torch.cat([f, torch.stack([jacobian.trace(), f.square().sum(), jacobian.square().sum()])])
+        return found.detach().numpy()
+
+    bits, penalties = [], []
+    for picture in pictures:
+        p = 0.05 + 0.9 * (picture.reshape(-1) + 0.5) / 17
+        y = np.concatenate([np.log(p / (1 - p)), [0.0, 0.0, 0.0]])
+        for field in flow.fields:
+            y = solve_ivp(rates, (0, 1), y, args=(field,), rtol=1e-9, atol=1e-10).y[:, -1]
+        log_prob = (-0.5 * (y[:4] ** 2 + np.log(2 * np.pi)) + np.log(0.9 / (p * (1 - p)))).sum() + y[4]
+        bits.append(np.log2(17) - log_prob / (4 * np.log(2)))
+        penalties.append(y[5:] / 4)
+
+    class Clean(ImageMeasure):
+        """Penalties are those of the first quantity: here the bins' centres."""
+
+        def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
+            return FlowInput(super().inputs(batch, 1).x.double(), {})
+
+    found = evaluate(flow, pictures, measure=Clean((1, 2, 2), 17), draws=1)
+    assert found.clean.samples == pytest.approx(bits, abs=1e-5)
+    assert found.clean.mean == pytest.approx(np.mean(bits), abs=1e-5)
+    assert found.clean.stderr == pytest.approx(np.std(bits, ddof=1) / 3**0.5, abs=1e-5)
+    assert list(found.penalties.values()) == pytest.approx(np.mean(penalties, 0).tolist(), rel=1e-4)
