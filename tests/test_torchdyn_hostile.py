@@ -147,7 +147,7 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("sensitivity", MODES)
-@pytest.mark.parametrize("trace_noise", ["exact", "rademacher"])
+@pytest.mark.parametrize("trace_noise", ["exact", "rademacher", "rademacher:2"])
 @pytest.mark.parametrize("penalized", [slice(None, -1), slice(0, 2), torch.tensor([True, True, False])], ids=str)
 def test_penalized_columns_leave_a_divergence_of_ones_own_out(
     penalized: Any, trace_noise: str, sensitivity: str

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from .objective import penalty
-from .regularizers import Weighted, check_lambda, strength_at, undivided
+from .regularizers import Weighted, check_lambda, span_policy, strength_at, undivided
 
 __all__ = ["Penalties", "attach"]
 
@@ -29,10 +29,17 @@ class Penalties(Mapping[str, Tensor]):
 
     Args:
         weighted: the regularizers with their strengths, by name.
+
+    Attributes:
+        policy: the span policy among them; None if there is none.
+        regularizers: the others.
     """
 
     def __init__(self, weighted: Mapping[str, Weighted] | None = None) -> None:
         self.weighted = dict(weighted or {})
+        given = [each.regularizer for each in self.weighted.values()]
+        self.policy = span_policy(given)
+        self.regularizers = [each for each in given if each is not self.policy]
         self._solves: list[_Solve] = []
         self._collecting = False
 
@@ -165,7 +172,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # copies, not views: the caller may change the solution in place
-        return sol.clone(), *(x.clone() for x in integrals)
+        return sol.clone(), *map(torch.clone, integrals)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

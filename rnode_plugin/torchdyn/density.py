@@ -20,7 +20,7 @@ from ..core.distribution import DensityModel
 from ..core.objective import FlowOutput
 from ..core.ops import on_host
 from ..core.penalties import Penalties
-from ..core.regularizers import Regularizer, span_policy
+from ..core.regularizers import Regularizer
 from ..core.signature import time_first
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
@@ -109,10 +109,6 @@ class RegularizedCNF(DensityModel):
     @property
     def _cnf(self) -> CNF:
         return self.ode.vf.vf
-
-    def _span_policy(self) -> tuple[Any, ...]:
-        policy = span_policy([each.regularizer for each in self.ode._last_penalties().weighted.values()])
-        return () if policy is None else (policy,)
 
     @classmethod
     def from_velocity(
@@ -203,8 +199,9 @@ class RegularizedCNF(DensityModel):
             elif isinstance(solver.step, (int, float)):
                 steps = count_steps(last - first, solver.step)
                 twin.t_span = torch.linspace(first, last, steps + 1).to(self.t_span)
+        policy = self.ode._last_penalties().policy
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints again that a field has no parameters
-            twin._solve_by(cnf, (*regularizers, *self._span_policy()), options)
+            twin._solve_by(cnf, [*regularizers, *([] if policy is None else [policy])], options)
         return twin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -287,6 +287,7 @@ class TorchdynSystem:
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it: its rate, summed over the
             batch, is the penalty :data:`INTEGRAL_LOSS`.
         tensors: what a continuous adjoint differentiates by.
+        path: the penalties that are not rates.
     """
 
     field: Field
@@ -300,6 +301,7 @@ class TorchdynSystem:
     cost: Cost | None = None
     hidden_cost: Cost | None = None
     tensors: Sequence[Tensor] = ()
+    path: PathPenalties | None = None
 
     def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
         for counter in self.counters:
@@ -330,11 +332,6 @@ class TorchdynSystem:
             penalties = {**penalties, INTEGRAL_LOSS: self.hidden_cost(t, state).sum()}
         return Rates(dx, None, penalties)
 
-    @property
-    def path(self) -> PathPenalties | None:
-        """The penalties that are not rates."""
-        return None if self.dynamics is None else self.dynamics.path
-
     def parameters(self) -> Sequence[Tensor]:
         return self.tensors
 
@@ -349,7 +346,7 @@ def system_of(
     *,
     args: Any = None,
     regularizers: Sequence[Regularizer] = (),
-    trace_noise: str = "gaussian",
+    trace_noise: str | TraceEstimator = "gaussian",
     penalized: Penalized | None = None,
     hidden_cost: Cost | None = None,
     tensors: Sequence[Tensor] = (),
@@ -434,6 +431,7 @@ def system_of(
         known, regularizers=regularizers, estimator=estimator, divergence=transparent,
         event=lambda x: (x if cost is None else x[:, 1:])[:, columns],
     )  # fmt: skip
+    system.path = system.dynamics.path
     system.noise = noise if transparent else system.dynamics.draw(z)
     return system
 

@@ -18,9 +18,9 @@ from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..core.ops import OneProcessADevice, on_host, tree_map_only
 from ..core.penalties import Penalties, attach
-from ..core.regularizers import kind_of, span_policy
+from ..core.regularizers import kind_of
 from ..core.signature import refuse_state_first
-from ..core.trace_estimators import get_estimator
+from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import GRADIENTS, Method, Solver, get_method, solve
@@ -56,7 +56,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         regularizers: names (``"kinetic"``, ``"jacfrob"``, those of plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
         trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,
-            ``"rademacher"``, or ``"exact"`` for the whole Jacobian.
+            ``"rademacher"``, ``"exact"`` for the whole Jacobian, or an estimator.
         max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
             limit for fixed steps.
         penalized: the columns (dimension 1) of the state that the penalties are about, a slice or a mask ``(D,)``
@@ -97,7 +97,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     # defaults for objects that an older process pickled, or that were made before install()
     _penalties: Penalties | None = None
-    _trace_noise: str = "gaussian"
+    _trace_noise: str | TraceEstimator = "gaussian"
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
     _penalized: Penalized | None = None
@@ -120,12 +120,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         optimizable_params: Iterable[nn.Parameter] | Generator[nn.Parameter, None, None] = (),
         *,
         regularizers: Any = None,
-        trace_noise: str = "gaussian",
+        trace_noise: str | TraceEstimator = "gaussian",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
     ) -> None:
-        weighted = resolve_regularizers(regularizers)
-        get_estimator(trace_noise)
+        weighted, estimator = resolve_regularizers(regularizers), get_estimator(trace_noise)
         tolerances: dict[str, Any] = {
             "atol": atol,
             "rtol": rtol,
@@ -150,7 +149,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
         )  # fmt: skip
         self.solver_adjoint = backward
-        self._penalties, self._trace_noise = Penalties(weighted), trace_noise
+        self._penalties, self._trace_noise = Penalties(weighted), estimator
         self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
@@ -311,20 +310,18 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 )  # fmt: skip
         adaptive = self.solver.stepping_class == "adaptive"
         x = _checked_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
-        given = [each.regularizer for each in left.weighted.values()]
-        policy, followed = span_policy(given), given if penalties else []
         with on_host():
             t_span = _checked_times(t_span, x, adaptive=adaptive)
-            if policy is not None:
+            if left.policy is not None:
                 training = penalties and self.training and torch.is_grad_enabled()
-                t_span = policy.times(t_span, training=training)
+                t_span = left.policy.times(t_span, training=training)
         hidden, tensors = None, []
         if torch.is_grad_enabled() and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd":
             hidden = self.integral_loss
         if gradient != "autograd":
             tensors = tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args)
         system = system_of(
-            self.vf, x, args=args, regularizers=[r for r in followed if kind_of(r) != "span"],
+            self.vf, x, args=args, regularizers=left.regularizers if penalties else (),
             trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden, tensors=tensors,
             prepare=not gradient.endswith("adjoint"), trace=trace, noise=noise,
         )  # fmt: skip
@@ -337,8 +334,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
-        if policy is not None and penalties:
-            integrals[policy.name] = policy(x)
+        if left.policy is not None and penalties:
+            integrals[left.policy.name] = left.policy(x)
         sol, integrals = attach(solution.z, integrals, cost)
         if remember:
             left.add(integrals, system.dims)
@@ -418,7 +415,7 @@ def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
             and fro, but penalties, adjoints and adaptive steps have one start and one end.
     """
     try:
-        times = _as_tensor(t_span, x.real.dtype)
+        times = t_span if isinstance(t_span, Tensor) else _times_of(t_span, x.real.dtype)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
     if times.is_complex() or times.dtype == torch.bool:
@@ -437,9 +434,7 @@ def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
     return times.to(x.device, copy=True)
 
 
-def _as_tensor(t_span: Any, dtype: torch.dtype) -> Tensor:
-    if isinstance(t_span, Tensor):
-        return t_span
+def _times_of(t_span: Any, dtype: torch.dtype) -> Tensor:
     entries = list(t_span)
     if entries and all(isinstance(t, Tensor) for t in entries):
         return torch.cat([t.reshape(1) for t in entries])

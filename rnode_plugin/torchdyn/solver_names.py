@@ -165,17 +165,7 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) brings that
     family's quadrature weights. Another solver may have an attribute ``weights``, one number per evaluation in a
     step; without it, a penalty's rate counts with its value at the start of each step.
-
-    Raises:
-        ConfigError: for an object without ``step`` and ``stepping_class``.
     """
-    if not callable(getattr(solver, "step", None)) or not hasattr(solver, "stepping_class"):
-        raise ConfigError(
-            f"{solver!r} is not a solver: give one of torchdyn's names, or an object with "
-            "`step(f, x, t, dt, k1, args)` and `stepping_class` ('fixed' or 'adaptive'). Multiple-shooting solvers "
-            "cannot carry penalties."
-        )
-
     args = {} if args is None else args
 
     def advance_either_way(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
@@ -190,9 +180,10 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         new_velocity, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=args)
         return mirrored.original(new_velocity), new, error
 
-    family = next((get_method(name) for kind, name in _FAMILIES.items() if isinstance(solver, kind)), None)
+    known = isinstance(solver, tuple(_FAMILIES))
+    family = get_method(solver_name(solver)) if known else None
     weights = getattr(solver, "weights", family.weights if family else None)
-    weights = None if weights is None else tuple([float(w) for w in weights])
+    weights = None if weights is None else tuple(map(float, weights))
     draws = family.draws if family else None
     if draws is None and weights is not None and min(weights) >= 0 and solver.stepping_class == "fixed":
         draws = weights
@@ -219,6 +210,9 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
 
 def solver_name(solver: Any) -> str:
     """The name of a solver object's family; of a user's own, that of the plainest solver of its kind."""
-    families = {**_FAMILIES, RungeKutta38: "rk4_38"}
-    plainest = "dopri5" if solver.stepping_class == "adaptive" else "euler"
-    return next((name for kind, name in families.items() if isinstance(solver, kind)), plainest)
+    for kind, name in _FAMILIES.items():
+        if isinstance(solver, kind):
+            return name
+    if isinstance(solver, RungeKutta38):
+        return "rk4_38"
+    return "dopri5" if solver.stepping_class == "adaptive" else "euler"
