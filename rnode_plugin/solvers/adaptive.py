@@ -99,8 +99,9 @@ def solve_adaptive(
         return bool((b - a) * sign > 0)
 
     t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
-    drawn = draw_stage(solver, method, generator)
-    rates: Rates | None = (dynamics if drawn is None else without_products(dynamics))(span[0].to(device), z)
+    sampled = solver.penalty_quadrature == "sampled"
+    draw = draw_stage(method, generator) if sampled else None
+    rates: Rates | None = (without_products(dynamics) if draw else dynamics)(span[0].to(device), z)
     totals = Totals()
     totals.nfe += 1
     dt = _first_step(dynamics, z, rates.dz, span, sign, solver, method, memory, totals)
@@ -121,7 +122,7 @@ def solve_adaptive(
             _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
         if totals.nfe + method.stages - 1 > budget:
             fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
-        step = take(z, t.to(device), dt.to(device), rates, drawn)
+        step = take(z, t.to(device), dt.to(device), rates, draw)
         totals.nfe += step.nfe
         ratio = _error_ratio(step, z, totals.logdet, solver, method) if z.numel() else span.new_zeros(())
         if not math.isfinite(float(ratio)):
@@ -147,7 +148,8 @@ def solve_adaptive(
             if arrived:
                 upcoming = min(upcoming + 1, len(span) - 1)
             t, z, rates = reached, step.z, step.last
-            drawn = draw_stage(solver, method, generator)  # for a step until it is accepted
+            if sampled:
+                draw = draw_stage(method, generator)  # for a step until it is accepted
             if trace is not None:
                 trace.append((t.to(device), z))
         else:

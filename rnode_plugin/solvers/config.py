@@ -55,11 +55,12 @@ class Solver:
             discretisation error); ``interpolated_adjoint`` does so along an interpolant of the forward states.
         trace_quadrature: ``full``, or ``sampled``: in each step of a fixed grid, products with the Jacobian are
             evaluated at one stage only, drawn with the probability that is its quadrature weight; unbiased.
-        penalty_quadrature: ``full``, or ``sampled``: penalties that need a product with the Jacobian are evaluated
-            at one stage of each step only, drawn like that of the trace (dopri5 and tsit5, some of whose weights
-            are negative, draw by other weights of order 3); with a continuous adjoint at eight random times of the
-            solve. Unbiased in value and gradient, but for the error of the quadrature or the interpolant that it
-            draws from; other penalties stay full. A sampled trace samples these penalties too.
+        penalty_quadrature: ``full``, or ``sampled``: few evaluations make the penalties that need a product with
+            the Jacobian. On a fixed grid these are about one in eight, drawn by their weights; of an adaptive step
+            one, drawn by the weights of a quadrature (some of dopri5's and tsit5's own are negative: by others, of
+            order 3); with a continuous adjoint one at a random time in each eighth of the solve. Unbiased in value
+            and gradient, but for the error of the quadrature or the interpolant that is drawn from. Other penalties
+            stay full. A sampled trace samples these penalties at its own stages.
         atol_adjoint: tolerance of an adaptive continuous adjoint; None: as ``atol``.
         rtol_adjoint: relative tolerance of the same; None: as ``rtol``.
 

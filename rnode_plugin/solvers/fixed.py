@@ -6,6 +6,7 @@ the quadrature of the step's stages: it costs no evaluation, and no penalty ente
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -63,9 +64,13 @@ def solve_fixed(
     Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`; a list ``trace`` receives the time and
     the state of every step.
     """
-    counts = [1] * (len(t_span) - 1)
+    counts, draws = [1] * (len(t_span) - 1), None
     if solver.step is not None:
         counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(t_span.tolist())]
+    if solver.penalty_quadrature == "sampled" and solver.trace_quadrature == "full":
+        intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
+        lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
+        draws = _draw_stages(method, lengths, generator)
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)
     take = stepper(dynamics, method, solver)
@@ -82,7 +87,10 @@ def solve_fixed(
     steps = iter(grid)
     for k, count in enumerate(counts, start=1):
         for start, dt, end in itertools.islice(steps, count):
-            step = take(z, start, dt, None, draw_stage(solver, method, generator))
+            draw = None if draws is None else draws[totals.steps]
+            if solver.trace_quadrature == "sampled":
+                draw = draw_stage(method, generator)
+            step = take(z, start, dt, None, draw)
             totals.add(step)
             totals.nfe += step.nfe
             z = step.z
@@ -192,14 +200,14 @@ class Step(NamedTuple):
     nfe: int
 
 
-StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "int | None"], Step]
+StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "Draw | None"], Step]
 
 
 def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: bool = False) -> StepTaker:
-    """A function ``(z, t, dt, first, drawn) -> Step``.
+    """A function ``(z, t, dt, first, draw) -> Step``.
 
-    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``drawn`` stage, see
-    :func:`draw_stage`, this one alone makes the products with the Jacobian, and stands for the whole step.
+    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``draw`` its stages alone
+    make the products with the Jacobian.
 
     A ``local`` step computes the local step penalties; the others see the accepted steps.
     """
@@ -210,7 +218,7 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
     sampled_trace = solver.trace_quadrature == "sampled"
     elsewhere = without_products(dynamics, trace=not sampled_trace)
 
-    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, drawn: int | None) -> Step:
+    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
         asked: list[tuple[Tensor, Tensor]] = [] if first is None else [(t, z)]
 
@@ -218,21 +226,21 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
             if path is not None:
                 asked.append((time, state))
             # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
-            rates.append((dynamics if drawn in (None, len(rates)) else elsewhere)(time, state))
+            rates.append((dynamics if draw is None or len(rates) in draw else elsewhere)(time, state))
             return rates[-1].dz
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
         nfe = len(rates) - (first is not None)
-        source, dlogdet, dlogdet_error = rates[drawn or 0], None, None
+        source, dlogdet, dlogdet_error = rates[min(draw) if draw else 0], None, None
         if source.dlogdet is not None:
             traces = [r.dlogdet for r in rates]
-            dlogdet = _weigh(traces, weights, dt, drawn if sampled_trace else None)
+            dlogdet = _weigh(traces, weights, dt, draw if sampled_trace else None)
             if error is not None and method.error_weights is not None:
                 dlogdet_error = _weigh(traces, method.error_weights, dt.detach())
         # the integral of every penalty: along the path, whichever way time runs
         length, penalties = dt.abs(), {}
         for name in source.penalties:
-            penalties[name] = _weigh([r.penalties.get(name) for r in rates], weights, length, drawn)
+            penalties[name] = _weigh([r.penalties.get(name) for r in rates], weights, length, draw)
         last = None
         for each in rates:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
@@ -249,16 +257,39 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
     return take
 
 
-def draw_stage(solver: Solver, method: Method, generator: torch.Generator | None) -> int | None:
-    """The stage that stands for the next step in its sampled quadratures; None if they are full.
+Draw = dict[int, float]
+"""The stages of a step that make the products with the Jacobian in a sampled quadrature, and what their rates count
+relative to the step's length."""
 
-    The weights of a quadrature of the stages are its probabilities, so that the rate of the drawn stage is an
-    estimate without bias. A solver object without known weights has full quadratures.
-    """
-    if "sampled" not in (solver.trace_quadrature, solver.penalty_quadrature) or method.draws is None:
+
+def draw_stage(method: Method, generator: torch.Generator | None) -> Draw | None:
+    """One stage that stands for its step, drawn by the weights of a quadrature; None if they are not known."""
+    if method.draws is None:
         return None
     weights = _weight_row(method.draws, torch.float64, _CPU)
-    return int(torch.multinomial(weights, 1, generator=generator))
+    return {int(torch.multinomial(weights, 1, generator=generator)): 1.0}
+
+
+def _draw_stages(method: Method, lengths: Sequence[float], generator: torch.Generator | None) -> list[Draw | None]:
+    """About one in eight of all evaluations of a fixed grid, as a stratified sample.
+
+    An evaluation has a part in the integral: its weight times the length of its step. The parts lie side by side
+    and are cut into strata of one size, with a random point in each. The evaluation that it falls upon counts with
+    the inverse of its probability, so that there is no bias.
+    """
+    if method.draws is None:
+        return [None] * len(lengths)
+    count = max(1, round(len(lengths) * len(method.draws) / 8))
+    size = sum(lengths) / count
+    points = (torch.rand(count, dtype=torch.float64, generator=generator) + torch.arange(count)) * size
+    draws: list[Draw | None] = [{} for _ in lengths]
+    starts, ends = [0.0, *itertools.accumulate(lengths)], list(itertools.accumulate(method.draws))
+    for point in points.tolist():
+        k = min(bisect.bisect_right(starts, point), len(lengths)) - 1
+        stage = min(bisect.bisect_right(ends, (point - starts[k]) / lengths[k]), len(ends) - 1)
+        draw: Any = draws[k]
+        draw[stage] = draw.get(stage, 0.0) + size / lengths[k]
+    return draws
 
 
 def without_products(dynamics: Any, *, trace: bool = True) -> Callable[[Tensor, Tensor], Rates]:
@@ -268,16 +299,17 @@ def without_products(dynamics: Any, *, trace: bool = True) -> Callable[[Tensor, 
     return partial(dynamics, products=False)
 
 
-def _weigh(values: Sequence[Any], weights: Sequence[float], dt: Tensor, drawn: int | None = None) -> Tensor:
-    """``dt`` times the weighted sum of the stages; if some have no value, the ``drawn`` one stands for all."""
+def _weigh(values: Sequence[Any], weights: Sequence[float], dt: Tensor, draw: Draw | None = None) -> Tensor:
+    """``dt`` times the weighted sum of the stages; if some have no value, those of the ``draw`` stand for all."""
     values = values[: len(weights)]
     if any(value is None for value in values):
-        if drawn is None:
+        if draw is None:
             raise ConfigError(
                 "penalty_quadrature='sampled' needs dynamics with a method `trace_only` if they follow a density: "
                 "use rnode_plugin.Dynamics, or penalty_quadrature='full'."
             )
-        return values[drawn] * dt
+        parts = [values[stage] * (dt * share) for stage, share in draw.items()]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     first = values[0]
     # rates of small problems: few operations count, not what they compute. torch.compile makes one of them anyway
     if first.ndim == 1 and not torch.compiler.is_compiling():
