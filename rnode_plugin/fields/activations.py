@@ -18,10 +18,12 @@ _aten = torch.ops.aten
 
 
 class Activation(ABC):
-    """A pointwise function s with its first two derivatives; all of it can be differentiated and transformed.
+    """A pointwise function s with its first two derivatives.
 
     A pass keeps one tensor of each activation: its output ``s(a)`` if the slope is cheap to get from that,
-    otherwise its input ``a``. The derivatives take what was kept.
+    otherwise its input ``a``. The derivatives take what was kept. ``value`` and ``times_slope`` can be
+    differentiated and transformed; ``slope`` and ``slope_derivative`` are for passes without a graph, and give new
+    tensors.
 
     Attributes:
         name: what a user calls it.
@@ -48,7 +50,7 @@ class Activation(ABC):
 
     @abstractmethod
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        """The derivative of ``s'(a)``, which is given, with respect to what was kept; a new tensor."""
+        """The derivative of ``s'(a)``, which is given, with respect to what was kept."""
 
     def output(self, kept: Tensor) -> Tensor:
         """``s(a)`` from what was kept."""
@@ -57,6 +59,7 @@ class Activation(ABC):
 
 class _Softplus(Activation):
     name = "softplus"
+    keeps_output = True  # its logarithm takes longest on a processor: it is taken once
     # torch's default of 20 has a kink of 2e-9 there; beyond 40 the linear branch is exact in float64 too
     _threshold = 40.0
 
@@ -64,13 +67,13 @@ class _Softplus(Activation):
         return F.softplus(a, threshold=self._threshold)
 
     def slope(self, kept: Tensor) -> Tensor:
-        return torch.sigmoid(kept)
+        return torch.neg(kept).exp_().neg_().add_(1)
 
     def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
-        return _aten.softplus_backward(x, kept, 1, self._threshold)
+        return torch.addcmul(x, x, torch.neg(kept).exp_(), value=-1)
 
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
-        return torch.addcmul(slope, slope, slope, value=-1)
+        return 1 - slope
 
 
 class _Tanh(Activation):
