@@ -172,3 +172,60 @@ def test_exec_of_nothing_is_a_usage_error(tmp_path: Path) -> None:
     done = CliRunner().invoke(exec_script, [str(tmp_path / "no.py")])
     assert done.exit_code == 2
     assert "does not exist" in done.output
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
+def test_installed_regularizers_add_their_gradient(sensitivity: str) -> None:
+    field, x = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 2)
+    tolerances: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-6, "atol_adjoint": 1e-6, "rtol_adjoint": 1e-6}
+    model = rnode_plugin.NeuralODE(
+        field, "dopri5", sensitivity=sensitivity, regularizers={"kinetic": 0.5}, **tolerances
+    )
+    loss = model(x)[1][-1].square().mean()
+    expected = torch.autograd.grad(loss + model.reg_loss(), list(field.parameters()))
+    rnode_plugin.install(regularizers={"kinetic": 0.5})
+    try:
+        theirs = ImportedBefore(field, "dopri5", sensitivity=sensitivity, **tolerances)
+        printed = theirs(x)[1][-1].square().mean()
+        found = torch.autograd.grad(printed, list(field.parameters()))
+        named = ImportedBefore(field, "dopri5", regularizers=["l1"])
+        named(x)
+        assert set(named.regularization) == {"l1"}
+    finally:
+        rnode_plugin.uninstall()
+    assert torch.equal(printed, loss)
+    torch.testing.assert_close(found, expected)
+
+
+OF_TORCHDIFFEQ = """
+import torch
+from torchdiffeq import odeint
+torch.manual_seed(0)
+field = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(field.parameters(), lr=0.1)
+for _ in range(20):
+    y = odeint(lambda t, y: field(y), torch.randn(16, 2), torch.tensor([0.0, 1.0]), method="rk4")
+    loss = y[-1].mean() * 0
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print(float(field.weight.square().sum()))
+"""
+
+
+def test_exec_regularizes_a_script_of_torchdiffeq(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(OF_TORCHDIFFEQ)
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rnode_plugin", "exec", *words, str(script)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    plain, penalized = (
+        float(run().stdout),
+        float(run("--regularizer", "kinetic=1", "--regularizer", "jacfrob").stdout),
+    )
+    assert penalized < 0.8 * plain  # a loss of zero moves nothing; the kinetic energy pulls the field to zero
+    wrong = run("--regularizer", "kinetic=much")
+    assert wrong.returncode == 2
+    assert "number" in wrong.stderr

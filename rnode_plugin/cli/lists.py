@@ -12,7 +12,8 @@ from typing import Literal
 
 import click
 
-from ..errors import RnodeError
+from ..core.schedules import DEFAULT_LAMBDA
+from ..errors import ConfigError, RnodeError
 from ..plugins import registry
 from .options import settings, table
 
@@ -246,20 +247,38 @@ def info(*, as_json: bool) -> None:
     click.echo(table((name, "none" if value is None else str(value)) for name, value in rows))
 
 
+def strengths(given: tuple[str, ...]) -> dict[str, float]:
+    """``NAME=LAMBDA`` of each to lambda by name."""
+    found: dict[str, float] = {}
+    for each in given:
+        name, equals, text = each.rpartition("=")
+        try:
+            strength = float(text) if equals else DEFAULT_LAMBDA
+        except ValueError:
+            raise ConfigError(f"--regularizer {each}: the lambda must be a number, as in kinetic=0.01.") from None
+        found[name if equals else text] = strength
+    return found
+
+
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option(
+    "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
+    help="Penalize every NeuralODE and every solve by torchdiffeq, as kinetic=0.01. May be repeated.",
+)  # fmt: skip
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def exec_script(script: Path, args: tuple[str, ...]) -> None:
-    """Run SCRIPT with ARGS as `python SCRIPT ARGS...` would, after rnode_plugin.install().
+def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ...]) -> None:
+    """Run SCRIPT with ARGS as `python SCRIPT ARGS...` would, after rnode_plugin.install(torchdiffeq=True).
 
-    torchdyn's own NeuralODE then accepts regularizers= and has right gradients. The script's exit code and
-    traceback are its own. Processes that the script starts run without this, unless they are forked.
+    torchdyn's own NeuralODE and torchdiffeq's odeint then accept regularizers=. With --regularizer the gradient of
+    the penalties is added to that of the script's own loss, which it prints without them. The script's exit code
+    and traceback are its own. Processes that the script starts run without this, unless they are forked.
     """
     import runpy
 
     from .. import install
 
-    install()
+    install(torchdiffeq=True, regularizers=strengths(regularizers) or None)
     sys.argv = [str(script), *args]
     sys.path.insert(0, str(script.resolve().parent))
     try:

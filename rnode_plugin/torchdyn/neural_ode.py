@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
@@ -98,6 +99,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     # defaults for objects that an older process pickled, or that were made before install()
     _penalties: Penalties | None = None
     _trace_noise: str | TraceEstimator = "gaussian"
+    _adds_gradient: bool = False
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
     _penalized: Penalized | None = None
@@ -124,7 +126,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
     ) -> None:
-        weighted, estimator = resolve_regularizers(regularizers), get_estimator(trace_noise)
+        added = regularizers is None and _installed_regularizers is not None
+        weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
+        estimator = get_estimator(trace_noise)
         tolerances: dict[str, Any] = {
             "atol": atol,
             "rtol": rtol,
@@ -149,7 +153,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
         )  # fmt: skip
         self.solver_adjoint = backward
-        self._penalties, self._trace_noise = Penalties(weighted), estimator
+        self._penalties, self._trace_noise, self._adds_gradient = Penalties(weighted), estimator, added
         self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
@@ -336,6 +340,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
         if left.policy is not None and penalties:
             integrals[left.policy.name] = left.policy(x)
+        if self._adds_gradient and integrals:
+            added = Penalties(left.weighted)
+            added.add(integrals, system.dims)
+            cost = added.loss() if cost is None else cost.sum() + added.loss()
         sol, integrals = attach(solution.z, integrals, cost)
         if remember:
             left.add(integrals, system.dims)
@@ -451,16 +459,27 @@ _BEHAVIOUR = {
 
 _replaced: dict[str, Any] = {}
 _ABSENT = object()
+_installed_regularizers: Any = None  # names: each model resolves them to objects of its own
 
 
-def install() -> None:
+def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
     """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
 
     From then on this package solves each of its objects, also those made before: with the same values, with
     correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``max_nfe=`` and
-    ``sensitivity="checkpointed"``. A second call changes nothing.
+    ``sensitivity="checkpointed"``. A second call changes nothing but ``regularizers``.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
+
+    Args:
+        torchdiffeq: whether torchdiffeq's ``odeint`` and ``odeint_adjoint``, also where a loaded module has bound
+            their names, become those of :mod:`rnode_plugin.torchdiffeq`.
+        regularizers: penalties for code that names none, as for ``NeuralODE``: of each ``NeuralODE`` that is made
+            from now on, and of each solve by torchdiffeq. Their gradient (eq. 17) is added whenever backward goes
+            through a solution; the losses that the code computes and prints stay without them.
+
+    Raises:
+        ConfigError: for ``regularizers`` that ``NeuralODE`` refuses.
 
     Example:
         >>> import torch
@@ -473,6 +492,13 @@ def install() -> None:
         (8,)
         >>> uninstall()
     """
+    global _installed_regularizers
+    resolve_regularizers(regularizers)
+    _installed_regularizers = regularizers
+    if torchdiffeq:
+        from .. import torchdiffeq as face
+
+        face.install(regularizers)
     if _replaced:
         return
     for name, value in _BEHAVIOUR.items():
@@ -494,9 +520,14 @@ def uninstall() -> None:
         >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
         False
     """
+    global _installed_regularizers
     for name, value in _replaced.items():
         if value is _ABSENT:
             delattr(_torchdyn_class, name)
         else:
             setattr(_torchdyn_class, name, value)
     _replaced.clear()
+    _installed_regularizers = None
+    face = sys.modules.get("rnode_plugin.torchdiffeq")
+    if face is not None:
+        face.uninstall()
