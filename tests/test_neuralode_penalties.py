@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from problems import Linear, linear_closed_form
+from problems import Linear, Wave, linear_closed_form
 from torch import Tensor, nn
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn_fields import WithTime, mlp
 
 from rnode_plugin import NeuralODE
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
 
 
 def test_penalties_of_a_linear_field_have_their_closed_form() -> None:
@@ -29,6 +31,36 @@ def test_penalties_of_a_linear_field_have_their_closed_form() -> None:
     expected = (0.5 * exact.kinetic.mean() + 0.25 * exact.jacfrob.mean()) / 3
     torch.testing.assert_close(model.reg_loss(), expected, rtol=1e-8, atol=0)
     torch.testing.assert_close(model.reg_loss(kinetic=0.0), 0.25 * exact.jacfrob.mean() / 3, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4", "dopri5"])
+def test_sampled_penalties(solver: str, sensitivity: str) -> None:
+    """The rate of a linear field is constant, so every draw is exact; of another field draws differ by the seed."""
+    z = torch.randn(5, 3, dtype=torch.float64)
+    t = torch.cat([torch.zeros(1), torch.linspace(0.7, 1, 8)]).double()
+    options: dict[str, Any] = {"regularizers": ["kinetic", "jacfrob"], "sensitivity": sensitivity}
+    found = {}
+    for field in (Linear(3), Wave()):
+        for quadrature, seed in (("full", 0), ("sampled", 0), ("sampled", 0), ("sampled", 1)):
+            model = NeuralODE(field, solver, trace_noise="exact", penalty_quadrature=quadrature, **options)
+            torch.manual_seed(seed)
+            model(z, t)
+            found.setdefault(type(field), []).append((model.regularization, model.vf.nfe))
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=0)
+    for full, *draws in found.values():
+        for penalties, nfe in draws:
+            close(penalties["kinetic"], full[0]["kinetic"])
+            assert sensitivity.endswith("adjoint") or sensitivity == "checkpointed" or nfe == full[1]
+    full, drawn, *_ = found[Linear]
+    close(drawn[0]["jacfrob"], full[0]["jacfrob"])
+    full, first, again, other = (penalties["jacfrob"] for penalties, _ in found[Wave])
+    assert torch.equal(first, again)
+    if solver != "euler":  # which has one stage only
+        assert not torch.equal(first, other)
+        assert not torch.equal(first, full)
+    with pytest.raises(ConfigError, match="did you mean 'sampled'"):
+        NeuralODE(Wave(), penalty_quadrature="sample")
 
 
 @pytest.mark.parametrize("trace_noise", ["gaussian", "rademacher"])

@@ -277,10 +277,14 @@ def _draw_stages(method: Method, lengths: Sequence[float], generator: torch.Gene
     and are cut into strata of one size, with a random point in each. The evaluation that it falls upon counts with
     the inverse of its probability, so that there is no bias.
     """
-    if method.draws is None:
+    stages = method.stages
+    if method.draws is None or stages == 1:
         return [None] * len(lengths)
-    count = max(1, round(len(lengths) * len(method.draws) / 8))
+    count = max(1, round(len(lengths) * stages / 8))
     size = sum(lengths) / count
+    if max(lengths) > (stages - 2) * size and min(method.draws) > 0:
+        # a step must have a stage that is not drawn, by which a step knows the penalties that need a product
+        return [draw_stage(method, generator) for _ in lengths]
     points = (torch.rand(count, dtype=torch.float64, generator=generator) + torch.arange(count)) * size
     draws: list[Draw | None] = [{} for _ in lengths]
     starts, ends = [0.0, *itertools.accumulate(lengths)], list(itertools.accumulate(method.draws))

@@ -24,7 +24,7 @@ from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import GRADIENTS, Method, Solver, get_method, solve
+from ..solvers import GRADIENTS, QUADRATURES, Method, Solver, get_method, solve
 from ..solvers.integrate import check_steps
 from .cnf import is_count
 from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
@@ -65,6 +65,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
             CNF's trace, which are recognised (any module with ``noise_dist``, ``noise`` and ``trace_estimator``
             counts as a CNF).
+        penalty_quadrature: ``"full"``, or ``"sampled"``: few evaluations make the product that ``jacfrob`` and its
+            like need, see :class:`~rnode_plugin.Solver`. Behind a CNF, whose trace makes it anyway, it stays full.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
     :meth:`reg_loss` their weighted sum. :meth:`trajectory` follows no penalties and leaves those of the last call
@@ -103,6 +105,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
     _penalized: Penalized | None = None
+    _penalty_quadrature: str = "full"
 
     def __init__(
         self,
@@ -125,6 +128,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         trace_noise: str | TraceEstimator = "gaussian",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
+        penalty_quadrature: str = "full",
     ) -> None:
         added = regularizers is None and _installed_regularizers is not None
         weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
@@ -138,6 +142,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         _check_options(tolerances, max_nfe, order, interpolator)
         if sensitivity not in GRADIENTS:
             raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
+        if penalty_quadrature not in QUADRATURES:
+            raise ConfigError(suggest(penalty_quadrature, QUADRATURES, "penalty quadrature"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
             raise ConfigError(
                 "this vector field is that of an SDE; NeuralODE solves ordinary differential equations."
@@ -155,6 +161,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self.solver_adjoint = backward
         self._penalties, self._trace_noise, self._adds_gradient = Penalties(weighted), estimator, added
         self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)
+        self._penalty_quadrature = penalty_quadrature
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
@@ -374,6 +381,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         solver = Solver(
             solver_name(self.solver), step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe,
             gradient=gradient, atol_adjoint=self.atol_adjoint, rtol_adjoint=self.rtol_adjoint,
+            penalty_quadrature=self._penalty_quadrature,
         )  # fmt: skip
         return solver, replace(method, interpolator=interpolator, adjoint=backward), keep
 
