@@ -18,10 +18,10 @@ from rnode_plugin.plugins import builtin
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rnode_plugin"
 ROOMS = {
-    "core", "solvers", "fields", "plugins", "torchdyn", "flows", "data", "recipes", "evaluation",
+    "core", "solvers", "fields", "plugins", "torchdiffeq", "torchdyn", "flows", "data", "recipes", "evaluation",
     "training", "reports", "comparison", "cli",
 }  # fmt: skip
-FLOORS = {"__init__", "__main__", "_version", "errors", "files", "text"}
+FLOORS = {"__init__", "__main__", "_version", "errors", "files", "flow_matching", "text"}
 
 try:
     import tomllib
