@@ -195,6 +195,7 @@ class _Backward:
             rtol=solver.rtol if solver.rtol_adjoint is None else solver.rtol_adjoint,
         )
         self.method = replace(method, interpolator=None)
+        self.many_stops = call.solver.penalty_quadrature == "sampled"
         self.params = params
         self.sign = 1.0 if bool(t[-1] >= t[0]) else -1.0
         # a penalty is integrated along the path, whichever way time runs
@@ -218,7 +219,10 @@ class _Backward:
             rate = -da if path is not None else torch.stack([dz, -da])
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
-        solution = _solve(adjoint_system, state, torch.stack([t1, t0]), self.solver, self.method)
+        solver = self.solver
+        if self.many_stops:  # the intervals are short: often one step is enough
+            solver = replace(solver, first_step=abs(float(t1 - t0)))
+        solution = _solve(adjoint_system, state, torch.stack([t1, t0]), solver, self.method)
         for i, gradient in enumerate(self.gradients):
             # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)

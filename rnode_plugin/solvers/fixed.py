@@ -303,7 +303,7 @@ def without_products(dynamics: Any, *, trace: bool = True) -> Callable[[Tensor, 
     return partial(dynamics, products=False)
 
 
-def _weigh(values: Sequence[Any], weights: Sequence[float], dt: Tensor, draw: Draw | None = None) -> Tensor:
+def _weigh(values: list[Any], weights: Sequence[float], dt: Tensor, draw: Draw | None = None) -> Tensor:
     """``dt`` times the weighted sum of the stages; if some have no value, those of the ``draw`` stand for all."""
     values = values[: len(weights)]
     if any(value is None for value in values):
