@@ -13,7 +13,7 @@ from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models import HNN
 from torchdyn.models.cnf import hutch_trace
-from torchdyn.nn import Augmenter, DataControl, DepthCat, Fourier, GalConv2d, GalLinear
+from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
 from torchdyn.numerics.solvers.hyper import HyperEuler
 from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeKutta4
 from torchdyn_fields import WithTime, mlp
@@ -200,28 +200,6 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         NeuralODE(WithTime(), "rk4", atol=1e-5)(torch.randn(2, 4))
     with pytest.warns(UserWarning, match="save_at"):
         NeuralODE(WithTime(), "dopri5")(torch.randn(2, 4), torch.linspace(0, 1, 3), [1.0])
-
-
-def test_a_model_in_nn_sequential_and_images() -> None:
-    torch.manual_seed(0)
-    conv = GalConv2d(6, 3, 3, padding=1, expfunc=Fourier(2))
-    field = nn.Sequential(
-        DataControl(), DepthCat(1), conv, nn.Tanh()
-    )  # 3 + 3 channels from the control, time, and back to 3
-    conv.reset_parameters()
-    nn.init.normal_(conv.coeffs, std=0.1)
-    penalties: dict[str, Any] = {"regularizers": ["kinetic", "jacfrob"]}
-    found = []
-    for Model, extra in ((TorchdynNeuralODE, {}), (NeuralODE, penalties)):
-        torch.manual_seed(3)
-        model = nn.Sequential(Augmenter(1, 2), Model(field, "rk4", return_t_eval=False, **extra))
-        found.append(model(torch.randn(2, 1, 6, 6)))
-    expected, out = found
-    assert out.shape == (2, 2, 3, 6, 6)
-    assert torch.equal(out, expected)
-    node = model[1]
-    assert isinstance(node, NeuralODE)
-    assert node.regularization["jacfrob"].shape == (2,)
 
 
 def test_unbatched_and_complex_states() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -178,12 +177,3 @@ def test_cnf_with_penalties_agrees_in_all_modes(make_cnf: Callable[[nn.Module], 
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             assert relative(b, a) < 1e-6
-
-
-def test_gradients_survive_a_copy_made_in_between() -> None:
-    torch.manual_seed(0)
-    model, x = NeuralODE(Wave(2), "rk4", regularizers=["kinetic"]), torch.randn(3, 2, dtype=torch.float64)
-    _, sol = model(x)
-    copied = copy.deepcopy(model)
-    (sol[-1].sum() + model.reg_loss()).backward()
-    assert all(p.grad is None for p in copied.parameters())

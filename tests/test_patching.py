@@ -20,7 +20,6 @@ from torchdyn.core.neuralde import NeuralODE as Theirs
 import rnode_plugin
 from rnode_plugin import SolverError
 from rnode_plugin.cli.lists import exec_script
-from rnode_plugin.errors import ConfigError
 
 ImportedBefore: Any = NeuralODE  # install() gives it arguments and methods that no type checker sees
 PRISTINE = dict(vars(Theirs))
@@ -50,13 +49,6 @@ def test_torchdyns_own_class_takes_regularizers(installed: None) -> None:
     assert set(model.regularization) == {"kinetic"}
     with pytest.raises(SolverError):
         ImportedBefore(lambda t, x: x**3 * 100)(torch.ones(1, 1), torch.linspace(0, 9, 3))
-
-
-def test_same_values_as_without(installed: None) -> None:
-    field, x = nn.Linear(2, 2), torch.randn(3, 2)
-    after = ImportedBefore(field, "dopri5", regularizers=["kinetic", "jacfrob"])(x)[1]
-    rnode_plugin.uninstall()
-    assert torch.equal(ImportedBefore(field, "dopri5")(x)[1], after)
 
 
 def test_subclasses_isinstance_and_pickle(installed: None) -> None:
@@ -109,14 +101,6 @@ def test_idempotent_and_exactly_reversible() -> None:
     assert dict(vars(Theirs)) == PRISTINE
     rnode_plugin.uninstall()
     assert dict(vars(Theirs)) == PRISTINE
-
-
-def test_our_own_class_does_not_change(installed: None) -> None:
-    with pytest.raises(ConfigError):
-        rnode_plugin.NeuralODE(nn.Linear(2, 2), regularizers=["kinetics"])
-    model = rnode_plugin.NeuralODE(nn.Linear(2, 2), regularizers=["kinetic"])
-    model(torch.randn(3, 2))
-    model.reg_loss().backward()
 
 
 SCRIPT = """

@@ -14,7 +14,7 @@ from torch.distributions import MultivariateNormal
 from torchdyn.datasets import ToyDataset
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models.cnf import hutch_trace
-from torchdyn.nn import Augmenter, DataControl, DepthCat, Fourier, GalLinear
+from torchdyn.nn import Augmenter
 
 import rnode_plugin
 
@@ -68,38 +68,6 @@ def test_quickstart(model_class: type, moons: tuple[Tensor, Tensor], regularizer
     assert model.trajectory(x, torch.linspace(0, 1, 20)).shape == (20, 128, 2)
     assert model.vf(0, x).shape == (128, 2)
     assert "NFE" in repr(model)
-
-
-@pytest.mark.parametrize("kind", ["depth", "galerkin", "control", "piecewise", "augmented", "second order"])
-def test_cookbook(model_class: type, moons: tuple[Tensor, Tensor], kind: str) -> None:
-    x, y = moons
-    options: dict[str, object] = {"sensitivity": "adjoint", "solver": "tsit5", "regularizers": ["kinetic"]}
-    before: nn.Module = nn.Identity()
-    if kind == "depth":
-        field = nn.Sequential(DepthCat(1), nn.Linear(3, 16), nn.Tanh(), DepthCat(1), nn.Linear(17, 2))
-    elif kind == "galerkin":
-        field = nn.Sequential(DepthCat(1), GalLinear(2, 8, expfunc=Fourier(5)), nn.Tanh(), nn.Linear(8, 2))
-        options["sensitivity"] = "interpolated_adjoint"
-    elif kind == "augmented":
-        before, field = Augmenter(augment_dims=2), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
-    elif kind == "second order":
-        before, field = Augmenter(augment_dims=2), nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
-        options["order"] = 2
-    else:
-        field = nn.Sequential(DataControl(), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
-    pieces = [model_class(copy.deepcopy(field), **options) for _ in range(3 if kind == "piecewise" else 1)]
-    model = nn.ModuleList([before, *pieces])
-
-    def loss() -> Tensor:
-        z, total = before(x), torch.zeros(())
-        for piece in pieces:
-            _, sol = piece(z, torch.linspace(0, 1, 2))
-            z, total = sol[-1], total + piece.reg_loss()
-        return nn.functional.cross_entropy(z[:, :2], y) + total
-
-    first, last = train(loss, model.parameters(), steps=8)
-    assert last < first
-    assert pieces[0].trajectory(before(x), torch.linspace(0, 1, 9)).shape[0] == 9
 
 
 @pytest.mark.parametrize("estimator", [None, hutch_trace])
