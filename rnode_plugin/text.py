@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["change_with_error", "duration", "significant", "with_error"]
+__all__ = ["change_with_error", "duration", "signed", "significant", "with_error"]
 
 
 def duration(seconds: float) -> str:
@@ -24,18 +24,28 @@ def significant(value: float, digits: int = 3) -> str:
 
 def with_error(value: float, error: float | None) -> str:
     """``2.971 ± 0.012``: two significant digits of the error, as many places of the value; or the value alone."""
-    if error is None:
-        return f"{value:.4f}"
-    if error == 0:
-        return f"{value:.4f} ± 0"
+    if not error:
+        return _rounded(value, 4) + ("" if error is None else " ± 0")
     places = _places(error)
-    return f"{value:.{places}f} ± {error:.{places}f}"
+    return f"{_rounded(value, places)} ± {error:.{places}f}"
 
 
 def change_with_error(value: float, error: float) -> str:
     """``−0.021 ± 0.003`` as :func:`with_error`, always with a sign."""
-    sign = "" if value < 0 else "+"
-    return sign + with_error(value, error).replace("-", "−")
+    return _with_sign(with_error(value, error))
+
+
+def signed(value: float) -> str:
+    """``+0.0123`` or ``−0.0123``."""
+    return _with_sign(_rounded(value, 4))
+
+
+def _with_sign(text: str) -> str:
+    return text.replace("-", "−") if text.startswith("-") else f"+{text}"
+
+
+def _rounded(value: float, places: int) -> str:
+    return f"{round(value, places) + 0.0:.{places}f}"  # a zero has no minus
 
 
 def _places(error: float) -> int:

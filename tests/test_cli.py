@@ -146,7 +146,7 @@ def test_train_ends_with_a_table(trained: Path) -> None:
     assert table["steps"] == "5 of 5"
     assert re.match(r"\d\.\d{4} ± 0\.\d+ \(images\)", table["bits/dim dirty"])
     assert "no bound" in table["bits/dim clean"]
-    assert table["NFE"].startswith("24.0 per batch")
+    assert table["NFE"].startswith("24.0  test solver, all blocks, batches solved alone")
     assert {"training", "kinetic / dim", "jacfrob / dim", "evaluation"} <= set(table)
     for name in ("checkpoint", "metrics", "samples"):
         assert Path(table[name]).is_file()
@@ -227,7 +227,7 @@ def test_wrong_usage_exits_2(arguments: list[str], message: str, trained: Path) 
         (["train", "digits", "--seed", "-1"], "training.seed: ", 2),
         (["train", "digits", "--data", "nothing"], "unknown data set 'nothing'", 2),
         (["train", "digits", "--data", "folder", "--data-root", "EMPTY"], "folder", 1),
-        (["train", "mnist", "--data-root", "EMPTY", "--no-download"], "put train-images-idx3-ubyte.gz and", 1),
+        (["train", "mnist", "--data-root", "EMPTY", "--no-download"], "Leave out --no-download", 1),
         (["train", "digits", "--accelerator", "abacus"], "device or precision cannot be used", 2),
         (["train", "digits", "--precision", "8-bits"], "device or precision cannot be used", 2),
         (["train", "digits", "--set", "regularizers.kinetic=-1"], "must not be negative", 2),

@@ -11,18 +11,16 @@ import torch
 
 PACKAGE = Path(__file__).parents[1] / "rnode_plugin"
 NAMES = {
-    r"torch\._foreach_": "core/tensors/foreach.py",
-    r"torch\._C\._are_functorch_transforms_active": "core/tensors/transforms_active.py",
-    r"torch\.utils\._pytree": "core/tensors/nested.py",
-    r"\._disable_current_modes|\bimport _disable_current_modes": "core/tensors/exporting.py",
-    r"\._sequence_nr": "solvers/checkpointing/autograd_graph.py",
+    r"torch\._C\._are_functorch_transforms_active": "core/ops.py",
+    r"torch\.utils\._pytree": "core/ops.py",
+    r"\._disable_current_modes|\bimport _disable_current_modes": "core/ops.py",
+    r"\._sequence_nr": "solvers/checkpoint.py",
 }
 
 
 @pytest.mark.parametrize(
     "name",
-    ["torch._C:_are_functorch_transforms_active", "torch:_foreach_add_", "torch:_foreach_mul"]
-    + ["torch.utils._python_dispatch:_disable_current_modes"]
+    ["torch._C:_are_functorch_transforms_active", "torch.utils._python_dispatch:_disable_current_modes"]
     + [f"torch.utils._pytree:tree_{kind}" for kind in ("flatten", "leaves", "map_only", "unflatten")],
 )
 def test_torch_has_the_name(name: str) -> None:

@@ -546,7 +546,13 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
     assert str(out / "report.html") in result.output
     assert "2.020 ± 0.020" in result.output
     assert "rnode" in result.output.splitlines()[0]
-    missing = CliRunner().invoke(main, ["report", str(tmp_path / "none"), "--out", str(out)])
+    made, again = (out / "report.html").read_text(), ["report", str(runs[0]), "--out", str(out)]
+    refused = CliRunner().invoke(main, again)
+    assert (refused.exit_code, "--force" in refused.output) == (2, True)
+    assert (out / "report.html").read_text() == made
+    plain = json.loads(CliRunner().invoke(main, [*again, "--force", "--json"]).stdout)
+    assert plain["table"]["bits/dim, dirty"] == {"none": "2.100 ± 0.020"}
+    missing = CliRunner().invoke(main, ["report", str(tmp_path / "none"), "--out", str(tmp_path / "no")])
     assert missing.exit_code == 2
     assert "no run at" in missing.output
     assert CliRunner().invoke(main, ["report"]).exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,9 @@ def test_a_potential_and_its_penalties(file: Path, tmp_path: Path) -> None:
 def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    trained = rnode("train", "table", "--data-root", str(file), *settings, "--set", "training.sample_images=60",
-                    "--accelerator", "cpu", "--limit-train", "100", "--limit-val", "10")  # fmt: skip
+    settings += ["--set", "training.sample_images=60", "--accelerator", "cpu"]
+    trained = rnode("train", "table", "--data-root", os.path.relpath(file), *settings,
+                    "--limit-train", "100", "--limit-val", "10")  # fmt: skip
     assert trained.exit_code == 0, trained.output
     assert "100 training and 40 held-out rows, 10 to choose the weights by" in trained.output
     assert "nats per row, in the unit of the data" in trained.output
@@ -168,13 +170,14 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     text = (tmp_path / "report" / "report.md").read_text()
     page = (tmp_path / "report" / "report.html").read_text()
     assert "## Samples beside held-out rows" in text
-    assert 'class="corner"' in page
+    assert 'alt="Corner plot of rnode' in page
     assert "bits/dim" not in text + page
-    assert "images" not in text.replace("sample_images", "").replace("val_images", "")
+    assert "images" not in text.replace(r"sample\_images", "").replace(r"val\_images", "")
     assert (tmp_path / "report" / "figures" / "samples-rnode.png").read_bytes() == (
         tmp_path / "runs" / "table" / "0" / "samples" / "best.png"
     ).read_bytes()
-    evaluated = rnode("eval", "runs/table/0", "--json", "--limit", "7")
+    monkeypatch.chdir(tmp_path.parent)
+    evaluated = rnode("eval", str(tmp_path / "runs" / "table" / "0"), "--json", "--limit", "7")
     found = json.loads(evaluated.stdout)
     assert (found["rows"], len(found["nll"]["rows"]), len(found["gaussian"]["rows"])) == (7, 7, 7)
 
@@ -274,10 +277,8 @@ def test_options_of_the_other_kind(conditional: Path) -> None:
 def test_a_missing_file_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     outcome = rnode("train", "table", "--data-root", "no.csv")
-    assert (outcome.exit_code, outcome.output) == (
-        1,
-        "Error: cannot read the table no.csv: there is no such file.\n",
-    )
+    assert outcome.exit_code == 1
+    assert f"Error: cannot read the table {tmp_path / 'no.csv'}: there is no such file. --data-" in outcome.output
     assert not list(tmp_path.iterdir())
 
 

@@ -409,3 +409,10 @@ def test_the_last_step_is_logged(tmp_path: Path) -> None:
     for folder, options, last in (("steps", {}, "3"), ("time", {"max_time": 1e-6}, "1")):
         result = run(recipe, tmp_path / folder, **options)
         assert [row["step"] for row in rows(result) if "train/loss" in row] == [last]
+
+
+def test_penalties_that_outweigh_the_likelihood_are_told_once(tmp_path, capsys) -> None:
+    settings = ["training.log_every=1", "training.max_steps=15", "training.val_every_steps=15"]
+    for strength, count in ((1e6, 1), (0.01, 0)):
+        run(tiny_recipe(*settings, f"regularizers.kinetic={strength}"), tmp_path)
+        assert capsys.readouterr().err.count("lower the lambdas") == count

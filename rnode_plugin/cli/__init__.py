@@ -13,6 +13,14 @@ from ..plugins import registry
 
 __all__ = ["main"]
 
+_TASKS = {
+    "Train": ("train", "compare", "estimate", "tune-step"),
+    "Use what was trained": ("eval", "sample", "report", "diagnose", "export", "cite"),
+    "Look up": ("recipes", "regularizers", "data", "plugins", "info"),
+    "Run a program": ("exec",),
+}
+_OF_PLUGINS = "From plugins"
+
 
 class _Misuse(click.ClickException):
     """What was asked for cannot work."""
@@ -42,14 +50,20 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = []
-        for name in self.list_commands(ctx):
+        task_of = {name: task for task, names in _TASKS.items() for name in names}
+        order = list(task_of)
+        tasks: dict[str, list[tuple[str, str]]] = {task: [] for task in (*_TASKS, _OF_PLUGINS)}
+        known = self.list_commands(ctx)
+        for name in sorted(known, key=lambda name: order.index(name) if name in task_of else len(order)):
             try:
-                rows.append((name, _command(name).get_short_help_str(formatter.width - 20)))
+                sentence = _command(name).get_short_help_str(limit=200)
             except RnodeError as error:  # one broken plugin must not take the help away
-                rows.append((name, f"(cannot be loaded: {error})"))
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
+                sentence = f"(cannot be loaded: {error})"
+            tasks[task_of.get(name, _OF_PLUGINS)].append((name, sentence))
+        for task, rows in tasks.items():
+            if rows:
+                with formatter.section(task):
+                    formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

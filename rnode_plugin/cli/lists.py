@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,11 +14,10 @@ import click
 from ..core.schedules import DEFAULT_LAMBDA
 from ..errors import ConfigError, RnodeError
 from ..plugins import registry
-from .options import settings, table
+from .options import as_json, print_json, settings, table
 
 __all__ = ["data", "exec_script", "info", "plugins", "recipes", "regularizers"]
 
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "TORCHINDUCTOR_CACHE_DIR",
     "RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK",
@@ -55,7 +53,7 @@ def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool
     recipe = get_recipe(name)
     recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
     if as_json:
-        click.echo(json.dumps(recipe.to_plain(), indent=2))
+        print_json(recipe.to_plain())
         return
     click.echo(f"{recipe.name}: {recipe.description}\n")
     click.echo(table((path, as_text(value)) for path, value in recipe.settings()))
@@ -144,7 +142,7 @@ def prepare(
 
 
 @click.command()
-@_as_json
+@as_json
 def regularizers(*, as_json: bool) -> None:
     """List the regularizers: kind, what each penalizes, its cost, its source, and the package.
 
@@ -165,7 +163,7 @@ def regularizers(*, as_json: bool) -> None:
             source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"
             rows.append({**row, "installed_from": source})
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     rows.sort(key=lambda row: (*KINDS, "?").index(row["kind"]))
     header = ("name", "kind", "what it penalizes", "cost", "source", "installed from")
@@ -173,7 +171,7 @@ def regularizers(*, as_json: bool) -> None:
 
 
 @click.command()
-@_as_json
+@as_json
 def plugins(*, as_json: bool) -> None:
     """List the plugins: distribution, version, what each registers, and errors.
 
@@ -182,7 +180,7 @@ def plugins(*, as_json: bool) -> None:
     """
     reports = registry.report()
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(each) for each in reports], indent=2))
+        print_json([dataclasses.asdict(each) for each in reports])
         return
     for each in reports:
         click.echo(f"{each.name} ({each.distribution} {each.version})")
@@ -207,7 +205,7 @@ def _with_kind(name: str) -> str:
 
 
 @click.command()
-@_as_json
+@as_json
 def info(*, as_json: bool) -> None:
     """Show versions, devices, threads and plugins: what a bug report needs.
 
@@ -238,7 +236,7 @@ def info(*, as_json: bool) -> None:
         for each in registry.report()
     ]
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     rows = [(name, value) for name, value in facts.items() if not isinstance(value, (list, dict))]
     rows += [("device", each) for each in facts["devices"]]

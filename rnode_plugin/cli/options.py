@@ -1,31 +1,27 @@
-"""Options that several commands share, and tables in the terminal."""
+"""What several commands share: options, the places they write to, and tables in the terminal."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..text import duration, significant
+from ..errors import ConfigError
+from ..text import duration, signed, significant
 
 if TYPE_CHECKING:
     from ..evaluation.measures import Evaluation, Mean, Measure
+    from ..reports import Report
 
-__all__ = [
-    "Duration",
-    "data_root",
-    "denormals",
-    "device",
-    "download",
-    "evaluation_rows",
-    "given",
-    "settings",
-    "table",
-    "wrapped_table",
-]
+__all__ = ["Duration", "as_json", "data_root", "denormals", "device", "download", "evaluation_rows", "force",
+           "free_path", "given", "print_json", "quiet", "report_as_plain", "report_rows", "settings", "table",
+           "wrapped_table"]  # fmt: skip
 
 _LONGEST = 1e10  # seconds, three centuries
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -73,6 +69,29 @@ download = click.option(
     help="Fetch the data set if it is missing or damaged.",
 )
 device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet = click.option("--quiet", is_flag=True, help="Show results only, no progress.")
+force = click.option("--force", is_flag=True, help="Overwrite what is there.")
+
+
+def free_path(named: str | None, default: str, *, force: bool) -> Path:
+    """Where a command writes: the named place, or the default one with the first number that is free.
+
+    Raises:
+        ConfigError: the named place is taken, and ``force`` does not say to overwrite it.
+    """
+    path = Path(named or default)
+    if force or not (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        return path
+    if named is not None:
+        raise ConfigError(f"{path} is there already: choose another name, or overwrite it with --force.")
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return next(each for each in numbered if not each.exists())
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on the standard output."""
+    click.echo(json.dumps(value, indent=2, default=str))
 
 
 def _flush_denormals(ctx: click.Context, param: click.Parameter, keep: bool) -> None:
@@ -125,8 +144,8 @@ def evaluation_rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str,
     return [
         (f"held-out {measure.samples}", f"{len(next(iter(values.values())).samples):,}{draws}"),
         *((each.label, f"{_score(values[each.name], measure)}  {each.explained}") for each in known),
-        ("NFE", f"{evaluation.nfe_mean:.1f}{spread}  all blocks, batches solved alone: {solves}"),
-        *([] if (gap := evaluation.gap) is None else [("solver gap", _GAP.format(gap, measure.unit))]),
+        ("NFE", f"{evaluation.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}"),
+        *([] if (gap := evaluation.gap) is None else [("solver gap", f"{signed(gap)}  {measure.unit} {_GAP}")]),
         *(
             (name if name in evaluation.undivided else f"{name} / dim", f"{value:.5f}")
             for name, value in evaluation.penalties.items()
@@ -135,10 +154,28 @@ def evaluation_rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str,
     ]
 
 
-_GAP = "{:+.4f}  {} by the training solver, less those above; the first batch"
+_GAP = "by the training solver, less those above; the first batch"
 
 
 def _score(mean: Mean, measure: Measure) -> str:
     errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({measure.samples})"]
     errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
     return " ".join([f"{mean.mean:.4f}", *errors])
+
+
+def report_rows(report: Report) -> str:
+    """The table of a report."""
+    heads = ["", *(column.label for column in report.table.columns)]
+    return table([heads, *([row.name, *row.cells] for row in report.table.rows)])
+
+
+def report_as_plain(report: Report) -> dict[str, Any]:
+    """A report for JSON: its files, and its table as ``{row: {arm: text}}``."""
+    labels = [column.label for column in report.table.columns]
+    return {
+        "html": report.html,
+        "markdown": report.markdown,
+        "figures": report.figures,
+        "left_out": report.left_out,
+        "table": {row.name: dict(zip(labels, row.cells, strict=True)) for row in report.table.rows},
+    }

@@ -1,4 +1,4 @@
-"""Commands on runs: ``eval``, ``diagnose``, ``sample``, ``export`` and ``report``."""
+"""Commands on runs: ``eval``, ``diagnose``, ``sample``, ``export``, ``report`` and ``cite``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,22 @@ import click
 from ..errors import ConfigError, suggest
 from ..solvers.config import FIXED_METHODS
 from ..text import duration
-from .options import data_root, denormals, device, download, evaluation_rows, table, wrapped_table
+from .options import (
+    as_json,
+    data_root,
+    denormals,
+    device,
+    download,
+    evaluation_rows,
+    force,
+    free_path,
+    print_json,
+    quiet,
+    report_as_plain,
+    report_rows,
+    table,
+    wrapped_table,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +36,7 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe, TableData
     from ..solvers.config import Solver
 
-__all__ = ["CHECK_FAILED", "diagnose", "eval", "export", "report", "sample"]
+__all__ = ["CHECK_FAILED", "cite", "diagnose", "eval", "export", "report", "sample"]
 
 CHECK_FAILED = 3
 """Exit code of a diagnosis in which a check has failed."""
@@ -41,12 +56,15 @@ _FORMATS = ("safetensors", "torch-export", "onnx")
 @click.option("--batch-size", type=click.IntRange(1), help="Images or rows per solve. [default: the recipe's]")
 @click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE",
               help="Change the test solver: method=rk4, step=0.05, atol=1e-6, ... May be repeated.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
+@click.option("--seed", type=click.IntRange(0), help="Of the noise. [default: the run's, so the numbers are those "
+              "of its end]")  # fmt: skip
 @data_root
 @download
 @device
 @denormals
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@quiet
+@as_json
+@click.option("--summary", is_flag=True, help="Of --json: leave out the value of each image or row.")
 def eval(  # noqa: A001 - the command's name
     *,
     run: str,
@@ -54,17 +72,20 @@ def eval(  # noqa: A001 - the command's name
     limit: int | None,
     batch_size: int | None,
     solver_settings: tuple[str, ...],
-    seed: int,
+    seed: int | None,
     data_root: str | None,
     download: bool,
     device: str,
+    quiet: bool,
     as_json: bool,
+    summary: bool,
 ) -> None:
-    """Bits/dim of RUN, a run folder or a checkpoint, on held-out images; of a table NLL in nats per row.
+    """Measure RUN, a run folder or a checkpoint, on held-out data: bits/dim of images, NLL of a table, NFE.
 
     Dirty (uniform noise in each bin) and clean (bins' centres), with standard errors from the choice of images and
     from the noise, the NFE of solves that stand alone, the penalties, and the time. The trace is exact in up to 16
-    dimensions (64 of a table), else estimated with Rademacher probes. A table's NLL stands beside a Gaussian's.
+    dimensions (64 of a table), else estimated with Rademacher probes. A table's NLL, in nats per row, stands beside
+    a Gaussian's.
     """
     from ..evaluation.likelihood import evaluate
     from ..evaluation.loading import load_data, pick_device
@@ -86,16 +107,19 @@ def eval(  # noqa: A001 - the command's name
         draws=draws,
         solver=recipe.test_solver,
         training_solver=training_solver(path),
-        seed=seed,
-        progress=batch_counter("evaluating"),
+        seed=recipe.training.seed if seed is None else seed,
+        progress=None if quiet else batch_counter("evaluating"),
     )
     result = measure.beside_baselines(result, data)
-    if as_json:
-        head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
-        click.echo(json.dumps({**head, **measure.to_plain(result)}, indent=2))
+    head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
+    if not as_json:
+        del head["recipe"]
+        click.echo(table([*head.items(), *evaluation_rows(result, measure)]))
         return
-    rows = [("checkpoint", str(path)), ("weights", recipe.weights)]
-    click.echo(table([*rows, *evaluation_rows(result, measure)]))
+    plain = measure.to_plain(result)
+    for name in result.means if summary else ():
+        del plain[name][measure.samples]
+    print_json({**head, **plain})
 
 
 # ---- diagnose ----
@@ -114,7 +138,8 @@ def eval(  # noqa: A001 - the command's name
 @download
 @device
 @denormals
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@quiet
+@as_json
 @click.pass_context
 def diagnose(
     ctx: click.Context,
@@ -126,6 +151,7 @@ def diagnose(
     data_root: str | None,
     download: bool,
     device: str,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
@@ -159,7 +185,7 @@ def diagnose(
         training_solver=trained_with if known else None,
         samples=samples,
         seed=seed,
-        progress=lambda name: click.echo(f"checking: {name}", err=True),
+        progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
     summary = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights, **diagnosis.to_plain()}
     text = json.dumps(summary, indent=2) + "\n"
@@ -203,8 +229,9 @@ def diagnose(
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the latents.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images or rows per solve. [default: 256, 10000]")
 @click.option("--out", metavar="FILE",
-              help="File to write; of rows .csv, .tsv, .npy, .npz or .parquet. [default: samples.png, "
-                   "samples.csv]")  # fmt: skip
+              help="File to write; of rows .csv, .tsv, .npy, .npz or .parquet. [default: samples.png, samples.csv, "
+                   "or samples-1.png, ... if that is there]")  # fmt: skip
+@force
 @device
 @denormals
 def sample(
@@ -218,6 +245,7 @@ def sample(
     seed: int,
     batch_size: int | None,
     out: str | None,
+    force: bool,
     device: str,
 ) -> None:
     """Draw images from RUN, a run folder or a checkpoint, into one PNG; or rows of a table into a file.
@@ -238,19 +266,19 @@ def sample(
         temperature, *others = temperatures
         if others:
             raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
-        out = out or "samples.csv"
+        place = str(free_path(out, "samples.csv", force=force))
         context = _contexts(recipe.table, given_values, given_file, count)
         number = count or 1000 if context is None else len(context)
-        _write_rows(out, flow, recipe.table, number, context, temperature, seed, batch_size or 10_000)
-        click.echo(f"{number:,} rows at temperature {temperature:g}{averaged}: {out}")
+        _write_rows(place, flow, recipe.table, number, context, temperature, seed, batch_size or 10_000)
+        click.echo(f"{number:,} rows at temperature {temperature:g}{averaged}: {place}")
         return
     if given_values is not None or given_file is not None:
         raise ConfigError("--given-values and --given-file are for tables, and this is a run on images.")
-    count, out = count or 64, out or "samples.png"
+    count, place = count or 64, free_path(out, "samples.png", force=force)
     images = sample_images(flow, count, temperatures=temperatures, seed=seed, batch_size=batch_size or 256)
-    save_grid(out, images, levels=recipe.images.levels, columns=columns)
+    save_grid(place, images, levels=recipe.images.levels, columns=columns)
     shown = ", ".join(f"{temperature:g}" for temperature in images)
-    click.echo(f"{count} images at temperature {shown}{averaged}: {out}")
+    click.echo(f"{count} images at temperature {shown}{averaged}: {place}")
 
 
 def _write_rows(
@@ -330,8 +358,20 @@ def _values(given: tuple[str, ...], text: str) -> list[float]:
 @click.option("--method", type=click.Choice(FIXED_METHODS),
               help="Of programs: how to take a step. [default: rk4_38]")  # fmt: skip
 @click.option("--last", is_flag=True, help="Of a run folder, the newest checkpoint instead of the best.")
-def export(*, run: str, file: str, kind: str, step: float | None, method: str | None, last: bool) -> None:
-    """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors.
+@force
+@quiet
+def export(
+    *,
+    run: str,
+    file: str,
+    kind: str,
+    step: float | None,
+    method: str | None,
+    last: bool,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors, or as programs that run alone.
 
     The recipe goes along in the file's metadata: `load_flow`, `eval` and `sample` take the file like a run folder,
     and any program that reads safetensors gets the weights.
@@ -339,36 +379,31 @@ def export(*, run: str, file: str, kind: str, step: float | None, method: str | 
     With `--format torch-export` or `onnx`, write the sampler and the log-density as two programs on a fixed grid,
     which run without this package: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
-    from ..training.checkpoints import BEST, LAST, export_flow
-
-    prefer = LAST if last else BEST
-    if kind != "safetensors":
-        return _export_programs(run, file, kind, step=step, method=method, prefer=prefer)
-    if step is not None or method is not None:
-        raise ConfigError("--step and --method choose the grid of a program: add --format torch-export or onnx.")
-    source, recipe = export_flow(run, file, prefer=prefer)
-    click.echo(f"{_weights_of(recipe, source)}: {file}")
-
-
-def _export_programs(
-    run: str, file: str, kind: str, *, step: float | None, method: str | None, prefer: str
-) -> None:
     from ..evaluation.programs import SUFFIXES, check_program_file, export_program, save_program
-    from ..training.checkpoints import find_checkpoint, load_with_recipe
+    from ..training.checkpoints import BEST, LAST, export_flow, find_checkpoint, load_with_recipe
 
+    source = find_checkpoint(run, prefer=LAST if last else BEST)
+    if kind == "safetensors":
+        if step is not None or method is not None:
+            raise ConfigError("--step and --method are for programs: add --format torch-export or onnx.")
+        _, recipe = export_flow(source, free_path(file, file, force=force))
+        click.echo(f"{_weights_of(recipe, source)}: {file}")
+        return
     path = Path(file)
     if path.suffix != SUFFIXES[kind]:
         raise ConfigError(f"a program of --format {kind} must end in {SUFFIXES[kind]}, not {file!r}.")
     check_program_file(path)
-    source = find_checkpoint(run, prefer=prefer)
+    targets = {which: path.with_stem(f"{path.stem}-{which}") for which in ("sampler", "log_prob")}
+    for target in targets.values():
+        free_path(str(target), "", force=force)
     flow, recipe = load_with_recipe(source)
     grid = _grid(flow.solver, recipe, step=step, method=method)
-    programs = [(path.with_stem(f"{path.stem}-{which}"), export_program(flow, which, solver=grid))
-                for which in ("sampler", "log_prob")]  # fmt: skip
     length = "one step" if grid.step is None else f"step {grid.step:g}"
     click.echo(f"{_weights_of(recipe, source)}, {grid.method}, {length}:")
-    for target, program in programs:
-        save_program(program, target)
+    for number, (which, target) in enumerate(targets.items(), 1):
+        if not quiet:
+            click.echo(f"recording and writing program {number} of 2, {which}", err=True)
+        save_program(export_program(flow, which, solver=grid), target)
         click.echo(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -402,10 +437,13 @@ def _weights_of(recipe: Recipe, source: Path) -> str:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--out", default="report", show_default=True, metavar="FOLDER", help="Where the report goes.")
+@click.option("--out", metavar="FOLDER",
+              help="Where the report goes. [default: report, or report-1, ... if that is there]")  # fmt: skip
 @click.option("--title", help="Of the report. [default: names the data sets]")
-def report(*, runs: tuple[str, ...], out: str, title: str | None) -> None:
-    """Table and figures of RUN..., finished or still running.
+@force
+@as_json
+def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: bool, as_json: bool) -> None:
+    """Show the table and figures of RUN..., finished or still running.
 
     RUN is a run folder or a folder with run folders below it; of those below, the ones that cannot be read are left
     out. Runs that differ by their seed alone are one arm.
@@ -413,9 +451,31 @@ def report(*, runs: tuple[str, ...], out: str, title: str | None) -> None:
     """
     from ..reports import write_report
 
-    written = write_report(runs, out, title=title)
-    heads = ["", *(column.label for column in written.table.columns)]
-    click.echo(table([heads, *([row.name, *row.cells] for row in written.table.rows)]))
+    written = write_report(runs, free_path(out, "report", force=force), title=title)
     for message in written.left_out:
         click.echo(f"left out: {message}", err=True)
-    click.echo(f"\n{written.html}\n{written.markdown}")
+    if as_json:
+        print_json(report_as_plain(written))
+    else:
+        click.echo(f"{report_rows(written)}\n\n{written.html}\n{written.markdown}")
+
+
+@click.command()
+@click.argument("run", required=False)
+def cite(*, run: str | None) -> None:
+    """Print BibTeX of the papers behind the penalties, the trace estimator and the solver of RUN.
+
+    RUN is a run folder or a checkpoint. Without it: of the method that this package implements.
+    """
+    from ..core.citations import citation
+    from ..core.regularizers import jacfrob, kinetic
+
+    if run is None:
+        click.echo(citation([kinetic, jacfrob]))
+        return
+    from ..training.checkpoints import load_with_recipe
+
+    flow, recipe = load_with_recipe(run)
+    used = [each for each in flow.regularizers if recipe.lambdas.get(each.name, 0) > 0]
+    methods = recipe.solver.method, recipe.test_solver.method
+    click.echo(citation(used, estimator=flow.estimator, methods=methods, density=True))

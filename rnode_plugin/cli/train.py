@@ -1,9 +1,8 @@
-"""Commands around training: ``train``, ``tune-step`` for its step, and ``estimate`` for its cost."""
+"""Commands around training: ``train``, ``compare``, ``tune-step`` for its step, and ``estimate`` for its cost."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -18,12 +17,17 @@ from ..plugins import registry
 from ..text import duration
 from .options import (
     Duration,
+    as_json,
     data_root,
     denormals,
     device,
     download,
     evaluation_rows,
     given,
+    print_json,
+    quiet,
+    report_as_plain,
+    report_rows,
     settings,
     table,
 )
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from ..training.estimate import Estimate
     from ..training.fit import FitResult
 
-__all__ = ["estimate", "train", "tune_step"]
+__all__ = ["compare", "estimate", "train", "tune_step"]
 
 # options that are nothing but a shorter way to write a setting of the recipe
 _SHORT = {
@@ -125,6 +129,8 @@ class _TrainCommand(click.Command):
     metavar="MODULE:NAME",
     help="A callback of Lightning: an object, or a class or function that makes one. May be repeated.",
 )
+@quiet
+@as_json
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -142,10 +148,13 @@ def train(
     resume: str | None,
     loggers: tuple[str, ...],
     callbacks: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
     **short: Any,
 ) -> None:
-    """Train the flow of RECIPE on its data set. RECIPE is a name or a recipe.json, such as that of another run.
+    """Train the flow of RECIPE on its data set, and measure its best weights.
 
+    RECIPE is a name or a recipe.json, such as that of another run.
     A table of your own: `rnode-cli train table --data-root measurements.csv`.
 
     The run's folder is printed first and holds everything: recipe, metrics, checkpoints, samples. With --resume,
@@ -179,6 +188,7 @@ def train(
             download=download,
             loggers=loggers,
             callbacks=[_callback(name) for name in callbacks],
+            progress=not (quiet or as_json),
         )
     except RnodeError as error:
         if _reports() or type(error) not in (ConfigError, TrainingError):  # it may be the only one that failed
@@ -187,7 +197,10 @@ def train(
         ctx.exit(0)
     if not result.first_process:
         return
-    _report(result, chosen)
+    if as_json:
+        print_json(_as_plain(result, chosen))
+    else:
+        _report(result, chosen)
     if result.stopped in signal.Signals.__members__:
         ctx.exit(128 + signal.Signals[result.stopped])
 
@@ -255,6 +268,21 @@ def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Pat
     return recipe, path
 
 
+def _as_plain(result: FitResult, recipe: Recipe) -> dict[str, Any]:
+    """What the run's result.json holds, and where the run is; an evaluation of null after a signal."""
+    from ..evaluation.measures import measure_of
+
+    folder, evaluation = result.folder, result.evaluation
+    plain = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
+    plain |= {"folder": folder.path, "checkpoint": folder.best, "samples": result.samples, "evaluation": None}
+    if evaluation is not None:
+        measure = measure_of(recipe)
+        plain["evaluation"] = measure.to_plain(evaluation)
+        for name in evaluation.means:
+            del plain["evaluation"][name][measure.samples]
+    return plain
+
+
 def _report(result: FitResult, recipe: Recipe) -> None:
     from ..evaluation.measures import measure_of
 
@@ -280,6 +308,82 @@ def _report(result: FitResult, recipe: Recipe) -> None:
     if result.samples is not None:
         rows.append(("samples", str(result.samples)))
     click.echo("\n" + table(rows))
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--arm", "arms", multiple=True, metavar="ARM",
+              help="none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all of the recipe's), or "
+                   "penalties with lambdas: kinetic, kinetic=0.1+jacfrob. May be repeated. [default: none, each "
+                   "penalty of the recipe, rnode]")  # fmt: skip
+@click.option("--sweep", "sweeps", multiple=True, metavar="PENALTY=L,L,...",
+              help="An arm for each lambda: kinetic=0.001,0.01,0.1. Several penalties, joined by +, form a grid. "
+                   "May be repeated.")  # fmt: skip
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each arm."
+)
+@click.option("--max-steps", type=click.IntRange(1), metavar="N", help="Steps of each arm. [default: the recipe's]")
+@click.option("--max-time", type=Duration(), help="Limit for each arm: 90 (seconds), 20m or 1h30m.")
+@click.option("--validations", type=click.IntRange(1), default=20, show_default=True, metavar="N",
+              help="Validations of each arm, the marks of the figures.")  # fmt: skip
+@settings
+@data_root
+@given
+@download
+@click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
+@click.option("--devices", default="auto", show_default=True,
+              help="Arms that train at the same time: how many, or on which GPUs: 4, or 0,2. auto is one for each "
+                   "GPU, or for each core of a CPU.")  # fmt: skip
+@click.option("--out", metavar="FOLDER", help="Runs and report. [default: comparison/RECIPE]")
+@quiet
+@as_json
+@click.pass_context
+def compare(
+    ctx: click.Context,
+    *,
+    recipe: str,
+    max_steps: int | None,
+    assignments: tuple[str, ...],
+    data_root: str | None,
+    given: str | None,
+    out: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train RECIPE with different penalties and report what they change.
+
+    All arms begin with the same weights and see the same images and noise. The same command again
+    continues, and with more arms trains only those that are new. Writes report.html, report.md, figures/ and runs/
+    into one folder. `rnode-cli regularizers` lists the penalties.
+
+    Arms that train at the same time on a CPU take longer steps than one alone.
+    """
+    from ..comparison.compare import compare
+    from ..recipes.recipe import get_recipe
+
+    chosen = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
+    chosen += [] if data_root is None else [f"data.root={data_root}"]
+    chosen += [] if given is None else [f"data.given={given}"]
+    silent = quiet or as_json
+    result = compare(
+        get_recipe(recipe).override([*chosen, *assignments]),
+        out=out or f"comparison/{recipe}",
+        progress=not silent,
+        announce=(lambda line: None) if silent else click.echo,
+        **options,
+    )
+    report = result.report
+    if as_json:
+        print_json({"runs": result.runs, "failed": result.failed, "stopped": result.stopped,
+                    **report_as_plain(report)})  # fmt: skip
+    else:
+        click.echo(f"\n{report_rows(report)}\n\n{report.html}\n{report.markdown}")
+    if result.failed:
+        raise TrainingError(" ".join(result.failed))
+    if result.stopped is not None:
+        click.echo(f"\n{result.stopped}: the same command goes on.", err=as_json)
+        ctx.exit(128 + signal.Signals[result.stopped])
 
 
 @click.command("tune-step")
@@ -406,7 +510,7 @@ def _trained(
               help="Evaluations per block, if the training solver is adaptive.")  # fmt: skip
 @settings
 @device
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@as_json
 def estimate(
     *,
     recipe: str,
@@ -431,7 +535,7 @@ def estimate(
     chosen = get_recipe(recipe).override([*size, *assignments])
     found = estimate(chosen, device=pick_device(device), images=images, devices=devices, nfe_per_block=nfe)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        print_json(dataclasses.asdict(found))
         return
     _print_estimate(found)
     if chosen.paper is not None:

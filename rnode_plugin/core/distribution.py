@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from ..errors import ConfigError
+from .citations import citation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,6 +77,12 @@ class DensityModel(nn.Module, ABC):
             ConfigError: for a context that is missing, misshapen or not asked for.
         """
         return FlowDistribution(self, context)
+
+    def citation(self) -> str:
+        """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
+        penalties, estimator = getattr(self, "regularizers", ()), getattr(self, "estimator", None)
+        method = getattr(getattr(self, "solver", None), "method", "")
+        return citation(penalties, estimator=estimator, methods=[method], density=True)
 
     def context_rows(self, context: Any, like: Tensor) -> Tensor | None:
         """``context`` with one row for each sample of ``like``; None for a density without contexts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,13 +176,19 @@ def table(
         rows = Table(name, CELLS, rows, rows, rows).select(columns).train
     else:
         name = str(root)
-        rows, notes = read_with_notes(root, columns)
+        rows, notes = read_with_notes(_existing(root), columns)
     return split_rows(name, columns, rows, validation=validation, held_out=held_out, seed=split_seed, notes=notes)
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:
     """Names of all columns of :func:`table`."""
-    return CELLS if root is None else column_names(root)
+    return CELLS if root is None else column_names(_existing(root))
+
+
+def _existing(root: str) -> str:
+    if not os.path.exists(root):
+        raise DataError(f"cannot read the table {root}: there is no such file. --data-root FILE names it.")
+    return root
 
 
 def _cells() -> np.ndarray:

@@ -66,10 +66,9 @@ def rnode_register_recipes() -> Mapping[str, str]:
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
     modules = {
-        "train": ("train", "tune_step", "estimate"),
-        "runs": ("eval", "diagnose", "sample", "export", "report"),
+        "train": ("train", "compare", "tune_step", "estimate"),
+        "runs": ("eval", "diagnose", "sample", "export", "report", "cite"),
         "lists": ("recipes", "data", "plugins", "regularizers", "info"),
-        "compare": ("compare",),
     }
     commands = {name: f"rnode_plugin.cli.{module}:{name}" for module, names in modules.items() for name in names}
     return {

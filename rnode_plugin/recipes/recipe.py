@@ -172,6 +172,8 @@ class Recipe:
         changes = self._changes(assignments)
         recipe = self
         data = changes.get("data", {})
+        if isinstance(self.data, TableData) and data.get("root"):
+            data["root"] = os.path.abspath(data["root"])  # a command in another folder finds the file
         if isinstance(self.data, TableData) and "columns" not in data and data.keys() & {"name", "root"}:
             recipe = dataclasses.replace(self, data=_of_other_table(self.data, **data))
         new: dict[str, Any] = {}
@@ -277,7 +279,7 @@ class Recipe:
             return self
         data = dataclasses.replace(self.data, root=root)
         if isinstance(data, TableData):
-            data = dataclasses.replace(data, rows=None, checksum=None)
+            data = dataclasses.replace(data, root=os.path.abspath(root), rows=None, checksum=None)
         return dataclasses.replace(self, data=data)
 
     @property

@@ -16,7 +16,8 @@ from ..evaluation.measures import Measure
 from ..recipes.recipe import Recipe, TableData
 from .runs import Run, arm_of
 
-__all__ = ["Arm", "Difference", "Look", "base_of", "by_strength", "group_runs", "paired_difference", "penalties_of"]
+__all__ = ["Arm", "Difference", "Look", "base_of", "by_strength", "group_runs", "nfe_batches",
+           "paired_difference", "penalties_of"]  # fmt: skip
 
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim, nats: single precision tells no smaller differences apart
@@ -107,6 +108,16 @@ class Arm:
         if result is None or name == "nfe_test":
             return None
         return result["evaluation"][name][f"stderr_{self.measure.samples}"]
+
+
+def nfe_batches(arms: Sequence[Arm], *, validation: bool = False) -> str:
+    """Of what the test NFE is a mean: of the best weights, or of a validation during training."""
+    sizes = {
+        run.recipe.data.val_batch_size if validation or run.result is None
+        else run.result["evaluation"].get("nfe_batch_size", run.recipe.data.val_batch_size)
+        for arm in arms for run in arm.runs
+    }  # fmt: skip
+    return f"batches of {' or '.join(map(str, sorted(sizes)))} {arms[0].measure.samples}, each solved alone"
 
 
 def penalties_of(arms: Sequence[Arm]) -> list[str]:

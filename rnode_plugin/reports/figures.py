@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import write_atomically
-from .arms import Arm, by_strength
+from .arms import Arm, by_strength, nfe_batches
 
 __all__ = ["Drawing", "Panel", "common_time", "draw", "legend", "make_panels", "plain_text", "rolling", "sweeps_of",
            "trade_off"]  # fmt: skip
@@ -134,6 +134,11 @@ def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable
     """Name, title, caption, section and painter of each figure."""
     logged = [arm for arm in arms if all(run.has_steps for run in arm.runs)]
     checked = [arm for arm in arms if any(run.has_steps and len(run.checks["step"]) for run in arm.runs)]
+    # a curve of one point shows nothing
+    if max((len(run.steps["step"]) for arm in logged for run in arm.runs), default=0) < 2:
+        logged = []
+    if max((len(run.checks["step"]) for arm in checked for run in arm.runs), default=0) < 2:
+        checked = []
     measure = arms[0].measure
     likelihood, samples, sample = measure.likelihood, measure.samples, measure.sample
     images = measure.metric == "bpd"
@@ -143,8 +148,9 @@ def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable
     if len(points := trade_off(arms)) > 1:
         caption = (
             "Down and to the left is better. One mark for each arm, with the test solver, on the held-out "
-            f"{samples}. Bars are standard errors: over the seeds; with one seed over the {samples}, and none for "
-            f"NFE. They hold errors that the arms share; the table compares arms {sample} by {sample}. Thin lines "
+            f"{samples}; NFE: {nfe_batches(arms)}. Bars are standard errors: over the seeds; with one seed over "
+            f"the {samples}, and none for NFE. They hold errors that the arms share; the table compares arms "
+            f"{sample} by {sample}. Thin lines "
             "join arms whose penalties differ by lambda only."
         )
         title = f"Held-out {likelihood} against NFE"
@@ -159,6 +165,7 @@ def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable
         yield f"{prefix}-training", title, caption, in_time, lambda axes: _scores_of_batches(axes, logged)
     if not checked:
         return
+    nfe_of_checks = nfe_batches(checked, validation=True)
     first = "Dirty bits/dim" if images else measure.quantities[0].heading
     caption = (
         f"{first} of the held-out {samples} at each validation, with the test solver. Time without validation."
@@ -166,12 +173,12 @@ def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable
     title = f"Held-out {likelihood} against time"
     yield f"{prefix}-validation", title, caption, in_time, lambda axes: _scores_of_checks(axes, checked)
     caption = (
-        "One mark for each validation during training: evaluations that the adaptive test solver takes for a "
-        f"batch, against the Jacobian norm of the same solve. {_correlations(checked)}"
+        f"One mark for each validation during training: evaluations of the test solver, {nfe_of_checks}, against "
+        f"the Jacobian norm of the same solves. {_correlations(checked)}"
     )
     title, section = "NFE against the Jacobian norm", "NFE against the Jacobian norm (the paper's figure 3)"
     yield "nfe-jacobian", title, caption, section, lambda axes: _nfe_against_jacobian(axes, checked)
-    caption = f"At each validation, on the held-out {samples}, with the test solver."
+    caption = f"At each validation, on the held-out {samples}, with the test solver; NFE: {nfe_of_checks}."
     section = "What the penalties do during training (the paper's figure 5)"
     for name, title, column, label in (
         ("jacobian-epoch", "Jacobian norm during training", "val/jacfrob", _JACOBIAN),

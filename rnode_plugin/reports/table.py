@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from ..core.schedules import strength_text
 from ..solvers.config import solver_text
-from ..text import change_with_error, duration, significant, with_error
-from .arms import Arm, base_of, paired_difference, penalties_of
+from ..text import change_with_error, duration, signed, significant, with_error
+from .arms import Arm, base_of, nfe_batches, paired_difference, penalties_of
 from .runs import is_divided
 
 __all__ = ["Column", "Row", "Table", "against_base", "make_table"]
@@ -73,8 +73,12 @@ def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
         if number == 0:
             meaning = f"{each.heading}, {measure.sample} by {measure.sample}"
             yield _Line(f"against {base.label}", meaning, lambda arm: _difference(arm, base))
-    yield _Line("NFE, test", "test solver, a solve that stands alone, all blocks", _known("nfe_test"))
-    yield _Line("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train"))
+    yield from (
+        _Line("NFE, test", f"all blocks, test solver, {nfe_batches(arms)}", _known("nfe_test")),
+        _Line("training time", "without validation", _known("train_seconds", duration)),
+        _Line("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
+        _Line("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")),
+    )
     for name in penalties_of(arms):
         heading, meaning = _PENALTIES.get(name, (name, "penalty / dim" if is_divided(name) else "penalty"))
         yield _Line(heading, f"{meaning}, test solver", _known(name))
@@ -83,10 +87,8 @@ def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
         _Line(
             "solver gap",
             f"{measure.likelihood} by the training solver, less the accurate {accurate}",
-            _known("gap", lambda gap: f"{gap:+.4f}".replace("-", "−")),
+            _known("gap", signed),
         ),
-        _Line("training time", "without validation", _known("train_seconds", duration)),
-        _Line("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
         _Line("steps", "", lambda arm: f"{arm.mean('steps'):,.0f}"),
         _Line("parameters", "", lambda arm: f"{arm.runs[0].parameters:,}"),
         _Line("training solver", "", _training_solver),
@@ -202,8 +204,9 @@ def _notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> Iterator[str]:
     if not all(arm.finished for arm in arms):
         yield "A run that is not finished shows its last validation, without a standard error."
     yield (
-        "Test NFE is the mean over solves that stand alone: none begins with a step of another one. They are those "
-        f"of four batches of 100 {samples} (of large ones fewer); of a run that is not finished, of its validation."
+        "Test NFE is the mean over solves that stand alone: none begins with a step of another one. The samples of "
+        "a batch share the steps, so larger batches need more. Figures of the training, and a run that is not "
+        "finished, have the NFE of its validations, whose batches are larger."
     )
     results = [run.result["evaluation"] for arm in arms for run in arm.runs if run.result is not None]
     if not all("nfe_batches" in result for result in results):

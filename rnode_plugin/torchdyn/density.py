@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
+from ..core.citations import citation
 from ..core.distribution import DensityModel
 from ..core.objective import FlowOutput
 from ..core.ops import on_host
@@ -28,7 +29,7 @@ from ..solvers import Solver
 from ..solvers.config import FIXED_METHODS, count_steps
 from .cnf import CNF, check_shape, is_count
 from .neural_ode import NeuralODE
-from .solver_names import resolve_solver
+from .solver_names import resolve_solver, solver_name
 
 __all__ = ["RegularizedCNF"]
 
@@ -207,6 +208,11 @@ class RegularizedCNF(DensityModel):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """:meth:`log_prob`, so that the model can be wrapped (DistributedDataParallel)."""
         return self.log_prob(x, context)
+
+    def citation(self) -> str:
+        given = [each.regularizer for each in self.ode._last_penalties().weighted.values()]
+        method = solver_name(self.ode.solver)
+        return citation(given, estimator=self._cnf.trace_estimator, methods=[method], density=True)
 
     def draw_noise(self, batch: int) -> Tensor | None:
         """Noise of the trace for one :meth:`log_prob` of ``batch`` samples; None if the trace is exact.

@@ -17,6 +17,7 @@ from torchdyn.core.defunc import SDEFunc
 from torchdyn.numerics.interpolators import INTERP_DICT, str_to_interp
 from torchdyn.numerics.solvers.ode import Tsitouras45
 
+from ..core.citations import citation
 from ..core.ops import OneProcessADevice, on_host, tree_map_only
 from ..core.penalties import Penalties, attach
 from ..core.regularizers import kind_of
@@ -254,6 +255,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         """
         return self._last_penalties().loss(step=step, **lambdas)
 
+    def citation(self) -> str:
+        """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
+        given = [each.regularizer for each in self._last_penalties().weighted.values()]
+        traced = any("vjp" in getattr(each, "needs", ()) for each in given)
+        estimator = get_estimator(self._trace_noise) if traced else None
+        return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
+
     @property
     def vf_params(self) -> Tensor:
         """The parameters of the vector field in one row, as they are now.
@@ -321,6 +329,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 )  # fmt: skip
         adaptive = self.solver.stepping_class == "adaptive"
         x = _checked_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
+        jacobian = [each for each in left.weighted.values() if getattr(each.regularizer, "needs", ())]
+        if x.ndim == 1 and len(x) > 1 and penalties and jacobian:
+            warnings.warn(  # Python shows it once
+                f"a state of shape {tuple(x.shape)} counts as {len(x)} samples of one dimension, without the "
+                "derivatives between them: give one sample as (1, D).",
+                stacklevel=4,
+            )
         with on_host():
             t_span = _checked_times(t_span, x, adaptive=adaptive)
             if left.policy is not None:
@@ -407,6 +422,11 @@ def _check_options(tolerances: dict[str, Any], max_nfe: Any, order: Any, interpo
 
 def _checked_state(x: Any, *, adaptive: bool) -> Tensor:
     """The initial state; one of integers becomes one of torch's default floating-point type."""
+    if isinstance(x, tuple):
+        raise ConfigError(
+            "the initial state must be one tensor (B, ...), not a tuple: CNF follows a log-density beside z, "
+            "penalized= chooses the columns that penalties see, and rnode_plugin.torchdiffeq.odeint takes tuples."
+        )
     if not isinstance(x, Tensor):
         raise ConfigError(
             f"the initial state must be a tensor (B, ...), not {type(x).__name__}: torch.as_tensor(x) makes one."

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.random_streams import Stream, seed_everything, seeded
+from ..core.schedules import strength_at
 from ..errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
 from ..fields import compile_fields
 from ..flows.table import TableFlow
@@ -29,6 +30,8 @@ from .step import AutoStep, StepClock, StepGuard, StepObjective, StepRecord, Val
 from .trainer import is_logged
 
 __all__ = ["RnodeModule"]
+
+_LONG = 10  # logged steps
 
 
 class RnodeModule(L.LightningModule):
@@ -93,6 +96,7 @@ class RnodeModule(L.LightningModule):
         self._row: dict[str, float] | None = None
         self._batches = self._world = 1  # of a step: per device, and devices
         self._warned = False
+        self._heavy = 0.0  # logged steps in a row whose penalties outweigh the likelihood
 
     @property
     def solver(self) -> Solver:
@@ -137,9 +141,23 @@ class RnodeModule(L.LightningModule):
         self._record.values["lr"] = optimizer.param_groups[0]["lr"]
         self._row = None
         # tensors come from a device one by one, and devices wait for each other: not at each step
-        values = self.row() if is_logged(self.trainer, self.global_step + 1) else self._record.values
+        values = self._record.values
+        if is_logged(self.trainer, self.global_step + 1):
+            values = self.row()
+            self._weigh_penalties(values)
         for name, value in values.items():
             self.log(name, value, prog_bar=name in (f"train/{self.measure.metric}", "train/nfe"))
+
+    def _weigh_penalties(self, row: Mapping[str, float]) -> None:
+        """Say once that the penalties have outweighed the likelihood, and a nat per dimension, for long."""
+        lambdas = {name: strength_at(name, each, self.global_step) for name, each in self.objective.lambdas.items()}
+        weight = sum(each * row.get(f"train/{name}", 0.0) for name, each in lambdas.items())
+        heavy = weight > max(abs(row["train/loss"] - weight), 1.0)
+        self._heavy = self._heavy + 1 if heavy else min(self._heavy, 0)
+        if self._heavy == _LONG and self.global_rank == 0:
+            self._heavy = -math.inf
+            line = f"warning: the penalties are {weight:.3g} nats/dim, more than the likelihood: lower the lambdas."
+            print(line, file=sys.stderr, flush=True)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         super().optimizer_step(*arguments, **options)

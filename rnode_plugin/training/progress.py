@@ -13,6 +13,8 @@ import pytorch_lightning as L
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from tqdm import tqdm
 
+from ..text import duration
+
 __all__ = ["LineProgress", "batch_counter", "progress_display"]
 
 _INTERVAL = 10.0  # least seconds between two plain lines
@@ -95,7 +97,9 @@ class LineProgress(ProgressBar):
         self._last = time.monotonic()
         shown = "  ".join(f"{name} {value}" for name, value in _shown_metrics(trainer.progress_bar_metrics).items())
         pace = module.clock.training / max(trainer.global_step, 1)
-        print(f"step {trainer.global_step}/{trainer.max_steps}  {shown}  {pace:.2f} s/step", flush=True)
+        left = trainer.max_steps - trainer.global_step
+        rest = f", about {duration(pace * left)} left" if left > 0 else ""
+        print(f"step {trainer.global_step}/{trainer.max_steps}  {shown}  {pace:.2f} s/step{rest}", flush=True)
 
 
 def progress_display() -> ProgressBar:

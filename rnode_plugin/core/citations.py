@@ -1,0 +1,43 @@
+"""BibTeX of the papers behind penalties, trace estimators and solvers; the entries are in papers.bib."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .regularizers.base import DECLARED, Source
+from .trace_estimators import Hutchinson, HutchPlusPlus
+
+__all__ = ["citation"]
+
+_ESTIMATORS = {Hutchinson: "hutchinson1989stochastic", HutchPlusPlus: "meyer2021hutch"}
+_METHODS = {"dopri5": "dormand1980family", "tsit5": "tsitouras2011runge"}
+
+
+def citation(
+    regularizers: Iterable[Any] = (), *, estimator: Any = None, methods: Iterable[str] = (), density: bool = False
+) -> str:
+    """BibTeX entries, one for each paper, that of neural ODEs first.
+
+    Args:
+        regularizers: penalties, by their ``name``. One of another package is left to that package.
+        estimator: of the trace; None if none is estimated.
+        methods: of the solvers.
+        density: whether the model is a continuous normalizing flow.
+    """
+    keys = ["chen2018neural", *(["grathwohl2019ffjord"] if density else [])]
+    for regularizer in regularizers:
+        declared = DECLARED.get(regularizer.name.partition(":")[0])
+        if declared is not None and isinstance(declared.source, Source):
+            keys.append(declared.source.key)
+    keys += [_ESTIMATORS.get(type(estimator), ""), *(_METHODS.get(method, "") for method in methods)]
+    entries = _entries()
+    return "\n\n".join(entries[key] for key in dict.fromkeys(keys) if key)
+
+
+def _entries() -> dict[str, str]:
+    """The entries of papers.bib by their keys."""
+    text = Path(__file__).with_name("papers.bib").read_text(encoding="utf-8")
+    return {entry[1]: entry[0].strip() for entry in re.finditer(r"^@\w+\{(\w+),.*?^\}$", text, re.M | re.S)}
