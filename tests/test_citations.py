@@ -1,0 +1,60 @@
+"""The papers that a model or a run cites."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver
+from rnode_plugin.cli import main
+from rnode_plugin.core.citations import _entries
+from rnode_plugin.core.regularizers import DECLARED, Source
+
+
+def keys(text: str) -> list[str]:
+    return re.findall(r"^@\w+\{(\w+),$", text, re.MULTILINE)
+
+
+def test_each_declared_paper_has_an_entry() -> None:
+    entries = _entries()
+    sources = [each.source for each in DECLARED.values() if isinstance(each.source, Source)]
+    assert {source.key for source in sources} - {""} <= entries.keys()
+    for source in sources:
+        if source.key:
+            assert f"year = {{{source.year}}}" in entries[source.key]
+            assert source.authors.split()[0] in entries[source.key]
+    for entry in entries.values():
+        assert entry.count("{") == entry.count("}")
+        assert {"title", "author", "year"} <= set(re.findall(r"^  (\w+) = ", entry, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: NeuralODE(torch.nn.Linear(2, 2), solver="rk4"), ["chen2018neural"]),
+        (
+            lambda: NeuralODE(torch.nn.Linear(2, 2), solver="tsit5", regularizers=["jacfrob", "kinetic"]),
+            ["chen2018neural", "finlay2020how", "hutchinson1989stochastic", "tsitouras2011runge"],
+        ),
+        (
+            lambda: RegularizedCNF(torch.nn.Linear(2, 2), event_shape=2, trace_estimator="exact", regularizers=()),
+            ["chen2018neural", "grathwohl2019ffjord", "dormand1980family"],
+        ),
+        (
+            lambda: MultiscaleFlow((1, 4, 4), hidden=2, trace_noise="hutch++:3", solver=Solver("dopri5")),
+            ["chen2018neural", "grathwohl2019ffjord", "finlay2020how", "meyer2021hutch", "dormand1980family"],
+        ),
+    ],
+)
+def test_a_model_cites_its_penalties_estimator_and_solver(model: Any, expected: list[str]) -> None:
+    assert keys(model().citation()) == expected
+
+
+def test_the_command() -> None:
+    assert keys(CliRunner().invoke(main, ["cite"]).output) == ["chen2018neural", "finlay2020how"]
+    pretrained = keys(CliRunner().invoke(main, ["cite", "mnist-pretrained"]).output)
+    assert {"grathwohl2019ffjord", "finlay2020how", "hutchinson1989stochastic"} <= set(pretrained)
