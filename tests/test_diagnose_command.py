@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
-from tiny_runs import run, tiny_recipe
+from tiny_runs import rows, run, tiny_recipe
 
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import wrapped_table
@@ -25,7 +25,16 @@ from rnode_plugin.reports.diagnosis import diagnosis_panels
 from rnode_plugin.reports.runs import read_run
 from rnode_plugin.training.runs import RunFolder
 
-NAMES = ["round trip", "trace", "log-determinant", "training solver", "tolerance", "path", "two samples"]
+NAMES = [
+    "round trip",
+    "trace",
+    "log-determinant",
+    "training solver",
+    "tolerance",
+    "path",
+    "two samples",
+    "training",
+]
 
 
 def rnode(*arguments: str) -> Result:
@@ -61,7 +70,7 @@ def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
     assert (plain["samples"], plain["recipe"], plain["weights"]) == (24, "digits", "as trained")
     assert plain["checkpoint"].endswith("best.ckpt")
     figures = {path.stem for path in (trained / "diagnosis").glob("*.png")}
-    assert figures == {name.replace(" ", "-") for name in NAMES}
+    assert figures == {name.replace(" ", "-") for name in NAMES[:-1]}  # one validation makes no curve
     assert {path.stem for path in (trained / "diagnosis").glob("*.svg")} == figures
     for path in (trained / "diagnosis").glob("*.png"):
         with Image.open(path) as image:
@@ -89,6 +98,8 @@ def test_json_and_another_folder(trained: Path, tmp_path: Path, canned: dict[str
     assert plain == json.loads((out / "diagnosis.json").read_text())
     assert plain["checks"][0]["numbers"] == {"bias": None}
     assert (canned["images"], canned["samples"]) == (8, 8)
+    score = next(float(row["val/bpd"]) for row in rows(trained) if "val/bpd" in row)
+    assert canned["validation"] == {4: pytest.approx(score * math.log(2))}
 
 
 def test_weights_outside_of_a_run(
@@ -100,7 +111,7 @@ def test_weights_outside_of_a_run(
     assert result.exit_code == 0, result.output
     assert (tmp_path / "diagnosis" / "diagnosis.json").is_file()
     assert str(Path("diagnosis") / "diagnosis.json") in result.stdout
-    assert (canned["images"], canned["samples"], canned["seed"]) == (256, None, 3)
+    assert (canned["images"], canned["samples"], canned["seed"], canned["validation"]) == (297, None, 3, None)
     assert canned["training_solver"].method == "rk4_38"
 
 

@@ -128,8 +128,8 @@ def eval(  # noqa: A001 - the command's name
 @click.command()
 @click.argument("run")
 @click.option("--samples", type=click.IntRange(2), metavar="N",
-              help="Held-out samples to use. [default: 256, of large images fewer: 50000 / dimensions, at least "
-                   "8]")  # fmt: skip
+              help="Held-out samples to use. [default: for solves 256, of large images fewer; beside samples all, "
+                   "at most 10000]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all noise.")
 @click.option("--out", metavar="FOLDER",
               help="Where diagnosis.json and the figures go. [default: the run's folder; for other weights the "
@@ -158,24 +158,34 @@ def diagnose(
 
     On held-out images or rows: the error after a round trip through the latent, the estimated trace against the
     exact one, the training solver against an accurate one, the NLL against the tolerance, the Jacobian norm and
-    the energy along the paths, and a classifier that tells samples from data; for a conditional density, the ranks
-    of the data among its samples. Each check has a verdict and a sentence that says what it means and what to do.
+    the energy along the paths, a classifier that tells samples from data, each column and the latents; for a
+    conditional density, the ranks of the data among its samples; and whether training had come to its end. Each
+    check has a verdict and a sentence that says what it means and what to do.
 
     Writes diagnosis.json and diagnosis/ (PNG and SVG), which `rnode-cli report` shows. The exit code is 3 if a
     check failed.
     """
-    from ..evaluation.diagnostics.diagnose import diagnose, samples_for
+    from ..evaluation.diagnostics.diagnose import compared_for, diagnose, samples_for
     from ..evaluation.loading import held_out_samples, pick_device
     from ..evaluation.measures import measure_of
     from ..files import write_atomically
+    from ..recipes.recipe import TableData
     from ..reports.diagnosis import diagnosis_panels
+    from ..reports.runs import read_metrics
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..training.runs import DIAGNOSIS, RunFolder
 
     path, place = find_checkpoint(run), pick_device(device)
     flow, recipe = load_with_recipe(path, map_location=place)
     recipe = recipe.at_root(data_root)
-    held_out = held_out_samples(recipe, samples or samples_for(recipe.dims), seed=seed, download=download)
+    held_out = held_out_samples(recipe, samples or compared_for(recipe.dims), seed=seed, download=download)
+    measure, own = measure_of(recipe), RunFolder.of_checkpoint(path)
+    validation = {}
+    if own is not None:
+        scale = math.log(2) if measure.metric == "bpd" else 1 / recipe.dims  # to nats per dimension
+        _, checked = read_metrics(own.metrics, measure.metric)
+        scores = zip(checked["step"], checked[f"val/{measure.metric}"], strict=True)
+        validation = {int(step): scale * score for step, score in scores}
     trained_with = training_solver(path)
     known = trained_with.adaptive or trained_with.step != "auto"
     diagnosis = diagnose(
@@ -183,6 +193,8 @@ def diagnose(
         held_out.x.to(place),
         **{name: value.to(place) for name, value in held_out.options.items()},
         training_solver=trained_with if known else None,
+        columns=recipe.data.modelled if isinstance(recipe.data, TableData) else (),
+        validation=validation or None,
         samples=samples,
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
@@ -197,9 +209,10 @@ def diagnose(
         click.echo(wrapped_table([("check", "verdict", "what it means"), *rows], width=width))
         fewer = samples is None and diagnosis.samples < samples_for(1)
         note = " (few, because they are large or there are no more; --samples N)" if fewer else ""
-        what = measure_of(recipe).samples
-        click.echo(f"\n{diagnosis.samples} held-out {what}{note}, {duration(diagnosis.seconds)}")
-    own = RunFolder.of_checkpoint(path)
+        used = f"{diagnosis.samples} held-out {measure.samples}{note}"
+        if len(held_out.x) > diagnosis.samples:
+            used += f", {len(held_out.x)} beside samples"
+        click.echo(f"\n{used}, {duration(diagnosis.seconds)}")
     folder = Path(out) if out else Path("diagnosis") if own is None else own.path
     write_atomically(folder / DIAGNOSIS, lambda file: file.write(text.encode()))
     for panel in diagnosis_panels(diagnosis, section=""):

@@ -49,10 +49,12 @@ def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[repor
 def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
     """Models that a recipe can name.
 
-    The model of a table has the arguments and methods of :class:`~rnode_plugin.flows.table.TableFlow`. One of
-    images takes the image shape ``(C, H, W)`` and keyword-only options, and has the methods of
-    :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images ``x (B, C, H, W)``, dequantized, in
-    ``[0, 1]``, it returns a :class:`~rnode_plugin.core.objective.FlowOutput` whose ``logdet (B,)`` is in nats.
+    A flow of one's own derives from :class:`~rnode_plugin.core.distribution.DensityModel`, with which evaluation,
+    diagnosis and export work. That of a table has the arguments and methods of
+    :class:`~rnode_plugin.flows.table.TableFlow`. One of images takes the image shape ``(C, H, W)`` and keyword-only
+    options, and has the methods of :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images
+    ``x (B, C, H, W)``, dequantized, in ``[0, 1]``, it returns a
+    :class:`~rnode_plugin.core.objective.FlowOutput` whose ``logdet (B,)`` is in nats.
     """
 
 

@@ -65,12 +65,15 @@ def _trace(axes: Any, check: Check) -> None:
     legend(axes)
 
 
-def _training_solver(axes: Any, check: Check) -> None:
-    exact, coarse = (np.array(check.curves[name]) for name in ("nll_accurate", "nll"))
-    axes.scatter(exact, coarse - exact, s=14, color=_BLUE, alpha=0.6, linewidth=0)
-    axes.axhline(0, color=_GREY, linewidth=1)
-    axes.set_xlabel("NLL by the accurate solver [nats/dim]")
-    axes.set_ylabel("off by [nats/dim]")
+def _differences(exact_name: str, other_name: str, label: str, off: str) -> Callable[[Any, Check], None]:
+    def paint(axes: Any, check: Check) -> None:
+        exact, other = (np.array(check.curves[name]) for name in (exact_name, other_name))
+        axes.scatter(exact, other - exact, s=14, color=_BLUE, alpha=0.6, linewidth=0)
+        axes.axhline(0, color=_GREY, linewidth=1)
+        axes.set_xlabel(label)
+        axes.set_ylabel(off)
+
+    return paint
 
 
 def _tolerance(axes: Any, check: Check) -> None:
@@ -113,6 +116,26 @@ def _two_samples(axes: Any, check: Check) -> None:
     legend(axes)
 
 
+def _distances(axes: Any, check: Check) -> None:
+    distance = check.curves["distance"]
+    axes.bar(range(len(distance)), distance, color=_BLUE)
+    axes.axhline(
+        check.numbers["limit"], color=_GREY, linestyle=":", label="chance alone exceeds it once in 1000 times"
+    )
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("dimension" + (" (the last: all together)" if check.name == "latents" else ""))
+    axes.set_ylabel("distance of the distribution functions")
+    legend(axes)
+
+
+def _training(axes: Any, check: Check) -> None:
+    axes.plot(check.curves["step"], check.curves["nll"], color=_BLUE, marker="o", markersize=3)
+    axes.axvline(0.75 * check.curves["step"][-1], color=_GREY, linestyle=":", label="last quarter")
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation NLL [nats/dim]")
+    legend(axes)
+
+
 def _ranks(axes: Any, check: Check) -> None:
     rows: dict[str, Sequence[float]] = dict(check.curves)
     bins = len(next(iter(rows.values())))
@@ -132,9 +155,21 @@ def _ranks(axes: Any, check: Check) -> None:
 _PANELS: Mapping[str, tuple[Callable[[Any, Check], None], Mapping[str, Any]]] = {
     "round trip": (_round_trip, {}),
     "trace": (_trace, {}),
-    "training solver": (_training_solver, {}),
+    "log-determinant": (
+        _differences(
+            "by_jacobian", "reported", "log-density by the Jacobian of the map [nats]", "reported is off by"
+        ),
+        {},
+    ),
+    "training solver": (
+        _differences("nll_accurate", "nll", "NLL by the accurate solver [nats/dim]", "off by [nats/dim]"),
+        {},
+    ),
     "tolerance": (_tolerance, _TWO_ROWS),
     "path": (_path, _TWO_ROWS),
     "two samples": (_two_samples, {}),
+    "columns": (_distances, {}),
+    "latents": (_distances, {}),
+    "training": (_training, {}),
     "posterior ranks": (_ranks, {}),
 }

@@ -23,7 +23,7 @@ from ..evaluation.measures import Measure, measure_of
 from ..plugins.registry import get_regularizer
 from ..recipes.recipe import Recipe
 
-__all__ = ["Run", "arm_of", "is_divided", "read_run", "read_runs"]
+__all__ = ["Run", "arm_of", "is_divided", "read_metrics", "read_run", "read_runs"]
 
 Columns = Mapping[str, NDArray[np.float64]]
 
@@ -235,7 +235,7 @@ def read_run(path: Path) -> Run:
         raise ConfigError(f"{path / 'recipe.json'} is not of this version: {error}") from None
     measure = measure_of(recipe)
     names = [quantity.name for quantity in measure.quantities]
-    steps, checks = _read_metrics(path / "metrics.csv", measure.metric)
+    steps, checks = read_metrics(path / "metrics.csv", measure.metric)
     return Run(
         path=path,
         recipe=recipe,
@@ -305,7 +305,12 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def _read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
+def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
+    """The rows of training steps and of validations in a ``metrics.csv``, by column; empty if it is missing.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     rows = _read_rows(path)
     steps = _columns([row for row in rows if f"train/{metric}" in row], ("step", "epoch", "train_seconds"))
     checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))

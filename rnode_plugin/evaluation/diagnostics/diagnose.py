@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ from ...errors import ConfigError, SolverError
 from ...solvers import Solver
 from .density_checks import LOG_DETERMINANT, TRACE, log_determinant, trace
 from .result import Check, Diagnosis
-from .sample_checks import RANKS, TWO_SAMPLE, ranks, two_sample
+from .sample_checks import COLUMNS, LATENTS, RANKS, TWO_SAMPLE, latents, ranks, two_sample
+from .sample_checks import columns as columns_check
 from .solver_checks import (
     PATH,
     ROUND_TRIP,
@@ -27,14 +28,17 @@ from .solver_checks import (
 )
 from .subject import HeldOut, Subject
 
-__all__ = ["diagnose", "samples_for"]
-
-_MOST, _FEWEST, _NUMBERS = 256, 8, 50_000
+__all__ = ["TRAINING", "compared_for", "diagnose", "samples_for", "still_falling"]
 
 
 def samples_for(dims: int) -> int:
-    """How many held-out samples a diagnosis uses unless it is told: 256, in more than 195 dimensions fewer."""
-    return max(_FEWEST, min(_MOST, _NUMBERS // dims))
+    """How many held-out samples the solves of a diagnosis take: 256, in more than 195 dimensions fewer."""
+    return max(8, min(256, 50_000 // dims))
+
+
+def compared_for(dims: int) -> int:
+    """How many held-out samples a diagnosis compares with the model's: 10,000, in more than 25 dimensions fewer."""
+    return max(samples_for(dims), min(10_000, 250_000 // dims))
 
 
 @torch.no_grad()
@@ -44,6 +48,8 @@ def diagnose(
     *,
     context: Tensor | None = None,
     training_solver: Solver | None = None,
+    columns: Sequence[str] = (),
+    validation: Mapping[int, float] | None = None,
     samples: int | None = None,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -57,15 +63,18 @@ def diagnose(
             be in no order.
         context: ``(N, *context_shape)`` of a conditional model: what each sample belongs to.
         training_solver: what the model was trained with; None: its own solver.
-        samples: how many of ``x`` are used; None: 256, and fewer in many dimensions (50000 / dims, at least 8).
+        columns: names of the columns of ``x (N, D)``; None are needed.
+        validation: NLL in nats per dimension of the validations of the training, by step.
+        samples: how many of ``x`` are used; None: for solves 256, in many dimensions fewer (50000 / dims, at least
+            8); for the comparison with the model's samples all, at most 10000 (250000 / dims).
         seed: of all noise.
         progress: called with the name of each check before it is made.
 
     Returns:
-        Diagnosis: round trip, trace, log-determinant, training solver, tolerance, path, two samples and, for a
-        conditional model, posterior ranks. NLL and gaps are in nats per dimension. A check in which a solver
-        fails has failed. The checks that are statistical (trace, two samples, posterior ranks) fail a right model
-        about once in 1000 times each.
+        Diagnosis: round trip, trace, log-determinant, training solver, tolerance, path, two samples; for samples
+        ``(D,)`` latents, and columns or, for a conditional model, posterior ranks; with ``validation`` training.
+        NLL and gaps are in nats per dimension. A check in which a solver fails has failed. The checks that are
+        statistical (trace, and those of samples) fail a right model about once in 1000 times each.
 
     Raises:
         ConfigError: for another class of model, fewer than two samples, values that are not finite, and shapes that
@@ -75,32 +84,39 @@ def diagnose(
         >>> import torch
         >>> from rnode_plugin.fields import linear_field
         >>> model = RegularizedCNF(linear_field(2), event_shape=2)  # fresh: f = 0, a standard normal
-        >>> diagnosis = diagnose(model, torch.randn(64, 2, generator=torch.Generator().manual_seed(0)))
-        >>> [check.name for check in diagnosis.checks if check.verdict == "ok"]
-        ['round trip', 'trace', 'log-determinant', 'training solver', 'tolerance', 'two samples']
+        >>> diagnosis = diagnose(model, torch.randn(400, 2, generator=torch.Generator().manual_seed(0)))
+        >>> [check.name for check in diagnosis.checks if check.verdict != "ok"]
+        ['path']
         >>> diagnosis.checks[5].sentence
         'The flow moves nothing (f = 0): it has not been trained.'
     """
     start = time.monotonic()
     subject = Subject(model)
-    data = _held_out(subject, x, context, samples, seed)
+    everything = _held_out(subject, x, context, samples or compared_for(subject.dims), seed, columns)
+    data = everything.first(samples or samples_for(subject.dims))
+    vectors, given = x.ndim == 2, context is not None
     checks: list[Check] = []
     with _evaluation_mode(model):
-        for name, make in (
-            (ROUND_TRIP, round_trip),
-            (TRACE, trace),
-            (LOG_DETERMINANT, log_determinant),
-            (TRAINING_SOLVER, lambda s, d: training_solver_gap(s, d, training_solver)),
-            (TOLERANCE, tolerance_curve),
-            (PATH, along_path),
-            (TWO_SAMPLE, two_sample),
-            *([] if data.context is None else [(RANKS, ranks)]),
+        for name, wanted, make in (
+            (ROUND_TRIP, True, lambda: round_trip(subject, data)),
+            (TRACE, True, lambda: trace(subject, data)),
+            (LOG_DETERMINANT, True, lambda: log_determinant(subject, data)),
+            (TRAINING_SOLVER, True, lambda: training_solver_gap(subject, data, training_solver)),
+            (TOLERANCE, True, lambda: tolerance_curve(subject, data)),
+            (PATH, True, lambda: along_path(subject, data)),
+            (TWO_SAMPLE, True, lambda: two_sample(subject, everything)),
+            (COLUMNS, vectors and not given, lambda: columns_check(subject, everything)),
+            (LATENTS, vectors, lambda: latents(subject, everything)),
+            (RANKS, given, lambda: ranks(subject, everything)),
+            (TRAINING, validation is not None, lambda: still_falling(validation or {})),
         ):
+            if not wanted:
+                continue
             if progress is not None:
                 progress(name)
             try:
                 with data.noise():  # what a check draws besides
-                    checks.append(make(subject, data))
+                    checks.append(make())
             except SolverError as error:
                 sentence = f"A solver fails on held-out data: {error} Nothing can be said until it does not."
                 checks.append(Check(name, "failed", sentence))
@@ -108,8 +124,10 @@ def diagnose(
     return Diagnosis(tuple(checks), len(data.x), subject.dims, subject.solver_text, seed, seconds)
 
 
-def _held_out(subject: Subject, x: Tensor, context: Tensor | None, samples: int | None, seed: int) -> HeldOut:
-    if samples is not None and samples < 2:
+def _held_out(
+    subject: Subject, x: Tensor, context: Tensor | None, samples: int, seed: int, columns: Sequence[str]
+) -> HeldOut:
+    if samples < 2:
         raise ConfigError(f"a diagnosis needs at least two samples, not {samples}.")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -125,8 +143,37 @@ def _held_out(subject: Subject, x: Tensor, context: Tensor | None, samples: int 
         raise ConfigError(f"this model {wanted}.")
     if context is not None and context.shape != (len(x), *(shape or ())):
         raise ConfigError(f"context= has the shape {tuple(context.shape)}, not {(len(x), *(shape or ()))}.")
-    n = min(len(x), samples or samples_for(subject.dims))
-    return HeldOut(x[:n], None if context is None else context[:n], seed)
+    return HeldOut(x, context, seed, columns).first(samples)
+
+
+TRAINING = "training"
+_FALL = 0.005  # nats per dimension
+
+
+def still_falling(validation: Mapping[int, float]) -> Check:
+    """Whether the NLL of the validations, nats per dimension by step, still fell in the last quarter of a run."""
+    steps = sorted(validation)
+    early, late = (
+        [validation[step] for step in steps if (step > 0.75 * steps[-1]) == last] for last in (False, True)
+    )
+    if not early:
+        sentence = (
+            "Left out: one validation does not tell whether training has come to its end; validate more often."
+        )
+        return Check(TRAINING, "left out", sentence)
+    fall = min(early) - min(late)
+    curves = {"step": steps, "nll": [validation[step] for step in steps]}
+    numbers = {"fall": fall, "steps": steps[-1]}
+    if fall > _FALL:
+        sentence = (
+            f"The validation NLL still fell by {fall:.2g} nats/dim in the last quarter of the {steps[-1]} steps: "
+            "the model had not learnt what it can. Train longer."
+        )
+        return Check(TRAINING, "warning", sentence, numbers, curves)
+    sentence = (
+        f"The validation NLL fell by no more than {_FALL:g} nats/dim in the last quarter of {steps[-1]} steps."
+    )
+    return Check(TRAINING, "ok", sentence, numbers, curves)
 
 
 @contextmanager

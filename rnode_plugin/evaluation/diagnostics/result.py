@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ...errors import ConfigError
 
 __all__ = ["VERDICTS", "Check", "Diagnosis", "Verdict", "worse_of"]
 
-Verdict = Literal["ok", "left out", "warning", "failed"]
-VERDICTS: tuple[Verdict, ...] = ("ok", "left out", "warning", "failed")
+Verdict = Literal["ok", "left out", "cannot tell", "warning", "failed"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """From the best to the worst."""
 
 
@@ -22,7 +22,8 @@ class Check:
 
     Attributes:
         name: of the check, such as ``round trip``.
-        verdict: ``ok``, ``warning``, ``failed``, or ``left out`` for a check that could not be made.
+        verdict: ``ok``, ``warning``, ``failed``, ``cannot tell`` if the data are too few to see a difference that
+            matters, or ``left out`` for a check that could not be made.
         sentence: what was found, what it means, and what to do.
         numbers: what was measured, by name.
         curves: what a figure needs, by name.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,15 +34,21 @@ class HeldOut:
         x: samples ``(N, *event)``.
         context: ``(N, *context_shape)``; None for a model without.
         seed: of all noise.
+        columns: names of the columns of ``x (N, D)``, if they have names.
     """
 
     x: Tensor
     context: Tensor | None
     seed: int
+    columns: Sequence[str] = ()
 
     def first(self, n: int) -> HeldOut:
         """The first ``n`` samples."""
-        return HeldOut(self.x[:n], None if self.context is None else self.context[:n], self.seed)
+        return replace(self, x=self.x[:n], context=None if self.context is None else self.context[:n])
+
+    def column(self, index: int) -> str:
+        """What a dimension is called."""
+        return self.columns[index] if self.columns else f"dimension {index}"
 
     def noise(self, *index: int) -> AbstractContextManager[None]:
         """A block that draws the same noise each time; ``index`` tells one block from another."""
@@ -144,9 +151,7 @@ class Subject:
 
     def start(self, x: Tensor) -> Tensor | None:
         """Where the paths of ``x`` begin, ``(B, D)`` in the order of the latent; None: at the first state."""
-        if isinstance(self.model, BlockFlow):
-            return self.model.first_state(x)
-        return x.flatten(1) if isinstance(self.model, RegularizedCNF) else None
+        return self.model.first_state(x) if isinstance(self.model, BlockFlow) else None
 
     def _batches(self, x: Tensor, context: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         parts = x.split(self.batch_size)
