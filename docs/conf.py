@@ -1,4 +1,4 @@
-"""Settings of Sphinx: pages of this folder, public names by room, the command line; without the network."""
+"""Settings of Sphinx: the pages of this folder, the reference and the command line; built without the network."""
 
 from __future__ import annotations
 
@@ -18,20 +18,36 @@ project_copyright = author = "The rnode-plugin developers"
 version = release = rnode_plugin.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx.ext.intersphinx",
     "sphinx_click",
+    "sphinx_copybutton",
+    "sphinx_design",
 ]
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 4
+myst_dmath_double_inline = True
+nb_execution_mode = "off"  # notebooks are stored with their outputs; tests/test_docs.py runs them
+nb_merge_streams = True
+suppress_warnings = ["myst.header"]  # a landing page without a title of its own
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # torchdyn's are not ours
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 60
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = f"rnode-plugin {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # Links to the documentation of others need the network: set DOCS_ONLINE=1 for them, as the public site does.
 intersphinx_mapping = {
@@ -49,23 +65,29 @@ SHOWN = {
     "code_of_conduct": ROOT / "CODE_OF_CONDUCT.md",
     "contributing": ROOT / "CONTRIBUTING.md",
     "gallery": ROOT / "examples" / "README.md",
-    "index": ROOT / "README.md",
+    "maf_tables": ROOT / "examples" / "maf_tables" / "README.md",
+    "parquet_pictures": ROOT / "examples" / "parquet_pictures" / "README.md",
     "security": ROOT / "SECURITY.md",
     "third_party_plugin": ROOT / "examples" / "third_party_regularizer" / "README.md",
 }
+LINKED = {**SHOWN, "index": ROOT / "README.md"}
 SHOWS = re.compile(r"^The site shows \[.*\]\(.*\) here\.$", re.MULTILINE)
+PART = re.compile(r"^The site shows the part `(\w+)` of \[README.md\]\(.*\) here\.$", re.MULTILINE)
+CODE = re.compile(r"`(rnode_plugin[\w.]*)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
     """Put the file that a page shows in the place of the line that says so, and mend the links."""
+    if Path(app.env.doc2path(page)).suffix != ".md":
+        return
 
     def mended(text: str, folder: Path) -> str:
         def link(found: re.Match[str]) -> str:
             if "://" in found[1]:
                 return found[0]
             target = (folder / found[1]).resolve()
-            target = next((DOCS / f"{name}.md" for name, file in SHOWN.items() if file == target), target)
+            target = next((DOCS / f"{name}.md" for name, file in LINKED.items() if file == target), target)
             return f"]({relpath(target, (DOCS / page).parent)}{found[2] or ''})"
 
         return LINK.sub(link, text)
@@ -74,7 +96,24 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
     if page in SHOWN:
         app.env.note_dependency(str(SHOWN[page]))  # so that a change of the file rebuilds the page
         text = SHOWS.sub(lambda _: mended(SHOWN[page].read_text(), SHOWN[page].parent), text)
-    source[0] = text
+    readme = ROOT / "README.md"
+    app.env.note_dependency(str(readme))
+    text = PART.sub(lambda found: mended(part(readme.read_text(), found[1]), ROOT), text)
+    source[0] = CODE.sub(reference, text) if page == "mathematics" else text
+
+
+def part(text: str, name: str) -> str:
+    """The lines between ``<!-- part: name -->`` and ``<!-- end -->``."""
+    return text.split(f"<!-- part: {name} -->\n")[1].split("<!-- end -->")[0]
+
+
+def reference(found: re.Match[str]) -> str:
+    """A link to a name of the reference; a name that the reference lacks stays code."""
+    module, name = found[1], found[2]
+    if name is None:
+        return f"{{py:mod}}`{module}`"
+    public = name.split(".")[0] in rnode_plugin.__all__
+    return f"{{py:obj}}`{name} <{'rnode_plugin' if public else module}.{name}>`"
 
 
 def setup(app: Any) -> None:

@@ -162,6 +162,12 @@ def test_notebooks_run(path, tmp_path):
     assert nfe[1] < nfe[0], "the page says that the penalties save evaluations"
 
 
+@pytest.mark.parametrize("path", DOCS, ids=[str(path.relative_to(ROOT)) for path in DOCS])
+def test_code_fits_80_columns(path):
+    wide = [f"{block.where}: {line}" for block in blocks(path) for line in block.text.splitlines() if len(line) > 80]
+    assert not wide, "the site cuts these lines at its right edge"
+
+
 @pytest.mark.parametrize("path", DOCS, ids=[path.name for path in DOCS])
 def test_links_lead_to_files(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
