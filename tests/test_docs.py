@@ -164,7 +164,8 @@ def test_notebooks_run(path, tmp_path):
 
 @pytest.mark.parametrize("path", DOCS, ids=[str(path.relative_to(ROOT)) for path in DOCS])
 def test_code_fits_80_columns(path):
-    wide = [f"{block.where}: {line}" for block in blocks(path) for line in block.text.splitlines() if len(line) > 80]
+    lines = [(block.where, line) for block in blocks(path) for line in block.text.splitlines()]
+    wide = [f"{where}: {line}" for where, line in lines if len(line) > 80]
     assert not wide, "the site cuts these lines at its right edge"
 
 

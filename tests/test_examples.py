@@ -26,6 +26,7 @@ TABLES = {
     "own_regularizer": (2, ["none", "slow", "incompressible"]),
     "posterior_two_moons": (1, ["no penalty", "both penalties"]),  # and zuko's row if it is installed
     "time_series": (2, ["plain", r"\['kinetic'\]", r"\{'kinetic': 1\}"]),
+    "torchdiffeq_moons": (2, ["none +0", "none +2", r"\{'kinetic': 0.01\} +2"]),
     "train_images": (2, ["steps +2 ", "bits/dim dirty", "bits/dim clean", "NFE", "kinetic / dim", "jacfrob / dim"]),
 }
 
