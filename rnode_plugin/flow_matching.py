@@ -54,8 +54,9 @@ def penalties_at(
         >>> import torch
         >>> from rnode_plugin import penalties_at
         >>> z = torch.ones(3, 2)
-        >>> penalties_at(lambda t, x: -2 * x, 0.5, z, ["kinetic", "jacfrob"], trace_noise="exact")
-        {'kinetic': tensor([8., 8., 8.]), 'jacfrob': tensor([8., 8., 8.])}
+        >>> rates = penalties_at(lambda t, x: -2 * x, 0.5, z, ["kinetic", "jacfrob"], trace_noise="exact")
+        >>> {name: rate.tolist() for name, rate in rates.items()}
+        {'kinetic': [8.0, 8.0, 8.0], 'jacfrob': [8.0, 8.0, 8.0]}
     """
     weighted = resolve_regularizers(regularizers)
     for name, entry in weighted.items():

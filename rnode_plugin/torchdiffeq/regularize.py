@@ -50,6 +50,7 @@ def regularize(
 
     Example:
         >>> import torch
+        >>> from rnode_plugin.torchdiffeq import regularize
         >>> from torchdiffeq import odeint
         >>> a = torch.tensor(1.0, requires_grad=True)
         >>> with regularize("kinetic") as penalties:
