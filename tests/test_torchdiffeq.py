@@ -282,6 +282,30 @@ def test_callbacks_see_the_users_state() -> None:
     assert set(seen) == {(4, 2)}
 
 
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> None:
+    field, y0 = Field(), start()
+    arguments: dict[str, Any] = {
+        "rtol": 1e-3, "atol": 1e-3, "method": method, "options": {"step_size": 0.25} if method == "rk4" else None,
+        "regularizers": {"kinetic": 1.0, "jacfrob": 1.0}, "trace_noise": "exact",
+    }  # fmt: skip
+    span = SPAN[[0, -1]]
+
+    def draw(quadrature: str) -> Tensor:
+        _, penalties = odeint(field, y0, span, **arguments, penalty_quadrature=quadrature)
+        gradient = torch.autograd.grad(penalties.loss(), next(field.parameters()), retain_graph=True)[0]
+        return torch.cat([penalties["jacfrob"].detach(), gradient.flatten(), penalties["kinetic"].detach()])
+
+    full = draw("full")
+    torch.manual_seed(0)
+    draws = torch.stack([draw("sampled") for _ in range(400)])
+    assert torch.equal(draws[:, -4:], full[-4:].expand(400, 4))  # kinetic needs no product
+    off, error = (draws.mean(0) - full)[:-4], draws.std(0)[:-4] / 20
+    # 16 numbers: 3 standard errors for the typical one
+    assert (off.abs() <= 3 * error + 1e-12).double().mean() > 0.9
+    assert (off.abs() <= 4.5 * error + 1e-12).all()
+
+
 # --- code that cannot be changed --------------------------------------------------------------------------------
 
 
@@ -372,6 +396,7 @@ def test_installed_regularizers_add_their_gradient(their_code: ModuleType, name:
         (start(), {"regularizers": ["kinetic", "kinetic"]}, "twice"),
         (start(), {"regularizers": ["kinetik"]}, "kinetic"),
         (start(), {"trace_noise": "gausian"}, "gaussian"),
+        (start(), {"penalty_quadrature": "samples"}, "sampled"),
         ((start(), start(3, 2)), {"penalized": (0, 1)}, "samples"),
     ],
 )

@@ -31,6 +31,7 @@ def regularize(
     penalized: int | tuple[int, ...] | None = None,
     batch_dim: int = 0,
     trace_noise: str = "gaussian",
+    penalty_quadrature: str = "full",
 ) -> Iterator[Penalties]:
     """Penalties of all solves by torchdiffeq in a block, for code that cannot be changed.
 
@@ -40,7 +41,7 @@ def regularize(
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
             :func:`~rnode_plugin.torchdiffeq.odeint`.
-        penalized, batch_dim, trace_noise: as there.
+        penalized, batch_dim, trace_noise, penalty_quadrature: as there.
 
     Yields:
         The penalties by name, ``(B,)``, summed over the solves, with the sum of eq. 17 as ``loss()``.
@@ -62,7 +63,13 @@ def regularize(
     if _in_block:
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
-    wanted = follow(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
+    wanted = follow(
+        spec,
+        penalized=penalized,
+        batch_dim=batch_dim,
+        trace_noise=trace_noise,
+        penalty_quadrature=penalty_quadrature,
+    )
     found = Penalties(wanted.weighted)
 
     def collect(solution: Any, integrals: dict[str, Tensor], dims: int) -> Any:
@@ -124,7 +131,7 @@ def _following(name: str, wanted: Follow, then: Any) -> Any:
 
 @functools.cache
 def _defaults_of(face: Any) -> dict[str, Any]:
-    ours = {"regularizers", "penalized", "batch_dim", "trace_noise"}
+    ours = {"regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature"}
     return {name: value for name, value in face.__kwdefaults__.items() if name not in ours}
 
 
