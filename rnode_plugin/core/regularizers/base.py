@@ -48,15 +48,24 @@ __all__ = [
     "weigh_regularizers",
 ]
 
-NEEDS = frozenset({"vjp", "jvp", "aux"})
-"""What a rate can need of an evaluation, see :class:`~rnode_plugin.core.dynamics.FieldEvaluation`."""
+KINDS: dict[str, tuple[str, ...]] = {
+    "rate": ("needs",),
+    "step": ("uses", "reduction", "local"),
+    "trajectory": ("rates", "times"),
+    "span": ("penalized", "times"),
+}
+"""The kinds, and what each has beside a name and a call."""
 
-_REDUCTIONS = ("sum", "mean", "max")
+_CHOICES = {
+    "needs": frozenset({"vjp", "jvp", "aux"}),
+    "uses": frozenset({"error", "pair"}),
+    "reduction": frozenset({"sum", "mean", "max"}),
+}
 
 
 @runtime_checkable
 class Regularizer(Protocol):
-    """What all kinds share: a name and a call. See :class:`Rate` and its siblings for the argument of the call.
+    """What all kinds share: a name and a call.
 
     Two attributes are optional: ``kind``, one of :data:`KINDS`, ``"rate"`` if it is missing, and
     ``divided_by_dims``, whether the objective divides the penalty by the number of dimensions (True if it is
@@ -75,50 +84,38 @@ class Regularizer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, record: Any, /) -> Any: ...
+    def __call__(self, record: Any, /) -> Tensor:
+        """The value ``(B,)``.
+
+        ``record`` is a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`, a :class:`StepRecord`, a
+        :class:`Trajectory`, or for a span policy a state ``z (B, *event)``.
+        """
+        ...
 
 
-@runtime_checkable
-class Rate(Protocol):
-    """A rate: its integral along the trajectory is the penalty.
+class Rate(Regularizer, Protocol):
+    """A rate.
 
     Attributes:
-        name: the key of its penalty in every result.
         needs: what it reads of an evaluation beyond ``t, z, dz, noise``: a set of ``"vjp"``, ``"jvp"``, ``"aux"``.
             Without such a penalty, and without a density to follow, an evaluation costs no product with the
             Jacobian.
     """
 
     @property
-    def name(self) -> str: ...
-
-    @property
     def needs(self) -> Collection[str]: ...
 
-    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
-        """The rate ``(B,)`` at one evaluation of the field."""
-        ...
 
-
-@runtime_checkable
-class StepPenalty(Protocol):
-    """A penalty on the solver's accepted steps, or on one extra step.
+class StepPenalty(Regularizer, Protocol):
+    """A penalty on the solver's accepted steps, or on one extra step; ``kind = "step"``.
 
     Attributes:
-        name: the key of its penalty in every result.
-        kind: ``"step"``.
         uses: what it reads of a step that not every method has: ``"error"``, the embedded error estimate, and
             ``"pair"``, two stages at the same time.
         reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
         local: whether it sees one extra step instead, from a uniformly random time: unbiased for the time average
             of a step's value. The step's start is detached.
     """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> str: ...
 
     @property
     def uses(self) -> Collection[str]: ...
@@ -129,26 +126,13 @@ class StepPenalty(Protocol):
     @property
     def local(self) -> bool: ...
 
-    def __call__(self, step: StepRecord, /) -> Tensor:
-        """The value ``(B,)`` of one step."""
-        ...
 
-
-@runtime_checkable
-class TrajectoryPenalty(Protocol):
-    """A penalty on the states of a solve at times of its own.
+class TrajectoryPenalty(Regularizer, Protocol):
+    """A penalty on the states of a solve at times of its own; ``kind = "trajectory"``.
 
     Attributes:
-        name: the key of its penalty in every result.
-        kind: ``"trajectory"``.
         rates: rates whose integrals it reads.
     """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> str: ...
 
     @property
     def rates(self) -> Collection[Rate]: ...
@@ -157,26 +141,13 @@ class TrajectoryPenalty(Protocol):
         """Times strictly between both ends at which it wants states, ``(k,)``; drawn again for each solve."""
         ...
 
-    def __call__(self, trajectory: Trajectory, /) -> Tensor:
-        """The penalty ``(B,)``."""
-        ...
 
-
-@runtime_checkable
-class SpanPolicy(Protocol):
-    """A rule for the times of a solve.
+class SpanPolicy(Regularizer, Protocol):
+    """A rule for the times of a solve; ``kind = "span"``.
 
     Attributes:
-        name: the key of its penalty in every result.
-        kind: ``"span"``.
         penalized: whether it has a penalty, and so takes a lambda.
     """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> str: ...
 
     @property
     def penalized(self) -> bool: ...
@@ -184,19 +155,6 @@ class SpanPolicy(Protocol):
     def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
         """The times to solve through instead of ``t_span (T,)``, as many and in the same direction."""
         ...
-
-    def __call__(self, z: Tensor, /) -> Tensor:
-        """The penalty ``(B,)`` for a state ``z (B, *event)``."""
-        ...
-
-
-KINDS: dict[str, tuple[type, str]] = {
-    "rate": (Rate, "`needs` and `__call__(evaluation)`"),
-    "step": (StepPenalty, "`uses`, `reduction`, `local` and `__call__(step)`"),
-    "trajectory": (TrajectoryPenalty, "`rates`, `times(t0, t1)` and `__call__(trajectory)`"),
-    "span": (SpanPolicy, "`penalized`, `times(t_span, *, training)` and `__call__(z)`"),
-}
-"""The kinds: the protocol of each, and what it asks for beside a name."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +210,7 @@ class _Reference:
 
 @dataclass(frozen=True)
 class FunctionRegularizer(_Reference):
-    """A rate from a function of a :class:`~rnode_plugin.core.dynamics.FieldEvaluation`.
+    """A rate from a function of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`.
 
     Args:
         name: the key of its penalty in every result.
@@ -484,29 +442,21 @@ def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
         entry = by_name(entry)
     if isinstance(entry, type):
         raise ConfigError(f"{entry.__name__} is a class: give an object, {entry.__name__}(...).")
-    kind = kind_of(entry)
-    if hasattr(entry, "name") and kind in KINDS and isinstance(entry, KINDS[kind][0]):
-        _check(entry, kind)
-        return entry
     if callable(entry) and not hasattr(entry, "name"):
         return FunctionRegularizer(getattr(entry, "__name__", type(entry).__name__), _PlainRate(entry))
-    if kind not in KINDS:
-        raise ConfigError(f"{entry!r} has kind = {kind!r}; the kinds are {', '.join(KINDS)}.")
-    raise ConfigError(
-        f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object with "
-        f"`name`, {KINDS[kind][1]}."
-    )
-
-
-def _check(regularizer: Any, kind: str) -> None:
-    name = regularizer.name
-    if kind == "rate" and not set(regularizer.needs) <= NEEDS:
+    kind = kind_of(entry)
+    if not isinstance(entry, Regularizer) or kind not in KINDS:
         raise ConfigError(
-            f"{name!r} needs {set(regularizer.needs) - NEEDS}; it can need {', '.join(sorted(NEEDS))}."
+            f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object with a "
+            f"`name`, a `kind` among {', '.join(KINDS)}, and a call."
         )
-    if kind == "step" and regularizer.reduction not in _REDUCTIONS:
-        raise ConfigError(
-            f"{name!r} has reduction {regularizer.reduction!r}; it must be one of {', '.join(_REDUCTIONS)}."
-        )
-    if kind == "step" and not set(regularizer.uses) <= {"error", "pair"}:
-        raise ConfigError(f"{name!r} uses {set(regularizer.uses)}; a step has 'error' and 'pair'.")
+    for attribute in KINDS[kind]:
+        if not hasattr(entry, attribute):
+            raise ConfigError(f"{entry.name!r} lacks `{attribute}`, which a regularizer of kind {kind!r} has.")
+        value, choices = getattr(entry, attribute), _CHOICES.get(attribute)
+        given = {value} if attribute == "reduction" else value
+        if choices is not None and not choices.issuperset(given):
+            raise ConfigError(
+                f"{entry.name!r} has {attribute} = {value!r}; it can be of {', '.join(sorted(choices))}."
+            )
+    return entry
