@@ -85,7 +85,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--devices", "0"], 2, r"device or precision cannot be used"),
     (["train", "digits", "--devices", "-3"], 2, r"device or precision cannot be used"),
     (["train", "digits", "--devices", "two"], 2, r"device or precision cannot be used"),
-    (["train", "digits", "--num-nodes", "0"], 2, r"number of machines must be at least 1"),
+    (["train", "digits", "--num-nodes", "0"], 2, r"num_nodes"),
     (["train", "digits", "--accelerator", "abacus"], 2, r"device or precision cannot be used.*abacus"),
     (["train", "digits", "--precision", "8-bits"], 2, r"device or precision cannot be used.*8-bits"),
     (["train", "digits", "--precision", "16-mixed"], 2, r"=16-mixed needs a GPU: on a CPU use 32-true or bf16-mix"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -206,18 +205,6 @@ def test_the_command_flushes_denormals_and_the_library_does_not(
 # signals ------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
-    def twice(module: Any, step: int) -> None:
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    result = run(tiny_recipe("training.save_every=5"), tmp_path, callbacks=[BeforeStep(twice)])
-    assert (result.stopped, result.at_once, result.steps) == ("SIGINT", True, 5)
-    assert result.evaluation is None
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
 def test_the_command_says_what_a_second_signal_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "two_signals.py").write_text(
         "import os, signal, pytorch_lightning as L\n"
@@ -230,6 +217,7 @@ def test_the_command_says_what_a_second_signal_left(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "path", list(sys.path))
     done = train("digits", "--callback", "two_signals:Two", "--runs", tmp_path / "runs")
     assert done.exit_code == 130, done.output
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert "SIGINT ended it at once; the last checkpoint is of step 5 of 8; --resume" in done.output
 
 
@@ -248,39 +236,29 @@ def test_a_terminal_that_goes_away(tmp_path: Path) -> None:
 # the lock -----------------------------------------------------------------------------------------------------
 
 
-def hold(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds the lock until its input ends."""
+def test_a_second_process_is_refused_and_a_killed_one_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(tiny_recipe("training.max_steps=2"), tmp_path)
+    folder = result.folder.path
+    longer = tiny_recipe("training.max_steps=3")
     code = (
         "import sys; from pathlib import Path; from rnode_plugin.training.runs import training_lock\n"
         f"with training_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
-def test_a_second_process_is_refused_and_a_killed_one_is_not_missed(tmp_path: Path) -> None:
-    result = run(tiny_recipe("training.max_steps=2"), tmp_path)
-    folder = result.folder.path
-    before = sorted(each.name for each in folder.iterdir())
-    longer = tiny_recipe("training.max_steps=3")
-    with hold(folder) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="is being trained by another process"):
             run(longer, tmp_path, resume=folder)
         assert result.folder.result.exists(), "a refusal changes nothing"
         process.kill()
-    resumed = run(longer, tmp_path, resume=folder)
-    assert resumed.steps == 3
-    assert sorted(each.name for each in folder.iterdir()) == before
 
-
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Any, *args: Any, **options: Any) -> None:
-        raise NotImplementedError("no locks here")
+        raise NotImplementedError("no locks on this file system")
 
+    assert run(longer, tmp_path, resume=folder).steps == 3
     monkeypatch.setattr(runs.FileLock, "acquire", refuse)
     with training_lock(tmp_path):
         pass

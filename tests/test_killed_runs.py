@@ -6,15 +6,19 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from child_runs import STEPS, Child, assert_intact, assert_same, at, one_run, repr_exact
+from click.testing import CliRunner
 from PIL import Image
-from tiny_runs import rows, tiny_recipe
+from tiny_runs import SETTINGS, rows, tiny_recipe
 
+from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import fit
@@ -136,35 +140,6 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert_intact(tmp_path / "runs", 4)
 
 
-def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
-    metrics = tmp_path / "runs" / "digits" / "0" / "metrics.csv"
-    message = Child(
-        tmp_path / "runs", STEPS, at(5, f"os.remove({str(metrics)!r}); os.mkdir({str(metrics)!r})")
-    ).error()
-    assert f"training stopped: the system refused: Is a directory ({metrics})" in message
-    assert_intact(tmp_path / "runs", 4)
-
-
-def test_a_run_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
-    Child(runs, STEPS, at(5, "os.kill(os.getpid(), signal.SIGTERM)")).end()
-    checkpoints = one_run(runs) / "checkpoints"
-    before = {file.name: file.read_bytes() for file in checkpoints.iterdir()}
-    # the superuser may write into a folder whatever its mode says, so the system's answer is put in its place
-    refuse = """
-import errno, pathlib
-original = pathlib.Path.open
-def refuse(self, mode="r", *rest, **options):
-    if "w" in mode:
-        raise OSError(errno.EROFS, "Read-only file system", str(self))
-    return original(self, mode, *rest, **options)
-pathlib.Path.open = refuse
-"""
-    message = Child(runs, STEPS, refuse, resume=one_run(runs)).error()
-    assert "CheckpointError: cannot write" in message
-    assert {file.name: file.read_bytes() for file in checkpoints.iterdir()} == before
-
-
 def pictures(folder: Path) -> list[str]:
     folder.mkdir()
     for number in range(120):
@@ -192,7 +167,7 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
         "[os.kill(pid, signal.SIGKILL) for pid in kids]; import time; time.sleep(0.3)"
     )
     message = Child(tmp_path / "runs", [*STEPS, "data.workers=1"], at(3, kill_children)).error()
-    assert "training stopped: a process that reads batches died" in message
+    assert "training stopped: DataLoader worker" in message
     assert "data.workers=0" in message
     assert "goes on from it" in message
 
@@ -202,3 +177,48 @@ def test_fewer_held_out_images_than_devices(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="1 held-out images are too few for 2 devices"):
         fit(recipe, runs=tmp_path / "runs", accelerator="cpu", devices=2, progress=False)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own, as the folder of all runs."""
+    place = tmp_path / "runs"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], capture_output=True).returncode:
+        pytest.skip("this test may not mount a file system")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+        subprocess.run(["umount", place], capture_output=True)  # what a test has mounted over it
+
+
+def test_a_disk_that_becomes_read_only(disk: Path) -> None:
+    """While a run trains, for a run that goes on, for one that begins, and for an export."""
+    # over the disk, because the disk itself is busy: the run holds the file of its lock open
+    cover = f"os.system('mount --bind {disk} {disk} && mount -o remount,ro,bind {disk}')"
+    message = Child(disk, STEPS, at(5, cover)).error()
+    assert "training stopped: " in message
+    assert "Read-only file system" in message
+    assert "goes on from it" in message
+    assert_intact(disk, 4)
+    checkpoint = one_run(disk) / "checkpoints" / "last.ckpt"
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    for arguments, code, words in (
+        (
+            ["train", "--resume", str(one_run(disk)), "--accelerator", "cpu"],
+            1,
+            f"cannot write into {one_run(disk)}",
+        ),
+        (
+            ["train", "digits", *settings, "--accelerator", "cpu", "--runs", str(disk)],
+            2,
+            "Choose another with --runs",
+        ),
+        (["export", str(checkpoint), str(disk / "model.safetensors")], 1, "cannot write"),
+    ):
+        done = CliRunner().invoke(main, arguments)
+        assert (done.exit_code, done.output.count("Read-only file system")) == (code, 1), done.output
+        assert words in done.output
+        assert done.output.startswith("Error: ")
+    assert_intact(disk, 4)

@@ -14,7 +14,6 @@ from pytorch_lightning.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
-    StochasticWeightAveraging,
 )
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import signal_at, tiny_recipe
@@ -145,12 +144,6 @@ def test_accumulation(tmp_path: Path) -> None:
     assert odd.global_step == 4
 
 
-def test_stochastic_weight_averaging(tmp_path: Path) -> None:
-    average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
-    made, _ = train(tiny_recipe(), tmp_path, max_epochs=3, callbacks=[average], enable_checkpointing=False)
-    assert made.global_step == 12
-
-
 class Plain(nn.Module):
     """A field without a product of its own, which has to be differentiated."""
 
@@ -184,13 +177,6 @@ def test_our_callbacks_alone(tmp_path: Path) -> None:
     assert_same(whole, again)
 
 
-def test_the_time_limit_alone(tmp_path: Path) -> None:
-    stop = StopAfterStep(max_time=1e-6)
-    made, _ = train(tiny_recipe(), tmp_path, max_steps=8, callbacks=[stop], enable_checkpointing=False)
-    assert (made.global_step, stop.out_of_time) == (1, True)
-    assert "val/bpd" in made.callback_metrics
-
-
 def test_what_cannot_work_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="80 training images do not fill one batch of 100"):
         train(tiny_recipe("data.batch_size=100"), tmp_path, max_steps=1)
@@ -198,16 +184,3 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
     data = ImageDataModule(recipe)
     with pytest.raises(ConfigError, match="train with an ImageDataModule"):
         trainer(tmp_path, max_steps=1).fit(RnodeModule(recipe), data.train_dataloader(), data.val_dataloader())
-
-
-def test_private_names_of_lightning() -> None:
-    """If a name goes, this test says which."""
-    from pytorch_lightning.strategies import launchers
-
-    assert hasattr(launchers, "_SubprocessScriptLauncher")
-    loop = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
-    for name in ("callbacks", "log_every_n_steps"):
-        assert hasattr(loop.trainer, name), name
-    assert hasattr(loop.epoch_loop.batch_progress.total, "processed")
-    assert hasattr(loop, "_data_fetcher")
-    assert hasattr(loop.epoch_loop, "_should_check_val_fx")

@@ -83,8 +83,8 @@ def at(module, step):
     ("raise OSError(5, 'Input/output error', 'x.png')", "the system refused: Input/output error (x.png)"),
     ("raise LocalError('it failed.')", "training stopped: it failed."),
     ("from rnode_plugin.errors import ConfigError; raise ConfigError('wrong.')", "training stopped: wrong."),
-    ("os.kill(os.getpid(), 9)", "another process of this run ended or cannot be reached"),
-    ("os._exit(0)", "another process of this run ended or cannot be reached"),
+    ("os.kill(os.getpid(), 9)", "the processes of this run cannot reach each other"),
+    ("os._exit(0)", "the processes of this run cannot reach each other"),
 ])  # fmt: skip
 def test_the_second_process_fails_alone(tmp_path: Path, what: str, words: str) -> None:
     code, _, errors = run(tmp_path, f"def at(module, step):\n    if rank == 1 and step == 5:\n        {what}")

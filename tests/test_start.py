@@ -36,6 +36,7 @@ def batches(epochs: int, **options: object) -> list[list[int]]:
     (21, Start(5, batch_size=4), 5),  # the start leaves less than a step of its pass
     (20, Start(3, batch_size=7), 2),  # not larger than later
     (20, Start(3, step=1.0), 6),
+    (10, Start(), 3),  # without a start, each epoch is a pass
 ])  # fmt: skip
 @pytest.mark.parametrize("world", [1, 2])
 def test_each_pass_takes_each_image_once(images: int, start: Start, size: int, world: int) -> None:
@@ -82,13 +83,6 @@ def test_two_devices_and_two_batches_a_step_take_the_images_of_one() -> None:
     assert [a + b + c + d for a, b, c, d in zip(first[0], second[0], first[1], second[1], strict=True)] == one
 
 
-def test_without_a_start_an_epoch_is_a_pass() -> None:
-    """As in runs of earlier versions."""
-    whole = batches(2, images=10, batch_size=3)
-    assert whole == batches(2, images=10, batch_size=3, start=Start())
-    assert [len({*itertools.chain.from_iterable(whole[i : i + 3])}) for i in (0, 3)] == [9, 9]
-
-
 @pytest.mark.parametrize(("stops", "workers"), [((2, 4, 6), 0), pytest.param((3,), 1, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_equals_uninterrupted(stops: tuple[int, ...], workers: int, tmp_path: Path) -> None:
     """Stopped inside of the start, at its last step, and after it."""
@@ -97,17 +91,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(stops: tuple[int, ...], wo
     part = run(recipe, tmp_path / "b", callbacks=[signal_at(stops[0])])
     for stop in stops[1:]:
         part = run(recipe, tmp_path, resume=part.folder.path, callbacks=[signal_at(stop)])
+        assert training_solver(part.folder.last).step == (1.0 if stop <= 4 else 0.5)
     assert part.steps == stops[-1]
     rest = run(recipe, tmp_path, resume=part.folder.path)
     assert_same(whole.folder.path, rest.folder.path)
     evaluations = [float(row["train/nfe"]) for row in rows(rest.folder.path) if "train/nfe" in row]
     assert evaluations == [24.0] * 4 + [48.0] * 4
     assert training_solver(rest.folder.last).step == 0.5
-
-
-def test_the_training_solver_of_weights_from_the_start(tmp_path: Path) -> None:
-    result = run(tiny_recipe(*START, "training.max_steps=3"), tmp_path)
-    assert training_solver(result.folder.best).step == 1.0
 
 
 def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:
@@ -132,10 +122,6 @@ def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:
 def test_settings_that_cannot_work(settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         tiny_recipe(*settings)
-
-
-def test_the_baseline_has_no_start() -> None:
-    assert tiny_recipe(*START).ffjord().start == Start()
 
 
 def test_shown() -> None:

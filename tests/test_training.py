@@ -24,13 +24,12 @@ from rnode_plugin import load_flow
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
-from rnode_plugin.evaluation.loading import load_images, pick_device
+from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.evaluation.measures import FlowInput
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.callbacks import MetricsTable
 from rnode_plugin.training.checkpoints import read_checkpoint, save_flow
-from rnode_plugin.training.datamodule import EpochOrder, EvenShare
 from rnode_plugin.training.fit import FitResult, fit
 from rnode_plugin.training.module import RnodeModule
 from rnode_plugin.training.optimizers import learning_rate_factor
@@ -122,18 +121,16 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
 
 
 def test_the_same_seed_gives_the_same_numbers_twice(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
+    """Also with more validations, which change no step."""
     torch.manual_seed(2)
     torch.rand(3)
     assert_same(whole, run(recipe, tmp_path))
     other = run(recipe.override(["training.seed=7", "training.max_steps=1"]), tmp_path)
     assert rows(whole)[0]["train/bpd"] != rows(other)[0]["train/bpd"]
-    assert [p.name for p in sorted((tmp_path / "digits").iterdir())] == ["0", "1"]
-
-
-def test_validation_changes_no_step(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
-    often = run(recipe.override(["training.val_every_steps=1", "training.sample_images=0"]), tmp_path)
+    often = run(recipe.override(["training.val_every_steps=1", "training.sample_images=0"]), tmp_path / "often")
     for name, tensor in weights(often).items():
         assert torch.equal(tensor, weights(whole)[name])
+    assert [p.name for p in sorted((tmp_path / "digits").iterdir())] == ["0", "1"]
 
 
 @pytest.mark.parametrize("step", [2, 4])  # 4: the signal comes right before a validation
@@ -203,6 +200,7 @@ def test_ffjord_trains_without_penalties_and_still_measures_them(recipe: Recipe,
     assert result.folder.path.parent.name == "digits-ffjord"
     first, *_, last = rows(result)
     assert "train/kinetic" not in first
+    assert "val/gap" not in last, "an adaptive training solver has none"
     assert float(first["train/loss"]) == pytest.approx(
         (float(first["train/bpd"]) - math.log2(17)) * math.log(2), abs=1e-5
     )
@@ -290,29 +288,15 @@ def test_data_that_does_not_fit_is_refused(recipe: Recipe, tmp_path: Path) -> No
         ({"devices": 0}, "device or precision cannot be used"),
         ({"devices": "many"}, "device or precision cannot be used"),
         ({"max_time": 0}, "time limit must be positive"),
+        ({"runs": Path(__file__)}, r"cannot make a run folder.*--runs"),
     ],
 )
 def test_machines_that_are_not_there(recipe: Recipe, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fit(recipe, **{"runs": tmp_path, "accelerator": "cpu", "devices": 1, "progress": False, **options})
     assert not list(tmp_path.iterdir())
-
-
-def test_bad_precision(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision"):
         run(recipe.override(["training.precision=8-bits"]), tmp_path)
-
-
-def test_devices() -> None:
-    assert pick_device("cpu").type == "cpu"
-    with pytest.raises(ConfigError, match="'abacus' cannot be used"):
-        pick_device("abacus")
-
-
-def test_runs_that_cannot_be_written(recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot make a run folder.*--runs"):
-        run(recipe, tmp_path / "file")
 
 
 def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
@@ -338,45 +322,6 @@ def test_plan(recipe: Recipe) -> None:
     assert RunPlan.of(by_epochs, 2000).val_every == 9  # never longer than the run
 
 
-def batches(order: EpochOrder, epoch: int | None = None) -> list[list[int]]:
-    if epoch is not None:
-        order.set_epoch(epoch)
-    return list(order)
-
-
-def test_each_epoch_is_a_new_order_of_all_images() -> None:
-    order = EpochOrder(10, batch_size=3, seed=0)
-    epochs = [batches(order, epoch) for epoch in range(3)]
-    assert len(order) == 3
-    for epoch in epochs:
-        images = [index for batch in epoch for index in batch]
-        assert len(set(images)) == 9
-        assert set(images) <= set(range(10))
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert batches(order, 1) == epochs[1]
-    assert batches(EpochOrder(10, batch_size=3, seed=1)) != epochs[0]
-
-
-@pytest.mark.parametrize("done", range(9))
-def test_an_order_goes_on_after_the_batches_that_were_trained(done: int) -> None:
-    whole = [batch for epoch in range(3) for batch in batches(EpochOrder(10, batch_size=3, seed=0), epoch)]
-    order = EpochOrder(10, batch_size=3, seed=0, done=done)
-    first = batches(order)  # as a worker that reads ahead does, before Lightning has set the epoch
-    assert first == whole[done : (done // 3 + 1) * 3]
-    assert batches(order, done // 3) == first
-    assert batches(order, done // 3 + 1) == batches(EpochOrder(10, batch_size=3, seed=0), done // 3 + 1)
-    assert len(order) == 3, "Lightning counts the batches before as done"
-
-
-def test_devices_share_what_one_would_see() -> None:
-    whole = batches(EpochOrder(20, batch_size=6, seed=3), 2)
-    parts = [batches(EpochOrder(20, batch_size=3, seed=3, world=2, rank=rank), 2) for rank in (0, 1)]
-    assert [first + second for first, second in zip(*parts, strict=True)] == whole
-    in_turn = batches(EpochOrder(20, batch_size=3, seed=3, accumulate=2), 2)
-    assert [first + second for first, second in zip(in_turn[::2], in_turn[1::2], strict=True)] == whole
-    assert [list(EvenShare(5, world=2, rank=rank)) for rank in (0, 1)] == [[0, 2, 4], [1, 3]]
-
-
 def test_learning_rate() -> None:
     constant = learning_rate_factor(Optimizer(warmup=4), lambda: 100)
     assert [constant(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
@@ -386,17 +331,12 @@ def test_learning_rate() -> None:
     assert cosine(200) == pytest.approx(0)
 
 
-def test_limits_on_images(recipe: Recipe) -> None:
-    data = load_images(recipe)
-    assert (len(data.train), len(data.val)) == (200, 60)
-    assert len(load_images(recipe, all_val=True).val) == len(get_dataset("digits").val) == 297
-
-
 def test_a_folder_comes_in_the_recipe_s_shape_and_levels(recipe: Recipe, tmp_path: Path) -> None:
     for number in range(20):
         pixels = np.random.default_rng(number).integers(0, 256, (12, 10, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     settings = ["data.name=folder", f"data.root={tmp_path}", "data.levels=16", "data.train_images=none"]
+    assert len(load_images(recipe, all_val=True).val) == len(get_dataset("digits").val) == 297
     data = load_images(recipe.override(settings))
     assert (data.shape, data.levels) == ((1, 8, 8), 16)
     assert len(data.train) + len(data.val) == 20

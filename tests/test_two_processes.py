@@ -90,8 +90,8 @@ def test_two_processes_take_the_same_way_and_keep_to_it(tmp_path: Path) -> None:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("training in ")]
     run = tmp_path / "digits" / "0"
     chosen = json.loads((run / "chosen.json").read_text())
-    assert line.startswith(f"training in {chosen['way']['precision']}: ")
-    assert [each["way"]["precision"] for each in chosen["measured"]] == ["32-true", "bf16-mixed"]
+    assert line.startswith(f"training in {chosen['way']['precision']} (")
+    assert list(chosen["measured"]) == ["32-true", "bf16-mixed"]
     before = (run / "chosen.json").read_text()
     again = train(tmp_path, "--resume", str(run), "--devices", "2", *changed("training.max_steps=22"))
     assert again.returncode == 0, again.stderr
@@ -125,17 +125,7 @@ def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
     assert (tmp_path / "lightning" / "last.ckpt").is_file()
 
 
-@pytest.mark.slow  # examples/torchrun.sh is tested elsewhere
-def test_torchrun(tmp_path: Path) -> None:
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = train(tmp_path, *changed("training.max_steps=2"), launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stdout
-    assert [each.name for each in (tmp_path / "digits").iterdir()] == ["0"]
-    assert done.stdout.count("bits/dim dirty") == 1
-    assert json.loads((tmp_path / "digits" / "0" / "result.json").read_text())["steps"] == 2
-
-
+@pytest.mark.slow
 def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -143,7 +133,8 @@ def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         done = train(tmp_path, "--devices", "2", env={"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"})
     assert done.returncode == 1, done.stderr
-    assert f"port {port}, where the processes of this run meet, is in use" in done.stderr
+    assert "the processes of this run cannot reach each other" in done.stderr
+    assert port in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "digits").iterdir())
 

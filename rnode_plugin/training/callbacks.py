@@ -10,76 +10,33 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from pytorch_lightning.callbacks import Callback, Checkpoint, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import SolverError, TrainingError
-from ..evaluation.measures import measure_of
 from ..evaluation.samples import sample_images, save_grid
 from ..files import write_atomically
-from ..recipes.recipe import Data, Recipe
 from .checkpoints import BEST, LAST
-from .runs import RunFolder, RunPlan
+from .runs import RunPlan
 from .trainer import is_logged, validates_after_this_batch
 
 __all__ = [
     "Interrupted",
     "MetricsFile",
     "MetricsTable",
-    "RunCallbacks",
     "RunCheckpoints",
     "RunPosition",
     "SampleGrids",
     "StopAfterStep",
     "StoppedAtOnce",
     "WeightAverage",
-    "signals_restored",
 ]
-
-
-class RunCallbacks:
-    """All callbacks of a run in a folder, in the order in which Lightning has to call them.
-
-    Samples and validations see the averaged weights; metrics are written before the checkpoint of their step; the
-    checkpoints come last, and save once more if the run is stopped.
-
-    Args:
-        recipe: its metric, and its settings of samples, averages and checkpoints.
-        max_time: seconds after which training stops; None for no limit.
-    """
-
-    def __init__(self, recipe: Recipe, *, max_time: float | None) -> None:
-        training, metric = recipe.training, measure_of(recipe).metric
-        self.stop = StopAfterStep(max_time=max_time)
-        self.checkpoints = RunCheckpoints(save_every=training.save_every, monitor=f"val/{metric}")
-        self._metrics = MetricsFile()
-        self._samples = SampleGrids(
-            temperatures=training.sample_temperatures, images=training.sample_images, seed=training.seed
-        )
-        # the picture of a table takes as long as some of its steps, and is drawn at the end
-        samples = [self._samples] if training.sample_images and isinstance(recipe.data, Data) else []
-        average = [] if training.ema is None else [WeightAverage(training.ema)]
-        self.before_saving: list[Callback] = [*samples, *average, self._metrics, self.stop]
-
-    def write_into(self, folder: RunFolder, *, keep: int) -> None:
-        """Set the run's folder (rank 0 only), and up to which step its metrics stay."""
-        self.checkpoints.folder = folder.last.parent
-        self._samples.folder = folder.samples
-        self._metrics.table = MetricsTable(folder.metrics, keep=keep)
-
-    @property
-    def folder(self) -> RunFolder:
-        """Of the run, known to all processes once training has begun."""
-        assert self.checkpoints.folder is not None
-        return RunFolder(self.checkpoints.folder.parent)
 
 
 class RunPosition(Callback):
@@ -318,122 +275,52 @@ class SampleGrids(Callback):
         save_grid(path, samples, levels=flow.levels, columns=self._images)
 
 
-class WeightAverage(Callback):
+class WeightAverage(WeightAveraging):
     """Averages the weights after each step: ``average = decay * average + (1 - decay) * weights``.
 
     Validations measure the average. In a checkpoint ``state_dict`` holds the average, so that a loaded model
-    has it, and ``current_model_state`` the weights that training goes on from; Lightning's own averaging uses the
-    same names.
+    has it, and ``current_model_state`` the weights that training goes on from.
 
     Args:
         decay: between 0 and 1.
     """
 
     def __init__(self, decay: float) -> None:
-        self._decay = decay
-        self._average: AveragedModel | None = None
-        self._step = 0
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            self._average = AveragedModel(pl_module.flow, multi_avg_fn=get_ema_multi_avg_fn(self._decay))
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        assert self._average is not None
-        self._average.to(pl_module.device)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._latest_update_step = trainer.global_step  # checkpoints of earlier versions do not have it
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step > self._step:
-            assert self._average is not None
-            self._step = trainer.global_step
-            self._average.update_parameters(pl_module.flow)
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._swap(pl_module)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._swap(pl_module)
-
-    @torch.no_grad()
-    def _swap(self, pl_module: Any) -> None:
-        if self._average is None:  # a validation outside of training measures the weights that were loaded
-            return
-        pairs = zip(pl_module.flow.parameters(), self._average.module.parameters(), strict=True)
-        for mine, averaged in pairs:
-            kept = mine.clone()
-            mine.copy_(averaged)
-            averaged.copy_(kept)
-
-    def on_save_checkpoint(
+    def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._average is None:
-            return
-        averaged = {f"flow.{name}": tensor for name, tensor in self._average.module.state_dict().items()}
-        checkpoint["current_model_state"] = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **averaged}
-        checkpoint["averaging_state"] = {"n_averaged": self._average.n_averaged}
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if self._average is None:
-            return
-        # Lightning has put state_dict, the average, into the module
-        self._average.module.load_state_dict(pl_module.flow.state_dict())
-        if "current_model_state" in checkpoint:
-            self._average.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
-            pl_module.load_state_dict(checkpoint["current_model_state"])
-        else:  # a run that had no average until now: it begins as the weights
-            self._average.n_averaged.fill_(1)
+        # a run that had no average until now: it begins as the weights
+        checkpoint.setdefault("current_model_state", checkpoint["state_dict"])
+        checkpoint.setdefault("averaging_state", {"n_averaged": torch.tensor(1)})
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
 # stopping ------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """Raised between two steps because a signal asked to stop; callbacks that save checkpoints save one."""
+_TO_STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Raised with a signal's name between two steps, as it asked for; callbacks that save checkpoints save one."""
 
 
 class StoppedAtOnce(BaseException):
-    """Raised in the middle of a step when a second signal comes; nothing is saved."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+    """Raised with a signal's name in the middle of a step when a second one comes; nothing is saved."""
 
 
 def _any_device(trainer: L.Trainer, decision: bool) -> bool:
     """Whether any process of the run decides so: all must stop at the same step."""
     return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
-
-
-def _signals_to_stop() -> list[signal.Signals]:
-    named = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
-    return [signum for signum in named if signum is not None]
-
-
-@contextmanager
-def signals_restored() -> Iterator[None]:
-    """Put the signal handlers from before back at the end, which training and Lightning replace."""
-    former = {signum: signal.getsignal(signum) for signum in _signals_to_stop()}
-    try:
-        yield
-    finally:
-        if _in_main_thread():
-            for signum, handler in former.items():
-                signal.signal(signum, handler)
 
 
 class StopAfterStep(Callback):
@@ -443,8 +330,8 @@ class StopAfterStep(Callback):
     raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`. When the time is
     up, and after the last step, Lightning validates once more and stops.
 
-    Only the main thread of a program can handle signals; in another one they are left alone. The handlers from
-    before are back when training ends. A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+    Only the main thread of a program can handle signals; in another one they are left alone. A signal that is
+    ignored, such as SIGHUP under nohup, stays ignored. Lightning puts the handlers from before back at the end.
 
     Args:
         max_time: seconds from now; None for no limit.
@@ -458,32 +345,20 @@ class StopAfterStep(Callback):
         self.started = self.out_of_time = False
         self._max_time, self._start = max_time, time.monotonic()
         self._signum: int | None = None
-        self._interrupted: int | None = None  # all processes agree on this one
-        self._former: dict[int, Any] = {}
+        self._interrupted: str | None = None  # all processes agree on this one
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started, self._step = True, trainer.global_step
         # here Lightning has set its own, which would end a run between a step and its checkpoint
-        if not _in_main_thread():
-            return
-        for signum in _signals_to_stop():
+        main = threading.current_thread() is threading.main_thread()
+        for signum in _TO_STOP if main else ():
             if signal.getsignal(signum) is not signal.SIG_IGN:
-                self._former[signum] = signal.signal(signum, self._on_signal)
-
-    def _restore(self) -> None:
-        while self._former:
-            signal.signal(*self._former.popitem())
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()
+                signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
-            raise StoppedAtOnce(signum)
+            raise StoppedAtOnce(signal.Signals(signum).name)
         self._signum = signum
 
     def on_train_batch_end(
@@ -497,14 +372,14 @@ class StopAfterStep(Callback):
         if self.out_of_time or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # Lightning validates once more before it stops
         if _any_device(trainer, self._signum is not None):
-            self._interrupted = self._signum or signal.SIGTERM
+            self._interrupted = signal.Signals(self._signum or signal.SIGTERM).name
             # a run that stopped right before a validation would go on without it
             if not validates_after_this_batch(trainer):
                 raise Interrupted(self._interrupted)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and _any_device(trainer, self._signum is not None):
-            self._interrupted = self._signum or signal.SIGTERM
+            self._interrupted = signal.Signals(self._signum or signal.SIGTERM).name
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._end_after_validation()

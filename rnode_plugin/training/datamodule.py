@@ -266,19 +266,13 @@ class ImageDataModule(RecipeDataModule[ImageData]):
     Example:
         >>> from rnode_plugin import ImageDataModule, get_recipe
         >>> data = ImageDataModule(get_recipe("digits"))
-        >>> next(iter(data.train_dataloader())).shape
-        torch.Size([50, 1, 8, 8])
+        >>> data.images.train.shape, next(iter(data.train_dataloader())).shape
+        ((1500, 1, 8, 8), torch.Size([50, 1, 8, 8]))
 
     Args:
         recipe: names the data set, how many of its images to use, the batch sizes and the workers.
         images: the images themselves, if they are loaded already.
         download: fetch the data set if it is missing.
-
-    Example:
-        >>> from rnode_plugin import get_recipe
-        >>> images = ImageDataModule(get_recipe("digits")).images
-        >>> images.train.shape, images.val.shape
-        ((1500, 1, 8, 8), (297, 1, 8, 8))
     """
 
     def __init__(self, recipe: Recipe, *, images: ImageData | None = None, download: bool = False) -> None:

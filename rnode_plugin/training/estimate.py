@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 import weakref
@@ -17,10 +18,10 @@ from torch.utils.flop_counter import flop_registry
 
 from ..core.ops import tree_leaves
 from ..core.random_streams import Stream, seeded
-from ..errors import ConfigError
+from ..errors import ConfigError, RnodeError
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, TableData
-from .fastest import NFE_PER_BLOCK, StepTimer, TimedStep, Way, fixed_solver, forward_and_backward
+from .fastest import NFE_PER_BLOCK, StepTimer, Way, fixed_solver, forward_and_backward
 
 __all__ = ["TRAINING_IMAGES", "Cost", "Estimate", "ScaledStep", "StepCost", "count", "count_step", "estimate"]
 
@@ -36,7 +37,7 @@ TRAINING_IMAGES = {
 """Training images of the data sets with a name of their own, so that an estimate needs no data."""
 
 _SECONDS = 0.7  # of one timed step, at most about
-_PATIENCE = 8.0  # seconds of timing after which no other gradient mode is begun, so that an estimate answers soon
+_PATIENCE = 6.0  # seconds of timing after which no other way is begun, so that an estimate answers soon
 
 # operations that allocate or name memory, and start no work on a device
 _ATEN: Any = torch.ops.aten
@@ -90,8 +91,7 @@ class ScaledStep:
         precision: Lightning's name.
         gradient: gradient mode of the solver.
         images: of the timed step.
-        seconds: of a step of the whole batch: the shorter of two timed steps times batch / images; None if it
-            failed.
+        seconds: of a step of the whole batch: those of the timed step times batch / images; None if it failed.
         hours: of all planned steps; None if their number is not known.
         problem: why it could not be timed.
     """
@@ -151,13 +151,14 @@ def estimate(
         nfe_per_block: evaluations per block if the training solver is adaptive.
     """
     modes = sorted(("autograd", "checkpointed"), key=lambda mode: mode != recipe.solver.gradient)
+    precisions = ("32-true",) if recipe.solver.adaptive else ("32-true", "bf16-mixed")
     steps = _planned_steps(recipe, images, devices)
     start = time.perf_counter()
-    size = _images_that_fit(recipe, device, nfe_per_block)
-    timed = list[ScaledStep]()
-    for mode in modes:
+    timed, size = list[ScaledStep](), 0
+    for mode, precision in itertools.product(modes, precisions):
         if not timed or time.perf_counter() - start < _PATIENCE:
-            timed += _time(recipe, mode, size, device, nfe_per_block, steps)
+            timed.append(_time(recipe, mode, precision, size, device, nfe_per_block, steps))
+            size = timed[0].images
     return Estimate(
         recipe=recipe.name,
         samples=measure_of(recipe).samples,
@@ -181,46 +182,35 @@ def _planned_steps(recipe: Recipe, images: int | None, devices: int) -> float | 
     return None if math.isinf(steps) else steps
 
 
-# timed ---------------------------------------------------------------------------------------------------------
-
-
-def _with(recipe: Recipe, gradient: str, batch: int) -> Recipe:
-    solver = dataclasses.replace(recipe.solver, gradient=gradient)
-    return dataclasses.replace(recipe, solver=solver, data=dataclasses.replace(recipe.data, batch_size=batch))
-
-
-def _images_that_fit(recipe: Recipe, device: torch.device, nfe_per_block: int) -> int:
-    """So many images that a step of them takes about as long as a timed step may."""
-    plain, size, batch = Way("32-true"), 1, recipe.data.batch_size
-    while size < batch:
-        timer = StepTimer(_with(recipe, recipe.solver.gradient, size), device=device, nfe_per_block=nfe_per_block)
-        start = time.perf_counter()
-        timer.time(plain)
-        timer.time(plain)
-        seconds = (time.perf_counter() - start) / 2
-        if 2 * seconds > _SECONDS:
-            break
-        size = min(batch, max(2 * size, math.floor(size * _SECONDS / (2 * seconds))))
-    return size
-
-
 def _time(
-    recipe: Recipe, gradient: str, size: int, device: torch.device, nfe_per_block: int, steps: float | None
-) -> list[ScaledStep]:
-    """A step of ``size`` images in each precision that the training solver can use."""
-    timer = StepTimer(_with(recipe, gradient, size), device=device, nfe_per_block=nfe_per_block)
-    ways = [Way(precision) for precision in ("32-true", *(() if recipe.solver.adaptive else ("bf16-mixed",)))]
-    for way in ways * 3:  # each one's first step is a warm-up
-        timer.time(way)
-    return [_scaled(each, recipe, gradient, steps) for each in timer.results]
-
-
-def _scaled(each: TimedStep, recipe: Recipe, gradient: str, steps: float | None) -> ScaledStep:
-    if not each.seconds:
-        return ScaledStep(each.way.precision, gradient, each.batch, None, None, each.problem)
-    seconds = min(each.seconds) * recipe.data.batch_size / each.batch
+    recipe: Recipe,
+    gradient: str,
+    precision: str,
+    size: int,
+    device: torch.device,
+    nfe_per_block: int,
+    steps: float | None,
+) -> ScaledStep:
+    """Time a step of ``size`` images, or of as many as take :data:`_SECONDS` if that is 0."""
+    batch, way = recipe.data.batch_size, Way(precision)
+    size, grows = size or 1, size == 0
+    solver = dataclasses.replace(recipe.solver, gradient=gradient)
+    try:
+        while True:
+            part = dataclasses.replace(
+                recipe, solver=solver, data=dataclasses.replace(recipe.data, batch_size=size)
+            )
+            timer = StepTimer(part, device=device, nfe_per_block=nfe_per_block)
+            timer.step(way)
+            seconds = timer.step(way)
+            if not grows or size == batch or 2 * seconds > _SECONDS:
+                break
+            size = min(batch, max(2 * size, math.floor(size * _SECONDS / (2 * seconds))))
+    except (RnodeError, RuntimeError) as error:
+        return ScaledStep(precision, gradient, size, None, None, str(error).splitlines()[0])
+    seconds *= batch / size
     hours = None if steps is None else seconds * recipe.training.accumulate * steps / 3600
-    return ScaledStep(each.way.precision, gradient, each.batch, seconds, hours)
+    return ScaledStep(precision, gradient, size, seconds, hours)
 
 
 # counted -------------------------------------------------------------------------------------------------------

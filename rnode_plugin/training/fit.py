@@ -24,7 +24,17 @@ from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
 from ..evaluation.measures import Evaluation, measure_of
 from ..recipes.recipe import Recipe
-from .callbacks import Interrupted, RunCallbacks, RunPosition, StopAfterStep, StoppedAtOnce, signals_restored
+from .callbacks import (
+    Interrupted,
+    MetricsFile,
+    MetricsTable,
+    RunCheckpoints,
+    RunPosition,
+    SampleGrids,
+    StopAfterStep,
+    StoppedAtOnce,
+    WeightAverage,
+)
 from .checkpoints import load_flow, read_checkpoint, training_solver
 from .datamodule import RecipeDataModule, datamodule_of
 from .module import RnodeModule
@@ -130,24 +140,35 @@ def fit(
     check_loggers(loggers)
     recipe, data = load_for_training(recipe, download=download)
     checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
-    ours = RunCallbacks(recipe, max_time=max_time)
+    measure, settings = measure_of(recipe), recipe.training
+    stop, metrics = StopAfterStep(max_time=max_time), MetricsFile()
+    checkpoints = RunCheckpoints(save_every=settings.save_every, monitor=f"val/{measure.metric}")
+    # the picture of a table takes as long as some of its steps, and is drawn at the end
+    pictures = bool(settings.sample_images) and isinstance(data, ImageData)
+    grids = SampleGrids(
+        temperatures=settings.sample_temperatures, images=settings.sample_images, seed=settings.seed
+    )
     with quiet(), ExitStack() as stack:
         trainer = make_trainer(
             callbacks=[
                 *callbacks,
-                *ours.before_saving,
+                # grids and validations see the averaged weights; checkpoints are saved last
+                *([grids] if pictures else []),
+                *([] if settings.ema is None else [WeightAverage(settings.ema)]),
+                metrics,
+                stop,
                 *([progress_display()] if progress else []),
-                ours.checkpoints,
+                checkpoints,
             ],
-            precision=recipe.training.precision,
+            precision=settings.precision,
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
             max_epochs=-1,
             val_check_interval=1,  # follow_plan sets it, and the number of steps, when the devices are known
             check_val_every_n_epoch=None,
-            accumulate_grad_batches=recipe.training.accumulate,
-            log_every_n_steps=recipe.training.log_every,
+            accumulate_grad_batches=settings.accumulate,
+            log_every_n_steps=settings.log_every,
             enable_progress_bar=progress,
             logger=[logger for logger in loggers if isinstance(logger, Logger)],
             **trainer_options,
@@ -167,23 +188,22 @@ def fit(
             folder = _open(recipe, checkpoint, runs, run_folder)
             stack.enter_context(training_lock(folder.path))
             folder.describe(recipe, trainer.strategy.root_device)
-            ours.write_into(folder, keep=done)
             module.folder = folder
+            checkpoints.folder, grids.folder = folder.last.parent, folder.samples
+            metrics.table = MetricsTable(folder.metrics, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if progress:
                 _announce(module, data, plan, trainer, done)
-                if recipe.training.ema is not None:
-                    print(
-                        f"training uses the weights as they are, validations and checkpoints the {recipe.weights}"
-                    )
         is_new = checkpoint is None or RunFolder.of_checkpoint(checkpoint) is None
-        with _errors_with_advice(module, ours, trainer, is_new=is_new):
-            stopped, at_once = _train(module, samples, trainer, ours.stop, plan, checkpoint, done)
+        with _errors_with_advice(checkpoints, stop, trainer, is_new=is_new):
+            stopped, at_once = _train(module, samples, trainer, stop, plan, checkpoint, done)
+        assert checkpoints.folder is not None  # all processes know it once training has begun
+        folder = RunFolder(checkpoints.folder.parent)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
         result = FitResult(
-            folder=ours.folder,
-            steps=_saved_steps(ours.folder) if at_once else max(trainer.global_step, done),
+            folder=folder,
+            steps=_saved_steps(folder) if at_once else max(trainer.global_step, done),
             planned=plan.total,
             stopped=stopped,
             seconds=module.clock.run,
@@ -234,7 +254,7 @@ def _train(
         module.on_load_checkpoint(read_checkpoint(checkpoint))
         return "finished", False
     try:
-        with signals_restored(), explained():
+        with explained():
             trainer.fit(module, samples, ckpt_path=checkpoint)
     except Interrupted as interruption:
         return str(interruption), False
@@ -269,6 +289,8 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
         print("\n".join(data.described()))
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     print(f"steps {done} to {plan.total}, batch {plan.batches}, {where}, in {module.folder.path}", flush=True)
+    if module.recipe.training.ema is not None:
+        print(f"training uses the weights as they are, validations and checkpoints the {module.recipe.weights}")
 
 
 def _conclude(
@@ -315,36 +337,30 @@ def _conclude(
 
 @contextmanager
 def _errors_with_advice(
-    module: RnodeModule, ours: RunCallbacks, trainer: L.Trainer, *, is_new: bool
+    checkpoints: RunCheckpoints, stop: StopAfterStep, trainer: L.Trainer, *, is_new: bool
 ) -> Iterator[None]:
     """Add to an error how the run can go on, and end the other processes, which may wait for this one for ever."""
     try:
         yield
     except RnodeError as error:
         end_other_processes(trainer, signal.SIGKILL)
-        nothing_done = trainer.global_step == 0 or not ours.stop.started
-        left = _what_is_left(module, ours, remove=is_new and trainer.is_global_zero and nothing_done)
+        left = "No checkpoint had been written yet."
+        if checkpoints.folder is not None:
+            folder = RunFolder(checkpoints.folder.parent)
+            if folder.last.is_file():
+                best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
+                left = f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
+            elif is_new and trainer.is_global_zero and (trainer.global_step == 0 or not stop.started):
+                shutil.rmtree(folder.path, ignore_errors=True)  # nothing has happened in it
         # what cannot work was said before the start: now it is one process that failed
         kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
 
 
-def _what_is_left(module: RnodeModule, ours: RunCallbacks, *, remove: bool) -> str:
-    if ours.checkpoints.folder is not None:
-        folder = ours.folder
-        if folder.last.is_file():
-            best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
-            return f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
-        if remove:
-            shutil.rmtree(folder.path, ignore_errors=True)  # nothing has happened in it
-    return "No checkpoint had been written yet."
-
-
-_LOST = ("connection closed by peer", "connection reset by peer", "connection was likely closed", "broken pipe",
-         "connection timeout", "timed out waiting", "communicator was aborted", "application timeout")  # fmt: skip
-
 # what torch's allocator of the CPU says, on Linux, macOS and Windows
 _NO_MEMORY = ("can't allocate memory", "not enough memory")
+_LOST = ("connection closed by peer", "connection reset by peer", "connection was likely closed", "broken pipe",
+         "connection timeout", "timed out waiting", "communicator was aborted", "application timeout")  # fmt: skip
 
 
 @contextmanager
@@ -357,56 +373,30 @@ def explained() -> Iterator[None]:
     try:
         yield
     except DataError as error:  # a worker sends its whole traceback along
-        raise DataError(_last_line(error)) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(error) from error
+        last = str(error).strip().splitlines()[-1]
+        raise DataError(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise LocalError(f"the system refused: {reason}{place}.") from error
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
-    except RuntimeError as error:
-        if (known := _known(error)) is None:
-            raise
-        raise known from error
-
-
-def _out_of_memory(error: BaseException) -> LocalError:
-    return LocalError(
-        f"there is no more memory: {_first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate by "
-        "the same factor, or --set solver.gradient=checkpointed."
-    )
-
-
-def _known(error: RuntimeError) -> RnodeError | None:
-    text = str(error).lower()
-    if any(words in text for words in _NO_MEMORY):
-        return _out_of_memory(error)
-    if "address already in use" in text or "eaddrinuse" in text:
-        port = os.environ.get("MASTER_PORT", "?")
-        return TrainingError(
-            f"port {port}, where the processes of this run meet, is in use: set MASTER_PORT to a free one."
-        )
-    if "dataloader worker" in text:
-        return LocalError(
-            f"a process that reads batches died: {_first_line(error)} It may have run out of memory (/dev/shm "
-            "in a container); --set data.workers=0 reads in the training process."
-        )
-    if isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST):
-        return TrainingError(
-            "another process of this run ended or cannot be reached; it says why if it could, but not if the system"
-            " killed it, for example because memory ran out."
-        )
-    return None
+    except (RuntimeError, MemoryError) as error:
+        text, first = str(error).lower(), _first_line(error)
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in _NO_MEMORY):
+            raise LocalError(
+                f"there is no more memory: {first}. Lower --batch-size and raise --accumulate by the same factor, "
+                "or --set solver.gradient=checkpointed."
+            ) from error
+        if "dataloader worker" in text:
+            raise LocalError(f"{first}. --set data.workers=0 reads in the training process.") from error
+        if isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST):
+            raise TrainingError(
+                f"the processes of this run cannot reach each other ({first}). If one has ended, it says why, but "
+                "not if the system killed it, for example because memory ran out."
+            ) from error
+        raise
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    if len(lines) < 2 or not lines[0].startswith("Caught "):
-        return str(error)
-    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

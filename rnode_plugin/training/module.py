@@ -50,12 +50,6 @@ class RnodeModule(L.LightningModule):
     The Trainer decides the number of steps and epochs, the precision and the validations; those settings of the
     recipe are for :func:`~rnode_plugin.training.fit.fit`.
 
-    Example:
-        >>> from rnode_plugin import RnodeModule, get_recipe
-        >>> module = RnodeModule(get_recipe("digits"))
-        >>> module.flow.dims
-        64
-
     Args:
         recipe: all settings; as plain data if Lightning rebuilds the module from a checkpoint.
 

@@ -109,30 +109,21 @@ def progress_display() -> ProgressBar:
 
 def batch_counter(what: str) -> Callable[[int, int], None]:
     """A callback ``(done, total)`` that shows the count of batches on the standard error."""
-    if _redraws(sys.stderr):
-        return _BatchBar(what)
+    bar = tqdm(desc=what, unit="batch", file=sys.stderr) if _redraws(sys.stderr) else None
     last = time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= _INTERVAL:
+        if bar is not None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+        elif time.monotonic() - last >= _INTERVAL:
             last = time.monotonic()
             print(f"{what}, batch {done} of {total}", file=sys.stderr, flush=True)
 
     return show
-
-
-class _BatchBar:
-    """A bar of batches on the standard error, which ends with the last one."""
-
-    def __init__(self, what: str) -> None:
-        self._bar = tqdm(desc=what, unit="batch", file=sys.stderr)
-
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self._bar.close()
 
 
 def _redraws(stream: TextIO) -> bool:

@@ -173,16 +173,12 @@ class StepRecord:
         batches, self._terms = self._terms, []
         for terms, loss in zip(batches, found[::2], strict=True):
             if not math.isfinite(loss) and self.problem is None:
-                self.problem = _why(terms)
+                self.problem = "the loss is nan"
+                try:
+                    check_health(terms.checks)
+                except SolverError as error:
+                    self.problem = f"the solver failed ({error})"
         return length, [(terms.nfe, jacobian) for terms, jacobian in zip(batches, found[1::2], strict=True)]
-
-
-def _why(terms: StepTerms) -> str:
-    try:
-        check_health(terms.checks)
-    except SolverError as error:
-        return f"the solver failed ({error})"
-    return "the loss is nan"
 
 
 _REMEMBERED = 20  # steps whose NFE and Jacobian norm a message compares
@@ -234,9 +230,12 @@ class StepGuard:
         """
         first = step - self.in_row + 1
         which = f"steps {first} to {step} were" if first < step else f"step {step} was"
+        named, left = ", ".join(map(str, samples[:_LISTED])), len(samples) - _LISTED
+        where = f" (all in {listed_in})" if listed_in is not None else ""
+        more = f" and {left} more{where}" if left > 0 else ""
         sentences = (
             f"{problem} at training step {step}; {which} skipped, and so many in a row are too many.",
-            _named(samples, listed_in, called),
+            f"The batch was the training {called} {named}{more}." if samples else "",
             self.trend(),
             "Raise regularizers.jacfrob, or lower solver.step or optimizer.lr.",
         )
@@ -253,15 +252,6 @@ class StepGuard:
                 way = f"{verb} from {first:.3g} to {last:.3g}" if last != first else f"stayed at {first:.3g}"
                 said.append(f"{name} {way}")
         return f"Over the last {len(self._solves)} solves {' and '.join(said)}." if said else ""
-
-
-def _named(samples: Sequence[int], listed_in: str | os.PathLike[str] | None, called: str) -> str:
-    if not samples:
-        return ""
-    named = ", ".join(map(str, samples[:_LISTED]))
-    where = f" (all in {listed_in})" if listed_in is not None else ""
-    more = f" and {len(samples) - _LISTED} more{where}" if len(samples) > _LISTED else ""
-    return f"The batch was the training {called} {named}{more}."
 
 
 class StepClock:
@@ -369,17 +359,12 @@ class AutoStep:
             return None
         line = f"solver.step {old:g} -> {new:g} at step {at}"
         # a finer one: why the old one would not do; a coarser one: that it does
-        row = next((row for row in found.rows if row.step == max(old, new)), best)
-        line += f": {self._figures(row.gap, row.round_trip)} at {row.step:g}"
+        row, unit = next((row for row in found.rows if row.step == max(old, new)), best), self._measure.unit
+        line += f": gap {row.gap:.2g} {unit}, round trip {row.round_trip:.2g} {self._measure.step_unit}"
+        line += f" at {row.step:g}"
         if found.step is None:
             line += f", and no step down to {new:g} agrees with an adaptive solve: raise the lambdas"
         return line + "."
-
-    def _figures(self, gap: float, round_trip: float) -> str:
-        if math.isinf(gap):
-            return "the solve fails"
-        measure = self._measure
-        return f"gap {gap:.2g} {measure.unit}, round trip {round_trip:.2g} {measure.step_unit}"
 
 
 # a validation --------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ __all__ = [
     "validates_after_this_batch",
 ]
 
-# options of Lightning's Trainer that would contradict the recipe, and what decides instead
+# options of Lightning's Trainer that would contradict the recipe or fit, and what decides instead
 _DECIDED = {
     "precision": "training.precision",
     "max_steps": "training.max_steps",
@@ -57,27 +57,22 @@ _DECIDED = {
     "limit_val_batches": "training.val_images",
     "overfit_batches": "data.train_images",
     "fast_dev_run": "training.max_steps",
-}
-_ARGUMENTS = {
-    "logger": "loggers",
-    "max_time": "max_time of fit, in seconds",
-    "enable_progress_bar": "progress",
     "enable_checkpointing": "training.save_every",
-    "default_root_dir": "runs",
+    "logger": "the argument loggers",
+    "enable_progress_bar": "the argument progress",
+    "default_root_dir": "the argument runs",
 }
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of Lightning's Trainer that the recipe decides.
+    """Refuse options of Lightning's Trainer that the recipe or an argument of ``fit`` decides.
 
     Raises:
-        ConfigError: with the setting, or the argument of ``fit``, that takes its place.
+        ConfigError: with the setting or the argument.
     """
     for name in options:
         if name in _DECIDED:
-            raise ConfigError(f"the recipe decides {name}: change {_DECIDED[name]}, as with --set.")
-        if name in _ARGUMENTS:
-            raise ConfigError(f"fit does not take Lightning's {name}: give {_ARGUMENTS[name]}.")
+            raise ConfigError(f"fit does not take Lightning's {name}: set {_DECIDED[name]}.")
 
 
 def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **options: Any) -> L.Trainer:
@@ -91,8 +86,6 @@ def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **o
     Raises:
         ConfigError: what it refuses: an accelerator that is not there, a precision that it does not know.
     """
-    if num_nodes < 1:
-        raise ConfigError(f"the number of machines must be at least 1, not {num_nodes}.")
     torchrun = TorchElasticEnvironment.detect()
     if torchrun and devices == "auto":
         devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
