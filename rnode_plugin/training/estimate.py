@@ -22,6 +22,7 @@ from ..errors import ConfigError, RnodeError
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, TableData
 from .fastest import NFE_PER_BLOCK, StepTimer, Way, fixed_solver, forward_and_backward
+from .runs import RunPlan
 
 __all__ = ["TRAINING_IMAGES", "Cost", "Estimate", "ScaledStep", "StepCost", "count", "count_step", "estimate"]
 
@@ -125,7 +126,7 @@ class Estimate:
     device: str
     threads: int
     batch: int
-    steps: float | None
+    steps: int | None
     counted: tuple[StepCost, ...]
     timed: tuple[ScaledStep, ...]
     nfe_per_block: int | None
@@ -172,14 +173,12 @@ def estimate(
     )
 
 
-def _planned_steps(recipe: Recipe, images: int | None, devices: int) -> float | None:
+def _planned_steps(recipe: Recipe, images: int | None, devices: int) -> int | None:
     """The steps that a recipe asks for; None if that takes the number of images and it is not known."""
-    data, training = recipe.data, recipe.training
+    data = recipe.data
     limit = data.train_rows if isinstance(data, TableData) else data.train_images
     known = images or limit or TRAINING_IMAGES.get(data.name)
-    epoch = math.inf if known is None else known / (data.batch_size * devices * training.accumulate)
-    steps = min(training.max_steps or math.inf, (training.max_epochs or math.inf) * epoch)
-    return None if math.isinf(steps) else steps
+    return recipe.training.max_steps if known is None else RunPlan.of(recipe, known, devices).total
 
 
 def _time(
@@ -189,7 +188,7 @@ def _time(
     size: int,
     device: torch.device,
     nfe_per_block: int,
-    steps: float | None,
+    steps: int | None,
 ) -> ScaledStep:
     """Time a step of ``size`` images, or of as many as take :data:`_SECONDS` if that is 0."""
     batch, way = recipe.data.batch_size, Way(precision)

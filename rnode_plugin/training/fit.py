@@ -140,9 +140,12 @@ def fit(
     check_loggers(loggers)
     recipe, data = load_for_training(recipe, download=download)
     checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
+    before = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)  # of the run that goes on
     measure, settings = measure_of(recipe), recipe.training
     stop, metrics = StopAfterStep(max_time=max_time), MetricsFile()
-    checkpoints = RunCheckpoints(save_every=settings.save_every, monitor=f"val/{measure.metric}")
+    checkpoints = RunCheckpoints(
+        before and before.last.parent, save_every=settings.save_every, monitor=f"val/{measure.metric}"
+    )
     # the picture of a table takes as long as some of its steps, and is drawn at the end
     pictures = bool(settings.sample_images) and isinstance(data, ImageData)
     grids = SampleGrids(
@@ -177,15 +180,17 @@ def fit(
         samples = datamodule_of(recipe, data)
         samples.trainer = trainer
         samples.setup("fit")  # refuses too few samples before there is a folder
-        if checkpoint is not None:
-            _check_steps_left(checkpoint, done, plan)
+        if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
+            raise ConfigError(f"{resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
         with explained():
             module = RnodeModule(recipe)
         if checkpoint is None:
             module.load_weights()  # the module does so itself; here what does not fit is refused without a folder
         trainer.callbacks.insert(0, RunPosition(plan))  # pyright: ignore[reportAttributeAccessIssue]
         if trainer.is_global_zero:  # one process makes the folder and writes into it
-            folder = _open(recipe, checkpoint, runs, run_folder)
+            folder = before or (
+                RunFolder.create(runs, recipe) if run_folder is None else RunFolder.claim(run_folder)
+            )
             stack.enter_context(training_lock(folder.path))
             folder.describe(recipe, trainer.strategy.root_device)
             module.folder = folder
@@ -194,8 +199,7 @@ def fit(
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if progress:
                 _announce(module, data, plan, trainer, done)
-        is_new = checkpoint is None or RunFolder.of_checkpoint(checkpoint) is None
-        with _errors_with_advice(checkpoints, stop, trainer, is_new=is_new):
+        with _errors_with_advice(checkpoints, stop, trainer, is_new=before is None):
             stopped, at_once = _train(module, samples, trainer, stop, plan, checkpoint, done)
         assert checkpoints.folder is not None  # all processes know it once training has begun
         folder = RunFolder(checkpoints.folder.parent)
@@ -217,27 +221,6 @@ def fit(
         device = trainer.strategy.root_device
         evaluation, picture = _conclude(result.folder, ended, recipe, data, device, progress=progress)
         return dataclasses.replace(result, evaluation=evaluation, samples=picture)
-
-
-def _open(
-    recipe: Recipe,
-    checkpoint: Path | None,
-    runs: str | os.PathLike[str],
-    run_folder: str | os.PathLike[str] | None,
-) -> RunFolder:
-    """The folder of the run that goes on, or a new one."""
-    inside = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)
-    if inside is not None:
-        return inside
-    return RunFolder.create(runs, recipe) if run_folder is None else RunFolder.claim(run_folder)
-
-
-def _check_steps_left(checkpoint: Path, done: int, plan: RunPlan) -> None:
-    """Refuse a checkpoint after whose ``done`` steps neither a step nor the evaluation is left."""
-    folder = RunFolder.of_checkpoint(checkpoint)
-    to_evaluate = done == plan.total and folder is not None and not folder.result.exists()
-    if done >= plan.total and not to_evaluate:
-        raise ConfigError(f"{checkpoint} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
 
 
 def _train(
