@@ -106,7 +106,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--set", "data.shape=1,8"], 2, r"data\.shape: too few"),
     (["train", "digits", "--seed", "-1"], 2, r"training\.seed: .*equal to 0"),
     (["train", "digits", "--data", "digitz"], 2, r"unknown data set 'digitz'; did you mean 'digits'"),
-    (["train", "mnist", "--data-root", "SHELF/empty", "--no-download"], 1, r"Leave out --no-download .*--data-root"),
+    (["train", "mnist", "--data-root", "SHELF/empty", "--no-download"], 1, r"Leave out --no-download"),
     (["train", "imagenet64", "--data-root", "SHELF/empty"], 1, r"Get Imagenet64_train_part1"),
     (folder("empty"), 1, r"empty holds no pictures"),
     (folder("nowhere"), 1, r"is not a folder; --data-root must name one that holds pictures"),
