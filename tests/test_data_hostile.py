@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import io
 import lzma
 import os
 import pickle
 import shutil
 import tarfile
-import zipfile
 
 import numpy as np
 import pytest
@@ -29,27 +27,24 @@ from rnode_plugin.data import plan_packing
 from rnode_plugin.errors import DataError
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_bad_files_fail_by_name_or_are_skipped_by_name(tmp_path, kind):
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_bad_files_fail_by_name_or_are_skipped_by_name(tmp_path, write):
     files, train, val = split_pictures()
     files["set/train/notes.txt"] = b"not a picture"
     files["set/train/7.png"] = b"garbage"
     files["set/val/half.png"] = files["set/val/0.png"][:60]
-    source = tmp_path / f"a.{kind}"
-    (write_zip if kind == "zip" else write_tar)(source, files)
+    source = tmp_path / "archive"
+    write(source, files)
     with pytest.raises(DataError, match=r"not pictures: .*set/train/notes\.txt\. Remove .*--on-error skip"):
         prepare(source, target=tmp_path / "out")
     assert_nothing(tmp_path / "out")
     result = prepare(source, target=tmp_path / "out", on_error="skip")
-    assert [name.split(": ")[1] for name in result.skipped] == [
-        "set/train/notes.txt",
-        "set/train/7.png",
-        "set/val/half.png",
-    ]
+    names = ["set/train/notes.txt", "set/train/7.png", "set/val/half.png"]
+    assert [name.split(": ")[1] for name in result.skipped] == names
     assert_packed(tmp_path / "out", train, val)
     del files["set/train/notes.txt"]
-    (write_zip if kind == "zip" else write_tar)(source, files)
-    with pytest.raises(DataError, match=r"set/train/7\.png cannot be read as a picture.*--on-error skip"):
+    write(source, files)
+    with pytest.raises(DataError, match=r"set/train/7\.png cannot be read.*--on-error skip"):
         prepare(source, target=tmp_path / "other")
     assert_nothing(tmp_path / "other")
 
@@ -57,16 +52,18 @@ def test_bad_files_fail_by_name_or_are_skipped_by_name(tmp_path, kind):
 def test_no_name_in_an_archive_leads_out_of_the_target(tmp_path):
     inside = tmp_path / "deep" / "inside"
     inside.mkdir(parents=True)
-    images = random_images(8, SHAPE)
-    names = ["../../evil.png", "/evil.png", str(tmp_path / "evil.png"), "C:\\evil.png", *"abcd"]
-    files = {
-        name if "." in name else f"{name}.png": picture_bytes(im) for name, im in zip(names, images, strict=True)
-    }
+    names = [
+        "../../evil.png",
+        "/evil.png",
+        str(tmp_path / "evil.png"),
+        "C:\\evil.png",
+        *(f"{k}.png" for k in "abcd"),
+    ]
+    files = {name: picture_bytes(image) for name, image in zip(names, random_images(8, SHAPE), strict=True)}
     for write, source in ((write_zip, inside / "a.zip"), (write_tar, inside / "a.tar")):
         write(source, files)
         result = prepare(source, target=inside / "out", overwrite=True)
         assert result.train + result.val == 8  # a name is only a name
-        assert sorted(p.name for p in (inside / "out").iterdir()) == ["train.npy", "val.npy"]
     found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert found == {f"deep/inside/{n}" for n in ("a.zip", "a.tar", "out/train.npy", "out/val.npy")}
 
@@ -76,12 +73,8 @@ def test_links_and_devices_in_a_tar_are_no_pictures(tmp_path):
     source = tmp_path / "a.tar"
     write_tar(source, files)
     with tarfile.open(source, "a") as archive:
-        for kind, name in (
-            (tarfile.SYMTYPE, "link.png"),
-            (tarfile.FIFOTYPE, "pipe.png"),
-            (tarfile.CHRTYPE, "dev.png"),
-        ):
-            info = tarfile.TarInfo(f"set/train/{name}")
+        for kind in (tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo(f"set/train/{kind.decode()}.png")
             info.type, info.linkname = kind, "/etc/hostname"
             archive.addfile(info)
     prepare(source, target=tmp_path / "out")
@@ -97,7 +90,7 @@ def test_pictures_of_different_sizes(tmp_path):
     assert prepare(tmp_path / "in", target=tmp_path / "out", size=8).shape == SHAPE
 
 
-def test_damaged_and_foreign_sources(tmp_path):
+def test_truncated_and_foreign_sources(tmp_path):
     files, *_ = split_pictures(40, 10)
     write_zip(tmp_path / "a.zip", files)
     write_tar(tmp_path / "b.tar", files)
@@ -105,56 +98,36 @@ def test_damaged_and_foreign_sources(tmp_path):
     for name in ("a.zip", "b.tar", "c.tar.gz"):
         content = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content[: len(content) // 2 - 100])
-        with pytest.raises(DataError, match=f"{name} .*(damaged|cannot be read)"):
-            prepare(tmp_path / name, target=tmp_path / "out", on_error="skip")
     (tmp_path / "text.zip").write_text("hello")
-    with pytest.raises(DataError, match="neither a folder nor a zip"):
-        plan_packing([tmp_path / "text.zip"])
-    with pytest.raises(DataError, match="does not exist"):
-        plan_packing([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures and no npz batches"):
-        plan_packing([tmp_path / "empty"])
+    for name, words in (
+        ("a.zip", "cannot be read"),
+        ("b.tar", "cannot be read"),
+        ("c.tar.gz", "cannot be read"),
+        ("text.zip", "neither a folder nor a zip"),
+        ("nowhere", "does not exist"),
+        ("empty", "no pictures and no npz batches"),
+    ):
+        with pytest.raises(DataError, match=f"{name}.* {words}"):
+            prepare(tmp_path / name, target=tmp_path / "out", on_error="skip")
     assert_nothing(tmp_path / "out")
 
 
-def test_a_damaged_member_is_found_by_its_checksum(tmp_path):
-    files, train, val = split_pictures()
-    write_zip(tmp_path / "a.zip", files, zipfile.ZIP_STORED)
-    content = (tmp_path / "a.zip").read_bytes()
-    target = files["set/train/2.png"]
-    at = content.index(target) + len(target) - 6
-    (tmp_path / "a.zip").write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1 :])
-    with pytest.raises(DataError, match=r"set/train/2\.png is damaged .*Bad CRC"):
-        prepare(tmp_path / "a.zip", target=tmp_path / "out")
-    prepare(tmp_path / "a.zip", target=tmp_path / "out", on_error="skip")
-    assert_packed(tmp_path / "out", np.delete(train, 2, axis=0), val)
-
-
-def _byte_changed(content: bytes, position: int) -> bytes:
-    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
-def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path, mode):
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, lzma.compress])
+def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path, compress):
     """``tarfile`` takes it for the end: 3,000 pictures of 17,000, and not a word."""
-    files, *_ = split_pictures()
     source = tmp_path / "a.tar"
-    write_tar(source, files, "w")
+    write_tar(source, split_pictures()[0], "w")
     content = source.read_bytes()
-    for member in ("set/train/3.png", "set/val/2.png"):
-        damaged = _byte_changed(content, content.index(member.encode()) + 4)
-        write = {"w": lambda c: c, "w:gz": gzip.compress, "w:xz": lzma.compress}[mode]
-        source.write_bytes(write(damaged))
-        with pytest.raises(DataError, match=r"a\.tar is damaged .*header at byte .* is damaged") as caught:
+    for member in (b"set/train/3.png", b"set/val/2.png"):
+        source.write_bytes(compress(content.replace(member, b"sat" + member[3:])))
+        with pytest.raises(DataError, match=r"a\.tar cannot be read: .*header at byte .*Download it again"):
             prepare(source, target=tmp_path / "out", on_error="skip")
-        assert "Download it again" in str(caught.value)
         assert not (tmp_path / "out").exists()
 
 
 def test_files_that_claim_too_much(tmp_path, monkeypatch):
-    files, *_ = split_pictures()
-    write_zip(tmp_path / "a.zip", files | {"set/train/big.png": bytes(5000)})
+    write_zip(tmp_path / "a.zip", split_pictures()[0] | {"set/train/big.png": bytes(5000)})
     monkeypatch.setattr("rnode_plugin.data.packing._MAX_PICTURE_BYTES", 4000)
     with pytest.raises(DataError, match=r"big\.png is larger than"):
         prepare(tmp_path / "a.zip", target=tmp_path / "out")
@@ -165,48 +138,36 @@ def test_files_that_claim_too_much(tmp_path, monkeypatch):
     assert_nothing(tmp_path / "out")
 
 
+_IMAGES = random_images(3, SHAPE)
+_GOOD = npz_batch(_IMAGES)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda good: good[: len(good) // 2], "damaged"),
-        (lambda good: b"PK nothing", "damaged"),
-        (lambda good: npz_batch(random_images(3, SHAPE), data=np.zeros((3, 192), np.float32)), "is float32"),
-        (lambda good: npz_batch(random_images(3, SHAPE), data=np.zeros((3, 191), np.uint8)), r"uint8 \(3, 191\)"),
-        (lambda good: npz_batch(random_images(3, SHAPE), data=np.array([{}, {}])), "is object"),
-        (lambda good: npz_batch(random_images(3, (3, 9, 9))), "holds 9x9 images.*--size 9"),
-        (lambda good: _zipped({"labels.npy": b""}), "no array `data`"),
-        (lambda good: _zipped({"data.npy": b"\x93NUMPY\x01\x00v\x00{broken"}), "damaged"),
-        (lambda good: _zipped({"data.npy": _header((5, 192)) + bytes(200)}), "ends within 5 images"),
+        (_GOOD[: len(_GOOD) // 2], "cannot be read"),
+        (b"PK nothing", "cannot be read"),
+        (npz_batch(_IMAGES, data=np.zeros((3, 192), np.float32)), "is float32"),
+        (npz_batch(_IMAGES, data=np.zeros((3, 191), np.uint8)), r"uint8 \(3, 191\)"),
+        (npz_batch(_IMAGES, data=np.array([{}, {}])), "is object"),
+        (npz_batch(random_images(3, (3, 9, 9))), "holds 9x9 images.*--size 9"),
     ],
+    ids=["half", "text", "float", "width", "objects", "size"],
 )
 def test_damaged_batches(tmp_path, content, message):
-    good = npz_batch(random_images(3, SHAPE))
-    (tmp_path / "val_data.npz").write_bytes(good)
-    (tmp_path / "train_data_batch_1.npz").write_bytes(content(good))
-    with pytest.raises(DataError, match=message) as caught:
+    (tmp_path / "val_data.npz").write_bytes(_GOOD)
+    (tmp_path / "train_data_batch_1.npz").write_bytes(content)
+    with pytest.raises(DataError, match=rf"train_data_batch_1\.npz.*{message}"):
         prepare(tmp_path, target=tmp_path / "out", size=8, on_error="skip")
-    assert "train_data_batch_1.npz" in str(caught.value)
     assert_nothing(tmp_path / "out")
 
 
-def _zipped(files):
-    file = io.BytesIO()
-    write_zip(file, files)
-    return file.getvalue()
-
-
-def _header(shape):
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return file.getvalue()
-
-
 def test_batches_come_together_and_alone(tmp_path):
-    (tmp_path / "train_data_batch_1.npz").write_bytes(npz_batch(random_images(3, SHAPE)))
+    (tmp_path / "train_data_batch_1.npz").write_bytes(_GOOD)
     with pytest.raises(DataError, match=r"together with val_data\.npz"):
         plan_packing([tmp_path])
-    (tmp_path / "val_data.npz").write_bytes(npz_batch(random_images(3, SHAPE)))
-    write_picture(tmp_path / "train" / "a.png", random_images(1, SHAPE)[0])
+    (tmp_path / "val_data.npz").write_bytes(_GOOD)
+    write_picture(tmp_path / "train" / "a.png", _IMAGES[0])
     with pytest.raises(DataError, match="without other pictures"):
         plan_packing([tmp_path])
 

@@ -164,7 +164,7 @@ def test_a_failed_run_leaves_no_folder_that_was_not_there(tmp_path):
     write_zip(tmp_path / "a.zip", files | {"set/val/0.png": b"bad"})
     (tmp_path / "there").mkdir()
     for target in (tmp_path / "new" / "deep" / "out", tmp_path / "there" / "out", tmp_path / "there"):
-        with pytest.raises(DataError, match="cannot be read as a picture"):
+        with pytest.raises(DataError, match="not a picture"):
             prepare(tmp_path / "a.zip", target=target)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.zip", "there"]
     assert list((tmp_path / "there").iterdir()) == []
@@ -175,10 +175,10 @@ def test_a_source_that_changes_meanwhile(tmp_path):
         write_picture(tmp_path / "in" / f"{i}.png", random_images(1, SHAPE)[0])
     plan = plan_packing([tmp_path / "in"])
     (tmp_path / "in" / "3.png").unlink()
-    with pytest.raises(DataError, match=r"3\.png is gone"):
+    with pytest.raises(DataError, match="changed since"):
         pack(plan, tmp_path / "out")
     write_picture(tmp_path / "in" / "0a.png", random_images(1, SHAPE)[0])
-    with pytest.raises(DataError, match="has changed"):
+    with pytest.raises(DataError, match="changed since"):
         pack(plan, tmp_path / "out")
     assert_nothing(tmp_path / "out")
 

@@ -7,13 +7,14 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .images import ImageArray, ImageData, shuffled
+from .images import ImageArray, ImageData, naming, shuffled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,48 +82,37 @@ def folder(
 
 def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData:
     """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or packed by `data prepare`."""
-    return _user_provided(
-        "imagenet64",
-        root,
-        size,
-        native=64,
-        bits=8,
-        flip=False,
-        source="Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
-        "https://image-net.org/download-images (free, after registration)",
-        command="rnode-cli data prepare Imagenet64_*_npz.zip {target} --size 64",
+    source = (
+        "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
+        "https://image-net.org/download-images (free, after registration)"
     )
+    where = _brought("imagenet64", root, size, 64, source, "Imagenet64_*_npz.zip")
+    return _read("imagenet64", where, size=64, channels=3)
 
 
 def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageData:
     """CelebA-HQ at 3x256x256, 5 bits (when read): train/ and val/ of pictures, or packed by `data prepare`."""
-    return _user_provided(
-        "celebahq256",
-        root,
-        size,
-        native=256,
-        bits=5,
-        flip=True,
-        source="the 30,000 CelebA-HQ pictures of 256x256 pixels or more (the folder CelebA-HQ-img of "
-        "CelebAMask-HQ.zip, celebahq-r08.tfrecords of progressive growing, or celeba-tfr.tar of Glow from "
-        "https://openaipublic.azureedge.net/glow-demo/data)",
-        command="rnode-cli data prepare PICTURES_OR_ARCHIVE {target} --size 256",
+    source = (
+        "the 30,000 CelebA-HQ pictures of 256x256 pixels or more (the folder CelebA-HQ-img of CelebAMask-HQ.zip, "
+        "celebahq-r08.tfrecords of progressive growing, or celeba-tfr.tar of Glow from "
+        "https://openaipublic.azureedge.net/glow-demo/data)"
     )
+    where = _brought("celebahq256", root, size, 256, source, "PICTURES_OR_ARCHIVE")
+    return _read("celebahq256", where, size=256, channels=3, bits=5, flip=True)
 
 
-def _user_provided(
-    name: str, root: str | None, size: int | None, *, native: int, bits: int, flip: bool, source: str, command: str
-) -> ImageData:
-    """A set with a fixed size, in the folder of its name below the root."""
+def _brought(name: str, root: str | None, size: int | None, native: int, source: str, files: str) -> Path:
+    """The folder of a set that the user brings, by its name below the root."""
     if size not in (None, native):
         raise ConfigError(f"{name} has {native}x{native} pixels, not {size}x{size}; use the data set 'folder'.")
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
             f"{name} is not there: no folder {where}. It cannot be downloaded for you. Get {source}, then run "
-            f"`{command.format(target=where)}`, or put pictures into {where / 'train'} and {where / 'val'}."
+            f"`rnode-cli data prepare {files} {where} --size {native}`, or put pictures into {where / 'train'} and "
+            f"{where / 'val'}."
         )
-    return _read(name, where, size=native, channels=3, bits=bits, val_fraction=VAL_FRACTION, flip=flip)
+    return where
 
 
 def _read(
@@ -131,25 +121,27 @@ def _read(
     *,
     size: int | None,
     channels: int | None,
-    bits: int,
-    val_fraction: float,
+    bits: int = 8,
+    val_fraction: float = VAL_FRACTION,
     flip: bool = False,
 ) -> ImageData:
-    if not 1 <= bits <= 8:
-        raise ConfigError(f"{name}: bits must be 1 to 8, not {bits}.")
-    if channels not in (None, 1, 3):
-        raise ConfigError(f"{name}: channels must be 1 or 3, not {channels}.")
-    if size is not None and size < 1:
-        raise ConfigError(f"{name}: the size must be at least 1 pixel, not {size}.")
-    packed = [(where / file).exists() for file in (TRAIN_FILE, VAL_FILE)]
+    if not 1 <= bits <= 8 or channels not in (None, 1, 3) or (size is not None and size < 1):
+        raise ConfigError(
+            f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
+        )
+    files = where / TRAIN_FILE, where / VAL_FILE
     train: ImageArray
     val: ImageArray
-    if any(packed):
-        if not all(packed):
-            raise DataError(f"{name}: {where} holds only one of {TRAIN_FILE} and {VAL_FILE}; make both again with "
-                            "`rnode-cli data prepare --overwrite`.")  # fmt: skip
-        train, val = (PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE))
-        _check_packed(name, where, train.shape, val.shape, size, channels)
+    if any(file.exists() for file in files):
+        train, val = (PackedImages(file, shift=8 - bits) for file in files)
+        _, c, h, w = train.shape
+        wanted = (channels or c, size or h, size or w)
+        for file, images in zip(files, (train, val), strict=True):
+            if images.shape[1:] != wanted:
+                raise DataError(
+                    f"{name}: the images in {file} are {'x'.join(map(str, images.shape[1:]))}, not "
+                    f"{'x'.join(map(str, wanted))}; pack them again with `rnode-cli data prepare --overwrite`."
+                )
     else:
         names = [file for file in files_in(where) if is_picture(file)]
         if not names:
@@ -164,24 +156,6 @@ def _read(
 def _pictures(where: Path, names: Sequence[str], size: int | None, channels: int, shift: int) -> ImageArray:
     files = ImageFiles(where, names, size=size, channels=channels, shift=shift)
     return files[:] if np.prod(files.shape, dtype=np.int64) <= _IN_MEMORY_BYTES else files
-
-
-def _check_packed(
-    name: str,
-    where: Path,
-    train: tuple[int, ...],
-    val: tuple[int, ...],
-    size: int | None,
-    channels: int | None,
-) -> None:
-    _, c, h, w = train
-    wanted = (channels or c, size or h, size or w)
-    for file, shape in ((TRAIN_FILE, train), (VAL_FILE, val)):
-        if shape[1:] != wanted:
-            raise DataError(
-                f"{name}: the images in {where / file} are {'x'.join(map(str, shape[1:]))}, not "
-                f"{'x'.join(map(str, wanted))}; pack them again with `rnode-cli data prepare --overwrite`."
-            )
 
 
 # Training and held-out pictures --------------------------------------------------------------------------------
@@ -242,7 +216,7 @@ def assign(
     if not 0 < val_fraction < 1:
         raise ConfigError(f"the held-out fraction must lie between 0 and 1, not {val_fraction}.")
     if len(splits) < 2:
-        raise DataError(f"{where}: {len(splits)} picture is too few to hold one out; at least two are needed.")
+        raise DataError(f"{where}: one picture is too few to hold one out.")
     n_val = min(max(1, round(len(splits) * val_fraction)), len(splits) - 1)
     result: list[str | None] = ["train"] * len(splits)
     for position in shuffled(len(splits))[:n_val]:
@@ -276,7 +250,8 @@ def files_in(folder: Path) -> Iterator[str]:
     """Names of the files below a folder, relative, with ``/``, sorted folder by folder; links are followed once."""
 
     def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
-        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}.") from error
+        with naming(error.filename):
+            raise error
 
     seen: set[str] = set()
     for here, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
@@ -307,20 +282,18 @@ def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np
     """
     from PIL import Image, ImageOps
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=_FORMATS) as image:
-                if image.width * image.height > _MAX_PIXELS:
-                    raise DataError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS:,}")
-                if image.mode not in _MODES:
-                    raise DataError(f"pixels of the kind {image.mode!r}, which 8 bits a channel cannot hold")
-                pixels = _fit(ImageOps.exif_transpose(image), size, channels)
-    # on garbage a decoder raises whatever it stumbled over: OSError, SyntaxError, struct.error, ValueError, ...
-    except Exception as error:
-        reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DataError(f"{name} cannot be read as a picture: {reason}.") from error
-    return pixels
+    with naming(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            opened = Image.open(file, formats=_FORMATS)
+        except Image.UnidentifiedImageError:  # whose message shows the file as an object
+            raise ValueError("it is not a picture") from None
+        with opened as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS:,}")
+            if image.mode not in _MODES:
+                raise ValueError(f"pixels of the kind {image.mode!r}, which 8 bits a channel cannot hold")
+            return _fit(ImageOps.exif_transpose(image), size, channels)
 
 
 def fit_pixels(pixels: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
@@ -381,24 +354,19 @@ class ImageFiles:
         for position, out in zip(positions.flat, images.reshape(-1, *self._image_shape), strict=True):
             image = self._read(int(position))
             if image.shape != self._image_shape:
-                raise DataError(self._mismatch(int(position), image.shape))
+                (_, height, width), (_, *first) = image.shape, self._image_shape
+                raise DataError(
+                    f"the pictures in {self._folder} differ in size: {self._names[position]} has {height}x{width} "
+                    f"pixels, {self._names[0]} has {first[0]}x{first[1]}. Give the size that all are scaled to "
+                    "(--size)."
+                )
             np.right_shift(image, self._shift, out=out)
         return images
 
     def _read(self, position: int) -> np.ndarray:
         path = self._folder / self._names[position]
-        try:
-            with open(path, "rb") as file:
-                return decode(file, str(path), size=self._size, channels=self._channels)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-    def _mismatch(self, position: int, shape: tuple[int, ...]) -> str:
-        _, height, width = self._image_shape
-        return (
-            f"the pictures in {self._folder} differ in size: {self._names[position]} has {shape[1]}x{shape[2]} "
-            f"pixels, {self._names[0]} has {height}x{width}. Give the size that all are scaled to (--size)."
-        )
+        with naming(path), open(path, "rb") as file:
+            return decode(file, str(path), size=self._size, channels=self._channels)
 
 
 # Packed arrays --------------------------------------------------------------------------------------------------
@@ -423,22 +391,13 @@ class PackedImages:
 
     def __init__(self, path: Path, *, shift: int = 0) -> None:
         self._path, self._shift = path, shift
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # NumPy's reader of headers is Python's own: on garbage it raises anything
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise DataError(f"{path} cannot be read as a packed array: {reason}. Make it again with "
-                            "`rnode-cli data prepare`.") from error  # fmt: skip
-        if not isinstance(array, np.memmap):
-            raise DataError(f"{path} is an archive of arrays (.npz), not one array.")
-        if array.dtype != np.uint8:
-            raise DataError(f"{path} holds {array.dtype}; packed images are uint8 with values 0 to 255.")
-        if array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
-            raise DataError(f"{path} has the shape {array.shape}; packed images are (N, C, H, W), channels first, "
-                            "with 1 or 3 of them.")  # fmt: skip
-        whole, found = array.offset + array.nbytes, path.stat().st_size
-        if found != whole:  # a damaged header can claim fewer images than there are
-            raise DataError(f"{path} is damaged: it has {found:,} bytes, and its header says {whole:,}.")
+        with naming(path, " Make it again with `rnode-cli data prepare --overwrite`."):
+            array = np.lib.format.open_memmap(path, mode="r")
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
+            raise DataError(
+                f"{path} holds {array.dtype} {array.shape}; packed images are uint8 (N, C, H, W), channels first, "
+                "with 1 or 3 of them."
+            )
         self._array = array
         if shift:
             probe = array[np.linspace(0, len(array) - 1, min(len(array), _PROBED)).astype(int)]
@@ -462,8 +421,4 @@ class PackedImages:
         return np.right_shift(self._array[index], self._shift)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self._path, self._shift)
-
-
-def _reopen(path: Path, shift: int) -> PackedImages:
-    return PackedImages(path, shift=shift)
+        return partial(PackedImages, self._path, shift=self._shift), ()

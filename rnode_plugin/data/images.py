@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,9 +12,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, RnodeError
 
-__all__ = ["ArrayDataset", "ImageArray", "ImageData", "Selection", "keep_batch", "loader", "shuffled"]
+__all__ = [
+    "ArrayDataset", "ImageArray", "ImageData", "Selection", "keep_batch", "limited", "loader", "naming", "reason",
+    "shuffled",
+]  # fmt: skip
+
+
+def reason(error: Exception) -> str:
+    """What a library says of a file, without a full stop."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def naming(what: object, advice: str = "") -> Iterator[None]:
+    """Name a file in what its reader raises, which on a damaged file is any exception; as a DataError."""
+    try:
+        yield
+    except RnodeError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what} cannot be read: {reason(error)}.{advice}") from error
 
 
 class ImageArray(Protocol):
@@ -103,7 +123,7 @@ class ImageData:
         Raises:
             ConfigError: a limit below 1.
         """
-        return replace(self, train=_limited(self.train, n_train), val=_limited(self.val, n_val))
+        return replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
 
 
 def shuffled(n: int) -> np.ndarray:
@@ -115,13 +135,14 @@ def shuffled(n: int) -> np.ndarray:
     return np.random.RandomState(0).permutation(n)
 
 
-def _limited(images: ImageArray, n: int | None) -> ImageArray:
-    if n is None or n >= len(images):
-        return images
+def limited(samples: Any, n: int | None) -> Any:
+    """At most ``n`` of the images or rows, drawn from all of them; always the same ones."""
+    if n is None or n >= len(samples):
+        return samples
     if n < 1:
-        raise ConfigError(f"a limit on the number of images must be at least 1, not {n}.")
-    chosen = np.sort(shuffled(len(images))[:n])
-    return images[chosen] if isinstance(images, np.ndarray) else Selection(images, chosen)
+        raise ConfigError(f"a limit on the number of images or rows must be at least 1, not {n}.")
+    chosen = np.sort(shuffled(len(samples))[:n])
+    return samples[chosen] if isinstance(samples, np.ndarray) else Selection(samples, chosen)
 
 
 class ArrayDataset(Dataset[Tensor]):
@@ -180,12 +201,9 @@ def loader(
             with arrays in memory.
 
     Raises:
-        ConfigError: sizes that cannot work, or that leave no batch at all.
+        ConfigError: the images do not fill one batch, and ``drop_last`` leaves none.
+        ValueError: a size below 1, or fewer than 0 workers.
     """
-    if batch_size < 1:
-        raise ConfigError(f"the batch size must be at least 1, not {batch_size}.")
-    if num_workers < 0:
-        raise ConfigError(f"the number of workers must be 0 or more, not {num_workers}.")
     if drop_last and len(images) < batch_size:
         raise ConfigError(
             f"{len(images)} images do not fill one batch of {batch_size}; choose a smaller batch size."

@@ -18,12 +18,13 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, RnodeError, suggest
+from ..errors import ConfigError, DataError
 from ..files import Draft
 from .folders import (
     TRAIN_FILE,
@@ -36,7 +37,8 @@ from .folders import (
     is_hidden,
     is_picture,
     split_named,
-)
+)  # fmt: skip
+from .images import naming
 
 __all__ = ["PackingPlan", "PackingResult", "pack", "plan_packing"]
 
@@ -45,6 +47,7 @@ _PICKLE = re.compile(r"(train_data_batch_\d+|val_data)")
 _ROWS = 1024  # images of a batch that are read at once
 _MAX_PICTURE_BYTES = 2**28
 _SHOWN = 5
+_AGAIN = " Download it again."
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,11 @@ def pack(
         ConfigError: an option that cannot work.
         DataError: a bad picture, pictures of different sizes, packed files there already, no room on the disk.
     """
-    if on_error not in ("fail", "skip"):
-        raise ConfigError(suggest(on_error, ("fail", "skip"), "way to treat errors"))
-    if channels not in (1, 3) or (size is not None and size < 1):
-        raise ConfigError(f"channels must be 1 or 3 and the size at least 1, not {channels} and {size}.")
+    if on_error not in ("fail", "skip") or channels not in (1, 3) or (size is not None and size < 1):
+        raise ConfigError(
+            f"on_error must be fail or skip, channels 1 or 3, the size at least 1, not {on_error}, {channels} and "
+            f"{size}."
+        )
     if plan.rejected and on_error == "fail":
         names = _listing("these files are not pictures", plan.rejected)
         raise DataError(f"{names} Remove them, or pass --on-error skip.")
@@ -211,10 +215,9 @@ def pack(
             if not all(writer.count for writer in writers.values()):
                 names = _listing(" Skipped", reader.skipped)
                 raise DataError(f"no readable picture to train on, or none to hold out.{names}")
-            for writer in writers.values():
-                writer.finish()
-            for writer in writers.values():
-                writer.publish()
+            for step in (_Writer.finish, _Writer.publish):
+                for writer in writers.values():
+                    step(writer)
     except OSError as error:
         raise DataError(f"cannot write to {target}: {error.strerror or error}.") from error
     _, c, h, w = writers["train"].shape
@@ -269,16 +272,16 @@ def _new_folder(folder: Path) -> Iterator[None]:
 
 def _planned(plan: PackingPlan) -> Iterator[tuple[PlannedFile, _Member]]:
     """The sources once more, with what was planned for each file."""
-    planned = iter(plan.files)
-    for source in plan.sources:
-        for member in _members(source):
-            if _is_wanted(member.name):
-                file = next(planned, None)
-                if file is None or file.name != f"{source}: {member.name}":
-                    raise DataError(f"{source} has changed while it was read; start again.")
-                yield file, member
-    if (gone := next(planned, None)) is not None:
-        raise DataError(f"{gone.name} is gone since the packing began; start again.")
+    found = (
+        (f"{source}: {member.name}", member)
+        for source in plan.sources
+        for member in _members(source)
+        if _is_wanted(member.name)
+    )
+    for planned, (name, member) in zip_longest(plan.files, found, fillvalue=(None, None)):
+        if not isinstance(planned, PlannedFile) or planned.name != name or member is None:
+            raise DataError(f"{' '.join(map(str, plan.sources))} changed since the packing began; start again.")
+        yield planned, member
 
 
 def _check_space(plan: PackingPlan, target: Path, shape: tuple[int, ...]) -> None:
@@ -308,25 +311,11 @@ def _is_wanted(name: str) -> bool:
     return name.endswith((*_BATCH, *_RECORDS)) or is_picture(name)
 
 
-@contextmanager
-def _damage(what: object) -> Iterator[None]:
-    """Name the file in what a reader raises about it: on a damaged file that is any exception."""
-    try:
-        yield
-    except RnodeError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise DataError(f"{what} is damaged or cannot be read: {reason}. Download it again.") from error
-
-
 def _members(source: Path) -> Iterator[_Member]:
     """All regular files of a folder, a zip or a tar archive but hidden ones; of a container, the file itself."""
-    if not source.exists():
-        raise DataError(f"{source} does not exist; name a folder of pictures or an archive.")
     if not (source.is_dir() or source.is_file()):
-        raise DataError(f"{source} is a device or a pipe; name a folder of pictures or an archive.")
-    with _damage(source):
+        raise DataError(f"{source} does not exist, or is a device: name a folder of pictures or an archive.")
+    with naming(source, _AGAIN):
         if source.is_dir():
             for name in files_in(source):
                 path = source / name
@@ -383,11 +372,7 @@ class _Reader:
         self.skipped = skipped
 
     def images(self, planned: PlannedFile, member: _Member) -> Iterator[tuple[str, np.ndarray]]:
-        """``(split, images (n, C, H, W))`` for all that are not left out.
-
-        Raises:
-            DataError: damaged, or of another shape than those before.
-        """
+        """``(split, images (n, C, H, W))`` for all that are not left out, all of one shape."""
         for split, images in self._read(planned, member):
             if self._shape not in (None, images.shape[1:]):
                 raise DataError(
@@ -447,7 +432,7 @@ def _product(shape: tuple[int, ...]) -> str:
 
 
 def _content(member: _Member, name: str) -> bytes:
-    with _damage(name), member.open() as file:
+    with naming(name, _AGAIN), member.open() as file:
         content = file.read(_MAX_PICTURE_BYTES + 1)
     if len(content) > _MAX_PICTURE_BYTES:
         raise DataError(f"{name} is larger than {_MAX_PICTURE_BYTES >> 20} MB.")
@@ -468,28 +453,24 @@ def _batch(member: _Member, name: str) -> Iterator[np.ndarray]:
 
     A row of its array ``data`` is the red plane, then green, then blue, each row by row.
     """
-    with _damage(name), _copy(member) as copy, zipfile.ZipFile(copy) as archive:
-        if "data.npy" not in archive.namelist():
-            raise DataError(f"{name} has no array `data`: it is not a batch of the ImageNet 64x64 archives.")
-        with archive.open("data.npy") as data:  # not by np.load, which would hold 1.6 GB in memory
-            shape, fortran, dtype = _read_header(data)
-            side = math.isqrt(shape[1] // 3) if len(shape) == 2 else 0
-            if dtype != np.uint8 or fortran or side == 0 or shape[1] != 3 * side * side:
-                raise DataError(
-                    f"{name}: `data` is {dtype} {shape}; it should be uint8 with one flat RGB image per row."
-                )
-            for start in range(0, shape[0], _ROWS):
-                wanted = min(_ROWS, shape[0] - start) * shape[1]
-                block = data.read(wanted)
-                if len(block) != wanted:
-                    raise EOFError(f"it ends within {shape[0]} images")
-                yield np.frombuffer(block, np.uint8).reshape(-1, 3, side, side)
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
+    formats = np.lib.format
+    # not by np.load, which would hold 1.6 GB in memory
+    with (
+        naming(name, _AGAIN),
+        _copy(member) as copy,
+        zipfile.ZipFile(copy) as archive,
+        archive.open("data.npy") as data,
+    ):
+        is_first = formats.read_magic(data) == (1, 0)
+        shape, fortran, dtype = (formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0)(data)
+        side = math.isqrt(shape[1] // 3) if len(shape) == 2 else 0
+        if dtype != np.uint8 or fortran or side == 0 or shape[1] != 3 * side * side:
+            raise DataError(
+                f"{name}: `data` is {dtype} {shape}; it should be uint8 with one flat RGB image per row."
+            )
+        for start in range(0, shape[0], _ROWS):
+            count = min(_ROWS, shape[0] - start)
+            yield np.frombuffer(data.read(count * shape[1]), np.uint8).reshape(count, 3, side, side)
 
 
 def _records(member: _Member, name: str) -> Iterator[bytes | np.ndarray]:
@@ -505,19 +486,19 @@ def _records(member: _Member, name: str) -> Iterator[bytes | np.ndarray]:
         raise ConfigError(
             "reading TFRecord files needs the package tfrecord: pip install 'rnode-plugin[tfrecord]'."
         ) from None
-    with _damage(name), _copy(member) as copy:
+    with naming(name, _AGAIN), _copy(member) as copy:
         for record in tfrecord_iterator(copy.name):
             example: Any = example_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
             example.ParseFromString(bytes(record))
             features = example.features.feature
             found = next((key for key in ("data", "image_raw", "image/encoded") if key in features), None)
             if found is None:
-                raise DataError(f"{name} has no feature `data` but {', '.join(sorted(features)) or 'none'}.")
+                raise ValueError(f"no feature `data` but {', '.join(sorted(features)) or 'none'}")
             data, shape = features[found].bytes_list.value[0], list(features["shape"].int64_list.value)
             if not shape:
                 yield data
                 continue
             pixels = np.frombuffer(data, np.uint8).reshape(shape)
-            if pixels.ndim != 3 or not {shape[0], shape[2]} & {1, 3}:
-                raise DataError(f"{name}: the feature `shape` is {shape}, with neither 1 nor 3 channels.")
+            if not {shape[0], shape[2]} & {1, 3}:
+                raise ValueError(f"the feature `shape` is {shape}, with neither 1 nor 3 channels")
             yield pixels if shape[0] in (1, 3) else pixels.transpose(2, 0, 1)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, DataError
 from .folders import DEFAULT_ROOT
-from .images import ImageData, shuffled
+from .images import ImageData, reason, shuffled
 
 __all__ = ["cifar10", "digits", "fashion_mnist", "mnist", "one_download", "svhn"]
 
@@ -124,26 +124,17 @@ def _load(
     except Exception as error:  # missing, or damaged: then the reader raises anything
         if not download:
             raise DataError(
-                f"{name} is not in {base}, or is damaged: {_reason(error)}. Leave out --no-download to fetch it "
+                f"{name} is not in {base}, or is damaged: {reason(error)}. Leave out --no-download to fetch it "
                 "(in Python: download=True); --data-root names another folder."
             ) from error
-    with one_download(base):
-        try:
-            return found()  # another process has fetched it in the meantime
-        except Exception:  # as above
-            pass
-        try:
-            fetch(base)
-            return found()
-        except Exception as error:
-            raise DataError(
-                f"{name}: the download to {base} failed: {_reason(error)}. Try again, or put the files there by "
-                "hand, as torchvision lays them out; --data-root names another folder."
-            ) from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    try:
+        fetch(base)
+        return found()
+    except Exception as error:
+        raise DataError(
+            f"{name}: the download to {base} failed: {reason(error)}. Try again, or put the files there by hand, "
+            "as torchvision lays them out; --data-root names another folder."
+        ) from error
 
 
 def _only_size(size: int | None, native: int, name: str) -> None:

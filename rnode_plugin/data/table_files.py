@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, suggest
 from ..files import write_atomically
+from .images import naming
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,13 +47,29 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str]) -> np.ndar
             infinite.
         ConfigError: another ending, or a reader that is not installed.
     """
-    return _checked(_source(path), wanted)
+    return read_with_notes(path, wanted)[0]
 
 
 def read_with_notes(path: str | os.PathLike[str], wanted: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     """What :func:`read_columns` gives, and the choices that were made while reading, a sentence each."""
     source = _source(path)
-    return _checked(source, wanted), source.notes
+    for name in wanted:
+        if name not in source.names:
+            raise DataError(f"{path}: {suggest(name, source.names, 'column')}")
+    with naming(path):
+        rows = source.read(wanted)
+    if len(rows) == 0:
+        raise DataError(f"{path} has columns, but no rows.")
+    for name, column in zip(wanted, rows.T, strict=True):
+        missing, infinite = np.flatnonzero(np.isnan(column)), np.flatnonzero(np.isinf(column))
+        if len(missing):
+            raise DataError(
+                f"the column {name!r} of {path} has {len(missing)} missing value{'s' if len(missing) > 1 else ''}, "
+                f"the first in row {missing[0] + 1}: remove these rows, or fill them in."
+            )
+        if len(infinite):
+            raise DataError(f"the column {name!r} of {path} is infinite in row {infinite[0] + 1}.")
+    return rows, source.notes
 
 
 class _Source(NamedTuple):
@@ -63,7 +80,6 @@ class _Source(NamedTuple):
         notes: choices made while reading.
     """
 
-    path: Path
     names: tuple[str, ...]
     read: Callable[[Sequence[str]], np.ndarray]
     notes: tuple[str, ...] = ()
@@ -72,57 +88,15 @@ class _Source(NamedTuple):
 def _source(path: str | os.PathLike[str]) -> _Source:
     path = Path(path)
     if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise DataError(f"cannot read the table {path}: {what}.")
-    opened = _format_of(path).open
-    try:
-        source = opened(path)
-    except (DataError, ConfigError):
-        raise
-    except Exception as error:  # damaged files raise anything
-        raise _unreadable(path, error) from None
-    if not source.names:
-        raise DataError(f"{path} has no columns.")
+        raise DataError(f"cannot read the table {path}: there is no such file.")
+    with naming(path):
+        source = _format_of(path).open(path)
     for name, count in Counter(source.names).items():
         if not name:
             raise DataError(f"{path} has a column without a name: name each in its first line.")
         if count > 1:
             raise DataError(f"{path} has {count} columns of the name {name!r}: each needs a name of its own.")
     return source
-
-
-def _checked(source: _Source, wanted: Sequence[str]) -> np.ndarray:
-    """The wanted columns, if no value is missing or infinite."""
-    path = source.path
-    for name in wanted:
-        if name not in source.names:
-            raise DataError(f"{path}: {suggest(name, source.names, 'column')}")
-    try:
-        rows = source.read(wanted)
-    except (DataError, ConfigError):
-        raise
-    except Exception as error:  # damaged files raise anything
-        raise _unreadable(path, error) from None
-    if len(rows) == 0:
-        raise DataError(f"{path} has columns, but no rows.")
-    for name, column in zip(wanted, rows.T, strict=True):
-        missing, infinite = np.flatnonzero(np.isnan(column)), np.flatnonzero(np.isinf(column))
-        if len(missing):
-            several = "value" if len(missing) == 1 else "values"
-            raise DataError(
-                f"the column {name!r} of {path} has {len(missing)} missing {several}, the first in row "
-                f"{missing[0] + 1}: remove these rows, or fill them in."
-            )
-        if len(infinite):
-            raise DataError(f"the column {name!r} of {path} is infinite in row {infinite[0] + 1}.")
-    return rows
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    if isinstance(error, UnicodeDecodeError):
-        reason = f"it is not UTF-8 text, {reason}"
-    return DataError(f"{path} cannot be read: {reason}.")
 
 
 def _not_numeric(path: Path, name: str, what: str, wanted: Sequence[str]) -> DataError:
@@ -141,11 +115,7 @@ def leave_out(columns: Sequence[str], name: str) -> str:
 # Text: what pandas cannot know by itself is found in the first lines -------------------------------------------
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-", ".", "#n/a", "#null!", *(f".{c}" for c in "abcz")}
-_UNNAMED = (
-    "",
-    "Unnamed: 0",
-    "...1",
-)  # above row names of R and pandas, also when written again
+_UNNAMED = ("", "Unnamed: 0", "...1")  # above row names of R and pandas, also when written again
 _SAMPLE = 1000  # rows that say what the first line is
 _WHOLE = re.compile(r"\d+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)+([eE][+-]?\d+)?")
@@ -172,7 +142,7 @@ class _Layout(NamedTuple):
 def _open_text(path: Path) -> _Source:
     notes: list[str] = []
     layout = _layout(path, notes)
-    return _Source(path, layout.names, lambda wanted: _text_values(path, layout, wanted), tuple(notes))
+    return _Source(layout.names, lambda wanted: _text_values(path, layout, wanted), tuple(notes))
 
 
 def _layout(path: Path, notes: list[str]) -> _Layout:
@@ -402,7 +372,7 @@ def _open_arrays(path: Path) -> _Source:
         named = dict(columns)
         return np.stack([named[name].astype(np.float64) for name in wanted], axis=1)
 
-    return _Source(path, tuple(name for name, _ in columns), read)
+    return _Source(tuple(name for name, _ in columns), read)
 
 
 def _matrix(path: Path, rows: np.ndarray, names: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
@@ -410,8 +380,6 @@ def _matrix(path: Path, rows: np.ndarray, names: np.ndarray | None) -> list[tupl
         raise DataError(f"{path} holds an array of shape {rows.shape}: a table is one of shape (rows, columns).")
     if names is None:
         names = np.array([f"column_{number}" for number in range(1, rows.shape[1] + 1)])
-    if names.shape != (rows.shape[1],):
-        raise DataError(f"{path} names {names.size} columns, but its rows have {rows.shape[1]}.")
     return [(str(name), column) for name, column in zip(names, rows.T, strict=True)]
 
 
@@ -422,7 +390,7 @@ def _open_parquet(path: Path) -> _Source:
     index = [name for name in (schema.pandas_metadata or {}).get("index_columns", ()) if isinstance(name, str)]
     names = tuple(name for name in schema.names if name not in index)
     left_out = tuple(f"the index {name!r} of {path} is left out" for name in index)
-    return _Source(path, names, lambda wanted: _parquet_values(path, schema, wanted), left_out)
+    return _Source(names, lambda wanted: _parquet_values(path, schema, wanted), left_out)
 
 
 def _parquet_values(path: Path, schema: Any, wanted: Sequence[str]) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, suggest
-from .images import shuffled
+from ..errors import DataError, suggest
+from .images import limited
 from .table_files import column_names, leave_out, read_with_notes
 
 __all__ = ["CELLS", "Table", "check_columns", "split_rows", "table", "table_columns"]
@@ -87,7 +87,7 @@ class Table:
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
         """The same table with at most so many rows to train on and to choose weights by, always the same ones."""
-        return dataclasses.replace(self, train=_limited(self.train, n_train), val=_limited(self.val, n_val))
+        return dataclasses.replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
 
     def single(self) -> Table:
         """The same rows in 32-bit numbers, in which a flow computes.
@@ -139,14 +139,6 @@ def split_rows(
     if len(parts[2]) == 0:
         raise DataError(f"{name} has {len(rows)} rows: the held-out shares leave none to train on.")
     return Table(name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0], notes=tuple(notes))
-
-
-def _limited(rows: np.ndarray, n: int | None) -> np.ndarray:
-    if n is None or n >= len(rows):
-        return rows
-    if n < 1:
-        raise ConfigError(f"a limit on the number of rows must be at least 1, not {n}.")
-    return rows[np.sort(shuffled(len(rows))[:n])]
 
 
 def table(
