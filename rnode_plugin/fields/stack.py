@@ -221,9 +221,15 @@ def linear_field(
     fused: bool = True,
     context: int = 0,
 ) -> StackField:
-    """A multilayer perceptron as the field of flat states ``(B, features)``; arguments as for the images'.
+    """A multilayer perceptron as the field of flat states ``(B, features)``; each layer takes the time too.
 
-    With a ``context`` the first layer takes so many numbers more; see :class:`AtContext`.
+    Args:
+        features: dimensions D of one sample.
+        hidden: width of the hidden layers.
+        layers: linear layers, the last one included.
+        activation: between them, such as ``"softplus"`` or ``"tanh"``.
+        fused: whether evaluations and their products take one pass with a backward by hand.
+        context: numbers that the first layer takes besides; see :class:`AtContext`.
     """
     return _build(ConcatLinear, features, hidden, layers, activation, fused, context)
 

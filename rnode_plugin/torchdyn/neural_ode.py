@@ -50,11 +50,21 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     a continuous adjoint never controls the error of the parameters' gradient.
 
     Args:
+        vector_field: a module or function ``(x)`` or ``(t, x)``, either with ``args``; see docs/torchdyn.md.
+        order: order of the differential equation; the state ``(B, order * D)`` is position, velocity, and so on.
+        atol, rtol: tolerances of an adaptive solver.
         solver: a name or object of torchdyn's, or ``"rk4_38"``, the 3/8 rule. torchdyn's ``"rk4"`` evaluates stages
             2 to 4 of a time-dependent field at t, t + h/2 and t + h/2 instead of t + h/2, t + h/2 and t + h, which
             costs it its order; it stays as it is under its name.
         sensitivity: ``"autograd"``, ``"adjoint"``, ``"interpolated_adjoint"`` or ``"checkpointed"`` (autograd's
             gradient with the activations of one step at a time).
+        solver_adjoint: solver of a continuous adjoint; None: the forward one.
+        atol_adjoint, rtol_adjoint: its tolerances.
+        interpolator: ``"4th"`` or None; with ``"dopri5"``, output times then cost no steps.
+        integral_loss: a running cost ``(t, x) -> (B,)``, integrated beside the state.
+        seminorm: torchdyn's; it changes nothing.
+        return_t_eval: whether a call returns ``(t_eval, trajectory)`` or the trajectory alone.
+        optimizable_params: parameters of an adjoint; empty: those of the field.
         regularizers: names (``"kinetic"``, ``"jacfrob"``, those of plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
         trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,

@@ -102,6 +102,10 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
     Nothing in the file is executed: only tensors and plain values are read, and the model is built again from the
     recipe.
 
+    Args:
+        path: of the folder or file, or the name of weights of the package.
+        map_location: device of the flow.
+
     Raises:
         CheckpointError: missing, truncated, not ours, or not the weights of the model that its recipe describes.
 
