@@ -168,7 +168,7 @@ def test_notebooks_have_outputs_and_fit_the_page(path):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert any(cell["outputs"] for cell in cells)
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
-    assert all(len(line.rstrip()) <= 100 for cell in cells for line in "".join(cell["source"]).splitlines())
+    assert all(len(line.rstrip()) <= 80 for cell in cells for line in "".join(cell["source"]).splitlines())
 
 
 @pytest.mark.parametrize("path", DOCS, ids=[str(path.relative_to(ROOT)) for path in DOCS])
