@@ -170,16 +170,45 @@ def test_eval(trained: Path) -> None:
 
 
 def test_eval_uses_all_held_out_images_unless_told(trained: Path) -> None:
-    found = json.loads(rnode("eval", str(trained), "--draws", "1", "--json").output)
+    done = rnode("eval", str(trained), "--draws", "1", "--quiet", "--json", "--summary")
+    found = json.loads(done.stdout)
     assert found["images"] == 297  # training validated on 40
+    assert "images" not in found["dirty"]
+    assert done.stderr == ""
+
+
+def test_eval_repeats_the_numbers_of_train(tmp_path: Path) -> None:
+    options = [*TINY, "--limit-val", "297", "--max-steps", "2", "--runs", str(tmp_path), "--json"]
+    ended = json.loads(rnode("train", "digits", *options).stdout)
+    measured = json.loads(rnode("eval", ended["folder"], "--json", "--summary").stdout)
+    for name in ("dirty", "clean", "nfe_mean", "penalties", "draws"):
+        assert measured[name] == ended["evaluation"][name]
+    assert (ended["steps"], ended["stopped"]) == (2, "finished")
 
 
 def test_sample(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "grid.png"
-    result = rnode("sample", str(trained), "-t", "0.5", "-t", "1", "-n", "4", "--out", str(out), "--device", "cpu")
+    arguments = ["sample", str(trained), "-t", "0.5", "-t", "1", "-n", "4", "--device", "cpu", "--out", str(out)]
+    result = rnode(*arguments)
     assert result.exit_code == 0, result.output
     assert result.output == f"4 images at temperature 0.5, 1: {out}\n"
     assert Image.open(out).size == (4 * 66 + 2, 2 * (66 + 2))
+    assert "--force" in failure(rnode(*arguments), 2)
+    assert rnode(*arguments, "--force").exit_code == 0
+
+
+def test_nothing_is_overwritten_in_silence(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        assert rnode("sample", str(trained), "-n", "1", "--seed", str(number)).exit_code == 0
+    names = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(names) == ["samples-1.png", "samples-2.png", "samples.png"]
+    assert len(set(names.values())) == 3
+    assert rnode("export", str(trained), "a.safetensors").exit_code == 0
+    assert "--force" in failure(rnode("export", str(trained), "a.safetensors"), 2)
+    assert rnode("export", str(trained), "a.safetensors", "--force").exit_code == 0
+    assert [rnode("report", str(trained)).exit_code for _ in range(2)] == [0, 0]
+    assert (tmp_path / "report-1" / "report.html").is_file()
 
 
 # what goes wrong -----------------------------------------------------------------------------------------------

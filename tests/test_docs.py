@@ -278,7 +278,7 @@ def test_the_commands_with_json_are_listed():
             yield path
 
     page = (ROOT / "docs" / "cli.md").read_text()
-    said = re.search(r"^## For scripts\n\n(.*?) take `--json`", page, re.MULTILINE | re.DOTALL)
+    said = re.search(r"^## For scripts\n\n(.*?)\s+take `--json`", page, re.MULTILINE | re.DOTALL)
     assert said
     assert sorted(re.findall(r"`([\w -]+)`", said[1])) == sorted(with_json(main))
 

@@ -363,3 +363,16 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
                 step, of = torch.tensor([scale], dtype=dtype), torch.tensor(ratio, dtype=dtype)
                 ours = next_step(method, step, of)
                 assert torch.equal(ours, adapt_step(step, of, safety, low, high, 5))
+
+
+def test_a_state_without_a_batch_axis_and_a_tuple_are_told() -> None:
+    model = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=["jacfrob"])
+    with pytest.raises(ConfigError, match=r"CNF .*penalized= .*rnode_plugin\.torchdiffeq"):
+        model((torch.ones(3, 2), torch.zeros(3)))
+    field = torch.nn.Sequential()
+    with pytest.warns(UserWarning, match=r"counts as 2 samples"):
+        NeuralODE(field, solver="rk4", regularizers=["jacfrob"])(torch.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NeuralODE(field, solver="rk4", regularizers=["kinetic"])(torch.ones(2))
+        model(torch.ones(1, 2))

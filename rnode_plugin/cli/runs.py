@@ -33,6 +33,7 @@ from .options import (
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..evaluation.programs import Which
     from ..recipes.recipe import Recipe, TableData
     from ..solvers.config import Solver
 
@@ -406,7 +407,8 @@ def export(
     if path.suffix != SUFFIXES[kind]:
         raise ConfigError(f"a program of --format {kind} must end in {SUFFIXES[kind]}, not {file!r}.")
     check_program_file(path)
-    targets = {which: path.with_stem(f"{path.stem}-{which}") for which in ("sampler", "log_prob")}
+    names: tuple[Which, ...] = ("sampler", "log_prob")
+    targets = {which: path.with_stem(f"{path.stem}-{which}") for which in names}
     for target in targets.values():
         free_path(str(target), "", force=force)
     flow, recipe = load_with_recipe(source)

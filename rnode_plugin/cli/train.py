@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..evaluation.step_size import StepRow
-    from ..flows.multiscale import MultiscaleFlow
-    from ..flows.table import TableFlow
+    from ..flows.base import BlockFlow
     from ..recipes.recipe import Recipe
     from ..training.estimate import Estimate
     from ..training.fit import FitResult
@@ -468,7 +467,7 @@ def _print_step(row: StepRow) -> None:
 
 def _trained(
     run_or_recipe: str, changes: list[str], steps: int, where: torch.device, *, download: bool
-) -> tuple[MultiscaleFlow | TableFlow, Recipe]:
+) -> tuple[BlockFlow, Recipe]:
     """A trained flow: a run's, or a recipe's after ``steps`` steps."""
     from ..recipes.recipe import get_recipe
     from ..training.checkpoints import load_with_recipe

@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
-    from ..flows.multiscale import MultiscaleFlow
+    from ..flows.base import BlockFlow
     from ..flows.table import TableFlow
     from ..solvers import Solver
 
@@ -31,7 +31,7 @@ _IMAGE_BATCH = 256
 
 
 def sample_images(
-    flow: MultiscaleFlow,
+    flow: BlockFlow,
     count: int,
     *,
     temperatures: Sequence[float] = (1.0,),

@@ -21,8 +21,7 @@ from ..solvers import Solver
 from .measures import FlowInput, ImageMeasure, Measure
 
 if TYPE_CHECKING:
-    from ..flows.multiscale import MultiscaleFlow
-    from ..flows.table import TableFlow
+    from ..flows.base import BlockFlow
 
 __all__ = ["REFERENCE", "StepRow", "StepTable", "check_tuning", "tune_step"]
 
@@ -95,7 +94,7 @@ def check_tuning(
 
 @torch.no_grad()
 def tune_step(
-    flow: MultiscaleFlow | TableFlow,
+    flow: BlockFlow,
     x: Tensor | FlowInput,
     *,
     measure: Measure | None = None,

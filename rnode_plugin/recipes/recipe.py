@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -42,6 +42,9 @@ from .settings import (
     no_truth_value,
     refusing,
 )
+
+if TYPE_CHECKING:
+    from ..flows.base import BlockFlow
 
 __all__ = [
     "Data",
@@ -292,7 +295,7 @@ class Recipe:
         """Names of the penalties that the flow integrates."""
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
 
-    def build_flow(self) -> Any:
+    def build_flow(self) -> BlockFlow:
         """A fresh flow, whose solver is ``test_solver``; the training step brings its own.
 
         Returns:

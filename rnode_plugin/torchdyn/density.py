@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -201,8 +199,7 @@ class RegularizedCNF(DensityModel):
                 steps = count_steps(last - first, solver.step)
                 twin.t_span = torch.linspace(first, last, steps + 1).to(self.t_span)
         policy = self.ode._last_penalties().policy
-        with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints again that a field has no parameters
-            twin._solve_by(cnf, [*regularizers, *([] if policy is None else [policy])], options)
+        twin._solve_by(cnf, [*regularizers, *([] if policy is None else [policy])], options)
         return twin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

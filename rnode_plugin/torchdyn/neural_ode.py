@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable
@@ -164,11 +166,12 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         steps = [w.regularizer for w in weighted.values() if kind_of(w.regularizer) == "step"]
         check_steps(steps, method_from_torchdyn(forward), sensitivity)
-        _torchdyn_init(
-            self, vector_field, solver=forward, order=int(order), sensitivity=sensitivity,
-            interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
-            return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
-        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):  # what torchdyn says of a field without time, or weights
+            _torchdyn_init(
+                self, vector_field, solver=forward, order=int(order), sensitivity=sensitivity,
+                interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
+                return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
+            )  # fmt: skip
         self.solver_adjoint = backward
         self._penalties, self._trace_noise, self._adds_gradient = Penalties(weighted), estimator, added
         self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)

@@ -20,6 +20,7 @@ from ..recipes.pretrained import PRETRAINED, pretrained_file
 if TYPE_CHECKING:
     import torch
 
+    from ..flows.base import BlockFlow
     from ..recipes.recipe import Recipe
     from ..solvers.config import Solver
 
@@ -94,7 +95,7 @@ def export_flow(
     return file, recipe
 
 
-def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> Any:
+def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> BlockFlow:
     """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
 
     ``"mnist-pretrained"`` are weights that come with the package.
@@ -124,7 +125,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
-) -> tuple[Any, Recipe]:
+) -> tuple[BlockFlow, Recipe]:
     """:func:`load_flow`, and the recipe that the flow was trained by."""
     file = find_checkpoint(path)
     contents = read_checkpoint(file, map_location=map_location)
