@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import rnode_plugin
-from rnode_plugin.plugins import builtin
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rnode_plugin"
 ROOMS = {
@@ -45,19 +42,6 @@ def test_docs_list_every_room() -> None:
         assert re.search(rf"`{room}/`", text), room
 
 
-@pytest.mark.parametrize("name", sorted(rnode_plugin._PUBLIC))
-def test_public_names_resolve(name: str) -> None:
-    assert callable(getattr(rnode_plugin, name))
-
-
-def test_builtin_references_resolve() -> None:
-    hooks = [value for name, value in vars(builtin).items() if name.startswith("rnode_register_")]
-    references = [reference for hook in hooks for reference in hook().values()]
-    assert len(references) > 20
-    for reference in references:
-        assert callable(pkgutil.resolve_name(reference)), reference
-
-
 @pytest.mark.skipif(tomllib is None, reason="tomllib needs Python 3.11")
 def test_entry_points_of_the_project_resolve() -> None:
     assert tomllib is not None
@@ -72,17 +56,6 @@ def test_every_module_imports() -> None:
     for module in pkgutil.walk_packages([str(PACKAGE)], "rnode_plugin."):
         if module.name != "rnode_plugin.__main__":
             importlib.import_module(module.name)
-
-
-def test_the_package_and_its_help_are_light() -> None:
-    """Neither importing the package nor the command line's help imports torch."""
-    run(
-        "import sys, rnode_plugin, rnode_plugin.plugins.registry, rnode_plugin.recipes.recipe, rnode_plugin.cli; "
-        "from click.testing import CliRunner; "
-        "assert CliRunner().invoke(rnode_plugin.cli.main, ['--help']).exit_code == 0; "
-        "heavy = {'torch', 'torchdyn', 'pytorch_lightning', 'torchvision', 'matplotlib', 'sklearn'}; "
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
-    )
 
 
 def test_mathematics_runs_without_the_plugin_host() -> None:

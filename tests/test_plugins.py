@@ -24,7 +24,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins import registry as plugins
-from rnode_plugin.plugins.registry import GROUP, KINDS, PluginReport, Registry, get_regularizer
+from rnode_plugin.plugins.registry import KINDS, PluginReport, Registry, get_regularizer
 from rnode_plugin.solvers import solve
 
 ROOT = Path(__file__).parents[1]
@@ -124,10 +124,6 @@ def test_listing_commands_and_recipes_imports_nothing_heavy():
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (0, "[]\n"), run.stderr
-
-
-def test_group_name_is_the_one_that_pyproject_uses():
-    assert f"[project.entry-points.{GROUP}]\nbuiltin = " in (ROOT / "pyproject.toml").read_text()
 
 
 # plugins of others

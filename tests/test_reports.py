@@ -498,7 +498,7 @@ def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
         assert meanings["hjb"].startswith("penalty,")
 
 
-def test_the_files_of_a_report(runs: list[Path], tmp_path: Path) -> None:
+def test_the_files_of_a_report_and_the_names_of_its_axes(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = write_report(runs, out)
     names = {path.stem for path in report.figures}
@@ -519,17 +519,13 @@ def test_the_files_of_a_report(runs: list[Path], tmp_path: Path) -> None:
     for line in text.splitlines():
         if line.startswith("| bits/dim"):
             assert line.count("|") == 4  # two arms
-
-
-def test_axes_are_named_with_their_units(runs: list[Path], tmp_path: Path) -> None:
-    write_report(runs, tmp_path / "out")
     for name, labels in {
         "bits-training": ["training time [seconds]", "training batches, dirty [bits/dim]"],
         "bits-validation": ["training time [seconds]", "held-out, dirty [bits/dim]"],
         "nfe-jacobian": ["Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim", "NFE of the test solver [evaluations]"],
         "kinetic-epoch": ["epoch [passes over the training images]", "kinetic energy: ∫ ‖f‖² dt / dim"],
     }.items():
-        svg = (tmp_path / "out" / "figures" / f"{name}.svg").read_text()
+        svg = (out / "figures" / f"{name}.svg").read_text()
         for label in [*labels, "none", "rnode"]:
             assert label in svg, name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
 from torchdyn.numerics.solvers.ode import DormandPrince45
 
 from rnode_plugin import CNF, NeuralODE, SolverError
+from rnode_plugin.errors import ConfigError
 
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
 
@@ -369,7 +371,7 @@ def test_a_state_without_a_batch_axis_and_a_tuple_are_told() -> None:
     model = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=["jacfrob"])
     with pytest.raises(ConfigError, match=r"CNF .*penalized= .*rnode_plugin\.torchdiffeq"):
         model((torch.ones(3, 2), torch.zeros(3)))
-    field = torch.nn.Sequential()
+    field = torch.nn.Tanh()
     with pytest.warns(UserWarning, match=r"counts as 2 samples"):
         NeuralODE(field, solver="rk4", regularizers=["jacfrob"])(torch.ones(2))
     with warnings.catch_warnings():

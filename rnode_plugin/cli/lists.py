@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
@@ -96,15 +96,7 @@ def list_datasets() -> None:
     help="What to do with a file that is not a readable picture.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace train.npy and val.npy in TARGET.")
-def prepare(
-    sources: tuple[Path, ...],
-    target: Path,
-    size: int | None,
-    channels: str,
-    val_fraction: float,
-    on_error: Literal["fail", "skip"],
-    overwrite: bool,
-) -> None:
+def prepare(sources: tuple[Path, ...], target: Path, channels: str, val_fraction: float, **options: Any) -> None:
     """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
 
     A SOURCE is a folder, or a zip or tar archive, of pictures; the published ImageNet 64x64 archives
@@ -124,15 +116,7 @@ def prepare(
     plan = plan_packing(sources, val_fraction=val_fraction)
     shown = {"unit": "B", "unit_scale": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
     with tqdm(total=plan.nbytes, desc="packing", **shown) as bar:
-        result = pack(
-            plan,
-            target,
-            size=size,
-            channels=int(channels),
-            on_error=on_error,
-            overwrite=overwrite,
-            advance=bar.update,
-        )
+        result = pack(plan, target, channels=int(channels), advance=bar.update, **options)
     for name in result.skipped:
         click.echo(f"Skipped {name}", err=True)
     click.echo(

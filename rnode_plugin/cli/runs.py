@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -267,8 +267,11 @@ def sample(
     Each temperature is a block of rows of images, made from the same latents. The rows of a conditional density
     have the given columns beside the drawn ones.
     """
+    import numpy as np
+
+    from ..data.table_files import check_written, write_rows
     from ..evaluation.loading import pick_device
-    from ..evaluation.samples import sample_images, save_grid
+    from ..evaluation.samples import sample_images, sample_rows, save_grid
     from ..recipes.recipe import TableData
     from ..training.checkpoints import load_with_recipe
 
@@ -281,9 +284,16 @@ def sample(
         if others:
             raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
         place = str(free_path(out, "samples.csv", force=force))
-        context = _contexts(recipe.table, given_values, given_file, count)
+        check_written(place)
+        data = recipe.table
+        context = _contexts(data, given_values, given_file, count)
         number = count or 1000 if context is None else len(context)
-        _write_rows(place, flow, recipe.table, number, context, temperature, seed, batch_size or 10_000)
+        options = {"temperature": temperature, "seed": seed, "batch_size": batch_size or 10_000}
+        rows = sample_rows(flow, number, context=context, **options)
+        if context is not None:
+            rows = np.concatenate([rows, context], axis=1)
+        places = [(*data.modelled, *data.given).index(name) for name in data.columns]
+        write_rows(place, data.columns, rows[:, places])
         click.echo(f"{number:,} rows at temperature {temperature:g}{averaged}: {place}")
         return
     if given_values is not None or given_file is not None:
@@ -293,30 +303,6 @@ def sample(
     save_grid(place, images, levels=recipe.images.levels, columns=columns)
     shown = ", ".join(f"{temperature:g}" for temperature in images)
     click.echo(f"{count} images at temperature {shown}{averaged}: {place}")
-
-
-def _write_rows(
-    out: str,
-    flow: Any,
-    data: TableData,
-    number: int,
-    context: np.ndarray | None,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-) -> None:
-    """Draw rows and write them with the columns of the table, in its order."""
-    import numpy as np
-
-    from ..data.table_files import check_written, write_rows
-    from ..evaluation.samples import sample_rows
-
-    check_written(out)
-    rows = sample_rows(flow, number, context=context, temperature=temperature, seed=seed, batch_size=batch_size)
-    if context is not None:
-        rows = np.concatenate([rows, context], axis=1)
-    places = [(*data.modelled, *data.given).index(name) for name in data.columns]
-    write_rows(out, data.columns, rows[:, places])
 
 
 def _contexts(data: TableData, values: str | None, file: str | None, count: int | None) -> np.ndarray | None:
@@ -408,7 +394,7 @@ def export(
         raise ConfigError(f"a program of --format {kind} must end in {SUFFIXES[kind]}, not {file!r}.")
     check_program_file(path)
     names: tuple[Which, ...] = ("sampler", "log_prob")
-    targets = {which: path.with_stem(f"{path.stem}-{which}") for which in names}
+    targets: dict[Which, Path] = {which: path.with_stem(f"{path.stem}-{which}") for which in names}
     for target in targets.values():
         free_path(str(target), "", force=force)
     flow, recipe = load_with_recipe(source)

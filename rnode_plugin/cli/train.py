@@ -137,19 +137,11 @@ def train(
     recipe: str | None,
     ffjord: bool,
     assignments: tuple[str, ...],
-    download: bool,
-    max_time: float | None,
-    accelerator: str,
-    devices: str,
-    num_nodes: int,
-    runs: str,
-    run_folder: str | None,
     resume: str | None,
-    loggers: tuple[str, ...],
     callbacks: tuple[str, ...],
     quiet: bool,
     as_json: bool,
-    **short: Any,
+    **options: Any,
 ) -> None:
     """Train the flow of RECIPE on its data set, and measure its best weights.
 
@@ -161,34 +153,19 @@ def train(
     """
     if recipe is None and resume is None:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
-    if resume is not None and run_folder is not None:
-        raise click.UsageError(
-            "a run that is resumed stays in its folder: --run-folder cannot go with --resume.", ctx
-        )
     if resume is not None and ffjord:
         raise click.UsageError("--ffjord makes another model of the recipe; it cannot go with --resume.", ctx)
     from ..training.fit import fit
 
+    short = {name: options.pop(name) for name in _SHORT}
     try:
         if resume is not None:
             chosen, checkpoint = _run(resume, recipe, ctx)
         else:
             chosen, checkpoint = _recipe(str(recipe), ffjord), None
         chosen = chosen.override([*_settings(short, chosen), *assignments])
-        result = fit(
-            chosen,
-            runs=runs,
-            run_folder=run_folder,
-            resume=checkpoint,
-            max_time=max_time,
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            download=download,
-            loggers=loggers,
-            callbacks=[_callback(name) for name in callbacks],
-            progress=not (quiet or as_json),
-        )
+        made = [_callback(name) for name in callbacks]
+        result = fit(chosen, resume=checkpoint, callbacks=made, progress=not (quiet or as_json), **options)
     except RnodeError as error:
         if _reports() or type(error) not in (ConfigError, TrainingError):  # it may be the only one that failed
             raise

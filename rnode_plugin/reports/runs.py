@@ -274,12 +274,22 @@ def _checked_result(path: Path, quantities: Iterable[str], error: str) -> dict[s
     return result
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_text(path: Path) -> str | None:
+    """The text of a file; None if it is not there."""
     try:
-        contents = json.loads(path.read_text())
+        return path.read_text()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if (text := _read_text(path)) is None:
+        return None
+    try:
+        contents = json.loads(text)
+    except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not isinstance(contents, dict):
         raise ConfigError(f"{path} is not what a run writes: expected a table of names and values.")
@@ -292,12 +302,7 @@ def _newest_grid(folder: Path) -> Path | None:
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    text = _read_text(path) or ""
     whole = text[: text.rfind("\n") + 1]  # a running run may be in the middle of a row, and of a number
     try:
         return [_numbers(row) for row in csv.DictReader(whole.splitlines())]
