@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +47,18 @@ class Wave(nn.Module):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return self.w * torch.cos(t) * torch.tanh(z @ self.a.T + self.b)
+
+
+@contextmanager
+def counted_products() -> Iterator[list[int]]:
+    """The list gets one entry for each call of ``torch.autograd.grad`` inside."""
+    calls: list[int] = []
+    original: Any = torch.autograd.grad
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.autograd, "grad", lambda *args, **options: calls.append(1) or original(*args, **options)
+        )
+        yield calls
 
 
 @dataclass(frozen=True)

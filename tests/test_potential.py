@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Plain
+from problems import Plain, counted_products
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF
@@ -45,18 +45,9 @@ def test_the_exact_trace_of_a_density_needs_no_jacobian() -> None:
     model = RegularizedCNF(field, regularizers=["kinetic", "hjb"], **options)  # pyright: ignore[reportArgumentType]
     plain = RegularizedCNF(Plain(field), regularizers=["kinetic"], **options)  # pyright: ignore[reportArgumentType]
     x = torch.randn(4, 2)
-    calls = 0
-    original = torch.autograd.grad
-
-    def counting(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        return original(*args, **kwargs)  # pyright: ignore
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.autograd, "grad", counting)
+    with counted_products() as calls:
         found = model.log_prob(x)
-        assert calls == 0
+    assert not calls
     torch.testing.assert_close(found, plain.log_prob(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.regularization["kinetic"], plain.regularization["kinetic"])
     (model.reg_loss() - found.mean()).backward()

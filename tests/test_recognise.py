@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import counted_products
 from torch import Tensor, nn
 from torchdyn.nn import DepthCat
 
@@ -66,20 +67,16 @@ class Opaque(nn.Module):
         return self.net(x)
 
 
-def products_in(monkeypatch: pytest.MonkeyPatch, compute: Callable[[], Any]) -> tuple[Any, int]:
-    """What ``compute`` gives, and how many products of autograd it took for it, without its one backward pass."""
-    calls, original = [], torch.autograd.grad
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            torch.autograd, "grad", lambda *args, **options: calls.append(1) or original(*args, **options)
-        )
-        return compute(), len(calls) - 1
+def products_of(net: nn.Module, **options: Any) -> tuple[list[Tensor], int]:
+    """The results, and how many products of autograd they took, without their one backward pass."""
+    with counted_products() as calls:
+        return results(net, **options), len(calls) - 1
 
 
-def both_ways(monkeypatch: pytest.MonkeyPatch, net: nn.Module, **options: Any) -> None:
-    fast, products = products_in(monkeypatch, lambda: results(net, **options))
+def both_ways(net: nn.Module, **options: Any) -> None:
+    fast, products = products_of(net, **options)
     assert products == 0 or options["sensitivity"] == "checkpointed"
-    generic, products = products_in(monkeypatch, lambda: results(Opaque(net), **options))
+    generic, products = products_of(Opaque(net), **options)
     assert products > 0
     # an error estimate of 1e-6 has its last digits from rounding, and the steps with it
     tolerance = 1e-8 if options.get("solver") == "dopri5" else 1e-11
@@ -89,25 +86,21 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, net: nn.Module, **options: Any) -
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("timed", [False, True])
-def test_exact_penalties_of_a_recognised_field(
-    monkeypatch: pytest.MonkeyPatch, activation: Callable[[], nn.Module], timed: bool
-) -> None:
+def test_exact_penalties_of_a_recognised_field(activation: Callable[[], nn.Module], timed: bool) -> None:
     net = perceptron(activation, timed=timed)
-    both_ways(monkeypatch, net, cnf=None, noise="exact", sensitivity="autograd")
+    both_ways(net, cnf=None, noise="exact", sensitivity="autograd")
 
 
 @pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed"])
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_an_exact_density_of_a_recognised_field(
-    monkeypatch: pytest.MonkeyPatch, solver: str, sensitivity: str
-) -> None:
+def test_an_exact_density_of_a_recognised_field(solver: str, sensitivity: str) -> None:
     net = perceptron(timed=True)
-    both_ways(monkeypatch, net, cnf="exact", noise="exact", sensitivity=sensitivity, solver=solver)
+    both_ways(net, cnf="exact", noise="exact", sensitivity=sensitivity, solver=solver)
 
 
-def test_adaptive_steps_of_a_recognised_field(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adaptive_steps_of_a_recognised_field() -> None:
     net = perceptron(timed=True)
-    both_ways(monkeypatch, net, cnf=None, noise="exact", sensitivity="autograd", solver="dopri5")
+    both_ways(net, cnf=None, noise="exact", sensitivity="autograd", solver="dopri5")
 
 
 @pytest.mark.parametrize(
@@ -118,8 +111,8 @@ def test_adaptive_steps_of_a_recognised_field(monkeypatch: pytest.MonkeyPatch) -
         {"cnf": "exact", "noise": "exact", "sensitivity": "adjoint"},
     ],
 )
-def test_what_torch_does_as_well_is_left_to_it(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    assert products_in(monkeypatch, lambda: results(perceptron(timed=True), **options))[1] > 0
+def test_what_torch_does_as_well_is_left_to_it(options: dict[str, Any]) -> None:
+    assert products_of(perceptron(timed=True), **options)[1] > 0
 
 
 def test_a_module_with_hooks_is_left_alone() -> None:

@@ -21,7 +21,7 @@ from ..errors import ConfigError, PluginError, RnodeError
 from .derivatives import VELOCITY, Ask, AutogradField, Velocity, as_field
 from .field_evaluation import FieldEvaluation
 from .regularizers.base import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty, kind_of
-from .trace_estimators import Exact, TraceEstimator, get_estimator
+from .trace_estimators import Exact, Linearize, TraceEstimator, get_estimator
 
 __all__ = ["BoundDynamics", "Dynamics", "PathPenalties", "Rates"]
 
@@ -191,19 +191,17 @@ class Dynamics:
         by_autograd = isinstance(self.field, AutogradField)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
         self._velocity = functools.partial(self.field.linearize, ask=VELOCITY)
-        ask = Ask(jvp="jvp" in self.needs, aux="aux" in self.needs)
-        if divergence and type(self.estimator) is Exact and "vjp" not in self.needs:
+        self._pass = self._one_pass(Ask(jvp="jvp" in self.needs, aux="aux" in self.needs), "vjp" in self.needs)
+        self._pass_for_trace = self._one_pass(VELOCITY, products=False)
+
+    def _one_pass(self, ask: Ask, products: bool) -> Linearize:
+        """The pass over the field that gives what ``ask`` wants, the trace, and the ``products`` for penalties."""
+        if self.divergence and not products and type(self.estimator) is Exact:
             # without its rows: some fields know it in closed form
-            self._pass = functools.partial(self.field.linearize, ask=ask._replace(divergence=True))
-        elif self.needs_products:
-            self._pass = self.estimator.bind(self.field, ask)
-        else:
-            self._pass = functools.partial(self.field.linearize, ask=ask)
-        self._pass_for_trace = self._velocity
-        if divergence and isinstance(self.estimator, Exact):
-            self._pass_for_trace = functools.partial(self.field.linearize, ask=Ask(divergence=True))
-        elif divergence:
-            self._pass_for_trace = self.estimator.bind(self.field)
+            return functools.partial(self.field.linearize, ask=ask._replace(divergence=True))
+        if self.divergence or products:
+            return self.estimator.bind(self.field, ask)
+        return functools.partial(self.field.linearize, ask=ask)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the field and of the regularizers, of those that are modules."""
