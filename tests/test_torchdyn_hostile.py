@@ -60,13 +60,11 @@ def test_times_that_cannot_be_walked(span: Any, message: str, solver: str) -> No
 
 def test_states_that_are_no_tensors() -> None:
     states: list[Any] = [[1.0, 2.0], torch.ones(2, 4).numpy(), 3.0, None]
+    model, flow = NeuralODE(WithTime(), "rk4"), RegularizedCNF(mlp(2, 4, 2), event_shape=2)
     for state in states:
-        with pytest.raises(ConfigError, match="must be a tensor"):
-            NeuralODE(WithTime(), "rk4")(state)
-        with pytest.raises(ConfigError, match="must be a tensor"):
-            NeuralODE(WithTime(), "rk4").trajectory(state, torch.linspace(0, 1, 2))
-        with pytest.raises(ConfigError, match="must be a tensor"):
-            RegularizedCNF(mlp(2, 4, 2), event_shape=2).log_prob(state)
+        for call in (model, lambda x: model.trajectory(x, torch.linspace(0, 1, 2)), flow.log_prob):
+            with pytest.raises(ConfigError, match="must be a tensor"):
+                call(state)
 
 
 def test_states_of_integers_and_without_a_batch() -> None:
@@ -83,36 +81,34 @@ def test_states_of_integers_and_without_a_batch() -> None:
         row(number)
 
 
-@pytest.mark.parametrize("name", ["kinetic", "jacfrob"])
-def test_complex_states_carry_no_penalties(name: str) -> None:
-    z = torch.randn(3, 2, dtype=torch.complex128)
-    model = NeuralODE(lambda t, x: 2j * x, "rk4_38", regularizers=[name])
-    with pytest.raises(ConfigError, match="view_as_real"):
-        model(z)
-    end = model.eval()(z, torch.linspace(0, 1, 50))[1][-1]
-    torch.testing.assert_close(end, z * torch.exp(torch.tensor(2j)), rtol=1e-5, atol=1e-6)
+def test_complex_states_carry_no_penalties() -> None:
+    z, span = torch.randn(3, 2, dtype=torch.complex128), torch.linspace(0, 1, 50)
+    end = z * torch.exp(torch.tensor(2j))
+    for solver, name in (("rk4_38", "kinetic"), ("dopri5", "jacfrob")):
+        model = NeuralODE(lambda t, x: 2j * x, solver, regularizers=[name])
+        with pytest.raises(ConfigError, match="view_as_real"):
+            model(z)
+        torch.testing.assert_close(model.eval()(z, span)[1][-1], end, rtol=1e-5, atol=1e-6)
     # |dz|^2 of the same motion on real pairs
-    real = NeuralODE(lambda t, x: torch.view_as_real(2j * torch.view_as_complex(x)), "rk4_38", regularizers=[name])
-    real(torch.view_as_real(z), torch.linspace(0, 1, 50))
-    if name == "kinetic":
-        torch.testing.assert_close(real.regularization[name], 4 * z.abs().square().sum(1), rtol=1e-5, atol=0)
+    real = NeuralODE(lambda t, x: torch.view_as_real(2j * torch.view_as_complex(x)), regularizers=["kinetic"])
+    real(torch.view_as_real(z), span)
+    torch.testing.assert_close(real.regularization["kinetic"], 4 * z.abs().square().sum(1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("sensitivity", MODES)
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_batches_without_samples(solver: str, sensitivity: str) -> None:
+@pytest.mark.parametrize(("solver", "noise"), [("rk4", "exact"), ("dopri5", "gaussian")])
+def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> None:
     net = mlp(2, 4, 2)
-    for noise in ("gaussian", "exact"):
-        for field, x in ((net, torch.zeros(0, 2)), (CNF(net, noise), torch.zeros(0, 3))):
-            model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=BOTH, trace_noise=noise)
-            _, sol = model(x, torch.linspace(0, 1, 3))
-            assert sol.shape == (3, *x.shape)
-            assert model.regularization["jacfrob"].shape == (0,)
-            (sol.sum() + model.reg_loss()).backward()
-        flow = RegularizedCNF(net, event_shape=2, solver=solver, trace_estimator=noise, sensitivity=sensitivity)
-        assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
-        assert float(flow.reg_loss().detach()) == 0
-        assert flow.sample(0).shape == flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
+    for field, x in ((net, torch.zeros(0, 2)), (CNF(net, noise), torch.zeros(0, 3))):
+        model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=BOTH, trace_noise=noise)
+        _, sol = model(x, torch.linspace(0, 1, 3))
+        assert sol.shape == (3, *x.shape)
+        assert model.regularization["jacfrob"].shape == (0,)
+        (sol.sum() + model.reg_loss()).backward()
+    flow = RegularizedCNF(net, event_shape=2, solver=solver, trace_estimator=noise, sensitivity=sensitivity)
+    assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
+    assert float(flow.reg_loss().detach()) == 0
+    assert flow.sample(0).shape == flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -123,9 +119,6 @@ def test_half_precision_works_on_a_fixed_grid_and_is_refused_with_adaptive_steps
     assert sol.dtype == dtype
     with pytest.raises(ConfigError, match="float32 or float64"):
         NeuralODE(mlp(2, 4, 2).to(dtype), "dopri5")(torch.ones(3, 2, dtype=dtype))
-
-
-# --- options ---
 
 
 # --- columns ---
@@ -147,8 +140,8 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("sensitivity", MODES)
-@pytest.mark.parametrize("trace_noise", ["exact", "rademacher", "rademacher:2"])
-@pytest.mark.parametrize("penalized", [slice(None, -1), slice(0, 2), torch.tensor([True, True, False])], ids=str)
+@pytest.mark.parametrize("trace_noise", ["exact", "rademacher:2"])
+@pytest.mark.parametrize("penalized", [slice(None, -1), torch.tensor([True, True, False])], ids=str)
 def test_penalized_columns_leave_a_divergence_of_ones_own_out(
     penalized: Any, trace_noise: str, sensitivity: str
 ) -> None:
@@ -166,25 +159,26 @@ def test_penalized_columns_leave_a_divergence_of_ones_own_out(
         model(state, span)
         loss = model.reg_loss()
         found.append([*model.regularization.values(), loss, *torch.autograd.grad(loss, list(net.parameters()))])
-    for ours, expected in zip(*found, strict=True):
-        # columns that an adjoint interpolates next to others differ by its own error
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    # columns that an adjoint interpolates next to others differ by its own error
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_penalized_overrides_a_recognised_trace_and_counts_behind_an_integral_loss() -> None:
+def test_penalties_are_those_of_z_alone() -> None:
+    """Neither a CNF's trace nor an integral loss counts, nor the columns that penalized= leaves out."""
     torch.manual_seed(0)
-    net, x = mlp(2, 8, 2), torch.randn(5, 2)
-    plain = NeuralODE(net, "rk4", regularizers=BOTH, trace_noise="exact")
+    net, x, zero = mlp(2, 8, 2), torch.randn(5, 2), torch.zeros(5, 1)
+    options: dict[str, Any] = {"regularizers": BOTH, "trace_noise": "exact"}
+    plain = NeuralODE(net, "rk4", **options)
     plain(x)
-    two = nn.Sequential(TorchdynCNF(net))
-    overridden = NeuralODE(two, "rk4", regularizers=BOTH, trace_noise="exact", penalized=slice(1, None))
-    overridden(torch.cat([torch.zeros(5, 1), x], 1))
-    cost = NeuralODE(
-        Wrapper(net), "rk4", regularizers=BOTH, trace_noise="exact", penalized=slice(None, -1),
-        integral_loss=lambda t, x: x.square().sum(1),
-    )  # fmt: skip
-    cost(torch.cat([torch.zeros(5, 1), x, torch.zeros(5, 1)], 1))
-    for model in (overridden, cost):
+    cost: dict[str, Any] = {"integral_loss": lambda t, x: x.square().sum(1)}
+    for field, state, more in (
+        (TorchdynCNF(net), [zero, x], {}),
+        (nn.Sequential(TorchdynCNF(net)), [zero, x], {"penalized": slice(1, None)}),
+        (net, [zero, x], cost),
+        (Wrapper(net), [zero, x, zero], {"penalized": slice(None, -1), **cost}),
+    ):
+        model = NeuralODE(field, "rk4", **options, **more)
+        model(torch.cat(state, 1))
         torch.testing.assert_close(model.regularization, plain.regularization)
         torch.testing.assert_close(model.reg_loss(), plain.reg_loss())
 
@@ -253,8 +247,7 @@ def test_the_solution_may_be_changed_in_place(sensitivity: str) -> None:
         penalties = penalties.mul_(3) if in_place else penalties * 3
         loss = sol.sum() + penalties.sum()
         found.append([loss, *torch.autograd.grad(loss, list(field.parameters()))])
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*found)
 
 
 class Cut(nn.Module):
@@ -324,8 +317,7 @@ def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(solver
         assert int(norm.num_batches_tracked) == model.vf.nfe
         (sol[-1].square().sum() + model.reg_loss()).backward()
         found.append([*field.state_dict().values(), *(p.grad for p in field.parameters())])
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*found)
 
 
 # --- several solves per loss ---
@@ -335,25 +327,18 @@ def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(solver
 def test_collected_penalties_are_the_sum_over_calls(sensitivity: str) -> None:
     torch.manual_seed(0)
     model = NeuralODE(mlp(2, 8, 2), "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact")
-    batches, found, sums = [torch.randn(n, 2) for n in (3, 3, 3)], [], torch.zeros(())
-    for collecting in (True, False):
-        total, gradients = torch.zeros(()), torch.zeros(())
-        if collecting:
-            with model.collect_penalties():
-                for x in batches:
-                    gradients = gradients + model(x)[1][-1].sum()
-            total = model.reg_loss(kinetic=0.5)
-            sums = model.regularization["kinetic"]
-        else:
-            each = []
-            for x in batches:
-                gradients = gradients + model(x)[1][-1].sum()
-                total = total + model.reg_loss(kinetic=0.5)
-                each.append(model.regularization["kinetic"])
-            torch.testing.assert_close(sums, torch.stack(each).sum(0))
-        found.append([total, *torch.autograd.grad(total + gradients, list(model.parameters()))])
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected)
+    batches = [torch.randn(3, 2) for _ in range(3)]
+    with model.collect_penalties():
+        end = torch.stack([model(x)[1][-1] for x in batches]).sum()
+    total, integral = model.reg_loss(kinetic=0.5), model.regularization["kinetic"]
+    found = [total, integral, *torch.autograd.grad(total + end, list(model.parameters()))]
+    end, total, integral = torch.zeros(()), torch.zeros(()), torch.zeros(3)
+    for x in batches:
+        end = end + model(x)[1][-1].sum()
+        total = total + model.reg_loss(kinetic=0.5)
+        integral = integral + model.regularization["kinetic"]
+    expected = [total, integral, *torch.autograd.grad(total + end, list(model.parameters()))]
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_a_collection_holds_and_for_how_long() -> None:

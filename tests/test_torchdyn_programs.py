@@ -112,7 +112,7 @@ def test_generalized_adjoint(model_class: type) -> None:
     assert look(x) < before
 
 
-@pytest.mark.parametrize("solver", ["euler", "dopri5", "tsit5", "midpoint"])
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_flow_matching_sampler(model_class: type, solver: str) -> None:
     class Wrapper(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -127,7 +127,7 @@ def test_flow_matching_sampler(model_class: type, solver: str) -> None:
     copied = copy.deepcopy(net)
     node = model_class(Wrapper(copied), solver=solver, sensitivity="adjoint", atol=1e-3, rtol=1e-3)
     with torch.no_grad():
-        trajectory = node.trajectory(torch.randn(64, 3, 32, 32), t_span=torch.linspace(0, 1, 2))
-    assert trajectory.shape == (2, 64, 3, 32, 32)
+        trajectory = node.trajectory(torch.randn(4, 3, 16, 16), t_span=torch.linspace(0, 1, 2))
+    assert trajectory.shape == (2, 4, 3, 16, 16)
     assert bool(torch.isfinite(trajectory).all())
     copy.deepcopy(node)
