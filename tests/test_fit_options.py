@@ -246,8 +246,9 @@ def test_a_second_process_is_refused_and_a_killed_one_is_not_missed(
         "import sys; from pathlib import Path; from rnode_plugin.training.runs import training_lock\n"
         f"with training_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="is being trained by another process"):
