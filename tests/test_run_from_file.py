@@ -56,10 +56,10 @@ def test_a_resumed_run_has_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot read the recipe .*No such file"),
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        ("\ud800", "is not JSON"),
+        (None, "does not hold a recipe: .*No such file"),
+        ("{", "does not hold a recipe"),
+        ("[" * 100_000, "does not hold a recipe"),
+        ("\ud800", "does not hold a recipe"),
         ("[1]", "does not hold a recipe"),
         ('{"name": "a"}', "does not hold a recipe.*missing"),
     ],

@@ -111,8 +111,8 @@ def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    (["start.steps=3"], "start.steps does nothing alone"),
-    (["start.step=1"], "do nothing without start.steps"),
+    (["start.steps=3"], "start.steps goes with"),
+    (["start.step=1"], "start.steps goes with"),
     (["start.steps=3", "start.batch_size=0"], "start.batch_size: "),
     (["start.steps=-3", "start.step=1"], "start.steps: "),
     (["start.steps=3", "start.step=0"], "start.step: .*greater than 0"),

@@ -13,6 +13,8 @@ import numpy as np
 
 from rnode_plugin import hookimpl
 from rnode_plugin.data import ImageData
+from rnode_plugin.data.folders import decode
+from rnode_plugin.data.images import naming
 from rnode_plugin.errors import DataError
 
 __all__ = ["pictures", "rnode_register_datasets"]
@@ -46,18 +48,12 @@ def pictures(*, root: str | None = None, size: int | None = None, channels: int 
 def _images(file: Path, size: int | None, channels: int) -> Iterator[np.ndarray]:
     from pyarrow.parquet import ParquetFile
 
-    from rnode_plugin.data.folders import decode
-
-    try:
+    with naming(file):
         table = ParquetFile(file)
         column = next((name for name in _COLUMNS if name in table.schema_arrow.names), None)
         if column is None:
-            raise DataError(f"{file} has no column of pictures but {', '.join(table.schema_arrow.names)}.")
-        row = 0
+            raise ValueError(f"no column of pictures but {', '.join(table.schema_arrow.names)}")
         for batch in table.iter_batches(batch_size=64, columns=[column]):
             for cell in batch.column(0).to_pylist():
                 content = cell["bytes"] if isinstance(cell, dict) else cell
-                yield decode(io.BytesIO(content), f"{file}, row {row}", size=size, channels=channels)
-                row += 1
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file} cannot be read: {error}.") from error
+                yield decode(io.BytesIO(content), f"a picture of {file}", size=size, channels=channels)

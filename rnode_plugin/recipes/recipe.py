@@ -367,15 +367,9 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     from ..plugins.registry import resolve_regularizers  # imports torch
 
     try:
-        plain = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise ConfigError(f"{path} is not JSON: {error}.") from None
-    try:
-        recipe = Recipe.from_plain(plain)
-    except (ConfigError, RecursionError) as error:
-        raise ConfigError(f"{path} does not hold a recipe: {error}") from None
+        recipe = Recipe.from_plain(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:  # ConfigError and what JSON raises are ValueErrors
+        raise ConfigError(f"{path} does not hold a recipe: {str(error).rstrip('.')}.") from None
     resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
     if isinstance(recipe.data, TableData):  # a new run may train on a table that has changed
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, rows=None, checksum=None))

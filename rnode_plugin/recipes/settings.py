@@ -6,12 +6,13 @@ are read and refused alike.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import reprlib
 import typing
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -40,6 +41,16 @@ T = TypeVar("T")
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+@contextlib.contextmanager
+def _refused(kind: Any, group: str = "") -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, kind, group)) from None
+    except OverflowError as error:  # a whole number of hundreds of digits
+        raise ConfigError(f"{group or kind.__name__.lower()}: {error}.") from None
+
+
 def refusing(group: str) -> Callable[[type[T]], type[T]]:
     """Let a pydantic dataclass raise ConfigError, with the settings named as ``--set`` names them."""
 
@@ -47,12 +58,8 @@ def refusing(group: str) -> Callable[[type[T]], type[T]]:
         validated = cls.__init__
 
         def __init__(self: T, *arguments: Any, **settings: Any) -> None:  # noqa: N807
-            try:
+            with _refused(cls, group):
                 validated(self, *arguments, **settings)
-            except ValidationError as error:
-                raise ConfigError(sentence(error, cls, group)) from None
-            except OverflowError as error:  # a whole number of hundreds of digits
-                raise ConfigError(f"{group or 'recipe'}: {error}.") from None
 
         functools.update_wrapper(__init__, validated)
         setattr(cls, "__init__", __init__)  # noqa: B010
@@ -304,13 +311,10 @@ class Start:
     step: _Positive | None = None
 
     def __post_init__(self) -> None:
-        given = (self.batch_size, self.step) != (None, None)
-        if self.steps and not given:
-            raise ConfigError("start.steps does nothing alone: give start.batch_size or start.step, or both.")
-        if given and not self.steps:
+        if bool(self.steps) != ((self.batch_size, self.step) != (None, None)):
             raise ConfigError(
-                "start.batch_size and start.step do nothing without start.steps: say for how many, or set both to "
-                "none."
+                "start.steps goes with start.batch_size or start.step, or both: give them together, or "
+                "start.steps=0 and the others none."
             )
 
     def size_at(self, step: int, batch_size: int) -> int:
@@ -416,15 +420,11 @@ def from_plain(kind: type[T], plain: Any) -> T:
     Raises:
         ConfigError: an unknown key, a value of the wrong type, or a missing field without a default.
     """
-    try:
+    with _refused(kind):
         return TypeAdapter(kind).validate_python(plain)
-    except ValidationError as error:
-        raise ConfigError(sentence(error, kind)) from None
-    except OverflowError as error:  # a whole number of hundreds of digits
-        raise ConfigError(f"{kind.__name__.lower()}: {error}.") from None
 
 
-def sentence(error: ValidationError, kind: Any, group: str = "") -> str:
+def _sentence(error: ValidationError, kind: Any, group: str = "") -> str:
     """What pydantic found in a ``kind``, in one sentence about the first setting that is wrong."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     found = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)

@@ -9,17 +9,16 @@ files are theirs too: https://zenodo.org/records/1161203.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rnode_plugin.data import Table
+from rnode_plugin.data.images import naming
 from rnode_plugin.errors import ConfigError, DataError
 
 __all__ = ["bsds300", "gas", "hepmass", "miniboone", "power"]
 
 _SHARE = 0.1  # of the rows to hold out, then of the others to choose weights by
-_WHERE = "https://zenodo.org/records/1161203"
 
 
 def power(*, root: str | None = None) -> Table:
@@ -37,21 +36,18 @@ def power(*, root: str | None = None) -> Table:
 
 def gas(*, root: str | None = None) -> Table:
     """GAS: a million readings of gas sensors, 8 columns; from the files of the MAF paper."""
-    place = _root(root) / "gas"
-    pickled, file = place / "ethylene_CO.pickle", place / "ethylene_CO.csv"
-    if pickled.is_file() and not file.is_file():
+    place = Path(root or "data") / "gas"
+    file = place / "ethylene_CO.csv"
+    if not file.is_file():
+        pickled = _file("gas", root, "gas/ethylene_CO.pickle")
         raise DataError(
             f"{pickled} is a pickle, which could run code and is not opened. Turn it into {file} once: python -c "
             f"\"import pandas; pandas.read_pickle('{pickled}').to_csv('{file}', index=False)\"."
         )
-    if not file.is_file():
-        raise _missing("gas", place / "ethylene_CO.pickle", root)
     import pandas
 
-    try:
+    with naming(file):
         frame = pandas.read_csv(file, dtype="float64")
-    except (ValueError, OSError) as error:
-        raise DataError(f"{file} cannot be read: {error}. Make it again.") from None
     rows = frame.drop(columns=["Meth", "Eth", "Time"], errors="ignore").to_numpy()
     while True:  # the first of the columns that repeat another goes, until none does
         repeats = (np.corrcoef(rows.T) > 0.98).sum(1) > 1
@@ -87,24 +83,16 @@ def bsds300(*, root: str | None = None) -> Table:
         import h5py  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ConfigError("reading BSDS300 needs h5py: pip install h5py.") from None
-    parts: list[Any] = []
-    try:
-        with h5py.File(file, "r") as stored:
-            for name in ("train", "validation", "test"):
-                parts.append(np.asarray(stored[name]))
-    except (OSError, KeyError) as error:
-        raise DataError(f"{file} cannot be read: {error}. Download it again.") from None
-    train, val, held_out = parts
+    with naming(file), h5py.File(file, "r") as stored:
+        train, val, held_out = (np.asarray(stored[part]) for part in ("train", "validation", "test"))
     return _made("bsds300", train, val, held_out, 63)
 
 
 def _signals(file: Path, columns: int | None = None) -> np.ndarray:
     """The rows of one class, without their label; only the first ``columns`` of them."""
     wanted = None if columns is None else range(columns + 1)
-    try:
+    with naming(file):
         rows = np.loadtxt(file, delimiter=",", skiprows=1, usecols=wanted, ndmin=2)
-    except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}. Download it again.") from None
     return rows[rows[:, 0] == 1, 1:]
 
 
@@ -138,28 +126,19 @@ def _made(
 
 
 def _loaded_npy(file: Path, columns: int) -> np.ndarray:
-    try:
+    with naming(file):
         rows = np.load(file, allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{file} cannot be read: {error}. Download it again.") from None
     if rows.ndim != 2 or rows.shape[1] != columns:
         raise DataError(f"{file} holds an array {rows.shape}; the published one has {columns} columns.")
     return rows.astype(np.float64)
 
 
-def _root(root: str | None) -> Path:
-    return Path("data" if root is None else root)
-
-
 def _file(name: str, root: str | None, path: str) -> Path:
-    file = _root(root) / path
-    if not file.is_file():
-        raise _missing(name, file, root)
-    return file
-
-
-def _missing(name: str, file: Path, root: str | None) -> DataError:
-    return DataError(
-        f"{name} is missing: {file} is not there. Download data.tar.gz of the MAF paper from {_WHERE} and unpack "
-        f"it so that its folders lie in {_root(root)}; --data-root names another folder."
-    )
+    folder = Path(root or "data")
+    if not (folder / path).is_file():
+        raise DataError(
+            f"{name} is missing: {folder / path} is not there. Download data.tar.gz of the MAF paper from "
+            f"https://zenodo.org/records/1161203 and unpack it so that its folders lie in {folder}; --data-root "
+            "names another folder."
+        )
+    return folder / path
