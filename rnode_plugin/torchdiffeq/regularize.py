@@ -52,10 +52,10 @@ def regularize(
     Example:
         >>> import torch
         >>> from rnode_plugin.torchdiffeq import regularize
-        >>> from torchdiffeq import odeint
+        >>> import torchdiffeq
         >>> a = torch.tensor(1.0, requires_grad=True)
         >>> with regularize("kinetic") as penalties:
-        ...     y = odeint(lambda t, y: -a * y, torch.ones(4, 2), torch.tensor([0.0, 1.0]))
+        ...     y = torchdiffeq.odeint(lambda t, y: -a * y, torch.ones(4, 2), torch.tensor([0.0, 1.0]))
         >>> round(float(penalties["kinetic"][0]), 4)
         0.8647
     """
