@@ -95,7 +95,10 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
     text = mended(source[0], (DOCS / page).parent)
     if page in SHOWN:
         app.env.note_dependency(str(SHOWN[page]))  # so that a change of the file rebuilds the page
-        text = SHOWS.sub(lambda _: mended(SHOWN[page].read_text(), SHOWN[page].parent), text)
+        shown = SHOWN[page].read_text()
+        if text.startswith("# "):  # the page has a title of its own
+            shown = shown.split("\n", 1)[1]
+        text = SHOWS.sub(lambda _: mended(shown, SHOWN[page].parent), text)
     readme = ROOT / "README.md"
     app.env.note_dependency(str(readme))
     text = PART.sub(lambda found: mended(part(readme.read_text(), found[1]), ROOT), text)

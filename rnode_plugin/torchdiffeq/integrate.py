@@ -55,6 +55,13 @@ def odeint(
     The arguments before ``regularizers`` are torchdiffeq's.
 
     Args:
+        func: the vector field ``(t, y) -> dy``, of the shapes of ``y0``.
+        y0: the first state, a tensor or a tuple of tensors.
+        t: times ``(T,)``, rising or falling; the first is that of ``y0``.
+        rtol, atol: tolerances of an adaptive method.
+        method: torchdiffeq's name of it; None: ``"dopri5"``.
+        options: of the method, such as ``{"step_size": 0.1}``.
+        event_fn: ``(t, y)``; the solve ends where it crosses zero.
         regularizers: names (``"kinetic"``, ``"jacfrob"``), regularizer objects or functions ``rate(t, z, dz) ->
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
             the solver's steps, which torchdiffeq does not show: they are refused.
