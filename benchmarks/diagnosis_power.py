@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rnode_plugin import RegularizedCNF
 from rnode_plugin.evaluation.diagnostics.result import Check
-from rnode_plugin.evaluation.diagnostics.sample_checks import columns, latents, ranks, two_sample
+from rnode_plugin.evaluation.diagnostics.sample_checks import columns, latents, ranks
 from rnode_plugin.evaluation.diagnostics.subject import HeldOut, Subject
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     for name, scale, shift in (("right", 1.0, 0.0), ("shifted by 0.5", 1.0, 0.5), ("1.5 times wider", 1.5, 0.0)):
         for n in (120, 400):
             draw = partial(rows, n, scale=scale, shift=shift)
-            cases.append((f"one column of four {name}, {n} rows", density, draw, (columns, latents, two_sample)))
+            cases.append((f"one column of four {name}, {n} rows", density, draw, (columns, latents)))
     for name, model, data, checks in cases:
         print(name)
         for check in checks:

@@ -38,7 +38,6 @@ from rnode_plugin.evaluation.diagnostics.sample_checks import (
     columns,
     distances,
     latents,
-    null_limit,
     ranks,
     two_sample,
 )
@@ -70,7 +69,7 @@ def image_flow(**options: Any) -> MultiscaleFlow:
     torch.manual_seed(0)
     flow = MultiscaleFlow((1, 4, 4), hidden=6, alpha=0.05, **{"solver": Solver("dopri5"), **options})
     for parameter in flow.parameters():
-        parameter.copy_(0.3 * torch.randn_like(parameter))
+        nn.init.normal_(parameter, std=0.3)
     return flow
 
 
@@ -192,12 +191,6 @@ def test_round_trip_of_a_coarse_step_and_of_a_wrong_inverse() -> None:
     assert wrong.numbers["error"] == pytest.approx(float((0.05 / spread).square().mean().sqrt()), rel=1e-3)
 
 
-def test_round_trip_of_images() -> None:
-    right, coarse = image_flow(), image_flow(solver=Solver("euler", step=1.0))
-    assert of(round_trip, right, IMAGES).verdict == "ok"
-    assert of(round_trip, coarse, IMAGES).verdict == "failed"
-
-
 # trace ---------------------------------------------------------------------------------------------------------
 
 
@@ -229,15 +222,6 @@ def test_trace_of_large_images_is_left_out() -> None:
     check = of(trace, MultiscaleFlow((1, 66, 66), hidden=2), torch.rand(2, 1, 66, 66))
     assert check.verdict == "left out"
     assert "4356 products" in check.sentence
-
-
-def test_trace_of_images_of_middle_size_takes_few_samples() -> None:
-    def flow(noise: Any) -> MultiscaleFlow:
-        return MultiscaleFlow((1, 18, 18), alpha=0.05, field=lambda shape: Shrink(), trace_noise=noise)
-
-    images = torch.rand(6, 1, 18, 18, generator=torch.Generator().manual_seed(0))
-    right, biased = of(trace, flow("gaussian"), images), of(trace, flow(Biased("gaussian")), images)
-    assert (right.verdict, right.numbers["samples"], biased.verdict) == ("ok", 4, "failed")
 
 
 def test_rows_by_differentiation_are_those_of_the_jacobian() -> None:
@@ -365,11 +349,6 @@ def test_two_samples_of_many_columns_with_units_of_their_own() -> None:
     assert (check.verdict, check.numbers["dims"]) == ("failed", 70)
 
 
-def test_guessing_stays_below_its_limit() -> None:
-    # 3.09 deviations of 200 coins are 0.109; folds that share training data vary 1.5 times as much
-    assert null_limit(100) == pytest.approx(0.5 + 1.5 * 0.1093, abs=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [trace, two_sample, columns, latents, ranks])
 def test_false_alarms_are_as_rare_as_stated(check: Any) -> None:
@@ -419,13 +398,6 @@ def test_a_column_that_is_off_is_named() -> None:
     assert of(columns, density(), X).verdict == "ok"
 
 
-@pytest.mark.parametrize(("wider", "verdicts"), [(1.0, {"ok"}), (1.3, {"warning", "failed"}), (0.7, {"failed"})])
-def test_latents_show_a_posterior_of_another_width(wider: float, verdicts: set[str]) -> None:
-    check = of(latents, posterior(), *posterior_pairs(256, wider=wider))
-    assert check.verdict in verdicts
-    assert wider == 1 or "the latents' density" in check.sentence
-
-
 @pytest.mark.parametrize(
     ("scores", "verdict"),
     [
@@ -445,16 +417,19 @@ def test_training_that_stopped_too_early(scores: dict[int, float], verdict: str)
 @pytest.mark.parametrize(
     ("wider", "higher", "said"),
     [
-        (1.6, 0.0, "is too narrow"),
+        (1.3, 0.0, "is too narrow"),
         (0.6, 0.0, "is too wide"),
         (1.0, 0.7, "true values lie too high"),
         (1.0, -0.7, "true values lie too low"),
     ],
 )
 def test_ranks_of_a_wrong_posterior(wider: float, higher: float, said: str) -> None:
-    check = of(ranks, posterior(), *posterior_pairs(256, wider=wider, higher=higher))
+    pairs = posterior_pairs(256, wider=wider, higher=higher)
+    check, spread = of(ranks, posterior(), *pairs), of(latents, posterior(), *pairs)
     assert check.verdict == "failed"
     assert said in check.sentence
+    assert spread.verdict in ("warning", "failed")
+    assert wider == 1 or "the latents' density" in spread.sentence
 
 
 def test_ranks_of_a_posterior_of_another_shape() -> None:
@@ -473,6 +448,7 @@ def test_ranks_of_the_right_posterior() -> None:
     assert check.verdict == "ok"
     assert len(check.curves) == 2
     assert all(sum(counts) == 256 for counts in check.curves.values())
+    assert of(latents, posterior(), *posterior_pairs(256)).verdict == "ok"
     assert of(ranks, posterior(), *posterior_pairs(39)).verdict == "left out"
     few = of(ranks, posterior(), *posterior_pairs(40))
     assert (few.verdict, few.numbers["bins"]) == ("cannot tell", 4)
@@ -535,15 +511,16 @@ def test_a_density_that_is_not_normalised_fails() -> None:
         assert [check.name for check in others if check.verdict == "failed"] == ["log-determinant"]
 
 
-@pytest.mark.parametrize("model", [density(), density(trace_estimator="exact", solver="tsit5"), TableFlow()])
-def test_a_normalised_density_passes(model: Any) -> None:
-    x = model.data(40) if isinstance(model, TableFlow) else X
-    found = of(log_determinant, model, x)
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (density(trace_estimator="exact", solver="tsit5"), (X,)),
+        (TableFlow(), (TableFlow().data(40),)),
+        (posterior(), posterior_pairs(20)),
+        (image_flow(), (IMAGES[:2],)),
+    ],
+)
+def test_a_normalised_density_passes(model: Any, data: tuple[Tensor, ...]) -> None:
+    found = of(log_determinant, model, *data)
     assert found.verdict == "ok", found.sentence
     assert abs(found.numbers["difference"]) < 1e-3
-
-
-def test_the_image_flow_and_a_posterior_are_normalised() -> None:
-    assert of(log_determinant, image_flow(), IMAGES).verdict == "ok"
-    assert of(log_determinant, posterior(), *posterior_pairs(20)).verdict == "ok"
-    assert of(log_determinant, density(), torch.rand(2, 2)).numbers["samples"] == 2

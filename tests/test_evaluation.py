@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diagnosed_models import Linear
 from PIL import Image
+from scipy import stats
+from scipy.linalg import expm
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver
-from rnode_plugin.core.objective import FlowOutput, output_log_prob
+from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Hutchinson
+from rnode_plugin.data.tables import Table
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate, nfe_batches
-from rnode_plugin.evaluation.measures import FlowInput, ImageMeasure
+from rnode_plugin.evaluation.measures import FlowInput, ImageMeasure, TableMeasure
 from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
+from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.plugins.registry import get_regularizer
 
 RK4 = Solver(method="rk4", step=0.5)
@@ -46,15 +51,6 @@ class Known(nn.Module):
 
 def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2)) -> np.ndarray:
     return np.random.default_rng(0).integers(0, levels, (count, *shape), dtype=np.uint8)
-
-
-def test_a_uniform_density_costs_the_bits_of_its_levels() -> None:
-    result = evaluate(Known(lambda x: torch.zeros(len(x))), images(10), batch_size=4)  # pyright: ignore
-    for bits in (result.dirty, result.clean):
-        assert bits.mean == pytest.approx(2.0, abs=1e-6)  # log2(4 levels), whatever the image
-        assert bits.stderr == pytest.approx(0.0, abs=1e-6)
-        assert bits.stderr_noise == pytest.approx(0.0, abs=1e-6)
-    assert (len(result.dirty.samples), result.draws) == (10, 1)
 
 
 def test_means_and_standard_errors_are_over_images_not_batches() -> None:
@@ -190,10 +186,6 @@ def test_evaluations_of_a_penalty_of_its_own_are_not_the_flows() -> None:
     assert "local_error" in other.penalties
 
 
-def test_a_single_image_has_no_standard_error() -> None:
-    assert evaluate(Known(lambda x: torch.zeros(len(x))), images(1)).dirty.stderr is None  # pyright: ignore
-
-
 def test_evaluation_leaves_generators_and_gradients_alone() -> None:
     flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, solver=RK4)
     torch.manual_seed(3)
@@ -211,16 +203,6 @@ def test_evaluation_leaves_generators_and_gradients_alone() -> None:
 def test_bad_counts(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="at least one"):
         evaluate(Known(lambda x: torch.zeros(len(x))), images(2), **options)  # pyright: ignore
-
-
-def test_log_prob_of_an_output_is_the_flow_s_own() -> None:
-    flow = MultiscaleFlow((1, 8, 8), hidden=4, levels=17, alpha=0.05, solver=RK4)
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.02)
-        x = dequantize(torch.from_numpy(images(3, 17, (1, 8, 8))), 17)
-        noise = flow.draw_noise(3)
-        torch.testing.assert_close(output_log_prob(flow(x, noise=noise)), flow.log_prob(x, noise=noise))
 
 
 # streams -------------------------------------------------------------------------------------------------------
@@ -253,9 +235,6 @@ def test_temperatures_share_their_latents() -> None:
 def test_bad_temperatures(temperatures: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="temperature"):
         sample_images(MultiscaleFlow((1, 8, 8), hidden=4), 1, temperatures=temperatures)
-
-
-def test_bad_sample_count() -> None:
     with pytest.raises(ConfigError, match="at least one image"):
         sample_images(MultiscaleFlow((1, 8, 8), hidden=4), 0)
 
@@ -275,7 +254,7 @@ def test_a_grid_shows_each_image_in_its_bin(tmp_path: Path) -> None:
 
 def test_nfe_is_that_of_solves_that_stand_alone_on_the_same_batches() -> None:
     """Whatever the draws and the batch size: one checkpoint has one NFE."""
-    flow, pictures = active_flow((1, 8, 8), "gaussian"), images(350, 17, (1, 8, 8))
+    flow, pictures = active_flow((1, 4, 4), "gaussian"), images(350, 17, (1, 4, 4))
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.mul_(0.3)
@@ -349,3 +328,70 @@ def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
     assert found.clean.mean == pytest.approx(np.mean(bits), abs=1e-5)
     assert found.clean.stderr == pytest.approx(np.std(bits, ddof=1) / 3**0.5, abs=1e-5)
     assert list(found.penalties.values()) == pytest.approx(np.mean(penalties, 0).tolist(), rel=1e-4)
+
+
+class Scaling(nn.Module):
+    """``f(t, z) = 0.8 z``, which counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate, self.calls = nn.Parameter(torch.tensor(0.8, dtype=torch.float64)), 0
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        self.calls += 1
+        return self.rate * z
+
+
+class Doubles(ImageMeasure):
+    """Images in double precision."""
+
+    def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
+        return FlowInput(super().inputs(batch, quantity).x.double(), {})
+
+
+def test_dirty_bits_the_solver_gap_and_nfe_in_closed_form() -> None:
+    field = Scaling()
+    flow = MultiscaleFlow((1, 2, 2), alpha=0.05, levels=17, trace_noise="exact", field=lambda shape: field).double()
+    blocks, pictures = len(flow.fields), images(5, 17, (1, 2, 2))
+    euler, tight = Solver("euler", step=0.5), Solver("dopri5", atol=1e-10, rtol=1e-10)
+    calls: list[int] = []
+    flow.register_forward_pre_hook(lambda *_: setattr(field, "calls", 0))
+    flow.register_forward_hook(lambda *_: calls.append(field.calls))
+    found = evaluate(flow, pictures, measure=Doubles((1, 2, 2), 17), batch_size=3, draws=1, solver=tight,
+                     training_solver=euler)  # fmt: skip
+
+    def bits(x: np.ndarray, growth: float) -> np.ndarray:
+        p = 0.05 + 0.9 * x.reshape(-1, 4)
+        z = np.log(p / (1 - p)) * growth**blocks
+        each = -0.5 * (z**2 + np.log(2 * np.pi)) + np.log(0.9 / (p * (1 - p))) + 0.8 * blocks
+        return np.log2(17) - each.sum(1) / (4 * np.log(2))
+
+    drawn = []
+    for index, part in enumerate((pictures[:3], pictures[3:])):
+        with seeded(0, Stream.VALIDATE, 0, 0, index):
+            drawn.append(dequantize(torch.from_numpy(part), 17).double().numpy())
+    dirty = bits(np.concatenate(drawn), np.exp(0.8))
+    assert found.dirty.samples == pytest.approx(dirty, abs=1e-7)
+    assert found.dirty.mean == pytest.approx(dirty.mean(), abs=1e-7)
+    assert found.gap == pytest.approx((bits(drawn[0], 1.4**2) - dirty[:3]).mean(), abs=1e-7)
+    # at last all five images alone, and the first three by the training solver
+    assert calls[-2:] == [found.nfe_mean, 2 * blocks]
+    assert (found.nfe_batches, found.nfe_batch_size) == (1, 5)
+
+
+def test_the_plain_numbers_of_a_table_by_scipy() -> None:
+    random = np.random.default_rng(0)
+    data = (random.normal(size=(60, 3)) @ random.normal(size=(3, 3)) * [0.1, 1, 20] + 5).astype(np.float32)
+    train, held_out = data[:50], data[50:]
+    flow, a = TableFlow(3, solver=Solver("dopri5", atol=1e-6, rtol=1e-6)), 0.4 * random.normal(size=(3, 3))
+    flow.fields = nn.ModuleList([Linear(torch.from_numpy(a).float())])
+    flow.standardize(torch.from_numpy(train))
+    measure = TableMeasure(("a", "b", "c"))
+    table = Table("t", ("a", "b", "c"), train, train, held_out)
+    plain = measure.to_plain(measure.beside_baselines(evaluate(flow, held_out, measure=measure), table))
+    back = np.diag(train.std(0)) @ expm(-a)
+    for name, covariance in (("nll", back @ back.T), ("gaussian", np.cov(train.T, ddof=0))):
+        wanted = -stats.multivariate_normal(train.mean(0), covariance).logpdf(held_out)
+        np.testing.assert_allclose(plain[name]["rows"], wanted, rtol=1e-3)
+        assert plain[name]["mean"] == pytest.approx(wanted.mean(), rel=1e-4)
+        assert plain[name]["stderr_rows"] == pytest.approx(wanted.std(ddof=1) / 10**0.5, rel=1e-3)

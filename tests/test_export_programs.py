@@ -161,34 +161,6 @@ def test_a_density(net: Any, trace: str) -> None:
         assert_same(log_prob.module()(x, *noise), model.log_prob(x, noise=rows))
 
 
-@pytest.mark.parametrize(
-    "solver", ["euler", *(pytest.param(each, marks=slow) for each in ("rk4_38", "rk4", "midpoint"))]
-)
-def test_a_density_with_a_learned_end_time(solver: str) -> None:
-    policy = LearnedEndTime()
-    model = density(sequential(), "exact", solver=solver, regularizers=[policy])
-    policy.end.data.fill_(0.7)
-    sampler, log_prob = export_program(model, "sampler"), export_program(model, "log_prob")
-    for (z,) in calls(sampler):
-        assert_same(sampler.module()(z), model.inverse(z))
-    for (x,) in calls(log_prob):
-        assert_same(log_prob.module()(x), model.log_prob(x))
-
-
-@pytest.mark.parametrize(
-    "solver", ["euler", *(pytest.param(each, marks=slow) for each in ("rk4_38", "rk4", "midpoint"))]
-)
-def test_a_conditional_density_in_double_precision(solver: str) -> None:
-    model = density(Conditional(), "gaussian", context_shape=2, solver=solver).double()
-    sampler, log_prob = export_program(model, "sampler"), export_program(model, "log_prob")
-    assert log_prob.graph_signature.user_inputs == ("x", "context", "noise")
-    for z, context in calls(sampler):
-        assert z.dtype == torch.float64
-        assert_same(sampler.module()(z, context), model.inverse(z, context))
-    for x, context, noise in calls(log_prob):
-        assert_same(log_prob.module()(x, context, noise), model.log_prob(x, context, noise=noise))
-
-
 @pytest.mark.parametrize("options", [{"context": 1}, *(pytest.param(each, marks=slow) for each in (
     {}, {"context": 2, "field": "potential"}, {"context": 1, "trace_noise": "rademacher"},
 ))])  # fmt: skip
@@ -203,6 +175,22 @@ def test_the_flow_of_a_table(options: dict[str, Any]) -> None:
         context = {"context": inputs[1]} if flow.context else {}
         noise = {"noise": [inputs[-1]]} if isinstance(flow.estimator, Hutchinson) else {}
         assert_same(density.module()(*inputs), flow.log_prob(inputs[0], **context, **noise))
+
+
+@pytest.mark.parametrize(
+    "solver", ["euler", *(pytest.param(each, marks=slow) for each in ("rk4_38", "rk4", "midpoint"))]
+)
+def test_a_context_in_double_precision_and_a_learned_end_time(solver: str) -> None:
+    policy = LearnedEndTime()
+    model = density(Conditional(), "gaussian", context_shape=2, solver=solver, regularizers=[policy]).double()
+    policy.end.data.fill_(0.7)
+    sampler, log_prob = export_program(model, "sampler"), export_program(model, "log_prob")
+    assert log_prob.graph_signature.user_inputs == ("x", "context", "noise")
+    for z, context in calls(sampler):
+        assert z.dtype == torch.float64
+        assert_same(sampler.module()(z, context), model.inverse(z, context))
+    for x, context, noise in calls(log_prob):
+        assert_same(log_prob.module()(x, context, noise), model.log_prob(x, context, noise=noise))
 
 
 def test_contexts_that_are_labels() -> None:
@@ -235,17 +223,14 @@ def test_an_adaptive_density_is_exported_on_a_grid() -> None:
     model = density(fused(), solver="dopri5", atol=1e-7, rtol=1e-7)
     with pytest.raises(ConfigError, match=r"chooses its steps while it runs.*Solver\('rk4_38', step=0\.25\)"):
         export_program(model, "log_prob")
+    with pytest.raises(ConfigError, match="dopri5 chooses its steps while it runs"):
+        export_program(tiny_flow(solver=Solver("dopri5")), "sampler")
     with pytest.raises(ConfigError, match="tsit5 chooses its steps"):
         export_program(model, "log_prob", solver=Solver("tsit5"))
     program = export_program(model, "log_prob", solver=Solver("rk4_38", step=0.25))
     x = torch.randn(5, 2)
     assert_same(program.module()(x), model.on_grid("rk4_38", step=0.25).log_prob(x))
     torch.testing.assert_close(program.module()(x), model.log_prob(x), rtol=1e-3, atol=1e-3)
-
-
-def test_an_adaptive_image_flow_names_a_grid() -> None:
-    with pytest.raises(ConfigError, match="dopri5 chooses its steps while it runs"):
-        export_program(tiny_flow(solver=Solver("dopri5")), "sampler")
 
 
 @pytest.mark.parametrize(
@@ -369,23 +354,6 @@ def test_the_command(tmp_path: Path) -> None:
         refused = call(*words)
         assert refused.exit_code == 2
         assert message in refused.output
-
-
-@pytest.mark.slow
-def test_the_pretrained_flow(tmp_path: Path) -> None:
-    """At the step that it was trained with: about a minute of processor time."""
-    flow = load_flow("mnist-pretrained")
-    grid = Solver("rk4_38", step=0.25)
-    sampler, log_prob = (export_program(flow, which, solver=grid) for which in ("sampler", "log_prob"))
-    with torch.no_grad():
-        for (z,) in calls(sampler):
-            assert_same(sampler.module()(z), flow.inverse(z, solver=grid).clamp(0, 1))
-        for x, noise in calls(log_prob):
-            assert_same(log_prob.module()(x, noise), flow.log_prob(x, noise=block_noise(flow, noise), solver=grid))
-    weights = sum(p.numel() * p.element_size() for p in flow.parameters())
-    for program in (sampler, log_prob):
-        file = save_program(program, tmp_path / "program.pt2")
-        assert file.stat().st_size < 4 * weights
 
 
 def test_onnx_without_an_operation_of_the_estimator_is_said_in_one_sentence(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution
 
 from rnode_plugin import get_recipe
-from rnode_plugin.core.objective import objective, output_log_prob, standard_normal_log_prob
+from rnode_plugin.core.objective import objective, output_log_prob
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import MultiscaleFlow, logit, plan_stages, squeeze
 from rnode_plugin.solvers import Solver, StepMemory
@@ -131,24 +131,6 @@ def test_round_trip() -> None:
         assert out.regularization["kinetic"].min() > 10  # it was no identity
 
 
-@pytest.mark.parametrize("gradient", ["autograd", "checkpointed", "adjoint"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_fused_flow_equals_the_plain_one(gradient: str, dtype: torch.dtype, tolerance: float) -> None:
-    solver = Solver(step=0.5, gradient=gradient)
-    fused, plain = (make_flow(fused=fused).to(dtype) for fused in (True, False))
-    x = images(3).to(dtype)
-    noise = fused.draw_noise(3, generator=torch.Generator().manual_seed(2))
-    results = []
-    for flow in (fused, plain):
-        out = flow(x, noise=noise, solver=solver)
-        scalars = [-standard_normal_log_prob(out.z) - out.logdet, *out.regularization.values()]
-        sum(s.sum() for s in scalars).backward()  # pyright: ignore[reportAttributeAccessIssue]
-        gradient_vector = torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
-        results.append([out.z, *scalars, gradient_vector])
-    for a, b in zip(*results, strict=True):
-        assert relative(a, b) < tolerance
-
-
 def test_bits_per_dim_of_a_known_density() -> None:
     # a fresh flow models pixels as independent logistic-normal variables, shrunk into [0, 1]
     flow = MultiscaleFlow(SHAPE, alpha=0.05, levels=17).double()
@@ -161,20 +143,6 @@ def test_bits_per_dim_of_a_known_density() -> None:
     torch.testing.assert_close(
         flow.bits_per_dim(x), -unscaled / 64 / torch.log(torch.tensor(2.0)), rtol=1e-7, atol=0
     )
-
-
-def test_density_integrates_to_the_mass_that_the_latent_gives_it() -> None:
-    # one pixel: the flow is a monotone map of the interval, so the integral of its density is known
-    flow = make_flow((1, 1, 1), trace_noise="exact", solver=ACCURATE)
-    x = torch.linspace(0, 1, 2001, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    with torch.no_grad():
-        density = flow.log_prob(x).exp()
-        ends = flow(x[[0, -1]], penalties=False).z.flatten()
-    mass = torch.special.ndtr(ends).diff().abs().item()
-    weights = torch.ones(2001, dtype=torch.float64)
-    weights[1:-1:2], weights[2:-1:2] = 4, 2  # Simpson's rule
-    assert abs((density * weights).sum().item() / 6000 - mass) < 1e-6
-    assert 0.5 < mass < 1 - 1e-4
 
 
 def test_same_seed_same_numbers() -> None:
@@ -260,19 +228,6 @@ def test_batches_in_a_row_share_their_steps_and_agree_with_single_ones() -> None
         torch.testing.assert_close(row.z, alone.z, rtol=1e-6, atol=1e-6)
 
 
-def test_samples_follow_the_temperature() -> None:
-    flow = MultiscaleFlow(SHAPE, alpha=0.05, hidden=4)
-    generator = torch.Generator()
-    warm = flow.sample(200, generator=generator.manual_seed(0))
-    cold = flow.sample(200, temperature=0.5, generator=generator.manual_seed(0))
-    assert warm.shape == (200, 1, 8, 8)
-    assert warm.min() >= 0
-    assert warm.max() <= 1
-    assert not warm.requires_grad
-    inside = (warm > 0) & (warm < 1)  # a fresh flow's latents are the logits, where nothing was clamped
-    torch.testing.assert_close(logit(cold, 0.05)[0][inside] * 2, logit(warm, 0.05)[0][inside], rtol=1e-3, atol=1e-3)
-
-
 def test_state_stays_float32_under_autocast() -> None:
     flow = make_flow((1, 8, 8), std=0.15).float()
     x = images(2).float()
@@ -315,44 +270,25 @@ def test_weights_load_tensor_by_tensor_in_block_order() -> None:
     assert torch.equal(source(x, noise=noise).z, target(x, noise=noise).z)
 
 
-def noise_of(flow: MultiscaleFlow, *, last: Tensor | None = None) -> list[Tensor | None]:
-    noise = flow.draw_noise(2)
-    return noise if last is None else [*noise[:-1], last]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda f: f(torch.rand(2, 1, 8, 9).double()), r"shape \(B, 1, 8, 8\) with B >= 1, not \(2, 1, 8, 9\)"),
-        (lambda f: f(torch.rand(1, 8, 8).double()), r"not \(1, 8, 8\)"),
-        (lambda f: f(torch.rand(0, 1, 8, 8).double()), r"not \(0, 1, 8, 8\)"),
         (lambda f: f(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), "dequantize"),
-        (lambda f: f(torch.rand(2, 1, 8, 8)), r"float32 on cpu, but torch.float64 on cpu is needed"),
+        (lambda f: f(torch.rand(2, 1, 8, 8)), r"float32 on cpu, but torch.float64"),
         (lambda f: f(255 * images(2)), r"lie in \[0, 1\], but hold \[.*divide"),
-        (lambda f: f(images(2) - 1), r"lie in \[0, 1\]"),
         (lambda f: f(images(2).fill_(torch.nan)), "hold NaN"),
-        (lambda f: f(images(2), noise=noise_of(f)[:-1]), "list of 6 tensors, one for each block, not 5"),
+        (lambda f: f(images(2), noise=f.draw_noise(2)[:-1]), "list of 6 tensors, one for each block, not 5"),
         (lambda f: f(images(2), noise=torch.zeros(2)), "not a tensor"),
-        (
-            lambda f: f(images(2), noise=noise_of(f, last=torch.zeros(2, 2, 4, 5))),
-            r"noise of block 5 .* \(2, 2, 4, 4\)",
-        ),
-        (
-            lambda f: f(images(2), noise=noise_of(f, last=torch.zeros(2, 2, 4, 4))),
-            "noise of block 5 is torch.float32",
-        ),
+        (lambda f: f(images(2), noise=f.draw_noise(3)), r"noise of block 0 .* \(2, 1, 8, 8\)"),
         (lambda f: f.inverse(torch.zeros(2, 63).double()), r"shape \(B, 64\)"),
-        (lambda f: f.inverse(torch.zeros(2, 64)), "the latents are torch.float32"),
         (lambda f: f.sample(0), "at least 1"),
         (lambda f: f.sample(1, temperature=0.0), "temperature must be a positive number"),
-        (lambda f: make_flow(trace_noise="exact")(images(2), noise=noise_of(f)), "exact and takes no noise"),
-        (lambda f: MultiscaleFlow((1, 8)), "three positive integers"),
+        (lambda f: make_flow(trace_noise="exact")(images(2), noise=f.draw_noise(2)), "exact and takes no noise"),
         (lambda f: MultiscaleFlow((1, 8, 0)), "three positive integers"),
         (lambda f: MultiscaleFlow(SHAPE, alpha=0.5), "alpha must be between"),
         (lambda f: MultiscaleFlow(SHAPE, levels=0), "levels must be at least 1"),
         (lambda f: MultiscaleFlow(SHAPE, activation="relu"), "unknown activation 'relu'"),
-        (lambda f: MultiscaleFlow(SHAPE, regularizers=["kinetik"]), "did you mean 'kinetic'"),
-        (lambda f: MultiscaleFlow(SHAPE, trace_noise="gauss"), "did you mean 'gaussian'"),
     ],
 )
 def test_what_cannot_work_is_refused(call: Any, message: str) -> None:

@@ -16,7 +16,6 @@ from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.trace_estimators import HutchPlusPlus, TraceEstimator
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import linear_field
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.fields.stack import AtContext
 from rnode_plugin.flows.table import TableFlow
@@ -61,15 +60,6 @@ def test_a_linear_field_has_a_gaussian_density() -> None:
     back = torch.diag(flow.scale) @ torch.linalg.matrix_exp(-a)
     expected = torch.distributions.MultivariateNormal(flow.mean, back @ back.T).log_prob(data)
     torch.testing.assert_close(flow.log_prob(data), expected, rtol=0, atol=1e-7)
-
-
-def test_a_fresh_flow_is_the_gaussian_of_the_columns_alone() -> None:
-    flow = TableFlow(4).double()
-    data = torch.rand(100, 4, dtype=torch.float64) * torch.tensor([1e-3, 1.0, 1e3, 1e5]) - 7
-    flow.standardize(data)
-    alone = torch.distributions.Normal(data.mean(0), data.std(0, unbiased=False))
-    torch.testing.assert_close(flow.log_prob(data), alone.log_prob(data).sum(1))
-    assert torch.equal(flow(data).logdet, -data.std(0, unbiased=False).log().sum().expand(100))
 
 
 def test_another_unit_moves_the_log_density_by_its_logarithm() -> None:
@@ -198,22 +188,6 @@ def test_a_potential_knows_its_jacobian(layers: int) -> None:
     assert flat is not None
     assert found is not None
     assert torch.equal(found, flat.reshape(4, 2, 2, 2))
-
-
-def test_the_gradient_of_a_product_alone() -> None:
-    torch.manual_seed(0)
-    field = linear_field(3, hidden=5, context=2).double()
-    nn.init.normal_(field.layers[-1].weight)  # pyright: ignore[reportArgumentType]
-    t, z, noise = torch.tensor(0.3, dtype=torch.float64), rows(4, 3), rows(4, 3)
-    at = AtContext(field, rows(4, 2))
-    weight = field.layers[0].weight
-    product = at.linearize(t, z, noise, ask=Ask("noise")).products
-    assert product is not None
-    (own,) = torch.autograd.grad(product.square().sum(), weight)  # pyright: ignore
-    leaf = z.clone().requires_grad_()
-    (plain,) = torch.autograd.grad(at(t, leaf), leaf, noise, create_graph=True)
-    (expected,) = torch.autograd.grad(plain.square().sum(), weight)  # pyright: ignore
-    torch.testing.assert_close(own, expected)
 
 
 def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:

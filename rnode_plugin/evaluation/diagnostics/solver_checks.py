@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,112 +54,98 @@ def training_solver_gap(subject: Subject, data: HeldOut, training: Solver | None
     gaps = coarse.values - exact.values
     gap, error = float(gaps.mean()), _standard_error(gaps)
     typical = float(gaps.abs().mean())
-    verdict = worse_of(typical, warn=_GAP_WARN, fail=_GAP_FAIL)
     numbers = {
         "gap": gap, "gap_error": error, "typical_gap": typical, "nll": coarse.mean, "nll_accurate": exact.mean,
         "nfe": coarse.nfe, "nfe_accurate": exact.nfe,
     }  # fmt: skip
     curves = {"nll": coarse.values.tolist(), "nll_accurate": exact.values.tolist()}
-    return Check(TRAINING_SOLVER, verdict, _gap_sentence(verdict, text, numbers), numbers, curves)
-
-
-def _gap_sentence(verdict: Verdict, text: str, numbers: dict[str, float]) -> str:
-    found = (
-        f"By {text} the NLL is {numbers['gap']:+.2g} ± {numbers['gap_error']:.1g} nats/dim off an accurate solver "
-        f"({numbers['typical_gap']:.2g} for a single sample), with {numbers['nfe']:.0f} evaluations instead of "
-        f"{numbers['nfe_accurate']:.0f}."
+    verdict = worse_of(typical, warn=_GAP_WARN, fail=_GAP_FAIL)
+    meaning = {
+        "ok": "The steps are fine enough: both see the same density.",
+        "warning": "Report densities by an accurate solver, and consider a smaller step in training.",
+        "failed": "This solver is too coarse for the field: its numbers are not those of the density. Use a "
+        "smaller step or an adaptive solver, and train again if the model was trained with it.",
+    }[verdict]
+    sentence = (
+        f"By {text} the NLL is {gap:+.2g} ± {error:.1g} nats/dim off an accurate solver ({typical:.2g} for a "
+        f"single sample), with {coarse.nfe:.0f} evaluations instead of {exact.nfe:.0f}. {meaning}"
     )
-    if verdict == "ok":
-        return f"{found} The steps are fine enough: both see the same density."
-    if verdict == "warning":
-        return f"{found} Report densities by an accurate solver, and consider a smaller step in training."
-    return (
-        f"{found} This solver is too coarse for the field: its numbers are not those of the density. Use a smaller "
-        "step or an adaptive solver, and train again if the model was trained with it."
-    )
+    return Check(TRAINING_SOLVER, verdict, sentence, numbers, curves)
 
 
 def tolerance_curve(subject: Subject, data: HeldOut) -> Check:
     """The NLL and the evaluations of ``dopri5`` at several tolerances: whether the answer is converged."""
-    tightest = accurate(data.x.dtype).atol
+    own, tightest = subject.tolerance, accurate(data.x.dtype).atol
     levels = {float(f"1e-{k}") for k in range(2, 1 - round(math.log10(tightest)))}
-    if subject.tolerance is not None:
-        levels.add(min(max(subject.tolerance, tightest), 1.0))
-    points: list[tuple[float, _Nll]] = []
+    if own is not None:
+        levels.add(min(max(own, tightest), 1.0))
+    points: dict[float, _Nll] = {}
     for level in sorted(levels, reverse=True):
         try:
-            points.append((level, _nll(subject, data, _at(level))))
+            points[level] = _nll(subject, data, _at(level))
         except SolverError as error:
-            return _gave_up(level, points, error)
-    best = points[-1][1]
-    distances = [float((nll.values - best.values).abs().mean()) for _, nll in points]
-    at_own = [d for (level, _), d in zip(points, distances, strict=True) if level == subject.tolerance]
-    still_moving = distances[-2]
-    verdict = worse_of(max([still_moving, *at_own]), warn=_GAP_WARN, fail=_GAP_FAIL)
-    near = [point for point, d in zip(points, distances, strict=True) if d <= _GAP_WARN]
-    enough = (near or points[-1:])[0]
+            sentence = (
+                f"The solver gives up at tolerance {level:g}: {error} The density cannot be computed to this "
+                "accuracy. The field is stiff or not smooth: train it with penalties, or with a smaller learning "
+                "rate."
+            )
+            unknown = dict.fromkeys(points, math.nan)
+            return Check(TOLERANCE, "failed", sentence, {"failed_at": level}, _curves(points, unknown))
+    best = points[tightest]
+    distances = {level: float((nll.values - best.values).abs().mean()) for level, nll in points.items()}
+    enough = next((level for level, distance in distances.items() if distance <= _GAP_WARN), tightest)
+    last = list(points)[-2]
     numbers = {
-        "nll": best.mean, "nll_error": _standard_error(best.values), "last_change": still_moving,
-        "nfe_tightest": best.nfe, "enough_tolerance": enough[0], "enough_nfe": enough[1].nfe,
+        "nll": best.mean, "nll_error": _standard_error(best.values), "last_change": distances[last],
+        "nfe_tightest": best.nfe, "enough_tolerance": enough, "enough_nfe": points[enough].nfe,
     }  # fmt: skip
-    if at_own:
-        numbers["own_distance"] = at_own[0]
-    sentence = _curve_sentence(verdict, subject, points, numbers)
+    if own in distances:
+        numbers["own_distance"] = distances[own]
+    sentence = (
+        f"The NLL is {best.mean:.4f} ± {numbers['nll_error']:.2g} nats/dim, and moves by {distances[last]:.2g} "
+        f"between the tolerances {last:g} and {tightest:g}. "
+    )
+    verdict = worse_of(max(distances[last], numbers.get("own_distance", 0.0)), warn=_GAP_WARN, fail=_GAP_FAIL)
+    if not distances[last] <= _GAP_WARN:
+        sentence += (
+            "It is not converged: the field is too rough for this precision. Penalise it more, or evaluate in "
+            "double precision."
+        )
+    elif verdict != "ok":
+        sentence += (
+            f"It is converged, but not at the model's own tolerance {own:g}, which is "
+            f"{numbers['own_distance']:.2g} nats/dim off: use {enough:g} or less."
+        )
+    else:
+        sentence += (
+            f"It is converged, and a tolerance of {enough:g} is enough for {_GAP_WARN:g} nats/dim: "
+            f"{points[enough].nfe:.0f} evaluations instead of {best.nfe:.0f}."
+        )
     return Check(TOLERANCE, verdict, sentence, numbers, _curves(points, distances))
 
 
-def _curve_sentence(
-    verdict: Verdict, subject: Subject, points: list[tuple[float, _Nll]], numbers: dict[str, float]
-) -> str:
-    found = (
-        f"The NLL is {numbers['nll']:.4f} ± {numbers['nll_error']:.2g} nats/dim, and moves by "
-        f"{numbers['last_change']:.2g} between the tolerances {points[-2][0]:g} and {points[-1][0]:g}."
-    )
-    if not numbers["last_change"] <= _GAP_WARN:
-        return (
-            f"{found} It is not converged: the field is too rough for this precision. Penalise it more, or "
-            "evaluate in double precision."
-        )
-    if verdict != "ok":
-        return (
-            f"{found} It is converged, but not at the model's own tolerance {subject.tolerance:g}, which is "
-            f"{numbers['own_distance']:.2g} nats/dim off: use {numbers['enough_tolerance']:g} or less."
-        )
-    return (
-        f"{found} It is converged, and a tolerance of {numbers['enough_tolerance']:g} is enough for {_GAP_WARN:g} "
-        f"nats/dim: {numbers['enough_nfe']:.0f} evaluations instead of {numbers['nfe_tightest']:.0f}."
-    )
-
-
-def _gave_up(level: float, points: list[tuple[float, _Nll]], error: SolverError) -> Check:
-    sentence = (
-        f"The solver gives up at tolerance {level:g}: {error} The density cannot be computed to this accuracy. The "
-        "field is stiff or not smooth: train it with penalties, or with a smaller learning rate."
-    )
-    return Check(TOLERANCE, "failed", sentence, {"failed_at": level}, _curves(points, [math.nan] * len(points)))
-
-
-def _curves(points: list[tuple[float, _Nll]], distances: list[float]) -> dict[str, list[float]]:
+def _curves(points: dict[float, _Nll], distances: dict[float, float]) -> dict[str, list[float]]:
     return {
-        "tolerance": [level for level, _ in points],
-        "nll": [nll.mean for _, nll in points],
-        "distance": distances,
-        "nfe": [nll.nfe for _, nll in points],
+        "tolerance": list(points),
+        "nll": [nll.mean for nll in points.values()],
+        "distance": list(distances.values()),
+        "nfe": [nll.nfe for nll in points.values()],
     }
 
 
-class _Nll:
-    """Negative log-likelihoods ``(N,)`` in nats per dimension, and the evaluations that they took."""
+class _Nll(NamedTuple):
+    """Negative log-likelihoods ``(N,)`` in nats per dimension, their mean, and the evaluations that they took."""
 
-    def __init__(self, values: Tensor, nfe: float) -> None:
-        self.values, self.nfe = values, nfe
-        self.mean = float(values.mean())
+    values: Tensor
+    mean: float
+    nfe: float
 
 
 def _nll(subject: Subject, data: HeldOut, solver: Solver | None) -> _Nll:
     with data.noise():  # the same for all solvers
         encoded = subject.encode(data.x, data.context, solver=solver)
-    return _Nll(-encoded.log_prob / subject.dims, encoded.nfe)
+    values = -encoded.log_prob / subject.dims
+    return _Nll(values, float(values.mean()), encoded.nfe)
 
 
 def _at(tolerance: float) -> Solver:
@@ -178,29 +164,41 @@ _ROUNDING = 1e-4  # if it is more than single precision loses
 
 def round_trip(subject: Subject, data: HeldOut) -> Check:
     """Whether the inverse undoes the forward direction, with the model's own solver and with the accurate one."""
-    relative = _lost(subject, data, exactly=False)
-    error = float(relative.square().mean().sqrt())
-    largest = float(relative.max())
-    verdict = worse_of(error, warn=_LOST_WARN, fail=_LOST_FAIL)
-    tolerance = subject.tolerance
+    relative = _lost(subject, data, None)
+    error, largest = float(relative.square().mean().sqrt()), float(relative.max())
+    verdict, tolerance = worse_of(error, warn=_LOST_WARN, fail=_LOST_FAIL), subject.tolerance
     if verdict == "ok" and tolerance is not None and error > max(_TIMES_TOLERANCE * tolerance, _ROUNDING):
         verdict = "warning"
     exact = math.nan
-    if verdict != "ok":
-        exact = float(_lost(subject, data, exactly=True).square().mean().sqrt())
+    sentence = (
+        f"Held-out data come back from the latent with an error of {error:.2g} of their spread (root mean square; "
+        f"the worst sample {largest:.2g}), solver {subject.solver_text}. "
+    )
+    if verdict == "ok":
+        sentence += "Forward and inverse belong together: samples are samples of the density that is reported."
+    else:
+        exact = float(_lost(subject, data, accurate(data.x.dtype)).square().mean().sqrt())
+        if exact <= max(_LOST_WARN, error / 3):
+            advice = "a smaller step" if tolerance is None else "a smaller tolerance"
+            sentence += (
+                f"With an accurate solver it is {exact:.2g}, so the solver is too coarse: densities and samples do "
+                f"not belong together. Use {advice}."
+            )
+        else:
+            sentence += (
+                f"An accurate solver does not help ({exact:.2g}): the inverse does not undo the forward direction, "
+                "and samples are not those of the density. Look for an error in the model's inverse."
+            )
     numbers = {"error": error, "largest": largest, "error_accurate_solver": exact}
     if tolerance is not None:
         numbers["tolerance"] = tolerance
     shares = relative.sort().values
     curves = {"error": shares.tolist(), "share": [(k + 1) / len(shares) for k in range(len(shares))]}
-    return Check(
-        ROUND_TRIP, verdict, _round_trip_sentence(verdict, error, largest, exact, subject), numbers, curves
-    )
+    return Check(ROUND_TRIP, verdict, sentence, numbers, curves)
 
 
-def _lost(subject: Subject, data: HeldOut, *, exactly: bool) -> Tensor:
+def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
     """What each sample is off after the round trip, over the data's spread, root mean square of it, ``(N,)``."""
-    solver = accurate(data.x.dtype) if exactly else None
     with data.noise():
         z = subject.encode(data.x, data.context, solver=solver).z
     back = subject.decode(z, data.context, solver=solver)
@@ -212,25 +210,6 @@ def _spread(x: Tensor) -> Tensor:
     variance = (x - x.mean(0)).cpu().double().square().mean(0)
     spread = (variance if x.ndim == 2 else variance.mean()).sqrt()
     return torch.where(spread > 0, spread, 1.0)
-
-
-def _round_trip_sentence(verdict: Verdict, error: float, largest: float, exact: float, subject: Subject) -> str:
-    found = (
-        f"Held-out data come back from the latent with an error of {error:.2g} of their spread (root mean square; "
-        f"the worst sample {largest:.2g}), solver {subject.solver_text}."
-    )
-    if verdict == "ok":
-        return f"{found} Forward and inverse belong together: samples are samples of the density that is reported."
-    if not exact <= max(_LOST_WARN, error / 3):
-        return (
-            f"{found} An accurate solver does not help ({exact:.2g}): the inverse does not undo the forward "
-            "direction, and samples are not those of the density. Look for an error in the model's inverse."
-        )
-    advice = "a smaller step" if subject.tolerance is None else "a smaller tolerance"
-    return (
-        f"{found} With an accurate solver it is {exact:.2g}, so the solver is too coarse: densities and samples do "
-        f"not belong together. Use {advice}."
-    )
 
 
 PATH = "path"
@@ -253,12 +232,12 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.notes: list[tuple[float, float, float]] = []
-        self.starts: list[Tensor] = []
+        self.start: Tensor | None = None
 
     def __call__(self, evaluation: FieldEvaluation) -> Tensor:
         squares = evaluation.dz.flatten(1).square().sum(1)
-        if not self.notes:
-            self.starts.append(evaluation.z.flatten(1).clone())
+        if self.start is None:
+            self.start = evaluation.z.flatten(1).clone()
         jacobian = evaluation.squared_frobenius()
         self.notes.append((float(evaluation.t), float(squares.mean()), float(jacobian.mean())))
         return squares.sqrt()
@@ -273,7 +252,8 @@ def along_path(subject: Subject, data: HeldOut) -> Check:
         encoded = subject.encode(few.x, few.context, solver=_PATH_GRID, rate=rate)
     curves = _by_time(recorder.notes, subject.dims)
     start = subject.start(few.x)
-    start = recorder.starts[0] if start is None else start
+    start = recorder.start if start is None else start
+    assert start is not None
     length = encoded.penalties[recorder.name].cpu().double()
     displacement = (encoded.z - start).cpu().double().norm(dim=1)
     moved = float(displacement.sum())
