@@ -347,7 +347,7 @@ def test_the_command(tmp_path: Path) -> None:
     expected = load_flow(run).inverse(z, solver=Solver("euler", step=1.0)).clamp(0, 1)
     assert_same(torch.export.load(tmp_path / "digits-sampler.pt2").module()(z), expected)
     for words, message in (
-        ([file, "--format", "torch-export"], "add --step 0.5"),
+        ([str(tmp_path / "b.pt2"), "--format", "torch-export"], "add --step 0.5"),
         ([file, "--format", "onnx", "--step", "1"], "must end in .onnx"),
         ([str(tmp_path / "m.safetensors"), "--step", "1"], "add --format torch-export"),
     ):
