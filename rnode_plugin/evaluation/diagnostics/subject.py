@@ -146,7 +146,8 @@ class Subject:
 
     def sample(self, n: int, context: Tensor | None) -> Tensor:
         """``n`` samples; ``context`` has one row for each."""
-        rows, model = self._batches(torch.empty(n, 0), context), self.model
+        model: Any = self.model  # `sample` is a flow's own
+        rows = self._batches(torch.empty(n, 0), context)
         return torch.cat([model.sample(len(part), context=given) for part, given in rows])
 
     def start(self, x: Tensor) -> Tensor | None:
