@@ -36,6 +36,8 @@ def test_folders_make_the_split(tmp_path, held_out):
     _write(tmp_path, train)
     _write(tmp_path, val, held_out, ".bmp")
     (tmp_path / "labels.csv").write_text("ignored")
+    if held_out == "val":
+        _write(tmp_path, train, "test")
     data = get_dataset("folder", root=str(tmp_path))
     assert (data.shape, data.levels, data.flip) == ((3, 8, 8), 256, False)
     assert _rows(data.train) == _rows(train)
@@ -54,15 +56,6 @@ def test_without_folders_the_same_part_is_held_out_each_time(tmp_path):
     assert len(get_dataset("folder", root=str(tmp_path), val_fraction=0.5).val) == 15
     with pytest.raises(ConfigError, match="between 0 and 1"):
         get_dataset("folder", root=str(tmp_path), val_fraction=1.0)
-
-
-def test_val_comes_before_test(tmp_path):
-    parts = {name: random_images(3, seed=i) for i, name in enumerate(["train", "val", "test"])}
-    for name, images in parts.items():
-        _write(tmp_path, images, name)
-    data = get_dataset("folder", root=str(tmp_path))
-    assert _rows(data.train) == _rows(parts["train"])
-    assert _rows(data.val) == _rows(parts["val"])
 
 
 def test_a_root_called_test_is_no_split(tmp_path):
@@ -180,6 +173,7 @@ def _bomb(path):
         (lambda path: path.write_bytes(b""), "not a picture"),
         (lambda path: Image.new("I;16", (8, 8)).save(path), "8 bits a channel cannot hold"),
         (lambda path: Image.new("1", (7200, 7200)).save(path), "more than 50,000,000"),
+        (lambda path: path.write_bytes(picture_bytes(random_images(1, (3, 64, 64))[0])[:5000]), "truncated"),
         (_bomb, "decompression bomb"),
         (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "not a picture"),
     ],
@@ -191,15 +185,6 @@ def test_what_is_no_good_picture_is_named(tmp_path, write, message, recwarn):
         get_dataset("folder", root=str(tmp_path))
     assert str(tmp_path / "b.png") in str(caught.value)
     assert not recwarn.list
-
-
-def test_a_truncated_picture_is_named(tmp_path):
-    for name in ("a.png", "b.png"):
-        write_picture(tmp_path / name, random_images(1, (3, 64, 64))[0])
-    content = (tmp_path / "b.png").read_bytes()
-    (tmp_path / "b.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"b\.png cannot be read: .*truncated"):
-        get_dataset("folder", root=str(tmp_path))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes")

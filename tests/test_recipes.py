@@ -150,18 +150,12 @@ def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (
-            "kinetic=linear_warmup(0)",
-            r"regularizers\.kinetic: expected a finite number or linear_warmup\(STEPS\)\*LAMBDA",
-        ),
+        ("kinetic=linear_warmup(0)", r"regularizers\.kinetic: expected a finite number or linear_warmup"),
         ("kinetic=linear_warmup(1.5)*0.01", "STEPS a whole number >= 1"),
         ("kinetic=linear_warmup(10)*-1", "LAMBDA >= 0"),
-        ("kinetic=linear_warmup(10)*nan", "LAMBDA >= 0"),
         ("kinetic=linear_warmup(10)*", "got 'linear_warmup"),
-        ("kinetic=warmup(10)*0.01", "expected a finite number or linear_warmup"),
         ("kinetic=-1", "must not be negative"),
         ("steer:0.25=0.5", "has no penalty and takes no lambda"),
-        ("steer:0.25=linear_warmup(10)", "has no penalty and takes no lambda"),
         ("trajectory_polynomial:2,points=1=5", "give at least points=2"),
     ],
 )
@@ -185,34 +179,21 @@ def test_settings_that_belong_together_change_together() -> None:
     [
         ("optimizer.learning_rate=1", r"unknown setting 'optimizer.learning_rate'.*optimizer.lr"),
         ("optimizer.lrr=1", r"did you mean 'optimizer.lr'"),
-        ("lr=1", "unknown setting 'lr'"),
         ("optimizer=1", "unknown setting 'optimizer'"),
-        ("name=other", "unknown setting 'name'"),
         ("paper.hours=1", "unknown setting 'paper.hours'"),
         ("optimizer.lr", "write group.key=value"),
-        ("optimizer.lr=", "optimizer.lr: .*number.*got ''"),
         ("optimizer.lr=fast", "optimizer.lr: .*number.*got 'fast'"),
         ("optimizer.lr=nan", "finite"),
         ("optimizer.lr=0", "optimizer.lr: .*greater than 0"),
         ("optimizer.warmup=0.5", "optimizer.warmup: .*integer"),
-        ("optimizer.warmup=-1", "greater than or equal to 0"),
         ("optimizer.schedule=step", "'constant' or 'cosine'"),
-        ("optimizer.beta1=1", "optimizer.beta1: .*less than 1"),
         ("data.flip=maybe", "data.flip: .*boolean"),
         ("data.shape=1,28", "data.shape: too few"),
-        ("data.shape=1,28,x", "data.shape: .*integer"),
-        ("data.shape=0,28,28", "data.shape: .*greater"),
-        ("data.batch_size=0", "data.batch_size: .*greater than or equal to 1"),
-        ("data.batch_size=none", "data.batch_size: .*integer"),
-        ("data.levels=1", "data.levels: .*equal to 2"),
         ("model.alpha=0.5", "model.alpha: .*less than 0.5"),
-        ("model.trace_noise=uniform", "'gaussian' or 'rademacher'"),
         ("solver.method=rk5", "unknown solver method 'rk5'"),
         ("solver.step=-1", "solver.step"),
         ("training.max_epochs=none", "cannot both be none"),
         ("training.max_steps=0", "training.max_steps: "),
-        ("training.sample_temperatures=0.5,0", "training.sample_temperatures: .*greater than 0"),
-        ("regularizers.kinetic=-1", "must not be negative"),
         ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
         ("regularizers.=1", "unknown setting"),
     ],
@@ -240,6 +221,11 @@ def test_unknown_recipe_lists_the_known() -> None:
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr: .*number"),
         ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
         ({"name": 3}, "name: .*string"),
+        ({"optimizer": {"warmup": True}}, "optimizer.warmup"),
+        ({"optimizer": {"lr": False}}, "optimizer.lr"),
+        ({"optimizer": {"warmup": 1.5}}, "optimizer.warmup"),
+        ({"training": {"precision": ""}}, "training.precision"),
+        ({"solver": {"depth": 1}}, "solver.depth"),
     ],
 )
 def test_bad_plain_recipes_are_refused(change, message) -> None:
@@ -260,17 +246,6 @@ def test_a_text_is_typed_by_its_setting(assignment: str, wanted: object) -> None
     got = dict(get_recipe("digits").override([assignment]).settings())[path]
     assert got == wanted
     assert type(got) is type(wanted)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"optimizer": {"warmup": True}}, {"optimizer": {"lr": False}}, {"optimizer": {"warmup": 1.5}},
-     {"training": {"precision": ""}}, {"training": {"precision": None}}, {"solver": {"depth": 1}}],
-)  # fmt: skip
-def test_values_of_another_type_are_refused(change: dict[str, dict[str, object]]) -> None:
-    ((group, values),) = change.items()
-    with pytest.raises(ConfigError, match=rf"{group}\.{next(iter(values))}"):
-        Recipe.from_plain({**get_recipe("digits").to_plain(), **change})
 
 
 def test_a_column_name_may_hold_a_comma() -> None:
