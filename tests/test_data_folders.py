@@ -58,13 +58,6 @@ def test_without_folders_the_same_part_is_held_out_each_time(tmp_path):
         get_dataset("folder", root=str(tmp_path), val_fraction=1.0)
 
 
-def test_a_root_called_test_is_no_split(tmp_path):
-    _write(tmp_path / "test", random_images(6), "train")
-    _write(tmp_path / "test", random_images(2, seed=3), "val")
-    data = get_dataset("folder", root=str(tmp_path / "test"))
-    assert (len(data.train), len(data.val)) == (6, 2)
-
-
 def test_real_photographs(tmp_path):
     count = {"train": 0, "test": 0}
     with tarfile.open(real_data("cifar10-jpeg.tar")) as archive:
@@ -286,15 +279,6 @@ def test_damaged_packed_files(tmp_path):
         get_dataset("folder", root=str(tmp_path))
 
 
-def test_packed_images_of_another_shape_are_refused(tmp_path):
-    _pack(tmp_path / "imagenet64", random_images(4, (3, 32, 32)))
-    with pytest.raises(DataError, match="are 3x32x32, not 3x64x64; pack them again"):
-        get_dataset("imagenet64", root=str(tmp_path))
-    _pack(tmp_path / "mixed", random_images(4), random_images(4, (3, 9, 9)))
-    with pytest.raises(DataError, match=r"val\.npy are 3x9x9, not 3x8x8"):
-        get_dataset("folder", root=str(tmp_path / "mixed"))
-
-
 @pytest.mark.parametrize(("name", "where"), [("imagenet64", "image-net.org"), ("celebahq256", "celeba-tfr.tar")])
 def test_missing_sets_say_how_to_get_them(tmp_path, name, where):
     with pytest.raises(DataError) as caught:
@@ -303,3 +287,19 @@ def test_missing_sets_say_how_to_get_them(tmp_path, name, where):
     assert where in message
     assert f"{tmp_path / name} --size" in message
     assert str(tmp_path / name / "train") in message
+
+
+def test_a_root_called_test_is_no_split(tmp_path):
+    _write(tmp_path / "test", random_images(6), "train")
+    _write(tmp_path / "test", random_images(2, seed=3), "val")
+    data = get_dataset("folder", root=str(tmp_path / "test"))
+    assert (len(data.train), len(data.val)) == (6, 2)
+
+
+def test_packed_images_of_another_shape_are_refused(tmp_path):
+    _pack(tmp_path / "imagenet64", random_images(4, (3, 32, 32)))
+    with pytest.raises(DataError, match="are 3x32x32, not 3x64x64; pack them again"):
+        get_dataset("imagenet64", root=str(tmp_path))
+    _pack(tmp_path / "mixed", random_images(4), random_images(4, (3, 9, 9)))
+    with pytest.raises(DataError, match=r"val\.npy are 3x9x9, not 3x8x8"):
+        get_dataset("folder", root=str(tmp_path / "mixed"))

@@ -68,12 +68,6 @@ def conditional(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_folder_of_a_table(conditional: Path) -> None:
-    assert {each.name for each in conditional.iterdir()} >= {
-        "recipe.json",
-        "metrics.csv",
-        "result.json",
-        "rows.csv",
-    }
     logged = rows(conditional)
     assert [row["step"] for row in logged if "train/nll" in row] == [str(k) for k in range(1, 9)]
     assert [row["step"] for row in logged if "val/nll" in row] == ["4", "8"]
@@ -141,13 +135,6 @@ def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -
     assert result.steps == 2
 
 
-def test_a_potential_and_its_penalties(file: Path, tmp_path: Path) -> None:
-    settings = ["model.field=potential", "regularizers.hjb=0.1", "training.max_steps=4", "data.given=dose"]
-    result = run(recipe_of(file, *settings), tmp_path)
-    assert set(result.evaluation.penalties) == {"kinetic", "jacfrob", "hjb"}
-    assert "PotentialField" in repr(load_flow(result.folder.path))
-
-
 def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
@@ -192,34 +179,27 @@ def test_a_diagnosis_of_a_conditional_density(conditional: Path) -> None:
     assert verdicts["posterior ranks"] != "left out"
 
 
+AT = ["--given-values", "temperature=3,dose=1"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            [],
-            "this density is given temperature, dose: say where with --given-values 'temperature=VALUE,dose=VALUE'",
-        ),
+        ([], "given temperature, dose: say where with --given-values"),
         (["--given-values", "temperature=300"], "a value is missing for dose."),
         (["--given-values", "temperature=300,dosis=1"], "unknown column 'dosis'; did you mean 'dose'"),
         (["--given-values", "temperature=300,dose=much"], "'dose=much' is not COLUMN=NUMBER."),
-        (["--given-values", "300,1"], "'300' is not COLUMN=NUMBER."),
-        (
-            ["--given-values", "temperature=3,dose=1", "--given-file", "x.csv"],
-            "or with --given-file FILE, not both.",
-        ),
+        ([*AT, "--given-file", "x.csv"], "or with --given-file FILE, not both."),
         (["--given-file", "missing.csv"], "cannot read the table missing.csv: there is no such file."),
-        (["--given-values", "temperature=3,dose=1", "-t", "0.5", "-t", "1"], "drawn at one temperature"),
-        (["--given-values", "temperature=3,dose=1", "--columns", "3"], "--columns is for grids of images"),
-        (
-            ["--given-values", "temperature=3,dose=1", "--out", "x.png"],
-            "x.png is not a table: its name must end in",
-        ),
+        ([*AT, "-t", "0.5", "-t", "1"], "drawn at one temperature"),
+        ([*AT, "--columns", "3"], "--columns is for grids of images"),
+        ([*AT, "--out", "x.png"], "x.png is not a table"),
     ],
 )
 def test_samples_that_cannot_be_drawn(conditional: Path, options: list[str], message: str) -> None:
     outcome = rnode("sample", str(conditional), *options)
     assert outcome.exit_code in (1, 2)
-    assert f"Error: {message}" in outcome.output or message in outcome.output
+    assert message in outcome.output
     assert "Traceback" not in outcome.output
 
 
@@ -272,14 +252,6 @@ def test_options_of_the_other_kind(conditional: Path) -> None:
     finished = str(Path(__file__).parent / "old_runs" / "finished")
     assert "--given-file are for tables" in rnode("sample", finished, "--given-values", "a=1").output
     assert "the data set 'digits' holds images" in rnode("train", "table", "--data", "digits").output
-
-
-def test_a_missing_file_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    outcome = rnode("train", "table", "--data-root", "no.csv")
-    assert outcome.exit_code == 1
-    assert f"Error: cannot read the table {tmp_path / 'no.csv'}: there is no such file. --data-" in outcome.output
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_step_of_a_table_by_measurement(file: Path, conditional: Path) -> None:
@@ -355,15 +327,13 @@ def test_rows_drawn_in_batches() -> None:
 # a file that changes
 
 
-def _sorted(lines: list[str]) -> list[str]:
-    return [lines[0], *sorted(lines[1:])]
-
-
-def _appended(lines: list[str]) -> list[str]:
-    return [*lines, *(f"{300 + k},{k},5,{k}" for k in range(20))]
-
-
-@pytest.mark.parametrize(("change", "words"), [(_sorted, "as many rows"), (_appended, "220 rows")])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: [lines[0], *sorted(lines[1:])], "as many rows"),
+        (lambda lines: [*lines, *(f"{300 + k},{k},5,{k}" for k in range(20))], "220 rows"),
+    ],
+)
 def test_a_table_that_has_changed_is_not_split_anew(file: Path, tmp_path: Path, change: Any, words: str) -> None:
     """Rows that were trained on would be held out."""
     path = tmp_path / "measurements.csv"
@@ -425,7 +395,21 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own() -> None:
         registry.unregister("ring")
 
 
-# other Trainers
+# weights of other columns
+
+
+def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, conditional: Path) -> None:
+    settings = ["data.given=yield,pressure", f"training.weights={conditional}"]
+    with pytest.raises(CheckpointError, match="of other columns: modelled are pressure, yield there"):
+        run(recipe_of(file, *settings), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_potential_and_its_penalties(file: Path, tmp_path: Path) -> None:
+    settings = ["model.field=potential", "regularizers.hjb=0.1", "training.max_steps=4", "data.given=dose"]
+    result = run(recipe_of(file, *settings), tmp_path)
+    assert set(result.evaluation.penalties) == {"kinetic", "jacfrob", "hjb"}
+    assert "PotentialField" in repr(load_flow(result.folder.path))
 
 
 @pytest.fixture
@@ -442,13 +426,3 @@ def test_a_trainer_of_ones_own(file: Path, trainer: L.Trainer) -> None:
     np.testing.assert_allclose(module.flow.mean, data.data.train.mean(0), rtol=1e-5)  # pyright: ignore
     assert "val/nll" in trainer.callback_metrics or "train/nll" in trainer.callback_metrics
     assert measure_of(recipe).metric == "nll"
-
-
-# weights of other columns
-
-
-def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, conditional: Path) -> None:
-    settings = ["data.given=yield,pressure", f"training.weights={conditional}"]
-    with pytest.raises(CheckpointError, match="of other columns: modelled are pressure, yield there"):
-        run(recipe_of(file, *settings), tmp_path)
-    assert not list(tmp_path.iterdir())
