@@ -171,12 +171,13 @@ def test_penalties_are_those_of_z_alone() -> None:
     plain = NeuralODE(net, "rk4", **options)
     plain(x)
     cost: dict[str, Any] = {"integral_loss": lambda t, x: x.square().sum(1)}
-    for field, state, more in (
+    cases: list[tuple[nn.Module, list[Tensor], dict[str, Any]]] = [
         (TorchdynCNF(net), [zero, x], {}),
         (nn.Sequential(TorchdynCNF(net)), [zero, x], {"penalized": slice(1, None)}),
         (net, [zero, x], cost),
         (Wrapper(net), [zero, x, zero], {"penalized": slice(None, -1), **cost}),
-    ):
+    ]
+    for field, state, more in cases:
         model = NeuralODE(field, "rk4", **options, **more)
         model(torch.cat(state, 1))
         torch.testing.assert_close(model.regularization, plain.regularization)

@@ -297,4 +297,3 @@ def test_private_names_of_torch_and_torchdyn_are_still_there() -> None:
     module.compile(backend="aot_eager")
     assert getattr(module, torchdyn_field._COMPILED_IN_PLACE) is not None
     assert torchdyn_field.CONTROL in vars(DataControl())
-    assert "_prep_integration" in vars(TorchdynNeuralODE)

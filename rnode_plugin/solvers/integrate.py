@@ -115,7 +115,10 @@ def _check_times(t_span: Tensor) -> None:
         steps = t_span.detach().diff()
         good = bool(((steps > 0).all() | (steps < 0).all()) & torch.isfinite(t_span.detach()).all())
     if not good:
-        raise ConfigError(f"t_span must be finite and strictly increasing or decreasing, not {t_span.tolist()}.")
+        raise ConfigError(
+            f"t_span must be finite and strictly increasing or decreasing, not {t_span.tolist()}: where it turns "
+            "back or stands still, start another solve from the last state."
+        )
 
 
 # penalties of steps and trajectories ----------------------------------------------------------------------------

@@ -153,9 +153,6 @@ class _Slots:
             if isinstance(module, GalLayer):
                 self.results += [_Slot(own, name) for name in ("weight", "bias") if name in own]
 
-    def __bool__(self) -> bool:
-        return bool(self.times or self.values or self.results)
-
     def fill(self, t: Tensor) -> None:
         """Set all of them for an evaluation at ``t``."""
         for slot in self.times:
@@ -393,13 +390,15 @@ def system_of(
     differentiated = transparent or bool(needs & {"vjp", "jvp"})
     slots = _Slots(modules, x, 0 if cost is None else 1, cnf, traced=trace)
     function, extra, keywords = call_of(field, args, conditional=conditional)
-    plain = function is field and order == 1 and not (extra or keywords or slots)
+    filled = slots.times or slots.values or slots.results
+    plain = function is field and order == 1 and not (extra or keywords or filled)
     if order > 1:
         function, extra, keywords = first_order_system(function, extra, keywords, order), (), {}
     if (differentiated or cnfs) and _has_compiled_parts(modules):
         function = _run_original(function)
-    offers = (module for module in modules if callable(getattr(type(module), "aux", None)))
-    aux = getattr(next(offers, None), "aux", None) if "aux" in needs else None
+    aux: Any = None
+    if "aux" in needs:
+        aux = next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
     known: Any = TorchdynField(function, extra, keywords, slots=slots, aux=aux, watched=differentiated)
 
     system = TorchdynSystem(

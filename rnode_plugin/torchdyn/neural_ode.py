@@ -205,7 +205,6 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
         With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in torchdyn.
         """
-        x, t_span = self._prep_integration(x, t_span)
         t_eval, sol = self._solve(x, t_span, save_at, args, penalties=penalties)
         return (t_eval, sol) if self.return_t_eval else sol
 
@@ -226,7 +225,6 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
         :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
         """
-        x, t_span = self._prep_integration(x, t_span)
         return self._solve(x, t_span, gradient="autograd", remember=False, interpolate=False)[1]
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
@@ -287,12 +285,6 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def vf_params(self, value: Tensor) -> None:
         """torchdyn's constructor and solves assign it; there is nothing to keep."""
 
-    def _prep_integration(self, x: Any, t_span: Any) -> Any:
-        # control and noise are set by the solve, at every evaluation
-        if t_span is None:
-            t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
-        return x, t_span
-
     def _last_penalties(self) -> Penalties:
         if self._penalties is None:
             self._penalties = Penalties()
@@ -323,6 +315,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             noise: of a CNF's trace; None: drawn.
         """
         left, gradient = self._last_penalties(), gradient or self.sensalg
+        if t_span is None:
+            t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         if remember:
             left.begin()
             if isinstance(x, dict):
@@ -342,8 +336,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 )  # fmt: skip
         adaptive = self.solver.stepping_class == "adaptive"
         x = _checked_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
-        jacobian = [each for each in left.weighted.values() if getattr(each.regularizer, "needs", ())]
-        if x.ndim == 1 and len(x) > 1 and penalties and jacobian:
+        if penalties and x.ndim == 1 and len(x) > 1 and any(getattr(r, "needs", ()) for r in left.regularizers):
             warnings.warn(  # Python shows it once
                 f"a state of shape {tuple(x.shape)} counts as {len(x)} samples of one dimension, without the "
                 "derivatives between them: give one sample as (1, D).",
@@ -460,8 +453,7 @@ def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
     would raise the state to their own.
 
     Raises:
-        ConfigError: for what is not a row of at least two times that run one way. torchdyn's fixed solvers walk to
-            and fro, but penalties, adjoints and adaptive steps have one start and one end.
+        ConfigError: for what is not a row of real numbers; ``solve`` checks that they run one way.
     """
     try:
         times = t_span if isinstance(t_span, Tensor) else _times_of(t_span, x.real.dtype)
@@ -472,13 +464,6 @@ def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
     precision = x.real.dtype
     if not times.is_floating_point() or (adaptive and torch.promote_types(times.dtype, precision) != precision):
         times = times.to(precision)
-    if times.ndim == 1 and len(times) > 2:
-        steps = times.detach().diff()
-        if bool(torch.isfinite(steps).all()) and not bool((steps > 0).all() | (steps < 0).all()):
-            raise ConfigError(
-                "t_span must run one way, strictly increasing or decreasing: where it turns back or stands still, "
-                f"start another solve from the last state. It is {times.tolist()}."
-            )
     # a penalty or a field that changes its time in place must not reach the caller's tensor
     return times.to(x.device, copy=True)
 

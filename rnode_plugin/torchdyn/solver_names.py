@@ -187,10 +187,6 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
     draws = family.draws if family else None
     if draws is None and weights is not None and min(weights) >= 0 and solver.stepping_class == "fixed":
         draws = weights
-    safety, least, most = (
-        float(getattr(solver, name, default))
-        for name, default in (("safety", 0.9), ("min_factor", 0.2), ("max_factor", 10.0))
-    )
     return Method(
         type(solver).__name__,
         partial(solver.step, args=args) if type(solver) in _FAMILIES else advance_either_way,
@@ -199,9 +195,9 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         weights,
         error_weights=family.error_weights if family else None,
         draws=draws,
-        safety=safety,
-        min_factor=least,
-        max_factor=most,
+        safety=float(getattr(solver, "safety", 0.9)),
+        min_factor=float(getattr(solver, "min_factor", 0.2)),
+        max_factor=float(getattr(solver, "max_factor", 10.0)),
         nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
         even_steps=False,
         every_step=True,
