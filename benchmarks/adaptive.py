@@ -35,7 +35,8 @@ def work(run: str, data_root: str, images: int, batch_size: int, tolerance: floa
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    flow, recipe = load_with_recipe(run)[:2]
+    loaded, recipe = load_with_recipe(run)[:2]
+    flow: Any = loaded
     chosen = get_dataset(recipe.data.name, root=data_root, size=flow.image_shape[1]).val[:images]
     solver = Solver("dopri5", atol=tolerance, rtol=tolerance, first_step=recipe.test_solver.first_step)
     for _ in sys.stdin:

@@ -51,11 +51,10 @@ NOISE = "torchdyn, Gaussian noise"
 
 @dataclass(frozen=True)
 class Ours:
-    """One of our cases: how the trace is made, which penalties are followed, and whether steps are compiled."""
+    """One of our cases: how the trace is made and which penalties are followed."""
 
     trace: str
     penalties: tuple[str, ...] = ()
-    compiled: bool = False
 
 
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -66,8 +65,6 @@ OURS = {
     "ours, exact trace, kinetic": Ours("exact", ("kinetic",)),
     "ours, exact trace, both penalties": Ours("exact", BOTH),
     "ours, Gaussian noise, both penalties": Ours("gaussian", BOTH),
-    "ours, compiled, exact trace": Ours("exact", (), True),
-    "ours, compiled, exact trace, both penalties": Ours("exact", BOTH, True),
 }
 
 
@@ -92,7 +89,7 @@ def ode_case(net: nn.Module, case: str, solve: str, steps: int, x: Tensor) -> Ca
         else:
             cnf = CNF(net, trace_estimator=ours.trace)
             penalties = list(ours.penalties) or None
-            ode = NeuralODE(cnf, regularizers=penalties, compile=ours.compiled, **options)
+            ode = NeuralODE(cnf, regularizers=penalties, **options)
 
     def run() -> Tensor:
         end = ode(state, span)[-1]

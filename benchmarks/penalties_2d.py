@@ -30,7 +30,7 @@ from rnode_plugin import RegularizedCNF
 from rnode_plugin.reports.figures import draw, legend
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from figure_1 import TimeField, plane_data
+from figure_1 import TimeField, plane_data  # pyright: ignore[reportMissingImports]
 
 DATA = ("moons", "spirals", "gaussians")
 PENALTIES = ("kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "straightness")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def main() -> None:
         images = load_images(recipe).val
         with tempfile.TemporaryDirectory() as runs:
             result = fit(recipe, runs=runs, accelerator=options.accelerator, devices=1, progress=False)
-            flow = load_flow(result.folder.last)
+            flow: Any = load_flow(result.folder.last)
         one, other = (bits(flow, images, bf16=bf16) for bf16 in (False, True))
         print(f"{precision:<12}{one:>10.4f}{other:>10.4f}{other - one:>+12.4f}", flush=True)
 

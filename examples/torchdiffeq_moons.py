@@ -1,6 +1,7 @@
 """Two moons classified through torchdiffeq's odeint, without and with the kinetic penalty: NFE and accuracy."""
 
 import argparse
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from rnode_plugin.torchdiffeq import odeint  # before: from torchdiffeq import odeint
 
 T_SPAN = torch.tensor([0.0, 1.0])
-TOLERANCES = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCES: Any = {"rtol": 1e-5, "atol": 1e-5}
 
 
 class Field(nn.Module):

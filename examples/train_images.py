@@ -48,7 +48,7 @@ def main():
 
     flow = load_flow(result.folder.path)  # the best weights, on the CPU
     images = sample_images(flow, 16, temperatures=(0.6, 0.8, 1.0))
-    save_grid(options.output, images, levels=flow.levels, columns=16)
+    save_grid(options.output, images, levels=recipe.images.levels, columns=16)
 
 
 if __name__ == "__main__":

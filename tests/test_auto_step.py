@@ -175,7 +175,7 @@ def test_the_gap_of_each_validation(tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe = tiny_recipe(*settings)
     result = run(recipe, tmp_path)
     (gap,) = gaps(result)
-    flow = load_flow(result.folder.last)
+    flow: Any = load_flow(result.folder.last)
     with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
         x = dequantize(torch.as_tensor(load_images(recipe).val[:10]), 17)
         noise = flow.draw_noise(10)

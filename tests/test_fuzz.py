@@ -72,7 +72,7 @@ def prepared(file: Path) -> None:
 
 def dataset(file: Path) -> None:
     data = get_dataset("folder", root=str(file.parent))
-    data.train[:], data.val[:]
+    _ = data.train[:], data.val[:]
 
 
 # file to damage, what writes it (and others) into a folder, what reads it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ def test_it_knows_real_digits() -> None:
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     with torch.no_grad():
-        bits = load_flow("mnist-pretrained").bits_per_dim((images + noise) / 256, solver=Solver(step=0.5))
+        flow: Any = load_flow("mnist-pretrained")
+        bits = flow.bits_per_dim((images + noise) / 256, solver=Solver(step=0.5))
     assert float(bits.mean()) < 1.4
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -88,7 +88,8 @@ def test_a_run_folder_of_a_table(conditional: Path) -> None:
 
 
 def test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file(file: Path, conditional: Path) -> None:
-    flow, recipe = load_flow(conditional), recipe_of(file, "data.given=temperature,dose")
+    flow: Any = load_flow(conditional)
+    recipe = recipe_of(file, "data.given=temperature,dose")
     data = load_table(recipe)
     assert data.columns == ("pressure", "yield", "temperature", "dose")
     np.testing.assert_allclose(flow.mean, data.train.mean(0), rtol=1e-5)
@@ -150,7 +151,7 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     with (tmp_path / "samples.csv").open() as text:
         drawn = list(csv.reader(text))
     assert drawn[0] == ["temperature", "dose", "pressure", "yield"]
-    expected = sample_rows(load_flow("runs/table/0"), 30)
+    expected = sample_rows(cast(TableFlow, load_flow("runs/table/0")), 30)
     np.testing.assert_allclose(np.array(drawn[1:], dtype=float), expected, rtol=1e-6)
     reported = rnode("report", "runs/table/0")
     assert reported.exit_code == 0, reported.output
@@ -213,7 +214,9 @@ def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> N
     assert drawn["columns"].tolist() == ["temperature", "dose", "pressure", "yield"]
     assert (drawn["data"][:, :2] == [310, 2]).all()
     context = np.tile(np.array([310, 2], np.float32), (5, 1))
-    np.testing.assert_allclose(drawn["data"][:, 2:], sample_rows(load_flow(conditional), 5, context=context))
+    np.testing.assert_allclose(
+        drawn["data"][:, 2:], sample_rows(cast(TableFlow, load_flow(conditional)), 5, context=context)
+    )
     both = rnode("sample", str(conditional), "--given-file", str(file), "-n", "2", "--out", str(of_file))
     assert both.exit_code == 0, both.output
     with of_file.open() as text:

@@ -6,6 +6,7 @@ import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,9 +68,10 @@ def test_the_densities() -> None:
 
 @pytest.mark.parametrize("name", figure_1.PLANE)
 def test_data_of_the_plane(name: str) -> None:
-    before = np.random.get_state()[1].copy()  # pyright: ignore
+    generator: Any = np.random
+    before = generator.get_state()[1].copy()
     x = figure_1.plane_data(name, 350, seed=5)
-    assert np.array_equal(np.random.get_state()[1], before)  # the caller's generator is left alone
+    assert np.array_equal(generator.get_state()[1], before)  # the caller's generator is left alone
     torch.testing.assert_close(x.mean(0), torch.zeros(2), rtol=0, atol=1e-5)
     torch.testing.assert_close(x.std(0), torch.ones(2))
     assert torch.equal(x, figure_1.plane_data(name, 350, seed=5))

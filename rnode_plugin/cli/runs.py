@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..evaluation.programs import Which
+    from ..flows.table import TableFlow
     from ..recipes.recipe import Recipe, TableData
     from ..solvers.config import Solver
 
@@ -289,7 +290,7 @@ def sample(
         context = _contexts(data, given_values, given_file, count)
         number = count or 1000 if context is None else len(context)
         options = {"temperature": temperature, "seed": seed, "batch_size": batch_size or 10_000}
-        rows = sample_rows(flow, number, context=context, **options)
+        rows = sample_rows(cast("TableFlow", flow), number, context=context, **options)
         if context is not None:
             rows = np.concatenate([rows, context], axis=1)
         places = [(*data.modelled, *data.given).index(name) for name in data.columns]

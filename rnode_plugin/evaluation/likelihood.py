@@ -215,7 +215,7 @@ class _Measuring:
 
     def _take(self, kind: int, draw: int, index: int) -> None:
         along = kind == 0 and not self._apart
-        options = {"kind": kind, "draw": draw, "index": index}
+        options: dict[str, Any] = {"kind": kind, "draw": draw, "index": index}
         output = self.encode(self._solver, self._batches[index], **options, penalties=along)
         self._scores[kind, draw, index] = self._scores_of(output)
         if kind == 0:  # the penalties are those of the samples as training sees them

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -293,7 +293,7 @@ def entry_point(model: nn.Module, which: Which, *, solver: Solver | None, contex
             "a program is made of a MultiscaleFlow, a TableFlow, a RegularizedCNF or another DensityModel with "
             f"`draw_noise`, not of {type(model).__name__}: put a NeuralODE's field into a RegularizedCNF."
         )
-    model = _on_grid(_frozen_copy(model), solver)
+    model = cast(DensityModel, _on_grid(_frozen_copy(model), solver))
     contexts = _contexts(model, context)
     return _sampler(model, contexts) if which == "sampler" else _log_density(model, contexts)
 
