@@ -18,8 +18,9 @@ from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rnode_plugin"
-# the bounds are not reached yet
-pytestmark = pytest.mark.xfail(strict=False)
+# Where the package stands. The aims are 18,500 and 15,500 lines, 15 raise statements in 1,000 lines of code, and calls
+# of 90, 110 and 120 functions: lower a bound when it can be lowered.
+LINES, TEST_LINES, RAISES = 25_500, 21_000, 29
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -43,15 +44,15 @@ def test_the_package_is_small() -> None:
     raises = sum(isinstance(node, ast.Raise) for text in texts.values() for node in ast.walk(ast.parse(text)))
     per_thousand = 1000 * raises / sum(map(code_lines, texts.values()))
     found = {"lines": sum(lines.values()), "files": len(lines), "files under 40 lines": len(short)}
-    assert found["lines"] <= 18_500, found
+    assert found["lines"] <= LINES, found
     assert found["files"] <= 125, found
     assert found["files under 40 lines"] <= 12, short
-    assert per_thousand <= 15, f"{raises} raise statements, {per_thousand:.1f} in 1,000 lines of code"
+    assert per_thousand <= RAISES, f"{raises} raise statements, {per_thousand:.1f} in 1,000 lines of code"
 
 
 def test_the_tests_are_few() -> None:
     lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py"))
-    assert lines <= 15_500
+    assert lines <= TEST_LINES
 
 
 class Field(nn.Module):
@@ -111,7 +112,7 @@ def digits() -> tuple[Callable[[], object], Field]:
 
 @pytest.mark.parametrize(
     ("make", "files", "functions", "frames"),
-    [(neural_ode, 18, 90, 11), (log_prob, 22, 110, 14), (digits, 24, 120, 0)],
+    [(neural_ode, 18, 92, 11), (log_prob, 22, 110, 14), (digits, 24, 136, 0)],
     ids=["NeuralODE", "log_prob", "digits"],
 )
 def test_a_call_is_short(
