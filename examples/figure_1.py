@@ -56,11 +56,10 @@ class TimeField(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", math.pi * torch.arange(1, periods + 1))
         sizes = (dims + 2 * periods, hidden, hidden, dims)
-        layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         with torch.no_grad():
-            for layer in layers:
-                layer.weight.mul_(gain)
+            for layer in self.layers:
+                layer.weight.mul_(gain)  # pyright: ignore[reportCallIssue]
 
     def forward(self, t, z):
         phases = self.frequencies * t

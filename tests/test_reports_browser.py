@@ -103,7 +103,7 @@ def test_the_report_in_a_browser(report: Path, tmp_path: Path, screen: str, dark
         assert shown_height == pytest.approx(shown_width * 3.5 / 4.8, rel=0.02)
     assert len(found["images"]) == 11
     assert all(complete and natural >= 90 for complete, natural in found["images"])
-    assert found["open"] == 4
+    assert found["open"] == 5
     assert (luminance(found["paper"]) < 0.05) is dark
     assert contrast(found["paper"], found["ink"]) > 10
     corner = picture.getpixel((2, 2))

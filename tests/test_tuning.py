@@ -210,7 +210,7 @@ def test_command_trains_a_recipe_first(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (
             ["nowhere"],
-            "no run, checkpoint or recipe 'nowhere'. Recipes: bsds300, celebahq256, cifar10",
+            "no run, checkpoint or recipe 'nowhere'. Recipes: celebahq256, cifar10",
         ),
         (["CHECKPOINT", "--method", "dopri5"], "dopri5 chooses its own steps"),
         (["CHECKPOINT", "--method", "rk5"], "unknown solver method 'rk5'"),

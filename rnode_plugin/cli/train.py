@@ -155,6 +155,8 @@ def train(
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
     if resume is not None and ffjord:
         raise click.UsageError("--ffjord makes another model of the recipe; it cannot go with --resume.", ctx)
+    if resume is not None and options["run_folder"] is not None:
+        raise click.UsageError("a run that is resumed has its folder: --run-folder cannot go with --resume.", ctx)
     from ..training.fit import fit
 
     short = {name: options.pop(name) for name in _SHORT}

@@ -160,7 +160,9 @@ class RnodeModule(L.LightningModule):
     def row(self) -> dict[str, float]:
         """What the last step measured, as means over its batches and over the devices, all of which have to ask."""
         if self._row is None:
-            row = {name: float(value) for name, value in self._record.values.items()}
+            row: dict[str, float] = {}
+            for name, value in self._record.values.items():
+                row[name] = float(value)
             if self._world > 1:
                 values = torch.tensor(list(row.values()), dtype=torch.float64, device=self.device)
                 means = self.trainer.strategy.reduce(values, reduce_op="mean")
