@@ -192,12 +192,10 @@ class ODESolver:
         Raises:
             ConfigError: for a ``time_grid`` with other ends, another method or a number of probes below 1.
         """
-        grid = _grid(time_grid, (1.0, 0.0), x_1)
+        grid, solver = _grid(time_grid, (1.0, 0.0), x_1), _solver(method, step_size, atol, rtol)
         with torch.set_grad_enabled(enable_grad):
-            solver = _solver(method, step_size, atol, rtol)
             path, logdet, stderr, nfe = self._with_trace(x_1, grid, solver, probes, model_extras)
-            log_prob = log_p0(path[-1]) + logdet
-        return Likelihood(log_prob, stderr, path[-1], path, nfe)
+            return Likelihood(log_p0(path[-1]) + logdet, stderr, path[-1], path, nfe)
 
     def sample_and_log_prob(
         self,
@@ -214,12 +212,10 @@ class ODESolver:
         **model_extras: Any,
     ) -> Likelihood:
         """Samples from source points ``x_init`` and their log-densities, from one solve; as :meth:`log_prob`."""
-        grid = _grid(time_grid, (0.0, 1.0), x_init)
+        grid, solver = _grid(time_grid, (0.0, 1.0), x_init), _solver(method, step_size, atol, rtol)
         with torch.set_grad_enabled(enable_grad):
-            solver = _solver(method, step_size, atol, rtol)
             path, logdet, stderr, nfe = self._with_trace(x_init, grid, solver, probes, model_extras)
-            log_prob = log_p0(x_init) - logdet
-        return Likelihood(log_prob, stderr, path[-1], path, nfe)
+            return Likelihood(log_p0(x_init) - logdet, stderr, path[-1], path, nfe)
 
     def _field(self, extras: dict[str, Any]) -> Any:
         model = self.velocity_model

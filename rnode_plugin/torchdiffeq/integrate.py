@@ -306,9 +306,11 @@ class _Augmented:
         followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
         self.dynamics = Dynamics(self._field, regularizers=followed, estimator=wanted.trace_noise, divergence=False)
         z0 = layout.penalized(y0)
-        generator = _generator(z0.device)
-        self._noise = self.dynamics.draw(z0, generator=generator) if self.dynamics.needs_products else None
-        self._stages = _one_in_eight(generator) if wanted.sampled and self.dynamics.needs else None
+        self._noise = self._stages = None
+        if self.dynamics.needs:  # a penalty such as kinetic draws nothing
+            generator = _generator(z0.device)
+            self._noise = self.dynamics.draw(z0, generator=generator)
+            self._stages = _one_in_eight(generator) if wanted.sampled else None
         self.parameters = [p for r in followed if isinstance(r, nn.Module) for p in r.parameters()]
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -419,7 +421,7 @@ def _extended(
     options["norm"] = lambda state: norm(layout.of_user(state))
     if "grid_constructor" in options:
         constructor = options["grid_constructor"]
-        options["grid_constructor"] = lambda func, y, t: constructor(func, _whole(system, layout, y), t)
+        options["grid_constructor"] = lambda func, y, t: constructor(func, system.flat_of_user(y), t)
     elif grid_is_t and "step_size" not in options and given["method"] in _FIXED:
         # the times of a trajectory penalty are no steps
         options["grid_constructor"] = lambda func, y, _: t
@@ -457,10 +459,6 @@ def _extend_adjoint(
             return norm((time, *parts[:n], *parts[k : k + n], *rest))
 
         given["adjoint_options"] = {**own, "norm": of_user}
-
-
-def _whole(system: _Augmented, layout: _Layout, flat: Tensor) -> Tensor:
-    return system.flat_of_user(flat)
 
 
 def _is_number(value: Any) -> bool:

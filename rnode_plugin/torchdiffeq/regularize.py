@@ -21,7 +21,6 @@ __all__ = ["install", "regularize", "uninstall"]
 
 _FACES = {"odeint": integrate.odeint, "odeint_adjoint": integrate.odeint_adjoint}
 _bound: list[tuple[dict[str, Any], str, Any]] = []
-_installed = False
 _in_block = False
 
 
@@ -92,7 +91,6 @@ def install(regularizers: Any = None, **options: Any) -> None:
     With ``regularizers`` every solve with gradients enabled follows them, and the gradient of eq. 17's sum is added
     whenever backward goes through its solution: the loss that the code prints has no penalties, its gradient has.
     """
-    global _installed
     uninstall()
     faces: dict[str, Any] = dict(_FACES)
     if regularizers is not None:
@@ -105,38 +103,26 @@ def install(regularizers: Any = None, **options: Any) -> None:
 
         faces = {name: _following(name, wanted, add_gradient) for name in PLAIN}
     _bound.extend(_replace(faces))
-    _installed = True
 
 
 def uninstall() -> None:
     """Put torchdiffeq's own functions back."""
-    global _installed
     _restore(_bound)
     _bound.clear()
-    _installed = False
 
 
 def _following(name: str, wanted: Follow, then: Any) -> Any:
     plain, face = PLAIN[name], _FACES[name]
+    ours = {"regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature"}
+    defaults = {key: value for key, value in face.__kwdefaults__.items() if key not in ours}
 
     @functools.wraps(plain)
     def following(func: Any, y0: Any, t: Tensor, **given: Any) -> Any:
         if not torch.is_grad_enabled() or given.get("regularizers") is not None:
             return face(func, y0, t, **given)
-        settings = {**_defaults(face), **given}
-        return then(*solve(plain, func, y0, t, settings, wanted))
+        return then(*solve(plain, func, y0, t, {**defaults, **given}, wanted))
 
     return following
-
-
-@functools.cache
-def _defaults_of(face: Any) -> dict[str, Any]:
-    ours = {"regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature"}
-    return {name: value for name, value in face.__kwdefaults__.items() if name not in ours}
-
-
-def _defaults(face: Any) -> dict[str, Any]:
-    return dict(_defaults_of(face))
 
 
 def _with_cost(solution: Any, cost: Tensor) -> Any:
