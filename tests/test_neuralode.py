@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,9 @@ from torchdyn.numerics.solvers.hyper import HyperEuler
 from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeKutta4
 from torchdyn_fields import WithTime, mlp
 
-from rnode_plugin import NeuralODE, SolverError
+from rnode_plugin import NeuralODE, RegularizedCNF, SolverError
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.torchdiffeq import odeint
 
 BOTH = ["kinetic", "jacfrob"]
 
@@ -242,3 +244,27 @@ def test_inference_mode() -> None:
             assert torch.equal(model(x)[1], expected)
             model(torch.randn(3, 4), torch.linspace(0, 1, 3), penalties=True)
         assert float(model.reg_loss()) > 0
+
+
+def _solve_of(kind: str, x: Tensor, net: nn.Module) -> Tensor:
+    if kind == "odeint":
+        y, found = odeint(lambda t, z: net(z), x, torch.tensor([0.0, 1.0]), regularizers=BOTH)
+        return y.sum() + found.loss()
+    if kind == "cnf":
+        return RegularizedCNF(net, event_shape=(2,), regularizers=BOTH).log_prob(x).sum()
+    model = NeuralODE(net, sensitivity=kind, regularizers=BOTH)
+    return model(x, torch.linspace(0, 1, 3))[1].sum() + model.reg_loss()
+
+
+@pytest.mark.parametrize("kind", ["autograd", "adjoint", "odeint", "cnf"])
+def test_a_solve_leaves_no_reference_cycle(kind: str) -> None:
+    """A cycle per solve would keep its graph until the garbage collector runs."""
+    net, x = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(4, 2)
+    _solve_of(kind, x, net).backward()
+    gc.collect()
+    gc.disable()
+    try:
+        _solve_of(kind, x, net).backward()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

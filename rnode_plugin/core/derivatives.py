@@ -107,6 +107,8 @@ class AutogradField:
     gradients are enabled. Reverse mode twice gives ``J v``: faster in training than forward mode, and right through
     autograd Functions of a user's own, for which nested forward mode silently gives zero.
 
+    A subclass overrides the call. A bound method of its own as the function would make a reference cycle per solve.
+
     Args:
         field: the function.
         aux: ``(t, z)`` to values by name that the field offers; None: the function's method ``aux``, if it has one.
@@ -126,7 +128,7 @@ class AutogradField:
         if ask.aux:
             aux = {} if self._aux is None else self._aux(t, z)
         if not (ask.products or ask.jvp or ask.divergence):
-            return Linearization(self._field(t, z), aux=aux)
+            return Linearization(self(t, z), aux=aux)
         if transforms_active():
             return self._in_transform(t, z, noise, ask, aux)
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -135,7 +137,7 @@ class AutogradField:
             t, z = _usable(t), _as_variable(z, keep=keep)
             if ask.jvp:
                 t = _as_variable(t, keep=keep)
-            dz = self._field(t, z)
+            dz = self(t, z)
 
             def pull(v: Tensor) -> Tensor:
                 """``v^T d(dz)/dz``; zero for a field that ignores its state."""
@@ -158,10 +160,10 @@ class AutogradField:
     ) -> Linearization:
         """The same inside a transform of ``torch.func``, where autograd's own functions fail."""
         if not ask.jvp:
-            dz, pull = torch.func.vjp(lambda z: self._field(t, z), z)[:2]
+            dz, pull = torch.func.vjp(lambda z: self(t, z), z)[:2]
             products, divergence = _products(ask, z, noise, lambda v: pull(v.to(dz.dtype))[0])
             return Linearization(dz, products, None, divergence, aux)
-        dz, pull = torch.func.vjp(self._field, t, z)[:2]
+        dz, pull = torch.func.vjp(self, t, z)[:2]
         products, divergence = _products(ask, z, noise, lambda v: pull(v.to(dz.dtype))[1])
 
         def jvp(v: Tensor, dt: float = 0.0) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from ..core.derivatives import AutogradField
 from ..core.dynamics import Dynamics
 from ..core.penalties import Penalties, attach
 from ..core.random_streams import Stream, stream_seed
@@ -292,6 +293,26 @@ class _Layout:
         return self.of_user(tensors)
 
 
+class _PenalizedPart(AutogradField):
+    """The field of the tensors that the penalties are about; the others stay as they are at each evaluation.
+
+    Attributes:
+        state: the whole state of the evaluation.
+        velocity: the whole velocity, once the field was evaluated there.
+    """
+
+    def __init__(self, func: Any, layout: _Layout) -> None:
+        super().__init__(func, aux=lambda t, z: {})
+        self._layout = layout
+        self.state: Sequence[Tensor] = ()
+        self.velocity: tuple[Tensor, ...] = ()
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        velocity: Any = self._field(t, self._layout.replaced(self.state, z))
+        self.velocity = self._layout.tensors(velocity)
+        return self._layout.penalized(velocity)
+
+
 class _Augmented:
     """``func`` with the rates of the penalties behind its velocity: what torchdiffeq calls.
 
@@ -301,10 +322,9 @@ class _Augmented:
     def __init__(self, func: Any, layout: _Layout, wanted: Follow, y0: Any, t: Tensor) -> None:
         self._func, self._layout = func, layout
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
-        self._state: Sequence[Tensor] = ()
-        self._velocity: tuple[Tensor, ...] = ()
+        self._part = _PenalizedPart(func, layout)
         followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
-        self.dynamics = Dynamics(self._field, regularizers=followed, estimator=wanted.trace_noise, divergence=False)
+        self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.trace_noise, divergence=False)
         z0 = layout.penalized(y0)
         self._noise = self._stages = None
         if self.dynamics.needs:  # a penalty such as kinetic draws nothing
@@ -314,7 +334,8 @@ class _Augmented:
         self.parameters = [p for r in followed if isinstance(r, nn.Module) for p in r.parameters()]
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        self._state = state[: self._layout.count]
+        part = self._part
+        part.state = state[: self._layout.count]
         z = self._layout.penalized(self._layout.of_user(state))
         factor = 1 if self._stages is None else next(self._stages)
         found = self.dynamics.evaluate(t, z, self._noise, products=factor > 0).penalties
@@ -323,7 +344,7 @@ class _Augmented:
                 key: found[key] if not rate.needs else factor * found[key] if factor else z.new_zeros(len(z))
                 for key, rate in self.dynamics.rates.items()
             }
-        velocity, self._velocity, self._state = self._velocity, (), ()
+        velocity, part.velocity, part.state = part.velocity, (), ()
         if not torch.is_grad_enabled():  # a product has made a graph
             velocity = tuple(x.detach() for x in velocity)
         return (*velocity, *(rate * self._sign for rate in found.values()))
@@ -335,11 +356,6 @@ class _Augmented:
         if name.endswith("_adjoint"):
             return lambda t, state, dt: found(t, self._adjoint_of_user(state), dt)
         return lambda t, state, dt: found(t, self._layout.of_user(state), dt)
-
-    def _field(self, t: Tensor, z: Tensor) -> Tensor:
-        velocity = self._func(t, self._layout.replaced(self._state, z))
-        self._velocity = self._layout.tensors(velocity)
-        return self._layout.penalized(velocity)
 
     def _adjoint_of_user(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A state of the adjoint (time, state, adjoint state, parameters) without the penalties."""

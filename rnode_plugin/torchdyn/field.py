@@ -197,17 +197,17 @@ class TorchdynField(AutogradField):
         aux: Any,
         watched: bool,
     ) -> None:
-        super().__init__(self._velocity, aux=aux)
-        self._function, self._extra, self._keywords = function, extra, keywords
+        super().__init__(function, aux=aux)
+        self._extra, self._keywords = extra, keywords
         self._slots, self._watched = slots, watched
 
-    def _velocity(self, t: Tensor, z: Tensor) -> Tensor:
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         self._slots.fill(t)
         try:
-            dz = self._function(t, z, *self._extra, **self._keywords)
+            dz = self._field(t, z, *self._extra, **self._keywords)
             if self._watched and z.requires_grad and torch.is_grad_enabled():
                 if not dz.requires_grad:
-                    refuse_lost_graph(lambda t, z: self._function(t, z, *self._extra, **self._keywords), t, z, dz)
+                    refuse_lost_graph(lambda t, z: self._field(t, z, *self._extra, **self._keywords), t, z, dz)
                 self._watched = False
         finally:
             self._slots.clear(t)
@@ -223,14 +223,14 @@ class _Columns(AutogradField):
     """
 
     def __init__(self, field: Field, x: Tensor, columns: Tensor | slice, aux: Any) -> None:
-        super().__init__(self._velocity, aux=aux)
-        self._whole, self.columns = field, columns
+        super().__init__(field, aux=aux)
+        self.columns = columns
         self._index = torch.arange(x.shape[1], device=x.device)[columns]
         self.state = x
         self.velocity: Tensor | None = None
 
-    def _velocity(self, t: Tensor, z: Tensor) -> Tensor:
-        velocity = self._whole(t, self.state.index_copy(1, self._index, z))
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        velocity = self._field(t, self.state.index_copy(1, self._index, z))
         if self.velocity is None:
             self.velocity = velocity
         return velocity[:, self.columns]
