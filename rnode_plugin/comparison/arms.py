@@ -28,7 +28,7 @@ def arm_recipes(
     """The recipe of each run: for each seed, all arms.
 
     Args:
-        recipe: what the arms share. Weights, data order and noise are functions of its seed.
+        recipe: the settings that the arms share. Weights, data order and noise are functions of its seed.
         arms: each is ``none`` (no penalty, the recipe's solver, as in the paper's ablation), ``ffjord`` (no
             penalty, Dormand-Prince at 1e-5, as in the paper's comparison of times), ``rnode`` (all penalties of the
             recipe), or penalties joined by ``+``. A penalty is a name, with options if it takes them, and its
@@ -39,12 +39,11 @@ def arm_recipes(
         seeds: runs of each arm; the first has the recipe's seed, the others the next ones.
 
     Raises:
-        ConfigError: an unknown penalty, a bad lambda, two arms that train the same, or no seed.
+        ConfigError: an unknown penalty, a bad lambda, or two arms that train the same.
     """
-    if seeds < 1:
-        raise ConfigError(f"a comparison needs at least one seed, not {seeds}.")
     if not arms:
-        arms = [_NONE] if sweeps else _default_arms(recipe)
+        alone = list(recipe.regularizers)  # the paper's ablation, figure 5
+        arms = [_NONE] if sweeps else [_NONE, *alone, *([_ALL] if len(alone) > 1 else [])]
     chosen: dict[str, Recipe] = {}
     for text in arms:
         arm = _arm_recipe(recipe, text)
@@ -64,12 +63,6 @@ def arm_recipes(
     ]
 
 
-def _default_arms(recipe: Recipe) -> list[str]:
-    """The paper's ablation (figure 5): no penalty, each alone, all of them."""
-    alone = list(recipe.regularizers)
-    return [_NONE, *alone, *([_ALL] if len(alone) > 1 else [])]
-
-
 def _arm_recipe(recipe: Recipe, text: str) -> Recipe:
     if text == _NONE:
         return _with_penalties(recipe, {})
@@ -84,11 +77,7 @@ def _arm_recipe(recipe: Recipe, text: str) -> Recipe:
 
 
 def _parse(recipe: Recipe, text: str) -> list[dict[str, WrittenStrength]]:
-    """The sets of penalties with their lambdas that an arm or a sweep names: one, or a grid.
-
-    Raises:
-        ConfigError: an unknown penalty, one named twice, or a bad lambda.
-    """
+    """The sets of penalties with their lambdas that an arm or a sweep names: one, or a grid."""
     grid: dict[str, list[WrittenStrength]] = {}
     for term in re.split(r"\+(?![\d.])", text):  # but not the plus of 1e+3
         name, equals, values = term.strip().rpartition("=")
@@ -106,28 +95,22 @@ def _default_lambda(recipe: Recipe, name: str) -> WrittenStrength:
     known = [_NONE, _FFJORD, _ALL, *registry.names("regularizers")]
     if name.partition(":")[0] not in known:
         raise ConfigError(suggest(name, known, "arm"))
-    return recipe.regularizers.get(name, _strength_of([name]))
+    (found,) = resolve_regularizers([name]).values()
+    assert isinstance(found.strength, float | LinearWarmup)
+    return recipe.regularizers.get(name, found.strength)
 
 
 def _lambda(name: str, text: str) -> WrittenStrength:
     try:
-        return _strength_of({name: read_strength(text)})
-    except ConfigError:
-        raise
+        return read_strength(text)
     except ValueError:
         raise ConfigError(
             f"the lambda of {name} must be a finite number >= 0 or {LinearWarmup.spelling}, not {text.strip()!r}."
         ) from None
 
 
-def _strength_of(one: Sequence[str] | Mapping[str, WrittenStrength]) -> WrittenStrength:
-    (found,) = resolve_regularizers(one).values()
-    assert isinstance(found.strength, float | LinearWarmup)  # of a text
-    return found.strength
-
-
 def _with_penalties(recipe: Recipe, strengths: Mapping[str, WrittenStrength]) -> Recipe:
-    """The recipe with these penalties, and with one name for one set, whatever text asked for it."""
+    """The recipe with these penalties in the recipe's order, and with one name for one set."""
     order = [*recipe.regularizers, *sorted(strengths.keys() - recipe.regularizers.keys())]
     ordered = {name: strengths[name] for name in order if name in strengths}
     if not ordered:
@@ -155,9 +138,6 @@ def _folder_name(recipe: Recipe, label: str) -> str:
 def _find_same(arm: Recipe, chosen: Mapping[str, Recipe]) -> str | None:
     """The arm that trains the same, if there is one."""
     return next((text for text, other in chosen.items() if dataclasses.replace(other, name=arm.name) == arm), None)
-
-
-# ---- what makes an arm impossible ----
 
 
 def check_arm(recipe: Recipe) -> None:

@@ -16,13 +16,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, RnodeError, TrainingError
 from ..evaluation.loading import load_for_training, pick_device
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
@@ -34,17 +33,16 @@ from .arms import arm_recipes, check_arm
 __all__ = ["Comparison", "compare"]
 
 _TRAIN = ("-m", "rnode_plugin", "train")
-_CANNOT_WORK = 2  # the exit code of the command line for what cannot work
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a call of :func:`compare` left behind.
+    """The result of :func:`compare`.
 
     Attributes:
         runs: the folder of each arm and seed that was trained, in the order of the arms.
         report: of all of them.
-        failed: one message for each arm that could not be trained to its end; the report has it as far as it came.
+        failed: one message for each arm whose training failed; the report has it as far as it came.
         stopped: name of the signal that ended the call early; None if all arms are done.
     """
 
@@ -52,26 +50,6 @@ class Comparison:
     report: Report
     failed: tuple[str, ...]
     stopped: str | None
-
-
-class _Job(NamedTuple):
-    """An arm to train: its number in the list of all, the run to go on with, and the seconds that are left."""
-
-    recipe: Recipe
-    head: str
-    resume: Path | None
-    max_time: float | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.recipe.name}, seed {self.recipe.training.seed}"
-
-
-class _Failure(NamedTuple):
-    """Why an arm could not be trained to its end, and the exit code of its process."""
-
-    message: str
-    code: int
 
 
 def compare(
@@ -93,12 +71,12 @@ def compare(
 
     Each arm is ``rnode-cli train`` in a process of its own, so a penalty, a model or a data set of a plugin must be
     installed. A call with the same settings in the same folder continues the last one: a finished arm is not
-    trained again, an interrupted one is resumed. What ``training.precision=auto`` and ``training.compile=auto``
-    leave open is measured once for all arms (``chosen.json``). An arm does not depend on which others train beside
-    it, and one that fails does not end the others.
+    trained again, an interrupted one is resumed. Settings that ``training.precision=auto`` and
+    ``training.compile=auto`` leave open are measured once for all arms (``chosen.json``). An arm does not depend on
+    the arms that train beside it, and an arm that fails does not end the others.
 
     Args:
-        recipe: what the arms share.
+        recipe: the settings that the arms share.
         arms, sweeps, seeds: see :func:`~rnode_plugin.comparison.arms.arm_recipes`.
         validations: of each arm, evenly spread over its steps; they are the marks of the figures. Used if
             the recipe has ``max_steps`` and no ``val_every_steps`` of its own.
@@ -114,14 +92,9 @@ def compare(
     Raises:
         ConfigError: settings that cannot work, or another call trains in the folder.
         DataError: the data set is missing or does not fit the recipe.
-        CheckpointError: what was chosen for an earlier call cannot be read.
+        CheckpointError: the choice of an earlier call cannot be read.
         TrainingError: no arm has a run to report.
     """
-    if validations < 1:
-        raise ConfigError(f"a comparison needs at least one validation, not {validations}.")
-    if max_time is not None and max_time <= 0:
-        raise ConfigError(f"the time limit must be positive, not {max_time} s.")
-    # what is wrong with the data is said once, before anything is trained
     recipe, data = load_for_training(recipe, download=download)
     planned = arm_recipes(_with_validations(recipe, validations), arms, sweeps=sweeps, seeds=seeds)
     for arm in planned[: len(planned) // seeds]:
@@ -140,23 +113,21 @@ def compare(
             steps = RunPlan.of(planned[0], len(data.train)).total
             device = pick_device({"gpu": "cuda"}.get(accelerator, accelerator))
             choice = _shared_choice(planned, out, steps=steps, device=device, threads=threads, announce=announce)
-        pool = _Pool(places, out, accelerator, threads, choice, progress, announce)
+        shown = progress and len(places) == 1
+        pool = _Pool(places, out, accelerator, threads, choice, shown, announce)
         failures, stopped = pool.train(jobs)
         runs = [run for arm in planned if (run := _earlier_run(out / "runs", arm)) is not None]
         if not any(run.has_begun for run in runs):
-            message = " ".join(failure.message for failure in failures)
-            hopeless = bool(failures) and all(failure.code == _CANNOT_WORK for failure in failures)
+            hopeless = failures and all(isinstance(failure, ConfigError) for failure in failures)
             raise (ConfigError if hopeless else TrainingError)(
-                message or f"{stopped or 'The call ended'} before an arm had a logged step."
+                " ".join(map(str, failures)) or f"{stopped or 'The call ended'} before an arm had a logged step."
             )
         report = write_report([run.path for run in runs], out, title=f"{recipe.name}: what the penalties change")
-    return Comparison(
-        tuple(run.path for run in runs), report, tuple(failure.message for failure in failures), stopped
-    )
+    return Comparison(tuple(run.path for run in runs), report, tuple(map(str, failures)), stopped)
 
 
 def _with_validations(recipe: Recipe, validations: int) -> Recipe:
-    """The recipe with so many validations, if it says how many steps there are and not how often to validate."""
+    """The recipe with so many validations, if it has a number of steps and no interval of its own."""
     training = recipe.training
     if training.max_steps is None or training.val_every_steps is not None:
         return recipe
@@ -170,11 +141,11 @@ def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
     Args:
         accelerator: as Lightning's Trainer takes it.
         devices: ``auto``: all GPUs, or on a CPU as many processes as it has cores; a number of them; or a list of
-            GPUs such as ``0,2``. No more places than arms are used.
-        arms: how many there are.
+            GPUs such as ``0,2``. There are at most as many places as arms.
+        arms: number of arms.
 
     Raises:
-        ConfigError: another text, or more GPUs than there are.
+        ConfigError: another text, or GPUs that this machine does not have.
     """
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
     if devices == "auto":
@@ -188,9 +159,7 @@ def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
             f"devices: expected auto, a number of arms at a time or GPUs such as 0,2; got {devices!r}"
         )
     numbers = [int(part) for part in parts] if listed else list(range(int(parts[0])))
-    if gpus == 0:
-        if listed:
-            raise ConfigError(f"there are no GPUs to choose {devices} from; give a number of arms at a time.")
+    if gpus == 0 and not listed:
         return ["1"] * min(len(numbers), arms)
     if max(numbers) >= gpus or len(set(numbers)) < len(numbers):
         raise ConfigError(f"the devices {devices} are not different ones of the {gpus} GPUs of this machine.")
@@ -198,6 +167,16 @@ def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
 
 
 # ---- what is left to do ----
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An arm to train: its line on the terminal, the run to resume, and the seconds that are left."""
+
+    recipe: Recipe
+    head: str
+    resume: Path | None
+    max_time: float | None
 
 
 def _unfinished(
@@ -242,7 +221,7 @@ def _shared_choice(
     threads: int,
     announce: Callable[[str], object],
 ) -> Choice | None:
-    """What ``chosen.json`` in the folder of a comparison says; it is measured and written if it is not there.
+    """The choice in ``chosen.json`` of a comparison; it is measured and written if it is not there.
 
     The arm with the most penalties is timed, or one with an adaptive solver if there is one, because then all train
     in 32-true. None if the recipes leave nothing open.
@@ -276,100 +255,104 @@ def _shared_choice(
 # ---- the processes ----
 
 
+@dataclass
 class _Pool:
     """Trains arms, one at a time at each place, each as ``rnode-cli train`` in a process of its own.
 
-    Args:
+    Attributes:
         places: see :func:`places_of`.
         out: folder for ``runs/`` and ``logs/``.
         accelerator: as Lightning's Trainer takes it.
         threads: of each process.
         choice: how all arms compute their steps, if their recipes leave that open.
-        progress: whether an arm shows its progress on the terminal; only if there is one place.
+        shown: whether an arm shows its progress on the terminal.
         announce: called with lines for the user.
+        running: the processes that train now.
+        received: names of the signals that asked this process to end.
     """
 
-    def __init__(
-        self,
-        places: Sequence[str],
-        out: Path,
-        accelerator: str,
-        threads: int,
-        choice: Choice | None,
-        progress: bool,
-        announce: Callable[[str], object],
-    ) -> None:
-        self._out, self._accelerator, self._choice, self._announce = out, accelerator, choice, announce
-        self._shown = progress and len(places) == 1
-        self._count = len(places)
-        self._free: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for place in places:
-            self._free.put(place)
-        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"}
-        self._environment = {**os.environ, **own}
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._received: list[str] = []  # names of signals that asked this process to end
+    places: Sequence[str]
+    out: Path
+    accelerator: str
+    threads: int
+    choice: Choice | None
+    shown: bool
+    announce: Callable[[str], object]
+    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    received: list[str] = field(default_factory=list)
 
-    def train(self, jobs: Sequence[_Job]) -> tuple[list[_Failure], str | None]:
-        """Train all; why some could not be, and the name of the signal that ended the call early."""
-        with self._signals(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(self._count) as threads:
-            ended = [threads.submit(self._train_one, job, Path(folder)) for job in jobs]
-        failures = [failure for each in ended if (failure := each.result()) is not None]
-        return failures, self._received[0] if self._received else None
+    def train(self, jobs: Sequence[_Job]) -> tuple[list[RnodeError], str | None]:
+        """Train all; the failures, and the name of the signal that ended the call early."""
+        free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for place in self.places:
+            free.put(place)
 
-    def _train_one(self, job: _Job, recipes: Path) -> _Failure | None:
-        if self._received:
+        def train_one(job: _Job) -> RnodeError | None:
+            place = free.get()
+            try:
+                return None if self.received else self._train(job, place, Path(folder))
+            finally:
+                free.put(place)
+
+        with (
+            self._signals(),
+            tempfile.TemporaryDirectory() as folder,
+            ThreadPoolExecutor(len(self.places)) as threads,
+        ):
+            failures = [failure for failure in threads.map(train_one, jobs) if failure is not None]
+        return failures, self.received[0] if self.received else None
+
+    def _train(self, job: _Job, place: str, recipes: Path) -> RnodeError | None:
+        folder = job.resume or RunFolder.create(self.out / "runs", job.recipe).path
+        self.announce(job.head)
+        if self.choice is not None and not (folder / CHOSEN).exists():
+            write_choice(self.choice, folder)
+        name, seed = job.recipe.name, job.recipe.training.seed
+        file = recipes / f"{name}-{seed}.json"
+        file.write_text(json.dumps(job.recipe.to_plain()), encoding="utf-8")
+        log = self.out / "logs" / f"{name}-{seed}.log"
+        log.parent.mkdir(exist_ok=True)
+        arguments = [str(file), "--accelerator", self.accelerator, "--devices", place]
+        arguments += ["--run-folder" if job.resume is None else "--resume", str(folder)]
+        arguments += [] if job.max_time is None else ["--max-time", f"{job.max_time:.3f}"]
+        code = self._run([sys.executable, *_TRAIN, *arguments], log)
+        if not (folder / "recipe.json").exists():  # the process had not begun
+            shutil.rmtree(folder, ignore_errors=True)
+        if code == 0 or self.received:
             return None
-        place = self._free.get()
-        try:
-            folder = job.resume or RunFolder.create(self._out / "runs", job.recipe).path
-            self._announce(job.head)
-            if self._choice is not None and not (folder / CHOSEN).exists():
-                write_choice(self._choice, folder)
-            file = recipes / f"{job.recipe.name}-{job.recipe.training.seed}.json"
-            file.write_text(json.dumps(job.recipe.to_plain()), encoding="utf-8")
-            log = self._out / "logs" / file.with_suffix(".log").name
-            log.parent.mkdir(exist_ok=True)
-            arguments = [str(file), "--accelerator", self._accelerator, "--devices", place]
-            arguments += ["--run-folder" if job.resume is None else "--resume", str(folder)]
-            arguments += [] if job.max_time is None else ["--max-time", f"{job.max_time:.3f}"]
-            code = self._run([sys.executable, *_TRAIN, *arguments], log)
-            if not (folder / "recipe.json").exists():  # the process had not begun
-                shutil.rmtree(folder, ignore_errors=True)
-            if code == 0 or self._received:
-                return None
-            failure = _Failure(f"{job.name}: {_reason(code, log)}", code)
-            self._announce(failure.message)
-            return failure
-        finally:
-            self._free.put(place)
+        kind = ConfigError if code == 2 else TrainingError  # 2: the command line refused the settings
+        failure = kind(f"{name}, seed {seed}: {_reason(code, log)}")
+        self.announce(str(failure))
+        return failure
 
     def _run(self, command: Sequence[str], log: Path) -> int:
         """The exit code of a process whose output, but for its progress, is in the log."""
+        threads = str(self.threads)
+        own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONIOENCODING": "utf-8"}
         with log.open("wb") as file:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=None if self._shown else file, stderr=file,
-                env=self._environment,
+                command, stdin=subprocess.DEVNULL, stdout=None if self.shown else file, stderr=file,
+                env={**os.environ, **own},
             )  # fmt: skip
-            self._running.add(process)
-            if self._received:  # while it started
+            self.running.add(process)
+            if self.received:  # while it started
                 process.terminate()
             code = process.wait()
-        self._running.discard(process)
+        self.running.discard(process)
         return code
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Begin no more arms after a signal; SIGTERM is passed on, and Ctrl-C reaches the processes by itself."""
 
-        def received(signum: int, frame: object) -> None:
-            self._received.append(signal.Signals(signum).name)
-            for process in tuple(self._running) if signum == signal.SIGTERM else ():
+        def receive(signum: int, frame: object) -> None:
+            self.received.append(signal.Signals(signum).name)
+            for process in tuple(self.running) if signum == signal.SIGTERM else ():
                 process.terminate()
 
-        # in another thread, the program that owns the main one decides about signals
+        # Python allows signal handlers in the main thread only
         handles = threading.current_thread() is threading.main_thread()
-        former = {each: signal.signal(each, received) for each in (signal.SIGINT, signal.SIGTERM) if handles}
+        former = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM) if handles}
         try:
             yield
         finally:
