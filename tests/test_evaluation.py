@@ -273,6 +273,14 @@ def test_nfe_is_that_of_solves_that_stand_alone_on_the_same_batches() -> None:
     assert found[0].nfe_mean == pytest.approx(np.mean(alone), rel=0.1)
 
 
+def test_the_mean_and_the_range_of_nfe_are_those_of_the_solves_that_stand_alone() -> None:
+    dirty_and_clean, alone = [7, 9, 7, 9], [20, 26, 44]
+    flow = Known(lambda x: x.flatten(1).sum(1), nfe=[*dirty_and_clean, *alone])
+    found = evaluate(flow, images(350), batch_size=350, draws=2)  # pyright: ignore
+    assert (found.nfe_mean, found.nfe_min, found.nfe_max) == (30.0, 20, 44)
+    np.testing.assert_array_equal(torch.cat(flow.seen[4:]) * 4 // 1, images(350)[:300])
+
+
 @pytest.mark.parametrize(
     ("samples", "dims", "sizes"),
     [(360, 64, [100] * 3), (10_000, 784, [100] * 4), (40, 64, [40]), (50, 196_608, [2] * 4), (1, 400_001, [1])],

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from run_folders import write_run
+from run_folders import HEADER, write_run
+from scipy.stats import pearsonr
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
@@ -496,6 +497,21 @@ def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
         meanings = {row.name: row.meaning for row in table.rows}
         assert meanings["taylor:3"].startswith("penalty / dim,")
         assert meanings["hjb"].startswith("penalty,")
+
+
+def test_the_correlation_of_nfe_and_jacobian_norm_is_that_of_the_marks(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "0", digits(), checks=range(5, 45, 5))
+    jacobian, nfe = np.random.default_rng(0).random((2, 8)).round(3)
+    lines, header = (path / "metrics.csv").read_text().splitlines(), HEADER.split(",")
+    marks = iter(zip(jacobian, nfe, strict=True))
+    for number, line in enumerate(lines):
+        cells = line.split(",")
+        if number and cells[header.index("val/nfe")]:
+            cells[header.index("val/jacfrob")], cells[header.index("val/nfe")] = map(str, next(marks))
+            lines[number] = ",".join(cells)
+    (path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (told,) = re.findall(r"Correlation: rnode (\S+)\.", write_report([path], tmp_path / "out").markdown.read_text())
+    assert told.replace("−", "-") == f"{pearsonr(jacobian, nfe).statistic:.2f}"
 
 
 def test_the_files_of_a_report_and_the_names_of_its_axes(runs: list[Path], tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from tiny_runs import run, signal_at, tiny_recipe
 
 from rnode_plugin import load_flow
 from rnode_plugin.core.objective import standard_normal_log_prob
+from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.evaluation.measures import FlowInput
+from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.callbacks import MetricsTable
@@ -118,6 +120,37 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
     assert result.evaluation.dirty.mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
     assert result.seconds > 0
+
+
+def test_the_numbers_of_a_row_are_what_their_columns_say(whole: FitResult) -> None:
+    """The loss is eq. 17 of the other columns; a validation has all held-out images and the weights of its step."""
+    found = rows(whole)
+    for row in found:
+        if "train/loss" in row:
+            nll = (float(row["train/bpd"]) - math.log2(17)) * math.log(2)
+            weight = 0.01 * (float(row["train/kinetic"]) + float(row["train/jacfrob"]))
+            assert float(row["train/loss"]) == pytest.approx(nll + weight, abs=1e-5)
+    recipe, flow = tiny_recipe(*SETTINGS), load_flow(whole.folder.last)
+    coarse = dataclasses.replace(recipe.solver, trace_quadrature="full")  # not the random products of a step
+    held_out = load_images(recipe).val[:60]
+    bits, gaps, costs = [], [], []
+    penalties: dict[str, list[float]] = {"kinetic": [], "jacfrob": []}
+    for index, batch in enumerate((held_out[:40], held_out[40:])):
+        for solver in (None, coarse):
+            with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, index):
+                output = flow(dequantize(torch.from_numpy(np.array(batch)), 17), solver=solver)
+            log_prob = output.logdet - (output.z**2 + math.log(2 * math.pi)).sum(1) / 2
+            (gaps if solver else bits).extend((math.log2(17) - log_prob / (64 * math.log(2))).tolist())
+            if solver is None:
+                costs += [output.nfe] * len(batch)
+                for name, values in penalties.items():
+                    values += (output.regularization[name] / 64).tolist()
+    last = {name: float(value) for name, value in found[-1].items()}
+    assert last["val/bpd"] == pytest.approx(np.mean(bits), abs=1e-5)
+    assert last["val/gap"] == pytest.approx(np.mean(gaps[:40]) - np.mean(bits[:40]), abs=1e-5)
+    assert last["val/nfe"] == pytest.approx(np.mean(costs))
+    for name, values in penalties.items():
+        assert last[f"val/{name}"] == pytest.approx(np.mean(values), rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_numbers_twice(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
