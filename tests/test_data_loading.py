@@ -102,7 +102,7 @@ def test_a_picture_that_breaks_while_training_is_named(tmp_path):
         write_picture(tmp_path / name, random_images(1)[0])
     files = ImageFiles(tmp_path, names, size=None, channels=3)
     (tmp_path / "b.png").write_bytes(b"gone")
-    with pytest.raises(DataError, match=r"b\.png cannot be read: it is not a picture"):
+    with pytest.raises(DataError, match=r"b\.png cannot be read: "):
         ArrayDataset(files).__getitems__([0, 1])
     (tmp_path / "b.png").unlink()
     with pytest.raises(DataError, match=r"b\.png cannot be read: .*No such file"):

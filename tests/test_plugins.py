@@ -552,7 +552,7 @@ def wrong():
             ["recipes", "show", "old-recipe"],
             "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'",
         ),
-        (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not an ImageData"),
+        (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
         (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
         (["train", "digits", "--set", "model.name=none"], "'none': its plugin returned NoneType, not a flow"),
         (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),

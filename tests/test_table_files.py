@@ -220,5 +220,5 @@ def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message:
 def test_a_table_is_not_a_set_of_images() -> None:
     from rnode_plugin.evaluation.loading import load_images
 
-    with pytest.raises(ConfigError, match="the data set 'table' takes no size, as images do"):
+    with pytest.raises(ConfigError, match="the data set 'table' holds a table"):
         load_images(get_recipe("digits").override(["data.name=table"]))

@@ -34,12 +34,7 @@ def get_dataset(
         DataError: it is missing (the message says where to get it) or not what it should be.
         PluginError: the plugin that offers it failed, or returned something else.
     """
-    parameters = inspect.signature(registry.get("datasets", name)).parameters.values()
-    if not any(each.name == "size" or each.kind is each.VAR_KEYWORD for each in parameters):
-        raise ConfigError(
-            f"the data set {name!r} takes no size, as images do: a table needs a recipe of tables, such as table."
-        )
-    return _load(ImageData, name, {"root": root, "size": size, **options}, download=download)
+    return _load(ImageData, name, {"root": root, "size": size}, options, download)
 
 
 def get_table(name: str, *, root: str | None = None, download: bool = False, **options: Any) -> Table:
@@ -59,7 +54,7 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
     """
     taken = inspect.signature(registry.get("datasets", name)).parameters
     chosen = {key: value for key, value in options.items() if key in taken}
-    return _load(Table, name, {"root": root, **chosen}, download=download)
+    return _load(Table, name, {"root": root}, chosen, download)
 
 
 def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
@@ -76,18 +71,20 @@ def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
     return get_table(name, root=root).columns
 
 
-def _load(kind: type[D], name: str, arguments: dict[str, Any], *, download: bool) -> D:
+def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, Any], download: bool) -> D:
+    """Call the loader with the options, and with those common arguments that it takes."""
     load = registry.get("datasets", name)
-    root = arguments["root"]
-    parameters = inspect.signature(load).parameters.values()
-    downloads = any(each.name == "download" or each.kind is each.VAR_KEYWORD for each in parameters)
+    parameters = inspect.signature(load).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    taken = {key: value for key, value in common.items() if takes_any or key in parameters}
+    arguments = {**taken, **options}
+    downloads = takes_any or "download" in parameters
     if downloads:
         arguments["download"] = False
     try:
         inspect.signature(load).bind(**arguments)
     except TypeError as error:
-        known = ", ".join(each.name for each in parameters)
-        raise ConfigError(f"data set {name!r}: {error}. It takes: {known}.") from error
+        raise ConfigError(f"data set {name!r}: {error}. It takes: {', '.join(parameters)}.") from error
 
     def loaded() -> D:
         with registry.guard("datasets", name):
@@ -95,15 +92,9 @@ def _load(kind: type[D], name: str, arguments: dict[str, Any], *, download: bool
         if isinstance(data, kind):
             return data
         if isinstance(data, (ImageData, Table)):
-            is_table = isinstance(data, Table)
-            what, fits = (
-                ("a table", "a recipe of tables, such as table") if is_table else ("images", "one of images")
-            )
-            raise ConfigError(f"the data set {name!r} holds {what}: use it with {fits}.")
-        article = "an" if kind is ImageData else "a"
-        raise PluginError(
-            f"data set {name!r}: its plugin returned {type(data).__name__}, not {article} {kind.__name__}."
-        )
+            what = "a table" if isinstance(data, Table) else "images"
+            raise ConfigError(f"the data set {name!r} holds {what}: use it with a recipe for {what}.")
+        raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not {kind.__name__}.")
 
     if not (download and downloads):
         return loaded()
@@ -111,8 +102,7 @@ def _load(kind: type[D], name: str, arguments: dict[str, Any], *, download: bool
         return loaded()
     except ConfigError:
         raise
-    except Exception:  # it is missing, whichever way its plugin says so
-        pass
-    arguments["download"] = True
-    with one_download(root):
+    except Exception:  # it is missing; a plugin may raise anything then
+        arguments["download"] = True
+    with one_download(common["root"]):
         return loaded()

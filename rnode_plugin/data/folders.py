@@ -55,29 +55,23 @@ def folder(
     bits: int = 8,
     val_fraction: float = VAL_FRACTION,
 ) -> ImageData:
-    """Any folder of pictures (--data-root), or what `data prepare` made of one.
+    """Any folder of pictures (--data-root), or of arrays that `data prepare` made.
 
     Args:
         root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) make the
             split; without them a fixed random ``val_fraction`` is held out. ``train.npy`` and ``val.npy`` come
             before pictures.
         size: height and width that pictures are scaled to; None: all have the same already.
-        channels: 3 or 1; None: 3 for pictures, what they have for packed images.
+        channels: 3 or 1; None: 3 for pictures, those that packed images have.
         bits: per value, 1 to 8; 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
 
     Raises:
         ConfigError: an option that cannot work.
-        DataError: nothing there, or not what it should be.
+        DataError: nothing there, or not readable.
     """
     if root is None:
         raise ConfigError("the data set 'folder' needs the folder of your pictures: --data-root DIRECTORY.")
-    where = Path(root)
-    if not where.is_dir():
-        raise DataError(
-            f"folder: {where} is not a folder; --data-root must name one that holds pictures. An archive goes "
-            "through `rnode-cli data prepare` first."
-        )
-    return _read("folder", where, size=size, channels=channels, bits=bits, val_fraction=val_fraction)
+    return _read("folder", Path(root), size=size, channels=channels, bits=bits, val_fraction=val_fraction)
 
 
 def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData:
@@ -86,8 +80,7 @@ def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData
         "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
         "https://image-net.org/download-images (free, after registration)"
     )
-    where = _brought("imagenet64", root, size, 64, source, "Imagenet64_*_npz.zip")
-    return _read("imagenet64", where, size=64, channels=3)
+    return _brought("imagenet64", root, size, 64, source, bits=8, flip=False)
 
 
 def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageData:
@@ -97,22 +90,22 @@ def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageDat
         "celebahq-r08.tfrecords of progressive growing, or celeba-tfr.tar of Glow from "
         "https://openaipublic.azureedge.net/glow-demo/data)"
     )
-    where = _brought("celebahq256", root, size, 256, source, "PICTURES_OR_ARCHIVE")
-    return _read("celebahq256", where, size=256, channels=3, bits=5, flip=True)
+    return _brought("celebahq256", root, size, 256, source, bits=5, flip=True)
 
 
-def _brought(name: str, root: str | None, size: int | None, native: int, source: str, files: str) -> Path:
-    """The folder of a set that the user brings, by its name below the root."""
+def _brought(
+    name: str, root: str | None, size: int | None, native: int, source: str, *, bits: int, flip: bool
+) -> ImageData:
+    """A set that the user brings, in the folder of its name below the root."""
     if size not in (None, native):
         raise ConfigError(f"{name} has {native}x{native} pixels, not {size}x{size}; use the data set 'folder'.")
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
             f"{name} is not there: no folder {where}. It cannot be downloaded for you. Get {source}, then run "
-            f"`rnode-cli data prepare {files} {where} --size {native}`, or put pictures into {where / 'train'} and "
-            f"{where / 'val'}."
+            f"`rnode-cli data prepare SOURCE... {where} --size {native}`, or put pictures into its train and val."
         )
-    return where
+    return _read(name, where, size=native, channels=3, bits=bits, flip=flip)
 
 
 def _read(
@@ -139,13 +132,16 @@ def _read(
         for file, images in zip(files, (train, val), strict=True):
             if images.shape[1:] != wanted:
                 raise DataError(
-                    f"{name}: the images in {file} are {'x'.join(map(str, images.shape[1:]))}, not "
-                    f"{'x'.join(map(str, wanted))}; pack them again with `rnode-cli data prepare --overwrite`."
+                    f"{name}: the images in {file} are {images.shape[1:]}, not {wanted}; pack them again with "
+                    "`rnode-cli data prepare --overwrite`."
                 )
     else:
         names = [file for file in files_in(where) if is_picture(file)]
         if not names:
-            raise DataError(f"{name}: {where} holds no pictures (png, jpg, webp, ...) and no {TRAIN_FILE}.")
+            raise DataError(
+                f"{name}: {where} is no folder that holds pictures (png, jpg, webp, ...) or {TRAIN_FILE}. An "
+                "archive goes through `rnode-cli data prepare` first."
+            )
         splits = assign([split_named(n) for n in names], names, val_fraction=val_fraction, where=str(where))
         chosen = ([n for n, s in zip(names, splits, strict=True) if s == part] for part in ("train", "val"))
         train, val = (_pictures(where, part, size, channels or 3, 8 - bits) for part in chosen)
@@ -161,15 +157,9 @@ def _pictures(where: Path, names: Sequence[str], size: int | None, channels: int
 # Training and held-out pictures --------------------------------------------------------------------------------
 
 _FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "train_64x64": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "valid_64x64": "val",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training", "train_64x64"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "valid_64x64"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 _BATCH = re.compile(r"(train|val)_data(_batch_\d+)?\.npz")  # as the ImageNet 64x64 archives name theirs
 _SHARD = re.compile(r"([a-z]+)-.*\.tfrecords?")  # train-r08-s-0000-of-0120.tfrecords
@@ -194,7 +184,7 @@ def assign(
     ``val_fraction`` of all pictures is held out.
 
     Args:
-        splits: what :func:`split_named` found, one per picture.
+        splits: one per picture, from :func:`split_named`.
         names: of the pictures, for messages.
         val_fraction: between 0 and 1.
         where: the folder or archive, for messages.
@@ -230,16 +220,15 @@ def assign(
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
-_MAX_PIXELS = 50_000_000
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file calls itself a picture."""
+    """Whether a file's suffix is that of a picture."""
     return PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is what file managers and archivers leave behind, and not part of the data."""
+    """Whether file managers and archivers leave files of this name behind."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") and part not in (".", "..") for part in parts) or bool(
         {"__MACOSX", "Thumbs.db", "desktop.ini"}.intersection(parts)
@@ -250,8 +239,7 @@ def files_in(folder: Path) -> Iterator[str]:
     """Names of the files below a folder, relative, with ``/``, sorted folder by folder; links are followed once."""
 
     def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
-        with naming(error.filename):
-            raise error
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
     seen: set[str] = set()
     for here, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
@@ -284,14 +272,8 @@ def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np
 
     with naming(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            opened = Image.open(file, formats=_FORMATS)
-        except Image.UnidentifiedImageError:  # whose message shows the file as an object
-            raise ValueError("it is not a picture") from None
-        with opened as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS:,}")
-            if image.mode not in _MODES:
+        with Image.open(file, formats=_FORMATS) as image:
+            if image.mode not in _MODES:  # PIL would cut larger values off
                 raise ValueError(f"pixels of the kind {image.mode!r}, which 8 bits a channel cannot hold")
             return _fit(ImageOps.exif_transpose(image), size, channels)
 
@@ -317,7 +299,7 @@ def _fit(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
 
 
 class ImageFiles:
-    """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes what is indexed.
+    """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes the indexed ones.
 
     Args:
         folder: where they are.
@@ -354,11 +336,9 @@ class ImageFiles:
         for position, out in zip(positions.flat, images.reshape(-1, *self._image_shape), strict=True):
             image = self._read(int(position))
             if image.shape != self._image_shape:
-                (_, height, width), (_, *first) = image.shape, self._image_shape
                 raise DataError(
-                    f"the pictures in {self._folder} differ in size: {self._names[position]} has {height}x{width} "
-                    f"pixels, {self._names[0]} has {first[0]}x{first[1]}. Give the size that all are scaled to "
-                    "(--size)."
+                    f"the pictures in {self._folder} differ in size: {self._names[position]} is {image.shape}, "
+                    f"{self._names[0]} is {self._image_shape}. Give the size that all are scaled to (--size)."
                 )
             np.right_shift(image, self._shift, out=out)
         return images

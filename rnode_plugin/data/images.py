@@ -21,13 +21,13 @@ __all__ = [
 
 
 def reason(error: Exception) -> str:
-    """What a library says of a file, without a full stop."""
+    """The message of a library's error, without a full stop."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 @contextmanager
 def naming(what: object, advice: str = "") -> Iterator[None]:
-    """Name a file in what its reader raises, which on a damaged file is any exception; as a DataError."""
+    """Turn any exception of a file's reader into a DataError that names the file."""
     try:
         yield
     except RnodeError:
@@ -51,7 +51,7 @@ class ImageArray(Protocol):
 
 
 class Selection:
-    """Some of the images of another array, read only when they are asked for."""
+    """Some images of another array, read when they are indexed."""
 
     def __init__(self, images: ImageArray, indices: np.ndarray) -> None:
         self._images, self._indices = images, indices
@@ -76,7 +76,7 @@ class ImageData:
     """A data set for density estimation.
 
     Attributes:
-        name: what messages and runs call it.
+        name: for messages and runs.
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
         shape: (C, H, W) of each of them.
         levels: number of values a pixel can take: 256 for 8 bits.
@@ -98,16 +98,11 @@ class ImageData:
             raise DataError(f"{self.name}: levels must be 2 to 256, not {self.levels}: images are uint8.")
         for part, images in (("train", self.train), ("val", self.val)):
             what = f"{self.name}: the {part} images"
-            if images.dtype != np.uint8:
-                raise DataError(f"{what} are {images.dtype}; they must be uint8.")
-            if len(images.shape) != 4 or images.shape[1:] != tuple(self.shape):
+            if images.dtype != np.uint8 or len(images) == 0 or images.shape[1:] != tuple(self.shape):
                 wanted = ", ".join(map(str, self.shape))
-                raise DataError(f"{what} have the shape {tuple(images.shape)}, not (N, {wanted}).")
-            if len(images) == 0:
-                raise DataError(f"{what} are missing: there are none.")
+                raise DataError(f"{what} are {images.dtype} {images.shape}; they must be uint8 (N, {wanted}).")
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
-                raise DataError(f"{what} hold the value {images.max()}; with {self.levels} levels the largest is "
-                                f"{self.levels - 1}.")  # fmt: skip
+                raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
 
     @property
     def held_out(self) -> ImageArray:
@@ -146,7 +141,7 @@ def limited(samples: Any, n: int | None) -> Any:
 
 
 class ArrayDataset(Dataset[Tensor]):
-    """Images, or rows of a table, as a PyTorch data set that returns a batch in one piece.
+    """Images, or rows of a table, as a PyTorch data set that returns whole batches.
 
     A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, as
     :func:`loader` does, because its default would split the batch. With ``batch_size=None`` and a sampler of lists,
@@ -177,7 +172,7 @@ class ArrayDataset(Dataset[Tensor]):
 
 
 def keep_batch(batch: Any) -> Any:
-    """The collate function for what is a batch already."""
+    """The collate function of data sets that return whole batches."""
     return batch
 
 

@@ -9,14 +9,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, DataError
 from .folders import DEFAULT_ROOT
-from .images import ImageData, reason, shuffled
+from .images import ImageData, naming, reason, shuffled
 
 __all__ = ["cifar10", "digits", "fashion_mnist", "mnist", "one_download", "svhn"]
 
@@ -54,87 +53,68 @@ def cifar10(*, root: str | None = None, download: bool = False, size: int | None
     """60,000 photographs, 3x32x32; 10,000 of them held out."""
     from torchvision.datasets import CIFAR10
 
-    def read(base: Path, part: str) -> np.ndarray:
-        return CIFAR10(str(base), train=part == "train").data.transpose(0, 3, 1, 2)
+    def read(base: Path, part: str, download: bool) -> np.ndarray:
+        return CIFAR10(str(base), train=part == "train", download=download).data.transpose(0, 3, 1, 2)
 
-    def fetch(base: Path) -> None:
-        CIFAR10(str(base), download=True)
-
-    return _load("cifar10", (3, 32, 32), read, fetch, root, download, size, flip=True)
+    return _load("cifar10", (3, 32, 32), read, root, download, size, flip=True)
 
 
 def svhn(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
     """99,289 house numbers from street views, 3x32x32; 26,032 of them held out."""
     from torchvision.datasets import SVHN
 
-    def read(base: Path, part: str) -> np.ndarray:
-        return SVHN(str(base), split="train" if part == "train" else "test").data
+    def read(base: Path, part: str, download: bool) -> np.ndarray:
+        return SVHN(str(base), split="train" if part == "train" else "test", download=download).data
 
-    def fetch(base: Path) -> None:
-        for split in ("train", "test"):
-            SVHN(str(base), split=split, download=True)
-
-    return _load("svhn", (3, 32, 32), read, fetch, root, download, size)
+    return _load("svhn", (3, 32, 32), read, root, download, size)
 
 
 def _idx_set(name: str, class_name: str, root: str | None, download: bool, size: int | None) -> ImageData:
-    """MNIST and what was made in its form."""
+    """MNIST and Fashion-MNIST, which has MNIST's format."""
     import torchvision.datasets
     from torchvision.datasets.mnist import read_image_file
 
-    cls: Any = getattr(torchvision.datasets, class_name)
-    files = {part: f"{prefix}-images-idx3-ubyte" for part, prefix in (("train", "train"), ("val", "t10k"))}
-
-    def read(base: Path, part: str) -> np.ndarray:
-        file = base / class_name / "raw" / files[part]
+    def read(base: Path, part: str, download: bool) -> np.ndarray:
+        file = base / class_name / "raw" / f"{'train' if part == 'train' else 't10k'}-images-idx3-ubyte"
+        if download:
+            file.unlink(missing_ok=True)  # torchvision keeps a file that was half unpacked
+            getattr(torchvision.datasets, class_name)(str(base), download=True)
         images = read_image_file(str(file)).numpy()[:, None]
         if file.stat().st_size != images.size + 16:  # torchvision takes what fits the header
             raise ValueError(f"{file} does not have the size that its header says")
         return images
 
-    def fetch(base: Path) -> None:
-        for file in files.values():  # torchvision keeps a file that was half unpacked
-            (base / class_name / "raw" / file).unlink(missing_ok=True)
-        cls(str(base), download=True)
-
-    return _load(name, (1, 28, 28), read, fetch, root, download, size)
+    return _load(name, (1, 28, 28), read, root, download, size)
 
 
 def _load(
     name: str,
     shape: tuple[int, int, int],
-    read: Callable[[Path, str], np.ndarray],
-    fetch: Callable[[Path], None],
+    read: Callable[[Path, str, bool], np.ndarray],
     root: str | None,
     download: bool,
     size: int | None,
     *,
     flip: bool = False,
 ) -> ImageData:
-    """The data set that ``read`` finds in the data folder; ``fetch`` puts it there, if it may be downloaded."""
+    """The data set whose parts ``read(folder, part, download)`` gives; it is fetched only where it is not read."""
     _only_size(size, shape[1], name)
     base = Path(root) if root is not None else DEFAULT_ROOT
 
-    def found() -> ImageData:
-        train, val = (np.ascontiguousarray(read(base, part)) for part in ("train", "val"))
+    def found(download: bool) -> ImageData:
+        train, val = (np.ascontiguousarray(read(base, part, download)) for part in ("train", "val"))
         return ImageData(name=name, train=train, val=val, shape=shape, flip=flip)
 
     try:
-        return found()
+        return found(False)
     except Exception as error:  # missing, or damaged: then the reader raises anything
         if not download:
             raise DataError(
                 f"{name} is not in {base}, or is damaged: {reason(error)}. Leave out --no-download to fetch it "
                 "(in Python: download=True); --data-root names another folder."
             ) from error
-    try:
-        fetch(base)
-        return found()
-    except Exception as error:
-        raise DataError(
-            f"{name}: the download to {base} failed: {reason(error)}. Try again, or put the files there by hand, "
-            "as torchvision lays them out; --data-root names another folder."
-        ) from error
+    with naming(f"the download of {name} to {base} failed: it", " Put the files there by hand, or try again."):
+        return found(True)
 
 
 def _only_size(size: int | None, native: int, name: str) -> None:

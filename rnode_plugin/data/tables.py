@@ -1,10 +1,9 @@
-"""Tables: :class:`Table` with its split, a file of one's own as one, and checks of the columns."""
+"""Tables: :class:`Table` with its split, the user's file as a table, and checks of the columns."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +30,10 @@ class Table:
     """A table of real numbers for density estimation.
 
     Attributes:
-        name: what messages and runs call it.
+        name: for messages and runs.
         columns: their names.
         train: rows ``(N, len(columns))``, float.
-        val: rows whose likelihood says which weights are the best.
+        val: rows whose likelihood chooses the best weights.
         held_out: rows that measure the result.
         notes: choices made while reading the file, in a sentence each.
         rows, checksum: number of rows in all parts, and a hash of their values and of the split, also after
@@ -105,7 +104,7 @@ class Table:
         return dataclasses.replace(self, **{part: getattr(self, part).astype(np.float32) for part in _PARTS})
 
     def described(self) -> list[str]:
-        """The first lines of a run: rows, columns, and what was chosen while the file was read."""
+        """The first lines of a run: rows, columns, and the choices made while reading the file."""
         columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
         return [f"{self.name}: {self.rows:,} rows, columns {columns}", *self.notes]
 
@@ -149,7 +148,7 @@ def table(
     held_out: float = 0.1,
     split_seed: int = 0,
 ) -> Table:
-    """A file of one's own (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.
+    """Your own file (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.
 
     Args:
         root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy``, ``.npz`` or ``.parquet`` file; None for scikit-learn's table
@@ -168,19 +167,13 @@ def table(
         rows = Table(name, CELLS, rows, rows, rows).select(columns).train
     else:
         name = str(root)
-        rows, notes = read_with_notes(_existing(root), columns)
+        rows, notes = read_with_notes(root, columns)
     return split_rows(name, columns, rows, validation=validation, held_out=held_out, seed=split_seed, notes=notes)
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:
     """Names of all columns of :func:`table`."""
-    return CELLS if root is None else column_names(_existing(root))
-
-
-def _existing(root: str) -> str:
-    if not os.path.exists(root):
-        raise DataError(f"cannot read the table {root}: there is no such file. --data-root FILE names it.")
-    return root
+    return CELLS if root is None else column_names(root)
 
 
 def _cells() -> np.ndarray:
