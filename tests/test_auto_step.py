@@ -80,18 +80,15 @@ def test_where_no_step_agrees_the_smallest_is_taken_and_said_once(short: None) -
     first, second = (auto.take(auto.measure(flow, IMAGES, CPU), at) for at in (10, 20))
     assert first is not None
     assert first.startswith("solver.step 0.5 -> 0.125 at step 10: gap ")
-    assert "no step down to 0.125 agrees with an adaptive solve: raise the lambdas." in first
+    assert "no step agrees with an adaptive solve: raise the lambdas." in first
     assert (auto.step, second) == (1 / 8, None)
 
 
-def test_where_the_adaptive_solve_fails_the_step_stays_and_it_is_said_once() -> None:
+def test_where_the_adaptive_solve_fails_the_step_stays() -> None:
     auto = AutoStep(Solver(), MEASURE, seed=0)
     auto.step = 0.25
-    broken = flow_of(Bounded(8.0))
-    said = [auto.take(auto.measure(broken, IMAGES, CPU), at) for at in (10, 20)]
-    assert said == [
-        "solver.step stays 0.25 at step 10: the adaptive solve that it is held against fails.", None,
-    ]  # fmt: skip
+    line = auto.take(auto.measure(flow_of(Bounded(8.0)), IMAGES, CPU), 10)
+    assert "stays 0.25 at step 10" in str(line)
     assert auto.step == 0.25
 
 
@@ -217,26 +214,11 @@ def test_a_training_solver_that_fails_on_held_out_images(tmp_path: Path, monkeyp
     assert json.loads(result.folder.result.read_text())["evaluation"]["gap"] == math.inf
 
 
-# settings ------------------------------------------------------------------------------------------------------
-
-
-def test_auto_is_a_value_of_the_step_and_of_nothing_else() -> None:
+def test_auto_is_a_value_of_the_step_of_training_alone() -> None:
     recipe = get_recipe("digits").override(["solver.step=auto"])
-    assert recipe.solver.step == "auto"
     assert Recipe.from_plain(recipe.to_plain()) == recipe
-    for assignments, words in (
-        (["test_solver.method=rk4", "test_solver.step=auto"], "test_solver.step cannot be auto"),
-        (["solver.step=automatic"], "solver.step: .*'auto'.*got 'automatic'"),
-        (["solver.atol=auto"], "solver.atol: .*number"),
-        (["training.tune_every=0"], "training.tune_every: "),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            get_recipe("digits").override(assignments)
-    with pytest.raises(ConfigError, match="dopri5 chooses its own steps"):
-        get_recipe("digits").ffjord().override(["solver.step=auto"])
-
-
-def test_auto_outside_of_training_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"test_solver\.step cannot be auto"):
+        recipe.override(["test_solver.method=rk4", "test_solver.step=auto"])
     flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=Solver(step="auto"))
     with pytest.raises(ConfigError, match=r"everywhere else give a number; rnode-cli tune-step finds one"):
         flow(torch.rand(2, 1, 4, 4))

@@ -1,9 +1,4 @@
-"""What a user can get wrong, over command line and API: the exit code, and the words that name the fix.
-
-Exit code 2: what was asked for cannot work; 1: it was tried and failed.
-
-Nothing prints a traceback and nothing leaves files behind.
-"""
+"""Bad input over command line and API: the exit code (2: cannot work, 1: failed), the fix, and no files left."""
 
 from __future__ import annotations
 
@@ -21,13 +16,11 @@ from image_files import random_images, write_picture
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, get_recipe, load_flow
 from rnode_plugin.cli import main
-from rnode_plugin.errors import ConfigError, RnodeError
+from rnode_plugin.errors import RnodeError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_images
-from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.solvers import Solver, solve
 from rnode_plugin.training.checkpoints import export_flow, header_with, read_checkpoint, save_flow
-from rnode_plugin.training.fit import fit
 
 RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
 
@@ -64,9 +57,8 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["trian", "digits"], 2, r"unknown command 'trian'; did you mean 'train'"),
     (["train"], 2, r"name a RECIPE; `rnode-cli recipes` lists them"),
     (["train", "digtis"], 2, r"unknown recipe 'digtis'; did you mean 'digits'\? Known: "),
-    (["train", "digits", "--devics", "2"], 2, r"No such option:? '?--devics'?.*--devices"),
-    (["train", "digits", "--max-steps", "few"], 2, r"'few' is not a valid integer"),
     (["train", "digits", "--max-time", "soon"], 2, r"not a span of time: write 90 \(seconds\), 20m"),
+    (["train", "digits", "--max-steps", "0"], 2, r"training\.max_steps: "),
     (["train", "digits", "--batch-size", "1501"], 2, r"1500 training images do not fill one batch of 1501"),
     (["train", "digits", "--batch-size", "800", "--accumulate", "2"], 2, r"of 800, 2 times: use a smaller"),
     (["train", "digits", "--batch-size", "800", "--devices", "2"], 2, r"of 800 on each of 2 devices: use"),
@@ -74,6 +66,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--devices", "0"], 2, r"device or precision cannot be used"),
     (["train", "digits", "--num-nodes", "0"], 2, r"num_nodes"),
     (["train", "digits", "--accelerator", "abacus"], 2, r"device or precision cannot be used.*abacus"),
+    (["train", "digits", "--precision", "8-bits"], 2, r"device or precision cannot be used"),
     (["train", "digits", "--precision", "16-mixed"], 2, r"=16-mixed needs a GPU: on a CPU use 32-true or bf16-mix"),
     (["train", "digits", "--set", "optimizer.lr=-1"], 2, r"optimizer\.lr: .*greater than 0"),
     (["train", "digits", "--ffjord", "--precision", "bf16-mixed"], 2, r"dopri5 cannot train with training\.prec"),
@@ -85,8 +78,8 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (folder("empty"), 1, r"empty holds no pictures"),
     (folder("nowhere"), 1, r"is not a folder; --data-root must name one that holds pictures"),
     (folder("not_pictures"), 1, r"4\.png cannot be read: it is not a picture"),
-    (["train", "digits", "--runs", "SHELF/text"], 2, r"cannot make a run folder: .*Choose another with --runs"),
-    (["train", "--resume", "SHELF/empty"], 1, r"no checkpoint in .*expected .*last\.ckpt"),
+    (["train", "digits", "--runs", "SHELF/text"], 1, r"the system refused: .*text"),
+    (["train", "--resume", "SHELF/empty"], 1, r"no checkpoint at .*last\.ckpt"),
     (["train", "--resume", "SHELF/good.ckpt"], 1, r"holds weights only: training cannot go on from it"),
     (["train", "--resume", "SHELF/half.ckpt"], 1, r"half\.ckpt cannot be read, it is truncated or no checkpoint"),
     (["train", "mnist", "--resume", "SHELF/good.ckpt"], 2, r"is a run of digits, not of mnist; leave"),
@@ -97,11 +90,9 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["eval", "SHELF/other_model.ckpt"], 1, r"does not fit the model of its recipe"),
     (["eval", "SHELF/half.safetensors"], 1, r"truncated or no checkpoint"),
     (["eval", "SHELF/good.ckpt", "--device", "cuda:77"], 2, r"the device 'cuda:77' cannot be used"),
-    (["eval", "SHELF/good.ckpt", "--draws", "0"], 2, r"Invalid value for '--draws'"),
-    (["sample", "SHELF/good.ckpt", "-t", "-1"], 2, r"Invalid value for '-t'"),
+    (["eval", "SHELF/good.ckpt", "--solver", "methd=rk4"], 2, r"unknown setting 'test_solver\.methd'"),
     (["sample", "SHELF/good.ckpt", "-n", "1", "--out", "SHELF/text/x.png"], 1, r"cannot write .*x\.png"),
     (["export", "SHELF/good.ckpt", "model.pt"], 2, r"must end in \.safetensors"),
-    (["export", "SHELF/good.ckpt", "SHELF/text/m.safetensors"], 1, r"cannot write .*m\.safetensors"),
     (["report", "SHELF/nowhere"], 2, r"no run at .*: give a run folder"),
     (["compare", "digits", "--arm", "none", "--arm", "rnod"], 2, r"unknown arm 'rnod'; did you mean 'rnode'"),
 ]  # fmt: skip
@@ -160,8 +151,7 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: evaluate(small_flow(), np.zeros((0, 1, 8, 8), np.uint8)), r"at least one image"),
     (lambda: evaluate(small_flow(), np.zeros((2, 1, 8, 8), np.uint8), draws=0), r"one draw"),
     (lambda: sample_images(small_flow(), 1, temperatures=[0.0]), r"positive number"),
-    (lambda: fit(RECIPE, max_time=-1), r"time limit must be positive"),
-    (lambda: load_flow("nowhere.ckpt"), r"no such file or folder"),
+    (lambda: load_flow("nowhere.ckpt"), r"no checkpoint at"),
 ]  # fmt: skip
 
 
@@ -180,53 +170,12 @@ def test_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[],
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_recipe_s_checkpoint_is_refused_with_what_differs(tmp_path: Path) -> None:
-    short = RECIPE.override(
-        ["training.max_epochs=none", "training.max_steps=1", "training.val_images=2", "training.sample_images=0"]
-    )
-    first = fit(short, runs=tmp_path / "first", accelerator="cpu", devices=1, progress=False)
-    other = RECIPE.override(["model.hidden=6", "model.alpha=0.1"])
-    with pytest.raises(
-        RnodeError, match=r"model\.hidden is 4 there and 6 here, model\.alpha is 0\.05 there and 0\.1"
-    ):
-        fit(other, runs=tmp_path / "runs", resume=first.folder.last, accelerator="cpu", devices=1)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_cuda_where_there_is_none(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(RnodeError, match=r"device or precision cannot be used: .*(CUDA|GPU|gpu|cuda)"):
-        fit(RECIPE, runs=tmp_path / "runs", accelerator="gpu", devices=1)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_settings_are_named_as_they_are_set() -> None:
-    """A solver does not know which of the recipe's two it is; its messages must."""
-    for setting, words in (
-        ("test_solver.first_step=-1", r"^test_solver\.first_step must be a number > 0"),
-        ("test_solver.step=auto", r"^test_solver\.step='auto' needs a fixed grid"),
-        ("solver.step=-1", r"^solver\.step must be"),
-        ("solver.gradient=adjoint", r"^solver: trace_quadrature='sampled' needs .*or trace_quadrature='full'"),
-        ("data.batch_size=0", r"^data\.batch_size: .*equal to 1"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            get_recipe("digits").override([setting])
-    plain = get_recipe("digits").to_plain()
-    plain["test_solver"]["atol"] = -1
-    with pytest.raises(ConfigError, match=r"^test_solver\.atol must be a number >= 0"):
-        Recipe.from_plain(plain)
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--method", "dopri5"], r"dopri5 chooses its own steps"),
-        (["--method", "rk5"], r"unknown solver method 'rk5'"),
-        (["--start", "-1"], r"start must be a positive number, not -1"),
         (["--smallest", "nan"], r"smallest must be a positive number, not nan"),
         (["--smallest", "2"], r"the smallest step, 2, is above the first one to try, 1"),
-        (["--max-gap", "0"], r"max_gap must be a positive number"),
     ],
 )
 def test_tune_step_looks_at_its_options_first(

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def test_there_and_back(file: Path, recipe: Recipe) -> None:
 def test_a_run_folder_means_its_best_checkpoint_else_its_last(file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .*expected .*best\.ckpt"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*best\.ckpt"):
         find_checkpoint(run)
     last = run / "checkpoints" / "last.ckpt"
     last.write_bytes(file.read_bytes())
@@ -117,7 +116,7 @@ def test_what_cannot_be_read(file: Path, tmp_path: Path, contents: bytes | None,
     path.write_bytes(contents)
     with pytest.raises(CheckpointError, match="cannot be read, it is truncated"):
         load_flow(path)
-    with pytest.raises(CheckpointError, match="no such file or folder"):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
         load_flow(tmp_path / "nothing.ckpt")
 
 
@@ -144,65 +143,31 @@ def test_what_cannot_be_written(file: Path, recipe: Recipe, tmp_path: Path) -> N
 
 WHOLE = Path(__file__).parent / "old_runs" / "interrupted" / "checkpoints" / "last.ckpt"
 
-Damage = Callable[[dict[str, Any]], object]
 
-
-def put(value: Any, *path: str) -> Damage:
-    """Put ``value`` in the place of what lies under ``path``."""
-
-    def damage(contents: dict[str, Any]) -> None:
-        *outer, last = path
-        for name in outer:
-            contents = contents[name]
-        contents[last] = value
-
-    return damage
-
-
-LOOP = ("loops", "fit_loop")
-UNREADABLE: list[tuple[Damage, str]] = [
-    (put([1, 2], "state_dict"), "does not fit the model"),
-    (put({}, "state_dict"), "does not fit the model"),
-    (put(None, "rnode_plugin", "recipe"), "the recipe in"),
-    (put("red", "rnode_plugin", "recipe", "model", "colour"), r"the recipe in .*unknown setting 'model.colour'"),
-    (put(5, "rnode_plugin", "recipe", "model", "hidden"), "does not fit the model of its recipe"),
-    (put(99, "rnode_plugin", "format"), "in format 99"),
-    (put("../../../x", "rnode_plugin", "recipe", "name"), "the recipe in .*cannot name a folder"),
-]
-UNUSABLE: list[tuple[Damage, str]] = [
-    (lambda contents: contents.pop("progress"), "has no progress, it holds weights only"),
-    (lambda contents: contents.pop("optimizer_states"), "has no optimizer_states"),
-    (put([{}], "optimizer_states"), "does not hold what a run goes on from"),
-    (put({}, *LOOP), "does not hold what a run goes on from"),
-    (lambda contents: contents.pop("pytorch-lightning_version"), "does not hold what a run goes on from"),
-]
-
-
-@pytest.mark.parametrize(("damage", "message"), UNREADABLE)
-def test_what_is_no_flow_is_one_message(tmp_path: Path, damage: Damage, message: str) -> None:
-    contents = torch.load(WHOLE, weights_only=True)
-    damage(contents)
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("state_dict", [1, 2], "does not fit the model"),
+        ("state_dict", {}, "does not fit the model"),
+        ("rnode_plugin.recipe", None, "the recipe in"),
+        ("rnode_plugin.recipe.model.colour", "red", r"the recipe in .*unknown setting 'model.colour'"),
+        ("rnode_plugin.recipe.model.hidden", 5, "does not fit the model of its recipe"),
+        ("rnode_plugin.recipe.name", "../../../x", "the recipe in .*cannot name a folder"),
+        ("rnode_plugin.format", 99, "in format 99"),
+    ],
+)
+def test_contents_that_do_not_fit_are_one_message(tmp_path: Path, place: str, value: Any, message: str) -> None:
+    contents = inner = torch.load(WHOLE, weights_only=True)
+    *outer, last = place.split(".")
+    for name in outer:
+        inner = inner[name]
+    inner[last] = value
     torch.save(contents, tmp_path / "last.ckpt")
     with pytest.raises(CheckpointError, match=message):
         load_flow(tmp_path / "last.ckpt")
 
 
-@pytest.mark.parametrize(("damage", "message"), UNUSABLE)
-def test_what_a_run_cannot_go_on_from_is_one_message(tmp_path: Path, damage: Damage, message: str) -> None:
-    contents = torch.load(WHOLE, weights_only=True)
-    damage(contents)
-    torch.save(contents, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=message):
-        run(tiny_recipe(), tmp_path / "runs", resume=tmp_path / "last.ckpt")
-    assert not list(tmp_path.glob("runs/*/*"))
-
-
 def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:
-    contents = torch.load(WHOLE, weights_only=True)
-    put(2_000_000, "rnode_plugin", "recipe", "model", "hidden")(contents)
-    torch.save(contents, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=r"the model of .* cannot be built: .*memory"):
-        load_flow(tmp_path / "x.ckpt")
     with pytest.raises(RnodeError, match=r"no more memory.*Lower --batch-size"):
         run(tiny_recipe("model.hidden=2000000"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

@@ -396,7 +396,9 @@ def test_the_plain_numbers_of_a_table_by_scipy() -> None:
     flow.standardize(torch.from_numpy(train))
     measure = TableMeasure(("a", "b", "c"))
     table = Table("t", ("a", "b", "c"), train, train, held_out)
-    plain = measure.to_plain(measure.beside_baselines(evaluate(flow, held_out, measure=measure), table))
+    plain = measure.to_plain(
+        measure.beside_baselines(evaluate(flow, held_out, measure=measure), table), samples=True
+    )
     back = np.diag(train.std(0)) @ expm(-a)
     for name, covariance in (("nll", back @ back.T), ("gaussian", np.cov(train.T, ddof=0))):
         normal: Any = stats.multivariate_normal  # scipy's stubs take a number as the covariance

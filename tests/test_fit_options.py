@@ -26,7 +26,6 @@ from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.training import runs
 from rnode_plugin.training.checkpoints import load_with_recipe, read_checkpoint
 from rnode_plugin.training.runs import training_lock
-from rnode_plugin.training.trainer import LOGGERS
 
 
 def train(*arguments: object) -> Result:
@@ -58,32 +57,24 @@ def test_callbacks_and_loggers_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "named"),
-    [
-        ("precision", "bf16-mixed", "training.precision"),
-        ("max_steps", 3, "training.max_steps"),
-        ("max_epochs", 3, "training.max_epochs"),
-        ("accumulate_grad_batches", 2, "training.accumulate"),
-        ("val_check_interval", 2, "training.val_every_steps"),
-        ("limit_val_batches", 2, "training.val_images"),
-        ("logger", True, "loggers"),
-        ("no_such_option", 1, "no_such_option"),
-    ],
+    ("option", "named"), [("max_steps", "training.max_steps"), ("logger", "loggers"), ("no_such_option", "no_such")]
 )
-def test_options_that_the_recipe_decides(tmp_path: Path, option: str, value: Any, named: str) -> None:
+def test_options_that_the_recipe_decides(tmp_path: Path, option: str, named: str) -> None:
+    options: dict[str, Any] = {option: 1}
     with pytest.raises(ConfigError, match=named):
-        run(tiny_recipe(), tmp_path / "runs", **{option: value})
+        run(tiny_recipe(), tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_logger_that_is_not_installed_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"), [("wandb", "pip install 'rnode-plugin[wandb]'"), ("wandbb", "did you mean 'wandb'")]
+)
+def test_a_logger_that_is_not_there_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name in LOGGERS.keys() - {"csv"}:
-        done = train("digits", "--logger", name, "--runs", tmp_path / "runs")
-        assert done.exit_code == 2
-        assert f"{name} is not installed: pip install 'rnode-plugin[{name}]'" in done.output
-    done = train("digits", "--logger", "tensorbord", "--runs", tmp_path / "runs")
-    assert "did you mean 'tensorboard'" in done.output
+    done = train("digits", "--logger", name, "--runs", tmp_path / "runs")
+    assert (done.exit_code, words in done.output) == (2, True)
     assert not (tmp_path / "runs").exists()
 
 
@@ -102,7 +93,6 @@ def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "class Says(L.Callback):\n"
         "    def on_train_end(self, trainer, module): print('said', trainer.global_step)\n"
         "made = Says()\n"
-        "number = 3\n"
         "def broken(): raise OSError('no such thing')\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -113,15 +103,12 @@ def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert done.output.count("said 2") == 2
     for name, words in (
         ("no_module:Says", "No module named"),
-        ("my_callbacks:Sings", "has no attribute 'Sings'"),
         ("my_callbacks", "Write MODULE:NAME"),
-        ("my_callbacks:number", "cannot be made"),
         ("my_callbacks:broken", "OSError: no such thing"),
         ("builtins:dict", "makes a dict, not a callback"),
     ):
         done = train("digits", "--callback", name, *options)
-        assert done.exit_code == 2
-        assert words in done.output
+        assert (done.exit_code, words in done.output) == (2, True)
     assert len(list((tmp_path / "runs" / "digits").iterdir())) == 1
 
 
@@ -165,7 +152,7 @@ def test_an_averaged_run_interrupted_and_resumed(tmp_path: Path) -> None:
     for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
         assert repr_exact(a[key]) == repr_exact(b[key]), key
     assert rows(whole.folder.path) == rows(rest.folder.path)
-    with pytest.raises(CheckpointError, match=r"training\.ema cannot be switched off"):
+    with pytest.raises(CheckpointError, match=r"training\.ema is 0\.9 there and None here"):
         run(tiny_recipe("training.max_steps=9"), tmp_path, resume=whole.folder.path)
     bare = run(tiny_recipe("training.max_steps=2"), tmp_path / "c")
     start = read_checkpoint(bare.folder.best)["state_dict"]
@@ -218,7 +205,7 @@ def test_the_command_says_what_a_second_signal_left(tmp_path: Path, monkeypatch:
     done = train("digits", "--callback", "two_signals:Two", "--runs", tmp_path / "runs")
     assert done.exit_code == 130, done.output
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    assert "SIGINT ended it at once; the last checkpoint is of step 5 of 8; --resume" in done.output
+    assert "SIGINT after step 5 of 8; --resume" in done.output
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import BeforeStep, SpoiltGradient, rows, run, tiny_recipe
 
 from rnode_plugin import load_flow
-from rnode_plugin.errors import RnodeError, SolverError, TrainingError
+from rnode_plugin.errors import SolverError, TrainingError
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.datamodule import EpochOrder
 from rnode_plugin.training.runs import RunFolder
-from rnode_plugin.training.step import StepGuard
+from rnode_plugin.training.step import StepRecord, StepTerms
 
 
 def states(folder: RunFolder) -> tuple[dict, dict]:
@@ -50,7 +51,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "gradient's norm is" in message
     assert "at training step 7; steps 6 to 7 were skipped" in message
-    assert "NFE stayed at 24 and the Jacobian norm (jacfrob / dim) rose from" in message
+    assert "NFE went from 24 to 24 and the Jacobian norm (jacfrob / dim) went from" in message
     assert "Raise regularizers.jacfrob" in message
     folder = RunFolder(tmp_path / "digits" / "0")
     assert f"The last good checkpoint is {folder.last}" in message
@@ -59,27 +60,18 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     order = EpochOrder(80, batch_size=20, seed=42)
     order.set_epoch(1)  # four steps to an epoch
     batch = list(order)[2]
-    assert f"the training images {', '.join(map(str, batch[:16]))} and 4 more (all in {folder.skipped})" in message
+    assert f"training images are listed in {folder.skipped}" in message
     assert json.loads(folder.skipped.read_text()) == {"step": 7, "images": batch}
-
-
-def test_a_run_goes_on_after_the_cause_is_gone(tmp_path: Path) -> None:
-    recipe = tiny_recipe("training.max_skipped=2")
-    with pytest.raises(TrainingError):
-        run(recipe, tmp_path, callbacks=[SpoiltGradient(3, 4)])
-    result = run(recipe, tmp_path, resume=tmp_path / "digits" / "0")
+    result = run(recipe, tmp_path, resume=folder.path)  # without the cause
     assert (result.stopped, result.steps) == ("finished", 8)
-    assert not result.folder.skipped.exists()
-    assert [row["step"] for row in rows(result.folder.path) if "train/loss" in row] == list("12345678")
+    assert not folder.skipped.exists()
+    assert [row["step"] for row in rows(folder.path) if "train/loss" in row] == list("12345678")
 
 
 def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:
     recipe = tiny_recipe("solver.trace_quadrature=full").ffjord().override(["solver.max_nfe=3"])
-    with pytest.raises(
-        TrainingError, match=r"solver failed \(the budget of 3 evaluations.* steps 1 to 5"
-    ) as caught:
+    with pytest.raises(TrainingError, match=r"solver failed \(the budget of 3 evaluations.* steps 1 to 5.*NFE"):
         run(recipe, tmp_path)
-    assert "NFE" in str(caught.value)
 
 
 @pytest.mark.parametrize("reason", ["underflow", "nonfinite"])
@@ -99,25 +91,19 @@ def test_a_failed_solve_is_skipped(tmp_path: Path, reason: str) -> None:
     assert set(train[0]) == set(train[1])  # in a run of several processes, means are taken over equal rows
 
 
-def test_the_message_names_what_rose() -> None:
-    guard = StepGuard(3)
+def test_the_message_names_what_was_measured() -> None:
+    record = StepRecord()
+    assert record.trend() == ""
     for nfe, jacfrob in ((32, 0.4), (100, 3.0), (410, 19.0), (500, math.nan)):
-        guard.remember(nfe, jacfrob)
-    assert [guard.skip() for _ in range(3)] == [False, False, True]
-    message = guard.message(12, "the loss is nan", [5, 6], "all.json")
-    assert message.startswith("the loss is nan at training step 12; steps 10 to 12 were skipped")
-    assert "images 5, 6." in message
-    assert "all.json" not in message
-    assert "NFE rose from 32 to 500 and the Jacobian norm (jacfrob / dim) rose from 0.4 to 19." in message
-
-
-def test_nothing_is_said_of_what_was_not_measured() -> None:
-    guard = StepGuard(1)
-    guard.skip()
-    assert "solves" not in guard.message(1, "the loss is nan", [0], "all.json")
-    guard.remember(10, math.nan)
-    guard.remember(8, math.nan)
-    assert guard.trend() == "Over the last 2 solves NFE fell from 10 to 8."
+        loss = torch.tensor(math.nan)
+        record.begin(1)
+        record.add(StepTerms(loss, loss, nfe, {"jacfrob": torch.tensor(jacfrob)}))
+        assert not record.read(loss)
+    message = record.message(12)
+    assert message.startswith("the loss is nan at training step 12; steps 9 to 12 were skipped")
+    assert "NFE went from 32 to 500 and the Jacobian norm (jacfrob / dim) went from 0.4 to 19." in message
+    assert record.read(torch.tensor(1.0))
+    assert (record.skipped, record.in_row) == (4, 0)
 
 
 # accumulation --------------------------------------------------------------------------------------------------
@@ -131,9 +117,3 @@ def test_accumulation_leaves_the_objective_as_it_is(tmp_path: Path) -> None:
     assert [row["step"] for row in train] == list("1234")
     assert [row["epoch"] for row in train] == ["0.25", "0.5", "0.75", "1.0"]  # 20 of 80 images each
     assert [row["step"] for row in rows(result.folder.path) if "val/bpd" in row] == ["4"]
-
-
-@pytest.mark.parametrize("bad", [0, -1])
-def test_accumulation_of_nothing(bad: int) -> None:
-    with pytest.raises(RnodeError, match=r"training\.accumulate: "):
-        tiny_recipe(f"training.accumulate={bad}")

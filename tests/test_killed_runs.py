@@ -16,12 +16,11 @@ import pytest
 from child_runs import STEPS, Child, assert_intact, assert_same, at, one_run, repr_exact
 from click.testing import CliRunner
 from PIL import Image
-from tiny_runs import SETTINGS, rows, tiny_recipe
+from tiny_runs import SETTINGS, rows
 
 from rnode_plugin.cli import main
-from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.errors import CheckpointError
 from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.fit import fit
 from rnode_plugin.training.runs import newest_intact
 
 
@@ -172,13 +171,6 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
     assert "goes on from it" in message
 
 
-def test_fewer_held_out_images_than_devices(tmp_path: Path) -> None:
-    recipe = tiny_recipe("training.val_images=1")
-    with pytest.raises(ConfigError, match="1 held-out images are too few for 2 devices"):
-        fit(recipe, runs=tmp_path / "runs", accelerator="cpu", devices=2, progress=False)
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk of its own, as the folder of all runs."""
@@ -204,21 +196,13 @@ def test_a_disk_that_becomes_read_only(disk: Path) -> None:
     assert_intact(disk, 4)
     checkpoint = one_run(disk) / "checkpoints" / "last.ckpt"
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    for arguments, code, words in (
-        (
-            ["train", "--resume", str(one_run(disk)), "--accelerator", "cpu"],
-            1,
-            f"cannot write into {one_run(disk)}",
-        ),
-        (
-            ["train", "digits", *settings, "--accelerator", "cpu", "--runs", str(disk)],
-            2,
-            "Choose another with --runs",
-        ),
-        (["export", str(checkpoint), str(disk / "model.safetensors")], 1, "cannot write"),
+    for arguments, words in (
+        (["train", "--resume", str(one_run(disk)), "--accelerator", "cpu"], "the system refused"),
+        (["train", "digits", *settings, "--accelerator", "cpu", "--runs", str(disk)], "the system refused"),
+        (["export", str(checkpoint), str(disk / "model.safetensors")], "cannot write"),
     ):
         done = CliRunner().invoke(main, arguments)
-        assert (done.exit_code, done.output.count("Read-only file system")) == (code, 1), done.output
-        assert words in done.output
+        assert (done.exit_code, done.output.count("Read-only file system")) == (1, 1), done.output
         assert done.output.startswith("Error: ")
+        assert words in done.output
     assert_intact(disk, 4)

@@ -10,11 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import (
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-)
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import signal_at, tiny_recipe
 from torch import Tensor, nn
@@ -72,16 +68,8 @@ def test_a_strangers_callbacks_and_logger(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     train_rows = [row for row in rows if row["train/loss"]]
     assert [int(row["step"]) for row in train_rows] == list(range(12))
-    for name in (
-        "train/bpd",
-        "train/nfe",
-        "train/kinetic",
-        "train/jacfrob",
-        "train/grad_norm",
-        "train/skipped",
-        "lr",
-    ):
-        assert all(math.isfinite(float(row[name])) for row in train_rows), name
+    for name in ("bpd", "nfe", "kinetic", "jacfrob", "grad_norm", "skipped"):
+        assert all(math.isfinite(float(row[f"train/{name}"])) for row in train_rows), name
     assert float(train_rows[-1]["lr"]) < float(train_rows[5]["lr"]), "the cosine knows how many steps there are"
     val = [float(row["val/bpd"]) for row in rows if row["val/bpd"]]
     assert len(val) == 3
@@ -182,5 +170,5 @@ def test_what_cannot_work_is_said(tmp_path: Path) -> None:
         train(tiny_recipe("data.batch_size=100"), tmp_path, max_steps=1)
     recipe = tiny_recipe("solver.step=auto")
     data = ImageDataModule(recipe)
-    with pytest.raises(ConfigError, match="train with an ImageDataModule"):
+    with pytest.raises(ConfigError, match="train with ImageDataModule"):
         trainer(tmp_path, max_steps=1).fit(RnodeModule(recipe), data.train_dataloader(), data.val_dataloader())

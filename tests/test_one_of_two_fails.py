@@ -70,7 +70,7 @@ def at(module, step):
     order = EpochOrder(80, batch_size=20, seed=42, world=2, rank=1)  # of the second process: two steps an epoch
     order.set_epoch(3)
     batch = next(iter(order))
-    assert f"The batch was the training images {', '.join(map(str, batch[:16]))} and 4 more" in line
+    assert "training images are listed in" in line
     assert json.loads((run_folder / "skipped.json").read_text()) == {"step": 7, "images": batch}
     assert f"--resume {run_folder} goes on from it" in line
     assert "Error" not in output

@@ -59,5 +59,5 @@ def test_a_folder_of_that_name_wins_and_other_names_are_refused(
     with pytest.raises(CheckpointError, match="or mnist-pretrained"):
         load_flow("mnist-pretraind")
     (tmp_path / "mnist-pretrained").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint in mnist-pretrained"):
+    with pytest.raises(CheckpointError, match="no checkpoint at mnist-pretrained"):
         load_flow("mnist-pretrained")

@@ -43,12 +43,8 @@ def test_settings_of_the_paper(name, shape, levels, batch, gpus, epochs, alpha, 
     assert recipe.solver.method == method
     assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.01}
     assert (recipe.training.max_epochs, recipe.training.max_steps, recipe.training.seed) == (epochs, None, 42)
-    assert (optimizer.lr, optimizer.warmup, optimizer.schedule, optimizer.weight_decay) == (
-        1e-3,
-        1000,
-        "constant",
-        0,
-    )
+    rates = optimizer.lr, optimizer.warmup, optimizer.schedule, optimizer.weight_decay
+    assert rates == (1e-3, 1000, "constant", 0)
     assert recipe.paper is not None
     assert recipe.paper.gpus == gpus
     count = sum(p.numel() for p in recipe.build_flow().parameters())
@@ -67,30 +63,18 @@ def test_fast_recipes_have_model_and_objective_of_the_papers(name: str) -> None:
     assert recipe.paper is None, "its figures are those of another training"
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_recipes_of_the_paper_compute_alike_everywhere(name: str) -> None:
-    training = get_recipe(name).training
-    assert (training.precision, training.compile) == ("32-true", False)
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_solvers_of_the_paper(name) -> None:
+def test_solvers_and_the_ffjord_baseline(name: str) -> None:
     recipe = get_recipe(name)
     for solver in (recipe.test_solver, *([recipe.solver] if recipe.solver.adaptive else [])):
         assert (solver.method, solver.atol, solver.rtol, solver.first_step) == ("dopri5", 1e-5, 1e-5, 1 / 6)
-    if name in ("mnist", "cifar10"):
-        assert recipe.solver.step == 0.25
-    assert recipe.test_solver.trace_quadrature == "full"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_ffjord_baseline(name) -> None:
-    ffjord = get_recipe(name).ffjord()
-    assert ffjord.regularizers == {}
-    assert (ffjord.solver.method, ffjord.solver.atol, ffjord.solver.rtol) == ("dopri5", 1e-5, 1e-5)
-    assert ffjord.solver.trace_quadrature == "full"
+    if name in PAPER:
+        assert (recipe.training.precision, recipe.training.compile) == ("32-true", False)
+        assert recipe.solver.adaptive or recipe.solver.step == 0.25
+    ffjord = recipe.ffjord()
+    assert (ffjord.regularizers, ffjord.model) == ({}, recipe.model)
+    assert dataclasses.replace(ffjord.solver, gradient="autograd") == recipe.test_solver
     assert ffjord.name == f"{name}-ffjord" == ffjord.ffjord().name
-    assert ffjord.model == get_recipe(name).model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,23 +131,6 @@ def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:
     assert get_recipe("digits").override(texts) == recipe
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("kinetic=linear_warmup(0)", r"regularizers\.kinetic: expected a finite number or linear_warmup"),
-        ("kinetic=linear_warmup(1.5)*0.01", "STEPS a whole number >= 1"),
-        ("kinetic=linear_warmup(10)*-1", "LAMBDA >= 0"),
-        ("kinetic=linear_warmup(10)*", "got 'linear_warmup"),
-        ("kinetic=-1", "must not be negative"),
-        ("steer:0.25=0.5", "has no penalty and takes no lambda"),
-        ("trajectory_polynomial:2,points=1=5", "give at least points=2"),
-    ],
-)
-def test_bad_lambdas_are_refused(text: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        get_recipe("digits").override([f"regularizers.{text}"])
-
-
 def test_settings_that_belong_together_change_together() -> None:
     # sampled quadrature is refused with dopri5, so the method must not change first and be checked alone
     recipe = get_recipe("digits").override(["solver.method=dopri5", "solver.trace_quadrature=full"])
@@ -177,38 +144,33 @@ def test_settings_that_belong_together_change_together() -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("optimizer.learning_rate=1", r"unknown setting 'optimizer.learning_rate'.*optimizer.lr"),
-        ("optimizer.lrr=1", r"did you mean 'optimizer.lr'"),
+        ("optimizer.lrr=1", r"unknown setting 'optimizer.lrr'; did you mean 'optimizer.lr'"),
         ("optimizer=1", "unknown setting 'optimizer'"),
         ("paper.hours=1", "unknown setting 'paper.hours'"),
         ("optimizer.lr", "write group.key=value"),
         ("optimizer.lr=fast", "optimizer.lr: .*number.*got 'fast'"),
-        ("optimizer.lr=nan", "finite"),
-        ("optimizer.lr=0", "optimizer.lr: .*greater than 0"),
-        ("optimizer.warmup=0.5", "optimizer.warmup: .*integer"),
-        ("optimizer.schedule=step", "'constant' or 'cosine'"),
-        ("data.flip=maybe", "data.flip: .*boolean"),
-        ("data.shape=1,28", "data.shape: too few"),
-        ("model.alpha=0.5", "model.alpha: .*less than 0.5"),
+        ("data.shape=1,28", "data.shape: "),
         ("solver.method=rk5", "unknown solver method 'rk5'"),
-        ("solver.step=-1", "solver.step"),
+        ("solver.step=-1", r"^solver\.step must be"),
+        ("solver.step=automatic", "solver.step: .*'auto'.*got 'automatic'"),
+        ("test_solver.first_step=-1", r"^test_solver\.first_step must be a number > 0"),
+        ("test_solver.step=auto", r"^test_solver\.step='auto' needs a fixed grid"),
         ("training.max_epochs=none", "cannot both be none"),
-        ("training.max_steps=0", "training.max_steps: "),
         ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
         ("regularizers.=1", "unknown setting"),
+        (
+            "regularizers.kinetic=linear_warmup(0)",
+            r"regularizers\.kinetic: expected .* linear_warmup",
+        ),
+        ("regularizers.kinetic=linear_warmup(10)*-1", "LAMBDA >= 0"),
+        ("regularizers.kinetic=-1", "expected a finite number >= 0"),
+        ("regularizers.steer:0.25=0.5", "has no penalty and takes no lambda"),
+        ("regularizers.trajectory_polynomial:2,points=1=5", "give at least points=2"),
     ],
 )
-def test_bad_overrides_are_refused(assignment, message) -> None:
+def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_recipe("mnist").override([assignment])
-
-
-def test_unknown_recipe_lists_the_known() -> None:
-    with pytest.raises(
-        ConfigError,
-        match=r"did you mean 'mnist'.*celebahq256, cifar10, cifar10-fast, digits, imagenet64, mnist",
-    ):
-        get_recipe("minst")
 
 
 @pytest.mark.parametrize(
@@ -216,19 +178,14 @@ def test_unknown_recipe_lists_the_known() -> None:
     [
         ({"colour": 1}, "unknown setting 'colour'"),
         ({"data": {"name": "mnist", "shape": [1, 2, 2], "depth": 3}}, "unknown setting 'data.depth'"),
-        ({"data": {"name": "mnist"}}, "data: missing shape"),
+        ({"data": {"name": "mnist"}}, "data.shape: "),
         ({"data": [1, 2]}, "data: .*dictionary"),
-        ({"optimizer": {"lr": "fast"}}, "optimizer.lr: .*number"),
         ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
-        ({"name": 3}, "name: .*string"),
         ({"optimizer": {"warmup": True}}, "optimizer.warmup"),
-        ({"optimizer": {"lr": False}}, "optimizer.lr"),
-        ({"optimizer": {"warmup": 1.5}}, "optimizer.warmup"),
-        ({"training": {"precision": ""}}, "training.precision"),
-        ({"solver": {"depth": 1}}, "solver.depth"),
+        ({"test_solver": {"method": "rk4", "atol": -1}}, r"^test_solver\.atol must be a number >= 0"),
     ],
 )
-def test_bad_plain_recipes_are_refused(change, message) -> None:
+def test_bad_plain_recipes_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Recipe.from_plain({**get_recipe("mnist").to_plain(), **change})
 

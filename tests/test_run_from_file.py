@@ -41,34 +41,20 @@ def test_the_file_decides_everything_and_the_folder_is_exactly_that(file: Path, 
 
     longer = tiny_recipe("training.max_steps=3", "optimizer.lr=1e-3")
     file.write_text(json.dumps(longer.to_plain()))
+    refused = train(file, "--resume", run, "--run-folder", tmp_path / "other")
+    assert (refused.exit_code, "either run_folder or resume" in refused.output) == (2, True)
     resumed = train(file, "--resume", run)
     assert resumed.exit_code == 0, resumed.output
     assert Recipe.from_plain(json.loads((run / "recipe.json").read_text())) == longer
     assert [row["step"] for row in rows(run) if "train/loss" in row] == ["1", "2", "3"]
 
 
-def test_a_resumed_run_has_its_folder(tmp_path: Path) -> None:
-    refused = train("digits", "--run-folder", tmp_path / "a", "--resume", tmp_path / "b")
-    assert refused.exit_code == 2
-    assert "--run-folder cannot go with --resume" in refused.output
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "does not hold a recipe: .*No such file"),
-        ("{", "does not hold a recipe"),
-        ("[" * 100_000, "does not hold a recipe"),
-        ("\ud800", "does not hold a recipe"),
-        ("[1]", "does not hold a recipe"),
-        ('{"name": "a"}', "does not hold a recipe.*missing"),
-    ],
-)
-def test_a_file_that_is_not_a_recipe(tmp_path: Path, text: str | None, message: str) -> None:
+@pytest.mark.parametrize("text", [None, "{", "[" * 100_000, "\ud800", "[1]", '{"name": "a"}'])
+def test_a_file_that_is_not_a_recipe(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "recipe.json"
     if text is not None:
         file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="does not hold a recipe"):
         read_recipe(file)
 
 

@@ -187,13 +187,12 @@ AT = ["--given-values", "temperature=3,dose=1"]
     ("options", "message"),
     [
         ([], "given temperature, dose: say where with --given-values"),
-        (["--given-values", "temperature=300"], "a value is missing for dose."),
+        (["--given-values", "temperature=300"], "needs a number for dose"),
         (["--given-values", "temperature=300,dosis=1"], "unknown column 'dosis'; did you mean 'dose'"),
-        (["--given-values", "temperature=300,dose=much"], "'dose=much' is not COLUMN=NUMBER."),
+        (["--given-values", "temperature=300,dose=much"], "needs a number for dose"),
         ([*AT, "--given-file", "x.csv"], "or with --given-file FILE, not both."),
         (["--given-file", "missing.csv"], "cannot read the table missing.csv: there is no such file."),
         ([*AT, "-t", "0.5", "-t", "1"], "drawn at one temperature"),
-        ([*AT, "--columns", "3"], "--columns is for grids of images"),
         ([*AT, "--out", "x.png"], "x.png is not a table"),
     ],
 )
@@ -403,7 +402,7 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own() -> None:
 
 def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, conditional: Path) -> None:
     settings = ["data.given=yield,pressure", f"training.weights={conditional}"]
-    with pytest.raises(CheckpointError, match="of other columns: modelled are pressure, yield there"):
+    with pytest.raises(CheckpointError, match=r"of other columns: .*yield"):
         run(recipe_of(file, *settings), tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -10,29 +10,26 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_lightning as L
 import tiny_runs
 import torch
-from PIL import Image
 from tiny_runs import run, signal_at, tiny_recipe
 
 from rnode_plugin import load_flow
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded
-from rnode_plugin.data import get_dataset
-from rnode_plugin.errors import CheckpointError, ConfigError, DataError, TrainingError
+from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.evaluation.measures import FlowInput
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.solvers import Solver
 from rnode_plugin.training.callbacks import MetricsTable
-from rnode_plugin.training.checkpoints import read_checkpoint, save_flow
-from rnode_plugin.training.fit import FitResult, fit
+from rnode_plugin.training.checkpoints import read_checkpoint
+from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.module import RnodeModule
 from rnode_plugin.training.optimizers import learning_rate_factor
 from rnode_plugin.training.runs import RunFolder, RunPlan
@@ -96,9 +93,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
         "samples",
     ]  # fmt: skip
     assert result.evaluation is not None
-    ended = json.loads((folder / "result.json").read_text())
-    assert (ended["stopped"], ended["steps"], ended["planned"]) == ("finished", 6, 6)
-    measured = ended["evaluation"]
+    measured = json.loads((folder / "result.json").read_text())["evaluation"]
     bits = {kind: result.evaluation.means[kind].samples for kind in ("dirty", "clean")}
     with (folder / "images.csv").open() as file:
         of_images = list(csv.DictReader(file))
@@ -214,19 +209,6 @@ def test_a_second_run_from_a_copied_checkpoint_gets_its_own_folder(
     assert [int(row["step"]) for row in rows(second)] == [7, 7]
 
 
-def test_max_time_ends_with_a_validation_and_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
-    result = run(recipe.override(["training.max_steps=100000"]), tmp_path, max_time=1e-3)
-    assert (result.stopped, result.steps) == ("max_time", 1)
-    assert "val/bpd" in rows(result)[-1]
-    assert read_checkpoint(result.folder.last)["progress"]["batches"] == 1
-    assert result.evaluation is not None
-
-
-def test_an_explosion_stops_with_one_message(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"training stopped: .*at training step"):
-        run(recipe.override(["optimizer.lr=1e3", "optimizer.warmup=0"]), tmp_path)
-
-
 def test_ffjord_trains_without_penalties_and_still_measures_them(recipe: Recipe, tmp_path: Path) -> None:
     ffjord = recipe.ffjord().override(["solver.atol=1e-3", "solver.rtol=1e-3", "training.max_steps=2"])
     result = run(ffjord, tmp_path)
@@ -296,40 +278,9 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     assert again.evaluation is not None
     assert again.evaluation.dirty == result.evaluation.dirty
     assert result.folder.result.exists()
-    with pytest.raises(CheckpointError, match=r"model\.hidden is 8 there and 9 here"):
-        run(recipe.override(["model.hidden=9"]), tmp_path, resume=result.folder.path)
-    save_flow(load_flow(result.folder.path), tmp_path / "flow.ckpt", recipe=recipe)
-    with pytest.raises(CheckpointError, match="weights only"):
-        run(recipe, tmp_path, resume=tmp_path / "flow.ckpt")
+    with pytest.raises(CheckpointError, match=r"model\.hidden is 8 there and 9 here, model\.alpha is 0\.05 there"):
+        run(recipe.override(["model.hidden=9", "model.alpha=0.1"]), tmp_path, resume=result.folder.path)
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
-
-
-def test_data_that_does_not_fit_is_refused(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1x8x8 with 17 levels, but the recipe digits is for 1x8x8 with 256"):
-        run(recipe.override(["data.levels=256"]), tmp_path)
-    with pytest.raises(ConfigError, match="unknown data set 'digitz'; did you mean 'digits'"):
-        run(recipe.override(["data.name=digitz"]), tmp_path)
-    with pytest.raises(ConfigError, match="200 training images do not fill one batch of 300"):
-        run(recipe.override(["data.batch_size=300"]), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"accelerator": "abacus"}, "device or precision cannot be used.*abacus"),
-        ({"devices": 0}, "device or precision cannot be used"),
-        ({"devices": "many"}, "device or precision cannot be used"),
-        ({"max_time": 0}, "time limit must be positive"),
-        ({"runs": Path(__file__)}, r"cannot make a run folder.*--runs"),
-    ],
-)
-def test_machines_that_are_not_there(recipe: Recipe, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        fit(recipe, **{"runs": tmp_path, "accelerator": "cpu", "devices": 1, "progress": False, **options})
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match="precision"):
-        run(recipe.override(["training.precision=8-bits"]), tmp_path)
 
 
 def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
@@ -364,24 +315,15 @@ def test_learning_rate() -> None:
     assert cosine(200) == pytest.approx(0)
 
 
-def test_a_folder_comes_in_the_recipe_s_shape_and_levels(recipe: Recipe, tmp_path: Path) -> None:
-    for number in range(20):
-        pixels = np.random.default_rng(number).integers(0, 256, (12, 10, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    settings = ["data.name=folder", f"data.root={tmp_path}", "data.levels=16", "data.train_images=none"]
-    assert len(load_images(recipe, all_val=True).val) == len(get_dataset("digits").val) == 297
-    data = load_images(recipe.override(settings))
-    assert (data.shape, data.levels) == ((1, 8, 8), 16)
-    assert len(data.train) + len(data.val) == 20
-    assert load_images(recipe.override([*settings, "data.shape=3,8,8"])).shape == (3, 8, 8)
-
-
 def test_the_last_step_is_logged(tmp_path: Path) -> None:
-    """Also if it is not a multiple of ``log_every``, and if a time limit makes it the last one."""
+    """Also if it is not a multiple of ``log_every``, and if a time limit makes it the last one, which validates."""
     recipe = tiny_recipe("training.log_every=5", "training.max_steps=3")
     for folder, options, last in (("steps", {}, "3"), ("time", {"max_time": 1e-6}, "1")):
         result = run(recipe, tmp_path / folder, **options)
         assert [row["step"] for row in rows(result) if "train/loss" in row] == [last]
+        assert "val/bpd" in rows(result)[-1]
+        assert read_checkpoint(result.folder.last)["progress"]["batches"] == int(last)
+        assert (result.stopped == "max_time") == bool(options)
 
 
 def test_penalties_that_outweigh_the_likelihood_are_told_once(tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from typing import Any
 
@@ -23,7 +24,7 @@ _OF_PLUGINS = "From plugins"
 
 
 class _Misuse(click.ClickException):
-    """What was asked for cannot work."""
+    """A request that cannot work."""
 
     exit_code = 2
 
@@ -76,6 +77,10 @@ class _Commands(click.Group):
                 traceback.print_exception(error)
             hint = "" if not isinstance(error, PluginError) else " `rnode-cli --debug ...` shows the traceback."
             raise (_Misuse if isinstance(error, ConfigError) else click.ClickException)(f"{error}{hint}") from error
+        except OSError as error:
+            if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click's own: the reader of a pipe is gone
+                raise
+            raise click.ClickException(f"the system refused: {error}") from error
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,4 +1,4 @@
-"""Commands on what is installed: ``recipes``, ``data``, ``plugins``, ``regularizers``, ``info`` and ``exec``."""
+"""Commands on the installation: ``recipes``, ``data``, ``plugins``, ``regularizers``, ``info`` and ``exec``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from ..core.schedules import DEFAULT_LAMBDA
-from ..errors import ConfigError, RnodeError
+from ..errors import RnodeError
 from ..plugins import registry
 from .options import as_json, print_json, settings, table
 
@@ -67,7 +66,6 @@ def data() -> None:
 @data.command("list", short_help="Show the data sets that can be used.")
 def list_datasets() -> None:
     """Show the data sets that a recipe or --set data.name=NAME can use."""
-
     for name in registry.names("datasets"):
         try:
             summary = (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]
@@ -191,7 +189,7 @@ def _with_kind(name: str) -> str:
 @click.command()
 @as_json
 def info(*, as_json: bool) -> None:
-    """Show versions, devices, threads and plugins: what a bug report needs.
+    """Show versions, devices, threads and plugins, for a bug report.
 
     It shows no path or name of yours, unless one of the environment variables that it lists holds it.
     """
@@ -229,19 +227,6 @@ def info(*, as_json: bool) -> None:
     click.echo(table((name, "none" if value is None else str(value)) for name, value in rows))
 
 
-def strengths(given: tuple[str, ...]) -> dict[str, float]:
-    """``NAME=LAMBDA`` of each to lambda by name."""
-    found: dict[str, float] = {}
-    for each in given:
-        name, equals, text = each.rpartition("=")
-        try:
-            strength = float(text) if equals else DEFAULT_LAMBDA
-        except ValueError:
-            raise ConfigError(f"--regularizer {each}: the lambda must be a number, as in kinetic=0.01.") from None
-        found[name if equals else text] = strength
-    return found
-
-
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
     "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
@@ -260,7 +245,10 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
 
     from .. import install
 
-    install(torchdiffeq=True, regularizers=strengths(regularizers) or None)
+    parts = (each.rpartition("=") for each in regularizers)  # NAME alone has its lambda last
+    install(
+        torchdiffeq=True, regularizers={name or last: last if name else None for name, _, last in parts} or None
+    )
     sys.argv = [str(script), *args]
     sys.path.insert(0, str(script.resolve().parent))
     try:

@@ -1,4 +1,4 @@
-"""What several commands share: options, the places they write to, and tables in the terminal."""
+"""Options of several commands, the places they write to, and tables in the terminal."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
 
 
 def evaluation_rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str, str]]:
-    """What an evaluation measured, one row each."""
+    """The results of an evaluation, one row each."""
     spread = "" if evaluation.nfe_min == evaluation.nfe_max else f" ({evaluation.nfe_min} to {evaluation.nfe_max})"
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
     values, solves = evaluation.means, f"{evaluation.nfe_batches} of {evaluation.nfe_batch_size} {measure.samples}"

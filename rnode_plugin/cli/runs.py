@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -118,10 +119,7 @@ def eval(  # noqa: A001 - the command's name
         del head["recipe"]
         click.echo(table([*head.items(), *evaluation_rows(result, measure)]))
         return
-    plain = measure.to_plain(result)
-    for name in result.means if summary else ():
-        del plain[name][measure.samples]
-    print_json({**head, **plain})
+    print_json({**head, **measure.to_plain(result, samples=not summary)})
 
 
 # ---- diagnose ----
@@ -278,9 +276,9 @@ def sample(
 
     flow, recipe = load_with_recipe(run, map_location=pick_device(device))
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
+    if (given_values or given_file) and not (isinstance(recipe.data, TableData) and recipe.data.given):
+        raise ConfigError("--given-values and --given-file are for tables, trained with --given columns.")
     if isinstance(recipe.data, TableData):
-        if columns is not None:
-            raise ConfigError("--columns is for grids of images, and this is a run on a table.")
         temperature, *others = temperatures
         if others:
             raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
@@ -297,8 +295,6 @@ def sample(
         write_rows(place, data.columns, rows[:, places])
         click.echo(f"{number:,} rows at temperature {temperature:g}{averaged}: {place}")
         return
-    if given_values is not None or given_file is not None:
-        raise ConfigError("--given-values and --given-file are for tables, and this is a run on images.")
     count, place = count or 64, free_path(out, "samples.png", force=force)
     images = sample_images(flow, count, temperatures=temperatures, seed=seed, batch_size=batch_size or 256)
     save_grid(place, images, levels=recipe.images.levels, columns=columns)
@@ -313,8 +309,6 @@ def _contexts(data: TableData, values: str | None, file: str | None, count: int 
     from ..data.table_files import read_columns
 
     if not data.given:
-        if values is not None or file is not None:
-            raise ConfigError("this density is given no columns: it was trained without --given.")
         return None
     if (values is None) == (file is None):
         example = ",".join(f"{name}=VALUE" for name in data.given)
@@ -331,18 +325,13 @@ def _values(given: tuple[str, ...], text: str) -> list[float]:
     """The values of the given columns, in their order, from ``COLUMN=VALUE,COLUMN=VALUE``."""
     found: dict[str, float] = {}
     for part in text.split(","):
-        name, equals, value = part.rpartition("=")
-        name = name.strip()
-        if equals and name not in given:
-            raise ConfigError(f"--given-values: {suggest(name, given, 'column')}")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = math.nan
-        if not equals or not math.isfinite(found[name]):
-            raise ConfigError(f"--given-values: {part.strip()!r} is not COLUMN=NUMBER.")
-    if missing := [name for name in given if name not in found]:
-        raise ConfigError(f"--given-values: a value is missing for {', '.join(missing)}.")
+        name, _, value = part.rpartition("=")
+        if name.strip() not in given:
+            raise ConfigError(f"--given-values: {suggest(name.strip(), given, 'column')}")
+        with contextlib.suppress(ValueError):
+            found[name.strip()] = float(value)
+    if missing := [name for name in given if not math.isfinite(found.get(name, math.nan))]:
+        raise ConfigError(f"--given-values needs a number for {', '.join(missing)}, as in {missing[0]}=1.5.")
     return [found[name] for name in given]
 
 
@@ -385,8 +374,6 @@ def export(
 
     source = find_checkpoint(run, prefer=LAST if last else BEST)
     if kind == "safetensors":
-        if step is not None or method is not None:
-            raise ConfigError("--step and --method are for programs: add --format torch-export or onnx.")
         _, recipe = export_flow(source, free_path(file, file, force=force))
         click.echo(f"{_weights_of(recipe, source)}: {file}")
         return

@@ -63,7 +63,7 @@ _SHORT = {
 
 
 class _TrainCommand(click.Command):
-    """A command whose ``--compile`` stands alone or before ``auto``: what else follows is not its value."""
+    """A command whose ``--compile`` stands alone or before ``auto``; no other word is its value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         values = {"--compile": "--compile=true", "--no-compile": "--compile=false"}
@@ -155,8 +155,6 @@ def train(
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
     if resume is not None and ffjord:
         raise click.UsageError("--ffjord makes another model of the recipe; it cannot go with --resume.", ctx)
-    if resume is not None and options["run_folder"] is not None:
-        raise click.UsageError("a run that is resumed has its folder: --run-folder cannot go with --resume.", ctx)
     from ..training.fit import fit
 
     short = {name: options.pop(name) for name in _SHORT}
@@ -184,7 +182,7 @@ def train(
 
 
 def _settings(short: dict[str, Any], recipe: Recipe) -> list[str]:
-    """What the short options mean for a recipe, as assignments."""
+    """The short options as assignments to a recipe."""
     from ..recipes.recipe import TableData
 
     names = dict(_SHORT)
@@ -196,7 +194,7 @@ def _settings(short: dict[str, Any], recipe: Recipe) -> list[str]:
 
 
 def _reports() -> bool:
-    """Whether this process says what stopped all of them: the first of its machine, or of what srun shows."""
+    """Whether this process reports an error of all: the first one of its machine, or of srun."""
     return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
 
 
@@ -216,7 +214,7 @@ def _callback(name: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), attribute)
         made = found if isinstance(found, Callback) else found()
-    except Exception as error:  # whatever the module or the constructor raises
+    except Exception as error:  # of the module or the constructor
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"--callback {name} cannot be made: {reason}. Write MODULE:NAME.") from error
     if not isinstance(made, Callback):
@@ -241,24 +239,20 @@ def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Pat
     if name is not None and is_recipe_file(name):
         return read_recipe(name), path
     recipe = recipe_of(contents, path)
-    if name is not None and name != recipe.name:
+    if name not in (None, recipe.name):
         raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}; leave the recipe out.", ctx)
     return recipe, path
 
 
 def _as_plain(result: FitResult, recipe: Recipe) -> dict[str, Any]:
-    """What the run's result.json holds, and where the run is; an evaluation of null after a signal."""
+    """The contents of the run's result.json and its places; an evaluation of null after a signal."""
     from ..evaluation.measures import measure_of
 
     folder, evaluation = result.folder, result.evaluation
     plain = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
-    plain |= {"folder": folder.path, "checkpoint": folder.best, "samples": result.samples, "evaluation": None}
-    if evaluation is not None:
-        measure = measure_of(recipe)
-        plain["evaluation"] = measure.to_plain(evaluation)
-        for name in evaluation.means:
-            del plain["evaluation"][name][measure.samples]
-    return plain
+    measured = None if evaluation is None else measure_of(recipe).to_plain(evaluation)
+    places = {"folder": folder.path, "checkpoint": folder.best, "samples": result.samples}
+    return {**plain, **places, "evaluation": measured}
 
 
 def _report(result: FitResult, recipe: Recipe) -> None:
@@ -266,23 +260,15 @@ def _report(result: FitResult, recipe: Recipe) -> None:
 
     folder = result.folder
     if result.evaluation is None:
-        how = "ended it at once; the last checkpoint is of step" if result.at_once else "after step"
         goes_on = f"--resume {folder.path} goes on." if result.steps else "No checkpoint had been written yet."
-        click.echo(f"\n{result.stopped} {how} {result.steps} of {result.planned}; {goes_on}")
+        click.echo(f"\n{result.stopped} after step {result.steps} of {result.planned}; {goes_on}")
         return
     limit = ", time limit" if result.stopped == "max_time" else ""
-    rows = [
-        ("steps", f"{result.steps} of {result.planned}{limit}"),
-        ("training", duration(result.seconds)),
-        *(
-            []
-            if result.step_size is None
-            else [("solver.step", f"{result.step_size:g} at the end, by measurement")]
-        ),
-        *evaluation_rows(result.evaluation, measure_of(recipe)),
-        ("checkpoint", str(folder.best)),
-        ("metrics", str(folder.metrics)),
-    ]
+    rows = [("steps", f"{result.steps} of {result.planned}{limit}"), ("training", duration(result.seconds))]
+    if result.step_size is not None:
+        rows.append(("solver.step", f"{result.step_size:g} at the end, by measurement"))
+    rows += evaluation_rows(result.evaluation, measure_of(recipe))
+    rows += [("checkpoint", str(folder.best)), ("metrics", str(folder.metrics))]
     if result.samples is not None:
         rows.append(("samples", str(result.samples)))
     click.echo("\n" + table(rows))
@@ -401,8 +387,8 @@ def tune_step(
     """Find the coarsest step of a fixed grid that RUN_OR_RECIPE can be solved with.
 
     The step is halved until the discrete flow agrees with a tight adaptive solve on held-out images or rows: in
-    their likelihood, and in what comes back when they go to the latent with these steps and back with the adaptive
-    solve. A recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
+    their likelihood, and in their round trip: to the latent with these steps and back with the adaptive solve. A
+    recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
     """
     from ..core.random_streams import Stream, seeded
     from ..evaluation.loading import load_data, pick_device
@@ -425,18 +411,10 @@ def tune_step(
     if found.step is None:
         raise RnodeError(
             f"no step down to {found.rows[-1].step:g} agrees with the adaptive solve: try a lower --smallest, or "
-            f"train with {_adaptive(recipe)}larger lambdas."
+            "train with larger lambdas or an adaptive method (--set solver.method=dopri5)."
         )
     limits = f"{found.max_gap:g} {measure.unit} and {found.max_round_trip:g} {measure.step_unit}"
     click.echo(f"\nsolver.step={found.step:g} agrees with the adaptive solve within {limits}.")
-
-
-def _adaptive(recipe: Recipe) -> str:
-    """The advice to train with an adaptive method, with all settings that go with it; none if it is one already."""
-    if recipe.solver.adaptive:
-        return ""
-    full = "" if recipe.solver.trace_quadrature == "full" else " --set solver.trace_quadrature=full"
-    return f"an adaptive method (--set solver.method=dopri5{full}) or "
 
 
 def _print_step(row: StepRow) -> None:
@@ -452,10 +430,7 @@ def _trained(
     from ..training.checkpoints import load_with_recipe
     from ..training.fit import fit
 
-    recipes = registry.names("recipes")
-    if run_or_recipe not in recipes:
-        if not Path(run_or_recipe).exists():
-            raise ConfigError(f"no run, checkpoint or recipe {run_or_recipe!r}. Recipes: {', '.join(recipes)}.")
+    if Path(run_or_recipe).exists() and run_or_recipe not in registry.names("recipes"):
         flow, recipe = load_with_recipe(run_or_recipe, map_location=where)
         return flow, recipe.override(changes)
     recipe = get_recipe(run_or_recipe).override(changes)
@@ -500,7 +475,7 @@ def estimate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Say what training RECIPE will cost, before it is trained.
+    """Estimate the cost of training RECIPE.
 
     One training step is counted at the recipe's batch, without values and without the data set: parameters, FLOPs,
     kernels and peak memory. A step on a few random images is timed on this machine and scaled to the batch.
@@ -521,7 +496,6 @@ def estimate(
 
 
 def _print_estimate(found: Estimate) -> None:
-
     counted, samples = found.counted, found.samples
     click.echo(f"{found.recipe}: one training step of {found.batch} {samples} per device\n")
     rows = [

@@ -182,13 +182,16 @@ class Measure(ABC):
         """``evaluation`` with the means of the baselines, which need the training data."""
         return evaluation
 
-    def to_plain(self, evaluation: Evaluation) -> dict[str, Any]:
-        """An evaluation for JSON, as ``result.json`` has it: its means by name beside the other numbers."""
+    def to_plain(self, evaluation: Evaluation, *, samples: bool = False) -> dict[str, Any]:
+        """An evaluation for JSON: its means by name beside the other numbers; ``samples`` adds their values."""
         plain = dataclasses.asdict(evaluation)
         means: dict[str, dict[str, Any]] = plain.pop("means")
         for mean in means.values():
             mean[f"stderr_{self.samples}"], mean[self.samples] = mean.pop("stderr"), mean.pop("samples")
-        return {**plain, self.samples: len(next(iter(means.values()))[self.samples]), **means}
+        count = len(next(iter(means.values()))[self.samples])
+        for mean in means.values() if not samples else ():
+            del mean[self.samples]
+        return {**plain, self.samples: count, **means}
 
     @abstractmethod
     def draw_picture(self, flow: Any, data: Any, training: Training, path: Path) -> None:

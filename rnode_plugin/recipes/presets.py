@@ -2,7 +2,7 @@
 
 Numbers that the paper does not give are those of the authors' public training scripts: the logit margins, the
 warm-up, the flips, the first step of the adaptive solver, the seed and the epochs of the two large sets. Our own
-choices are how many held-out images a validation while training uses, what is logged and sampled, and all of
+choices are the number of held-out images of a validation while training, logs and samples, and all of
 ``digits``, ``mnist-fast`` and ``cifar10-fast``, which compute with the paper's models and objective.
 """
 

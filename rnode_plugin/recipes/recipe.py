@@ -1,7 +1,7 @@
 """Recipe: one frozen tree of settings for an experiment; ``presets`` holds those of the paper.
 
-A recipe is everything that decides what a run computes. It is written next to the run and into every checkpoint
-as plain JSON, and a flow is rebuilt from that alone.
+A recipe decides all numbers of a run. It is written next to the run and into every checkpoint as plain JSON, and a
+flow is rebuilt from that alone.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from .settings import (
     TableData,
     TableModel,
     Training,
-    from_plain,
     no_truth_value,
+    refused,
     refusing,
 )
 
@@ -64,7 +64,12 @@ __all__ = [
 ]
 
 
-def _strength(value: Any) -> WrittenStrength:
+def read_strength(value: Any) -> WrittenStrength:
+    """A lambda as it is written in a recipe: ``0.01`` or ``linear_warmup(1000)*0.01``.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if isinstance(value, LinearWarmup):
         return value
     try:
@@ -74,16 +79,14 @@ def _strength(value: Any) -> WrittenStrength:
     if isinstance(value, str) and math.isnan(number):
         with contextlib.suppress(ValueError):
             return LinearWarmup.from_text(value)
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number or {LinearWarmup.spelling}")
-    if number < 0:
-        raise ValueError("lambda must not be negative")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"expected a finite number >= 0 or {LinearWarmup.spelling}")
     return number
 
 
 _Strength = Annotated[
     WrittenStrength,
-    PlainValidator(_strength),
+    PlainValidator(read_strength),
     PlainSerializer(lambda each: str(each) if isinstance(each, LinearWarmup) else each),
 ]
 
@@ -108,7 +111,7 @@ class Recipe:
         data, model: of images, or both of a table.
         solver: the integrator while training.
         test_solver: the integrator of validation, evaluation and sampling.
-        start: what the first training steps do otherwise.
+        start: other settings of the first training steps.
         regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``; a penalty with lambda 0
             is measured and not trained on.
         paper: the paper's own figures, where it has them.
@@ -133,8 +136,14 @@ class Recipe:
         check_path_name(self.name, "recipe")
         if isinstance(self.data, TableData) != isinstance(self.model, TableModel):
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
-        if isinstance(self.data, TableData):
-            self._check_table()
+        precision = self.training.precision
+        if isinstance(self.data, TableData) and precision in ("16-true", "bf16-true"):
+            raise ConfigError(
+                f"training.precision={precision} would round the table itself: use 32-true or "
+                f"{precision.replace('true', 'mixed')}."
+            )
+        if isinstance(self.data, TableData) and len(self.training.sample_temperatures) > 1:
+            raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
         if self.start.step is not None and self.solver.adaptive:
@@ -142,23 +151,12 @@ class Recipe:
                 f"start.step needs a fixed grid, but {self.solver.method} chooses its own steps: set "
                 "start.step=none, or solver.method=rk4_38."
             )
-        rounding = next((eps for name, eps in _ROUNDING.items() if self.training.precision.startswith(name)), 0.0)
+        rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
         if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
             raise ConfigError(
-                f"{self.solver.method} cannot train with training.precision={self.training.precision}: rounding of "
-                f"the field, about {rounding:.1g}, hides the errors that its tolerances allow, and its steps would "
-                "shrink without end. Use a fixed grid (solver.method=rk4_38), or 32-true."
-            )
-
-    def _check_table(self) -> None:
-        if self.training.precision in ("16-true", "bf16-true"):
-            raise ConfigError(
-                f"training.precision={self.training.precision} would round the table itself: use 32-true or "
-                f"{self.training.precision.replace('true', 'mixed')}."
-            )
-        if len(self.training.sample_temperatures) > 1:
-            raise ConfigError(
-                "training.sample_temperatures: the samples of a table are drawn at one temperature, such as 1."
+                f"{self.solver.method} cannot train with training.precision={precision}: rounding of the field, "
+                f"about {rounding:.1g}, hides the errors that its tolerances allow, and its steps would shrink "
+                "without end. Use a fixed grid (solver.method=rk4_38), or 32-true."
             )
 
     def override(self, assignments: Iterable[str]) -> Recipe:
@@ -183,7 +181,7 @@ class Recipe:
         for group, values in changes.items():
             old = getattr(recipe, group)
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
-        if isinstance(self.data, TableData) and _OF_SPLIT & data.keys():  # other rows, whatever the file holds
+        if isinstance(self.data, TableData) and _OF_SPLIT & data.keys():  # other rows
             new["data"].update(rows=None, checksum=None)
         changed = dataclasses.replace(recipe, **new)
         old = self.regularizers
@@ -247,7 +245,8 @@ class Recipe:
         Raises:
             ConfigError: for an unknown setting or a bad value.
         """
-        return from_plain(Recipe, _renamed(plain))
+        with refused(""):
+            return TypeAdapter(Recipe).validate_python(_renamed(plain))
 
     @property
     def dims(self) -> int:
@@ -256,24 +255,14 @@ class Recipe:
 
     @property
     def images(self) -> Data:
-        """The data settings of a recipe of images.
-
-        Raises:
-            ConfigError: it is one of a table.
-        """
-        if isinstance(self.data, TableData):
-            raise ConfigError(f"the recipe {self.name} is one of a table, not of images.")
+        """The data settings of a recipe of images."""
+        assert isinstance(self.data, Data), f"the recipe {self.name} is one of a table"
         return self.data
 
     @property
     def table(self) -> TableData:
-        """The data settings of a recipe of a table.
-
-        Raises:
-            ConfigError: it is one of images.
-        """
-        if isinstance(self.data, Data):
-            raise ConfigError(f"the recipe {self.name} is one of images, not of a table.")
+        """The data settings of a recipe of a table."""
+        assert isinstance(self.data, TableData), f"the recipe {self.name} is one of images"
         return self.data
 
     def at_root(self, root: str | None) -> Recipe:
@@ -300,7 +289,7 @@ class Recipe:
 
         Returns:
             A :class:`~rnode_plugin.MultiscaleFlow` for images, a :class:`~rnode_plugin.TableFlow` for a table, or
-            what a plugin offers in their place.
+            the flow of a plugin in their place.
 
         Raises:
             PluginError: the plugin that offers the model failed, or returned something else.
@@ -322,7 +311,7 @@ class Recipe:
 
 
 _OF_SPLIT = {"columns", "given", "validation", "held_out", "split_seed"}
-_ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by what a precision's name begins with
+_ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by the first letters of a precision's name
 
 # they cost next to nothing once the divergence is followed, and every report shows them
 _ALWAYS_MEASURED = ("kinetic", "jacfrob")
@@ -358,7 +347,7 @@ def is_recipe_file(name: str) -> bool:
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """The recipe in a JSON file that :meth:`Recipe.to_plain` describes, such as the ``recipe.json`` of a run.
 
-    It is for a new run: of a table, what is known of the rows that were trained on is left out.
+    It is for a new run: of a table, the number and the checksum of the rows that were trained on are left out.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
@@ -414,15 +403,6 @@ def _renamed(plain: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(optimizer := plain.get("optimizer"), Mapping):
         changed["optimizer"] = {name: value for name, value in optimizer.items() if name not in _GONE}
     return changed
-
-
-def read_strength(text: str) -> WrittenStrength:
-    """A lambda as it is written in a recipe: ``0.01`` or ``linear_warmup(1000)*0.01``.
-
-    Raises:
-        ValueError: it is neither, or negative.
-    """
-    return _strength(text.strip())
 
 
 def as_text(value: Any) -> str:

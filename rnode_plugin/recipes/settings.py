@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
 import reprlib
-import typing
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ..errors import ConfigError, suggest
@@ -31,8 +30,8 @@ __all__ = [
     "TableData",
     "TableModel",
     "Training",
-    "from_plain",
     "no_truth_value",
+    "refused",
     "refusing",
 ]
 
@@ -42,23 +41,24 @@ CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @contextlib.contextmanager
-def _refused(kind: Any, group: str = "") -> Iterator[None]:
+def refused(group: str) -> Iterator[None]:
+    """Raise pydantic's error as a ConfigError, with the settings named as ``--set`` names them."""
     try:
         yield
     except ValidationError as error:
-        raise ConfigError(_sentence(error, kind, group)) from None
+        raise ConfigError(_sentence(error, group)) from None
     except OverflowError as error:  # a whole number of hundreds of digits
-        raise ConfigError(f"{group or kind.__name__.lower()}: {error}.") from None
+        raise ConfigError(f"{group or 'recipe'}: {error}.") from None
 
 
 def refusing(group: str) -> Callable[[type[T]], type[T]]:
-    """Let a pydantic dataclass raise ConfigError, with the settings named as ``--set`` names them."""
+    """Let a pydantic dataclass raise ConfigError; see :func:`refused`."""
 
     def decorate(cls: type[T]) -> type[T]:
         validated = cls.__init__
 
         def __init__(self: T, *arguments: Any, **settings: Any) -> None:  # noqa: N807
-            with _refused(cls, group):
+            with refused(group):
                 validated(self, *arguments, **settings)
 
         functools.update_wrapper(__init__, validated)
@@ -114,7 +114,7 @@ class Data:
 
     @property
     def event(self) -> tuple[int, int, int]:
-        """What a model is made for: the shape of one image."""
+        """The shape of one image, for which a model is made."""
         return self.shape
 
     @property
@@ -124,7 +124,7 @@ class Data:
         return channels * height * width
 
     def model_options(self) -> dict[str, Any]:
-        """What a model has to know of the images besides their shape."""
+        """Options of a model besides the shape of the images."""
         return {"levels": self.levels}
 
 
@@ -168,12 +168,10 @@ class TableData:
 
     def __post_init__(self) -> None:
         for name, names in (("columns", self.columns), ("given", self.given)):
-            twice = [each for each, count in Counter(names).items() if count > 1]
-            if twice:
-                raise ConfigError(f"data.{name} names {twice[0]!r} twice.")
-        for each in self.given:
-            if each not in self.columns:
-                raise ConfigError(f"data.given: {suggest(each, self.columns, 'column')}")
+            if len(set(names)) < len(names):
+                raise ConfigError(f"data.{name} names a column twice: {', '.join(names)}.")
+        if unknown := [each for each in self.given if each not in self.columns]:
+            raise ConfigError(f"data.given: {suggest(unknown[0], self.columns, 'column')}")
         if not self.modelled:
             left = "data.given names all of them" if self.columns else "data.columns names none"
             raise ConfigError(f"a density needs at least one column that is not given: {left}.")
@@ -187,7 +185,7 @@ class TableData:
 
     @property
     def event(self) -> int:
-        """What a model is made for: the number of columns that are modelled."""
+        """The number of columns that are modelled, for which a model is made."""
         return len(self.modelled)
 
     @property
@@ -196,7 +194,7 @@ class TableData:
         return self.event
 
     def model_options(self) -> dict[str, Any]:
-        """What a model has to know of the table besides."""
+        """Options of a model besides the number of columns."""
         return {"context": len(self.given)}
 
 
@@ -298,7 +296,7 @@ class Optimizer:
 @refusing("start")
 @dataclass(frozen=True, config=CONFIG)
 class Start:
-    """What the first training steps do otherwise; a fresh flow is smooth, and a rough gradient will do.
+    """Other settings of the first training steps: a fresh flow is smooth, and a rough gradient will do.
 
     Attributes:
         steps: optimizer steps of the start; 0 for none.
@@ -346,12 +344,12 @@ class Training:
         max_epochs: passes over the training samples, images or rows; None where ``max_steps`` decides alone.
         max_steps: optimizer steps; None where ``max_epochs`` decides alone. The first limit that is met stops.
         seed: of the weights, the data order and all noise.
-        weights: what the first step starts from: a run folder, a ``.ckpt`` or ``.safetensors`` file, or weights of
+        weights: of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or weights of
             the package; None for fresh ones.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the faster of these two,
             measured before the first step.
         compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: if
-            that is faster and the run wins back what compiling takes.
+            that is faster and the run wins back the time of compiling.
         tune_every: steps between two measurements of ``solver.step=auto``.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
@@ -396,7 +394,7 @@ class Training:
 @refusing("paper")
 @dataclass(frozen=True, config=CONFIG)
 class Paper:
-    """What the paper reports for this data set (Tables 1 and 2); nothing here was measured by this package.
+    """The paper's figures for this data set (Tables 1 and 2); nothing here was measured by this package.
 
     Attributes:
         bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centres.
@@ -414,49 +412,23 @@ class Paper:
     vanilla_hours: float | None = None
 
 
-def from_plain(kind: type[T], plain: Any) -> T:
-    """A dataclass from plain data; fields that are absent take their defaults.
-
-    Raises:
-        ConfigError: an unknown key, a value of the wrong type, or a missing field without a default.
-    """
-    with _refused(kind):
-        return TypeAdapter(kind).validate_python(plain)
-
-
-def _sentence(error: ValidationError, kind: Any, group: str = "") -> str:
-    """What pydantic found in a ``kind``, in one sentence about the first setting that is wrong."""
+def _sentence(error: ValidationError, group: str) -> str:
+    """The findings of pydantic about the first setting that is wrong, in one sentence."""
     unknown = ("unexpected_keyword_argument", "extra_forbidden")
     found = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)
-    location = found[0]["loc"]
-    path = _path(location, group)
+    path = _path(found[0]["loc"], group)
     if found[0]["type"] in unknown:
-        before = f"{path.rpartition('.')[0]}." if "." in path else ""
-        return suggest(path, [f"{before}{name}" for name in _names(kind, location)], "setting")
-    if found[0]["type"] in ("missing", "missing_argument") and isinstance(location[-1], str):
-        missing = [str(each["loc"][-1]) for each in found if each["type"] == found[0]["type"]]
-        return f"{path.rpartition('.')[0] or kind.__name__.lower()}: missing {', '.join(missing)}."
+        return f"unknown setting {path!r}."
     own = found[0].get("ctx", {}).get("error")
     if isinstance(own, ConfigError):  # of several settings, or of a group's own check
-        text = str(own)
-        if path == "test_solver" and text.startswith("solver."):  # a solver does not know which of the two it is
-            return f"test_{text}"
-        return text if not path or text.startswith("unknown") or f"{path}." in text else f"{path}: {text}"
+        # a solver does not know which of the two it is
+        text = str(own) if path != "test_solver" else re.sub(r"^solver\.", "test_solver.", str(own))
+        return text if path in text else f"{path}: {text}"
     here = [each for each in found if _path(each["loc"], group) == path]
-    said = " or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
-    said = "too few values" if found[0]["type"] == "missing" else said
-    return f"{path or kind.__name__.lower()}: {said[:1].lower()}{said[1:]}, got {reprlib.repr(found[0]['input'])}."
+    text = " or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
+    return f"{path or 'recipe'}: {text[:1].lower()}{text[1:]}, got {reprlib.repr(found[0]['input'])}."
 
 
 def _path(location: tuple[int | str, ...], group: str) -> str:
     """``group.key`` of a place in a recipe, without the branch of a union and the position in a tuple."""
     return ".".join([str(each) for each in (group, *location) if each and each not in ("images", "table")][:2])
-
-
-def _names(kind: Any, location: tuple[int | str, ...]) -> list[str]:
-    """The fields of the group of ``kind`` that a place lies in."""
-    if len(location) > 1:
-        hint = typing.get_type_hints(kind)[str(location[0])]
-        groups = [each for each in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(each)]
-        kind = next((each for each in groups if hasattr(each, "kind") == ("table" in location)), groups[0])
-    return [field.name for field in dataclasses.fields(kind)]

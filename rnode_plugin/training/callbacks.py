@@ -22,6 +22,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ..errors import SolverError, TrainingError
 from ..evaluation.samples import sample_images, save_grid
 from ..files import write_atomically
+from ..recipes.recipe import Training
 from .checkpoints import BEST, LAST
 from .runs import RunPlan
 from .trainer import is_logged, validates_after_this_batch
@@ -40,14 +41,10 @@ __all__ = [
 
 
 class RunPosition(Callback):
-    """Starts a resumed run between two steps of its own plan.
+    """Places Lightning's loops after the steps that a resumed run has made.
 
     The checkpoint may be of another plan: fewer devices that accumulate more batches for a step, another number of
-    steps, or version 0.1, which counted a whole run as one epoch. Lightning's loops are placed after the steps that
-    were made, whatever they counted when the checkpoint was written.
-
-    Args:
-        plan: of the run.
+    steps, or version 0.1, which counted a whole run as one epoch.
     """
 
     def __init__(self, plan: RunPlan) -> None:
@@ -82,9 +79,7 @@ def _count(counts: dict[str, int], value: int) -> None:
 class MetricsTable:
     """Rows of numbers by step in a CSV file, with a column for each name that comes along.
 
-    Args:
-        path: of the file; rows that are there stay if their step is not greater than ``keep``.
-        keep: the rest was written by a run that stopped without a checkpoint.
+    Rows that are there stay if their step is not greater than ``keep``; the rest has no checkpoint.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 0) -> None:
@@ -94,11 +89,7 @@ class MetricsTable:
             self._replace([row for row in rows if row["step"].isdigit() and int(row["step"]) <= keep])
 
     def add(self, row: dict[str, float], step: int) -> None:
-        """Write a row; it is in the file when this returns.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write a row; it is in the file when this returns."""
         full: dict[str, Any] = {**row, "step": step}
         if new := full.keys() - set(self._names):
             rows = self._read()[1] if self._path.exists() else []
@@ -128,12 +119,12 @@ class MetricsFile(Callback):
     Lightning hands a step's metrics to its loggers after the step's checkpoint, so a kill in between would lose a
     row for good.
 
-    Args:
+    Attributes:
         table: where they go, in the first process; None in the others.
     """
 
-    def __init__(self, table: MetricsTable | None = None) -> None:
-        self.table = table
+    def __init__(self) -> None:
+        self.table: MetricsTable | None = None
         self._step = self._written = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -181,9 +172,6 @@ class RunCheckpoints(Checkpoint):
         folder: where they go; only the first process needs to know.
         save_every: steps between two checkpoints.
         monitor: metric of a validation whose lowest value is the best.
-
-    Attributes:
-        best: lowest value so far.
     """
 
     def __init__(
@@ -216,7 +204,7 @@ class RunCheckpoints(Checkpoint):
         step = trainer.global_step
         if step == self._saved or step % self._save_every or validates_after_this_batch(trainer):
             return
-        if not pl_module.guard.in_row:  # a skipped step changes no weights
+        if not pl_module.record.in_row:  # a skipped step changes no weights
             self._save(trainer, LAST)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -243,36 +231,27 @@ class RunCheckpoints(Checkpoint):
 class SampleGrids(Callback):
     """Writes ``step-NUMBER.png``, a grid of samples, at the end of each validation, with the weights it measured.
 
-    Args:
-        folder: where they go; only the first process needs to know.
-        temperatures: standard deviation of the latent, one row of images each.
-        images: in a row.
-        seed: of the latents, the same in every grid.
+    Attributes:
+        folder: where they go, in the first process; None in the others.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str] | None = None,
-        *,
-        temperatures: tuple[float, ...],
-        images: int,
-        seed: int,
-    ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self._temperatures, self._images, self._seed = temperatures, images, seed
+    def __init__(self, settings: Training) -> None:
+        self.folder: Path | None = None
+        self._settings = settings
 
     # in this hook a callback that averages the weights has not put them back yet, if it comes later
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero or trainer.sanity_checking or self.folder is None:
+        if trainer.sanity_checking or self.folder is None:
             return
-        flow = pl_module.flow
+        flow, settings = pl_module.flow, self._settings
+        images, temperatures = settings.sample_images, settings.sample_temperatures
         try:
-            samples = sample_images(flow, self._images, temperatures=self._temperatures, seed=self._seed)
+            samples = sample_images(flow, images, temperatures=temperatures, seed=settings.seed)
         except SolverError as error:  # training may go on if a latent far out cannot be integrated
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)
             return
         path = self.folder / f"step-{trainer.global_step:07d}.png"
-        save_grid(path, samples, levels=flow.levels, columns=self._images)
+        save_grid(path, samples, levels=flow.levels, columns=images)
 
 
 class WeightAverage(WeightAveraging):
@@ -280,9 +259,6 @@ class WeightAverage(WeightAveraging):
 
     Validations measure the average. In a checkpoint ``state_dict`` holds the average, so that a loaded model
     has it, and ``current_model_state`` the weights that training goes on from.
-
-    Args:
-        decay: between 0 and 1.
     """
 
     def __init__(self, decay: float) -> None:
@@ -307,24 +283,19 @@ class WeightAverage(WeightAveraging):
 # stopping ------------------------------------------------------------------------------------------------------
 
 
-_TO_STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """Raised with a signal's name between two steps, as it asked for; callbacks that save checkpoints save one."""
+    """Raised with a signal's name between two steps; callbacks that save checkpoints save one."""
 
 
 class StoppedAtOnce(BaseException):
     """Raised with a signal's name in the middle of a step when a second one comes; nothing is saved."""
 
 
-def _any_device(trainer: L.Trainer, decision: bool) -> bool:
-    """Whether any process of the run decides so: all must stop at the same step."""
-    return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
-
-
 class StopAfterStep(Callback):
-    """Ends training between two steps.
+    """Ends training between two steps, on all devices at the same step.
 
     SIGINT (Ctrl-C), SIGTERM and SIGHUP end it after the step, or the validation, in which they come, by
     raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`. When the time is
@@ -337,19 +308,18 @@ class StopAfterStep(Callback):
         max_time: seconds from now; None for no limit.
 
     Attributes:
-        started: whether training has begun, after a checkpoint was loaded.
         out_of_time: whether the limit ended the training.
     """
 
     def __init__(self, *, max_time: float | None = None) -> None:
-        self.started = self.out_of_time = False
+        self.out_of_time = False
         self._max_time, self._start = max_time, time.monotonic()
-        self._signum: int | None = None
-        self._interrupted: str | None = None  # all processes agree on this one
+        self._received: str | None = None  # signal of this process
+        self._agreed: str | None = None  # of all processes
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started, self._step = True, trainer.global_step
+        self._step = trainer.global_step
         # here Lightning has set its own, which would end a run between a step and its checkpoint
         main = threading.current_thread() is threading.main_thread()
         for signum in _TO_STOP if main else ():
@@ -357,9 +327,9 @@ class StopAfterStep(Callback):
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
+        if self._received is not None:
             raise StoppedAtOnce(signal.Signals(signum).name)
-        self._signum = signum
+        self._received = signal.Signals(signum).name
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -367,26 +337,34 @@ class StopAfterStep(Callback):
         if trainer.global_step == self._step:
             return  # in the middle of a step
         self._step = trainer.global_step
-        late = self._max_time is not None and time.monotonic() - self._start >= self._max_time
-        self.out_of_time = self._max_time is not None and _any_device(trainer, late)
+        if self._max_time is not None:
+            self.out_of_time = self._any(trainer, time.monotonic() - self._start >= self._max_time)
         if self.out_of_time or trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # Lightning validates once more before it stops
-        if _any_device(trainer, self._signum is not None):
-            self._interrupted = signal.Signals(self._signum or signal.SIGTERM).name
-            # a run that stopped right before a validation would go on without it
-            if not validates_after_this_batch(trainer):
-                raise Interrupted(self._interrupted)
+        self._agree(trainer)
+        if not validates_after_this_batch(trainer):  # a run that stopped right before a validation would miss it
+            self._stop_if_agreed()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and _any_device(trainer, self._signum is not None):
-            self._interrupted = signal.Signals(self._signum or signal.SIGTERM).name
+        if not trainer.sanity_checking:
+            self._agree(trainer)  # other callbacks have yet to save
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._end_after_validation()
+        self._stop_if_agreed()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end_after_validation()
+        self._stop_if_agreed()
 
-    def _end_after_validation(self) -> None:
-        if self._interrupted is not None:  # in on_validation_end other callbacks had yet to save
-            raise Interrupted(self._interrupted)
+    def _agree(self, trainer: L.Trainer) -> None:
+        if self._any(trainer, self._received is not None):
+            self._agreed = self._received or signal.SIGTERM.name
+
+    def _stop_if_agreed(self) -> None:
+        if self._agreed is not None:
+            raise Interrupted(self._agreed)
+
+    @staticmethod
+    def _any(trainer: L.Trainer, decision: bool) -> bool:
+        """Whether any process of the run decides so."""
+        alone = trainer.world_size == 1
+        return decision if alone else trainer.strategy.reduce_boolean_decision(decision, all=False)

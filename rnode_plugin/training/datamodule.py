@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..evaluation.loading import load_data
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, Start
+from .runs import RunPlan
 from .trainer import batches_trained
 
 __all__ = ["EpochOrder", "EvenShare", "ImageDataModule", "RecipeDataModule", "TableDataModule", "datamodule_of"]
@@ -30,9 +31,9 @@ class EpochOrder(DistributedSampler[list[int]]):
     """The batches of one device in the order in which it takes them, each a list of training images.
 
     The run passes through the images again and again, each time in a new order, a function of seed and pass. A step
-    takes the next images of that order, and each device its part of them: two devices with half the batch see what
-    one device with the whole batch sees, at once or one after the other. The images that do not fill a whole step
-    wait for another order.
+    takes the next images of that order, and each device its part of them: two devices with half the batch see the
+    images of one device with the whole batch, at once or one after the other. The images that do not fill a whole
+    step wait for another order.
 
     An epoch is as many steps as make a pass with full batches; without a start, it is a pass. With smaller batches
     at the start, a pass begins in the middle of an epoch. Which images a step takes follows from its number alone.
@@ -45,10 +46,7 @@ class EpochOrder(DistributedSampler[list[int]]):
         world, rank: number of devices, and which of them this one is.
         start: whose first steps may take batches of another size.
         done: batches that this device has trained on already; the first iteration continues after them.
-        limit: batches per epoch, or which part of them, as the Trainer's ``limit_train_batches``.
-
-    Attributes:
-        batches: per device and epoch, as many as fill whole steps.
+        limit: batches per epoch, or their share, as the Trainer's ``limit_train_batches``.
     """
 
     def __init__(
@@ -70,9 +68,9 @@ class EpochOrder(DistributedSampler[list[int]]):
         self._known: tuple[int, torch.Tensor] | None = None  # the order of the last pass that was asked for
         whole = images // (batch_size * world)
         # fewer images than one step needs: Lightning makes its step at the end of the epoch
-        self.batches = whole // accumulate * accumulate or whole
-        self._accumulate = min(accumulate, self.batches)
-        taken = self.batches
+        self._batches = whole // accumulate * accumulate or whole
+        self._accumulate = min(accumulate, self._batches)
+        taken = self._batches
         if isinstance(limit, int):
             taken = min(limit, taken)
         elif limit is not None:
@@ -81,19 +79,19 @@ class EpochOrder(DistributedSampler[list[int]]):
         self._done = divmod(done, max(1, taken))
 
     def __len__(self) -> int:
-        return self.batches
+        return self._batches
 
     def __iter__(self) -> Iterator[list[int]]:
         # Lightning sets the epoch after workers were asked for their first batches, so a run that goes on knows it
         # from the start
         epoch = max(self.epoch, self._done[0])
         first = self._done[1] if epoch == self._done[0] else 0
-        for batch in range(first, self.batches):
+        for batch in range(first, self._batches):
             step, part = divmod(batch, self._accumulate)
             yield self._images_of(epoch * self._steps_per_epoch + step, part)
 
     def _images_of(self, step: int, part: int) -> list[int]:
-        """What this device takes in the batch ``part`` of a step."""
+        """The images of this device in the batch ``part`` of a step."""
         size = self._start.size_at(step, self._batch_size)
         number, used = self._place(step)
         first = used + (part * self.num_replicas + self.rank) * size
@@ -123,14 +121,9 @@ class EpochOrder(DistributedSampler[list[int]]):
 
 
 class EvenShare(DistributedSampler[int]):
-    """Every ``world``-th image, each image on exactly one device, so that means count each image once.
+    """Every ``world``-th image, each image on exactly one device, so that means count each image once."""
 
-    Args:
-        images: number of images.
-        world, rank: number of devices, and which of them this one is.
-    """
-
-    def __init__(self, images: int, *, world: int = 1, rank: int = 0) -> None:
+    def __init__(self, images: int, *, world: int, rank: int) -> None:
         super().__init__(range(images), num_replicas=world, rank=rank, shuffle=False)  # pyright: ignore[reportArgumentType]
         self._mine = range(rank, images, world)
 
@@ -142,7 +135,7 @@ class EvenShare(DistributedSampler[int]):
 
 
 class _Resumable(DataLoader[Tensor]):
-    """A loader that needs no state: its sampler finds its place from the batches that were trained on."""
+    """A loader without a state: its sampler finds its place from the batches that were trained on."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -155,7 +148,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
     """The training and held-out samples of a recipe, for any ``Trainer``.
 
     Which samples a step takes is a function of the recipe's seed and the step. A run that is resumed goes on after
-    the batches that were trained on, whatever a worker had read ahead.
+    the batches that were trained on.
 
     Args:
         recipe: names the data set, how much of it to use, the batch sizes and the workers.
@@ -167,7 +160,6 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         super().__init__()
         self.recipe = recipe
         self._data, self._download = data, download
-        self._samples = measure_of(recipe).samples
 
     @property
     def data(self) -> D:
@@ -187,17 +179,13 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
 
     def setup(self, stage: str) -> None:
         world, held_out = self._world, len(self.data.val)
+        RunPlan.of(self.recipe, len(self.data.train), world)  # refuses too few training samples
         if held_out < world:
-            raise ConfigError(
-                f"{held_out} held-out {self._samples} are too few for {world} devices: each needs one."
-            )
+            samples = measure_of(self.recipe).samples
+            raise ConfigError(f"{held_out} held-out {samples} are too few for {world} devices: each needs one.")
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the training samples; only as many per epoch as fill whole steps.
-
-        Raises:
-            ConfigError: the samples do not fill one batch on each device.
-        """
+        """Batches of the training samples; only as many per epoch as fill whole steps."""
         done = 0 if self.trainer is None else batches_trained(self.trainer)
         return self._loader(self.data.train, None, self._order(done))  # an order of whole batches
 
@@ -212,7 +200,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         return list(itertools.chain.from_iterable(batches))
 
     def _order(self, done: int) -> EpochOrder:
-        order = EpochOrder(
+        return EpochOrder(
             len(self.data.train),
             batch_size=self.recipe.data.batch_size,
             seed=self.recipe.training.seed,
@@ -223,13 +211,6 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             done=done,
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
         )
-        if not order.batches:
-            size = self.recipe.data.batch_size
-            raise ConfigError(
-                f"{len(self.data.train)} training {self._samples} do not fill one batch of {size} on each of "
-                f"{self._world} devices: set a smaller data.batch_size."
-            )
-        return order
 
     def _loader(
         self, samples: ImageArray, batch_size: int | None, sampler: EpochOrder | EvenShare

@@ -1,4 +1,4 @@
-"""estimate: what training a recipe costs: counted without values, and timed on this machine on a few images."""
+"""estimate: the cost of training a recipe, counted without values and timed on this machine on a few images."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _NO_KERNEL = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What a computation asks of a device.
+    """The cost of a computation on a device.
 
     Attributes:
         flops: floating-point operations of convolutions and matrix products, a multiplication and an addition
@@ -107,11 +107,11 @@ class ScaledStep:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What training a recipe costs.
+    """The cost of training a recipe.
 
     Attributes:
         recipe: its name.
-        samples: what a sample of its data is called: images or rows.
+        samples: name of its samples: images or rows.
         device: that the steps were timed on.
         threads: of torch.
         batch: images per device and batch.
@@ -145,7 +145,7 @@ def estimate(
     Compiled steps are not timed: compiling takes a minute, and ``training.compile=auto`` times them.
 
     Args:
-        recipe: what to train; its batch is per device.
+        recipe: its batch is per device.
         device: to time the steps on.
         images: training images; None: those of the data set (:data:`TRAINING_IMAGES`).
         devices: that train together.
@@ -153,7 +153,10 @@ def estimate(
     """
     modes = sorted(("autograd", "checkpointed"), key=lambda mode: mode != recipe.solver.gradient)
     precisions = ("32-true",) if recipe.solver.adaptive else ("32-true", "bf16-mixed")
-    steps = _planned_steps(recipe, images, devices)
+    data = recipe.data
+    limit = data.train_rows if isinstance(data, TableData) else data.train_images
+    known = images or limit or TRAINING_IMAGES.get(data.name)
+    steps = recipe.training.max_steps if known is None else RunPlan.of(recipe, known, devices).total
     start = time.perf_counter()
     timed, size = list[ScaledStep](), 0
     for mode, precision in itertools.product(modes, precisions):
@@ -171,14 +174,6 @@ def estimate(
         timed=tuple(timed),
         nfe_per_block=nfe_per_block if recipe.solver.adaptive else None,
     )
-
-
-def _planned_steps(recipe: Recipe, images: int | None, devices: int) -> int | None:
-    """The steps that a recipe asks for; None if that takes the number of images and it is not known."""
-    data = recipe.data
-    limit = data.train_rows if isinstance(data, TableData) else data.train_images
-    known = images or limit or TRAINING_IMAGES.get(data.name)
-    return recipe.training.max_steps if known is None else RunPlan.of(recipe, known, devices).total
 
 
 def _time(
@@ -249,12 +244,7 @@ def count_step(
 
 
 def count(run: Callable[[], object], *, alive: tuple[Tensor, ...] = ()) -> Cost:
-    """The cost of ``run()``, counted while it runs.
-
-    Args:
-        run: the computation, its backward pass included.
-        alive: tensors that exist before, such as parameters, and count as memory.
-    """
+    """The cost of ``run()``; tensors that are ``alive`` before, such as parameters, count as memory."""
     counter = _Counter(alive)
     with counter:
         run()

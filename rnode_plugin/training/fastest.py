@@ -1,4 +1,4 @@
-"""choose: the fastest way to compute the training steps of a recipe, by measurement, before the first of them."""
+"""choose: the fastest way to compute the training steps of a recipe, measured before the first of them."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ __all__ = [
 NFE_PER_BLOCK = 20
 """Evaluations per block that an adaptive training solver is timed with; a trained MNIST flow needs 17."""
 
-_AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 _REPEATS = 3  # timed steps of each way
-_COMPILING = 60.0  # seconds, about what the first time takes
+_COMPILING = 60.0  # seconds of the first time, about
 _GAIN = 0.5  # share of a step's time that another way can save at best, as far as we have seen
 _HOPELESS = 1.5  # a way whose first timed step takes so many times as long as the best one is not timed further
 _MARGIN = 0.95  # another way must need less than this part of the plain one's time: the rest is noise
@@ -57,12 +57,7 @@ _MARGIN = 0.95  # another way must need less than this part of the plain one's t
 
 @dataclass(frozen=True)
 class Way:
-    """A way to compute the training steps.
-
-    Attributes:
-        precision: Lightning's name.
-        compiled: whether torch.compile has a share in it.
-    """
+    """A way to compute the training steps: Lightning's name of the precision, with or without torch.compile."""
 
     precision: str
     compiled: bool = False
@@ -73,12 +68,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the steps of a run are computed, and what was measured for it.
+    """How the steps of a run are computed, and the measurements.
 
     Attributes:
         way: that was taken.
         where: device and threads.
-        measured: what each way costs, in words; the plain one first.
+        measured: the cost of each way in words; the plain one first.
     """
 
     way: Way
@@ -90,13 +85,13 @@ class Choice:
         return self.way in _ways(recipe)
 
     def line(self) -> str:
-        """One line: what was taken, and what each way costs."""
+        """One line: the way that was taken, and the cost of each."""
         costs = "; ".join(f"{way}: {cost}" for way, cost in self.measured.items())
         return f"training in {self.way}" + (f" ({costs})" if costs else "")
 
 
 def read_choice(folder: Path) -> Choice | None:
-    """What ``chosen.json`` of the run, or the comparison, in ``folder`` says; None if there is none.
+    """The choice in ``chosen.json`` of a run or a comparison; None if there is none.
 
     Raises:
         CheckpointError: the file cannot be understood.
@@ -114,11 +109,7 @@ def read_choice(folder: Path) -> Choice | None:
 
 
 def write_choice(choice: Choice, folder: Path) -> None:
-    """Write ``chosen.json``.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
+    """Write ``chosen.json``."""
     text = json.dumps(dataclasses.asdict(choice), indent=2) + "\n"
     write_atomically(folder / CHOSEN, lambda file: file.write(text.encode()))
 
@@ -213,13 +204,7 @@ def forward_and_backward(flow: nn.Module, recipe: Recipe, x: FlowInput, solver: 
 
 
 class StepTimer:
-    """Times training steps of a recipe on random images with fresh weights, which no training sees.
-
-    Args:
-        recipe: its model, batch, solver and penalties.
-        device: where to train.
-        nfe_per_block: evaluations per block if the training solver is adaptive.
-    """
+    """Times training steps of a recipe on random images with fresh weights, which no training sees."""
 
     def __init__(self, recipe: Recipe, *, device: torch.device, nfe_per_block: int = NFE_PER_BLOCK) -> None:
         self._recipe, self._device = recipe, device
@@ -230,16 +215,15 @@ class StepTimer:
         """Seconds of one step; the first one of a way takes longer.
 
         Raises:
-            ConfigError: a precision that autocast does not offer, or a model that cannot be built or compiled.
+            ConfigError: a model that cannot be built or compiled.
             SolverError, RuntimeError: the step fails.
         """
-        if way.precision not in _AUTOCAST:
-            known = ", ".join(_AUTOCAST)
-            raise ConfigError(f"training.precision={way.precision} cannot be timed: use one of {known}.")
-        dtype = _AUTOCAST[way.precision]
+        dtype = _AUTOCAST.get(way.precision)
         with seeded(self._recipe.training.seed, Stream.TUNE):
             if way.compiled not in self._flows:
-                self._flows[way.compiled] = self._build(way.compiled)
+                self._flows[way.compiled] = self._recipe.build_flow().to(self._device).train()
+                if way.compiled and not compile_fields(self._flows[True]):
+                    raise ConfigError("the model has no field that can be compiled.")
             flow = self._flows[way.compiled]
             with self._device:
                 inputs = measure_of(self._recipe).random_inputs(self._recipe.data.batch_size)
@@ -254,14 +238,8 @@ class StepTimer:
             finally:
                 flow.zero_grad(set_to_none=True)
 
-    def _build(self, compiled: bool) -> Any:
-        flow = self._recipe.build_flow().to(self._device).train()
-        if compiled and not compile_fields(flow):
-            raise ConfigError("the model has no field that can be compiled.")
-        return flow
-
     def _wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Until the device has finished."""
         if self._device.type in ("cuda", "mps"):
             getattr(torch, self._device.type).synchronize()
 
@@ -272,16 +250,13 @@ class StepTimer:
 def take_fastest_way(trainer: L.Trainer, recipe: Recipe, folder: Path | None) -> Choice:
     """Choose how the steps of a run are computed, and set the precision of its Trainer; all processes do the same.
 
-    A run that goes on in its folder stays with what was chosen there. The precision of a Trainer that was given one
-    is left alone.
+    A run that goes on in its folder stays with its choice. The precision of a Trainer that was given one is left
+    alone.
 
     Args:
         trainer: whose training starts.
         recipe: which leaves something open.
         folder: of the run, in the first process; None if it has none, and in the others.
-
-    Raises:
-        CheckpointError: what was chosen before cannot be read, or what is chosen now cannot be written.
     """
     from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 

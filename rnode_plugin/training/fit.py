@@ -38,10 +38,9 @@ from .callbacks import (
 from .checkpoints import load_flow, read_checkpoint, training_solver
 from .datamodule import RecipeDataModule, datamodule_of
 from .module import RnodeModule
-from .progress import batch_counter, progress_display
+from .progress import RunProgress, batch_counter
 from .runs import RunFolder, RunPlan, checkpoint_to_resume, newest_intact, training_lock
 from .trainer import (
-    check_loggers,
     check_options,
     end_other_processes,
     follow_plan,
@@ -55,11 +54,12 @@ __all__ = ["FitResult", "fit"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a call of :func:`fit` left behind.
+    """The end of a call of :func:`fit`.
 
     Attributes:
         folder: of the run.
-        steps: optimizer steps of the whole run so far.
+        steps: optimizer steps of the whole run so far; after a second signal, which ends the call in the middle of
+            a step, those of the last checkpoint.
         planned: steps that the recipe asks for.
         stopped: why the call ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
             of a signal.
@@ -69,8 +69,6 @@ class FitResult:
         evaluation: of the best weights on the held-out samples, an
             :class:`~rnode_plugin.evaluation.measures.Evaluation`; None after a signal.
         samples: the last picture of samples; None if there is none.
-        at_once: whether a second signal ended the call in the middle of a step; ``steps`` are then those of the
-            last checkpoint.
     """
 
     folder: RunFolder
@@ -82,7 +80,6 @@ class FitResult:
     first_process: bool = True
     evaluation: Any = None
     samples: Path | None = None
-    at_once: bool = False
 
 
 def fit(
@@ -134,10 +131,7 @@ def fit(
     """
     if run_folder is not None and resume is not None:
         raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
-    if max_time is not None and max_time <= 0:
-        raise ConfigError(f"the time limit must be positive, not {max_time} s.")
-    check_options(trainer_options)
-    check_loggers(loggers)
+    check_options(trainer_options, loggers)
     recipe, data = load_for_training(recipe, download=download)
     checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
     before = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)  # of the run that goes on
@@ -148,9 +142,7 @@ def fit(
     )
     # the picture of a table takes as long as some of its steps, and is drawn at the end
     pictures = bool(settings.sample_images) and isinstance(data, ImageData)
-    grids = SampleGrids(
-        temperatures=settings.sample_temperatures, images=settings.sample_images, seed=settings.seed
-    )
+    grids = SampleGrids(settings)
     with quiet(), ExitStack() as stack:
         trainer = make_trainer(
             callbacks=[
@@ -160,7 +152,7 @@ def fit(
                 *([] if settings.ema is None else [WeightAverage(settings.ema)]),
                 metrics,
                 stop,
-                *([progress_display()] if progress else []),
+                *([RunProgress()] if progress else []),
                 checkpoints,
             ],
             precision=settings.precision,
@@ -185,21 +177,20 @@ def fit(
         with explained():
             module = RnodeModule(recipe)
         if checkpoint is None:
-            module.load_weights()  # the module does so itself; here what does not fit is refused without a folder
+            module.load_weights()  # again when it starts; here weights that do not fit leave no folder
         trainer.callbacks.insert(0, RunPosition(plan))  # pyright: ignore[reportAttributeAccessIssue]
         if trainer.is_global_zero:  # one process makes the folder and writes into it
-            folder = before or (
-                RunFolder.create(runs, recipe) if run_folder is None else RunFolder.claim(run_folder)
-            )
-            stack.enter_context(training_lock(folder.path))
-            folder.describe(recipe, trainer.strategy.root_device)
+            with explained():
+                folder = before or (RunFolder.claim(run_folder) if run_folder else RunFolder.create(runs, recipe))
+                stack.enter_context(training_lock(folder.path))
+                folder.describe(recipe, trainer.strategy.root_device)
             module.folder = folder
             checkpoints.folder, grids.folder = folder.last.parent, folder.samples
             metrics.table = MetricsTable(folder.metrics, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if progress:
                 _announce(module, data, plan, trainer, done)
-        with _errors_with_advice(checkpoints, stop, trainer, is_new=before is None):
+        with _errors_with_advice(checkpoints, trainer, is_new=before is None), explained():
             stopped, at_once = _train(module, samples, trainer, stop, plan, checkpoint, done)
         assert checkpoints.folder is not None  # all processes know it once training has begun
         folder = RunFolder(checkpoints.folder.parent)
@@ -213,7 +204,6 @@ def fit(
             seconds=module.clock.run,
             step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
-            at_once=at_once,
         )
         if stopped in signal.Signals.__members__ or not trainer.is_global_zero:
             return result
@@ -232,23 +222,17 @@ def _train(
     checkpoint: Path | None,
     done: int,
 ) -> tuple[str, bool]:
-    """Train; why it ended, as :class:`FitResult` says it, and whether that was at once."""
+    """Train; why it ended, as :class:`FitResult` says it, and whether that was in the middle of a step."""
     if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
         module.on_load_checkpoint(read_checkpoint(checkpoint))
         return "finished", False
     try:
-        with explained():
-            trainer.fit(module, samples, ckpt_path=checkpoint)
+        trainer.fit(module, samples, ckpt_path=checkpoint)
     except Interrupted as interruption:
         return str(interruption), False
     except StoppedAtOnce as interruption:
         end_other_processes(trainer, signal.SIGKILL)
         return str(interruption), True
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        if checkpoint is None or stop.started:
-            raise
-        problem = f"{type(error).__name__}: {_first_line(error)}"
-        raise CheckpointError(f"{checkpoint} does not hold what a run goes on from ({problem}).") from error
     if stop.out_of_time:
         return "max_time", False
     return "finished" if trainer.global_step >= plan.total else "early", False
@@ -271,7 +255,8 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
     if isinstance(data, Table):
         print("\n".join(data.described()))
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
-    print(f"steps {done} to {plan.total}, batch {plan.batches}, {where}, in {module.folder.path}", flush=True)
+    batch = module.recipe.start.described(module.recipe.data.batch_size)
+    print(f"steps {done} to {plan.total}, batch {batch}, {where}, in {module.folder.path}", flush=True)
     if module.recipe.training.ema is not None:
         print(f"training uses the weights as they are, validations and checkpoints the {module.recipe.weights}")
 
@@ -315,13 +300,11 @@ def _conclude(
     return evaluation, samples
 
 
-# what can go wrong ---------------------------------------------------------------------------------------------
+# errors --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _errors_with_advice(
-    checkpoints: RunCheckpoints, stop: StopAfterStep, trainer: L.Trainer, *, is_new: bool
-) -> Iterator[None]:
+def _errors_with_advice(checkpoints: RunCheckpoints, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
     """Add to an error how the run can go on, and end the other processes, which may wait for this one for ever."""
     try:
         yield
@@ -333,17 +316,34 @@ def _errors_with_advice(
             if folder.last.is_file():
                 best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
                 left = f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
-            elif is_new and trainer.is_global_zero and (trainer.global_step == 0 or not stop.started):
-                shutil.rmtree(folder.path, ignore_errors=True)  # nothing has happened in it
-        # what cannot work was said before the start: now it is one process that failed
+            elif is_new and trainer.is_global_zero and not folder.metrics.exists():  # before the first step
+                shutil.rmtree(folder.path, ignore_errors=True)
+        # settings that cannot work were refused before the start: now one process has failed
         kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
 
 
-# what torch's allocator of the CPU says, on Linux, macOS and Windows
-_NO_MEMORY = ("can't allocate memory", "not enough memory")
-_LOST = ("connection closed by peer", "connection reset by peer", "connection was likely closed", "broken pipe",
-         "connection timeout", "timed out waiting", "communicator was aborted", "application timeout")  # fmt: skip
+# causes of errors that PyTorch raises: their types, or words of their messages on Linux, macOS and Windows; the
+# error of this package, and its sentence around the first line
+_Cause = tuple[tuple[type[BaseException], ...], tuple[str, ...], type[RnodeError], str]
+_CAUSES: tuple[_Cause, ...] = (
+    (
+        (torch.OutOfMemoryError, MemoryError),
+        ("can't allocate memory", "not enough memory"),
+        LocalError,
+        "there is no more memory: {}. Lower --batch-size and raise --accumulate by the same factor, or --set "
+        "solver.gradient=checkpointed.",
+    ),
+    ((), ("dataloader worker",), LocalError, "{}. --set data.workers=0 reads in the training process."),
+    (
+        (torch.distributed.DistError,) if torch.distributed.is_available() else (),
+        ("connection closed by peer", "connection reset by peer", "connection was likely closed", "broken pipe",
+         "connection timeout", "timed out waiting", "communicator was aborted", "application timeout"),
+        TrainingError,
+        "the processes of this run cannot reach each other ({}). If one has ended, it says why, but not if the "
+        "system killed it, for example because memory ran out.",
+    ),
+)  # fmt: skip
 
 
 @contextmanager
@@ -365,19 +365,10 @@ def explained() -> Iterator[None]:
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
     except (RuntimeError, MemoryError) as error:
-        text, first = str(error).lower(), _first_line(error)
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in text for words in _NO_MEMORY):
-            raise LocalError(
-                f"there is no more memory: {first}. Lower --batch-size and raise --accumulate by the same factor, "
-                "or --set solver.gradient=checkpointed."
-            ) from error
-        if "dataloader worker" in text:
-            raise LocalError(f"{first}. --set data.workers=0 reads in the training process.") from error
-        if isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST):
-            raise TrainingError(
-                f"the processes of this run cannot reach each other ({first}). If one has ended, it says why, but "
-                "not if the system killed it, for example because memory ran out."
-            ) from error
+        text = str(error).lower()
+        for types, phrases, kind, sentence in _CAUSES:
+            if isinstance(error, types) or any(phrase in text for phrase in phrases):
+                raise kind(sentence.format(_first_line(error))) from error
         raise
 
 

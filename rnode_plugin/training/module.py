@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.random_streams import Stream, seed_everything, seeded
 from ..core.schedules import strength_at
-from ..errors import CheckpointError, ConfigError, LocalError, SolverError, TrainingError
+from ..errors import ConfigError, LocalError, SolverError, TrainingError
 from ..fields import compile_fields
 from ..flows.table import TableFlow
 from ..recipes.recipe import Recipe
@@ -26,7 +26,7 @@ from .datamodule import RecipeDataModule
 from .fastest import is_open, take_fastest_way
 from .optimizers import learning_rate_factor, make_optimizer
 from .runs import RunFolder
-from .step import AutoStep, StepClock, StepGuard, StepObjective, StepRecord, ValidationSums, gap_warning
+from .step import AutoStep, StepClock, StepObjective, StepRecord, ValidationSums, gap_warning
 from .trainer import is_logged
 
 __all__ = ["RnodeModule"]
@@ -38,7 +38,7 @@ class RnodeModule(L.LightningModule):
     """The flow of a recipe, the objective (eq. 17) and its optimizer, for any ``Trainer``.
 
     A batch is uint8 images ``(B, C, H, W)`` or rows of a table ``(B, C)``, as
-    :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give. What is logged:
+    :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give. Logged are
     ``train/loss`` in nats per dimension, ``train/bpd`` (of a table ``train/nll``, nats per row), ``train/nfe``,
     each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and ``lr`` at each step;
     ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap`` at each validation, as
@@ -55,7 +55,7 @@ class RnodeModule(L.LightningModule):
 
     Attributes:
         flow: the model.
-        measure: what is measured of the recipe's kind of data.
+        measure: of the recipe's kind of data.
         folder: the run's folder in :func:`~rnode_plugin.training.fit.fit`; None in other Trainers.
 
     Raises:
@@ -84,9 +84,7 @@ class RnodeModule(L.LightningModule):
         self.measure = self.objective.measure
         automatic = recipe.solver.step == "auto"
         self.auto = AutoStep(recipe.solver, self.measure, seed=recipe.training.seed) if automatic else None
-        self.guard = StepGuard(recipe.training.max_skipped)
-        self.clock = StepClock()
-        self._record = StepRecord()
+        self.record, self.clock = StepRecord(self.measure.metric), StepClock()
         self._row: dict[str, float] | None = None
         self._batches = self._world = 1  # of a step: per device, and devices
         self._warned = False
@@ -102,40 +100,32 @@ class RnodeModule(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Equation 17 on a batch as the data come, in nats per dimension."""
-        part = batch_idx % self._batches
+        solver, part = self.solver, batch_idx % self._batches
         if part == 0:
-            step_size = {} if self.auto is None else {"step_size": self.solver.step}
-            self._record = StepRecord(self._batches, self.measure.metric, **step_size)  # pyright: ignore[reportArgumentType]
+            self.record.begin(self._batches, step_size=None if self.auto is None else float(solver.step or 0))
         # a device that takes the batches of several in turn draws the noise of each
         device = part * self._world + self.global_rank
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        inputs = self.objective.inputs(batch)
+        inputs = self.measure.training_inputs(batch)
         try:
-            terms = self.objective(inputs, self.solver, step=self.global_step)
+            terms = self.objective(inputs, solver, step=self.global_step)
         except SolverError as error:
-            self._record.problem = f"the solver failed ({error})"
+            self.record.problem = f"the solver failed ({error})"
             terms = self.objective.unusable(error.nfe)
-        self._record.add(terms)
+        self.record.add(terms)
         return terms.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Read what the step measured; a step without a usable gradient changes nothing."""
+        """Read the record of the step; a step without a usable gradient changes nothing."""
         # an infinite bound measures the norm and leaves the gradient alone
-        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)
-        length, solves = self._record.read(norm)
-        for nfe, jacobian in solves:
-            self.guard.remember(nfe, jacobian)
-        if math.isfinite(length):
-            self.guard.made()
-        else:
+        if not self.record.read(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)):
             optimizer.zero_grad()  # without gradients an optimizer changes neither weights nor its own state
-            if self.guard.skip():
-                raise TrainingError(self._why_too_many(length))
-        self._record.values |= {"train/grad_norm": norm, "train/skipped": float(self.guard.skipped)}
-        self._record.values["lr"] = optimizer.param_groups[0]["lr"]
+            if self.record.in_row >= self.recipe.training.max_skipped:
+                raise TrainingError(self._why_too_many())
         self._row = None
+        values = self.record.values
+        values["lr"] = optimizer.param_groups[0]["lr"]
         # tensors come from a device one by one, and devices wait for each other: not at each step
-        values = self._record.values
         if is_logged(self.trainer, self.global_step + 1):
             values = self.row()
             self._weigh_penalties(values)
@@ -143,14 +133,18 @@ class RnodeModule(L.LightningModule):
             self.log(name, value, prog_bar=name in (f"train/{self.measure.metric}", "train/nfe"))
 
     def _weigh_penalties(self, row: Mapping[str, float]) -> None:
-        """Say once that the penalties have outweighed the likelihood, and a nat per dimension, for long."""
+        """Warn once if the penalties have outweighed the likelihood, and a nat per dimension, for long."""
         lambdas = {name: strength_at(name, each, self.global_step) for name, each in self.objective.lambdas.items()}
         weight = sum(each * row.get(f"train/{name}", 0.0) for name, each in lambdas.items())
-        heavy = weight > max(abs(row["train/loss"] - weight), 1.0)
-        self._heavy = self._heavy + 1 if heavy else min(self._heavy, 0)
-        if self._heavy == _LONG and self.global_rank == 0:
+        self._heavy = self._heavy + 1 if weight > max(abs(row["train/loss"] - weight), 1.0) else min(self._heavy, 0)
+        if self._heavy == _LONG:
             self._heavy = -math.inf
-            line = f"warning: the penalties are {weight:.3g} nats/dim, more than the likelihood: lower the lambdas."
+            self._tell(
+                f"warning: the penalties are {weight:.3g} nats/dim, more than the likelihood: lower the lambdas."
+            )
+
+    def _tell(self, line: str | None) -> None:
+        if line and self.global_rank == 0:
             print(line, file=sys.stderr, flush=True)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
@@ -158,31 +152,28 @@ class RnodeModule(L.LightningModule):
         self.clock.end_step()
 
     def row(self) -> dict[str, float]:
-        """What the last step measured, as means over its batches and over the devices, all of which have to ask."""
+        """The record of the last step, as means over its batches and over the devices, all of which have to ask."""
         if self._row is None:
-            row: dict[str, float] = {}
-            for name, value in self._record.values.items():
-                row[name] = float(value)
+            self._row = {}
+            for name, value in self.record.values.items():
+                self._row[name] = float(value)
             if self._world > 1:
-                values = torch.tensor(list(row.values()), dtype=torch.float64, device=self.device)
-                means = self.trainer.strategy.reduce(values, reduce_op="mean")
-                row = dict(zip(row, means.tolist(), strict=True))  # pyright: ignore[reportAttributeAccessIssue]
-            self._row = row
+                values = torch.tensor(list(self._row.values()), dtype=torch.float64, device=self.device)
+                means: Any = self.trainer.strategy.reduce(values, reduce_op="mean")
+                self._row = dict(zip(self._row, means.tolist(), strict=True))
         return self._row
 
-    def _why_too_many(self, norm: float) -> str:
-        """The message of the process where the gradient was spoilt; its batch goes into a file of the run."""
-        problem = self._record.problem or f"the gradient's norm is {norm}"
+    def _why_too_many(self) -> str:
+        """The message of the process whose batch was spoilt; the batch goes into a file of the run."""
         samples = [] if (data := self._data()) is None else data.samples_of_step(self.global_step)
-        listed_in = self.folder.skipped if self.folder is not None else None
-        message = self.guard.message(self.global_step + 1, problem, samples, listed_in, self.measure.samples)
+        message = self.record.message(self.global_step + 1)
         if self._world > 1:
             found: list[Any] = [None] * self._world
-            torch.distributed.all_gather_object(found, (self._record.problem is None, message, samples))
+            torch.distributed.all_gather_object(found, (self.record.problem is None, message, samples))
             _, message, samples = min(found)
         if self.global_rank == 0 and self.folder is not None:
-            with suppress(CheckpointError):  # if the disk is full too, the message still has its first ones
-                self.folder.name_skipped(self.global_step + 1, samples, self.measure.samples)
+            self.folder.name_skipped(self.global_step + 1, samples, self.measure.samples)
+            message += f" Its training {self.measure.samples} are listed in {self.folder.skipped}."
         return message
 
     # before a step ---------------------------------------------------------------------------------------------
@@ -232,40 +223,31 @@ class RnodeModule(L.LightningModule):
         self._compiled = set()
 
     def _compile_step(self, batch: Tensor) -> None:
-        """Go through a step on a batch of a new shape that changes nothing, so that its code is compiled."""
+        """Compile the code of a batch of a new shape, by a step that changes nothing."""
         if self._compiled is None or batch.shape in self._compiled:
             return
         self._compiled.add(batch.shape)
-        say = self.global_rank == 0
-        if say:
-            print("compiling: the first step takes longer", file=sys.stderr, flush=True)
+        self._tell("compiling: the first step takes longer")
         start = time.monotonic()
         precision = self.trainer.precision_plugin.train_step_context()
-        with (
-            seeded(self.recipe.training.seed, Stream.TUNE),
-            precision,
-            suppress(SolverError),
-        ):  # the step reports it
-            loss = self.objective(self.objective.inputs(batch), self.solver).loss
+        # the step itself reports a solver that fails
+        with seeded(self.recipe.training.seed, Stream.TUNE), precision, suppress(SolverError):
+            loss = self.objective(self.measure.training_inputs(batch), self.solver).loss
             torch.autograd.grad(loss, list(self.flow.parameters()), allow_unused=True)
-        if say:
-            print(f"compiled in {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
+        self._tell(f"compiled in {duration(time.monotonic() - start)}")
 
     def _tune(self) -> None:
-        """Measure the step again if that is due; all processes go on with what the first one found."""
+        """Measure the step again if that is due; all processes go on with the result of the first one."""
         auto = self.auto
         if auto is None or self.recipe.start.gives_step_at(self.global_step):
             return
         if auto.step is not None and self.global_step % self.recipe.training.tune_every:
             return
         if (data := self._data()) is None:
-            samples = self.measure.samples
-            kind = "a TableDataModule" if samples == "rows" else "an ImageDataModule"
-            raise ConfigError(f"solver.step=auto measures on held-out {samples}: train with {kind}.")
+            kind = "TableDataModule" if self.measure.samples == "rows" else "ImageDataModule"
+            raise ConfigError(f"solver.step=auto measures on held-out {self.measure.samples}: train with {kind}.")
         found = self.trainer.strategy.broadcast(auto.measure(self.flow, data.data.val, self.device))
-        line = auto.take(found, self.global_step)
-        if line and self.global_rank == 0:
-            print(line, file=sys.stderr, flush=True)
+        self._tell(auto.take(found, self.global_step))
 
     # a validation ----------------------------------------------------------------------------------------------
 
@@ -280,7 +262,7 @@ class RnodeModule(L.LightningModule):
                 self._sums.add(batch.clone(), batch_idx, training_solver=self.solver)
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
-            raise LocalError(f"the solver failed {where}: {error} {self.guard.trend()}") from error
+            raise LocalError(f"the solver failed {where}: {error} {self.record.trend()}") from error
 
     def on_validation_epoch_end(self) -> None:
         # Lightning would take the mean of the batches' means; these are over all samples of all devices already
@@ -289,18 +271,16 @@ class RnodeModule(L.LightningModule):
             self.log(
                 f"val/{name}", value, prog_bar=name == self.measure.metric, sync_dist=self.trainer.world_size > 1
             )
-        if self.trainer.sanity_checking or self._warned or self.global_rank != 0:
-            return
-        gap = means.get("gap", 0.0)
-        warning = gap_warning(gap, self.measure, at=self.global_step, automatic=self.auto is not None)
-        if warning is not None:
-            self._warned = True
-            print(warning, file=sys.stderr, flush=True)
+        if not (self.trainer.sanity_checking or self._warned):
+            gap = means.get("gap", 0.0)
+            warning = gap_warning(gap, self.measure, at=self.global_step, automatic=self.auto is not None)
+            self._warned = warning is not None
+            self._tell(warning)
 
     def _sum_over_devices(self, values: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
 
-    # what Lightning asks for -----------------------------------------------------------------------------------
+    # hooks of Lightning ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.flow, self.recipe.optimizer)
@@ -319,7 +299,7 @@ class RnodeModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         times = {"seconds": self.clock.run, "train_seconds": self.clock.training}
-        skipped = {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
+        skipped = {"skipped": self.record.skipped, "skipped_in_row": self.record.in_row}
         step = {} if self.auto is None else {"step_size": self.auto.step}
         checkpoint.update(
             header_with(self.recipe), progress={"batches": self.global_step, **times, **skipped, **step}
@@ -328,6 +308,6 @@ class RnodeModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.clock.resume(run=progress["seconds"], training=progress["train_seconds"])
-        self.guard.skipped, self.guard.in_row = progress.get("skipped", 0), progress.get("skipped_in_row", 0)
+        self.record.skipped, self.record.in_row = progress.get("skipped", 0), progress.get("skipped_in_row", 0)
         if self.auto is not None:
             self.auto.step = progress.get("step_size")

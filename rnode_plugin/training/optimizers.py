@@ -36,9 +36,7 @@ def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimize
 def learning_rate_factor(settings: Optimizer, total: Callable[[], float]) -> Callable[[int], float]:
     """The factor on ``settings.lr`` at each step: linear warm-up, then constant or half a cosine down to zero.
 
-    Args:
-        settings: of the optimizer.
-        total: gives the steps of the whole run; called for the cosine only, and only after the warm-up.
+    ``total`` gives the steps of the whole run; it is called for the cosine only, and only after the warm-up.
     """
 
     def factor(step: int) -> float:

@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError
 from ..evaluation.measures import Evaluation, ImageMeasure, Measure, TableMeasure
 from ..files import write_atomically
 from ..plugins import registry
-from ..recipes.recipe import Recipe, Start, TableData
+from ..recipes.recipe import Recipe, TableData
 from .checkpoints import BEST, LAST, PREVIOUS, find_checkpoint, read_checkpoint, recipe_of
 
 __all__ = [
@@ -59,60 +59,39 @@ class RunPlan:
     """The steps of a run.
 
     Attributes:
-        images: training images.
-        batch_size: images per device and step, after the start of the run.
-        world: number of devices.
+        steps_per_epoch: steps that take all samples once; the rest that fills no step waits for another order.
         total: steps of the whole run.
         val_every: steps between two validations.
         accumulate: batches per device and step.
-        start: whose first steps may take batches of another size.
     """
 
-    images: int
-    batch_size: int
-    world: int
+    steps_per_epoch: int
     total: int
     val_every: int
-    accumulate: int = 1
-    start: Start = field(default_factory=Start)
-
-    @property
-    def batches(self) -> str:
-        """The sizes of the batches in words."""
-        return self.start.described(self.batch_size)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that take all images once after the start; what does not fill one waits for another order."""
-        return self.images // self.images_per_step
-
-    @property
-    def images_per_step(self) -> int:
-        """On all devices together."""
-        return self.batch_size * self.world * self.accumulate
+    accumulate: int
 
     @staticmethod
-    def of(recipe: Recipe, images: int, world: int = 1) -> RunPlan:
-        """The plan of a recipe for a number of images and devices.
+    def of(recipe: Recipe, samples: int, world: int = 1) -> RunPlan:
+        """The plan of a recipe for a number of training samples and devices.
 
         Raises:
-            ConfigError: the images do not fill one batch on each device.
+            ConfigError: the samples do not fill one batch on each device.
         """
         training = recipe.training
-        called = "rows" if isinstance(recipe.data, TableData) else "images"
         batch, accumulate = recipe.data.batch_size, training.accumulate
-        per_epoch = images // (batch * world * accumulate)
+        per_epoch = samples // (batch * world * accumulate)
         if per_epoch == 0:
+            called = "rows" if isinstance(recipe.data, TableData) else "images"
             devices = f" on each of {world} devices" if world > 1 else ""
             times = f", {accumulate} times" if accumulate > 1 else ""
             raise ConfigError(
-                f"{images} training {called} do not fill one batch of {batch}{devices}{times}: use a smaller "
+                f"{samples} training {called} do not fill one batch of {batch}{devices}{times}: use a smaller "
                 "--batch-size."
             )
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
         total = min(limit for limit in limits if limit is not None)
         check = training.val_every_steps or training.val_every * per_epoch
-        return RunPlan(images, batch, world, total, min(check, total), accumulate, recipe.start)
+        return RunPlan(per_epoch, total, min(check, total), accumulate)
 
 
 @dataclass(frozen=True)
@@ -141,7 +120,7 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
-        """How the run ended and what its best weights measure; absent while it runs and after an interruption."""
+        """How the run ended and the scores of its best weights; absent while it runs and after an interruption."""
         return self.path / "result.json"
 
     @property
@@ -151,28 +130,21 @@ class RunFolder:
 
     @property
     def diagnosis(self) -> Path:
-        """What ``rnode-cli diagnose`` found; absent before it."""
+        """The result of ``rnode-cli diagnose``; absent before it."""
         return self.path / DIAGNOSIS
 
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
-        """The next free version under ``runs/RECIPE``.
-
-        Raises:
-            ConfigError: the folder cannot be made.
-        """
+        """The next free version under ``runs/RECIPE``."""
         parent = Path(runs) / recipe.name
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
-            while True:
-                try:
-                    (parent / str(version)).mkdir()
-                    return RunFolder(parent / str(version))
-                except FileExistsError:  # another run took it in the meantime
-                    version += 1
-        except OSError as error:
-            raise ConfigError(f"cannot make a run folder: {error}. Choose another with --runs.") from None
+        parent.mkdir(parents=True, exist_ok=True)
+        version = 1 + max((int(each.name) for each in parent.iterdir() if each.name.isdigit()), default=-1)
+        while True:
+            try:
+                (parent / str(version)).mkdir()
+                return RunFolder(parent / str(version))
+            except FileExistsError:  # another run took it in the meantime
+                version += 1
 
     @staticmethod
     def claim(path: str | os.PathLike[str]) -> RunFolder:
@@ -181,15 +153,11 @@ class RunFolder:
         It may hold a ``chosen.json``, which the run then keeps to.
 
         Raises:
-            ConfigError: it cannot be made, or it holds something already.
+            ConfigError: it holds something already.
         """
         path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            taken = next((each for each in path.iterdir() if each.name != CHOSEN), None)
-        except OSError as error:
-            raise ConfigError(f"cannot make the run folder {path}: {error.strerror}.") from None
-        if taken is not None:
+        path.mkdir(parents=True, exist_ok=True)
+        if (taken := next((each for each in path.iterdir() if each.name != CHOSEN), None)) is not None:
             raise ConfigError(
                 f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
             )
@@ -202,47 +170,24 @@ class RunFolder:
         return RunFolder(checkpoint.parent.parent) if inside else None
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
-        """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run.
-
-        Raises:
-            CheckpointError: they cannot be written.
-        """
-        try:
-            scores = (self.path / name for name in _SCORES)
-            for file in (self.result, self.skipped, self.diagnosis, *scores):
-                file.unlink(missing_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}.") from None
+        """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run."""
+        for file in (self.result, self.skipped, self.diagnosis, *(self.path / name for name in _SCORES)):
+            file.unlink(missing_ok=True)
         _write_json(self.path / "recipe.json", recipe.to_plain())
         _write_json(self.path / "environment.json", environment(device))
 
     def name_skipped(self, step: int, samples: Sequence[int], called: str = "images") -> None:
-        """Write ``skipped.json``: the samples, called so, of the batch that could not be used at ``step``.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Write ``skipped.json``: the samples, called so, of the batch that could not be used at ``step``."""
         _write_json(self.skipped, {"step": step, called: list(samples)})
 
     def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure) -> None:
-        """Write ``result.json`` and, before it, the scores of each held-out sample (``images.csv``, ``rows.csv``).
-
-        Args:
-            ended: how the run ended.
-            evaluation: of its best weights.
-            measure: of the kind of data.
-
-        Raises:
-            CheckpointError: they cannot be written.
-        """
-        measured, values = measure.to_plain(evaluation), evaluation.means
-        for name in values:
-            del measured[name][measure.samples]
+        """Write ``result.json`` and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
+        values = evaluation.means
         columns = zip(*(mean.samples for mean in values.values()), strict=True)
         rows = (",".join([str(number), *(f"{value:.8g}" for value in row)]) for number, row in enumerate(columns))
         text = "\n".join([",".join([measure.sample, *values]), *rows]) + "\n"
         write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
-        _write_json(self.result, {**ended, "evaluation": measured})
+        _write_json(self.result, {**ended, "evaluation": measure.to_plain(evaluation)})
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
@@ -317,8 +262,6 @@ def newest_intact(resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]
             for error in errors:
                 print(f"{error} Going on from {file.name}.", file=sys.stderr)
             return file, contents
-    if errors:
-        raise errors[0]
     file = find_checkpoint(path, prefer=LAST)
     return file, read_checkpoint(file)
 
@@ -336,10 +279,11 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
     differ = [name for name in _FIXED if old.get(name) != new.get(name)]
     if old.get("data.checksum") not in (None, new.get("data.checksum")):  # of the rows of a table
         differ.append("data.checksum")
-    if new["training.ema"] is None and old["training.ema"] is not None:
-        raise CheckpointError(f"{path} holds averaged weights: training.ema cannot be switched off in a run.")
+    if new["training.ema"] is None and old["training.ema"] is not None:  # its weights are the average
+        differ.append("training.ema")
     if differ:
         what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
-        advice = f"--weights {path} starts a new run from it"
-        raise CheckpointError(f"{path} cannot go on with other settings: {what}. {advice}.")
+        raise CheckpointError(
+            f"{path} cannot go on with other settings: {what}. --weights {path} starts a new run from it."
+        )
     return path, contents["progress"]["batches"]

@@ -1,14 +1,13 @@
-"""One training step: equation 17 on a batch, what a step measured, which steps count; and a validation's sums."""
+"""One training step: equation 17 on a batch, the record of what a step measured, and the sums of a validation."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +26,7 @@ from ..solvers import HealthCheck, Solver, all_finite, check_health
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
 
-__all__ = [
-    "AutoStep",
-    "StepClock",
-    "StepGuard",
-    "StepObjective",
-    "StepRecord",
-    "StepTerms",
-    "ValidationSums",
-    "gap_warning",
-]
+__all__ = ["AutoStep", "StepClock", "StepObjective", "StepRecord", "StepTerms", "ValidationSums", "gap_warning"]
 
 
 # equation 17 on a batch ----------------------------------------------------------------------------------------
@@ -44,12 +34,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StepTerms:
-    """The terms of one batch, each a mean over its samples; NaN, all of them, if the batch is not usable.
+    """The terms of one batch, each a mean over its samples; all are NaN if the batch is not usable.
 
     Attributes:
         loss: equation 17 in nats per dimension, with its graph. If it is NaN, so is its gradient.
         score: in the unit of the data's measure, bits/dim or nats.
-        nfe: evaluations of the vector fields, all blocks together.
+        nfe: evaluations of the vector fields, summed over blocks.
         penalties: integral of each penalty by name, divided by the number of dimensions.
         checks: deferred checks of the solves, which say why a batch is not usable.
     """
@@ -62,12 +52,7 @@ class StepTerms:
 
 
 class StepObjective:
-    """Equation 17 for a flow and the settings of a recipe.
-
-    Args:
-        flow: the model.
-        recipe: its regularizers and its kind of data.
-    """
+    """Equation 17 for a flow and the regularizers of a recipe."""
 
     def __init__(self, flow: Any, recipe: Recipe) -> None:
         self._flow, self._measured = flow, recipe.measured
@@ -75,12 +60,8 @@ class StepObjective:
         self._deferring = "checks" in inspect.signature(flow.forward).parameters
         self.lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
-    def inputs(self, batch: Tensor) -> FlowInput:
-        """A batch as the data come, ready for the flow: images with noise in each bin, or rows of a table."""
-        return self.measure.training_inputs(batch)
-
     def __call__(self, inputs: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
-        """The terms of samples as :meth:`inputs` gives them; a fixed grid reads nothing from the device.
+        """The terms of samples that ``measure.training_inputs`` gives; a fixed grid reads nothing from the device.
 
         ``step`` counts the optimizer's steps so far, for strengths that depend on it.
 
@@ -96,56 +77,54 @@ class StepObjective:
         lambdas = {name: strength_at(name, strength, step) for name, strength in self.lambdas.items()}
         goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=dims, undivided=whole)
         score = self.measure.scores(log_prob.detach()).mean()
-        one = _one_if_usable(goal.loss, checks)
+        # a factor of NaN makes the gradient NaN too, which tells all processes of the run to skip the step
+        usable = torch.isfinite(goal.loss.detach())
+        if checks:
+            usable = usable & all_finite(checks)
+        one = torch.where(usable, 1.0, torch.nan).to(goal.loss.dtype)
         means = {name: value.detach().mean() for name, value in output.regularization.items()}
         penalties = {name: one * (mean if name in whole else mean / dims) for name, mean in means.items()}
         return StepTerms(one * goal.loss, one * score, output.nfe, penalties, checks)
 
     def unusable(self, nfe: int) -> StepTerms:
-        """The terms of a batch whose integration failed: NaN, and so is the gradient.
-
-        That reaches every process of the run through the mean of the gradients, so all of them skip the step
-        together.
-        """
+        """The terms of a batch whose integration failed: NaN, and so is the gradient, on every device."""
         loss = torch.nan * torch.stack([parameter.sum() for parameter in self._flow.parameters()]).sum()
         nan = torch.full_like(loss.detach(), torch.nan)
         return StepTerms(loss, nan, nfe, dict.fromkeys(self._measured if self.lambdas else (), nan))
 
 
-def _one_if_usable(loss: Tensor, checks: list[HealthCheck]) -> Tensor:
-    """1, or NaN if the loss or a solve is not finite.
+# the record of a step -------------------------------------------------------------------------------------------
 
-    A factor of NaN makes the gradient NaN too, which tells all processes of the run to skip the step.
-    """
-    usable = torch.isfinite(loss.detach())
-    if checks:
-        usable = usable & all_finite(checks)
-    return torch.where(usable, 1.0, torch.nan).to(loss.dtype)
-
-
-# what a step measured, and whether it counts -------------------------------------------------------------------
+_REMEMBERED = 20  # solves whose NFE and Jacobian norm a message compares
 
 
 class StepRecord:
-    """What one optimizer step measures, over the batches whose gradients it averages.
+    """The measurements of the current optimizer step over its batches, and the skipped steps before it.
 
     The values stay on their device until the gradient is there; :meth:`read` then reads all of them at once.
 
     Args:
-        batches: of the step.
         metric: name of the score of the data's measure.
-        fixed: values that are known from the start.
 
     Attributes:
-        values: what is logged, by name: means over the batches.
-        problem: why a batch of this step is not usable; None if all are, or nothing was read yet.
+        values: to log, by name: means over the batches.
+        problem: why a batch of this step is not usable; None if all batches are.
+        skipped: steps of the run without a usable gradient.
+        in_row: those of them since the last usable step.
     """
 
-    def __init__(self, batches: int = 1, metric: str = "bpd", **fixed: float) -> None:
-        self._batches, self._metric = batches, metric
-        self._terms: list[StepTerms] = []
-        self.values: dict[str, Any] = {f"train/{name}": value for name, value in fixed.items()}
+    def __init__(self, metric: str = "bpd") -> None:
+        self.values: dict[str, Any] = {}
         self.problem: str | None = None
+        self.skipped = self.in_row = 0
+        self._metric, self._batches = metric, 1
+        self._terms: list[StepTerms] = []
+        self._solves: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
+
+    def begin(self, batches: int, *, step_size: float | None = None) -> None:
+        """Begin a step of so many batches."""
+        self._batches, self._terms, self.problem = batches, [], None
+        self.values = {} if step_size is None else {"train/step_size": step_size}
 
     def add(self, terms: StepTerms) -> None:
         """Add one batch."""
@@ -156,86 +135,33 @@ class StepRecord:
             key = f"train/{name}"
             self.values[key] = self.values.get(key, 0.0) + value / self._batches
 
-    def read(self, norm: Tensor) -> tuple[float, list[tuple[int, float]]]:
-        """Read the device, once.
-
-        Args:
-            norm: of the step's gradient, ``()``.
-
-        Returns:
-            The norm as a number; for each batch its NFE and its Jacobian penalty per dimension, NaN if that is not
-            measured.
-        """
+    def read(self, norm: Tensor) -> bool:
+        """Read the device, once; return whether the step has a usable gradient, whose norm ``()`` is given."""
         unknown = norm.new_tensor(math.nan)
         pairs = [(terms.loss, terms.penalties.get("jacfrob", unknown)) for terms in self._terms]
         values = [norm, *(value for pair in pairs for value in pair)]
         length, *found = torch.stack([value.to(norm.dtype) for value in values]).tolist()
-        batches, self._terms = self._terms, []
-        for terms, loss in zip(batches, found[::2], strict=True):
+        for terms, loss, jacobian in zip(self._terms, found[::2], found[1::2], strict=True):
+            self._solves.append((terms.nfe, jacobian))
             if not math.isfinite(loss) and self.problem is None:
                 self.problem = "the loss is nan"
                 try:
                     check_health(terms.checks)
                 except SolverError as error:
                     self.problem = f"the solver failed ({error})"
-        return length, [(terms.nfe, jacobian) for terms, jacobian in zip(batches, found[1::2], strict=True)]
+        self._terms = []
+        usable = math.isfinite(length)
+        self.skipped, self.in_row = self.skipped + (not usable), 0 if usable else self.in_row + 1
+        self.values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
+        return usable
 
-
-_REMEMBERED = 20  # steps whose NFE and Jacobian norm a message compares
-_LISTED = 16  # samples that a message names
-
-
-class StepGuard:
-    """Counts the steps without a usable gradient, and remembers how hard the last solves were.
-
-    Args:
-        limit: steps in a row that may be skipped before training stops.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.skipped = self.in_row = 0
-        self._limit = limit
-        self._solves: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED)
-
-    def remember(self, nfe: float, jacfrob: float) -> None:
-        """NFE and mean Jacobian penalty per dimension of one solve; NaN where it was not measured."""
-        self._solves.append((nfe, jacfrob))
-
-    def made(self) -> None:
-        """Count a step whose gradient was used."""
-        self.in_row = 0
-
-    def skip(self) -> bool:
-        """Count a skipped step; return whether it was one too many."""
-        self.skipped += 1
-        self.in_row += 1
-        return self.in_row >= self._limit
-
-    def message(
-        self,
-        step: int,
-        problem: str,
-        samples: Sequence[int],
-        listed_in: str | os.PathLike[str] | None,
-        called: str = "images",
-    ) -> str:
-        """Why training stops at ``step``, and what can be done.
-
-        Args:
-            step: number of the step, from 1.
-            problem: what was wrong with it.
-            samples: its batch; empty if that is not known.
-            listed_in: file that names all of the images if they are too many for a sentence; None for no file.
-            called: what samples are called.
-        """
+    def message(self, step: int) -> str:
+        """Why training stops at ``step``, counted from 1, and the remedy."""
         first = step - self.in_row + 1
+        problem = self.problem or "the gradient's norm is not finite"
         which = f"steps {first} to {step} were" if first < step else f"step {step} was"
-        named, left = ", ".join(map(str, samples[:_LISTED])), len(samples) - _LISTED
-        where = f" (all in {listed_in})" if listed_in is not None else ""
-        more = f" and {left} more{where}" if left > 0 else ""
         sentences = (
             f"{problem} at training step {step}; {which} skipped, and so many in a row are too many.",
-            f"The batch was the training {called} {named}{more}." if samples else "",
             self.trend(),
             "Raise regularizers.jacfrob, or lower solver.step or optimizer.lr.",
         )
@@ -243,15 +169,12 @@ class StepGuard:
 
     def trend(self) -> str:
         """How NFE and Jacobian norm moved over the last solves: a sentence, or nothing if none is known."""
-        said = []
+        moves = []
         for name, column in (("NFE", 0), ("the Jacobian norm (jacfrob / dim)", 1)):
             values = [solve[column] for solve in self._solves if math.isfinite(solve[column])]
             if len(values) > 1:
-                first, last = values[0], values[-1]
-                verb = "rose" if last > first else "fell"
-                way = f"{verb} from {first:.3g} to {last:.3g}" if last != first else f"stayed at {first:.3g}"
-                said.append(f"{name} {way}")
-        return f"Over the last {len(self._solves)} solves {' and '.join(said)}." if said else ""
+                moves.append(f"{name} went from {values[0]:.3g} to {values[-1]:.3g}")
+        return f"Over the last {len(self._solves)} solves {' and '.join(moves)}." if moves else ""
 
 
 class StepClock:
@@ -263,8 +186,7 @@ class StepClock:
     """
 
     def __init__(self) -> None:
-        self.last = self.training = 0.0
-        self._before = 0.0
+        self.last = self.training = self._before = 0.0
         self._start = self._step_start = time.monotonic()
 
     def start_step(self) -> None:
@@ -286,7 +208,7 @@ class StepClock:
 
 # solver.step=auto ----------------------------------------------------------------------------------------------
 
-_FIRST_STEP = 0.5  # the paper's; what trains on coarser steps soon learns to exploit them
+_FIRST_STEP = 0.5  # the paper's; a flow that trains on coarser steps soon exploits them
 _CALM = 1 / 4  # share of the tolerances that a coarser step may use up, so that it does not come and go
 _SAMPLES = 16
 
@@ -294,24 +216,17 @@ _SAMPLES = 16
 class AutoStep:
     """The coarsest step, from 0.5 down, at which a flow agrees with a tight adaptive solve.
 
-    A step that is coarser than the current one has to agree four times as well.
-
-    Each check measures on the same held-out samples with the same noise
-    (:func:`~rnode_plugin.evaluation.step_size.tune_step`), so that its result is a function of the weights alone.
-
-    Args:
-        solver: the fixed grid.
-        measure: of the kind of data.
-        seed: of the noise.
+    A step that is coarser than the current one has to agree four times as well. Each check measures on the same
+    held-out samples with the same noise (:func:`~rnode_plugin.evaluation.step_size.tune_step`), so that its result
+    is a function of the weights alone.
 
     Attributes:
-        step: as found by the last check; None before the first one.
+        step: the result of the last check; None before the first one.
     """
 
     def __init__(self, solver: Solver, measure: Measure, *, seed: int) -> None:
         self.step: float | None = None
         self._solver, self._measure, self._seed = solver, measure, seed
-        self._failing = False
 
     @property
     def solver(self) -> Solver:
@@ -319,12 +234,9 @@ class AutoStep:
         return dataclasses.replace(self._solver, step=self.step or _FIRST_STEP)
 
     def measure(self, flow: Any, samples: Any, device: torch.device) -> StepTable | None:
-        """What each step gives now; None if the adaptive solve itself fails.
+        """The gap and the round trip of each step now; None if the adaptive solve itself fails.
 
-        Args:
-            flow: the model.
-            samples: held-out ones as the data come, ``(N, ...)``; the first 16 are used.
-            device: of the model.
+        ``samples`` are held-out ones as the data come, ``(N, ...)``; the first 16 are used.
         """
         mode = flow.training
         flow.eval()
@@ -338,46 +250,30 @@ class AutoStep:
             flow.train(mode)
 
     def take(self, found: StepTable | None, at: int) -> str | None:
-        """Switch to the step that was found at training step ``at``.
-
-        Returns:
-            One line for the user; None if nothing has changed.
-        """
+        """Switch to the step that was found at training step ``at``; a line for the user if something changed."""
         old = self.step or _FIRST_STEP
-        again, self._failing = self._failing, found is None
         if found is None:
             self.step = old
-            line = f"solver.step stays {old:g} at step {at}: the adaptive solve that it is held against fails."
-            return None if again else line
+            return f"solver.step stays {old:g} at step {at}: the adaptive solve that it is held against fails."
         best = found.rows[-1]
-        new = best.step
         calm = best.gap <= _CALM * found.max_gap and best.round_trip <= _CALM * found.max_round_trip
-        if new > old and not calm:
-            new = max(old, new / 2)
-        self.step = new
+        self.step = new = best.step if best.step <= old or calm else max(old, best.step / 2)
         if new == old:
             return None
-        line = f"solver.step {old:g} -> {new:g} at step {at}"
-        # a finer one: why the old one would not do; a coarser one: that it does
-        row, unit = next((row for row in found.rows if row.step == max(old, new)), best), self._measure.unit
-        line += f": gap {row.gap:.2g} {unit}, round trip {row.round_trip:.2g} {self._measure.step_unit}"
-        line += f" at {row.step:g}"
-        if found.step is None:
-            line += f", and no step down to {new:g} agrees with an adaptive solve: raise the lambdas"
-        return line + "."
+        advice = "" if found.step is not None else "; no step agrees with an adaptive solve: raise the lambdas"
+        gaps = (
+            f"gap {best.gap:.2g} {self._measure.unit}, round trip {best.round_trip:.2g} {self._measure.step_unit}"
+        )
+        return f"solver.step {old:g} -> {new:g} at step {at}: {gaps} at {best.step:g}{advice}."
 
 
 # a validation --------------------------------------------------------------------------------------------------
 
 
 def gap_warning(gap: float, measure: Measure, *, at: int, automatic: bool) -> str | None:
-    """A line to warn with if the training solver is off by more than the measure allows; None if it is not.
+    """A warning if the ``gap``, the training solver's score less the accurate one, is more than the measure allows.
 
-    Args:
-        gap: score by the training solver less that by the accurate one.
-        measure: of the kind of data.
-        at: training step.
-        automatic: whether ``solver.step=auto`` chooses the solver's step.
+    ``automatic`` says whether ``solver.step=auto`` chooses the solver's step. None if the gap is allowed.
     """
     if abs(gap) <= measure.max_gap:
         return None
@@ -391,10 +287,7 @@ def gap_warning(gap: float, measure: Measure, *, at: int, automatic: bool) -> st
 class ValidationSums:
     """Score, NFE, penalties and solver gap of held-out samples, summed over the batches of one validation.
 
-    Args:
-        flow: the model, whose own solver is the accurate one.
-        recipe: its kind of data and the seed of the noise, which is the same at each validation.
-        rank: number of this device.
+    The flow's own solver is the accurate one. The noise is the same at each validation.
     """
 
     def __init__(self, flow: Any, recipe: Recipe, *, rank: int) -> None:
@@ -418,18 +311,17 @@ class ValidationSums:
         for name, integral in output.regularization.items():
             sums[name] = integral.sum() if name in whole else integral.sum() / self._measure.dims
         if index == 0 and not training_solver.adaptive:
-            coarse = self._training_scores(batch, index, training_solver)
-            sums |= {"gap_samples": len(scores), "gap": (coarse - scores).sum()}
+            sums |= {"gap_samples": len(scores), "gap": self._gap(batch, scores, training_solver)}
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-    def _training_scores(self, batch: Tensor, index: int, solver: Solver) -> Tensor:
-        """Scores ``(B,)`` by the training solver in its precision, with its products at all stages."""
+    def _gap(self, batch: Tensor, scores: Tensor, solver: Solver) -> Tensor | float:
+        """The sum of the training solver's scores, in its precision and with all products, less ``scores``."""
         solver = dataclasses.replace(solver, trace_quadrature="full")
         try:
-            return self._scores(batch, index, solver=solver, penalties=False)[0]
+            return (self._scores(batch, 0, solver=solver, penalties=False)[0] - scores).sum()
         except SolverError:
-            return torch.full((len(batch),), math.inf, device=batch.device)
+            return math.inf
 
     def _scores(self, batch: Tensor, index: int, **options: Any) -> tuple[Tensor, FlowOutput]:
         with seeded(self._seed, Stream.VALIDATE, self._rank, index):

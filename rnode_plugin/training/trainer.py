@@ -1,4 +1,4 @@
-"""Lightning's Trainer as a run needs it: its options, loggers and checkpoints, and what is private in Lightning."""
+"""Lightning's Trainer for a run: its options, loggers and checkpoints, and the private names of Lightning."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ __all__ = [
     "LOGGERS",
     "AtomicCheckpointIO",
     "batches_trained",
-    "check_loggers",
     "check_options",
     "end_other_processes",
     "follow_plan",
@@ -42,7 +41,7 @@ __all__ = [
     "validates_after_this_batch",
 ]
 
-# options of Lightning's Trainer that would contradict the recipe or fit, and what decides instead
+# options of Lightning's Trainer that would contradict the recipe or fit, and the setting or argument instead
 _DECIDED = {
     "precision": "training.precision",
     "max_steps": "training.max_steps",
@@ -64,27 +63,30 @@ _DECIDED = {
 }
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of Lightning's Trainer that the recipe or an argument of ``fit`` decides.
+def check_options(options: Mapping[str, Any], loggers: Iterable[Logger | str]) -> None:
+    """Refuse options and loggers that ``fit`` cannot pass on to Lightning.
 
     Raises:
-        ConfigError: with the setting or the argument.
+        ConfigError: an option of its Trainer that the recipe or an argument of ``fit`` decides; a logger that is
+            not known or whose program is not installed.
     """
     for name in options:
         if name in _DECIDED:
             raise ConfigError(f"fit does not take Lightning's {name}: set {_DECIDED[name]}.")
+    for name in (each for each in loggers if isinstance(each, str)):
+        if name not in LOGGERS:
+            raise ConfigError(suggest(name, LOGGERS, "logger"))
+        if LOGGERS[name] and not any(importlib.util.find_spec(module) for module in LOGGERS[name]):
+            raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
 
 
 def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **options: Any) -> L.Trainer:
-    """Lightning's Trainer, on the devices that torchrun was asked for if it started this process.
+    """Lightning's Trainer; under torchrun ``devices="auto"`` means torchrun's own numbers.
 
-    Args:
-        devices, num_nodes: as Lightning's Trainer takes them; ``auto`` means torchrun's own numbers under torchrun.
-        plugins: besides ours.
-        options: what depends on the run; the precision ``auto`` starts as Lightning's default.
+    The precision ``auto`` starts as Lightning's default.
 
     Raises:
-        ConfigError: what it refuses: an accelerator that is not there, a precision that it does not know.
+        ConfigError: an accelerator that is not there, a precision that is not known or does not work here.
     """
     torchrun = TorchElasticEnvironment.detect()
     if torchrun and devices == "auto":
@@ -117,18 +119,13 @@ def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **o
     return trainer
 
 
-def follow_plan(trainer: L.Trainer, recipe: Recipe, images: int) -> RunPlan:
+def follow_plan(trainer: L.Trainer, recipe: Recipe, samples: int) -> RunPlan:
     """Set the steps and validations of a Trainer, which depend on how many devices it has found.
 
-    Args:
-        trainer: of the run.
-        recipe: its settings.
-        images: number of training images.
-
     Raises:
-        ConfigError: the images do not fill one batch on each device.
+        ConfigError: the samples do not fill one batch on each device.
     """
-    plan = RunPlan.of(recipe, images, trainer.world_size)
+    plan = RunPlan.of(recipe, samples, trainer.world_size)
     trainer.fit_loop.epoch_loop.max_steps = plan.total
     trainer.val_check_interval = plan.val_every * plan.accumulate
     return plan
@@ -183,21 +180,6 @@ LOGGERS: dict[str, tuple[str, ...]] = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
-
-
-def check_loggers(loggers: Iterable[Logger | str]) -> None:
-    """Refuse names that are not known or whose program is not installed.
-
-    Raises:
-        ConfigError: with what to install.
-    """
-    for name in loggers:
-        if isinstance(name, Logger):
-            continue
-        if name not in LOGGERS:
-            raise ConfigError(suggest(name, LOGGERS, "logger"))
-        if LOGGERS[name] and not any(importlib.util.find_spec(module) for module in LOGGERS[name]):
-            raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
 
 
 def make_logger(name: str, folder: Path) -> Logger:
