@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py --field 2-64 --activation tanh --threads 1
     python benchmarks/peers.py scaling --threads 1
+    python benchmarks/peers.py penalties --threads 1
 
 The field is a multilayer perceptron with two hidden layers; the loss is a density's, so the state carries the
 log-determinant. Every case solves the same problem from the same weights and starts, with the same method and
@@ -23,6 +24,7 @@ from typing import Any
 
 import click
 import torch
+import torchdiffeq
 from measure import (
     Timing,
     alternate,
@@ -33,15 +35,26 @@ from measure import (
     table,
     threads_option,
 )
-from peer_solvers import TOLERANCE, diffrax_step, installed, loss_of, torchdiffeq_case, torchode_case, zuko_case
+from peer_solvers import (
+    TOLERANCE,
+    by_hand_case,
+    diffrax_step,
+    installed,
+    loss_of,
+    torchdiffeq_case,
+    torchode_case,
+    zuko_case,
+)
 from torch import Tensor, nn
 from torchdyn import models as torchdyn_models
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models.cnf import hutch_trace
+from torchdyn.nn import DepthCat
 
 from rnode_plugin import CNF, NeuralODE
+from rnode_plugin.torchdiffeq import odeint
 
-FIELDS = {"2-64": (2, 64), "8-128": (8, 128), "64-256": (64, 256)}
+FIELDS = {"2-64": (2, 64), "8-128": (8, 128), "16-128": (16, 128), "64-256": (64, 256)}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"tanh": nn.Tanh, "softplus": nn.Softplus}
 SOLVES = {"rk4": {"solver": "rk4"}, "dopri5": {"solver": "dopri5", "atol": TOLERANCE, "rtol": TOLERANCE}}
 BASELINE = "torchdyn, exact trace"
@@ -243,6 +256,147 @@ def scaling(steps: int, threads: int, repeats: int) -> None:
         theirs, ours = times.values()
         rows.append([dims, hidden, batch, trace, theirs, ours, ratio(ours, theirs)])
     click.echo(table(["D", "width", "batch", "trace", "torchdyn, no penalties", "ours, both", "ratio"], rows))
+
+
+class Plain(nn.Module):
+    """The perceptron as a field without a trace."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
+        return self.net(x)
+
+
+def with_time(dims: int, hidden: int) -> nn.Sequential:
+    """A perceptron with a layer that sees time, for a CNF."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        DepthCat(1), nn.Linear(dims + 1, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(),
+        nn.Linear(hidden, dims),
+    )  # fmt: skip
+
+
+NONE = "torchdyn, none"
+PRICES: dict[str, dict[str, Any]] = {
+    NONE: {},
+    "ours, none": {"regularizers": None},
+    "ours, kinetic": {"regularizers": ["kinetic"]},
+    "ours, both": {"regularizers": BOTH},
+    "ours, both, sampled": {"regularizers": BOTH, "penalty_quadrature": "sampled"},
+    "ours, both, exact": {"regularizers": BOTH, "trace_noise": "exact"},
+    "ours, both, exact, sampled": {
+        "regularizers": BOTH, "trace_noise": "exact", "penalty_quadrature": "sampled",
+    },
+}  # fmt: skip
+DIFFEQ: dict[str, dict[str, Any]] = {
+    "torchdiffeq, none": {},
+    "our odeint, kinetic": {"regularizers": ["kinetic"]},
+    "our odeint, both": {"regularizers": BOTH},
+    "our odeint, both, sampled": {"regularizers": BOTH, "penalty_quadrature": "sampled"},
+    "torchdiffeq, both by hand": {"by hand": True},
+}
+DENSITIES: dict[str, dict[str, Any]] = {
+    "torchdyn's CNF, none": {},
+    "our CNF, none": {"regularizers": None},
+    "our CNF, both": {"regularizers": BOTH},
+}
+
+
+def price_case(field: nn.Module, case: str, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
+    """A forward pass with penalties that no density shares, or with those of a CNF."""
+    if case in DIFFEQ:
+        return _odeint_case(field, DIFFEQ[case], solve, steps, x)
+    span = torch.linspace(0, 1, steps + 1 if solve == "rk4" else 2).to(x)
+    options: dict[str, Any] = {**SOLVES[solve], "sensitivity": "autograd", "return_t_eval": False}
+    density = case in DENSITIES
+    ours = (DENSITIES if density else PRICES)[case]
+    state = torch.cat([torch.zeros_like(x[:, :1]), x], 1) if density else x
+    with redirect_stdout(StringIO()):
+        if ours:
+            wrapped = CNF(field, trace_estimator="exact") if density else field
+            ode: Any = NeuralODE(wrapped, **ours, **options)
+        else:
+            ode = TorchdynNeuralODE(torchdyn_models.CNF(field) if density else field, **options)
+
+    def run() -> Tensor:
+        end = ode(state, span)[-1]
+        loss = loss_of(end[:, 1:], -end[:, 0]) if density else end.square().mean()
+        return loss + 0.01 * ode.reg_loss() if ours.get("regularizers") else loss
+
+    return run
+
+
+def _odeint_case(
+    field: nn.Module, given: dict[str, Any], solve: str, steps: int, x: Tensor
+) -> Callable[[], Tensor]:
+    if "by hand" in given:
+        return by_hand_case(field, solve, steps, x)
+    span = torch.linspace(0, 1, 2).to(x)
+    options: dict[str, Any] = {"method": solve}
+    options |= {"options": {"step_size": 1 / steps}} if solve == "rk4" else {"atol": TOLERANCE, "rtol": TOLERANCE}
+
+    def run() -> Tensor:
+        if not given:
+            return torchdiffeq.odeint(field, x, span, **options)[-1].square().mean()
+        z, penalties = odeint(field, x, span, **options, **given)
+        return z[-1].square().mean() + 0.01 * penalties.loss()
+
+    return run
+
+
+def price_step(group: str, name: str, solve: str, steps: int, batch_size: int, case: str) -> Step:
+    """A training step of one case; ``group`` is ``"field"`` or ``"density"``."""
+    dims, hidden = FIELDS[name]
+    field: nn.Module = with_time(dims, hidden) if group == "density" else Plain(perceptron(dims, hidden, "tanh"))
+    torch.manual_seed(1)
+    return with_gradient(field, price_case(field, case, solve, steps, torch.randn(batch_size, dims)))
+
+
+@main.command()
+@click.option("--field", "fields", multiple=True, type=click.Choice(list(FIELDS)), help="[default: 2-64, 16-128]")
+@click.option("--solve", "solves", multiple=True, type=click.Choice(list(SOLVES)), help="[default: all]")
+@click.option("--steps", default=8, show_default=True, help="Steps of rk4.")
+@click.option("--batch-size", default=512, show_default=True)
+@click.option("--calls", default=5, show_default=True, help="Training steps in one timed run.")
+@threads_option
+@repeats_option
+def penalties(
+    fields: tuple[str, ...],
+    solves: tuple[str, ...],
+    steps: int,
+    batch_size: int,
+    calls: int,
+    threads: int,
+    repeats: int,
+) -> None:
+    """What penalties cost: fields without a trace, torchdiffeq's odeint, and a CNF with the exact trace."""
+    device = set_up("cpu", threads)
+    print_environment(device)
+    click.echo(f"tanh, batch {batch_size}, {repeats} alternated runs of {calls} steps: median (range)\n")
+    rows: list[list[object]] = []
+    for name in fields or ["2-64", "16-128"]:
+        groups = {NONE: PRICES, "torchdiffeq, none": DIFFEQ}
+        if name == "2-64":
+            groups["torchdyn's CNF, none"] = DENSITIES
+        for solve in solves or SOLVES:
+            # one after the other: all cases of both solvers share the slow and fast moments
+            built = {
+                case: ("density" if cases is DENSITIES else "field", name, solve, steps, batch_size, case)
+                for cases in groups.values()
+                for case in cases
+            }
+            training = {case: price_step(*arguments) for case, arguments in built.items()}
+            times = alternate(training, repeats=repeats, device=device, calls=calls, clock=time.process_time)
+            memory = {case: peak_memory(price_step, *built[case], device=device).above for case in built}
+            for baseline, cases in groups.items():
+                rows += [
+                    [f"{name}, {solve}", case, times[case], ratio(times[case], times[baseline]),
+                     f"{memory[case] / 1e6:.0f} MB, {memory[case] / memory[baseline]:.2f}"]
+                    for case in cases
+                ]  # fmt: skip
+    click.echo(table(["field", "case", "a training step", "ratio", "memory, ratio"], rows))
 
 
 if __name__ == "__main__":

@@ -270,6 +270,11 @@ class _Layout:
             raise ConfigError(f"the penalized tensors have different numbers of samples: {sorted(sizes)}.")
         return cls(tuple_state, count, indices, wanted.batch_dim, tuple(x.shape for x in tensors))
 
+    @property
+    def whole(self) -> bool:
+        """Whether ``z`` is one of the tensors as it is; views would cost an evaluation of a small net a tenth."""
+        return len(self.indices) == 1 and self.batch_dim == 0
+
     def tensors(self, y: Any) -> tuple[Tensor, ...]:
         return tuple(y) if self.tuple_state else (y,)
 
@@ -279,12 +284,17 @@ class _Layout:
 
     def penalized(self, y: Any) -> Tensor:
         """``z (B, *event)``; of several tensors ``(B, D)``."""
+        if self.whole:
+            return self.tensors(y)[self.indices[0]]
         parts = [x.movedim(self.batch_dim, 0) for i, x in enumerate(self.tensors(y)) if i in self.indices]
         return parts[0] if len(parts) == 1 else torch.cat([x.flatten(1) for x in parts], 1)
 
     def replaced(self, y: Sequence[Tensor], z: Tensor) -> Any:
         """The user's state ``y`` with ``z`` in its place."""
         tensors, places = list(y), sorted(self.indices)
+        if self.whole:
+            tensors[places[0]] = z
+            return self.of_user(tensors)
         widths = [self.shapes[i].numel() // len(z) for i in places] if len(places) > 1 else []
         parts = z.split(widths, 1) if widths else [z]
         for i, part in zip(places, parts, strict=True):
@@ -347,7 +357,8 @@ class _Augmented:
         velocity, part.velocity, part.state = part.velocity, (), ()
         if not torch.is_grad_enabled():  # a product has made a graph
             velocity = tuple(x.detach() for x in velocity)
-        return (*velocity, *(rate * self._sign for rate in found.values()))
+        rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
+        return (*velocity, *rates)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._func, name)
