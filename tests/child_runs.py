@@ -57,9 +57,10 @@ def at(step: int, what: str) -> str:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Weights, optimizer, schedule and metrics, to the bit."""
+    """Weights and their average, optimizer, schedule and metrics, to the bit."""
     a, b = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (one, other))
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step"):
+    keys = {"state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step"}
+    for key in keys | a.keys() & {"current_model_state", "averaging_state"}:
         assert repr_exact(a[key]) == repr_exact(b[key]), key
     assert rows(one) == rows(other)
 

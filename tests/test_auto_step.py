@@ -17,7 +17,6 @@ from test_tuning import LEVELS, Bounded, Scaling, flow_of
 from tiny_runs import rows, run, signal_at, tiny_recipe
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
-from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation import measures
 from rnode_plugin.evaluation.likelihood import evaluate
@@ -164,7 +163,7 @@ def gaps(result: FitResult) -> list[float]:
     return [float(row["val/gap"]) for row in rows(result.folder.path) if "val/gap" in row]
 
 
-def test_the_gap_of_each_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gap_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         "optimizer.lr=2e-2", "optimizer.warmup=0", "training.max_steps=1", "solver.method=euler",
         "solver.trace_quadrature=sampled", "test_solver.step=0.25",
@@ -172,29 +171,20 @@ def test_the_gap_of_each_validation(tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe = tiny_recipe(*settings)
     result = run(recipe, tmp_path)
     (gap,) = gaps(result)
-    flow: Any = load_flow(result.folder.last)
-    with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
-        x = dequantize(torch.as_tensor(load_images(recipe).val[:10]), 17)
-        noise = flow.draw_noise(10)
-        solvers = recipe.test_solver, Solver("euler", None)
-        fine, coarse = (flow.bits_per_dim(x, noise=noise, solver=solver) for solver in solvers)
-    assert gap == pytest.approx(float((coarse - fine).mean()), rel=1e-4)
     assert abs(gap) > 0.02
+    (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
+    assert f"at step 1 the training solver is off by {gap:+.3f} bits/dim" in warning
+    assert "lower solver.step (or --set solver.step=auto)" in warning
     assert gap_warning(0.0199, MEASURE, at=7, automatic=True) is None
     assert "lower training.tune_every" in str(gap_warning(-0.0201, MEASURE, at=7, automatic=True))
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert warnings == [
-        f"warning: at step 1 the training solver is off by {gap:+.3f} bits/dim from the accurate one (val/gap), so "
-        "the model learns its errors: lower solver.step (or --set solver.step=auto), or raise the lambdas."
-    ]
     assert result.evaluation is not None
-    images = load_images(recipe).val
+    assert result.evaluation.gap == pytest.approx(gap, rel=0.5)
+    flow, images = load_flow(result.folder.last), load_images(recipe).val
     of_grid = evaluate(flow, images, batch_size=10, seed=42, solver=recipe.solver).dirty.mean
     accurate = evaluate(flow, images, batch_size=10, seed=42).dirty.mean
     both = evaluate(flow, images, batch_size=len(images), seed=42, training_solver=recipe.solver)
     assert both.gap is not None
     assert math.copysign(1, both.gap) == math.copysign(1, of_grid - accurate)
-    assert result.evaluation.gap == pytest.approx(gap, rel=0.5)
 
 
 def test_a_training_solver_that_fails_on_held_out_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

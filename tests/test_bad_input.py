@@ -20,7 +20,7 @@ from rnode_plugin.errors import RnodeError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_images
 from rnode_plugin.solvers import Solver, solve
-from rnode_plugin.training.checkpoints import export_flow, header_with, read_checkpoint, save_flow
+from rnode_plugin.training.checkpoints import save_flow
 
 RECIPE = get_recipe("digits").override(["model.hidden=4", "solver.step=none", "test_solver.method=rk4"])
 
@@ -35,13 +35,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = (shelf / "good.ckpt").read_bytes()
     (shelf / "half.ckpt").write_bytes(good[: len(good) // 2])
     (shelf / "code.ckpt").write_bytes(pickle.dumps(print))
-    export_flow(shelf / "good.ckpt", shelf / "good.safetensors")
-    (shelf / "half.safetensors").write_bytes((shelf / "good.safetensors").read_bytes()[:900])
-    contents = read_checkpoint(shelf / "good.ckpt")
-    torch.save({**contents, **header_with(RECIPE.override(["model.hidden=5"]))}, shelf / "other_model.ckpt")
-    future = {**contents["rnode_plugin"], "format": 2, "version": "9.9"}
-    torch.save({**contents, "rnode_plugin": future}, shelf / "future.ckpt")
-    torch.save({"weight": torch.zeros(2)}, shelf / "foreign.ckpt")
     for number, image in enumerate(random_images(20)):
         write_picture(shelf / "not_pictures" / f"{number}.png", image)
     (shelf / "not_pictures" / "4.png").write_text("hello")
@@ -85,10 +78,6 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "mnist", "--resume", "SHELF/good.ckpt"], 2, r"is a run of digits, not of mnist; leave"),
     (["train", "--resume", "SHELF/good.ckpt", "--ffjord"], 2, r"cannot go with --resume"),
     (["eval", "SHELF/code.ckpt"], 1, r"code\.ckpt cannot be read"),
-    (["eval", "SHELF/foreign.ckpt"], 1, r"not a checkpoint of rnode-plugin: it holds no recipe"),
-    (["eval", "SHELF/future.ckpt"], 1, r"written by rnode-plugin 9\.9 in format 2; .* Install that version"),
-    (["eval", "SHELF/other_model.ckpt"], 1, r"does not fit the model of its recipe"),
-    (["eval", "SHELF/half.safetensors"], 1, r"truncated or no checkpoint"),
     (["eval", "SHELF/good.ckpt", "--device", "cuda:77"], 2, r"the device 'cuda:77' cannot be used"),
     (["eval", "SHELF/good.ckpt", "--solver", "methd=rk4"], 2, r"unknown setting 'test_solver\.methd'"),
     (["sample", "SHELF/good.ckpt", "-n", "1", "--out", "SHELF/text/x.png"], 1, r"cannot write .*x\.png"),
@@ -128,27 +117,18 @@ def ode(**options: Any) -> NeuralODE:
 # what is called, words of the message
 CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: small_flow()(torch.rand(2, 1, 8, 9)), r"takes images of shape \(B, 1, 8, 8\)"),
-    (lambda: small_flow()(torch.rand(0, 1, 8, 8)), r"with B >= 1"),
     (lambda: small_flow()(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), r"dequantize turns uint8 images into them"),
     (lambda: small_flow()(torch.rand(2, 1, 8, 8).double()), r"convert them with \.to\(\)"),
     (lambda: small_flow()(torch.full((2, 1, 8, 8), torch.nan)), r"in \[0, 1\], but hold NaN"),
     (lambda: small_flow()(255 * torch.rand(2, 1, 8, 8)), r"divide pixel values by the levels"),
-    (lambda: small_flow()(torch.rand(2, 1, 8, 8), noise=[]), r"a list of 6 tensors, one for each block"),
     (lambda: small_flow().inverse(torch.zeros(2, 63)), r"latents must be of shape \(B, 64\)"),
     (lambda: small_flow().sample(0), r"at least 1, not 0"),
-    (lambda: small_flow().sample(1, temperature=-1.0), r"temperature must be a positive number"),
-    (lambda: small_flow(alpha=0.5), r"alpha must be between 0 and 0\.5"),
-    (lambda: small_flow(regularizers=("kinetik",)), r"did you mean 'kinetic'"),
-    (lambda: MultiscaleFlow((8, 8)), r"three positive integers"),
-    (lambda: Solver(method="rk4_83"), r"unknown solver method 'rk4_83'; did you mean 'rk4_38'"),
-    (lambda: Solver(atol=-1.0), r"solver\.atol must be a number >= 0"),
     (lambda: Solver(max_nfe=-1), r"solver\.max_nfe"),
     (lambda: _solve([0.0]), r"at least two times"),
     (lambda: _solve([0.0, 0.0]), r"strictly increasing or decreasing"),
     (lambda: _solve([0.0, float("nan")]), r"t_span must be finite"),
     (lambda: ode(regularizers={"kinetic": -1.0}), r"lambda of 'kinetic' must be a finite number >= 0, not -1"),
     (lambda: ode(regularizers=["jacobi"]), r"unknown .*'jacobi'"),
-    (lambda: evaluate(small_flow(), np.zeros((0, 1, 8, 8), np.uint8)), r"at least one image"),
     (lambda: evaluate(small_flow(), np.zeros((2, 1, 8, 8), np.uint8), draws=0), r"one draw"),
     (lambda: sample_images(small_flow(), 1, temperatures=[0.0]), r"positive number"),
     (lambda: load_flow("nowhere.ckpt"), r"no checkpoint at"),

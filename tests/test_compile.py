@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from programs import train_digits
-from tiny_runs import SETTINGS, tiny_recipe
+from tiny_runs import SETTINGS, run, tiny_recipe
 from torch._dynamo.exc import TorchDynamoException
 
 from rnode_plugin import get_recipe
@@ -21,7 +21,6 @@ from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import compile_fields, conv_field, fused, linear_field
 from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.fit import fit
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
@@ -105,14 +104,11 @@ def test_a_run_says_that_it_compiles_and_changes_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled: list[Any] = []
-    options = {"accelerator": "cpu", "devices": 1, "progress": False}
-    plain = fit(tiny_recipe(), runs=tmp_path / "plain", **options)
+    plain = run(tiny_recipe(), tmp_path / "plain")
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
-    fast = fit(tiny_recipe("training.compile=true"), runs=tmp_path / "fast", **options)
+    fast = run(tiny_recipe("training.compile=true"), tmp_path / "fast")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compil")]
-    assert said[0] == "compiling: the first step takes longer"
-    assert said[1].startswith("compiled in ")
-    assert len(said) == 2
+    assert [line[:8] for line in said] == ["compilin", "compiled"]
     assert len(compiled) == 1
     a, b = (read_checkpoint(each.folder.last)["state_dict"] for each in (plain, fast))
     for name in a:
@@ -156,4 +152,4 @@ def test_a_model_without_such_a_field_is_refused(monkeypatch: pytest.MonkeyPatch
     plain = get_recipe("digits").override(["training.compile=true"])
     monkeypatch.setattr("rnode_plugin.training.module.compile_fields", lambda flow: 0)
     with pytest.raises(ConfigError, match="no field that can be compiled"):
-        fit(plain, runs=tmp_path, accelerator="cpu", devices=1, progress=False)
+        run(plain, tmp_path)

@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as L
 import torch
-from child_runs import repr_exact
 from click.testing import CliRunner, Result
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import SETTINGS, BeforeStep, rows, run, signal_at, tiny_recipe
 
-from rnode_plugin import load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.training import runs
@@ -143,17 +141,7 @@ def test_the_average_of_the_weights(tmp_path: Path) -> None:
     assert validations[0] != validations[1]
 
 
-def test_an_averaged_run_interrupted_and_resumed(tmp_path: Path) -> None:
-    recipe = tiny_recipe("training.ema=0.9")
-    whole = run(recipe, tmp_path / "a")
-    part = run(recipe, tmp_path / "b", callbacks=[signal_at(6)])
-    rest = run(recipe, tmp_path, resume=part.folder.path)
-    a, b = (read_checkpoint(each.folder.last) for each in (whole, rest))
-    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
-        assert repr_exact(a[key]) == repr_exact(b[key]), key
-    assert rows(whole.folder.path) == rows(rest.folder.path)
-    with pytest.raises(CheckpointError, match=r"training\.ema is 0\.9 there and None here"):
-        run(tiny_recipe("training.max_steps=9"), tmp_path, resume=whole.folder.path)
+def test_an_average_begins_in_the_middle_of_a_run_and_does_not_end_there(tmp_path: Path) -> None:
     bare = run(tiny_recipe("training.max_steps=2"), tmp_path / "c")
     start = read_checkpoint(bare.folder.best)["state_dict"]
     later = run(tiny_recipe("training.max_steps=3", "training.ema=0.9"), tmp_path, resume=bare.folder.path)
@@ -162,7 +150,8 @@ def test_an_averaged_run_interrupted_and_resumed(tmp_path: Path) -> None:
     moved = sum(float((end[name] - start[name]).norm()) for name in start)
     whole_way = sum(float((raw[name] - start[name]).norm()) for name in start)
     assert moved == pytest.approx(0.1 * whole_way, rel=1e-3)
-    assert load_flow(later.folder.path).dims == 64
+    with pytest.raises(CheckpointError, match=r"training\.ema is 0\.9 there and None here"):
+        run(tiny_recipe("training.max_steps=9"), tmp_path, resume=later.folder.path)
 
 
 # denormals ----------------------------------------------------------------------------------------------------

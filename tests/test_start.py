@@ -6,8 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from child_runs import assert_same
-from tiny_runs import rows, run, signal_at, tiny_recipe
+from tiny_runs import rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Start
@@ -81,21 +80,13 @@ def test_two_devices_and_two_batches_a_step_take_the_images_of_one() -> None:
     assert [a + b + c + d for a, b, c, d in zip(first[0], second[0], first[1], second[1], strict=True)] == one
 
 
-@pytest.mark.parametrize(("stops", "workers"), [((2, 4, 6), 0), pytest.param((3,), 1, marks=pytest.mark.slow)])
-def test_interrupted_and_resumed_equals_uninterrupted(stops: tuple[int, ...], workers: int, tmp_path: Path) -> None:
-    """Stopped inside of the start, at its last step, and after it."""
-    recipe = tiny_recipe(*START, f"data.workers={workers}")
-    whole = run(recipe, tmp_path / "a")
-    part = run(recipe, tmp_path / "b", callbacks=[signal_at(stops[0])])
-    for stop in stops[1:]:
-        part = run(recipe, tmp_path, resume=part.folder.path, callbacks=[signal_at(stop)])
-        assert training_solver(part.folder.last).step == (1.0 if stop <= 4 else 0.5)
-    assert part.steps == stops[-1]
-    rest = run(recipe, tmp_path, resume=part.folder.path)
-    assert_same(whole.folder.path, rest.folder.path)
+def test_the_steps_of_a_start(tmp_path: Path) -> None:
+    part = run(tiny_recipe(*START, "training.max_steps=4"), tmp_path)
+    assert training_solver(part.folder.last).step == 1.0
+    rest = run(tiny_recipe(*START), tmp_path, resume=part.folder.path)
+    assert training_solver(rest.folder.last).step == 0.5
     evaluations = [float(row["train/nfe"]) for row in rows(rest.folder.path) if "train/nfe" in row]
     assert evaluations == [24.0] * 4 + [48.0] * 4
-    assert training_solver(rest.folder.last).step == 0.5
 
 
 def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import child_runs
 import numpy as np
 import pytest
 import pytorch_lightning as L
@@ -23,17 +24,14 @@ from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.evaluation.loading import load_images
-from rnode_plugin.evaluation.measures import FlowInput
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.solvers import Solver
 from rnode_plugin.training.callbacks import MetricsTable
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.module import RnodeModule
 from rnode_plugin.training.optimizers import learning_rate_factor
 from rnode_plugin.training.runs import RunFolder, RunPlan
-from rnode_plugin.training.step import StepObjective, StepTerms
 
 SETTINGS = [
     "data.batch_size=50", "data.train_images=200", "training.val_images=60", "data.val_batch_size=40",
@@ -161,18 +159,34 @@ def test_the_same_seed_gives_the_same_numbers_twice(recipe: Recipe, whole: FitRe
     assert [p.name for p in sorted((tmp_path / "digits").iterdir())] == ["0", "1"]
 
 
-@pytest.mark.parametrize("step", [2, 4])  # 4: the signal comes right before a validation
+START = ("start.steps=4", "start.batch_size=10", "start.step=1", "solver.step=0.5")
+
+
+@pytest.mark.parametrize(
+    ("settings", "stops"),
+    [
+        ((), [2]),
+        ((), [4]),  # right before a validation
+        (("training.ema=0.9",), [6]),
+        (("optimizer.name=muon", "optimizer.lr=2e-2", "optimizer.beta2=0.95"), [6]),
+        (START, [2, 4, 6]),  # inside of the start, at its last step, and after it
+        pytest.param((*START, "data.workers=1"), [3], marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
-    recipe: Recipe, whole: FitResult, tmp_path: Path, step: int
+    tmp_path: Path, settings: tuple[str, ...], stops: list[int]
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    part = run(recipe, tmp_path / "b", callbacks=[signal_at(step)])
-    assert (part.stopped, part.steps, part.evaluation) == ("SIGTERM", step, None)
+    recipe, before = tiny_recipe(*settings), signal.getsignal(signal.SIGTERM)
+    whole = run(recipe, tmp_path / "a")
+    part = run(recipe, tmp_path / "b", callbacks=[signal_at(stops[0])])
+    assert (part.stopped, part.steps, part.evaluation) == ("SIGTERM", stops[0], None)
     assert signal.getsignal(signal.SIGTERM) == before  # the run's own handlers are gone again
-    resumed = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
-    assert resumed.folder == part.folder
-    assert resumed.seconds > part.seconds
-    assert_same(whole, resumed)
+    for stop in stops[1:]:
+        part = run(recipe, tmp_path, resume=part.folder.path, callbacks=[signal_at(stop)])
+    rest = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
+    assert rest.folder == part.folder
+    assert rest.seconds > part.seconds
+    child_runs.assert_same(whole.folder.path, rest.folder.path)
 
 
 def test_a_signal_during_the_last_validation_ends_the_run_after_it(recipe: Recipe, tmp_path: Path) -> None:
@@ -241,28 +255,18 @@ def test_the_step_is_equation_17(recipe: Recipe) -> None:
     assert module.row()["train/jacfrob"] == pytest.approx(float(jacfrob) / 64, rel=1e-5)
 
 
-def test_a_lambda_that_warms_up_follows_the_optimizers_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[int, float, float]] = []
-    call = StepObjective.__call__
-
-    def record(self: StepObjective, x: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
-        terms = call(self, x, solver, step=step)
-        nll = float(terms.score) * math.log(2) - math.log(17)  # the digits have 17 levels
-        seen.append((step, float(terms.loss.detach()) - nll, float(terms.penalties["l1"])))
-        return terms
-
-    monkeypatch.setattr(StepObjective, "__call__", record)
+def test_a_lambda_that_warms_up_follows_the_optimizers_steps(tmp_path: Path) -> None:
     recipe = tiny_recipe(
         "regularizers.kinetic=0", "regularizers.jacfrob=0", "regularizers.l1=linear_warmup(2)*30",
-        "training.accumulate=2", "training.max_steps=4", "solver.trace_quadrature=full",
+        "training.accumulate=2", "training.max_steps=4", "solver.trace_quadrature=full", "training.log_every=1",
     )  # fmt: skip
     result = run(recipe, tmp_path)
-    assert [step for step, _, _ in seen] == [0, 0, 1, 1, 2, 2, 3, 3]
-    for step, added, l1 in seen:
-        assert added == pytest.approx(min(step / 2, 1) * 30 * l1, abs=1e-5)
-    assert seen[-1][2] > 1e-4
+    steps = [{name: float(value) for name, value in row.items()} for row in rows(result) if "train/l1" in row]
+    assert len(steps) == 4
+    for done, row in enumerate(steps):
+        nll = (row["train/bpd"] - math.log2(17)) * math.log(2)
+        assert row["train/loss"] - nll == pytest.approx(min(done / 2, 1) * 30 * row["train/l1"], abs=1e-5)
+    assert steps[-1]["train/l1"] > 1e-4
     stored = json.loads((result.folder.path / "recipe.json").read_text())
     assert stored["regularizers"]["l1"] == "linear_warmup(2)*30.0"
 

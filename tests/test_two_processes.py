@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import train_digits
 from tiny_runs import SETTINGS, rows
 
 from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
@@ -24,22 +25,17 @@ from rnode_plugin.training.checkpoints import read_checkpoint
 pytestmark = pytest.mark.ddp
 
 
-def command(runs: Path, *arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> list[str]:
-    fixed = [*changed(*SETTINGS), "--accelerator", "cpu", "--runs", str(runs)]
-    return [*launcher, "-m", "rnode_plugin", "train", "digits", *fixed, *arguments]
-
-
 def changed(*settings: str) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
 
 
-def train(
-    runs: Path, *arguments: str, env: dict[str, str] | None = None, **options
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        command(runs, *arguments, **options), capture_output=True, text=True, timeout=200, env=environment
-    )
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+COMMAND = [*train_digits(*changed(*SETTINGS)), "--runs"]
+
+
+def train(runs: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, str(runs), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**ENVIRONMENT, **(env or {})})
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -115,7 +111,7 @@ def test_devices_exchanged_for_accumulation_in_the_middle_of_a_run(tmp_path: Pat
 def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
     """The example on two devices: each trains on its part, each held-out image counts once, one process reports."""
     example = Path(__file__).parents[1] / "examples" / "lightning_trainer.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(example), "--steps", "2", "--devices", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -145,13 +141,12 @@ def test_one_process_killed_and_the_run_resumed(tmp_path: Path) -> None:
     options = ("--devices", "2", *changed("training.max_steps=40", "training.val_every_steps=20"))
     whole = train(tmp_path / "a", *options)
     assert whole.returncode == 0, whole.stderr
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = tmp_path / "b" / "digits" / "0"
     resume: tuple[str, ...] = ()
     for signum, after in ((signal.SIGTERM, 3), (signal.SIGKILL, 9)):
         with subprocess.Popen(
-            command(tmp_path / "b", *options, *resume),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+            [*COMMAND, str(tmp_path / "b"), *options, *resume],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True,
         ) as process:  # fmt: skip
             _wait_for(run, after)
             if signum == signal.SIGKILL:

@@ -159,10 +159,7 @@ def train(
 
     short = {name: options.pop(name) for name in _SHORT}
     try:
-        if resume is not None:
-            chosen, checkpoint = _run(resume, recipe, ctx)
-        else:
-            chosen, checkpoint = _recipe(str(recipe), ffjord), None
+        chosen, checkpoint = _chosen(recipe, resume, ffjord, ctx)
         chosen = chosen.override([*_settings(short, chosen), *assignments])
         made = [_callback(name) for name in callbacks]
         result = fit(chosen, resume=checkpoint, callbacks=made, progress=not (quiet or as_json), **options)
@@ -222,22 +219,17 @@ def _callback(name: str) -> Any:
     return made
 
 
-def _recipe(name: str, ffjord: bool) -> Recipe:
+def _chosen(name: str | None, resume: str | None, ffjord: bool, ctx: click.Context) -> tuple[Recipe, Path | None]:
+    """The recipe to train, and the newest intact checkpoint of a run to go on with."""
     from ..recipes.recipe import get_recipe, is_recipe_file, read_recipe
-
-    recipe = read_recipe(name) if is_recipe_file(name) else get_recipe(name)
-    return recipe.ffjord() if ffjord else recipe
-
-
-def _run(resume: str, name: str | None, ctx: click.Context) -> tuple[Recipe, Path]:
-    """The recipe of a run to go on with, and its newest intact checkpoint."""
-    from ..recipes.recipe import is_recipe_file, read_recipe
     from ..training.checkpoints import recipe_of
     from ..training.runs import newest_intact
 
-    path, contents = newest_intact(resume)
-    if name is not None and is_recipe_file(name):
-        return read_recipe(name), path
+    path, contents = (None, {}) if resume is None else newest_intact(resume)
+    if name is not None and (path is None or is_recipe_file(name)):
+        recipe = read_recipe(name) if is_recipe_file(name) else get_recipe(name)
+        return recipe.ffjord() if ffjord else recipe, path
+    assert path is not None  # one of both is named
     recipe = recipe_of(contents, path)
     if name not in (None, recipe.name):
         raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}; leave the recipe out.", ctx)

@@ -22,7 +22,7 @@ from ..recipes.recipe import Recipe, Start
 from .runs import RunPlan
 from .trainer import batches_trained
 
-__all__ = ["EpochOrder", "EvenShare", "ImageDataModule", "RecipeDataModule", "TableDataModule", "datamodule_of"]
+__all__ = ["EpochOrder", "EvenShare", "ImageDataModule", "RecipeDataModule", "TableDataModule"]
 
 D = TypeVar("D", ImageData, Table)
 
@@ -281,10 +281,3 @@ class TableDataModule(RecipeDataModule[Table]):
         >>> next(iter(data.train_dataloader())).shape
         torch.Size([200, 8])
     """
-
-
-def datamodule_of(recipe: Recipe, data: ImageData | Table) -> RecipeDataModule[Any]:
-    """The data module of a recipe's kind of data."""
-    return (
-        ImageDataModule(recipe, images=data) if isinstance(data, ImageData) else TableDataModule(recipe, data=data)
-    )

@@ -36,15 +36,15 @@ from .callbacks import (
     WeightAverage,
 )
 from .checkpoints import load_flow, read_checkpoint, training_solver
-from .datamodule import RecipeDataModule, datamodule_of
+from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .progress import RunProgress, batch_counter
 from .runs import RunFolder, RunPlan, checkpoint_to_resume, newest_intact, training_lock
 from .trainer import (
+    LOGGERS,
     check_options,
     end_other_processes,
     follow_plan,
-    make_logger,
     make_trainer,
     quiet,
 )
@@ -169,7 +169,7 @@ def fit(
             **trainer_options,
         )
         plan = follow_plan(trainer, recipe, len(data.train))
-        samples = datamodule_of(recipe, data)
+        samples = RecipeDataModule(recipe, data=data)
         samples.trainer = trainer
         samples.setup("fit")  # refuses too few samples before there is a folder
         if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
@@ -187,25 +187,31 @@ def fit(
             module.folder = folder
             checkpoints.folder, grids.folder = folder.last.parent, folder.samples
             metrics.table = MetricsTable(folder.metrics, keep=done)
-            trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
+            label = "-".join(folder.path.parts[-2:])  # RECIPE-VERSION
+            trainer.loggers += [LOGGERS[name][1](folder.path, label) for name in loggers if isinstance(name, str)]
             if progress:
                 _announce(module, data, plan, trainer, done)
         with _errors_with_advice(checkpoints, trainer, is_new=before is None), explained():
-            stopped, at_once = _train(module, samples, trainer, stop, plan, checkpoint, done)
+            if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
+                module.on_load_checkpoint(read_checkpoint(checkpoint))
+                stopped = "finished"
+            else:
+                stopped = _train(module, samples, trainer, stop, checkpoint)
         assert checkpoints.folder is not None  # all processes know it once training has begun
         folder = RunFolder(checkpoints.folder.parent)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
+        by_signal = stopped in signal.Signals.__members__
         result = FitResult(
             folder=folder,
-            steps=_saved_steps(folder) if at_once else max(trainer.global_step, done),
+            steps=_saved_steps(folder) if by_signal else max(trainer.global_step, done),
             planned=plan.total,
             stopped=stopped,
             seconds=module.clock.run,
             step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
         )
-        if stopped in signal.Signals.__members__ or not trainer.is_global_zero:
+        if by_signal or not trainer.is_global_zero:
             return result
         ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
         device = trainer.strategy.root_device
@@ -218,24 +224,19 @@ def _train(
     samples: RecipeDataModule[Any],
     trainer: L.Trainer,
     stop: StopAfterStep,
-    plan: RunPlan,
     checkpoint: Path | None,
-    done: int,
-) -> tuple[str, bool]:
-    """Train; why it ended, as :class:`FitResult` says it, and whether that was in the middle of a step."""
-    if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
-        module.on_load_checkpoint(read_checkpoint(checkpoint))
-        return "finished", False
+) -> str:
+    """Train; why it ended, as :class:`FitResult` says it."""
     try:
         trainer.fit(module, samples, ckpt_path=checkpoint)
     except Interrupted as interruption:
-        return str(interruption), False
+        return str(interruption)
     except StoppedAtOnce as interruption:
         end_other_processes(trainer, signal.SIGKILL)
-        return str(interruption), True
+        return str(interruption)
     if stop.out_of_time:
-        return "max_time", False
-    return "finished" if trainer.global_step >= plan.total else "early", False
+        return "max_time"
+    return "finished" if trainer.global_step >= trainer.max_steps else "early"
 
 
 def _saved_steps(folder: RunFolder) -> int:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ __all__ = [
     "end_other_processes",
     "follow_plan",
     "is_logged",
-    "make_logger",
     "make_trainer",
     "quiet",
     "validates_after_this_batch",
@@ -76,7 +75,8 @@ def check_options(options: Mapping[str, Any], loggers: Iterable[Logger | str]) -
     for name in (each for each in loggers if isinstance(each, str)):
         if name not in LOGGERS:
             raise ConfigError(suggest(name, LOGGERS, "logger"))
-        if LOGGERS[name] and not any(importlib.util.find_spec(module) for module in LOGGERS[name]):
+        modules = LOGGERS[name][0]
+        if modules and not any(map(importlib.util.find_spec, modules)):
             raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
 
 
@@ -173,29 +173,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 # loggers -------------------------------------------------------------------------------------------------------
 
-# name -> modules of which one must be installed
-LOGGERS: dict[str, tuple[str, ...]] = {
-    "csv": (),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
+# name -> modules of which one must be installed, and the logger for a run's folder and RECIPE-VERSION
+LOGGERS: dict[str, tuple[tuple[str, ...], Callable[[Path, str], Logger]]] = {
+    "csv": ((), lambda folder, run: CSVLogger(folder, name="", version="csv")),
+    "tensorboard": (
+        ("tensorboard", "tensorboardX"),
+        lambda folder, run: TensorBoardLogger(folder, name="", version="tensorboard"),
+    ),
+    "wandb": (("wandb",), lambda folder, run: WandbLogger(name=run, project="rnode", save_dir=folder)),
+    "mlflow": (
+        ("mlflow",),
+        lambda folder, run: MLFlowLogger(
+            experiment_name="rnode",
+            run_name=run,
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI"),
+            save_dir=str(folder / "mlflow"),
+        ),
+    ),
 }
-
-
-def make_logger(name: str, folder: Path) -> Logger:
-    """The logger of that name, which writes into a folder of its own in the run's ``folder``.
-
-    ``wandb`` and ``mlflow`` go to the server that their own environment variables name, if they do.
-    """
-    run = "-".join(folder.parts[-2:])  # RECIPE-VERSION
-    if name == "csv":
-        return CSVLogger(folder, name="", version="csv")
-    if name == "tensorboard":
-        return TensorBoardLogger(folder, name="", version="tensorboard")
-    if name == "wandb":
-        return WandbLogger(name=run, project="rnode", save_dir=folder)
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    return MLFlowLogger(experiment_name="rnode", run_name=run, tracking_uri=server, save_dir=str(folder / "mlflow"))
 
 
 # names of Lightning that are private or not declared; a test fails if one goes ----------------------------------
