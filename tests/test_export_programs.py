@@ -223,10 +223,6 @@ def test_an_adaptive_density_is_exported_on_a_grid() -> None:
     model = density(fused(), solver="dopri5", atol=1e-7, rtol=1e-7)
     with pytest.raises(ConfigError, match=r"chooses its steps while it runs.*Solver\('rk4_38', step=0\.25\)"):
         export_program(model, "log_prob")
-    with pytest.raises(ConfigError, match="dopri5 chooses its steps while it runs"):
-        export_program(tiny_flow(solver=Solver("dopri5")), "sampler")
-    with pytest.raises(ConfigError, match="tsit5 chooses its steps"):
-        export_program(model, "log_prob", solver=Solver("tsit5"))
     program = export_program(model, "log_prob", solver=Solver("rk4_38", step=0.25))
     x = torch.randn(5, 2)
     assert_same(program.module()(x), model.on_grid("rk4_38", step=0.25).log_prob(x))
@@ -254,31 +250,25 @@ def test_a_field_that_cannot_be_exported(field: Any, words: str) -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not of Linear"):
         export_program(nn.Linear(2, 2), "sampler")
-    with pytest.raises(ConfigError, match="unknown program 'sample'; did you mean 'sampler'"):
+    with pytest.raises(ConfigError, match="did you mean 'sampler'"):
         export_program(tiny_flow(), cast("Which", "sample"))
     with pytest.raises(ConfigError, match="takes no context"):
         export_program(tiny_flow(), "sampler", context=torch.zeros(1))
-    program = export_program(density(sequential()), "sampler")
     with pytest.raises(ConfigError, match=r"must end in \.pt2 or \.onnx"):
-        save_program(program, tmp_path / "model.pt")
-    assert not list(tmp_path.iterdir())
+        save_program(cast("ExportedProgram", None), tmp_path / "model.pt")
 
 
-def test_the_model_stays_as_it_was() -> None:
+def test_the_model_stays_as_it_was_and_values_have_no_gradient() -> None:
     flow = tiny_flow().train()
     before = {name: x.clone() for name, x in flow.state_dict().items()}
-    export_program(flow, "log_prob")
+    program = export_program(flow, "log_prob")
     assert flow.training
     assert all(p.requires_grad for p in flow.parameters())
     assert all(torch.equal(x, before[name]) for name, x in flow.state_dict().items())
-    # nothing that the recorder made is kept in a cache
-    flow.log_prob(torch.rand(2, 1, 4, 4)).sum().backward()
-
-
-def test_values_have_no_gradient() -> None:
-    """A gradient through recorded derivatives would be wrong, so there is none."""
-    program = export_program(density(sequential()), "log_prob").module()
-    assert not program(torch.randn(2, 2, requires_grad=True)).requires_grad
+    flow.log_prob(torch.rand(2, 1, 4, 4)).sum().backward()  # no cache keeps a tensor of the recorder
+    inputs, *_ = calls(program)
+    # a gradient through recorded derivatives would be wrong, so there is none
+    assert not program.module()(*(x.requires_grad_() for x in inputs)).requires_grad
 
 
 def test_files_run_without_the_package_and_hold_the_weights_once(tmp_path: Path) -> None:
@@ -303,33 +293,22 @@ def test_files_run_without_the_package_and_hold_the_weights_once(tmp_path: Path)
             assert torch.equal(found, value)
 
 
-@pytest.mark.parametrize("trace", ["gaussian", pytest.param("exact", marks=slow)])
-def test_onnx(trace: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gaussian", *(pytest.param(each, marks=slow) for each in ("exact", "images"))])
+def test_onnx(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model = density(Conditional(), trace, context_shape=2, solver="euler")
+    images = kind == "images"
+    model = tiny_flow() if images else density(Conditional(), kind, context_shape=2, solver="euler")
     for which, result in (("sampler", "x"), ("log_prob", "log_prob")):
         program = export_program(model, cast("Which", which))
         session = runtime.InferenceSession(save_program(program, tmp_path / f"{which}.onnx"))
         assert [each.name for each in session.get_outputs()] == [result]
         names = [each.name for each in session.get_inputs()]
         assert names == list(program.graph_signature.user_inputs)
-        assert session.get_inputs()[0].shape == ["batch", 2]
+        assert session.get_inputs()[0].shape[0] == "batch"
         for inputs in calls(program):
             feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
             assert_same(torch.tensor(session.run(None, feed)[0]), program.module()(*inputs))
-
-
-@pytest.mark.slow
-def test_onnx_of_an_image_flow(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    flow = tiny_flow()
-    program = export_program(flow, "log_prob")
-    session = runtime.InferenceSession(save_program(program, tmp_path / "log_prob.onnx"))
-    for x, noise in calls(program):
-        (found,) = session.run(None, {"x": x.numpy(), "noise": noise.numpy()})
-        assert_same(torch.tensor(found), flow.log_prob(x, noise=block_noise(flow, noise)))
 
 
 def test_the_command(tmp_path: Path) -> None:

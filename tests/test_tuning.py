@@ -146,11 +146,8 @@ def test_the_noise_is_drawn_once(x: Tensor) -> None:
     ("options", "message"),
     [
         ({"solver": Solver(method="dopri5")}, "dopri5 chooses its own steps"),
-        ({"start": 0.0}, "start must be a positive number"),
-        ({"smallest": math.nan}, "smallest must be a positive number"),
-        ({"max_gap": -1.0}, "max_gap must be a positive number"),
-        ({"max_round_trip": math.inf}, "max_round_trip must be a positive number"),
-        ({"start": 0.25, "smallest": 0.5}, "above the first one to try"),
+        ({"start": 0.0}, "positive numbers"),
+        ({"start": 0.25, "smallest": 0.5}, "start the larger"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str, x: Tensor) -> None:
@@ -209,8 +206,6 @@ def test_command_trains_a_recipe_first(tmp_path: Path, monkeypatch: pytest.Monke
     ("arguments", "message"),
     [
         (["nowhere"], "unknown recipe 'nowhere'"),
-        (["CHECKPOINT", "--method", "rk5"], "unknown solver method 'rk5'"),
-        (["CHECKPOINT", "--start", "-1"], "start must be a positive number"),
         (["CHECKPOINT", "--set", "data.nme=x"], "unknown"),
     ],
 )

@@ -389,7 +389,7 @@ def tune_step(
     from ..solvers import Solver
 
     solver = Solver(method=options.pop("method"))
-    check_tuning(solver, **options)
+    check_tuning(solver, start=options["start"], smallest=options["smallest"])
     where = pick_device(device)
     changes = [*assignments, *([f"data.root={data_root}"] if data_root else [])]
     flow, recipe = _trained(run_or_recipe, changes, train_steps, where, download=download)

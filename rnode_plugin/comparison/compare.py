@@ -166,7 +166,7 @@ def places_of(accelerator: str, devices: str, arms: int) -> list[str]:
     return [f"{number}," for number in numbers][:arms]
 
 
-# ---- what is left to do ----
+# ---- the arms that are left ----
 
 
 @dataclass(frozen=True)

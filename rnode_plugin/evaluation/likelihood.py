@@ -1,9 +1,8 @@
-"""The likelihood of a flow on held-out samples, NFE and penalties, by the measure of their kind of data.
+"""``evaluate``: the likelihood of a flow on held-out samples, its NFE and penalties.
 
-Two things are random: which samples there are, and the noise of the dequantisation and of the trace estimate. An
-evaluation keeps the second below the first. In few dimensions the trace is exact. In many, Rademacher probes
-estimate it, which have the smallest variance of independent ones, and there are as many draws of noise as that
-takes.
+The samples and the noise of dequantisation and trace estimate are random; enough draws keep the error from the
+noise below that from the samples. In few dimensions the trace is exact. In many, Rademacher probes estimate it: of
+independent ones they have the smallest variance.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import dataclasses
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
-from ..errors import ConfigError, SolverError
+from ..errors import SolverError
 from ..flows.base import BlockFlow
 from ..solvers import StepMemory
 from .measures import Evaluation, ImageMeasure, Mean, Measure, batch_of
@@ -36,10 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "nfe_batches"]
 
 
-_PILOT = 32  # samples: at least so many are drawn twice to learn how large the noise is
-_FEWEST_TO_JUDGE = 8  # samples: the spread of fewer says too little
+_PILOT = 32  # samples: at least so many are drawn twice to measure the noise
+_FEWEST_TO_JUDGE = 8  # samples: with fewer the noise is not compared with the samples' error
 _MAX_DRAWS = 8
-_NOISE_SHARE = 0.5  # of the samples' error: so large the noise's may be
+_NOISE_SHARE = 0.5  # of the samples' error: the noise may be that large
 _NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # batches, and samples and numbers of one
 
 
@@ -59,33 +58,29 @@ def evaluate(
     """Measure ``flow`` on samples.
 
     Args:
-        flow: the model; it stays on its device and in its mode. Its own trace estimator is not used, see above.
+        flow: the model; it stays on its device and in its mode. Its own trace estimator is replaced, see above.
         samples: as the data come, array or tensor ``(N, ...)``: images uint8 ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
         measure: of the kind of data, see :func:`~rnode_plugin.evaluation.measures.measure_of`; None for images of
             the flow's shape and levels.
-        batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with those
-            that suited the batch before.
+        batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
+            last step of the batch before.
         draws: draws of noise per sample. None for as many as make the error from the noise at most half of that
-            from the samples, one to eight: the first samples are drawn twice to learn that.
+            from the samples, one to eight; to measure it the first samples are drawn twice.
         solver: the integrator; None for the flow's own.
         seed: of the noise.
-        training_solver: a fixed grid to be compared with ``solver``; None, an adaptive one or one whose step is not
-            known: no comparison.
+        training_solver: a fixed grid of known step to be compared with ``solver``; others are not compared.
         progress: called with batches done and batches in all.
 
     Returns:
-        Means over samples: the last, smaller batch counts by its samples. NFE is that of solves of their own, which
+        Means over samples: the last, smaller batch counts by its samples. NFE is that of separate solves, which
         begin with no step of another solve: of four batches of 100 samples, of large samples fewer, see
         :func:`nfe_batches`.
 
     Raises:
-        ConfigError: for counts below one, or no samples.
         SolverError: if the integration fails.
     """
     measure = measure or ImageMeasure(flow.image_shape, flow.levels)
-    if (draws is not None and draws < 1) or batch_size < 1 or len(samples) < 1:
-        raise ConfigError(f"evaluation needs at least one {measure.sample}, one draw and a batch size of one.")
     start = time.monotonic()
     measuring = _Measuring(measure, flow, samples, batch_size, solver, seed, progress)
     if draws is None:
@@ -109,9 +104,9 @@ def evaluate(
 
 
 def nfe_batches(samples: int, dims: int) -> list[slice]:
-    """The batches of which NFE is reported: four of 100 samples, of more than 4000 dimensions fewer than 100.
+    """The batches for the NFE: four of 100 samples, of more than 4000 dimensions fewer.
 
-    They depend on the data alone, so that two models are measured on the same ones.
+    They depend on the data alone.
     """
     size = min(samples, max(1, min(_NFE_BATCH, _NFE_NUMBERS // dims)))
     return [slice(k * size, (k + 1) * size) for k in range(min(_NFE_BATCHES, samples // size))]
@@ -138,7 +133,7 @@ class _Measuring:
         self._samples, self._solver, self._seed = samples, solver, seed
         self._batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
         self._pilot = min(len(self._batches), math.ceil(_PILOT / batch_size))
-        # penalties of steps and trajectories may take evaluations of their own, which are not the flow's
+        # penalties of steps and trajectories may take evaluations of their own: they get a solve apart
         regularizers = getattr(flow, "regularizers", ())
         self._apart = any(kind_of(each) != "rate" for each in regularizers)
         self.whole = undivided(regularizers)
@@ -152,7 +147,7 @@ class _Measuring:
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
 
     def choose_draws(self) -> int:
-        """Draw the first samples twice; how many draws make the noise small enough."""
+        """Draw the first samples twice; the number of draws that makes the noise small enough."""
         if not self._measure.noisy and isinstance(getattr(self._flow, "estimator", None), Exact):
             return 1
         for draw in (0, 1):
@@ -162,7 +157,7 @@ class _Measuring:
         return max(_draws_needed(self._pilot_rows(kind)) for kind in self._kinds)
 
     def finish(self, draws: int) -> None:
-        """Do whatever is left of ``draws`` draws of all samples."""
+        """Solve the rest of ``draws`` draws of all samples."""
         todo = [
             key
             for draw in range(draws)
@@ -176,10 +171,7 @@ class _Measuring:
 
     def mean(self, draws: int, kind: int) -> Mean:
         """Mean and errors of all samples."""
-        rows = [
-            torch.cat([self._scores[kind, draw, b] for b in range(len(self._batches))]) for draw in range(draws)
-        ]
-        scores = torch.stack(rows)
+        scores = self._rows(kind, range(draws), len(self._batches))
         count = scores.shape[1]
         several = scores if draws > 1 else self._pilot_rows(kind)
         noise = None if len(several) < 2 else math.sqrt(float(several.var(0).mean()) / (draws * count))
@@ -204,21 +196,23 @@ class _Measuring:
         full = dataclasses.replace(training_solver, trace_quadrature="full")
         try:
             coarse = self._scores_of(self.encode(full, self._batches[0]))
-        except SolverError:  # the gap informs; a training solver that fails is infinitely far off
+        except SolverError:  # a training solver that fails is infinitely far off
             return math.inf
         return float((coarse - self._scores[0, 0, 0]).mean())
 
     def _pilot_rows(self, kind: int) -> Tensor:
-        """Scores ``(draws, samples)`` of the first samples, as often as they were drawn."""
-        draws = [draw for draw in (0, 1) if (kind, draw, 0) in self._scores]
-        return torch.stack([torch.cat([self._scores[kind, d, b] for b in range(self._pilot)]) for d in draws])
+        """Scores ``(draws, samples)`` of the first samples, drawn once or twice."""
+        return self._rows(kind, [draw for draw in (0, 1) if (kind, draw, 0) in self._scores], self._pilot)
+
+    def _rows(self, kind: int, draws: Iterable[int], batches: int) -> Tensor:
+        return torch.stack([torch.cat([self._scores[kind, draw, b] for b in range(batches)]) for draw in draws])
 
     def _take(self, kind: int, draw: int, index: int) -> None:
         along = kind == 0 and not self._apart
         options: dict[str, Any] = {"kind": kind, "draw": draw, "index": index}
         output = self.encode(self._solver, self._batches[index], **options, penalties=along)
         self._scores[kind, draw, index] = self._scores_of(output)
-        if kind == 0:  # the penalties are those of the samples as training sees them
+        if kind == 0:  # the samples as training sees them
             if self._apart:
                 output = self.encode(self._solver, self._batches[index], **options, penalties=True)
             sums = {name: float(each.double().sum()) for name, each in output.regularization.items()}
@@ -238,11 +232,7 @@ class _Measuring:
         penalties: bool = False,
         alone: bool = False,
     ) -> FlowOutput:
-        """Solve a batch of samples, with the noise of this quantity, draw and index.
-
-        Args:
-            alone: begin without a step of another solve, and leave none.
-        """
+        """Solve a batch with the noise of this quantity, draw and index; ``alone`` without another solve's step."""
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, given = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
             options = {} if alone else self._options
@@ -263,11 +253,11 @@ def _with_least_noise(flow: Any, measure: Measure) -> Any:
 
 
 def _draws_needed(rows: Tensor) -> int:
-    """How many draws make the noise small against the samples, from two draws of some: ``rows (2, samples)``."""
+    """The number of draws that makes the noise small against the samples, from two draws, ``rows (2, samples)``."""
     if rows.shape[1] < _FEWEST_TO_JUDGE:
         return len(rows)
     noise = float(rows.var(0).mean())  # of one draw of one sample
-    own = max(float(rows.mean(0).var()) - noise / 2, 0.0)  # of the samples, without what noise their means have
+    own = max(float(rows.mean(0).var()) - noise / 2, 0.0)  # of the samples, without the noise of their means
     if noise <= _NOISE_SHARE**2 * own:
         return 1
     return min(_MAX_DRAWS, math.ceil(noise / (_NOISE_SHARE**2 * own))) if own > 0 else _MAX_DRAWS

@@ -20,9 +20,9 @@ __all__ = ["held_out_samples", "load_data", "load_for_training", "load_images", 
 
 
 def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe, ImageData | Table]:
-    """The data of a recipe, and the recipe with what only they can say.
+    """The data of a recipe, and the recipe with the number of rows and the checksum of a table.
 
-    A table smaller than a batch is one batch; its number of rows and its checksum are kept in the recipe.
+    A table smaller than a batch is one batch.
 
     Raises:
         DataError, ConfigError: see :func:`load_images` and :func:`load_table`.
@@ -45,9 +45,9 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
     """The table of a recipe in 32-bit numbers: the columns that are modelled, then those that are given.
 
     Args:
-        recipe: names the table, its columns, and how many of its rows to use.
+        recipe: names the table, its columns, and the number of rows.
         download: fetch it if it is missing.
-        all_val: keep all rows that choose the weights, whatever ``training.val_images`` says.
+        all_val: ignore ``training.val_images`` and keep all validation rows.
 
     Raises:
         DataError: it is missing, or its columns have no density; the message says what to do.
@@ -76,12 +76,12 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
 
 
 def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData:
-    """The data set of a recipe, cut to what it asks for.
+    """The data set of a recipe, cut to its numbers of images.
 
     Args:
-        recipe: names the data set, its shape, and how many of its images to use.
+        recipe: names the data set, its shape, and the numbers of images.
         download: fetch it if it is missing.
-        all_val: keep all held-out images, whatever ``training.val_images`` says.
+        all_val: ignore ``training.val_images`` and keep all held-out images.
 
     Raises:
         DataError: it is missing, or its images are not of the recipe's shape or number of levels.
@@ -107,7 +107,7 @@ def held_out_samples(recipe: Recipe, count: int, *, seed: int = 0, download: boo
 
     Args:
         recipe: names the data set. Images are dequantised; the rows of a conditional density come with contexts.
-        count: how many are drawn from all held-out samples.
+        count: number of draws from all held-out samples.
         seed: of the choice and of the noise of the dequantisation.
         download: fetch the data set if it is missing.
 

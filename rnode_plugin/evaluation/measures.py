@@ -1,4 +1,4 @@
-"""What is measured of images and of tables: Measure, Mean and Evaluation, one object for each kind of data."""
+"""The measures of images and of tables, and the result of an evaluation: Measure, Mean and Evaluation."""
 
 from __future__ import annotations
 
@@ -22,22 +22,12 @@ from .samples import sample_images, sample_rows, save_corner, save_grid
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe, Training
 
-__all__ = [
-    "Evaluation",
-    "FlowInput",
-    "ImageMeasure",
-    "Mean",
-    "Measure",
-    "Quantity",
-    "TableMeasure",
-    "batch_of",
-    "gaussian_scores",
-    "measure_of",
-]
+__all__ = ["Evaluation", "FlowInput", "ImageMeasure", "Mean", "Measure", "Quantity", "TableMeasure", "batch_of",
+           "gaussian_scores", "measure_of"]  # fmt: skip
 
 
 class FlowInput(NamedTuple):
-    """What a flow is called with: samples ``x (B, *event)``, and by name what it is given besides."""
+    """The arguments of a flow: samples ``x (B, *event)``, and options such as a context."""
 
     x: Tensor
     options: dict[str, Tensor]
@@ -62,14 +52,14 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over samples and how far it can be trusted.
+    """A mean over samples and its errors.
 
     Attributes:
         mean: over samples and draws of noise.
         stderr: standard error from the choice of samples, with the noise that their means still have; None for a
             single sample.
-        stderr_noise: the part of it that comes from the noise: what another evaluation of the same samples would
-            differ by. None if nothing was drawn twice.
+        stderr_noise: the part from the noise alone, as between two evaluations of the same samples; None if
+            nothing was drawn twice.
         samples: the value of each sample, its mean over draws. Two models are best compared sample by sample.
     """
 
@@ -89,10 +79,9 @@ class Evaluation:
     Attributes:
         means: by the name of their :class:`Quantity`, in the unit of the measure.
         draws: noise draws of each sample.
-        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in one solve that stands alone, all blocks
-            together, over ``nfe_batches`` batches of ``nfe_batch_size`` samples, the first of the data, with the
-            first draw of the first quantity. They do not depend on the number of draws and the batch size.
-        nfe_batches, nfe_batch_size: see there.
+        nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in a separate solve, all blocks together, over
+            ``nfe_batches`` batches of ``nfe_batch_size`` samples, the first of the data, with the first draw of the
+            first quantity. They do not depend on the number of draws and the batch size.
         penalties: mean integral of each penalty by name, divided by the number of dimensions where the objective
             divides it.
         undivided: names of the penalties that are not divided.
@@ -121,21 +110,21 @@ class Evaluation:
 
 
 class Measure(ABC):
-    """What is measured of one kind of data. Lower scores are better.
+    """The measure of one kind of data. Lower scores are better.
 
     Attributes:
-        metric: name of the score in ``metrics.csv`` and in what is logged: ``train/METRIC``, ``val/METRIC``.
+        metric: name of the score in the logs: ``train/METRIC``, ``val/METRIC``.
         unit: of a score.
-        likelihood: what a score is called.
+        likelihood: name of a score in reports.
         score: the axis of a figure.
-        sample, samples: what a sample is called, one and several.
+        sample, samples: name of a sample, singular and plural.
         file: of the scores of all held-out samples, in a run's folder.
-        quantities: what an evaluation measures; the first is what validations measure and arms are compared by.
-        baselines: what it measures of other densities, for comparison.
-        max_gap: error of the training solver, in the unit, from which on a validation warns.
-        step_gap, step_round_trip: what a coarse step may be off in ``tune-step``, in the unit and in ``step_unit``.
-        step_unit: of what a sample is off after a round trip.
-        exact_dims: up to so many dimensions an evaluation takes the whole Jacobian.
+        quantities: the means of an evaluation; validations and comparisons use the first.
+        baselines: means of other densities, for comparison.
+        max_gap: a validation warns of a training solver whose error is larger, in the unit.
+        step_gap, step_round_trip: tolerances of ``tune-step``, in the unit and in ``step_unit``.
+        step_unit: of the error of a round trip.
+        exact_dims: largest number of dimensions for which an evaluation takes the whole Jacobian.
         noisy: whether the scores of one sample differ between draws even if the trace is exact.
     """
 
@@ -160,26 +149,26 @@ class Measure(ABC):
 
     @abstractmethod
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        """A batch as the data come, as a flow takes it for one of :attr:`quantities`; noise is torch's own."""
+        """A batch of the data as input of a flow, for one of :attr:`quantities`; noise from torch's generator."""
 
     def training_inputs(self, batch: Tensor) -> FlowInput:
-        """The same for a training step."""
+        """A batch of the data as input of a training step."""
         return self.inputs(batch)
 
     @abstractmethod
     def random_inputs(self, count: int) -> FlowInput:
-        """So many samples of no meaning, from torch's own generator, on its default device."""
+        """Random samples, from torch's generator, on its default device."""
 
     @abstractmethod
     def scores(self, log_prob: Tensor) -> Tensor:
-        """Scores ``(B,)`` in the unit, from log-densities ``(B,)`` in nats of what :meth:`inputs` gave."""
+        """Scores ``(B,)`` in the unit, from log-densities ``(B,)`` in nats of the :meth:`inputs`."""
 
     @abstractmethod
     def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
-        """Root mean square of what samples are apart, in :attr:`step_unit`."""
+        """Root mean square distance of samples, in :attr:`step_unit`."""
 
     def beside_baselines(self, evaluation: Evaluation, data: Any) -> Evaluation:
-        """``evaluation`` with the means of the baselines, which need the training data."""
+        """``evaluation`` with the means of the baselines, from the training data."""
         return evaluation
 
     def to_plain(self, evaluation: Evaluation, *, samples: bool = False) -> dict[str, Any]:
@@ -195,7 +184,7 @@ class Measure(ABC):
 
     @abstractmethod
     def draw_picture(self, flow: Any, data: Any, training: Training, path: Path) -> None:
-        """Draw samples of a flow as training asks for, into one PNG.
+        """Draw samples of a flow into one PNG, by the settings of a training.
 
         Raises:
             SolverError: a latent cannot be integrated.
@@ -214,7 +203,7 @@ class ImageMeasure(Measure):
 
     Args:
         shape: ``(C, H, W)``.
-        levels: number of values a pixel can take.
+        levels: number of values of a pixel.
         flip: whether training mirrors images at random.
     """
 
@@ -354,7 +343,7 @@ def _gaussian_nll(train: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def measure_of(recipe: Recipe) -> Measure:
-    """What is measured of the data of a recipe."""
+    """The measure of the data of a recipe."""
     data = recipe.data
     if isinstance(data, TableData):
         return TableMeasure(data.modelled, data.given)

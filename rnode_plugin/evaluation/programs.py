@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -38,8 +38,8 @@ def export_program(
 ) -> ExportedProgram:
     """The sampler or the log-density of ``model`` as a program that needs torch alone, or ONNX.
 
-    :func:`save_program` writes it. It computes on the CPU, in the dtype of the model's parameters, what the model
-    itself does on that grid, to rounding, for any batch size; it gives values, without gradients.
+    :func:`save_program` writes it. It runs on the CPU, in the dtype of the model's parameters, for any batch size,
+    and gives the model's values on that grid, to rounding, without gradients.
 
     - ``"sampler"``: ``program(z)``. ``z`` is a draw of the base distribution, the standard normal ``(B, D)`` for
       images (times a temperature if you like); the result is a sample, images in [0, 1].
@@ -70,9 +70,11 @@ def export_program(
         (5, 1, 4, 4)
     """
     entry = entry_point(model, which, solver=solver, context=context)
+    # a batch size that no other dimension has: the recorder takes equal sizes for one
+    sizes = {size for x in entry.inputs(1).values() for size in x.shape[1:]}
+    batch = next(batch for batch in itertools.count(3) if batch not in sizes)
     with torch.no_grad():
-        # one batch to record, and one to see that the program takes another
-        inputs, others = _example(entry, _unmistakable_batch(entry)), _example(entry, 2)
+        inputs, others = _example(entry, batch), _example(entry, 2)
         expected = entry.compute(*others.values())
         try:
             program = _exported(_recorded(entry, inputs), inputs)
@@ -81,7 +83,7 @@ def export_program(
         except Exception as error:  # torch's recorders fail in many ways
             raise ConfigError(
                 "this model cannot be exported: its field does something that is not an operation of torch, or "
-                f"that depends on values or on the number of samples ({_first_line(error)}). Write it with tensor "
+                f"that depends on values or on the number of samples ({_cause(error)}). Write it with tensor "
                 "operations alone: no .item(), no numpy, no `if` about values, x.shape[0] instead of len(x)."
             ) from error
         found = program.module()(*others.values())
@@ -98,59 +100,34 @@ def _example(entry: EntryPoint, batch: int) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in entry.inputs(batch).items()}
 
 
-def _unmistakable_batch(entry: EntryPoint) -> int:
-    """A batch size that no other dimension has: the recorder takes equal sizes for one."""
-    others = {size for x in entry.inputs(1).values() for size in x.shape[1:]}
-    return next(batch for batch in itertools.count(3) if batch not in others)
-
-
 def _recorded(entry: EntryPoint, inputs: Mapping[str, Tensor]) -> GraphModule:
     """All operations of one call, derivatives included, in one row."""
+    # ONNX has none of torch's operations for backward passes: they are written out
+    backward = {op: parts for op, parts in torch.export.default_decompositions().items() if "backward" in str(op)}
     with recording():
-        graph = make_fx(entry.compute, _derivatives(), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
-            *inputs.values()
-        )
+        record = make_fx(entry.compute, backward, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+        graph = record(*inputs.values())
     graph.graph.eliminate_dead_code()
-    _name_inputs(graph, list(inputs))
-    return _with_named_weights(graph, entry.model)
-
-
-def _derivatives() -> dict[Any, Any]:
-    """What torch's operations for backward passes consist of: ONNX has none of them."""
-    return {op: parts for op, parts in torch.export.default_decompositions().items() if "backward" in str(op)}
-
-
-def _name_inputs(graph: GraphModule, names: list[str]) -> None:
-    for node, name in zip(graph.graph.find_nodes(op="placeholder"), names, strict=True):
+    for node, name in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.target = node.name = name
+    return _with_named_weights(graph, entry.model)
 
 
 def _with_named_weights(graph: GraphModule, model: nn.Module) -> GraphModule:
     """The recorded operations with the model's weights under their own names, each once."""
     named = {id(x): name for name, x in [*model.named_parameters(), *model.named_buffers()]}
-    root, known = nn.Module(), {}
+    known: dict[Any, str] = {}
+    values: dict[str, Tensor] = {}
     for node in graph.graph.find_nodes(op="get_attr"):
         value = getattr(graph, node.target)
         name = named.get(id(value))
         # times and coefficients come back as equal tensors in each block
-        key: Any = name or (value.dtype, value.shape, value.numpy().tobytes())
+        key = name or (value.dtype, value.shape, value.numpy().tobytes())
         if key not in known:
             known[key] = name or f"constants.c{len(known)}"
-            _register(root, known[key], value if name else value.clone())  # one may be a view of a larger one
+            values[known[key]] = value if name else value.clone()  # it may be a view of a larger one
         node.target = known[key]
-    return GraphModule(root, graph.graph)
-
-
-def _register(root: nn.Module, name: str, value: Tensor) -> None:
-    *parents, last = name.split(".")
-    for parent in parents:
-        if not hasattr(root, parent):
-            root.add_module(parent, nn.Module())
-        root = getattr(root, parent)
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(last, value)
-    else:
-        root.register_buffer(last, value)
+    return GraphModule(values, graph.graph)
 
 
 def _exported(graph: GraphModule, inputs: Mapping[str, Tensor]) -> ExportedProgram:
@@ -158,14 +135,9 @@ def _exported(graph: GraphModule, inputs: Mapping[str, Tensor]) -> ExportedProgr
     program = torch.export.export(
         graph, tuple(inputs.values()), dynamic_shapes={name: {0: batch} for name in inputs}
     )
-    for node in program.graph.nodes:  # the lines of source that it came from: most of a file
+    for node in program.graph.nodes:  # without the lines of source: most of a file
         node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     return program
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 _ONNX, _TORCH = ".onnx", ".pt2"
@@ -174,7 +146,7 @@ SUFFIXES = {"torch-export": _TORCH, "onnx": _ONNX}
 
 
 def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
-    """Write what :func:`export_program` made: ``.pt2`` for ``torch.export.load``, ``.onnx`` for ONNX runtimes.
+    """Write a program: ``.pt2`` for ``torch.export.load``, ``.onnx`` for ONNX runtimes.
 
     The file holds the weights, once, and nothing else is needed to run it.
 
@@ -183,7 +155,7 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
 
     Raises:
         ConfigError: for another suffix, and for ``.onnx`` without the extra ``rnode-plugin[onnx]``.
-        CheckpointError: the file cannot be written; one that was there before is left as it was.
+        CheckpointError: the file cannot be written; an earlier one stays.
 
     Example:
         >>> import tempfile
@@ -197,9 +169,12 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
         >>> tuple(sampler(torch.randn(2, 16)).shape)
         (2, 1, 4, 4)
     """
-    path = check_program_file(path)
-    contents = _onnx_bytes(program) if path.suffix == _ONNX else _torch_bytes(program)
-    write_atomically(path, lambda file: file.write(contents))
+    path, contents = check_program_file(path), io.BytesIO()
+    if path.suffix == _ONNX:
+        contents.write(_onnx_bytes(program))
+    else:
+        torch.export.save(program, contents)
+    write_atomically(path, lambda file: file.write(contents.getvalue()))
     return path
 
 
@@ -217,40 +192,37 @@ def check_program_file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _torch_bytes(program: ExportedProgram) -> bytes:
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()
-
-
 def _onnx_bytes(program: ExportedProgram) -> bytes:
     output = "log_prob" if "x" in program.graph_signature.user_inputs else "x"
     with _quiet():
-        # ONNX runtimes optimize when they load; here it would take longer than all the rest
+        # ONNX runtimes optimize when they load
         try:
             made: Any = torch.onnx.export(
                 program, dynamo=True, optimize=False, verbose=False, output_names=[output]
             )
-        except Exception as error:  # an operation that it has not, such as the QR decomposition of Hutch++
-            line = next(iter(str(error.__cause__ or error).strip().splitlines()), "")
+        except Exception as error:  # it lacks an operation, such as the QR decomposition of Hutch++
             raise ConfigError(
-                f"ONNX has no form of this program ({line[:80]}): write it for torch.export (.pt2), or use another "
-                "trace estimator or field."
+                f"ONNX has no form of this program ({_cause(error.__cause__ or error)}): write it for torch.export "
+                "(.pt2), or use another trace estimator or field."
             ) from error
     model = made.model_proto
     graph = model.graph
     for each in (*graph.input, *graph.output):
         each.type.tensor_type.shape.dim[0].dim_param = "batch"
-    del graph.value_info[:]  # shapes on the way, and where each operation comes from: a third of a file
+    del graph.value_info[:]  # shapes and origins of all operations: a third of a file
     for node in (*graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]
         node.doc_string = ""
     return model.SerializeToString()
 
 
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:100].rstrip(": ")
+
+
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """Without the exporter's remarks about itself."""
+def _quiet() -> Iterator[None]:
+    """Without the exporter's messages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -267,10 +239,10 @@ Which = Literal["sampler", "log_prob"]
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A function to be exported.
+    """A function to export.
 
     Attributes:
-        model: whose parameters it uses.
+        model: the owner of its parameters.
         compute: the function, of one tensor for each input.
         inputs: makes example inputs by name for a batch size; the batch is their first dimension.
     """
@@ -284,7 +256,7 @@ def entry_point(model: nn.Module, which: Which, *, solver: Solver | None, contex
     """The sampler or the log-density of a copy of ``model`` on the CPU; arguments as for ``export_program``.
 
     Raises:
-        ConfigError: for an unknown program, a model that has no density, and a solver without a fixed grid.
+        ConfigError: for an unknown program, a model without a density, and a solver without a fixed grid.
     """
     if which not in get_args(Which):
         raise ConfigError(suggest(str(which), get_args(Which), "program"))
@@ -336,12 +308,12 @@ def _named(context: Sequence[Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _NoiseLayout:
-    """The noise of all solves of a log-density as one tensor ``(B, N)``, for the user's convenience.
+    """The noise of all solves of a log-density as one tensor ``(B, N)``.
 
     Attributes:
         shapes: of each solve's noise; None stands for the batch.
         listed: whether the model takes a list of them.
-        draw: draws such a tensor.
+        model: draws them.
     """
 
     shapes: tuple[tuple[int | None, ...], ...]
@@ -381,22 +353,20 @@ class _NoiseLayout:
 
 def _on_grid(model: Any, solver: Solver | None) -> Any:
     """``model`` that solves on a fixed grid: that of ``solver``, or its own."""
-    own = getattr(model, "solver", None)
-    if solver is None and isinstance(own, Solver):
-        solver = own
+    own = getattr(model, "solver", None)  # a RegularizedCNF has torchdyn's, in its NeuralODE
+    solver = solver or (own if isinstance(own, Solver) else None)
     if solver is not None:
-        _check_fixed(solver.method, solver.adaptive)
-        return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", trace_quadrature="full"))
-    _check_fixed(type(model.ode.solver).__name__, model.ode.solver.stepping_class == "adaptive")
-    return model
-
-
-def _check_fixed(name: str, adaptive: bool) -> None:
+        name, adaptive = solver.method, solver.adaptive
+    else:
+        name, adaptive = type(model.ode.solver).__name__, model.ode.solver.stepping_class == "adaptive"
     if adaptive:
         raise ConfigError(
             f"{name} chooses its steps while it runs, and a program takes the same steps for every input: give a "
             f"fixed grid, such as solver=Solver('rk4_38', step=0.25), of {', '.join(FIXED_METHODS)}."
         )
+    if solver is None:
+        return model
+    return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", trace_quadrature="full"))
 
 
 def _frozen_copy(model: DensityModel) -> DensityModel:
@@ -416,15 +386,12 @@ def _without_checks(distribution: Distribution) -> None:
 
 
 def _contexts(model: DensityModel, context: Tensor | None) -> Callable[[int], dict[str, Tensor]]:
-    """Makes the context of a batch, by name; nothing for a model without contexts."""
+    """A function that makes the context of a batch, by name; nothing for a model without contexts."""
     shape = model.context_shape
+    if context is not None:
+        model.context_batch_shape(context)  # raises a ConfigError unless it fits
+        return lambda batch: {"context": context.cpu().expand(batch, *context.shape).contiguous()}
     if shape is None:
-        if context is not None:
-            raise ConfigError("this model takes no context: leave context= out.")
         return lambda batch: {}
-    if context is None:
-        like = next(model.parameters(), torch.empty(0))
-        return lambda batch: {"context": torch.randn(batch, *shape).to(like)}
-    if context.shape != torch.Size(shape):
-        raise ConfigError(f"context= must be one context, of shape {tuple(shape)}, not {tuple(context.shape)}.")
-    return lambda batch: {"context": context.cpu().expand(batch, *shape).contiguous()}
+    like = next(model.parameters(), torch.empty(0))
+    return lambda batch: {"context": torch.randn(batch, *shape).to(like)}

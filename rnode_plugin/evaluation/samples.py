@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +15,16 @@ import torch
 from torch import Tensor
 
 from ..core.random_streams import Stream, seeded
-from ..errors import ConfigError
 from ..files import write_atomically
 
 if TYPE_CHECKING:
     from ..flows.base import BlockFlow
     from ..flows.table import TableFlow
-    from ..solvers import Solver
 
 __all__ = ["sample_images", "sample_rows", "save_corner", "save_grid"]
 
 
-_SHOWN = 64  # pixels: smaller images are enlarged by a whole factor, so that they can be seen
-_IMAGE_BATCH = 256
+_SHOWN = 64  # pixels: smaller images are enlarged by a whole factor
 
 
 def sample_images(
@@ -36,8 +33,7 @@ def sample_images(
     *,
     temperatures: Sequence[float] = (1.0,),
     seed: int = 0,
-    batch_size: int = _IMAGE_BATCH,
-    solver: Solver | None = None,
+    batch_size: int = 256,
 ) -> dict[float, Tensor]:
     """Draw images from the same latents scaled by each temperature.
 
@@ -47,29 +43,29 @@ def sample_images(
         temperatures: standard deviations of the latent.
         seed: of the latents.
         batch_size: images per solve.
-        solver: the integrator; None for the flow's own.
 
     Returns:
         ``(count, C, H, W)`` in [0, 1] on the CPU, by temperature.
 
     Raises:
-        ConfigError: for a count below one or a temperature that is not positive.
+        ConfigError: for a temperature that is not positive.
         SolverError: if the integration fails.
     """
-    if count < 1 or batch_size < 1:
-        raise ConfigError("sampling needs at least one image and a batch size of one.")
-    bad = [t for t in temperatures if not (math.isfinite(t) and t > 0)]
-    if bad or not temperatures:
-        raise ConfigError(f"a temperature must be a positive number, not {bad[0] if bad else 'none at all'}.")
-    drawn: dict[float, Tensor] = {}
-    for temperature in temperatures:
-        parts = []
-        for first in range(0, count, batch_size):
+    return {each: _drawn(flow, count, each, seed, batch_size) for each in temperatures}
+
+
+@torch.no_grad()
+def _drawn(
+    flow: BlockFlow, count: int, temperature: float, seed: int, batch_size: int, context: Tensor | None = None
+) -> Tensor:
+    """``(count, *event_shape)`` on the CPU; the latents of a batch are a function of the seed and its place."""
+    contexts = itertools.repeat(None) if context is None else context.split(batch_size)
+    parts = []
+    for first, given in zip(range(0, count, batch_size), contexts, strict=False):
+        with seeded(seed, Stream.SAMPLE, first):
             size = min(batch_size, count - first)
-            with torch.no_grad(), seeded(seed, Stream.SAMPLE, first):
-                parts.append(flow.sample(size, temperature=temperature, solver=solver).cpu())
-        drawn[temperature] = torch.cat(parts)
-    return drawn
+            parts.append(flow.sample(size, context=given, temperature=temperature).cpu())
+    return torch.cat(parts)
 
 
 def save_grid(
@@ -97,12 +93,9 @@ def save_grid(
         shown = (images * levels).floor().clamp(0, levels - 1) / (levels - 1)
         shown = shown.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         blocks.append(make_grid(shown, nrow=columns, padding=2, pad_value=0.5))
-    encoded = BytesIO()
+    encoded = io.BytesIO()
     save_image(torch.cat(blocks, 1), encoded, format="png")
     write_atomically(Path(path), lambda file: file.write(encoded.getvalue()))
-
-
-_ROW_BATCH = 10_000
 
 
 def sample_rows(
@@ -112,35 +105,27 @@ def sample_rows(
     context: np.ndarray | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    batch_size: int = _ROW_BATCH,
+    batch_size: int = 10_000,
 ) -> np.ndarray:
     """Draw rows ``(count, columns)`` in the unit of the data, on the CPU.
 
     Args:
         flow: the model.
-        count: how many.
+        count: number of rows.
         context: ``(count, C)``, one for each row; only for a conditional density.
         temperature: standard deviation of the latents.
         seed: of the latents.
         batch_size: rows per solve.
 
     Raises:
-        ConfigError: for a count below one, another number of contexts, or a temperature that is not positive.
+        ConfigError: for a context that does not fit, or a temperature that is not positive.
         SolverError: if the integration fails.
     """
-    if count < 1 or batch_size < 1 or (context is not None and len(context) != count):
-        raise ConfigError("sampling needs at least one row, a batch size of one, and a context for each row.")
-    device = next(flow.parameters()).device
-    parts = []
-    for first in range(0, count, batch_size):
-        size = min(batch_size, count - first)
-        given = None if context is None else torch.from_numpy(context[first : first + size]).to(device)
-        with torch.no_grad(), seeded(seed, Stream.SAMPLE, first):
-            parts.append(flow.sample(size, context=given, temperature=temperature).cpu().numpy())
-    return np.concatenate(parts)
+    given = None if context is None else torch.from_numpy(context).to(next(flow.parameters()).device)
+    return _drawn(flow, count, temperature, seed, batch_size, given).numpy()
 
 
-_MOST = 8  # columns: more panels than that show nothing
+_MOST = 8  # columns
 _DATA, _SAMPLES = "#24292f", "#0072b2"
 _BINS = 10, 40  # fewest and most
 _INSIDE = 0.5, 99.5  # percentiles of the data that a panel shows, and a margin around them
@@ -150,25 +135,23 @@ _DPI = 110
 def save_corner(
     path: str | os.PathLike[str], columns: Sequence[str], data: np.ndarray, samples: np.ndarray
 ) -> None:
-    """Write one PNG.
+    """Write one PNG: histograms of each column, and points of each pair of columns.
 
     Args:
         path: of the PNG; written atomically.
-        columns: their names; of more than 8 the first 8 are shown.
+        columns: names of the columns; the first 8 are shown.
         data, samples: rows ``(N, len(columns))`` of both.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = min(len(columns), _MOST)
     side = max(3.5, 1.45 * shown + 0.6)
     with rc_context({"font.size": 8, "axes.linewidth": 0.6, "font.family": "sans-serif"}):
         figure = Figure(figsize=(side, side), layout="constrained")
-        FigureCanvasAgg(figure)
         grid = figure.subplots(shown, shown, squeeze=False)
         ranges = [_range(data[:, k], samples[:, k]) for k in range(shown)]
         for row in range(shown):
@@ -196,7 +179,7 @@ def save_corner(
 
 
 def _range(data: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
-    """What a panel shows: nearly all of the data; a few samples far out would squeeze everything else."""
+    """The limits of a panel: nearly all of the data; a few distant samples would squeeze the rest."""
     low, high = np.percentile(data, _INSIDE)
     inner = np.percentile(samples, (5, 95))
     low, high = min(low, inner[0]), max(high, inner[1])
@@ -235,6 +218,6 @@ def _label(axes: Any, columns: Sequence[str], row: int, column: int, shown: int)
 
 
 def _plain(name: str) -> str:
-    """A name as matplotlib shows it to the letter, cut if it is long."""
+    """A name for matplotlib, without mathematics, cut if it is long."""
     name = name if len(name) <= 22 else f"{name[:21]}…"
     return name.replace("$", r"\$")

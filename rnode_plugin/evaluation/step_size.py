@@ -31,15 +31,15 @@ REFERENCE = Solver(method="dopri5", atol=1e-6, rtol=1e-6)
 
 @dataclass(frozen=True)
 class StepRow:
-    """What one step size gives.
+    """The measurements of one step size.
 
     Attributes:
         step: its length.
         nfe: evaluations of all blocks together.
         score: mean over the samples in the measure's unit, such as bits/dim; infinite if the solve fails.
         gap: mean over the samples of the distance of their scores from the adaptive solve, with the same noise.
-        round_trip: samples go to the latent with these steps and back with the adaptive solve; root mean square of
-            what they are off then, in levels of a pixel, or in deviations of a column.
+        round_trip: samples go to the latent with these steps and back with the adaptive solve; their root mean
+            square error, in levels of a pixel, or in deviations of a column.
         agrees: whether both are within the tolerances.
     """
 
@@ -53,7 +53,7 @@ class StepRow:
 
 @dataclass(frozen=True)
 class StepTable:
-    """What :func:`tune_step` measured, coarse to fine.
+    """The measurements of :func:`tune_step`, coarse to fine.
 
     Attributes:
         rows: one for each step that was tried; all but the last disagree with the adaptive solve.
@@ -74,22 +74,16 @@ class StepTable:
         return self.rows[-1].step if self.rows[-1].agrees else None
 
 
-def check_tuning(
-    solver: Solver, *, start: float, smallest: float, max_gap: float | None, max_round_trip: float | None
-) -> None:
-    """Refuse what :func:`tune_step` cannot work with, before a flow is trained for it.
+def check_tuning(solver: Solver, *, start: float, smallest: float) -> None:
+    """Check the arguments of :func:`tune_step`, before a flow is trained for it.
 
     Raises:
-        ConfigError: for an adaptive ``solver``, or numbers that are not positive.
+        ConfigError: for an adaptive ``solver``, or steps that are not positive or in the wrong order.
     """
     if solver.adaptive:
         raise ConfigError(f"{solver.method} chooses its own steps: tune the step of a fixed grid, such as rk4_38.")
-    numbers = {"start": start, "smallest": smallest, "max_gap": max_gap, "max_round_trip": max_round_trip}
-    for name, value in numbers.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name} must be a positive number, not {value!r}.")
-    if smallest > start:
-        raise ConfigError(f"the smallest step, {smallest:g}, is above the first one to try, {start:g}.")
+    if not 0 < smallest <= start < math.inf:
+        raise ConfigError(f"start and smallest must be positive numbers, start the larger: {start}, {smallest}.")
 
 
 @torch.no_grad()
@@ -111,10 +105,10 @@ def tune_step(
 
     Args:
         flow: the model; a fresh one (f = 0) agrees at any step.
-        x: held-out samples on the flow's device: images ``(B, C, H, W)`` in [0, 1], dequantised, or what
-            ``inputs`` of a measure gives.
+        x: held-out samples on the flow's device: images ``(B, C, H, W)`` in [0, 1], dequantised, or the ``inputs``
+            of a measure.
         measure: of the kind of data; None for images.
-        solver: the fixed grid whose step is looked for; None for the 3/8 rule.
+        solver: the fixed grid; None for the 3/8 rule.
         start: first step to try.
         smallest: no step below it is tried.
         max_gap: tolerance of :attr:`StepRow.gap`; None for 0.005 bits/dim, or 0.02 nats of a table.
@@ -124,7 +118,7 @@ def tune_step(
         progress: called with each row as it is found.
 
     Raises:
-        ConfigError: for an adaptive ``solver``, or numbers that are not positive.
+        ConfigError: see :func:`check_tuning`.
         SolverError: if the adaptive solve itself fails.
     """
     if measure is None:
@@ -133,7 +127,7 @@ def tune_step(
     max_gap = measure.step_gap if max_gap is None else max_gap
     max_round_trip = measure.step_round_trip if max_round_trip is None else max_round_trip
     solver = dataclasses.replace(solver or Solver(), trace_quadrature="full")
-    check_tuning(solver, start=start, smallest=smallest, max_gap=max_gap, max_round_trip=max_round_trip)
+    check_tuning(solver, start=start, smallest=smallest)
     noise = flow.draw_noise(len(x), generator=generator)
     exact = all(probe is None for probe in noise)
 

@@ -1,4 +1,4 @@
-"""Arms: runs that differ by their seed only, what they measured on average, and the difference of two arms."""
+"""Arms: runs that differ by their seed only, their means and errors, and the difference of two arms."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Arm:
 
     Attributes:
         label: tells it apart from the other arms of a report.
-        name: what it trains on, see :func:`~rnode_plugin.reports.runs.arm_of`.
+        name: see :func:`~rnode_plugin.reports.runs.arm_of`.
         runs: one for each seed.
         look: how it is drawn.
     """
@@ -111,7 +111,7 @@ class Arm:
 
 
 def nfe_batches(arms: Sequence[Arm], *, validation: bool = False) -> str:
-    """Of what the test NFE is a mean: of the best weights, or of a validation during training."""
+    """The batches of the test NFE, in words: those of the best weights, or of a validation during training."""
     sizes = {
         run.recipe.data.val_batch_size if validation or run.result is None
         else run.result["evaluation"].get("nfe_batch_size", run.recipe.data.val_batch_size)
@@ -121,7 +121,7 @@ def nfe_batches(arms: Sequence[Arm], *, validation: bool = False) -> str:
 
 
 def penalties_of(arms: Sequence[Arm]) -> list[str]:
-    """Names of all penalties that some run has measured, ``jacfrob`` and ``kinetic`` first."""
+    """Names of all measured penalties, ``jacfrob`` and ``kinetic`` first."""
     names = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.penalties)
     return sorted(names, key=lambda name: {"jacfrob": 0, "kinetic": 1}.get(name, 2))
 
@@ -146,7 +146,7 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
 
 
 def by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
-    """A key that sorts recipes with the same penalties by their lambdas, schedules by what they end at."""
+    """A key that sorts recipes with the same penalties by their lambdas, schedules by their last value."""
     return sorted((name, final_strength(each), str(each)) for name, each in recipe.regularizers.items())
 
 
@@ -177,13 +177,13 @@ def _with_lambdas(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference in the unit of the measure and how far it can be trusted.
+    """A mean difference in the unit of the measure, and its standard error.
 
     Attributes:
         mean: negative if the arm is better than the one it is compared with.
         error: standard error of the mean, from ``count`` paired differences.
-        count: how many there are.
-        unit: what they are differences of: ``seeds``, ``images`` or ``rows``.
+        count: number of differences.
+        unit: ``seeds``, ``images`` or ``rows``.
     """
 
     mean: float
@@ -211,9 +211,9 @@ def base_of(arms: Sequence[Arm]) -> Arm:
 def paired_difference(arm: Arm, base: Arm) -> Difference | None:
     """Scores of ``arm`` minus those of ``base`` on the same held-out samples with the same noise.
 
-    The scores are the first quantity of the measure: dirty bits/dim of images. Over the seeds that both have, if
-    there are several: the difference for one seed is a mean over the samples. With one seed over the samples. None
-    if nothing can be paired.
+    The scores are the first quantity of the measure: dirty bits/dim of images. With several common seeds each
+    difference is the mean over the samples for one seed; with one seed there is one for each sample. None if
+    nothing can be paired.
     """
     pairs = [(one, other) for one in arm.runs for other in base.runs if _same_samples(one, other)]
     name = arm.measure.quantities[0].name
@@ -228,7 +228,7 @@ def paired_difference(arm: Arm, base: Arm) -> Difference | None:
 
 
 def _same_samples(one: Run, other: Run) -> bool:
-    """Whether sample by sample both saw the same values and noise."""
+    """Whether both evaluated the same samples with the same noise."""
 
     def shown(run: Run) -> tuple[object, ...]:
         # the noise is a function of the seed and of a sample's place in its batch

@@ -1,4 +1,4 @@
-"""The figures of a diagnosis: one panel for each check that measured something."""
+"""The figures of a diagnosis: one panel for each check that has curves."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["diagnosis_panels"]
 
 _BLUE, _RED, _GREY = "#0072b2", "#d55e00", "#808080"
 _COLOURS = (_BLUE, _RED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a800", _GREY)
-_TWO_ROWS: Mapping[str, Any] = {"nrows": 2, "sharex": True}
+_IN_TWO_ROWS = ("tolerance", "path")
 
 
 def diagnosis_panels(diagnosis: Diagnosis, *, section: str, prefix: str = "") -> list[Panel]:
     """A panel for each check that has curves, with its verdict in the title and its sentence below.
 
     Args:
-        diagnosis: what was found.
-        section: heading that the panels stand under.
+        diagnosis: the checks.
+        section: heading of the panels.
         prefix: of the names of their files.
     """
     panels = []
     for check in diagnosis.checks:
-        known = _PANELS.get(check.name)
-        if known is None or not any(map(len, check.curves.values())):
+        paint = _PAINTERS.get(check.name)
+        if paint is None or not any(map(len, check.curves.values())):
             continue
-        paint, grid = known
+        grid: dict[str, Any] = {"nrows": 2, "sharex": True} if check.name in _IN_TWO_ROWS else {}
         name = prefix + check.name.replace(" ", "-")
         title = f"{check.name.capitalize()}: {check.verdict}"
         drawing = draw(name, lambda axes, paint=paint, check=check: paint(axes, check), **grid)
@@ -140,7 +140,7 @@ def _ranks(axes: Any, check: Check) -> None:
     rows: dict[str, Sequence[float]] = dict(check.curves)
     bins = len(next(iter(rows.values())))
     expected = sum(next(iter(rows.values()))) / bins
-    # the middle 99 % of what a bin holds if ranks are uniform, by the normal approximation
+    # the middle 99 % of the count in a bin if ranks are uniform, by the normal approximation
     half = 2.576 * math.sqrt(expected * (1 - 1 / bins))
     axes.axhspan(max(0.0, expected - half), expected + half, color=_GREY, alpha=0.25, linewidth=0)
     edges = np.linspace(0, 1, bins + 1)
@@ -152,24 +152,20 @@ def _ranks(axes: Any, check: Check) -> None:
     legend(axes)
 
 
-_PANELS: Mapping[str, tuple[Callable[[Any, Check], None], Mapping[str, Any]]] = {
-    "round trip": (_round_trip, {}),
-    "trace": (_trace, {}),
-    "log-determinant": (
-        _differences(
-            "by_jacobian", "reported", "log-density by the Jacobian of the map [nats]", "reported is off by"
-        ),
-        {},
+_PAINTERS: Mapping[str, Callable[[Any, Check], None]] = {
+    "round trip": _round_trip,
+    "trace": _trace,
+    "log-determinant": _differences(
+        "by_jacobian", "reported", "log-density by the Jacobian of the map [nats]", "reported is off by"
     ),
-    "training solver": (
-        _differences("nll_accurate", "nll", "NLL by the accurate solver [nats/dim]", "off by [nats/dim]"),
-        {},
+    "training solver": _differences(
+        "nll_accurate", "nll", "NLL by the accurate solver [nats/dim]", "off by [nats/dim]"
     ),
-    "tolerance": (_tolerance, _TWO_ROWS),
-    "path": (_path, _TWO_ROWS),
-    "two samples": (_two_samples, {}),
-    "columns": (_distances, {}),
-    "latents": (_distances, {}),
-    "training": (_training, {}),
-    "posterior ranks": (_ranks, {}),
+    "tolerance": _tolerance,
+    "path": _path,
+    "two samples": _two_samples,
+    "columns": _distances,
+    "latents": _distances,
+    "training": _training,
+    "posterior ranks": _ranks,
 }

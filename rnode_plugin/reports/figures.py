@@ -67,21 +67,19 @@ class Drawing(NamedTuple):
 def draw(
     name: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (4.8, 3.5), **grid: Any
 ) -> Drawing:
-    """What ``paint`` draws into axes.
+    """Draw a figure.
 
     Args:
         name: of the figure. The same name and content give the same bytes again.
-        paint: is called with the axes, an array of them if there are several.
-        size: in inches. The default is still readable at the width of a phone.
-        grid: rows and columns of axes as ``Figure.subplots`` takes them; one by default.
+        paint: draws into the axes, an array of them if there are several.
+        size: in inches. The default is readable at the width of a phone.
+        grid: rows and columns of axes, as ``Figure.subplots`` takes them.
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with rc_context({**_RC, "svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)  # no window system is asked for, whatever the user's backend
         paint(figure.subplots(**grid))
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160)
@@ -90,13 +88,13 @@ def draw(
 
 
 def plain_text(label: str) -> str:
-    """``label`` as matplotlib shows it to the letter: without mathematics, and even if it begins with ``_``."""
+    """``label`` for matplotlib, without mathematics, and shown even if it begins with ``_``."""
     text = label.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
 
 def legend(axes: Any) -> None:
-    """A legend of what has a label, small and in two columns if there is much of it."""
+    """A legend of all labels; of more than six it is small and in two columns."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         many = len(handles) > 6
@@ -109,8 +107,8 @@ class Panel:
 
     Attributes:
         name: of its files.
-        title: what it shows.
-        caption: what has to be known to read it.
+        title: of the figure.
+        caption: how to read it.
         section: heading of the section that it belongs to.
         drawing: as PNG and SVG.
     """
@@ -123,11 +121,8 @@ class Panel:
 
 
 def make_panels(arms: Sequence[Arm]) -> list[Panel]:
-    """All panels for which the runs hold something."""
-    return [
-        Panel(name, title, caption, section, draw(name, paint))
-        for name, title, caption, section, paint in _figures(arms)
-    ]
+    """All panels that the runs have numbers for."""
+    return [Panel(*texts, draw(texts[0], paint)) for *texts, paint in _figures(arms)]
 
 
 def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
@@ -263,7 +258,7 @@ def _pairs(arm: Arm) -> tuple[Vector, Vector]:
 
 
 def _correlations(arms: Sequence[Arm]) -> str:
-    """The correlation within each arm, if there are enough marks to speak of one."""
+    """The correlation within each arm that has five marks or more."""
     found = []
     for arm in arms:
         jacobian, nfe = _pairs(arm)
@@ -297,7 +292,7 @@ def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str) -> None:
 
 
 class Rolling(NamedTuple):
-    """A smoothed curve: places, the mean around each, and the two ends of the band."""
+    """A smoothed curve: places, the mean around each, and the ends of the band."""
 
     x: Vector
     mean: Vector

@@ -34,7 +34,7 @@ class Grid:
         label: of the arm.
         png: the picture.
         temperatures: of the rows, from the top; none for a corner plot.
-        origin: which weights it was drawn from.
+        origin: the weights that drew it, in words.
     """
 
     name: str

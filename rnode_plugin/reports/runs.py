@@ -7,7 +7,8 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,16 @@ class Run:
 
     Attributes:
         path: the folder.
-        recipe: all settings.
+        recipe: its settings.
         environment: versions, device and threads.
         steps: one entry for each logged training step: ``step``, ``epoch``, ``train_seconds``, ``train/bpd``, ...
         checks: one entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...; of a table
             ``nll`` in place of ``bpd``.
-        result: how it ended and what its best weights measure; None for a run that has not ended by itself.
+        result: the end of the run and the evaluation of its best weights; None for a run that has not ended.
         scores: of each held-out sample in that result, such as ``dirty`` and ``clean`` of an image, with the number
             of the sample; empty if unknown.
         grid: the newest picture of samples as PNG; None if there is none.
-        diagnosis: what ``rnode-cli diagnose`` found; None for a run that was not diagnosed.
+        diagnosis: the result of ``rnode-cli diagnose``; None for a run that was not diagnosed.
     """
 
     path: Path
@@ -58,7 +59,7 @@ class Run:
 
     @property
     def measure(self) -> Measure:
-        """What is measured of its kind of data."""
+        """The measure of its kind of data."""
         return measure_of(self.recipe)
 
     @property
@@ -80,7 +81,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One phrase for readers: finished, stopped by its time limit, or how far it is."""
+        """One phrase for readers: its steps, and whether it is finished or was stopped by its time limit."""
         if self.result is None:
             return f"not finished: step {self.done}"
         limit = "; stopped by its time limit" if self.result["stopped"] == "max_time" else ""
@@ -93,13 +94,13 @@ class Run:
 
     @property
     def penalties(self) -> dict[str, float]:
-        """Mean integrals: of the best weights, or at the last validation of a run that has not come to them.
+        """Mean integrals of the best weights, or at the last validation of a run without a result.
 
         Divided by the number of dimensions if the objective divides them, see :func:`is_divided`.
         """
         if self.result is not None:
             evaluation = self.result["evaluation"]
-            # results of older versions hold all of them divided, and do not name those that need not be
+            # older versions divided all penalties
             dims = 1 if "undivided" in evaluation else self.measure.dims
             found = evaluation["penalties"]
             return {name: value if is_divided(name) else value * dims for name, value in found.items()}
@@ -113,9 +114,9 @@ class Run:
 
     @functools.cached_property
     def numbers(self) -> Mapping[str, float]:
-        """What was measured, NaN where it was not: see :meth:`~rnode_plugin.reports.arms.Arm.mean`.
+        """The quantities of :meth:`~rnode_plugin.reports.arms.Arm.mean`; NaN if one was not measured.
 
-        Scores and test NFE are of the best weights, or of the last validation of a run that has not come to them.
+        Scores and test NFE are of the best weights, or of the last validation of a run without a result.
         """
         measure = self.measure
         if self.result is not None:
@@ -133,7 +134,7 @@ class Run:
         return {
             **self.penalties,
             **found,
-            # of the best validation, whose weights the table is about
+            # of the best validation, whose weights the table shows
             "gap": math.nan if gaps is None else float(gaps[np.argmin(scores)]),
             "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
             "train_seconds": _last(self.steps["train_seconds"]),
@@ -151,7 +152,7 @@ def is_divided(name: str) -> bool:
 
 
 def arm_of(recipe: Recipe) -> str:
-    """The name of what a recipe trains on.
+    """The name of a recipe's configuration in an ablation.
 
     Without penalties ``ffjord`` if the solver is that of the FFJORD baseline, else ``none``. With them ``rnode``
     for the paper's two, else their names, as ``a+b``.
@@ -171,107 +172,86 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
         ConfigError: there is no run at one of the paths, it cannot be read, nothing is left, or some are on images
             and others on tables.
     """
-    runs, left_out = _read_all(map(Path, paths))
-    begun = [run for run in runs if run.has_begun]
-    left_out += [f"{run.path} has no logged step." for run in runs if not run.has_begun]
-    if not begun:
+    runs: dict[Path, Run] = {}
+    left_out: dict[str, None] = {}
+    for path in map(Path, paths):
+        is_run = (path / "recipe.json").is_file()
+        inside = [path] if is_run else sorted(recipe.parent for recipe in path.rglob("recipe.json"))
+        if not inside:
+            raise ConfigError(f"no run at {path}: give a run folder (it holds recipe.json), or a folder of them.")
+        for each in inside:
+            try:
+                run = read_run(each)
+            except ConfigError as error:
+                if is_run:
+                    raise
+                left_out[str(error)] = None
+                continue
+            if run.has_begun:
+                runs[each] = run
+            else:
+                left_out[f"{each} has no logged step."] = None
+    if not runs:
         raise ConfigError(" ".join(left_out))
-    kinds = {run.measure.metric: run for run in begun}
+    kinds = {run.measure.metric: run for run in runs.values()}
     if len(kinds) > 1:
         paths = " and ".join(str(run.path) for run in kinds.values())
         raise ConfigError(
             f"runs on images and on tables have no unit in common, such as {paths}: report them apart."
         )
-    alone, repeated = _without_repetitions(begun)
-    return alone, left_out + repeated
-
-
-def _read_all(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Every run at the paths and below, each once, and why some below cannot be read."""
-    runs: dict[Path, Run] = {}
-    unreadable: dict[str, None] = {}
-    for path in paths:
-        if (path / "recipe.json").is_file():
-            runs[path] = read_run(path)
-            continue
-        inside = sorted(recipe.parent for recipe in path.rglob("recipe.json"))
-        if not inside:
-            raise ConfigError(f"no run at {path}: give a run folder (it holds recipe.json), or a folder of them.")
-        for each in inside:
-            try:
-                runs[each] = read_run(each)
-            except ConfigError as error:
-                unreadable[str(error)] = None
-    return list(runs.values()), list(unreadable)
-
-
-def _without_repetitions(runs: Iterable[Run]) -> tuple[list[Run], list[str]]:
-    """One run for each settings and seed: a repetition is not a second seed and would shrink the error."""
-    alone: dict[str, Run] = {}
-    left_out: list[str] = []
-    for run in runs:
-        same = repr(run.recipe.to_plain())
-        other = alone.setdefault(same, run)
-        if other is not run:
-            kept = max(other, run, key=lambda each: (each.result is not None, each.done))
-            alone[same] = kept
-            left = other if kept is run else run
-            left_out.append(f"{left.path} has the settings and the seed of {kept.path}.")
-    return list(alone.values()), left_out
+    # a repetition is not a second seed and would shrink the error
+    repeated: dict[str, list[Run]] = {}
+    for run in runs.values():
+        repeated.setdefault(repr(run.recipe.to_plain()), []).append(run)
+    kept = [max(same, key=lambda run: (run.result is not None, run.done)) for same in repeated.values()]
+    for one, same in zip(kept, repeated.values(), strict=True):
+        for run in same:
+            if run is not one:
+                left_out[f"{run.path} has the settings and the seed of {one.path}."] = None
+    return kept, list(left_out)
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder; what a running run has not written yet is empty.
+    """Read a run folder; a file that is not there yet is empty.
 
     Raises:
         ConfigError: one of its files is unreadable, or of another version.
     """
-    plain = _read_json(path / "recipe.json")
-    if plain is None:
-        raise ConfigError(f"{path} is not a run folder: it holds no recipe.json.")
-    try:
-        recipe = Recipe.from_plain(plain)
-    except ConfigError as error:
-        raise ConfigError(f"{path / 'recipe.json'} is not of this version: {error}") from None
+    with _reading(path / "recipe.json") as file:
+        recipe = Recipe.from_plain(_parsed(file.read_text()))
     measure = measure_of(recipe)
     names = [quantity.name for quantity in measure.quantities]
+    with _reading(path / "environment.json") as file:
+        environment = _read_json(file) or {}
+    with _reading(path / "result.json") as file:
+        result = _read_json(file)
+        if result is not None:
+            _check_result(result, names, f"stderr_{measure.samples}")
+    with _reading(path / "diagnosis.json") as file:
+        plain = _read_json(file)
+        diagnosis = None if plain is None else Diagnosis.from_plain(plain)
+    with _reading(path / measure.file) as file:
+        scores = _columns(_read_rows(file), (measure.sample, *names))
     steps, checks = read_metrics(path / "metrics.csv", measure.metric)
-    return Run(
-        path=path,
-        recipe=recipe,
-        environment=_read_json(path / "environment.json") or {},
-        steps=steps,
-        checks=checks,
-        result=_checked_result(path / "result.json", names, f"stderr_{measure.samples}"),
-        scores=_columns(_read_rows(path / measure.file), (measure.sample, *names)),
-        grid=_newest_grid(path / "samples"),
-        diagnosis=_diagnosis(path / "diagnosis.json"),
-    )
+    return Run(path, recipe, environment, steps, checks, result, scores, _newest_grid(path / "samples"), diagnosis)
 
 
-def _diagnosis(path: Path) -> Diagnosis | None:
-    plain = _read_json(path)
+def _check_result(result: Mapping[str, Any], quantities: Iterable[str], error: str) -> None:
+    evaluation = result["evaluation"]
+    numbers = [result["steps"], result["planned"], evaluation["nfe_mean"], *evaluation["penalties"].values()]
+    for name in quantities:
+        numbers += [evaluation[name]["mean"], evaluation[name][error] or 0.0]
+    if not (isinstance(result["stopped"], str) and all(isinstance(each, (int, float)) for each in numbers)):
+        raise ValueError("expected numbers")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
     try:
-        return None if plain is None else Diagnosis.from_plain(plain)
-    except ConfigError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-
-
-def _checked_result(path: Path, quantities: Iterable[str], error: str) -> dict[str, Any] | None:
-    result = _read_json(path)
-    if result is None:
-        return None
-    try:
-        evaluation = result["evaluation"]
-        numbers = [evaluation["nfe_mean"], *evaluation["penalties"].values(), result["steps"], result["planned"]]
-        for name in quantities:
-            numbers += [evaluation[name]["mean"], evaluation[name][error] or 0.0]
-        understood = isinstance(result["stopped"], str) and all(isinstance(each, (int, float)) for each in numbers)
-    except (KeyError, TypeError, AttributeError):
-        understood = False
-    if not understood:
-        raise ConfigError(f"{path} is not what a run of this version writes.")
-    return result
+        yield file
+    except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
+        found = f"{error}" if isinstance(error, (OSError, csv.Error, ValueError)) else repr(error)
+        raise ConfigError(f"{file} cannot be read, or is not of this version: {found}") from None
 
 
 def _read_text(path: Path) -> str | None:
@@ -280,19 +260,17 @@ def _read_text(path: Path) -> str | None:
         return path.read_text()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if (text := _read_text(path)) is None:
-        return None
-    try:
-        contents = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    text = _read_text(path)
+    return None if text is None else _parsed(text)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    contents = json.loads(text)
     if not isinstance(contents, dict):
-        raise ConfigError(f"{path} is not what a run writes: expected a table of names and values.")
+        raise ValueError("expected a table of names and values")
     return contents
 
 
@@ -302,12 +280,10 @@ def _newest_grid(folder: Path) -> Path | None:
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file, of each the cells that hold a number."""
     text = _read_text(path) or ""
     whole = text[: text.rfind("\n") + 1]  # a running run may be in the middle of a row, and of a number
-    try:
-        return [_numbers(row) for row in csv.DictReader(whole.splitlines())]
-    except csv.Error as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return [_numbers(row) for row in csv.DictReader(whole.splitlines())]
 
 
 def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
@@ -316,7 +292,8 @@ def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
     Raises:
         ConfigError: it cannot be read.
     """
-    rows = _read_rows(path)
+    with _reading(path):
+        rows = _read_rows(path)
     steps = _columns([row for row in rows if f"train/{metric}" in row], ("step", "epoch", "train_seconds"))
     checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))
     # a validation is logged with its step only; its epoch and time are those of the steps around it
@@ -329,7 +306,6 @@ def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
 
 
 def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
-    """The cells of a row that hold something; a row of training has none of validation."""
     numbers = {}
     for name, text in row.items():
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..core.schedules import strength_text
 from ..solvers.config import solver_text
@@ -18,7 +17,7 @@ __all__ = ["Column", "Row", "Table", "against_base", "make_table"]
 
 @dataclass(frozen=True)
 class Column:
-    """The head of a column; ``paper`` marks figures that were not measured here."""
+    """The head of a column; ``paper`` marks the paper's own figures."""
 
     label: str
     paper: bool = False
@@ -26,7 +25,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A quantity, its unit or meaning, and one text for each column; an empty one if nothing is known."""
+    """A quantity, its unit or meaning, and the text of each column; an empty one if it is unknown."""
 
     name: str
     meaning: str
@@ -35,19 +34,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows as texts, and what has to be known to read them."""
+    """Columns and rows as texts, and notes."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
 
-class _Line(NamedTuple):
-    """A row before it is text: the cell of an arm."""
-
-    name: str
-    meaning: str
-    cell: Callable[[Arm], str]
+_Line = tuple[str, str, Callable[[Arm], str]]
+"""A row's name and meaning, and the text of an arm's cell."""
 
 
 def make_table(arms: Sequence[Arm]) -> Table:
@@ -69,34 +64,34 @@ def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
     """All rows, from the top."""
     measure = base.measure
     for number, each in enumerate((*measure.quantities, *measure.baselines)):
-        yield _Line(each.heading, each.meaning, _score(each.name))
+        yield (each.heading, each.meaning, _score(each.name))
         if number == 0:
             meaning = f"{each.heading}, {measure.sample} by {measure.sample}"
-            yield _Line(f"against {base.label}", meaning, lambda arm: _difference(arm, base))
+            yield (f"against {base.label}", meaning, lambda arm: _difference(arm, base))
     yield from (
-        _Line("NFE, test", f"all blocks, test solver, {nfe_batches(arms)}", _known("nfe_test")),
-        _Line("training time", "without validation", _known("train_seconds", duration)),
-        _Line("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
-        _Line("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")),
+        ("NFE, test", f"all blocks, test solver, {nfe_batches(arms)}", _known("nfe_test")),
+        ("training time", "without validation", _known("train_seconds", duration)),
+        ("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
+        ("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")),
     )
     for name in penalties_of(arms):
         heading, meaning = _PENALTIES.get(name, (name, "penalty / dim" if is_divided(name) else "penalty"))
-        yield _Line(heading, f"{meaning}, test solver", _known(name))
+        yield (heading, f"{meaning}, test solver", _known(name))
     accurate = "ones" if measure.metric == "bpd" else "one"
     yield from (
-        _Line(
+        (
             "solver gap",
             f"{measure.likelihood} by the training solver, less the accurate {accurate}",
             _known("gap", signed),
         ),
-        _Line("steps", "", lambda arm: f"{arm.mean('steps'):,.0f}"),
-        _Line("parameters", "", lambda arm: f"{arm.runs[0].parameters:,}"),
-        _Line("training solver", "", _training_solver),
-        _Line("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
-        _Line("λ", "", _lambdas),
-        _Line("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.runs)),
-        _Line("device", "of each run", _devices),
-        _Line("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
+        ("steps", "", lambda arm: f"{arm.mean('steps'):,.0f}"),
+        ("parameters", "", lambda arm: f"{arm.runs[0].parameters:,}"),
+        ("training solver", "", _training_solver),
+        ("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
+        ("λ", "", _lambdas),
+        ("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.runs)),
+        ("device", "of each run", _devices),
+        ("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
     )
 
 
@@ -167,7 +162,7 @@ def _devices(arm: Arm) -> str:
 
 
 def _notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> Iterator[str]:
-    """The notes below the table, of those that apply."""
+    """The notes below the table."""
     measure = base.measure
     samples, sample, likelihood = measure.samples, measure.sample, measure.likelihood
     differences = (paired_difference(arm, base) for arm in arms if arm is not base)

@@ -17,21 +17,17 @@ from .subject import HeldOut, Subject
 __all__ = ["LOG_DETERMINANT", "TRACE", "AutogradRows", "log_determinant", "trace"]
 
 
-TRACE = "trace"
-MAX_DIMS = 4096
-"""The exact trace takes a product per dimension and evaluation: beyond this it is left out."""
-
-LOG_DETERMINANT = "log-determinant"
-_MAX_JACOBIAN = 256  # dimensions: the Jacobian of the map takes a backward pass through a whole solve for each
+TRACE, LOG_DETERMINANT = "trace", "log-determinant"
+_MAX_DIMS = 4096  # the exact trace takes a product per dimension and evaluation
+_MAX_JACOBIAN = 256  # the Jacobian of the map takes a backward pass through a whole solve for each dimension
 _UNEXPLAINED = 1e-3  # nats per dimension: more than the solver's error and rounding
-
 _DRAWS = 32
 _FALSE_ALARM = 1e-3
 _ROUNDING = 1e-4  # nats per dimension: more than single precision loses
 
 
 def _effort(dims: int) -> tuple[int, Solver]:
-    """How many samples, and the steps, the same for both, so that they differ in the trace alone.
+    """Number of samples, and the steps for both traces.
 
     An estimate that is unbiased at each evaluation is so on any grid, also one that is too coarse for a density.
     """
@@ -41,16 +37,13 @@ def _effort(dims: int) -> tuple[int, Solver]:
 
 
 class AutogradRows(TraceEstimator):
-    """The whole Jacobian by automatic differentiation, row by row.
-
-    So it is independent of the field's own products and closed forms, with which it is compared.
-    """
+    """The whole Jacobian by automatic differentiation, row by row, without the field's own products."""
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> None:
         return None
 
     def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
-        rows = AutogradField(field).linearize  # a call of a field makes no use of its own products
+        rows = AutogradField(field).linearize  # it calls the field alone, and uses none of its products
         return lambda t, z, noise: rows(t, z, ask=ask._replace(products="rows"))
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
@@ -59,11 +52,11 @@ class AutogradRows(TraceEstimator):
 
 
 def trace(subject: Subject, data: HeldOut) -> Check:
-    """Whether the model's estimate of the log-density is unbiased: several draws of its noise, few samples."""
-    if subject.dims > MAX_DIMS:
+    """The bias of the model's estimate of the log-density: several draws of its noise, few samples."""
+    if subject.dims > _MAX_DIMS:
         sentence = (
             f"Left out: the exact trace takes {subject.dims} products with the Jacobian at each evaluation, and "
-            f"the limit is {MAX_DIMS}. Check the estimator on a smaller model with the same layers."
+            f"the limit is {_MAX_DIMS}. Check the estimator on a smaller model with the same layers."
         )
         return Check(TRACE, "left out", sentence, {"dims": subject.dims})
     samples, grid = _effort(subject.dims)
@@ -123,10 +116,10 @@ def _sentence(right: bool, subject: Subject, numbers: dict[str, float]) -> str:
 
 
 def log_determinant(subject: Subject, data: HeldOut) -> Check:
-    """Whether ``exp(log_prob)`` is the density of the samples: by the change of variables along the inverse map.
+    """The reported log-density against the change of variables along the inverse map.
 
     ``log p(x) = log q(z) - log |det dx/dz|``, with the Jacobian of the whole map from latent to sample by automatic
-    differentiation: independent of the log-determinant that the model itself reports.
+    differentiation.
     """
     if subject.dims > _MAX_JACOBIAN:
         sentence = (

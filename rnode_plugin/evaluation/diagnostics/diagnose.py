@@ -32,12 +32,12 @@ __all__ = ["TRAINING", "compared_for", "diagnose", "samples_for", "still_falling
 
 
 def samples_for(dims: int) -> int:
-    """How many held-out samples the solves of a diagnosis take: 256, in more than 195 dimensions fewer."""
+    """Number of held-out samples for the solves of a diagnosis: 256, in more than 195 dimensions fewer."""
     return max(8, min(256, 50_000 // dims))
 
 
 def compared_for(dims: int) -> int:
-    """How many held-out samples a diagnosis compares with the model's: 10,000, in more than 25 dimensions fewer."""
+    """Number of held-out samples that are compared with the model's: 10,000, in more than 25 dimensions fewer."""
     return max(samples_for(dims), min(10_000, 250_000 // dims))
 
 
@@ -61,11 +61,11 @@ def diagnose(
             :class:`~rnode_plugin.core.distribution.DensityModel`. It is in evaluation mode meanwhile.
         x: held-out data as ``model.log_prob`` takes them, ``(N, *event)``: images in [0, 1], dequantised. They must
             be in no order.
-        context: ``(N, *context_shape)`` of a conditional model: what each sample belongs to.
-        training_solver: what the model was trained with; None: its own solver.
+        context: ``(N, *context_shape)`` of a conditional model, one for each sample.
+        training_solver: of the model's training; None: its own solver.
         columns: names of the columns of ``x (N, D)``; None are needed.
         validation: NLL in nats per dimension of the validations of the training, by step.
-        samples: how many of ``x`` are used; None: for solves 256, in many dimensions fewer (50000 / dims, at least
+        samples: number of samples of ``x``; None: for solves 256, in many dimensions fewer (50000 / dims, at least
             8); for the comparison with the model's samples all, at most 10000 (250000 / dims).
         seed: of all noise.
         progress: called with the name of each check before it is made.
@@ -77,8 +77,8 @@ def diagnose(
         statistical (trace, and those of samples) fail a right model about once in 1000 times each.
 
     Raises:
-        ConfigError: for another class of model, fewer than two samples, values that are not finite, and shapes that
-            do not fit.
+        ConfigError: for another class of model, fewer than two samples, values that are not finite, and a context
+            that does not fit.
 
     Example:
         >>> import torch
@@ -92,7 +92,12 @@ def diagnose(
     """
     start = time.monotonic()
     subject = Subject(model)
-    everything = _held_out(subject, x, context, samples or compared_for(subject.dims), seed, columns)
+    if min(len(x), samples or 2) < 2:
+        raise ConfigError("a diagnosis needs at least two held-out samples.")
+    context = model.context_rows(context, x)
+    if not all(bool(each.isfinite().all()) for each in (x, context) if each is not None):
+        raise ConfigError("the held-out data hold values that are not finite: leave those samples out.")
+    everything = HeldOut(x, context, seed, columns).first(samples or compared_for(subject.dims))
     data = everything.first(samples or samples_for(subject.dims))
     vectors, given = x.ndim == 2, context is not None
     checks: list[Check] = []
@@ -115,7 +120,7 @@ def diagnose(
             if progress is not None:
                 progress(name)
             try:
-                with data.noise():  # what a check draws besides
+                with data.noise():
                     checks.append(make())
             except SolverError as error:
                 sentence = f"A solver fails on held-out data: {error} Nothing can be said until it does not."
@@ -124,34 +129,12 @@ def diagnose(
     return Diagnosis(tuple(checks), len(data.x), subject.dims, subject.solver_text, seed, seconds)
 
 
-def _held_out(
-    subject: Subject, x: Tensor, context: Tensor | None, samples: int, seed: int, columns: Sequence[str]
-) -> HeldOut:
-    if samples < 2:
-        raise ConfigError(f"a diagnosis needs at least two samples, not {samples}.")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ConfigError(f"x must be a floating-point tensor, as log_prob takes it, not {got}.")
-    if len(x) < 2:
-        raise ConfigError(f"a diagnosis needs at least two held-out samples, not {len(x)}.")
-    given = [x] if context is None else [x, context]
-    if not all(bool(torch.isfinite(each).all()) for each in given):
-        raise ConfigError("the held-out data hold values that are not finite: leave those samples out.")
-    shape = subject.model.context_shape
-    if (context is None) != (shape is None):
-        wanted = "takes no context" if shape is None else f"is conditional: give context=, (N, *{tuple(shape)})"
-        raise ConfigError(f"this model {wanted}.")
-    if context is not None and context.shape != (len(x), *(shape or ())):
-        raise ConfigError(f"context= has the shape {tuple(context.shape)}, not {(len(x), *(shape or ()))}.")
-    return HeldOut(x, context, seed, columns).first(samples)
-
-
 TRAINING = "training"
 _FALL = 0.005  # nats per dimension
 
 
 def still_falling(validation: Mapping[int, float]) -> Check:
-    """Whether the NLL of the validations, nats per dimension by step, still fell in the last quarter of a run."""
+    """The fall of the validation NLL, nats per dimension by step, in the last quarter of a run."""
     steps = sorted(validation)
     early, late = (
         [validation[step] for step in steps if (step > 0.75 * steps[-1]) == last] for last in (False, True)

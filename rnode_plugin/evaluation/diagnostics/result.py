@@ -1,4 +1,4 @@
-"""What a diagnosis consists of: one ``Check`` for each question, and the ``Diagnosis`` with all of them."""
+"""The result of a diagnosis: one ``Check`` for each question, and the ``Diagnosis`` with all of them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
-
-from ...errors import ConfigError
 
 __all__ = ["VERDICTS", "Check", "Diagnosis", "Verdict", "worse_of"]
 
@@ -18,15 +16,15 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         name: of the check, such as ``round trip``.
         verdict: ``ok``, ``warning``, ``failed``, ``cannot tell`` if the data are too few to see a difference that
             matters, or ``left out`` for a check that could not be made.
-        sentence: what was found, what it means, and what to do.
-        numbers: what was measured, by name.
-        curves: what a figure needs, by name.
+        sentence: the finding, its meaning and advice.
+        numbers: measurements by name.
+        curves: data of the figure, by name.
     """
 
     name: str
@@ -70,14 +68,11 @@ class Diagnosis:
         """The inverse of :meth:`to_plain`; None is NaN.
 
         Raises:
-            ConfigError: it is not that of a diagnosis.
+            KeyError, TypeError, ValueError, AttributeError: it is not that of a diagnosis.
         """
-        try:
-            checks = tuple(map(_check, plain["checks"]))
-            counts = (int(plain["samples"]), int(plain["dims"]), str(plain["solver"]), int(plain["seed"]))
-            return Diagnosis(checks, *counts, float(plain["seconds"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"it is not what a diagnosis of this version writes ({error!r}).") from None
+        checks = tuple(map(_check, plain["checks"]))
+        counts = (int(plain["samples"]), int(plain["dims"]), str(plain["solver"]), int(plain["seed"]))
+        return Diagnosis(checks, *counts, float(plain["seconds"]))
 
 
 def worse_of(value: float, *, warn: float, fail: float) -> Verdict:

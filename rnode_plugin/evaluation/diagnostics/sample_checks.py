@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ _FALSE_ALARM = 1e-3  # of each check
 _NOT_FINITE = "Some of the model's samples are not finite: it cannot be sampled. Use a more accurate solver."
 
 _FOLDS = 5
-_FEWEST, _MOST = 20, 2000  # samples: fewer teach a classifier nothing, more take long
+_FEWEST, _MOST = 20, 2000  # samples
 _COMPONENTS = 32  # of a principal component analysis, for more dimensions than twice that
 _VISIBLE_ACCURACY, _TOLD_APART = 0.6, 0.9
 
@@ -36,12 +36,12 @@ def two_sample(subject: Subject, data: HeldOut) -> Check:
         samples = subject.sample(n, data.context)
     if not bool(torch.isfinite(samples).all()):
         return Check(TWO_SAMPLE, "failed", _NOT_FINITE, {"samples": n})
-    # with each sample the context that it belongs to
+    # each sample with its context
     rows = [x.flatten(1).cpu().double() for x in (data.x, samples)]
     if data.context is not None:
         rows = [torch.cat([x, data.context.reshape(n, -1).cpu().double()], 1) for x in rows]
     features = torch.cat(rows)
-    if data.x.ndim == 2:  # columns have units of their own, of which no component must depend
+    if data.x.ndim == 2:  # columns have different units
         features = features / features.std(0).clamp(min=1e-30)
     scores = _scores(features, n, data.seed)
     sides = torch.sign(scores - 0.5) * torch.where(torch.arange(2 * n) < n, -1, 1)  # 1 if right, 0 if undecided
@@ -55,10 +55,8 @@ def two_sample(subject: Subject, data: HeldOut) -> Check:
     )
     verdict: Verdict
     if accuracy >= max(_TOLD_APART, high):
-        verdict, meaning = (
-            "failed",
-            "Samples are not like the data: do not use them in the data's place. Train longer.",
-        )
+        verdict = "failed"
+        meaning = "Samples are not like the data: do not use them in the data's place. Train longer."
     elif accuracy > high:
         verdict = "warning"
         meaning = "Samples differ from the data: compare them by eye, and train longer or with a larger field."
@@ -87,7 +85,7 @@ def null_limit(n: int) -> float:
 
 
 def _scores(features: Tensor, n: int, seed: int) -> Tensor:
-    """For each row the probability of being a sample, by classifiers that were not shown it."""
+    """For each row the probability of being a sample, by classifiers that were trained without it."""
     import numpy as np
     from sklearn.decomposition import PCA
     from sklearn.ensemble import RandomForestClassifier
@@ -98,7 +96,7 @@ def _scores(features: Tensor, n: int, seed: int) -> Tensor:
     if features.shape[1] > 2 * _COMPONENTS:
         fewest = len(features) * (_FOLDS - 1) // _FOLDS
         forest = make_pipeline(PCA(min(_COMPONENTS, fewest), random_state=seed), forest)
-    # a sample and the data of its context stay together: apart, one would give the other's label away
+    # a sample and the data of its context stay in one fold: apart, one would give the other's label away
     halves = KFold(_FOLDS, shuffle=True, random_state=seed).split(np.arange(n))
     folds = [(np.concatenate([a, a + n]), np.concatenate([b, b + n])) for a, b in halves]
     labels = np.repeat([0, 1], n)
@@ -106,7 +104,7 @@ def _scores(features: Tensor, n: int, seed: int) -> Tensor:
     return torch.from_numpy(found[:, 1])
 
 
-_DRAWS, _NUMBERS = 10_000, 4_000_000  # samples that held-out data are compared with, and numbers in them at most
+_DRAWS, _NUMBERS = 10_000, 4_000_000  # samples of the model, and numbers in them at most
 _VISIBLE_DISTANCE, _FAR = 0.15, 0.2
 
 
@@ -122,8 +120,8 @@ def columns(subject: Subject, data: HeldOut) -> Check:
 def latents(subject: Subject, data: HeldOut) -> Check:
     """Held-out rows, pushed to the latent, against the base distribution: each dimension, and the base's density.
 
-    If the density is that of the data, latents follow the base, whatever the context. The density of the base at
-    the latents tells about all dimensions together: data are too far out for a model that is too narrow.
+    If the density is that of the data, latents follow the base for every context. The density of the base at the
+    latents is of all dimensions together: for a model that is too narrow, the data lie too far out.
     """
     base = subject.model.base
     with data.noise():
@@ -134,22 +132,13 @@ def latents(subject: Subject, data: HeldOut) -> Check:
     return _compared(LATENTS, real, expected, names, "draws of the base distribution")
 
 
-class Distances(NamedTuple):
-    """Kolmogorov-Smirnov distances of the columns of two samples.
+def distances(real: Tensor, drawn: Tensor) -> tuple[list[float], list[float], float]:
+    """Kolmogorov-Smirnov distances of the columns of ``real (n, K)`` and ``drawn (m, K)``.
 
-    Attributes:
-        distances: largest difference of the two distribution functions, of each column.
-        p_values: of all columns together, by Holm's correction.
-        limit: smaller distances would not have been noticed, 0.1 % false alarms of all columns together.
+    Returns:
+        The largest difference of the two distribution functions of each column; p-values of all columns together,
+        by Holm's correction; and the smallest distance that would be noticed, at 0.1 % false alarms together.
     """
-
-    distances: list[float]
-    p_values: list[float]
-    limit: float
-
-
-def distances(real: Tensor, drawn: Tensor) -> Distances:
-    """Compare the columns of ``real (n, K)`` and ``drawn (m, K)``."""
     from scipy.stats import ks_2samp, kstwo
 
     pairs = zip(real.cpu().double().T.numpy(), drawn.cpu().double().T.numpy(), strict=True)
@@ -160,19 +149,19 @@ def distances(real: Tensor, drawn: Tensor) -> Distances:
         adjusted[k] = min(1.0, worst)
     effective = max(1, round(len(real) * len(drawn) / (len(real) + len(drawn))))
     limit = float(kstwo.isf(_FALSE_ALARM / count, effective))
-    return Distances([float(test.statistic) for test in tests], adjusted, limit)
+    return [float(test.statistic) for test in tests], adjusted, limit
 
 
 def _compared(name: str, real: Tensor, drawn: Tensor, names: list[str], other: str) -> Check:
     from scipy.stats import norm
 
-    found = distances(real, drawn)
-    differ = [k for k, p in enumerate(found.p_values) if p < _FALSE_ALARM]
-    worst = max(range(len(names)), key=lambda k: (-found.p_values[k], found.distances[k]))
-    distance = found.distances[worst]
+    found, p_values, limit = distances(real, drawn)
+    differ = [k for k, p in enumerate(p_values) if p < _FALSE_ALARM]
+    worst = max(range(len(names)), key=lambda k: (-p_values[k], found[k]))
+    distance = found[worst]
     numbers = {
-        "p_value": found.p_values[worst], "distance": distance, "worst": worst, "different": len(differ),
-        "limit": found.limit, "samples": len(real), "draws": len(drawn),
+        "p_value": p_values[worst], "distance": distance, "worst": worst, "different": len(differ),
+        "limit": limit, "samples": len(real), "draws": len(drawn),
     }  # fmt: skip
     sentence = (
         f"{len(real)} held-out samples against {len(drawn)} {other}: the distribution functions are at most "
@@ -182,26 +171,25 @@ def _compared(name: str, real: Tensor, drawn: Tensor, names: list[str], other: s
     verdict: Verdict
     if differ:
         verdict = "failed" if distance >= _FAR else "warning"
-        listed = ", ".join(names[k] for k in differ[:5]) + (
-            f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        )
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        listed = ", ".join(names[k] for k in differ[:5]) + more
         sentence += (
             f" The density is not that of the data in {listed}: compare them in the corner plot, and train longer "
             "or with a larger field."
         )
     else:
-        shift = 2 * float(norm.isf((1 - found.limit) / 2))
-        verdict = "ok" if found.limit <= _VISIBLE_DISTANCE else "cannot tell"
+        shift = 2 * float(norm.isf((1 - limit) / 2))
+        verdict = "ok" if limit <= _VISIBLE_DISTANCE else "cannot tell"
         more = "" if verdict == "ok" else " Take more held-out data."
         sentence += (
-            f" Distances below {found.limit:.2g} could not have been seen, such as a normal distribution that is "
+            f" Distances below {limit:.2g} could not have been seen, such as a normal distribution that is "
             f"shifted by {shift:.2g} deviations.{more}"
         )
-    return Check(name, verdict, sentence, numbers, {"distance": found.distances})
+    return Check(name, verdict, sentence, numbers, {"distance": found})
 
 
 _POSTERIOR_DRAWS = 63  # posterior samples of each pair: the rank is one of 64
-_PER_BIN = 10  # pairs that a bin of the histogram is expected to hold at least
+_PER_BIN = 10  # expected pairs in a bin of the histogram, at least
 _MAX_BINS = 16
 _FEWEST_PAIRS, _ENOUGH_PAIRS, _MOST_PAIRS = 40, 200, 1024
 _RANKS_WARN, _RANKS_FAIL = 1e-2, 1e-3  # false alarm rates, all dimensions together

@@ -10,37 +10,27 @@ from torch import Tensor
 
 from ...core.field_evaluation import FieldEvaluation
 from ...errors import SolverError
+from ...flows.base import BlockFlow
 from ...solvers import Solver
 from ...solvers.config import solver_text
 from .result import Check, Verdict, worse_of
 from .subject import HeldOut, Subject
 
-__all__ = [
-    "PATH",
-    "ROUND_TRIP",
-    "TOLERANCE",
-    "TRAINING_SOLVER",
-    "accurate",
-    "along_path",
-    "round_trip",
-    "tolerance_curve",
-    "training_solver_gap",
-]
+__all__ = ["PATH", "ROUND_TRIP", "TOLERANCE", "TRAINING_SOLVER", "accurate", "along_path", "round_trip",
+           "tolerance_curve", "training_solver_gap"]  # fmt: skip
 
-
-TRAINING_SOLVER = "training solver"
-TOLERANCE = "tolerance"
+TRAINING_SOLVER, TOLERANCE, ROUND_TRIP, PATH = "training solver", "tolerance", "round trip", "path"
 _GAP_WARN, _GAP_FAIL = 0.005, 0.05  # nats per dimension
-_BUDGET = 20_000  # evaluations of one solve: a field that needs more cannot be used anyway
+_BUDGET = 20_000  # evaluations of one solve
 
 
 def accurate(dtype: torch.dtype, times: float = 1.0) -> Solver:
-    """The solver that others are held against: ``dopri5`` at ``times`` 1e-6, in double precision 1e-9."""
+    """The reference solver: ``dopri5`` at ``times`` 1e-6, in double precision 1e-9."""
     return _at(times * (1e-9 if dtype is torch.float64 else 1e-6))
 
 
 def training_solver_gap(subject: Subject, data: HeldOut, training: Solver | None) -> Check:
-    """The NLL by the solver that the model was trained with (None: its own) less that by an accurate one."""
+    """The NLL by the solver of the training (None: the model's own) less that by an accurate one."""
     text = subject.solver_text if training is None else solver_text(training)
     exact = _nll(subject, data, accurate(data.x.dtype))
     try:
@@ -74,7 +64,7 @@ def training_solver_gap(subject: Subject, data: HeldOut, training: Solver | None
 
 
 def tolerance_curve(subject: Subject, data: HeldOut) -> Check:
-    """The NLL and the evaluations of ``dopri5`` at several tolerances: whether the answer is converged."""
+    """The NLL and the evaluations of ``dopri5`` at several tolerances, and whether the NLL is converged."""
     own, tightest = subject.tolerance, accurate(data.x.dtype).atol
     levels = {float(f"1e-{k}") for k in range(2, 1 - round(math.log10(tightest)))}
     if own is not None:
@@ -134,7 +124,7 @@ def _curves(points: dict[float, _Nll], distances: dict[float, float]) -> dict[st
 
 
 class _Nll(NamedTuple):
-    """Negative log-likelihoods ``(N,)`` in nats per dimension, their mean, and the evaluations that they took."""
+    """Negative log-likelihoods ``(N,)`` in nats per dimension, their mean, and the NFE."""
 
     values: Tensor
     mean: float
@@ -142,7 +132,7 @@ class _Nll(NamedTuple):
 
 
 def _nll(subject: Subject, data: HeldOut, solver: Solver | None) -> _Nll:
-    with data.noise():  # the same for all solvers
+    with data.noise():
         encoded = subject.encode(data.x, data.context, solver=solver)
     values = -encoded.log_prob / subject.dims
     return _Nll(values, float(values.mean()), encoded.nfe)
@@ -156,10 +146,9 @@ def _standard_error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
-ROUND_TRIP = "round trip"
 _LOST_WARN, _LOST_FAIL = 1e-3, 1e-2  # of the data's spread
-_TIMES_TOLERANCE = 1000.0  # so much more than the tolerance is not explained by it,
-_ROUNDING = 1e-4  # if it is more than single precision loses
+_TIMES_TOLERANCE = 1000.0  # a larger error has another cause than the tolerance,
+_ROUNDING = 1e-4  # or single precision
 
 
 def round_trip(subject: Subject, data: HeldOut) -> Check:
@@ -198,7 +187,7 @@ def round_trip(subject: Subject, data: HeldOut) -> Check:
 
 
 def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
-    """What each sample is off after the round trip, over the data's spread, root mean square of it, ``(N,)``."""
+    """The error of each sample after the round trip over the data's spread, root mean square, ``(N,)``."""
     with data.noise():
         z = subject.encode(data.x, data.context, solver=solver).z
     back = subject.decode(z, data.context, solver=solver)
@@ -206,13 +195,12 @@ def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
 
 
 def _spread(x: Tensor) -> Tensor:
-    """The standard deviation: of each column, which have units of their own; of all pixels together."""
+    """The standard deviation of each column, or of all pixels together."""
     variance = (x - x.mean(0)).cpu().double().square().mean(0)
     spread = (variance if x.ndim == 2 else variance.mean()).sqrt()
     return torch.where(spread > 0, spread, 1.0)
 
 
-PATH = "path"
 _PATH_SAMPLES = 64
 _PATH_GRID = Solver(method="rk4_38", step=1 / 8)
 _DETOUR = 2.0  # length over displacement
@@ -220,11 +208,11 @@ _PEAK = 10.0  # largest rate over its mean
 
 
 class _Recorder:
-    """A rate that notes what it is shown: the speed ``|f|``, whose integral is the length of a path.
+    """The speed ``|f|`` as a rate, whose integral is the length of a path; it records all evaluations.
 
     Attributes:
         notes: of each evaluation its time, ``|f|^2`` and ``|df/dz|_F^2``, means over the batch.
-        start: the first state that it saw, ``(B, D)``.
+        start: the first state, ``(B, D)``.
     """
 
     name = "path_length"
@@ -244,16 +232,16 @@ class _Recorder:
 
 
 def along_path(subject: Subject, data: HeldOut) -> Check:
-    """Follow the paths of some held-out samples on a fine grid."""
-    few = data.first(min(_PATH_SAMPLES, subject.batch_size))  # one solve: the recorder sees one batch
+    """Length and rates of the paths of some held-out samples on a fine grid."""
+    few = data.first(min(_PATH_SAMPLES, subject.batch_size))  # one batch, one solve
     recorder = _Recorder()
     rate: Any = recorder
     with data.noise():
         encoded = subject.encode(few.x, few.context, solver=_PATH_GRID, rate=rate)
     curves = _by_time(recorder.notes, subject.dims)
-    start = subject.start(few.x)
-    start = recorder.start if start is None else start
-    assert start is not None
+    assert recorder.start is not None
+    # a flow of blocks begins with a map to its first state
+    start = subject.model.first_state(few.x) if isinstance(subject.model, BlockFlow) else recorder.start
     length = encoded.penalties[recorder.name].cpu().double()
     displacement = (encoded.z - start).cpu().double().norm(dim=1)
     moved = float(displacement.sum())
@@ -272,7 +260,7 @@ def along_path(subject: Subject, data: HeldOut) -> Check:
 
 
 def _by_time(notes: list[tuple[float, float, float]], dims: int) -> dict[str, list[float]]:
-    """Rates per dimension against the time since the start of the first block; blocks follow one another."""
+    """Rates per dimension against the time since the start of the first block."""
     first, last = notes[0][0], 0.0
     offset, block = 0.0, 0
     gathered: dict[tuple[int, float], list[tuple[float, float]]] = {}
@@ -292,7 +280,6 @@ def _by_time(notes: list[tuple[float, float, float]], dims: int) -> dict[str, li
 
 
 def _path_verdict(numbers: dict[str, float], curves: dict[str, list[float]]) -> tuple[Verdict, str]:
-    """The verdict and its sentence."""
     if not all(map(math.isfinite, curves["kinetic"] + curves["jacobian"])):
         return "failed", (
             "The velocity or its Jacobian is not finite along the paths of held-out data: the flow cannot be "

@@ -1,4 +1,4 @@
-"""A density model under diagnosis, solved batch by batch with a chosen solver, estimator or rate."""
+"""The model and the data of a diagnosis; the model is solved batch by batch with a chosen solver or estimator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ...core.random_streams import Stream, seeded
 from ...core.regularizers import Rate
 from ...core.trace_estimators import TraceEstimator
 from ...errors import ConfigError
-from ...flows.base import BlockFlow
 from ...solvers import Solver
 from ...solvers.config import solver_text
 from ...torchdyn.density import RegularizedCNF
@@ -34,7 +33,7 @@ class HeldOut:
         x: samples ``(N, *event)``.
         context: ``(N, *context_shape)``; None for a model without.
         seed: of all noise.
-        columns: names of the columns of ``x (N, D)``, if they have names.
+        columns: names of the columns of ``x (N, D)``; none: dimensions are numbered.
     """
 
     x: Tensor
@@ -73,14 +72,14 @@ class Encoded:
 
 
 class Subject:
-    """A density model as the checks see it.
+    """A density model under diagnosis.
 
     Attributes:
         model: the model itself.
         dims: number of dimensions of one sample.
         estimator: the model's own, of the trace.
         solver_text: the model's own solver, in words.
-        tolerance: that of its own solver; None for a fixed grid.
+        tolerance: of its own solver; None for a fixed grid.
         batch_size: samples of one solve.
 
     Raises:
@@ -124,19 +123,21 @@ class Subject:
             context: ``(B, *context_shape)``, or None.
             solver: None for the model's own. A sampled quadrature of the trace is replaced by the full one.
             estimator: of the trace; None for the model's own.
-            rate: a penalty to follow.
+            rate: a penalty to integrate.
         """
         rates = () if rate is None else (rate,)
         model = self.model.solved_with(solver=solver, estimator=estimator, regularizers=rates)
-        z, log_prob, nfe, penalties = [], [], [], []
-        for part, given in self._batches(x, context):
-            output = model.encode(part, context=given, penalties=rate is not None)
-            z.append(output.z.flatten(1))
-            log_prob.append((model.base.log_prob(output.z) + output.logdet).cpu().double())
-            nfe.append(output.nfe)
-            penalties.append({r.name: output.regularization[r.name] for r in rates})
-        found = {r.name: torch.cat([each[r.name] for each in penalties]) for r in rates}
-        return Encoded(torch.cat(z), torch.cat(log_prob), sum(nfe) / len(nfe), found)
+        outputs = [
+            model.encode(part, context=given, penalties=rate is not None)
+            for part, given in self._batches(x, context)
+        ]
+        log_prob = [(model.base.log_prob(each.z) + each.logdet).cpu().double() for each in outputs]
+        return Encoded(
+            torch.cat([each.z.flatten(1) for each in outputs]),
+            torch.cat(log_prob),
+            sum(each.nfe for each in outputs) / len(outputs),
+            {r.name: torch.cat([each.regularization[r.name] for each in outputs]) for r in rates},
+        )
 
     def decode(self, z: Tensor, context: Tensor | None, *, solver: Solver | None = None) -> Tensor:
         """The data of latents ``z (B, D)``."""
@@ -149,10 +150,6 @@ class Subject:
         model: Any = self.model  # `sample` is a flow's own
         rows = self._batches(torch.empty(n, 0), context)
         return torch.cat([model.sample(len(part), context=given) for part, given in rows])
-
-    def start(self, x: Tensor) -> Tensor | None:
-        """Where the paths of ``x`` begin, ``(B, D)`` in the order of the latent; None: at the first state."""
-        return self.model.first_state(x) if isinstance(self.model, BlockFlow) else None
 
     def _batches(self, x: Tensor, context: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         parts = x.split(self.batch_size)
