@@ -30,7 +30,7 @@ from torch.distributions import Independent, Normal
 from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
 from rnode_plugin.core.regularizers import LearnedEndTime
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation.diagnostics.density_checks import AutogradRows, log_determinant, trace
+from rnode_plugin.evaluation.diagnostics.density_checks import log_determinant, trace
 from rnode_plugin.evaluation.diagnostics.diagnose import compared_for, samples_for, still_falling
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.diagnostics.sample_checks import (
@@ -209,19 +209,6 @@ def test_trace_of_large_images_is_left_out() -> None:
     check = of(trace, MultiscaleFlow((1, 66, 66), hidden=2), torch.rand(2, 1, 66, 66))
     assert check.verdict == "left out"
     assert "4356 products" in check.sentence
-
-
-def test_rows_by_differentiation_are_those_of_the_jacobian() -> None:
-    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    z = torch.randn(4, 3, dtype=torch.float64)
-    estimator = AutogradRows()
-    rows = estimator.bind(lambda t, z: net(z))(torch.tensor(0.0), z, estimator.draw(z)).products
-    assert rows is not None
-    with torch.enable_grad():
-        dense = torch.stack([torch.autograd.functional.jacobian(net, each) for each in z])  # pyright: ignore[reportArgumentType, reportCallIssue]
-    torch.testing.assert_close(rows.transpose(0, 1), dense)
-    torch.testing.assert_close(estimator.divergence(rows, None), dense.diagonal(dim1=1, dim2=2).sum(1))
-    torch.testing.assert_close(estimator.squared_frobenius(rows, None), dense.square().sum((1, 2)))
 
 
 # solvers -------------------------------------------------------------------------------------------------------

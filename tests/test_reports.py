@@ -205,10 +205,9 @@ def test_the_table(runs: list[Path]) -> None:
 
 
 def test_a_ratio_is_told_once_both_are_finished(runs: list[Path], tmp_path: Path) -> None:
-    (told,) = against_base(arms_of(*runs))
-    assert told.startswith("rnode against none: test NFE × 0.708, Jacobian norm × 0.375")
     running = write_run(tmp_path / "k", digits(penalties=("kinetic",)), finished=False)
-    assert against_base(arms_of(*runs, running)) == [told]
+    (told,) = against_base(arms_of(*runs, running))
+    assert told.startswith("rnode against none: test NFE × 0.708, Jacobian norm × 0.375")
 
 
 def test_arms_are_compared_image_by_image(tmp_path: Path) -> None:
@@ -409,15 +408,14 @@ def test_arms_against_nfe(tmp_path: Path) -> None:
 
 
 def test_arms_with_a_schedule_have_their_place_and_their_text(tmp_path: Path) -> None:
-    for number, strength in enumerate((1.0, linear_warmup(10, 0.1), 0.1)):
-        write_run(tmp_path / str(number), dataclasses.replace(digits(), regularizers={"kinetic": strength}))
-    arms = group_runs(read_runs([tmp_path])[0])
+    strengths = (1.0, linear_warmup(10, 0.1), 0.1)
+    paths = [write_run(tmp_path / str(each), dataclasses.replace(digits(), regularizers={"kinetic": each}))
+             for each in strengths]  # fmt: skip
+    arms = arms_of(*paths)
     assert [arm.label for arm in arms] == ["kinetic=0.1", "kinetic=linear_warmup(10)*0.1", "kinetic=1"]
     (sweep,) = sweeps_of(trade_off(arms))
     assert [point.arm.label for point in sweep] == [arm.label for arm in arms]
-    assert (
-        cell(table_of(*(tmp_path / name for name in "012")), "λ", arms[1].label) == "kinetic linear_warmup(10)*0.1"
-    )
+    assert cell(make_table(arms), "λ", arms[1].label) == "kinetic linear_warmup(10)*0.1"
 
 
 def test_many_arms_look_different(tmp_path: Path) -> None:
