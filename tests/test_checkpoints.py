@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.checkpoints import (
     export_flow,
     find_checkpoint,
+    from_pretrained,
     load_with_recipe,
     read_checkpoint,
     save_flow,
+    save_pretrained,
 )
 
 
@@ -102,6 +105,37 @@ def test_export_holds_weights_and_recipe(file: Path, recipe: Recipe, tmp_path: P
     with safe_open(out, framework="pt") as stranger:  # the names that the module itself uses
         assert set(stranger.keys()) == set(flow.state_dict())
         assert json.loads(stranger.metadata()["rnode_plugin"])["recipe"] == recipe.to_plain()
+
+
+def test_a_folder_of_the_hub_there_and_back(file: Path, recipe: Recipe, tmp_path: Path) -> None:
+    folder, flow = tmp_path / "hub", load_flow(file)
+    folder.mkdir()
+    (folder / "README.md").write_text("my card")
+    save_pretrained(flow, folder, recipe=recipe.at_root(str(tmp_path)))
+    for found in (from_pretrained(folder), load_flow(folder)):
+        torch.testing.assert_close(found.state_dict(), flow.state_dict(), rtol=0, atol=0)
+    assert str(tmp_path).encode() not in (folder / "model.safetensors").read_bytes()
+    assert {each.name for each in folder.iterdir()} == {"README.md", "model.safetensors"}
+    assert (folder / "README.md").read_text() == "my card"
+
+
+def test_a_repository_of_the_hub_is_read_from_its_cache(file: Path, recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    repository, options = tmp_path / "models--me--digits", {"cache_dir": tmp_path, "local_files_only": True}
+    with pytest.raises(CheckpointError, match="me/digits is no folder, and the hub did not give it"):
+        from_pretrained("me/digits", **options)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    save_pretrained(load_flow(file), repository / "snapshots" / ("0" * 40), recipe=recipe)
+    assert from_pretrained("me/digits", **options).dims == 64
+    with pytest.raises(CheckpointError, match="did not give it"):
+        from_pretrained("no name of a repository", **options)
+
+
+def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"rnode-plugin\[hub\]"):
+        from_pretrained("me/digits")
 
 
 @pytest.mark.parametrize("contents", [b"", b"hello", b"PK\x03\x04nonsense", None], ids=str)

@@ -30,6 +30,7 @@ __all__ = [
     "PREVIOUS",
     "export_flow",
     "find_checkpoint",
+    "from_pretrained",
     "header_with",
     "load_flow",
     "load_weights",
@@ -37,11 +38,13 @@ __all__ = [
     "read_checkpoint",
     "recipe_of",
     "save_flow",
+    "save_pretrained",
     "training_solver",
 ]
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 _SAFETENSORS = ".safetensors"
+_HUB_WEIGHTS = "model.safetensors"  # the name that the hub's own libraries use
 _FORMAT = 1
 _KEY = "rnode_plugin"
 _PREFIX = "flow."
@@ -82,17 +85,109 @@ def export_flow(
         ConfigError: ``path`` does not end in ``.safetensors``, by which the format is known again.
         CheckpointError: nothing to read, or the file cannot be written.
     """
-    from safetensors.torch import save
-
     if Path(path).suffix != _SAFETENSORS:
         raise ConfigError(f"the exported file must end in {_SAFETENSORS}, not {str(path)!r}.")
     file = find_checkpoint(source, prefer=prefer)
     flow, recipe = load_with_recipe(file)
+    _write_safetensors(flow, path, recipe)
+    return file, recipe
+
+
+def _write_safetensors(flow: torch.nn.Module, path: str | os.PathLike[str], recipe: Recipe) -> None:
+    from safetensors.torch import save
+
     # copies: the format refuses tensors that share memory or have strides of their own
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
     encoded = save(tensors, metadata={"format": "pt", _KEY: json.dumps(header_with(recipe)[_KEY])})
     write_atomically(path, lambda file: file.write(encoded))
-    return file, recipe
+
+
+def save_pretrained(flow: torch.nn.Module, folder: str | os.PathLike[str], *, recipe: Recipe) -> Path:
+    """Write a folder that the Hugging Face hub takes: ``model.safetensors``, and a card if there is none.
+
+    The recipe is in the metadata of the weights, without the place of the data on this machine. ``hf upload
+    OWNER/NAME FOLDER`` publishes the folder; :func:`from_pretrained` and :func:`load_flow` read it.
+
+    Args:
+        flow: the model.
+        folder: to write; it is made if it is missing.
+        recipe: builds the model again.
+
+    Returns:
+        The file of the weights.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from rnode_plugin import get_recipe
+        >>> recipe = get_recipe("digits")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save_pretrained(recipe.build_flow(), folder, recipe=recipe)
+        ...     flow = from_pretrained(folder)
+        >>> file.name, flow.dims
+        ('model.safetensors', 64)
+    """
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=None))
+    _write_safetensors(flow, file := Path(folder, _HUB_WEIGHTS), recipe)
+    card = Path(folder, "README.md")
+    if not card.exists():
+        text = _CARD.format(description=recipe.description or recipe.name)
+        write_atomically(card, lambda file: file.write(text.encode()))
+    return file
+
+
+_CARD = """---
+library_name: rnode-plugin
+tags: [neural-ode, normalizing-flow]
+---
+{description}
+
+```python
+from rnode_plugin.training.checkpoints import from_pretrained
+
+flow = from_pretrained("OWNER/NAME")
+samples = flow.sample(16)
+```
+"""
+
+
+def from_pretrained(
+    name: str | os.PathLike[str], *, map_location: str | torch.device = "cpu", **download: Any
+) -> BlockFlow:
+    """The flow of a folder that :func:`save_pretrained` wrote, or of a repository of the Hugging Face hub.
+
+    A repository needs the extra ``rnode-plugin[hub]``. One file is downloaded, ``model.safetensors``, and nothing
+    in it is executed.
+
+    Args:
+        name: a folder, or ``"OWNER/NAME"`` if there is no such folder.
+        map_location: device of the flow.
+        download: options of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``,
+            ``force_download``, ``local_files_only``.
+
+    Raises:
+        CheckpointError: it cannot be downloaded, or :func:`load_flow` refuses it.
+        ConfigError: a repository without the extra.
+    """
+    if os.path.isdir(name):
+        return load_flow(name, map_location=map_location)
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ConfigError(
+            f"there is no folder {name}, and a repository of the hub needs pip install 'rnode-plugin[hub]'."
+        ) from None
+    try:
+        file = hf_hub_download(os.fspath(name), _HUB_WEIGHTS, **download)
+    except (OSError, ValueError) as error:  # its own errors are among them
+        raise CheckpointError(f"{name} is no folder, and the hub did not give it: {_first_line(error)}") from None
+    return load_flow(file, map_location=map_location)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> BlockFlow:
@@ -187,7 +282,9 @@ def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path
     if not path.exists() and (packaged := pretrained_file(str(path))) is not None:
         return packaged
     inside = (
-        file for name in (prefer, BEST, LAST, PREVIOUS) for file in (path / "checkpoints" / name, path / name)
+        file
+        for name in (prefer, BEST, LAST, PREVIOUS, _HUB_WEIGHTS)
+        for file in (path / "checkpoints" / name, path / name)
     )
     if (found := next((file for file in (path, *inside) if file.is_file()), None)) is not None:
         return found
