@@ -53,6 +53,10 @@ class PluginError(RnodeError):
 class SolverError(RnodeError, RuntimeError):
     """The integration could not go on.
 
+    Args:
+        reason, t, step, nfe: the attributes.
+        what, advice: the sentences of the message before and behind the place.
+
     Attributes:
         reason: ``"nonfinite"``, ``"underflow"`` or ``"max_nfe"``.
         t: the time that was reached.

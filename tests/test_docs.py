@@ -20,8 +20,10 @@ import pytest
 import yaml
 
 import rnode_plugin
+import rnode_plugin.torchdiffeq as torchdiffeq
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
+from rnode_plugin.plugins import hookspecs
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.solvers import GRADIENTS, METHODS
 
@@ -326,3 +328,43 @@ def test_examples_in_docstrings_run(path):
 @pytest.mark.parametrize("name", sorted(PUBLIC.keys() - {"__version__", "hookimpl"}))
 def test_each_public_name_has_an_example(name):
     assert ">>> " in (inspect.getdoc(PUBLIC[name]) or "")
+
+
+SECTION = re.compile(r"^(?:Args|Attributes):\n(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+ENTRY = re.compile(r"^    (\*{0,2}\w+(?:, \*{0,2}\w+)*):", re.MULTILINE)
+REFERENCE = re.compile(r":(?:meth|func|class):`[^`]*?(\w+)`")
+
+
+def signatures():
+    """Every public function and class that has arguments, and the methods that are ours, with the owner of each."""
+    for module in (rnode_plugin, torchdiffeq, hookspecs):
+        for name in set(module.__all__) - {"__version__", "hookimpl", "Regularizer", "RnodeError"}:
+            thing = getattr(module, name)
+            yield pytest.param(thing, module, id=f"{module.__name__}.{name}")
+            for method in vars(thing) if inspect.isclass(thing) else ():
+                theirs = any(hasattr(base, method) for base in thing.__mro__ if not is_ours(base))
+                if not method.startswith("_") and not theirs and callable(getattr(thing, method)):
+                    yield pytest.param(getattr(thing, method), thing, id=f"{name}.{method}")
+
+
+def is_ours(thing):
+    return thing.__module__.startswith("rnode_plugin.")
+
+
+def entries(thing):
+    """The names that the sections Args and Attributes of a docstring describe."""
+    sections = SECTION.findall(inspect.getdoc(thing) or "")
+    return {name.strip(" *") for text in sections for names in ENTRY.findall(text) for name in names.split(",")}
+
+
+@pytest.mark.parametrize(("thing", "owner"), signatures())
+def test_each_parameter_is_described(thing, owner):
+    text = inspect.getdoc(thing) or ""
+    assert text, "no docstring"
+    described = entries(thing)
+    if inspect.isclass(owner):  # a method may name them in its sentence
+        described |= {word for code in re.findall(r"``([^`]+)``", text) for word in re.findall(r"\w+", code)}
+    for name in REFERENCE.findall(text):  # or send the reader to another one
+        described |= entries(getattr(owner, name, None) or vars(rnode_plugin).get(name))
+    named = {name for name in inspect.signature(thing).parameters if name != "self"}
+    assert named <= described, f"not described: {named - described}"

@@ -210,11 +210,11 @@ class Dynamics:
                 yield from part.parameters()
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
-        """Noise for one solve from ``z``; None if no product is needed."""
+        """Noise for one solve from ``z (B, *event)``, from ``generator``; None if no product is needed."""
         return self.estimator.draw(z, generator=generator) if self.needs_products else None
 
     def bind(self, noise: Tensor | None) -> _Bound:
-        """The system with its noise fixed, ready to be integrated."""
+        """The system with its ``noise`` fixed, as :meth:`draw` gives it, ready to be integrated."""
         return _Bound(self, noise)
 
     def evaluate(
@@ -222,7 +222,12 @@ class Dynamics:
     ) -> Rates:
         """The right-hand side at one time.
 
-        ``products=False`` leaves out all that needs a product; with ``trace=True`` all but the log-determinant.
+        Args:
+            t: the time, a scalar.
+            z: the state ``(B, *event)``.
+            noise: as :meth:`draw` gives it.
+            products: False leaves out all that needs a product with the Jacobian.
+            trace: whether the log-determinant is followed; None: as ``products``.
         """
         trace = products if trace is None else trace
         one_pass = self._pass if products else self._pass_for_trace if trace else self._velocity

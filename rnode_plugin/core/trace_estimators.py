@@ -59,7 +59,7 @@ class TraceEstimator(ABC):
 
     @abstractmethod
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
-        """Noise for one solve from the state ``z (B, *event)``; None if the estimator needs none."""
+        """Noise for one solve from the state ``z (B, *event)``, from ``generator``; None if none is needed."""
 
     def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
         """The pass ``(t, z, noise) -> Linearization`` over a field: the products, and whatever ``ask`` wants."""
@@ -67,16 +67,16 @@ class TraceEstimator(ABC):
 
     @abstractmethod
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        """The probe vectors behind ``products``."""
+        """The probe vectors behind ``products``, what a bound evaluation made with ``noise``."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        """``div f (B,)`` (eq. 3) or an unbiased estimate of it (eq. 5)."""
+        """``div f (B,)`` (eq. 3) or an unbiased estimate (eq. 5); ``products, noise`` as in :meth:`probes`."""
         probes = self.probes(products, noise)
         terms = (w * sum_products(v, row) for w, v, row in zip(*probes, strict=True))
         return torch.stack(list(terms)).sum(0)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        """``||df/dz||_F^2 (B,)`` (eq. 13) or an unbiased estimate of it (eq. 16)."""
+        """``||df/dz||_F^2 (B,)`` (eq. 13), or an unbiased estimate (eq. 16), of the same ``products, noise``."""
         probes = self.probes(products, noise)
         terms = (w * sum_squares(row) for w, _, row in zip(*probes, strict=True))
         return torch.stack(list(terms)).sum(0)

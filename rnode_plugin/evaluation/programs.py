@@ -150,6 +150,10 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
 
     The file holds the weights, once, and nothing else is needed to run it.
 
+    Args:
+        program: of :func:`export_program`.
+        path: of the file; its suffix is the format.
+
     Returns:
         The path.
 

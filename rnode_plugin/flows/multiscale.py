@@ -276,13 +276,16 @@ class MultiscaleFlow(BlockFlow):
         solver: Solver | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Bits/dim of each image, ``(B,)``, counted in bins of 1 / :attr:`levels`; see :meth:`log_prob`."""
+        """Bits/dim of each image, ``(B,)``, counted in bins of 1 / :attr:`levels`.
+
+        ``x``, ``noise``, ``solver`` and ``generator`` as for :meth:`BlockFlow.forward`.
+        """
         log_prob = self.log_prob(x, noise=noise, solver=solver, generator=generator)
         return bits_per_dim(log_prob, dims=self.dims, levels=self.levels)
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
-        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1]; options as for :meth:`BlockFlow.sample`."""
+        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1]; ``options`` as for :meth:`BlockFlow.sample`."""
         return super().sample(n, **options).clamp(0, 1)
 
 

@@ -111,7 +111,7 @@ class TableFlow(BlockFlow):
         return f"columns={self.dims}, context={self.context}, solver={self.solver}"
 
     def standardize(self, rows: Tensor) -> None:
-        """Take the mean and the deviation of each column from rows ``(N, columns + context)``, contexts last.
+        """Take the mean and the deviation of each column from ``rows (N, columns + context)``, contexts last.
 
         Raises:
             ConfigError: another shape, fewer than two rows, or a column without a deviation.

@@ -89,12 +89,13 @@ def rnode_after_solve(solution: Solution, solver: Solver) -> None:
 
     It is called once the plugin host is loaded: by the command line, a recipe, any name of a regularizer, model or
     data set, or ``rnode_plugin.plugins.register``. A program that uses none of these calls
-    ``rnode_plugin.plugins.report()`` first.
+    ``rnode_plugin.plugins.report()`` first. An implementation may leave out arguments that it does not need. One
+    that raises is reported and not called again; the solve goes on.
 
-    ``solution.z`` has shape ``(T, B, *event)``, ``solution.logdet`` ``(T, B)`` in nats or None,
-    ``solution.penalties`` ``{name: (B,)}``, raw integrals; ``solution.stats`` counts evaluations and steps. The
-    tensors belong to the graph of the solve: read, detach, and keep no reference, or its memory stays in use. The
-    ``solver`` of a torchdyn model holds the model's settings, with the name of its solver; a solver object of your
-    own counts as ``"dopri5"`` or, with fixed steps, ``"euler"``. An implementation may leave out arguments that it
-    does not need. One that raises is reported and not called again; the solve goes on.
+    Args:
+        solution: ``z (T, B, *event)``, ``logdet (T, B)`` in nats or None, ``penalties`` ``{name: (B,)}``, raw
+            integrals, and ``stats``, the numbers of evaluations and steps. The tensors belong to the graph of the
+            solve: read, detach, and keep no reference, or its memory stays in use.
+        solver: of a torchdyn model the model's settings, with the name of its solver; a solver object of your own
+            counts as ``"dopri5"`` or, with fixed steps, ``"euler"``.
     """

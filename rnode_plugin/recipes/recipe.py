@@ -320,6 +320,9 @@ _ALWAYS_MEASURED = ("kinetic", "jacfrob")
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name, ours or a plugin's.
 
+    Args:
+        name: such as ``"mnist"``; ``rnode-cli recipes`` lists them.
+
     Raises:
         ConfigError: for an unknown name; the known ones are listed.
         PluginError: the plugin that offers it failed, or returned something else.

@@ -123,8 +123,14 @@ def odeint_adjoint(
 ) -> Any:
     """torchdiffeq's ``odeint_adjoint`` with penalties on the vector field; see :func:`odeint`.
 
-    The adjoint carries the penalties; its error norm sees the user's part of the state alone. Parameters of
-    regularizers that are modules are added to ``adjoint_params``.
+    The adjoint carries the penalties; its error norm sees the user's part of the state alone.
+
+    Args:
+        adjoint_rtol, adjoint_atol: tolerances of the solve backward; None: ``rtol`` and ``atol``.
+        adjoint_method: method of the solve backward; None: ``method``.
+        adjoint_options: options of that method.
+        adjoint_params: the parameters that get gradients; None: those of ``func``. Parameters of regularizers that
+            are modules are added.
     """
     torchdiffeqs = {
         "rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn,

@@ -90,6 +90,13 @@ def install(regularizers: Any = None, **options: Any) -> None:
 
     With ``regularizers`` every solve with gradients enabled follows them, and the gradient of eq. 17's sum is added
     whenever backward goes through its solution: the loss that the code prints has no penalties, its gradient has.
+
+    Args:
+        regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
+        options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``penalty_quadrature`` of the same.
+
+    Raises:
+        ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.
     """
     uninstall()
     faces: dict[str, Any] = dict(_FACES)

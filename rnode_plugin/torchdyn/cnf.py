@@ -103,7 +103,7 @@ class CNF(torchdyn_cnf.CNF):
         return torch.cat([-trace[:, None], dz.flatten(1)], 1)
 
     def event(self, x: Tensor) -> Tensor:
-        """``z (B, *event_shape)`` of a state ``[B, 1 + D]``."""
+        """``z (B, *event_shape)`` of a state ``x [B, 1 + D]``."""
         z = x[:, 1:]
         if self.event_shape is None:
             return z

@@ -52,8 +52,9 @@ class RegularizedCNF(DensityModel):
             an estimator object.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval.
-        solver, sensitivity, ...: further arguments of :class:`~rnode_plugin.NeuralODE`.
+        solver: as in :class:`~rnode_plugin.NeuralODE`.
         atol, rtol: tolerances of an adaptive solver; None: 1e-5, the paper's.
+        options: further arguments of :class:`~rnode_plugin.NeuralODE`, such as ``sensitivity``.
 
     Raises:
         ConfigError: for shapes that do not fit together, and all that NeuralODE refuses.
@@ -273,7 +274,7 @@ class RegularizedCNF(DensityModel):
             return self.inverse(_shrunk_samples(self.base, n, temperature), context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``x (B, *event_shape)`` that flows to ``z``."""
+        """``x (B, *event_shape)`` that flows to ``z (B, *event_shape)``; ``context`` as in :meth:`log_prob`."""
         self._check(z)
         rows, times = self.context_rows(context, z), self._times(z, backward=True)
         return self.ode._solve(z, times, args=rows, remember=False, trace=False)[1][-1]
@@ -281,7 +282,10 @@ class RegularizedCNF(DensityModel):
     def inverse_and_log_prob(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, z: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve."""
+        """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve.
+
+        ``context`` and ``penalties`` as in :meth:`log_prob`.
+        """
         x, logdet = self._with_trace(z, context, penalties=penalties, backward=True)
         return x, self._base_log_prob(z) + logdet
 
@@ -290,7 +294,7 @@ class RegularizedCNF(DensityModel):
     ) -> FlowOutput:
         """Latents, log-determinant in nats, penalties and NFE of samples ``x (B, *event_shape)``.
 
-        As :meth:`transform`, in the form that flows have.
+        As :meth:`transform`, in the form that flows have; ``context`` and ``penalties`` as in :meth:`log_prob`.
         """
         before = self.ode.vf.nfe
         z, logdet = self.transform(x, context, penalties=penalties)
@@ -304,7 +308,8 @@ class RegularizedCNF(DensityModel):
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """The penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob` in nats/dim.
 
-        See :meth:`NeuralODE.reg_loss`. :meth:`inverse` and :meth:`sample` follow no penalties and leave them alone.
+        ``step`` and ``lambdas`` as in :meth:`NeuralODE.reg_loss`. :meth:`inverse` and :meth:`sample` follow no
+        penalties and leave them alone.
         """
         return self.ode.reg_loss(step=step, **lambdas)
 

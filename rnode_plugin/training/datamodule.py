@@ -275,6 +275,11 @@ class TableDataModule(RecipeDataModule[Table]):
     Batches are float32 ``(B, C)``: the columns that are modelled, then those that are given. The Trainer validates
     on the rows that choose the weights; those of ``data.held_out`` are left for an evaluation.
 
+    Args:
+        recipe: names the table, its columns and the batch size.
+        data: the table, if it is loaded already.
+        download: fetch a table that is missing.
+
     Example:
         >>> from rnode_plugin import get_recipe
         >>> data = TableDataModule(get_recipe("table"))
