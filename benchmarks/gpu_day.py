@@ -3,14 +3,17 @@
     python benchmarks/gpu_day.py parity --out benchmarks/results/gpu
     python benchmarks/gpu_day.py steps --device cpu --rehearse
 
-Each part writes ``PART.json`` with the card's name, versions and rows. ``--rehearse`` does the same with tiny
-sizes, on any device: it shows that the script works, and its numbers mean nothing.
+Each part writes ``PART.json`` with the card's name, versions and rows. ``form`` writes ``form.md`` from them, the
+answers to the form "Benchmark result". ``--rehearse`` takes tiny sizes, on any device: it shows that it works,
+and its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -225,12 +228,80 @@ PARTS: dict[str, Callable[..., Rows]] = {
 }
 
 
+FORM = """\
+### Who measured
+
+{entity}
+
+### Hardware
+
+{device}; {cpus} processors, threads set to {threads}. TO FILL IN: did other work run beside it?
+
+### Command
+
+```shell
+{command}
+```
+
+### What it printed
+
+{results}
+
+### Output of `rnode-cli info`
+
+```text
+{info}
+```
+
+### Remarks
+
+{remarks}
+"""
+
+
+def write_form(folder: Path, entity: str, *, rehearse: bool) -> Path:
+    """The answers to ``.github/ISSUE_TEMPLATE/benchmark.yml``, as the text of an issue."""
+    found = [json.loads(path.read_text()) for part in PARTS if (path := folder / f"{part}.json").exists()]
+    if not found:
+        raise click.ClickException(f"no results in {folder}: run the parts first.")
+    commit = _output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    missing = [part for part in PARTS if part not in {each["part"] for each in found}]
+    remarks = [f"Missing parts: {', '.join(missing)}."] if missing else []
+    remarks += ["A rehearsal with tiny sizes: the numbers mean nothing."] if rehearse else []
+    text = FORM.format(
+        **found[0]["environment"],
+        entity=entity,
+        command=f"benchmarks/gpu_day.sh{' FOLDER --rehearse' if rehearse else ''}  # commit {commit}",
+        results="\n\n".join(f"{each['part']}, {each['seconds']:.0f} s\n\n{_rows(each['rows'])}" for each in found),
+        info=_output(sys.executable, "-m", "rnode_plugin", "info"),
+        remarks=" ".join(remarks) or "None.",
+    )
+    path = folder / "form.md"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _rows(rows: Rows) -> str:
+    """A table of Markdown."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[f"{v:.4g}" if isinstance(v := row.get(key, ""), float) else str(v) for key in keys] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (keys, ["---"] * len(keys), *cells))
+
+
 @click.command(help=__doc__)
-@click.argument("part", type=click.Choice(list(PARTS)))
+@click.argument("part", type=click.Choice([*PARTS, "form"]))
 @click.option("--out", default="benchmarks/results/gpu", show_default=True, help="Folder of the results.")
 @click.option("--device", default="cuda", show_default=True, help="cuda or cpu.")
 @click.option("--rehearse", is_flag=True, help="Tiny sizes: shows that the script works.")
-def main(part: str, out: str, device: str, rehearse: bool) -> None:
+@click.option("--entity", default="anonymous", show_default=True, help="Of the form: who measured.")
+def main(part: str, out: str, device: str, rehearse: bool, entity: str) -> None:
+    if part == "form":
+        click.echo(f"form: {write_form(Path(out), entity, rehearse=rehearse)}")
+        return
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("there is no CUDA device: use --device cpu --rehearse.")
     where = set_up(device, torch.get_num_threads())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rnode_plugin import get_recipe
 from rnode_plugin.evaluation.loading import load_images
@@ -46,5 +48,10 @@ def test_the_day_of_a_gpu_is_rehearsed(tmp_path: Path) -> None:
         assert abs(row["loss"]) < 1e-4
         assert row["gradient"] < 1e-3
     assert parts["processes"]["rows"][0]["gradient"] < 1e-4
+    form = (tmp_path / "form.md").read_text()
+    questions = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "benchmark.yml").read_text())["body"]
+    assert re.findall(r"^### (.*)$", form, re.MULTILINE) == [each["attributes"]["label"] for each in questions]
+    assert "anonymous" in form
+    assert "torchdiffeq" in form
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.stdout.count("done before") == 5
