@@ -118,7 +118,7 @@ def paint(panels: Any, found: dict[Case, dict[str, Found]]) -> None:
     for axes, data in zip(panels, DATA, strict=True):
         base = found["none", None][data]
         axes.axhline(0, color="#808080", linewidth=0.6)
-        axes.plot(base.nfe, 0, marker="o", color="black", linestyle="none", label="none")
+        axes.plot(base.nfe, 0, marker="o", color="#767c85", linestyle="none", label="none")
         for colour, name in zip(_COLOURS, dict.fromkeys(n for n, s in found if s is not None), strict=False):
             points = [each[data] for (n, _), each in found.items() if n == name]
             losses = [float((each.nll - base.nll).mean()) / 2 for each in points]

@@ -65,11 +65,11 @@ def draw(path: Path, runs: dict[str, Run], title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    plt.style.use("rnode_plugin.plots")
+    figure, axes = plt.subplots(figsize=(7, 4.5))
     for name, run in runs.items():
         axes.plot([p.seconds for p in run.points[1:]], [p.bits_per_dim for p in run.points[1:]], ".-", label=name)
     axes.set(xscale="log", xlabel="seconds of training", ylabel="validation bits/dim", title=title)
-    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -47,6 +47,7 @@ def main():
     parser.add_argument("--output", default="density_2d.png", help="file of the plot")
     options = parser.parse_args()
     data, held_out = ring(4000, options.seed), ring(1000, options.seed + 1)
+    plt.style.use("rnode_plugin.plots")
     figure, panels = plt.subplots(1, len(ARMS), figsize=(14, 3.8), sharex=True, sharey=True)
     axis = torch.linspace(-3, 3, 100)
     grid = torch.cartesian_prod(axis, axis)
@@ -64,13 +65,14 @@ def main():
             density = model.log_prob(grid).exp().reshape(100, 100).T
         name = ", ".join(regularizers) or "none"
         print(f"{trace:<10} {name:<16} {nll:>6.3f} {nfe:>4.0f} {kinetic:>8.2f} {jacfrob:>8.2f} {pace:>7.1f}")
+        axes.grid(False)
         axes.pcolormesh(axis.numpy(), axis.numpy(), density.numpy(), shading="auto")
         axes.scatter(*model.sample(300).T, s=2, color="white")
         axes.set(
             title=f"{trace} trace\npenalties: {name}", xlabel="$x_1$", xlim=(-3, 3), ylim=(-3, 3), aspect="equal"
         )
     panels[0].set_ylabel("$x_2$")
-    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+    figure.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def main():
     parser.add_argument("--output", default="drop_in_classifier.png", help="file of the plot")
     options = parser.parse_args()
     data = load()
+    plt.style.use("rnode_plugin.plots")
     rows, (_, axes) = [], plt.subplots(figsize=(6, 4))
     for name, regularizers in ARMS.items():
         nfe, count, accuracy = train(regularizers, data, steps=options.steps, seed=options.seed)
@@ -71,7 +72,7 @@ def main():
     print(f"{'regularizers':<30} {'NFE (test)':>12} {'test accuracy':>14}", *rows, sep="\n")
     axes.set(xlabel="training step", ylabel="evaluations of the field a solve", ylim=(0, None))
     axes.legend()
-    plt.savefig(options.output, dpi=150, bbox_inches="tight")
+    plt.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

@@ -128,14 +128,14 @@ def paint_line(axes, field, x, label, colour):
     axes[2].hist(
         path[-1, :, 0].numpy(), 40, range=(-3.2, 3.2), density=True, orientation="horizontal", color=colour
     )
-    axes[1].set_title(label, fontsize=9)
+    axes[1].set_title(label)
 
 
 def paint_plane(axes, field, x, label, colour):
     """Density of the model, paths, vector field at t = 0.5."""
     line = torch.linspace(-2.6, 2.6, 80)
     values = log_density(field, torch.cartesian_prod(line, line)).exp().reshape(80, 80)
-    axes[0].imshow(values.T, extent=(-2.6, 2.6, -2.6, 2.6), origin="lower", cmap="Greys")
+    axes[0].contour(line, line, values.T, 8, colors=colour, linewidths=0.8)
     path = follow(field, x[:60])
     axes[1].plot(path[:, :, 0], path[:, :, 1], color=colour, linewidth=0.8)
     axes[1].scatter(*path[0].T, s=9, color=GREY, zorder=3)
@@ -143,8 +143,7 @@ def paint_plane(axes, field, x, label, colour):
     points = torch.cartesian_prod(torch.linspace(-2.4, 2.4, 15), torch.linspace(-2.4, 2.4, 15))
     axes[2].quiver(*points.T, *field(torch.tensor(0.5), points).detach().T, color=colour, width=0.006)
     for each, title in zip(axes, ("density", label, "vector field at t = 0.5"), strict=True):
-        each.set_title(title, fontsize=9)
-        each.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
+        each.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
 
 
 def main():
@@ -164,7 +163,8 @@ def main():
     print(f"{args.data:36}{''.join(f'{label:>14}' for label in flows)}")
     for name in found[0]:
         print(f"{name:36}{''.join(f'{each[name]:14.4g}' for each in found)}")
-    figure, axes = plt.subplots(2, 3, figsize=(8.6, 5.6), layout="constrained")
+    plt.style.use(["rnode_plugin.plots", {"axes.titlesize": 8}])
+    figure, axes = plt.subplots(2, 3, figsize=(8.6, 5.6))
     paint = paint_line if args.data == "mixture" else paint_plane
     for row, field, numbers, label, colour in zip(axes, fields, found, flows, COLOURS, strict=True):
         bent = f"path / displacement {numbers['path length / displacement']:.2f}"

@@ -63,6 +63,7 @@ def main():
         fields[name] = copy.deepcopy(matched)
         model = density(fields[name], regularizers, 1e-4)
         minimize(lambda m: -m.log_prob(ring(256)).mean() / m.dims + m.reg_loss(), model, options.steps, 1e-3)
+    plt.style.use("rnode_plugin.plots")
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharex=True, sharey=True)
     print(f"{'field':<27} {'NFE':>4} {'NLL, nats':>10} {'kinetic':>8} {'jacfrob':>8}")
     for (name, velocity), axes in zip(fields.items(), panels, strict=True):
@@ -75,7 +76,7 @@ def main():
         axes.plot(paths[..., 0], paths[..., 1], color="C0", linewidth=0.5)
         axes.scatter(*test[:100].T, s=8, color="C1")
         axes.set(title=f"{name}, NFE {nfe:.0f}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+    figure.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

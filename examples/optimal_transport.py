@@ -62,7 +62,8 @@ def main():
     goal, cost = optimal(x)
     print(f"least cost of any map, W2^2: {cost:.3f}")
     print(f"{'lambda':>6} {'kinetic energy':>15} {'error of the map':>17} {'KL(P || model), nats':>21}")
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharex=True, sharey=True)
+    plt.style.use("rnode_plugin.plots")
+    figure, panels = plt.subplots(1, 3, figsize=(9, 5.5), sharex=True, sharey=True)
     for strength, axes in zip((0.0, 0.01, 0.1), panels, strict=True):
         model = train(strength, steps=options.steps, seed=options.seed)
         with torch.no_grad():
@@ -71,12 +72,14 @@ def main():
             arrived, _ = model.transform(x)
         error = (arrived - goal).square().sum(1).mean().sqrt()  # root mean square distance
         print(f"{strength:>6} {energy:>15.3f} {error:>17.3f} {divergence:>21.4f}")
-        axes.plot(*torch.stack([x[:80], arrived[:80]]).permute(2, 0, 1), color="0.7", linewidth=0.7)
-        axes.scatter(*arrived[:80].T, s=12, label="learnt map")
-        axes.scatter(*goal[:80].T, s=12, marker="x", label="optimal map")
-        axes.set(title=f"lambda = {strength}", xlabel="$x_1$", ylabel="$x_2$")
-    panels[0].legend()
-    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+        between = torch.stack([goal[:80], arrived[:80]]).permute(2, 0, 1)
+        axes.plot(*between, color="C1", linewidth=1.2)
+        axes.scatter(*goal[:80].T, s=10, color="0.5", zorder=2, label="optimal map")
+        axes.scatter(*arrived[:80].T, s=10, color="C1", zorder=3, label="learnt map, and its difference")
+        axes.set(title=f"λ = {strength}, error {error:.3f}", xlabel="$x_1$", aspect="equal")
+    panels[0].set_ylabel("$x_2$")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

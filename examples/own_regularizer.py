@@ -51,7 +51,10 @@ def main():
     torch.manual_seed(options.seed)
     x, new = torch.randn(20, 2), torch.randn(1000, 2)
     y = x @ MAP.T + 0.1 * torch.randn(20, 2)  # few points, with noise
-    figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharex=True, sharey=True)
+    plt.style.use("rnode_plugin.plots")
+    figure, panels = plt.subplots(3, 1, figsize=(7, 7.5), sharex=True, sharey=True)
+    angle = torch.linspace(0, 2 * torch.pi, 200)
+    circles = torch.tensor([0.75, 1.5, 2.25])[:, None, None] * torch.stack([angle.cos(), angle.sin()], 1)
     print(f"{'regularizer':<14} {'NFE':>4} {'error':>7} {'slow':>7} {'incompressible':>15}   on 1000 new points")
     for (name, regularizers), axes in zip(ARMS.items(), panels, strict=True):
         field = train(regularizers, x, y, steps=options.steps, seed=options.seed)
@@ -59,14 +62,18 @@ def main():
         model = NeuralODE(field, solver="dopri5", regularizers=[slow, incompressible], trace_noise="exact")
         with torch.no_grad():
             _, path = model(new, T_SPAN, penalties=True)
+            drawn = model.trajectory(circles.flatten(0, 1), T_SPAN)[-1].reshape(circles.shape)
         error = (path[-1] - new @ MAP.T).square().sum(1).mean().sqrt()
         means = {key: integral.mean() for key, integral in model.regularization.items()}
         integrals = f"{means['slow']:>7.3f} {means['incompressible']:>15.3f}"
         print(f"{name:<14} {model.vf.nfe:>4.0f} {error:>7.3f} {integrals}")
-        axes.plot(*torch.stack([path[-1][:150], new[:150] @ MAP.T]).permute(2, 0, 1), color="0.6", linewidth=0.7)
-        axes.scatter(*path[-1][:150].T, s=8)
-        axes.set(title=f"regularizer: {name}", xlabel="$x_1$", ylabel="$x_2$")
-    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+        truth = axes.plot(*(circles @ MAP.T).permute(2, 1, 0), color="0.5", linewidth=3, alpha=0.5)
+        learnt = axes.plot(*drawn.permute(2, 1, 0), color="C1")
+        axes.set(title=f"regularizer: {name}, error {error:.3f}", ylabel="$x_2$", aspect="equal")
+    panels[-1].set_xlabel("$x_1$")
+    handles, labels = [truth[0], learnt[0]], ["three circles by the map itself", "by the learnt map"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

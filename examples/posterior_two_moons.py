@@ -66,6 +66,7 @@ def main():
         flow = zuko.flows.CNF(2, context=2, hidden_features=(64, 64))
         seconds = fit(flow, lambda theta, x: flow(x).log_prob(theta), lambda: 0.0, options.steps)
         rows["zuko.flows.CNF"] = flow.transform.ode, flow.eval(), seconds
+    plt.style.use("rnode_plugin.plots")
     figure, panels = plt.subplots(1, len(rows), figsize=(4 * len(rows), 4), sharex=True, sharey=True, squeeze=False)
     print(f"{'density':<15} {'NLL, nats':>10} {'NFE':>5} {'CPU s':>8}   on 1000 new pairs")
     for (name, (module, posterior, seconds)), axes in zip(rows.items(), panels[0], strict=True):
@@ -76,7 +77,7 @@ def main():
         print(f"{name:<15} {nll:>10.3f} {len(calls):>5} {seconds:>8.1f}")
         axes.scatter(*samples.T, s=1)
         axes.set(title=name, xlabel="$\\theta_1$", ylabel="$\\theta_2$", aspect="equal")
-    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+    figure.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

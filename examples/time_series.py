@@ -59,9 +59,10 @@ def main():
     torch.manual_seed(options.seed)
     truth, held_out = pendulums(128), pendulums(256)
     angles, given = (x + NOISE * torch.randn_like(x) for x in (truth, held_out))
+    plt.style.use("rnode_plugin.plots")
     figure, axes = plt.subplots(figsize=(8, 4))
-    axes.plot(TIMES, held_out[0], color="0.6", linewidth=4, label="truth")
-    axes.plot(TIMES[:SEEN], given[0, :SEEN], "k.", label="seen")
+    axes.plot(TIMES, held_out[0], color="0.5", linewidth=5, alpha=0.5, label="truth")
+    axes.plot(TIMES[:SEEN], given[0, :SEEN], ".", color="C4", label="seen")
     print(f"{'regularizers':<16} {'NFE':>4} {'error, rad':>11}   on 256 held-out series, without noise")
     for name, regularizers in ARMS.items():
         torch.manual_seed(options.seed)
@@ -73,7 +74,7 @@ def main():
         axes.plot(TIMES, predicted[0], label=name)
     axes.set(xlabel="time, s", ylabel="angle, rad")
     axes.legend()
-    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+    figure.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

@@ -63,17 +63,17 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="the first of three")
     parser.add_argument("--output", default="torchdiffeq_moons.png", help="file of the plot")
     options = parser.parse_args()
+    plt.style.use("rnode_plugin.plots")
     _, axes = plt.subplots(figsize=(6, 3.4))
     print(f"{'regularizers':<18} {'seed':>4} {'NFE':>4} {'accuracy':>9}")
-    for regularizers, color in ((None, "tab:gray"), ({"kinetic": 0.01}, "tab:blue")):
+    for regularizers, color in ((None, "C1"), ({"kinetic": 0.01}, "C0")):
         for seed in range(options.seed, options.seed + 3):
             counts, nfe, accuracy = train(regularizers, steps=options.steps, seed=seed)
             print(f"{regularizers or 'none'!s:<18} {seed:>4} {nfe:>4} {accuracy:>9.1%}", flush=True)
             axes.plot(counts, color=color, label=str(regularizers or "none") if seed == options.seed else None)
     axes.set(xlabel="training step", ylabel="NFE of the step's solve", ylim=(0, None))
-    axes.legend(frameon=False, title="regularizers")
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.savefig(options.output, dpi=120, bbox_inches="tight")
+    axes.legend(title="regularizers")
+    plt.savefig(options.output, dpi=150)
 
 
 if __name__ == "__main__":

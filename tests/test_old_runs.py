@@ -11,12 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from rnode_plugin import load_flow
+from rnode_plugin import Solver, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports.runs import read_run
+from rnode_plugin.training.checkpoints import load_with_recipe
 
-OLD = Path(__file__).parent / "old_runs"
+OLD, PACKAGE = Path(__file__).parent / "old_runs", Path(__file__).parents[1] / "rnode_plugin"
 # the last bits of a sum depend on the processor and on torch; the steps of training make more of them
 CLOSE = 2e-4
 
@@ -30,6 +31,22 @@ def rows(run: Path) -> list[dict[str, str]]:
 def interrupted(tmp_path: Path) -> Path:
     """A run of 8 steps that was stopped after its checkpoint at step 5."""
     return Path(shutil.copytree(OLD / "interrupted", tmp_path / "runs" / "digits" / "0"))
+
+
+KEPT = sorted(
+    file for folder in (OLD, PACKAGE) for kind in ("ckpt", "safetensors") for file in folder.rglob(f"*.{kind}")
+)
+
+
+@pytest.mark.parametrize("file", KEPT, ids=[f"{file.parts[-3]}-{file.name}" for file in KEPT])
+def test_every_checkpoint_that_is_kept_opens(file: Path) -> None:
+    assert len(KEPT) == 5
+    flow, recipe = load_with_recipe(file)
+    solver = Solver("euler", step=1.0)
+    torch.manual_seed(0)
+    x = flow.sample(2, solver=solver)
+    assert x.shape == (2, *recipe.data.event)
+    assert bool(flow.log_prob(x, solver=solver).isfinite().all())
 
 
 def test_it_loads_with_its_numbers() -> None:

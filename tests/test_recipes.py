@@ -83,6 +83,17 @@ def test_json_there_and_back(name) -> None:
     assert Recipe.from_plain(json.loads(json.dumps(recipe.to_plain()))) == recipe
 
 
+@pytest.mark.parametrize("name", ["mnist", "table"])
+def test_a_run_keeps_the_absolute_path_of_its_data(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.csv").write_text("a,b\n1,2\n3,4\n")
+    recipe = get_recipe(name)
+    for moved in (recipe.override(["data.root=data.csv"]), recipe.at_root("data.csv")):
+        assert moved.data.root == str(tmp_path / "data.csv")
+    assert recipe.override(["data.root=none"]).data.root is None
+    assert recipe.at_root(None) == recipe
+
+
 def test_every_setting_can_be_written_as_it_is_shown() -> None:
     recipe = get_recipe("digits").ffjord()
     other = get_recipe("celebahq256")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
+from torch.func import functionalize
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -102,15 +103,24 @@ def _example(entry: EntryPoint, batch: int) -> dict[str, Tensor]:
 
 def _recorded(entry: EntryPoint, inputs: Mapping[str, Tensor]) -> GraphModule:
     """All operations of one call, derivatives included, in one row."""
-    # ONNX has none of torch's operations for backward passes: they are written out
-    backward = {op: parts for op, parts in torch.export.default_decompositions().items() if "backward" in str(op)}
+    # ONNX has none of torch's operations for backward passes, and no rsub: they are written out
+    known = torch.export.default_decompositions().items()
+    parts = {op: each for op, each in known if "backward" in str(op) or "rsub" in str(op)}
+    options = {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}
     with recording():
-        record = make_fx(entry.compute, backward, tracing_mode="symbolic", _allow_non_fake_inputs=True)
-        graph = record(*inputs.values())
+        graph = make_fx(entry.compute, parts, **options)(*inputs.values())
+        if _writes(graph.graph):
+            graph = make_fx(functionalize(graph, remove="mutations"), **options)(*inputs.values())
     graph.graph.eliminate_dead_code()
     for node, name in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.target = node.name = name
     return _with_named_weights(graph, entry.model)
+
+
+def _writes(graph: torch.fx.Graph) -> bool:
+    """Whether an operation writes into a tensor, such as ``aten.exp_.default``, which ONNX cannot."""
+    names = (str(node.target).split(".") for node in graph.nodes if node.op == "call_function")
+    return any(name[-1] == "out" or (len(name) > 1 and name[1].endswith("_")) for name in names)
 
 
 def _with_named_weights(graph: GraphModule, model: nn.Module) -> GraphModule:
@@ -206,7 +216,7 @@ def _onnx_bytes(program: ExportedProgram) -> bytes:
     with _quiet():
         try:
             try:
-                made = exported(_as_recorded(program))
+                made = exported(program if _writes(program.graph) else _as_recorded(program))
             except Exception:  # an operation that ONNX has in parts only
                 made = exported(program)
         except Exception as error:  # an operation that it has not, such as the QR decomposition of Hutch++

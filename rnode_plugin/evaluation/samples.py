@@ -126,7 +126,7 @@ def sample_rows(
 
 
 _MOST = 8  # columns
-_DATA, _SAMPLES = "#24292f", "#0072b2"
+_DATA, _SAMPLES = "#d55e00", "#0072b2"
 _BINS = 10, 40  # fewest and most
 _INSIDE = 0.5, 99.5  # percentiles of the data that a panel shows, and a margin around them
 _DPI = 110
@@ -145,12 +145,13 @@ def save_corner(
     Raises:
         CheckpointError: the file cannot be written.
     """
-    from matplotlib import rc_context
+    from matplotlib import rc_context, style
     from matplotlib.figure import Figure
 
     shown = min(len(columns), _MOST)
     side = max(3.5, 1.45 * shown + 0.6)
-    with rc_context({"font.size": 8, "axes.linewidth": 0.6, "font.family": "sans-serif"}):
+    look = {"font.size": 8, "axes.labelsize": 8, "axes.linewidth": 0.6, "axes.grid": False}
+    with style.context("rnode_plugin.plots"), rc_context(look):
         figure = Figure(figsize=(side, side), layout="constrained")
         grid = figure.subplots(shown, shown, squeeze=False)
         ranges = [_range(data[:, k], samples[:, k]) for k in range(shown)]

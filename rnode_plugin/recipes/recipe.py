@@ -173,7 +173,7 @@ class Recipe:
         changes = self._changes(assignments)
         recipe = self
         data = changes.get("data", {})
-        if isinstance(self.data, TableData) and data.get("root"):
+        if data.get("root"):
             data["root"] = os.path.abspath(data["root"])  # a command in another folder finds the file
         if isinstance(self.data, TableData) and "columns" not in data and data.keys() & {"name", "root"}:
             recipe = dataclasses.replace(self, data=_of_other_table(self.data, **data))
@@ -267,11 +267,12 @@ class Recipe:
 
     def at_root(self, root: str | None) -> Recipe:
         """The recipe with its data at another place; a table keeps its columns, and may be another table."""
+        root = root and os.path.abspath(root)
         if root is None or root == self.data.root:
             return self
         data = dataclasses.replace(self.data, root=root)
         if isinstance(data, TableData):
-            data = dataclasses.replace(data, root=os.path.abspath(root), rows=None, checksum=None)
+            data = dataclasses.replace(data, rows=None, checksum=None)
         return dataclasses.replace(self, data=data)
 
     @property

@@ -20,36 +20,17 @@ __all__ = ["Drawing", "Panel", "common_time", "draw", "legend", "make_panels", "
 
 Vector = NDArray[np.float64]
 
-_INK = "#24292f"  # of all text and frames
 _WINDOW = 1 / 20  # of the longest run: the paper averages over three hours of some sixty
 _SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 _JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
 _KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
 _NFE = "NFE of the test solver [evaluations]"
-_RC: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.labelsize": 10,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#808080",
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.handlelength": 2.8,
-    "svg.fonttype": "none",
-}
+STYLE = "rnode_plugin.plots"
+"""The style sheet of all figures, for ``matplotlib.style.use``."""
 
 
 class Drawing(NamedTuple):
-    """A figure in two forms, on white."""
+    """A figure in two forms, on a transparent ground."""
 
     png: bytes
     svg: bytes
@@ -75,10 +56,10 @@ def draw(
         size: in inches. The default is readable at the width of a phone.
         grid: rows and columns of axes, as ``Figure.subplots`` takes them.
     """
-    from matplotlib import rc_context
+    from matplotlib import rc_context, style
     from matplotlib.figure import Figure
 
-    with rc_context({**_RC, "svg.hashsalt": name}):
+    with style.context(STYLE), rc_context({"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.subplots(**grid))
         png, svg = io.BytesIO(), io.BytesIO()
