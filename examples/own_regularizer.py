@@ -62,11 +62,11 @@ def main():
         model = NeuralODE(field, solver="dopri5", regularizers=[slow, incompressible], trace_noise="exact")
         with torch.no_grad():
             _, path = model(new, T_SPAN, penalties=True)
-            drawn = model.trajectory(circles.flatten(0, 1), T_SPAN)[-1].reshape(circles.shape)
         error = (path[-1] - new @ MAP.T).square().sum(1).mean().sqrt()
         means = {key: integral.mean() for key, integral in model.regularization.items()}
         integrals = f"{means['slow']:>7.3f} {means['incompressible']:>15.3f}"
         print(f"{name:<14} {model.vf.nfe:>4.0f} {error:>7.3f} {integrals}")
+        drawn = model.trajectory(circles.flatten(0, 1), T_SPAN)[-1].detach().reshape(circles.shape)
         truth = axes.plot(*(circles @ MAP.T).permute(2, 1, 0), color="0.5", linewidth=3, alpha=0.5)
         learnt = axes.plot(*drawn.permute(2, 1, 0), color="C1")
         axes.set(title=f"regularizer: {name}, error {error:.3f}", ylabel="$x_2$", aspect="equal")
