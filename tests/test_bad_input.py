@@ -68,7 +68,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "imagenet64", "--data-root", "SHELF/empty"], 1, r"Get Imagenet64_train_part1"),
     (folder("empty"), 1, r"empty .*holds? pictures"),
     (folder("nowhere"), 1, r"nowhere cannot be read: No such file"),
-    (folder("not_pictures"), 1, r"4\.png cannot be read: it is not a picture"),
+    (folder("not_pictures"), 1, r"4\.png cannot be read: cannot identify image file"),
     (["train", "digits", "--runs", "SHELF/text"], 1, r"the system refused: .*text"),
     (["train", "--resume", "SHELF/empty"], 1, r"no checkpoint at .*last\.ckpt"),
     (["train", "--resume", "SHELF/good.ckpt"], 1, r"holds weights only: training cannot go on from it"),
