@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_tuning import LEVELS, Bounded, Scaling, flow_of
-from tiny_runs import rows, run, signal_at, tiny_recipe
+from tiny_runs import rows, run, tiny_recipe
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
 from rnode_plugin.errors import ConfigError
@@ -25,7 +24,6 @@ from rnode_plugin.evaluation.measures import ImageMeasure, measure_of
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training import step as training_step
-from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.datamodule import ImageDataModule
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.module import RnodeModule
@@ -108,30 +106,6 @@ def test_a_measurement_is_a_function_of_the_weights() -> None:
 
 def steps_of(result: FitResult) -> list[float]:
     return [float(row["train/step_size"]) for row in rows(result.folder.path) if "train/step_size" in row]
-
-
-@pytest.mark.slow
-def test_a_run_that_is_stopped_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tiny_recipe(*AUTO, "optimizer.lr=2e-2", "optimizer.warmup=0", "solver.method=euler")
-    whole = run(recipe, tmp_path / "whole")
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("solver.step")]
-    steps = steps_of(whole)
-    assert len(steps) == 8
-    assert all(a == b for a, b in zip(steps[::2], steps[1::2], strict=True)), "it changes where it is measured"
-    assert len(said) == sum(a != b for a, b in itertools.pairwise(steps)) > 0
-    nfe = [float(row["train/nfe"]) for row in rows(whole.folder.path) if "train/nfe" in row]
-    assert nfe == [6 / step for step in steps]
-    assert whole.step_size == steps[-1]
-    changed = next(i for i, (a, b) in enumerate(itertools.pairwise(steps)) if a != b) + 1
-    for stop in (changed, changed + 1):  # right before the change is measured, and right after
-        part = run(recipe, tmp_path / str(stop), callbacks=[signal_at(stop)])
-        assert (part.stopped, part.steps) == ("SIGTERM", stop)
-        rest = run(recipe, tmp_path, resume=part.folder.path)
-        assert rows(rest.folder.path) == rows(whole.folder.path)
-        a, b = (read_checkpoint(each.folder.last) for each in (rest, whole))
-        assert a["progress"]["step_size"] == b["progress"]["step_size"] == whole.step_size
-        for name, tensor in a["state_dict"].items():
-            assert torch.equal(tensor, b["state_dict"][name]), name
 
 
 def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> None:

@@ -6,19 +6,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from child_runs import STEPS, Child, assert_intact, assert_same, at, one_run, repr_exact
-from click.testing import CliRunner
 from PIL import Image
-from tiny_runs import SETTINGS, rows
+from tiny_runs import rows
 
-from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.runs import newest_intact
@@ -169,40 +165,3 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
     assert "training stopped: DataLoader worker" in message
     assert "data.workers=0" in message
     assert "goes on from it" in message
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small disk of its own, as the folder of all runs."""
-    place = tmp_path / "runs"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], capture_output=True).returncode:
-        pytest.skip("this test may not mount a file system")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
-        subprocess.run(["umount", place], capture_output=True)  # what a test has mounted over it
-
-
-def test_a_disk_that_becomes_read_only(disk: Path) -> None:
-    """While a run trains, for a run that goes on, for one that begins, and for an export."""
-    # over the disk, because the disk itself is busy: the run holds the file of its lock open
-    cover = f"os.system('mount --bind {disk} {disk} && mount -o remount,ro,bind {disk}')"
-    message = Child(disk, STEPS, at(5, cover)).error()
-    assert "training stopped: " in message
-    assert "Read-only file system" in message
-    assert "goes on from it" in message
-    assert_intact(disk, 4)
-    checkpoint = one_run(disk) / "checkpoints" / "last.ckpt"
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    for arguments, words in (
-        (["train", "--resume", str(one_run(disk)), "--accelerator", "cpu"], "the system refused"),
-        (["train", "digits", *settings, "--accelerator", "cpu", "--runs", str(disk)], "the system refused"),
-        (["export", str(checkpoint), str(disk / "model.safetensors")], "cannot write"),
-    ):
-        done = CliRunner().invoke(main, arguments)
-        assert (done.exit_code, done.output.count("Read-only file system")) == (1, 1), done.output
-        assert done.output.startswith("Error: ")
-        assert words in done.output
-    assert_intact(disk, 4)

@@ -47,23 +47,13 @@ class _Reads(TorchFunctionMode):
 def test_a_step_looks_at_the_device_once(accumulate: int) -> None:
     recipe = tiny_recipe()
     reads = _Reads()
-    trainer = L.Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        accumulate_grad_batches=accumulate,
-        limit_val_batches=0,
-        log_every_n_steps=100,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options: dict[str, Any] = {"limit_val_batches": 0, "log_every_n_steps": 100, **dict.fromkeys(off, False)}
+    trainer = L.Trainer(max_steps=2, accelerator="cpu", accumulate_grad_batches=accumulate, **options)
     with reads:
         trainer.fit(RnodeModule(recipe), ImageDataModule(recipe))
-    assert {place: count for place, count in reads.places.items() if place not in _HOST} == {
-        "read": 2,
-        "row": 5,
-    }  # the last step is logged
+    found = {place: count for place, count in reads.places.items() if place not in _HOST}
+    assert found == {"read": 2, "row": 5}  # the last step is logged
 
 
 class _Copies(TorchDispatchMode):

@@ -62,23 +62,6 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_start_with_muon_on_two_processes_is_that_on_one(tmp_path: Path) -> None:
-    settings = changed(
-        "data.batch_size=10", "start.steps=3", "start.batch_size=5", "start.step=1", "solver.step=0.5",
-        "optimizer.name=muon", "training.max_steps=5",
-    )  # fmt: skip
-    two, one = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
-    done = train(tmp_path / "two", "--devices", "2", *settings)
-    assert done.returncode == 0, done.stderr
-    done = train(tmp_path / "one", "--devices", "1", "--accumulate", "2", *settings)
-    assert done.returncode == 0, done.stderr
-    losses = [[float(row["train/loss"]) for row in rows(run) if "train/loss" in row] for run in (two, one)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert [row["train/nfe"] for row in rows(two) if "train/nfe" in row] == ["24.0"] * 3 + ["48.0"] * 2
-    torch.testing.assert_close(weights(two), weights(one), rtol=1e-2, atol=1e-4)
-
-
-@pytest.mark.slow
 def test_two_processes_take_the_same_way_and_keep_to_it(tmp_path: Path) -> None:
     settings = ("--devices", "2", "--precision", "auto", *changed("training.max_steps=20"))
     done = train(tmp_path, *settings)

@@ -169,7 +169,7 @@ def fit(
             **trainer_options,
         )
         plan = follow_plan(trainer, recipe, len(data.train))
-        samples = RecipeDataModule(recipe, data=data)
+        samples = RecipeDataModule[Any](recipe, data=data)
         samples.trainer = trainer
         samples.setup("fit")  # refuses too few samples before there is a folder
         if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
@@ -317,8 +317,8 @@ def _errors_with_advice(checkpoints: RunCheckpoints, trainer: L.Trainer, *, is_n
             if folder.last.is_file():
                 best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
                 left = f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
-            elif is_new and trainer.is_global_zero and not folder.metrics.exists():  # before the first step
-                shutil.rmtree(folder.path, ignore_errors=True)
+            elif is_new and trainer.is_global_zero and not (folder.metrics.exists() or folder.skipped.exists()):
+                shutil.rmtree(folder.path, ignore_errors=True)  # it holds no result of a step
         # settings that cannot work were refused before the start: now one process has failed
         kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
