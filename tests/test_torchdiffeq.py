@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -306,6 +307,82 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
     assert (off.abs() <= 4.5 * error + 1e-12).all()
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_gradients_with_an_event_are_those_of_the_steps(backward: bool) -> None:
+    field, t = Field(), torch.tensor([0.0, -1.0 if backward else 1.0], dtype=torch.float64)
+
+    def gradients(ode: Any) -> list[Tensor]:
+        y0 = start().requires_grad_()
+        _, y, penalties = ode(
+            field, y0, t, event_fn=lambda t, y: t.abs() - 0.6, rtol=1e-9, atol=1e-9,
+            regularizers={"kinetic": 1.0, "jacfrob": 1.0}, trace_noise="exact",
+        )  # fmt: skip
+        expected = dense(field, y0.detach(), 0.0, 0.6 * float(t[1]))
+        torch.testing.assert_close(penalties["jacfrob"].detach(), expected["jacfrob"], rtol=1e-6, atol=1e-8)
+        return list(torch.autograd.grad(y[-1].mean() + penalties.loss(), [y0, *field.parameters()]))
+
+    for a, b in zip(gradients(odeint), gradients(odeint_adjoint), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_trajectory_penalty_has_a_gradient_by_the_times() -> None:
+    field, h = Field(), 1e-5
+
+    def penalty(t: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        tight: Any = {"rtol": 1e-10, "atol": 1e-10}
+        return odeint(field, start(), t, **tight, regularizers={"trajectory_polynomial": 1.0})[1].loss()
+
+    t = SPAN.clone().requires_grad_()
+    (found,) = torch.autograd.grad(penalty(t), t)
+    shift = torch.tensor([0.0, 0.0, h], dtype=torch.float64)
+    with torch.no_grad():
+        difference = float(penalty(SPAN + shift) - penalty(SPAN - shift)) / (2 * h)
+    assert float(found[-1]) == pytest.approx(difference, rel=1e-5)
+
+
+def test_the_adjoint_may_have_a_method_of_its_own() -> None:
+    field = Field()
+    given: Any = {"rtol": 1e-9, "atol": 1e-9, "regularizers": {"kinetic": 1.0}}
+    _, penalties = odeint_adjoint(field, start(), SPAN, adjoint_method="dopri8", **given)
+    _, expected = odeint(field, start(), SPAN, **given)
+    weight = next(field.parameters())
+    found, reference = (torch.autograd.grad(each.loss(), weight)[0] for each in (penalties, expected))
+    torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None:
+    field = Field()
+
+    class OfTheField(nn.Module):
+        name = "weighted"
+        needs: frozenset[str] = frozenset()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = field.net[0]
+
+        def forward(self, evaluation: Any) -> Tensor:
+            return self.layer(evaluation.z).square().sum(1)
+
+    def gradient(ode: Any) -> Tensor:
+        loss = ode(field, start(), SPAN, regularizers={OfTheField(): 1.0})[1].loss()
+        return torch.autograd.grad(loss, next(field.parameters()))[0]
+
+    torch.testing.assert_close(gradient(odeint_adjoint), gradient(odeint), rtol=1e-5, atol=1e-7)
+
+
+def test_one_number_per_sample_can_be_penalized_too() -> None:
+    def func(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(-x for x in state)
+
+    state = (start(4, 2), start(4))
+    _, both = odeint(func, state, SPAN, regularizers=["kinetic"], penalized=(0, 1, -2))
+    _, first = odeint(func, state, SPAN, regularizers=["kinetic"])
+    expected = first["kinetic"] + (1 - torch.exp(torch.tensor(-2.0))) / 2 * state[1].square()
+    torch.testing.assert_close(both["kinetic"], expected, rtol=1e-6, atol=1e-8)
+
+
 # --- code that cannot be changed --------------------------------------------------------------------------------
 
 
@@ -377,6 +454,78 @@ def test_installed_regularizers_add_their_gradient(their_code: ModuleType, name:
     assert loss.item() == y[-1].mean().item()
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_installed_regularizers_reach_a_loss_of_any_tensor(their_code: ModuleType, name: str) -> None:
+    class Pair(Field):
+        def forward(self, t: Tensor, y: Any) -> Any:
+            return super().forward(t, y[0]), y[0].sum(1)
+
+    field, y0 = Pair(), (start(), start(4))
+    weights = list(field.parameters())
+    y, penalties = BOTH[name](field, y0, SPAN, regularizers={"kinetic": 0.5})
+    expected = torch.autograd.grad(y[1][-1].mean() + penalties.loss(), weights)
+    install({"kinetic": 0.5})
+    try:
+        found = torch.autograd.grad(getattr(their_code, name)(field, y0, SPAN)[1][-1].mean(), weights)
+    finally:
+        uninstall()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_a_block_leaves_behind_is_torchdiffeqs_function(their_code: ModuleType) -> None:
+    with regularize("kinetic") as first:
+        kept = their_code.odeint  # as a model does that is made in the block
+        kept(Field(), start(), SPAN)
+    before = first["kinetic"]
+    assert torch.equal(kept(Field(), start(), SPAN), theirs.odeint(Field(), start(), SPAN))
+    assert torch.equal(first["kinetic"], before)
+    with regularize("kinetic") as second:
+        kept(Field(), start(), SPAN)
+    assert torch.equal(second["kinetic"], before)
+
+
+def test_a_block_collects_solves_to_an_event_and_by_our_own_name(their_code: ModuleType) -> None:
+    field, y0, ends = Field(), start(), SPAN[[0, -1]]
+
+    def event(t: Tensor, y: Tensor) -> Tensor:
+        return t - 0.37
+
+    with regularize("kinetic") as penalties:
+        t, _ = their_code.torchdiffeq.odeint_event(field, y0, ends[0], event_fn=event)
+        odeint(field, y0, ends)
+    expected = dense(field, y0, 0.0, t.item())["kinetic"] + dense(field, y0, 0.0, 1.0)["kinetic"]
+    torch.testing.assert_close(penalties["kinetic"].detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code: ModuleType) -> None:
+    field, y0 = Field(), start()
+
+    class Nested(Field):
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            inner = their_code.odeint(lambda t, y: torch.ones_like(y), y, SPAN, method="euler")[-1]
+            return super().forward(t, y) + 0 * inner
+
+    def elsewhere() -> None:
+        their_code.odeint(field, 10 * y0, SPAN)
+        with regularize("kinetic") as own:
+            their_code.odeint(field, 10 * y0, SPAN)
+        others.append(own["kinetic"])
+
+    others: list[Tensor] = []
+    with regularize("kinetic") as penalties:
+        y = their_code.odeint_adjoint(Nested(), y0, SPAN)
+        y[-1].mean().backward()
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        with pytest.raises(ConfigError), regularize("kinetic"):
+            pass
+    expected = [odeint(field, x, SPAN, regularizers=["kinetic"])[1]["kinetic"] for x in (y0, 10 * y0)]
+    torch.testing.assert_close([penalties["kinetic"], *others], expected)
+    assert their_code.odeint is PLAIN["odeint"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 import torchdiffeq
 from torch import Tensor, nn
+from torchdiffeq._impl.adjoint import find_parameters
 
 from ..core.derivatives import AutogradField
 from ..core.dynamics import Dynamics
 from ..core.penalties import Penalties, attach
 from ..core.random_streams import Stream, stream_seed
 from ..core.regularizers import Weighted, kind_of, span_policy
-from ..core.trace_estimators import get_estimator
+from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import QUADRATURES
@@ -30,6 +32,15 @@ __all__ = ["Follow", "follow", "odeint", "odeint_adjoint", "solve"]
 
 # as they were before `install` or `regularize` put others in their place
 PLAIN: dict[str, Any] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdiffeq.odeint_adjoint}
+
+
+class _Here(threading.local):
+    """Whether this thread evaluates the field of a solve with penalties."""
+
+    evaluating = False
+
+
+here = _Here()
 
 
 def odeint(
@@ -91,14 +102,14 @@ def odeint(
         >>> round(float(penalties["kinetic"][0]), 4)  # 1 - exp(-2)
         0.8647
     """
-    torchdiffeqs = {"rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn}
+    given = {"rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn}
     if regularizers is None:
-        return PLAIN["odeint"](func, y0, t, **torchdiffeqs)
+        return torchdiffeq.odeint(func, y0, t, **given)
     wanted = follow(
         regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
         penalty_quadrature=penalty_quadrature,
     )  # fmt: skip
-    return _with_penalties(PLAIN["odeint"], func, y0, t, torchdiffeqs, wanted)
+    return _with_penalties("odeint", func, y0, t, given, wanted)
 
 
 def odeint_adjoint(
@@ -132,15 +143,15 @@ def odeint_adjoint(
         adjoint_params: the parameters that get gradients; None: those of ``func``. Parameters of regularizers that
             are modules are added.
     """
-    torchdiffeqs = {
+    given = {
         "rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn,
         "adjoint_rtol": adjoint_rtol, "adjoint_atol": adjoint_atol, "adjoint_method": adjoint_method,
         "adjoint_options": adjoint_options, "adjoint_params": adjoint_params,
     }  # fmt: skip
     if regularizers is None:
-        return PLAIN["odeint_adjoint"](func, y0, t, **torchdiffeqs)
+        return torchdiffeq.odeint_adjoint(func, y0, t, **given)
     wanted = follow(regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise)
-    return _with_penalties(PLAIN["odeint_adjoint"], func, y0, t, torchdiffeqs, wanted)
+    return _with_penalties("odeint_adjoint", func, y0, t, given, wanted)
 
 
 @dataclass(frozen=True)
@@ -150,8 +161,8 @@ class Follow:
     weighted: dict[str, Weighted]
     penalized: tuple[int, ...]
     batch_dim: int
-    trace_noise: str
-    sampled: bool = False
+    estimator: TraceEstimator
+    sampled: bool
 
     @property
     def regularizers(self) -> list[Any]:
@@ -161,7 +172,7 @@ class Follow:
 def follow(
     regularizers: Any,
     *,
-    penalized: Any = None,
+    penalized: int | Sequence[int] | None = None,
     batch_dim: int = 0,
     trace_noise: str = "gaussian",
     penalty_quadrature: str = "full",
@@ -174,29 +185,35 @@ def follow(
             f"{steps[0]!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "
             "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
         )
-    get_estimator(trace_noise)
     indices = (0,) if penalized is None else (penalized,) if isinstance(penalized, int) else tuple(penalized)
-    if not indices or not all(isinstance(i, int) for i in indices) or len(set(indices)) < len(indices):
+    if not indices or not all(isinstance(i, int) for i in indices):
         raise ConfigError(f"penalized must be an index of the state's tuple or several, not {penalized!r}.")
     if penalty_quadrature not in QUADRATURES:
         raise ConfigError(suggest(penalty_quadrature, QUADRATURES, "penalty quadrature"))
-    return Follow(weighted, indices, batch_dim, trace_noise, penalty_quadrature == "sampled")
+    return Follow(weighted, indices, batch_dim, get_estimator(trace_noise), penalty_quadrature == "sampled")
 
 
 def _with_penalties(
-    plain: Any, func: Any, y0: Any, t: Tensor, torchdiffeqs: dict[str, Any], wanted: Follow
+    name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any], wanted: Follow
 ) -> tuple[Any, ...]:
-    found = Penalties(wanted.weighted)
-    solution, integrals, dims = solve(plain, func, y0, t, torchdiffeqs, wanted)
-    found.add(integrals, dims)
-    return (solution, found) if torchdiffeqs["event_fn"] is None else (*solution, found)
+    penalties = Penalties(wanted.weighted)
+    solution, integrals, dims = solve(name, func, y0, t, given, wanted)
+    penalties.add(integrals, dims)
+    return (solution, penalties) if given["event_fn"] is None else (*solution, penalties)
 
 
 def solve(
-    plain: Any, func: Any, y0: Any, t: Tensor, torchdiffeqs: dict[str, Any], wanted: Follow
+    name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any], wanted: Follow
 ) -> tuple[Any, dict[str, Tensor], int]:
-    """One solve by torchdiffeq: its result, the penalties' integrals ``(B,)`` by name, and D of one sample."""
-    if wanted.sampled and plain is not PLAIN["odeint"]:
+    """One solve by torchdiffeq's function ``name``.
+
+    Args:
+        given: all of its keyword arguments.
+
+    Returns:
+        Its result, the penalties' integrals ``(B,)`` by name, and the number of dimensions of one sample.
+    """
+    if wanted.sampled and name != "odeint":
         raise ConfigError(
             "penalty_quadrature='sampled' needs odeint, which differentiates through the steps: the error norm of "
             "odeint_adjoint's backward solve would see the draws."
@@ -207,26 +224,48 @@ def solve(
         training = func.training if isinstance(func, nn.Module) else torch.is_grad_enabled()
         t = policy.times(t, training=training)
     z0 = layout.penalized(y0)
-    system = _Augmented(func, layout, wanted, y0, t)
-    times, rows = system.output_times(t, event=torchdiffeqs["event_fn"] is not None)
-    state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in system.dynamics.rates))
-    result = plain(system, state, times, **_extended(torchdiffeqs, layout, system, t, grid_is_t=rows is not None))
-    event_t, full = (None, result) if torchdiffeqs["event_fn"] is None else result
-    count = layout.count
-    integrals = {key: value[-1] for key, value in zip(system.dynamics.rates, full[count:], strict=True)}
-    path = system.dynamics.path
+    system = _Augmented(func, layout, wanted, z0, t)
+    rates, path = system.dynamics.rates, system.dynamics.path
+    times, rows, inner = t, None, []
     if path is not None:
-        ends = (times[:1], times[-1:])
-        for index, (at, states) in enumerate(system.trajectories(full[:count], times, rows)):
-            name, value = path.of_trajectory(index, torch.cat([ends[0], at, ends[1]]), states, integrals)
-            integrals[name] = value
+        if given["event_fn"] is not None:
+            raise ConfigError("a penalty of the trajectory needs to know its end, which an event_fn decides.")
+        times, rows, inner = _merged(t, path.times(t[0], t[-1]))
+    state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
+    result = PLAIN[name](
+        system, state, times, **_extended(given, layout, system, grid=t if len(times) > len(t) else None)
+    )
+    event_t, full = (None, result) if given["event_fn"] is None else result
+    count = len(layout.shapes)
+    integrals = {key: value[-1] for key, value in zip(rates, full[count:], strict=True)}
+    if path is not None:
+        for number, places in enumerate(inner):
+            states = [layout.penalized(layout.of_user([x[i] for x in full])) for i in places.tolist()]
+            key, value = path.of_trajectory(number, times[places], states, integrals)
+            integrals[key] = value
         integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
     if policy is not None and getattr(policy, "penalized", True):
         integrals[policy.name] = policy(z0)
     kept = [x if rows is None else x[rows] for x in full[:count]]
     kept[0], integrals = attach(kept[0], integrals)
-    solution = tuple(kept) if layout.tuple_state else kept[0]
+    solution = layout.of_user(kept)
     return (solution if event_t is None else (event_t, solution)), integrals, math.prod(z0.shape[1:])
+
+
+def _merged(t: Tensor, inner: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The times of a solve to ``t`` that also stops at ``inner``.
+
+    Returns:
+        All times in the order of ``t``, the places of ``t`` among them, and of both ends and each of ``inner``.
+    """
+    together = torch.cat([t, *(x.to(t) for x in inner)])
+    times, places = together.detach().unique(return_inverse=True)  # rising
+    if len(t) > 1 and t[0] > t[-1]:
+        times, places = times.flip(0), len(times) - 1 - places
+    own, *others = places.split([len(t), *map(len, inner)])
+    # both carry a graph, those of `unique` do not
+    times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
+    return times, own, [torch.cat([own[:1], x.sort().values, own[-1:]]) for x in others]
 
 
 @dataclass(frozen=True)
@@ -234,18 +273,16 @@ class _Layout:
     """How a state of torchdiffeq's holds the ``z (B, *event)`` that the penalties are about.
 
     Attributes:
-        tuple_state: whether the user's state is a tuple.
-        count: its tensors.
-        indices: those of them that the penalties are about.
+        is_tuple: whether the user's state is a tuple.
+        shapes: of its tensors.
+        places: those of them that the penalties are about, rising.
         batch_dim: the dimension of the samples in these.
-        shapes: of all tensors.
     """
 
-    tuple_state: bool
-    count: int
-    indices: tuple[int, ...]
-    batch_dim: int
+    is_tuple: bool
     shapes: tuple[torch.Size, ...]
+    places: tuple[int, ...]
+    batch_dim: int
 
     @classmethod
     def of(cls, y0: Any, wanted: Follow) -> _Layout:
@@ -254,57 +291,60 @@ class _Layout:
         Raises:
             ConfigError: for a state that penalties cannot be about.
         """
-        tuple_state = not isinstance(y0, Tensor)
-        tensors = y0 if tuple_state else (y0,)
+        tensors = (y0,) if isinstance(y0, Tensor) else y0
         if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
             raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not {type(y0).__name__}.")
-        count = len(tensors)
+        count, dim = len(tensors), wanted.batch_dim
         if any(not -count <= i < count for i in wanted.penalized):
             raise ConfigError(f"penalized={wanted.penalized} names a tensor that y0, with {count}, does not have.")
-        indices = tuple(i % count for i in wanted.penalized)
-        for i in indices:
-            x = tensors[i]
+        places = tuple(sorted({i % count for i in wanted.penalized}))
+        for x in (tensors[i] for i in places):
             if not x.is_floating_point():
                 raise ConfigError(f"penalties need a real floating-point state, not one of {x.dtype}.")
-            if not -x.ndim <= wanted.batch_dim < x.ndim:
+            if not -x.ndim <= dim < x.ndim:
                 raise ConfigError(
-                    f"batch_dim={wanted.batch_dim} is not a dimension of the state of shape {tuple(x.shape)}: "
-                    "penalties are per sample; x.unsqueeze(0) makes a batch of one."
+                    f"batch_dim={dim} is not a dimension of the state of shape {tuple(x.shape)}: penalties are per "
+                    "sample; x.unsqueeze(0) makes a batch of one."
                 )
-        sizes = {tensors[i].shape[wanted.batch_dim] for i in indices}
+        sizes = {tensors[i].shape[dim] for i in places}
         if len(sizes) > 1:
             raise ConfigError(f"the penalized tensors have different numbers of samples: {sorted(sizes)}.")
-        return cls(tuple_state, count, indices, wanted.batch_dim, tuple(x.shape for x in tensors))
+        return cls(tensors is y0, tuple(x.shape for x in tensors), places, dim)
 
     @property
-    def whole(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether ``z`` is one of the tensors as it is; views would cost an evaluation of a small net a tenth."""
-        return len(self.indices) == 1 and self.batch_dim == 0
+        return len(self.places) == 1 and self.batch_dim == 0
 
     def tensors(self, y: Any) -> tuple[Tensor, ...]:
-        return tuple(y) if self.tuple_state else (y,)
+        return tuple(y) if self.is_tuple else (y,)
 
     def of_user(self, state: Sequence[Tensor]) -> Any:
         """The user's state, from a state that may have penalties behind it."""
-        return tuple(state[: self.count]) if self.tuple_state else state[0]
+        return tuple(state[: len(self.shapes)]) if self.is_tuple else state[0]
+
+    def flat_of_user(self, flat: Tensor) -> Tensor:
+        """The user's part of a flattened state, flat for a tuple as torchdiffeq has it."""
+        own = flat[: sum(shape.numel() for shape in self.shapes)]
+        return own if self.is_tuple else own.view(self.shapes[0])
 
     def penalized(self, y: Any) -> Tensor:
         """``z (B, *event)``; of several tensors ``(B, D)``."""
-        if self.whole:
-            return self.tensors(y)[self.indices[0]]
-        parts = [x.movedim(self.batch_dim, 0) for i, x in enumerate(self.tensors(y)) if i in self.indices]
-        return parts[0] if len(parts) == 1 else torch.cat([x.flatten(1) for x in parts], 1)
+        tensors = self.tensors(y)
+        if self.is_whole:
+            return tensors[self.places[0]]
+        parts = [tensors[i].movedim(self.batch_dim, 0) for i in self.places]
+        return parts[0] if len(parts) == 1 else torch.cat([x.unsqueeze(-1).flatten(1) for x in parts], 1)
 
-    def replaced(self, y: Sequence[Tensor], z: Tensor) -> Any:
-        """The user's state ``y`` with ``z`` in its place."""
-        tensors, places = list(y), sorted(self.indices)
-        if self.whole:
-            tensors[places[0]] = z
+    def replaced(self, state: Sequence[Tensor], z: Tensor) -> Any:
+        """The user's state with ``z`` in its place."""
+        tensors = list(state)
+        if self.is_whole:
+            tensors[self.places[0]] = z
             return self.of_user(tensors)
-        widths = [self.shapes[i].numel() // len(z) for i in places] if len(places) > 1 else []
-        parts = z.split(widths, 1) if widths else [z]
-        for i, part in zip(places, parts, strict=True):
-            first = y[i].movedim(self.batch_dim, 0)
+        firsts = [tensors[i].movedim(self.batch_dim, 0) for i in self.places]
+        parts = (z,) if len(firsts) == 1 else z.split([math.prod(x.shape[1:]) for x in firsts], 1)
+        for i, first, part in zip(self.places, firsts, parts, strict=True):
             tensors[i] = part.reshape(first.shape).movedim(0, self.batch_dim)
         return self.of_user(tensors)
 
@@ -335,29 +375,32 @@ class _Augmented:
     What its callers read off ``func`` (callbacks, counters) is still there.
     """
 
-    def __init__(self, func: Any, layout: _Layout, wanted: Follow, y0: Any, t: Tensor) -> None:
-        self._func, self._layout = func, layout
+    def __init__(self, func: Any, layout: _Layout, wanted: Follow, z0: Tensor, t: Tensor) -> None:
+        self.func, self._layout = func, layout
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
         self._part = _PenalizedPart(func, layout)
         followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
-        self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.trace_noise, divergence=False)
-        z0 = layout.penalized(y0)
+        self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.estimator, divergence=False)
         self._noise = self._stages = None
         if self.dynamics.needs:  # a penalty such as kinetic draws nothing
             generator = _generator(z0.device)
             self._noise = self.dynamics.draw(z0, generator=generator)
             self._stages = _one_in_eight(generator) if wanted.sampled else None
-        self.parameters = [p for r in followed if isinstance(r, nn.Module) for p in r.parameters()]
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         part = self._part
-        part.state = state[: self._layout.count]
+        part.state = state[: len(self._layout.shapes)]
         z = self._layout.penalized(self._layout.of_user(state))
         factor = 1 if self._stages is None else next(self._stages)
-        found = self.dynamics.evaluate(t, z, self._noise, products=factor > 0).penalties
+        before, here.evaluating = here.evaluating, True
+        try:
+            found = self.dynamics.evaluate(t, z, self._noise, products=factor > 0).penalties
+        finally:
+            here.evaluating = before
         if self._stages is not None:  # each evaluation makes products with a probability of 1/8
+            zero = z.new_zeros(len(z))
             found = {
-                key: found[key] if not rate.needs else factor * found[key] if factor else z.new_zeros(len(z))
+                key: factor * found.get(key, zero) if rate.needs else found[key]
                 for key, rate in self.dynamics.rates.items()
             }
         velocity, part.velocity, part.state = part.velocity, (), ()
@@ -367,135 +410,90 @@ class _Augmented:
         return (*velocity, *rates)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._func, name)
+        found, layout = getattr(self.func, name), self._layout
         if not name.startswith("callback_"):
             return found
-        if name.endswith("_adjoint"):
-            return lambda t, state, dt: found(t, self._adjoint_of_user(state), dt)
-        return lambda t, state, dt: found(t, self._layout.of_user(state), dt)
+        if not name.endswith("_adjoint"):
+            return lambda t, state, dt: found(t, layout.of_user(state), dt)
 
-    def _adjoint_of_user(self, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """A state of the adjoint (time, state, adjoint state, parameters) without the penalties."""
-        time, y, adjoint, *rest = state
-        return (time, *(self.flat_of_user(x) for x in (y, adjoint)), *rest)
+        def of_adjoint(t: Tensor, state: Sequence[Tensor], dt: Tensor) -> Any:
+            time, y, adjoint, *rest = state
+            return found(t, (time, layout.flat_of_user(y), layout.flat_of_user(adjoint), *rest), dt)
 
-    def flat_of_user(self, flat: Tensor) -> Tensor:
-        """The user's part of a flattened state, flat for a tuple as torchdiffeq has it."""
-        own = flat[: sum(shape.numel() for shape in self._layout.shapes)]
-        return own if self._layout.tuple_state else own.view(self._layout.shapes[0])
-
-    def output_times(self, t: Tensor, *, event: bool) -> tuple[Tensor, Tensor | None]:
-        """The times of ``t`` and of trajectory penalties; where those of ``t`` are among them, None if all are."""
-        self._wanted: list[Tensor] = []
-        if self.dynamics.path is None:
-            return t, None
-        if event:
-            raise ConfigError("a penalty of the trajectory needs to know its end, which an event_fn decides.")
-        self._wanted = self.dynamics.path.times(t[0], t[-1])
-        extra = torch.cat([x.to(t) for x in self._wanted])
-        if not len(extra):
-            return t, None
-        times, places = torch.cat([t, extra]).unique(return_inverse=True)  # sorted
-        if self._sign < 0:
-            times, places = times.flip(0), len(times) - 1 - places
-        order = torch.argsort(places[: len(t)])
-        self._places = list(places[len(t) :].split([len(x) for x in self._wanted]))
-        # the times of t carry a graph, those of `unique` do not
-        times = times.index_copy(0, places[: len(t)], t)
-        return times, places[: len(t)][order]
-
-    def trajectories(
-        self, solution: Sequence[Tensor], times: Tensor, rows: Tensor | None
-    ) -> list[tuple[Tensor, list[Tensor]]]:
-        """For each trajectory penalty its times, and the states at both ends and these."""
-        found = []
-        for number, wanted in enumerate(self._wanted):
-            places = (
-                self._places[number].sort().values
-                if rows is not None and len(wanted)
-                else wanted.new_empty(0).long()
-            )
-            at = [0, *places.tolist(), len(times) - 1]
-            states = [self._layout.penalized(self._layout.of_user([x[i] for x in solution])) for i in at]
-            found.append((times[places], states))
-        return found
-
-
-def _extended(
-    torchdiffeqs: Mapping[str, Any], layout: _Layout, system: _Augmented, t: Tensor, *, grid_is_t: bool
-) -> dict[str, Any]:
-    """torchdiffeq's arguments for the longer state: norms, tolerances and callables see the user's part alone."""
-    given, extra = dict(torchdiffeqs), len(system.dynamics.rates)
-    size = [shape.numel() for shape in layout.shapes]
-
-    # Adams' iteration has no norm of its own: a tolerance of infinity keeps the penalties out of it
-    iterates = given["method"] in ("implicit_adams", "fixed_adams") and given["event_fn"] is None
-
-    def tolerance(value: Any, of_penalty: float) -> Any:
-        if _is_number(value) and not iterates:
-            return value
-        if _is_number(value) or not layout.tuple_state:
-            rows = [torch.as_tensor(value, dtype=torch.float64)] * layout.count
-        else:
-            rows = [torch.as_tensor(x) for x in value]  # float32 of a number, as torchdiffeq has it
-            if len(rows) != layout.count:
-                return value  # torchdiffeq says so
-        rows = [x.reshape(-1).expand(n) for x, n in zip(rows, size, strict=True)]
-        return (*rows, *(torch.tensor(of_penalty, dtype=torch.float64) for _ in range(extra)))
-
-    for name, of_penalty in (("rtol", 1e-3), ("atol", math.inf)):
-        given[name] = tolerance(given[name], of_penalty)
-        own = given.get(f"adjoint_{name}")
-        if f"adjoint_{name}" in given and own is None:
-            # the adjoint has a state of its own, for which torchdiffeq would take the tuple
-            given[f"adjoint_{name}"] = torchdiffeqs[name]
-    options = dict(given["options"] or {})
-    norm = options.get("norm", _mixed_norm if layout.tuple_state else _rms_norm)
-    options["norm"] = lambda state: norm(layout.of_user(state))
-    if "grid_constructor" in options:
-        constructor = options["grid_constructor"]
-        options["grid_constructor"] = lambda func, y, t: constructor(func, system.flat_of_user(y), t)
-    elif grid_is_t and "step_size" not in options and given["method"] in _FIXED:
-        # the times of a trajectory penalty are no steps
-        options["grid_constructor"] = lambda func, y, _: t
-        options["interp"] = "cubic"
-    given["options"] = options
-    if event := given["event_fn"]:
-        given["event_fn"] = lambda t, state: event(t, layout.of_user(state))
-    if "adjoint_params" in given:
-        _extend_adjoint(given, torchdiffeqs, layout, system)
-    return given
+        return of_adjoint
 
 
 _FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 
 
-def _extend_adjoint(
-    given: dict[str, Any], torchdiffeqs: Mapping[str, Any], layout: _Layout, system: _Augmented
-) -> None:
-    parameters = torchdiffeqs["adjoint_params"]
-    func = system._func
-    if parameters is None and isinstance(func, nn.Module):
-        parameters = func.parameters()
-    if parameters is not None:
-        given["adjoint_params"] = (*parameters, *system.parameters)
-    options, own = torchdiffeqs["options"], torchdiffeqs["adjoint_options"]
-    if own is None and given["adjoint_method"] in (None, given["method"]):
-        # torchdiffeq hands them on too; `options` here have a norm and a grid for the longer state
-        given["adjoint_options"] = {k: v for k, v in (options or {}).items() if k != "norm"}
+def _extended(
+    given: Mapping[str, Any], layout: _Layout, system: _Augmented, *, grid: Tensor | None
+) -> dict[str, Any]:
+    """torchdiffeq's arguments for the longer state: norms, tolerances and callables see the user's part alone.
+
+    Args:
+        grid: times at which a fixed method steps; None: those of the solve.
+    """
+    changed, options = dict(given), dict(given["options"] or {})
+    # Adams' iteration has no norm of its own: a tolerance of infinity keeps the penalties out of it
+    iterates = given["method"] in ("implicit_adams", "fixed_adams") and given["event_fn"] is None
+
+    def tolerance(value: Any, of_penalty: float) -> Any:
+        number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+        if number and not iterates:
+            return value
+        if number or not layout.is_tuple:
+            rows = [torch.as_tensor(value, dtype=torch.float64)] * len(layout.shapes)
+        else:
+            rows = [torch.as_tensor(x) for x in value]  # float32 of a number, as torchdiffeq has it
+            if len(rows) != len(layout.shapes):
+                return value  # torchdiffeq says so
+        rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, layout.shapes, strict=True)]
+        return (*rows, *[rows[0].new_tensor(of_penalty)] * len(system.dynamics.rates))
+
+    changed["rtol"], changed["atol"] = tolerance(given["rtol"], 1e-3), tolerance(given["atol"], math.inf)
+    norm = options.get("norm", _mixed_norm if layout.is_tuple else _rms_norm)
+    options["norm"] = lambda state: norm(layout.of_user(state))
+    if constructor := options.get("grid_constructor"):
+        options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
+    elif grid is not None and "step_size" not in options and given["method"] in _FIXED:
+        # the times of a trajectory penalty are no steps
+        options |= {"grid_constructor": lambda func, y, t: grid, "interp": "cubic"}
+    changed["options"] = options
+    if event := given["event_fn"]:
+        changed["event_fn"] = lambda t, state: event(t, layout.of_user(state))
+    if "adjoint_params" in given:
+        changed |= _adjoint(given, layout, system)
+    return changed
+
+
+def _adjoint(given: Mapping[str, Any], layout: _Layout, system: _Augmented) -> dict[str, Any]:
+    """The arguments of the backward solve, whose state is time, state, adjoint state and parameters."""
+    changed: dict[str, Any] = {}
+    for name in ("rtol", "atol"):  # torchdiffeq would take those of the longer state
+        own = given[f"adjoint_{name}"]
+        changed[f"adjoint_{name}"] = given[name] if own is None else own
+    parameters = given["adjoint_params"]
+    if parameters is None and isinstance(system.func, nn.Module):
+        parameters = find_parameters(system.func)
+    if parameters is not None:  # each once, or its gradient would count twice
+        regularizers = [r for r in system.dynamics.regularizers if isinstance(r, nn.Module)]
+        parameters = [*parameters, *(p for r in regularizers for p in r.parameters())]
+        changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
+    options, own = given["options"], given["adjoint_options"]
+    if own is None and (options is None or given["adjoint_method"] in (None, given["method"])):
+        # torchdiffeq would infer them from those of the longer state
+        changed["adjoint_options"] = {k: v for k, v in (options or {}).items() if k != "norm"}
     elif own is not None and callable(own.get("norm")):
         norm = own["norm"]
 
         def of_user(state: Sequence[Tensor]) -> Tensor:
-            n, k = layout.count, layout.count + len(system.dynamics.rates)
+            n, k = len(layout.shapes), len(layout.shapes) + len(system.dynamics.rates)
             time, parts, rest = state[0], state[1 : 1 + 2 * k], state[1 + 2 * k :]
             return norm((time, *parts[:n], *parts[k : k + n], *rest))
 
-        given["adjoint_options"] = {**own, "norm": of_user}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+        changed["adjoint_options"] = {**own, "norm": of_user}
+    return changed
 
 
 def _rms_norm(x: Tensor) -> Tensor:

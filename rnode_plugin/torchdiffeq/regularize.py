@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +16,46 @@ from torch import Tensor
 from ..core.penalties import Penalties, attach
 from ..errors import ConfigError
 from . import integrate
-from .integrate import PLAIN, Follow, follow, solve
+from .integrate import PLAIN, Follow, follow, here, solve
 
 __all__ = ["install", "regularize", "uninstall"]
 
-_FACES = {"odeint": integrate.odeint, "odeint_adjoint": integrate.odeint_adjoint}
-_bound: list[tuple[dict[str, Any], str, Any]] = []
-_in_block = False
+# what to follow in a solve, and what to make of its solution, its integrals and the dimensions of a sample
+Following = tuple[Follow, Callable[[Any, dict[str, Tensor], int], Any]]
+
+
+class _Block(threading.local):
+    """The block that this thread is in."""
+
+    following: Following | None = None
+
+
+_block = _Block()
+_installed: Following | None = None
+_is_installed = False
+
+
+def _leading(name: str) -> Any:
+    """What stands in the place of torchdiffeq's function ``name``, and is it outside of blocks and ``install``."""
+    plain, face = PLAIN[name], getattr(integrate, name)
+    ours = {"regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature"}
+    defaults = {key: value for key, value in face.__kwdefaults__.items() if key not in ours}
+
+    @functools.wraps(plain)
+    def leading(func: Any, y0: Any, t: Tensor, **given: Any) -> Any:
+        if given.get("regularizers") is not None:
+            return face(func, y0, t, **given)
+        given = {key: value for key, value in given.items() if key not in ours}
+        following = _block.following or _installed
+        if following is None or here.evaluating or not torch.is_grad_enabled():
+            return plain(func, y0, t, **given)
+        wanted, then = following
+        return then(*solve(name, func, y0, t, {**defaults, **given}, wanted))
+
+    return leading
+
+
+_LEADING = {name: _leading(name) for name in PLAIN}
 
 
 @contextmanager
@@ -34,8 +68,10 @@ def regularize(
 ) -> Iterator[Penalties]:
     """Penalties of all solves by torchdiffeq in a block, for code that cannot be changed.
 
-    Solves without gradients enabled are left alone. Within the block every name that a loaded module has bound to
-    torchdiffeq's ``odeint`` or ``odeint_adjoint`` leads here; after it, also after an exception, all is as before.
+    Left alone are solves without gradients enabled, those of other threads, and those that a field makes inside of
+    a solve. Within the block every name that a loaded module has bound to torchdiffeq's ``odeint`` or
+    ``odeint_adjoint`` leads here; after it, also after an exception, all is as before. A model that keeps the
+    function as an attribute has to be made inside of a block or after :func:`install`.
 
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
@@ -58,31 +94,26 @@ def regularize(
         >>> round(float(penalties["kinetic"][0]), 4)
         0.8647
     """
-    global _in_block
-    if _in_block:
+    if _block.following is not None:
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     wanted = follow(
-        spec,
-        penalized=penalized,
-        batch_dim=batch_dim,
-        trace_noise=trace_noise,
+        spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
         penalty_quadrature=penalty_quadrature,
-    )
+    )  # fmt: skip
     found = Penalties(wanted.weighted)
 
     def collect(solution: Any, integrals: dict[str, Tensor], dims: int) -> Any:
         found.add(integrals, dims)
         return solution
 
-    _in_block = True
-    bound = _replace({name: _following(name, wanted, collect) for name in PLAIN})
+    _bind()
+    _block.following = wanted, collect
     try:
-        with found.collecting():
-            yield found
+        yield found
     finally:
-        _in_block = False
-        _restore(bound)
+        _block.following = None
+        _release()
 
 
 def install(regularizers: Any = None, **options: Any) -> None:
@@ -90,6 +121,7 @@ def install(regularizers: Any = None, **options: Any) -> None:
 
     With ``regularizers`` every solve with gradients enabled follows them, and the gradient of eq. 17's sum is added
     whenever backward goes through its solution: the loss that the code prints has no penalties, its gradient has.
+    Blocks of :func:`regularize` go first.
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
@@ -98,8 +130,8 @@ def install(regularizers: Any = None, **options: Any) -> None:
     Raises:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.
     """
-    uninstall()
-    faces: dict[str, Any] = dict(_FACES)
+    global _installed, _is_installed
+    following = None
     if regularizers is not None:
         wanted = follow(regularizers, **options)
 
@@ -108,28 +140,18 @@ def install(regularizers: Any = None, **options: Any) -> None:
             penalties.add(integrals, dims)
             return _with_cost(solution, penalties.loss())
 
-        faces = {name: _following(name, wanted, add_gradient) for name in PLAIN}
-    _bound.extend(_replace(faces))
+        following = wanted, add_gradient
+    uninstall()
+    _bind()
+    _installed, _is_installed = following, True
 
 
 def uninstall() -> None:
     """Put torchdiffeq's own functions back."""
-    _restore(_bound)
-    _bound.clear()
-
-
-def _following(name: str, wanted: Follow, then: Any) -> Any:
-    plain, face = PLAIN[name], _FACES[name]
-    ours = {"regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature"}
-    defaults = {key: value for key, value in face.__kwdefaults__.items() if key not in ours}
-
-    @functools.wraps(plain)
-    def following(func: Any, y0: Any, t: Tensor, **given: Any) -> Any:
-        if not torch.is_grad_enabled() or given.get("regularizers") is not None:
-            return face(func, y0, t, **given)
-        return then(*solve(plain, func, y0, t, {**defaults, **given}, wanted))
-
-    return following
+    global _installed, _is_installed
+    if _is_installed:
+        _release()
+    _installed, _is_installed = None, False
 
 
 def _with_cost(solution: Any, cost: Tensor) -> Any:
@@ -137,33 +159,43 @@ def _with_cost(solution: Any, cost: Tensor) -> Any:
     if isinstance(solution, Tensor):
         return attach(solution, {}, cost)[0]
     first, *rest = solution
-    return (
-        (first, _with_cost(rest[0], cost))
-        if len(rest) == 1 and first.ndim == 0
-        else (_with_cost(first, cost), *rest)
-    )
+    if first.ndim == 0:  # the time of an event
+        return first, _with_cost(rest[0], cost)
+    first, others = attach(first, {str(i): x for i, x in enumerate(rest)}, cost)
+    return (first, *others.values())
 
 
-def _replace(faces: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any]]:
-    """Bind names of loaded modules that lead to torchdiffeq's functions, or to ours, to ``faces``."""
-    of = {
-        id(function): name
-        for known in (PLAIN, {n: getattr(torchdiffeq, n) for n in PLAIN})
-        for name, function in known.items()
-    }
-    bound = []
-    for module in list(sys.modules.values()):
-        place = getattr(module, "__dict__", None)
-        name = getattr(module, "__name__", "")
-        if not isinstance(place, dict) or name.startswith(("torchdiffeq._impl", __package__ or "rnode_plugin")):
-            continue
-        for key, value in list(place.items()):
-            if id(value) in of:
-                bound.append((place, key, value))
-                place[key] = faces[of[id(value)]]
-    return bound
+_lock = threading.Lock()
+_users = 0
+_bound: list[tuple[dict[str, Any], str, Any]] = []
 
 
-def _restore(bound: list[tuple[dict[str, Any], str, Any]]) -> None:
-    for place, key, value in bound:
-        place[key] = value
+def _bind() -> None:
+    """Let the names that loaded modules have bound to torchdiffeq's functions lead here, until the last release."""
+    global _users
+    with _lock:
+        _users += 1
+        if _users > 1:
+            return
+        of = {id(PLAIN[name]): leading for name, leading in _LEADING.items()}
+        modules = [(getattr(m, "__name__", ""), getattr(m, "__dict__", None)) for m in list(sys.modules.values())]
+        # the second is what torchdiffeq solves by itself
+        own = (__package__ or "rnode_plugin", "torchdiffeq._impl.")
+        places = [place for name, place in modules if isinstance(place, dict) and not str(name).startswith(own)]
+        for place in (*places, torchdiffeq.odeint_event.__kwdefaults__):
+            if not of.keys().isdisjoint(map(id, list(place.values()))):
+                for key, value in list(place.items()):
+                    if id(value) in of:
+                        _bound.append((place, key, value))
+                        place[key] = of[id(value)]
+
+
+def _release() -> None:
+    global _users
+    with _lock:
+        _users -= 1
+        if _users == 0:
+            for place, key, value in _bound:
+                if place.get(key) in _LEADING.values():
+                    place[key] = value
+            _bound.clear()
