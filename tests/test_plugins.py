@@ -169,13 +169,12 @@ def test_a_plugin_that_cannot_load_is_named_and_skipped(install, caplog, source,
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return ['speed']", "must return a mapping .* not list"),
-        ("pass", "not NoneType"),
+        ("return ['speed']", "must map names to"),
+        ("pass", "returned None"),
         ("raise RuntimeError('no luck')", r"RuntimeError: no luck \(t_bad.py, line 4\)"),
-        ("return {1: len}", "not 1 to"),
-        ("return {'': len}", "not '' to"),
-        ("return {'x': len, 'y': 3}", "not 'y' to 3"),
-        ("return {'x': 'module.attribute'}", "not 'x' to 'module.attribute'"),
+        ("return {1: len}", "must map names"),
+        ("return {'x': len, 'y': 3}", "'y': 3"),
+        ("return {'x': 'module.attribute'}", "'module.attribute'"),
     ],
 )
 def test_a_misused_hook_is_reported_and_the_rest_is_kept(install, body, message):
@@ -271,17 +270,6 @@ def test_a_plugin_may_ask_for_names_while_it_is_imported(install, monkeypatch):
     assert sys.modules[module].KNOWN == REGULARIZERS
 
 
-def test_an_interrupted_load_can_be_repeated(install):
-    module = install("interrupts", "raise KeyboardInterrupt")
-    registry = Registry()
-    with pytest.raises(KeyboardInterrupt):
-        registry.names("regularizers")
-    (Path(sys.path[0]) / f"{module}.py").write_text(textwrap.dedent(GOOD))
-    importlib.invalidate_caches()
-    assert registry.names("regularizers") == sorted([*REGULARIZERS, "late", "speed"])
-    assert [each.name for each in registry.report()].count("builtin") == 1
-
-
 # objects of this process
 
 
@@ -334,7 +322,7 @@ def test_a_bad_object_is_refused_at_once_and_leaves_nothing():
 
     registry = Registry()
     for plugin, message in [
-        (Bad(fine=abs), "plugin 'x' of this process: rnode_register_models: it must return a mapping"),
+        (Bad(fine=abs), "plugin 'x' of this process: rnode_register_models: it must map names"),
         (Unknown(), "unknown hook 'rnode_before_solve'"),
         (Arguments(), "fields"),
         (object(), "implements no hook"),

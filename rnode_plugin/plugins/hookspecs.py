@@ -27,7 +27,7 @@ __all__ = [
     "rnode_register_regularizers",
 ]
 
-PROJECT = "rnode_plugin"
+PROJECT = "rnode_plugin"  # also the group of entry points
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -49,7 +49,7 @@ def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[repor
 def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
     """Models that a recipe can name.
 
-    A flow of one's own derives from :class:`~rnode_plugin.core.distribution.DensityModel`, with which evaluation,
+    Your own flow derives from :class:`~rnode_plugin.core.distribution.DensityModel`, with which evaluation,
     diagnosis and export work. That of a table has the arguments and methods of
     :class:`~rnode_plugin.flows.table.TableFlow`. One of images takes the image shape ``(C, H, W)`` and keyword-only
     options, and has the methods of :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images

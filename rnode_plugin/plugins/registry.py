@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ..solvers.solution import Solution
 
 __all__ = [
-    "GROUP",
     "KINDS",
     "PluginReport",
     "Registry",
@@ -48,9 +47,6 @@ __all__ = [
     "resolve_regularizers",
     "unregister",
 ]
-
-GROUP = "rnode_plugin"
-"""The entry-point group that plugins are listed under."""
 
 KINDS = {
     "regularizers": "regularizer",
@@ -129,7 +125,10 @@ class Registry:
 
     def __init__(self, *, watch_solves: bool = False) -> None:
         self._watch_solves = watch_solves
-        self._forget()
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._plugins: list[_Plugin] = []
+        self._loaded = False
 
     def get(self, kind: str, name: str) -> Any:
         """The object that is registered as ``name``; a ``"module:attribute"`` is imported now.
@@ -235,31 +234,21 @@ class Registry:
                 del plugin.hooks["rnode_after_solve"]
                 plugin.fail(f"rnode_after_solve raised {_one_line(error)}; it is not called again")
 
-    def _forget(self) -> None:
-        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
-        self._manager.add_hookspecs(hookspecs)
-        self._plugins: list[_Plugin] = []
-        self._loaded = False
-
     def _load(self) -> None:
         if self._loaded:
             return
         self._loaded = True  # a plugin may ask for names while it is imported
-        try:
-            ours = _Plugin("builtin", "rnode-plugin", __version__)
-            self._attach(ours, builtin)
-            self._plugins.append(ours)
-            for plugin, entry_point in _installed():
-                if plugin.status == "loaded":
-                    try:
-                        self._attach(plugin, entry_point.load())
-                    except (Exception, SystemExit) as error:  # a module that ends the program ends itself only
-                        plugin.status = "failed"
-                        plugin.fail(_one_line(error))
-                self._plugins.append(plugin)
-        except BaseException:  # Ctrl-C: the next question loads again
-            self._forget()
-            raise
+        ours = _Plugin("builtin", "rnode-plugin", __version__)
+        self._attach(ours, builtin)
+        self._plugins.append(ours)
+        for plugin, entry_point in _installed():
+            if plugin.status == "loaded":
+                try:
+                    self._attach(plugin, entry_point.load())
+                except (Exception, SystemExit) as error:  # a module that ends the program ends itself only
+                    plugin.status = "failed"
+                    plugin.fail(_one_line(error))
+            self._plugins.append(plugin)
         if self._watch_solves:
             subscribe(self.after_solve)
 
@@ -318,7 +307,7 @@ def _installed() -> list[tuple[_Plugin, metadata.EntryPoint]]:
     found: dict[tuple[str, str], tuple[_Plugin, metadata.EntryPoint]] = {}
     for distribution in metadata.distributions():
         try:
-            entry_points = [each for each in distribution.entry_points if each.group == GROUP]
+            entry_points = [each for each in distribution.entry_points if each.group == hookspecs.PROJECT]
         except Exception as error:  # one malformed file must not hide the plugins of all other packages
             _log.warning("the entry points of %s cannot be read: %s", distribution.metadata["Name"], error)
             continue
@@ -345,14 +334,13 @@ def _checked(values: Any) -> dict[str, Any]:
     Raises:
         PluginError: it is not a mapping from names to objects or ``"module:attribute"`` texts.
     """
-    if not isinstance(values, Mapping):
-        raise PluginError(f"it must return a mapping from names to objects, not {type(values).__name__}.")
-    for name, value in values.items():
-        text = isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)
-        if not (isinstance(name, str) and name and (text or callable(value))):
-            raise PluginError(
-                f"it must map names to callables or texts 'module:attribute', not {name!r} to {value!r}."
-            )
+    if not isinstance(values, Mapping) or not all(
+        isinstance(name, str)
+        and name
+        and (callable(value) or (isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)))
+        for name, value in values.items()
+    ):
+        raise PluginError(f"it must map names to callables or texts 'module:attribute', but returned {values!r}.")
     return dict(values)
 
 
@@ -389,13 +377,12 @@ unregister = _shared.unregister
 
 
 def resolve_regularizers(
-    spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None, *, default_lambda: float | None = None
+    spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None,
 ) -> dict[str, Weighted]:
     """:func:`~rnode_plugin.core.regularizers.weigh_regularizers` with the names that the plugin host knows."""
-    from ..core.regularizers import DEFAULT_LAMBDA, weigh_regularizers  # imports torch
+    from ..core.regularizers import weigh_regularizers  # imports torch
 
-    strength = DEFAULT_LAMBDA if default_lambda is None else default_lambda
-    return weigh_regularizers(spec, by_name=get_regularizer, default_lambda=strength)
+    return weigh_regularizers(spec, by_name=get_regularizer)
 
 
 def get_regularizer(name: str) -> Any:
