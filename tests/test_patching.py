@@ -152,12 +152,6 @@ def test_exit_code_and_traceback_are_the_scripts(
         assert "runpy" not in done.output
 
 
-def test_exec_of_nothing_is_a_usage_error(tmp_path: Path) -> None:
-    done = CliRunner().invoke(exec_script, [str(tmp_path / "no.py")])
-    assert done.exit_code == 2
-    assert "does not exist" in done.output
-
-
 @pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
 def test_installed_regularizers_add_their_gradient(sensitivity: str) -> None:
     field, x = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 2)

@@ -9,7 +9,6 @@ import torch
 
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import (
-    check_alpha,
     dequantize,
     inverse_logit,
     logit,
@@ -37,12 +36,6 @@ def test_logit_is_accurate_in_float32_at_both_ends() -> None:
     torch.testing.assert_close(y.double(), exact_y, rtol=1e-6, atol=0)
     torch.testing.assert_close(logdet.double(), exact_logdet, rtol=1e-6, atol=0)
     assert y[0, 0] == -y[-1, 0]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, -0.1, math.nan])
-def test_alpha_out_of_range(alpha: float) -> None:
-    with pytest.raises(ConfigError, match="alpha must be between 0 and"):
-        check_alpha(alpha)
 
 
 def test_squeeze_gathers_neighbours_channel_by_channel() -> None:
@@ -80,17 +73,9 @@ def test_dequantize_draws_from_its_generator() -> None:
     assert not torch.equal(first, dequantize(images))
 
 
-@pytest.mark.parametrize(
-    ("images", "levels", "message"),
-    [
-        (torch.zeros(1, 1, 2, 2), 256, "uint8"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), 0, "levels must be between 1 and 256"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.uint8), 257, "levels must be between 1 and 256"),
-    ],
-)
-def test_dequantize_refuses(images: torch.Tensor, levels: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        dequantize(images, levels)
+def test_dequantize_refuses_other_types() -> None:
+    with pytest.raises(ConfigError, match="uint8"):
+        dequantize(torch.zeros(1, 1, 2, 2))
 
 
 def test_flips_mirror_about_half_of_the_images() -> None:

@@ -126,8 +126,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
             generator: draws the noise; of the samples' device.
             memory: carries the steps of an adaptive solver from one batch to the next, one entry for each block by
                 its index, such as a ``defaultdict(StepMemory)``; None: each batch finds its own.
-            checks: a list that receives the health checks of a fixed grid, for a caller who reads the device once
-                for all that it wants to know; None: they are read, and fail, before this returns.
+            checks: a list that receives the health checks of a fixed grid, for a caller that reads the device only
+                once; None: they are read, and fail, before this returns.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats with that of the logit or of the
@@ -138,7 +138,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
             SolverError: where the integration fails.
         """
-        self._check(x, self.event_shape, f"this flow takes {self.called} of shape", f"the {self.called} are")
+        self._check(x, self.event_shape, self.called)
         solver, health = solver or self.solver, [] if checks is None else checks
         fields = self._fields_at(context, x)
         z, logdet = self._enter(x, solver, health)
@@ -172,7 +172,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         return FlowOutput(z, logdet, regularization, nfe)
 
     def first_state(self, x: Tensor) -> Tensor:
-        """Where the paths of samples begin, ``(B, D)`` in the order of the latent: the latent if all f are zero."""
+        """Starts of the paths of samples, ``(B, D)`` in the order of the latent: the latent if all f are zero."""
         return self._push(self._enter(x, self.solver, [])[0], lambda z: z)
 
     def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
@@ -199,7 +199,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
             ConfigError: for latents or contexts of the wrong shape or type.
             SolverError: where the integration fails.
         """
-        self._check(z, (self.dims,), "latents must be of shape", "the latents are")
+        self._check(z, (self.dims,), "latents")
         fields, health = iter(reversed(self._fields_at(context, z))), []
 
         def through(z: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         """Draw ``n`` samples ``(n, *event_shape)`` from latents with standard deviation ``temperature``.
 
         Args:
-            n: how many.
+            n: number of samples.
             context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
             temperature: below 1 samples are closer to the mode (the paper shows images at 0.5 to 1).
             solver: the integrator; None for :attr:`solver`.
@@ -269,31 +269,26 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
     def _check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
         """Refuse all but a tensor for each block, of its input shape; several probes are a dimension in front."""
-        if isinstance(self.estimator, Exact):
-            raise ConfigError("this flow's divergence is exact and takes no noise: leave it out.")
         shapes = self.block_shapes
-        if isinstance(noise, Tensor) or len(noise) != len(shapes):
-            got = "a tensor" if isinstance(noise, Tensor) else f"{len(noise)} tensors"
-            raise ConfigError(f"noise must be a list of {len(shapes)} tensors, one for each block, not {got}.")
-        for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
-            expected = (x.shape[0], *shape)
-            if probe is None or tuple(probe.shape)[-len(expected) :] != expected:
-                got = None if probe is None else tuple(probe.shape)
-                raise ConfigError(f"the noise of block {k} must be of shape {expected}, not {got}.")
-            self._check_kind(probe, x, f"the noise of block {k} is")
-
-    def _check(self, x: Tensor, shape: Sequence[int], wanted: str, who: str) -> None:
-        """Refuse tensors of another shape, dtype or device than this flow works with."""
-        if x.ndim != 1 + len(shape) or tuple(x.shape[1:]) != tuple(shape) or x.shape[0] == 0:
-            raise ConfigError(f"{wanted} (B, {', '.join(map(str, shape))}) with B >= 1, not {tuple(x.shape)}.")
-        self._check_kind(x, self._like(), who)
-
-    @staticmethod
-    def _check_kind(x: Tensor, like: Tensor, who: str) -> None:
-        if (x.dtype, x.device) != (like.dtype, like.device):
+        if isinstance(self.estimator, Exact) or len(noise) != len(shapes):
             raise ConfigError(
-                f"{who} {x.dtype} on {x.device}, but {like.dtype} on {like.device} is needed: convert them with "
-                ".to()."
+                f"noise must be a list of {len(shapes)} tensors, one for each block, not {len(noise)}; an exact "
+                "divergence takes no noise."
+            )
+        for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
+            expected = ((x.shape[0], *shape), x.dtype, x.device)
+            got = None if probe is None else (tuple(probe.shape)[-1 - len(shape) :], probe.dtype, probe.device)
+            if got != expected:
+                raise ConfigError(f"the noise of block {k} must be {expected}, not {got}.")
+
+    def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
+        """Refuse tensors of another shape, dtype or device than this flow works with."""
+        like = self._like()
+        fits = x.ndim == 1 + len(shape) and tuple(x.shape[1:]) == tuple(shape) and x.shape[0] > 0
+        if not fits or (x.dtype, x.device) != (like.dtype, like.device):
+            raise ConfigError(
+                f"{what} must be of shape (B, {', '.join(map(str, shape))}) with B >= 1, {like.dtype} on "
+                f"{like.device}, not {tuple(x.shape)}, {x.dtype} on {x.device}."
             )
 
     def _like(self) -> Tensor:

@@ -23,7 +23,6 @@ __all__ = [
     "MultiscaleFlow",
     "Shape",
     "Stage",
-    "check_alpha",
     "dequantize",
     "inverse_logit",
     "logit",
@@ -41,7 +40,7 @@ _SMALLEST = 4  # pixels: a scale is not made smaller than this
 
 
 class Stage(NamedTuple):
-    """Blocks of one shape in a row, and what follows them.
+    """Blocks of one shape in a row.
 
     Attributes:
         shape: ``(C, H, W)`` of their state.
@@ -86,12 +85,10 @@ def dequantize(
         Values in [0, 1], of the shape of ``images``.
 
     Raises:
-        ConfigError: for another dtype, or levels out of range.
+        ConfigError: for another dtype.
     """
     if images.dtype is not torch.uint8:
         raise ConfigError(f"dequantize takes uint8 images with values 0..{levels - 1}, not {images.dtype}.")
-    if not 1 <= levels <= 256:
-        raise ConfigError(f"levels must be between 1 and 256, not {levels}.")
     x = images.to(torch.float32)
     u = 0.5 if clean else torch.rand(x.shape, device=x.device, generator=generator)
     return (x + u) / levels
@@ -101,16 +98,6 @@ def random_flip(x: Tensor, *, generator: torch.Generator | None = None) -> Tenso
     """Each image of ``x (B, C, H, W)`` mirrored left-right with probability 1/2."""
     mirrored = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator) < 0.5
     return torch.where(mirrored, x.flip(3), x)
-
-
-def check_alpha(alpha: float) -> None:
-    """Refuse an alpha for which the logit is not finite on [0, 1].
-
-    Raises:
-        ConfigError: unless 0 < alpha < 1/2.
-    """
-    if not 0 < alpha < 0.5:
-        raise ConfigError(f"alpha must be between 0 and 0.5 (both excluded), not {alpha!r}.")
 
 
 def logit(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -206,7 +193,8 @@ class MultiscaleFlow(BlockFlow):
                 f"image_shape must be three positive integers (channels, height, width), not {shape}."
             )
         self.image_shape, self.event_shape = shape, torch.Size(shape)
-        check_alpha(alpha)
+        if not 0 < alpha < 0.5:  # else the logit is not finite on [0, 1]
+            raise ConfigError(f"alpha must be between 0 and 0.5 (both excluded), not {alpha!r}.")
         if levels < 1:
             raise ConfigError(f"levels must be at least 1, not {levels}.")
         self.alpha, self.levels = alpha, levels
@@ -260,13 +248,13 @@ class MultiscaleFlow(BlockFlow):
                 y = through(y)
         return y
 
-    def _check(self, x: Tensor, shape: Sequence[int], wanted: str, who: str) -> None:
+    def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
         if x.ndim == 4 and not x.is_floating_point():
             raise ConfigError(
                 f"this flow takes floating-point images in [0, 1], not {x.dtype}: "
                 "rnode_plugin.flows.multiscale.dequantize turns uint8 images into them."
             )
-        super()._check(x, shape, wanted, who)
+        super()._check(x, shape, what)
 
     def bits_per_dim(
         self,
@@ -290,7 +278,7 @@ class MultiscaleFlow(BlockFlow):
 
 
 def _range_check(x: Tensor) -> HealthCheck:
-    """Whether images lie in [0, 1], to be asked together with the health of the solves."""
+    """A check that images lie in [0, 1], read together with the health of the solves."""
     low, high = x.detach().aminmax()
 
     def fail(_: int) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +24,7 @@ from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..solvers import Solver
 from ..solvers.config import FIXED_METHODS, count_steps
-from .cnf import CNF, check_shape, is_count
+from .cnf import CNF, check_shape
 from .neural_ode import NeuralODE
 from .solver_names import resolve_solver, solver_name
 
@@ -141,15 +140,9 @@ class RegularizedCNF(DensityModel):
                 unless given.
 
         Raises:
-            ConfigError: for times that are not two different finite numbers, and all that the class refuses.
+            ConfigError: for all that the class refuses; when called, for times that are not two different numbers.
         """
         noise_time = 1.0 - data_time if noise_time is None else noise_time
-        if not (math.isfinite(data_time) and math.isfinite(noise_time)) or data_time == noise_time:
-            raise ConfigError(f"data_time={data_time} and noise_time={noise_time} must be two different numbers.")
-        if not (is_count(steps) and steps > 0):
-            raise ConfigError(f"steps must be a whole number >= 1, not {steps!r}.")
-        if "t_span" in options:
-            raise ConfigError("from_velocity takes data_time, noise_time and steps instead of t_span.")
         options = {"regularizers": (), **options}
         net = time_first(net, call=call, example=_example(net, options))
         return cls(net, t_span=torch.linspace(data_time, noise_time, steps + 1), **options)
@@ -264,14 +257,18 @@ class RegularizedCNF(DensityModel):
             context: ``context_shape`` for all samples, or ``(n, *context_shape)`` with one for each.
 
         Raises:
-            ConfigError: for a temperature that is not positive, or not 1 with a base that has no mean, for a number
-                of samples below 0, and for a context that is missing, misshapen or not asked for.
+            ConfigError: for a temperature that is not positive, and for a context that is missing, misshapen or not
+                asked for.
+            NotImplementedError: for a temperature other than 1 with a base that has no mean.
             SolverError: from the solve.
         """
-        if not (is_count(n) and n >= 0):
-            raise ConfigError(f"the number of samples must be a whole number >= 0, not {n!r}.")
+        if not temperature > 0:
+            raise ConfigError(f"temperature must be > 0, not {temperature!r}.")
         with torch.no_grad():
-            return self.inverse(_shrunk_samples(self.base, n, temperature), context)
+            z = self.base.sample(torch.Size([n]))
+            if temperature != 1:
+                z = self.base.mean + temperature * (z - self.base.mean)
+            return self.inverse(z, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x (B, *event_shape)`` that flows to ``z (B, *event_shape)``; ``context`` as in :meth:`log_prob`."""
@@ -352,13 +349,9 @@ class RegularizedCNF(DensityModel):
         return self.base.log_prob(z) if z.shape[0] > 0 else z.flatten(1).sum(1)
 
     def _check(self, x: Any) -> None:
-        if not isinstance(x, Tensor):
-            raise ConfigError(f"samples must be a tensor, not {type(x).__name__}: torch.as_tensor(x) makes one.")
-        if x.shape[1:] != self.event_shape:
-            raise ConfigError(
-                f"this density is one of samples {tuple(self.event_shape)}: give (B, *{tuple(self.event_shape)}), "
-                f"not {tuple(x.shape)}."
-            )
+        if not isinstance(x, Tensor) or x.shape[1:] != self.event_shape:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(f"samples must be a tensor (B, *{tuple(self.event_shape)}), not {got}.")
 
 
 def _example(net: Any, options: dict[str, Any]) -> list[Tensor]:
@@ -408,35 +401,12 @@ def _moved(part: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return part
 
 
-def _shrunk_samples(base: Distribution, n: int, temperature: float) -> Tensor:
-    """``(n, *event_shape)``: samples of ``base``, drawn to its mean by ``temperature``.
-
-    Raises:
-        ConfigError: for a temperature that is not positive, or not 1 with a base that has no mean.
-    """
-    if not (isinstance(temperature, (int, float)) and temperature > 0):
-        raise ConfigError(f"temperature must be > 0, not {temperature!r}.")
-    z = base.sample(torch.Size([n]))
-    if temperature == 1:
-        return z
-    try:
-        mean = base.mean
-    except NotImplementedError:
-        raise ConfigError(
-            f"{type(base).__name__} has no mean for a temperature to shrink its samples to; use 1."
-        ) from None
-    return mean + temperature * (z - mean)
-
-
 def _check_noise(noise: Tensor, draw: Callable[[int], Tensor | None], x: Tensor) -> None:
     """Refuse noise that a trace does not take for samples ``x (B, *event_shape)``."""
     drawn = draw(0)
-    if drawn is None:
-        raise ConfigError("the trace of this density is exact and takes no noise: leave noise= out.")
-    expected = (*drawn.shape[: drawn.ndim - x.ndim], *x.shape)
-    if tuple(noise.shape) != expected:
-        raise ConfigError(f"noise= must be of shape {expected}, as draw_noise gives it, not {tuple(noise.shape)}.")
-    if (noise.dtype, noise.device) != (x.dtype, x.device):
+    expected = None if drawn is None else (*drawn.shape[: drawn.ndim - x.ndim], *x.shape)
+    if (noise.shape, noise.dtype, noise.device) != (expected, x.dtype, x.device):
         raise ConfigError(
-            f"noise= is {noise.dtype} on {noise.device}, but the samples are {x.dtype} on {x.device}: use .to()."
+            f"noise= is {tuple(noise.shape)}, {noise.dtype} on {noise.device}, but this trace takes {expected}, "
+            f"{x.dtype} on {x.device}, as draw_noise gives it (None: an exact one takes none)."
         )

@@ -27,7 +27,7 @@ from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import GRADIENTS, QUADRATURES, Method, Solver, get_method, solve
+from ..solvers import Method, Solver, get_method, solve
 from ..solvers.integrate import check_steps
 from .cnf import is_count
 from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
@@ -146,23 +146,26 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         added = regularizers is None and _installed_regularizers is not None
         weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
         estimator = get_estimator(trace_noise)
-        tolerances: dict[str, Any] = {
-            "atol": atol,
-            "rtol": rtol,
-            "atol_adjoint": atol_adjoint,
-            "rtol_adjoint": rtol_adjoint,
-        }
-        _check_options(tolerances, max_nfe, order, interpolator)
-        if sensitivity not in GRADIENTS:
-            raise ConfigError(suggest(sensitivity, GRADIENTS, "sensitivity"))
-        if penalty_quadrature not in QUADRATURES:
-            raise ConfigError(suggest(penalty_quadrature, QUADRATURES, "penalty quadrature"))
+        if not is_count(order) or order < 1:
+            raise ConfigError(f"order must be a whole number >= 1, not {order!r}.")
+        if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
+            raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
             raise ConfigError(
                 "this vector field is that of an SDE; NeuralODE solves ordinary differential equations."
             )
         refuse_state_first(vector_field, "NeuralODE")
         forward = resolve_solver(solver)
+        tolerances: dict[str, Any] = {
+            "atol": atol, "rtol": rtol, "atol_adjoint": atol_adjoint, "rtol_adjoint": rtol_adjoint,
+        }  # fmt: skip
+        least: dict[str, Any] = {
+            name: float(value.min()) if isinstance(value, Tensor) else value for name, value in tolerances.items()
+        }
+        Solver(  # checks the numbers and names
+            solver_name(forward), gradient=sensitivity, max_nfe=max_nfe, penalty_quadrature=penalty_quadrature,
+            step=None, **least,
+        )  # fmt: skip
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         steps = [w.regularizer for w in weighted.values() if kind_of(w.regularizer) == "step"]
         check_steps(steps, method_from_torchdyn(forward), sensitivity)
@@ -407,35 +410,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         return solver, replace(method, interpolator=interpolator, adjoint=backward), keep
 
 
-def _check_options(tolerances: dict[str, Any], max_nfe: Any, order: Any, interpolator: Any) -> None:
-    for name, value in tolerances.items():  # each a finite number >= 0, or a tensor of them
-        try:
-            numbers = torch.as_tensor(value)
-            good = not numbers.is_complex() and bool((torch.isfinite(numbers) & (numbers >= 0)).all())
-        except (TypeError, ValueError, RuntimeError):
-            good = False
-        if not good or isinstance(value, bool):
-            raise ConfigError(f"{name} must be a finite number >= 0, not {value!r}.")
-    if max_nfe is not None and not (is_count(max_nfe) and max_nfe > 0):
-        raise ConfigError(f"max_nfe must be a whole number > 0 or None, not {max_nfe!r}.")
-    if not is_count(order) or order < 1:
-        raise ConfigError(f"order must be a whole number >= 1, not {order!r}.")
-    if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
-        raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
-    if not (interpolator is None or isinstance(interpolator, str) or hasattr(interpolator, "evaluate")):
-        raise ConfigError(f"interpolator must be a name or an object with fit and evaluate, not {interpolator!r}.")
-
-
 def _checked_state(x: Any, *, adaptive: bool) -> Tensor:
     """The initial state; one of integers becomes one of torch's default floating-point type."""
-    if isinstance(x, tuple):
-        raise ConfigError(
-            "the initial state must be one tensor (B, ...), not a tuple: CNF follows a log-density beside z, "
-            "penalized= chooses the columns that penalties see, and rnode_plugin.torchdiffeq.odeint takes tuples."
-        )
     if not isinstance(x, Tensor):
         raise ConfigError(
-            f"the initial state must be a tensor (B, ...), not {type(x).__name__}: torch.as_tensor(x) makes one."
+            f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF follows a "
+            "log-density beside z, penalized= chooses the columns that penalties see, and "
+            "rnode_plugin.torchdiffeq.odeint takes tuples."
         )
     if adaptive and x.dtype in (torch.float16, torch.bfloat16, torch.complex32):
         raise ConfigError(
