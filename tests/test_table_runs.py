@@ -191,7 +191,7 @@ AT = ["--given-values", "temperature=3,dose=1"]
         (["--given-values", "temperature=300,dosis=1"], "unknown column 'dosis'; did you mean 'dose'"),
         (["--given-values", "temperature=300,dose=much"], "needs a number for dose"),
         ([*AT, "--given-file", "x.csv"], "or with --given-file FILE, not both."),
-        (["--given-file", "missing.csv"], "cannot read the table missing.csv: there is no such file."),
+        (["--given-file", "missing.csv"], "missing.csv cannot be read"),
         ([*AT, "-t", "0.5", "-t", "1"], "drawn at one temperature"),
         ([*AT, "--out", "x.png"], "x.png is not a table"),
     ],

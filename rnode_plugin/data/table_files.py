@@ -87,8 +87,6 @@ class _Source(NamedTuple):
 
 def _source(path: str | os.PathLike[str]) -> _Source:
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"cannot read the table {path}: there is no such file.")
     with naming(path):
         source = _format_of(path).open(path)
     for name, count in Counter(source.names).items():
@@ -112,11 +110,11 @@ def leave_out(columns: Sequence[str], name: str) -> str:
     return f"leave it out with --set data.columns={listed!r}."
 
 
-# Text: what pandas cannot know by itself is found in the first lines -------------------------------------------
+# Text: the first lines tell what pandas cannot find by itself ---------------------------------------------------
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-", ".", "#n/a", "#null!", *(f".{c}" for c in "abcz")}
 _UNNAMED = ("", "Unnamed: 0", "...1")  # above row names of R and pandas, also when written again
-_SAMPLE = 1000  # rows that say what the first line is
+_SAMPLE = 1000  # rows that tell a header from a row
 _WHOLE = re.compile(r"\d+")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)+([eE][+-]?\d+)?")
 

@@ -55,13 +55,11 @@ class Table:
     def __post_init__(self) -> None:
         for part in _PARTS:
             rows = getattr(self, part)
-            if rows.ndim != 2 or rows.shape[1] != len(self.columns) or rows.dtype.kind != "f":
+            if rows.ndim != 2 or rows.shape[1] != len(self.columns) or rows.dtype.kind != "f" or len(rows) == 0:
                 raise DataError(
                     f"{self.name}: the {part} rows are {rows.dtype} {rows.shape}; they must be floating-point "
                     f"numbers of shape (N, {len(self.columns)})."
                 )
-            if len(rows) == 0:
-                raise DataError(f"{self.name}: there are no {part} rows.")
         if not self.checksum:
             found = hashlib.sha256()
             for part in _PARTS:
@@ -128,15 +126,13 @@ def split_rows(
         seed: of the draw.
 
     Raises:
-        DataError: too few rows.
+        DataError: too few rows, or shares that leave none to train on.
     """
     if len(rows) < _FEWEST:
         raise DataError(f"{name} has {len(rows)} rows: a density needs {_FEWEST} at least, and better hundreds.")
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
     parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
-    if len(parts[2]) == 0:
-        raise DataError(f"{name} has {len(rows)} rows: the held-out shares leave none to train on.")
     return Table(name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0], notes=tuple(notes))
 
 
