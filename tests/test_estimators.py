@@ -106,36 +106,6 @@ def test_resolving_regularizers() -> None:
     assert resolve_regularizers(None) == {}
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        (["kinetik"], "did you mean 'kinetic'"),
-        (["kinetic", kinetic], "named twice"),
-        ({"kinetic": -1.0}, "finite number >= 0"),
-        ({"kinetic": float("nan")}, "finite number >= 0"),
-        ({"kinetic": "much"}, "finite number >= 0"),
-        ([3], "is not a regularizer"),
-        (3, "regularizers must be"),
-    ],
-)
-def test_bad_regularizers_are_refused(spec: object, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        resolve_regularizers(spec)
-
-
-def test_bad_rates_and_fields_are_refused() -> None:
-    z, t = torch.ones(2, 3), torch.tensor(0.0)
-    with pytest.raises(ConfigError, match="'scalar' returned"):
-        Dynamics(lambda t, z: z, regularizers=[FunctionRegularizer("scalar", lambda e: e.z.sum())]).evaluate(
-            t, z, torch.ones_like(z)
-        )
-    with pytest.raises(ConfigError, match="must have the shape of z"):
-        Dynamics(lambda t, z: z.sum(1), divergence=False).evaluate(t, z, None)
-    shy = FunctionRegularizer("shy", lambda e: e.squared_frobenius())
-    with pytest.raises(ConfigError, match=r'needs = \{"vjp"\}'):
-        Dynamics(lambda t, z: z, regularizers=[shy], divergence=False).evaluate(t, z, None)
-
-
 def test_objective_is_equation_17() -> None:
     log_prob = torch.tensor([-10.0, -30.0])
     penalties = {"kinetic": torch.tensor([1.0, 3.0]), "jacfrob": torch.tensor([4.0, 8.0])}

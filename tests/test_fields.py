@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rnode_plugin.core.derivatives import Ask, Field
 from rnode_plugin.core.ops import transforms_active
@@ -106,16 +105,6 @@ def test_derivatives_stay_right_for_large_activations(kind: str) -> None:
     fused, expected = product_of(field, t, z, noise), plain(field, t, z, noise)
     for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
         assert relative(a, b) < 1e-12
-
-
-def test_non_reentrant_checkpoint() -> None:
-    field = make_field("conv")
-    t, z, noise = make_inputs("conv")
-    wanted = [t, z, *field.parameters()]
-    outputs = checkpoint(product_of, field, t, z, noise, use_reentrant=False)
-    direct = product_of(field, t, z, noise)
-    for a, b in zip(gradients(*outputs, wanted), gradients(*direct, wanted), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 4), (9, 9)])
@@ -227,36 +216,6 @@ def test_a_field_prepared_for_one_noise_takes_another() -> None:
     other = torch.randn_like(noise)
     product = product_of(field.prepare(z, noise), t, z, other)[1]
     assert relative(product, plain(field, t, z, other)[1]) < 1e-12
-
-
-@pytest.mark.parametrize("activation", ["softplus", "tanh"])
-@pytest.mark.parametrize("kind", SHAPES)
-def test_prepared_velocity_has_autograds_gradients(kind: str, activation: str) -> None:
-    field = make_field(kind, activation)
-    t, z, noise = make_inputs(kind)
-    wanted = [t, z, *field.parameters()]
-    fast, expected = field.prepare(z).linearize(t, z).dz, field(t, z)
-    assert relative(fast, expected) < 1e-14
-    found = torch.autograd.grad(fast, wanted, noise.detach(), create_graph=True)
-    for a, b, c in zip(
-        torch.autograd.grad(field.prepare(z).linearize(t, z).dz, wanted, noise.detach()),
-        torch.autograd.grad(expected, wanted, noise.detach(), create_graph=True),
-        found,
-        strict=True,
-    ):
-        assert relative(a, b) < 1e-12
-        assert relative(c, b) < 1e-12
-    # and those can be differentiated again
-    twice = torch.autograd.grad(found[1].square().sum(), wanted[1:-1])
-    for a, b in zip(twice, second_gradients(field, t, z, noise, wanted), strict=True):
-        assert relative(a, b) < 1e-10
-
-
-def second_gradients(
-    field: StackField, t: Tensor, z: Tensor, noise: Tensor, wanted: list[Tensor]
-) -> tuple[Tensor, ...]:
-    (first,) = torch.autograd.grad(field(t, z), z, noise.detach(), create_graph=True)
-    return torch.autograd.grad(first.square().sum(), wanted[1:-1])
 
 
 def hidden_tensors_saved(prepared: Field, t: Tensor, z: Tensor) -> int:

@@ -232,7 +232,7 @@ def test_the_image_flow_has_the_plain_fields_numbers_in_every_gradient_mode(grad
     solver = Solver("rk4_38", step=0.5, gradient=gradient)
     results = []
     for fused_ in (True, False):
-        flow = flow_with([*JVPS, "jacfrob"], fused=fused_)
+        flow = flow_with([*JVPS, "directional_vjp", "taylor:3", "strain", "jacfrob"], fused=fused_)
         noise = flow.draw_noise(2, generator=torch.Generator().manual_seed(1))
         out = flow(x, solver=solver, noise=noise)
         loss: Any = sum(value.sum() for value in out.regularization.values()) + out.logdet.sum()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchdyn.nn import DepthCat
 
 from rnode_plugin import CNF, NeuralODE
-from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.fields.recognise import recognise
 
 
@@ -120,29 +119,6 @@ def test_a_module_with_hooks_is_left_alone() -> None:
     assert recognise(net) is not None
     net[0].register_forward_hook(lambda *args: None)
     assert recognise(net) is None
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("timed", [False, True])
-def test_product_of_a_recognised_stack(activation: Callable[[], nn.Module], timed: bool) -> None:
-    net = perceptron(activation, timed=timed)
-    torch.manual_seed(1)
-    t = torch.tensor(0.4, dtype=torch.float64)
-    z, noise = torch.randn(2, 6, 3, dtype=torch.float64).unbind()
-    z.requires_grad_()
-    for module in net.modules():
-        if isinstance(module, DepthCat):
-            module.t = t  # pyright: ignore[reportAttributeAccessIssue]
-    dz = net(z)
-    (product,) = torch.autograd.grad(dz, z, noise, create_graph=True)
-    stack = recognise(net)
-    assert stack is not None
-    prepared: Any = stack.prepare(z, noise)
-    found = prepared.linearize(t, z, noise, ask=Ask("noise"))[:2]
-    losses = [(pair[0].sin().sum() + pair[1].square().sum()) for pair in (found, (dz, product))]
-    gradients = [torch.autograd.grad(loss, [z, *net.parameters()]) for loss in losses]
-    for a, b in zip([*found, *gradients[0]], [dz, product, *gradients[1]], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from rnode_plugin.core.regularizers import (
     linear_warmup,
 )
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import conv_field
 from rnode_plugin.plugins.registry import resolve_regularizers
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
@@ -238,26 +237,6 @@ def test_the_image_flow_takes_every_kind() -> None:
         small_flow("stiffness")(x, solver=Solver("dopri5", gradient="adjoint"))
 
 
-def test_fused_and_plain_fields_give_the_same_penalties() -> None:
-    names = ["total_derivative", "directional", "directional_vjp", "taylor:3", "curl", "strain"]
-    fused, plain = (conv_field(2, hidden=3, layers=3, fused=fused).double() for fused in (True, False))
-    for parameter in fused.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    plain.load_state_dict(fused.state_dict())
-    z = torch.randn(2, 2, 4, 4, dtype=torch.float64)
-    noise, t = torch.randn_like(z), torch.tensor(0.3, dtype=torch.float64)
-    regularizers = [entry.regularizer for entry in resolve_regularizers(names).values()]
-    found = []
-    for field in (fused, plain):
-        dynamics = Dynamics(field.prepare(z, noise), regularizers=regularizers)
-        rates = dynamics.evaluate(t, z, noise).penalties
-        loss = sum(rate.sum() for rate in rates.values())
-        found.append((rates, torch.autograd.grad(loss, list(field.parameters()))))  # pyright: ignore
-    for name in names:
-        torch.testing.assert_close(found[0][0][name], found[1][0][name], msg=name)
-    torch.testing.assert_close(found[0][1], found[1][1])
-
-
 def test_several_probes_through_the_image_flow() -> None:
     x = torch.rand(3, 1, 4, 4)
     for estimator in ("rademacher:3", "hutch++:2"):
@@ -294,23 +273,6 @@ def test_a_lambda_may_depend_on_the_step() -> None:
             model.reg_loss(step=1)
     with pytest.raises(ConfigError, match="whole number of steps"):
         linear_warmup(0)
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ({"steer": 0.3}, "has no penalty and takes no lambda"),
-        (["steer", "learned_end_time"], "both change the times of a solve"),
-        (["steer:0"], "width must be a number > 0"),
-        (["learned_end_time:nan"], "finite number"),
-        (["trajectory_polynomial:3,points=2"], "at least points=3"),
-        (["trajectory_polynomial:0"], "whole number of at least 1"),
-        (["straightness:2"], "does not take the options"),
-    ],
-)
-def test_bad_settings_are_refused(spec: object, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        resolve_regularizers(spec)
 
 
 def test_objects_and_what_is_refused_when_called() -> None:

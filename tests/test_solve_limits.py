@@ -11,7 +11,7 @@ import torch
 from problems import Linear, Wave
 from torch import Tensor
 
-from rnode_plugin.core.dynamics import Dynamics, Rates
+from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
 from rnode_plugin.core.regularizers import FunctionStepPenalty, jacfrob, kinetic
 from rnode_plugin.core.regularizers.base import Trajectory
 from rnode_plugin.core.trace_estimators import Exact
@@ -37,7 +37,7 @@ def decay(t: Tensor, z: Tensor, *, products: bool = True, rate: float = 1.0) -> 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rnode_plugin.solvers.adaptive.DEFAULT_MAX_NFE", 300)
-    stiff = functools.partial(decay, rate=1e5)
+    stiff = FunctionDynamics(functools.partial(decay, rate=1e5))
     with pytest.raises(SolverError, match=r"budget of 300 evaluations.* max_nfe=3000") as caught:
         solve(stiff, torch.ones(1, 1, dtype=torch.float64), T, Solver(method))
     assert caught.value.reason == "max_nfe"
@@ -51,7 +51,7 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
         return Rates(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
 
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
-        solve(rates, torch.ones(2, 2), T.float(), Solver(method))
+        solve(FunctionDynamics(rates), torch.ones(2, 2), T.float(), Solver(method))
     assert caught.value.reason == "nonfinite"
     assert "exploded" not in str(caught.value)
 
@@ -91,7 +91,12 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
         return Rates(dz, None, {"kinetic": dz.square().sum(1)})
 
     with pytest.raises(SolverError, match=r"the state .* is no longer finite.* lower the learning rate") as caught:
-        solve(rates, torch.ones(2, 2), torch.tensor([0.0, 0.5, 1.0]), Solver(method, step=0.125, first_step=0.05))
+        solve(
+            FunctionDynamics(rates),
+            torch.ones(2, 2),
+            torch.tensor([0.0, 0.5, 1.0]),
+            Solver(method, step=0.125, first_step=0.05),
+        )
     assert caught.value.reason == "nonfinite"
     assert 0.3 < caught.value.t < 0.65
 
@@ -140,7 +145,8 @@ def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
     for end, steps in ((1.1, 3), (1.10001, 4)):
         t = torch.tensor([0.8, end], dtype=torch.float64)
         assert float(t[1] - t[0]) > 0.3
-        assert solve(decay, torch.ones(1, 1, dtype=torch.float64), t, Solver("rk4", step=0.1)).stats.steps == steps
+        one = torch.ones(1, 1, dtype=torch.float64)
+        assert solve(FunctionDynamics(decay), one, t, Solver("rk4", step=0.1)).stats.steps == steps
 
 
 class Watched(Tensor):

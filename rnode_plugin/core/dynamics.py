@@ -8,11 +8,13 @@ trajectories, which the solver calls.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PluginError, RnodeError
 from .derivatives import VELOCITY, Ask, AutogradField, Velocity, as_field
 from .field_evaluation import FieldEvaluation
-from .regularizers.base import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty, kind_of
+from .regularizers.base import Regularizer, StepRecord, Trajectory, kind_of
 from .trace_estimators import Exact, Linearize, TraceEstimator, get_estimator
 
-__all__ = ["BoundDynamics", "Dynamics", "PathPenalties", "Rates"]
+__all__ = ["BoundDynamics", "Dynamics", "FunctionDynamics", "PathPenalties", "Rates"]
 
 
 class Rates(NamedTuple):
@@ -40,19 +42,45 @@ class Rates(NamedTuple):
     penalties: dict[str, Tensor]
 
 
-class BoundDynamics(Protocol):
+class BoundDynamics(ABC):
     """What the integrator integrates: an augmented system whose noise is fixed for one solve.
 
-    With ``products=False`` the result leaves out all that needs a product with the Jacobian. An attribute ``path``,
-    if there is one, holds the penalties of steps and trajectories (:class:`PathPenalties`); ``trace_only(t, z)``
-    leaves out the penalties that need a product, but not the log-determinant.
+    Attributes:
+        path: the penalties of steps and trajectories; None if there are none.
+        inner_autograd: whether an evaluation differentiates inside, which a checkpoint has to know.
     """
 
-    def __call__(self, t: Tensor, z: Tensor, /, *, products: bool = True) -> Rates: ...
+    path: PathPenalties | None = None
+    inner_autograd: bool = True
+
+    @abstractmethod
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        """The right-hand side at a time ``t`` and a state ``z (B, *event)``.
+
+        ``products=False`` leaves out all that needs a product with the Jacobian.
+        """
+
+    def trace_only(self, t: Tensor, z: Tensor) -> Rates:
+        """The right-hand side at ``t``, ``z`` with the log-determinant, but no penalty that needs a product."""
+        return self(t, z, products=False)
+
+    def parameters(self) -> Iterable[Tensor]:
+        """What a continuous adjoint differentiates by."""
+        return ()
+
+    def repeating(self) -> AbstractContextManager[Any]:
+        """Around evaluations that repeat others."""
+        return nullcontext()
 
 
-def _whole(state: Tensor) -> Tensor:
-    return state
+class FunctionDynamics(BoundDynamics):
+    """A function ``(t, z, *, products) -> Rates`` as a system."""
+
+    def __init__(self, function: Callable[..., Rates]) -> None:
+        self._function = function
+
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return self._function(t, z, products=products)
 
 
 @dataclass(frozen=True)
@@ -68,12 +96,12 @@ class PathPenalties:
         hidden: keys of those that are integrated for trajectory penalties alone.
     """
 
-    steps: tuple[StepPenalty, ...] = ()
-    local: tuple[StepPenalty, ...] = ()
-    trajectories: tuple[TrajectoryPenalty, ...] = ()
-    event: Callable[[Tensor], Tensor] = _whole
-    rates: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
-    hidden: frozenset[str] = frozenset()
+    steps: Sequence[Any]
+    local: Sequence[Any]
+    trajectories: Sequence[Any]
+    event: Callable[[Tensor], Tensor]
+    rates: Mapping[str, Any]
+    hidden: frozenset[str]
 
     def of_step(self, record: StepRecord, *, local: bool = False) -> dict[str, tuple[str, Tensor]]:
         """``(reduction, value (B,))`` of one step by name."""
@@ -98,7 +126,7 @@ class PathPenalties:
         self, index: int, t: Tensor, z: Sequence[Tensor], integrals: dict[str, Tensor]
     ) -> tuple[str, Tensor]:
         """Name and value ``(B,)`` of one trajectory penalty for states at the times ``t``."""
-        penalty: Any = self.trajectories[index]
+        penalty = self.trajectories[index]
         states = torch.stack([self.event(each) for each in z])
         mine = {
             rate.name: integrals[key]
@@ -109,8 +137,10 @@ class PathPenalties:
         return penalty.name, _checked(penalty, Trajectory(t, states, mine), [states], states[0])
 
 
-class Dynamics:
+class Dynamics(BoundDynamics):
     """The augmented system (RNODE) of a vector field: state, log-determinant and penalties.
+
+    A solve takes ``dynamics.bind(noise)``.
 
     Args:
         field: ``f(t, z)``, or a :class:`~rnode_plugin.core.derivatives.Field`, which makes its own products.
@@ -124,9 +154,8 @@ class Dynamics:
     Attributes:
         rates: the rates that are integrated, by the key of their integral.
         needs: what they read of an evaluation.
-        path: the penalties that are not rates; None if there are none.
         needs_products: whether an evaluation makes products with the Jacobian.
-        inner_autograd: whether an evaluation differentiates inside, which a checkpoint has to know.
+        noise: of these products; None until it is bound.
 
     Raises:
         ConfigError: for an unknown estimator and a span policy; later for a penalty that does not return ``(B,)``.
@@ -153,6 +182,7 @@ class Dynamics:
         self.estimator = get_estimator(estimator)
         self.regularizers = tuple(regularizers)
         self.divergence = divergence
+        self.noise: Tensor | None = None
         self._given = field
         kinds: dict[str, list[Any]] = {"rate": [], "step": [], "trajectory": [], "span": []}
         for regularizer in self.regularizers:
@@ -162,7 +192,7 @@ class Dynamics:
                 f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
-        self.rates: dict[str, Rate] = {}
+        self.rates: dict[str, Any] = {}
         for rate in kinds["rate"]:
             self.rates[rate.name] = rate
         hidden: list[str] = []  # keys of the rates that trajectory penalties alone read
@@ -174,13 +204,12 @@ class Dynamics:
                         key = f"<{key}>"
                     self.rates[key] = rate
                     hidden.append(key)
-        self.path: PathPenalties | None = None
         if kinds["step"] or kinds["trajectory"]:
             self.path = PathPenalties(
-                tuple(r for r in kinds["step"] if not r.local),
-                tuple(r for r in kinds["step"] if r.local),
-                tuple(kinds["trajectory"]),
-                event=event or _whole,
+                [r for r in kinds["step"] if not r.local],
+                [r for r in kinds["step"] if r.local],
+                kinds["trajectory"],
+                event=event or (lambda state: state),
                 rates=self.rates,
                 hidden=frozenset(hidden),
             )
@@ -203,7 +232,7 @@ class Dynamics:
             return self.estimator.bind(self.field, ask)
         return functools.partial(self.field.linearize, ask=ask)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
+    def parameters(self) -> Iterable[nn.Parameter]:
         """The parameters of the field and of the regularizers, of those that are modules."""
         for part in (self._given, *self.rates.values()):
             if isinstance(part, nn.Module):
@@ -213,9 +242,17 @@ class Dynamics:
         """Noise for one solve from ``z (B, *event)``, from ``generator``; None if no product is needed."""
         return self.estimator.draw(z, generator=generator) if self.needs_products else None
 
-    def bind(self, noise: Tensor | None) -> _Bound:
+    def bind(self, noise: Tensor | None) -> Dynamics:
         """The system with its ``noise`` fixed, as :meth:`draw` gives it, ready to be integrated."""
-        return _Bound(self, noise)
+        bound = copy.copy(self)
+        bound.noise = noise
+        return bound
+
+    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return self.evaluate(t, z, self.noise, products=products)
+
+    def trace_only(self, t: Tensor, z: Tensor) -> Rates:
+        return self.evaluate(t, z, self.noise, products=False, trace=True)
 
     def evaluate(
         self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True, trace: bool | None = None
@@ -251,29 +288,6 @@ class Dynamics:
             if products or not rate.needs:
                 penalties[key] = _checked(rate, evaluation, (z, dz), z)
         return Rates(dz, dlogdet, penalties)
-
-
-@dataclass(frozen=True)
-class _Bound:
-    dynamics: Dynamics
-    noise: Tensor | None
-
-    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        return self.dynamics.evaluate(t, z, self.noise, products=products)
-
-    def trace_only(self, t: Tensor, z: Tensor) -> Rates:
-        return self.dynamics.evaluate(t, z, self.noise, products=False, trace=True)
-
-    @property
-    def inner_autograd(self) -> bool:
-        return self.dynamics.inner_autograd
-
-    @property
-    def path(self) -> PathPenalties | None:
-        return self.dynamics.path
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.dynamics.parameters()
 
 
 _WRITES = (

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 
 __all__ = [
     "OneProcessADevice",
+    "check_count",
     "exporting",
     "flush_denormals",
     "needs_plain_pass",
@@ -35,6 +36,17 @@ __all__ = [
 ]
 
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
+
+
+def check_count(value: Any, what: str) -> int:
+    """``value``, a whole number of at least 1.
+
+    Raises:
+        ConfigError: for anything else, which it calls ``what``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{what} must be a whole number of at least 1, not {value!r}.")
+    return value
 
 
 def exporting() -> bool:

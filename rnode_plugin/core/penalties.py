@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from .objective import penalty
-from .regularizers import Weighted, check_lambda, span_policy, strength_at, undivided
+from .regularizers import Weighted, span_policy, undivided
+from .schedules import check_lambda, strength_at
 
 __all__ = ["Penalties", "attach"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from .derivatives import VELOCITY, Ask, Linearization, Velocity, as_field, trace_of_rows, unit_vectors
-from .ops import sum_products, sum_squares
+from .ops import check_count, sum_products, sum_squares
 
 __all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Linearize", "Probes", "TraceEstimator", "get_estimator"]
 
@@ -106,10 +106,8 @@ class Hutchinson(TraceEstimator):
     """
 
     def __init__(self, noise: str = "gaussian", *, probes: int = 1) -> None:
-        if noise not in _NOISES:
-            raise ConfigError(suggest(noise, _NOISES, "trace noise"))
-        self.noise = noise
-        self.count = _positive(probes, "probes")
+        self.noise = _known(noise)
+        self.count = check_count(probes, "a trace estimator's probes")
 
     def __repr__(self) -> str:
         return f"Hutchinson({self.noise!r}{f', probes={self.count}' if self.count > 1 else ''})"
@@ -152,9 +150,8 @@ class HutchPlusPlus(TraceEstimator):
     """
 
     def __init__(self, rank: int = 2, *, noise: str = "rademacher") -> None:
-        if noise not in _NOISES:
-            raise ConfigError(suggest(noise, _NOISES, "trace noise"))
-        self.rank, self.noise = _positive(rank, "rank"), noise
+        self.noise = _known(noise)
+        self.rank = check_count(rank, "a trace estimator's rank")
 
     def __repr__(self) -> str:
         return f"HutchPlusPlus({self.rank}, noise={self.noise!r})"
@@ -227,6 +224,12 @@ class Exact(TraceEstimator):
         return sum_squares(products.transpose(0, 1))
 
 
+def _known(noise: str) -> str:
+    if noise not in _NOISES:
+        raise ConfigError(suggest(noise, _NOISES, "trace noise"))
+    return noise
+
+
 def _given(noise: Tensor | None) -> Tensor:
     assert noise is not None
     return noise
@@ -258,9 +261,3 @@ def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
             return HutchPlusPlus(int(option or 2))
         return Hutchinson(name, probes=int(option or 1))
     raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "hutch++"), "trace estimator"))
-
-
-def _positive(value: int, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} of a trace estimator must be a whole number of at least 1, not {value!r}.")
-    return value

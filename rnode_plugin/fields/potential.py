@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY, Ask, Linearization
+from ..core.ops import check_count
 from ..errors import ConfigError
 
 __all__ = ["PotentialField"]
@@ -46,8 +47,7 @@ class PotentialField(nn.Module):
     def __init__(self, dims: int, *, hidden: int = 32, layers: int = 2, rank: int = 10, context: int = 0) -> None:
         super().__init__()
         for name, value in (("dims", dims), ("hidden", hidden), ("layers", layers), ("rank", rank)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"a PotentialField's {name} must be a whole number of at least 1, not {value!r}.")
+            check_count(value, f"a PotentialField's {name}")
         self.dims, self._given = dims, context
         inputs = dims + 1 + context
         sizes = [inputs] + [hidden] * (layers - 1)

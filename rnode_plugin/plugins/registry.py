@@ -30,7 +30,8 @@ from ..solvers.config import subscribe
 from . import builtin, hookspecs
 
 if TYPE_CHECKING:
-    from ..core.regularizers import Strength, Weighted
+    from ..core.regularizers import Weighted
+    from ..core.schedules import Strength
     from ..solvers import Solver
     from ..solvers.solution import Solution
 

@@ -31,7 +31,6 @@ from .fixed import (
     health,
     read,
     stepper,
-    without_products,
 )
 from .solution import Solution
 from .tableaus import Method
@@ -76,7 +75,6 @@ def solve_adaptive(
     solver: Solver,
     method: Method,
     *,
-    generator: torch.Generator | None = None,
     trace: Trace | None = None,
     memory: StepMemory | None = None,
 ) -> Solution:
@@ -100,8 +98,8 @@ def solve_adaptive(
 
     t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
     sampled = solver.penalty_quadrature == "sampled"
-    draw = draw_stage(method, generator) if sampled else None
-    rates: Rates | None = (without_products(dynamics) if draw else dynamics)(span[0].to(device), z)
+    draw = draw_stage(method) if sampled else None
+    rates: Rates | None = (dynamics.trace_only if draw else dynamics)(span[0].to(device), z)
     totals = Totals()
     totals.nfe += 1
     dt = _first_step(dynamics, z, rates.dz, span, sign, solver, method, memory, totals)
@@ -149,7 +147,7 @@ def solve_adaptive(
                 upcoming = min(upcoming + 1, len(span) - 1)
             t, z, rates = reached, step.z, step.last
             if sampled:
-                draw = draw_stage(method, generator)  # for a step until it is accepted
+                draw = draw_stage(method)  # for a step until it is accepted
             if trace is not None:
                 trace.append((t.to(device), z))
         else:

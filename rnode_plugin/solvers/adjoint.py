@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..core.dynamics import BoundDynamics, Rates
+from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
 from .adaptive import solve_adaptive
 from .config import Solver
-from .fixed import Trace, solve_fixed, without_products
+from .fixed import Trace, solve_fixed
 from .solution import Solution, SolveStats
 from .tableaus import Method, hermite
 
@@ -34,15 +34,13 @@ def solve_adjoint(
     t_span: Tensor,
     solver: Solver,
     method: Method,
-    params: Sequence[Tensor],
     *,
     keep: Sequence[bool] | None = None,
-    generator: torch.Generator | None = None,
     trace: Trace | None = None,
 ) -> Solution:
     """Solve without a graph and attach the continuous adjoint as the gradient.
 
-    Gradients reach ``z0``, ``t_span`` and those of ``params`` that require one.
+    Gradients reach ``z0``, ``t_span`` and the parameters of ``dynamics`` that require one.
 
     Args:
         dynamics: the augmented system; it must give the same rates in the backward pass as in the forward one.
@@ -50,21 +48,18 @@ def solve_adjoint(
         t_span: times ``(T,)``.
         solver: accuracy and gradient; the backward solve has its ``atol_adjoint`` and ``rtol_adjoint``.
         method: how to take a step; the backward solve takes those of ``method.adjoint``.
-        params: the tensors that the dynamics read and that need a gradient.
         keep: for each time of ``t_span`` whether its state is an output; None: all are.
-        generator: draws the times of a sampled quadrature.
         trace: a list that receives the time and state of every accepted step, the initial one first.
 
     Raises:
         SolverError: from either direction.
     """
     call = _AdjointCall(dynamics, solver, method, watched=trace)
-    wanted = [p for p in params if p.requires_grad]
+    wanted = [p for p in dynamics.parameters() if p.requires_grad]
     drawn = None
     if solver.penalty_quadrature == "sampled":
-        light = without_products(dynamics)
-        call.dynamics = lambda t, z, *, products=True: light(t, z)
-        share = torch.rand(_DRAWN, dtype=torch.float64, generator=generator)
+        call.dynamics = FunctionDynamics(lambda t, z, *, products: dynamics.trace_only(t, z))
+        share = torch.rand(_DRAWN, dtype=torch.float64)
         share = (torch.arange(_DRAWN) + share).to(t_span) / _DRAWN
         drawn = t_span[0] + share * (t_span[-1] - t_span[0])
     times, z, logdet, on_path, *integrals = _Adjoint.apply(call, z0, t_span, drawn, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
@@ -213,7 +208,7 @@ class _Backward:
         path = self.path
         state = a if path is not None else torch.stack([z, a])
 
-        def adjoint_system(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        def adjoint_system(t: Tensor, z: Tensor, *, products: bool) -> Rates:
             z, a = (path(t), z) if path is not None else z.unbind()
             dz, da, *dparams = self._gradients(t, z, a, dl)
             rate = -da if path is not None else torch.stack([dz, -da])
@@ -222,7 +217,7 @@ class _Backward:
         solver = self.solver
         if self.many_stops:  # the intervals are short: often one step is enough
             solver = replace(solver, first_step=abs(float(t1 - t0)))
-        solution = _solve(adjoint_system, state, torch.stack([t1, t0]), solver, self.method)
+        solution = _solve(FunctionDynamics(adjoint_system), state, torch.stack([t1, t0]), solver, self.method)
         for i, gradient in enumerate(self.gradients):
             # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)

@@ -30,14 +30,13 @@ def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tenso
 
     Args:
         function: of tensors and nested tuples and dictionaries of tensors, to the same; it evaluates ``dynamics``.
-        dynamics: with an attribute ``inner_autograd = False`` it promises not to differentiate inside. If it has a
-            context manager ``repeating()``, evaluations that repeat others happen in it.
+        dynamics: the system, which says whether it differentiates inside.
         z, t: where to evaluate it once to find the tensors that it depends on.
     """
     if transforms_active():
         return function
     leaves = None
-    if torch.is_grad_enabled() and getattr(dynamics, "inner_autograd", True):
+    if torch.is_grad_enabled() and dynamics.inner_autograd:
         leaves = _leaves(dynamics, z, t)
     if leaves is None:
         return lambda *args: checkpoint(_first_run_alone(function, dynamics), *args, use_reentrant=False)
@@ -50,15 +49,11 @@ def _first_run_alone(function: Callable[..., Any], dynamics: BoundDynamics) -> C
 
     def run(*args: Any) -> Any:
         nonlocal ran
-        with _repeating(dynamics) if ran else contextlib.nullcontext():
+        with dynamics.repeating() if ran else contextlib.nullcontext():
             ran = True
             return function(*args)
 
     return run
-
-
-def _repeating(dynamics: BoundDynamics) -> contextlib.AbstractContextManager[Any]:
-    return getattr(dynamics, "repeating", contextlib.nullcontext)()
 
 
 # what a step depends on -----------------------------------------------------------------------------------------
@@ -68,7 +63,7 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     """The leaf tensors that the dynamics depend on; None if they read the result of another computation."""
     # draws nothing from the streams that the solve will draw from
     devices = [z.device] if z.is_cuda else []
-    with torch.enable_grad(), torch.random.fork_rng(devices), _repeating(dynamics):
+    with torch.enable_grad(), torch.random.fork_rng(devices), dynamics.repeating():
         state = z.detach().requires_grad_()
         start = _next_number(state)
         rates = dynamics(t.detach(), state)
@@ -76,7 +71,7 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     if found is None:  # a replay would run through that other graph at each step
         return None
     # a module may read some of its parameters at other times only
-    known = [p for p in getattr(dynamics, "parameters", tuple)() if p.requires_grad]
+    known = [p for p in dynamics.parameters() if p.requires_grad]
     return list({id(x): x for x in [*found, *known] if x is not state}.values())
 
 

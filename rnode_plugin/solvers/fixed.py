@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.ops import exporting, on_host, transforms_active
 from ..core.regularizers import StepRecord
-from ..errors import ConfigError, SolverError
+from ..errors import SolverError
 from .checkpoint import checkpointed
 from .config import Solver, count_steps
 from .solution import Solution, SolveStats
@@ -39,7 +39,6 @@ __all__ = [
     "read",
     "solve_fixed",
     "stepper",
-    "without_products",
 ]
 
 _CPU = torch.device("cpu")
@@ -55,7 +54,6 @@ def solve_fixed(
     method: Method,
     *,
     keep: Sequence[bool] | None = None,
-    generator: torch.Generator | None = None,
     trace: Trace | None = None,
     checks: list[HealthCheck] | None = None,
 ) -> Solution:
@@ -70,7 +68,7 @@ def solve_fixed(
     if solver.penalty_quadrature == "sampled" and solver.trace_quadrature == "full":
         intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
         lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
-        draws = _draw_stages(method, lengths, generator)
+        draws = _draw_stages(method, lengths)
     if t_span.device.type != "cpu" or t_span.requires_grad:
         t_span = t_span.to(z.device)
     take = stepper(dynamics, method, solver)
@@ -89,7 +87,7 @@ def solve_fixed(
         for start, dt, end in itertools.islice(steps, count):
             draw = None if draws is None else draws[totals.steps]
             if solver.trace_quadrature == "sampled":
-                draw = draw_stage(method, generator)
+                draw = draw_stage(method)
             step = take(z, start, dt, None, draw)
             totals.add(step)
             totals.nfe += step.nfe
@@ -211,12 +209,12 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
 
     A ``local`` step computes the local step penalties; the others see the accepted steps.
     """
-    path = getattr(dynamics, "path", None)
+    path = dynamics.path
     if path is not None and not (path.local if local else path.steps):
         path = None
     weights = method.weights or (1.0,)
     sampled_trace = solver.trace_quadrature == "sampled"
-    elsewhere = without_products(dynamics, trace=not sampled_trace)
+    elsewhere = partial(dynamics, products=False) if sampled_trace else dynamics.trace_only
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
@@ -262,15 +260,15 @@ Draw = dict[int, float]
 relative to the step's length."""
 
 
-def draw_stage(method: Method, generator: torch.Generator | None) -> Draw | None:
+def draw_stage(method: Method) -> Draw | None:
     """One stage that stands for its step, drawn by the weights of a quadrature; None if they are not known."""
     if method.draws is None:
         return None
     weights = _weight_row(method.draws, torch.float64, _CPU)
-    return {int(torch.multinomial(weights, 1, generator=generator)): 1.0}
+    return {int(torch.multinomial(weights, 1)): 1.0}
 
 
-def _draw_stages(method: Method, lengths: Sequence[float], generator: torch.Generator | None) -> list[Draw | None]:
+def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
     """About one in eight of all evaluations of a fixed grid, as a stratified sample.
 
     An evaluation has a part in the integral: its weight times the length of its step. The parts lie side by side
@@ -284,8 +282,8 @@ def _draw_stages(method: Method, lengths: Sequence[float], generator: torch.Gene
     size = sum(lengths) / count
     if max(lengths) > (stages - 2) * size and min(method.draws) > 0:
         # a step must have a stage that is not drawn, by which a step knows the penalties that need a product
-        return [draw_stage(method, generator) for _ in lengths]
-    points = (torch.rand(count, dtype=torch.float64, generator=generator) + torch.arange(count)) * size
+        return [draw_stage(method) for _ in lengths]
+    points = (torch.rand(count, dtype=torch.float64) + torch.arange(count)) * size
     draws: list[Draw | None] = [{} for _ in lengths]
     starts, ends = [0.0, *itertools.accumulate(lengths)], list(itertools.accumulate(method.draws))
     for point in points.tolist():
@@ -296,22 +294,10 @@ def _draw_stages(method: Method, lengths: Sequence[float], generator: torch.Gene
     return draws
 
 
-def without_products(dynamics: Any, *, trace: bool = True) -> Callable[[Tensor, Tensor], Rates]:
-    """``(t, z) -> Rates`` without the penalties that need a product, with or without the ``trace``."""
-    if trace and hasattr(dynamics, "trace_only"):
-        return dynamics.trace_only
-    return partial(dynamics, products=False)
-
-
 def _weigh(values: list[Any], weights: Sequence[float], dt: Tensor, draw: Draw | None = None) -> Tensor:
     """``dt`` times the weighted sum of the stages; if some have no value, those of the ``draw`` stand for all."""
     values = values[: len(weights)]
-    if any(value is None for value in values):
-        if draw is None:
-            raise ConfigError(
-                "penalty_quadrature='sampled' needs dynamics with a method `trace_only` if they follow a density: "
-                "use rnode_plugin.Dynamics, or penalty_quadrature='full'."
-            )
+    if draw is not None and any(value is None for value in values):
         parts = [values[stage] * (dt * share) for stage, share in draw.items()]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     first = values[0]

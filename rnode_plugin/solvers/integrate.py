@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -31,16 +31,13 @@ def solve(
     *,
     method: Method | None = None,
     keep: Sequence[bool] | None = None,
-    params: Iterable[Tensor] | None = None,
-    generator: torch.Generator | None = None,
     checks: list[HealthCheck] | None = None,
     memory: StepMemory | None = None,
 ) -> Solution:
     """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
     Args:
-        dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``, or a function
-            ``(t, z, *, products) -> Rates``.
+        dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``.
         z0: state ``(B, *event)`` at ``t_span[0]``.
         t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the device.
         solver: method, accuracy and gradient. Inside a transform of torch.func every gradient mode is that of the
@@ -48,9 +45,6 @@ def solve(
         method: steps in place of those of ``solver.method``, such as a solver object's of torchdyn.
         keep: for each time of ``t_span`` whether its state is an output; None: all are, as always with an adaptive
             method.
-        params: tensors that a continuous adjoint differentiates with respect to; None: the parameters of
-            ``dynamics``, if it has any. The other gradient modes find them by themselves.
-        generator: draws the stages of a sampled quadrature.
         checks: a list that receives, instead of an error, what tells whether a fixed grid stayed finite.
             :func:`~rnode_plugin.solvers.fixed.check_health` looks at several solves together.
         memory: carries the step of an adaptive solve to the next one; a continuous adjoint does not use it.
@@ -73,7 +67,7 @@ def solve(
         )
     _check_times(t_span)
     chosen, times, stops, trace = solver, t_span, None, None
-    path: PathPenalties | None = getattr(dynamics, "path", None)
+    path = dynamics.path
     if path is not None:
         if path.steps:
             if not torch.is_grad_enabled() and solver.gradient.endswith("adjoint"):
@@ -85,19 +79,11 @@ def solve(
         if path.local:
             trace = []
     if chosen.gradient.endswith("adjoint") and not transforms_active():
-        params = tuple(getattr(dynamics, "parameters", tuple)() if params is None else params)
-        times = times.to(z0.device)
-        solution = solve_adjoint(
-            dynamics, z0, times, chosen, method, params, keep=keep, generator=generator, trace=trace
-        )
+        solution = solve_adjoint(dynamics, z0, times.to(z0.device), chosen, method, keep=keep, trace=trace)
     elif method.adaptive:
-        solution = solve_adaptive(
-            dynamics, z0, times, chosen, method, generator=generator, trace=trace, memory=memory
-        )
+        solution = solve_adaptive(dynamics, z0, times, chosen, method, trace=trace, memory=memory)
     else:
-        solution = solve_fixed(
-            dynamics, z0, times, chosen, method, keep=keep, generator=generator, trace=trace, checks=checks
-        )
+        solution = solve_fixed(dynamics, z0, times, chosen, method, keep=keep, trace=trace, checks=checks)
     if path is not None:
         solution = _with_path_penalties(solution, dynamics, path, chosen, method, stops, trace, checks)
     for observer in config.observers:

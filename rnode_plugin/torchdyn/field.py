@@ -17,7 +17,7 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import AutogradField, Field
-from ..core.dynamics import Dynamics, PathPenalties, Rates
+from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer
 from ..core.signature import buffers_kept, call_of, original
@@ -267,7 +267,7 @@ def _estimator_of(cnf: Any) -> TraceEstimator | None:
 
 
 @dataclass(eq=False)
-class TorchdynSystem:
+class TorchdynSystem(BoundDynamics):
     """The right-hand side of one solve: the velocity of the whole state, and the rates of the penalties.
 
     Attributes:

@@ -31,14 +31,10 @@ __all__ = [
     "Declaration",
     "FunctionRegularizer",
     "FunctionStepPenalty",
-    "Rate",
     "Regularizer",
     "Source",
-    "SpanPolicy",
-    "StepPenalty",
     "StepRecord",
     "Trajectory",
-    "TrajectoryPenalty",
     "Weighted",
     "declaration_of",
     "kind_of",
@@ -48,7 +44,7 @@ __all__ = [
     "weigh_regularizers",
 ]
 
-KINDS: dict[str, tuple[str, ...]] = {
+KINDS = {
     "rate": ("needs",),
     "step": ("uses", "reduction", "local"),
     "trajectory": ("rates", "times"),
@@ -65,14 +61,25 @@ _CHOICES = {
 
 @runtime_checkable
 class Regularizer(Protocol):
-    """What all kinds share: a name and a call.
-
-    Two attributes are optional: ``kind``, one of :data:`KINDS`, ``"rate"`` if it is missing, and
-    ``divided_by_dims``, whether the objective divides the penalty by the number of dimensions (True if it is
-    missing, as for every sum over the event).
+    """The contract of all kinds: a ``name``, a call, and what :data:`KINDS` lists for its ``kind``.
 
     Attributes:
         name: the key of its penalty in every result.
+        kind: one of :data:`KINDS`; ``"rate"`` if it is missing.
+        divided_by_dims: whether the objective divides the penalty by the number of dimensions; True if it is
+            missing, as for every sum over the event.
+        needs: of a rate: what it reads of an evaluation beyond ``t, z, dz, noise``, a set of ``"vjp"``, ``"jvp"``,
+            ``"aux"``. Without a need, and without a density, an evaluation costs no product with the Jacobian.
+        uses: of a step penalty: what it reads that not every method has, ``"error"``, the embedded error estimate,
+            and ``"pair"``, two stages at the same time.
+        reduction: of a step penalty: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
+        local: of a step penalty: whether it sees one extra step instead, from a uniformly random time: unbiased for
+            the time average of a step's value. The step's start is detached.
+        rates: of a trajectory penalty: rates whose integrals it reads.
+        times: of a trajectory penalty, ``times(t0, t1)``: times ``(k,)`` between both ends at which it wants
+            states, drawn again for each solve. Of a span policy, ``times(t_span, *, training)``: the times to solve
+            through instead of ``t_span (T,)``, as many and in the same direction.
+        penalized: of a span policy: whether it has a penalty, and so takes a lambda.
 
     Example:
         >>> from rnode_plugin.core.regularizers import FunctionRegularizer
@@ -90,70 +97,6 @@ class Regularizer(Protocol):
         ``record`` is a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`, a :class:`StepRecord`, a
         :class:`Trajectory`, or for a span policy a state ``z (B, *event)``.
         """
-        ...
-
-
-class Rate(Regularizer, Protocol):
-    """A rate.
-
-    Attributes:
-        needs: what it reads of an evaluation beyond ``t, z, dz, noise``: a set of ``"vjp"``, ``"jvp"``, ``"aux"``.
-            Without such a penalty, and without a density to follow, an evaluation costs no product with the
-            Jacobian.
-    """
-
-    @property
-    def needs(self) -> Collection[str]: ...
-
-
-class StepPenalty(Regularizer, Protocol):
-    """A penalty on the solver's accepted steps, or on one extra step; ``kind = "step"``.
-
-    Attributes:
-        uses: what it reads of a step that not every method has: ``"error"``, the embedded error estimate, and
-            ``"pair"``, two stages at the same time.
-        reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
-        local: whether it sees one extra step instead, from a uniformly random time: unbiased for the time average
-            of a step's value. The step's start is detached.
-    """
-
-    @property
-    def uses(self) -> Collection[str]: ...
-
-    @property
-    def reduction(self) -> str: ...
-
-    @property
-    def local(self) -> bool: ...
-
-
-class TrajectoryPenalty(Regularizer, Protocol):
-    """A penalty on the states of a solve at times of its own; ``kind = "trajectory"``.
-
-    Attributes:
-        rates: rates whose integrals it reads.
-    """
-
-    @property
-    def rates(self) -> Collection[Rate]: ...
-
-    def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
-        """Times strictly between both ends at which it wants states, ``(k,)``; drawn again for each solve."""
-        ...
-
-
-class SpanPolicy(Regularizer, Protocol):
-    """A rule for the times of a solve; ``kind = "span"``.
-
-    Attributes:
-        penalized: whether it has a penalty, and so takes a lambda.
-    """
-
-    @property
-    def penalized(self) -> bool: ...
-
-    def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
-        """The times to solve through instead of ``t_span (T,)``, as many and in the same direction."""
         ...
 
 
@@ -325,18 +268,21 @@ def regularizer(
 ) -> Callable[[Any], Any]:
     """Declare a function or a class as the regularizer ``name`` of this package.
 
-    A function becomes a :class:`FunctionRegularizer` or a :class:`FunctionStepPenalty`. A class stays one; it takes
-    the options of ``"name:options"``, and ``name=``. The declaration must be a decorator at the top level of a
-    module of this package with ``name`` in quotes: the registration reads the source, without importing torch.
+    A function becomes a :class:`FunctionRegularizer` or a :class:`FunctionStepPenalty`. A class gets its ``kind``
+    and the options as attributes; its constructor takes the options of ``"name:options"``, and ``name=``. The
+    declaration must be a decorator at the top level of a module of this package with ``name`` in quotes: the
+    registration reads the source, without importing torch.
 
     Args:
         name, formula, source, cost, kind: see :class:`Declaration`.
-        options: of the function's class.
+        options: attributes of :class:`Regularizer`.
     """
     DECLARED[name] = Declaration(name, kind, formula, cost, source)
 
     def declare(value: Any) -> Any:
         if isinstance(value, type):
+            for attribute, choice in {"kind": kind, **options}.items():
+                setattr(value, attribute, choice)
             return value
         made = (FunctionRegularizer if kind == "rate" else FunctionStepPenalty)(name, value, **options)
         for attribute in ("__module__", "__doc__"):
@@ -379,7 +325,7 @@ def undivided(regularizers: Iterable[Any]) -> frozenset[str]:
     return frozenset(r.name for r in regularizers if not getattr(r, "divided_by_dims", True))
 
 
-def span_policy(regularizers: Iterable[Any]) -> SpanPolicy | None:
+def span_policy(regularizers: Iterable[Any]) -> Any:
     """The one span policy among them; None if there is none."""
     return next((r for r in regularizers if kind_of(r) == "span"), None)
 
@@ -440,22 +386,20 @@ def _strength(regularizer: Regularizer, strength: Any, default: float) -> Streng
 def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
     if isinstance(entry, str):
         entry = by_name(entry)
-    if isinstance(entry, type):
-        raise ConfigError(f"{entry.__name__} is a class: give an object, {entry.__name__}(...).")
-    if callable(entry) and not hasattr(entry, "name"):
+    if callable(entry) and not isinstance(entry, type) and not hasattr(entry, "name"):
         return FunctionRegularizer(getattr(entry, "__name__", type(entry).__name__), _PlainRate(entry))
     kind = kind_of(entry)
-    if not isinstance(entry, Regularizer) or kind not in KINDS:
+    if isinstance(entry, type) or not isinstance(entry, Regularizer) or kind not in KINDS:
         raise ConfigError(
-            f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object with a "
-            f"`name`, a `kind` among {', '.join(KINDS)}, and a call."
+            f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object, not a "
+            f"class, with a `name`, a `kind` among {', '.join(KINDS)}, and a call."
         )
     for attribute in KINDS[kind]:
         if not hasattr(entry, attribute):
             raise ConfigError(f"{entry.name!r} lacks `{attribute}`, which a regularizer of kind {kind!r} has.")
-        value, choices = getattr(entry, attribute), _CHOICES.get(attribute)
-        given = {value} if attribute == "reduction" else value
-        if choices is not None and not choices.issuperset(given):
+        value: Any = getattr(entry, attribute)
+        choices = _CHOICES.get(attribute)
+        if choices is not None and not choices.issuperset({value} if attribute == "reduction" else value):
             raise ConfigError(
                 f"{entry.name!r} has {attribute} = {value!r}; it can be of {', '.join(sorted(choices))}."
             )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..ops import sum_squares
-from .base import FunctionRegularizer, Source, StepRecord, Trajectory, regularizer
+from ..ops import check_count, sum_squares
+from .base import Source, StepRecord, Trajectory, regularizer
 from .rates import kinetic
 
 __all__ = [
@@ -103,7 +103,7 @@ def _rms(x: Tensor) -> Tensor:
 @regularizer(
     "straightness", kind="trajectory", cost="nothing",
     formula="∫‖f‖² dt − ‖z(T) − z(0)‖²/T; 0 for straight paths at constant speed",
-    source=Source("rectified flow", "Liu et al.", 2023, "liu2023flow"),
+    source=Source("rectified flow", "Liu et al.", 2023, "liu2023flow"), rates=(kinetic,),
 )  # fmt: skip
 @dataclass(frozen=True)
 class Straightness:
@@ -114,9 +114,6 @@ class Straightness:
     """
 
     name: str = "straightness"
-    rates: tuple[FunctionRegularizer, ...] = (kinetic,)
-    divided_by_dims: bool = True
-    kind: str = "trajectory"
 
     def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
         return t0.new_empty(0)
@@ -130,7 +127,7 @@ class Straightness:
 @regularizer(
     "trajectory_polynomial", kind="trajectory", cost="stops at the random times",
     formula="squared residual of the least-squares polynomial through both ends and random times",
-    source=Source("TPR", "Huang and Yeh", 2021, "huang2021accelerating"),
+    source=Source("TPR", "Huang and Yeh", 2021, "huang2021accelerating"), rates=(),
 )  # fmt: skip
 @dataclass(frozen=True)
 class TrajectoryPolynomial:
@@ -151,16 +148,10 @@ class TrajectoryPolynomial:
     order: int = 1
     points: int = 2
     name: str = "trajectory_polynomial"
-    rates: tuple[FunctionRegularizer, ...] = ()
-    divided_by_dims: bool = True
-    kind: str = "trajectory"
 
     def __post_init__(self) -> None:
         for what, value in (("order", self.order), ("points", self.points)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(
-                    f"trajectory_polynomial: {what} must be a whole number of at least 1, not {value!r}."
-                )
+            check_count(value, f"trajectory_polynomial's {what}")
         if self.points < self.order:
             raise ConfigError(
                 f"trajectory_polynomial: a polynomial of order {self.order} goes through both ends and "
@@ -198,7 +189,7 @@ def with_end_time(t_span: Tensor, end: Tensor) -> Tensor:
 @regularizer(
     "steer", kind="span", cost="no penalty, and no λ",
     formula="in training, the end time is drawn from U(T − b, T + b): `steer:0.25`",
-    source=Source("STEER", "Ghosh et al.", 2020, "ghosh2020steer"),
+    source=Source("STEER", "Ghosh et al.", 2020, "ghosh2020steer"), penalized=False, divided_by_dims=False,
 )  # fmt: skip
 @dataclass(frozen=True)
 class Steer:
@@ -218,9 +209,6 @@ class Steer:
 
     width: float = 0.25
     name: str = "steer"
-    penalized: bool = False
-    divided_by_dims: bool = False
-    kind: str = "span"
 
     def __post_init__(self) -> None:
         width = self.width
@@ -245,7 +233,7 @@ class Steer:
 @regularizer(
     "learned_end_time", kind="span", cost="penalty T²/2, not divided by D",
     formula="the end time T is a parameter, also in evaluation",
-    source=Source("SNOpt", "Liu et al.", 2021, "liu2021second"),
+    source=Source("SNOpt", "Liu et al.", 2021, "liu2021second"), penalized=True, divided_by_dims=False,
 )  # fmt: skip
 class LearnedEndTime(nn.Module):
     """The end time T is a parameter, in evaluation too, with penalty ``T^2 / 2`` (SNOpt; Liu et al., 2021).
@@ -260,10 +248,6 @@ class LearnedEndTime(nn.Module):
     Raises:
         ConfigError: for an end that is not a finite number; when solving, for a T that has fallen to the start.
     """
-
-    kind = "span"
-    penalized = True
-    divided_by_dims = False
 
     def __init__(self, end: float = 1.0, *, name: str = "learned_end_time") -> None:
         super().__init__()

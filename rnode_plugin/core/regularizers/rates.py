@@ -94,7 +94,7 @@ def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
 @regularizer(
     "taylor", formula="‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`",
     cost="K − 1 nested jvps, each about three times the one before",
-    source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"),
+    source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"), needs=frozenset({"jvp"}),
 )  # fmt: skip
 @dataclass(frozen=True)
 class Taylor:
@@ -114,8 +114,6 @@ class Taylor:
 
     order: int = 3
     name: str = ""
-    needs: frozenset[str] = frozenset({"jvp"})
-    divided_by_dims: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.order, int) or isinstance(self.order, bool) or not 2 <= self.order <= 5:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seeded
-from ...core.regularizers import Rate
+from ...core.regularizers import Regularizer
 from ...core.trace_estimators import TraceEstimator
 from ...errors import ConfigError
 from ...solvers import Solver
@@ -114,7 +114,7 @@ class Subject:
         *,
         solver: Solver | None = None,
         estimator: TraceEstimator | None = None,
-        rate: Rate | None = None,
+        rate: Regularizer | None = None,
     ) -> Encoded:
         """Push ``x (B, *event)`` to the latent, batch by batch.
 
