@@ -81,6 +81,8 @@ def test_hjb_is_zero_for_a_solution_and_its_closed_form_otherwise() -> None:
     wanted = (field.aux(t, z)["potential_rate"] - field(t, z).square().sum(1) / 2).abs()
     torch.testing.assert_close(found["hjb"], wanted)
     assert found["curl"].abs().max() < 1e-20  # a gradient field
+    inputs = (t.requires_grad_(), z.clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda t, z: dynamics.evaluate(t, z, z.detach()).penalties["hjb"], inputs)
     model = NeuralODE(field, "rk4_38", regularizers={"hjb": 1.0})
     model(z)
     torch.testing.assert_close(model.reg_loss(), model.regularization["hjb"].mean())  # not divided by D

@@ -21,6 +21,7 @@ def softplus() -> nn.Softplus:
     return nn.Softplus(threshold=40)
 
 
+PENALTIES = ["kinetic", "jacfrob", "total_derivative", "directional", "curl"]
 ACTIVATIONS = [nn.Tanh, softplus, nn.ELU, nn.SiLU, nn.GELU]
 
 
@@ -46,7 +47,7 @@ def results(net: nn.Module, *, cnf: str | None, noise: str, sensitivity: str, so
     x.requires_grad_()
     tolerances: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-6} if solver == "dopri5" else {}
     ode = NeuralODE(
-        field, solver, sensitivity=sensitivity, regularizers=["kinetic", "jacfrob"], trace_noise=noise,
+        field, solver, sensitivity=sensitivity, regularizers=PENALTIES, trace_noise=noise,
         return_t_eval=False, **tolerances,
     )  # fmt: skip
     end = ode(x, torch.linspace(0, 1, 4, dtype=torch.float64))[-1]

@@ -1,21 +1,18 @@
-"""What the other tests of regularizers leave out: images, the potential's penalty, one extra step."""
+"""What the other tests of regularizers leave out: images, and one extra step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from problems import Wave
-from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, Solver
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import FunctionStepPenalty, StepRecord, local_error, local_stiffness
-from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.solvers import solve
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
@@ -87,49 +84,6 @@ def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
     for name in names:
         torch.testing.assert_close(image[name], flat[name], rtol=1e-10, atol=1e-14, msg=name)
     torch.testing.assert_close(image_gradients, flat_gradients, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize(("mode", "shape"), [*((mode, (3,)) for mode in MODES), ("adjoint", (1, 3, 1))])
-def test_hjb_against_scipy_and_finite_differences(mode: str, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(6)
-    field = PotentialField(3, hidden=4).double()
-    parameters, along = list(field.parameters()), directions(list(field.parameters()))
-    z0 = torch.randn(2, 3, dtype=torch.float64)
-
-    def potential(t: Tensor, z: Tensor) -> Tensor:
-        return field.potential(t, z[None])[0]
-
-    def exact() -> Tensor:
-        return torch.stack([integral_of_hjb(potential, start) for start in z0])
-
-    model = NeuralODE(
-        field, "dopri5", sensitivity=mode, regularizers=["hjb"], atol=1e-9, rtol=1e-9, atol_adjoint=1e-9,
-        rtol_adjoint=1e-9,
-    )  # fmt: skip
-    model(z0.reshape(2, *shape), torch.tensor(SPAN, dtype=torch.float64))
-    found = model.regularization["hjb"]
-    ours = slope(found.sum(), parameters, along)
-    torch.testing.assert_close(found, exact(), rtol=1e-6, atol=0)
-    if mode == "interpolated_adjoint":
-        return  # its gradient has the error of an interpolant; test_solve bounds it
-    change = difference(lambda: exact().sum(), parameters, along)
-    torch.testing.assert_close(ours, change, rtol=1e-5, atol=1e-8)
-
-
-def integral_of_hjb(potential: Callable[[Tensor, Tensor], Tensor], start: Tensor) -> Tensor:
-    """The integral of ``|dPhi/dt - |grad Phi|^2 / 2|`` along ``z' = -grad Phi``."""
-    rates: list[float] = []
-
-    def right_hand_side(t: float, y: np.ndarray) -> np.ndarray:
-        time, z = torch.tensor(t, dtype=torch.float64), torch.as_tensor(y[:-1])
-        by_t, by_z = torch.func.grad(potential, argnums=(0, 1))(time, z)
-        rates.append(float((by_t - by_z.square().sum() / 2).detach()))
-        return np.concatenate([-by_z.detach().numpy(), [abs(rates[-1])]])
-
-    y0 = np.concatenate([start.numpy(), [0.0]])
-    solution = solve_ivp(right_hand_side, SPAN, y0, method="DOP853", rtol=1e-12, atol=1e-12)
-    assert min(rates) > 0 or max(rates) < 0, "a rate that crosses zero has no derivative there"
-    return torch.as_tensor(solution.y[-1, -1])
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3, 1)], ids=["flat", "image"])

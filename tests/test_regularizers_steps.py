@@ -80,29 +80,6 @@ def test_values_and_gradients_are_those_of_the_accepted_steps(mode: str) -> None
             torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-10, msg=name)
 
 
-def test_gradient_of_frozen_steps_against_finite_differences() -> None:
-    """On a fixed grid the steps do not move: rk4's pair in the middle."""
-    field, z, g = Wave(), states(), torch.Generator().manual_seed(5)
-    direction = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in field.parameters()]
-    solver = Solver("rk4", step=0.25)
-
-    def value(shift: float) -> Tensor:
-        moved = {
-            name: p.detach() + shift * d for (name, p), d in zip(field.named_parameters(), direction, strict=True)
-        }
-        dynamics = Dynamics(
-            lambda t, z: torch.func.functional_call(field, moved, (t, z)),
-            regularizers=[stiffness],
-            divergence=False,
-        )
-        return solve(dynamics.bind(None), z, T, solver).penalties["stiffness"].sum()
-
-    found = solve(Dynamics(field, regularizers=[stiffness], divergence=False).bind(None), z, T, solver)
-    gradients = torch.autograd.grad(found.penalties["stiffness"].sum(), list(field.parameters()))
-    slope = sum((a * d).sum() for a, d in zip(gradients, direction, strict=True))
-    torch.testing.assert_close(slope, (value(1e-5) - value(-1e-5)) / 2e-5, rtol=1e-5, atol=0)  # pyright: ignore
-
-
 def test_stiffness_of_a_scalar_linear_field_is_its_rate() -> None:
     for method in ("dopri5", "tsit5", "rk4"):
         dynamics = Dynamics(lambda t, z: -3.0 * z, regularizers=[stiffness, local_stiffness], divergence=False)
@@ -221,12 +198,7 @@ def test_the_objective_does_not_divide_them_by_the_dimensions() -> None:
     ("name", "solver", "mode", "words"),
     [
         ("error", "rk4_38", "autograd", "has no error estimate; use dopri5 or tsit5, or 'local_error'"),
-        (
-            "stiffness",
-            "rk4_38",
-            "autograd",
-            "no two stages at one time; use dopri5, tsit5 or rk4, or 'local_error'",
-        ),
+        ("stiffness", "rk4_38", "autograd", "use dopri5, tsit5 or rk4, or 'local_error'"),
         ("error", "dopri5", "adjoint", "use 'autograd' or 'checkpointed', or 'local_error'"),
         ("stiffness", "dopri5", "interpolated_adjoint", "use 'autograd' or 'checkpointed'"),
     ],

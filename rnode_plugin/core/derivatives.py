@@ -76,8 +76,8 @@ class Linearization(NamedTuple):
 class Field(Protocol):
     """A vector field that gives its velocity together with products and derivatives, from one pass.
 
-    A call is the velocity in operations that autograd and ``torch.func`` know, as often differentiable as one
-    likes. A solve evaluates :meth:`linearize`, whose result has gradients of first order at least.
+    A call is the velocity in operations that autograd and ``torch.func`` know, differentiable any number of
+    times. A solve evaluates :meth:`linearize`, whose result has gradients of first order at least.
     """
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
@@ -85,7 +85,7 @@ class Field(Protocol):
         ...
 
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        """The velocity and whatever ``ask`` wants.
+        """The velocity and what ``ask`` names.
 
         Args:
             t, z: as for a call.

@@ -113,12 +113,12 @@ class DensityModel(nn.Module, ABC):
             if context is not None:
                 raise ConfigError("this density takes no context: it was made without.")
             return torch.Size()
-        expected = f"{tuple(shape)} or (B, *{tuple(shape)})"
-        if context is None:
-            raise ConfigError(f"this density is conditional: give context=, {expected}.")
         if not isinstance(context, Tensor) or context.shape[-len(shape) :] != shape:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
-            raise ConfigError(f"context= must be a tensor of shape {expected}, not {got}.")
+            raise ConfigError(
+                f"this density is conditional: context= must be a tensor of shape {tuple(shape)} or "
+                f"(B, *{tuple(shape)}), not {got}."
+            )
         return context.shape[: -len(shape)]
 
 

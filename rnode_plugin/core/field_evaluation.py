@@ -77,18 +77,36 @@ class FieldEvaluation:
         Raises:
             ConfigError: for more than 128 dimensions.
         """
-        return self._once("jacobian", self._jacobian)
+        if self.products is not None and isinstance(self.estimator, Exact):
+            rows = self.products
+        else:
+            dims = math.prod(self.z.shape[1:])
+            if dims > _MAX_DIMS:
+                raise ConfigError(
+                    f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit "
+                    f"is {_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
+                )
+            rows = self._once("rows", lambda: self._again(Ask("rows"), "vjp").products.to(self.z.dtype))
+        return rows.flatten(2).transpose(0, 1)  # (D, B, *event) -> (B, D, D)
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz`` of the shape of ``z``, for any ``v (B, *event)``."""
         if v is self.noise and self.products is not None and self.products.shape == v.shape:
             return self.products
-        # the tuple keeps v, and with it its id
-        return self._once(("vjp", id(v)), lambda: (v, self._vjp(v)))[1]
+
+        def compute() -> tuple[Tensor, Tensor]:
+            return v, self._again(Ask("noise"), "vjp", v).products.to(self.z.dtype)
+
+        return self._once(("vjp", id(v)), compute)[1]  # the tuple keeps v, and with it its id
 
     def jvp(self, v: Tensor, dt: float = 0.0) -> Tensor:
         """``df/dz v + df/dt dt`` of the shape of ``z``, for any ``v (B, *event)``."""
-        return self._once(("jvp", id(v), dt), lambda: (v, self._jvp(v, dt)))[1]
+
+        def compute() -> tuple[Tensor, Tensor]:
+            jvp = self.shared_jvp or self._again(Ask(jvp=True), "jvp").jvp
+            return v, jvp(v, dt).to(self.z.dtype)
+
+        return self._once(("jvp", id(v), dt), compute)[1]
 
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, of the shape of ``z``; order 1 is the velocity.
@@ -99,7 +117,9 @@ class FieldEvaluation:
             return self.dz
         if order == 2:
             return self.jvp(self.dz, 1.0)
-        field = self._declared("jvp")
+        if self.field is None:
+            raise _undeclared("jvp")
+        field = self.field
         return self._once(("total", order), lambda: total_derivative(field, self.t, self.z, order))
 
     def aux(self, name: str) -> Tensor:
@@ -117,46 +137,21 @@ class FieldEvaluation:
             )
         return self.shared_aux[name]
 
-    def _vjp(self, v: Tensor) -> Tensor:
-        return self._ask(Ask("noise"), "vjp", v).products.to(self.z.dtype)
-
-    def _jvp(self, v: Tensor, dt: float) -> Tensor:
-        jvp = self.shared_jvp
-        if jvp is None:
-            jvp = self._ask(Ask(jvp=True), "jvp").jvp
-        return jvp(v, dt).to(self.z.dtype)
-
-    def _jacobian(self) -> Tensor:
-        if self.products is not None and isinstance(self.estimator, Exact):
-            rows = self.products
-        else:
-            dims = math.prod(self.z.shape[1:])
-            if dims > _MAX_DIMS:
-                raise ConfigError(
-                    f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit "
-                    f"is {_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
-                )
-            rows = self._ask(Ask("rows"), "vjp").products.to(self.z.dtype)
-        return rows.flatten(2).transpose(0, 1)  # (D, B, *event) -> (B, D, D)
-
     def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
 
-    def _ask(self, ask: Ask, need: str, noise: Tensor | None = None) -> Any:
+    def _again(self, ask: Ask, need: str, noise: Tensor | None = None) -> Any:
         """Another pass over the field, for what the first one did not give."""
-        return self._declared(need).linearize(self.t, self.z, noise, ask=ask)
+        if self.field is None:
+            raise _undeclared(need)
+        return self.field.linearize(self.t, self.z, noise, ask=ask)
 
     def _shared_products(self) -> tuple[Tensor, TraceEstimator]:
         if self.products is None or self.estimator is None:
             raise _undeclared("vjp")
         return self.products, self.estimator
-
-    def _declared(self, need: str) -> Field:
-        if self.field is None:
-            raise _undeclared(need)
-        return self.field
 
 
 def _undeclared(need: str) -> ConfigError:

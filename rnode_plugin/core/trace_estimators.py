@@ -62,7 +62,7 @@ class TraceEstimator(ABC):
         """Noise for one solve from the state ``z (B, *event)``, from ``generator``; None if none is needed."""
 
     def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
-        """The pass ``(t, z, noise) -> Linearization`` over a field: the products, and whatever ``ask`` wants."""
+        """The pass ``(t, z, noise) -> Linearization`` over a field: the products, and what ``ask`` names."""
         return functools.partial(as_field(field).linearize, ask=ask._replace(products=self.asks))
 
     @abstractmethod

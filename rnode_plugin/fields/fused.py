@@ -31,13 +31,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.derivatives import Linearization
 from ..core.ops import needs_plain_pass
 from ..errors import ConfigError
 from .activations import Activation
 from .kernels import LayerMap
 from .layers import Products
 
-__all__ = ["Pass", "Stack", "linearize", "pull_noise", "run_stack"]
+__all__ = ["Stack", "linearize", "pull_noise", "run_stack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +106,6 @@ class Stack:
         """The number of activations."""
         return len(self.weights) - 1
 
-    @property
-    def last_weight(self) -> Tensor:
-        """Of the last layer, with its graph."""
-        return self.weights[-1]
-
     def plain_maps(self, weights: Sequence[Tensor] | None = None) -> tuple[_PlainMap, ...]:
         """The layers in operations that autograd and torch.func know."""
         weights = self.weights if weights is None else weights
@@ -125,14 +121,6 @@ class Stack:
     def enter(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the dtype and the layout in which the layers compute."""
         return self.products.layout(x.to(self.dtype))
-
-
-class Pass(NamedTuple):
-    """Velocity, products if there was noise, and ``(v, dt)`` to ``df/dz v + df/dt dt``."""
-
-    dz: Tensor
-    products: Tensor | None
-    jvp: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -154,7 +142,7 @@ _Maps = Sequence[LayerMap] | Sequence[_PlainMap]
 
 
 def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
-    """The velocity ``(B, *event)``, as often differentiable as one likes.
+    """The velocity ``(B, *event)``, differentiable any number of times.
 
     Args:
         stack: the field.
@@ -167,14 +155,14 @@ def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
 def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
     """``W_L^T noise``, from which :func:`linearize` starts its products: the same at all times of a solve.
 
-    It has the noise's dtype, in which the gradients of many evaluations add up, whatever the layers compute in.
+    It has the noise's dtype, not the layers': the gradients of many evaluations add up in it.
     """
     with _without_autocast(noise):
         (last,) = stack.plain_maps(stack.weights[-1:])
         return stack.products.layout(last.transpose(stack.enter(noise))).to(noise.dtype)
 
 
-def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None = None) -> Pass:
+def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None = None) -> Linearization:
     """The velocity, its products with noises, and its products along any direction to come, from one pass.
 
     First-order gradients cost no double backward, also where a direction is the velocity itself.
@@ -197,7 +185,7 @@ def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None 
         parameters = (stack.bias, stack.response, *stack.weights)
         dz, product, *kept = _Evaluation.apply(stack, t, z, pulled, *parameters)  # pyright: ignore[reportGeneralTypeIssues]
         kept = kept[: stack.hidden]
-    return Pass(dz, product, lambda v, dt=0.0: _along(stack, kept, v, dt))
+    return Linearization(dz, product, lambda v, dt=0.0: _along(stack, kept, v, dt))
 
 
 def _along(stack: Stack, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) -> Tensor:
@@ -341,10 +329,11 @@ class _Evaluation(torch.autograd.Function):
         n = stack.hidden
         if all(each is None for each in cotangents):
             return (None,) * (7 + n)
-        inputs, saved = _split(ctx.saved_tensors, 6 + n)
+        tensors = ctx.saved_tensors  # a checkpoint unpacks them once
+        inputs, saved = tensors[: 6 + n], tensors[6 + n :]
         t, z, pulled, bias, response, *weights = inputs
         with _without_autocast(z):
-            if torch.is_grad_enabled():  # somebody wants to differentiate the gradient: autograd must see it
+            if torch.is_grad_enabled():  # the gradient is to be differentiated: autograd must see it
                 maps = stack.plain_maps(weights)
                 a, kept = _velocity(stack, maps, bias, response, t, z)
                 product = None if pulled is None else _product(stack, maps, kept, pulled)[0].to(z.dtype)
@@ -378,7 +367,8 @@ class _Direction(torch.autograd.Function):
         n, q = stack.hidden, cotangents[0]
         if q is None:
             return (None,) * (5 + 2 * n)
-        inputs, inner = _split(ctx.saved_tensors, 4 + 2 * n)
+        tensors = ctx.saved_tensors
+        inputs, inner = tensors[: 4 + 2 * n], tensors[4 + 2 * n :]
         dt, v, response, *rest = inputs
         weights, kept = rest[: n + 1], rest[n + 1 :]
         with _without_autocast(v):
@@ -390,10 +380,6 @@ class _Direction(torch.autograd.Function):
 
 for each in (_Evaluation, _Direction):  # Function.apply asks for the signature at every call: 40 us
     each.forward.__signature__ = inspect.signature(each.forward)  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _split(saved: tuple[Tensor, ...], n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return saved[:n], saved[n:]
 
 
 def _by_autograd(
@@ -449,7 +435,7 @@ def _pull_back(
         a = activation.times_slope(below, kept[k]) if up is None else up.added[k].addcmul_(below, up.slopes[k])
         return a if more is None or activation.keeps_output else a.add_(more)
 
-    dz = z.new_zeros(len(z), len(stack.last_weight), *stack.event) if dz is None else dz
+    dz = z.new_zeros(len(z), len(stack.weights[-1]), *stack.event) if dz is None else dz
     row, below, gradients = _downward(
         stack, stack.enter(dz), entry, through, shifts=needs[0] or needs[3] or needs[4], z=needs[1], weights=wanted
     )

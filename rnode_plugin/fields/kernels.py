@@ -92,7 +92,7 @@ class Columns(LayerMap):
     Args:
         weight: ``(out, in, 3, 3)``.
 
-    Results with many channels are ``channels_last``, and arguments with many had better be.
+    Results with many channels are ``channels_last``; arguments with many are fastest in that layout.
     """
 
     def __init__(self, weight: Tensor) -> None:

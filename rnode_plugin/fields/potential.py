@@ -20,7 +20,7 @@ class _Layer(NamedTuple):
 
     weight: Tensor
     slope: Tensor
-    bend: Tensor
+    curvature: Tensor
 
 
 class PotentialField(nn.Module):
@@ -80,7 +80,7 @@ class PotentialField(nn.Module):
         ask: Ask = VELOCITY,
         context: Tensor | None = None,
     ) -> Linearization:
-        """``-grad Phi`` and whatever ``ask`` wants, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
+        """``-grad Phi`` and what ``ask`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
 
         ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``.
         """
@@ -124,18 +124,18 @@ class PotentialField(nn.Module):
             moved = moved + layer.slope * pushed[-1]
         back = torch.zeros_like(moved)
         for layer, above, push in zip(layers[:0:-1], pulled[:0:-1], pushed[:0:-1], strict=True):
-            back = back + (layer.bend * above * push + layer.slope * back) @ layer.weight
-        first = layers[0].bend * pulled[0] * pushed[0] + layers[0].slope * back
+            back = back + (layer.curvature * above * push + layer.slope * back) @ layer.weight
+        first = layers[0].curvature * pulled[0] * pushed[0] + layers[0].slope * back
         return first @ layers[0].weight[:, : self.dims] + (v @ self.a.T) @ self.a[:, : self.dims]
 
     def _laplacian(self, layers: list[_Layer], pulled: list[Tensor]) -> Tensor:
         """``tr(Hess Phi) (B,)``, by z."""
         by_z = self.weights[0][:, : self.dims]
-        trace = (layers[0].bend * pulled[0]) @ by_z.square().sum(1)
+        trace = (layers[0].curvature * pulled[0]) @ by_z.square().sum(1)
         jacobian = layers[0].slope.unsqueeze(2) * by_z  # of u_0 by z, (B, hidden, D)
         for layer, above in zip(layers[1:], pulled[1:], strict=True):
             pushed = layer.weight @ jacobian
-            trace = trace + (layer.bend * above * pushed.square().sum(2)).sum(1)
+            trace = trace + (layer.curvature * above * pushed.square().sum(2)).sum(1)
             jacobian = jacobian + layer.slope.unsqueeze(2) * pushed
         return trace + self.a[:, : self.dims].square().sum()
 
@@ -147,7 +147,7 @@ class PotentialField(nn.Module):
         for number, (layer, above) in enumerate(zip(layers, pulled, strict=True)):
             if number:
                 pushed = layer.weight @ jacobian
-            hessian = hessian + pushed.mT @ ((layer.bend * above).unsqueeze(2) * pushed)
+            hessian = hessian + pushed.mT @ ((layer.curvature * above).unsqueeze(2) * pushed)
             jacobian = jacobian + layer.slope.unsqueeze(2) * pushed
         return -hessian.transpose(0, 1)
 

@@ -71,11 +71,6 @@ class Layer:
     module: Any
     timed: bool
 
-    @property
-    def state_weight(self) -> Tensor:
-        """The weight of its other inputs."""
-        return self.parameters()[1]
-
     def parameters(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """The weights of time, with an input of size 1, and of the state, and the bias."""
         weight, bias = self.module.weight, self.module.bias
@@ -103,11 +98,11 @@ class RecognisedStack:
             and all(weight.dtype == z.dtype for weight in weights)
         )
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None) -> PreparedStack:
+    def prepare(self, z: Tensor) -> PreparedStack:
         """The field for the evaluations of one solve, from a state like ``z (B, D)``."""
         parameters = [layer.parameters() for layer in self.layers]
         fast = not exporting()  # a program has no backward pass
-        return PreparedStack(Stack.make(LINEAR, self.activation, parameters, z, fast=fast), noise)
+        return PreparedStack(Stack.make(LINEAR, self.activation, parameters, z, fast=fast))
 
 
 def recognise(module: Any) -> RecognisedStack | None:

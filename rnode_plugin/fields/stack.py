@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization, trace_of_rows, unit_vectors
-from ..core.ops import exporting
+from ..core.ops import check_count, exporting
 from ..errors import ConfigError
 from .activations import get_activation
 from .fused import Stack, linearize, pull_noise, run_stack
@@ -138,13 +138,14 @@ class PreparedStack:
             return self._several(t, z, noise, ask)
         pulled = None
         if rows:
-            pulled = self._stack.last_weight.unsqueeze(1)
+            pulled = self._stack.weights[-1].unsqueeze(1)
         elif ask.products:
             pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
-        dz, products, jvp = linearize(self._stack, t, self._with_context(z), pulled)
+        dz, products, jvp, _, _ = linearize(self._stack, t, self._with_context(z), pulled)
         if self._context is not None:
             products = None if products is None else products[..., : z.shape[1]]
-            whole, still = jvp, torch.zeros_like(self._context)
+            whole: Any = jvp
+            still = torch.zeros_like(self._context)
             jvp = lambda v, dt=0.0: whole(torch.cat([v, still.to(v.dtype)], 1), dt)  # noqa: E731
         divergence = trace_of_rows(products) if ask.divergence and products is not None else None
         return Linearization(dz, products, jvp, divergence)
@@ -153,7 +154,7 @@ class PreparedStack:
         """Several products of convolutions, as one batch."""
         count, batch = len(vectors), z.shape[0]
         repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
-        dz, products, _ = linearize(self._stack, t, repeated, self._pull(vectors.flatten(0, 1)))
+        dz, products = linearize(self._stack, t, repeated, self._pull(vectors.flatten(0, 1)))[:2]
         assert products is not None
         rows = products.unflatten(0, (count, batch))
         jvp = linearize(self._stack, t, z).jvp if ask.jvp else None
@@ -235,9 +236,7 @@ def linear_field(
 
 
 def compile_fields(model: nn.Module) -> int:
-    """Send the evaluations of all fused fields of a model through torch.compile, as long as it is in training mode.
-
-    Where torch.compile fails, one line says so and all goes on as before.
+    """Send the evaluations of all fused fields of a model through torch.compile while it is in training mode.
 
     Returns:
         The number of these fields.
@@ -258,8 +257,7 @@ def _build(
     context: int = 0,
 ) -> StackField:
     for name, value in (("size", size), ("hidden", hidden), ("layers", layers)):
-        if value < 1:
-            raise ConfigError(f"a field's {name} must be at least 1, got {value}.")
+        check_count(value, f"a field's {name}")
     sizes = [size + context, *[hidden] * (layers - 1), size]
     stack = [layer(i, o) for i, o in pairwise(sizes)]
     # f = 0, so that a fresh flow is the identity and costs a solver nothing (the paper's section 6)

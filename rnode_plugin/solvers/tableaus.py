@@ -182,7 +182,7 @@ _DRAWS = {
 
 @cache
 def get_method(name: str) -> Method:
-    """A method by its name, with coefficients in double precision whatever the state's type.
+    """A method by its name, with coefficients in double precision for every type of state.
 
     Raises:
         ConfigError: for an unknown name.
