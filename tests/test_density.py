@@ -272,10 +272,10 @@ X = torch.zeros(4, 2, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: conditional().log_prob(X), r"conditional: give context="),
-        (lambda: conditional().sample(3), r"conditional: give context="),
-        (lambda: conditional().inverse(X), r"conditional: give context="),
-        (lambda: conditional().distribution(), r"conditional: give context="),
+        (lambda: conditional().log_prob(X), r"density is conditional"),
+        (lambda: conditional().sample(3), r"density is conditional"),
+        (lambda: conditional().inverse(X), r"density is conditional"),
+        (lambda: conditional().distribution(), r"density is conditional"),
         (lambda: conditional().log_prob(X, torch.zeros(4, 2)), r"must be a tensor of shape \(3,\)"),
         (lambda: conditional().log_prob(X, [0.0, 0.0, 0.0]), r"not list"),  # pyright: ignore[reportArgumentType]
         (lambda: conditional().log_prob(X, torch.zeros(5, 3)), r"for 4 samples"),
