@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 from pathlib import Path
@@ -168,12 +167,11 @@ def diagnose(
     from ..evaluation.diagnostics.diagnose import compared_for, diagnose, samples_for
     from ..evaluation.loading import held_out_samples, pick_device
     from ..evaluation.measures import measure_of
-    from ..files import write_atomically
     from ..recipes.recipe import TableData
     from ..reports.diagnosis import diagnosis_panels
     from ..reports.runs import read_metrics
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
-    from ..training.runs import DIAGNOSIS, RunFolder
+    from ..training.runs import DIAGNOSIS, RunFolder, write_json
 
     path, place = find_checkpoint(run), pick_device(device)
     flow, recipe = load_with_recipe(path, map_location=place)
@@ -200,9 +198,8 @@ def diagnose(
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
     summary = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights, **diagnosis.to_plain()}
-    text = json.dumps(summary, indent=2) + "\n"
     if as_json:
-        click.echo(text, nl=False)
+        print_json(summary)
     else:
         rows = [(check.name, check.verdict, check.sentence) for check in diagnosis.checks]
         width = min(120, shutil.get_terminal_size().columns)
@@ -214,7 +211,7 @@ def diagnose(
             used += f", {len(held_out.x)} beside samples"
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}")
     folder = Path(out) if out else Path("diagnosis") if own is None else own.path
-    write_atomically(folder / DIAGNOSIS, lambda file: file.write(text.encode()))
+    write_json(folder / DIAGNOSIS, summary)
     for panel in diagnosis_panels(diagnosis, section=""):
         panel.drawing.save(folder / "diagnosis", panel.name)
     if not as_json:

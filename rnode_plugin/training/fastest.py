@@ -20,10 +20,9 @@ from ..core.random_streams import Stream, seeded
 from ..errors import CheckpointError, ConfigError, RnodeError
 from ..evaluation.measures import FlowInput, measure_of
 from ..fields import compile_fields
-from ..files import write_atomically
 from ..recipes.recipe import Recipe
 from ..solvers import Solver
-from .runs import CHOSEN
+from .runs import CHOSEN, write_json
 from .step import StepObjective
 
 if TYPE_CHECKING:
@@ -110,8 +109,7 @@ def read_choice(folder: Path) -> Choice | None:
 
 def write_choice(choice: Choice, folder: Path) -> None:
     """Write ``chosen.json``."""
-    text = json.dumps(dataclasses.asdict(choice), indent=2) + "\n"
-    write_atomically(folder / CHOSEN, lambda file: file.write(text.encode()))
+    write_json(folder / CHOSEN, dataclasses.asdict(choice))
 
 
 def is_open(recipe: Recipe) -> bool:

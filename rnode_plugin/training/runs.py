@@ -33,6 +33,7 @@ __all__ = [
     "environment",
     "newest_intact",
     "training_lock",
+    "write_json",
 ]
 
 CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
@@ -173,12 +174,12 @@ class RunFolder:
         """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run."""
         for file in (self.result, self.skipped, self.diagnosis, *(self.path / name for name in _SCORES)):
             file.unlink(missing_ok=True)
-        _write_json(self.path / "recipe.json", recipe.to_plain())
-        _write_json(self.path / "environment.json", environment(device))
+        write_json(self.path / "recipe.json", recipe.to_plain())
+        write_json(self.path / "environment.json", environment(device))
 
     def name_skipped(self, step: int, samples: Sequence[int], called: str = "images") -> None:
         """Write ``skipped.json``: the samples, called so, of the batch that could not be used at ``step``."""
-        _write_json(self.skipped, {"step": step, called: list(samples)})
+        write_json(self.skipped, {"step": step, called: list(samples)})
 
     def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure) -> None:
         """Write ``result.json`` and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
@@ -187,10 +188,11 @@ class RunFolder:
         rows = (",".join([str(number), *(f"{value:.8g}" for value in row)]) for number, row in enumerate(columns))
         text = "\n".join([",".join([measure.sample, *values]), *rows]) + "\n"
         write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
-        _write_json(self.result, {**ended, "evaluation": measure.to_plain(evaluation)})
+        write_json(self.result, {**ended, "evaluation": measure.to_plain(evaluation)})
 
 
-def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write one JSON file, whole or not at all."""
     text = json.dumps(contents, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
