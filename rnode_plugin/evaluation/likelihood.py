@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -150,21 +151,14 @@ class _Measuring:
         """Draw the first samples twice; the number of draws that makes the noise small enough."""
         if not self._measure.noisy and isinstance(getattr(self._flow, "estimator", None), Exact):
             return 1
-        for draw in (0, 1):
-            for kind in self._kinds:
-                for index in range(self._pilot):
-                    self._take(kind, draw, index)
+        for draw, kind, index in itertools.product((0, 1), self._kinds, range(self._pilot)):
+            self._take(kind, draw, index)
         return max(_draws_needed(self._pilot_rows(kind)) for kind in self._kinds)
 
     def finish(self, draws: int) -> None:
         """Solve the rest of ``draws`` draws of all samples."""
-        todo = [
-            key
-            for draw in range(draws)
-            for kind in self._kinds
-            for index in range(len(self._batches))
-            if (key := (kind, draw, index)) not in self._scores
-        ]
+        every = itertools.product(range(draws), self._kinds, range(len(self._batches)))
+        todo = [key for draw, kind, index in every if (key := (kind, draw, index)) not in self._scores]
         self._total = self._done + len(todo)
         for key in todo:
             self._take(*key)
@@ -181,12 +175,11 @@ class _Measuring:
     def penalties(self, draws: int) -> dict[str, float]:
         """Mean integral of each penalty, first quantity, divided by the dimensions where the objective is."""
         found: dict[str, float] = {}
-        for draw in range(draws):
-            for index in range(len(self._batches)):
-                for name, integral in self._integrals[draw, index].items():
-                    share = integral / (len(self._samples) * draws)
-                    share = share if name in self.whole else share / self._measure.dims
-                    found[name] = found.get(name, 0.0) + share
+        for each in itertools.product(range(draws), range(len(self._batches))):
+            for name, integral in self._integrals[each].items():
+                share = integral / (len(self._samples) * draws)
+                share = share if name in self.whole else share / self._measure.dims
+                found[name] = found.get(name, 0.0) + share
         return found
 
     def gap(self, training_solver: Solver | None) -> float | None:

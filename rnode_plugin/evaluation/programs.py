@@ -104,9 +104,9 @@ def _example(entry: EntryPoint, batch: int) -> dict[str, Tensor]:
 def _recorded(entry: EntryPoint, inputs: Mapping[str, Tensor]) -> GraphModule:
     """All operations of one call, derivatives included, in one row."""
     # ONNX has none of torch's operations for backward passes, and no rsub: they are written out
-    known = torch.export.default_decompositions().items()
+    known: Any = torch.export.default_decompositions().items()
     parts = {op: each for op, each in known if "backward" in str(op) or "rsub" in str(op)}
-    options = {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}
+    options: Any = {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}
     with recording():
         graph = make_fx(entry.compute, parts, **options)(*inputs.values())
         if _writes(graph.graph):

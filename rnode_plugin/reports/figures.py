@@ -103,7 +103,10 @@ class Panel:
 
 def make_panels(arms: Sequence[Arm]) -> list[Panel]:
     """All panels that the runs have numbers for."""
-    return [Panel(*texts, draw(texts[0], paint)) for *texts, paint in _figures(arms)]
+    return [
+        Panel(name, title, caption, section, draw(name, paint))
+        for name, title, caption, section, paint in _figures(arms)
+    ]
 
 
 def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
@@ -281,14 +284,13 @@ class Rolling(NamedTuple):
     high: Vector
 
 
-def rolling(x: Vector, y: Vector, *, window: float, band: float = 0.9, points: int = 300) -> Rolling:
-    """Mean and central ``band`` of the values of ``y`` whose ``x`` is within half a window.
+def rolling(x: Vector, y: Vector, *, window: float, points: int = 300) -> Rolling:
+    """Mean and the middle 90 % of the values of ``y`` whose ``x`` is within half a window.
 
     Args:
         x: places ``(N,)``, in any order; several curves may be given as one.
         y: values ``(N,)``; those that are not finite are left out.
         window: width in the unit of ``x``.
-        band: share of the values between ``low`` and ``high``.
         points: places at which the curve is evaluated, evenly spread.
     """
     keep = np.isfinite(x) & np.isfinite(y)
@@ -301,12 +303,11 @@ def rolling(x: Vector, y: Vector, *, window: float, band: float = 0.9, points: i
     first = np.searchsorted(x, places - window / 2, side="left")
     last = np.searchsorted(x, places + window / 2, side="right")
     kept, values = [], []
-    tails = [50 * (1 - band), 50 * (1 + band)]
     for place, start, stop in zip(places, first, last, strict=True):
         if stop > start:  # a pause longer than the window leaves a gap
             inside = y[start:stop]
             kept.append(place)
-            values.append((inside.mean(), *np.percentile(inside, tails)))
+            values.append((inside.mean(), *np.percentile(inside, (5, 95))))
     mean, low, high = np.array(values).T
     return Rolling(np.array(kept), mean, low, high)
 
