@@ -18,7 +18,7 @@ __all__ = ["Report", "write_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Where a report lies, what its table holds, and which runs were left out."""
+    """The files of a report, its table, and the runs that were left out."""
 
     html: Path
     markdown: Path
@@ -45,7 +45,7 @@ def write_report(
     """
     found, left_out = read_runs(runs)
     out = Path(out)
-    content = Content.of(group_runs(found), title, left_out=left_out)
+    content = Content(group_runs(found), title, left_out)
     figures = out / "figures"
     for panel in content.panels:
         panel.drawing.save(figures, panel.name)

@@ -18,7 +18,7 @@ from ..recipes.recipe import as_text
 from .arms import Arm
 from .diagnosis import diagnosis_panels
 from .figures import Panel, make_panels
-from .table import Table, against_base, make_table
+from .table import against_base, make_table
 
 __all__ = ["Content", "Grid", "escape_markdown"]
 
@@ -44,41 +44,26 @@ class Grid:
     origin: str
 
 
-@dataclass(frozen=True)
 class Content:
-    """Everything that a report shows."""
+    """The content of a report on some arms.
 
-    title: str
-    made: str
-    arms: Sequence[Arm]
-    table: Table
-    changes: Sequence[str]
-    panels: Sequence[Panel]
-    diagnoses: dict[str, Diagnosis]
-    grids: Sequence[Grid]
-    left_out: Sequence[str]
+    Args:
+        arms: in their order.
+        title: None for one that names the data sets.
+        left_out: a message for each run that is left out.
+    """
 
-    @staticmethod
-    def of(arms: Sequence[Arm], title: str | None = None, *, left_out: Sequence[str] = ()) -> Content:
-        """The content for some arms; ``title`` None for one that names the data sets."""
-        data = ", ".join(dict.fromkeys(arm.recipe.data.name for arm in arms))
-        panels, diagnoses = make_panels(arms), {}
+    def __init__(self, arms: Sequence[Arm], title: str | None, left_out: Sequence[str]) -> None:
+        self.title = title or f"Runs on {', '.join(dict.fromkeys(arm.recipe.data.name for arm in arms))}"
+        self.made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        self.arms, self.left_out, self.grids = arms, left_out, list(_grids(arms))
+        self.table, self.changes, self.panels = make_table(arms), against_base(arms), make_panels(arms)
+        self.diagnoses: dict[str, Diagnosis] = {}
         for arm in arms:
             if diagnosis := next((run.diagnosis for run in arm.runs if run.diagnosis), None):
-                diagnoses[arm.label] = diagnosis
-                heading, prefix = f"{_DIAGNOSES} Figures of {arm.label}", f"diagnosis-{len(diagnoses)}-"
-                panels += diagnosis_panels(diagnosis, section=heading, prefix=prefix)
-        return Content(
-            title=title or f"Runs on {data}",
-            made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            arms=arms,
-            table=make_table(arms),
-            changes=against_base(arms),
-            panels=panels,
-            diagnoses=diagnoses,
-            grids=list(_grids(arms)),
-            left_out=left_out,
-        )
+                self.diagnoses[arm.label] = diagnosis
+                heading, prefix = f"{_DIAGNOSES} Figures of {arm.label}", f"diagnosis-{len(self.diagnoses)}-"
+                self.panels += diagnosis_panels(diagnosis, section=heading, prefix=prefix)
 
     def as_html(self) -> str:
         """The text of ``report.html``: everything is in it, nothing is fetched."""
