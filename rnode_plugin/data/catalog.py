@@ -31,7 +31,7 @@ def get_dataset(
 
     Raises:
         ConfigError: an unknown name, an option that the data set does not take, a size it does not have.
-        DataError: it is missing (the message says where to get it) or not what it should be.
+        DataError: it is missing (the message says where to get it) or cannot be read.
         PluginError: the plugin that offers it failed, or returned something else.
     """
     return _load(ImageData, name, {"root": root, "size": size}, options, download)
@@ -49,7 +49,7 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
 
     Raises:
         ConfigError: an unknown name.
-        DataError: it is missing (the message says where to get it) or not what it should be.
+        DataError: it is missing (the message says where to get it) or cannot be read.
         PluginError: the plugin that offers it failed, or returned something else.
     """
     taken = inspect.signature(registry.get("datasets", name)).parameters

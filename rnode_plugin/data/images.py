@@ -113,7 +113,7 @@ class ImageData:
         """The same data set with at most so many images, the same ones each time.
 
         They are drawn from the whole set, because folders are often sorted by class. A smaller limit draws a subset
-        of what a larger one draws.
+        of a larger one.
 
         Raises:
             ConfigError: a limit below 1.

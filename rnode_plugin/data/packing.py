@@ -66,7 +66,7 @@ class _Member(NamedTuple):
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """What will be packed.
+    """The sources to pack and their split.
 
     Attributes:
         sources: folders and archives, in the order in which they are read.
@@ -84,7 +84,7 @@ class PackingPlan:
 
 @dataclass(frozen=True)
 class PackingResult:
-    """What was packed: numbers of images, their shape (C, H, W), and the names of files left out as unreadable."""
+    """Numbers of packed images, their shape (C, H, W), and the names of files left out as unreadable."""
 
     train: int
     val: int
@@ -287,7 +287,7 @@ def _of_tar(source: Path) -> Iterator[_Member]:
         file = cast("IO[bytes]", archive.fileobj)
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
-            raise tarfile.ReadError(f"the header at byte {archive.offset:,} is damaged, and what follows is lost")
+            raise tarfile.ReadError(f"the header at byte {archive.offset:,} is damaged, and all behind it is lost")
 
 
 def _opened(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:

@@ -45,7 +45,7 @@ def mnist(*, root: str | None = None, download: bool = False, size: int | None =
 
 
 def fashion_mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
-    """70,000 pieces of clothing, 1x28x28; 10,000 of them held out."""
+    """70,000 clothes, 1x28x28; 10,000 of them held out."""
     return _idx_set("fashion-mnist", "FashionMNIST", root, download, size)
 
 
@@ -80,7 +80,7 @@ def _idx_set(name: str, class_name: str, root: str | None, download: bool, size:
             file.unlink(missing_ok=True)  # torchvision keeps a file that was half unpacked
             getattr(torchvision.datasets, class_name)(str(base), download=True)
         images = read_image_file(str(file)).numpy()[:, None]
-        if file.stat().st_size != images.size + 16:  # torchvision takes what fits the header
+        if file.stat().st_size != images.size + 16:  # torchvision ignores bytes behind the images
             raise ValueError(f"{file} does not have the size that its header says")
         return images
 

@@ -1,8 +1,8 @@
 """Files of tables: names of their columns, the values of some of them, and rows written back.
 
-pandas reads ``.csv``, ``.tsv`` and ``.txt``, NumPy ``.npy`` and ``.npz``, pyarrow ``.parquet``. What another
-program may have meant otherwise, such as a first line of numbers, row names or a decimal comma, is announced or
-refused.
+pandas reads ``.csv``, ``.tsv`` and ``.txt``, NumPy ``.npy`` and ``.npz``, pyarrow ``.parquet``. Where
+another program may mean something else (a first line of numbers, row names, a decimal comma), a note names the
+choice, or the file is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str]) -> np.ndar
 
 
 def read_with_notes(path: str | os.PathLike[str], wanted: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """What :func:`read_columns` gives, and the choices that were made while reading, a sentence each."""
+    """The columns of :func:`read_columns`, and the choices made while reading, a sentence each."""
     source = _source(path)
     for name in wanted:
         if name not in source.names:
@@ -226,7 +226,7 @@ def _cells_of(record: str, separator: str) -> list[str]:
 
 
 def _separator(record: str, row: str) -> str:
-    """What separates the cells of the first two records, outside of quotes."""
+    """The separator of the cells of the first two records, outside of quotes."""
     cells = {each: _cells_of(record, each) for each in ",;\t|"}
     cells = {each: found for each, found in cells.items() if len(found) > 1}
     for each in ";\t":

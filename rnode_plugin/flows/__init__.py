@@ -1,1 +1,1 @@
-"""The flow for images, and what lies between an image and a flow."""
+"""The flows of images and tables."""

@@ -1,4 +1,4 @@
-"""What this package registers itself, through the hooks of all plugins.
+"""The package's own registrations, through the hooks of all plugins.
 
 Everything is named by its place, so that listing names does not import torch.
 """
@@ -20,7 +20,7 @@ def rnode_register_regularizers() -> Mapping[str, str]:
 
 
 def _declared(module: str) -> list[tuple[str, str]]:
-    """Names and places of what ``@regularizer("name", ...)`` declares, from the source: an import needs torch."""
+    """Names and places of the ``@regularizer("name", ...)`` declarations in the source: an import needs torch."""
     source = Path(__file__).parents[1].joinpath("core", "regularizers", f"{module}.py").read_text("utf-8")
     return [
         (str(decorator.args[0].value), f"rnode_plugin.core.regularizers.{module}:{node.name}")

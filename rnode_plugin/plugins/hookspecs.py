@@ -1,4 +1,4 @@
-"""The hooks: what a plugin can register, and when it is called. docs/plugins.md has an example of each.
+"""The hooks of a plugin: its registrations, and the call after each solve. docs/plugins.md has an example of each.
 
 A plugin is a module, or any object, whose functions are marked by :data:`hookimpl`; its package lists the module
 under the entry-point group ``rnode_plugin``. Each ``rnode_register_*`` hook takes no argument and returns a mapping

@@ -56,14 +56,14 @@ KINDS = {
     "recipes": "recipe",
     "commands": "command",
 }
-"""What can be registered, and its name in messages."""
+"""Kinds of registered objects, and their names in messages."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PluginReport:
-    """What is known about one plugin.
+    """One plugin, its registrations and its errors.
 
     Attributes:
         name: of its entry point, or the one given to :func:`register`.
@@ -71,7 +71,7 @@ class PluginReport:
         status: ``"loaded"``, ``"failed"``, ``"blocked"`` or ``"disabled"``.
         registers: names by kind; kinds without a name are absent.
         observes: whether it is called after each solve.
-        error: what went wrong, in a line; None if nothing did. A loaded plugin can have one too: the hook that it
+        error: its errors in one line; None if there are none. A loaded plugin can have one too: the hook that it
             misused, or a name that another plugin registers as well.
     """
 
@@ -86,7 +86,7 @@ class PluginReport:
 
 @dataclass(eq=False)
 class _Plugin:
-    """A plugin, and what its hooks have returned so far."""
+    """A plugin, and the results of its hooks so far."""
 
     name: str
     distribution: str | None = None
@@ -106,7 +106,7 @@ class _Plugin:
         _log.warning("%s: %s", self, what)
 
     def offers(self, kind: str) -> dict[str, Any]:
-        """What it registers of one kind; its hook is called when that is first asked."""
+        """Its registrations of one kind; the first question calls its hook."""
         hook = f"rnode_register_{kind}"
         if hook in self.hooks and kind not in self.values:
             self.values[kind] = {}  # a plugin may ask for names while its hook runs
@@ -155,10 +155,10 @@ class Registry:
 
     @contextmanager
     def guard(self, kind: str, name: str) -> Iterator[None]:
-        """Call what :meth:`get` returned inside of this: an exception that it raises then names its plugin.
+        """A context in which to call an object of :meth:`get`: an exception in it names the plugin.
 
         Errors of this package pass through, but for a recipe: it takes no argument, so the fault is its own. So do
-        all errors of what this package itself registers: they are bugs.
+        all errors of the package's own registrations: they are bugs.
 
         Raises:
             PluginError: it raised something.
@@ -182,7 +182,7 @@ class Registry:
         return sorted({name for plugin in self._of_kind(kind) for name in plugin.offers(kind)})
 
     def report(self) -> list[PluginReport]:
-        """What is known about each plugin: ours first, then by distribution, then those of this process."""
+        """A report of each plugin: ours first, then by distribution, then those of this process."""
         self._load()
         for plugin in self._plugins:
             for kind in KINDS:
@@ -194,7 +194,7 @@ class Registry:
 
         Args:
             plugin: an object or module with functions marked by ``hookimpl``.
-            name: what reports and :meth:`unregister` call it.
+            name: for reports and :meth:`unregister`.
 
         Raises:
             PluginError: the name is taken, or the plugin misuses a hook; then nothing of it stays registered.

@@ -90,7 +90,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     Raises:
         ConfigError: for an unknown solver, sensitivity, regularizer, noise or interpolator, a number out of range,
-            and for what cannot carry penalties (multiple shooting, SDEs); when called, for a state that is not a
+            for multiple shooting and SDEs, which carry no penalties; when called, for a state that is not a
             tensor and times that are not a row that runs one way.
         SolverError: when called: non-finite state, step-size underflow, ``max_nfe`` used up.
 
@@ -169,7 +169,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         steps = [w.regularizer for w in weighted.values() if kind_of(w.regularizer) == "step"]
         check_steps(steps, method_from_torchdyn(forward), sensitivity)
-        with contextlib.redirect_stdout(io.StringIO()):  # what torchdyn says of a field without time, or weights
+        with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints about fields without time or weights
             _torchdyn_init(
                 self, vector_field, solver=forward, order=int(order), sensitivity=sensitivity,
                 interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
@@ -364,7 +364,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         nfe = self.vf.nfe
         solution = solve(system, x, t_span, solver, method=method, keep=keep)
         if gradient == "checkpointed":
-            self.vf.nfe = nfe + solution.stats.nfe  # not those that find what a replay needs
+            self.vf.nfe = nfe + solution.stats.nfe  # without those that prepare a replay
         integrals = dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
@@ -434,7 +434,7 @@ def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
     would raise the state to their own.
 
     Raises:
-        ConfigError: for what is not a row of real numbers; ``solve`` checks that they run one way.
+        ConfigError: for anything but a row of real numbers; ``solve`` checks that they run one way.
     """
     try:
         times = t_span if isinstance(t_span, Tensor) else _times_of(t_span, x.real.dtype)
@@ -457,7 +457,7 @@ def _times_of(t_span: Any, dtype: torch.dtype) -> Tensor:
 
 
 # The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
-# and pickle all keep working. It gets what our class defines, except what Python itself puts into every class.
+# and pickle all keep working. It gets all attributes of our class but those that Python puts into every class.
 _BEHAVIOUR = {
     name: value
     for name, value in vars(NeuralODE).items()
@@ -516,7 +516,7 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
 def uninstall() -> None:
     """Undo all that :func:`install` did; without an install, do nothing.
 
-    Objects stay usable. What they were given beyond torchdyn's arguments no longer has an effect. Those with
+    Objects stay usable. Arguments beyond torchdyn's no longer have an effect. Those with
     ``sensitivity="checkpointed"``, which torchdyn does not know, must be made again.
 
     Example:

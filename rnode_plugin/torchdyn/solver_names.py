@@ -173,8 +173,8 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
             forward = bool(dt > 0)
         if forward:
             return solver.step(f, x, t, dt, k1=k1, args=args)
-        # torchdyn never shows a solver a negative step: it mirrors time and the field. So do we for solvers that
-        # may do more with dt than scale velocities.
+        # torchdyn never shows a solver a negative step: it mirrors time and the field. The same happens here
+        # for solvers that may do more with dt than scale velocities.
         mirrored = _Mirrored(f)
         k1 = None if k1 is None else -k1
         new_velocity, new, error, *_ = solver.step(mirrored, x, -t, -dt, k1=k1, args=args)
@@ -205,7 +205,7 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
 
 
 def solver_name(solver: Any) -> str:
-    """The name of a solver object's family; of a user's own, that of the plainest solver of its kind."""
+    """The name of a solver object's family; for a user's solver, ``"dopri5"`` or ``"euler"``."""
     for kind, name in _FAMILIES.items():
         if isinstance(solver, kind):
             return name
