@@ -107,8 +107,16 @@ def test_training_learns_more_than_the_columns_alone(file: Path, tmp_path: Path)
     assert result.nll.mean < result.gaussian.mean - 0.1
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(file, "data.given=dose", "training.ema=0.9", "solver.step=auto", "training.tune_every=3")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("data.given=dose", "training.ema=0.9", "solver.step=auto", "training.tune_every=3"),
+        ("solver.penalty_quadrature=sampled", "regularizers.directional=0.01"),
+    ],
+    ids=["tuned", "sampled"],
+)
+def test_a_resumed_run_is_the_same_to_the_bit(file: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = recipe_of(file, *settings)
     whole = run(recipe, tmp_path / "whole")
     part = run(recipe, tmp_path / "part", callbacks=[signal_at(5)])
     assert (part.stopped, part.steps) == ("SIGTERM", 5)
