@@ -1,7 +1,7 @@
 """Adaptive: a solve whose steps are as long as their error allows, by torchdyn's rules to the bit.
 
 First step, controller and a stop at every output time are torchdyn's, so that a torchdyn model keeps its numbers.
-What torchdyn leaves to chance (NaN, a vanishing step) ends in an error.
+NaN and a vanishing step end in an error.
 
 Times and step sizes stay on the CPU. For each step that is tried the host reads one number from the device, its
 error's size.
@@ -256,8 +256,8 @@ def _first_step(
         return t_span[-1] - start
     options: dict[str, Any] = {"method": method, "atol": solver.atol, "rtol": solver.rtol}
 
-    # Backward in time torchdyn asks the field itself, not its mirror image. That only guesses a step, and the
-    # same guess gives the same numbers. If the guess is of no use, the mirror image is asked.
+    # Backward in time torchdyn evaluates the field itself, not its mirror image, and the same guess gives the same
+    # numbers. A guess of no use is made again with the mirror image.
     def field(t: Tensor, z: Tensor) -> Tensor:
         totals.nfe += 1
         return dynamics(t.to(z.device), z, products=False).dz

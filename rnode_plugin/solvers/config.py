@@ -101,7 +101,7 @@ class Solver:
                 raise ConfigError(f"solver.{name} must be a number > 0 or None, not {value!r}.")
         for name in ("atol", "rtol", "atol_adjoint", "rtol_adjoint"):
             value = getattr(self, name)
-            # a tensor of tolerances is looked at where it is given: here a look would cost each solve a wait
+            # a tensor of tolerances is checked where it is given: a check here would make each solve wait
             if isinstance(value, (int, float, str)) and not _is_number(value):
                 raise ConfigError(f"solver.{name} must be a number >= 0, not {value!r}.")
         if self.adaptive and all(isinstance(x, (int, float)) and x == 0 for x in (self.atol, self.rtol)):

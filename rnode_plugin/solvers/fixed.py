@@ -102,7 +102,7 @@ def solve_fixed(
             times.append(outputs[k])
             states.append(z)
             logdets.append(totals.logdet)
-    # what is not finite stays so: it is enough to look at the integrals at the end
+    # an integral that is not finite stays so: one look at the end is enough
     finite[-1] = health(z, totals.logdet, *totals.penalties.values())
 
     def fail(bad: int) -> NoReturn:

@@ -334,15 +334,14 @@ def weigh_regularizers(
     spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None,
     *,
     by_name: Callable[[str], Any],
-    default_lambda: float = DEFAULT_LAMBDA,
 ) -> dict[str, Weighted]:
     """Regularizers by name with their strengths.
 
     Args:
         spec: names, :class:`Regularizer` objects or plain functions ``rate(t, z, dz) -> (B,)``, one or several,
-            or a mapping from any of these to lambda: a number, or a function of the optimizer's step.
+            or a mapping from any of these to lambda: a number, a function of the optimizer's step, or None for
+            :data:`~rnode_plugin.core.schedules.DEFAULT_LAMBDA`.
         by_name: looks up the regularizer of a name; ``rnode_plugin.plugins.registry.get_regularizer`` is one.
-        default_lambda: strength if ``spec`` gives none, or None.
 
     Raises:
         ConfigError: for an unknown name, a name used twice, a lambda that is negative or not finite, a lambda of a
@@ -350,31 +349,26 @@ def weigh_regularizers(
     """
     if spec is None:
         return {}
-    if isinstance(spec, str) or callable(spec):
-        spec = [spec]
     if isinstance(spec, Mapping):
         items = list(spec.items())
-    elif isinstance(spec, Iterable):
-        items = [(entry, None) for entry in spec]
     else:
-        raise ConfigError(
-            f"regularizers must be names, objects or functions, or a mapping of them to lambda, not {spec!r}."
-        )
+        several = isinstance(spec, Iterable) and not (isinstance(spec, str) or callable(spec))
+        items = [(entry, None) for entry in (spec if several else [spec])]
     resolved: dict[str, Weighted] = {}
     for entry, strength in items:
         found = _regularizer(entry, by_name)
         if found.name in resolved:
             raise ConfigError(f"the regularizer {found.name!r} is named twice; name each once.")
-        resolved[found.name] = Weighted(found, _strength(found, strength, default_lambda))
+        resolved[found.name] = Weighted(found, _strength(found, strength))
     policies = [name for name, entry in resolved.items() if kind_of(entry.regularizer) == "span"]
     if len(policies) > 1:
         raise ConfigError(f"{' and '.join(policies)} both change the times of a solve: choose one.")
     return resolved
 
 
-def _strength(regularizer: Regularizer, strength: Any, default: float) -> Strength:
+def _strength(regularizer: Regularizer, strength: Any) -> Strength:
     if getattr(regularizer, "penalized", True):
-        return check_lambda(regularizer.name, default if strength is None else strength)
+        return check_lambda(regularizer.name, DEFAULT_LAMBDA if strength is None else strength)
     if strength is not None and strength != 1:
         raise ConfigError(
             f"{regularizer.name!r} has no penalty and takes no lambda: give None, or 1. Its strength is an option, "

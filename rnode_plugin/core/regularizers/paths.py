@@ -74,10 +74,7 @@ def stiffness(step: StepRecord) -> Tensor:
     uses={"error"}, local=True,
 )  # fmt: skip
 def local_error(step: StepRecord) -> Tensor:
-    """``E h`` of one extra step of tsit5, with any solver, from a random time with a detached start.
-
-    The time is uniform (Pal et al., 2023).
-    """
+    """``E h`` of one extra step of tsit5 from a uniformly random time, with a detached start (Pal et al., 2023)."""
     return error(step)
 
 
@@ -86,9 +83,9 @@ def local_error(step: StepRecord) -> Tensor:
     source=_LOCAL, uses={"pair"}, local=True, reduction="mean",
 )  # fmt: skip
 def local_stiffness(step: StepRecord) -> Tensor:
-    """The stiffness of one extra step of tsit5, with any solver, from a random time with a detached start.
+    """The stiffness of one extra step of tsit5 from a uniformly random time, with a detached start.
 
-    The time is uniform (Pal et al., 2023). In a flow of several blocks it is the mean over the blocks.
+    Pal et al., 2023. In a flow of several blocks it is the mean over the blocks.
     """
     return stiffness(step)
 
