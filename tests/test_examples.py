@@ -23,6 +23,7 @@ TABLES = {
     "figure_1": (2, ["negative log-likelihood", "path length / displacement", "NFE"]),
     "lightning_trainer": (2, ["steps +", "bits/dim", "NFE"]),
     "optimal_transport": (2, [r"least cost of any map, W2\^2: 18\.63", " +0.0", " +0.01", " +0.1"]),
+    "ot_flow_matching": (2, ["none +0", "kinetic +1", "jacfrob +2", "both +2"]),
     "own_regularizer": (2, ["none", "slow", "incompressible"]),
     "posterior_two_moons": (1, ["no penalty", "both penalties"]),  # and zuko's row if it is installed
     "time_series": (2, ["plain", r"\['kinetic'\]", r"\{'kinetic': 1\}"]),
