@@ -32,6 +32,7 @@ from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.evaluation.loading import load_images
+from rnode_plugin.evaluation.measures import measure_of
 from rnode_plugin.files import write_atomically
 from rnode_plugin.training.estimate import count_step
 from rnode_plugin.training.runs import environment
@@ -139,14 +140,14 @@ def _reduced_overhead(recipe: str, batch: int, device: torch.device, *, rehearse
     settings = get_recipe(recipe)
     flow = settings.build_flow().to(device).train()
     images, levels = settings.images, settings.images.levels
-    step = StepObjective(flow, settings)
+    step, inputs = StepObjective(flow, settings), measure_of(settings).training_inputs
     batch_of_images = torch.randint(levels, (batch, *images.shape), dtype=torch.uint8, device=device)
     if not rehearse:
         flow.compile(mode="reduce-overhead")
 
     def run() -> None:
         flow.zero_grad()
-        step(step.inputs(batch_of_images), settings.solver).loss.backward()
+        step(inputs(batch_of_images), settings.solver).loss.backward()
 
     try:
         run()

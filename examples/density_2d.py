@@ -72,7 +72,7 @@ def main():
             title=f"{trace} trace\npenalties: {name}", xlabel="$x_1$", xlim=(-3, 3), ylim=(-3, 3), aspect="equal"
         )
     panels[0].set_ylabel("$x_2$")
-    figure.savefig(options.output, dpi=150)
+    figure.savefig(options.output, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

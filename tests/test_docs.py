@@ -357,7 +357,7 @@ def entries(thing):
     return {name.strip(" *") for text in sections for names in ENTRY.findall(text) for name in names.split(",")}
 
 
-@pytest.mark.parametrize(("thing", "owner"), signatures())
+@pytest.mark.parametrize(("thing", "owner"), list(signatures()))
 def test_each_parameter_is_described(thing, owner):
     text = inspect.getdoc(thing) or ""
     assert text, "no docstring"

@@ -150,7 +150,7 @@ def save_corner(
 
     shown = min(len(columns), _MOST)
     side = max(3.5, 1.45 * shown + 0.6)
-    look = {"font.size": 8, "axes.labelsize": 8, "axes.linewidth": 0.6, "axes.grid": False}
+    look: dict[Any, Any] = {"font.size": 8, "axes.labelsize": 8, "axes.linewidth": 0.6, "axes.grid": False}
     with style.context("rnode_plugin.plots"), rc_context(look):
         figure = Figure(figsize=(side, side), layout="constrained")
         grid = figure.subplots(shown, shown, squeeze=False)
