@@ -72,7 +72,7 @@ def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
     assert {path.stem for path in (trained / "diagnosis").glob("*.svg")} == figures
     for path in (trained / "diagnosis").glob("*.png"):
         with Image.open(path) as image:
-            assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 20, path
+            assert len(image.convert("RGBA").getcolors(1 << 20) or ()) > 20, path
 
 
 @pytest.fixture

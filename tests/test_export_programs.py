@@ -328,6 +328,7 @@ def test_the_command(tmp_path: Path) -> None:
     for words, message in (
         ([str(tmp_path / "b.pt2"), "--format", "torch-export"], "add --step 0.5"),
         ([file, "--format", "onnx", "--step", "1"], "must end in .onnx"),
+        ([str(tmp_path / "m.safetensors"), "--step", "1"], "give --format torch-export"),
     ):
         refused = call(*words)
         assert refused.exit_code == 2

@@ -277,8 +277,8 @@ def sample(
         raise ConfigError("--given-values and --given-file are for tables, trained with --given columns.")
     if isinstance(recipe.data, TableData):
         temperature, *others = temperatures
-        if others:
-            raise ConfigError("rows of a table are drawn at one temperature: give --temperature once.")
+        if others or columns:
+            raise ConfigError("rows of a table are drawn at one temperature, and in no grid: leave --columns out.")
         place = str(free_path(out, "samples.csv", force=force))
         check_written(place)
         data = recipe.table
@@ -371,6 +371,8 @@ def export(
 
     source = find_checkpoint(run, prefer=LAST if last else BEST)
     if kind == "safetensors":
+        if step or method:
+            raise ConfigError("--step and --method are of programs: give --format torch-export or onnx.")
         _, recipe = export_flow(source, free_path(file, file, force=force))
         click.echo(f"{_weights_of(recipe, source)}: {file}")
         return

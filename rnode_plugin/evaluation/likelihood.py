@@ -25,7 +25,7 @@ from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
-from ..errors import SolverError
+from ..errors import ConfigError, SolverError
 from ..flows.base import BlockFlow
 from ..solvers import StepMemory
 from .measures import Evaluation, ImageMeasure, Mean, Measure, batch_of
@@ -79,8 +79,11 @@ def evaluate(
         :func:`nfe_batches`.
 
     Raises:
+        ConfigError: for no samples.
         SolverError: if the integration fails.
     """
+    if not len(samples):
+        raise ConfigError("an evaluation needs at least one row or image.")
     measure = measure or ImageMeasure(flow.image_shape, flow.levels)
     start = time.monotonic()
     measuring = _Measuring(measure, flow, samples, batch_size, solver, seed, progress)
