@@ -122,6 +122,7 @@ def save_pretrained(flow: torch.nn.Module, folder: str | os.PathLike[str], *, re
     Example:
         >>> import tempfile
         >>> from rnode_plugin import get_recipe
+        >>> from rnode_plugin.training.checkpoints import from_pretrained, save_pretrained
         >>> recipe = get_recipe("digits")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = save_pretrained(recipe.build_flow(), folder, recipe=recipe)
