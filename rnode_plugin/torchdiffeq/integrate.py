@@ -439,7 +439,7 @@ def _extended(
     iterates = given["method"] in ("implicit_adams", "fixed_adams") and given["event_fn"] is None
 
     def tolerance(value: Any, of_penalty: float) -> Any:
-        number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+        number = not isinstance(value, (tuple, list)) and torch.as_tensor(value).ndim == 0
         if number and not iterates:
             return value
         if number or not layout.is_tuple:

@@ -182,7 +182,8 @@ def _bind() -> None:
         # the second is what torchdiffeq solves by itself
         own = (__package__ or "rnode_plugin", "torchdiffeq._impl.")
         places = [place for name, place in modules if isinstance(place, dict) and not str(name).startswith(own)]
-        for place in (*places, torchdiffeq.odeint_event.__kwdefaults__):
+        defaults: Any = torchdiffeq.odeint_event.__kwdefaults__
+        for place in (*places, defaults):
             if not of.keys().isdisjoint(map(id, list(place.values()))):
                 for key, value in list(place.items()):
                     if id(value) in of:
