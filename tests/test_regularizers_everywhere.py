@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from dense_rates import integrals
 from problems import Wave
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, Solver
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import FunctionStepPenalty, StepRecord, local_error, local_stiffness
+from rnode_plugin.fields import StackField, conv_field
+from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import solve
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
@@ -84,6 +88,48 @@ def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
     for name in names:
         torch.testing.assert_close(image[name], flat[name], rtol=1e-10, atol=1e-14, msg=name)
     torch.testing.assert_close(image_gradients, flat_gradients, rtol=1e-8, atol=1e-10)
+
+
+IMAGE_RATES = ["kinetic", "jacfrob", "total_derivative", "directional", "curl", "jacoffdiag"]
+
+
+@functools.cache
+def image_reference() -> tuple[StackField, Tensor, dict[str, Tensor], Tensor]:
+    """Field, state, integrals, and their derivatives along ``directions``."""
+    torch.manual_seed(0)
+    field = conv_field(1, hidden=2, layers=2, activation="tanh").double()
+    for parameter in field.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    z = torch.randn(1, 1, 2, 2, dtype=torch.float64)
+
+    def exact() -> dict[str, Tensor]:
+        now = field.prepare(z)  # with the parameters as they are
+        return integrals(lambda t, x: now(t, x.reshape(1, 1, 2, 2)).flatten(), z.flatten(1), SPAN, highest=2)
+
+    parameters = list(field.parameters())
+    change = difference(
+        lambda: torch.stack([exact()[name].sum() for name in IMAGE_RATES]), parameters, directions(parameters)
+    )
+    return field, z, exact(), change
+
+
+@pytest.mark.parametrize("gradient", ["autograd", "checkpointed", "adjoint"])
+def test_the_image_field_against_scipy_and_finite_differences(gradient: str) -> None:
+    """Our own convolutions: values to 1e-6, the parameters' gradient along a direction to 1e-5."""
+    field, z, wanted, change = image_reference()
+    names, parameters = IMAGE_RATES, list(field.parameters())
+    along = directions(parameters)
+    regularizers = [entry.regularizer for entry in resolve_regularizers(names).values()]
+    dynamics = Dynamics(field.prepare(z), regularizers=regularizers, estimator="exact", divergence=False)
+    if gradient == "adjoint":  # which differentiates each evaluation by itself
+        dynamics = Dynamics(field, regularizers=regularizers, estimator="exact", divergence=False)
+    solver = Solver("dopri5", atol=1e-9, rtol=1e-9, gradient=gradient)
+    found = solve(dynamics.bind(None), z, torch.tensor(SPAN, dtype=torch.float64), solver).penalties
+    for i, name in enumerate(names):
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=0, msg=name)
+        torch.testing.assert_close(
+            slope(found[name].sum(), parameters, along), change[i], rtol=1e-5, atol=1e-8, msg=name
+        )
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3, 1)], ids=["flat", "image"])
