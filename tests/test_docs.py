@@ -338,7 +338,7 @@ REFERENCE = re.compile(r":(?:meth|func|class):`[^`]*?(\w+)`")
 def signatures():
     """Every public function and class that has arguments, and the methods that are ours, with the owner of each."""
     for module in (rnode_plugin, torchdiffeq, hookspecs):
-        for name in set(module.__all__) - {"__version__", "hookimpl", "Regularizer", "RnodeError"}:
+        for name in sorted({*module.__all__} - {"__version__", "hookimpl", "Regularizer", "RnodeError"}):
             thing = getattr(module, name)
             yield pytest.param(thing, module, id=f"{module.__name__}.{name}")
             for method in vars(thing) if inspect.isclass(thing) else ():
