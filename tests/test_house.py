@@ -19,8 +19,8 @@ from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rnode_plugin"
 # Where the package stands. The aims are 18,500 and 15,500 lines, 15 raise statements in 1,000 lines of code,
-# and calls of 90, 110 and 120 functions: lower a bound when it can be lowered.
-LINES, TEST_LINES, RAISES = 25_500, 21_000, 29
+# and 120 functions in a pass of the digits flow: lower a bound when it can be lowered.
+LINES, TEST_LINES, RAISES = 24_400, 19_700, 24.5
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -112,7 +112,7 @@ def digits() -> tuple[Callable[[], object], Field]:
 
 @pytest.mark.parametrize(
     ("make", "files", "functions", "frames"),
-    [(neural_ode, 18, 92, 11), (log_prob, 22, 110, 14), (digits, 24, 136, 0)],
+    [(neural_ode, 18, 90, 11), (log_prob, 21, 105, 13), (digits, 20, 133, 0)],
     ids=["NeuralODE", "log_prob", "digits"],
 )
 def test_a_call_is_short(
