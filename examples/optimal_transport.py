@@ -43,9 +43,8 @@ def train(strength, *, steps, seed):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
-        loss = -model.log_prob(P.sample((256,))).mean() / model.dims + model.reg_loss()
         optimizer.zero_grad()
-        loss.backward()
+        (-model.log_prob(P.sample((256,))).mean() / model.dims + model.reg_loss()).backward()
         optimizer.step()
         schedule.step()
     return model
@@ -72,8 +71,7 @@ def main():
             arrived, _ = model.transform(x)
         error = (arrived - goal).square().sum(1).mean().sqrt()  # root mean square distance
         print(f"{strength:>6} {energy:>15.3f} {error:>17.3f} {divergence:>21.4f}")
-        between = torch.stack([goal[:80], arrived[:80]]).permute(2, 0, 1)
-        axes.plot(*between, color="C1", linewidth=1.2)
+        axes.plot(*torch.stack([goal[:80], arrived[:80]]).permute(2, 0, 1), color="C1", linewidth=1.2)
         axes.scatter(*goal[:80].T, s=10, color="0.5", zorder=2, label="optimal map")
         axes.scatter(*arrived[:80].T, s=10, color="C1", zorder=3, label="learnt map, and its difference")
         axes.set(title=f"λ = {strength}, error {error:.3f}", xlabel="$x_1$", aspect="equal")

@@ -144,7 +144,7 @@ def test_the_model_and_the_generator_are_left_as_they_were() -> None:
         (density(), X, {"samples": 1}, "at least two held-out samples"),
         (density(), X, {"context": X}, "takes no context"),
         (density(), X / 0, {}, "not finite: leave those samples out"),
-        (posterior(), X, {}, r"is conditional: give context="),
+        (posterior(), X, {}, r"is conditional: context="),
         (posterior(), X, {"context": X[:5]}, r"has shape \(5, 2\) for 200 samples"),
     ],
 )

@@ -199,7 +199,7 @@ def test_the_table_that_comes_along() -> None:
     ("settings", "message"),
     [
         (["data.given=doze"], "data.given: unknown column 'doze'; did you mean 'dose'"),
-        (["data.columns=dose,dose"], "data.columns names 'dose' twice"),
+        (["data.columns=dose,dose"], "names a column twice: dose, dose"),
         (["data.given=a,b"], "unknown column 'a'"),
         (["data.columns=dose", "data.given=dose"], "at least one column that is not given"),
         (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
@@ -207,7 +207,7 @@ def test_the_table_that_comes_along() -> None:
         (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
         (["model.field=potential", "model.activation=tanh"], "model.field=potential has its own"),
         (["training.precision=bf16-true"], "would round the table itself: use 32-true or bf16-mixed"),
-        (["training.sample_temperatures=0.5,1"], "drawn at one temperature"),
+        (["training.sample_temperatures=0.5,1"], "have one temperature"),
         (["data.name=digits"], "the data set 'digits' holds images"),
     ],
 )

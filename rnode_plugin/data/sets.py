@@ -113,7 +113,10 @@ def _load(
                 f"{name} is not in {base}, or is damaged: {reason(error)}. Leave out --no-download to fetch it "
                 "(in Python: download=True); --data-root names another folder."
             ) from error
-    with naming(f"the download of {name} to {base} failed: it", " Put the files there by hand, or try again."):
+    with naming(
+        f"the download of {name} to {base} failed: it",
+        " Put the files there by hand (--data-root names another folder), or try again.",
+    ):
         return found(True)
 
 
