@@ -82,7 +82,8 @@ def by_hand_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Callable[
     def run() -> Tensor:
         field = Penalized(net, torch.randn_like(x))
         start = (x.clone().requires_grad_(), x.new_zeros(len(x)), x.new_zeros(len(x)))
-        z, kinetic, jacfrob = odeint(field, start, span, **options)
+        solution: Any = odeint(field, start, span, **options)
+        z, kinetic, jacfrob = solution
         return z[-1].square().mean() + 0.01 * (kinetic[-1] + jacfrob[-1]).mean() / x.shape[1]
 
     return run

@@ -339,7 +339,8 @@ def _odeint_case(
 
     def run() -> Tensor:
         if not given:
-            return torchdiffeq.odeint(field, x, span, **options)[-1].square().mean()
+            solution: Any = torchdiffeq.odeint(field, x, span, **options)
+            return solution[-1].square().mean()
         z, penalties = odeint(field, x, span, **options, **given)
         return z[-1].square().mean() + 0.01 * penalties.loss()
 

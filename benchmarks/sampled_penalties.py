@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import click
 import torch
@@ -36,9 +37,10 @@ class Classifier(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         field = nn.Sequential(DepthCat(1), nn.Linear(65, 64), nn.Tanh(), DepthCat(1), nn.Linear(65, 64))
+        tolerances: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5} if solver == "dopri5" else {}
         self.ode = NeuralODE(
             field, solver=solver, regularizers=regularizers, penalty_quadrature=quadrature, return_t_eval=False,
-            **({"atol": 1e-5, "rtol": 1e-5} if solver == "dopri5" else {}),
+            **tolerances,
         )  # fmt: skip
         self.head = nn.Linear(64, 10)
         self.solver, self.span = solver, SPANS[solver]

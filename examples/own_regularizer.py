@@ -67,12 +67,12 @@ def main():
         integrals = f"{means['slow']:>7.3f} {means['incompressible']:>15.3f}"
         print(f"{name:<14} {model.vf.nfe:>4.0f} {error:>7.3f} {integrals}")
         drawn = model.trajectory(circles.flatten(0, 1), T_SPAN)[-1].detach().reshape(circles.shape)
-        truth = axes.plot(*(circles @ MAP.T).permute(2, 1, 0), color="0.5", linewidth=3, alpha=0.5)
-        learnt = axes.plot(*drawn.permute(2, 1, 0), color="C1")
+        axes.plot(*(circles @ MAP.T).permute(2, 1, 0), color="0.5", linewidth=3, alpha=0.5)
+        axes.plot(*drawn.permute(2, 1, 0), color="C1")
         axes.set(title=f"regularizer: {name}, error {error:.3f}", ylabel="$x_2$", aspect="equal")
     panels[-1].set_xlabel("$x_1$")
-    handles, labels = [truth[0], learnt[0]], ["three circles by the map itself", "by the learnt map"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    lines, labels = panels[-1].lines, ["three circles by the map itself", "by the learnt map"]
+    figure.legend([lines[0], lines[-1]], labels, loc="outside lower center", ncols=2)
     figure.savefig(options.output, dpi=150)
 
 
