@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
-__all__ = ["by_hand_case", "diffrax_step", "installed", "loss_of", "torchdiffeq_case", "torchode_case", "zuko_case"]
+__all__ = [
+    "by_hand_case",
+    "diffrax_step",
+    "installed",
+    "loss_of",
+    "torchdiffeq_case",
+    "torchdiffeq_options",
+    "torchode_case",
+    "zuko_case",
+]
 
 TOLERANCE = 1e-5
 
@@ -43,12 +52,18 @@ class Augmented(nn.Module):
         return dz, sum(row[:, i] for i, row in enumerate(rows))  # pyright: ignore[reportReturnType]
 
 
+def torchdiffeq_options(solve: str, steps: int) -> dict[str, Any]:
+    """torchdiffeq's arguments for ``"rk4"`` with so many steps over [0, 1], or for ``"dopri5"``."""
+    if solve == "rk4":
+        return {"method": solve, "options": {"step_size": 1 / steps}}
+    return {"method": solve, "atol": TOLERANCE, "rtol": TOLERANCE}
+
+
 def torchdiffeq_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
     """A forward pass of torchdiffeq's ``odeint``, differentiated through its steps."""
     field = Augmented(net)
     span = torch.linspace(0, 1, 2).to(x)
-    options: dict[str, Any] = {"method": solve}
-    options |= {"options": {"step_size": 1 / steps}} if solve == "rk4" else {"atol": TOLERANCE, "rtol": TOLERANCE}
+    options = torchdiffeq_options(solve, steps)
 
     def run() -> Tensor:
         # through a product with 1, so that the state is not a leaf whose requires_grad the field would set
@@ -76,8 +91,7 @@ class Penalized(nn.Module):
 def by_hand_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
     """Both penalties in the state of torchdiffeq's ``odeint``, as written by hand."""
     span = torch.linspace(0, 1, 2).to(x)
-    options: dict[str, Any] = {"method": solve}
-    options |= {"options": {"step_size": 1 / steps}} if solve == "rk4" else {"atol": TOLERANCE, "rtol": TOLERANCE}
+    options = torchdiffeq_options(solve, steps)
 
     def run() -> Tensor:
         field = Penalized(net, torch.randn_like(x))

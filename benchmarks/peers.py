@@ -42,6 +42,7 @@ from peer_solvers import (
     installed,
     loss_of,
     torchdiffeq_case,
+    torchdiffeq_options,
     torchode_case,
     zuko_case,
 )
@@ -334,8 +335,7 @@ def _odeint_case(
     if "by hand" in given:
         return by_hand_case(field, solve, steps, x)
     span = torch.linspace(0, 1, 2).to(x)
-    options: dict[str, Any] = {"method": solve}
-    options |= {"options": {"step_size": 1 / steps}} if solve == "rk4" else {"atol": TOLERANCE, "rtol": TOLERANCE}
+    options = torchdiffeq_options(solve, steps)
 
     def run() -> Tensor:
         if not given:

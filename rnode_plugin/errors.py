@@ -17,6 +17,7 @@ __all__ = [
     "RnodeError",
     "SolverError",
     "TrainingError",
+    "first_line",
     "suggest",
 ]
 
@@ -95,6 +96,11 @@ class LocalError(TrainingError):
 
 def _rebuild_solver_error(reason: str, what: str, advice: str, t: float, step: int, nfe: int) -> SolverError:
     return SolverError(reason, what, advice, t=t, step=step, nfe=nfe)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def suggest(name: str, known: Iterable[str], kind: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, first_line
 
 __all__ = ["Draft", "check_path_name", "write_atomically"]
 
@@ -110,5 +110,4 @@ def write_atomically(
         while cause.__context__ is not None and not isinstance(cause, OSError):
             cause = cause.__context__
         reason = cause.strerror if isinstance(cause, OSError) else None
-        first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-        raise CheckpointError(f"cannot write {path}: {(reason or first).rstrip('.')}.") from error
+        raise CheckpointError(f"cannot write {path}: {(reason or first_line(cause)).rstrip('.')}.") from error

@@ -11,7 +11,7 @@ import torch
 from ..core.random_streams import Stream, seeded
 from ..data import ImageData, get_dataset, get_table
 from ..data.tables import Table, check_columns
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, first_line
 from ..plugins import registry
 from ..recipes.recipe import Data, Recipe, TableData
 from .measures import FlowInput, measure_of
@@ -133,7 +133,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without CUDA
-        raise ConfigError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"the device {name!r} cannot be used: {first_line(error)}") from None
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, first_line
 from ..files import write_atomically
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 
@@ -183,12 +183,8 @@ def from_pretrained(
     try:
         file = hf_hub_download(os.fspath(name), _HUB_WEIGHTS, **download)
     except (OSError, ValueError) as error:  # its own errors are among them
-        raise CheckpointError(f"{name} is no folder, and the hub did not give it: {_first_line(error)}") from None
+        raise CheckpointError(f"{name} is no folder, and the hub did not give it: {first_line(error)}") from None
     return load_flow(file, map_location=map_location)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> BlockFlow:
@@ -310,8 +306,9 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
             "file is not opened because it could run code."
         ) from None
     except Exception as error:  # a damaged file can make the reader fail in any way
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read, it is truncated or no checkpoint: {reason}") from None
+        raise CheckpointError(
+            f"{path} cannot be read, it is truncated or no checkpoint: {first_line(error)}"
+        ) from None
     header = contents.get(_KEY) if isinstance(contents, Mapping) else None
     if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:
         raise CheckpointError(f"{path} is not a checkpoint of rnode-plugin: it holds no recipe.")

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..core.ops import tree_leaves
 from ..core.random_streams import Stream, seeded
-from ..errors import ConfigError, RnodeError
+from ..errors import ConfigError, RnodeError, first_line
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, TableData
 from .fastest import NFE_PER_BLOCK, StepTimer, Way, fixed_solver, forward_and_backward
@@ -201,7 +201,7 @@ def _time(
                 break
             size = min(batch, max(2 * size, math.floor(size * _SECONDS / (2 * seconds))))
     except (RnodeError, RuntimeError) as error:
-        return ScaledStep(precision, gradient, size, None, None, str(error).splitlines()[0])
+        return ScaledStep(precision, gradient, size, None, None, first_line(error))
     seconds *= batch / size
     hours = None if steps is None else seconds * recipe.training.accumulate * steps / 3600
     return ScaledStep(precision, gradient, size, seconds, hours)

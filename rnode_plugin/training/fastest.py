@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..core.random_streams import Stream, seeded
-from ..errors import CheckpointError, ConfigError, RnodeError
+from ..errors import CheckpointError, ConfigError, RnodeError, first_line
 from ..evaluation.measures import FlowInput, measure_of
 from ..fields import compile_fields
 from ..recipes.recipe import Recipe
@@ -163,7 +163,7 @@ def choose(
                 if found <= _HOPELESS * best:
                     found = min(found, timer.step(way))
         except (RnodeError, RuntimeError) as error:
-            problem, found = str(error).splitlines()[0], math.inf
+            problem, found = first_line(error), math.inf
         seconds[way] = slowest(found)
         measured[str(way)] = problem if math.isinf(seconds[way]) else f"{seconds[way]:.3g} s/step"
     fastest = min(seconds, key=lambda way: seconds[way], default=ways[0])

@@ -19,7 +19,16 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 
 from ..data import ImageData, Table
-from ..errors import CheckpointError, ConfigError, DataError, LocalError, RnodeError, SolverError, TrainingError
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LocalError,
+    RnodeError,
+    SolverError,
+    TrainingError,
+    first_line,
+)
 from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
 from ..evaluation.measures import Evaluation, measure_of
@@ -369,9 +378,5 @@ def explained() -> Iterator[None]:
         text = str(error).lower()
         for types, phrases, kind, sentence in _CAUSES:
             if isinstance(error, types) or any(phrase in text for phrase in phrases):
-                raise kind(sentence.format(_first_line(error))) from error
+                raise kind(sentence.format(first_line(error).rstrip("."))) from error
         raise
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
