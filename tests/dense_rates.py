@@ -47,9 +47,12 @@ def along(f: Function, g: Function) -> Function:
 
 
 def integrals(f: Function, z0: Tensor, span: tuple[float, float], *, highest: int = 4) -> dict[str, Tensor]:
-    """The integral of each rate along the trajectories from ``z0 (B, D)``, ``(B,)``, to about 1e-11."""
+    """The integral of each rate along the trajectories from ``z0 (B, D)``, ``(B,)``, to about 1e-11.
+
+    With ``straightness``. Backward in time they are positive as well.
+    """
     names = list(dense_rates(f, torch.tensor(0.0, dtype=z0.dtype), z0[0], highest=highest))
-    found = []
+    found, length = [], span[1] - span[0]
     for start in z0:
 
         def right_hand_side(t: float, y: np.ndarray, size: int = len(start)) -> np.ndarray:
@@ -60,5 +63,8 @@ def integrals(f: Function, z0: Tensor, span: tuple[float, float], *, highest: in
 
         y0 = np.concatenate([start.numpy(), np.zeros(len(names))])
         solution = solve_ivp(right_hand_side, span, y0, method="DOP853", rtol=1e-12, atol=1e-12)
-        found.append(torch.as_tensor(solution.y[len(start) :, -1]))
-    return dict(zip(names, torch.stack(found).T, strict=True))
+        moved, values = torch.as_tensor(solution.y[:, -1]).split([len(start), len(names)])
+        values = values * (1 if length > 0 else -1)
+        straightness = values[names.index("kinetic")] - (moved - start).square().sum() / abs(length)
+        found.append(torch.cat([values, straightness[None]]))
+    return dict(zip([*names, "straightness"], torch.stack(found).T, strict=True))

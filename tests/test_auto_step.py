@@ -104,10 +104,6 @@ def test_a_measurement_is_a_function_of_the_weights() -> None:
 # in a run ------------------------------------------------------------------------------------------------------
 
 
-def steps_of(result: FitResult) -> list[float]:
-    return [float(row["train/step_size"]) for row in rows(result.folder.path) if "train/step_size" in row]
-
-
 def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> None:
     recipe = tiny_recipe(*AUTO)
     data = load_images(recipe)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from dense_rates import integrals
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 
@@ -87,57 +87,10 @@ def test_torchdyns_bits(solver: str, mode: str, penalties: Any) -> None:
 # --- every penalty against an integral of its own ---------------------------------------------------------------
 
 
-def dense_rates(field: nn.Module, t: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """The rate ``(B,)`` of each name at one time, by dense derivatives of torch.func."""
-
-    def one(z: Tensor, t: Tensor) -> Tensor:
-        return field(t, z[None])[0]
-
-    jacobian = torch.func.vmap(torch.func.jacrev(one), (0, None))(z, t)
-    by_time = torch.func.vmap(torch.func.jacrev(one, 1), (0, None))(z, t)
-    f = field(t, z)
-
-    def along(g: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda z, t: torch.func.jvp(g, (z, t), (one(z, t), torch.ones_like(t)))[1]
-
-    third = torch.func.vmap(along(along(one)), (0, None))(z, t)
-    jf = torch.einsum("bij,bj->bi", jacobian, f)
-    jtf = torch.einsum("bji,bj->bi", jacobian, f)
-    diagonal = jacobian.diagonal(dim1=1, dim2=2)
-    frobenius = jacobian.square().sum((1, 2))
-    second = (jf + by_time).square().sum(1)
-    transposed = jacobian.transpose(1, 2)
-    return {
-        "kinetic": f.square().sum(1), "jacfrob": frobenius, "total_derivative": second, "taylor:2": second,
-        "directional": jf.square().sum(1), "directional_vjp": jtf.square().sum(1), "l1": f.abs().sum(1),
-        "jacdiag": diagonal.square().sum(1), "jacoffdiag": frobenius - diagonal.square().sum(1),
-        "curl": (jacobian - transposed).square().sum((1, 2)),
-        "strain": ((jacobian + transposed) / 2).square().sum((1, 2)), "taylor:3": third.square().sum(1),
-    }  # fmt: skip
-
-
 @cache
 def dense_integrals() -> dict[str, Tensor]:
-    """Simpson's rule along a solution by 400 steps of the classical Runge-Kutta method."""
-    field, z, before, steps = Field(), start(), start(), 400
-    h = 1.0 / steps
-    rows: dict[str, list[Tensor]] = {}
-    z0 = z
-    for k in range(steps + 1):
-        t = torch.tensor(k * h, dtype=z.dtype)
-        for name, value in dense_rates(field, t, z).items():
-            rows.setdefault(name, []).append(value.detach())
-        with torch.no_grad():
-            k1 = field(t, z)
-            k2 = field(t + h / 2, z + h / 2 * k1)
-            k3 = field(t + h / 2, z + h / 2 * k2)
-            z1 = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + field(t + h, z + h * k3))
-        z, before = z1, z
-    weights = torch.ones(steps + 1, dtype=z.dtype)
-    weights[1:-1:2], weights[2:-1:2] = 4, 2
-    integrals = {name: torch.einsum("t,tb->b", weights * h / 3, torch.stack(each)) for name, each in rows.items()}
-    integrals["straightness"] = integrals["kinetic"] - (before - z0).square().sum(1)
-    return integrals
+    field = Field()
+    return integrals(lambda t, z: field(t, z[None])[0], start(), (0.0, 1.0), highest=3)
 
 
 def start() -> Tensor:

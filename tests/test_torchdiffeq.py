@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from scipy.integrate import solve_ivp
+from dense_rates import integrals
 from torch import Tensor, nn
 
 from rnode_plugin.errors import ConfigError
@@ -44,24 +44,7 @@ def start(*shape: int) -> Tensor:
 
 
 def dense(field: Field, y0: Tensor, t0: float, t1: float) -> dict[str, Tensor]:
-    """Integrals along the path by scipy at 1e-11, with Jacobians of torch.func."""
-
-    def rates(t: float, flat: Any) -> Any:
-        y, time = torch.as_tensor(flat[: y0.numel()]).view_as(y0), torch.tensor(t, dtype=torch.float64)
-        with torch.no_grad():
-            f = field(time, y)
-        jacobian = torch.func.vmap(torch.func.jacrev(lambda y: field(time, y)))(y).detach()
-        direction = 1.0 if t1 > t0 else -1.0
-        parts = [f.flatten(), direction * f.square().sum(1), direction * jacobian.square().sum((1, 2))]
-        return torch.cat(parts).numpy()
-
-    batch = len(y0)
-    begin = torch.cat([y0.flatten(), torch.zeros(2 * batch, dtype=y0.dtype)]).numpy()
-    done = solve_ivp(rates, (t0, t1), begin, method="DOP853", rtol=1e-11, atol=1e-12)
-    end = torch.as_tensor(done.y[:, -1])
-    kinetic, jacfrob = end[y0.numel() :].split(batch)
-    distance = (end[: y0.numel()].view_as(y0) - y0).square().sum(1)
-    return {"kinetic": kinetic, "jacfrob": jacfrob, "straightness": kinetic - distance / abs(t1 - t0)}
+    return integrals(lambda t, y: field(t, y[None])[0], y0, (t0, t1), highest=2)
 
 
 @pytest.mark.parametrize("name", BOTH)
