@@ -20,7 +20,6 @@ from PIL import Image
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import Duration, duration, table
 from rnode_plugin.plugins import registry as plugins
-from rnode_plugin.plugins.hookspecs import hookimpl
 
 TINY = [
     "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--accelerator", "cpu", "--devices", "1",
@@ -73,23 +72,6 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     for name in ("train", "eval", "sample", "recipes", "data", "plugins"):
         assert re.search(rf"^  {name} +[A-Z]", done.stdout, re.M), name
-
-
-def test_a_plugin_s_command_is_a_command() -> None:
-    @click.command()
-    def hello() -> None:
-        click.echo("hello there")
-
-    class Friendly:
-        @hookimpl
-        def rnode_register_commands(self):
-            return {"hello": hello}
-
-    plugins.register(Friendly(), name="friendly")
-    try:
-        assert rnode("hello").output == "hello there\n"
-    finally:
-        plugins.unregister("friendly")
 
 
 # recipes -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from image_files import random_images, write_picture
-from torch.utils.data import DistributedSampler
 
 from rnode_plugin.data import ArrayDataset, loader
 from rnode_plugin.data.folders import ImageFiles, PackedImages
@@ -70,18 +69,6 @@ def test_drop_last_leaves_whole_batches():
     assert [len(batch) for batch in loader(images, batch_size=4, drop_last=True)] == [4, 4]
     with pytest.raises(ConfigError, match="10 images do not fill one batch of 11"):
         loader(images, batch_size=11, drop_last=True)
-
-
-def test_another_sampler_can_be_put_in():
-    images = random_images(10)
-    plain = loader(images, batch_size=5)
-    parts = []
-    for rank in range(2):
-        sampler = DistributedSampler(plain.dataset, num_replicas=2, rank=rank, shuffle=True)
-        swapped = type(plain)(plain.dataset, batch_size=5, sampler=sampler, collate_fn=plain.collate_fn)
-        parts += list(swapped)
-    rows = {row.numpy().tobytes() for row in torch.cat(parts)}
-    assert rows == {row.tobytes() for row in images}
 
 
 def test_workers_open_a_packed_file_themselves(tmp_path):

@@ -12,10 +12,8 @@ import pytest
 from image_files import random_images, real_data
 from published_sets import publish, serve
 
-import rnode_plugin
 from rnode_plugin.data import ImageData, get_dataset
-from rnode_plugin.errors import ConfigError, DataError, PluginError
-from rnode_plugin.plugins import registry as plugins
+from rnode_plugin.errors import ConfigError, DataError
 
 
 def test_digits_are_the_real_ones_with_a_fixed_split():
@@ -175,26 +173,6 @@ def test_unknown_names_and_options_list_the_known_ones():
         get_dataset("mnits")
     with pytest.raises(ConfigError, match=r"'digits': .*'bits'.* It takes: root, size"):
         get_dataset("digits", bits=5)
-
-
-def test_a_plugins_data_set_is_found_and_checked():
-    images = random_images(6, (1, 4, 4))
-
-    class Plugin:
-        @rnode_plugin.hookimpl
-        def rnode_register_datasets(self):
-            return {
-                "noise": lambda *, root, download, size: ImageData("noise", images[:4], images[4:], (1, 4, 4)),
-                "nothing": lambda *, root, download, size: None,
-            }
-
-    plugins.register(Plugin(), name="test-data")
-    try:
-        assert np.array_equal(get_dataset("noise").train[:], images[:4])
-        with pytest.raises(PluginError, match="returned NoneType"):
-            get_dataset("nothing")
-    finally:
-        plugins.unregister("test-data")
 
 
 def _data(**changes) -> ImageData:

@@ -143,17 +143,6 @@ def test_a_run_that_goes_on_loses_its_diagnosis(tmp_path: Path) -> None:
         read_run(folder.path)
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), [
-    (["nowhere"], 1, "no checkpoint at nowhere"),
-    (["{run}", "--samples", "1"], 2, "1 is not in the range x>=2"),
-    (["{run}", "--device", "cud"], 2, "the device 'cud' cannot be used"),
-])  # fmt: skip
-def test_what_is_refused(trained: Path, arguments: list[str], code: int, message: str) -> None:
-    result = rnode("diagnose", *(each.format(run=trained) for each in arguments))
-    assert result.exit_code == code
-    assert message in " ".join(result.output.split())
-
-
 def test_held_out_samples_are_in_no_order() -> None:
     recipe = tiny_recipe()
     images = held_out_samples(recipe, 20).x

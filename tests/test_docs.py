@@ -285,16 +285,6 @@ def test_the_commands_with_json_are_listed():
     assert sorted(re.findall(r"`([\w -]+)`", said[1])) == sorted(with_json(main))
 
 
-def test_the_regularizers_are_in_the_tables():
-    page = ROOT / "docs" / "regularizers.md"
-    kinds = re.findall(
-        r"^## ((?:Rates|Step penalties|Trajectory penalties|Span policies): .*)$", page.read_text(), re.M
-    )
-    named = [row[0].strip("`") for kind in kinds for row in table_of(page, kind)]
-    assert len(kinds) == 4
-    assert sorted(named) == sorted(plugins.names("regularizers"))
-
-
 def test_the_public_names_are_in_the_reference():
     pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
     shown = re.findall(r"^\.\. auto\w+:: rnode_plugin\.(\w+)$", pages, re.MULTILINE)

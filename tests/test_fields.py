@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import Ask, Field
-from rnode_plugin.core.ops import transforms_active
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
@@ -115,14 +114,6 @@ def test_time_channel_feels_the_padding(height: int, width: int) -> None:
     time = torch.full((2, 1, height, width), 0.3, dtype=torch.float64)
     expected = F.conv2d(torch.cat([time, x], dim=1), layer.weight, layer.bias, padding=1)
     assert relative(layer(0.3, x), expected) < 1e-13
-
-
-def test_linear_layer_is_a_linear_layer_with_time_first() -> None:
-    layer = ConcatLinear(3, 5)
-    assert layer.weight.shape == (5, 4)
-    x = torch.randn(2, 3)
-    expected = F.linear(torch.cat([torch.full((2, 1), 0.3), x], dim=1), layer.weight, layer.bias)
-    torch.testing.assert_close(layer(torch.tensor(0.3), x), expected)
 
 
 @pytest.mark.parametrize("field", [conv_field(2), linear_field(2)])
@@ -243,13 +234,6 @@ def test_torch_func_differentiates_by_the_parameters(kind: str) -> None:
     direct = torch.autograd.grad(field.prepare(z).linearize(t, z).dz.square().sum(), list(field.parameters()))
     for a, b in zip(found.values(), direct, strict=True):
         assert relative(a, b) < 1e-12
-
-
-def test_the_private_name_of_torch_that_transforms_are_asked_by() -> None:
-    assert not transforms_active()
-    seen: list[bool] = []
-    torch.func.vmap(lambda x: seen.append(transforms_active()) or x)(torch.zeros(2))
-    assert seen == [True]
 
 
 def test_a_first_call_inside_nested_transforms_leaves_nothing_behind() -> None:

@@ -104,16 +104,3 @@ def test_the_message_names_what_was_measured() -> None:
     assert "NFE went from 32 to 500 and the Jacobian norm (jacfrob / dim) went from 0.4 to 19." in message
     assert record.read(torch.tensor(1.0))
     assert (record.skipped, record.in_row) == (4, 0)
-
-
-# accumulation --------------------------------------------------------------------------------------------------
-
-
-def test_accumulation_leaves_the_objective_as_it_is(tmp_path: Path) -> None:
-    """Two batches of ten, one after the other, give the gradient of both at once with the same noise."""
-    recipe = tiny_recipe("training.accumulate=2", "data.batch_size=10", "training.max_steps=4")
-    result = run(recipe, tmp_path)
-    train = [row for row in rows(result.folder.path) if "train/loss" in row]
-    assert [row["step"] for row in train] == list("1234")
-    assert [row["epoch"] for row in train] == ["0.25", "0.5", "0.75", "1.0"]  # 20 of 80 images each
-    assert [row["step"] for row in rows(result.folder.path) if "val/bpd" in row] == ["4"]

@@ -71,15 +71,6 @@ def test_deepcopy_and_pickle_after_use(name: str, sensitivity: str) -> None:
         other.reg_loss().backward()
 
 
-def test_ema_copies_follow() -> None:
-    model = called(galerkin())
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-    )
-    average.update_parameters(model)
-    assert torch.equal(solution(average), solution(model))
-
-
 @pytest.mark.parametrize("regularizers", [None, ["kinetic", "jacfrob"]])
 def test_state_dict_has_torchdyns_keys_and_moves_between_the_two(regularizers: list[str] | None) -> None:
     for field in (galerkin(), hutchinson(), nn.Linear(3, 3)):

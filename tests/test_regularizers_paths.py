@@ -10,7 +10,7 @@ import torch
 from problems import Linear, Wave
 from torch import Tensor, nn
 
-from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver
+from rnode_plugin import MultiscaleFlow, NeuralODE, Solver
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import (
     LearnedEndTime,
@@ -188,22 +188,6 @@ def test_learned_end_time_has_the_gradient_of_the_end(mode: str) -> None:
     policy.end.data.fill_(-0.5)
     with pytest.raises(ConfigError, match=r"has fallen to -0\.5"):
         model(z)
-
-
-def test_a_density_samples_with_its_learned_end_time() -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
-    policy = LearnedEndTime(1.7)
-    model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", regularizers=[policy])
-    x = torch.randn(4, 2)
-    z, _ = model.transform(x)
-    torch.testing.assert_close(model.inverse(z), x, rtol=1e-3, atol=1e-3)
-    policy.end.data.fill_(0.5)
-    assert not torch.allclose(model.inverse(z), x, atol=1e-2)
-    loss = -model.log_prob(x).mean() + model.reg_loss()
-    loss.backward()
-    assert policy.end.grad is not None
-    assert policy.end.grad.abs() > 0
 
 
 def small_flow(*regularizers: object) -> MultiscaleFlow:

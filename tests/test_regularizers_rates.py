@@ -12,7 +12,7 @@ from dense_rates import dense_rates, integrals
 from problems import Linear, Wave
 from torch import Tensor, nn
 
-from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin import CNF, NeuralODE
 from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.regularizers import FunctionRegularizer, Taylor
@@ -341,19 +341,6 @@ def test_penalties_of_some_columns() -> None:
         torch.manual_seed(0)  # the noise is that of the columns
         model(state, span)
     torch.testing.assert_close(padded.regularization, alone.regularization)
-
-
-def test_density_of_images_with_probes() -> None:
-    torch.manual_seed(0)
-    model = RegularizedCNF(
-        Image().float(), event_shape=(2, 2, 2), trace_estimator="rademacher:2", solver="rk4_38",
-        t_span=[0.0, 0.5, 1.0], regularizers=["jacfrob", "total_derivative", "curl"],
-    )  # fmt: skip
-    x = torch.randn(3, 2, 2, 2)
-    loss = -model.log_prob(x).mean() + model.reg_loss()
-    loss.backward()
-    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
-    assert set(model.regularization) == {"jacfrob", "total_derivative", "curl"}
 
 
 def test_names_with_options_and_objects_are_the_same() -> None:

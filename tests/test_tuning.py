@@ -200,17 +200,3 @@ def test_command_trains_a_recipe_first(tmp_path: Path, monkeypatch: pytest.Monke
     assert [line.split()[0] for line in result.output.splitlines()[:4]] == ["step", "1", "0.5", "adaptive"]
     assert "Error: no step down to 0.5 agrees with the adaptive solve" in result.output
     assert list(tmp_path.iterdir()) == [tmp_path / "digits"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere"], "unknown recipe 'nowhere'"),
-        (["CHECKPOINT", "--set", "data.nme=x"], "unknown"),
-    ],
-)
-def test_command_refusals(arguments: list[str], message: str, checkpoint: Path) -> None:
-    result = rnode(*(str(checkpoint) if each == "CHECKPOINT" else each for each in arguments))
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.split())
-    assert isinstance(result.exception, SystemExit)
