@@ -12,7 +12,6 @@ from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models.cnf import autograd_trace, hutch_trace
-from torchdyn.nn import Augmenter, DataControl, DepthCat
 
 from rnode_plugin import CNF, Exact, NeuralODE
 from rnode_plugin.errors import ConfigError
@@ -81,22 +80,6 @@ def test_agrees_with_torchdyns_class_in_either_solver(estimator: Any) -> None:
             found.append(Model(Cnf(net, estimator, noise), "dopri5", sensitivity="adjoint")(x, span)[1])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
-
-
-def test_in_nn_sequential_as_in_torchdyns_tests_and_with_depthcat_and_control() -> None:
-    torch.manual_seed(0)
-    inner = nn.Sequential(DataControl(), DepthCat(1), nn.Linear(5, 2))
-    x = torch.randn(4, 2)
-    model = nn.Sequential(
-        Augmenter(1, 1), NeuralODE(nn.Sequential(CNF(inner, "gaussian")), "rk4", return_t_eval=False)
-    )
-    assert model(x)[-1].shape == (4, 3)
-    with_time = nn.Sequential(
-        Augmenter(1, 1), NeuralODE(nn.Sequential(CNF(WithTime())), "rk4", return_t_eval=False)
-    )
-    # f(t, z) = t z moves z to exp(1/2) z, with a trace of 2 t: after torchdyn's rk4, whose stage times are late
-    exact = NeuralODE(CNF(WithTime()), "rk4", return_t_eval=False)(torch.cat([torch.zeros(4, 1), x], 1))
-    assert torch.equal(with_time(x), exact)
 
 
 class WithTime(nn.Module):

@@ -300,10 +300,3 @@ def test_a_training_step_keeps_its_number_of_device_kernels(quadrature: Any, ker
     flow(x, solver=Solver("euler", step=1.0))  # fills caches
     torch.manual_seed(0)  # which stages a sampled quadrature takes
     assert 0.97 * kernels < count(step).kernels <= kernels
-
-
-def test_wrong_images_are_noticed_in_the_one_read_after_the_solve(monkeypatch: pytest.MonkeyPatch) -> None:
-    flow, reads = make_flow(), []
-    monkeypatch.setattr("rnode_plugin.flows.base.check_health", lambda checks: reads.append(len(checks)))
-    flow(255 * images(2))
-    assert reads == [1 + len(flow.fields)]

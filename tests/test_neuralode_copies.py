@@ -116,38 +116,3 @@ def test_to_cuda_after_construction(sensitivity: str) -> None:
         (sol[-1].sum() + model.reg_loss()).backward()
         assert sol.is_cuda
         assert all(p.grad is None or p.grad.is_cuda for p in model.parameters())
-
-
-def test_a_lightning_module_that_owns_one_trains(tmp_path) -> None:
-    import pytorch_lightning as pl
-    from torch.utils.data import DataLoader, TensorDataset
-
-    class Learner(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = NeuralODE(
-                nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), regularizers=["kinetic"]
-            )
-
-        def training_step(self, batch, batch_idx):
-            x, y = batch
-            _, sol = self.model(x, torch.linspace(0, 1, 2))
-            return nn.functional.cross_entropy(sol[-1], y) + self.model.reg_loss()
-
-        def validation_step(self, batch, batch_idx):
-            self.log("val", self.model(batch[0])[1][-1].mean())
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=0.01)
-
-    data = DataLoader(TensorDataset(torch.randn(32, 2), torch.randint(0, 2, (32,))), batch_size=16)
-    learner = Learner()
-    trainer = pl.Trainer(
-        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        default_root_dir=tmp_path,
-    )  # fmt: skip
-    before = learner.model.vf_params.detach().clone()
-    trainer.fit(learner, data, data)
-    assert not torch.equal(learner.model.vf_params, before)
-    trainer.save_checkpoint(tmp_path / "model.ckpt")
-    Learner.load_from_checkpoint(tmp_path / "model.ckpt")

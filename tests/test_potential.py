@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from problems import Plain, counted_products
@@ -13,29 +15,49 @@ from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import curl, hjb
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.fields.stack import AtContext
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_gradient_divergence_and_rate_are_those_of_the_potential(layers: int) -> None:
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=["flat", "image"])
+def test_all_that_it_gives_is_that_of_the_potential(shape: tuple[int, ...], layers: int) -> None:
+    """Velocity, divergence, Jacobian, products and the rate of a potential with a context."""
     torch.manual_seed(0)
-    field = PotentialField(4, hidden=6, layers=layers, rank=3).double()
-    nn.init.normal_(field.biases[0])
-    nn.init.normal_(field.b)
-    t, z = torch.tensor(0.3, dtype=torch.float64), torch.randn(3, 2, 2, dtype=torch.float64)
-
-    def potential(t: Tensor, z: Tensor) -> Tensor:
-        return field.potential(t, z[None])[0]
-
-    dz, _, _, divergence, aux = field.linearize(t, z, ask=Ask(divergence=True, aux=True))
+    dims = math.prod(shape)
+    net = PotentialField(dims, hidden=6, layers=layers, rank=3, context=2).double()
+    nn.init.normal_(net.biases[0])
+    nn.init.normal_(net.b)
+    t, z, context = (
+        torch.tensor(0.3, dtype=torch.float64),
+        torch.randn(3, *shape).double(),
+        torch.randn(3, 2).double(),
+    )
+    noise, v = torch.randn(2, 3, *shape, dtype=torch.float64)
+    field = AtContext(net, context)
+    dz, jacobian, jvp, divergence, aux = field.linearize(t, z, ask=Ask("rows", jvp=True, divergence=True, aux=True))
+    assert jacobian is not None
+    assert jvp is not None
     assert divergence is not None
     assert aux is not None
     torch.testing.assert_close(dz, field(t, z))
+    torch.testing.assert_close(jvp(v, 1.7), torch.func.jvp(field, (t, z), (torch.full_like(t, 1.7), v))[1])
+    product = field.linearize(t, z, noise, ask=Ask("noise")).products
+    several = field.linearize(t, z, torch.stack([noise, v]), ask=Ask("noise")).products
+    assert product is not None
+    assert several is not None
     for i, sample in enumerate(z):
+
+        def potential(t: Tensor, z: Tensor, given: Tensor = context[i : i + 1]) -> Tensor:
+            return net.potential(t, z[None], given)[0]
+
         by_t, by_z = torch.func.grad(potential, argnums=(0, 1))(t, sample)
+        hessian = torch.func.hessian(potential, argnums=1)(t, sample).reshape(dims, dims)
         torch.testing.assert_close(dz[i], -by_z)
         torch.testing.assert_close(aux["potential_rate"][i], by_t)
-        hessian = torch.func.hessian(potential, argnums=1)(t, sample).reshape(4, 4)
         torch.testing.assert_close(divergence[i], -hessian.trace())
+        torch.testing.assert_close(jacobian[:, i].flatten(1), -hessian)
+        torch.testing.assert_close(product[i].flatten(), -noise[i].flatten() @ hessian)
+        torch.testing.assert_close(several[:, i].flatten(1), -torch.stack([noise[i], v[i]]).flatten(1) @ hessian)
 
 
 def test_the_exact_trace_of_a_density_needs_no_jacobian() -> None:

@@ -12,7 +12,7 @@ from dense_rates import dense_rates, integrals
 from problems import Linear, Wave
 from torch import Tensor, nn
 
-from rnode_plugin import CNF, NeuralODE
+from rnode_plugin import NeuralODE
 from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.regularizers import FunctionRegularizer, Taylor
@@ -294,53 +294,6 @@ def test_each_product_is_made_once() -> None:
     plain = rates_of(Wave(), names, t, z, "gaussian")
     for name in names:
         torch.testing.assert_close(found[name], plain[name])
-
-
-def test_a_cnf_gives_the_same_penalties_as_its_net_alone() -> None:
-    """The derivatives are those of the field without its trace, and they are no evaluations."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
-    z = torch.randn(4, 3, dtype=torch.float64)
-    names = ["total_derivative", "taylor:3", "curl", "directional_vjp", "jacdiag", "straightness"]
-    span = torch.linspace(0, 1, 4, dtype=torch.float64)
-    alone = NeuralODE(net, "dopri5", regularizers=names, trace_noise="exact", atol=1e-8, rtol=1e-8)
-    alone(z, span)
-    state = torch.cat([torch.zeros(4, 1, dtype=torch.float64), z], 1)
-    from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
-
-    for cnf in (CNF(net, "exact"), TorchdynCNF(net)):
-        model = NeuralODE(cnf, "dopri5", regularizers=names, atol=1e-8, rtol=1e-8)
-        model(state, span)
-        plain = NeuralODE(cnf, "dopri5", atol=1e-8, rtol=1e-8)
-        plain(state, span)
-        assert model.vf.nfe == plain.vf.nfe
-        for name in names:
-            # the trace has its part in the choice of the steps
-            torch.testing.assert_close(model.regularization[name], alone.regularization[name], rtol=1e-4, atol=1e-8)
-
-
-def test_penalties_of_some_columns() -> None:
-    """A user's field with a column of its own: the penalties are those of the others."""
-    net, z = Wave(), torch.randn(4, 3, dtype=torch.float64)
-
-    class Padded(nn.Module):
-        def forward(self, t: Tensor, x: Tensor) -> Tensor:
-            return torch.cat([net(t, x[:, :3]), x[:, :1].square()], 1)
-
-    names = ["total_derivative", "taylor:3", "curl", "jacdiag", "straightness"]
-    options = {"regularizers": names, "trace_noise": "exact", "solver": "rk4_38"}
-    span = torch.linspace(0, 1, 4, dtype=torch.float64)
-    alone, padded = NeuralODE(net, **options), NeuralODE(Padded(), penalized=slice(0, 3), **options)
-    alone(z, span)
-    padded(torch.cat([z, z[:, :1]], 1), span)
-    for name in names:
-        torch.testing.assert_close(padded.regularization[name], alone.regularization[name], msg=name)
-    options = {"regularizers": ["jacfrob", "curl"], "trace_noise": "gaussian:2", "solver": "rk4"}
-    alone, padded = NeuralODE(net, **options), NeuralODE(Padded(), penalized=slice(0, 3), **options)
-    for model, state in ((alone, z), (padded, torch.cat([z, z[:, :1]], 1))):
-        torch.manual_seed(0)  # the noise is that of the columns
-        model(state, span)
-    torch.testing.assert_close(padded.regularization, alone.regularization)
 
 
 def test_names_with_options_and_objects_are_the_same() -> None:

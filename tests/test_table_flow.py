@@ -12,7 +12,6 @@ from problems import Plain
 from torch import Tensor, nn
 
 from rnode_plugin import Solver
-from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.trace_estimators import HutchPlusPlus, TraceEstimator
 from rnode_plugin.errors import ConfigError
@@ -158,36 +157,6 @@ def test_gradient_modes_agree_at_a_context(field: str, gradient: str, close: flo
         gradients.append([p.grad if p.grad is not None else torch.zeros_like(p) for p in flow.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=close, atol=close)
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_potential_knows_its_jacobian(layers: int) -> None:
-    torch.manual_seed(0)
-    at = AtContext(PotentialField(3, hidden=5, layers=layers, context=2).double(), rows(4, 2))
-    t, z = torch.tensor(0.3, dtype=torch.float64), rows(4, 3)
-    noise, v = rows(4, 3), rows(4, 3)
-    dz, jacobian, jvp, divergence, aux = at.linearize(t, z, ask=Ask("rows", jvp=True, divergence=True, aux=True))
-    assert jvp is not None
-    assert aux is not None
-    dense: Any = torch.autograd.functional.jacobian(lambda z: at(t, z).sum(0), z)
-    torch.testing.assert_close(dz, at(t, z))
-    torch.testing.assert_close(jacobian, dense)
-    torch.testing.assert_close(divergence, dense.diagonal(dim1=0, dim2=2).sum(-1))
-    product = at.linearize(t, z, noise, ask=Ask("noise")).products
-    torch.testing.assert_close(product, torch.einsum("bi,ibj->bj", noise, dense))
-    several = at.linearize(t, z, torch.stack([noise, v]), ask=Ask("noise")).products
-    torch.testing.assert_close(several, torch.einsum("kbi,ibj->kbj", torch.stack([noise, v]), dense))
-    along = torch.func.jvp(at, (t, z), (torch.full_like(t, 1.7), v))[1]
-    torch.testing.assert_close(jvp(v, 1.7), along)
-    rate = torch.func.grad(lambda t: at.field.potential(t, z, rows(4, 2)).sum())(t)
-    torch.testing.assert_close(aux["potential_rate"].sum(), rate)
-    shaped = PotentialField(4, hidden=5, layers=layers).double()
-    squares = rows(2, 2, 2)
-    flat = shaped.linearize(t, squares.flatten(1), ask=Ask("rows")).products
-    found = shaped.linearize(t, squares, ask=Ask("rows")).products
-    assert flat is not None
-    assert found is not None
-    assert torch.equal(found, flat.reshape(4, 2, 2, 2))
 
 
 def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:

@@ -156,14 +156,18 @@ def test_a_tuple_state(name: str, tolerance: Any) -> None:
 
 
 def test_several_tensors_are_penalized_together() -> None:
+    """Also one with a number per sample."""
+
     def func(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(-x for x in state)
 
-    state = (start(4, 2), start(4, 3), start(5))
-    _, both = odeint(func, state, SPAN, regularizers=["kinetic", "jacfrob"], penalized=(0, 1), trace_noise="exact")
-    expected = sum((1 - torch.exp(torch.tensor(-2.0))) / 2 * x.square().sum(1) for x in state[:2])
+    state = (start(4, 2), start(4, 3), start(5), start(4))
+    names = ["kinetic", "jacfrob"]
+    _, both = odeint(func, state, SPAN, regularizers=names, penalized=(0, 1, -1), trace_noise="exact")
+    moved = sum(x.reshape(4, -1).square().sum(1) for x in (state[0], state[1], state[3]))
+    expected = (1 - torch.exp(torch.tensor(-2.0))) / 2 * moved
     torch.testing.assert_close(both["kinetic"], expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(both["jacfrob"], torch.full((4,), 5.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both["jacfrob"], torch.full((4,), 6.0, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 def test_the_samples_may_be_another_dimension() -> None:
@@ -355,17 +359,6 @@ def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None
     torch.testing.assert_close(gradient(odeint_adjoint), gradient(odeint), rtol=1e-5, atol=1e-7)
 
 
-def test_one_number_per_sample_can_be_penalized_too() -> None:
-    def func(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(-x for x in state)
-
-    state = (start(4, 2), start(4))
-    _, both = odeint(func, state, SPAN, regularizers=["kinetic"], penalized=(0, 1, -2))
-    _, first = odeint(func, state, SPAN, regularizers=["kinetic"])
-    expected = first["kinetic"] + (1 - torch.exp(torch.tensor(-2.0))) / 2 * state[1].square()
-    torch.testing.assert_close(both["kinetic"], expected, rtol=1e-6, atol=1e-8)
-
-
 # --- code that cannot be changed --------------------------------------------------------------------------------
 
 
@@ -420,42 +413,33 @@ def test_install_gives_torchdiffeqs_names_the_argument(their_code: ModuleType) -
     assert their_code.odeint is PLAIN["odeint"]
 
 
+class Pair(Field):
+    """A tuple as state, whose second tensor is a function of the first alone."""
+
+    def forward(self, t: Tensor, y: Any) -> Any:
+        return super().forward(t, y[0]), y[0].sum(1)
+
+
+@pytest.mark.parametrize("make", [Field, Pair])
 @pytest.mark.parametrize("name", BOTH)
-def test_installed_regularizers_add_their_gradient(their_code: ModuleType, name: str) -> None:
-    def gradient(loss: Tensor, field: Field) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, list(field.parameters())))
+def test_installed_regularizers_add_their_gradient(their_code: ModuleType, name: str, make: type[Field]) -> None:
+    """Of whichever tensor the loss is a function."""
+    field, y0 = make(), (start(), start(4)) if make is Pair else start()
 
-    field, y0 = Field(), start()
-    y, penalties = BOTH[name](field, y0, SPAN, regularizers={"kinetic": 0.5})
-    expected = gradient(y[-1].mean() + penalties.loss(), field)
-    install({"kinetic": 0.5})
-    try:
-        loss = getattr(their_code, name)(field, y0, SPAN)[-1].mean()
-        found = gradient(loss, field)
-    finally:
-        uninstall()
-    assert loss.item() == y[-1].mean().item()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    def solution(y: Any) -> Tensor:
+        return (y[1] if make is Pair else y)[-1].mean()
 
-
-@pytest.mark.parametrize("name", BOTH)
-def test_installed_regularizers_reach_a_loss_of_any_tensor(their_code: ModuleType, name: str) -> None:
-    class Pair(Field):
-        def forward(self, t: Tensor, y: Any) -> Any:
-            return super().forward(t, y[0]), y[0].sum(1)
-
-    field, y0 = Pair(), (start(), start(4))
     weights = list(field.parameters())
     y, penalties = BOTH[name](field, y0, SPAN, regularizers={"kinetic": 0.5})
-    expected = torch.autograd.grad(y[1][-1].mean() + penalties.loss(), weights)
+    expected = torch.autograd.grad(solution(y) + penalties.loss(), weights)
     install({"kinetic": 0.5})
     try:
-        found = torch.autograd.grad(getattr(their_code, name)(field, y0, SPAN)[1][-1].mean(), weights)
+        loss = solution(getattr(their_code, name)(field, y0, SPAN))
+        found = torch.autograd.grad(loss, weights)
     finally:
         uninstall()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+    assert loss.item() == solution(y).item()
+    torch.testing.assert_close(found, expected)
 
 
 def test_what_a_block_leaves_behind_is_torchdiffeqs_function(their_code: ModuleType) -> None:

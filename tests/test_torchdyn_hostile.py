@@ -18,6 +18,8 @@ from rnode_plugin.errors import ConfigError
 
 MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
+OTHERS = ["total_derivative", "taylor:3", "curl", "directional_vjp", "jacdiag", "straightness"]
+MANY = {**BOTH, **dict.fromkeys(OTHERS, 0.1)}
 
 
 # --- times and states ---
@@ -154,7 +156,7 @@ def test_penalized_columns_leave_a_divergence_of_ones_own_out(
     ):
         torch.manual_seed(1)
         model = NeuralODE(
-            field, "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise=trace_noise, penalized=columns
+            field, "rk4", sensitivity=sensitivity, regularizers=MANY, trace_noise=trace_noise, penalized=columns
         )
         model(state, span)
         loss = model.reg_loss()
@@ -167,12 +169,13 @@ def test_penalties_are_those_of_z_alone() -> None:
     """Neither a CNF's trace nor an integral loss counts, nor the columns that penalized= leaves out."""
     torch.manual_seed(0)
     net, x, zero = mlp(2, 8, 2), torch.randn(5, 2), torch.zeros(5, 1)
-    options: dict[str, Any] = {"regularizers": BOTH, "trace_noise": "exact"}
+    options: dict[str, Any] = {"regularizers": MANY, "trace_noise": "exact"}
     plain = NeuralODE(net, "rk4", **options)
     plain(x)
     cost: dict[str, Any] = {"integral_loss": lambda t, x: x.square().sum(1)}
     cases: list[tuple[nn.Module, list[Tensor], dict[str, Any]]] = [
         (TorchdynCNF(net), [zero, x], {}),
+        (CNF(net, "exact"), [zero, x], {}),
         (nn.Sequential(TorchdynCNF(net)), [zero, x], {"penalized": slice(1, None)}),
         (net, [zero, x], cost),
         (Wrapper(net), [zero, x, zero], {"penalized": slice(None, -1), **cost}),
