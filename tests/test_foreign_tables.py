@@ -90,7 +90,7 @@ REFUSED = {
     "Stata's missing values": ("a,b\n1,.\n2,.a\n", "'b' .* 2 missing values"),
     "SPSS' missing values": ("a,b\n1, \n2,#NULL!\n", "'b' .* 2 missing values"),
     "labels": ("a,b\n1,male\n2,female\n", "'b' .* not numeric: row 1 holds 'male'"),
-    "truth": ("a,b\n1,TRUE\n2,FALSE\n", "'b' .* not numeric: row 1 holds 'TRUE'"),
+    "truth": ("a,b\n1,TRUE\n2,FALSE\n", "'b' .* not numeric: row 1 holds 'True'"),
     "units below the names": ("a,b\nK,m\n" + text_of(ROWS), "'a' .* not numeric: row 1 holds 'K'"),
     "Fortran's exponents": ("a b\n1.0D-01 2\n", "'a' .* not numeric: row 1 holds '1.0D-01'"),
     "a title": ("Our measurements\na,b\n" + text_of(ROWS), "not numeric: row 1 holds .b."),

@@ -1,27 +1,30 @@
 """Files of tables: names of their columns, the values of some of them, and rows written back.
 
-Where another program may mean something else (a first line of numbers, row names, a decimal comma), a note names
-the choice, or the file is refused.
+pandas reads ``.csv``, ``.tsv`` and ``.txt``, NumPy ``.npy`` and ``.npz``, pyarrow ``.parquet``. Where
+another program may mean something else (a first line of numbers, row names, a decimal comma), a note names the
+choice, or the file is refused.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import itertools
-import math
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 
 from ..errors import ConfigError, DataError, suggest
 from ..files import write_atomically
 from .images import naming
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["check_written", "column_names", "leave_out", "read_columns", "read_with_notes", "write_rows"]
 
@@ -107,7 +110,7 @@ def leave_out(columns: Sequence[str], name: str) -> str:
     return f"leave it out with --set data.columns={listed!r}."
 
 
-# Text ----------------------------------------------------------------------------------------------------------
+# Text: the first lines tell what pandas cannot find by itself ---------------------------------------------------
 
 _MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-", ".", "#n/a", "#null!", *(f".{c}" for c in "abcz")}
 _UNNAMED = ("", "Unnamed: 0", "...1")  # above row names of R and pandas, also when written again
@@ -121,108 +124,74 @@ class _Layout(NamedTuple):
 
     Attributes:
         start: position of the first row.
-        width: cells of a row.
         names: of the columns that are used.
         first: columns before these, which hold row names.
+        width: cells of a row.
     """
 
-    path: Path
     encoding: str
     separator: str
     start: int
+    names: tuple[str, ...]
+    first: int
     width: int
-    names: tuple[str, ...] = ()
-    first: int = 0
-
-    def rows(self) -> Iterator[list[str]]:
-        """The cells of each row; a spreadsheet's rows without any value are left out.
-
-        Raises:
-            DataError: a row has more or fewer cells than the others.
-        """
-        with self.path.open(newline="", encoding=self.encoding) as file:
-            file.seek(self.start)
-            # strict: an open quote would swallow the rows behind it
-            filled = (cells for cells in _cells(file, self.separator, strict=True) if any(map(str.strip, cells)))
-            for number, cells in enumerate(filled, 1):
-                if len(cells) != self.width:
-                    raise self.odd(number, len(cells), self.width)
-                yield cells
-
-    def sample(self) -> list[list[str]]:
-        return list(itertools.islice(self.rows(), _SAMPLE))
-
-    def odd(self, number: int, found: int, wanted: int) -> DataError:
-        is_comma = self.separator == "," and found > wanted
-        advice = " Is a comma its decimal sign? Write numbers with a point." if is_comma else ""
-        return DataError(f"row {number} of {self.path} has {found} cells, not {wanted}.{advice}")
-
-    def read(self, wanted: Sequence[str]) -> np.ndarray:
-        places = [(self.names.index(name) + self.first, name) for name in wanted]
-
-        def value(number: int, cell: str, name: str) -> float:
-            if (found := _number(cell)) is not None:
-                return found
-            cell = cell.strip()
-            comma = ", with a decimal comma or a comma between thousands" if _DECIMAL_COMMA.fullmatch(cell) else ""
-            raise _not_numeric(self.path, name, f"row {number} holds {cell[:40]!r}{comma}", wanted)
-
-        values = (
-            value(number, cells[place], name)
-            for number, cells in enumerate(self.rows(), 1)
-            for place, name in places
-        )
-        return np.fromiter(values, np.float64).reshape(-1, len(wanted))
 
 
 def _open_text(path: Path) -> _Source:
     notes: list[str] = []
+    layout = _layout(path, notes)
+    return _Source(layout.names, lambda wanted: _text_values(path, layout, wanted), tuple(notes))
+
+
+def _layout(path: Path, notes: list[str]) -> _Layout:
     with path.open("rb") as head:
         encoding = "utf-16" if head.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     with path.open(newline="", encoding=encoding) as file:
         comment, separator, begin, record = _first_record(file)
-        start, row = file.tell(), _record(file)
-    if not record:
-        raise DataError(f"{path} is empty.")
-    if separator is None:
-        separator = "\t" if path.suffix.lower() == ".tsv" else _separator(record, row)
-    names = _cells_of(record, separator)
-    layout = _Layout(path, encoding, separator, start, len(_cells_of(row, separator)))
-    if all(_number(cell) is not None for cell in names):
-        commented = _cells_of(comment.lstrip("# "), separator)
-        if len(commented) == len(names):  # NumPy's savetxt writes the names as a comment
-            start, row, names = begin, record, commented
-        elif _is_header(names, layout):
-            notes.append(f"the first line of {path} is taken as names: {', '.join(names)}")
-        else:
-            start, row, names = begin, record, [f"column_{k}" for k in range(1, len(names) + 1)]
-            notes.append(f"no header found in {path}: its first line holds numbers and is the first row")
-    layout = _Layout(path, encoding, separator, start, len(_cells_of(row, separator)), tuple(names))
-    layout = _aligned(layout, row, notes)
-    return _Source(layout.names, layout.read, tuple(notes))
+        if not record:
+            raise DataError(f"{path} is empty.")
+        after, row = file.tell(), _record(file)
+        if separator is None:
+            separator = "\t" if path.suffix.lower() == ".tsv" else _separator(record, row)
+        names, start = _cells_of(record, separator), after
+        if all(_number(cell) is not None or cell.lower() in _MISSING for cell in names):
+            commented = _cells_of(comment.lstrip("# "), separator) if comment else []
+            if len(commented) == len(names):  # NumPy's savetxt writes the names as a comment
+                names, start, row = commented, begin, record
+            elif row and _is_header(path, names, _sample(file, separator, after)):
+                notes.append(f"the first line of {path} is taken as names: {', '.join(names)}")
+            else:
+                names, start, row = [f"column_{k}" for k in range(1, len(names) + 1)], begin, record
+                notes.append(f"no header found in {path}: its first line holds numbers and is the first row")
+        if not row:
+            raise DataError(f"{path} has columns, but no rows.")
+        layout = _Layout(encoding, separator, start, tuple(names), 0, len(_cells_of(row, separator)))
+        try:
+            sample = _sample(file, separator, start)
+        except _pandas().errors.ParserError:
+            _check_widths(path, layout)
+            raise
+    return _aligned(path, layout, sample, row, notes)
 
 
-def _aligned(layout: _Layout, row: str, notes: list[str]) -> _Layout:
+def _aligned(path: Path, layout: _Layout, rows: pd.DataFrame, row: str, notes: list[str]) -> _Layout:
     """The layout with the columns that have names, if they are as many as there are names."""
-    columns = list(zip(*layout.sample(), strict=True))
-    if not columns:
-        return layout
-    names, first = list(layout.names), 0
-    more = layout.width - len(names)
-    last_is_empty = not any(columns[-1])
+    names, first, width = list(layout.names), 0, rows.shape[1]
+    more = width - len(names)
+    last_is_empty = bool(rows[width - 1].isna().all())
     if more == 0:
-        while len(names) > 1 and not names[-1] and not any(columns[len(names) - 1]):
+        while len(names) > 1 and not names[-1] and rows[len(names) - 1].isna().all():
             names.pop()  # a spreadsheet's columns without any value
         first = int(len(names) > 1 and names[0] in _UNNAMED)
         names = names[first:]
     elif more == 1 and not last_is_empty:  # otherwise each row ends in a separator
-        counted = list(columns[0]) == [str(k) for k in range(1, len(columns[0]) + 1)]
-        first = int(counted or row.lstrip().startswith('"') or None in map(_number, columns[0]))
+        numbered = rows[0].astype(str).tolist() == [str(k) for k in range(1, len(rows) + 1)]
+        first = int(numbered or row.lstrip().startswith('"') or rows[0].dtype.kind not in "fiu")
     if first:
-        notes.append(f"the first column of {layout.path} has no name: it is left out, as names of the rows")
+        notes.append(f"the first column of {path} has no name: it is left out, as names of the rows")
     elif more != 0 and not (more == 1 and last_is_empty):
-        raise layout.odd(1, layout.width, len(names))
-    return layout._replace(names=tuple(names), first=first)
+        raise _odd(path, 1, width, len(names), layout.separator)
+    return layout._replace(names=tuple(names), first=first, width=width)
 
 
 def _first_record(file: TextIO) -> tuple[str, str | None, int, str]:
@@ -249,16 +218,11 @@ def _record(file: TextIO) -> str:
     return line.rstrip("\r\n")
 
 
-def _cells(lines: Iterable[str], separator: str, *, strict: bool = False) -> Iterator[list[str]]:
-    """The cells of each line; a space as separator stands for any number of them."""
-    if separator == " ":
-        lines = (" ".join(line.split()) for line in lines)
-    return csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=strict)
-
-
 def _cells_of(record: str, separator: str) -> list[str]:
-    """The cells of one record, without spaces around them."""
-    return [cell.strip() for cells in _cells(io.StringIO(record, newline=""), separator) for cell in cells]
+    if separator == r"\s+":
+        record, separator = " ".join(record.split()), " "
+    (cells,) = csv.reader(io.StringIO(record, newline=""), delimiter=separator, skipinitialspace=True)
+    return [cell.strip() for cell in cells]
 
 
 def _separator(record: str, row: str) -> str:
@@ -269,43 +233,114 @@ def _separator(record: str, row: str) -> str:
         if each in cells and all(_number(cell.replace(",", ".")) is not None for cell in cells[each]):
             return each  # and a comma inside of a cell is the decimal sign
     if not cells:
-        words = _cells_of(record.lstrip("# "), " ")
+        words = _cells_of(record.lstrip("# "), r"\s+")
         numbers = all(_number(word) is not None for word in words)
-        more = len(_cells_of(row, " ")) - len(words) if row else 0
-        return " " if len(words) > 1 and (numbers or more in (0, 1)) else ","
+        more = len(_cells_of(row, r"\s+")) - len(words) if row else 0
+        return r"\s+" if len(words) > 1 and (numbers or more in (0, 1)) else ","
     alike = [each for each in cells if not row or len(_cells_of(row, each)) - len(cells[each]) in (0, 1)]
     return max(alike or cells, key=lambda each: len(cells[each]))
 
 
-def _is_header(first: Sequence[str], layout: _Layout) -> bool:
+def _is_header(path: Path, first: Sequence[str], rows: pd.DataFrame) -> bool:
     """Whether a first line of numbers holds names: pandas' 0, 1, ..., or whole numbers that are far from all rows.
 
     Raises:
         DataError: it may hold either.
     """
     whole = all(_WHOLE.fullmatch(cell) for cell in first) and len(set(first)) == len(first)
-    if not whole or layout.width != len(first) or len(rows := layout.sample()) < 5:
+    if not whole or len(rows) < 5 or rows.shape[1] != len(first):
         return False
-    values = np.array([list(map(_number, cells)) for cells in rows], dtype=np.float64)  # NaN for None
-    least, most = np.fmin.reduce(values), np.fmax.reduce(values)
-    far = np.abs(np.array(first, dtype=np.float64) - (least + most) / 2) > 1.5 * (most - least)
+    values = rows.apply(_pandas().to_numeric, errors="coerce")
+    least, most = values.min(), values.max()
+    far = [abs(float(cell) - (a + b) / 2) > 1.5 * (b - a) for cell, a, b in zip(first, least, most, strict=True)]
     counted = list(first) == [str(number) for number in range(len(first))]
-    if far.all() or (counted and (values != np.floor(values)).any(0).all()):
+    if all(far) or (counted and bool((values % 1 != 0).any().all())):
         return True
     if counted and len(first) > 1:
         raise DataError(
-            f"the first line of {layout.path}, {','.join(first)}, may hold names or a row: write names there, such "
-            f"as {','.join('abcdefgh'[: len(first)])}{',...' if len(first) > 8 else ''}."
+            f"the first line of {path}, {','.join(first)}, may hold names or a row: write names there, such as "
+            f"{','.join('abcdefgh'[: len(first)])}{',...' if len(first) > 8 else ''}."
         )
     return False
 
 
+def _sample(file: TextIO, separator: str, start: int) -> pd.DataFrame:
+    file.seek(start)
+    return _frame(file, separator, _SAMPLE)
+
+
+def _frame(file: TextIO, separator: str, rows: int | None = None) -> pd.DataFrame:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions have this precision as their default, and say so
+        return _pandas().read_csv(
+            file, sep=separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False,
+            float_precision="round_trip",
+        )  # fmt: skip
+
+
+def _pandas() -> Any:
+    import pandas  # takes half a second
+
+    return pandas
+
+
+def _text_values(path: Path, layout: _Layout, wanted: Sequence[str]) -> np.ndarray:
+    with path.open(newline="", encoding=layout.encoding) as file:
+        file.seek(layout.start)
+        try:
+            frame = _frame(file, layout.separator)
+        except _pandas().errors.ParserError:
+            _check_widths(path, layout)
+            raise
+    if frame[layout.width - 1].isna().any():  # pandas fills rows that are too short
+        _check_widths(path, layout)
+    frame = frame.dropna(how="all")  # a spreadsheet's rows without any value
+    places = [layout.names.index(name) + layout.first for name in wanted]
+    columns = [_text_column(path, frame[place], name, wanted) for place, name in zip(places, wanted, strict=True)]
+    return np.stack(columns, axis=1)
+
+
+def _text_column(path: Path, column: pd.Series, name: str, wanted: Sequence[str]) -> np.ndarray:
+    if column.dtype.kind in "fiu":
+        return column.to_numpy(dtype=np.float64)
+    values = np.full(len(column), np.nan)
+    for at, (row, cell) in enumerate(column.items()):
+        text = str(cell).strip()
+        if text.lower() in _MISSING:
+            continue
+        number = _number(text)
+        if number is None:
+            comma = ", with a decimal comma or a comma between thousands" if _DECIMAL_COMMA.fullmatch(text) else ""
+            raise _not_numeric(path, name, f"row {int(str(row)) + 1} holds {text[:40]!r}{comma}", wanted)
+        values[at] = number
+    return values
+
+
+def _check_widths(path: Path, layout: _Layout) -> None:
+    """Refuse the first row that has more or fewer cells than the others."""
+    with path.open(newline="", encoding=layout.encoding) as file:
+        file.seek(layout.start)
+        lines: Iterator[list[str]] = (
+            (_cells_of(line, layout.separator) for line in file)
+            if layout.separator == r"\s+"
+            else csv.reader(file, delimiter=layout.separator)
+        )
+        for number, cells in enumerate((each for each in lines if any(cell.strip() for cell in each)), 1):
+            if len(cells) != layout.width:
+                raise _odd(path, number, len(cells), layout.width, layout.separator)
+
+
+def _odd(path: Path, number: int, found: int, wanted: int, separator: str) -> DataError:
+    is_comma = separator == "," and found > wanted
+    advice = " Is a comma its decimal sign? Write numbers with a point." if is_comma else ""
+    return DataError(f"row {number} of {path} has {found} cells, not {wanted}.{advice}")
+
+
 def _number(cell: str) -> float | None:
-    """The number in a cell, NaN for a missing value; None if it holds something else."""
     try:
         return float(cell)
     except ValueError:
-        return math.nan if cell.strip().lower() in _MISSING else None
+        return None
 
 
 # Arrays and parquet --------------------------------------------------------------------------------------------
@@ -402,11 +437,8 @@ def write_rows(path: str | os.PathLike[str], names: Sequence[str], rows: np.ndar
 
 
 def _write_text(file: IO[bytes], names: Sequence[str], rows: np.ndarray, separator: str) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=separator, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([f"{value:.8g}" for value in row] for row in rows)
-    file.write(text.getvalue().encode())
+    frame = _pandas().DataFrame(rows, columns=list(names))
+    file.write(frame.to_csv(sep=separator, index=False, float_format="%.8g", lineterminator="\n").encode())
 
 
 def _write_parquet(file: IO[bytes], names: Sequence[str], rows: np.ndarray) -> None:
