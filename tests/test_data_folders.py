@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import os
 import struct
-import tarfile
 import zlib
 
 import numpy as np
 import pytest
-from image_files import picture_bytes, random_images, real_data, write_picture
+from image_files import picture_bytes, random_images, write_picture
 from PIL import Image
 
 from rnode_plugin.data import ArrayDataset, folders, get_dataset
@@ -56,28 +55,6 @@ def test_without_folders_the_same_part_is_held_out_each_time(tmp_path):
     assert len(get_dataset("folder", root=str(tmp_path), val_fraction=0.5).val) == 15
     with pytest.raises(ConfigError, match="between 0 and 1"):
         get_dataset("folder", root=str(tmp_path), val_fraction=1.0)
-
-
-def test_real_photographs(tmp_path):
-    count = {"train": 0, "test": 0}
-    with tarfile.open(real_data("cifar10-jpeg.tar")) as archive:
-        for member in archive:
-            split = member.name.split("/")[1] if member.isfile() else ""
-            if split in count and count[split] < 150:
-                path = tmp_path / member.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                content = archive.extractfile(member)
-                assert content is not None
-                path.write_bytes(content.read())
-                count[split] += 1
-    data = get_dataset("folder", root=str(tmp_path / "cifar10-jpeg"))
-    assert (len(data.train), len(data.val), data.shape) == (150, 150, (3, 32, 32))
-    first = sorted((tmp_path / "cifar10-jpeg" / "train").rglob("*.jpg"))[0]
-    assert np.array_equal(data.train[0], np.asarray(Image.open(first)).transpose(2, 0, 1))
-    # one level up the same split is found; a size makes squares of it
-    smaller = get_dataset("folder", root=str(tmp_path), size=16, channels=1, bits=5)
-    assert (len(smaller.train), smaller.shape, smaller.levels) == (150, (1, 16, 16), 32)
-    assert 20 < smaller.train[:].max() < 32
 
 
 def test_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path):
@@ -231,13 +208,8 @@ def test_arrays_that_are_no_packed_images(tmp_path, array, message):
         get_dataset("folder", root=str(tmp_path))
 
 
-def test_damaged_packed_files(tmp_path):
+def test_a_missing_packed_file(tmp_path):
     _pack(tmp_path, random_images(4))
-    content = (tmp_path / "val.npy").read_bytes()
-    for wrong in (content[:-10], content[:20]):
-        (tmp_path / "val.npy").write_bytes(wrong)
-        with pytest.raises(DataError, match=r"val\.npy cannot be read"):
-            get_dataset("folder", root=str(tmp_path))
     (tmp_path / "val.npy").unlink()
     with pytest.raises(DataError, match=r"val\.npy cannot be read: .*data prepare"):
         get_dataset("folder", root=str(tmp_path))

@@ -146,21 +146,6 @@ def test_a_source_that_changes_meanwhile(tmp_path):
     assert_nothing(tmp_path / "out")
 
 
-def test_many_images_have_a_header_that_fits(tmp_path):
-    from rnode_plugin.data.packing import _Writer
-
-    with _Writer(tmp_path / "train.npy") as writer:
-        writer.append(random_images(1, (3, 256, 256)))
-        start = writer.file.tell()
-        writer.shape = (10**12, 3, 256, 256)  # as if there were so many
-        writer.finish()
-        writer.publish()
-    with open(tmp_path / "train.npy", "rb") as file:
-        assert np.lib.format.read_magic(file) == (1, 0)
-        assert np.lib.format.read_array_header_1_0(file) == ((10**12, 3, 256, 256), False, np.uint8)
-        assert file.tell() == start - 3 * 256 * 256
-
-
 # ---- the command
 
 
@@ -244,16 +229,9 @@ def test_pictures_of_different_sizes(tmp_path):
     assert prepare(tmp_path / "in", target=tmp_path / "out", size=8).shape == SHAPE
 
 
-@pytest.mark.parametrize("name", ["a.zip", "b.tar", "c.tar.gz", "text.zip", "nowhere"])
-def test_truncated_foreign_and_missing_sources(tmp_path, name):
-    files, *_ = split_pictures(40, 10)
-    write_zip(tmp_path / "a.zip", files)
-    write_tar(tmp_path / "b.tar", files)
-    write_tar(tmp_path / "c.tar.gz", files, "w:gz")
+@pytest.mark.parametrize("name", ["text.zip", "nowhere"])  # test_fuzz damages archives
+def test_foreign_and_missing_sources(tmp_path, name):
     (tmp_path / "text.zip").write_text("hello" * 100)
-    if (tmp_path / name).exists():
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) // 2 - 100])
     with pytest.raises(DataError, match=rf"{name} cannot be read"):
         prepare(tmp_path / name, target=tmp_path / "out", on_error="skip")
     assert_nothing(tmp_path / "out")

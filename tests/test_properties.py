@@ -21,9 +21,8 @@ from image_files import picture_bytes
 from packing_sources import prepare, write_zip
 
 from rnode_plugin import get_recipe
-from rnode_plugin.cli.options import Duration, table
+from rnode_plugin.cli.options import Duration
 from rnode_plugin.data.folders import assign, fit_pixels, split_named
-from rnode_plugin.data.images import ImageData
 from rnode_plugin.errors import ConfigError, DataError
 from rnode_plugin.files import check_path_name
 from rnode_plugin.recipes.recipe import Recipe, as_text
@@ -132,13 +131,6 @@ def test_times_as_text_have_no_sixty(seconds: float) -> None:
     assert not any(part in duration(seconds) for part in ("60.0 s", " 60 s", " 60 min"))
 
 
-@given(
-    st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(st.text(max_size=6), min_size=n, max_size=n), max_size=5))
-)
-def test_any_cells_make_a_table(rows: list[list[str]]) -> None:
-    assert isinstance(table(rows), str)
-
-
 @given(st.lists(st.text("abtrainvl/._", min_size=1, max_size=20).filter(lambda n: n.strip("/.")), max_size=20),
        st.floats(0, 1))  # fmt: skip
 def test_every_picture_is_in_one_part(names: list[str], fraction: float) -> None:
@@ -177,12 +169,3 @@ def test_packed_images_are_those_of_the_archive_each_once(data, count: int, heig
         packed = [np.load(folder / "out" / f"{part}.npy") for part in ("train", "val")]
     assert [len(part) for part in packed] == [result.train, result.val]
     assert sorted(each.tobytes() for part in packed for each in part) == sorted(each.tobytes() for each in images)
-
-
-@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 40))
-def test_a_smaller_limit_is_a_part_of_a_larger_one(count: int, one: int, other: int) -> None:
-    images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
-    data = ImageData("x", images, images, (1, 1, 1))
-    few, more = (set(data.limit(n).train[:].ravel().tolist()) for n in sorted((one, other)))
-    assert few <= more
-    assert len(more) == min(count, max(one, other))
