@@ -14,24 +14,20 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
+from tiny_runs import as_options, rnode
 
-from rnode_plugin.cli import main
 from rnode_plugin.cli.options import Duration, duration, table
 from rnode_plugin.plugins import registry as plugins
 
 TINY = [
     "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--accelerator", "cpu", "--devices", "1",
-    *(part for setting in (
+    *as_options(
         "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
         "training.sample_images=2", "training.val_every_steps=none", "training.val_every=1",
-    ) for part in ("--set", setting)),
+    ),
 ]  # fmt: skip
-
-
-def rnode(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, prog_name="rnode-cli")
 
 
 def rnode_process(*arguments: str, **options) -> subprocess.CompletedProcess[str]:

@@ -18,12 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from fake_training import FakeTraining
 from run_folders import write_run
+from tiny_runs import as_options, rnode, weights
 
 from rnode_plugin import get_recipe, hookimpl, plugins
-from rnode_plugin.cli import main
 from rnode_plugin.comparison import compare as comparison
 from rnode_plugin.comparison.arms import arm_recipes, check_arm
 from rnode_plugin.comparison.compare import Comparison, compare, places_of
@@ -321,10 +320,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
-
-
 def test_arms_begin_alike(recipe: Recipe, tmp_path: Path) -> None:
     """The first step's density and NFE are the same number, the later ones are not."""
     result = run(recipe, tmp_path / "c", devices="2", arms=["none", "taylor:2=5"])
@@ -348,7 +343,7 @@ def test_an_interrupted_arm_ends_as_if_nothing_had_been(recipe: Recipe, tmp_path
     longer = run(recipe, tmp_path / "parts", max_time=600)
     assert longer.runs == short.runs
     for one, other in zip(whole.runs, longer.runs, strict=True):
-        assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+        assert torch.equal(weights(one), weights(other))
         assert (one / "images.csv").read_text() == (other / "images.csv").read_text()
 
 
@@ -356,7 +351,7 @@ def test_an_interrupted_arm_ends_as_if_nothing_had_been(recipe: Recipe, tmp_path
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_processes_of_the_arms_end_with_the_first(tmp_path: Path, signum: int) -> None:
     """A signal ends them with a checkpoint each: SIGTERM to the first, Ctrl-C to the group of all of them."""
-    settings = [part for setting in TINY if "max_steps" not in setting for part in ("--set", setting)]
+    settings = as_options(*(setting for setting in TINY if "max_steps" not in setting))
     options = ["--max-steps", "100000", "--devices", "2", "--arm", "none", "--arm", "rnode", "--accelerator", "cpu"]
     command = [sys.executable, "-m", "rnode_plugin", "compare", "digits", *options, "--out", str(tmp_path / "c")]
     process = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -412,35 +407,31 @@ def test_places(
         assert places_of(accelerator, devices, arms) == places
 
 
-def rnode(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["compare", *arguments], prog_name="rnode-cli")
-
-
 def test_the_command(training: FakeTraining, tmp_path: Path) -> None:
-    settings = [part for setting in TINY if "max_steps" not in setting for part in ("--set", setting)]
+    settings = as_options(*(setting for setting in TINY if "max_steps" not in setting))
     options = ["--max-steps", "2", "--validations", "1", "--accelerator", "cpu"]
     options += ["--out", str(tmp_path / "c"), *settings]
     arms = ["--arm", "ffjord", "--sweep", "kinetic=0.1,0.2", "--devices", "1"]
-    result = rnode("digits", *arms, *options)
+    result = rnode("compare", "digits", *arms, *options)
     assert result.exit_code == 0, result.output
     assert "arm 3 of 3: digits-kinetic-0.2, seed 42" in result.output
     assert str(tmp_path / "c" / "report.html") in result.output
     assert "dopri5, tolerance 1e-05" in result.output
     assert (tmp_path / "c" / "report.md").is_file()
-    assert "digits-ffjord, seed 42, dopri5: done" in rnode("digits", "--arm", "ffjord", *options).output
+    assert "digits-ffjord, seed 42, dopri5: done" in rnode("compare", "digits", "--arm", "ffjord", *options).output
     for arguments, message in (
         (["digitz"], "did you mean 'digits'"),
         (["digits", "--arm", ""], "unknown arm ''"),
         (["digits", "--seeds", "0"], "--seeds"),
         (["digits", "--devices", "some"], "devices"),
     ):
-        refused = rnode(*arguments, "--out", str(tmp_path / "d"))
+        refused = rnode("compare", *arguments, "--out", str(tmp_path / "d"))
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output
     assert not (tmp_path / "d").exists()
     training.behave({"digits-l1": "fail", "digits-none": "stop the parent"})
-    failed = rnode("digits", "--arm", "ffjord", "--arm", "l1", *options)
+    failed = rnode("compare", "digits", "--arm", "ffjord", "--arm", "l1", *options)
     assert failed.exit_code == 1
     assert "Error: digits-l1, seed 42: training stopped: the gradient is nan." in failed.output
-    stopped = rnode("digits", "--arm", "ffjord", "--arm", "none", *options)
+    stopped = rnode("compare", "digits", "--arm", "ffjord", "--arm", "none", *options)
     assert stopped.exit_code == 128 + signal.SIGTERM
     assert "SIGTERM: the same command goes on." in stopped.output

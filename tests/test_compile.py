@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from programs import train_digits
-from tiny_runs import SETTINGS, run, tiny_recipe
+from tiny_runs import SETTINGS, as_options, run, tiny_recipe
 from torch._dynamo.exc import TorchDynamoException
 
 from rnode_plugin import get_recipe
@@ -133,7 +133,7 @@ def test_where_compiling_fails_one_sentence_says_so(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_without_a_compiler_a_run_ends_in_one_sentence(tmp_path: Path) -> None:
-    settings = [part for each in (*SETTINGS, "training.max_steps=3") for part in ("--set", each)]
+    settings = as_options(*SETTINGS, "training.max_steps=3")
     environment = {
         **os.environ,
         "CXX": str(tmp_path / "no-such-compiler"),

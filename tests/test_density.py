@@ -26,8 +26,8 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
 
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
 
 
@@ -163,7 +163,7 @@ def model_of(net: nn.Module, **options: object) -> RegularizedCNF:
     return RegularizedCNF(net, **merged).double()
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("trace_estimator", ["exact", "rademacher"])  # both exact: the Jacobian is diagonal
 def test_density_and_its_gradients_are_those_of_the_closed_form(trace_estimator: str, sensitivity: str) -> None:
     torch.manual_seed(0)
@@ -183,7 +183,7 @@ def test_density_and_its_gradients_are_those_of_the_closed_form(trace_estimator:
         torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_tensors_in_args_have_gradients_in_every_mode(sensitivity: str) -> None:
     """x' = k x with k given as an argument of the solve: d/dk of x(1) is x(1)."""
     k = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)

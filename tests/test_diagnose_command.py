@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
-from tiny_runs import rows, run, tiny_recipe
+from tiny_runs import rnode, rows, run, tiny_recipe
 
-from rnode_plugin.cli import main
 from rnode_plugin.cli.options import wrapped_table
 from rnode_plugin.cli.runs import CHECK_FAILED
 from rnode_plugin.errors import ConfigError
@@ -35,10 +34,6 @@ NAMES = [
     "two samples",
     "training",
 ]
-
-
-def rnode(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments, prog_name="rnode-cli")
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as L
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
-from tiny_runs import SETTINGS, BeforeStep, rows, run, signal_at, tiny_recipe
+from tiny_runs import SETTINGS, BeforeStep, as_options, rnode, rows, run, signal_at, tiny_recipe
 
-from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.training import runs
 from rnode_plugin.training.checkpoints import load_with_recipe, read_checkpoint
@@ -27,9 +26,7 @@ from rnode_plugin.training.runs import training_lock
 
 
 def train(*arguments: object) -> Result:
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    fixed = ["--accelerator", "cpu", "--devices", "1", *settings]
-    return CliRunner().invoke(main, ["train", *fixed, *map(str, arguments)])
+    return rnode("train", "--accelerator", "cpu", "--devices", "1", *as_options(*SETTINGS), *arguments)
 
 
 # callbacks, loggers, Trainer options --------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from torchdyn.models.cnf import hutch_trace
 from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
 
 from rnode_plugin import CNF, NeuralODE
-
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
+from rnode_plugin.solvers import GRADIENTS
 
 
 def speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ def solution(model: nn.Module) -> Tensor:
     return model(torch.ones(4, 3))[1]
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("name", FIELDS)
 def test_deepcopy_and_pickle_after_use(name: str, sensitivity: str) -> None:
     torch.manual_seed(0)
@@ -93,7 +92,7 @@ def test_vf_params_are_those_of_now() -> None:
     assert model.double().vf_params.dtype == torch.float64
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_double_after_construction(solver: str, sensitivity: str) -> None:
     torch.manual_seed(0)
@@ -106,7 +105,7 @@ def test_double_after_construction(solver: str, sensitivity: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_to_cuda_after_construction(sensitivity: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

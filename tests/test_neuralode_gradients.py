@@ -15,8 +15,8 @@ from torchdyn.models.cnf import hutch_trace
 from torchdyn.nn import DataControl
 
 from rnode_plugin import CNF, NeuralODE
+from rnode_plugin.solvers import GRADIENTS
 
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
 BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
 
@@ -32,7 +32,7 @@ def weighted(states: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.2)], ids=["forward", "reversed"])
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tuple[float, float]) -> None:
     """Gradients of states at all output times and of both penalties, for state, parameters and times."""
@@ -52,7 +52,7 @@ def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tupl
         assert relative(ours, true) < (1e-6 if sensitivity != "interpolated_adjoint" else 1e-5)
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("kind", ["control", "noise"])
 def test_a_second_forward_before_backward_changes_nothing(kind: str, sensitivity: str) -> None:
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def test_a_second_forward_before_backward_changes_nothing(kind: str, sensitivity
 
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "reversed"])
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_integral_loss_has_its_whole_gradient(sensitivity: str, span: tuple[float, float]) -> None:
     """``a = |f|^2`` of ``f = k x`` depends on the parameter directly; torchdyn's adjoint leaves that part out."""
     k = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
@@ -153,7 +153,7 @@ def test_the_parameters_gradient_is_the_same_in_all_modes(make: Callable[[nn.Mod
         net, x = nn.Conv2d(2, 2, 3, padding=1).double(), torch.randn(2, 2, 3, 3, dtype=torch.float64)
     t = torch.linspace(0, 1, 3, dtype=torch.float64)
     gradients = []
-    for mode in MODES:
+    for mode in GRADIENTS:
         torch.manual_seed(5)
         model = NeuralODE(make(net), "dopri5", sensitivity=mode, regularizers=BOTH, **TIGHT)
         t_eval, sol = model(x, t)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import program, still_running
-from tiny_runs import SETTINGS, rows
+from tiny_runs import SETTINGS, as_options, rows
 
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.datamodule import EpochOrder
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ddp
 
 def run(folder: Path, statements: str, *settings: str) -> tuple[int, str, str]:
     """Exit code, standard output and the errors that are left when nothing of the run is left."""
-    changed = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    changed = as_options(*SETTINGS, *settings)
     done = subprocess.run(
         [sys.executable, str(program(folder, statements)), "train", "digits", *changed,
          "--accelerator", "cpu", "--devices", "2", "--runs", str(folder / "runs")],

@@ -17,9 +17,8 @@ from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import FunctionStepPenalty, StepRecord, local_error, local_stiffness
 from rnode_plugin.fields import StackField, conv_field
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import solve
+from rnode_plugin.solvers import GRADIENTS, solve
 
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 OF_STEPS = ["error", "stiffness"]  # they need the steps in the graph
 OTHERS = [
     "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:3", "l1", "jacdiag",
@@ -66,7 +65,7 @@ def slope(value: Tensor, parameters: list[nn.Parameter], along: list[Tensor]) ->
     return torch.stack([(g * d).sum() for g, d in zip(gradients, along, strict=True)]).sum()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", GRADIENTS)
 def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
     """To the rounding: values and gradients of every penalty that a mode supports."""
     names = [*OTHERS, *([] if mode.endswith("adjoint") else OF_STEPS)]

@@ -21,8 +21,8 @@ from rnode_plugin.core.regularizers import (
 )
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.solvers import GRADIENTS
 
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
 
 
@@ -35,7 +35,7 @@ def path(a: Tensor, z: Tensor, times: Tensor) -> Tensor:
     return torch.stack([z @ torch.linalg.matrix_exp(a * t).T for t in times])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", GRADIENTS)
 def test_straightness_of_a_linear_field(mode: str) -> None:
     """``int |Az|^2 dt - |z(T) - z(0)|^2 / T`` by Gauss's rule, and its gradient."""
     field, z, end = Linear(3), states(), 1.5
@@ -80,7 +80,7 @@ def test_straightness_beside_a_function_of_the_users_that_is_called_kinetic() ->
     assert not torch.allclose(both.regularization["kinetic"], alone.regularization["straightness"])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", GRADIENTS)
 @pytest.mark.parametrize("order", [1, 2])
 def test_trajectory_polynomial_is_the_residual_of_a_fit(mode: str, order: int) -> None:
     field, z = Linear(3), states()
@@ -167,7 +167,7 @@ def test_steer_draws_the_end_in_training_alone() -> None:
     assert model.trajectory(states(1), span).shape[0] == 3
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", GRADIENTS)
 def test_learned_end_time_has_the_gradient_of_the_end(mode: str) -> None:
     """``|z(T)|^2`` and ``c T^2 / 2`` for ``z' = A z``, in evaluation too."""
     field, z = Linear(3), states()

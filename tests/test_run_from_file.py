@@ -6,17 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from tiny_runs import rows, tiny_recipe
+from click.testing import Result
+from tiny_runs import rnode, rows, tiny_recipe
 
-from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe, read_recipe
 
 
 def train(*arguments: object) -> Result:
-    fixed = ["--accelerator", "cpu", "--devices", "1"]
-    return CliRunner().invoke(main, ["train", *map(str, arguments), *fixed])
+    return rnode("train", *arguments, "--accelerator", "cpu", "--devices", "1")
 
 
 @pytest.fixture

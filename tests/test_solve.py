@@ -16,9 +16,8 @@ from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import METHODS, QUADRATURES, Solver, check_health, solve
+from rnode_plugin.solvers import GRADIENTS, METHODS, QUADRATURES, Solver, check_health, solve
 
-GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
 FINE = {"midpoint": 1 / 200, "rk4": 1 / 20, "rk4_38": 1 / 20}
 TOLERANCE = {"midpoint": 1e-5, "rk4": 1e-7, "rk4_38": 1e-7, "dopri5": 1e-7, "tsit5": 1e-7}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diagnosed_models import Linear
 from problems import Plain
 from torch import Tensor, nn
 
@@ -36,17 +37,6 @@ def active_flow(**options: Any) -> TableFlow:
 
 def rows(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-class Linear(nn.Module):
-    """``f(t, z) = A z``."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = nn.Parameter(a)
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return z @ self.a.T
 
 
 def test_a_linear_field_has_a_gaussian_density() -> None:

@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 import pytorch_lightning as L
 import torch
-from click.testing import CliRunner, Result
 from scipy import stats
-from tiny_runs import rows, run, signal_at
+from tiny_runs import as_options, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
-from rnode_plugin.cli import main
 from rnode_plugin.data.tables import Table
 from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate
@@ -54,10 +52,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(file: Path, *settings: str) -> Recipe:
     return get_recipe("table").override([f"data.root={file}", *SETTINGS, *settings])
-
-
-def rnode(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +140,7 @@ def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -
 
 def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    settings += ["--set", "training.sample_images=60", "--accelerator", "cpu"]
+    settings = [*as_options(*SETTINGS, "training.sample_images=60"), "--accelerator", "cpu"]
     trained = rnode("train", "table", "--data-root", os.path.relpath(file), *settings,
                     "--limit-train", "100", "--limit-val", "10")  # fmt: skip
     assert trained.exit_code == 0, trained.output
@@ -237,7 +230,7 @@ def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> N
 @pytest.mark.slow  # three processes
 def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = [part for setting in [f"data.root={file}", *SETTINGS] for part in ("--set", setting)]
+    settings = as_options(f"data.root={file}", *SETTINGS)
     arms = "--given", "dose", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4"
     compared = rnode("compare", "table", *arms, *settings,
                      "--accelerator", "cpu", "--devices", "1")  # fmt: skip

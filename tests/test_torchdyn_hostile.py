@@ -15,8 +15,8 @@ from torchdyn_fields import WithTime, mlp
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
 
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
 OTHERS = ["total_derivative", "taylor:3", "curl", "directional_vjp", "jacdiag", "straightness"]
 MANY = {**BOTH, **dict.fromkeys(OTHERS, 0.1)}
@@ -97,7 +97,7 @@ def test_complex_states_carry_no_penalties() -> None:
     torch.testing.assert_close(real.regularization["kinetic"], 4 * z.abs().square().sum(1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize(("solver", "noise"), [("rk4", "exact"), ("dopri5", "gaussian")])
 def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> None:
     net = mlp(2, 4, 2)
@@ -141,7 +141,7 @@ class Wrapper(nn.Module):
         return torch.cat([dz, trace[:, None]], 1)
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize("trace_noise", ["exact", "rademacher:2"])
 @pytest.mark.parametrize("penalized", [slice(None, -1), torch.tensor([True, True, False])], ids=str)
 def test_penalized_columns_leave_a_divergence_of_ones_own_out(
@@ -220,7 +220,7 @@ def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
 # --- penalties ---
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_a_penalty_that_writes_never_reaches_the_callers_tensors(sensitivity: str) -> None:
     def erase(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         with torch.no_grad():
@@ -238,7 +238,7 @@ def test_a_penalty_that_writes_never_reaches_the_callers_tensors(sensitivity: st
     assert torch.equal(span, torch.linspace(1, 2, 3))
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_the_solution_may_be_changed_in_place(sensitivity: str) -> None:
     torch.manual_seed(0)
     field, x, found = mlp(2, 8, 2), torch.randn(3, 2), []
@@ -273,7 +273,7 @@ def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
     NeuralODE(Cut(how), "rk4", regularizers=["kinetic"])(x)
     both: list[dict[str, Any]] = [{}, {"penalized": slice(0, 1)}]
     for options in both:
-        for sensitivity in MODES:
+        for sensitivity in GRADIENTS:
             with pytest.raises(ConfigError, match="without a graph"):
                 NeuralODE(Cut(how), "rk4", sensitivity=sensitivity, regularizers=["jacfrob"], **options)(x)
     with pytest.raises(ConfigError, match="without a graph"):
@@ -319,7 +319,7 @@ def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(solver
 # --- several solves per loss ---
 
 
-@pytest.mark.parametrize("sensitivity", MODES)
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
 def test_collected_penalties_are_the_sum_over_calls(sensitivity: str) -> None:
     torch.manual_seed(0)
     model = NeuralODE(mlp(2, 8, 2), "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact")

@@ -17,9 +17,8 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.core import signature
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdyn import field as torchdyn_field
-
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
 
 
 class Timed(nn.Module):
@@ -105,7 +104,10 @@ def test_every_class_calls_it_as_it_takes(change: Callable[[nn.Module], nn.Modul
 
 @pytest.mark.parametrize(
     ("where", "sensitivity"),
-    [*(("whole", mode) for mode in MODES), *((where, "autograd") for where in ("inside", "in place", "function"))],
+    [
+        *(("whole", mode) for mode in GRADIENTS),
+        *((where, "autograd") for where in ("inside", "in place", "function")),
+    ],
 )
 def test_compiled_fields_with_penalties_have_the_gradients_of_their_originals(where: str, sensitivity: str) -> None:
     torch.manual_seed(0)

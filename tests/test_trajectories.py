@@ -11,32 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from diagnosed_models import Linear, Rotation
 
 figure_1 = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "examples" / "figure_1.py")))
 
 
-class Shrink(nn.Module):
-    """``f = -z``: every point goes straight to the origin, slower and slower."""
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return -z
-
-
-class Turn(nn.Module):
-    """A rotation by ``angle`` about the origin in one unit of time."""
-
-    def __init__(self, angle: float) -> None:
-        super().__init__()
-        self.angle = angle
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.angle * torch.stack([-z[:, 1], z[:, 0]], 1)
+SHRINK = Linear(-torch.eye(1))  # every point goes straight to the origin, slower and slower
 
 
 def test_a_rotation_is_even_and_not_straight() -> None:
     x, angle = figure_1.plane_data("moons", 200), 2.0
-    nll, straightness, variation, _, kinetic, jacfrob = figure_1.measure(Turn(angle), x, points=801).values()
+    nll, straightness, variation, _, kinetic, jacfrob = figure_1.measure(Rotation(angle), x, points=801).values()
     assert straightness == pytest.approx(angle / (2 * math.sin(angle / 2)), rel=1e-4)  # arc over chord
     assert variation == pytest.approx(0, abs=1e-3)
     # a rotation keeps volume and norm; E = angle^2 |z|^2, the Jacobian has two entries of that size
@@ -48,7 +33,7 @@ def test_a_rotation_is_even_and_not_straight() -> None:
 def test_a_contraction_is_straight_and_not_even() -> None:
     x = figure_1.mixture(300)
     x = x[x[:, 0].abs() > 0.1]  # in single precision the steps of points near the origin are noise
-    found = figure_1.measure(Shrink(), x, points=2001)
+    found = figure_1.measure(SHRINK, x, points=2001)
     assert found["path length / displacement"] == pytest.approx(1, abs=1e-4)
     # the speed exp(-t) has mean 1 - 1/e and mean square (1 - 1/e^2) / 2
     mean, square = 1 - math.exp(-1), (1 - math.exp(-2)) / 2
@@ -58,7 +43,7 @@ def test_a_contraction_is_straight_and_not_even() -> None:
 def test_the_densities() -> None:
     x = torch.linspace(-2, 2, 9)[:, None]
     wanted = torch.distributions.Normal(0.0, math.e).log_prob(x)[:, 0]  # N(0, 1) spread out by e
-    torch.testing.assert_close(figure_1.log_density(Shrink(), x), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(figure_1.log_density(SHRINK, x), wanted, rtol=1e-4, atol=1e-4)
     grid = torch.linspace(-5, 5, 4001)[:, None]
     density = figure_1.mixture_log_prob(grid).exp()
     assert float(torch.trapezoid(density, grid[:, 0])) == pytest.approx(1, abs=1e-5)

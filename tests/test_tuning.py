@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from tiny_runs import as_options, rnode
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe
-from rnode_plugin.cli import main
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.step_size import tune_step
 from rnode_plugin.flows.multiscale import inverse_logit, logit
@@ -158,10 +157,6 @@ def test_refusals(options: dict[str, Any], message: str, x: Tensor) -> None:
 # the command ---------------------------------------------------------------------------------------------------
 
 
-def rnode(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["tune-step", *arguments], prog_name="rnode-cli")
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = get_recipe("digits").override(["model.hidden=8"])
@@ -175,7 +170,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_command_prints_the_table(checkpoint: Path) -> None:
-    result = rnode(str(checkpoint), "--images", "8", "--device", "cpu")
+    result = rnode("tune-step", str(checkpoint), "--images", "8", "--device", "cpu")
     assert result.exit_code == 0, result.output
     first, *rows, adaptive, _, verdict = result.output.splitlines()
     assert first.split() == ["step", "NFE", "bits/dim", "gap", "round", "trip"]
@@ -195,7 +190,7 @@ def test_command_trains_a_recipe_first(tmp_path: Path, monkeypatch: pytest.Monke
     settings = "model.hidden=8", "data.batch_size=20", "optimizer.name=adam", "optimizer.lr=0.02"
     settings += "optimizer.warmup=0", "solver.step=none"
     options = "--train-steps", "3", "--images", "4", "--device", "cpu", "--max-gap", "1e-7", "--smallest", "0.5"
-    result = rnode("digits", *options, *(part for setting in settings for part in ("--set", setting)))
+    result = rnode("tune-step", "digits", *options, *as_options(*settings))
     assert result.exit_code == 1  # after three steps the field is no longer zero, and float32 is not that exact
     assert [line.split()[0] for line in result.output.splitlines()[:4]] == ["step", "1", "0.5", "adaptive"]
     assert "Error: no step down to 0.5 agrees with the adaptive solve" in result.output

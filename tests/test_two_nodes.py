@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import program, still_running, train_digits
-from tiny_runs import SETTINGS, rows
+from tiny_runs import SETTINGS, as_options, rows, weights
 
 from rnode_plugin.training.checkpoints import read_checkpoint
 
@@ -22,7 +22,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", 
             "--rdzv-id", "rnode", "--rdzv-endpoint", "10.77.0.1:29500")  # fmt: skip
 
 
-SET = [part for setting in SETTINGS for part in ("--set", setting)]
+SET = as_options(*SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +94,6 @@ def start(
             process.kill()
     assert not still_running(folder)
     return [(process.returncode, *each) for process, each in zip(processes, said, strict=True)]
-
-
-def weights(run: Path) -> torch.Tensor:
-    state = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
-    return torch.cat([tensor.flatten() for tensor in state.values()])
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 from programs import train_digits
-from tiny_runs import SETTINGS, rows
+from tiny_runs import SETTINGS, as_options, rows, weights
 
 from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.training.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.ddp
 
 
-def changed(*settings: str) -> list[str]:
-    return [part for setting in settings for part in ("--set", setting)]
-
-
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-COMMAND = [*train_digits(*changed(*SETTINGS)), "--runs"]
+COMMAND = [*train_digits(*as_options(*SETTINGS)), "--runs"]
 
 
 def train(runs: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -38,18 +33,13 @@ def train(runs: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**ENVIRONMENT, **(env or {})})
 
 
-def weights(run: Path) -> torch.Tensor:
-    state = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
-    return torch.cat([tensor.flatten() for tensor in state.values()])
-
-
 def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     """The same images, noise and objective: the same metrics and weights to rounding; each image counts once."""
-    two = train(tmp_path / "two", "--devices", "2", *changed("data.batch_size=10", "training.max_steps=5"))
+    two = train(tmp_path / "two", "--devices", "2", *as_options("data.batch_size=10", "training.max_steps=5"))
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("held-out images  31") == 1  # one process reports
     one = train(tmp_path / "one", "--devices", "1", "--accumulate", "2",
-                *changed("data.batch_size=10", "training.max_steps=5"))  # fmt: skip
+                *as_options("data.batch_size=10", "training.max_steps=5"))  # fmt: skip
     assert one.returncode == 0, one.stderr
     a, b = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
@@ -63,7 +53,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_way_and_keep_to_it(tmp_path: Path) -> None:
-    settings = ("--devices", "2", "--precision", "auto", *changed("training.max_steps=20"))
+    settings = ("--devices", "2", "--precision", "auto", *as_options("training.max_steps=20"))
     done = train(tmp_path, *settings)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("training in ")]
@@ -72,7 +62,7 @@ def test_two_processes_take_the_same_way_and_keep_to_it(tmp_path: Path) -> None:
     assert line.startswith(f"training in {chosen['way']['precision']} (")
     assert list(chosen["measured"]) == ["32-true", "bf16-mixed"]
     before = (run / "chosen.json").read_text()
-    again = train(tmp_path, "--resume", str(run), "--devices", "2", *changed("training.max_steps=22"))
+    again = train(tmp_path, "--resume", str(run), "--devices", "2", *as_options("training.max_steps=22"))
     assert again.returncode == 0, again.stderr
     assert f"training in {chosen['way']['precision']}, as chosen before" in again.stderr
     assert (run / "chosen.json").read_text() == before
@@ -82,10 +72,10 @@ def test_two_processes_take_the_same_way_and_keep_to_it(tmp_path: Path) -> None:
 def test_devices_exchanged_for_accumulation_in_the_middle_of_a_run(tmp_path: Path) -> None:
     a, b = tmp_path / "a" / "digits" / "0", tmp_path / "b" / "digits" / "0"
     settings = "data.batch_size=10"
-    assert train(tmp_path / "a", "--devices", "2", *changed(settings, "training.max_steps=3")).returncode == 0
-    longer = (*changed(settings, "training.max_steps=6"), "--resume")
+    assert train(tmp_path / "a", "--devices", "2", *as_options(settings, "training.max_steps=3")).returncode == 0
+    longer = (*as_options(settings, "training.max_steps=6"), "--resume")
     assert train(tmp_path, *longer, str(a), "--devices", "1", "--accumulate", "2").returncode == 0
-    assert train(tmp_path / "b", "--devices", "2", *changed(settings, "training.max_steps=6")).returncode == 0
+    assert train(tmp_path / "b", "--devices", "2", *as_options(settings, "training.max_steps=6")).returncode == 0
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
     steps = [row["step"] for row in rows(a) if "train/loss" in row]
     assert steps == list("123456")
@@ -121,7 +111,7 @@ def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_process_killed_and_the_run_resumed(tmp_path: Path) -> None:
     """SIGTERM to the first process, then SIGKILL of all, and the run ends as one that nothing happened to."""
-    options = ("--devices", "2", *changed("training.max_steps=40", "training.val_every_steps=20"))
+    options = ("--devices", "2", *as_options("training.max_steps=40", "training.val_every_steps=20"))
     whole = train(tmp_path / "a", *options)
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "b" / "digits" / "0"

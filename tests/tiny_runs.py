@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as L
+import torch
+from click.testing import CliRunner, Result
 
 from rnode_plugin import get_recipe
+from rnode_plugin.cli import main
 from rnode_plugin.recipes.recipe import Recipe
+from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import FitResult, fit
 
 SETTINGS = [
@@ -35,6 +39,22 @@ def tiny_recipe(*settings: str) -> Recipe:
 def run(recipe: Recipe, runs: Path, **options: Any) -> FitResult:
     """Train in this process on one CPU without a word."""
     return fit(recipe, runs=runs, **{"accelerator": "cpu", "devices": 1, "progress": False, **options})
+
+
+def as_options(*settings: str) -> list[str]:
+    """Settings as the command line takes them."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def rnode(*words: object) -> Result:
+    """``rnode-cli`` with these words, in this process."""
+    return CliRunner().invoke(main, list(map(str, words)), prog_name="rnode-cli")
+
+
+def weights(run: Path) -> torch.Tensor:
+    """All weights of a run's last checkpoint, one after the other."""
+    state = read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+    return torch.cat([tensor.flatten() for tensor in state.values()])
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -79,8 +99,6 @@ def train(runs: Path, output: Path, settings: list[str], options: dict[str, Any]
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    import torch
-
     torch.set_num_threads(1)
     names: dict[str, Any] = {"os": os, "signal": signal, "at": lambda step: None}
     exec(before, names)
