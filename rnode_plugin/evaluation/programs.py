@@ -9,11 +9,9 @@ import importlib.util
 import io
 import itertools
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -31,7 +29,11 @@ from ..errors import ConfigError, RnodeError, suggest
 from ..files import write_atomically
 from ..solvers.config import FIXED_METHODS, Solver
 
-__all__ = ["SUFFIXES", "EntryPoint", "Which", "check_program_file", "entry_point", "export_program", "save_program"]
+__all__ = ["SUFFIXES", "Which", "check_program_file", "export_program", "save_program"]
+
+Which = Literal["sampler", "log_prob"]
+
+_Inputs = Callable[[int], dict[str, Tensor]]  # tensors by name for a batch size, their first dimension
 
 
 def export_program(
@@ -70,15 +72,25 @@ def export_program(
         >>> tuple(program.module()(torch.randn(5, 16)).shape)
         (5, 1, 4, 4)
     """
-    entry = entry_point(model, which, solver=solver, context=context)
+    if which not in get_args(Which):
+        raise ConfigError(suggest(str(which), get_args(Which), "program"))
+    if not isinstance(model, DensityModel) or not hasattr(model, "draw_noise"):
+        raise ConfigError(
+            "a program is made of a MultiscaleFlow, a TableFlow, a RegularizedCNF or another DensityModel with "
+            f"`draw_noise`, not of {type(model).__name__}: put a NeuralODE's field into a RegularizedCNF."
+        )
+    model = cast(DensityModel, _on_grid(_frozen_copy(model), solver))
+    contexts = _contexts(model, context)
+    compute, make = (_sampler if which == "sampler" else _log_density)(model, contexts)
     # a batch size that no other dimension has: the recorder takes equal sizes for one
-    sizes = {size for x in entry.inputs(1).values() for size in x.shape[1:]}
+    sizes = {size for x in make(1).values() for size in x.shape[1:]}
     batch = next(batch for batch in itertools.count(3) if batch not in sizes)
     with torch.no_grad():
-        inputs, others = _example(entry, batch), _example(entry, 2)
-        expected = entry.compute(*others.values())
+        # copies: in a view the recorder would see the tensor behind it
+        inputs, others = ({name: x.clone() for name, x in make(size).items()} for size in (batch, 2))
+        expected = compute(*others.values())
         try:
-            program = _exported(_recorded(entry, inputs), inputs)
+            program = _exported(_recorded(compute, inputs, model), inputs)
         except RnodeError:
             raise
         except Exception as error:  # torch's recorders fail in many ways
@@ -96,25 +108,20 @@ def export_program(
     return program
 
 
-def _example(entry: EntryPoint, batch: int) -> dict[str, Tensor]:
-    # copies: in a view the recorder would see the tensor behind it
-    return {name: x.clone() for name, x in entry.inputs(batch).items()}
-
-
-def _recorded(entry: EntryPoint, inputs: Mapping[str, Tensor]) -> GraphModule:
+def _recorded(compute: Callable[..., Tensor], inputs: Mapping[str, Tensor], model: nn.Module) -> GraphModule:
     """All operations of one call, derivatives included, in one row."""
     # ONNX has none of torch's operations for backward passes, and no rsub: they are written out
     known: Any = torch.export.default_decompositions().items()
     parts = {op: each for op, each in known if "backward" in str(op) or "rsub" in str(op)}
     options: Any = {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}
     with recording():
-        graph = make_fx(entry.compute, parts, **options)(*inputs.values())
+        graph = make_fx(compute, parts, **options)(*inputs.values())
         if _writes(graph.graph):
             graph = make_fx(functionalize(graph, remove="mutations"), **options)(*inputs.values())
     graph.graph.eliminate_dead_code()
     for node, name in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.target = node.name = name
-    return _with_named_weights(graph, entry.model)
+    return _with_named_weights(graph, model)
 
 
 def _writes(graph: torch.fx.Graph) -> bool:
@@ -260,43 +267,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-Which = Literal["sampler", "log_prob"]
-
-
-@dataclass(frozen=True)
-class EntryPoint:
-    """A function to export.
-
-    Attributes:
-        model: the owner of its parameters.
-        compute: the function, of one tensor for each input.
-        inputs: makes example inputs by name for a batch size; the batch is their first dimension.
-    """
-
-    model: nn.Module
-    compute: Callable[..., Tensor]
-    inputs: Callable[[int], Mapping[str, Tensor]]
-
-
-def entry_point(model: nn.Module, which: Which, *, solver: Solver | None, context: Tensor | None) -> EntryPoint:
-    """The sampler or the log-density of a copy of ``model`` on the CPU; arguments as for ``export_program``.
-
-    Raises:
-        ConfigError: for an unknown program, a model without a density, and a solver without a fixed grid.
-    """
-    if which not in get_args(Which):
-        raise ConfigError(suggest(str(which), get_args(Which), "program"))
-    if not isinstance(model, DensityModel) or not hasattr(model, "draw_noise"):
-        raise ConfigError(
-            "a program is made of a MultiscaleFlow, a TableFlow, a RegularizedCNF or another DensityModel with "
-            f"`draw_noise`, not of {type(model).__name__}: put a NeuralODE's field into a RegularizedCNF."
-        )
-    model = cast(DensityModel, _on_grid(_frozen_copy(model), solver))
-    contexts = _contexts(model, context)
-    return _sampler(model, contexts) if which == "sampler" else _log_density(model, contexts)
-
-
-def _sampler(model: DensityModel, contexts: Callable[[int], dict[str, Tensor]]) -> EntryPoint:
+def _sampler(model: DensityModel, contexts: _Inputs) -> tuple[Callable[..., Tensor], _Inputs]:
     clamps = hasattr(model, "image_shape")  # as its `sample`
 
     def sample(z: Tensor, *context: Tensor) -> Tensor:
@@ -307,24 +278,24 @@ def _sampler(model: DensityModel, contexts: Callable[[int], dict[str, Tensor]]) 
         like = next(model.parameters(), torch.empty(0))
         return {"z": model.base.sample(torch.Size([batch])).to(like), **contexts(batch)}
 
-    return EntryPoint(model, sample, inputs)
+    return sample, inputs
 
 
-def _log_density(model: Any, contexts: Callable[[int], dict[str, Tensor]]) -> EntryPoint:
-    layout = _NoiseLayout.of(model)
-    sampler = _sampler(model, contexts)
+def _log_density(model: Any, contexts: _Inputs) -> tuple[Callable[..., Tensor], _Inputs]:
+    draw, split = _noise_of(model)
+    sample, sampler_inputs = _sampler(model, contexts)
 
     def log_prob(x: Tensor, *rest: Tensor) -> Tensor:
-        if layout is None:
+        if draw is None:
             return model.log_prob(x.detach(), **_named(rest))
-        return model.log_prob(x.detach(), **_named(rest[:-1]), noise=layout.split(rest[-1]))
+        return model.log_prob(x.detach(), **_named(rest[:-1]), noise=split(rest[-1]))
 
     def inputs(batch: int) -> dict[str, Tensor]:
-        z, *context = sampler.inputs(batch).values()
-        noise = {} if layout is None else {"noise": layout.draw(batch)}
-        return {"x": sampler.compute(z, *context), **_named(context), **noise}
+        z, *context = sampler_inputs(batch).values()
+        noise = {} if draw is None else {"noise": draw(batch)}
+        return {"x": sample(z, *context), **_named(context), **noise}
 
-    return EntryPoint(model, log_prob, inputs)
+    return log_prob, inputs
 
 
 def _named(context: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -332,49 +303,31 @@ def _named(context: Sequence[Tensor]) -> dict[str, Tensor]:
     return dict(zip(("context",), context, strict=False))
 
 
-@dataclass(frozen=True)
-class _NoiseLayout:
-    """The noise of all solves of a log-density as one tensor ``(B, N)``.
+def _noise_of(model: Any) -> tuple[Callable[[int], Tensor] | None, Callable[[Tensor], Tensor | list[Tensor]]]:
+    """Functions that draw all noise as one tensor ``(B, N)``, None if the trace is exact, and that split it."""
+    is_list = isinstance(model.draw_noise(1), (list, tuple))
 
-    Attributes:
-        shapes: of each solve's noise; None stands for the batch.
-        listed: whether the model takes a list of them.
-        model: draws them.
-    """
+    def parts_of(batch: int) -> list[Tensor]:
+        noise = model.draw_noise(batch)
+        return noise if is_list else [noise]
 
-    shapes: tuple[tuple[int | None, ...], ...]
-    listed: bool
-    model: Any
+    pairs = list(zip(parts_of(2), parts_of(3), strict=True))
+    if any(part is None for pair in pairs for part in pair):
+        return None, lambda noise: noise
+    # the batch is the dimension whose size follows it
+    places = [[m == n for m, n in zip(two.shape, three.shape, strict=True)].index(False) for two, three in pairs]
+    shapes = [two.movedim(place, 0).shape[1:] for (two, _), place in zip(pairs, places, strict=True)]
 
-    @classmethod
-    def of(cls, model: Any) -> _NoiseLayout | None:
-        """The layout of a model's noise; None if its trace is exact."""
-        drawn = [model.draw_noise(batch) for batch in (2, 3)]
-        listed = not isinstance(drawn[0], Tensor)
-        pairs = list(zip(*drawn, strict=True)) if listed and drawn[0] is not None else [drawn]
-        if any(noise is None for pair in pairs for noise in pair):
-            return None
-        shapes = tuple(
-            tuple(m if m == n else None for m, n in zip(two.shape, three.shape, strict=True))
-            for two, three in pairs
-        )
-        return cls(shapes, listed, model)
+    def draw(batch: int) -> Tensor:
+        parts = zip(parts_of(batch), places, strict=True)
+        return torch.cat([part.movedim(place, 0).flatten(1) for part, place in parts], 1)
 
-    def split(self, noise: Tensor) -> Tensor | list[Tensor]:
-        """The noise of each solve from rows ``(B, N)``, as the model takes it."""
-        sizes = [math.prod(n for n in shape if n is not None) for shape in self.shapes]
-        parts = [
-            part.reshape(-1, *(n for n in shape if n is not None)).movedim(0, shape.index(None))
-            for part, shape in zip(noise.split(sizes, 1), self.shapes, strict=True)
-        ]
-        return parts if self.listed else parts[0]
+    def split(noise: Tensor) -> Tensor | list[Tensor]:
+        rows = zip(noise.split([shape.numel() for shape in shapes], 1), shapes, places, strict=True)
+        parts = [row.reshape(-1, *shape).movedim(0, place) for row, shape, place in rows]
+        return parts if is_list else parts[0]
 
-    def draw(self, batch: int) -> Tensor:
-        """Rows ``(B, N)`` as the model itself draws them."""
-        drawn = self.model.draw_noise(batch)
-        parts = drawn if self.listed else [drawn]
-        rows = [part.movedim(shape.index(None), 0) for part, shape in zip(parts, self.shapes, strict=True)]
-        return torch.cat([row.flatten(1) for row in rows], 1)
+    return draw, split
 
 
 def _on_grid(model: Any, solver: Solver | None) -> Any:
@@ -411,7 +364,7 @@ def _without_checks(distribution: Distribution) -> None:
             _without_checks(part)
 
 
-def _contexts(model: DensityModel, context: Tensor | None) -> Callable[[int], dict[str, Tensor]]:
+def _contexts(model: DensityModel, context: Tensor | None) -> _Inputs:
     """A function that makes the context of a batch, by name; nothing for a model without contexts."""
     shape = model.context_shape
     if context is not None:
