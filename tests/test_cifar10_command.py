@@ -61,7 +61,7 @@ def test_it_downloads_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest.M
     assert np.array_equal(data.val[:], val)
     again = CliRunner().invoke(main, ["train", "cifar10", *SMALL, "--no-download"])
     assert again.exit_code == 0, again.output
-    losses = [re.search(r"bits/dim dirty +(\S+)", each.output) for each in (done, again)]
+    losses = [re.search(r"bits/dim, dirty +(\S+)", each.output) for each in (done, again)]
     assert losses[0] is not None
     assert losses[1] is not None
     assert losses[0][1] == losses[1][1]

@@ -92,8 +92,8 @@ def test_train_ends_with_a_table(trained: Path) -> None:
     assert result.exit_code == 0, result.output
     table = dict(re.findall(r"^(\S.*?)  +(\S.*)$", result.output, re.M))
     assert table["steps"] == "5 of 5"
-    assert re.match(r"\d\.\d{4} ± 0\.\d+ \(images\)", table["bits/dim dirty"])
-    assert "no bound" in table["bits/dim clean"]
+    assert re.match(r"\d\.\d{4} ± 0\.\d+ \(images\)", table["bits/dim, dirty"])
+    assert "no bound" in table["bits/dim, clean"]
     assert table["NFE"].startswith("24.0  test solver, all blocks, batches solved alone")
     assert {"training", "kinetic / dim", "jacfrob / dim", "evaluation"} <= set(table)
     for name in ("checkpoint", "metrics", "samples"):
@@ -106,7 +106,7 @@ def test_train_ends_with_a_table(trained: Path) -> None:
 def test_eval(trained: Path) -> None:
     options = ["--draws", "2", "--limit", "30", "--device", "cpu"]
     text = rnode("eval", str(trained / "checkpoints" / "last.ckpt"), *options).output
-    assert re.search(r"^bits/dim dirty +\d\.\d{4} ± \d\.\d+ \(images\) ± [\d.e-]+ \(noise\)", text, re.M)
+    assert re.search(r"^bits/dim, dirty +\d\.\d{4} ± \d\.\d+ \(images\) ± [\d.e-]+ \(noise\)", text, re.M)
     assert "30, 2 draws of noise" in text
     finer = json.loads(rnode("eval", str(trained), *options, "--solver", "step=0.25", "--json").output)
     assert (finer["images"], len(finer["dirty"]["images"]), finer["nfe_max"]) == (30, 30, 96)

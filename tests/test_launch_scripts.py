@@ -34,7 +34,7 @@ def environment(**values: str) -> dict[str, str]:
 
 def is_one_run(folder: Path, output: str) -> None:
     """One run of two steps by two processes, of which one reports."""
-    assert output.count("bits/dim dirty") == 1
+    assert output.count("bits/dim, dirty") == 1
     assert "2 x cpu" in output
     assert [each.name for each in (folder / "runs" / "digits").iterdir()] == ["0"]
     assert json.loads((folder / "runs" / "digits" / "0" / "result.json").read_text())["steps"] == 2

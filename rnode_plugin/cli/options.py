@@ -143,7 +143,7 @@ def evaluation_rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str,
     known = [each for each in (*measure.quantities, *measure.baselines) if each.name in values]
     return [
         (f"held-out {measure.samples}", f"{len(next(iter(values.values())).samples):,}{draws}"),
-        *((each.label, f"{_score(values[each.name], measure)}  {each.explained}") for each in known),
+        *((each.heading, f"{_score(values[each.name], measure)}  {each.meaning}") for each in known),
         ("NFE", f"{evaluation.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}"),
         *([] if (gap := evaluation.gap) is None else [("solver gap", f"{signed(gap)}  {measure.unit} {_GAP}")]),
         *(

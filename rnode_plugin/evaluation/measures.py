@@ -39,13 +39,10 @@ class Quantity:
 
     Attributes:
         name: of it in ``result.json``, and of its column in the file of all samples.
-        label, explained: its row in the terminal.
-        heading, meaning: its row in a report.
+        heading, meaning: its row in the terminal and in a report.
     """
 
     name: str
-    label: str
-    explained: str
     heading: str
     meaning: str
 
@@ -214,20 +211,8 @@ class ImageMeasure(Measure):
     sample, samples = "image", "images"
     file = "images.csv"
     quantities = (
-        Quantity(
-            "dirty",
-            "bits/dim dirty",
-            "uniform noise in each bin: bounds the discrete likelihood",
-            "bits/dim, dirty",
-            "held-out images, uniform noise in each bin",
-        ),
-        Quantity(
-            "clean",
-            "bits/dim clean",
-            "density at the bins' centres: no bound",
-            "bits/dim, clean",
-            "density at the bins' centres: no bound",
-        ),
+        Quantity("dirty", "bits/dim, dirty", "uniform noise in each bin: bounds the discrete likelihood"),
+        Quantity("clean", "bits/dim, clean", "density at the bins' centres: no bound"),
     )
     max_gap = 0.02
     step_gap, step_round_trip, step_unit = 0.005, 0.5, "levels"
@@ -275,18 +260,8 @@ class TableMeasure(Measure):
     score = "NLL [nats per row]"
     sample, samples = "row", "rows"
     file = "rows.csv"
-    quantities = (
-        Quantity("nll", "NLL", "nats per row, in the unit of the data", "NLL", "nats per row, held-out rows"),
-    )
-    baselines = (
-        Quantity(
-            "gaussian",
-            "NLL of a Gaussian",
-            "with the training rows' mean and covariance",
-            "NLL of a Gaussian",
-            "with the training rows' mean and covariance",
-        ),
-    )
+    quantities = (Quantity("nll", "NLL", "nats per row, in the unit of the data"),)
+    baselines = (Quantity("gaussian", "NLL of a Gaussian", "with the training rows' mean and covariance"),)
     max_gap = 0.05
     step_gap, step_round_trip, step_unit = 0.02, 0.01, "deviations"
     exact_dims = 64  # rows are cheap, and an exact trace leaves no noise
