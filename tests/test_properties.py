@@ -150,7 +150,7 @@ SIDES = st.integers(1, 12)
 @given(st.data(), st.sampled_from([1, 3]), SIDES, SIDES, st.one_of(st.none(), SIDES), st.sampled_from([1, 3]))
 def test_any_pixels_are_brought_to_a_size(data, channels: int, height: int, width: int, size, wanted: int) -> None:
     pixels = data.draw(arrays(np.uint8, (channels, height, width)))
-    found = fit_pixels(pixels, size=size, channels=wanted)
+    (found,) = fit_pixels(pixels[None], size=size, channels=wanted)
     assert found.dtype == np.uint8
     assert found.shape == (wanted, *((size, size) if size else (height, width)))
     if (size, size) in ((None, None), (height, width)) and wanted == channels:

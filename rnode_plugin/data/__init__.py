@@ -1,12 +1,12 @@
 """Image data sets, uint8: by name, as batches, and packed into arrays that are mapped into memory; and tables.
 
-``get_dataset`` finds one by name (ours or a plugin's), ``loader`` makes batches of it, ``plan_packing`` and
-``pack`` turn folders and archives into arrays that are mapped into memory.
+``get_dataset`` finds one by name (ours or a plugin's), ``plan_packing`` and ``pack`` turn folders and archives into
+arrays that are mapped into memory.
 """
 
 from .catalog import get_dataset, get_table
 from .folders import celebahq256, folder, imagenet64
-from .images import ArrayDataset, ImageArray, ImageData, loader
+from .images import ArrayDataset, ImageArray, ImageData
 from .packing import PackingPlan, PackingResult, pack, plan_packing
 from .sets import cifar10, digits, fashion_mnist, mnist, one_download, svhn
 from .tables import Table
@@ -26,7 +26,6 @@ __all__ = [
     "get_dataset",
     "get_table",
     "imagenet64",
-    "loader",
     "mnist",
     "one_download",
     "pack",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ..errors import ConfigError, PluginError
@@ -11,7 +12,7 @@ from .images import ImageData
 from .sets import one_download
 from .tables import Table
 
-__all__ = ["get_dataset", "get_table", "table_columns"]
+__all__ = ["get_dataset", "get_table", "parameters_of", "table_columns"]
 
 D = TypeVar("D", ImageData, Table)
 
@@ -52,9 +53,18 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
         DataError: it is missing (the message says where to get it) or cannot be read.
         PluginError: the plugin that offers it failed, or returned something else.
     """
-    taken = inspect.signature(registry.get("datasets", name)).parameters
+    taken = parameters_of(name)
     chosen = {key: value for key, value in options.items() if key in taken}
     return _load(Table, name, {"root": root}, chosen, download)
+
+
+def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters that a data set's loader takes.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    return inspect.signature(registry.get("datasets", name)).parameters
 
 
 def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
@@ -73,14 +83,10 @@ def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
 
 def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, Any], download: bool) -> D:
     """Call the loader with the options, and with those common arguments that it takes."""
-    load = registry.get("datasets", name)
-    parameters = inspect.signature(load).parameters
+    load, parameters = registry.get("datasets", name), parameters_of(name)
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    taken = {key: value for key, value in common.items() if takes_any or key in parameters}
-    arguments = {**taken, **options}
-    downloads = takes_any or "download" in parameters
-    if downloads:
-        arguments["download"] = False
+    given = {**common, "download": False}
+    arguments = {key: value for key, value in given.items() if takes_any or key in parameters} | options
     try:
         inspect.signature(load).bind(**arguments)
     except TypeError as error:
@@ -96,13 +102,11 @@ def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, A
             raise ConfigError(f"the data set {name!r} holds {what}: use it with a recipe for {what}.")
         raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not {kind.__name__}.")
 
-    if not (download and downloads):
-        return loaded()
     try:
         return loaded()
-    except ConfigError:
-        raise
-    except Exception:  # it is missing; a plugin may raise anything then
+    except Exception as error:  # it is missing; a plugin may raise anything then
+        if isinstance(error, ConfigError) or not download or "download" not in arguments:
+            raise
         arguments["download"] = True
     with one_download(common["root"]):
         return loaded()

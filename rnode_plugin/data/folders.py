@@ -19,24 +19,9 @@ from .images import ImageArray, ImageData, naming, shuffled
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "DEFAULT_ROOT",
-    "TRAIN_FILE",
-    "VAL_FILE",
-    "VAL_FRACTION",
-    "ImageFiles",
-    "PackedImages",
-    "assign",
-    "celebahq256",
-    "decode",
-    "files_in",
-    "fit_pixels",
-    "folder",
-    "imagenet64",
-    "is_hidden",
-    "is_picture",
-    "split_named",
-]
+__all__ = ["DEFAULT_ROOT", "TRAIN_FILE", "VAL_FILE", "VAL_FRACTION", "ImageFiles", "PackedImages", "assign",
+           "celebahq256", "decode", "files_in", "fit_pixels", "folder", "imagenet64", "is_hidden", "is_picture",
+           "only_size", "split_named"]  # fmt: skip
 
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another is named."""
@@ -93,12 +78,19 @@ def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageDat
     return _brought("celebahq256", root, size, 256, source, bits=5, flip=True)
 
 
+def only_size(size: int | None, native: int, name: str) -> None:
+    """Refuse another size than the native one of a data set."""
+    if size not in (None, native):
+        raise ConfigError(
+            f"{name} has {native}x{native} pixels, not {size}x{size}; 'folder' brings pictures to a size."
+        )
+
+
 def _brought(
     name: str, root: str | None, size: int | None, native: int, source: str, *, bits: int, flip: bool
 ) -> ImageData:
     """A set that the user brings, in the folder of its name below the root."""
-    if size not in (None, native):
-        raise ConfigError(f"{name} has {native}x{native} pixels, not {size}x{size}; use the data set 'folder'.")
+    only_size(size, native, name)
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
@@ -143,15 +135,13 @@ def _read(
                 "archive goes through `rnode-cli data prepare` first."
             )
         splits = assign([split_named(n) for n in names], names, val_fraction=val_fraction, where=str(where))
-        chosen = ([n for n, s in zip(names, splits, strict=True) if s == part] for part in ("train", "val"))
-        train, val = (_pictures(where, part, size, channels or 3, 8 - bits) for part in chosen)
+        train, val = (
+            ImageFiles(where, [n for n, s in zip(names, splits, strict=True) if s == part], size=size,
+                       channels=channels or 3, shift=8 - bits).in_memory()
+            for part in ("train", "val")
+        )  # fmt: skip
     _, c, h, w = train.shape
     return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, flip=flip)
-
-
-def _pictures(where: Path, names: Sequence[str], size: int | None, channels: int, shift: int) -> ImageArray:
-    files = ImageFiles(where, names, size=size, channels=channels, shift=shift)
-    return files[:] if np.prod(files.shape, dtype=np.int64) <= _IN_MEMORY_BYTES else files
 
 
 # Training and held-out pictures --------------------------------------------------------------------------------
@@ -278,14 +268,16 @@ def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np
             return _fit(ImageOps.exif_transpose(image), size, channels)
 
 
-def fit_pixels(pixels: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
-    """Pixels ``(C, H, W)``, uint8, scaled and converted as :func:`decode` does with pictures."""
+def fit_pixels(images: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
+    """Images ``(N, C, H, W)``, uint8, scaled and converted as :func:`decode` does with pictures."""
     from PIL import Image
 
-    if size in (None, pixels.shape[1]) and pixels.shape[1] == pixels.shape[2] and channels == pixels.shape[0]:
-        return pixels
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return _fit(image, size, channels)
+    _, c, h, w = images.shape
+    if c == channels and size in (None, h) and h == w:
+        return images
+    last = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    pictures = (Image.fromarray(each[:, :, 0] if c == 1 else each) for each in last)
+    return np.stack([_fit(picture, size, channels) for picture in pictures])
 
 
 def _fit(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
@@ -317,28 +309,24 @@ class ImageFiles:
     ) -> None:
         self._folder, self._names, self._size = folder, names, size
         self._channels, self._shift = channels, shift
-        self._image_shape = self._read(0).shape
+        self.shape, self.dtype = (len(names), *self._read(0).shape), np.dtype(np.uint8)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self._names), *self._image_shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.uint8)
+    def in_memory(self) -> ImageArray:
+        """All of them, decoded, if they fit."""
+        return self[:] if np.prod(self.shape, dtype=np.int64) <= _IN_MEMORY_BYTES else self
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: Any, /) -> np.ndarray:
-        positions = np.arange(len(self))[index]
-        images = np.empty((*positions.shape, *self._image_shape), np.uint8)
-        for position, out in zip(positions.flat, images.reshape(-1, *self._image_shape), strict=True):
+        positions, shape = np.arange(len(self))[index], self.shape[1:]
+        images = np.empty((*positions.shape, *shape), np.uint8)
+        for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
             image = self._read(int(position))
-            if image.shape != self._image_shape:
+            if image.shape != shape:
                 raise DataError(
                     f"the pictures in {self._folder} differ in size: {self._names[position]} is {image.shape}, "
-                    f"{self._names[0]} is {self._image_shape}. Give the size that all are scaled to (--size)."
+                    f"{self._names[0]} is {shape}. Give the size that all are scaled to (--size)."
                 )
             np.right_shift(image, self._shift, out=out)
         return images
@@ -378,20 +366,12 @@ class PackedImages:
                 f"{path} holds {array.dtype} {array.shape}; packed images are uint8 (N, C, H, W), channels first, "
                 "with 1 or 3 of them."
             )
-        self._array = array
+        self._array, self.shape, self.dtype = array, array.shape, array.dtype
         if shift:
             probe = array[np.linspace(0, len(array) - 1, min(len(array), _PROBED)).astype(int)]
             if probe.max() < 2 ** (8 - shift):
                 raise DataError(f"{path} has no value above {probe.max()}: it seems to hold {8 - shift} bits "
                                 f"already, where 8 are expected. Multiply it by {2**shift}.")  # fmt: skip
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._array.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self._array.dtype
 
     def __len__(self) -> int:
         return len(self._array)

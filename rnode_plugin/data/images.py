@@ -1,4 +1,4 @@
-"""``ImageData``: a data set of two sets of uint8 images, in memory or on disk; ``loader`` makes batches of them."""
+"""``ImageData``: two sets of uint8 images, in memory or on disk; ``ArrayDataset`` makes batches of them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..errors import ConfigError, DataError, RnodeError
+from ..errors import ConfigError, DataError, RnodeError, first_line
 
-__all__ = [
-    "ArrayDataset", "ImageArray", "ImageData", "Selection", "keep_batch", "limited", "loader", "naming", "reason",
-    "shuffled",
-]  # fmt: skip
-
-
-def reason(error: Exception) -> str:
-    """The message of a library's error, without a full stop."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+__all__ = ["ArrayDataset", "ImageArray", "ImageData", "Selection", "keep_batch", "limited", "naming", "shuffled"]
 
 
 @contextmanager
@@ -33,7 +25,7 @@ def naming(what: object, advice: str = "") -> Iterator[None]:
     except RnodeError:
         raise
     except Exception as error:
-        raise DataError(f"{what} cannot be read: {reason(error)}.{advice}") from error
+        raise DataError(f"{what} cannot be read: {first_line(error).rstrip('.')}.{advice}") from error
 
 
 class ImageArray(Protocol):
@@ -55,14 +47,7 @@ class Selection:
 
     def __init__(self, images: ImageArray, indices: np.ndarray) -> None:
         self._images, self._indices = images, indices
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self._indices), *self._images.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self._images.dtype
+        self.shape, self.dtype = (len(indices), *images.shape[1:]), images.dtype
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -143,9 +128,9 @@ def limited(samples: Any, n: int | None) -> Any:
 class ArrayDataset(Dataset[Tensor]):
     """Images, or rows of a table, as a PyTorch data set that returns whole batches.
 
-    A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, as
-    :func:`loader` does, because its default would split the batch. With ``batch_size=None`` and a sampler of lists,
-    it asks for ``dataset[list]``.
+    A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, because
+    its default would split the batch. With ``batch_size=None`` and a sampler of lists, it asks for
+    ``dataset[list]``.
 
     Args:
         images: ``(N, C, H, W)``, uint8; in memory, mapped from disk, or read from files. Or rows ``(N, C)``, float.
@@ -174,43 +159,3 @@ class ArrayDataset(Dataset[Tensor]):
 def keep_batch(batch: Any) -> Any:
     """The collate function of data sets that return whole batches."""
     return batch
-
-
-def loader(
-    images: ImageArray,
-    *,
-    batch_size: int,
-    shuffle: bool = False,
-    drop_last: bool = False,
-    seed: int | None = None,
-    num_workers: int = 0,
-) -> DataLoader[Tensor]:
-    """A plain ``DataLoader`` of uint8 batches ``(B, C, H, W)``.
-
-    Args:
-        images: ``(N, C, H, W)``, uint8, such as ``ImageData.train``.
-        shuffle: a new order each epoch.
-        drop_last: leave out the last images if they do not fill a batch.
-        seed: of the order; None takes it from PyTorch's global generator.
-        num_workers: processes that read ahead. They help with pictures that are decoded while training, not
-            with arrays in memory.
-
-    Raises:
-        ConfigError: the images do not fill one batch, and ``drop_last`` leaves none.
-        ValueError: a size below 1, or fewer than 0 workers.
-    """
-    if drop_last and len(images) < batch_size:
-        raise ConfigError(
-            f"{len(images)} images do not fill one batch of {batch_size}; choose a smaller batch size."
-        )
-    return DataLoader(
-        ArrayDataset(images),
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        num_workers=num_workers,
-        collate_fn=keep_batch,
-        generator=None if seed is None else torch.Generator().manual_seed(seed),
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-    )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def plan_packing(sources: Sequence[Path], *, val_fraction: float = VAL_FRACTION)
                 continue
             images: list[Any] = [None]
             if member.name.endswith(_RECORDS):
-                images = [getattr(image, "shape", None) for image in _records(member)]
+                images = [getattr(image, "shape", None) for _, image in _images(member)]
                 shapes.update(images)
             found.append((str(member), [split_named(member.name) or fallback] * len(images)))
             nbytes += member.nbytes
@@ -187,11 +187,11 @@ def pack(
             for planned, member in zip_longest(plan.files, members):
                 if planned is None or member is None or planned[0] != str(member):
                     raise DataError(f"{' '.join(map(str, plan.sources))} changed since the packing began.")
-                for name, split, read in _images(member, planned[1], size, channels):
+                for split, (name, image) in zip(planned[1], _images(member), strict=True):
                     if split is None:
                         continue
                     try:
-                        images = read()
+                        images = _decoded(image, name, size, channels)
                     except DataError as error:
                         if on_error == "fail":
                             raise DataError(f"{error} Remove it, or pass --on-error skip.") from error
@@ -297,32 +297,25 @@ def _opened(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 # Images --------------------------------------------------------------------------------------------------------
 
 
-def _images(
-    member: _Member, splits: Sequence[str | None], size: int | None, channels: int
-) -> Iterator[tuple[str, str | None, Callable[[], np.ndarray]]]:
-    """Name and split of each image of a file, and a function that reads it, ``(n, C, H, W)``; batches are one."""
+_Image: TypeAlias = "_Member | bytes | np.ndarray"
+"""A picture, open or read, or pixels ``(n, C, H, W)``, uint8."""
+
+
+def _images(member: _Member) -> Iterator[tuple[str, _Image]]:
+    """The images of a file with their names; a batch is one."""
     if member.name.endswith(_RECORDS):
-        for number, (split, image) in enumerate(zip(splits, _records(member), strict=True)):
-            name = f"{member}, image {number}"
-            yield name, split, partial(_decoded, image, name, size, channels)
-    elif member.name.endswith(_BATCH):
-        images = _batch(member)
-        if size not in (None, images.shape[2]) or channels != 3:
-            images = np.stack([fit_pixels(image, size=size, channels=channels) for image in images])
-        yield str(member), splits[0], lambda: images
+        yield from ((f"{member}, image {number}", image) for number, image in enumerate(_records(member)))
     else:
-        yield str(member), splits[0], lambda: _decoded(_content(member), str(member), size, channels)
+        yield str(member), _batch(member) if member.name.endswith(_BATCH) else member
 
 
-def _decoded(image: bytes | np.ndarray, name: str, size: int | None, channels: int) -> np.ndarray:
+def _decoded(image: _Image, name: str, size: int | None, channels: int) -> np.ndarray:
+    if isinstance(image, _Member):
+        with naming(image, _AGAIN), image.open() as file:
+            image = file.read()  # to the end, where a zip archive has its checksum
     if isinstance(image, bytes):
         return decode(io.BytesIO(image), name, size=size, channels=channels)[None]
-    return fit_pixels(image, size=size, channels=channels)[None]
-
-
-def _content(member: _Member) -> bytes:
-    with naming(member, _AGAIN), member.open() as file:
-        return file.read()  # to the end, where a zip archive has its checksum
+    return fit_pixels(image, size=size, channels=channels)
 
 
 @contextmanager
@@ -349,7 +342,7 @@ def _batch(member: _Member) -> np.ndarray:
 
 
 def _records(member: _Member) -> Iterator[bytes | np.ndarray]:
-    """The images of a TFRecord file: pixels ``(3, H, W)``, uint8, or encoded pictures.
+    """The images of a TFRecord file: pixels ``(1, 3, H, W)``, uint8, or encoded pictures.
 
     Each record has a feature ``data``, the pixels or a picture, and ``shape``, ``(3, H, W)`` as the authors of
     progressive growing wrote it or ``(H, W, 3)`` as those of Glow did.
@@ -376,4 +369,4 @@ def _records(member: _Member) -> Iterator[bytes | np.ndarray]:
             pixels = np.frombuffer(data, np.uint8).reshape(shape)
             if not {shape[0], shape[2]} & {1, 3}:
                 raise ValueError(f"the feature `shape` is {shape}, with neither 1 nor 3 channels")
-            yield pixels if shape[0] in (1, 3) else pixels.transpose(2, 0, 1)
+            yield (pixels if shape[0] in (1, 3) else pixels.transpose(2, 0, 1))[None]

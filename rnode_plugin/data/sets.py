@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from ..errors import ConfigError, DataError
-from .folders import DEFAULT_ROOT
-from .images import ImageData, naming, reason, shuffled
+from ..errors import DataError, first_line
+from .folders import DEFAULT_ROOT, only_size
+from .images import ImageData, naming, shuffled
 
 __all__ = ["cifar10", "digits", "fashion_mnist", "mnist", "one_download", "svhn"]
 
@@ -28,7 +28,7 @@ def digits(*, root: str | None = None, size: int | None = None) -> ImageData:
     """1,797 handwritten digits, 1x8x8, 17 grey levels, 297 held out; they come with scikit-learn."""
     from sklearn.datasets import load_digits
 
-    _only_size(size, 8, "digits")
+    only_size(size, 8, "digits")
     pixels, labels = load_digits(return_X_y=True)
     images = np.asarray(pixels, dtype=np.uint8).reshape(-1, 1, 8, 8)
     # evenly spaced in a random order sorted by class: each digit is held out in proportion
@@ -98,7 +98,7 @@ def _load(
     flip: bool = False,
 ) -> ImageData:
     """The data set whose parts ``read(folder, part, download)`` gives; it is fetched only where it is not read."""
-    _only_size(size, shape[1], name)
+    only_size(size, shape[1], name)
     base = Path(root) if root is not None else DEFAULT_ROOT
 
     def found(download: bool) -> ImageData:
@@ -110,19 +110,14 @@ def _load(
     except Exception as error:  # missing, or damaged: then the reader raises anything
         if not download:
             raise DataError(
-                f"{name} is not in {base}, or is damaged: {reason(error)}. Leave out --no-download to fetch it "
-                "(in Python: download=True); --data-root names another folder."
+                f"{name} is not in {base}, or is damaged: {first_line(error).rstrip('.')}. Leave out --no-download "
+                "to fetch it (in Python: download=True); --data-root names another folder."
             ) from error
     with naming(
         f"the download of {name} to {base} failed: it",
         " Put the files there by hand (--data-root names another folder), or try again.",
     ):
         return found(True)
-
-
-def _only_size(size: int | None, native: int, name: str) -> None:
-    if size not in (None, native):
-        raise ConfigError(f"{name} comes in {native}x{native} pixels only, not {size}x{size}.")
 
 
 @contextmanager

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 
 import numpy as np
 import torch
 
 from ..core.random_streams import Stream, seeded
 from ..data import ImageData, get_dataset, get_table
+from ..data.catalog import parameters_of
 from ..data.tables import Table, check_columns
 from ..errors import ConfigError, DataError, first_line
-from ..plugins import registry
 from ..recipes.recipe import Data, Recipe, TableData
 from .measures import FlowInput, measure_of
 
@@ -55,7 +54,7 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
     """
     wanted = recipe.table
     options = {name: getattr(wanted, name) for name in ("validation", "held_out", "split_seed")}
-    taken = inspect.signature(registry.get("datasets", wanted.name)).parameters
+    taken = parameters_of(wanted.name)
     usual = {field.name: field.default for field in dataclasses.fields(TableData)}
     for name, value in options.items():
         if name not in taken and value != usual[name]:
@@ -90,7 +89,7 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
     wanted = recipe.images
     # a user's own pictures are read with the channels and bits that the recipe asks for; other sets have their own
     asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
-    taken = inspect.signature(registry.get("datasets", wanted.name)).parameters
+    taken = parameters_of(wanted.name)
     options = {name: value for name, value in asked.items() if name in taken}
     data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1], **options)
     if (data.shape, data.levels) != (wanted.shape, wanted.levels):

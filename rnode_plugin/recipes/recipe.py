@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import inspect
 import io
 import json
 import math
@@ -376,7 +375,7 @@ def _of_other_table(data: TableData, *, name: str = "", root: str | None = None,
         ConfigError: there is no such table, or a column that stays given is not in it.
         DataError: it cannot be read.
     """
-    from ..data.catalog import table_columns
+    from ..data.catalog import parameters_of, table_columns
 
     name = name or data.name
     changes: dict[str, Any] = {"name": name, "root": root or data.root}
@@ -384,7 +383,7 @@ def _of_other_table(data: TableData, *, name: str = "", root: str | None = None,
     if (name, changes["root"]) != (data.name, data.root):
         changes.update(rows=None, checksum=None)
     changes["columns"] = data.columns if own else table_columns(name, root=changes["root"])
-    taken = inspect.signature(registry.get("datasets", name)).parameters
+    taken = parameters_of(name)
     defaults = {field.name: field.default for field in dataclasses.fields(TableData)}  # pyright: ignore
     changes.update({key: defaults[key] for key in ("validation", "held_out", "split_seed") if key not in taken})
     return dataclasses.replace(data, **changes, **({"given": ()} if "given" in assigned else {}))
