@@ -10,8 +10,6 @@ from typing import Any
 from .regularizers.base import DECLARED, Source
 from .trace_estimators import Hutchinson, HutchPlusPlus
 
-__all__ = ["citation"]
-
 _ESTIMATORS = {Hutchinson: "hutchinson1989stochastic", HutchPlusPlus: "meyer2021hutch"}
 _METHODS = {"dopri5": "dormand1980family", "tsit5": "tsitouras2011runge"}
 

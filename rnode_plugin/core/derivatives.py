@@ -15,19 +15,6 @@ from torch import Tensor
 
 from .ops import transforms_active
 
-__all__ = [
-    "VELOCITY",
-    "Ask",
-    "AutogradField",
-    "Field",
-    "Linearization",
-    "Velocity",
-    "as_field",
-    "total_derivative",
-    "trace_of_rows",
-    "unit_vectors",
-]
-
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``: time, a scalar tensor, and state ``(B, *event)`` to velocity ``(B, *event)``."""
 

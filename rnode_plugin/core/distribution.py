@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from .objective import FlowOutput
 
 
-__all__ = ["DensityModel", "FlowDistribution"]
-
 _ONE = torch.Size()
 
 

@@ -25,8 +25,6 @@ from .field_evaluation import FieldEvaluation
 from .regularizers.base import Regularizer, StepRecord, Trajectory, kind_of
 from .trace_estimators import Exact, Linearize, TraceEstimator, get_estimator
 
-__all__ = ["BoundDynamics", "Dynamics", "FunctionDynamics", "PathPenalties", "Rates"]
-
 
 class Rates(NamedTuple):
     """The right-hand side of the augmented system (RNODE) at one time.

@@ -14,8 +14,6 @@ from ..errors import ConfigError
 from .derivatives import Ask, Field, total_derivative
 from .trace_estimators import Exact, Probes, TraceEstimator
 
-__all__ = ["FieldEvaluation"]
-
 _MAX_DIMS = 128  # of an exact Jacobian: as many products at each evaluation
 
 

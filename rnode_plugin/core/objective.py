@@ -11,16 +11,6 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 
-__all__ = [
-    "FlowOutput",
-    "Objective",
-    "bits_per_dim",
-    "objective",
-    "output_log_prob",
-    "penalty",
-    "standard_normal_log_prob",
-]
-
 
 @dataclass(frozen=True)
 class FlowOutput:

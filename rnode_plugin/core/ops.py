@@ -13,27 +13,12 @@ from torch.autograd import forward_ad
 
 # torch has no public names for these
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from ..errors import ConfigError
-
-__all__ = [
-    "OneProcessADevice",
-    "check_count",
-    "exporting",
-    "flush_denormals",
-    "needs_plain_pass",
-    "on_host",
-    "recording",
-    "sum_event",
-    "sum_products",
-    "sum_squares",
-    "transforms_active",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map_only",
-    "tree_unflatten",
-]
 
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 

@@ -15,8 +15,6 @@ from .objective import penalty
 from .regularizers import Weighted, span_policy, undivided
 from .schedules import check_lambda, strength_at
 
-__all__ = ["Penalties", "attach"]
-
 
 class _Solve(NamedTuple):
     integrals: dict[str, Tensor]

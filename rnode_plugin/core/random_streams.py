@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
-__all__ = ["Stream", "seed_everything", "seeded", "stream_seed"]
-
 
 class Stream(IntEnum):
     """What the noise is for; streams of different purposes are independent."""

@@ -10,18 +10,6 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError
 
-__all__ = [
-    "DEFAULT_LAMBDA",
-    "LinearWarmup",
-    "Strength",
-    "WrittenStrength",
-    "check_lambda",
-    "final_strength",
-    "linear_warmup",
-    "strength_at",
-    "strength_text",
-]
-
 DEFAULT_LAMBDA = 0.01
 """The paper's strength for both penalties on every data set (section 6)."""
 

@@ -13,19 +13,6 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-__all__ = [
-    "STATE_NAMES",
-    "TIME_NAMES",
-    "Takes",
-    "accepts",
-    "buffers_kept",
-    "call_of",
-    "field_takes",
-    "original",
-    "refuse_state_first",
-    "time_first",
-]
-
 TIME_NAMES = frozenset({"t", "time", "timestep", "timesteps"})
 STATE_NAMES = frozenset({"x", "z", "y", "u", "h", "state", "sample"})
 

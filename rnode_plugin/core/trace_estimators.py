@@ -20,8 +20,6 @@ from ..errors import ConfigError, suggest
 from .derivatives import VELOCITY, Ask, Linearization, Velocity, as_field, trace_of_rows, unit_vectors
 from .ops import check_count, sum_products, sum_squares
 
-__all__ = ["Exact", "HutchPlusPlus", "Hutchinson", "Linearize", "Probes", "TraceEstimator", "get_estimator"]
-
 Linearize = Callable[[Tensor, Tensor, "Tensor | None"], Linearization]
 """One pass over a field: time, state and noise to what was asked for."""
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 
-__all__ = ["ACTIVATIONS", "Activation", "get_activation"]
-
 _aten = torch.ops.aten
 
 

@@ -38,8 +38,6 @@ from .activations import Activation
 from .kernels import LayerMap
 from .layers import Products
 
-__all__ = ["Stack", "linearize", "pull_noise", "run_stack"]
-
 
 @dataclass(frozen=True, eq=False)
 class Stack:

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Columns", "Convolution", "Dense", "LayerMap", "convolution"]
-
 # channels up to which a convolution is faster as one product of matrices
 _FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}
 

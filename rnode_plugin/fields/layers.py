@@ -20,8 +20,6 @@ from ..core.ops import on_host, transforms_active
 from ..errors import ConfigError
 from .kernels import Dense, LayerMap, convolution
 
-__all__ = ["CONVOLUTION", "LINEAR", "ConcatConv2d", "ConcatLinear", "Products"]
-
 
 class Products:
     """The linear parts of layers of one kind, here of linear ones (``weight`` is without the time input)."""

@@ -12,8 +12,6 @@ from ..core.derivatives import VELOCITY, Ask, Linearization
 from ..core.ops import check_count
 from ..errors import ConfigError
 
-__all__ = ["PotentialField"]
-
 
 class _Layer(NamedTuple):
     """One layer at one state: its weight, and both derivatives of its activation, ``(B, hidden)``."""

@@ -18,8 +18,6 @@ from .fused import Stack
 from .layers import LINEAR
 from .stack import PreparedStack
 
-__all__ = ["PARTS", "Affine", "AppendTime", "Layer", "Part", "Pointwise", "RecognisedStack", "recognise"]
-
 
 @dataclass(frozen=True)
 class Affine:

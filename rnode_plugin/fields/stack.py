@@ -16,16 +16,6 @@ from .activations import get_activation
 from .fused import Stack, linearize, pull_noise, run_stack
 from .layers import LINEAR, ConcatConv2d, ConcatLinear, Products
 
-__all__ = [
-    "AtContext",
-    "FusedStackField",
-    "PreparedStack",
-    "StackField",
-    "compile_fields",
-    "conv_field",
-    "linear_field",
-]
-
 
 class StackField(nn.Module):
     """``f(t, z)``: layers with an activation between them; a plain module for automatic differentiation.

@@ -35,8 +35,6 @@ from .fixed import (
 from .solution import Solution
 from .tableaus import Method
 
-__all__ = ["StepMemory", "guess_first_step", "next_step", "rms_norm", "solve_adaptive"]
-
 
 class StepMemory:
     """The longest step that would have passed everywhere in the last solve.

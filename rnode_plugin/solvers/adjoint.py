@@ -25,8 +25,6 @@ from .fixed import Trace, solve_fixed
 from .solution import Solution, SolveStats
 from .tableaus import Method, hermite
 
-__all__ = ["solve_adjoint"]
-
 
 def solve_adjoint(
     dynamics: BoundDynamics,

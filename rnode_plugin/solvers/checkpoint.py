@@ -20,8 +20,6 @@ from ..core.dynamics import BoundDynamics
 from ..core.ops import transforms_active, tree_flatten, tree_leaves, tree_unflatten
 from ..errors import ConfigError
 
-__all__ = ["checkpointed"]
-
 
 def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tensor, t: Tensor) -> Callable[..., Any]:
     """``function`` without its activations kept; values and gradients are the same.

@@ -9,20 +9,6 @@ from typing import Any, Literal
 
 from ..errors import ConfigError, suggest
 
-__all__ = [
-    "ADAPTIVE_METHODS",
-    "DEFAULT_MAX_NFE",
-    "FIXED_METHODS",
-    "GRADIENTS",
-    "METHODS",
-    "QUADRATURES",
-    "Solver",
-    "count_steps",
-    "observers",
-    "solver_text",
-    "subscribe",
-]
-
 FIXED_METHODS = ("euler", "midpoint", "rk4", "rk4_38")
 ADAPTIVE_METHODS = ("dopri5", "tsit5")
 METHODS = FIXED_METHODS + ADAPTIVE_METHODS

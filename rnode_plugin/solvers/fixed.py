@@ -24,23 +24,6 @@ from .config import Solver, count_steps
 from .solution import Solution, SolveStats
 from .tableaus import Method
 
-__all__ = [
-    "HealthCheck",
-    "Step",
-    "StepTaker",
-    "Totals",
-    "all_finite",
-    "check_health",
-    "draw_stage",
-    "fail_integrals",
-    "fail_max_nfe",
-    "fail_nonfinite",
-    "health",
-    "read",
-    "solve_fixed",
-    "stepper",
-]
-
 _CPU = torch.device("cpu")
 Trace = list[tuple[Tensor, Tensor]]
 """The time and the state of every accepted step, the initial one first."""

@@ -20,8 +20,6 @@ from .fixed import HealthCheck, Trace, check_health, fail_integrals, health, sol
 from .solution import Solution
 from .tableaus import Method, get_method, hermite
 
-__all__ = ["check_steps", "solve"]
-
 
 def solve(
     dynamics: BoundDynamics,

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..errors import ConfigError, suggest
 from .config import METHODS
 
-__all__ = ["Field", "Method", "StepFunction", "StepResult", "get_method", "hermite"]
-
 Field = Callable[[Tensor, Tensor], Tensor]
 # f at the new state or None, the new state, its error estimate or None, and, if shown, the stages' velocities
 StepResult = (

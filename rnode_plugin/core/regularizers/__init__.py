@@ -1,83 +1,12 @@
 """Regularizers: rates, step penalties, trajectory penalties and span policies."""
 
 from ..schedules import linear_warmup
-from .base import (
-    DECLARED,
-    KINDS,
-    Declaration,
-    FunctionRegularizer,
-    FunctionStepPenalty,
-    Regularizer,
-    Source,
-    StepRecord,
-    Trajectory,
-    Weighted,
-    declaration_of,
-    kind_of,
-    span_policy,
-    undivided,
-    weigh_regularizers,
-)
-from .paths import (
-    LearnedEndTime,
-    Steer,
-    Straightness,
-    TrajectoryPolynomial,
-    error,
-    local_error,
-    local_stiffness,
-    stiffness,
-)
-from .rates import (
-    Taylor,
-    curl,
-    directional,
-    directional_vjp,
-    hjb,
-    jacdiag,
-    jacfrob,
-    jacoffdiag,
-    kinetic,
-    l1,
-    strain,
-    total_derivative,
-)
+from . import base, paths, rates
+from .base import *  # noqa: F403
+from .paths import *  # noqa: F403
+from .rates import *  # noqa: F403
 
-__all__ = [
-    "DECLARED",
-    "KINDS",
-    "Declaration",
-    "FunctionRegularizer",
-    "FunctionStepPenalty",
-    "LearnedEndTime",
-    "Regularizer",
-    "Source",
-    "Steer",
-    "StepRecord",
-    "Straightness",
-    "Taylor",
-    "Trajectory",
-    "TrajectoryPolynomial",
-    "Weighted",
-    "curl",
-    "declaration_of",
-    "directional",
-    "directional_vjp",
-    "error",
-    "hjb",
-    "jacdiag",
-    "jacfrob",
-    "jacoffdiag",
-    "kind_of",
-    "kinetic",
-    "l1",
-    "linear_warmup",
-    "local_error",
-    "local_stiffness",
-    "span_policy",
-    "stiffness",
-    "strain",
-    "total_derivative",
-    "undivided",
-    "weigh_regularizers",
-]
+__all__ = ["linear_warmup"]
+__all__ += base.__all__
+__all__ += paths.__all__
+__all__ += rates.__all__

@@ -38,7 +38,6 @@ __all__ = [
     "Weighted",
     "declaration_of",
     "kind_of",
-    "regularizer",
     "span_policy",
     "undivided",
     "weigh_regularizers",

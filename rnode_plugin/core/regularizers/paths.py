@@ -27,7 +27,6 @@ __all__ = [
     "local_error",
     "local_stiffness",
     "stiffness",
-    "with_end_time",
 ]
 
 _PAL = Source("", "Pal et al.", 2021, "pal2021opening")
