@@ -116,10 +116,10 @@ def test_what_torch_does_as_well_is_left_to_it(options: dict[str, Any]) -> None:
 
 
 def test_a_module_with_hooks_is_left_alone() -> None:
-    net = perceptron(timed=True)
-    assert recognise(net) is not None
+    net, x = perceptron(timed=True), torch.zeros(4, 3, dtype=torch.float64)
+    assert recognise(net, x) is not None
     net[0].register_forward_hook(lambda *args: None)
-    assert recognise(net) is None
+    assert recognise(net, x) is None
 
 
 @pytest.mark.parametrize(
@@ -139,20 +139,19 @@ def test_a_module_with_hooks_is_left_alone() -> None:
     ],
 )
 def test_what_is_no_such_stack_is_left_alone(module: Any) -> None:
-    assert recognise(module) is None
+    assert recognise(module, torch.zeros(4, 2)) is None
 
 
-def test_a_recognised_stack_reads_its_parameters_at_each_solve() -> None:
+def test_a_recognised_stack_fits_the_state_and_has_the_weights_of_the_moment() -> None:
     net = perceptron()
     twin = copy.deepcopy(net)
-    stack = recognise(net)
-    assert stack is not None
     x = torch.randn(4, 3, dtype=torch.float64)
-    assert stack.fits(x)
-    assert not stack.fits(x[:, :2])
-    assert not stack.fits(x.float())
+    assert recognise(net, x[:, :2]) is None
+    assert recognise(net, x.float()) is None
     with torch.no_grad():
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             p.mul_(2)
             q.mul_(2)
-    torch.testing.assert_close(stack.prepare(x)(0.0, x), twin(x), rtol=1e-13, atol=1e-13)
+    stack = recognise(net, x)
+    assert stack is not None
+    torch.testing.assert_close(stack(0.0, x), twin(x), rtol=1e-13, atol=1e-13)
