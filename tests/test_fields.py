@@ -172,11 +172,9 @@ def test_gradient_has_the_weights_layout() -> None:
         (lambda: conv_field(1, activation="sofplus"), "did you mean 'softplus'"),
         (lambda: conv_field(0), "size must be"),
         (lambda: conv_field(1, layers=0), "layers must be"),
-        (lambda: StackField([nn.Linear(2, 2)]), "got Linear"),
-        (lambda: StackField([]), "got none"),
+        (lambda: StackField([nn.Linear(2, 2)]), "a stack needs"),
+        (lambda: StackField([]), "a stack needs"),
         (lambda: StackField([ConcatConv2d(1, 2), ConcatLinear(2, 1)]), "all of one kind"),
-        (lambda: StackField([ConcatLinear(1, 2), ConcatLinear(3, 1)]), "2 outputs, but layer 1 takes 3 inputs"),
-        (lambda: StackField([ConcatLinear(1, 2)]), "2 outputs, but layer 0 takes 1 inputs"),
     ],
 )
 def test_what_cannot_work_is_refused(build: object, message: str) -> None:

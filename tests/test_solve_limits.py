@@ -104,7 +104,7 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", ["autograd", "adjoint"])
 def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
-    """Right within its precision, or refused in one sentence."""
+    """Right within its precision on a fixed grid, refused with adaptive steps."""
     field, noise = Linear().to(dtype), torch.ones(2, 3, dtype=dtype)
     bound = Dynamics(field, regularizers=[kinetic, jacfrob], estimator=Exact()).bind(None)
     exact = solve(
@@ -112,17 +112,16 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
     )
     assert exact.logdet is not None
     precision = torch.finfo(dtype).eps
-    for method in ("rk4", "dopri5"):
-        z = noise.clone().requires_grad_()
-        s = solve(bound, z, T.float(), Solver(method, atol=precision, rtol=precision, gradient=gradient))
-        assert s.z.dtype is dtype
-        assert s.logdet is not None
-        torch.testing.assert_close(s.z[-1].double(), exact.z[-1], rtol=4 * precision, atol=4 * precision)
-        torch.testing.assert_close(s.logdet[-1].double(), exact.logdet[-1], rtol=4 * precision, atol=4 * precision)
-        (s.z.sum() + s.penalties["jacfrob"].sum()).backward()
-        assert z.grad is not None
-        assert bool(z.grad.isfinite().all())
-    with pytest.raises(ConfigError, match=r"dopri5 cannot meet a tolerance of 1e-05 with a state in torch\."):
+    z = noise.clone().requires_grad_()
+    s = solve(bound, z, T.float(), Solver("rk4", gradient=gradient))
+    assert s.z.dtype is dtype
+    assert s.logdet is not None
+    torch.testing.assert_close(s.z[-1].double(), exact.z[-1], rtol=4 * precision, atol=4 * precision)
+    torch.testing.assert_close(s.logdet[-1].double(), exact.logdet[-1], rtol=4 * precision, atol=4 * precision)
+    (s.z.sum() + s.penalties["jacfrob"].sum()).backward()
+    assert z.grad is not None
+    assert bool(z.grad.isfinite().all())
+    with pytest.raises(ConfigError, match=r"dopri5 needs a state of float32 or float64, not torch\."):
         solve(bound, noise, T.float(), Solver("dopri5", gradient=gradient))
 
 

@@ -260,14 +260,12 @@ def _velocity(
     """The velocity, and what is kept of each activation."""
     activation, kept = stack.activation, []
     row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
-    u = stack.enter(z)
-    for layer, shift in zip(maps, stack.maps_of(row), strict=True):
+    u, shifts = stack.enter(z), stack.maps_of(row)
+    for layer, shift in zip(maps[:-1], shifts[:-1], strict=True):
         a = layer.apply(u, shift)
-        if len(kept) == stack.hidden:
-            return a, kept
         u = activation.value(a)
         kept.append(u if activation.keeps_output else a)
-    raise AssertionError("a stack has a last layer")
+    return maps[-1].apply(u, shifts[-1]), kept
 
 
 def _product(stack: Stack, maps: _Maps, kept: Sequence[Tensor], pulled: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -287,13 +285,10 @@ def _direction(
     shifts = (
         [None] * len(maps) if dt is None or response is None else stack.maps_of(response * dt.to(response.dtype))
     )
-    for layer, shift in zip(maps, shifts, strict=True):
-        y = layer.apply(x, shift)
-        if len(inner) == stack.hidden:
-            return y, inner
-        x = stack.activation.times_slope(y, kept[len(inner)])
-        inner.append(y)
-    raise AssertionError("a stack has a last layer")
+    for layer, shift, c in zip(maps[:-1], shifts[:-1], kept, strict=True):
+        inner.append(layer.apply(x, shift))
+        x = stack.activation.times_slope(inner[-1], c)
+    return maps[-1].apply(x, shifts[-1]), inner
 
 
 # their graph nodes ----------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.ops import on_host, transforms_active
-from ..errors import ConfigError
 from .kernels import Dense, LayerMap, convolution
 
 
@@ -124,8 +123,6 @@ class _Concat(nn.Module):
 
     def __init__(self, weight_shape: tuple[int, ...]) -> None:
         super().__init__()
-        if min(weight_shape) < 1:
-            raise ConfigError(f"a layer needs at least one input and one output, got weight shape {weight_shape}.")
         self.weight = nn.Parameter(torch.empty(weight_shape))
         self.bias = nn.Parameter(torch.empty(weight_shape[0]))
         self.reset_parameters()

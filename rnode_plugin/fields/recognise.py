@@ -12,13 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.ops import exporting
-from .activations import Activation, get_activation
+from .activations import get_activation
 from .fused import Stack
 from .layers import LINEAR
 from .stack import PreparedStack
-
-TIME = "time"
-"""The part of a module that appends time as one more input of the linear layer that follows."""
 
 _SETTINGS = {
     nn.Tanh: ("tanh", {}),
@@ -28,26 +25,28 @@ _SETTINGS = {
     nn.GELU: ("gelu", {"approximate": "none"}),
 }
 
-PARTS: dict[type[nn.Module], Callable[[Any], Any]] = {nn.Linear: lambda module: module}
-"""By type of module a linear layer, an activation or :data:`TIME`; another room adds the layers that it knows."""
+Part = tuple[str, Any]
+"""``"L"`` with a linear layer, ``"a"`` with an activation, ``"t"`` for time as one more input of the next layer."""
+
+PARTS: dict[type[nn.Module], Callable[[Any], Part]] = {nn.Linear: lambda module: ("L", module)}
+"""By type of module; another room adds those that it knows."""
+
+_UNKNOWN: Part = ("?", None)
 
 
 def recognise(module: Any, z: Tensor) -> PreparedStack | None:
     """``module`` as the field of one solve from a state like ``z``; None if it is no stack for such states.
 
-    A stack is a linear layer, or nested ``nn.Sequential`` of linear layers and one kind of activation. A module with
-    hooks is left alone: what they do is not known.
+    A stack is a linear layer, or nested ``nn.Sequential`` of linear layers and one kind of activation. A module
+    with hooks is left alone: what they do is not known.
     """
     parts = list(_parts(module))
-    activations = {part for part in parts if isinstance(part, Activation)}
-    kinds = "".join(
-        "L" if isinstance(part, nn.Linear) else "a" if part in activations else "t" if part is TIME else "?"
-        for part in parts
-    )
+    kinds = "".join(kind for kind, _ in parts)
+    activations = {activation for kind, activation in parts if kind == "a"}
     if len(activations) > 1 or not re.fullmatch("(t?La)*t?L", kinds):
         return None
     timed = [kind == "tL" for kind in re.findall("t?L", kinds)]
-    linear = [part for part in parts if isinstance(part, nn.Linear)]
+    linear = [layer for kind, layer in parts if kind == "L"]
     takes, gives = linear[0].weight.shape[1] - timed[0], linear[-1].weight.shape[0]
     if z.ndim != 2 or not z.shape[1] == takes == gives or any(each.weight.dtype != z.dtype for each in linear):
         return None
@@ -65,18 +64,19 @@ def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:
     return time, state
 
 
-def _parts(module: Any) -> Iterator[Any]:
-    """The layers of nested ``nn.Sequential`` in a row; None for one that is not known."""
+def _parts(module: Any) -> Iterator[Part]:
+    """The layers of nested ``nn.Sequential`` in a row."""
     if not isinstance(module, nn.Module) or _has_hooks(module):
-        yield None
+        yield _UNKNOWN
     elif type(module) is nn.Sequential:
         for child in module:
             yield from _parts(child)
     elif type(module) in _SETTINGS:
         name, wanted = _SETTINGS[type(module)]
-        yield get_activation(name) if all(getattr(module, key) == x for key, x in wanted.items()) else None
+        known = all(getattr(module, key) == value for key, value in wanted.items())
+        yield ("a", get_activation(name)) if known else _UNKNOWN
     else:
-        yield PARTS.get(type(module), lambda module: None)(module)
+        yield PARTS.get(type(module), lambda module: _UNKNOWN)(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:

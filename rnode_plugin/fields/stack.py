@@ -21,24 +21,26 @@ class StackField(nn.Module):
     """``f(t, z)``: layers with an activation between them; a plain module for automatic differentiation.
 
     Args:
-        layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind, the last one's outputs as many as the first
-            one's inputs.
+        layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind.
         activation: ``"softplus"``, ``"tanh"``, ``"elu"``, ``"silu"`` or ``"gelu"``.
-        context: inputs of the first layer behind those of the state; such a field is one of ``z`` and a context,
-            see :class:`AtContext`.
+    If the first layer takes more than the last one gives, the field is one of ``z`` and a context; see
+    :class:`AtContext`.
 
     The layers keep the weights that they come with; :func:`conv_field` and :func:`linear_field` start from f = 0.
     Under ``torch.autocast`` the layers compute in its dtype; the result has the state's.
 
     Raises:
-        ConfigError: for another kind of layer, sizes that do not fit or an unknown activation.
+        ConfigError: for another kind of layer or an unknown activation.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], *, activation: str = "softplus", context: int = 0) -> None:
+    def __init__(self, layers: Iterable[nn.Module], *, activation: str = "softplus") -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._activation = get_activation(activation)
-        self._products = _one_kind(self.layers, context)
+        kinds: set[Any] = {getattr(layer, "products", None) for layer in self.layers}
+        if len(kinds) != 1 or None in kinds:
+            raise ConfigError("a stack needs ConcatConv2d or ConcatLinear layers, all of one kind.")
+        self._products: Products = kinds.pop()
 
     def prepare(self, z: Tensor, noise: Tensor | None = None, *, context: Tensor | None = None) -> Field:
         """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
@@ -253,21 +255,4 @@ def _build(
     # f = 0, so that a fresh flow is the identity and costs a solver nothing (the paper's section 6)
     nn.init.zeros_(stack[-1].weight)
     nn.init.zeros_(stack[-1].bias)
-    return (FusedStackField if fused else StackField)(stack, activation=activation, context=context)
-
-
-def _one_kind(layers: nn.ModuleList, context: int) -> Products:
-    kinds = {type(layer) for layer in layers}
-    if len(kinds) != 1 or not issubclass(kinds.copy().pop(), (ConcatConv2d, ConcatLinear)):
-        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
-        raise ConfigError(f"a stack needs ConcatConv2d or ConcatLinear layers, all of one kind; got {found}.")
-    stack = cast("list[ConcatConv2d]", list(layers))
-    for k, layer in enumerate(stack):
-        follows = stack[(k + 1) % len(stack)]
-        behind = context if follows is stack[0] else 0
-        if layer.weight.shape[0] + behind != follows.weight.shape[1] - 1:
-            raise ConfigError(
-                f"layer {k} of the stack has {layer.weight.shape[0]} outputs, but layer {(k + 1) % len(stack)} "
-                f"takes {follows.weight.shape[1] - 1} inputs besides time."
-            )
-    return stack[0].products
+    return (FusedStackField if fused else StackField)(stack, activation=activation)

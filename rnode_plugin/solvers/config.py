@@ -97,16 +97,12 @@ class Solver:
                 f"solver.step='auto' needs a fixed grid, but {self.method} chooses its own steps: use one of "
                 f"{', '.join(FIXED_METHODS)}."
             )
-        if self.trace_quadrature == "sampled" and self.adaptive:
+        if self.trace_quadrature == "sampled" and (self.adaptive or self.gradient.endswith("adjoint")):
             raise ConfigError(
-                f"trace_quadrature='sampled' needs a fixed grid: {self.method} controls the error of the "
-                f"log-determinant, which a sampled quadrature does not have. Use one of "
-                f"{', '.join(FIXED_METHODS)}, or trace_quadrature='full'."
-            )
-        if self.trace_quadrature == "sampled" and self.gradient.endswith("adjoint"):
-            raise ConfigError(
-                "trace_quadrature='sampled' needs the gradient of the discrete steps: use gradient='autograd' or "
-                "'checkpointed', or trace_quadrature='full'."
+                f"trace_quadrature='sampled' needs a fixed grid and the gradient of its steps: {self.method} with "
+                f"gradient {self.gradient!r} would control or differentiate an error that the log-determinant does "
+                f"not have. Use one of {', '.join(FIXED_METHODS)} with 'autograd' or 'checkpointed', or "
+                "trace_quadrature='full'."
             )
 
     @property

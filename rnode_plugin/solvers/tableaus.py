@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -76,30 +75,32 @@ class Method:
         return same[-1] if same else None
 
 
-@dataclass(frozen=True)
-class _Tableau:
-    """An explicit Runge-Kutta tableau in double precision; row i of ``a`` belongs to stage i + 1."""
+def _explicit(
+    name: str,
+    order: int,
+    a: tuple[tuple[float, ...], ...],
+    b: tuple[float, ...],
+    *,
+    c: tuple[float, ...] | None = None,
+    error: tuple[float, ...] | None = None,
+    draws: tuple[float, ...] | None = None,
+) -> Method:
+    """A method from its tableau in double precision; row i of ``a`` belongs to stage i + 1, at the row's sum."""
+    nodes = tuple(sum(row) for row in a) if c is None else c
+    # first same as last: the last stage is taken at the new state, so that its velocity is the next step's first
+    fsal = len(a) == len(b) - 1 and a[-1:] == (b[:-1],) and b[-1] == 0
 
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    error: tuple[float, ...] | None
-    order: int
-
-    @property
-    def fsal(self) -> bool:
-        """Whether the last stage is taken at the new state, so that its velocity is the next step's first."""
-        return bool(self.a) and len(self.a) == len(self.b) - 1 and self.a[-1] == self.b[:-1] and self.b[-1] == 0
-
-    def advance(self, f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
+    def advance(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         stages = [f(t, x) if k1 is None else k1]
         argument = x
-        for c, row in zip(self.c, self.a, strict=True):
+        for node, row in zip(nodes, a, strict=True):
             argument = _combine(x, dt, row, stages)
-            stages.append(f(t + c * dt, argument))
-        new = argument if self.fsal else _combine(x, dt, self.b, stages)
-        error = None if self.error is None else _combine(None, dt, self.error, stages)
-        return (stages[-1] if self.fsal else None), new, error, stages
+            stages.append(f(t + node * dt, argument))
+        new = argument if fsal else _combine(x, dt, b, stages)
+        estimate = None if error is None else _combine(None, dt, error, stages)
+        return (stages[-1] if fsal else None), new, estimate, stages
+
+    return Method(name, advance, order, error is not None, b, error, draws or b, nodes=(0.0, *nodes))
 
 
 def _combine(x: Tensor | None, dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
@@ -145,53 +146,49 @@ _TSIT5_A = (
 )
 
 
-def _tableau(
-    rows: tuple[tuple[float, ...], ...], b: tuple[float, ...], order: int, *, error: tuple[float, ...] | None = None
-) -> _Tableau:
-    """A tableau whose times are the sums of its rows."""
-    return _Tableau(tuple(sum(row) for row in rows), rows, b, error, order)
-
-
-# Dormand and Prince (1980); Tsitouras (2011); the others are in every textbook
-_TABLEAUS = {
-    "euler": _tableau((), (1.0,), 1),
-    "midpoint": _tableau(((0.5,),), (0.0, 1.0), 2),
-    "rk4": _tableau(((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), 4),
-    "rk4_38": _Tableau(
-        (1 / 3, 2 / 3, 1.0),
+# Dormand and Prince (1980); Tsitouras (2011); the others are in every textbook. Some weights of dopri5 and tsit5
+# are negative, so their draws are quadratures of order 3 on the same stages that have none. The first stage, which
+# is the last one of the step before, has no part in them.
+_METHODS = [
+    _explicit("euler", 1, (), (1.0,)),
+    _explicit("midpoint", 2, ((0.5,),), (0.0, 1.0)),
+    _explicit("rk4", 4, ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+    _explicit(
+        "rk4_38",
+        4,
         ((1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
         (1 / 8, 3 / 8, 3 / 8, 1 / 8),
-        None,
-        4,
+        c=(1 / 3, 2 / 3, 1.0),
     ),
-    "dopri5": _tableau(
-        _DOPRI5_A, _DOPRI5_B, 5, error=tuple(b - b4 for b, b4 in zip(_DOPRI5_B, _DOPRI5_B4, strict=True))
+    _explicit(
+        "dopri5",
+        5,
+        _DOPRI5_A,
+        _DOPRI5_B,
+        error=tuple(b - b4 for b, b4 in zip(_DOPRI5_B, _DOPRI5_B4, strict=True)),
+        draws=(0.0, 0.0, 2 / 3, 1 / 6, 0.0, 0.0, 1 / 6),
     ),
-    "tsit5": _tableau(_TSIT5_A, _TSIT5_B, 5, error=_TSIT5_ERROR),
-}
+    _explicit(
+        "tsit5",
+        5,
+        _TSIT5_A,
+        _TSIT5_B,
+        error=_TSIT5_ERROR,
+        draws=(0.0, 0.01371596088086835, 0.7126775982927023, 0.08860285169962806, 0.0, 0.0, 0.18500358912680132),
+    ),
+]
 
-# Some weights of dopri5 and tsit5 are negative: these quadratures of order 3 on their stages have none. The first
-# stage, which is the last one of the step before, has no part in them.
-_DRAWS = {
-    "dopri5": (0.0, 0.0, 2 / 3, 1 / 6, 0.0, 0.0, 1 / 6),
-    "tsit5": (0.0, 0.01371596088086835, 0.7126775982927023, 0.08860285169962806, 0.0, 0.0, 0.18500358912680132),
-}
 
-
-@cache
 def get_method(name: str) -> Method:
     """A method by its name, with coefficients in double precision for every type of state.
 
     Raises:
         ConfigError: for an unknown name.
     """
-    if name not in METHODS:
-        raise ConfigError(suggest(name, METHODS, "solver method"))
-    tableau = _TABLEAUS[name]
-    nodes = (0.0, *tableau.c)
-    adaptive = tableau.error is not None
-    draws = _DRAWS.get(name, tableau.b)
-    return Method(name, tableau.advance, tableau.order, adaptive, tableau.b, tableau.error, draws, nodes=nodes)
+    for method in _METHODS:
+        if method.name == name:
+            return method
+    raise ConfigError(suggest(name, METHODS, "solver method"))
 
 
 def hermite(t0: Tensor, z0: Tensor, v0: Tensor, t1: Tensor, z1: Tensor, v1: Tensor, t: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..core.regularizers import Regularizer
 from ..core.signature import buffers_kept, call_of, original
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..fields.recognise import PARTS, TIME, recognise
+from ..fields.recognise import PARTS, recognise
 from .cnf import CNF, first_order_system, noise_of, refuse_lost_graph
 
 __all__ = ["CONTROL", "INTEGRAL_LOSS", "Penalized", "TorchdynSystem", "check_penalized", "system_of", "tensors_of"]
@@ -37,7 +37,7 @@ INTEGRAL_LOSS = "<integral_loss>"
 # A private name of torch. A test fails by name when it goes.
 _COMPILED_IN_PLACE = "_compiled_call_impl"
 
-PARTS[DepthCat] = lambda module: TIME if module.idx_cat in (1, -1) else None
+PARTS[DepthCat] = lambda module: ("t" if module.idx_cat in (1, -1) else "?", None)
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 
