@@ -364,7 +364,7 @@ def test_bad_times_are_refused(times: Any) -> None:
         ({"method": "dopri5", "atol": 0.0, "rtol": 0.0}, "both 0"),
         ({"gradient": "checkpoint"}, "did you mean 'checkpointed'"),
         ({"method": "dopri5", "trace_quadrature": "sampled"}, "needs a fixed grid"),
-        ({"gradient": "adjoint", "trace_quadrature": "sampled"}, "gradient of the discrete steps"),
+        ({"gradient": "adjoint", "trace_quadrature": "sampled"}, "gradient of its steps"),
         ({"max_nfe": float("inf")}, "solver.max_nfe"),
     ],
 )

@@ -190,18 +190,11 @@ class Dynamics(BoundDynamics):
                 f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
-        self.rates: dict[str, Any] = {}
-        for rate in kinds["rate"]:
-            self.rates[rate.name] = rate
-        hidden: list[str] = []  # keys of the rates that trajectory penalties alone read
+        self.rates: dict[str, Any] = {rate.name: rate for rate in kinds["rate"]}
+        hidden: dict[str, Any] = {}  # rates that trajectory penalties alone read, by names that no other rate has
         for penalty in kinds["trajectory"]:
-            for rate in penalty.rates:
-                if rate not in self.rates.values():
-                    key = rate.name
-                    while key in self.rates:  # another rate of the same name
-                        key = f"<{key}>"
-                    self.rates[key] = rate
-                    hidden.append(key)
+            hidden |= {f"<{rate.name}>": rate for rate in penalty.rates if rate not in self.rates.values()}
+        self.rates |= hidden
         if kinds["step"] or kinds["trajectory"]:
             self.path = PathPenalties(
                 [r for r in kinds["step"] if not r.local],
@@ -211,9 +204,7 @@ class Dynamics(BoundDynamics):
                 rates=self.rates,
                 hidden=frozenset(hidden),
             )
-        self.needs: frozenset[str] = frozenset()
-        for rate in self.rates.values():
-            self.needs |= frozenset(rate.needs)
+        self.needs: frozenset[str] = frozenset().union(*(rate.needs for rate in self.rates.values()))
         self.needs_products = divergence or "vjp" in self.needs
         by_autograd = isinstance(self.field, AutogradField)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)

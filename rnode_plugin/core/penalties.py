@@ -90,17 +90,12 @@ class Penalties(Mapping[str, Tensor]):
         return len(self.weighted)
 
     def as_dict(self) -> dict[str, Tensor]:
-        """The integrals ``(B,)``, summed over solves.
+        """The integrals ``(B,)``, summed over solves, whose batches must be of one size.
 
         Raises:
-            ConfigError: if there are none, or if the batches of several solves differ in size.
+            ConfigError: if there are none.
         """
         rows = [solve.integrals for solve in self._followed()]
-        if len({tuple(value.shape) for row in rows for value in row.values()}) > 1:
-            raise ConfigError(
-                "the collected calls have batches of different sizes, so there is no sum per sample: read the "
-                "penalties after each call; their loss sums the means."
-            )
         if not rows[1:]:
             return dict(rows[0])
         return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]}

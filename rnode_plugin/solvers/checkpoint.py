@@ -8,7 +8,7 @@ stage. For such fields there is a replay: it runs a step once forward, without a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     return list({id(x): x for x in [*found, *known] if x is not state}.values())
 
 
-def _find_leaves(outputs: Iterable[Tensor], start: int) -> list[Tensor] | None:
+def _find_leaves(outputs: Sequence[Tensor], start: int) -> list[Tensor] | None:
     """The leaves of the graph of ``outputs``; None if one of its nodes is older than number ``start``.
 
     The graph of one evaluation ends in its leaves. An older node in it belongs to another computation's graph.
@@ -107,73 +107,60 @@ def _next_number(x: Tensor) -> int:
 # the replay -----------------------------------------------------------------------------------------------------
 
 
-def _split(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """The tensors in nested tuples and dictionaries, and what puts others in their places."""
-    flat, structure = tree_flatten(tree)
-    places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-    others = [None if isinstance(x, Tensor) else x for x in flat]
-
-    def rebuild(tensors: Sequence[Tensor]) -> Any:
-        filled: list[Any] = list(others)
-        for i, x in zip(places, tensors, strict=True):
-            filled[i] = x
-        return tree_unflatten(filled, structure)
-
-    return [flat[i] for i in places], rebuild
-
-
 class _Call:
-    """One call of a function of nested arguments, for autograd, which wants tensors in a row."""
+    """One call of a function of nested arguments, for autograd, which wants them in a row."""
 
-    def __init__(self, function: Callable[..., Any], rebuild_args: Callable[[Sequence[Tensor]], Any]) -> None:
-        self.function, self.rebuild_args = function, rebuild_args
-        self.rebuild_result: Callable[[Sequence[Tensor]], Any] = tuple
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.function = function
+        self.flat, self.arguments = tree_flatten(args)
+        self.result: Any = None  # the structure of the result
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors in the result."""
-        outputs, self.rebuild_result = _split(self.function(*self.rebuild_args(tensors)))
+    def run(self, flat: Sequence[Any]) -> list[Any]:
+        outputs, self.result = tree_flatten(self.function(*tree_unflatten(flat, self.arguments)))
         return outputs
 
 
-def _replay(function: Callable[..., Any], args: Sequence[Any], leaves: Sequence[Tensor]) -> Any:
+def _replay(function: Callable[..., Any], args: tuple[Any, ...], leaves: Sequence[Tensor]) -> Any:
     """``function(*args)``, whose graph is made when its gradient is asked for.
 
     Gradients reach the tensors in ``args`` and ``leaves``; they cannot be differentiated again. Random numbers and
     autocast are in the second run what they were in the first.
     """
-    tensors, rebuild = _split(tuple(args))
-    call = _Call(function, rebuild)
-    outputs = _Replay.apply(call, len(tensors), *tensors, *leaves)
-    return call.rebuild_result(outputs)  # pyright: ignore[reportArgumentType]
+    call = _Call(function, args)
+    outputs: Any = _Replay.apply(call, len(call.flat), *call.flat, *leaves)
+    return tree_unflatten(outputs, call.result)
 
 
 class _Replay(torch.autograd.Function):
     """A call as one node of the graph. Its forward looks at the random state, so it keeps its own context."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, count: int, *values: Any) -> tuple[Any, ...]:
         ctx.call, ctx.count = call, count
-        ctx.autocast = _autocast_of(tensors[0].device.type)
-        ctx.random = (torch.get_rng_state(), *get_device_states(*tensors[:count]))
-        ctx.save_for_backward(*tensors)
+        ctx.autocast = _autocast_of(values[0].device.type)
+        ctx.random = (torch.get_rng_state(), *get_device_states(*values[:count]))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in values]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
         ctx.set_materialize_grads(False)
         # a function may hand an input through, which autograd must see as a new tensor
-        inputs = {id(x) for x in tensors}
-        return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(tensors[:count]))
+        inputs = {id(x) for x in values if isinstance(x, Tensor)}
+        return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(values[:count]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        tensors, count = ctx.saved_tensors, ctx.count
-        needed = ctx.needs_input_grad[2:]
-        # all require a gradient, so that nothing inside makes a leaf of its own from one that does not
-        inputs = [x.detach().requires_grad_() if x.is_floating_point() else x for x in tensors[:count]]
+        saved, count = ctx.saved_tensors, ctx.count
+        known = [other if x is None else x for x, other in zip(saved, ctx.others, strict=True)]
+        for i, x in enumerate(known[:count]):
+            # all require a gradient, so that nothing inside makes a leaf of its own from one that does not
+            if isinstance(x, Tensor) and x.is_floating_point():
+                known[i] = x.detach().requires_grad_()
         with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
             start = _next_number(torch.zeros((), requires_grad=True))
-            outputs = ctx.call.run(inputs)
-        known = [*inputs, *tensors[count:]]
-        _check_complete(outputs, known, start)
+            outputs = ctx.call.run(known[:count])
         pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
+        _check_complete([x for x in outputs if isinstance(x, Tensor)], known, start)
+        needed = ctx.needs_input_grad[2:]
         sources = [x for x, need in zip(known, needed, strict=True) if need]
         found: Sequence[Tensor | None] = [None] * len(sources)
         if pairs and sources:
@@ -182,7 +169,7 @@ class _Replay(torch.autograd.Function):
         return None, None, *(next(rest) if need else None for need in needed)
 
 
-def _check_complete(outputs: Sequence[Tensor], known: Sequence[Tensor], start: int) -> None:
+def _check_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> None:
     """Refuse to lose a gradient in silence.
 
     Raises:
