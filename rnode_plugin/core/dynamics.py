@@ -204,7 +204,9 @@ class Dynamics(BoundDynamics):
                 rates=self.rates,
                 hidden=frozenset(hidden),
             )
-        self.needs: frozenset[str] = frozenset().union(*(rate.needs for rate in self.rates.values()))
+        self.needs: frozenset[str] = frozenset()
+        for rate in self.rates.values():
+            self.needs |= frozenset(rate.needs)
         self.needs_products = divergence or "vjp" in self.needs
         by_autograd = isinstance(self.field, AutogradField)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -179,6 +180,7 @@ _METHODS = [
 ]
 
 
+@cache
 def get_method(name: str) -> Method:
     """A method by its name, with coefficients in double precision for every type of state.
 
