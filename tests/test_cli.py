@@ -6,10 +6,8 @@ import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -158,32 +156,6 @@ def test_an_explosion_is_one_message(tmp_path: Path) -> None:
     options = ["--set", "optimizer.lr=1e3", "--set", "optimizer.warmup=0", "--max-steps", "20"]
     result = rnode("train", "digits", *TINY, *options, "--runs", str(tmp_path))
     assert re.search(r"Error: training stopped: .*last good checkpoint|Error: .*No checkpoint", failure(result, 1))
-
-
-def test_ctrl_c_while_training_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rnode_plugin", "train", "digits", *TINY, "--max-steps", "100000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, "--runs", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    ) as process:
-        assert process.stdout is not None
-        wait_for(lambda: (tmp_path / "digits" / "0" / "checkpoints" / "last.ckpt").is_file())
-        process.send_signal(signal.SIGINT)
-        output = process.stdout.read()
-    assert process.returncode == 130, output
-    assert re.search(r"SIGINT after step \d+ of 100000; --resume \S+digits/0 goes on", output)
-    assert "Traceback" not in output
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def test_as_a_module_in_a_dumb_terminal(tmp_path: Path) -> None:

@@ -178,20 +178,22 @@ def test_the_command_flushes_denormals_and_the_library_does_not(
 # signals ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_what_a_second_signal_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "two_signals.py").write_text(
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_command_says_what_ctrl_c_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The first signal lets a step end, the second does not."""
+    (tmp_path / f"signals_{times}.py").write_text(
         "import os, signal, pytorch_lightning as L\n"
-        "class Two(L.Callback):\n"
+        "class Sends(L.Callback):\n"
         "    def on_train_batch_start(self, trainer, *rest):\n"
         "        if trainer.global_step == 5:\n"
-        "            os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+        f"            for _ in range({times}): os.kill(os.getpid(), signal.SIGINT)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    done = train("digits", "--callback", "two_signals:Two", "--runs", tmp_path / "runs")
+    done = train("digits", "--callback", f"signals_{times}:Sends", "--runs", tmp_path / "runs")
     assert done.exit_code == 130, done.output
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    assert "SIGINT after step 5 of 8; --resume" in done.output
+    assert f"SIGINT after step {7 - times} of 8; --resume" in done.output
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_runs import BeforeStep, SpoiltGradient, rows, run, tiny_recipe
 
 from rnode_plugin import load_flow
@@ -16,7 +15,6 @@ from rnode_plugin.errors import SolverError, TrainingError
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.datamodule import EpochOrder
 from rnode_plugin.training.runs import RunFolder
-from rnode_plugin.training.step import StepRecord, StepTerms
 
 
 def states(folder: RunFolder) -> tuple[dict, dict]:
@@ -89,18 +87,3 @@ def test_a_failed_solve_is_skipped(tmp_path: Path, reason: str) -> None:
     assert [row["train/nfe"] for row in train] == ["24.0", "77.0", "24.0"]
     assert [float(row["train/skipped"]) for row in train] == [0, 1, 1]
     assert set(train[0]) == set(train[1])  # in a run of several processes, means are taken over equal rows
-
-
-def test_the_message_names_what_was_measured() -> None:
-    record = StepRecord()
-    assert record.trend() == ""
-    for nfe, jacfrob in ((32, 0.4), (100, 3.0), (410, 19.0), (500, math.nan)):
-        loss = torch.tensor(math.nan)
-        record.begin(1)
-        record.add(StepTerms(loss, loss, nfe, {"jacfrob": torch.tensor(jacfrob)}))
-        assert not record.read(loss)
-    message = record.message(12)
-    assert message.startswith("the loss is nan at training step 12; steps 9 to 12 were skipped")
-    assert "NFE went from 32 to 500 and the Jacobian norm (jacfrob / dim) went from 0.4 to 19." in message
-    assert record.read(torch.tensor(1.0))
-    assert (record.skipped, record.in_row) == (4, 0)

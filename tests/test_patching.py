@@ -13,6 +13,7 @@ import torch
 import torchdyn.core
 import torchdyn.models
 from click.testing import CliRunner
+from tiny_runs import rnode
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE
 from torchdyn.core.neuralde import NeuralODE as Theirs
@@ -191,19 +192,16 @@ print(float(field.weight.square().sum()))
 """
 
 
-def test_exec_regularizes_a_script_of_torchdiffeq(tmp_path: Path) -> None:
+def test_exec_regularizes_a_script_of_torchdiffeq(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "script.py"
     script.write_text(OF_TORCHDIFFEQ)
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rnode_plugin", "exec", *words, str(script)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    plain, penalized = (
-        float(run().stdout),
-        float(run("--regularizer", "kinetic=1", "--regularizer", "jacfrob").stdout),
-    )
+    exec(OF_TORCHDIFFEQ, {})
+    plain = float(capsys.readouterr().out)
+    options = ["--regularizer", "kinetic=1", "--regularizer", "jacfrob"]
+    command = [sys.executable, "-m", "rnode_plugin", "exec", *options, str(script)]
+    penalized = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert penalized < 0.8 * plain  # a loss of zero moves nothing; the kinetic energy pulls the field to zero
-    wrong = run("--regularizer", "kinetic=much")
-    assert wrong.returncode == 2
-    assert "number" in wrong.stderr
+    wrong = rnode("exec", "--regularizer", "kinetic=much", script)
+    assert wrong.exit_code == 2
+    assert "number" in wrong.output

@@ -26,7 +26,6 @@ from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.training.callbacks import MetricsTable
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.module import RnodeModule
@@ -272,16 +271,6 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     with pytest.raises(CheckpointError, match=r"model\.hidden is 8 there and 9 here, model\.alpha is 0\.05 there"):
         run(recipe.override(["model.hidden=9", "model.alpha=0.1"]), tmp_path, resume=result.folder.path)
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
-
-
-def test_the_metrics_file_keeps_rows_up_to_the_step(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.csv"
-    file.write_text("a,step\n1,1\n2,2\n3,3\n4,3\n5,\nbroken\n")
-    table = MetricsTable(file, keep=2)
-    assert file.read_text().split() == ["a,step", "1,1", "2,2"]
-    table.add({"b": 7.0}, step=3)
-    table.add({"b": 8.0}, step=4)
-    assert file.read_text().split() == ["a,b,step", "1,,1", "2,,2", ",7.0,3", ",8.0,4"]
 
 
 # the plan ------------------------------------------------------------------------------------------------------
