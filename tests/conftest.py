@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[[object, str], None]]:
+    """``register(plugin, name)``: a plugin of this process, for the time of a test."""
+    from rnode_plugin import plugins
+
+    names: list[str] = []
+
+    def register(plugin: object, name: str) -> None:
+        plugins.register(plugin, name=name)
+        names.append(name)
+
+    yield register
+    for name in names:
+        plugins.unregister(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,21 +15,17 @@ from click.testing import CliRunner
 
 from rnode_plugin import __version__, hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.plugins import registry
 
 
-def test_info_as_json_names_versions_threads_and_plugins_in_conflict(monkeypatch):
+def test_info_as_json_names_versions_threads_and_plugins_in_conflict(monkeypatch, register):
     class Second:
         @hookimpl
         def rnode_register_regularizers(self):
             return {"kinetic": "somewhere.else:kinetic"}
 
     monkeypatch.setenv("RNODE_PLUGINS_BLOCK", "nobody")
-    registry.register(Second(), name="second")
-    try:
-        result = CliRunner().invoke(main, ["info", "--json"])
-    finally:
-        registry.unregister("second")
+    register(Second(), "second")
+    result = CliRunner().invoke(main, ["info", "--json"])
     assert result.exit_code == 0
     facts = json.loads(result.stdout)
     assert facts["rnode-plugin"] == __version__

@@ -22,7 +22,7 @@ from fake_training import FakeTraining
 from run_folders import write_run
 from tiny_runs import as_options, rnode, weights
 
-from rnode_plugin import get_recipe, hookimpl, plugins
+from rnode_plugin import get_recipe, hookimpl
 from rnode_plugin.comparison import compare as comparison
 from rnode_plugin.comparison.arms import arm_recipes, check_arm
 from rnode_plugin.comparison.compare import Comparison, compare, places_of
@@ -150,17 +150,14 @@ def test_arms_that_are_refused(recipe: Recipe, arms: list[str], message: str) ->
         arm_recipes(recipe, arms)
 
 
-def test_arms_that_cannot_be_trained(recipe: Recipe, tmp_path: Path) -> None:
+def test_arms_that_cannot_be_trained(register: Any, recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none and ffjord train the same"):
         arm_recipes(get_recipe("imagenet64"), ("none", "ffjord"))
     with pytest.raises(ConfigError, match=r"the arm digits-error cannot be trained: .*rk4_38.*no error estimate"):
         run(recipe, tmp_path / "c", arms=["none", "error"])
-    plugins.register(Notebook(), name="notebook")
-    try:
-        with pytest.raises(ConfigError, match=r"'mine' is registered in this process only.*'notebook'"):
-            run(recipe, tmp_path / "c", arms=["none", "mine"])
-    finally:
-        plugins.unregister("notebook")
+    register(Notebook(), "notebook")
+    with pytest.raises(ConfigError, match=r"'mine' is registered in this process only.*'notebook'"):
+        run(recipe, tmp_path / "c", arms=["none", "mine"])
     assert not list(tmp_path.iterdir())
     for arm in arm_recipes(recipe, ["none", "kinetic+curl"]):
         check_arm(arm)

@@ -35,11 +35,15 @@ class Subclass(ImportedBefore):
         return super().forward(x)[1][-1]
 
 
-@pytest.fixture
-def installed():
-    rnode_plugin.install()
+@pytest.fixture(autouse=True)
+def uninstalled():
     yield
     rnode_plugin.uninstall()
+
+
+@pytest.fixture
+def installed(uninstalled: None) -> None:
+    rnode_plugin.install()
 
 
 def test_torchdyns_own_class_takes_regularizers(installed: None) -> None:
@@ -79,13 +83,11 @@ def test_objects_made_before_and_after(installed: None) -> None:
 def test_misspelt_arguments_are_type_errors(is_installed: bool) -> None:
     if is_installed:
         rnode_plugin.install()
-    try:
-        with pytest.raises(TypeError, match="regularisers"):
-            ImportedBefore(nn.Linear(2, 2), regularisers=["kinetic"])
-        with pytest.raises(TypeError, match="regularizers"):
-            torchdyn.core.MultipleShootingLayer(nn.Linear(2, 2), "mszero", regularizers=["kinetic"])  # pyright: ignore[reportCallIssue]
-    finally:
-        rnode_plugin.uninstall()
+    with pytest.raises(TypeError, match="regularisers"):
+        ImportedBefore(nn.Linear(2, 2), regularisers=["kinetic"])
+    with pytest.raises(TypeError, match="regularizers"):
+        torchdyn.core.MultipleShootingLayer(nn.Linear(2, 2), "mszero", regularizers=["kinetic"])  # pyright: ignore[reportCallIssue]
+    rnode_plugin.uninstall()
     with pytest.raises(TypeError, match="regularizers"):
         ImportedBefore(nn.Linear(2, 2), regularizers=["kinetic"])
 
@@ -142,10 +144,7 @@ def test_exit_code_and_traceback_are_the_scripts(
     path.write_text(script)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
-    try:
-        done = CliRunner().invoke(exec_script, [str(path)])
-    finally:
-        rnode_plugin.uninstall()
+    done = CliRunner().invoke(exec_script, [str(path)])
     assert done.exit_code == code
     assert shown in done.output
     if "def f" in script:
@@ -163,15 +162,12 @@ def test_installed_regularizers_add_their_gradient(sensitivity: str) -> None:
     loss = model(x)[1][-1].square().mean()
     expected = torch.autograd.grad(loss + model.reg_loss(), list(field.parameters()))
     rnode_plugin.install(regularizers={"kinetic": 0.5})
-    try:
-        theirs = ImportedBefore(field, "dopri5", sensitivity=sensitivity, **tolerances)
-        printed = theirs(x)[1][-1].square().mean()
-        found = torch.autograd.grad(printed, list(field.parameters()))
-        named = ImportedBefore(field, "dopri5", regularizers=["l1"])
-        named(x)
-        assert set(named.regularization) == {"l1"}
-    finally:
-        rnode_plugin.uninstall()
+    theirs = ImportedBefore(field, "dopri5", sensitivity=sensitivity, **tolerances)
+    printed = theirs(x)[1][-1].square().mean()
+    found = torch.autograd.grad(printed, list(field.parameters()))
+    named = ImportedBefore(field, "dopri5", regularizers=["l1"])
+    named(x)
+    assert set(named.regularization) == {"l1"}
     assert torch.equal(printed, loss)
     torch.testing.assert_close(found, expected)
 

@@ -322,31 +322,25 @@ class Gain(torch.nn.Module):
 
 
 @pytest.mark.parametrize("registered", [Gain(), Gain], ids=["object", "class"])
-def test_each_model_has_a_penalty_of_its_own(registered):
+def test_each_model_has_a_penalty_of_its_own(register, registered):
     """Training one model, or moving it to another dtype, changes no other."""
-    plugins.register(Offers(gain=registered), name="gains")
-    try:
-        models = [NeuralODE(torch.nn.Linear(2, 2), solver="euler", regularizers={"gain": 1.0}) for _ in range(2)]
-        first, second = ([p for n, p in model.named_parameters() if n.endswith("gain")] for model in models)
-        models[0](torch.ones(3, 2), torch.linspace(0, 1, 3))
-        models[0].reg_loss().backward()
-        assert first[0].grad is not None
-        torch.optim.SGD(first, lr=1.0).step()
-        models[0].double()
-        assert first[0].item() != 1
-        assert (second[0].item(), second[0].dtype, second[0].grad) == (1, torch.float32, None)
-        assert get_regularizer("gain").gain.item() == 1
-    finally:
-        plugins.unregister("gains")
+    register(Offers(gain=registered), "gains")
+    models = [NeuralODE(torch.nn.Linear(2, 2), solver="euler", regularizers={"gain": 1.0}) for _ in range(2)]
+    first, second = ([p for n, p in model.named_parameters() if n.endswith("gain")] for model in models)
+    models[0](torch.ones(3, 2), torch.linspace(0, 1, 3))
+    models[0].reg_loss().backward()
+    assert first[0].grad is not None
+    torch.optim.SGD(first, lr=1.0).step()
+    models[0].double()
+    assert first[0].item() != 1
+    assert (second[0].item(), second[0].dtype, second[0].grad) == (1, torch.float32, None)
+    assert get_regularizer("gain").gain.item() == 1
 
 
-def test_a_regularizer_under_another_name_than_its_own_is_refused():
-    plugins.register(Offers(other=Gain()), name="other")
-    try:
-        with pytest.raises(PluginError, match="registered as 'other' calls itself 'gain'"):
-            get_regularizer("other")
-    finally:
-        plugins.unregister("other")
+def test_a_regularizer_under_another_name_than_its_own_is_refused(register):
+    register(Offers(other=Gain()), "other")
+    with pytest.raises(PluginError, match="registered as 'other' calls itself 'gain'"):
+        get_regularizer("other")
 
 
 # observers
@@ -382,7 +376,7 @@ def test_observers_see_each_solve():
     assert not any(plugin.observes for plugin in plugins.report())
 
 
-def test_an_observer_that_raises_is_reported_and_dropped(caplog):
+def test_an_observer_that_raises_is_reported_and_dropped(register, caplog):
     class Raises:
         calls = 0
 
@@ -392,15 +386,11 @@ def test_an_observer_that_raises_is_reported_and_dropped(caplog):
             raise ValueError("not my day")
 
     bad, good, expected = Raises(), Observer(), run_solve()
-    plugins.register(bad, name="bad")
-    plugins.register(good, name="good")
-    try:
-        assert torch.equal(run_solve(), expected)
-        assert torch.equal(run_solve(), expected)
-        found = {each.name: each for each in plugins.report()}["bad"]
-    finally:
-        plugins.unregister("bad")
-        plugins.unregister("good")
+    register(bad, "bad")
+    register(good, "good")
+    assert torch.equal(run_solve(), expected)
+    assert torch.equal(run_solve(), expected)
+    found = {each.name: each for each in plugins.report()}["bad"]
     assert (bad.calls, len(good.seen), found.observes) == (1, 2, False)
     assert "rnode_after_solve raised ValueError: not my day" in str(found.error)
     assert "plugin 'bad' of this process: rnode_after_solve raised ValueError" in caplog.text
@@ -499,10 +489,8 @@ class Wrong:
 
 
 @pytest.fixture
-def wrong():
-    plugins.register(Wrong(), name="wrong")
-    yield
-    plugins.unregister("wrong")
+def wrong(register):
+    register(Wrong(), "wrong")
 
 
 @pytest.mark.parametrize(

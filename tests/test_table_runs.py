@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as L
 import torch
+from child_runs import assert_same
 from scipy import stats
 from tiny_runs import as_options, rnode, rows, run, signal_at
 
@@ -23,7 +24,6 @@ from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.evaluation.measures import TableMeasure, gaussian_scores, measure_of
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.plugins import registry
 from rnode_plugin.recipes.recipe import Recipe, TableData, read_recipe
 from rnode_plugin.training.datamodule import TableDataModule
 from rnode_plugin.training.module import RnodeModule
@@ -115,10 +115,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(file: Path, settings: tuple[str, .
     part = run(recipe, tmp_path / "part", callbacks=[signal_at(5)])
     assert (part.stopped, part.steps) == ("SIGTERM", 5)
     done = run(recipe, tmp_path / "part", resume=part.folder.path)
-    assert rows(done.folder.path) == rows(whole.folder.path)
-    states = [torch.load(each.folder.last, weights_only=True)["state_dict"] for each in (whole, done)]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert_same(whole.folder.path, done.folder.path)
     assert done.evaluation.nll == whole.evaluation.nll
 
 
@@ -381,20 +378,17 @@ def _ring(*, root: str | None = None) -> Table:
     return Table("ring", ("x", "y"), points[:40], points[40:50], points[50:])
 
 
-def test_a_table_of_a_plugin_with_a_split_of_its_own() -> None:
+def test_a_table_of_a_plugin_with_a_split_of_its_own(register: Any) -> None:
     class Plugin:
         @hookimpl
         def rnode_register_datasets(self) -> dict[str, Any]:
             return {"ring": _ring}
 
-    registry.register(Plugin(), name="ring")
-    try:
-        recipe = get_recipe("table").override(["data.name=ring"])  # whose own share of held-out rows is 0.2
-        assert (recipe.table.columns, len(load_table(recipe).train)) == (("x", "y"), 40)
-        with pytest.raises(ConfigError, match="split of its own"):
-            load_table(recipe.override(["data.held_out=0.3"]))
-    finally:
-        registry.unregister("ring")
+    register(Plugin(), "ring")
+    recipe = get_recipe("table").override(["data.name=ring"])  # whose own share of held-out rows is 0.2
+    assert (recipe.table.columns, len(load_table(recipe).train)) == (("x", "y"), 40)
+    with pytest.raises(ConfigError, match="split of its own"):
+        load_table(recipe.override(["data.held_out=0.3"]))
 
 
 # weights of other columns

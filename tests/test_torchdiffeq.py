@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -363,12 +364,13 @@ def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None
 
 
 @pytest.fixture
-def their_code(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def their_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """A module that has said ``from torchdiffeq import odeint`` already."""
     module = ModuleType("their_code")
     exec("from torchdiffeq import odeint, odeint_adjoint\nimport torchdiffeq", module.__dict__)
     monkeypatch.setitem(sys.modules, "their_code", module)
-    return module
+    yield module
+    uninstall()
 
 
 def test_a_block_collects_over_its_solves(their_code: ModuleType) -> None:
@@ -405,11 +407,9 @@ def test_a_block_puts_all_back_after_an_exception(their_code: ModuleType) -> Non
 
 def test_install_gives_torchdiffeqs_names_the_argument(their_code: ModuleType) -> None:
     install()
-    try:
-        _, penalties = their_code.odeint(Field(), start(), SPAN, regularizers=["kinetic"])
-        assert penalties["kinetic"].shape == (4,)
-    finally:
-        uninstall()
+    _, penalties = their_code.odeint(Field(), start(), SPAN, regularizers=["kinetic"])
+    assert penalties["kinetic"].shape == (4,)
+    uninstall()
     assert their_code.odeint is PLAIN["odeint"]
 
 
@@ -433,11 +433,8 @@ def test_installed_regularizers_add_their_gradient(their_code: ModuleType, name:
     y, penalties = BOTH[name](field, y0, SPAN, regularizers={"kinetic": 0.5})
     expected = torch.autograd.grad(solution(y) + penalties.loss(), weights)
     install({"kinetic": 0.5})
-    try:
-        loss = solution(getattr(their_code, name)(field, y0, SPAN))
-        found = torch.autograd.grad(loss, weights)
-    finally:
-        uninstall()
+    loss = solution(getattr(their_code, name)(field, y0, SPAN))
+    found = torch.autograd.grad(loss, weights)
     assert loss.item() == solution(y).item()
     torch.testing.assert_close(found, expected)
 
