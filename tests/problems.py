@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +59,35 @@ def counted_products() -> Iterator[list[int]]:
             torch.autograd, "grad", lambda *args, **options: calls.append(1) or original(*args, **options)
         )
         yield calls
+
+
+def directions(parameters: Sequence[Tensor], seed: int = 3) -> list[Tensor]:
+    """A direction in the space of the parameters."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in parameters]
+
+
+def difference(
+    value: Callable[[], Tensor], parameters: Sequence[Tensor], along: Sequence[Tensor], step: float = 1e-5
+) -> Tensor:
+    """The derivative of ``value()`` along a direction in parameter space, by a central difference."""
+
+    def move(by: float) -> Tensor:
+        with torch.no_grad():
+            for p, d in zip(parameters, along, strict=True):
+                p += by * d
+            found = value().detach().clone()
+        return found
+
+    above, below = move(step), move(-2 * step)
+    move(step)
+    return (above - below) / (2 * step)
+
+
+def slope(value: Tensor, parameters: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
+    """The same by automatic differentiation."""
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True)
+    return torch.stack([(g * d).sum() for g, d in zip(gradients, along, strict=True)]).sum()
 
 
 @dataclass(frozen=True)

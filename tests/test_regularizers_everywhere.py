@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from dense_rates import integrals
-from problems import Wave
+from problems import Wave, difference, directions, slope
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, Solver
@@ -26,7 +25,6 @@ OTHERS = [
     "learned_end_time",
 ]  # fmt: skip
 SPAN = (0.0, 0.4)
-STEP = 1e-5  # of a difference in parameter space
 
 
 class Reshaped(nn.Module):
@@ -38,31 +36,6 @@ class Reshaped(nn.Module):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return self.field(t, z.flatten(1)).reshape(z.shape)
-
-
-def directions(parameters: list[nn.Parameter], seed: int = 3) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in parameters]
-
-
-def difference(value: Callable[[], Tensor], parameters: list[nn.Parameter], along: list[Tensor]) -> Tensor:
-    """The derivative of ``value()`` along a direction in parameter space, by a central difference."""
-
-    def move(by: float) -> Tensor:
-        with torch.no_grad():
-            for p, d in zip(parameters, along, strict=True):
-                p += by * d
-            found = value().detach().clone()
-        return found
-
-    above, below = move(STEP), move(-2 * STEP)
-    move(STEP)
-    return (above - below) / (2 * STEP)
-
-
-def slope(value: Tensor, parameters: list[nn.Parameter], along: list[Tensor]) -> Tensor:
-    gradients = torch.autograd.grad(value, parameters, retain_graph=True)
-    return torch.stack([(g * d).sum() for g, d in zip(gradients, along, strict=True)]).sum()
 
 
 @pytest.mark.parametrize("mode", GRADIENTS)
