@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from rnode_plugin import ImageDataModule, MultiscaleFlow, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.callbacks import Interrupted, RunCheckpoints, StopAfterStep
+from rnode_plugin.training.callbacks import Interrupted, RunControl
+from rnode_plugin.training.runs import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -157,11 +158,11 @@ def test_our_callbacks_alone(tmp_path: Path) -> None:
     """The first signal ends the run after its step; Lightning's own checkpoint callback saves as well as ours."""
     recipe = tiny_recipe()
     whole, _ = train(recipe, tmp_path, max_steps=8, enable_checkpointing=False)
-    checkpoints = RunCheckpoints(tmp_path / "ours", save_every=100)
+    folder = RunFolder(tmp_path / "ours")
     with pytest.raises(Interrupted):
-        train(recipe, tmp_path, max_steps=8, callbacks=[signal_at(6), StopAfterStep(), checkpoints])
-    assert (tmp_path / "ours" / "best.ckpt").is_file()
-    again, _ = train(recipe, tmp_path, tmp_path / "ours" / "last.ckpt", max_steps=8, enable_checkpointing=False)
+        train(recipe, tmp_path, max_steps=8, callbacks=[signal_at(6), RunControl(folder)])
+    assert folder.best.is_file()
+    again, _ = train(recipe, tmp_path, folder.last, max_steps=8, enable_checkpointing=False)
     assert_same(whole, again)
 
 

@@ -1,4 +1,4 @@
-"""The callbacks of a run: metrics, checkpoints, samples, averaged weights, and how a run stops and goes on."""
+"""The callbacks of a run: what follows each step and validation, pictures of samples, averaged weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as L
 import torch
@@ -23,37 +23,87 @@ from ..errors import SolverError, TrainingError
 from ..evaluation.samples import sample_images, save_grid
 from ..files import write_atomically
 from ..recipes.recipe import Training
-from .checkpoints import BEST, LAST
-from .runs import RunPlan
+from .runs import RunFolder, RunPlan
 from .trainer import is_logged, validates_after_this_batch
 
-__all__ = [
-    "Interrupted",
-    "MetricsFile",
-    "MetricsTable",
-    "RunCheckpoints",
-    "RunPosition",
-    "SampleGrids",
-    "StopAfterStep",
-    "StoppedAtOnce",
-    "WeightAverage",
-]
+__all__ = ["Interrupted", "MetricsTable", "RunControl", "SampleGrids", "StoppedAtOnce", "WeightAverage"]
 
 
-class RunPosition(Callback):
-    """Places Lightning's loops after the steps that a resumed run has made.
+_TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
 
-    The checkpoint may be of another plan: fewer devices that accumulate more batches for a step, another number of
-    steps, or version 0.1, which counted a whole run as one epoch.
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Raised with a signal's name between two steps; callbacks that save checkpoints save one."""
+
+
+class StoppedAtOnce(BaseException):
+    """Raised with a signal's name in the middle of a step when a second one comes; nothing is saved."""
+
+
+class RunControl(Checkpoint):
+    """Writes the metrics and checkpoints of a run, and ends it between two steps, on all devices at the same one.
+
+    After a step its row of ``metrics.csv`` is written, if it is logged, then ``last.ckpt``, every few steps and
+    after each validation, and ``best.ckpt`` after the best one. (Lightning hands a step's metrics to its loggers
+    after the step's checkpoint, so a kill in between would lose a row for good.) With
+    :class:`~rnode_plugin.training.trainer.AtomicCheckpointIO` among the Trainer's plugins checkpoints are written
+    all or not at all, and the ``last.ckpt`` from before stays as ``previous.ckpt``.
+
+    SIGINT (Ctrl-C), SIGTERM and SIGHUP end the run after the step, or the validation, in which they come, by
+    raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`. When the time is
+    up, and after the last step, Lightning validates once more and stops. Only the main thread of a program can
+    handle signals; in another one they are left alone. A signal that is ignored, such as SIGHUP under nohup, stays
+    ignored. Lightning puts the handlers from before back at the end.
+
+    Args:
+        folder: of the run; only the first process needs to know.
+        save_every: steps between two checkpoints.
+        monitor: metric of a validation whose lowest value is the best.
+        max_time: seconds from now; None for no limit.
+
+    Attributes:
+        folder: of the run.
+        table: of the metrics, in the first process; None in the others, or to write none.
+        plan: of a run that is resumed, whose loops are placed by it; None to leave them as Lightning does.
+        best: the lowest value so far.
+        out_of_time: whether the limit ended the training.
     """
 
-    def __init__(self, plan: RunPlan) -> None:
-        self._plan = plan
+    def __init__(
+        self,
+        folder: RunFolder | None = None,
+        *,
+        save_every: int = 100,
+        monitor: str = "val/bpd",
+        max_time: float | None = None,
+    ) -> None:
+        self.folder = folder
+        self.table: MetricsTable | None = None
+        self.plan: RunPlan | None = None
+        self.best, self.out_of_time = math.inf, False
+        self._save_every, self._monitor = save_every, monitor
+        self._end = None if max_time is None else time.monotonic() + max_time
+        self._received: str | None = None  # signal of this process
+        self._agreed: str | None = None  # of all processes
+        self._step = self._written = self._saved = 0  # the last one that was made, in the table, in a checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loop, plan, steps = checkpoint["loops"]["fit_loop"], self._plan, checkpoint["progress"]["batches"]
+        """Place Lightning's loops after the steps that the run has made.
+
+        The checkpoint may be of another plan: fewer devices that accumulate more batches for a step, another number
+        of steps, or version 0.1, which counted a whole run as one epoch.
+        """
+        if (plan := self.plan) is None:
+            return
+        loop, steps = checkpoint["loops"]["fit_loop"], checkpoint["progress"]["batches"]
         epoch, step = divmod(steps, plan.steps_per_epoch)
         trained = steps * plan.accumulate
         batches = loop["epoch_loop.batch_progress"]
@@ -68,12 +118,99 @@ class RunPosition(Callback):
         validated = trained % (plan.val_every * plan.accumulate) == 0
         loop["epoch_loop.state_dict"] = {"_batches_that_stepped": steps - validated}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.folder = trainer.strategy.broadcast(self.folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = self._written = self._saved = trainer.global_step
+        # here Lightning has set its own, which would end a run between a step and its checkpoint
+        main = threading.current_thread() is threading.main_thread()
+        for signum in _TO_STOP if main else ():
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            raise StoppedAtOnce(signal.Signals(signum).name)
+        self._received = signal.Signals(signum).name
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._stop_if_agreed()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step:
+            return  # in the middle of a step
+        self._step = step
+        if is_logged(trainer, step):
+            self._write_row(trainer, pl_module)
+        if self._end is not None:
+            self.out_of_time = _any(trainer, time.monotonic() >= self._end)
+        if self.out_of_time or step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates once more before it stops
+        self._agree(trainer)
+        if validates_after_this_batch(trainer):  # a run that stopped right before a validation would miss it
+            return
+        self._stop_if_agreed()
+        if step % self._save_every == 0 and not pl_module.record.in_row:  # a skipped step changes no weights
+            self._save(trainer, "last")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        if trainer.should_stop and self._written < trainer.global_step:  # a time limit: the step was the last one
+            self._write_row(trainer, pl_module)
+        row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if self.table is not None:
+            self.table.add({**row, "seconds": pl_module.clock.run}, trainer.global_step)
+        self._agree(trainer)
+        value = row[self._monitor]
+        if not math.isfinite(value):
+            raise TrainingError(f"the validation {self._monitor.removeprefix('val/')} is {value}.")
+        if value < self.best:
+            self.best = value
+            self._save(trainer, "best")
+        self._save(trainer, "last")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_if_agreed()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Interrupted) and trainer.global_step != self._saved:
+            self._save(trainer, "last")
+
+    def _agree(self, trainer: L.Trainer) -> None:
+        if _any(trainer, self._received is not None):
+            self._agreed = self._received or signal.SIGTERM.name
+
+    def _stop_if_agreed(self) -> None:
+        if self._agreed is not None:
+            raise Interrupted(self._agreed)
+
+    def _write_row(self, trainer: L.Trainer, pl_module: Any) -> None:
+        step = self._written = trainer.global_step
+        row = pl_module.row()  # a mean over the devices, to which all of them come
+        if self.table is not None:
+            clock = pl_module.clock
+            times = {"seconds_per_step": clock.last, "train_seconds": clock.training, "seconds": clock.run}
+            epochs = step * trainer.accumulate_grad_batches / trainer.num_training_batches
+            self.table.add({"epoch": epochs, **row, **times}, step)
+
+    def _save(self, trainer: L.Trainer, name: Literal["best", "last"]) -> None:
+        assert self.folder is not None  # the first process has told it in setup
+        trainer.save_checkpoint(getattr(self.folder, name))
+        self._saved = trainer.global_step
+
 
 def _count(counts: dict[str, int], value: int) -> None:
     counts.update(dict.fromkeys(counts, value))
 
 
-# metrics.csv ---------------------------------------------------------------------------------------------------
+def _any(trainer: L.Trainer, decision: bool) -> bool:
+    """Whether any process of the run decides so."""
+    return decision if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(decision, all=False)
 
 
 class MetricsTable:
@@ -113,135 +250,15 @@ class MetricsTable:
         write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
 
 
-class MetricsFile(Callback):
-    """Writes the metrics of logged steps, the last step and validations, before the checkpoint of their step.
-
-    Lightning hands a step's metrics to its loggers after the step's checkpoint, so a kill in between would lose a
-    row for good.
-
-    Attributes:
-        table: where they go, in the first process; None in the others.
-    """
-
-    def __init__(self) -> None:
-        self.table: MetricsTable | None = None
-        self._step = self._written = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = self._written = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if step != self._step and is_logged(trainer, step):  # else in the middle of a step
-            self._write(trainer, pl_module)
-        self._step = step
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking:
-            return
-        if trainer.should_stop and self._written < trainer.global_step:  # a time limit: the step was the last one
-            self._write(trainer, pl_module)
-        if self.table is not None:
-            row = {
-                name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
-            }
-            self.table.add({**row, "seconds": pl_module.clock.run}, trainer.global_step)
-
-    def _write(self, trainer: L.Trainer, pl_module: Any) -> None:
-        step = self._written = trainer.global_step
-        row = pl_module.row()  # a mean over the devices, to which all of them come
-        if self.table is not None:
-            clock = pl_module.clock
-            times = {"seconds_per_step": clock.last, "train_seconds": clock.training, "seconds": clock.run}
-            epochs = step * trainer.accumulate_grad_batches / trainer.num_training_batches
-            self.table.add({"epoch": epochs, **row, **times}, step)
-
-
-# checkpoints and samples ---------------------------------------------------------------------------------------
-
-
-class RunCheckpoints(Checkpoint):
-    """Writes ``last.ckpt`` every few steps and after each validation, and ``best.ckpt`` after the best validation.
-
-    With :class:`~rnode_plugin.training.trainer.AtomicCheckpointIO` among the Trainer's plugins they are written all
-    or not at all, and the ``last.ckpt`` from before stays as ``previous.ckpt``.
-
-    Args:
-        folder: where they go; only the first process needs to know.
-        save_every: steps between two checkpoints.
-        monitor: metric of a validation whose lowest value is the best.
-    """
-
-    def __init__(
-        self, folder: str | os.PathLike[str] | None = None, *, save_every: int = 100, monitor: str = "val/bpd"
-    ) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.best = math.inf
-        self._save_every, self._monitor = save_every, monitor
-        self._saved = -1  # step of the newest checkpoint
-
-    @property
-    def state_key(self) -> str:
-        return "RunControl"  # as in version 0.1, so that the best value of its runs is found
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.folder = trainer.strategy.broadcast(self.folder)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if step == self._saved or step % self._save_every or validates_after_this_batch(trainer):
-            return
-        if not pl_module.record.in_row:  # a skipped step changes no weights
-            self._save(trainer, LAST)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        value = float(trainer.callback_metrics[self._monitor])
-        if not math.isfinite(value):
-            raise TrainingError(f"the validation {self._monitor.removeprefix('val/')} is {value}.")
-        if value < self.best:
-            self.best = value
-            self._save(trainer, BEST)
-        self._save(trainer, LAST)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Interrupted) and trainer.global_step != self._saved:
-            self._save(trainer, LAST)
-
-    def _save(self, trainer: L.Trainer, name: str) -> None:
-        assert self.folder is not None  # the first process has told it in setup
-        trainer.save_checkpoint(self.folder / name)
-        self._saved = trainer.global_step
-
-
 class SampleGrids(Callback):
-    """Writes ``step-NUMBER.png``, a grid of samples, at the end of each validation, with the weights it measured.
-
-    Attributes:
-        folder: where they go, in the first process; None in the others.
-    """
+    """Writes ``step-NUMBER.png``, a grid of samples, at the end of each validation, with its weights."""
 
     def __init__(self, settings: Training) -> None:
-        self.folder: Path | None = None
         self._settings = settings
 
     # in this hook a callback that averages the weights has not put them back yet, if it comes later
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking or self.folder is None:
+        if trainer.sanity_checking or pl_module.folder is None:  # the first process has one
             return
         flow, settings = pl_module.flow, self._settings
         images, temperatures = settings.sample_images, settings.sample_temperatures
@@ -250,7 +267,7 @@ class SampleGrids(Callback):
         except SolverError as error:  # training may go on if a latent far out cannot be integrated
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)
             return
-        path = self.folder / f"step-{trainer.global_step:07d}.png"
+        path = pl_module.folder.samples / f"step-{trainer.global_step:07d}.png"
         save_grid(path, samples, levels=flow.levels, columns=images)
 
 
@@ -278,93 +295,3 @@ class WeightAverage(WeightAveraging):
         checkpoint.setdefault("current_model_state", checkpoint["state_dict"])
         checkpoint.setdefault("averaging_state", {"n_averaged": torch.tensor(1)})
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-
-
-# stopping ------------------------------------------------------------------------------------------------------
-
-
-_TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """Raised with a signal's name between two steps; callbacks that save checkpoints save one."""
-
-
-class StoppedAtOnce(BaseException):
-    """Raised with a signal's name in the middle of a step when a second one comes; nothing is saved."""
-
-
-class StopAfterStep(Callback):
-    """Ends training between two steps, on all devices at the same step.
-
-    SIGINT (Ctrl-C), SIGTERM and SIGHUP end it after the step, or the validation, in which they come, by
-    raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`. When the time is
-    up, and after the last step, Lightning validates once more and stops.
-
-    Only the main thread of a program can handle signals; in another one they are left alone. A signal that is
-    ignored, such as SIGHUP under nohup, stays ignored. Lightning puts the handlers from before back at the end.
-
-    Args:
-        max_time: seconds from now; None for no limit.
-
-    Attributes:
-        out_of_time: whether the limit ended the training.
-    """
-
-    def __init__(self, *, max_time: float | None = None) -> None:
-        self.out_of_time = False
-        self._max_time, self._start = max_time, time.monotonic()
-        self._received: str | None = None  # signal of this process
-        self._agreed: str | None = None  # of all processes
-        self._step = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
-        # here Lightning has set its own, which would end a run between a step and its checkpoint
-        main = threading.current_thread() is threading.main_thread()
-        for signum in _TO_STOP if main else ():
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, self._on_signal)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._received is not None:
-            raise StoppedAtOnce(signal.Signals(signum).name)
-        self._received = signal.Signals(signum).name
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step:
-            return  # in the middle of a step
-        self._step = trainer.global_step
-        if self._max_time is not None:
-            self.out_of_time = self._any(trainer, time.monotonic() - self._start >= self._max_time)
-        if self.out_of_time or trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # Lightning validates once more before it stops
-        self._agree(trainer)
-        if not validates_after_this_batch(trainer):  # a run that stopped right before a validation would miss it
-            self._stop_if_agreed()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._agree(trainer)  # other callbacks have yet to save
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._stop_if_agreed()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop_if_agreed()
-
-    def _agree(self, trainer: L.Trainer) -> None:
-        if self._any(trainer, self._received is not None):
-            self._agreed = self._received or signal.SIGTERM.name
-
-    def _stop_if_agreed(self) -> None:
-        if self._agreed is not None:
-            raise Interrupted(self._agreed)
-
-    @staticmethod
-    def _any(trainer: L.Trainer, decision: bool) -> bool:
-        """Whether any process of the run decides so."""
-        alone = trainer.world_size == 1
-        return decision if alone else trainer.strategy.reduce_boolean_decision(decision, all=False)

@@ -33,17 +33,7 @@ from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
 from ..evaluation.measures import Evaluation, measure_of
 from ..recipes.recipe import Recipe
-from .callbacks import (
-    Interrupted,
-    MetricsFile,
-    MetricsTable,
-    RunCheckpoints,
-    RunPosition,
-    SampleGrids,
-    StopAfterStep,
-    StoppedAtOnce,
-    WeightAverage,
-)
+from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce, WeightAverage
 from .checkpoints import load_flow, read_checkpoint, training_solver
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
@@ -145,24 +135,18 @@ def fit(
     checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
     before = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)  # of the run that goes on
     measure, settings = measure_of(recipe), recipe.training
-    stop, metrics = StopAfterStep(max_time=max_time), MetricsFile()
-    checkpoints = RunCheckpoints(
-        before and before.last.parent, save_every=settings.save_every, monitor=f"val/{measure.metric}"
-    )
+    control = RunControl(before, save_every=settings.save_every, monitor=f"val/{measure.metric}", max_time=max_time)
     # the picture of a table takes as long as some of its steps, and is drawn at the end
     pictures = bool(settings.sample_images) and isinstance(data, ImageData)
-    grids = SampleGrids(settings)
     with quiet(), ExitStack() as stack:
         trainer = make_trainer(
             callbacks=[
                 *callbacks,
                 # grids and validations see the averaged weights; checkpoints are saved last
-                *([grids] if pictures else []),
+                *([SampleGrids(settings)] if pictures else []),
                 *([] if settings.ema is None else [WeightAverage(settings.ema)]),
-                metrics,
-                stop,
                 *([RunProgress()] if progress else []),
-                checkpoints,
+                control,
             ],
             precision=settings.precision,
             accelerator=accelerator,
@@ -187,27 +171,26 @@ def fit(
             module = RnodeModule(recipe)
         if checkpoint is None:
             module.load_weights()  # again when it starts; here weights that do not fit leave no folder
-        trainer.callbacks.insert(0, RunPosition(plan))  # pyright: ignore[reportAttributeAccessIssue]
+        control.plan = plan
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             with explained():
                 folder = before or (RunFolder.claim(run_folder) if run_folder else RunFolder.create(runs, recipe))
                 stack.enter_context(training_lock(folder.path))
                 folder.describe(recipe, trainer.strategy.root_device)
-            module.folder = folder
-            checkpoints.folder, grids.folder = folder.last.parent, folder.samples
-            metrics.table = MetricsTable(folder.metrics, keep=done)
+            module.folder = control.folder = folder
+            control.table = MetricsTable(folder.metrics, keep=done)
             label = "-".join(folder.path.parts[-2:])  # RECIPE-VERSION
             trainer.loggers += [LOGGERS[name][1](folder.path, label) for name in loggers if isinstance(name, str)]
             if progress:
                 _announce(module, data, plan, trainer, done)
-        with _errors_with_advice(checkpoints, trainer, is_new=before is None), explained():
+        with _errors_with_advice(control, trainer, is_new=before is None), explained():
             if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
                 module.on_load_checkpoint(read_checkpoint(checkpoint))
                 stopped = "finished"
             else:
-                stopped = _train(module, samples, trainer, stop, checkpoint)
-        assert checkpoints.folder is not None  # all processes know it once training has begun
-        folder = RunFolder(checkpoints.folder.parent)
+                stopped = _train(module, samples, trainer, control, checkpoint)
+        assert control.folder is not None  # all processes know it once training has begun
+        folder = control.folder
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
         by_signal = stopped in signal.Signals.__members__
@@ -232,7 +215,7 @@ def _train(
     module: RnodeModule,
     samples: RecipeDataModule[Any],
     trainer: L.Trainer,
-    stop: StopAfterStep,
+    control: RunControl,
     checkpoint: Path | None,
 ) -> str:
     """Train; why it ended, as :class:`FitResult` says it."""
@@ -243,7 +226,7 @@ def _train(
     except StoppedAtOnce as interruption:
         end_other_processes(trainer, signal.SIGKILL)
         return str(interruption)
-    if stop.out_of_time:
+    if control.out_of_time:
         return "max_time"
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
 
@@ -314,15 +297,14 @@ def _conclude(
 
 
 @contextmanager
-def _errors_with_advice(checkpoints: RunCheckpoints, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
+def _errors_with_advice(control: RunControl, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
     """Add to an error how the run can go on, and end the other processes, which may wait for this one for ever."""
     try:
         yield
     except RnodeError as error:
         end_other_processes(trainer, signal.SIGKILL)
         left = "No checkpoint had been written yet."
-        if checkpoints.folder is not None:
-            folder = RunFolder(checkpoints.folder.parent)
+        if (folder := control.folder) is not None:
             if folder.last.is_file():
                 best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
                 left = f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
