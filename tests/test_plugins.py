@@ -22,7 +22,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins import registry as plugins
-from rnode_plugin.plugins.registry import KINDS, PluginReport, Registry, get_regularizer
+from rnode_plugin.plugins.registry import KINDS, Plugin, Registry, get_regularizer
 from rnode_plugin.solvers import solve
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def install(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-def row(registry: Registry, name: str) -> PluginReport:
+def row(registry: Registry, name: str) -> Plugin:
     (found,) = [each for each in registry.report() if each.name == name]
     return found
 

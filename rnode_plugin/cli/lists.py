@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import sys
@@ -162,7 +161,7 @@ def plugins(*, as_json: bool) -> None:
     """
     reports = registry.report()
     if as_json:
-        print_json([dataclasses.asdict(each) for each in reports])
+        print_json([each.as_plain() for each in reports])
         return
     for each in reports:
         click.echo(f"{each.name} ({each.distribution} {each.version})")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS",
-    "PluginReport",
+    "Plugin",
     "Registry",
     "get",
     "get_regularizer",
@@ -61,9 +61,9 @@ KINDS = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PluginReport:
-    """One plugin, its registrations and its errors.
+@dataclass(eq=False)
+class Plugin:
+    """A plugin, its registrations and its errors so far.
 
     Attributes:
         name: of its entry point, or the one given to :func:`register`.
@@ -73,20 +73,8 @@ class PluginReport:
         observes: whether it is called after each solve.
         error: its errors in one line; None if there are none. A loaded plugin can have one too: the hook that it
             misused, or a name that another plugin registers as well.
+        hooks, values, errors, clashes: of the registry.
     """
-
-    name: str
-    distribution: str | None
-    version: str | None
-    status: str
-    registers: dict[str, list[str]]
-    observes: bool
-    error: str | None
-
-
-@dataclass(eq=False)
-class _Plugin:
-    """A plugin, and the results of its hooks so far."""
 
     name: str
     distribution: str | None = None
@@ -95,6 +83,24 @@ class _Plugin:
     hooks: dict[str, pluggy.HookImpl] = field(default_factory=dict)
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    clashes: list[str] = field(default_factory=list)
+
+    @property
+    def registers(self) -> dict[str, list[str]]:
+        return {kind: sorted(self.values[kind]) for kind in KINDS if self.values.get(kind)}
+
+    @property
+    def observes(self) -> bool:
+        return "rnode_after_solve" in self.hooks
+
+    @property
+    def error(self) -> str | None:
+        return "; ".join([*self.errors, *self.clashes]) or None
+
+    def as_plain(self) -> dict[str, Any]:
+        """The attributes, for JSON."""
+        names = ("name", "distribution", "version", "status", "registers", "observes", "error")
+        return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
         if self.distribution is None:
@@ -128,7 +134,7 @@ class Registry:
         self._watch_solves = watch_solves
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        self._plugins: list[_Plugin] = []
+        self._plugins: list[Plugin] = []
         self._loaded = False
 
     def get(self, kind: str, name: str) -> Any:
@@ -181,13 +187,18 @@ class Registry:
         """
         return sorted({name for plugin in self._of_kind(kind) for name in plugin.offers(kind)})
 
-    def report(self) -> list[PluginReport]:
-        """A report of each plugin: ours first, then by distribution, then those of this process."""
+    def report(self) -> list[Plugin]:
+        """All plugins: ours first, then by distribution, then those of this process."""
         self._load()
         for plugin in self._plugins:
-            for kind in KINDS:
-                plugin.offers(kind)
-        return [self._report(plugin) for plugin in self._plugins]
+            plugin.clashes = [
+                f"the {KINDS[kind]} {name!r} is registered by {other} too"
+                for kind in KINDS
+                for name in plugin.offers(kind)
+                for other in self._owners(kind, name)
+                if other is not plugin
+            ]
+        return list(self._plugins)
 
     def register(self, plugin: object, *, name: str) -> None:
         """Register an object of this process, such as a class instance in a notebook, as a plugin.
@@ -202,7 +213,7 @@ class Registry:
         self._load()
         if self._manager.has_plugin(name):
             raise PluginError(f"a plugin {name!r} is registered already; call unregister({name!r}) first.")
-        record = _Plugin(name)
+        record = Plugin(name)
         self._attach(record, plugin)
         for kind in KINDS:
             record.offers(kind)
@@ -239,7 +250,7 @@ class Registry:
         if self._loaded:
             return
         self._loaded = True  # a plugin may ask for names while it is imported
-        ours = _Plugin("builtin", "rnode-plugin", __version__)
+        ours = Plugin("builtin", "rnode-plugin", __version__)
         self._attach(ours, builtin)
         self._plugins.append(ours)
         for plugin, entry_point in _installed():
@@ -253,7 +264,7 @@ class Registry:
         if self._watch_solves:
             subscribe(self.after_solve)
 
-    def _attach(self, record: _Plugin, plugin: object) -> None:
+    def _attach(self, record: Plugin, plugin: object) -> None:
         """Register with pluggy and keep the hooks.
 
         Raises:
@@ -275,37 +286,21 @@ class Registry:
             raise PluginError(suggest(unknown[0], hookspecs.__all__, "hook"))
         raise PluginError(f"{record} implements no hook; mark its functions with @rnode_plugin.hookimpl.")
 
-    def _of_kind(self, kind: str) -> list[_Plugin]:
+    def _of_kind(self, kind: str) -> list[Plugin]:
         if kind not in KINDS:
             raise ConfigError(suggest(kind, KINDS, "kind of plugin"))
         self._load()
         return list(self._plugins)
 
-    def _owners(self, kind: str, name: str) -> list[_Plugin]:
+    def _owners(self, kind: str, name: str) -> list[Plugin]:
         return [plugin for plugin in self._of_kind(kind) if name in plugin.offers(kind)]
 
-    def _report(self, plugin: _Plugin) -> PluginReport:
-        errors = list(plugin.errors)
-        for kind, values in plugin.values.items():
-            for name in values:
-                others = [other for other in self._owners(kind, name) if other is not plugin]
-                errors += [f"the {KINDS[kind]} {name!r} is registered by {other} too" for other in others]
-        return PluginReport(
-            name=plugin.name,
-            distribution=plugin.distribution,
-            version=plugin.version,
-            status=plugin.status,
-            registers={kind: sorted(plugin.values[kind]) for kind in KINDS if plugin.values.get(kind)},
-            observes="rnode_after_solve" in plugin.hooks,
-            error="; ".join(errors) or None,
-        )
 
-
-def _installed() -> list[tuple[_Plugin, metadata.EntryPoint]]:
+def _installed() -> list[tuple[Plugin, metadata.EntryPoint]]:
     """The entry points of other packages with their status, by distribution and name."""
     disabled = os.environ.get("RNODE_DISABLE_PLUGINS", "") not in ("", "0")
     blocked = {_normal(part) for part in os.environ.get("RNODE_PLUGINS_BLOCK", "").split(",")}
-    found: dict[tuple[str, str], tuple[_Plugin, metadata.EntryPoint]] = {}
+    found: dict[tuple[str, str], tuple[Plugin, metadata.EntryPoint]] = {}
     for distribution in metadata.distributions():
         try:
             entry_points = [each for each in distribution.entry_points if each.group == hookspecs.PROJECT]
@@ -318,7 +313,7 @@ def _installed() -> list[tuple[_Plugin, metadata.EntryPoint]]:
                 continue
             names = {_normal(each.name), package}
             status = "disabled" if disabled else "blocked" if blocked & names else "loaded"
-            plugin = _Plugin(each.name, distribution.name, distribution.version, status)
+            plugin = Plugin(each.name, distribution.name, distribution.version, status)
             # a source tree on the path shows the metadata of an editable install a second time
             found.setdefault((package, each.name), (plugin, each))
     return [found[key] for key in sorted(found)]
