@@ -10,8 +10,7 @@ from typing import Any
 
 from tiny_runs import rows, train
 
-from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.runs import newest_intact
+from rnode_plugin.training.checkpoints import newest_intact, read_checkpoint
 
 # children of a server that has imported all: a start costs no seconds, and no thread of this process is copied
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -13,7 +13,7 @@ from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.checkpoints import export_flow
+from rnode_plugin.training.checkpoints import load_with_recipe, save_flow
 from rnode_plugin.training.module import RnodeModule
 
 
@@ -38,7 +38,8 @@ def test_the_first_step_has_the_weights(trained: Path, tmp_path: Path, kind: str
     source = trained
     if kind == "safetensors":
         source = tmp_path / "flow.safetensors"
-        export_flow(trained, source)
+        flow, trained_by = load_with_recipe(trained)
+        save_flow(flow, source, recipe=trained_by)
     expected = load_flow(trained).state_dict()
     # another optimizer than the weights were trained by
     recipe = tiny_recipe(f"training.weights={source}", "optimizer.name=muon")

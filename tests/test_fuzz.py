@@ -19,7 +19,7 @@ from rnode_plugin.data import get_dataset
 from rnode_plugin.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.reports.runs import read_run
-from rnode_plugin.training.checkpoints import export_flow, load_flow, save_flow
+from rnode_plugin.training.checkpoints import load_flow, save_flow
 
 IMAGES = random_images(12, (3, 8, 8))
 PICTURES = split_pictures()[0]
@@ -55,8 +55,8 @@ def pictures(kind: str) -> Callable[[Path], None]:
 
 def flow(folder: Path) -> None:
     torch.manual_seed(0)
-    save_flow(RECIPE.build_flow(), folder / "a.ckpt", recipe=RECIPE)
-    export_flow(folder / "a.ckpt", folder / "a.safetensors")
+    for name in ("a.ckpt", "a.safetensors"):
+        save_flow(RECIPE.build_flow(), folder / name, recipe=RECIPE)
 
 
 def prepared(file: Path) -> None:

@@ -16,8 +16,7 @@ from PIL import Image
 from tiny_runs import rows
 
 from rnode_plugin.errors import CheckpointError
-from rnode_plugin.training.checkpoints import read_checkpoint
-from rnode_plugin.training.runs import newest_intact
+from rnode_plugin.training.checkpoints import newest_intact, read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -367,18 +367,20 @@ def export(
     which run without this package: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
     from ..evaluation.programs import SUFFIXES, check_program_file, export_program, save_program
-    from ..training.checkpoints import BEST, LAST, export_flow, find_checkpoint, load_with_recipe
+    from ..training.checkpoints import BEST, LAST, SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
 
-    source = find_checkpoint(run, prefer=LAST if last else BEST)
+    source, path = find_checkpoint(run, prefer=LAST if last else BEST), Path(file)
+    suffix = SAFETENSORS if kind == "safetensors" else SUFFIXES[kind]
+    if path.suffix != suffix:
+        raise ConfigError(f"a file of --format {kind} must end in {suffix}, not {file!r}.")
     if kind == "safetensors":
         if step or method:
             raise ConfigError("--step and --method are of programs: give --format torch-export or onnx.")
-        _, recipe = export_flow(source, free_path(file, file, force=force))
+        free_path(file, file, force=force)
+        flow, recipe = load_with_recipe(source)
+        save_flow(flow, path, recipe=recipe)
         click.echo(f"{_weights_of(recipe, source)}: {file}")
         return
-    path = Path(file)
-    if path.suffix != SUFFIXES[kind]:
-        raise ConfigError(f"a program of --format {kind} must end in {SUFFIXES[kind]}, not {file!r}.")
     check_program_file(path)
     names: tuple[Which, ...] = ("sampler", "log_prob")
     targets: dict[Which, Path] = {which: path.with_stem(f"{path.stem}-{which}") for which in names}

@@ -222,8 +222,7 @@ def _callback(name: str) -> Any:
 def _chosen(name: str | None, resume: str | None, ffjord: bool, ctx: click.Context) -> tuple[Recipe, Path | None]:
     """The recipe to train, and the newest intact checkpoint of a run to go on with."""
     from ..recipes.recipe import get_recipe, is_recipe_file, read_recipe
-    from ..training.checkpoints import recipe_of
-    from ..training.runs import newest_intact
+    from ..training.checkpoints import newest_intact, recipe_of
 
     path, contents = (None, {}) if resume is None else newest_intact(resume)
     if name is not None and (path is None or is_recipe_file(name)):

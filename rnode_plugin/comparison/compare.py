@@ -26,8 +26,9 @@ from ..evaluation.loading import load_for_training, pick_device
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.runs import Run, read_run
+from ..training.checkpoints import newest_intact
 from ..training.fastest import Choice, choose, is_open, read_choice, write_choice
-from ..training.runs import CHOSEN, RunFolder, RunPlan, newest_intact, training_lock
+from ..training.runs import CHOSEN, RunFolder, RunPlan, training_lock
 from .arms import arm_recipes, check_arm
 
 __all__ = ["Comparison", "compare"]

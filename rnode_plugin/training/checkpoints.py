@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
 import textwrap
 import zipfile
 from collections.abc import Mapping
@@ -28,13 +29,14 @@ __all__ = [
     "BEST",
     "LAST",
     "PREVIOUS",
-    "export_flow",
+    "SAFETENSORS",
     "find_checkpoint",
     "from_pretrained",
     "header_with",
     "load_flow",
     "load_weights",
     "load_with_recipe",
+    "newest_intact",
     "read_checkpoint",
     "recipe_of",
     "save_flow",
@@ -43,7 +45,7 @@ __all__ = [
 ]
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
-_SAFETENSORS = ".safetensors"
+SAFETENSORS = ".safetensors"
 _HUB_WEIGHTS = "model.safetensors"  # the name that the hub's own libraries use
 _FORMAT = 1
 _KEY = "rnode_plugin"
@@ -58,48 +60,25 @@ def header_with(recipe: Recipe) -> dict[str, Any]:
 def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
     """Write the weights of ``flow`` and the recipe that builds it; :func:`load_flow` reads it back.
 
+    A ``path`` that ends in ``.safetensors`` gets that format, with the recipe in its metadata, which any program
+    that knows the format can read.
+
     Raises:
         CheckpointError: the file cannot be written; one that was there before is left as it was.
     """
+    if Path(path).suffix == SAFETENSORS:
+        from safetensors.torch import save
+
+        # copies: the format refuses tensors that share memory or have strides of their own
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
+        encoded = save(tensors, metadata={"format": "pt", _KEY: json.dumps(header_with(recipe)[_KEY])})
+        write_atomically(path, lambda file: file.write(encoded))
+        return
     import torch
 
     state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
     contents = {**header_with(recipe), "state_dict": state}
     write_atomically(path, lambda file: torch.save(contents, file))
-
-
-def export_flow(
-    source: str | os.PathLike[str], path: str | os.PathLike[str], *, prefer: str = BEST
-) -> tuple[Path, Recipe]:
-    """Write the weights of a run or checkpoint as ``.safetensors``, with the recipe in the file's metadata.
-
-    Args:
-        source: run folder or checkpoint.
-        path: file to write; :func:`load_flow` reads it, and so does any program that knows the format.
-        prefer: the checkpoint of a run folder.
-
-    Returns:
-        The checkpoint that was read, and its recipe.
-
-    Raises:
-        ConfigError: ``path`` does not end in ``.safetensors``, by which the format is known again.
-        CheckpointError: nothing to read, or the file cannot be written.
-    """
-    if Path(path).suffix != _SAFETENSORS:
-        raise ConfigError(f"the exported file must end in {_SAFETENSORS}, not {str(path)!r}.")
-    file = find_checkpoint(source, prefer=prefer)
-    flow, recipe = load_with_recipe(file)
-    _write_safetensors(flow, path, recipe)
-    return file, recipe
-
-
-def _write_safetensors(flow: torch.nn.Module, path: str | os.PathLike[str], recipe: Recipe) -> None:
-    from safetensors.torch import save
-
-    # copies: the format refuses tensors that share memory or have strides of their own
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
-    encoded = save(tensors, metadata={"format": "pt", _KEY: json.dumps(header_with(recipe)[_KEY])})
-    write_atomically(path, lambda file: file.write(encoded))
 
 
 def save_pretrained(flow: torch.nn.Module, folder: str | os.PathLike[str], *, recipe: Recipe) -> Path:
@@ -131,7 +110,7 @@ def save_pretrained(flow: torch.nn.Module, folder: str | os.PathLike[str], *, re
         ('model.safetensors', 64)
     """
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=None))
-    _write_safetensors(flow, file := Path(folder, _HUB_WEIGHTS), recipe)
+    save_flow(flow, file := Path(folder, _HUB_WEIGHTS), recipe=recipe)
     card = Path(folder, "README.md")
     if not card.exists():
         text = _CARD.format(description=recipe.description or recipe.name)
@@ -275,20 +254,40 @@ def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(path)
-    if not path.exists() and (packaged := pretrained_file(str(path))) is not None:
-        return packaged
-    inside = (
-        file
-        for name in (prefer, BEST, LAST, PREVIOUS, _HUB_WEIGHTS)
-        for file in (path / "checkpoints" / name, path / name)
-    )
-    if (found := next((file for file in (path, *inside) if file.is_file()), None)) is not None:
-        return found
-    raise CheckpointError(
-        f"no checkpoint at {path}: give a run folder, with checkpoints/{prefer}, a .ckpt or .safetensors file, or "
-        f"{' or '.join(PRETRAINED)}."
-    )
+    found = _files(Path(path), prefer, BEST, LAST, PREVIOUS, _HUB_WEIGHTS)
+    if not found:
+        raise CheckpointError(
+            f"no checkpoint at {path}: give a run folder, with checkpoints/{prefer}, a .ckpt or .safetensors file, "
+            f"or {' or '.join(PRETRAINED)}."
+        )
+    return found[0]
+
+
+def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint file that ``path`` means and its contents: of a run folder, the newest that can be read.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    find_checkpoint(path, prefer=LAST)  # there is one
+    errors: list[CheckpointError] = []
+    for file in _files(Path(path), LAST, PREVIOUS, BEST, _HUB_WEIGHTS):
+        try:
+            contents = read_checkpoint(file)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            print(f"{error} Going on from {file.name}.", file=sys.stderr)
+        return file, contents
+    raise errors[0]
+
+
+def _files(path: Path, *names: str) -> list[Path]:
+    """The files that ``path`` can mean: itself, weights of the package, those of a run folder in this order."""
+    packaged = [] if path.exists() else [pretrained_file(str(path))]
+    inside = (path / folder / name for name in names for folder in ("checkpoints", "."))
+    return [file for file in (*packaged, path, *inside) if file is not None and file.is_file()]
 
 
 def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -297,7 +296,7 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     Raises:
         CheckpointError: unreadable, damaged, or written by another program.
     """
-    read = _read_safetensors if path.suffix == _SAFETENSORS else _read
+    read = _read_safetensors if path.suffix == SAFETENSORS else _read
     try:
         contents = read(path, map_location)
     except pickle.UnpicklingError:

@@ -34,11 +34,11 @@ from ..evaluation.loading import load_for_training
 from ..evaluation.measures import Evaluation, measure_of
 from ..recipes.recipe import Recipe
 from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce, WeightAverage
-from .checkpoints import load_flow, read_checkpoint, training_solver
+from .checkpoints import load_flow, newest_intact, read_checkpoint, training_solver
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .progress import RunProgress, batch_counter
-from .runs import RunFolder, RunPlan, checkpoint_to_resume, newest_intact, training_lock
+from .runs import RunFolder, RunPlan, checkpoint_to_resume, training_lock
 from .trainer import (
     LOGGERS,
     check_options,

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from ..evaluation.measures import Evaluation, ImageMeasure, Measure, TableMeasur
 from ..files import write_atomically
 from ..plugins import registry
 from ..recipes.recipe import Recipe, TableData
-from .checkpoints import BEST, LAST, PREVIOUS, find_checkpoint, read_checkpoint, recipe_of
+from .checkpoints import BEST, LAST, newest_intact, recipe_of
 
 __all__ = [
     "CHOSEN",
@@ -31,7 +30,6 @@ __all__ = [
     "RunPlan",
     "checkpoint_to_resume",
     "environment",
-    "newest_intact",
     "training_lock",
     "write_json",
 ]
@@ -242,30 +240,6 @@ def training_lock(folder: Path) -> Iterator[None]:
 
 
 # from which checkpoint a run goes on ---------------------------------------------------------------------------
-
-
-def newest_intact(resume: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint file that ``resume`` means and its contents: of a run folder, the newest that can be read.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(resume)
-    errors: list[CheckpointError] = []
-    for name in (LAST, PREVIOUS, BEST) if path.is_dir() else ():
-        for file in (path / "checkpoints" / name, path / name):
-            if not file.is_file():
-                continue
-            try:
-                contents = read_checkpoint(file)
-            except CheckpointError as error:
-                errors.append(error)
-                continue
-            for error in errors:
-                print(f"{error} Going on from {file.name}.", file=sys.stderr)
-            return file, contents
-    file = find_checkpoint(path, prefer=LAST)
-    return file, read_checkpoint(file)
 
 
 def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, int]:
