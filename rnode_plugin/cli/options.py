@@ -6,9 +6,9 @@ import itertools
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,11 +17,14 @@ from ..text import duration, signed, significant
 
 if TYPE_CHECKING:
     from ..evaluation.measures import Evaluation, Mean, Measure
+    from ..recipes.recipe import Recipe
     from ..reports import Report
 
-__all__ = ["Duration", "as_json", "data_root", "denormals", "device", "download", "evaluation_rows", "force",
-           "free_path", "given", "print_json", "quiet", "report_as_plain", "report_rows", "settings", "table",
+__all__ = ["Duration", "as_json", "changed", "denormals", "device", "download", "evaluation_rows", "force",
+           "free_path", "print_json", "quiet", "report_as_plain", "report_rows", "settings", "short", "table",
            "wrapped_table"]  # fmt: skip
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _LONGEST = 1e10  # seconds, three centuries
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -56,12 +59,60 @@ settings = click.option(
     metavar="GROUP.KEY=VALUE",
     help="Change a setting of the recipe; `rnode-cli recipes show NAME` lists them. May be repeated.",
 )
-data_root = click.option(
-    "--data-root", metavar="PATH", help="Folder that holds the data set, or the file of a table. [default: data]"
-)
-given = click.option(
-    "--given", metavar="COLUMN,COLUMN", help="Of a table: the density of the other columns given these."
-)
+
+# options that are a shorter way to write a setting of the recipe, which checks their values
+_SHORT: dict[str, tuple[str, str, str]] = {
+    "data": ("data.name", "NAME", "Another data set than the recipe's, such as folder."),
+    "data-root": ("data.root", "PATH", "Folder that holds the data set, or the file of a table. [default: data]"),
+    "given": ("data.given", "COLUMN,COLUMN", "Of a table: the density of the other columns given these."),
+    "batch-size": ("data.batch_size", "N", "Images, or rows, per device and step. [default: the recipe's]"),
+    "accumulate": ("training.accumulate", "N", "Average the gradients of N batches for one step."),
+    "limit-train": ("data.train_images", "N", "Train on N images or rows only."),
+    "limit-val": ("training.val_images", "N", "Validate on N images or rows only."),
+    "max-steps": ("training.max_steps", "N", "Stop after N steps of the run."),
+    "max-epochs": ("training.max_epochs", "N", "Stop after N epochs of the run."),
+    "val-every": ("training.val_every_steps", "N", "Validate every N steps instead of by epochs."),
+    "seed": ("training.seed", "N", "Of the weights, the data order and all noise."),
+    "weights": ("training.weights", "RUN", "Start from weights of a run, a file or the package, all else anew."),
+    "precision": (
+        "training.precision",
+        "TEXT",
+        "32-true, bf16-mixed, ...; auto: the faster of these, measured.",
+    ),
+    "compile": (
+        "training.compile",
+        "[auto]",
+        "Use torch.compile, which takes a minute at first; auto: if it pays.",
+    ),
+}
+
+
+def short(*names: str) -> Callable[[_F], _F]:
+    """Options that are a shorter way to write a setting; :func:`changed` applies them."""
+
+    def add(command: _F) -> _F:
+        for name in reversed(names):
+            command = click.option(f"--{name}", metavar=_SHORT[name][1], help=_SHORT[name][2])(command)
+        return command
+
+    return add
+
+
+def changed(recipe: Recipe, options: dict[str, Any], assignments: Sequence[str]) -> Recipe:
+    """The recipe with the short ones among ``options``, which are taken out, and then those of ``--set``."""
+    from ..recipes.recipe import TableData
+
+    of_table = isinstance(recipe.data, TableData)
+    changes = []
+    for name, (setting, *_) in _SHORT.items():
+        if (value := options.pop(name.replace("-", "_"), None)) is None:
+            continue
+        if name == "given" and not of_table:
+            raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
+        changes.append(f"{'data.train_rows' if name == 'limit-train' and of_table else setting}={value}")
+    return recipe.override([*changes, *assignments])
+
+
 download = click.option(
     "--download/--no-download",
     default=True,

@@ -15,7 +15,6 @@ from ..solvers.config import FIXED_METHODS
 from ..text import duration
 from .options import (
     as_json,
-    data_root,
     denormals,
     device,
     download,
@@ -26,6 +25,7 @@ from .options import (
     quiet,
     report_as_plain,
     report_rows,
+    short,
     table,
     wrapped_table,
 )
@@ -60,7 +60,7 @@ _FORMATS = ("safetensors", "torch-export", "onnx")
               help="Change the test solver: method=rk4, step=0.05, atol=1e-6, ... May be repeated.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="Of the noise. [default: the run's, so the numbers are those "
               "of its end]")  # fmt: skip
-@data_root
+@short("data-root")
 @download
 @device
 @denormals
@@ -133,7 +133,7 @@ def eval(  # noqa: A001 - the command's name
 @click.option("--out", metavar="FOLDER",
               help="Where diagnosis.json and the figures go. [default: the run's folder; for other weights the "
                    "folder diagnosis]")  # fmt: skip
-@data_root
+@short("data-root")
 @download
 @device
 @denormals

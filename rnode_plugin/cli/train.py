@@ -18,17 +18,17 @@ from ..text import duration
 from .options import (
     Duration,
     as_json,
-    data_root,
+    changed,
     denormals,
     device,
     download,
     evaluation_rows,
-    given,
     print_json,
     quiet,
     report_as_plain,
     report_rows,
     settings,
+    short,
     table,
 )
 
@@ -42,24 +42,6 @@ if TYPE_CHECKING:
     from ..training.fit import FitResult
 
 __all__ = ["compare", "estimate", "train", "tune_step"]
-
-# options that are nothing but a shorter way to write a setting of the recipe
-_SHORT = {
-    "data": "data.name",
-    "data_root": "data.root",
-    "given": "data.given",
-    "batch_size": "data.batch_size",
-    "limit_train": "data.train_images",
-    "limit_val": "training.val_images",
-    "max_steps": "training.max_steps",
-    "max_epochs": "training.max_epochs",
-    "val_every": "training.val_every_steps",
-    "accumulate": "training.accumulate",
-    "precision": "training.precision",
-    "compile": "training.compile",
-    "seed": "training.seed",
-    "weights": "training.weights",
-}
 
 
 class _TrainCommand(click.Command):
@@ -75,33 +57,10 @@ class _TrainCommand(click.Command):
 @click.argument("recipe", required=False)
 @click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe: no penalties, dopri5 at 1e-5.")
 @settings
-@click.option("--data", metavar="NAME", help="Another data set than the recipe's, such as folder.")
-@data_root
-@given
-@download
-@click.option("--batch-size", type=int, help="Images, or rows, per device and step.")
-@click.option("--accumulate", type=int, metavar="N", help="Average the gradients of N batches for one step.")
-@click.option("--limit-train", type=int, metavar="N", help="Train on N images or rows only.")
-@click.option("--limit-val", type=int, metavar="N", help="Validate on N images or rows only.")
-@click.option("--max-steps", type=int, metavar="N", help="Stop after N steps of the run.")
-@click.option("--max-epochs", type=int, metavar="N", help="Stop after N epochs of the run.")
+@short("data", "data-root", "given", "batch-size", "accumulate", "limit-train", "limit-val", "max-steps",
+       "max-epochs", "val-every", "seed", "weights", "precision", "compile")  # fmt: skip
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
-@click.option("--val-every", type=int, metavar="N", help="Validate every N steps instead of by epochs.")
-@click.option("--seed", type=int, help="Of the weights, the data order and all noise.")
-@click.option(
-    "--weights",
-    metavar="RUN",
-    help="Start from the weights of a run, a file, or the package; optimizer and schedule start anew.",
-)
-@click.option(
-    "--precision", help="As Lightning names it: 32-true, bf16-mixed, ...; auto: the faster of these two, measured."
-)
-@click.option(
-    "--compile",
-    type=click.Choice(["true", "false", "auto"]),
-    metavar="[auto]",
-    help="Train with torch.compile, which takes a minute at first. auto: if that is measured to pay.",
-)
+@download
 @click.option("--no-compile", is_flag=True, expose_value=False, help="Train without torch.compile.")
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")
@@ -157,10 +116,9 @@ def train(
         raise click.UsageError("--ffjord makes another model of the recipe; it cannot go with --resume.", ctx)
     from ..training.fit import fit
 
-    short = {name: options.pop(name) for name in _SHORT}
     try:
         chosen, checkpoint = _chosen(recipe, resume, ffjord, ctx)
-        chosen = chosen.override([*_settings(short, chosen), *assignments])
+        chosen = changed(chosen, options, assignments)
         made = [_callback(name) for name in callbacks]
         result = fit(chosen, resume=checkpoint, callbacks=made, progress=not (quiet or as_json), **options)
     except RnodeError as error:
@@ -176,18 +134,6 @@ def train(
         _report(result, chosen)
     if result.stopped in signal.Signals.__members__:
         ctx.exit(128 + signal.Signals[result.stopped])
-
-
-def _settings(short: dict[str, Any], recipe: Recipe) -> list[str]:
-    """The short options as assignments to a recipe."""
-    from ..recipes.recipe import TableData
-
-    names = dict(_SHORT)
-    if isinstance(recipe.data, TableData):
-        names["limit_train"] = "data.train_rows"
-    elif short["given"] is not None:
-        raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
-    return [f"{names[name]}={value}" for name, value in short.items() if value is not None]
 
 
 def _reports() -> bool:
@@ -282,8 +228,7 @@ def _report(result: FitResult, recipe: Recipe) -> None:
 @click.option("--validations", type=click.IntRange(1), default=20, show_default=True, metavar="N",
               help="Validations of each arm, the marks of the figures.")  # fmt: skip
 @settings
-@data_root
-@given
+@short("data-root", "given")
 @download
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True,
@@ -299,8 +244,6 @@ def compare(
     recipe: str,
     max_steps: int | None,
     assignments: tuple[str, ...],
-    data_root: str | None,
-    given: str | None,
     out: str | None,
     quiet: bool,
     as_json: bool,
@@ -317,12 +260,10 @@ def compare(
     from ..comparison.compare import compare
     from ..recipes.recipe import get_recipe
 
-    chosen = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
-    chosen += [] if data_root is None else [f"data.root={data_root}"]
-    chosen += [] if given is None else [f"data.given={given}"]
+    steps = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
     silent = quiet or as_json
     result = compare(
-        get_recipe(recipe).override([*chosen, *assignments]),
+        changed(get_recipe(recipe), options, [*steps, *assignments]),
         out=out or f"comparison/{recipe}",
         progress=not silent,
         announce=(lambda line: None) if silent else click.echo,
@@ -359,7 +300,7 @@ def compare(
               help="For a recipe: steps of training first, since every step fits a fresh flow.")  # fmt: skip
 @settings
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
-@data_root
+@short("data-root")
 @download
 @device
 @denormals
@@ -444,9 +385,7 @@ def _trained(
 @click.option(
     "--devices", type=click.IntRange(1), default=1, show_default=True, help="Devices that train together."
 )
-@click.option(
-    "--batch-size", type=click.IntRange(1), metavar="N", help="Images, or rows, per device. [default: the recipe's]"
-)
+@short("batch-size")
 @click.option(
     "--images", type=click.IntRange(1), metavar="N", help="Training images, or rows. [default: the data set's]"
 )
@@ -459,12 +398,12 @@ def estimate(
     *,
     recipe: str,
     devices: int,
-    batch_size: int | None,
     images: int | None,
     nfe: int,
     assignments: tuple[str, ...],
     device: str,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Estimate the cost of training RECIPE.
 
@@ -475,8 +414,7 @@ def estimate(
     from ..recipes.recipe import get_recipe
     from ..training.estimate import estimate
 
-    size = () if batch_size is None else (f"data.batch_size={batch_size}",)
-    chosen = get_recipe(recipe).override([*size, *assignments])
+    chosen = changed(get_recipe(recipe), options, assignments)
     found = estimate(chosen, device=pick_device(device), images=images, devices=devices, nfe_per_block=nfe)
     if as_json:
         print_json(dataclasses.asdict(found))
