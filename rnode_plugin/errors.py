@@ -6,6 +6,7 @@ The command line turns a :class:`RnodeError` into its message and exit code 1; a
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
 
 __all__ = [
@@ -83,7 +84,8 @@ class SolverError(RnodeError, RuntimeError):
 
     def __reduce__(self) -> tuple[object, ...]:
         # exceptions cross process borders; the default would call __init__ with the message alone
-        return _rebuild_solver_error, (self.reason, self._what, self._advice, self.t, self.step, self.nfe)
+        again = functools.partial(SolverError, t=self.t, step=self.step, nfe=self.nfe)
+        return again, (self.reason, self._what, self._advice)
 
 
 class TrainingError(RnodeError):
@@ -92,10 +94,6 @@ class TrainingError(RnodeError):
 
 class LocalError(TrainingError):
     """One process of a run failed by itself; the others only see it go."""
-
-
-def _rebuild_solver_error(reason: str, what: str, advice: str, t: float, step: int, nfe: int) -> SolverError:
-    return SolverError(reason, what, advice, t=t, step=step, nfe=nfe)
 
 
 def first_line(error: BaseException) -> str:

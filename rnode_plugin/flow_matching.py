@@ -228,7 +228,8 @@ class ODESolver:
         estimator = "exact" if probes is None else Hutchinson("rademacher", probes=probes)
         several = probes is not None and probes > 1
         # the trace of each probe by itself, as a rate: its integral is along the path, so its sign is lost
-        rates = [FunctionRegularizer(f"probe {i}", _ProbeTrace(i), {"vjp"}) for i in range(probes or 0) if several]
+        traces = [functools.partial(_probe_trace, probe=i) for i in range(probes or 0) if several]
+        rates = [FunctionRegularizer(f"probe {i}", trace, {"vjp"}) for i, trace in enumerate(traces)]
         dynamics = Dynamics(self._field(extras), regularizers=rates, estimator=estimator)
         solution = solve(dynamics.bind(dynamics.draw(x)), x, grid, solver)
         assert solution.logdet is not None
@@ -239,13 +240,9 @@ class ODESolver:
         return solution.z, solution.logdet[-1], stderr, solution.stats.nfe
 
 
-@dataclass(frozen=True)
-class _ProbeTrace:
-    index: int
-
-    def __call__(self, evaluation: FieldEvaluation) -> Tensor:
-        _, vectors, rows = evaluation.probes()
-        return (vectors[self.index] * rows[self.index]).flatten(1).sum(1)
+def _probe_trace(evaluation: FieldEvaluation, *, probe: int) -> Tensor:
+    _, vectors, rows = evaluation.probes()
+    return (vectors[probe] * rows[probe]).flatten(1).sum(1)
 
 
 def _solver(method: str, step: float | None, atol: float, rtol: float) -> Solver:

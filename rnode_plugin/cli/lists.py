@@ -168,21 +168,11 @@ def plugins(*, as_json: bool) -> None:
         if each.status in ("blocked", "disabled"):
             click.echo(f"  not loaded: {each.status}")
         for kind, names in each.registers.items():
-            shown = map(_with_kind, names) if kind == "regularizers" else names
-            click.echo(f"  {kind}: {', '.join(shown)}")
+            click.echo(f"  {kind}: {', '.join(names)}")
         if each.observes:
             click.echo("  observes: every solve")
         if each.error:
             click.echo(f"  error: {each.error}")
-
-
-def _with_kind(name: str) -> str:
-    from ..core.regularizers import kind_of
-
-    try:
-        return f"{name} ({kind_of(registry.get('regularizers', name))})"
-    except RnodeError:  # its use raises the error
-        return name
 
 
 @click.command()

@@ -186,10 +186,9 @@ def _as_plain(result: FitResult, recipe: Recipe) -> dict[str, Any]:
     from ..evaluation.measures import measure_of
 
     folder, evaluation = result.folder, result.evaluation
-    plain = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
     measured = None if evaluation is None else measure_of(recipe).to_plain(evaluation)
     places = {"folder": folder.path, "checkpoint": folder.best, "samples": result.samples}
-    return {**plain, **places, "evaluation": measured}
+    return {**result.ended, **places, "evaluation": measured}
 
 
 def _report(result: FitResult, recipe: Recipe) -> None:

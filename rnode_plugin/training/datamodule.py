@@ -178,7 +178,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             load_data(self.recipe, download=True)
 
     def setup(self, stage: str) -> None:
-        world, held_out = self._world, len(self.data.val)
+        (world, _, _), held_out = self._share, len(self.data.val)
         RunPlan.of(self.recipe, len(self.data.train), world)  # refuses too few training samples
         if held_out < world:
             samples = measure_of(self.recipe).samples
@@ -191,22 +191,25 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the held-out samples, each sample on one device."""
-        share = EvenShare(len(self.data.val), world=self._world, rank=self._rank)
+        world, rank, _ = self._share
+        share = EvenShare(len(self.data.val), world=world, rank=rank)
         return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
 
     def samples_of_step(self, step: int) -> list[int]:
         """Numbers of the training samples that this device takes at ``step``, counted from 0."""
-        batches = itertools.islice(self._order(step * self._accumulate), self._accumulate)
+        _, _, accumulate = self._share
+        batches = itertools.islice(self._order(step * accumulate), accumulate)
         return list(itertools.chain.from_iterable(batches))
 
     def _order(self, done: int) -> EpochOrder:
+        world, rank, accumulate = self._share
         return EpochOrder(
             len(self.data.train),
             batch_size=self.recipe.data.batch_size,
             seed=self.recipe.training.seed,
-            accumulate=self._accumulate,
-            world=self._world,
-            rank=self._rank,
+            accumulate=accumulate,
+            world=world,
+            rank=rank,
             start=self.recipe.start,
             done=done,
             limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
@@ -227,16 +230,11 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         )
 
     @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _accumulate(self) -> int:
-        return 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+    def _share(self) -> tuple[int, int, int]:
+        """Devices, the number of this one, and batches per device and step."""
+        if (trainer := self.trainer) is None:
+            return 1, 0, 1
+        return trainer.world_size, trainer.global_rank, trainer.accumulate_grad_batches
 
 
 class ImageDataModule(RecipeDataModule[ImageData]):
@@ -261,11 +259,7 @@ class ImageDataModule(RecipeDataModule[ImageData]):
 
     @property
     def images(self) -> ImageData:
-        """All images.
-
-        Raises:
-            DataError: the data set is missing or does not fit the recipe.
-        """
+        """All images, which ``data`` are too."""
         return self.data
 
 

@@ -157,12 +157,30 @@ def estimate(
     limit = data.train_rows if isinstance(data, TableData) else data.train_images
     known = images or limit or TRAINING_IMAGES.get(data.name)
     steps = recipe.training.max_steps if known is None else RunPlan.of(recipe, known, devices).total
-    start = time.perf_counter()
-    timed, size = list[ScaledStep](), 0
+
+    def time_step(gradient: str, precision: str, size: int | None) -> ScaledStep:
+        """Time a step of ``size`` images, or of as many as take :data:`_SECONDS`."""
+        batch, way, grows = data.batch_size, Way(precision), size is None
+        size, solver = size or 1, dataclasses.replace(recipe.solver, gradient=gradient)
+        try:
+            while True:
+                part = dataclasses.replace(recipe, solver=solver, data=dataclasses.replace(data, batch_size=size))
+                timer = StepTimer(part, device=device, nfe_per_block=nfe_per_block)
+                timer.step(way)
+                seconds = timer.step(way)
+                if not grows or size == batch or 2 * seconds > _SECONDS:
+                    break
+                size = min(batch, max(2 * size, math.floor(size * _SECONDS / (2 * seconds))))
+        except (RnodeError, RuntimeError) as error:
+            return ScaledStep(precision, gradient, size, None, None, first_line(error))
+        seconds *= batch / size
+        hours = None if steps is None else seconds * recipe.training.accumulate * steps / 3600
+        return ScaledStep(precision, gradient, size, seconds, hours)
+
+    start, timed = time.perf_counter(), list[ScaledStep]()
     for mode, precision in itertools.product(modes, precisions):
         if not timed or time.perf_counter() - start < _PATIENCE:
-            timed.append(_time(recipe, mode, precision, size, device, nfe_per_block, steps))
-            size = timed[0].images
+            timed.append(time_step(mode, precision, timed[0].images if timed else None))
     return Estimate(
         recipe=recipe.name,
         samples=measure_of(recipe).samples,
@@ -174,37 +192,6 @@ def estimate(
         timed=tuple(timed),
         nfe_per_block=nfe_per_block if recipe.solver.adaptive else None,
     )
-
-
-def _time(
-    recipe: Recipe,
-    gradient: str,
-    precision: str,
-    size: int,
-    device: torch.device,
-    nfe_per_block: int,
-    steps: int | None,
-) -> ScaledStep:
-    """Time a step of ``size`` images, or of as many as take :data:`_SECONDS` if that is 0."""
-    batch, way = recipe.data.batch_size, Way(precision)
-    size, grows = size or 1, size == 0
-    solver = dataclasses.replace(recipe.solver, gradient=gradient)
-    try:
-        while True:
-            part = dataclasses.replace(
-                recipe, solver=solver, data=dataclasses.replace(recipe.data, batch_size=size)
-            )
-            timer = StepTimer(part, device=device, nfe_per_block=nfe_per_block)
-            timer.step(way)
-            seconds = timer.step(way)
-            if not grows or size == batch or 2 * seconds > _SECONDS:
-                break
-            size = min(batch, max(2 * size, math.floor(size * _SECONDS / (2 * seconds))))
-    except (RnodeError, RuntimeError) as error:
-        return ScaledStep(precision, gradient, size, None, None, first_line(error))
-    seconds *= batch / size
-    hours = None if steps is None else seconds * recipe.training.accumulate * steps / 3600
-    return ScaledStep(precision, gradient, size, seconds, hours)
 
 
 # counted -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
-from ..evaluation.measures import Evaluation, measure_of
+from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe
 from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce, WeightAverage
 from .checkpoints import load_flow, newest_intact, read_checkpoint, training_solver
@@ -79,6 +79,11 @@ class FitResult:
     first_process: bool = True
     evaluation: Any = None
     samples: Path | None = None
+
+    @property
+    def ended(self) -> dict[str, Any]:
+        """How the run ended, for ``result.json``."""
+        return {name: getattr(self, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
 
 
 def fit(
@@ -138,7 +143,7 @@ def fit(
     control = RunControl(before, save_every=settings.save_every, monitor=f"val/{measure.metric}", max_time=max_time)
     # the picture of a table takes as long as some of its steps, and is drawn at the end
     pictures = bool(settings.sample_images) and isinstance(data, ImageData)
-    with quiet(), ExitStack() as stack:
+    with quiet(), explained(), ExitStack() as stack:
         trainer = make_trainer(
             callbacks=[
                 *callbacks,
@@ -167,16 +172,14 @@ def fit(
         samples.setup("fit")  # refuses too few samples before there is a folder
         if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
             raise ConfigError(f"{resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
-        with explained():
-            module = RnodeModule(recipe)
+        module = RnodeModule(recipe)
         if checkpoint is None:
             module.load_weights()  # again when it starts; here weights that do not fit leave no folder
         control.plan = plan
         if trainer.is_global_zero:  # one process makes the folder and writes into it
-            with explained():
-                folder = before or (RunFolder.claim(run_folder) if run_folder else RunFolder.create(runs, recipe))
-                stack.enter_context(training_lock(folder.path))
-                folder.describe(recipe, trainer.strategy.root_device)
+            folder = before or (RunFolder.claim(run_folder) if run_folder else RunFolder.create(runs, recipe))
+            stack.enter_context(training_lock(folder.path))
+            folder.describe(recipe, trainer.strategy.root_device)
             module.folder = control.folder = folder
             control.table = MetricsTable(folder.metrics, keep=done)
             label = "-".join(folder.path.parts[-2:])  # RECIPE-VERSION
@@ -205,10 +208,7 @@ def fit(
         )
         if by_signal or not trainer.is_global_zero:
             return result
-        ended = {name: getattr(result, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
-        device = trainer.strategy.root_device
-        evaluation, picture = _conclude(result.folder, ended, recipe, data, device, progress=progress)
-        return dataclasses.replace(result, evaluation=evaluation, samples=picture)
+        return _conclude(result, recipe, data, trainer.strategy.root_device, progress=progress)
 
 
 def _train(
@@ -255,20 +255,15 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
 
 
 def _conclude(
-    folder: RunFolder,
-    ended: Mapping[str, Any],
-    recipe: Recipe,
-    data: ImageData | Table,
-    device: torch.device,
-    *,
-    progress: bool,
-) -> tuple[Evaluation, Path | None]:
+    result: FitResult, recipe: Recipe, data: ImageData | Table, device: torch.device, *, progress: bool
+) -> FitResult:
     """Evaluate the best weights of a run, draw a picture of samples from them, and write ``result.json``.
 
     Raises:
         TrainingError: the weights cannot be integrated; training itself is done.
     """
-    flow, measure = load_flow(folder.best, map_location=device), measure_of(recipe)
+    folder, measure = result.folder, measure_of(recipe)
+    flow = load_flow(folder.best, map_location=device)
     try:
         evaluation = evaluate(
             flow,
@@ -289,8 +284,8 @@ def _conclude(
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
             f"rnode-cli eval {folder.path} tries again, with another solver by --set test_solver."
         ) from error
-    folder.conclude(ended, evaluation, measure)
-    return evaluation, samples
+    folder.conclude(result.ended, evaluation, measure)
+    return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 
 
 # errors --------------------------------------------------------------------------------------------------------
