@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.errors import CheckpointError
 from rnode_plugin.files import check_path_name, write_atomically
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and signals of POSIX")
@@ -74,15 +74,14 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @posix
-@pytest.mark.parametrize("megabytes", [0.02, 0.5])
-def test_a_full_disk_is_called_that_by_torch_s_writer_too(tmp_path: Path, megabytes: float) -> None:
-    """Whether the disk is full at the first bytes of an archive or in the middle of a tensor."""
+def test_a_full_disk_is_called_that_by_torch_s_writer_too(tmp_path: Path) -> None:
+    """In the middle of a tensor; test_killed_runs has a disk that is full before."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "weights"
     code = (
         "import resource, signal, torch\nfrom rnode_plugin.files import write_atomically\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 1e6)}, {resource.RLIM_INFINITY}))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, {resource.RLIM_INFINITY}))\n"
         f"write_atomically({str(path)!r}, lambda f: torch.save({{'w': torch.zeros(10**6)}}, f))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -94,13 +93,3 @@ def test_a_full_disk_is_called_that_by_torch_s_writer_too(tmp_path: Path, megaby
 @pytest.mark.parametrize("name", ["digits", "my recipe 2", "é-1", "a.b,c+d=e@f", "_x", "x" * 100])
 def test_names_that_may_become_paths(name: str) -> None:
     assert check_path_name(name, "recipe") == name
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", ".", "..", ".hidden", "../x", "/tmp/x", "a/b", "a\\b", "C:x", "a\0b", "a\nb", "x" * 101, "é" * 51, " a",
-     "a ", "a.", "-x", None, 3],
-)  # fmt: skip
-def test_names_that_may_not(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"the recipe name .* cannot name a folder"):
-        check_path_name(name, "recipe")

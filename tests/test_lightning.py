@@ -89,7 +89,7 @@ SAVES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("when", "workers"), [*((when, 0) for when in SAVES), ("at the last step of an epoch", 1)])
+@pytest.mark.parametrize(("when", "workers"), zip(SAVES, (1, 0, 0), strict=True))
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, when: str, workers: int) -> None:
     recipe = tiny_recipe(f"data.workers={workers}")
     saves = dict(SAVES[when])

@@ -10,10 +10,7 @@ from tiny_runs import rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Start
-from rnode_plugin.training.checkpoints import training_solver
 from rnode_plugin.training.datamodule import EpochOrder
-
-START = ("start.steps=4", "start.batch_size=10", "start.step=1", "solver.step=0.5")
 
 
 def batches(epochs: int, **options: object) -> list[list[int]]:
@@ -78,15 +75,6 @@ def test_two_devices_and_two_batches_a_step_take_the_images_of_one() -> None:
     ]
     first, second = ([part[::2], part[1::2]] for part in parts)
     assert [a + b + c + d for a, b, c, d in zip(first[0], second[0], first[1], second[1], strict=True)] == one
-
-
-def test_the_steps_of_a_start(tmp_path: Path) -> None:
-    part = run(tiny_recipe(*START, "training.max_steps=4"), tmp_path)
-    assert training_solver(part.folder.last).step == 1.0
-    rest = run(tiny_recipe(*START), tmp_path, resume=part.folder.path)
-    assert training_solver(rest.folder.last).step == 0.5
-    evaluations = [float(row["train/nfe"]) for row in rows(rest.folder.path) if "train/nfe" in row]
-    assert evaluations == [24.0] * 4 + [48.0] * 4
 
 
 def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:

@@ -150,13 +150,11 @@ START = ("start.steps=4", "start.batch_size=10", "start.step=1", "solver.step=0.
 @pytest.mark.parametrize(
     ("settings", "stops"),
     [
-        ((), [2]),
         ((), [4]),  # right before a validation
         (("training.ema=0.9",), [6]),
         (("optimizer.name=muon", "optimizer.lr=2e-2", "optimizer.beta2=0.95"), [6]),
         (START, [2, 4, 6]),  # inside of the start, at its last step, and after it
         pytest.param((*START, "data.workers=1"), [3], marks=pytest.mark.slow),
-        (("solver.step=auto", "training.tune_every=2", "solver.method=euler", "optimizer.lr=2e-2"), [4]),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
