@@ -139,32 +139,6 @@ def test_bits_per_dim_of_a_known_density() -> None:
     )
 
 
-class UserField(nn.Module):
-    """A field as a user may write it: no product of its own, a layer that the package knows nothing of."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return torch.sin(self.layer(z) + t).view(len(z), -1).view(z.shape)
-
-
-def test_a_users_own_field() -> None:
-    flow = make_flow(field=lambda shape: UserField(shape[0]))
-    flow(images(1), solver=Solver(step=0.5)).regularization["jacfrob"].sum().backward()
-    assert all(p.grad is not None and p.grad.norm() > 0 for p in flow.parameters())
-    small, x = (1, 4, 4), images(1, (1, 4, 4))
-    exact, flow = (
-        make_flow(small, field=lambda shape: UserField(shape[0]), trace_noise=noise, solver=ACCURATE)
-        for noise in ("exact", "gaussian")
-    )
-    with torch.no_grad():
-        logdet = exact(x).logdet[0]
-    expected = torch.linalg.slogdet(dense_jacobian(flow, x)).logabsdet
-    torch.testing.assert_close(logdet, expected, rtol=1e-6, atol=0)
-
-
 def test_penalties_and_products_are_left_out_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     flow = make_flow()
     x = images(2)
@@ -236,18 +210,6 @@ def test_copies_are_independent_and_files_round_trip() -> None:
             p.zero_()
     for twin in copies:
         assert torch.equal(twin(x, noise=noise).logdet, before)
-
-
-def test_weights_load_tensor_by_tensor_in_block_order() -> None:
-    source, target = make_flow(), MultiscaleFlow(SHAPE, hidden=4, layers=3, alpha=0.05).double()
-    tensors = [
-        p.detach().clone(memory_format=torch.contiguous_format) for f in source.fields for p in f.parameters()
-    ]
-    assert tensors[0].shape == (4, 2, 3, 3)
-    assert tensors[1].shape == (4,)
-    target.load_state_dict(dict(zip(target.state_dict(), tensors, strict=True)))
-    x, noise = images(2), source.draw_noise(2)
-    assert torch.equal(source(x, noise=noise).z, target(x, noise=noise).z)
 
 
 @pytest.mark.parametrize(

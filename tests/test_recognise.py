@@ -103,18 +103,6 @@ def test_adaptive_steps_of_a_recognised_field() -> None:
     both_ways(net, cnf=None, noise="exact", sensitivity="autograd", solver="dopri5")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"cnf": None, "noise": "gaussian", "sensitivity": "autograd"},
-        {"cnf": "gaussian", "noise": "gaussian", "sensitivity": "autograd"},
-        {"cnf": "exact", "noise": "exact", "sensitivity": "adjoint"},
-    ],
-)
-def test_what_torch_does_as_well_is_left_to_it(options: dict[str, Any]) -> None:
-    assert products_of(perceptron(timed=True), **options)[1] > 0
-
-
 def test_a_module_with_hooks_is_left_alone() -> None:
     net, x = perceptron(timed=True), torch.zeros(4, 3, dtype=torch.float64)
     assert recognise(net, x) is not None

@@ -16,7 +16,7 @@ from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import GRADIENTS, METHODS, QUADRATURES, Solver, check_health, solve
+from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, QUADRATURES, Solver, check_health, solve
 
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
 FINE = {"midpoint": 1 / 200, "rk4": 1 / 20, "rk4_38": 1 / 20}
@@ -352,6 +352,19 @@ def test_a_full_trace_beside_sampled_penalties_stays_full(method: str, estimator
     assert sampled.stats == full.stats
     torch.testing.assert_close(sampled.penalties["kinetic"], full.penalties["kinetic"], rtol=1e-12, atol=0)
     assert not torch.equal(sampled.penalties["jacfrob"], full.penalties["jacfrob"])
+
+
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_explosion_in_finite_time_ends(method: str) -> None:
+    """z' = z^2 from 1 reaches infinity at t = 1: no adaptive solver can pass, none may hang."""
+
+    def blow_up(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+        return Rates(z.square(), None, {})
+
+    with pytest.raises(SolverError) as caught:
+        solve(FunctionDynamics(blow_up), torch.ones(1, 1), torch.tensor([0.0, 2.0]), Solver(method))
+    assert caught.value.reason in ("underflow", "nonfinite")
+    assert abs(caught.value.t - 1) < 1e-3
 
 
 @pytest.mark.parametrize("times", [[0.0], [0.0, 1.0, 0.5], [0.0, 0.0], [0, 1], [0.0, torch.nan], [[0.0, 1.0]]])
