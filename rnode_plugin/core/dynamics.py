@@ -290,11 +290,7 @@ _WRITES = (
 def _checked(regularizer: Any, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
     """``regularizer(record)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
 
-    Args:
-        regularizer: with a ``name``.
-        record: its argument.
-        untouched: tensors of ``record`` that the solve goes on with.
-        like: a state ``(B, *event)``.
+    ``untouched`` are tensors of ``record`` that the solve goes on with, ``like`` is a state ``(B, *event)``.
     """
     if torch.compiler.is_compiling():  # the same call was made uncompiled before
         return regularizer(record)

@@ -24,11 +24,7 @@ _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
 
 def check_count(value: Any, what: str) -> int:
-    """``value``, a whole number of at least 1.
-
-    Raises:
-        ConfigError: for anything else, which it calls ``what``.
-    """
+    """``value``, a whole number of at least 1, or a ConfigError that calls it ``what``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{what} must be a whole number of at least 1, not {value!r}.")
     return value
@@ -82,17 +78,12 @@ def sum_squares(x: Tensor) -> Tensor:
 
 
 def flush_denormals() -> bool:
-    """Treat denormal numbers as zero in this process: training, evaluation and sampling call it first.
+    """Treat denormal numbers as zero in this process; returns whether the processor can.
 
-    A number below 1e-38 in float32 is a denormal, and processors are slow on them: softplus of pre-activations near
-    -95, whose value exp(-95) is one, takes 26 times as long as elsewhere, its product with a slope 17 times. It is
-    smaller than the rounding of all that it is added to, so it may as well be zero.
-
-    It reaches torch's threads for parallel operations, and threads that are started later. A library must not call
-    it: it would change a user's arithmetic.
-
-    Returns:
-        Whether the processor can do it.
+    Training, evaluation and sampling call it first. A denormal, below 1e-38 in float32, is smaller than the
+    rounding of all that it is added to, but processors are slow on it: softplus of pre-activations near -95 takes
+    26 times as long as elsewhere. It reaches torch's threads for parallel operations, and threads that are
+    started later. A library must not call it: it would change a user's arithmetic.
     """
     import numpy as np
 

@@ -72,12 +72,7 @@ class Penalties(Mapping[str, Tensor]):
             self._solves = []
 
     def add(self, integrals: dict[str, Tensor], dims: int) -> None:
-        """Add what a solve left.
-
-        Args:
-            integrals: ``(B,)`` by name, differentiable.
-            dims: number of dimensions of ``z`` per sample.
-        """
+        """Add what a solve left: integrals ``(B,)`` by name, and the number of dimensions of ``z`` per sample."""
         self._solves.append(_Solve(integrals, dims))
 
     def __getitem__(self, name: str) -> Tensor:

@@ -37,18 +37,11 @@ class LinearWarmup:
 
     @classmethod
     def from_text(cls, text: str) -> LinearWarmup:
-        """The inverse of ``str``; without a lambda its default.
-
-        Raises:
-            ValueError: the text is not such a schedule, or its numbers are out of range.
-        """
+        """The inverse of ``str``, or a ValueError; without a lambda its default."""
         found = re.fullmatch(r"linear_warmup\(\s*(\d+)\s*\)\s*(?:\*\s*(\S+))?", text.strip())
         if found is None:
             raise ValueError(f"expected {cls.spelling}")
-        try:
-            return linear_warmup(int(found[1]), float(found[2] or DEFAULT_LAMBDA))
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        return linear_warmup(int(found[1]), float(found[2] or DEFAULT_LAMBDA))
 
 
 WrittenStrength = float | LinearWarmup
@@ -70,11 +63,7 @@ def linear_warmup(steps: int, strength: float = DEFAULT_LAMBDA) -> LinearWarmup:
 
 
 def check_lambda(name: str, strength: Any) -> Strength:
-    """A number that is finite and not negative, or a function as it is.
-
-    Raises:
-        ConfigError: for anything else.
-    """
+    """A number that is finite and not negative, or a function as it is; a ConfigError for anything else."""
     return strength if callable(strength) else _number(name, strength)  # pyright: ignore[reportReturnType]
 
 

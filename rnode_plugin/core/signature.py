@@ -100,11 +100,7 @@ def original(field: Any) -> Any:
 
 
 def refuse_state_first(field: Any, caller: str) -> None:
-    """Refuse a field whose parameters are named ``(x, t)``, for a caller that calls it as ``(t, x)``.
-
-    Raises:
-        ConfigError: which says how to turn them around.
-    """
+    """Refuse a field whose parameters are named ``(x, t)``, for a caller that calls it as ``(t, x)``."""
     if field_takes(field).state_first:
         raise ConfigError(
             f"{caller} calls a field as (t, x), but the parameters of this one are named state first, then time: "

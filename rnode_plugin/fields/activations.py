@@ -144,11 +144,7 @@ ACTIVATIONS: dict[str, Activation] = {each.name: each for each in (_Softplus(), 
 
 
 def get_activation(name: str) -> Activation:
-    """The activation of that name.
-
-    Raises:
-        ConfigError: there is none; the message lists the known ones.
-    """
+    """The activation of that name; an error lists the known ones."""
     try:
         return ACTIVATIONS[name]
     except (KeyError, TypeError):

@@ -49,11 +49,11 @@ class Stack:
     Attributes:
         products: the kind of its layers.
         activation: the function between them.
-        dtype: what the layers compute in; the state's dtype unless autocast says otherwise.
+        dtype: what the layers compute in.
         event: spatial shape of the state, ``(H, W)`` for images, ``()`` for flat states.
         weights: of the state, for each layer.
-        bias: what is added to the pre-activations of all layers, one behind the other in the order of memory.
-        response: what a unit of time adds, alike; None if time is not an input of any layer.
+        bias, response: what is added to the pre-activations of all layers, one behind the other in the order of
+            memory, and what a unit of time adds; a response of None: time is not an input of any layer.
         maps: the layers for the passes with a backward by hand, without a graph; None if there are no such passes.
         compiled: whether evaluations go through torch.compile, which makes their backward itself.
     """
@@ -140,13 +140,7 @@ _Maps = Sequence[LayerMap] | Sequence[_PlainMap]
 
 
 def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
-    """The velocity ``(B, *event)``, differentiable any number of times.
-
-    Args:
-        stack: the field.
-        t: time, a scalar.
-        z: state ``(B, *event)``.
-    """
+    """The velocity ``(B, *event)``, differentiable any number of times."""
     return _plain(stack, _as_time(t, z), z, None)[0]
 
 
@@ -163,15 +157,9 @@ def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
 def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None = None) -> Linearization:
     """The velocity, its products with noises, and its products along any direction to come, from one pass.
 
-    First-order gradients cost no double backward, also where a direction is the velocity itself.
-
-    Args:
-        stack, t, z: as for :func:`run_stack`.
-        pulled: a noise as :func:`pull_noise` made it. For ``(K, B, ...)`` or ``(K, 1, ...)`` of linear layers there
-            are K products, ``(K, B, ...)``.
-
-    Raises:
-        ConfigError: torch.compile does not work here.
+    First-order gradients cost no double backward, also where a direction is the velocity itself. ``pulled`` is a
+    noise as :func:`pull_noise` made it; for ``(K, B, ...)`` or ``(K, 1, ...)`` of linear layers there are K
+    products, ``(K, B, ...)``.
     """
     t = _as_time(t, z)
     # the product of a single layer is constant: nothing to do by hand
@@ -502,18 +490,11 @@ def _downward(
     z: bool,
     weights: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Backpropagation through all layers.
+    """Backpropagation from ``q``, the cotangent of the last layer, through all layers.
 
-    Args:
-        stack: of the layers.
-        q: cotangent of the last layer.
-        entry: what comes to a layer.
-        through: the cotangent of a layer's input to that of the output of the layer below it.
-        shifts, z, weights: whether gradients are asked for: of what is added to the layers, of the first layer's
-            input, of each weight.
-
-    Returns:
-        These gradients, None where they are not asked for.
+    ``entry`` gives what comes to a layer, ``through`` takes the cotangent of a layer's input to that of the
+    output of the layer below. The gradients are of what is added to the layers, of the first layer's input and of
+    each weight; None where ``shifts``, ``z`` and ``weights`` do not ask for them.
     """
     assert stack.maps is not None
     sums, gradients = list[Tensor](), list[Tensor | None]()

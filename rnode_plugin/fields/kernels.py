@@ -37,11 +37,7 @@ class LayerMap(ABC):
 
 
 class Dense(LayerMap):
-    """A linear map of ``(..., in)``; leading dimensions are samples, or probes and samples.
-
-    Args:
-        weight: ``(out, in)``.
-    """
+    """A linear map, ``weight (out, in)``, of ``(..., in)``, samples, or probes and samples, in front."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
@@ -60,11 +56,7 @@ class Dense(LayerMap):
 
 
 class Convolution(LayerMap):
-    """A 3x3 convolution with zero padding 1, by the library's convolutions.
-
-    Args:
-        weight: ``(out, in, 3, 3)``.
-    """
+    """A 3x3 convolution, ``weight (out, in, 3, 3)``, with zero padding 1, by the library's convolutions."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.detach()
@@ -85,10 +77,7 @@ class Convolution(LayerMap):
 
 
 class Columns(LayerMap):
-    """A 3x3 convolution with zero padding 1, fast where the inputs or the outputs have few channels.
-
-    Args:
-        weight: ``(out, in, 3, 3)``.
+    """A 3x3 convolution as of :class:`Convolution`, fast where the inputs or the outputs have few channels.
 
     Results with many channels are ``channels_last``; arguments with many are fastest in that layout.
     """

@@ -102,10 +102,8 @@ class FusedStackField(StackField):
 class PreparedStack:
     """A stack with the weights of the moment, as the field of one solve; see :meth:`StackField.prepare`.
 
-    Args:
-        stack: made from the weights.
-        noise: that of the products to come; another one takes longer.
-        context: ``(B, C)`` of a stack made for one; the products and derivatives are those by ``z`` alone.
+    Another noise than the one given takes longer. ``context (B, C)`` is that of a stack made for one; products and
+    derivatives are those by ``z`` alone.
     """
 
     def __init__(self, stack: Stack, noise: Tensor | None = None, *, context: Tensor | None = None) -> None:
@@ -161,11 +159,9 @@ class PreparedStack:
 
 
 class AtContext(nn.Module):
-    """A field ``f(t, z, context)`` at one context for each sample: a field ``f(t, z)`` of flat states ``(B, D)``.
+    """A field ``f(t, z, context)`` of flat states ``(B, D)`` at one ``context (B, C)`` for each sample.
 
-    Args:
-        field: one with ``linearize(..., context=)``, made with ``context=C``.
-        context: ``(B, C)``.
+    The field has ``linearize(..., context=)``.
     """
 
     def __init__(self, field: nn.Module, context: Tensor) -> None:

@@ -282,21 +282,10 @@ def guess_first_step(
     atol: Any,
     rtol: Any,
 ) -> Tensor:
-    """A first step whose error should be about as large as the tolerances; it takes one evaluation of ``f``.
+    """A first step whose error should be about as large as the tolerances, a scalar on the CPU.
 
-    The rule of Hairer, Norsett and Wanner (1993, section II.4): a small Euler step shows how fast the velocity
-    changes.
-
-    Args:
-        f: the field ``(t, z) -> dz``, forward in time.
-        velocity: ``f(t, z)``.
-        z: state.
-        t: time, a scalar.
-        method: whose order counts.
-        atol, rtol: tolerances.
-
-    Returns:
-        The step, a scalar on the CPU.
+    The rule of Hairer, Norsett and Wanner (1993, section II.4): a small Euler step, for one evaluation of the field
+    ``f``, forward in time, shows how fast the ``velocity``, ``f(t, z)``, changes.
     """
     scale = atol + torch.abs(z) * rtol
     size, speed = _on_host(method, rms_norm(z / scale), rms_norm(velocity / scale))
@@ -312,11 +301,7 @@ def guess_first_step(
 
 
 def _on_host(method: Method, *norms: Tensor) -> Sequence[Tensor]:
-    """Scalars as scalars on the CPU, by one read from the device.
-
-    Raises:
-        ConfigError: they have no values to read.
-    """
+    """Scalars as scalars on the CPU, by one read from the device."""
     together = torch.stack(norms)
     values = read(together)
     if values is None:

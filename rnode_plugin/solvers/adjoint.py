@@ -38,19 +38,10 @@ def solve_adjoint(
 ) -> Solution:
     """Solve without a graph and attach the continuous adjoint as the gradient.
 
-    Gradients reach ``z0``, ``t_span`` and the parameters of ``dynamics`` that require one.
-
-    Args:
-        dynamics: the augmented system; it must give the same rates in the backward pass as in the forward one.
-        z0: state ``(B, *event)``.
-        t_span: times ``(T,)``.
-        solver: accuracy and gradient; the backward solve has its ``atol_adjoint`` and ``rtol_adjoint``.
-        method: how to take a step; the backward solve takes those of ``method.adjoint``.
-        keep: for each time of ``t_span`` whether its state is an output; None: all are.
-        trace: a list that receives the time and state of every accepted step, the initial one first.
-
-    Raises:
-        SolverError: from either direction.
+    Gradients reach ``z0``, ``t_span`` and the parameters of ``dynamics`` that require one; it must give the same
+    rates in the backward pass as in the forward one. The backward solve has the tolerances ``atol_adjoint`` and
+    ``rtol_adjoint`` of ``solver`` and takes the steps of ``method.adjoint``. The rest is as for
+    :func:`~rnode_plugin.solvers.fixed.solve_fixed`.
     """
     call = _AdjointCall(dynamics, solver, method, watched=trace)
     wanted = [p for p in dynamics.parameters() if p.requires_grad]

@@ -123,8 +123,8 @@ class _Call:
 def _replay(function: Callable[..., Any], args: tuple[Any, ...], leaves: Sequence[Tensor]) -> Any:
     """``function(*args)``, whose graph is made when its gradient is asked for.
 
-    Gradients reach the tensors in ``args`` and ``leaves``; they cannot be differentiated again. Random numbers and
-    autocast are in the second run what they were in the first.
+    Gradients reach the tensors in ``args`` and ``leaves``; they cannot be differentiated again. The second run
+    has the random numbers and the autocast of the first.
     """
     call = _Call(function, args)
     outputs: Any = _Replay.apply(call, len(call.flat), *call.flat, *leaves)
@@ -170,11 +170,7 @@ class _Replay(torch.autograd.Function):
 
 
 def _check_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> None:
-    """Refuse to lose a gradient in silence.
-
-    Raises:
-        ConfigError: if a step reads a tensor that the first evaluation of its solve did not show.
-    """
+    """Refuse to lose the gradient of a tensor that the first evaluation of a solve did not show."""
     leaves, ids = _find_leaves(outputs, start), {id(x) for x in known}
     if leaves is None or any(id(x) not in ids for x in leaves):
         raise ConfigError(

@@ -89,7 +89,7 @@ def solve_fixed(
     finite[-1] = health(z, totals.logdet, *totals.penalties.values())
 
     def fail(bad: int) -> NoReturn:
-        t = float(grid[bad].start.detach())
+        t = float(grid[bad][0].detach())
         nfe = (bad + 1) * totals.nfe // totals.steps
         if bad < totals.steps - 1:
             fail_nonfinite(t, bad, nfe)
@@ -113,20 +113,13 @@ def _with_its_own_layout(z: Tensor) -> Tensor:
     return z
 
 
-class _GridStep(NamedTuple):
-    start: Tensor
-    dt: Tensor
-    end: Tensor
-
-
 def _grid(
     t_span: Tensor, counts: Sequence[int], device: torch.device
-) -> tuple[Tensor | list[Tensor], list[_GridStep]]:
-    """The times of ``t_span`` on ``device``, and the steps of a fixed grid between them.
+) -> tuple[Tensor | list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+    """The times of ``t_span`` on ``device``, and start, length and end of each step of a fixed grid between them.
 
-    Starts and ends of the steps are on ``device``, their lengths where ``t_span`` is.
-
-    With one step per interval this is torchdyn's grid to the bit: dt is what is left to the next time.
+    Starts and ends are on ``device``, lengths where ``t_span`` is. With one step per interval this is torchdyn's
+    grid to the bit: a step's length is what is left to the next time.
     """
     times, lengths = [t_span[0]], []
     for k, count in enumerate(counts, start=1):
@@ -139,7 +132,7 @@ def _grid(
     if t_span.device != device:
         moved = _on_device(torch.cat([t_span, torch.stack(times)]), device)
         outputs, times = moved[: len(t_span)], moved[len(t_span) :]
-    return outputs, [_GridStep(*step) for step in zip(times, lengths, times[1:], strict=False)]
+    return outputs, list(zip(times, lengths, times[1:], strict=False))
 
 
 def _on_device(times: Tensor, device: torch.device) -> list[Tensor]:
@@ -379,10 +372,9 @@ def all_finite(checks: Sequence[HealthCheck]) -> Tensor:
 
 
 def check_health(checks: Sequence[HealthCheck]) -> None:
-    """One look at the device for all of these solves; none if there is nothing to see (``meta``, ``vmap``).
+    """One look at the device for all of these solves, and the error of the first one that is no longer finite.
 
-    Raises:
-        SolverError: of the first one that is no longer finite.
+    Nothing can be seen on the device ``meta`` and inside ``vmap``.
     """
     if not checks or read(all_finite(checks)) in (True, None):
         return

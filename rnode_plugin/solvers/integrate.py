@@ -113,12 +113,7 @@ _WITHOUT = {
 
 
 def check_steps(penalties: Sequence[Any], method: Method, gradient: str) -> None:
-    """Refuse penalties on accepted steps that the solver cannot give.
-
-    Raises:
-        ConfigError: for a continuous adjoint, which knows no steps, or a method without what a penalty reads; it
-            names what works.
-    """
+    """Refuse penalties on accepted steps that the method or the gradient mode cannot give, and name what works."""
     for penalty in penalties:
         if penalty.local:
             continue
@@ -138,11 +133,7 @@ def check_steps(penalties: Sequence[Any], method: Method, gradient: str) -> None
 
 
 class _Stops:
-    """The times of a solve together with those that trajectory penalties want states at.
-
-    Attributes:
-        times: all of them, in the order of the solve; each carries the graph that it came with.
-    """
+    """The times of a solve, each with its graph, together with those that trajectory penalties want states at."""
 
     def __init__(self, path: PathPenalties, t_span: Tensor, keep: Sequence[bool] | None) -> None:
         first, last = t_span[0].item(), t_span[-1].item()
