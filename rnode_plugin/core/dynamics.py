@@ -116,9 +116,25 @@ class PathPenalties:
         penalties = self.local if local else self.steps
         return {r.name: (r.reduction, _checked(r, seen, untouched, seen.z0)) for r in penalties}
 
-    def times(self, t0: Tensor, t1: Tensor) -> list[Tensor]:
-        """The times at which each trajectory penalty wants states, one row ``(k,)`` each."""
-        return [penalty.times(t0, t1) for penalty in self.trajectories]
+    def stops(self, t: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The times of a solve to ``t`` that also stops where trajectory penalties want states.
+
+        Returns:
+            All times in the order of ``t``, the places of ``t`` among them, and for each penalty those of both ends
+            and of its own times.
+        """
+        inner = [penalty.times(t[0], t[-1]).to(t) for penalty in self.trajectories]
+        together = torch.cat([t, *inner])
+        times, places = together.detach().unique(return_inverse=True)  # rising
+        if t[0] > t[-1]:
+            times, places = times.flip(0), len(times) - 1 - places
+        own, *others = places.split([len(t), *map(len, inner)])
+        if own[0] != 0 or own[-1] != len(times) - 1:
+            names = " or ".join(repr(penalty.name) for penalty in self.trajectories)
+            raise ConfigError(f"{names} wants states at times outside of the solve, {t[0]:g} to {t[-1]:g}.")
+        # both carry a graph, those of `unique` do not
+        times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
+        return times, own, [torch.cat([own[:1], x.sort().values, own[-1:]]) for x in others]
 
     def of_trajectory(
         self, index: int, t: Tensor, z: Sequence[Tensor], integrals: dict[str, Tensor]

@@ -81,7 +81,6 @@ def solve_fixed(
             if solver.max_nfe is not None and totals.nfe > solver.max_nfe:
                 fail_max_nfe(float(end.detach()), totals.steps, totals.nfe, int(solver.max_nfe))
         if keep[k]:
-            z = _with_its_own_layout(z)
             times.append(outputs[k])
             states.append(z)
             logdets.append(totals.logdet)
@@ -101,16 +100,6 @@ def solve_fixed(
     else:
         checks.append(check)
     return totals.solution(times, states, logdets)
-
-
-def _with_its_own_layout(z: Tensor) -> Tensor:
-    """``z``, whose gradient comes in the memory layout of ``z``: the stack of all outputs has another one."""
-    if not z.requires_grad or z.is_contiguous():
-        return z
-    shape, strides = z.shape, z.stride()
-    z = z.view_as(z)
-    z.register_hook(lambda g: g if g.stride() == strides else g.new_empty_strided(shape, strides).copy_(g))
-    return z
 
 
 def _grid(

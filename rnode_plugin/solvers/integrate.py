@@ -64,7 +64,8 @@ def solve(
             "rnode-cli tune-step finds one for a trained flow."
         )
     _check_times(t_span)
-    chosen, times, stops, trace = solver, t_span, None, None
+    chosen, times, trace = solver, t_span, None
+    asked, inner = None, []
     path = dynamics.path
     if path is not None:
         if path.steps:
@@ -72,8 +73,8 @@ def solve(
                 chosen = replace(solver, gradient="autograd")  # values alone are the same in every mode
             check_steps(path.steps, method, chosen.gradient)
         if path.trajectories:
-            stops = _Stops(path, t_span, keep)
-            times, keep = stops.times, None
+            times, asked, inner = path.stops(t_span)
+            asked, keep = asked if keep is None else asked[torch.tensor(keep)], None
         if path.local:
             trace = []
     if chosen.gradient.endswith("adjoint") and not transforms_active():
@@ -83,7 +84,10 @@ def solve(
     else:
         solution = solve_fixed(dynamics, z0, times, chosen, method, keep=keep, trace=trace, checks=checks)
     if path is not None:
-        solution = _with_path_penalties(solution, dynamics, path, chosen, method, stops, trace, checks)
+        solution = _with_path_penalties(solution, dynamics, path, chosen, times, inner, trace, checks)
+    if asked is not None and len(asked) < len(times) == len(solution.t):
+        logdet = None if solution.logdet is None else solution.logdet[asked]
+        solution = replace(solution, t=solution.t[asked], z=solution.z[asked], logdet=logdet)
     for observer in config.observers:
         observer(solution, solver)
     return solution
@@ -132,65 +136,26 @@ def check_steps(penalties: Sequence[Any], method: Method, gradient: str) -> None
                 )
 
 
-class _Stops:
-    """The times of a solve, each with its graph, together with those that trajectory penalties want states at."""
-
-    def __init__(self, path: PathPenalties, t_span: Tensor, keep: Sequence[bool] | None) -> None:
-        first, last = t_span[0].item(), t_span[-1].item()
-        asked = t_span.tolist()
-        tensors = dict(zip(asked, t_span, strict=True))
-        self._kept = {t for t, kept in zip(asked, keep or [True] * len(asked), strict=True) if kept}
-        self._wanted: list[set[float]] = []  # by each penalty
-        for penalty, wanted in zip(path.trajectories, path.times(t_span[0], t_span[-1]), strict=True):
-            values = wanted.to(t_span).tolist()
-            if any(not min(first, last) <= value <= max(first, last) for value in values):
-                raise ConfigError(
-                    f"{penalty.name!r} wants states at {values}, outside of the solve {first} to {last}."
-                )
-            self._wanted.append({first, last, *values})
-            for value, tensor in zip(values, wanted.to(t_span), strict=True):
-                tensors.setdefault(value, tensor)
-        self._values = sorted(tensors, reverse=last < first)
-        self.times = torch.stack([tensors[value] for value in self._values])
-
-    def of_trajectory(self, index: int, solution: Solution) -> tuple[Tensor, list[Tensor]]:
-        """Times and states that trajectory penalty ``index`` wants.
-
-        The times are those that the solve was given, which carry the graph of ``t_span``: the outputs of a
-        continuous adjoint do not.
-        """
-        rows = [k for k, value in enumerate(self._values) if value in self._wanted[index]]
-        found, t = rows, solution.t.detach()
-        if len(t) != len(self._values):  # each step is an output, and rounding may have moved it
-            found = [int((t - self._values[k]).abs().argmin()) for k in rows]
-        return self.times[rows].to(t.device), [solution.z[k] for k in found]
-
-    def without_extra(self, solution: Solution) -> Solution:
-        """The solution at the times that the caller asked for."""
-        rows = [k for k, value in enumerate(self._values) if value in self._kept]
-        if len(rows) == len(solution.t) or len(solution.t) != len(self._values):
-            return solution
-        logdet = None if solution.logdet is None else solution.logdet[rows]
-        return replace(solution, t=solution.t[rows], z=solution.z[rows], logdet=logdet)
-
-
 def _with_path_penalties(
     solution: Solution,
     dynamics: BoundDynamics,
     path: PathPenalties,
     solver: Solver,
-    method: Method,
-    stops: _Stops | None,
+    times: Tensor,
+    inner: Sequence[Tensor],
     trace: Trace | None,
     checks: list[HealthCheck] | None,
 ) -> Solution:
-    """The solution with the trajectory penalties at their ``stops`` and the local ones along the ``trace``."""
+    """The solution with trajectory penalties at ``inner`` places of ``times``, local ones along the ``trace``."""
     beside, stats = {}, solution.stats
-    if stops is not None:
-        for i in range(len(path.trajectories)):
-            times, states = stops.of_trajectory(i, solution)
-            name, value = path.of_trajectory(i, times, states, solution.penalties)
-            beside[name] = value
+    for i, places in enumerate(inner):
+        found = places.tolist()
+        if len(solution.t) != len(times):  # each step is an output, and rounding may have moved it
+            found = [int((solution.t.detach() - float(times[k].detach())).abs().argmin()) for k in found]
+        # the times that the solve was given carry the graph of t_span: the outputs of a continuous adjoint do not
+        mine, states = times[places].to(solution.t.device), [solution.z[k] for k in found]
+        name, value = path.of_trajectory(i, mine, states, solution.penalties)
+        beside[name] = value
     if trace is not None:
         local, nfe = _local_penalties(dynamics, solver, trace)
         beside |= local
@@ -206,8 +171,7 @@ def _with_path_penalties(
             check_health([check])
         else:
             checks.append(check)
-    found = replace(solution, penalties=penalties, stats=stats)
-    return found if stops is None else stops.without_extra(found)
+    return replace(solution, penalties=penalties, stats=stats)
 
 
 def _local_penalties(dynamics: BoundDynamics, solver: Solver, trace: Trace) -> tuple[dict[str, Tensor], int]:

@@ -230,7 +230,7 @@ def solve(
     if path is not None:
         if given["event_fn"] is not None:
             raise ConfigError("a penalty of the trajectory needs to know its end, which an event_fn decides.")
-        times, rows, inner = _merged(t, path.times(t[0], t[-1]))
+        times, rows, inner = path.stops(t)
     state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
     result = PLAIN[name](
         system, state, times, **_extended(given, layout, system, grid=t if len(times) > len(t) else None)
@@ -249,22 +249,6 @@ def solve(
     kept = [x if rows is None else x[rows] for x in full[:count]]
     solution = layout.of_user(kept)
     return (solution if event_t is None else (event_t, solution)), integrals, math.prod(z0.shape[1:])
-
-
-def _merged(t: Tensor, inner: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The times of a solve to ``t`` that also stops at ``inner``.
-
-    Returns:
-        All times in the order of ``t``, the places of ``t`` among them, and of both ends and each of ``inner``.
-    """
-    together = torch.cat([t, *(x.to(t) for x in inner)])
-    times, places = together.detach().unique(return_inverse=True)  # rising
-    if len(t) > 1 and t[0] > t[-1]:
-        times, places = times.flip(0), len(times) - 1 - places
-    own, *others = places.split([len(t), *map(len, inner)])
-    # both carry a graph, those of `unique` do not
-    times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
-    return times, own, [torch.cat([own[:1], x.sort().values, own[-1:]]) for x in others]
 
 
 @dataclass(frozen=True)
