@@ -119,7 +119,7 @@ def test_a_diagnosis_as_plain_data_and_back() -> None:
     assert math.isnan(back.checks[1].numbers["detour"])
     assert (back.samples, back.dims, back.solver, back.seed) == (2, 3, "rk4", 1)
     plain["checks"][0]["verdict"] = "good"
-    with pytest.raises(ValueError, match="not in"):
+    with pytest.raises(ConfigError, match=r"diagnosis\.checks: input should be"):
         Diagnosis.from_plain(plain)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
-import io
 import itertools
 import logging
 import os
@@ -190,12 +189,12 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
         >>> tuple(sampler(torch.randn(2, 16)).shape)
         (2, 1, 4, 4)
     """
-    path, contents = check_program_file(path), io.BytesIO()
+    path = check_program_file(path)
     if path.suffix == _ONNX:
-        contents.write(_onnx_bytes(program))
+        contents = _onnx_bytes(program)
+        write_atomically(path, lambda file: file.write(contents))
     else:
-        torch.export.save(program, contents)
-    write_atomically(path, lambda file: file.write(contents.getvalue()))
+        write_atomically(path, lambda file: torch.export.save(program, file))
     return path
 
 

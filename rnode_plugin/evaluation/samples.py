@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,9 +91,7 @@ def save_grid(
         shown = (images * levels).floor().clamp(0, levels - 1) / (levels - 1)
         shown = shown.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         blocks.append(make_grid(shown, nrow=columns, padding=2, pad_value=0.5))
-    encoded = io.BytesIO()
-    save_image(torch.cat(blocks, 1), encoded, format="png")
-    write_atomically(Path(path), lambda file: file.write(encoded.getvalue()))
+    write_atomically(path, lambda file: save_image(torch.cat(blocks, 1), file, format="png"))
 
 
 def sample_rows(
@@ -174,9 +170,7 @@ def save_corner(
         ]
         place = "upper right" if shown > 1 else "outside upper center"
         figure.legend(handles=handles, loc=place, frameon=False, fontsize=9, title=rest.strip(" ()") or None)
-        encoded = io.BytesIO()
-        figure.savefig(encoded, format="png", dpi=_DPI)
-    write_atomically(Path(path), lambda file: file.write(encoded.getvalue()))
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
 
 
 def _range(data: np.ndarray, samples: np.ndarray) -> tuple[float, float]:

@@ -45,22 +45,8 @@ from .settings import (
 if TYPE_CHECKING:
     from ..flows.base import BlockFlow
 
-__all__ = [
-    "Data",
-    "Model",
-    "Optimizer",
-    "Paper",
-    "Recipe",
-    "Start",
-    "TableData",
-    "TableModel",
-    "Training",
-    "as_text",
-    "get_recipe",
-    "is_recipe_file",
-    "read_recipe",
-    "read_strength",
-]
+__all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "Start", "TableData", "TableModel", "Training",
+           "as_text", "get_recipe", "is_recipe_file", "read_recipe", "read_strength"]  # fmt: skip
 
 
 def read_strength(value: Any) -> WrittenStrength:
@@ -167,8 +153,6 @@ class Recipe:
             ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
             DataError: a table that is named cannot be read.
         """
-        from ..plugins.registry import resolve_regularizers  # imports torch
-
         changes = self._changes(assignments)
         recipe = self
         data = changes.get("data", {})
@@ -185,7 +169,8 @@ class Recipe:
         changed = dataclasses.replace(recipe, **new)
         old = self.regularizers
         # an unknown name is refused here, not after the data is loaded
-        resolve_regularizers({name: each for name, each in changed.regularizers.items() if old.get(name) != each})
+        new_ones = {name: each for name, each in changed.regularizers.items() if old.get(name) != each}
+        registry.resolve_regularizers(new_ones)
         return changed
 
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -356,13 +341,11 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
             not known here or cannot have its lambda.
     """
-    from ..plugins.registry import resolve_regularizers  # imports torch
-
     try:
         recipe = Recipe.from_plain(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:  # ConfigError and what JSON raises are ValueErrors
         raise ConfigError(f"{path} does not hold a recipe: {str(error).rstrip('.')}.") from None
-    resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
+    registry.resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
     if isinstance(recipe.data, TableData):  # a new run may train on a table that has changed
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, rows=None, checksum=None))
     return recipe

@@ -296,20 +296,13 @@ def rolling(x: Vector, y: Vector, *, window: float, points: int = 300) -> Rollin
     keep = np.isfinite(x) & np.isfinite(y)
     order = np.argsort(x[keep], kind="stable")
     x, y = x[keep][order], y[keep][order]
-    if not len(x):
-        empty = np.array([])
-        return Rolling(empty, empty, empty, empty)
     places = np.linspace(x[0], x[-1], points) if len(x) > 1 else x
     first = np.searchsorted(x, places - window / 2, side="left")
     last = np.searchsorted(x, places + window / 2, side="right")
-    kept, values = [], []
-    for place, start, stop in zip(places, first, last, strict=True):
-        if stop > start:  # a pause longer than the window leaves a gap
-            inside = y[start:stop]
-            kept.append(place)
-            values.append((inside.mean(), *np.percentile(inside, (5, 95))))
-    mean, low, high = np.array(values).T
-    return Rolling(np.array(kept), mean, low, high)
+    kept = last > first  # a pause longer than the window leaves a gap
+    inside = [y[start:stop] for start, stop in zip(first[kept], last[kept], strict=True)]
+    bands = [(values.mean(), *np.percentile(values, (5, 95))) for values in inside]
+    return Rolling(places[kept], *np.array(bands).reshape(-1, 3).T)
 
 
 def common_time(seeds: Sequence[tuple[Vector, Vector, Vector]]) -> tuple[Vector, Vector]:

@@ -217,21 +217,20 @@ def read_run(path: Path) -> Run:
     Raises:
         ConfigError: one of its files is unreadable, or of another version.
     """
-    with _reading(path / "recipe.json") as file:
-        recipe = Recipe.from_plain(_parsed(file.read_text()))
+    with _reading(path / "recipe.json") as text:
+        recipe = Recipe.from_plain(json.loads(text or ""))
     measure = measure_of(recipe)
     names = [quantity.name for quantity in measure.quantities]
-    with _reading(path / "environment.json") as file:
-        environment = _read_json(file) or {}
-    with _reading(path / "result.json") as file:
-        result = _read_json(file)
+    with _reading(path / "environment.json") as text:
+        environment = _names_and_values(text) or {}
+    with _reading(path / "result.json") as text:
+        result = _names_and_values(text)
         if result is not None:
             _check_result(result, names, f"stderr_{measure.samples}")
-    with _reading(path / "diagnosis.json") as file:
-        plain = _read_json(file)
-        diagnosis = None if plain is None else Diagnosis.from_plain(plain)
-    with _reading(path / measure.file) as file:
-        scores = _columns(_read_rows(file), (measure.sample, *names))
+    with _reading(path / "diagnosis.json") as text:
+        diagnosis = None if text is None else Diagnosis.from_plain(json.loads(text))
+    with _reading(path / measure.file) as text:
+        scores = _columns(_rows(text), (measure.sample, *names))
     steps, checks = read_metrics(path / "metrics.csv", measure.metric)
     return Run(path, recipe, environment, steps, checks, result, scores, _newest_grid(path / "samples"), diagnosis)
 
@@ -246,32 +245,20 @@ def _check_result(result: Mapping[str, Any], quantities: Iterable[str], error: s
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[Path]:
+def _reading(file: Path) -> Iterator[str | None]:
+    """The text of a file, None if it is not there; errors in the block name the file."""
     try:
-        yield file
+        yield file.read_text() if file.exists() else None
     except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
         found = f"{error}" if isinstance(error, (OSError, csv.Error, ValueError)) else repr(error)
         raise ConfigError(f"{file} cannot be read, or is not of this version: {found}") from None
 
 
-def _read_text(path: Path) -> str | None:
-    """The text of a file; None if it is not there."""
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        return None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    text = _read_text(path)
-    return None if text is None else _parsed(text)
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    contents = json.loads(text)
+def _names_and_values(text: str | None) -> dict[str, Any] | None:
+    contents = {} if text is None else json.loads(text)
     if not isinstance(contents, dict):
         raise ValueError("expected a table of names and values")
-    return contents
+    return None if text is None else contents
 
 
 def _newest_grid(folder: Path) -> Path | None:
@@ -279,9 +266,9 @@ def _newest_grid(folder: Path) -> Path | None:
     return best if best.is_file() else max(folder.glob("step-*.png"), default=None)
 
 
-def _read_rows(path: Path) -> list[dict[str, float]]:
+def _rows(text: str | None) -> list[dict[str, float]]:
     """The rows of a CSV file, of each the cells that hold a number."""
-    text = _read_text(path) or ""
+    text = text or ""
     whole = text[: text.rfind("\n") + 1]  # a running run may be in the middle of a row, and of a number
     return [_numbers(row) for row in csv.DictReader(whole.splitlines())]
 
@@ -292,8 +279,8 @@ def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
     Raises:
         ConfigError: it cannot be read.
     """
-    with _reading(path):
-        rows = _read_rows(path)
+    with _reading(path) as text:
+        rows = _rows(text)
     steps = _columns([row for row in rows if f"train/{metric}" in row], ("step", "epoch", "train_seconds"))
     checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))
     # a validation is logged with its step only; its epoch and time are those of the steps around it

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, TypeAdapter
+
+from ...recipes.settings import refused
 
 __all__ = ["VERDICTS", "Check", "Diagnosis", "Verdict", "worse_of"]
 
 Verdict = Literal["ok", "left out", "cannot tell", "warning", "failed"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """From the best to the worst."""
+
+_Number = Annotated[int | float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class Check:
     name: str
     verdict: Verdict
     sentence: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    numbers: Mapping[str, _Number] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[_Number]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,18 +68,17 @@ class Diagnosis:
 
     def to_plain(self) -> dict[str, Any]:
         """As dictionaries, lists, numbers and texts, for JSON; a number that is not finite is None."""
-        return _finite(asdict(self))
+        return json.loads(_PLAIN.dump_json(self))
 
     @staticmethod
     def from_plain(plain: Any) -> Diagnosis:
         """The inverse of :meth:`to_plain`; None is NaN.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: it is not that of a diagnosis.
+            ConfigError: it is not that of a diagnosis.
         """
-        checks = tuple(map(_check, plain["checks"]))
-        counts = (int(plain["samples"]), int(plain["dims"]), str(plain["solver"]), int(plain["seed"]))
-        return Diagnosis(checks, *counts, float(plain["seconds"]))
+        with refused("diagnosis"):
+            return _PLAIN.validate_python(plain)
 
 
 def worse_of(value: float, *, warn: float, fail: float) -> Verdict:
@@ -82,21 +88,4 @@ def worse_of(value: float, *, warn: float, fail: float) -> Verdict:
     return "warning" if value > warn else "ok"
 
 
-def _check(plain: Any) -> Check:
-    name, verdict, sentence = (str(plain[key]) for key in ("name", "verdict", "sentence"))
-    known = VERDICTS[VERDICTS.index(verdict)]  # pyright: ignore[reportArgumentType]  (a ValueError if unknown)
-    numbers = {str(key): _number(value) for key, value in plain["numbers"].items()}
-    curves = {str(key): [_number(value) for value in values] for key, values in plain["curves"].items()}
-    return Check(name, known, sentence, numbers, curves)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+_PLAIN = TypeAdapter(Diagnosis)
