@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, PluginError
 from ..plugins import registry
+from . import tables
 from .images import ImageData
 from .sets import one_download
 from .tables import Table
@@ -59,26 +60,13 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
 
 
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters that a data set's loader takes.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """The parameters that a data set's loader takes; a ConfigError for an unknown name."""
     return inspect.signature(registry.get("datasets", name)).parameters
 
 
 def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
-    """Names of the columns of a table, without reading the rows of a file.
-
-    Raises:
-        ConfigError: an unknown name.
-        DataError: it cannot be read.
-    """
-    if name == "table":
-        from .tables import table_columns
-
-        return table_columns(root)
-    return get_table(name, root=root).columns
+    """Names of the columns of a table, without reading the rows of a file; errors as :func:`get_table`."""
+    return tables.table_columns(root) if name == "table" else get_table(name, root=root).columns
 
 
 def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, Any], download: bool) -> D:

@@ -168,20 +168,10 @@ def split_named(name: str) -> str | None:
 def assign(
     splits: Sequence[str | None], names: Sequence[str], *, val_fraction: float, where: str
 ) -> list[str | None]:
-    """Say of each picture whether it is ``"train"``, ``"val"`` or None (left out).
+    """``"train"``, ``"val"`` or None (left out) for each picture, from its :func:`split_named`.
 
     With folders for both, these count, and ``test`` only if there is no ``val``. Without, a fixed random
-    ``val_fraction`` of all pictures is held out.
-
-    Args:
-        splits: one per picture, from :func:`split_named`.
-        names: of the pictures, for messages.
-        val_fraction: between 0 and 1.
-        where: the folder or archive, for messages.
-
-    Raises:
-        DataError: pictures beside the folders for training and validation, or too few to hold one out.
-        ConfigError: a fraction outside (0, 1).
+    ``val_fraction`` of all pictures is held out. ``names`` and ``where`` are for messages.
     """
     found = Counter(splits)
     held_out = "val" if found["val"] else "test"
@@ -247,16 +237,9 @@ def files_in(folder: Path) -> Iterator[str]:
 
 
 def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np.ndarray:
-    """One picture as ``(C, H, W)``, uint8.
+    """One picture as ``(C, H, W)``, uint8; transparency is dropped.
 
-    Args:
-        file: an open picture file.
-        name: for messages.
-        size: if given, the shorter side is scaled to it and the longer one cut around the middle.
-        channels: 3 for colour, 1 for grey. Transparency is dropped.
-
-    Raises:
-        DataError: not a picture, damaged, too large, or with more than 8 bits a channel.
+    With a ``size`` the shorter side is scaled to it, and the longer one cut around the middle.
     """
     from PIL import Image, ImageOps
 
@@ -294,14 +277,10 @@ class ImageFiles:
     """Picture files as an array ``(N, C, H, W)`` of uint8 that decodes the indexed ones.
 
     Args:
-        folder: where they are.
-        names: relative to it.
+        folder, names: the files.
         size: height and width that they are scaled to; None: all have the size of the first.
         channels: 1 or 3.
         shift: bits to drop from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
-
-    Raises:
-        DataError: here or when indexed: a file that is not a readable picture, or has another size.
     """
 
     def __init__(
@@ -347,14 +326,8 @@ _PROBED = 64  # images that are checked for fewer than 8 bits
 class PackedImages:
     """A ``.npy`` file of images ``(N, C, H, W)``, uint8, that is read when it is indexed.
 
-    It is pickled by its path, so that worker processes map the file instead of being sent its content.
-
-    Args:
-        path: the file.
-        shift: bits to drop from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
-
-    Raises:
-        DataError: damaged, not such images, or with fewer than 8 bits although some are to be dropped.
+    It is pickled by its path, so that worker processes map the file instead of being sent its content. ``shift``
+    bits are dropped from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
     """
 
     def __init__(self, path: Path, *, shift: int = 0) -> None:

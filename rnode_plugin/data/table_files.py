@@ -43,9 +43,8 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str]) -> np.ndar
     """The columns ``wanted`` of a table, ``(N, len(wanted))``, float64 and finite.
 
     Raises:
-        DataError: the file is missing or no table, a column is not there or not numeric, or a value is missing or
-            infinite.
-        ConfigError: another ending, or a reader that is not installed.
+        DataError, ConfigError: as :func:`column_names`; a column is not there or not numeric, or a value is missing
+            or infinite.
     """
     return read_with_notes(path, wanted)[0]
 
@@ -349,12 +348,17 @@ def _number(cell: str) -> float | None:
 def _open_arrays(path: Path) -> _Source:
     """``.npy`` with a matrix or records, ``.npz`` with an array a column, or a matrix ``data`` with ``columns``."""
     loaded: Any = np.load(path, allow_pickle=False)
-    arrays = loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    if isinstance(arrays, np.ndarray):
-        records = arrays.dtype.names
-        columns = [(name, arrays[name]) for name in records] if records else _matrix(path, arrays, None)
-    elif "data" in arrays and arrays["data"].ndim == 2:
-        columns = _matrix(path, arrays["data"], arrays.get("columns"))
+    arrays = {"data": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    matrix = arrays.get("data")
+    if isinstance(loaded, np.ndarray) and loaded.dtype.names:
+        columns = [(name, loaded[name]) for name in loaded.dtype.names]
+    elif matrix is not None and (matrix.ndim == 2 or matrix is loaded):
+        if matrix.ndim != 2 or matrix.shape[1] == 0:
+            raise DataError(
+                f"{path} holds an array of shape {matrix.shape}: a table is one of shape (rows, columns)."
+            )
+        names = arrays.get("columns", [f"column_{number}" for number in range(1, matrix.shape[1] + 1)])
+        columns = [(str(name), column) for name, column in zip(names, matrix.T, strict=True)]
     else:
         columns = list(arrays.items())
     if len({column.shape for _, column in columns}) != 1 or columns[0][1].ndim != 1:
@@ -364,26 +368,17 @@ def _open_arrays(path: Path) -> _Source:
         )
 
     def read(wanted: Sequence[str]) -> np.ndarray:
-        for name, column in columns:
-            if name in wanted and column.dtype.kind not in "fiub":
-                raise _not_numeric(path, name, f"it is {column.dtype}", wanted)
         named = dict(columns)
+        for name in wanted:
+            if named[name].dtype.kind not in "fiub":
+                raise _not_numeric(path, name, f"it is {named[name].dtype}", wanted)
         return np.stack([named[name].astype(np.float64) for name in wanted], axis=1)
 
     return _Source(tuple(name for name, _ in columns), read)
 
 
-def _matrix(path: Path, rows: np.ndarray, names: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise DataError(f"{path} holds an array of shape {rows.shape}: a table is one of shape (rows, columns).")
-    if names is None:
-        names = np.array([f"column_{number}" for number in range(1, rows.shape[1] + 1)])
-    return [(str(name), column) for name, column in zip(names, rows.T, strict=True)]
-
-
 def _open_parquet(path: Path) -> _Source:
-    import_parquet = _parquet()
-    schema = import_parquet.read_schema(path)
+    schema = _parquet().read_schema(path)
     # an index that pandas has written beside the columns is none of them
     index = [name for name in (schema.pandas_metadata or {}).get("index_columns", ()) if isinstance(name, str)]
     names = tuple(name for name in schema.names if name not in index)
@@ -417,11 +412,7 @@ def _parquet() -> Any:
 
 
 def check_written(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that :func:`write_rows` could not write.
-
-    Raises:
-        ConfigError: another ending.
-    """
+    """Refuse a file that :func:`write_rows` could not write, with a ConfigError."""
     _format_of(Path(path))
 
 

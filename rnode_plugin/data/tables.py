@@ -117,13 +117,9 @@ def split_rows(
     seed: int,
     notes: Sequence[str] = (),
 ) -> Table:
-    """Draw the parts of a table at random.
+    """Draw the parts of a table of ``rows (N, C)`` at random.
 
-    Args:
-        name, columns, notes: of the table.
-        rows: all rows ``(N, C)``.
-        validation, held_out: shares of the rows; each part has one row at least.
-        seed: of the draw.
+    ``validation`` and ``held_out`` are shares of the rows; each part has one row at least.
 
     Raises:
         DataError: too few rows, or shares that leave none to train on.
@@ -190,9 +186,7 @@ _ROWS = 100_000  # enough to find a dependent column
 def check_columns(table: Table, modelled: int) -> None:
     """Refuse a table whose rows have no density that 32-bit numbers could show.
 
-    Args:
-        table: its first ``modelled`` columns are the density's, the rest are given.
-        modelled: how many.
+    Its first ``modelled`` columns are the density's, the rest are given.
 
     Raises:
         DataError: a constant column, one whose values differ by too little, one that is a linear function of the

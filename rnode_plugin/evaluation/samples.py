@@ -103,15 +103,9 @@ def sample_rows(
     seed: int = 0,
     batch_size: int = 10_000,
 ) -> np.ndarray:
-    """Draw rows ``(count, columns)`` in the unit of the data, on the CPU.
+    """Draw rows ``(count, columns)`` in the unit of the data, on the CPU; see :func:`sample_images`.
 
-    Args:
-        flow: the model.
-        count: number of rows.
-        context: ``(count, C)``, one for each row; only for a conditional density.
-        temperature: standard deviation of the latents.
-        seed: of the latents.
-        batch_size: rows per solve.
+    A conditional density takes a ``context (count, C)``, one for each row.
 
     Raises:
         ConfigError: for a context that does not fit, or a temperature that is not positive.
@@ -131,12 +125,9 @@ _DPI = 110
 def save_corner(
     path: str | os.PathLike[str], columns: Sequence[str], data: np.ndarray, samples: np.ndarray
 ) -> None:
-    """Write one PNG: histograms of each column, and points of each pair of columns.
+    """Write one PNG: histograms of each of the first 8 columns, and points of each pair of them.
 
-    Args:
-        path: of the PNG; written atomically.
-        columns: names of the columns; the first 8 are shown.
-        data, samples: rows ``(N, len(columns))`` of both.
+    ``data`` and ``samples`` are rows ``(N, len(columns))``.
 
     Raises:
         CheckpointError: the file cannot be written.

@@ -19,13 +19,7 @@ _IN_TWO_ROWS = ("tolerance", "path")
 
 
 def diagnosis_panels(diagnosis: Diagnosis, *, section: str, prefix: str = "") -> list[Panel]:
-    """A panel for each check that has curves, with its verdict in the title and its sentence below.
-
-    Args:
-        diagnosis: the checks.
-        section: heading of the panels.
-        prefix: of the names of their files.
-    """
+    """A panel for each check that has curves, with its verdict in the title and its sentence below."""
     panels = []
     for check in diagnosis.checks:
         paint = _PAINTERS.get(check.name)

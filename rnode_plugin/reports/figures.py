@@ -36,11 +36,7 @@ class Drawing(NamedTuple):
     svg: bytes
 
     def save(self, folder: Path, name: str) -> None:
-        """Write ``NAME.png`` and ``NAME.svg``.
-
-        Raises:
-            CheckpointError: they cannot be written.
-        """
+        """Write ``NAME.png`` and ``NAME.svg``, or raise a CheckpointError."""
         for suffix, contents in self._asdict().items():
             write_atomically(folder / f"{name}.{suffix}", lambda file, contents=contents: file.write(contents))
 
@@ -48,13 +44,9 @@ class Drawing(NamedTuple):
 def draw(
     name: str, paint: Callable[[Any], None], *, size: tuple[float, float] = (4.8, 3.5), **grid: Any
 ) -> Drawing:
-    """Draw a figure.
+    """Draw a figure: ``paint`` gets the axes, an array of them for a ``grid`` of ``Figure.subplots``.
 
-    Args:
-        name: of the figure. The same name and content give the same bytes again.
-        paint: draws into the axes, an array of them if there are several.
-        size: in inches. The default is readable at the width of a phone.
-        grid: rows and columns of axes, as ``Figure.subplots`` takes them.
+    The same name and content give the same bytes again. The default size, in inches, suits the width of a phone.
     """
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
@@ -84,15 +76,7 @@ def legend(axes: Any) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure, drawn.
-
-    Attributes:
-        name: of its files.
-        title: of the figure.
-        caption: how to read it.
-        section: heading of the section that it belongs to.
-        drawing: as PNG and SVG.
-    """
+    """One figure: the name of its files, how to read it, and the heading of its section."""
 
     name: str
     title: str
@@ -309,14 +293,8 @@ def common_time(seeds: Sequence[tuple[Vector, Vector, Vector]]) -> tuple[Vector,
     """The values of several seeds against their mean time at equal steps.
 
     Seeds take different times for the same steps. Against the time of each, a mean over seeds would mix early steps
-    of a slow seed with late steps of a fast one, and jump when the fast one ends.
-
-    Args:
-        seeds: steps, seconds and values of each seed, each ``(N,)``; N differs between seeds.
-
-    Returns:
-        For each value up to the last step that all seeds have reached, the mean over the seeds of the time at its
-        step; and the values.
+    of a slow seed with late steps of a fast one, and jump when the fast one ends. ``seeds`` are steps, seconds and
+    values ``(N,)`` of each; the result holds those up to the last step that all seeds have reached.
     """
     end = min(steps[-1] for steps, _, _ in seeds)
     times, values = [], []

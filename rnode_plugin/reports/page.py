@@ -45,13 +45,7 @@ class Grid:
 
 
 class Content:
-    """The content of a report on some arms.
-
-    Args:
-        arms: in their order.
-        title: None for one that names the data sets.
-        left_out: a message for each run that is left out.
-    """
+    """The content of a report on some arms; a message for each run that is left out."""
 
     def __init__(self, arms: Sequence[Arm], title: str | None, left_out: Sequence[str]) -> None:
         self.title = title or f"Runs on {', '.join(dict.fromkeys(arm.recipe.data.name for arm in arms))}"

@@ -75,11 +75,9 @@ class Subject:
     """A density model under diagnosis.
 
     Attributes:
-        model: the model itself.
         dims: number of dimensions of one sample.
-        estimator: the model's own, of the trace.
-        solver_text: the model's own solver, in words.
-        tolerance: of its own solver; None for a fixed grid.
+        estimator, solver_text, tolerance: the model's own, of the trace; its solver in words; and that solver's
+            tolerance, None for a fixed grid.
         batch_size: samples of one solve.
 
     Raises:
@@ -118,12 +116,7 @@ class Subject:
     ) -> Encoded:
         """Push ``x (B, *event)`` to the latent, batch by batch.
 
-        Args:
-            x: data.
-            context: ``(B, *context_shape)``, or None.
-            solver: None for the model's own. A sampled quadrature of the trace is replaced by the full one.
-            estimator: of the trace; None for the model's own.
-            rate: a penalty to integrate.
+        ``solver`` and ``estimator`` of the trace are the model's own if None; ``rate`` is a penalty to integrate.
         """
         rates = () if rate is None else (rate,)
         model = self.model.solved_with(solver=solver, estimator=estimator, regularizers=rates)
