@@ -11,6 +11,7 @@ import click
 from .._version import __version__
 from ..errors import ConfigError, PluginError, RnodeError, suggest
 from ..plugins import registry
+from .options import loaded
 
 __all__ = ["main"]
 
@@ -20,7 +21,6 @@ _TASKS = {
     "Look up": ("recipes", "regularizers", "data", "plugins", "info"),
     "Run a program": ("exec",),
 }
-_OF_PLUGINS = "From plugins"
 
 
 class _Misuse(click.ClickException):
@@ -51,18 +51,10 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        task_of = {name: task for task, names in _TASKS.items() for name in names}
-        order = list(task_of)
-        tasks: dict[str, list[tuple[str, str]]] = {task: [] for task in (*_TASKS, _OF_PLUGINS)}
-        known = self.list_commands(ctx)
-        for name in sorted(known, key=lambda name: order.index(name) if name in task_of else len(order)):
-            try:
-                sentence = _command(name).get_short_help_str(limit=200)
-            except RnodeError as error:  # one broken plugin must not take the help away
-                sentence = f"(cannot be loaded: {error})"
-            tasks[task_of.get(name, _OF_PLUGINS)].append((name, sentence))
-        for task, rows in tasks.items():
-            if rows:
+        sentences = dict(loaded("commands", lambda name: _command(name).get_short_help_str(limit=200)))
+        ours = {name for names in _TASKS.values() for name in names}
+        for task, names in {**_TASKS, "From plugins": sorted(sentences.keys() - ours)}.items():
+            if rows := [(name, sentences[name]) for name in names if name in sentences]:
                 with formatter.section(task):
                     formatter.write_dl(rows)
 

@@ -12,7 +12,7 @@ import click
 
 from ..errors import RnodeError
 from ..plugins import registry
-from .options import as_json, print_json, settings, table
+from .options import as_json, loaded, print_json, settings, table
 
 __all__ = ["data", "exec_script", "info", "plugins", "recipes", "regularizers"]
 
@@ -30,13 +30,7 @@ def recipes(ctx: click.Context) -> None:
         return
     from ..recipes.recipe import get_recipe
 
-    rows = []
-    for name in registry.names("recipes"):
-        try:
-            rows.append((name, get_recipe(name).description))
-        except RnodeError as error:  # one broken plugin must not take the list away
-            rows.append((name, f"(cannot be loaded: {error})"))
-    click.echo(table(rows))
+    click.echo(table(loaded("recipes", lambda name: get_recipe(name).description)))
 
 
 @recipes.command()
@@ -65,12 +59,11 @@ def data() -> None:
 @data.command("list", short_help="Show the data sets that can be used.")
 def list_datasets() -> None:
     """Show the data sets that a recipe or --set data.name=NAME can use."""
-    for name in registry.names("datasets"):
-        try:
-            summary = (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]
-        except RnodeError as error:  # one broken plugin must not take the list away
-            summary = f"(cannot be loaded: {error})"
-        click.echo(f"{name:<14} {summary}".rstrip())
+
+    def summary(name: str) -> str:
+        return (inspect.getdoc(registry.get("datasets", name)) or "").partition("\n")[0]
+
+    click.echo(table(loaded("datasets", summary)))
 
 
 @data.command("prepare", short_help="Pack folders or archives of pictures.")

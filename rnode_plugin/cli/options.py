@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RnodeError
+from ..plugins import registry
 from ..text import duration, signed, significant
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from ..reports import Report
 
 __all__ = ["Duration", "as_json", "changed", "denormals", "device", "download", "evaluation_rows", "force",
-           "free_path", "print_json", "quiet", "report_as_plain", "report_rows", "settings", "short", "table",
-           "wrapped_table"]  # fmt: skip
+           "free_path", "loaded", "print_json", "quiet", "report_as_plain", "report_rows", "settings", "short",
+           "table", "wrapped_table"]  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -163,6 +164,17 @@ denormals = click.option(
     callback=_flush_denormals,
     help="Calculate with numbers too small for full precision, which can take several times as long.",
 )
+
+
+def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
+    """All names of a kind with a sentence on each; one broken plugin must not take the list away."""
+    rows = []
+    for name in registry.names(kind):
+        try:
+            rows.append((name, describe(name)))
+        except RnodeError as error:
+            rows.append((name, f"(cannot be loaded: {error})"))
+    return rows
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

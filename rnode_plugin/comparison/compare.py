@@ -258,29 +258,17 @@ def _shared_choice(
 
 @dataclass
 class _Pool:
-    """Trains arms, one at a time at each place, each as ``rnode-cli train`` in a process of its own.
-
-    Attributes:
-        places: see :func:`places_of`.
-        out: folder for ``runs/`` and ``logs/``.
-        accelerator: as Lightning's Trainer takes it.
-        threads: of each process.
-        choice: how all arms compute their steps, if their recipes leave that open.
-        shown: whether an arm shows its progress on the terminal.
-        announce: called with lines for the user.
-        running: the processes that train now.
-        received: names of the signals that asked this process to end.
-    """
+    """Trains arms, one at a time at each place, each as ``rnode-cli train`` in a process of its own."""
 
     places: Sequence[str]
     out: Path
     accelerator: str
-    threads: int
+    threads: int  # of each process
     choice: Choice | None
-    shown: bool
+    shown: bool  # whether an arm shows its progress on the terminal
     announce: Callable[[str], object]
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    received: list[str] = field(default_factory=list)
+    received: list[str] = field(default_factory=list)  # names of the signals that asked this process to end
 
     def train(self, jobs: Sequence[_Job]) -> tuple[list[RnodeError], str | None]:
         """Train all; the failures, and the name of the signal that ended the call early."""

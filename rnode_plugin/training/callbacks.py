@@ -20,9 +20,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, WeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import SolverError, TrainingError
-from ..evaluation.samples import sample_images, save_grid
 from ..files import write_atomically
-from ..recipes.recipe import Training
 from .runs import RunFolder, RunPlan
 from .trainer import is_logged, validates_after_this_batch
 
@@ -253,22 +251,15 @@ class MetricsTable:
 class SampleGrids(Callback):
     """Writes ``step-NUMBER.png``, a grid of samples, at the end of each validation, with its weights."""
 
-    def __init__(self, settings: Training) -> None:
-        self._settings = settings
-
     # in this hook a callback that averages the weights has not put them back yet, if it comes later
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or pl_module.folder is None:  # the first process has one
             return
-        flow, settings = pl_module.flow, self._settings
-        images, temperatures = settings.sample_images, settings.sample_temperatures
+        picture = pl_module.folder.samples / f"step-{trainer.global_step:07d}.png"
         try:
-            samples = sample_images(flow, images, temperatures=temperatures, seed=settings.seed)
+            pl_module.measure.draw_picture(pl_module.flow, None, pl_module.recipe.training, picture)
         except SolverError as error:  # training may go on if a latent far out cannot be integrated
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)
-            return
-        path = pl_module.folder.samples / f"step-{trainer.global_step:07d}.png"
-        save_grid(path, samples, levels=flow.levels, columns=images)
 
 
 class WeightAverage(WeightAveraging):

@@ -132,7 +132,6 @@ def choose(
     device: torch.device,
     steps: float,
     slowest: Callable[[float], float] = float,
-    nfe_per_block: int = NFE_PER_BLOCK,
 ) -> Choice:
     """Time three steps of each way that a recipe leaves open on random images of its batch, and take the fastest.
 
@@ -146,9 +145,8 @@ def choose(
         steps: of the run that are still to make.
         slowest: of the seconds of a way in this process, those of the slowest process; every process of a run then
             chooses the same.
-        nfe_per_block: evaluations per block if the training solver is adaptive.
     """
-    timer = StepTimer(recipe, device=device, nfe_per_block=nfe_per_block)
+    timer = StepTimer(recipe, device=device)
     ways, measured, seconds = _ways(recipe), dict[str, str](), dict[Way, float]()
     for way in ways:
         best = min(seconds.values(), default=math.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -148,7 +149,7 @@ def fit(
             callbacks=[
                 *callbacks,
                 # grids and validations see the averaged weights; checkpoints are saved last
-                *([SampleGrids(settings)] if pictures else []),
+                *([SampleGrids()] if pictures else []),
                 *([] if settings.ema is None else [WeightAverage(settings.ema)]),
                 *([RunProgress()] if progress else []),
                 control,
@@ -310,27 +311,24 @@ def _errors_with_advice(control: RunControl, trainer: L.Trainer, *, is_new: bool
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
 
 
-# causes of errors that PyTorch raises: their types, or words of their messages on Linux, macOS and Windows; the
-# error of this package, and its sentence around the first line
-_Cause = tuple[tuple[type[BaseException], ...], tuple[str, ...], type[RnodeError], str]
-_CAUSES: tuple[_Cause, ...] = (
+# causes of errors that PyTorch raises, by the class and the message on Linux, macOS and Windows; the error of this
+# package, and its sentence around the first line
+_CAUSES: tuple[tuple[str, type[RnodeError], str], ...] = (
     (
-        (torch.OutOfMemoryError, MemoryError),
-        ("can't allocate memory", "not enough memory"),
+        "memoryerror:|can't allocate memory|not enough memory",
         LocalError,
         "there is no more memory: {}. Lower --batch-size and raise --accumulate by the same factor, or --set "
         "solver.gradient=checkpointed.",
     ),
-    ((), ("dataloader worker",), LocalError, "{}. --set data.workers=0 reads in the training process."),
+    ("dataloader worker", LocalError, "{}. --set data.workers=0 reads in the training process."),
     (
-        (torch.distributed.DistError,) if torch.distributed.is_available() else (),
-        ("connection closed by peer", "connection reset by peer", "connection was likely closed", "broken pipe",
-         "connection timeout", "timed out waiting", "communicator was aborted", "application timeout"),
+        "^dist[a-z]*error|connection (closed|reset) by peer|connection was likely closed|broken pipe|"
+        "(connection|application) timeout|timed out waiting|communicator was aborted",
         TrainingError,
         "the processes of this run cannot reach each other ({}). If one has ended, it says why, but not if the "
         "system killed it, for example because memory ran out.",
     ),
-)  # fmt: skip
+)
 
 
 @contextmanager
@@ -352,8 +350,8 @@ def explained() -> Iterator[None]:
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
     except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        for types, phrases, kind, sentence in _CAUSES:
-            if isinstance(error, types) or any(phrase in text for phrase in phrases):
+        text = f"{type(error).__name__}: {error}".lower()
+        for cause, kind, sentence in _CAUSES:
+            if re.search(cause, text):
                 raise kind(sentence.format(first_line(error).rstrip("."))) from error
         raise
