@@ -130,10 +130,10 @@ def test_the_report_shows_it(trained: Path, diagnosed: Result, tmp_path: Path) -
 def test_a_run_that_goes_on_loses_its_diagnosis(tmp_path: Path) -> None:
     recipe = tiny_recipe()
     folder = RunFolder.create(tmp_path, recipe)
-    folder.diagnosis.write_text("{}")
+    (folder.path / "diagnosis.json").write_text("{}")
     folder.describe(recipe, torch.device("cpu"))
-    assert not folder.diagnosis.exists()
-    folder.diagnosis.write_text('{"checks": 3}')
+    assert not (folder.path / "diagnosis.json").exists()
+    (folder.path / "diagnosis.json").write_text('{"checks": 3}')
     with pytest.raises(ConfigError, match=r"diagnosis\.json cannot be read"):
         read_run(folder.path)
 

@@ -147,15 +147,14 @@ def _callback(name: str) -> Any:
     Raises:
         ConfigError: it cannot be imported, or is something else.
     """
-    import importlib
+    import pkgutil
 
     from pytorch_lightning.callbacks import Callback
 
-    module, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a module of one's own lies next to where the command is given
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = pkgutil.resolve_name(name)
         made = found if isinstance(found, Callback) else found()
     except Exception as error:  # of the module or the constructor
         reason = f"{type(error).__name__}: {error}"

@@ -25,7 +25,7 @@ from .checkpoints import header_with, load_weights
 from .datamodule import RecipeDataModule
 from .fastest import is_open, take_fastest_way
 from .optimizers import learning_rate_factor, make_optimizer
-from .runs import RunFolder
+from .runs import RunFolder, write_json
 from .step import AutoStep, StepClock, StepObjective, StepRecord, ValidationSums, gap_warning
 from .trainer import is_logged
 
@@ -172,7 +172,7 @@ class RnodeModule(L.LightningModule):
             torch.distributed.all_gather_object(found, (self.record.problem is None, message, samples))
             _, message, samples = min(found)
         if self.global_rank == 0 and self.folder is not None:
-            self.folder.name_skipped(self.global_step + 1, samples, self.measure.samples)
+            write_json(self.folder.skipped, {"step": self.global_step + 1, self.measure.samples: samples})
             message += f" Its training {self.measure.samples} are listed in {self.folder.skipped}."
         return message
 

@@ -6,12 +6,13 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from filelock import FileLock, Timeout
 
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
-DIAGNOSIS = "diagnosis.json"
+DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
 
 _SCORES = (ImageMeasure.file, TableMeasure.file)
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
@@ -127,11 +128,6 @@ class RunFolder:
         """The training samples of the step that ended the run without a usable gradient; absent otherwise."""
         return self.path / "skipped.json"
 
-    @property
-    def diagnosis(self) -> Path:
-        """The result of ``rnode-cli diagnose``; absent before it."""
-        return self.path / DIAGNOSIS
-
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
         """The next free version under ``runs/RECIPE``."""
@@ -170,21 +166,15 @@ class RunFolder:
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
         """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run."""
-        for file in (self.result, self.skipped, self.diagnosis, *(self.path / name for name in _SCORES)):
-            file.unlink(missing_ok=True)
+        for name in ("result.json", "skipped.json", DIAGNOSIS, *_SCORES):
+            (self.path / name).unlink(missing_ok=True)
         write_json(self.path / "recipe.json", recipe.to_plain())
         write_json(self.path / "environment.json", environment(device))
 
-    def name_skipped(self, step: int, samples: Sequence[int], called: str = "images") -> None:
-        """Write ``skipped.json``: the samples, called so, of the batch that could not be used at ``step``."""
-        write_json(self.skipped, {"step": step, called: list(samples)})
-
     def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure) -> None:
         """Write ``result.json`` and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
-        values = evaluation.means
-        columns = zip(*(mean.samples for mean in values.values()), strict=True)
-        rows = (",".join([str(number), *(f"{value:.8g}" for value in row)]) for number, row in enumerate(columns))
-        text = "\n".join([",".join([measure.sample, *values]), *rows]) + "\n"
+        scores = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
+        text = scores.to_csv(index_label=measure.sample, float_format="%.8g", na_rep="nan", lineterminator="\n")
         write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
         write_json(self.result, {**ended, "evaluation": measure.to_plain(evaluation)})
 
