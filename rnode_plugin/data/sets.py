@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ..errors import DataError, first_line
 from .folders import DEFAULT_ROOT, only_size
@@ -134,23 +134,18 @@ def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
         DataError: the folder cannot be written, or another process holds it for an hour.
     """
     folder = Path(root) if root is not None else DEFAULT_ROOT
+    lock = FileLock(folder.resolve() / _LOCK, is_singleton=True)  # a plugin's data set may call one of ours
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK).touch()  # FileLock would wait for ever where no file can be made
-    except OSError as error:
-        raise DataError(
-            f"nothing can be downloaded to {folder}: {error.strerror}. --data-root names another folder."
-        ) from error
-    lock = FileLock(folder.resolve() / _LOCK, is_singleton=True)  # a plugin's data set may call one of ours
-    try:
         lock.acquire(timeout=_WAIT_SECONDS)
-    except Timeout:
-        raise DataError(
-            f"another process has held {folder / _LOCK} for {_WAIT_SECONDS / 60:.0f} minutes: end it."
-        ) from None
     except NotImplementedError:  # a file system without locks
-        yield folder
-        return
+        pass
+    except OSError as error:
+        cause = (error.strerror or str(error)).rstrip(".")  # a Timeout has no `strerror`
+        raise DataError(
+            f"nothing can be downloaded to {folder}: {cause}. --data-root names another folder."
+        ) from error
     try:
         yield folder
     finally:

@@ -186,16 +186,24 @@ def _scores_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
 
 def _scores_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
     _, unit, name = _time_unit(arms)
-    settled = []
-    for arm in arms:
-        for number, run in enumerate(arm.runs):
-            time, scores = run.checks["train_seconds"], run.checks[f"val/{arm.measure.metric}"]
-            axes.plot(time / unit, scores, label=plain_text(arm.label) if number == 0 else None, **_marks(arm))
-            settled.append((time, scores, scores))
-    _cut_start(axes, settled)
+    curves = _plot_checks(axes, arms, "train_seconds", f"val/{arms[0].measure.metric}", unit)
+    _cut_start(axes, [(time, scores, scores) for time, scores in curves])
     axes.set_xlabel(f"training time [{name}]")
     axes.set_ylabel(f"held-out, {arms[0].measure.score}")
     legend(axes)
+
+
+def _plot_checks(axes: Any, arms: Sequence[Arm], x: str, y: str, unit: float = 1.0) -> list[tuple[Vector, Vector]]:
+    """A line for each run that has measured ``y`` at its validations; the first of an arm has its label."""
+    curves = []
+    for arm in arms:
+        label: str | None = plain_text(arm.label)
+        for run in arm.runs:
+            if y in run.checks:
+                curves.append((run.checks[x], run.checks[y]))
+                axes.plot(run.checks[x] / unit, run.checks[y], label=label, **_marks(arm))
+                label = None
+    return curves
 
 
 def _cut_start(axes: Any, curves: Sequence[tuple[Any, Any, Any]]) -> None:
@@ -237,15 +245,8 @@ def _correlations(arms: Sequence[Arm]) -> str:
 
 
 def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str) -> None:
-    log = column != "val/nfe"
-    for arm in arms:
-        for number, run in enumerate(arm.runs):
-            if (values := run.checks.get(column)) is None:
-                continue
-            log = log and bool(np.nanmin(values, initial=math.inf) > 0)
-            name = plain_text(arm.label) if number == 0 else None
-            axes.plot(run.checks["epoch"], values, label=name, **_marks(arm))
-    if log:
+    curves = _plot_checks(axes, arms, "epoch", column)
+    if column != "val/nfe" and all(np.nanmin(values, initial=math.inf) > 0 for _, values in curves):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
