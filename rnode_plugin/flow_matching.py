@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +15,13 @@ from .core.dynamics import Dynamics, FieldEvaluation
 from .core.regularizers import FunctionRegularizer, kind_of
 from .core.signature import time_first
 from .core.trace_estimators import Hutchinson
-from .errors import ConfigError, suggest
+from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
 from .solvers import Solver, solve
 
 __all__ = ["Likelihood", "ODESolver", "penalties_at"]
 
-# torchdiffeq's names, which flow_matching takes; its rk4 is the 3/8 rule
-_METHODS = {"euler": "euler", "midpoint": "midpoint", "rk4": "rk4_38", "dopri5": "dopri5"}
+_METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
 
 
 def penalties_at(
@@ -126,7 +126,8 @@ class ODESolver:
         Args:
             step_size: longest step of a fixed grid, which divides each interval of ``time_grid`` evenly; None: one
                 step per interval.
-            method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (the 3/8 rule, as in torchdiffeq) or ``"dopri5"``.
+            method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (the 3/8 rule, as in torchdiffeq), ``"dopri5"`` or
+                another method of :class:`~rnode_plugin.Solver`.
             time_grid: times, by default from 0 to 1.
             return_intermediates: whether to return the states at all of them, ``(T, B, *event)``.
 
@@ -246,10 +247,8 @@ def _probe_trace(evaluation: FieldEvaluation, *, probe: int) -> Tensor:
 
 
 def _solver(method: str, step: float | None, atol: float, rtol: float) -> Solver:
-    if method not in _METHODS:
-        raise ConfigError(suggest(method, _METHODS, "method"))
-    name = _METHODS[method]
-    return Solver(method=name, step=None if name == "dopri5" else step, atol=atol, rtol=rtol)
+    solver = Solver(method=_METHODS.get(method, method), step=None, atol=atol, rtol=rtol)
+    return solver if solver.adaptive else dataclasses.replace(solver, step=step)
 
 
 def _grid(given: Tensor | None, ends: tuple[float, float], x: Tensor) -> Tensor:

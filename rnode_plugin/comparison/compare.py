@@ -103,10 +103,7 @@ def compare(
     places = places_of(accelerator, devices, len(planned))
     threads = max(1, torch.get_num_threads() // len(places))
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the folder {out}: {error.strerror}. Choose another --out.") from None
+    out.mkdir(parents=True, exist_ok=True)
     with training_lock(out):
         jobs = _unfinished(planned, out / "runs", max_time, announce)
         choice = None

@@ -149,11 +149,6 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
 
     Which samples a step takes is a function of the recipe's seed and the step. A run that is resumed goes on after
     the batches that were trained on.
-
-    Args:
-        recipe: names the data set, how much of it to use, the batch sizes and the workers.
-        data: the data themselves, if they are loaded already.
-        download: fetch the data set if it is missing.
     """
 
     def __init__(self, recipe: Recipe, *, data: D | None = None, download: bool = False) -> None:
