@@ -89,7 +89,7 @@ SAVES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("when", "workers"), zip(SAVES, (1, 0, 0), strict=True))
+@pytest.mark.parametrize(("when", "workers"), [*zip(SAVES, (1, 0, 0), strict=True)])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, when: str, workers: int) -> None:
     recipe = tiny_recipe(f"data.workers={workers}")
     saves = dict(SAVES[when])
