@@ -171,6 +171,42 @@ class BlockFlow(OneProcessADevice, DensityModel):
             regularization[policy.name] = policy(x)
         return FlowOutput(z, logdet, regularization, nfe)
 
+    def matching_loss(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
+        """Error of all fields against straight paths from data to noise: flow matching through all blocks at once.
+
+        A coordinate that leaves the flow behind block k goes from its value y to noise e in k blocks,
+        ``(1 - s / k) y + (s / k) e`` at time s, so that each block's field should be ``(e - y) / k``. It is
+        compared at one uniformly random time per block and batch. The noise and the times come from torch's global
+        generator.
+
+        Args:
+            x, context: as for :meth:`forward`.
+
+        Returns:
+            The squared error of each sample, ``(B,)``, summed over blocks and coordinates. No likelihood: its
+            minimum is not zero.
+        """
+        self._check(x, self.event_shape, self.called)
+        y, _ = self._enter(x, self.solver, health := [])
+        check_health(health)
+        data, noise, blocks = list[Tensor](), list[Tensor](), list[Tensor]()
+
+        def seen(states: list[Tensor]) -> _Through:
+            return lambda z: (states.append(z), z)[1]
+
+        self._push(y, seen(data))
+        passed = self._push(torch.zeros_like(y[:1]), lambda z: z + 1)  # blocks before each coordinate leaves
+        self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), seen(noise))
+        self._pull(passed, seen(blocks))
+        times = torch.rand(len(data)).tolist()
+        error = x.new_zeros(len(x))
+        for index, field in enumerate(self._fields_at(context, x)):
+            y, e, k = data[index], noise[-1 - index], blocks[-1 - index]
+            share = (index + times[index]) / k
+            velocity = field(times[index], y + share * (e - y))
+            error = error + (velocity - (e - y) / k).square().flatten(1).sum(1)
+        return error
+
     def first_state(self, x: Tensor) -> Tensor:
         """Starts of the paths of samples, ``(B, D)`` in the order of the latent: the latent if all f are zero."""
         return self._push(self._enter(x, self.solver, [])[0], lambda z: z)

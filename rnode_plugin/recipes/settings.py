@@ -302,11 +302,16 @@ class Start:
         steps: optimizer steps of the start; 0 for none.
         batch_size: images per device and step until then, if ``data.batch_size`` is not smaller; None for that.
         step: of the training solver, a fixed grid, until then; None for ``solver.step``.
+        matching: optimizer steps of flow matching, the first of the run: all fields learn at once to carry data
+            straight to noise, with one evaluation each and no likelihood
+            (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``training.max_steps``, and
+            optimizer and schedule begin anew after them. 0 for none.
     """
 
     steps: _NotNegative = 0
     batch_size: _Count | None = None
     step: _Positive | None = None
+    matching: _NotNegative = 0
 
     def __post_init__(self) -> None:
         if bool(self.steps) != ((self.batch_size, self.step) != (None, None)):

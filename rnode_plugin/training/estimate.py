@@ -93,7 +93,7 @@ class ScaledStep:
         gradient: gradient mode of the solver.
         images: of the timed step.
         seconds: of a step of the whole batch: those of the timed step times batch / images; None if it failed.
-        hours: of all planned steps; None if their number is not known.
+        hours: of all planned steps of maximum likelihood; None if their number is not known.
         problem: why it could not be timed.
     """
 
@@ -174,7 +174,8 @@ def estimate(
         except (RnodeError, RuntimeError) as error:
             return ScaledStep(precision, gradient, size, None, None, first_line(error))
         seconds *= batch / size
-        hours = None if steps is None else seconds * recipe.training.accumulate * steps / 3600
+        likelihood = None if steps is None else max(0, steps - recipe.start.matching)
+        hours = None if likelihood is None else seconds * recipe.training.accumulate * likelihood / 3600
         return ScaledStep(precision, gradient, size, seconds, hours)
 
     start, timed = time.perf_counter(), list[ScaledStep]()

@@ -17,6 +17,7 @@ from ..core.random_streams import Stream, seed_everything, seeded
 from ..core.schedules import strength_at
 from ..errors import ConfigError, LocalError, SolverError, TrainingError
 from ..fields import compile_fields
+from ..flows.base import BlockFlow
 from ..flows.table import TableFlow
 from ..recipes.recipe import Recipe
 from ..solvers import Solver
@@ -40,7 +41,8 @@ class RnodeModule(L.LightningModule):
     A batch is uint8 images ``(B, C, H, W)`` or rows of a table ``(B, C)``, as
     :class:`~rnode_plugin.ImageDataModule` and :class:`~rnode_plugin.TableDataModule` give. Logged are
     ``train/loss`` in nats per dimension, ``train/bpd`` (of a table ``train/nll``, nats per row), ``train/nfe``,
-    each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and ``lr`` at each step;
+    each penalty per dimension as ``train/NAME``, ``train/grad_norm``, ``train/skipped`` and ``lr`` at each step (a
+    step of flow matching logs ``train/matching``, the squared error per dimension, for loss, score and penalties);
     ``val/bpd`` or ``val/nll``, ``val/nfe``, ``val/NAME`` and, for a fixed grid, ``val/gap`` at each validation, as
     means over all devices.
 
@@ -59,7 +61,7 @@ class RnodeModule(L.LightningModule):
         folder: the run's folder in :func:`~rnode_plugin.training.fit.fit`; None in other Trainers.
 
     Raises:
-        ConfigError: the recipe asks for compiling, and the model has no field that can be compiled.
+        ConfigError: the recipe asks for compiling or flow matching, and the model has no fields for it.
 
     Example:
         >>> from rnode_plugin import get_recipe
@@ -77,6 +79,8 @@ class RnodeModule(L.LightningModule):
         self.folder: RunFolder | None = None
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
+        if recipe.start.matching and not isinstance(self.flow, BlockFlow):
+            raise ConfigError(f"start.matching needs a flow of blocks, which the model {recipe.model.name} is not.")
         self._compiled: set[torch.Size] | None = None  # shapes of batches
         if recipe.training.compile is True:
             self._compile_fields()
@@ -101,14 +105,19 @@ class RnodeModule(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Equation 17 on a batch as the data come, in nats per dimension."""
         solver, part = self.solver, batch_idx % self._batches
+        matching = self.global_step < self.recipe.start.matching
         if part == 0:
-            self.record.begin(self._batches, step_size=None if self.auto is None else float(solver.step or 0))
+            known = self.auto is not None and not matching
+            self.record.begin(self._batches, step_size=float(solver.step or 0) if known else None)
         # a device that takes the batches of several in turn draws the noise of each
         device = part * self._world + self.global_rank
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
         inputs = self.measure.training_inputs(batch)
         try:
-            terms = self.objective(inputs, solver, step=self.global_step)
+            if matching:
+                terms = self.objective.matching(inputs)
+            else:
+                terms = self.objective(inputs, solver, step=self.global_step)
         except SolverError as error:
             self.record.problem = f"the solver failed ({error})"
             terms = self.objective.unusable(error.nfe)
@@ -128,9 +137,10 @@ class RnodeModule(L.LightningModule):
         # tensors come from a device one by one, and devices wait for each other: not at each step
         if is_logged(self.trainer, self.global_step + 1):
             values = self.row()
-            self._weigh_penalties(values)
+            if "train/loss" in values:
+                self._weigh_penalties(values)
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in (f"train/{self.measure.metric}", "train/nfe"))
+            self.log(name, value, prog_bar=name in (f"train/{self.measure.metric}", "train/matching", "train/nfe"))
 
     def _weigh_penalties(self, row: Mapping[str, float]) -> None:
         """Warn once if the penalties have outweighed the likelihood, and a nat per dimension, for long."""
@@ -212,6 +222,8 @@ class RnodeModule(L.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if batch_idx % self._batches == 0:
+            if 0 < self.global_step == self.recipe.start.matching:
+                self.optimizers(use_pl_optimizer=False).state.clear()  # pyright: ignore[reportAttributeAccessIssue]
             self._compile_step(batch)
             self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
             self._tune()
@@ -239,7 +251,8 @@ class RnodeModule(L.LightningModule):
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with the result of the first one."""
         auto = self.auto
-        if auto is None or self.recipe.start.gives_step_at(self.global_step):
+        start = self.recipe.start
+        if auto is None or self.global_step < start.matching or start.gives_step_at(self.global_step):
             return
         if auto.step is not None and self.global_step % self.recipe.training.tune_every:
             return
@@ -284,7 +297,8 @@ class RnodeModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.flow, self.recipe.optimizer)
-        factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps)
+        matching = self.recipe.start.matching
+        factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps, matching=matching)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

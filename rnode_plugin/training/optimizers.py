@@ -33,11 +33,18 @@ def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimize
     )
 
 
-def learning_rate_factor(settings: Optimizer, total: Callable[[], float]) -> Callable[[int], float]:
+def learning_rate_factor(
+    settings: Optimizer, total: Callable[[], float], *, matching: int = 0
+) -> Callable[[int], float]:
     """The factor on ``settings.lr`` at each step: linear warm-up, then constant or half a cosine down to zero.
 
-    ``total`` gives the steps of the whole run; it is called for the cosine only, and only after the warm-up.
+    ``total`` gives the steps of the whole run; it is called for the cosine only, and only after the warm-up. The
+    first ``matching`` steps have a warm-up and a cosine of their own.
     """
+    if matching:
+        first = learning_rate_factor(settings, lambda: matching)
+        then = learning_rate_factor(settings, lambda: total() - matching)
+        return lambda step: first(step) if step < matching else then(step - matching)
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0

@@ -21,6 +21,7 @@ _INTERVAL = 10.0  # least seconds between two plain lines
 _SHOWN = {
     "train/bpd": "bits/dim",
     "train/nll": "NLL",
+    "train/matching": "matching error",
     "train/nfe": "NFE",
     "val/bpd": "val bits/dim",
     "val/nll": "val NLL",

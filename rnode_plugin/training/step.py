@@ -38,14 +38,15 @@ class StepTerms:
 
     Attributes:
         loss: equation 17 in nats per dimension, with its graph. If it is NaN, so is its gradient.
-        score: in the unit of the data's measure, bits/dim or nats.
+        score: in the unit of the data's measure, bits/dim or nats; None in a step of flow matching, whose loss is
+            the squared error per dimension.
         nfe: evaluations of the vector fields, summed over blocks.
         penalties: integral of each penalty by name, divided by the number of dimensions.
         checks: deferred checks of the solves, which say why a batch is not usable.
     """
 
     loss: Tensor
-    score: Tensor
+    score: Tensor | None
     nfe: int
     penalties: dict[str, Tensor]
     checks: list[HealthCheck] = field(default_factory=list)
@@ -85,6 +86,11 @@ class StepObjective:
         means = {name: value.detach().mean() for name, value in output.regularization.items()}
         penalties = {name: one * (mean if name in whole else mean / dims) for name, mean in means.items()}
         return StepTerms(one * goal.loss, one * score, output.nfe, penalties, checks)
+
+    def matching(self, inputs: FlowInput) -> StepTerms:
+        """The terms of a step of flow matching: the squared error per dimension, one evaluation per block."""
+        loss = self._flow.matching_loss(inputs.x, **inputs.options).mean() / self.measure.dims
+        return StepTerms(loss, None, len(self._flow.fields), {})
 
     def unusable(self, nfe: int) -> StepTerms:
         """The terms of a batch whose integration failed: NaN, and so is the gradient, on every device."""
@@ -130,7 +136,10 @@ class StepRecord:
         """Add one batch."""
         terms = dataclasses.replace(terms, loss=terms.loss.detach())
         self._terms.append(terms)
-        row = {"loss": terms.loss, self._metric: terms.score, "nfe": float(terms.nfe), **terms.penalties}
+        losses = (
+            {"matching": terms.loss} if terms.score is None else {"loss": terms.loss, self._metric: terms.score}
+        )
+        row = {**losses, "nfe": float(terms.nfe), **terms.penalties}
         for name, value in row.items():
             key = f"train/{name}"
             self.values[key] = self.values.get(key, 0.0) + value / self._batches

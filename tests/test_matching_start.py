@@ -1,0 +1,129 @@
+"""``start.matching``: flow matching through all blocks at once, before maximum likelihood."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import rows, run, signal_at, tiny_recipe, weights
+from torch import Tensor, nn
+
+from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.flows.multiscale import logit
+from rnode_plugin.flows.table import TableFlow
+from rnode_plugin.training.module import RnodeModule
+
+SIGMA, BLOCKS = 1.7, 3
+
+
+class _Best(nn.Module):
+    """The field of a block that carries N(0, SIGMA^2) to N(0, 1), block ``index`` of BLOCKS, times ``factor``.
+
+    It is E[(e - y) / K | x] on the path x = (1 - u) y + u e with u = (index + t) / K.
+    """
+
+    def __init__(self, index: int, factor: float = 1.0) -> None:
+        super().__init__()
+        self.index = index
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.float64), requires_grad=False)
+
+    def slope(self, t: Any) -> Any:
+        u = (self.index + t) / BLOCKS
+        return (u - (1 - u) * SIGMA**2) / ((1 - u) ** 2 * SIGMA**2 + u**2) / BLOCKS
+
+    def forward(self, t: Any, z: Tensor) -> Tensor:
+        factor: Any = self.factor
+        return factor * self.slope(t) * z
+
+
+def best(factor: float = 1.0) -> TableFlow:
+    flow = TableFlow(1, blocks=BLOCKS, solver=Solver("dopri5", atol=1e-9, rtol=1e-9)).double()
+    flow.fields = nn.ModuleList(_Best(index, factor) for index in range(BLOCKS))
+    return flow
+
+
+def test_the_best_fields_carry_a_gaussian_to_the_latent() -> None:
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
+    flow = best()
+    assert torch.allclose(flow(x, penalties=False).z, x / SIGMA, atol=1e-6)
+    exact = torch.distributions.Normal(0, SIGMA).log_prob(x[:, 0])
+    assert torch.allclose(flow.log_prob(x), exact.double(), atol=1e-6)
+
+
+def test_its_minimum_is_at_those_fields() -> None:
+    """Fields too large by c cost c^2 E f^2 more, and not c times something: five standard errors."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 1, dtype=torch.float64)
+    x = x * SIGMA / x.square().mean().sqrt()  # only its second moment counts
+    t = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    for c in (-0.3, 0.3):
+        gaps = []
+        for seed in range(200):
+            pair = []
+            for factor in (1.0, 1 + c):
+                torch.manual_seed(seed)
+                pair.append(best(factor).matching_loss(x).mean())  # with the same noise and times
+            gaps.append(pair[1] - pair[0])
+        found = torch.stack(gaps)
+        wanted = 0.0
+        for field in map(_Best, range(BLOCKS)):
+            u = (field.index + t) / BLOCKS
+            square = (1 - u) ** 2 * SIGMA**2 + u**2
+            wanted += c**2 * float(torch.trapezoid(field.slope(t) ** 2 * square, t))
+        error = float(found.std()) / len(found) ** 0.5
+        assert abs(float(found.mean()) - wanted) < 5 * error
+        assert error < 0.2 * wanted
+
+
+def test_each_coordinate_has_until_its_own_block() -> None:
+    """With f = 0 the error is sum (1 + y^2) / k: odd rows of 8x8 leave behind block 4, even ones behind block 6."""
+    flow = MultiscaleFlow((1, 8, 8), hidden=4).double()
+    x = torch.rand(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y, _ = logit(x, flow.alpha)
+    k = torch.tensor([6.0, 4.0], dtype=torch.float64).repeat(4)[:, None]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        found = flow.matching_loss(x.expand(4000, -1, -1, -1))
+    error = float(found.std()) / len(found) ** 0.5
+    assert abs(float(found.mean() - ((1 + y.square()) / k).sum())) < 5 * error
+    assert error < 0.01 * float(found.mean())
+
+
+def test_a_gradient_reaches_every_parameter_but_of_wrong_images_none() -> None:
+    flow = MultiscaleFlow((1, 8, 8), hidden=4)
+    for parameter in flow.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    flow.matching_loss(torch.rand(5, 1, 8, 8)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in flow.parameters())
+    with pytest.raises(ConfigError, match="must lie in"):
+        flow.matching_loss(torch.full((5, 1, 8, 8), 2.0))
+
+
+def test_the_run_says_which_steps_matched(tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        "start.matching=4", "training.log_every=1", "optimizer.name=muon", "optimizer.schedule=cosine",
+        "optimizer.lr=1e-2", "optimizer.vector_lr=1e-2", "optimizer.warmup=1",
+    )  # fmt: skip
+    whole = run(recipe, tmp_path)
+    steps = [row for row in rows(whole.folder.path) if "lr" in row]
+    assert [set(row) & {"train/matching", "train/bpd", "train/loss"} for row in steps] == (
+        4 * [{"train/matching"}] + 4 * [{"train/bpd", "train/loss"}]
+    )
+    assert {row["train/nfe"] for row in steps[:4]} == {"6.0"}  # one evaluation per block
+    rates = [float(row["lr"]) for row in steps]
+    assert rates[:4] == pytest.approx(rates[4:])  # the schedule begins anew
+    assert rates[3] < rates[1]
+    # the optimizer begins anew behind step 4, also if the run was cut there
+    part = run(recipe, tmp_path / "cut", callbacks=[signal_at(4)])
+    rest = run(recipe, tmp_path, resume=part.folder.path)
+    assert torch.equal(weights(rest.folder.path), weights(whole.folder.path))
+
+
+def test_other_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe("start.matching=1")
+    monkeypatch.setattr(type(recipe), "build_flow", lambda self: nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match=r"start\.matching needs a flow of blocks"):
+        RnodeModule(recipe)
