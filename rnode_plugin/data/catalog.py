@@ -13,8 +13,6 @@ from .images import ImageData
 from .sets import one_download
 from .tables import Table
 
-__all__ = ["get_dataset", "get_table", "parameters_of", "table_columns"]
-
 D = TypeVar("D", ImageData, Table)
 
 

@@ -19,10 +19,6 @@ from .images import ImageArray, ImageData, naming, shuffled
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DEFAULT_ROOT", "TRAIN_FILE", "VAL_FILE", "VAL_FRACTION", "ImageFiles", "PackedImages", "assign",
-           "celebahq256", "decode", "files_in", "fit_pixels", "folder", "imagenet64", "is_hidden", "is_picture",
-           "only_size", "split_named"]  # fmt: skip
-
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another is named."""
 

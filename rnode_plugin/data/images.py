@@ -14,8 +14,6 @@ from torch.utils.data import Dataset
 
 from ..errors import ConfigError, DataError, RnodeError, first_line
 
-__all__ = ["ArrayDataset", "ImageArray", "ImageData", "Selection", "keep_batch", "limited", "naming", "shuffled"]
-
 
 @contextmanager
 def naming(what: object, advice: str = "") -> Iterator[None]:

@@ -39,8 +39,6 @@ from .folders import (
 )  # fmt: skip
 from .images import naming
 
-__all__ = ["PackingPlan", "PackingResult", "pack", "plan_packing"]
-
 _BATCH, _RECORDS = (".npz",), (".tfrecords", ".tfrecord")
 _SHOWN = 5
 _AGAIN = " Download it again."

@@ -17,8 +17,6 @@ from ..errors import DataError, first_line
 from .folders import DEFAULT_ROOT, only_size
 from .images import ImageData, naming, shuffled
 
-__all__ = ["cifar10", "digits", "fashion_mnist", "mnist", "one_download", "svhn"]
-
 _HELD_OUT_DIGITS = 297
 _LOCK = ".download.lock"
 _WAIT_SECONDS = 3600.0  # for another process that downloads

@@ -26,8 +26,6 @@ from .images import naming
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["check_written", "column_names", "leave_out", "read_columns", "read_with_notes", "write_rows"]
-
 
 def column_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Names of the columns of a table.

@@ -14,8 +14,6 @@ from ..errors import DataError, suggest
 from .images import limited
 from .table_files import column_names, leave_out, read_with_notes
 
-__all__ = ["CELLS", "Table", "check_columns", "split_rows", "table", "table_columns"]
-
 CELLS = (
     "radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension",
 )  # fmt: skip

@@ -33,9 +33,6 @@ from .measures import Evaluation, ImageMeasure, Mean, Measure, batch_of
 if TYPE_CHECKING:
     from ..solvers import Solver
 
-__all__ = ["evaluate", "nfe_batches"]
-
-
 _PILOT = 32  # samples: at least so many are drawn twice to measure the noise
 _FEWEST_TO_JUDGE = 8  # samples: with fewer the noise is not compared with the samples' error
 _MAX_DRAWS = 8

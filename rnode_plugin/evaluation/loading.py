@@ -15,8 +15,6 @@ from ..errors import ConfigError, DataError, first_line
 from ..recipes.recipe import Data, Recipe, TableData
 from .measures import FlowInput, measure_of
 
-__all__ = ["held_out_samples", "load_data", "load_for_training", "load_images", "load_table", "pick_device"]
-
 
 def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe, ImageData | Table]:
     """The data of a recipe, and the recipe with the number of rows and the checksum of a table.

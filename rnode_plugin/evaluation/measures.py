@@ -22,9 +22,6 @@ from .samples import sample_images, sample_rows, save_corner, save_grid
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe, Training
 
-__all__ = ["Evaluation", "FlowInput", "ImageMeasure", "Mean", "Measure", "Quantity", "TableMeasure", "batch_of",
-           "gaussian_scores", "measure_of"]  # fmt: skip
-
 
 class FlowInput(NamedTuple):
     """The arguments of a flow: samples ``x (B, *event)``, and options such as a context."""

@@ -28,8 +28,6 @@ from ..errors import ConfigError, RnodeError, suggest
 from ..files import write_atomically
 from ..solvers.config import FIXED_METHODS, Solver
 
-__all__ = ["SUFFIXES", "Which", "check_program_file", "export_program", "save_program"]
-
 Which = Literal["sampler", "log_prob"]
 
 _Inputs = Callable[[int], dict[str, Tensor]]  # tensors by name for a batch size, their first dimension

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from ..flows.base import BlockFlow
     from ..flows.table import TableFlow
 
-__all__ = ["sample_images", "sample_rows", "save_corner", "save_grid"]
-
-
 _SHOWN = 64  # pixels: smaller images are enlarged by a whole factor
 
 

@@ -23,8 +23,6 @@ from .measures import FlowInput, ImageMeasure, Measure
 if TYPE_CHECKING:
     from ..flows.base import BlockFlow
 
-__all__ = ["REFERENCE", "StepRow", "StepTable", "check_tuning", "tune_step"]
-
 REFERENCE = Solver(method="dopri5", atol=1e-6, rtol=1e-6)
 """The adaptive solve that a discrete flow has to agree with."""
 

@@ -16,9 +16,6 @@ from ..evaluation.measures import Measure
 from ..recipes.recipe import Recipe, TableData
 from .runs import Run, arm_of
 
-__all__ = ["Arm", "Difference", "Look", "base_of", "by_strength", "group_runs", "nfe_batches",
-           "paired_difference", "penalties_of"]  # fmt: skip
-
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim, nats: single precision tells no smaller differences apart
 

@@ -11,8 +11,6 @@ import numpy as np
 from ..evaluation.diagnostics.result import Check, Diagnosis
 from .figures import Panel, draw, legend
 
-__all__ = ["diagnosis_panels"]
-
 _BLUE, _RED, _GREY = "#0072b2", "#d55e00", "#808080"
 _COLOURS = (_BLUE, _RED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a800", _GREY)
 _IN_TWO_ROWS = ("tolerance", "path")

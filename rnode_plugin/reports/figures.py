@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 from ..files import write_atomically
 from .arms import Arm, by_strength, nfe_batches
 
-__all__ = ["Drawing", "Panel", "common_time", "draw", "legend", "make_panels", "plain_text", "rolling", "sweeps_of",
-           "trade_off"]  # fmt: skip
-
 Vector = NDArray[np.float64]
 
 _WINDOW = 1 / 20  # of the longest run: the paper averages over three hours of some sixty

@@ -20,8 +20,6 @@ from .diagnosis import diagnosis_panels
 from .figures import Panel, make_panels
 from .table import against_base, make_table
 
-__all__ = ["Content", "Grid", "escape_markdown"]
-
 _DIAGNOSES = "Can it be trusted?"
 
 

@@ -24,8 +24,6 @@ from ..evaluation.measures import Measure, measure_of
 from ..plugins.registry import get_regularizer
 from ..recipes.recipe import Recipe
 
-__all__ = ["Run", "arm_of", "is_divided", "read_metrics", "read_run", "read_runs"]
-
 Columns = Mapping[str, NDArray[np.float64]]
 
 

@@ -12,8 +12,6 @@ from ..text import change_with_error, duration, signed, significant, with_error
 from .arms import Arm, base_of, nfe_batches, paired_difference, penalties_of
 from .runs import is_divided
 
-__all__ = ["Column", "Row", "Table", "against_base", "make_table"]
-
 
 @dataclass(frozen=True)
 class Column:

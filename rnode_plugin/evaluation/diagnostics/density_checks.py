@@ -14,9 +14,6 @@ from .result import Check
 from .solver_checks import accurate
 from .subject import HeldOut, Subject
 
-__all__ = ["LOG_DETERMINANT", "TRACE", "AutogradRows", "log_determinant", "trace"]
-
-
 TRACE, LOG_DETERMINANT = "trace", "log-determinant"
 _MAX_DIMS = 4096  # the exact trace takes a product per dimension and evaluation
 _MAX_JACOBIAN = 256  # the Jacobian of the map takes a backward pass through a whole solve for each dimension

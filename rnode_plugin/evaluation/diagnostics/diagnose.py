@@ -28,8 +28,6 @@ from .solver_checks import (
 )
 from .subject import HeldOut, Subject
 
-__all__ = ["TRAINING", "compared_for", "diagnose", "samples_for", "still_falling"]
-
 
 def samples_for(dims: int) -> int:
     """Number of held-out samples for the solves of a diagnosis: 256, in more than 195 dimensions fewer."""

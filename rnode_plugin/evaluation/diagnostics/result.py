@@ -12,8 +12,6 @@ from pydantic import BeforeValidator, TypeAdapter
 
 from ...recipes.settings import refused
 
-__all__ = ["VERDICTS", "Check", "Diagnosis", "Verdict", "worse_of"]
-
 Verdict = Literal["ok", "left out", "cannot tell", "warning", "failed"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 """From the best to the worst."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from .result import Check, Verdict
 from .subject import HeldOut, Subject
 
-__all__ = ["COLUMNS", "LATENTS", "RANKS", "TWO_SAMPLE", "columns", "latents", "ranks", "two_sample"]
-
 TWO_SAMPLE, COLUMNS, LATENTS, RANKS = "two samples", "columns", "latents", "posterior ranks"
 _FALSE_ALARM = 1e-3  # of each check
 _NOT_FINITE = "Some of the model's samples are not finite: it cannot be sampled. Use a more accurate solver."

@@ -16,9 +16,6 @@ from ...solvers.config import solver_text
 from .result import Check, Verdict, worse_of
 from .subject import HeldOut, Subject
 
-__all__ = ["PATH", "ROUND_TRIP", "TOLERANCE", "TRAINING_SOLVER", "accurate", "along_path", "round_trip",
-           "tolerance_curve", "training_solver_gap"]  # fmt: skip
-
 TRAINING_SOLVER, TOLERANCE, ROUND_TRIP, PATH = "training solver", "tolerance", "round trip", "path"
 _GAP_WARN, _GAP_FAIL = 0.005, 0.05  # nats per dimension
 _BUDGET = 20_000  # evaluations of one solve

@@ -19,8 +19,6 @@ from ...solvers import Solver
 from ...solvers.config import solver_text
 from ...torchdyn.density import RegularizedCNF
 
-__all__ = ["Encoded", "HeldOut", "Subject"]
-
 _BATCH_NUMBERS = 400_000  # of the state in one solve: 510 images of MNIST
 _MAX_BATCH = 4096
 
