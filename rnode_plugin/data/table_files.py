@@ -58,12 +58,14 @@ def read_with_notes(path: str | os.PathLike[str], wanted: Sequence[str]) -> tupl
     if len(rows) == 0:
         raise DataError(f"{path} has columns, but no rows.")
     for name, column in zip(wanted, rows.T, strict=True):
-        for what, found in (("missing", np.isnan(column)), ("infinite", np.isinf(column))):
-            if count := int(found.sum()):
-                raise DataError(
-                    f"the column {name!r} of {path} has {count} {what} value{'s' * (count > 1)}, the first in row "
-                    f"{found.argmax() + 1}: remove these rows, or fill them in."
-                )
+        missing, infinite = np.flatnonzero(np.isnan(column)), np.flatnonzero(np.isinf(column))
+        if len(missing):
+            raise DataError(
+                f"the column {name!r} of {path} has {len(missing)} missing value{'s' if len(missing) > 1 else ''}, "
+                f"the first in row {missing[0] + 1}: remove these rows, or fill them in."
+            )
+        if len(infinite):
+            raise DataError(f"the column {name!r} of {path} is infinite in row {infinite[0] + 1}.")
     return rows, source.notes
 
 
