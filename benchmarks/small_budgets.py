@@ -1,7 +1,7 @@
-"""What training methods are worth on a small budget: digits and 14x14 MNIST, a few hundred steps on one core.
+"""What training methods are worth on a small budget: a few hundred steps on one core, on digits and MNIST.
 
     python benchmarks/small_budgets.py digits --threads 1
-    python benchmarks/small_budgets.py mnist --data-root data --threads 1 --arm base --arm jitter
+    python benchmarks/small_budgets.py mnist14 --data-root data --threads 1 --arm base --arm "jitter 0.5"
 
 The arms of a seed start from the same weights and see the same images with the same noise. Each run ends with an
 accurate evaluation of held-out images. Seconds are of the processor, for training alone. Every run adds a row to
@@ -190,6 +190,9 @@ def settings(data: str, root: str, assignments: Sequence[str]) -> Recipe:
     """The recipe that the arms change."""
     if data == "digits":
         return get_recipe("digits").override(list(assignments))
+    if data == "mnist":
+        changes = ["start.steps=0", "start.batch_size=none", "data.batch_size=32", f"data.root={root}"]
+        return get_recipe("mnist-fast").override([*changes, *assignments])
     changes = [
         "data.shape=1,14,14", "model.hidden=32", "start.steps=0", "start.batch_size=none", "optimizer.lr=1e-2",
         "optimizer.vector_lr=5e-3", f"data.root={root}",
@@ -205,7 +208,9 @@ def run(data: str, name: str, arm: Arm, recipe: Recipe, images: Any, *, seed: in
     budget = Budget(changed, images, arm, steps=steps)
     budget.train()
     flow = budget.flow if budget.average is None else budget.average
-    found = measured(flow.eval(), images.val[:300], recipe.images.levels, rk4(step=arm.step))
+    found = measured(
+        flow.eval(), images.val[: 100 if data == "mnist" else 300], recipe.images.levels, rk4(step=arm.step)
+    )
     return {"data": data, "arm": name, "seed": seed, **found, "images": budget.seen, "seconds": budget.seconds}
 
 
@@ -257,7 +262,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 @click.command(help=__doc__)
-@click.argument("data", type=click.Choice(["digits", "mnist"]), default="digits")
+@click.argument("data", type=click.Choice(["digits", "mnist14", "mnist"]), default="digits")
 @click.option("--arm", "arms", multiple=True, type=click.Choice(list(ARMS)), help="[default: all]")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0, 1, 2), show_default=True)
 @click.option("--steps", default=200, show_default=True)
@@ -274,9 +279,8 @@ def main(
     recipe = settings(data, data_root, assignments)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = recipe.override(["data.shape=1,28,28"]) if data == "mnist" else recipe
-    images = load_images(plain)
-    images = halved(images) if data == "mnist" else images
+    images = load_images(recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe)
+    images = halved(images) if data == "mnist14" else images
     for seed, name in itertools.product(seeds, arms or ARMS):
         row = run(data, name, ARMS[name], recipe, images, seed=seed, steps=steps)
         click.echo(f"{name}, seed {seed}: {row['dirty']:.4f} bits/dim, {row['seconds']:.1f} s")

@@ -80,6 +80,11 @@ REFUSED = {
     "a row with fewer, of columns that are not read": ("a,b,c\n1,2,3\n4,5\n6,7,8\n", "row 2 .* 2 cells, not 3"),
     "decimal commas between commas": ("a,b\n" + text_of(ROWS, decimal=","), "4 cells, not 2.*decimal"),
     "one column with decimal commas": ("a\n" + text_of(ROWS[:, :1], decimal=","), "2 cells, not 1.*decimal"),
+    "one column with decimal commas, one without its zero": (
+        "a\n" + text_of(ROWS[:, :1], decimal=",").replace("0,", ",", 1),
+        "2 cells, not 1.*decimal",
+    ),
+    "a row of missing values": ("a,b\n1,2\nNA,NA\n3,4\n", "missing"),
     "decimal commas, R's write.csv2": ("a;b\n" + text_of(ROWS, ";", decimal=","), "decimal comma"),
     "decimal commas without a header": (text_of(ROWS, ";", decimal=","), "decimal comma"),
     "decimal commas and tabs": ("a\tb\n" + text_of(ROWS, "\t", decimal=","), "decimal comma"),

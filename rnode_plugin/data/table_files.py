@@ -183,7 +183,10 @@ def _aligned(path: Path, layout: _Layout, rows: pd.DataFrame, row: str, notes: l
         names = names[first:]
     elif more == 1 and not last_is_empty:  # otherwise each row ends in a separator
         numbered = rows[0].astype(str).tolist() == [str(k) for k in range(1, len(rows) + 1)]
-        first = int(numbered or row.lstrip().startswith('"') or rows[0].dtype.kind not in "fiu")
+        words = rows[0].dtype.kind not in "fiu"
+        if words and rows[1].dtype.kind in "iu":  # ",5" and "1,5" with a decimal comma
+            words = bool(_pandas().to_numeric(rows[0], errors="coerce").isna().all())
+        first = int(numbered or row.lstrip().startswith('"') or words)
     if first:
         notes.append(f"the first column of {path} has no name: it is left out, as names of the rows")
     elif more != 0 and not (more == 1 and last_is_empty):
@@ -271,7 +274,7 @@ def _frame(file: TextIO, separator: str, rows: int | None = None) -> pd.DataFram
         warnings.simplefilter("ignore")  # newer versions have this precision as their default, and say so
         return _pandas().read_csv(
             file, sep=separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False,
-            float_precision="round_trip",
+            float_precision="round_trip", keep_default_na=False, na_values=[""],
         )  # fmt: skip
 
 
@@ -291,7 +294,7 @@ def _text_values(path: Path, layout: _Layout, wanted: Sequence[str]) -> np.ndarr
             raise
     if frame[layout.width - 1].isna().any():  # pandas fills rows that are too short
         _check_widths(path, layout)
-    frame = frame.dropna(how="all")  # a spreadsheet's rows without any value
+    frame = frame.dropna(how="all")  # a spreadsheet's empty rows; those of NA are missing values
     places = [layout.names.index(name) + layout.first for name in wanted]
     columns = [_text_column(path, frame[place], name, wanted) for place, name in zip(places, wanted, strict=True)]
     return np.stack(columns, axis=1)
