@@ -9,19 +9,6 @@ import difflib
 import functools
 from collections.abc import Iterable
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "LocalError",
-    "PluginError",
-    "RnodeError",
-    "SolverError",
-    "TrainingError",
-    "first_line",
-    "suggest",
-]
-
 
 class RnodeError(Exception):
     """Base of all errors that this package raises on purpose.

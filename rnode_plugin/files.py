@@ -12,8 +12,6 @@ from typing import BinaryIO
 
 from .errors import CheckpointError, ConfigError, first_line
 
-__all__ = ["Draft", "check_path_name", "write_atomically"]
-
 _PATH_NAME = re.compile(r"\w([\w .,+=@-]*[\w+=@-])?")
 _MAX_NAME_BYTES = 100  # file systems take 255 bytes, and suffixes are added
 

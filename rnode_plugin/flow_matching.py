@@ -19,8 +19,6 @@ from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
 from .solvers import Solver, solve
 
-__all__ = ["Likelihood", "ODESolver", "penalties_at"]
-
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["change_with_error", "duration", "signed", "significant", "with_error"]
-
 
 def duration(seconds: float) -> str:
     """``12.3 s``, ``4 min 05 s`` or ``2 h 07 min``."""

@@ -14,8 +14,6 @@ from ..errors import RnodeError
 from ..plugins import registry
 from .options import as_json, loaded, print_json, settings, table
 
-__all__ = ["data", "exec_script", "info", "plugins", "recipes", "regularizers"]
-
 _VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "TORCHINDUCTOR_CACHE_DIR",
     "RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK",

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
     from ..reports import Report
 
-__all__ = ["Duration", "as_json", "changed", "denormals", "device", "download", "evaluation_rows", "force",
-           "free_path", "loaded", "print_json", "quiet", "report_as_plain", "report_rows", "settings", "short",
-           "table", "wrapped_table"]  # fmt: skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe, TableData
     from ..solvers.config import Solver
 
-__all__ = ["CHECK_FAILED", "cite", "diagnose", "eval", "export", "report", "sample"]
 
 CHECK_FAILED = 3
 """Exit code of a diagnosis in which a check has failed."""

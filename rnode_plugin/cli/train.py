@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from ..training.estimate import Estimate
     from ..training.fit import FitResult
 
-__all__ = ["compare", "estimate", "train", "tune_step"]
-
 
 class _TrainCommand(click.Command):
     """A command whose ``--compile`` stands alone or before ``auto``; no other word is its value."""

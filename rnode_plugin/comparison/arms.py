@@ -16,8 +16,6 @@ from ..plugins import registry
 from ..plugins.registry import resolve_regularizers
 from ..recipes.recipe import Recipe, read_strength
 
-__all__ = ["arm_recipes", "check_arm"]
-
 _NONE, _FFJORD, _ALL = "none", "ffjord", "rnode"
 _LONGEST = 70  # characters of a folder's name; longer ones end in a hash
 

@@ -31,8 +31,6 @@ from ..training.fastest import Choice, choose, is_open, read_choice, write_choic
 from ..training.runs import CHOSEN, RunFolder, RunPlan, training_lock
 from .arms import arm_recipes, check_arm
 
-__all__ = ["Comparison", "compare"]
-
 _TRAIN = ("-m", "rnode_plugin", "train")
 
 

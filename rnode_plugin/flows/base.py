@@ -24,8 +24,6 @@ from ..fields.stack import AtContext, StackField
 from ..solvers import HealthCheck, Solver, StepMemory, check_health, solve
 from ..solvers.solution import Solution
 
-__all__ = ["BlockFlow", "solve_block"]
-
 _Through = Callable[[Tensor], Tensor]  # the state behind the next block
 
 

@@ -18,20 +18,6 @@ from ..fields import conv_field
 from ..solvers import HealthCheck, Solver, check_health
 from .base import BlockFlow
 
-__all__ = [
-    "BLOCKS",
-    "MultiscaleFlow",
-    "Shape",
-    "Stage",
-    "dequantize",
-    "inverse_logit",
-    "logit",
-    "plan_stages",
-    "random_flip",
-    "squeeze",
-    "unsqueeze",
-]
-
 Shape = tuple[int, int, int]
 
 BLOCKS = 2

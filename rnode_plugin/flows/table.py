@@ -17,9 +17,6 @@ from ..fields.stack import AtContext
 from ..solvers import HealthCheck, Solver
 from .base import BlockFlow
 
-__all__ = ["TableFlow"]
-
-
 _EXACT_COLUMNS = 16  # the perceptron's whole Jacobian takes a product per column: beyond this, noise costs less
 _FIELDS = ("mlp", "potential")
 

@@ -35,19 +35,6 @@ if TYPE_CHECKING:
     from ..solvers import Solver
     from ..solvers.solution import Solution
 
-__all__ = [
-    "KINDS",
-    "Plugin",
-    "Registry",
-    "get",
-    "get_regularizer",
-    "guard",
-    "names",
-    "register",
-    "report",
-    "resolve_regularizers",
-    "unregister",
-]
 
 KINDS = {
     "regularizers": "regularizer",

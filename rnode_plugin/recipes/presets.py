@@ -13,8 +13,6 @@ import dataclasses
 from ..solvers.config import Solver
 from .recipe import Data, Model, Optimizer, Paper, Recipe, Start, TableData, TableModel, Training
 
-__all__ = ["celebahq256", "cifar10", "cifar10_fast", "digits", "imagenet64", "mnist", "mnist_fast", "table"]
-
 _DOPRI5 = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _RK4 = Solver(method="rk4_38", step=0.25)
 _SAMPLED = Solver(method="rk4_38", step=0.5, trace_quadrature="sampled")

@@ -20,21 +20,6 @@ from pydantic.dataclasses import dataclass
 from ..errors import ConfigError, suggest
 from ..solvers.config import Solver
 
-__all__ = [
-    "CONFIG",
-    "Data",
-    "Model",
-    "Optimizer",
-    "Paper",
-    "Start",
-    "TableData",
-    "TableModel",
-    "Training",
-    "no_truth_value",
-    "refused",
-    "refusing",
-]
-
 T = TypeVar("T")
 
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -28,8 +28,6 @@ from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import QUADRATURES
 
-__all__ = ["Follow", "follow", "odeint", "odeint_adjoint", "solve"]
-
 # as they were before `install` or `regularize` put others in their place
 PLAIN: dict[str, Any] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdiffeq.odeint_adjoint}
 

@@ -18,8 +18,6 @@ from ..errors import ConfigError
 from . import integrate
 from .integrate import PLAIN, Follow, follow, here, solve
 
-__all__ = ["install", "regularize", "uninstall"]
-
 # what to follow in a solve, and what to make of its solution, its integrals and the dimensions of a sample
 Following = tuple[Follow, Callable[[Any, dict[str, Tensor], int], Any]]
 

@@ -16,8 +16,6 @@ from ..core.signature import accepts, call_of, field_takes, refuse_state_first
 from ..core.trace_estimators import Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from ..errors import ConfigError
 
-__all__ = ["CNF", "check_shape", "first_order_system", "is_count", "noise_of", "refuse_lost_graph"]
-
 
 class CNF(torchdyn_cnf.CNF):
     """The field ``(t, [a, z]) -> [-div f(t, z), f(t, z)]`` on a state ``[B, 1 + D]`` (eq. 3 and 4).

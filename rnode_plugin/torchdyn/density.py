@@ -28,8 +28,6 @@ from .cnf import CNF, check_shape
 from .neural_ode import NeuralODE
 from .solver_names import resolve_solver, solver_name
 
-__all__ = ["RegularizedCNF"]
-
 
 class RegularizedCNF(DensityModel):
     """The density of ``x`` that a vector field carries to a base distribution (eq. 4).

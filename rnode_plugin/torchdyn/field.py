@@ -26,8 +26,6 @@ from ..errors import ConfigError
 from ..fields.recognise import PARTS, recognise
 from .cnf import CNF, first_order_system, noise_of, refuse_lost_graph
 
-__all__ = ["CONTROL", "INTEGRAL_LOSS", "Penalized", "TorchdynSystem", "check_penalized", "system_of", "tensors_of"]
-
 CONTROL = "_control"
 """torchdyn's private name for the initial state that a layer reads; a test fails by name when it goes."""
 

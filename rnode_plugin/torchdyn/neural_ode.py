@@ -33,8 +33,6 @@ from .cnf import is_count
 from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
 from .solver_names import kept_times, method_from_torchdyn, resolve_solver, solver_name, step_method
 
-__all__ = ["NeuralODE", "install", "uninstall"]
-
 # kept from before install() can replace them
 _torchdyn_class = torchdyn_neuralde.NeuralODE
 _torchdyn_init = torchdyn_neuralde.NeuralODE.__init__

@@ -25,8 +25,6 @@ from ..errors import ConfigError, suggest
 from ..solvers import Method, get_method
 from ..solvers.tableaus import Field, StepResult
 
-__all__ = ["RungeKutta38", "kept_times", "method_from_torchdyn", "resolve_solver", "solver_name", "step_method"]
-
 
 class RungeKutta38(DiffEqSolver):
     """Kutta's 3/8 rule (order 4, fixed steps), the paper's training solver, which torchdyn does not have.

@@ -24,9 +24,6 @@ from ..files import write_atomically
 from .runs import RunFolder, RunPlan
 from .trainer import is_logged, validates_after_this_batch
 
-__all__ = ["Interrupted", "MetricsTable", "RunControl", "SampleGrids", "StoppedAtOnce", "WeightAverage"]
-
-
 _TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
 
 

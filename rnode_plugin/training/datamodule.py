@@ -22,8 +22,6 @@ from ..recipes.recipe import Recipe, Start
 from .runs import RunPlan
 from .trainer import batches_trained
 
-__all__ = ["EpochOrder", "EvenShare", "ImageDataModule", "RecipeDataModule", "TableDataModule"]
-
 D = TypeVar("D", ImageData, Table)
 
 

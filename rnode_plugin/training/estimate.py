@@ -24,8 +24,6 @@ from ..recipes.recipe import Recipe, TableData
 from .fastest import NFE_PER_BLOCK, StepTimer, Way, fixed_solver, forward_and_backward
 from .runs import RunPlan
 
-__all__ = ["TRAINING_IMAGES", "Cost", "Estimate", "ScaledStep", "StepCost", "count", "count_step", "estimate"]
-
 TRAINING_IMAGES = {
     "digits": 1500,
     "mnist": 60_000,

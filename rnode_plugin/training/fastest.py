@@ -28,19 +28,6 @@ from .step import StepObjective
 if TYPE_CHECKING:
     import pytorch_lightning as L
 
-__all__ = [
-    "NFE_PER_BLOCK",
-    "Choice",
-    "StepTimer",
-    "Way",
-    "choose",
-    "fixed_solver",
-    "forward_and_backward",
-    "is_open",
-    "read_choice",
-    "take_fastest_way",
-    "write_choice",
-]
 
 NFE_PER_BLOCK = 20
 """Evaluations per block that an adaptive training solver is timed with; a trained MNIST flow needs 17."""

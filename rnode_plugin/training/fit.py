@@ -49,8 +49,6 @@ from .trainer import (
     quiet,
 )
 
-__all__ = ["FitResult", "fit"]
-
 
 @dataclass(frozen=True)
 class FitResult:

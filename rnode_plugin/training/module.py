@@ -30,8 +30,6 @@ from .runs import RunFolder, write_json
 from .step import AutoStep, StepClock, StepObjective, StepRecord, ValidationSums, gap_warning
 from .trainer import is_logged
 
-__all__ = ["RnodeModule"]
-
 _LONG = 10  # logged steps
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ..recipes.recipe import Optimizer
 
-__all__ = ["Muon", "learning_rate_factor", "make_optimizer", "orthogonalized"]
-
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic that Muon's authors tuned for few steps
 _EPS = 1e-7
 

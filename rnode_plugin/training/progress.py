@@ -14,8 +14,6 @@ from tqdm import tqdm
 
 from ..text import duration
 
-__all__ = ["RunProgress", "batch_counter"]
-
 _INTERVAL = 10.0  # least seconds between two plain lines
 
 _SHOWN = {

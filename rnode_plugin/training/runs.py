@@ -24,17 +24,6 @@ from ..plugins import registry
 from ..recipes.recipe import Recipe, TableData
 from .checkpoints import BEST, LAST, newest_intact, recipe_of
 
-__all__ = [
-    "CHOSEN",
-    "DIAGNOSIS",
-    "RunFolder",
-    "RunPlan",
-    "checkpoint_to_resume",
-    "environment",
-    "training_lock",
-    "write_json",
-]
-
 CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
 DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
 

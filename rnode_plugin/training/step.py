@@ -26,8 +26,6 @@ from ..solvers import HealthCheck, Solver, all_finite, check_health
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
 
-__all__ = ["AutoStep", "StepClock", "StepObjective", "StepRecord", "StepTerms", "ValidationSums", "gap_warning"]
-
 
 # equation 17 on a batch ----------------------------------------------------------------------------------------
 

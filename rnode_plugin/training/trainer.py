@@ -27,19 +27,6 @@ from ..recipes.recipe import Recipe
 from .checkpoints import LAST, PREVIOUS, read_checkpoint
 from .runs import RunPlan
 
-__all__ = [
-    "LOGGERS",
-    "AtomicCheckpointIO",
-    "batches_trained",
-    "check_options",
-    "end_other_processes",
-    "follow_plan",
-    "is_logged",
-    "make_trainer",
-    "quiet",
-    "validates_after_this_batch",
-]
-
 # options of Lightning's Trainer that would contradict the recipe or fit, and the setting or argument instead
 _DECIDED = {
     "precision": "training.precision",
