@@ -98,9 +98,8 @@ class Budget(Trainer):
     def __init__(self, recipe: Recipe, data: Any, arm: Arm, *, steps: int) -> None:
         steps = round(steps * arm.share)
         method = Method(rk4(trace_quadrature="sampled", step=arm.step), penalties=arm.penalties)
-        start = recipe.start
         super().__init__(recipe, data, method, steps=steps, device=torch.device("cpu"), clock=time.process_time)
-        self.recipe = dataclasses.replace(recipe, start=start)
+        self.recipe = recipe  # with its start
         self._batches = self._batches_of_epochs()
         self.arm, self.planned = arm, steps
         self.average = None if arm.ema is None else copy.deepcopy(self.flow)
@@ -115,8 +114,6 @@ class Budget(Trainer):
         torch.manual_seed(self.recipe.training.seed)
         for k in range(self.arm.matching):
             self._match(k)
-        if self.arm.matching:
-            self.optimizer.state.clear()
         while self.steps < self.planned:
             if self.steps >= self.planned * (1 - self.arm.full):
                 self.method = dataclasses.replace(self.method, solver=rk4(step=self.arm.step))

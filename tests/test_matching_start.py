@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import rows, run, signal_at, tiny_recipe, weights
+from tiny_runs import run, signal_at, tiny_recipe, weights
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flows.multiscale import logit
 from rnode_plugin.flows.table import TableFlow
+from rnode_plugin.reports.runs import read_run
+from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.module import RnodeModule
 
 SIGMA, BLOCKS = 1.7, 3
@@ -108,7 +111,9 @@ def test_the_run_says_which_steps_matched(tmp_path: Path) -> None:
         "optimizer.lr=1e-2", "optimizer.vector_lr=1e-2", "optimizer.warmup=1",
     )  # fmt: skip
     whole = run(recipe, tmp_path)
-    steps = [row for row in rows(whole.folder.path) if "lr" in row]
+    with whole.folder.metrics.open() as file:
+        every = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    steps = [row for row in every if "lr" in row]
     assert [set(row) & {"train/matching", "train/bpd", "train/loss"} for row in steps] == (
         4 * [{"train/matching"}] + 4 * [{"train/bpd", "train/loss"}]
     )
@@ -120,9 +125,34 @@ def test_the_run_says_which_steps_matched(tmp_path: Path) -> None:
     part = run(recipe, tmp_path / "cut", callbacks=[signal_at(4)])
     rest = run(recipe, tmp_path, resume=part.folder.path)
     assert torch.equal(weights(rest.folder.path), weights(whole.folder.path))
+    state = read_checkpoint(whole.folder.last)["optimizer_states"][0]["state"]
+    assert {each["step"] for each in state.values() if "step" in each} == {4}
+    times = read_run(whole.folder.path).checks["train_seconds"]  # of a validation at step 4 and one at step 8
+    seconds = [float(row["train_seconds"]) for row in every if row["step"] in ("4", "8") and "lr" in row]
+    assert times.tolist() == pytest.approx(seconds)
 
 
-def test_other_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Strict(nn.Module):
+    """A user's field, which takes the time as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.scale * t.expand(len(z)).view(-1, 1, 1, 1) * z
+
+
+def test_a_field_gets_the_time_as_in_a_solve() -> None:
+    flow = MultiscaleFlow((1, 8, 8), field=lambda shape: _Strict())
+    assert flow.matching_loss(torch.rand(3, 1, 8, 8)).isfinite().all()
+
+
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"start\.matching=8 leaves none of 8 steps"):
+        run(tiny_recipe("start.matching=8"), tmp_path)
+    with pytest.raises(ConfigError, match="the parameters of a regularizer no gradient"):
+        RnodeModule(tiny_recipe("start.matching=1", "regularizers.learned_end_time=0.01"))
     recipe = tiny_recipe("start.matching=1")
     monkeypatch.setattr(type(recipe), "build_flow", lambda self: nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"start\.matching needs a flow of blocks"):

@@ -132,13 +132,42 @@ def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
             return trajectory.z[2].square().sum(1)
 
     span = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
-    for solver in ("rk4_38", "dopri5"):
-        model = NeuralODE(Linear(3), solver, regularizers=[At(0.5, 0.25)])
+    for solver, times in (("rk4_38", (0.5, 0.25)), ("dopri5", (0.5, 0.25)), ("rk4_38", (0.0, 0.25, 0.5, 0.5, 1.0))):
+        model = NeuralODE(Linear(3), solver, regularizers=[At(*times)])  # the ends are there once
         t_eval, sol = model(states(), span)
         assert t_eval.tolist() == span.tolist()
         torch.testing.assert_close(model.regularization["at"], sol[1].square().sum(1))
     with pytest.raises(ConfigError, match="'at' wants states at"):
         NeuralODE(Linear(3), "rk4_38", regularizers=[At(1.5)])(states(), span)
+
+
+def test_two_trajectory_penalties_may_read_different_rates_of_one_name() -> None:
+    class Rate:
+        name, kind, needs = "speed", "rate", ()
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def __call__(self, evaluation: Any) -> Tensor:
+            return self.value * torch.ones_like(evaluation.dz[:, 0])
+
+    class Reads:
+        kind = "trajectory"
+
+        def __init__(self, name: str, value: float) -> None:
+            self.name, self.rates = name, (Rate(value),)
+
+        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
+            return torch.tensor([])
+
+        def __call__(self, trajectory):
+            return trajectory.integrals["speed"]
+
+    model = NeuralODE(Linear(3), "rk4_38", regularizers=[Reads("p", 1.0), Reads("q", 2.0)])
+    model(states(), torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert {name: float(x[0].detach()) for name, x in model.regularization.items()} == pytest.approx(
+        {"p": 1, "q": 2}
+    )
 
 
 def test_steer_draws_the_end_in_training_alone() -> None:

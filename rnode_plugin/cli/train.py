@@ -366,7 +366,7 @@ def _trained(
     short = recipe.override(
         [
             "training.max_epochs=none", f"training.max_steps={steps}", f"training.val_every_steps={steps}",
-            "training.val_images=8", "training.sample_images=0",
+            "training.val_images=8", "training.sample_images=0", "start.matching=0",
         ]
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as runs:

@@ -134,7 +134,7 @@ class PathPenalties:
             raise ConfigError(f"{names} wants states at times outside of the solve, {t[0]:g} to {t[-1]:g}.")
         # both carry a graph, those of `unique` do not
         times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
-        return times, own, [torch.cat([own[:1], x.sort().values, own[-1:]]) for x in others]
+        return times, own, [torch.cat([own[:1], x, own[-1:]]).unique() for x in others]
 
     def of_trajectory(
         self, index: int, t: Tensor, z: Sequence[Tensor], integrals: dict[str, Tensor]
@@ -209,7 +209,9 @@ class Dynamics(BoundDynamics):
         self.rates: dict[str, Any] = {rate.name: rate for rate in kinds["rate"]}
         hidden: dict[str, Any] = {}  # rates that trajectory penalties alone read, by names that no other rate has
         for penalty in kinds["trajectory"]:
-            hidden |= {f"<{rate.name}>": rate for rate in penalty.rates if rate not in self.rates.values()}
+            known = [*self.rates.values(), *hidden.values()]
+            new = [rate for rate in penalty.rates if rate not in known]
+            hidden |= {f"<{rate.name} of {penalty.name}>": rate for rate in new}
         self.rates |= hidden
         if kinds["step"] or kinds["trajectory"]:
             self.path = PathPenalties(

@@ -23,6 +23,7 @@ class StackField(nn.Module):
     Args:
         layers: ``ConcatConv2d`` or ``ConcatLinear``, all of one kind.
         activation: ``"softplus"``, ``"tanh"``, ``"elu"``, ``"silu"`` or ``"gelu"``.
+
     If the first layer takes more than the last one gives, the field is one of ``z`` and a context; see
     :class:`AtContext`.
 

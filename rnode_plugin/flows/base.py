@@ -196,7 +196,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         passed = self._push(torch.zeros_like(y[:1]), lambda z: z + 1)  # blocks before each coordinate leaves
         self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), seen(noise))
         self._pull(passed, seen(blocks))
-        times = torch.rand(len(data)).tolist()
+        times = torch.rand(len(data), dtype=x.dtype).to(x.device)
         error = x.new_zeros(len(x))
         for index, field in enumerate(self._fields_at(context, x)):
             y, e, k = data[index], noise[-1 - index], blocks[-1 - index]

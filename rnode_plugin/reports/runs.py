@@ -279,12 +279,14 @@ def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
     """
     with _reading(path) as text:
         rows = _rows(text)
-    steps = _columns([row for row in rows if f"train/{metric}" in row], ("step", "epoch", "train_seconds"))
+    needed = ("step", "epoch", "train_seconds")
+    steps = _columns([row for row in rows if f"train/{metric}" in row], needed)
+    trained = _columns([row for row in rows if f"train/{metric}" in row or "train/matching" in row], needed)
     checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))
     # a validation is logged with its step only; its epoch and time are those of the steps around it
-    known, unknown = len(steps["step"]) > 0, np.full(len(checks["step"]), np.nan)
+    known, unknown = len(trained["step"]) > 0, np.full(len(checks["step"]), np.nan)
     places = {
-        name: np.interp(checks["step"], steps["step"], steps[name]) if known else unknown
+        name: np.interp(checks["step"], trained["step"], trained[name]) if known else unknown
         for name in ("epoch", "train_seconds")
     }
     return steps, {**checks, **places}

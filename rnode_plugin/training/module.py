@@ -77,8 +77,14 @@ class RnodeModule(L.LightningModule):
         self.folder: RunFolder | None = None
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
-        if recipe.start.matching and not isinstance(self.flow, BlockFlow):
-            raise ConfigError(f"start.matching needs a flow of blocks, which the model {recipe.model.name} is not.")
+        if recipe.start.matching:
+            if not isinstance(self.flow, BlockFlow):
+                model = recipe.model.name
+                raise ConfigError(f"start.matching needs a flow of blocks, which the model {model} is not.")
+            if any(name.startswith("regularizer_modules.") for name, _ in self.flow.named_parameters()):
+                raise ConfigError(
+                    "start.matching gives the parameters of a regularizer no gradient: train without one of both."
+                )
         self._compiled: set[torch.Size] | None = None  # shapes of batches
         if recipe.training.compile is True:
             self._compile_fields()
@@ -282,7 +288,8 @@ class RnodeModule(L.LightningModule):
             self.log(
                 f"val/{name}", value, prog_bar=name == self.measure.metric, sync_dist=self.trainer.world_size > 1
             )
-        if not (self.trainer.sanity_checking or self._warned):
+        matching = self.global_step <= self.recipe.start.matching != 0  # no solver was trained with yet
+        if not (self.trainer.sanity_checking or self._warned or matching):
             gap = means.get("gap", 0.0)
             warning = gap_warning(gap, self.measure, at=self.global_step, automatic=self.auto is not None)
             self._warned = warning is not None

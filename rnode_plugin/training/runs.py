@@ -37,7 +37,7 @@ _FIXED = (
     "data.train_rows",
     "model.name", "model.hidden", "model.layers", "model.alpha",
     "model.field", "model.activation", "model.blocks",
-    "optimizer.name", "training.weights",
+    "optimizer.name", "training.weights", "start.matching",
 )  # fmt: skip
 
 _OF_TRAINING = ("progress", "optimizer_states", "lr_schedulers", "loops", "callbacks")  # of a checkpoint
@@ -64,7 +64,7 @@ class RunPlan:
         """The plan of a recipe for a number of training samples and devices.
 
         Raises:
-            ConfigError: the samples do not fill one batch on each device.
+            ConfigError: the samples do not fill one batch on each device, or flow matching fills all steps.
         """
         training = recipe.training
         batch, accumulate = recipe.data.batch_size, training.accumulate
@@ -79,6 +79,11 @@ class RunPlan:
             )
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
         total = min(limit for limit in limits if limit is not None)
+        if total <= recipe.start.matching:
+            raise ConfigError(
+                f"start.matching={recipe.start.matching} leaves none of {total} steps for maximum likelihood: "
+                "raise --max-steps, or lower it."
+            )
         check = training.val_every_steps or training.val_every * per_epoch
         return RunPlan(per_epoch, total, min(check, total), accumulate)
 

@@ -88,7 +88,8 @@ class StepObjective:
     def matching(self, inputs: FlowInput) -> StepTerms:
         """The terms of a step of flow matching: the squared error per dimension, one evaluation per block."""
         loss = self._flow.matching_loss(inputs.x, **inputs.options).mean() / self.measure.dims
-        return StepTerms(loss, None, len(self._flow.fields), {})
+        usable = torch.isfinite(loss.detach())
+        return StepTerms(torch.where(usable, 1.0, torch.nan) * loss, None, len(self._flow.fields), {})
 
     def unusable(self, nfe: int) -> StepTerms:
         """The terms of a batch whose integration failed: NaN, and so is the gradient, on every device."""
@@ -149,7 +150,8 @@ class StepRecord:
         values = [norm, *(value for pair in pairs for value in pair)]
         length, *found = torch.stack([value.to(norm.dtype) for value in values]).tolist()
         for terms, loss, jacobian in zip(self._terms, found[::2], found[1::2], strict=True):
-            self._solves.append((terms.nfe, jacobian))
+            if terms.score is not None:
+                self._solves.append((terms.nfe, jacobian))
             if not math.isfinite(loss) and self.problem is None:
                 self.problem = "the loss is nan"
                 try:
