@@ -153,6 +153,7 @@ def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         run(tiny_recipe("start.matching=8"), tmp_path)
     with pytest.raises(ConfigError, match="the parameters of a regularizer no gradient"):
         RnodeModule(tiny_recipe("start.matching=1", "regularizers.learned_end_time=0.01"))
+    assert tiny_recipe("start.matching=1", "training.weights=mnist-pretrained").matching == 0
     recipe = tiny_recipe("start.matching=1")
     monkeypatch.setattr(type(recipe), "build_flow", lambda self: nn.Linear(2, 2))
     with pytest.raises(ConfigError, match=r"start\.matching needs a flow of blocks"):

@@ -91,11 +91,12 @@ def celebahq256() -> Recipe:
 
 
 def mnist_fast() -> Recipe:
-    return _fast(mnist(), epochs=5)
+    # 300 steps of flow matching and 50 of likelihood: 1.30 bits/dim; 100 of likelihood, which takes longer: 1.76
+    return _fast(mnist(), epochs=5, start=Start(matching=300))
 
 
 def cifar10_fast() -> Recipe:
-    return _fast(cifar10(), epochs=10)
+    return _fast(cifar10(), epochs=10, start=Start(steps=50, batch_size=25))
 
 
 def table() -> Recipe:
@@ -119,19 +120,19 @@ def table() -> Recipe:
     )
 
 
-def _fast(recipe: Recipe, *, epochs: int) -> Recipe:
+def _fast(recipe: Recipe, *, epochs: int, start: Start) -> Recipe:
     """The model and the objective of a recipe of the paper, with all that makes training faster."""
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}-fast",
-        description=f"the model of {recipe.name}, trained fast: Muon, sampled products, small batches at the start",
+        description=f"the model of {recipe.name}, trained fast: Muon, sampled products, a start of its own",
         data=dataclasses.replace(recipe.data, batch_size=50),
         # a step of 0.5 kept for long is learnt by heart: after 450 steps of Muon from a trained MNIST flow the
         # training bits/dim fell to 0.1 while the accurate ones rose from 1.21 to 1.60
         solver=dataclasses.replace(_SAMPLED, step="auto"),
         # digits' rate of 2e-2 explodes on the full MNIST model within 40 steps, also at the small step
         optimizer=dataclasses.replace(_MUON, lr=5e-3, vector_lr=2.5e-3),
-        start=Start(steps=50, batch_size=25),
+        start=start,
         training=dataclasses.replace(recipe.training, max_epochs=epochs, precision="auto", compile="auto"),
         paper=None,
     )

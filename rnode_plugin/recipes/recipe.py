@@ -265,6 +265,11 @@ class Recipe:
         return {name: final_strength(strength) for name, strength in self.regularizers.items()}
 
     @property
+    def matching(self) -> int:
+        """Steps of flow matching at the start of a run: ``start.matching``, and none where weights are given."""
+        return 0 if self.training.weights else self.start.matching
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """Names of the penalties that the flow integrates."""
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))

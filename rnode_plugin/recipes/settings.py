@@ -290,7 +290,7 @@ class Start:
         matching: optimizer steps of flow matching, the first of the run: all fields learn at once to carry data
             straight to noise, with one evaluation each and no likelihood
             (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``training.max_steps``, and
-            optimizer and schedule begin anew after them. 0 for none.
+            optimizer and schedule begin anew after them. None where ``training.weights`` are given.
     """
 
     steps: _NotNegative = 0

@@ -172,7 +172,7 @@ def estimate(
         except (RnodeError, RuntimeError) as error:
             return ScaledStep(precision, gradient, size, None, None, first_line(error))
         seconds *= batch / size
-        likelihood = None if steps is None else max(0, steps - recipe.start.matching)
+        likelihood = None if steps is None else max(0, steps - recipe.matching)
         hours = None if likelihood is None else seconds * recipe.training.accumulate * likelihood / 3600
         return ScaledStep(precision, gradient, size, seconds, hours)
 

@@ -259,7 +259,7 @@ def take_fastest_way(trainer: L.Trainer, recipe: Recipe, folder: Path | None) ->
             value = torch.tensor(seconds, dtype=torch.float32, device=strategy.root_device)
             return float(strategy.reduce(value, reduce_op="max"))
 
-        left = trainer.estimated_stepping_batches - max(trainer.global_step, recipe.start.matching)
+        left = trainer.estimated_stepping_batches - max(trainer.global_step, recipe.matching)
         choice = choose(recipe, device=strategy.root_device, steps=left, slowest=slowest)
         if folder is not None:
             write_choice(choice, folder)

@@ -249,8 +249,8 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     batch = module.recipe.start.described(module.recipe.data.batch_size)
     print(f"steps {done} to {plan.total}, batch {batch}, {where}, in {module.folder.path}", flush=True)
-    if done < module.recipe.start.matching:
-        print(f"steps to {module.recipe.start.matching} are flow matching: bits/dim only at validations")
+    if done < module.recipe.matching:
+        print(f"steps to {module.recipe.matching} are flow matching: bits/dim only at validations")
     if module.recipe.training.ema is not None:
         print(f"training uses the weights as they are, validations and checkpoints the {module.recipe.weights}")
 

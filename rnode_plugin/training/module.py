@@ -77,7 +77,7 @@ class RnodeModule(L.LightningModule):
         self.folder: RunFolder | None = None
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
-        if recipe.start.matching:
+        if recipe.matching:
             if not isinstance(self.flow, BlockFlow):
                 model = recipe.model.name
                 raise ConfigError(f"start.matching needs a flow of blocks, which the model {model} is not.")
@@ -109,7 +109,7 @@ class RnodeModule(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Equation 17 on a batch as the data come, in nats per dimension."""
         solver, part = self.solver, batch_idx % self._batches
-        matching = self.global_step < self.recipe.start.matching
+        matching = self.global_step < self.recipe.matching
         if part == 0:
             known = self.auto is not None and not matching
             self.record.begin(self._batches, step_size=float(solver.step or 0) if known else None)
@@ -226,7 +226,7 @@ class RnodeModule(L.LightningModule):
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if batch_idx % self._batches == 0:
-            if 0 < self.global_step == self.recipe.start.matching:
+            if 0 < self.global_step == self.recipe.matching:
                 self.optimizers(use_pl_optimizer=False).state.clear()  # pyright: ignore[reportAttributeAccessIssue]
             self._compile_step(batch)
             self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
@@ -255,8 +255,8 @@ class RnodeModule(L.LightningModule):
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with the result of the first one."""
         auto = self.auto
-        start = self.recipe.start
-        if auto is None or self.global_step < start.matching or start.gives_step_at(self.global_step):
+        step, recipe = self.global_step, self.recipe
+        if auto is None or step < recipe.matching or recipe.start.gives_step_at(step):
             return
         if auto.step is not None and self.global_step % self.recipe.training.tune_every:
             return
@@ -288,7 +288,7 @@ class RnodeModule(L.LightningModule):
             self.log(
                 f"val/{name}", value, prog_bar=name == self.measure.metric, sync_dist=self.trainer.world_size > 1
             )
-        matching = self.global_step <= self.recipe.start.matching != 0  # no solver was trained with yet
+        matching = self.global_step <= self.recipe.matching != 0  # no solver was trained with yet
         if not (self.trainer.sanity_checking or self._warned or matching):
             gap = means.get("gap", 0.0)
             warning = gap_warning(gap, self.measure, at=self.global_step, automatic=self.auto is not None)
@@ -302,7 +302,7 @@ class RnodeModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.flow, self.recipe.optimizer)
-        matching = self.recipe.start.matching
+        matching = self.recipe.matching
         factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps, matching=matching)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -79,9 +79,9 @@ class RunPlan:
             )
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
         total = min(limit for limit in limits if limit is not None)
-        if total <= recipe.start.matching:
+        if total <= recipe.matching:
             raise ConfigError(
-                f"start.matching={recipe.start.matching} leaves none of {total} steps for maximum likelihood: "
+                f"start.matching={recipe.matching} leaves none of {total} steps for maximum likelihood: "
                 "raise --max-steps, or lower it."
             )
         check = training.val_every_steps or training.val_every * per_epoch
