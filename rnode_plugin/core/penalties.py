@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Penalties(Mapping[str, Tensor]):
             self._solves = []
 
     def add(self, integrals: dict[str, Tensor], dims: int) -> None:
-        """Add what a solve left: integrals ``(B,)`` by name, and the number of dimensions of ``z`` per sample."""
+        """Add what a solve left: integrals ``(B,)`` by name, from :func:`attach`, and the dimensions of a state."""
         self._solves.append(_Solve(integrals, dims))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -105,8 +105,8 @@ class Penalties(Mapping[str, Tensor]):
             lambdas: strengths to use instead of the given ones, by name of the penalty.
 
         Raises:
-            ConfigError: if there are no penalties, for an unknown name, and for a strength that is negative or
-                not finite.
+            ConfigError: if there are no penalties, if backward has already gone through them and freed their
+                graph, for an unknown name, and for a strength that is negative or not finite.
         """
         strengths = {name: w.strength for name, w in self.weighted.items()}
         for name, strength in lambdas.items():
@@ -117,6 +117,11 @@ class Penalties(Mapping[str, Tensor]):
         whole = undivided([w.regularizer for w in self.weighted.values()])
         losses: list[Tensor] = []
         for integrals, dims in self._followed():
+            if any(_is_freed(value) for value in integrals.values()):
+                raise ConfigError(
+                    "backward has already gone through these penalties and freed their graph: call the model again "
+                    "before reg_loss(), or keep the graph with backward(retain_graph=True)."
+                )
             if any(len(value) == 0 for value in integrals.values()):
                 losses += [value.sum() for value in integrals.values()]
             else:
@@ -136,27 +141,55 @@ class Penalties(Mapping[str, Tensor]):
         return self._solves
 
 
-def with_cost(solution: Sequence[Tensor], cost: Tensor) -> tuple[Tensor, ...]:
-    """``solution``, through which backward gives ``cost``, such as an adjoint's running cost, a gradient of one."""
-    return _WithCost.apply(cost, *solution)  # pyright: ignore[reportReturnType]
+def attach(
+    sol: Tensor, integrals: Mapping[str, Tensor], hidden_cost: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tie solution and penalties to one node of the graph.
+
+    Backward through either frees the node, which tells that the penalties have been used. DistributedDataParallel
+    finds from the solution the parameters that only the penalties use. ``hidden_cost``, the running cost of an
+    adjoint, gets its gradient of one whenever backward goes through the solution.
+    """
+    if hidden_cost is None and not integrals:
+        return sol, {}
+    tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())  # pyright: ignore[reportGeneralTypeIssues]
+    return tied, dict(zip(integrals, values, strict=True))
 
 
-class _WithCost(torch.autograd.Function):
+class _Tie(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(cost: Tensor, *solution: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(torch.clone, solution))
+    def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # copies, not views: the caller may change the solution in place
+        return sol.clone(), *map(torch.clone, integrals)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        sol, cost = inputs[:2]
         ctx.set_materialize_grads(False)
-        ctx.unit_cost = torch.ones_like(inputs[0])
+        ctx.save_for_backward(sol.new_empty(0))  # what backward frees
+        ctx.unit_cost = None if cost is None else torch.ones_like(cost)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.unit_cost, *gradients
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dsol: Tensor | None, *dintegrals: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return dsol, ctx.unit_cost, *dintegrals
 
     @staticmethod
-    def jvp(ctx: Any, _: Tensor | None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tuple(None if tangent is None else tangent.clone() for tangent in tangents)
+    def jvp(ctx: Any, dsol: Tensor | None, dcost: Tensor | None, *dintegrals: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))
+
+
+def _is_freed(value: Tensor) -> bool:
+    node = value.grad_fn
+    if node is None:
+        return False
+    try:
+        node.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
+    except RuntimeError:
+        return True
+    except AttributeError:  # the node of a functional transform, which frees nothing
+        return False
+    return False

@@ -111,8 +111,7 @@ class _Adjoint(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(t_span, solution.t, solution.z, drawn, on_path, *params)
         ctx.mark_non_differentiable(solution.t)
-        # a copy: the caller may change the solution in place
-        return solution.t, solution.z.clone(), solution.logdet, on_path, *solution.penalties.values()
+        return solution.t, solution.z, solution.logdet, on_path, *solution.penalties.values()
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,7 @@ from torchdiffeq._impl.adjoint import find_parameters
 
 from ..core.derivatives import AutogradField
 from ..core.dynamics import Dynamics
-from ..core.penalties import Penalties
+from ..core.penalties import Penalties, attach
 from ..core.random_streams import Stream, stream_seed
 from ..core.regularizers import Weighted, kind_of, span_policy
 from ..core.trace_estimators import TraceEstimator, get_estimator
@@ -245,6 +245,7 @@ def solve(
     if policy is not None and getattr(policy, "penalized", True):
         integrals[policy.name] = policy(z0)
     kept = [x if rows is None else x[rows] for x in full[:count]]
+    kept[0], integrals = attach(kept[0], integrals)
     solution = layout.of_user(kept)
     return (solution if event_t is None else (event_t, solution)), integrals, math.prod(z0.shape[1:])
 

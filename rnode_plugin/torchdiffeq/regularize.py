@@ -13,7 +13,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ..core.penalties import Penalties, with_cost
+from ..core.penalties import Penalties, attach
 from ..errors import ConfigError
 from . import integrate
 from .integrate import PLAIN, Follow, follow, here, solve
@@ -155,10 +155,12 @@ def uninstall() -> None:
 def _with_cost(solution: Any, cost: Tensor) -> Any:
     """The solution, whose backward gives ``cost`` the gradient 1."""
     if isinstance(solution, Tensor):
-        return with_cost([solution], cost)[0]
-    if solution[0].ndim == 0:  # the time of an event
-        return solution[0], _with_cost(solution[1], cost)
-    return with_cost(solution, cost)
+        return attach(solution, {}, cost)[0]
+    first, *rest = solution
+    if first.ndim == 0:  # the time of an event
+        return first, _with_cost(rest[0], cost)
+    first, others = attach(first, {str(i): x for i, x in enumerate(rest)}, cost)
+    return (first, *others.values())
 
 
 _lock = threading.Lock()

@@ -21,7 +21,7 @@ from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..core.citations import citation
 from ..core.ops import OneProcessADevice, on_host, tree_map_only
-from ..core.penalties import Penalties, with_cost
+from ..core.penalties import Penalties, attach
 from ..core.regularizers import kind_of
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
@@ -262,8 +262,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             lambdas: strengths to use instead of the constructor's, by name of the penalty.
 
         Raises:
-            ConfigError: if there is nothing to sum (see :attr:`regularization`), for an unknown name, and for a
-                strength that is negative or not finite.
+            ConfigError: if there is nothing to sum (see :attr:`regularization`), if backward has already gone
+                through it and freed it, for an unknown name, and for a strength that is negative or not finite.
         """
         return self._last_penalties().loss(step=step, **lambdas)
 
@@ -373,9 +373,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             added = Penalties(left.weighted)
             added.add(integrals, system.dims)
             cost = added.loss() if cost is None else cost.sum() + added.loss()
+        sol, integrals = attach(solution.z, integrals, cost)
         if remember:
             left.add(integrals, system.dims)
-        return solution.t, solution.z if cost is None else with_cost([solution.z], cost)[0]
+        return solution.t, sol
 
     def _plan(
         self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: str, *, interpolate: bool
