@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rnode_plugin"
 # Where the package stands. The aims are 18,500 and 15,500 lines, 15 raise statements in 1,000 lines of code,
 # and 120 functions in a pass of the digits flow: lower a bound when it can be lowered.
-LINES, TEST_LINES, RAISES = 24_400, 19_700, 24.5
+LINES, TEST_LINES, RAISES = 23_100, 18_800, 24.5
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
@@ -112,7 +112,7 @@ def digits() -> tuple[Callable[[], object], Field]:
 
 @pytest.mark.parametrize(
     ("make", "files", "functions", "frames"),
-    [(neural_ode, 18, 90, 11), (log_prob, 21, 105, 13), (digits, 20, 133, 0)],
+    [(neural_ode, 18, 90, 11), (log_prob, 21, 105, 13), (digits, 20, 131, 0)],
     ids=["NeuralODE", "log_prob", "digits"],
 )
 def test_a_call_is_short(

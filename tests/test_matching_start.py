@@ -151,7 +151,7 @@ def test_a_field_gets_the_time_as_in_a_solve() -> None:
 def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"start\.matching=8 leaves none of 8 steps"):
         run(tiny_recipe("start.matching=8"), tmp_path)
-    with pytest.raises(ConfigError, match="the parameters of a regularizer no gradient"):
+    with pytest.raises(ConfigError, match="regularizers without parameters"):
         RnodeModule(tiny_recipe("start.matching=1", "regularizers.learned_end_time=0.01"))
     assert tiny_recipe("start.matching=1", "training.weights=mnist-pretrained").matching == 0
     recipe = tiny_recipe("start.matching=1")

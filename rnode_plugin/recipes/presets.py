@@ -91,7 +91,7 @@ def celebahq256() -> Recipe:
 
 
 def mnist_fast() -> Recipe:
-    # 300 steps of flow matching and 50 of likelihood: 1.30 bits/dim; 100 of likelihood, which takes longer: 1.76
+    # after 400 s of one core 1.30 bits/dim, by likelihood alone 1.44 after 480 s
     return _fast(mnist(), epochs=5, start=Start(matching=300))
 
 

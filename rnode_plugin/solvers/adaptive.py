@@ -81,7 +81,7 @@ def solve_adaptive(
     Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`; a list ``trace`` receives the time and
     the state of every accepted step. A state in half precision is refused.
     """
-    if z.dtype.itemsize < 4:
+    if z.dtype.to_real().itemsize < 4:
         raise ConfigError(
             f"{method.name} needs a state of float32 or float64, not {z.dtype}, which cannot show the errors that "
             "it compares: use autocast, which leaves the state as it is, or a fixed grid "

@@ -336,7 +336,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                     interpolate=interpolate, trace=trace, noise=noise,
                 )  # fmt: skip
         adaptive = self.solver.stepping_class == "adaptive"
-        x = _checked_state(x, adaptive=adaptive).clone()  # a field or a penalty may mark it or write into it
+        x = _checked_state(x).clone()  # a field or a penalty may mark it or write into it
         if penalties and x.ndim == 1 and len(x) > 1 and any(getattr(r, "needs", ()) for r in left.regularizers):
             warnings.warn(  # Python shows it once
                 f"a state of shape {tuple(x.shape)} counts as {len(x)} samples of one dimension, without the "
@@ -408,19 +408,13 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         return solver, replace(method, interpolator=interpolator, adjoint=backward), keep
 
 
-def _checked_state(x: Any, *, adaptive: bool) -> Tensor:
+def _checked_state(x: Any) -> Tensor:
     """The initial state; one of integers becomes one of torch's default floating-point type."""
     if not isinstance(x, Tensor):
         raise ConfigError(
             f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF follows a "
             "log-density beside z, penalized= chooses the columns that penalties see, and "
             "rnode_plugin.torchdiffeq.odeint takes tuples."
-        )
-    if adaptive and x.dtype in (torch.float16, torch.bfloat16, torch.complex32):
-        raise ConfigError(
-            f"a solver that chooses its steps needs a state of float32 or float64, not {x.dtype}, which cannot "
-            "show the errors that it compares. Use a fixed-step solver, or torch.autocast, which leaves the state "
-            "as it is."
         )
     return x if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
 

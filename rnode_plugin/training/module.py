@@ -78,12 +78,11 @@ class RnodeModule(L.LightningModule):
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
         if recipe.matching:
-            if not isinstance(self.flow, BlockFlow):
-                model = recipe.model.name
-                raise ConfigError(f"start.matching needs a flow of blocks, which the model {model} is not.")
-            if any(name.startswith("regularizer_modules.") for name, _ in self.flow.named_parameters()):
+            learned = any(name.startswith("regularizer_modules.") for name, _ in self.flow.named_parameters())
+            if learned or not isinstance(self.flow, BlockFlow):
                 raise ConfigError(
-                    "start.matching gives the parameters of a regularizer no gradient: train without one of both."
+                    "start.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
+                    "parameters, which it gives no gradient."
                 )
         self._compiled: set[torch.Size] | None = None  # shapes of batches
         if recipe.training.compile is True:

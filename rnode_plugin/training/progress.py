@@ -61,7 +61,9 @@ class RunProgress(ProgressBar):
             self._bar.close()
 
     def _show(self, trainer: L.Trainer, module: Any, *, every: float = 0.0) -> None:
-        step, metrics = trainer.global_step, trainer.progress_bar_metrics
+        step, metrics = trainer.global_step, dict(trainer.progress_bar_metrics)
+        if step > module.recipe.matching:
+            metrics.pop("train/matching", None)
         shown = {
             label: f"{float(metrics[name]):.{0 if label == 'NFE' else 4}f}"
             for name, label in _SHOWN.items()
