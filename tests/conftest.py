@@ -42,7 +42,9 @@ def register() -> Iterator[Callable[[object, str], None]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the files in :data:`UNIT`, but for slow ones."""
+    """Mark the tests of the files in :data:`UNIT`, but for slow ones, those of many draws and those with scipy."""
     for item in items:
-        if Path(item.fspath).stem in UNIT and item.get_closest_marker("slow") is None:
+        long = any(word in item.name for word in ("unbiased", "scipy"))
+        quick = item.get_closest_marker("slow") is None and not long
+        if Path(item.fspath).stem in UNIT and quick:
             item.add_marker(pytest.mark.unit)
