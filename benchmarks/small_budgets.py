@@ -112,8 +112,8 @@ class Budget(Trainer):
 
     def train(self) -> None:
         torch.manual_seed(self.recipe.training.seed)
-        for k in range(self.arm.matching):
-            self._match(k)
+        if self.arm.matching:
+            self._match(self.arm.matching)
         while self.steps < self.planned:
             if self.steps >= self.planned * (1 - self.arm.full):
                 self.method = dataclasses.replace(self.method, solver=rk4(step=self.arm.step))
@@ -164,23 +164,20 @@ class Budget(Trainer):
 
         return mock.patch.object(fixed, "draw_stage", mirrored)
 
-    def _match(self, step: int) -> None:
-        """One step of flow matching."""
-        batch = torch.from_numpy(self.data.train[next(self._batches)])
-        x, flow = dequantize(batch, self.recipe.images.levels), self.flow
-        self.seen += len(x)
-        begin = time.process_time()
-        loss = flow.matching_loss(x).mean() / self.recipe.dims
-        if step == 0:
-            self._matcher = make_optimizer(flow, self.recipe.optimizer)
-        factor = learning_rate_factor(self.recipe.optimizer, lambda: self.arm.matching)(step)
-        rates = self.recipe.optimizer.lr, self.recipe.optimizer.vector_lr
-        for group, rate in zip(self._matcher.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-        self._matcher.zero_grad()
-        loss.backward()
-        self._matcher.step()
-        self.seconds += time.process_time() - begin
+    def _match(self, steps: int) -> None:
+        """Steps of flow matching, with an optimizer and a schedule of their own."""
+        optimizer = make_optimizer(self.flow, self.recipe.optimizer)
+        factor = learning_rate_factor(self.recipe.optimizer, lambda: steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        for _ in range(steps):
+            x = dequantize(torch.from_numpy(self.data.train[next(self._batches)]), self.recipe.images.levels)
+            self.seen += len(x)
+            begin = time.process_time()
+            optimizer.zero_grad()
+            (self.flow.matching_loss(x).mean() / self.recipe.dims).backward()
+            optimizer.step()
+            schedule.step()
+            self.seconds += time.process_time() - begin
 
 
 def settings(data: str, root: str, assignments: Sequence[str]) -> Recipe:
