@@ -46,6 +46,10 @@ class Activation(ABC):
         """``s'(a) x``."""
         return x * self.slope(kept)
 
+    def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
+        """``s'(a) x`` while ``a`` is still at hand, without a graph; may overwrite ``a``, if not kept."""
+        return self.times_slope(x, kept)
+
     @abstractmethod
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
         """The derivative of ``s'(a)``, which is given, with respect to what was kept."""
@@ -69,6 +73,11 @@ class _Softplus(Activation):
 
     def times_slope(self, x: Tensor, kept: Tensor) -> Tensor:
         return torch.addcmul(x, x, torch.neg(kept).exp_(), value=-1)
+
+    def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
+        # one operation for three, into memory that is there if it has the shape
+        over = {"grad_input": a} if x.shape == a.shape and x.stride() == a.stride() else {}
+        return _aten.softplus_backward(x, a, 1, self._threshold, **over)
 
     def slope_derivative(self, kept: Tensor, slope: Tensor) -> Tensor:
         return 1 - slope

@@ -243,9 +243,10 @@ def _compiler() -> Callable[..., Any]:
 
 
 def _velocity(
-    stack: Stack, maps: _Maps, bias: Tensor, response: Tensor | None, t: Tensor, z: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The velocity, and what is kept of each activation."""
+    stack: Stack, maps: _Maps, bias: Tensor, response: Tensor | None, t: Tensor, z: Tensor,
+    pre: list[Tensor] | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The velocity, and what is kept of each activation; the pre-activations are added to ``pre``."""
     activation, kept = stack.activation, []
     row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
     u, shifts = stack.enter(z), stack.maps_of(row)
@@ -253,15 +254,23 @@ def _velocity(
         a = layer.apply(u, shift)
         u = activation.value(a)
         kept.append(u if activation.keeps_output else a)
+        if pre is not None:
+            pre.append(a)
     return maps[-1].apply(u, shifts[-1]), kept
 
 
-def _product(stack: Stack, maps: _Maps, kept: Sequence[Tensor], pulled: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The product with the Jacobian, and in it the cotangent of each activation but the last, ``pulled``."""
-    g, cotangents = pulled.to(stack.dtype), []
+def _product(
+    stack: Stack, maps: _Maps, kept: Sequence[Tensor], pulled: Tensor, pre: list[Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The product with the Jacobian, and in it the cotangent of each activation but the last, ``pulled``.
+
+    Without a graph it may take the pre-activations, ``pre``, which it uses up.
+    """
+    activation, g, cotangents = stack.activation, pulled.to(stack.dtype), []
     for layer, c in zip(maps[-2::-1], kept[::-1], strict=True):
         cotangents.append(g)
-        g = layer.transpose(stack.activation.times_slope(g, c))
+        v = activation.times_slope_at(g, pre.pop(), c) if pre else activation.times_slope(g, c)
+        g = layer.transpose(v)
     return g, cotangents[:0:-1]
 
 
@@ -291,10 +300,11 @@ class _Evaluation(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         assert stack.maps is not None
         with _without_autocast(z):
-            a, kept = _velocity(stack, stack.maps, bias, response, t, z)
+            pre = None if pulled is None else list[Tensor]()
+            a, kept = _velocity(stack, stack.maps, bias, response, t, z, pre)
             if pulled is None:
                 return a.to(z.dtype), None, *kept
-            product, cotangents = _product(stack, stack.maps, kept, pulled)
+            product, cotangents = _product(stack, stack.maps, kept, pulled, pre)
         return a.to(z.dtype), product.to(z.dtype), *kept, *cotangents
 
     @staticmethod
