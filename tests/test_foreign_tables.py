@@ -85,6 +85,8 @@ REFUSED = {
         "2 cells, not 1.*decimal",
     ),
     "a row of missing values": ("a,b\n1,2\nNA,NA\n3,4\n", "missing"),
+    "a row of the word nan": ("a,b\n1,2\nnan,nan\n3,4\n", "'a'.*1 missing value.*row 2"),
+    "a single column with the word nan": ("a\n1\nnan\n3\n", "'a'.*1 missing value.*row 2"),
     "decimal commas, R's write.csv2": ("a;b\n" + text_of(ROWS, ";", decimal=","), "decimal comma"),
     "decimal commas without a header": (text_of(ROWS, ";", decimal=","), "decimal comma"),
     "decimal commas and tabs": ("a\tb\n" + text_of(ROWS, "\t", decimal=","), "decimal comma"),

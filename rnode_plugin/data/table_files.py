@@ -269,12 +269,12 @@ def _sample(file: TextIO, separator: str, start: int) -> pd.DataFrame:
     return _frame(file, separator, _SAMPLE)
 
 
-def _frame(file: TextIO, separator: str, rows: int | None = None) -> pd.DataFrame:
+def _frame(file: TextIO, separator: str, rows: int | None = None, **options: Any) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer versions have this precision as their default, and say so
         return _pandas().read_csv(
             file, sep=separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False,
-            float_precision="round_trip", keep_default_na=False, na_values=[""],
+            float_precision="round_trip", keep_default_na=False, na_values=[""], **options,
         )  # fmt: skip
 
 
@@ -292,9 +292,13 @@ def _text_values(path: Path, layout: _Layout, wanted: Sequence[str]) -> np.ndarr
         except _pandas().errors.ParserError:
             _check_widths(path, layout)
             raise
+        empty = frame.isna().all(axis=1)
+        if empty.any():  # or rows of the word nan, which are missing values
+            file.seek(layout.start)
+            empty &= _frame(file, layout.separator, dtype=str).isna().all(axis=1)
     if frame[layout.width - 1].isna().any():  # pandas fills rows that are too short
         _check_widths(path, layout)
-    frame = frame.dropna(how="all")  # a spreadsheet's empty rows; those of NA are missing values
+    frame = frame[~empty]  # without a spreadsheet's empty rows
     places = [layout.names.index(name) + layout.first for name in wanted]
     columns = [_text_column(path, frame[place], name, wanted) for place, name in zip(places, wanted, strict=True)]
     return np.stack(columns, axis=1)
