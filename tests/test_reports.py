@@ -105,9 +105,9 @@ def test_a_run_without_a_logged_step_is_left_out_by_name(runs: list[Path], tmp_p
     early = write_run(tmp_path / "r" / "3", digits(seed=45), steps=0, checks=(), finished=False)
     (early / "metrics.csv").unlink()
     found, left_out = read_runs([tmp_path / "r", runs[0]])
-    assert left_out == [f"{begun} has no logged step.", f"{early} has no logged step."]
+    assert left_out == [f"{begun} has no logged step of likelihood.", f"{early} has no logged step."]
     assert [run.path for run in found] == [runs[1], runs[2], runs[0]]
-    with pytest.raises(ConfigError, match="3 has no logged step"):
+    with pytest.raises(ConfigError, match="3 has no logged step of likelihood"):
         write_report([early], tmp_path / "none")
     assert not (tmp_path / "none").exists()
     # a seed without a validation leaves its arm without bits/dim

@@ -164,7 +164,7 @@ def arm_of(recipe: Recipe) -> str:
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
     """The runs at ``paths`` and below those that are not runs, and a message for each one that is left out.
 
-    Left out are runs below a folder that cannot be read, runs without a logged step, and repetitions.
+    Left out are runs below a folder that cannot be read, runs without a logged step of likelihood, and repetitions.
 
     Raises:
         ConfigError: there is no run at one of the paths, it cannot be read, nothing is left, or some are on images
@@ -188,7 +188,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
             if run.has_begun:
                 runs[each] = run
             else:
-                left_out[f"{each} has no logged step."] = None
+                left_out[f"{each} has no logged step of likelihood."] = None
     if not runs:
         raise ConfigError(" ".join(left_out))
     kinds = {run.measure.metric: run for run in runs.values()}

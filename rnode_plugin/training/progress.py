@@ -33,6 +33,7 @@ class RunProgress(ProgressBar):
         super().__init__()
         self._bar: tqdm[Any] | None = None
         self._enabled, self._last = True, time.monotonic()
+        self._mark, self._pace = (0, 0.0), 0.0  # step and training seconds of a line, seconds per step before it
 
     def disable(self) -> None:
         self._enabled = False
@@ -75,9 +76,13 @@ class RunProgress(ProgressBar):
         elif self._enabled and time.monotonic() - self._last >= every:
             self._last = time.monotonic()
             figures = "  ".join(f"{label} {value}" for label, value in shown.items())
-            pace, left = module.clock.training / max(step, 1), trainer.max_steps - step
-            rest = f", about {duration(pace * left)} left" if left > 0 else ""
-            print(f"step {step}/{trainer.max_steps}  {figures}  {pace:.2f} s/step{rest}", flush=True)
+            (done, spent), spent_now = self._mark, module.clock.training
+            if step > done:
+                self._mark, self._pace = (step, spent_now), (spent_now - spent) / (step - done)
+            # a step of flow matching says nothing about one of likelihood
+            left = trainer.max_steps - step if step > module.recipe.matching else 0
+            rest = f", about {duration(self._pace * left)} left" if left > 0 else ""
+            print(f"step {step}/{trainer.max_steps}  {figures}  {self._pace:.2f} s/step{rest}", flush=True)
 
 
 def batch_counter(what: str) -> Callable[[int, int], None]:
