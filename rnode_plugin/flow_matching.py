@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .core.dynamics import Dynamics, FieldEvaluation
 from .core.regularizers import FunctionRegularizer, kind_of
-from .core.signature import time_first
+from .core.signature import call_of, time_first
 from .core.trace_estimators import Hutchinson
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
@@ -46,7 +46,8 @@ def penalties_at(
         The rate ``(B,)`` of each by name, summed over the event; differentiable if gradients are enabled.
 
     Raises:
-        ConfigError: for a regularizer that is unknown or not a rate, and for a ``t`` of another shape.
+        ConfigError: for a regularizer that is unknown or not a rate, for a ``t`` of another shape, and for one time
+            per sample with a field of this package that takes one for all.
 
     Example:
         >>> import torch
@@ -64,7 +65,8 @@ def penalties_at(
     if t.shape not in ((), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape {tuple(z.shape[:1])}, not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
-    dynamics = Dynamics(time_first(field), regularizers=rates, estimator=trace_noise, divergence=False)
+    field, _, _ = call_of(time_first(field))
+    dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False)
     return dynamics.evaluate(t, z, dynamics.draw(z)).penalties
 
 
@@ -218,7 +220,7 @@ class ODESolver:
 
     def _field(self, extras: dict[str, Any]) -> Any:
         model = self.velocity_model
-        return time_first(functools.partial(model, **extras) if extras else model)
+        return call_of(time_first(functools.partial(model, **extras) if extras else model))[0]
 
     def _with_trace(
         self, x: Tensor, grid: Tensor, solver: Solver, probes: int | None, extras: dict[str, Any]

@@ -22,7 +22,7 @@ from torch.distributions import (
 )
 from torchdyn_fields import mlp
 
-from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin import CNF, MultiscaleFlow, NeuralODE, RegularizedCNF
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
@@ -463,3 +463,26 @@ def test_inside_of_torchs_own_machinery() -> None:
     outer = Independent(d.expand((3,)), 1)
     assert outer.event_shape == (3, 2)
     assert outer.log_prob(outer.sample((5,))).shape == (5,)
+
+
+@pytest.mark.parametrize("span", [[0, 1], [0.0, 0.5, 1.0]])
+def test_times_as_a_list_and_noise_of_the_nets_precision(span: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    model = RegularizedCNF(net, event_shape=2, t_span=span, trace_estimator="rademacher")
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert model.log_prob(x, noise=model.draw_noise(3)).dtype == torch.float64
+
+
+def test_without_an_absolute_tolerance() -> None:
+    """The trace and the log-determinant of f = 0 are zero, which no relative tolerance allows an error of."""
+    net = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(net.weight)
+    model, x = RegularizedCNF(net, event_shape=2, solver="dopri5", atol=0.0, rtol=1e-5), torch.randn(3, 2)
+    torch.testing.assert_close(model.log_prob(x), model.base.log_prob(x))
+
+
+def test_an_image_flow_knows_its_own_samples() -> None:
+    flow = MultiscaleFlow((1, 4, 4), hidden=4, alpha=0.05)
+    density = flow.distribution()
+    assert density.log_prob(density.sample(torch.Size([32]))).isfinite().all()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, penalties_at
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.fields.stack import linear_field
 from rnode_plugin.flow_matching import ODESolver
 
 SCALES = torch.tensor([0.5, -0.3, 1.0], dtype=torch.float64)
@@ -160,3 +161,16 @@ def test_the_order_of_the_names_decides() -> None:
     assert solver.sample(torch.zeros(1, 1), method="midpoint", step_size=0.1).item() == pytest.approx(1.5)
     with pytest.raises(ConfigError, match="time_first"):
         NeuralODE(lambda x, t: 3 * t * torch.ones_like(x))
+
+
+def test_velocities_of_this_package_take_one_time_for_all() -> None:
+    field, z = linear_field(2, hidden=31), torch.randn(64, 2)  # 64 units in all: times would go along them
+    with pytest.raises(ConfigError, match="one time for all samples"):
+        penalties_at(field, torch.rand(64), z, ["kinetic"])
+    assert penalties_at(field, 0.5, z, ["kinetic"])["kinetic"].shape == (64,)
+
+
+def test_a_velocity_without_time() -> None:
+    z = points(4, 3)
+    found = penalties_at(lambda x: 2 * x, 0.5, z, ["kinetic"])["kinetic"]
+    torch.testing.assert_close(found, 4 * z.square().sum(1))

@@ -119,6 +119,7 @@ def test_a_module_with_hooks_is_left_alone() -> None:
         nn.Sequential(nn.Linear(2, 2), nn.Tanh()),
         nn.Sequential(nn.Linear(2, 3), nn.GELU("tanh"), nn.Linear(3, 2)),
         nn.Sequential(nn.Linear(2, 3), nn.Softplus(beta=2), nn.Linear(3, 2)),
+        nn.Sequential(nn.Linear(2, 3), nn.Softplus(threshold=5), nn.Linear(3, 2)),
         nn.Sequential(nn.Linear(2, 2), DepthCat(1)),
         nn.Sequential(DepthCat(0), nn.Linear(2, 2)),
         nn.Sequential(),

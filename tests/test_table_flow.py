@@ -176,3 +176,16 @@ def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:
 def test_refusals(act: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         act()
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "interpolated_adjoint"])
+def test_a_continuous_adjoint_has_the_gradient_of_the_context(gradient: Any) -> None:
+    flow, found = active_flow(context=2), []
+    for mode in ("autograd", gradient):
+        context = rows(4, 2).requires_grad_()
+        flow.log_prob(
+            rows(4, 3), context=context, solver=Solver("dopri5", atol=1e-9, rtol=1e-9, gradient=mode)
+        ).sum().backward()
+        found.append(context.grad)
+    assert found[0].abs().sum() > 0.1
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

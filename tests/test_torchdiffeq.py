@@ -508,3 +508,11 @@ def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code
 def test_bad_input_ends_in_one_sentence(y0: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         odeint(lambda t, y: y, y0, SPAN, **{"regularizers": ["kinetic"], **options})
+
+
+def test_a_random_end_time_beside_other_penalties() -> None:
+    """It changes the times and has no integral of its own: the others can be read."""
+    y0 = torch.ones(3, 2, dtype=torch.float64)
+    _, penalties = odeint(Field(), y0, SPAN, regularizers={"kinetic": 1.0, "steer": 1.0})
+    torch.testing.assert_close(penalties.loss(), penalties["kinetic"].mean() / 2)
+    assert penalties["steer"].tolist() == [0.0, 0.0, 0.0]

@@ -165,6 +165,21 @@ def test_penalized_columns_leave_a_divergence_of_ones_own_out(
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("trace_noise", ["gaussian", "hutch++:2"])
+@pytest.mark.parametrize("name", ["jacfrob", "total_derivative"])
+def test_penalized_columns_leave_the_solutions_gradient_as_it_is(
+    name: str, trace_noise: str, sensitivity: str
+) -> None:
+    torch.manual_seed(0)
+    net, x, span, found = mlp(4, 8, 4).double(), torch.randn(5, 4).double(), torch.linspace(0, 1, 4), []
+    for options in ({}, {"regularizers": [name], "trace_noise": trace_noise, "penalized": slice(0, 3)}):
+        model: Any = NeuralODE(net, "rk4", sensitivity=sensitivity, **options)
+        start = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(model(start, span)[1][-1].square().sum(), [start, *net.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+
+
 def test_penalties_are_those_of_z_alone() -> None:
     """Neither a CNF's trace nor an integral loss counts, nor the columns that penalized= leaves out."""
     torch.manual_seed(0)

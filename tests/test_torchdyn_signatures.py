@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,17 @@ def test_every_class_calls_it_as_it_takes(change: Callable[[nn.Module], nn.Modul
         changed.load_state_dict(plain.state_dict())
     for found, expected in zip(solve_all_ways(changed, x), solve_all_ways(plain, x), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("penalties", [[], ["jacfrob"]])
+def test_a_field_without_time_gets_its_args(penalties: list[str]) -> None:
+    def field(x: Tensor, args: Any = None) -> Tensor:
+        return -args["rate"] * x
+
+    x = torch.ones(3, 2, dtype=torch.float64)
+    model: Any = NeuralODE(field, "dopri5", atol=1e-9, rtol=1e-9, regularizers=penalties)
+    _, sol = model(x, torch.tensor([0.0, 1.0], dtype=torch.float64), args={"rate": 2.0})
+    torch.testing.assert_close(sol[-1], x * math.exp(-2), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(

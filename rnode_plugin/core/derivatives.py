@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -158,6 +158,33 @@ class AutogradField:
             return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
 
         return Linearization(dz, products, jvp, divergence, aux)
+
+
+class PartField(AutogradField):
+    """A part of the state as a field of its own; the rest stays as it is at each evaluation.
+
+    Args:
+        field: of the whole state.
+        part: a state, or its velocity, to the part ``(B, *event)``.
+        replaced: ``(state, z)`` to the state with ``z`` as that part.
+        aux: as for :class:`AutogradField`.
+
+    Attributes:
+        state: the whole state of the evaluation.
+        velocity: the whole velocity, once the field was evaluated there.
+    """
+
+    def __init__(
+        self, field: Any, *, part: Callable[[Any], Tensor], replaced: Callable[[Any, Tensor], Any], aux: Any = None
+    ) -> None:
+        super().__init__(field, aux=aux)
+        self.part, self._replaced = part, replaced
+        self.state: Any = None
+        self.velocity: Any = None
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        self.velocity = self._field(t, self._replaced(self.state, z))
+        return self.part(self.velocity)
 
 
 def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tensor:

@@ -85,9 +85,10 @@ def call_of(
             raise ConfigError("this CNF is conditional: give the solve a context, model(x, t_span, args=context).")
         return field, (args,), {}
     takes = field_takes(field)
+    keywords = {"args": {} if args is None else args} if takes.args else {}
     if not takes.time:
-        return lambda t, x: field(x), (), {}
-    return field, (), {"args": {} if args is None else args} if takes.args else {}
+        return lambda t, x: field(x, **keywords), (), {}
+    return field, (), keywords
 
 
 def original(field: Any) -> Any:

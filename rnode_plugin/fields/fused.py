@@ -196,7 +196,11 @@ def _without_autocast(z: Tensor) -> AbstractContextManager[object]:
 
 
 def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
-    return t if isinstance(t, Tensor) else z.new_tensor(t)
+    if not isinstance(t, Tensor):
+        return z.new_tensor(t)
+    if t.numel() != 1:  # would go along the units of the layers
+        raise ConfigError(f"this field takes one time for all samples, not times of shape {tuple(t.shape)}.")
+    return t
 
 
 def _transformed(stack: Stack, *tensors: Tensor | None) -> bool:

@@ -59,15 +59,12 @@ class PotentialField(nn.Module):
     def potential(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``Phi(t, z) (B,)``."""
         s = self._joined(t, z, context)
-        u = _log_cosh(s @ self.weights[0].T + self.biases[0])
-        for weight, bias in self._rest():
-            u = u + _log_cosh(u @ weight.T + bias)
-        return u @ self.w + (s @ self.a.T).square().sum(1) / 2 + s @ self.b
+        return self._run(s)[1] @ self.w + (s @ self.a.T).square().sum(1) / 2 + s @ self.b
 
     def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         """``-grad Phi``, of the shape of ``z (B, *event)``, at a scalar time."""
         s = self._joined(t, z, context)
-        return -self._gradient(s, self._run(s))[0][:, : self.dims].reshape(z.shape)
+        return -self._gradient(s, self._run(s)[0])[0][:, : self.dims].reshape(z.shape)
 
     def linearize(
         self,
@@ -83,7 +80,7 @@ class PotentialField(nn.Module):
         ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``.
         """
         s = self._joined(t, z, context)
-        layers = self._run(s)
+        layers, _ = self._run(s)
         gradient, pulled = self._gradient(s, layers)
         aux = {"potential_rate": gradient[:, self.dims]} if ask.aux else None
         products = divergence = None
@@ -106,7 +103,7 @@ class PotentialField(nn.Module):
     def aux(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> dict[str, Tensor]:
         """``{"potential_rate": dPhi/dt (B,)}``."""
         s = self._joined(t, z, context)
-        return {"potential_rate": self._gradient(s, self._run(s))[0][:, self.dims]}
+        return {"potential_rate": self._gradient(s, self._run(s)[0])[0][:, self.dims]}
 
     def _direction(self, v: Tensor, dt: float) -> Tensor:
         """A direction ``(k, B, D)`` of the state and ``dt`` of time as one of ``s = (z, t, c)``."""
@@ -160,22 +157,17 @@ class PotentialField(nn.Module):
         if (context is None) != (self._given == 0) or any(each.shape != expected for each in given):
             got = "none" if context is None else f"{tuple(context.shape)}"
             raise ConfigError(f"this PotentialField takes contexts of shape {expected}, not {got}.")
-        return torch.cat([flat, t.to(z).reshape(1, 1).expand(z.shape[0], 1), *given], 1)
+        return torch.cat([flat, t.to(z).reshape(-1, 1).expand(z.shape[0], 1), *given], 1)
 
-    def _rest(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.weights[1:], self.biases[1:], strict=True))
-
-    def _run(self, s: Tensor) -> list[_Layer]:
-        """Each layer at ``s``; the derivatives of log(e^x + e^-x) are tanh and 1 - tanh^2."""
-        a = s @ self.weights[0].T + self.biases[0]
-        slope = torch.tanh(a)
-        layers, u = [_Layer(self.weights[0], slope, 1 - slope.square())], _log_cosh(a)
-        for weight, bias in self._rest():
+    def _run(self, s: Tensor) -> tuple[list[_Layer], Tensor]:
+        """Each layer at ``s``, and ``N(s)``; the derivatives of log(e^x + e^-x) are tanh and 1 - tanh^2."""
+        layers, u = list[_Layer](), s
+        for weight, bias in zip(self.weights, self.biases, strict=True):
             a = u @ weight.T + bias
-            slope = torch.tanh(a)
+            slope, above = torch.tanh(a), _log_cosh(a)
+            u = u + above if layers else above
             layers.append(_Layer(weight, slope, 1 - slope.square()))
-            u = u + _log_cosh(a)
-        return layers
+        return layers, u
 
     def _gradient(self, s: Tensor, layers: list[_Layer]) -> tuple[Tensor, list[Tensor]]:
         """``grad_s Phi (B, D + 1)``, and what reaches the activation of each layer from above."""

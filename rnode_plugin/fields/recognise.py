@@ -19,7 +19,7 @@ from .stack import PreparedStack
 
 _SETTINGS = {
     nn.Tanh: ("tanh", {}),
-    nn.Softplus: ("softplus", {"beta": 1.0}),  # without the kink at its threshold: 2e-9 at 20
+    nn.Softplus: ("softplus", {"beta": 1.0}),
     nn.ELU: ("elu", {"alpha": 1.0}),
     nn.SiLU: ("silu", {}),
     nn.GELU: ("gelu", {"approximate": "none"}),
@@ -74,6 +74,7 @@ def _parts(module: Any) -> Iterator[Part]:
     elif type(module) in _SETTINGS:
         name, wanted = _SETTINGS[type(module)]
         known = all(getattr(module, key) == value for key, value in wanted.items())
+        known = known and getattr(module, "threshold", 20) >= 20  # ours is without softplus' kink there: 2e-9 at 20
         yield ("a", get_activation(name)) if known else _UNKNOWN
     else:
         yield PARTS.get(type(module), lambda module: _UNKNOWN)(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, cast
 
@@ -169,6 +169,12 @@ class AtContext(nn.Module):
         super().__init__()
         self.field: Any = field
         self._context = context
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """What a continuous adjoint differentiates by: the context too, if it has a graph."""
+        yield from super().parameters(recurse)
+        if self._context.requires_grad:
+            yield self._context
 
     def prepare(self, z: Tensor, noise: Tensor | None = None) -> Field:
         """As :meth:`StackField.prepare`, for a stack; another field as it is."""

@@ -200,7 +200,7 @@ class MultiscaleFlow(BlockFlow):
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
 
     def _enter(self, x: Tensor, solver: Solver, health: list[HealthCheck]) -> tuple[Tensor, Tensor]:
-        health.append(in_range := _range_check(x))
+        health.append(in_range := _range_check(x, self.alpha / (1 - 2 * self.alpha)))
         if solver.adaptive:  # which would fail with another error on values out of range
             check_health([in_range])
         return logit(x, self.alpha)
@@ -263,7 +263,7 @@ class MultiscaleFlow(BlockFlow):
         return super().sample(n, **options).clamp(0, 1)
 
 
-def _range_check(x: Tensor) -> HealthCheck:
+def _range_check(x: Tensor, margin: float) -> HealthCheck:
     """A check that images lie in [0, 1], read together with the health of the solves."""
     low, high = x.detach().aminmax()
 
@@ -271,5 +271,5 @@ def _range_check(x: Tensor) -> HealthCheck:
         found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
         raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
 
-    outside = torch.stack([-low, high - 1]).clamp(min=0)
+    outside = torch.stack([-low, high - 1]).sub(margin).clamp(min=0)
     return HealthCheck(outside / (outside == 0), fail)  # 0 / 1, or a positive number / 0

@@ -35,6 +35,8 @@ from .fixed import (
 from .solution import Solution
 from .tableaus import Method
 
+_LEAST = 1e-37  # allowed error of an entry whose size is 0, if atol is 0 too
+
 
 class StepMemory:
     """The longest step that would have passed everywhere in the last solve.
@@ -200,12 +202,12 @@ def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Solver, m
     """
     assert step.error is not None
     size = torch.max(z.abs(), step.z.abs())
-    scaled = step.error / (solver.atol + solver.rtol * size)
+    scaled = step.error / (solver.atol + solver.rtol * size).clamp(min=_LEAST)
     if step.dlogdet_error is not None and step.dlogdet is not None:
         size = step.dlogdet.abs()
         if logdet is not None:
             size = torch.max(logdet.abs(), (logdet + step.dlogdet).abs())
-        of_logdet = step.dlogdet_error / (solver.atol + solver.rtol * size)
+        of_logdet = step.dlogdet_error / (solver.atol + solver.rtol * size).clamp(min=_LEAST)
         scaled = torch.cat([scaled.flatten(), of_logdet.flatten()])
     return _on_host(method, rms_norm(scaled))[0]
 
@@ -288,6 +290,7 @@ def guess_first_step(
     ``f``, forward in time, shows how fast the ``velocity``, ``f(t, z)``, changes.
     """
     scale = atol + torch.abs(z) * rtol
+    scale = torch.where(scale == 0, math.inf, scale)  # an entry of size 0 does not count without atol
     size, speed = _on_host(method, rms_norm(z / scale), rms_norm(velocity / scale))
     t = t.cpu()
     tiny = torch.tensor(1e-6, dtype=t.dtype)

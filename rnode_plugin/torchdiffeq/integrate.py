@@ -17,8 +17,9 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 from torchdiffeq._impl.adjoint import find_parameters
+from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
-from ..core.derivatives import AutogradField
+from ..core.derivatives import PartField
 from ..core.dynamics import Dynamics
 from ..core.penalties import Penalties, attach
 from ..core.random_streams import Stream, stream_seed
@@ -33,9 +34,10 @@ PLAIN: dict[str, Any] = {"odeint": torchdiffeq.odeint, "odeint_adjoint": torchdi
 
 
 class _Here(threading.local):
-    """Whether this thread evaluates the field of a solve with penalties."""
+    """This thread: whether it evaluates the field of a solve with penalties, and what its block follows."""
 
     evaluating = False
+    following: Any = None
 
 
 here = _Here()
@@ -242,7 +244,7 @@ def solve(
             key, value = path.of_trajectory(number, times[places], states, integrals)
             integrals[key] = value
         integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
-    if policy is not None and getattr(policy, "penalized", True):
+    if policy is not None:
         integrals[policy.name] = policy(z0)
     kept = [x if rows is None else x[rows] for x in full[:count]]
     kept[0], integrals = attach(kept[0], integrals)
@@ -331,26 +333,6 @@ class _Layout:
         return self.of_user(tensors)
 
 
-class _PenalizedPart(AutogradField):
-    """The field of the tensors that the penalties are about; the others stay as they are at each evaluation.
-
-    Attributes:
-        state: the whole state of the evaluation.
-        velocity: the whole velocity, once the field was evaluated there.
-    """
-
-    def __init__(self, func: Any, layout: _Layout) -> None:
-        super().__init__(func, aux=lambda t, z: {})
-        self._layout = layout
-        self.state: Sequence[Tensor] = ()
-        self.velocity: tuple[Tensor, ...] = ()
-
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        velocity: Any = self._field(t, self._layout.replaced(self.state, z))
-        self.velocity = self._layout.tensors(velocity)
-        return self._layout.penalized(velocity)
-
-
 class _Augmented:
     """``func`` with the rates of the penalties behind its velocity: what torchdiffeq calls.
 
@@ -360,7 +342,7 @@ class _Augmented:
     def __init__(self, func: Any, layout: _Layout, wanted: Follow, z0: Tensor, t: Tensor) -> None:
         self.func, self._layout = func, layout
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
-        self._part = _PenalizedPart(func, layout)
+        self._part = PartField(func, part=layout.penalized, replaced=layout.replaced, aux=lambda t, z: {})
         followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
         self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.estimator, divergence=False)
         self._noise = self._stages = None
@@ -385,7 +367,7 @@ class _Augmented:
                 key: factor * found.get(key, zero) if rate.needs else found[key]
                 for key, rate in self.dynamics.rates.items()
             }
-        velocity, part.velocity, part.state = part.velocity, (), ()
+        velocity, part.velocity, part.state = self._layout.tensors(part.velocity), None, None
         if not torch.is_grad_enabled():  # a product has made a graph
             velocity = tuple(x.detach() for x in velocity)
         rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
@@ -476,16 +458,6 @@ def _adjoint(given: Mapping[str, Any], layout: _Layout, system: _Augmented) -> d
 
         changed["adjoint_options"] = {**own, "norm": of_user}
     return changed
-
-
-def _rms_norm(x: Tensor) -> Tensor:
-    """torchdiffeq's norm of a tensor."""
-    return x.abs().pow(2).mean().sqrt()
-
-
-def _mixed_norm(tensors: Sequence[Tensor]) -> Any:
-    """torchdiffeq's norm of a tuple."""
-    return max(_rms_norm(x) for x in tensors)
 
 
 _GROUP = 8

@@ -22,13 +22,6 @@ from .integrate import PLAIN, Follow, follow, here, solve
 Following = tuple[Follow, Callable[[Any, dict[str, Tensor], int], Any]]
 
 
-class _Block(threading.local):
-    """The block that this thread is in."""
-
-    following: Following | None = None
-
-
-_block = _Block()
 _installed: Following | None = None
 _is_installed = False
 
@@ -44,7 +37,7 @@ def _leading(name: str) -> Any:
         if given.get("regularizers") is not None:
             return face(func, y0, t, **given)
         given = {key: value for key, value in given.items() if key not in ours}
-        following = _block.following or _installed
+        following = here.following or _installed
         if following is None or here.evaluating or not torch.is_grad_enabled():
             return plain(func, y0, t, **given)
         wanted, then = following
@@ -92,7 +85,7 @@ def regularize(
         >>> round(float(penalties["kinetic"][0]), 4)
         0.8647
     """
-    if _block.following is not None:
+    if here.following is not None:
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     wanted = follow(
@@ -106,11 +99,11 @@ def regularize(
         return solution
 
     _bind()
-    _block.following = wanted, collect
+    here.following = wanted, collect
     try:
         yield found
     finally:
-        _block.following = None
+        here.following = None
         _release()
 
 

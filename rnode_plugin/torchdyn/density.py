@@ -95,6 +95,7 @@ class RegularizedCNF(DensityModel):
         cnf = CNF(net, trace_estimator, event_shape=self.event_shape, conditional=conditional)
         self._solve_by(cnf, regularizers, {**options, "solver": solver})
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
+        times = times if times.is_floating_point() else times.to(torch.get_default_dtype())
         self.register_buffer("t_span", times, persistent=False)
         self.t_span: Tensor
 
@@ -209,7 +210,8 @@ class RegularizedCNF(DensityModel):
         ``(batch, *event_shape)``, or ``(k, batch, *event_shape)`` for k probes.
         """
         estimator: Any = self._cnf.trace_estimator
-        return estimator.draw(self.t_span.new_empty(batch, *self.event_shape))
+        like = next(self.parameters(), self.t_span)
+        return estimator.draw(like.new_empty(batch, *self.event_shape))
 
     def log_prob(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -16,7 +16,7 @@ from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import AutogradField, Field
+from ..core.derivatives import AutogradField, Field, PartField
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer
@@ -212,28 +212,6 @@ class TorchdynField(AutogradField):
         return dz
 
 
-class _Columns(AutogradField):
-    """Some columns of the state as a field of their own; the others stay as they are at each evaluation.
-
-    Attributes:
-        state: the whole state of the evaluation.
-        velocity: the whole velocity, once the field was evaluated there.
-    """
-
-    def __init__(self, field: Field, x: Tensor, columns: Tensor | slice, aux: Any) -> None:
-        super().__init__(field, aux=aux)
-        self.columns = columns
-        self._index = torch.arange(x.shape[1], device=x.device)[columns]
-        self.state = x
-        self.velocity: Tensor | None = None
-
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        velocity = self._field(t, self.state.index_copy(1, self._index, z))
-        if self.velocity is None:
-            self.velocity = velocity
-        return velocity[:, self.columns]
-
-
 class _AutogradTrace(Exact):
     """The exact trace, summed as torchdyn does, to the bit."""
 
@@ -292,7 +270,7 @@ class TorchdynSystem(BoundDynamics):
     dynamics: Dynamics | None = None
     noise: Tensor | None = None
     event_shape: Sequence[int] | None = None
-    columns: _Columns | None = None
+    columns: PartField | None = None
     cost: Cost | None = None
     hidden_cost: Cost | None = None
     tensors: Sequence[Tensor] = ()
@@ -314,10 +292,8 @@ class TorchdynSystem(BoundDynamics):
         elif columns is None:
             dx, _, penalties = dynamics.evaluate(t, state, self.noise, products=products)
         else:
-            columns.state, columns.velocity = state, None
-            chosen = state[:, columns.columns]
-            penalties = dynamics.evaluate(t, chosen, self.noise, products=products).penalties
-            assert columns.velocity is not None
+            columns.state = state
+            penalties = dynamics.evaluate(t, columns.part(state), self.noise, products=products).penalties
             dx = _at_least(columns.velocity, state)
             dx = dx if torch.is_grad_enabled() else dx.detach()
         if self.cost is not None:
@@ -415,8 +391,11 @@ def system_of(
     if transparent:
         system.event_shape = z.shape[1:]
     elif penalized is not None or cnfs:
-        known, z = _Columns(known, state, columns, aux), state[:, columns]
-        system.columns = known
+        index = torch.arange(state.shape[1], device=state.device)[columns]
+        system.columns = known = PartField(
+            known, part=lambda x: x[:, columns], replaced=lambda x, z: x.index_copy(1, index, z), aux=aux
+        )
+        z = state[:, columns]
     if differentiated and system.columns is None:
         exact = prepare and order == 1 and type(estimator) is Exact and (transparent or "vjp" in needs)
         stack = recognise(field, z) if exact else None

@@ -64,7 +64,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         integral_loss: a running cost ``(t, x) -> (B,)``, integrated beside the state.
         seminorm: torchdyn's; it changes nothing.
         return_t_eval: whether a call returns ``(t_eval, trajectory)`` or the trajectory alone.
-        optimizable_params: parameters of an adjoint; empty: those of the field.
+        optimizable_params: parameters of an adjoint for a field that has none of its own, as in torchdyn.
         regularizers: names (``"kinetic"``, ``"jacfrob"``, those of plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
         trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,
