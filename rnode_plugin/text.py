@@ -7,7 +7,7 @@ import math
 
 def duration(seconds: float) -> str:
     """``12.3 s``, ``4 min 05 s`` or ``2 h 07 min``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
@@ -17,7 +17,7 @@ def significant(value: float, digits: int = 3) -> str:
     """``value`` with so many significant digits; a whole number from ten on without a point."""
     if abs(value) >= 10 ** (digits - 1) or (value == round(value) and abs(value) >= 10):
         return f"{value:,.0f}"
-    return f"{value:#.{digits}g}" if value else "0"
+    return f"{value:#.{digits}g}".rstrip(".") if value else "0"  # 99.96 becomes 100
 
 
 def with_error(value: float, error: float | None) -> str:

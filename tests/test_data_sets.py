@@ -12,7 +12,7 @@ import pytest
 from image_files import random_images, real_data
 from published_sets import publish, serve
 
-from rnode_plugin.data import ImageData, get_dataset
+from rnode_plugin.data import ImageData, get_dataset, get_table
 from rnode_plugin.errors import ConfigError, DataError
 
 
@@ -160,6 +160,8 @@ def test_a_size_that_does_not_exist_is_refused(name, tmp_path):
 def test_unknown_names_and_options_list_the_known_ones():
     with pytest.raises(ConfigError, match="unknown data set 'mnits'; did you mean 'mnist'"):
         get_dataset("mnits")
+    with pytest.raises(ConfigError, match=r"'table': .*'colums'"):
+        get_table("table", colums=("radius",))
     with pytest.raises(ConfigError, match=r"'digits': .*'bits'.* It takes: root, size"):
         get_dataset("digits", bits=5)
 

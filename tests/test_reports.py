@@ -105,7 +105,7 @@ def test_a_run_without_a_logged_step_is_left_out_by_name(runs: list[Path], tmp_p
     early = write_run(tmp_path / "r" / "3", digits(seed=45), steps=0, checks=(), finished=False)
     (early / "metrics.csv").unlink()
     found, left_out = read_runs([tmp_path / "r", runs[0]])
-    assert left_out == [f"{begun} has no logged step of likelihood.", f"{early} has no logged step."]
+    assert left_out == [f"{begun} has no logged step of likelihood.", f"{early} has no logged step of likelihood."]
     assert [run.path for run in found] == [runs[1], runs[2], runs[0]]
     with pytest.raises(ConfigError, match="3 has no logged step of likelihood"):
         write_report([early], tmp_path / "none")
@@ -330,8 +330,8 @@ def test_rolling_mean_and_band() -> None:
 
 
 def test_numbers_as_text() -> None:
-    assert [significant(v) for v in (0.0, 0.00123456, 1234.6, 123456.0, 0.5, 1.0, 48.0, 78.5, 114.0)] == [
-        "0", "0.00123", "1,235", "123,456", "0.500", "1.00", "48", "78.5", "114",
+    assert [significant(v) for v in (0.0, 0.00123456, 1234.6, 123456.0, 0.5, 1.0, 48.0, 78.5, 99.96, 114.0)] == [
+        "0", "0.00123", "1,235", "123,456", "0.500", "1.00", "48", "78.5", "100", "114",
     ]  # fmt: skip
     assert with_error(1.23456, 0.01) == "1.235 ± 0.010"
     assert with_error(1.23456, None) == "1.2346"

@@ -18,7 +18,7 @@ from tiny_runs import as_options, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.data.tables import Table
-from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.errors import CheckpointError, ConfigError, DataError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.evaluation.measures import TableMeasure, gaussian_scores, measure_of
@@ -261,6 +261,18 @@ def test_the_step_of_a_table_by_measurement(file: Path, conditional: Path) -> No
     assert "agrees with the adaptive solve within 0.02 nats and 0.01 deviations." in found.output
 
 
+def test_the_step_for_another_file_reads_the_columns_of_the_run(
+    file: Path, conditional: Path, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied.csv"
+    copied.write_bytes(file.read_bytes())
+    words = ["tune-step", str(conditional), "--device", "cpu", "--images", "20", "--smallest", "0.125"]
+    there = rnode(*words, "--data-root", str(copied))
+    assert there.output == rnode(*words).output
+    refused = rnode(*words, "--set", "model.hidden=99")
+    assert (refused.exit_code, "changes nothing about a trained flow" in refused.output) == (2, True)
+
+
 # a Gaussian of the same rows
 
 
@@ -422,3 +434,18 @@ def test_a_trainer_of_ones_own(file: Path, trainer: L.Trainer) -> None:
     np.testing.assert_allclose(module.flow.mean, data.data.train.mean(0), rtol=1e-5)  # pyright: ignore
     assert "val/nll" in trainer.callback_metrics or "train/nll" in trainer.callback_metrics
     assert measure_of(recipe).metric == "nll"
+
+
+def test_the_baseline_of_columns_that_determine_each_other() -> None:
+    """Given a one-hot code, it is that given all columns of the code but one."""
+    random = np.random.default_rng(0)
+    code = np.eye(3)[random.integers(0, 3, 80)]
+    rows = np.concatenate([random.normal(size=(80, 2)) + code @ random.normal(size=(3, 2)), code], 1)
+    train, held_out = rows[:60], rows[60:]
+    expected = gaussian_scores(train[:, :4], held_out[:, :4], 2)
+    np.testing.assert_allclose(gaussian_scores(train, held_out, 2), expected, rtol=1e-6)
+
+
+def test_too_few_training_rows_are_refused_before_training() -> None:
+    with pytest.raises(DataError, match="rows"):
+        load_table(get_recipe("table").override(["data.train_rows=5"]))

@@ -327,8 +327,7 @@ def tune_step(
     solver = Solver(method=options.pop("method"))
     check_tuning(solver, start=options["start"], smallest=options["smallest"])
     where = pick_device(device)
-    changes = [*assignments, *([f"data.root={data_root}"] if data_root else [])]
-    flow, recipe = _trained(run_or_recipe, changes, train_steps, where, download=download)
+    flow, recipe = _trained(run_or_recipe, assignments, data_root, train_steps, where, download=download)
     held_out = load_data(recipe, download=download, all_val=True).held_out
     measure = measure_of(recipe)
     with seeded(seed, Stream.VALIDATE):
@@ -351,7 +350,13 @@ def _print_step(row: StepRow) -> None:
 
 
 def _trained(
-    run_or_recipe: str, changes: list[str], steps: int, where: torch.device, *, download: bool
+    run_or_recipe: str,
+    assignments: tuple[str, ...],
+    data_root: str | None,
+    steps: int,
+    where: torch.device,
+    *,
+    download: bool,
 ) -> tuple[BlockFlow, Recipe]:
     """A trained flow: a run's, or a recipe's after ``steps`` steps."""
     from ..recipes.recipe import get_recipe
@@ -359,9 +364,12 @@ def _trained(
     from ..training.fit import fit
 
     if Path(run_or_recipe).exists() and run_or_recipe not in registry.names("recipes"):
+        for each in assignments:
+            if not each.startswith("data."):
+                raise ConfigError(f"--set {each} changes nothing about a trained flow: only data.* can be set.")
         flow, recipe = load_with_recipe(run_or_recipe, map_location=where)
-        return flow, recipe.override(changes)
-    recipe = get_recipe(run_or_recipe).override(changes)
+        return flow, recipe.override(assignments).at_root(data_root)
+    recipe = get_recipe(run_or_recipe).override([*assignments, *([f"data.root={data_root}"] if data_root else [])])
     # the run is thrown away: one validation at its end, of a few images
     short = recipe.override(
         [
@@ -369,8 +377,9 @@ def _trained(
             "training.val_images=8", "training.sample_images=0", "start.matching=0",
         ]
     )  # fmt: skip
+    devices = 1 if where.index is None else f"{where.index},"
     with tempfile.TemporaryDirectory() as runs:
-        result = fit(short, runs=runs, accelerator=where.type, devices=1, download=download, progress=False)
+        result = fit(short, runs=runs, accelerator=where.type, devices=devices, download=download, progress=False)
         if result.evaluation is None:  # a signal ended it
             raise click.Abort
         return load_with_recipe(result.folder.last, map_location=where)[0], recipe

@@ -44,17 +44,14 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
         name: one that ``rnode-cli data list`` shows.
         root: the file or folder of the data; None for the table's own default.
         download: as for :func:`get_dataset`.
-        **options: those of this table, such as ``columns`` for ``table``; a table that does not take one of a
-            recipe's settings makes its own choice.
+        **options: those of this table, such as ``columns`` for ``table``.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, an option that the table does not take.
         DataError: it is missing (the message says where to get it) or cannot be read.
         PluginError: the plugin that offers it failed, or returned something else.
     """
-    taken = parameters_of(name)
-    chosen = {key: value for key, value in options.items() if key in taken}
-    return _load(Table, name, {"root": root}, chosen, download)
+    return _load(Table, name, {"root": root}, options, download)
 
 
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:

@@ -148,26 +148,27 @@ def _layout(path: Path, notes: list[str]) -> _Layout:
         if not record:
             raise DataError(f"{path} is empty.")
         after, row = file.tell(), _record(file)
-        if separator is None:
-            separator = "\t" if path.suffix.lower() == ".tsv" else _separator(record, row)
-        names, start = _cells_of(record, separator), after
-        if all(_number(cell) is not None or cell.lower() in _MISSING for cell in names):
-            commented = _cells_of(comment.lstrip("# "), separator) if comment else []
-            if len(commented) == len(names):  # NumPy's savetxt writes the names as a comment
-                names, start, row = commented, begin, record
-            elif row and _is_header(path, names, _sample(file, separator, after)):
-                notes.append(f"the first line of {path} is taken as names: {', '.join(names)}")
-            else:
-                names, start, row = [f"column_{k}" for k in range(1, len(names) + 1)], begin, record
-                notes.append(f"no header found in {path}: its first line holds numbers and is the first row")
-        if not row:
-            raise DataError(f"{path} has columns, but no rows.")
-        layout = _Layout(encoding, separator, start, tuple(names), 0, len(_cells_of(row, separator)))
-        try:
-            sample = _sample(file, separator, start)
-        except _pandas().errors.ParserError:
-            _check_widths(path, layout)
-            raise
+    if separator is None:
+        separator = "\t" if path.suffix.lower() == ".tsv" else _separator(record, row)
+    width = len(_cells_of(row or record, separator))
+    layout = _Layout(encoding, separator, after, tuple(_cells_of(record, separator)), 0, width)
+    names = layout.names
+    words = [cell for cell in names if _number(cell) is None and cell.lower() not in _MISSING]
+    if not words:
+        commented = tuple(_cells_of(comment.lstrip("# "), separator)) if comment else ()
+        if len(commented) == len(names):  # NumPy's savetxt writes the names as a comment
+            layout, row = layout._replace(names=commented, start=begin, width=len(names)), record
+        elif row and _is_header(path, names, _frame(path, layout, _SAMPLE)):
+            notes.append(f"the first line of {path} is taken as names: {', '.join(names)}")
+        else:
+            numbered = tuple(f"column_{k}" for k in range(1, len(names) + 1))
+            layout, row = layout._replace(names=numbered, start=begin, width=len(names)), record
+            notes.append(f"no header found in {path}: its first line holds numbers and is the first row")
+    elif any(_number(cell) is not None for cell in names):  # or the first row of a file without a header
+        notes.append(f"the first line of {path} is taken as names: {', '.join(names)}")
+    if not row:
+        raise DataError(f"{path} has columns, but no rows.")
+    sample = _frame(path, layout, _SAMPLE)
     return _aligned(path, layout, sample, row, notes)
 
 
@@ -221,8 +222,10 @@ def _record(file: TextIO) -> str:
 def _cells_of(record: str, separator: str) -> list[str]:
     if separator == r"\s+":
         record, separator = " ".join(record.split()), " "
-    (cells,) = csv.reader(io.StringIO(record, newline=""), delimiter=separator, skipinitialspace=True)
-    return [cell.strip() for cell in cells]
+    records = list(csv.reader(io.StringIO(record, newline=""), delimiter=separator, skipinitialspace=True))
+    if len(records) != 1:
+        raise ValueError("a quotation mark in its first lines does not enclose a cell")
+    return [cell.strip() for cell in records[0]]
 
 
 def _separator(record: str, row: str) -> str:
@@ -264,18 +267,18 @@ def _is_header(path: Path, first: Sequence[str], rows: pd.DataFrame) -> bool:
     return False
 
 
-def _sample(file: TextIO, separator: str, start: int) -> pd.DataFrame:
-    file.seek(start)
-    return _frame(file, separator, _SAMPLE)
-
-
-def _frame(file: TextIO, separator: str, rows: int | None = None, **options: Any) -> pd.DataFrame:
-    with warnings.catch_warnings():
+def _frame(path: Path, layout: _Layout, rows: int | None = None, **options: Any) -> pd.DataFrame:
+    with path.open(newline="", encoding=layout.encoding) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer versions have this precision as their default, and say so
-        return _pandas().read_csv(
-            file, sep=separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False,
-            float_precision="round_trip", keep_default_na=False, na_values=[""], **options,
-        )  # fmt: skip
+        file.seek(layout.start)
+        try:
+            return _pandas().read_csv(
+                file, sep=layout.separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False,
+                float_precision="round_trip", keep_default_na=False, na_values=[""], **options,
+            )  # fmt: skip
+        except _pandas().errors.ParserError:
+            _check_widths(path, layout)
+            raise
 
 
 def _pandas() -> Any:
@@ -285,20 +288,14 @@ def _pandas() -> Any:
 
 
 def _text_values(path: Path, layout: _Layout, wanted: Sequence[str]) -> np.ndarray:
-    with path.open(newline="", encoding=layout.encoding) as file:
-        file.seek(layout.start)
-        try:
-            frame = _frame(file, layout.separator)
-        except _pandas().errors.ParserError:
-            _check_widths(path, layout)
-            raise
-        empty = frame.isna().all(axis=1)
-        if empty.any():  # or rows of the word nan, which are missing values
-            file.seek(layout.start)
-            empty &= _frame(file, layout.separator, dtype=str).isna().all(axis=1)
+    frame = _frame(path, layout)
+    empty = frame.isna().all(axis=1)
+    if empty.any():  # or rows of the word nan, which are missing values
+        empty &= _frame(path, layout, dtype=str).isna().all(axis=1)
     if frame[layout.width - 1].isna().any():  # pandas fills rows that are too short
         _check_widths(path, layout)
-    frame = frame[~empty]  # without a spreadsheet's empty rows
+    filled = np.flatnonzero(~empty)
+    frame = frame[: filled[-1] + 1 if len(filled) else 0]  # without a spreadsheet's empty rows at the end
     places = [layout.names.index(name) + layout.first for name in wanted]
     columns = [_text_column(path, frame[place], name, wanted) for place, name in zip(places, wanted, strict=True)]
     return np.stack(columns, axis=1)
@@ -342,7 +339,7 @@ def _odd(path: Path, number: int, found: int, wanted: int, separator: str) -> Da
 
 def _number(cell: str) -> float | None:
     try:
-        return float(cell)
+        return None if "_" in cell else float(cell)  # Python takes 2020_01 for 202001
     except ValueError:
         return None
 
@@ -363,7 +360,7 @@ def _open_arrays(path: Path) -> _Source:
                 f"{path} holds an array of shape {matrix.shape}: a table is one of shape (rows, columns)."
             )
         names = arrays.get("columns", [f"column_{number}" for number in range(1, matrix.shape[1] + 1)])
-        columns = [(str(name), column) for name, column in zip(names, matrix.T, strict=True)]
+        columns = list(zip(np.atleast_1d(names).astype(str).tolist(), matrix.T, strict=True))
     else:
         columns = list(arrays.items())
     if len({column.shape for _, column in columns}) != 1 or columns[0][1].ndim != 1:

@@ -148,7 +148,7 @@ def table(
         split_seed: of their draw.
 
     Raises:
-        DataError: see :func:`~rnode_plugin.data.tables.read_columns`; too few rows.
+        DataError: see :func:`~rnode_plugin.data.table_files.read_columns`; too few rows.
     """
     columns = tuple(columns) or table_columns(root)
     notes: tuple[str, ...] = ()

@@ -208,7 +208,7 @@ class _Measuring:
         if kind == 0:  # the samples as training sees them
             if self._apart:
                 output = self.encode(self._solver, self._batches[index], **options, penalties=True)
-            sums = {name: float(each.double().sum()) for name, each in output.regularization.items()}
+            sums = {name: float(each.cpu().double().sum()) for name, each in output.regularization.items()}
             self._integrals[draw, index] = sums
         self._done += 1
         if self._progress is not None:
@@ -232,7 +232,7 @@ class _Measuring:
             return self._flow(x, **given, solver=solver, penalties=penalties, **options)
 
     def _scores_of(self, output: FlowOutput) -> Tensor:
-        return self._measure.scores(output_log_prob(output)).double().cpu()
+        return self._measure.scores(output_log_prob(output)).cpu().double()
 
 
 def _with_least_noise(flow: Any, measure: Measure) -> Any:

@@ -52,16 +52,19 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
     """
     wanted = recipe.table
     options = {name: getattr(wanted, name) for name in ("validation", "held_out", "split_seed")}
-    taken = parameters_of(wanted.name)
+    parameters = parameters_of(wanted.name)
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     usual = {field.name: field.default for field in dataclasses.fields(TableData)}
     for name, value in options.items():
-        if name not in taken and value != usual[name]:
+        if not (takes_any or name in parameters) and value != usual[name]:
             raise ConfigError(
                 f"the table {wanted.name} has a split of its own: leave data.{name} at {usual[name]}."
             )
     columns = (*wanted.modelled, *wanted.given)
-    table = get_table(wanted.name, root=wanted.root, download=download, columns=columns, **options).select(columns)
-    check_columns(table, len(wanted.modelled))
+    options = {
+        key: value for key, value in {"columns": columns, **options}.items() if takes_any or key in parameters
+    }
+    table = get_table(wanted.name, root=wanted.root, download=download, **options).select(columns)
     if wanted.checksum not in (None, table.checksum):
         now = f"{table.rows:,} rows" if table.rows != wanted.rows else "as many rows, but not the same"
         raise DataError(
@@ -69,7 +72,9 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
             "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
             "--data-root, or train a new run on this one."
         )
-    return table.limit(wanted.train_rows, None if all_val else recipe.training.val_images).single()
+    table = table.limit(wanted.train_rows, None if all_val else recipe.training.val_images)
+    check_columns(table, len(wanted.modelled))
+    return table.single()
 
 
 def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False) -> ImageData:

@@ -234,7 +234,7 @@ class ImageMeasure(Measure):
         return bits_per_dim(log_prob, dims=self.dims, levels=self._levels)
 
     def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
-        return float((one - other).double().square().mean().sqrt()) * self._levels
+        return float((one - other).cpu().double().square().mean().sqrt()) * self._levels
 
     def draw_picture(self, flow: Any, data: Any, training: Training, path: Path) -> None:
         """A grid: one row of images for each temperature, from the same latents."""
@@ -277,7 +277,7 @@ class TableMeasure(Measure):
         return -log_prob
 
     def distance(self, flow: Any, one: Tensor, other: Tensor) -> float:
-        return float(((one - other) / flow.scale[: self.dims]).double().square().mean().sqrt())
+        return float(((one - other) / flow.scale[: self.dims]).cpu().double().square().mean().sqrt())
 
     def beside_baselines(self, evaluation: Evaluation, data: Table) -> Evaluation:
         scores = gaussian_scores(data.train, data.held_out[: len(evaluation.nll.samples)], self.dims)
@@ -298,20 +298,19 @@ class TableMeasure(Measure):
 def gaussian_scores(train: np.ndarray, held_out: np.ndarray, dims: int) -> np.ndarray:
     """NLL in nats ``(N,)`` of held-out rows under a Gaussian with the training rows' mean and covariance.
 
-    Of the first ``dims`` columns, given the others: the joint density over that of the others.
+    Of the first ``dims`` columns, given the others.
     """
-    joint = _gaussian_nll(train, held_out)
-    return joint - _gaussian_nll(train[:, dims:], held_out[:, dims:]) if dims < train.shape[1] else joint
-
-
-def _gaussian_nll(train: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    values = np.asarray(train, dtype=np.float64)
+    values, rows = (np.asarray(each, dtype=np.float64) for each in (train, held_out))
     mean, deviation = values.mean(0), values.std(0)
     # in deviations, so that columns of very different sizes leave the covariance well conditioned
-    factor = np.linalg.cholesky(np.atleast_2d(np.cov((values - mean).T / deviation[:, None], ddof=0)))
-    z = np.linalg.solve(factor, ((np.asarray(rows, dtype=np.float64) - mean) / deviation).T)
-    logdet = np.log(np.diag(factor)).sum() + np.log(deviation).sum()
-    return 0.5 * (z**2).sum(0) + logdet + 0.5 * len(mean) * np.log(2 * np.pi)
+    values, rows = (values - mean) / deviation, (rows - mean) / deviation
+    # the mean is linear in the given columns, which may determine each other as those of a one-hot code do
+    weights = np.linalg.lstsq(values[:, dims:], values[:, :dims], rcond=1e-6)[0]
+    values, rows = (each[:, :dims] - each[:, dims:] @ weights for each in (values, rows))
+    factor = np.linalg.cholesky(values.T @ values / len(values))
+    z = np.linalg.solve(factor, rows.T)
+    logdet = np.log(np.diag(factor)).sum() + np.log(deviation[:dims]).sum()
+    return 0.5 * (z**2).sum(0) + logdet + 0.5 * dims * np.log(2 * np.pi)
 
 
 def measure_of(recipe: Recipe) -> Measure:

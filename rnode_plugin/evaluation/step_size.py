@@ -131,7 +131,7 @@ def tune_step(
 
     def encode(solver: Solver) -> tuple[Tensor, Tensor, int]:
         output = flow(x, **given, noise=None if exact else noise, solver=solver, penalties=False)
-        return output.z, measure.scores(output_log_prob(output)).double(), output.nfe
+        return output.z, measure.scores(output_log_prob(output)).cpu().double(), output.nfe
 
     _, expected, reference_nfe = encode(reference)
 

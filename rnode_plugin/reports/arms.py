@@ -231,7 +231,8 @@ def _same_samples(one: Run, other: Run) -> bool:
         # the noise is a function of the seed and of a sample's place in its batch
         data, training = run.recipe.data, run.recipe.training
         if isinstance(data, TableData):
-            chosen = (data.root, data.modelled, data.given, data.validation, data.held_out, data.split_seed)
+            split = (data.validation, data.held_out, data.split_seed)
+            chosen = (data.root, data.checksum, data.modelled, data.given, *split)
         else:
             chosen = (data.root, data.shape, data.levels, training.val_images)
         return (data.name, *chosen, data.val_batch_size, training.seed, len(run.scores[run.measure.sample]))

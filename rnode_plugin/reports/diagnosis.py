@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.diagnostics.result import Check, Diagnosis
-from .figures import Panel, draw, legend
+from .figures import Panel, draw, finish, legend
 
 _BLUE, _RED, _GREY = "#0072b2", "#d55e00", "#808080"
 _COLOURS = (_BLUE, _RED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#b8a800", _GREY)
@@ -40,9 +40,7 @@ def _round_trip(axes: Any, check: Check) -> None:
     tolerance = check.numbers.get("tolerance", math.nan)
     if math.isfinite(tolerance):
         axes.axvline(tolerance, color="#009e73", linestyle="--", label="the solver's tolerance")
-    axes.set_xlabel("error after the round trip / spread of the data")
-    axes.set_ylabel("samples with less [%]")
-    legend(axes)
+    finish(axes, "error after the round trip / spread of the data", "samples with less [%]")
 
 
 def _trace(axes: Any, check: Check) -> None:
@@ -52,9 +50,7 @@ def _trace(axes: Any, check: Check) -> None:
     bias, interval = check.numbers["bias"], check.numbers["interval"]
     axes.axhspan(bias - interval, bias + interval, color=_RED, alpha=0.25, linewidth=0, label="mean of all samples")
     axes.axhline(0, color=_GREY, linewidth=1)
-    axes.set_xlabel("exact log-density [nats]")
-    axes.set_ylabel("estimated − exact [nats]")
-    legend(axes)
+    finish(axes, "exact log-density [nats]", "estimated − exact [nats]")
 
 
 def _differences(exact_name: str, other_name: str, label: str, off: str) -> Callable[[Any, Check], None]:
@@ -62,8 +58,7 @@ def _differences(exact_name: str, other_name: str, label: str, off: str) -> Call
         exact, other = (np.array(check.curves[name]) for name in (exact_name, other_name))
         axes.scatter(exact, other - exact, s=14, color=_BLUE, alpha=0.6, linewidth=0)
         axes.axhline(0, color=_GREY, linewidth=1)
-        axes.set_xlabel(label)
-        axes.set_ylabel(off)
+        finish(axes, label, off)
 
     return paint
 
@@ -103,9 +98,7 @@ def _two_samples(axes: Any, check: Check) -> None:
     bins = np.linspace(0, 1, 21).tolist()
     for name, label, colour in (("held_out", "held-out data", _BLUE), ("samples", "samples", _RED)):
         axes.hist(check.curves[name], bins=bins, color=colour, alpha=0.5, label=label)
-    axes.set_xlabel("the classifier's probability of being a sample")
-    axes.set_ylabel("how many")
-    legend(axes)
+    finish(axes, "the classifier's probability of being a sample", "how many")
 
 
 def _distances(axes: Any, check: Check) -> None:
@@ -115,17 +108,14 @@ def _distances(axes: Any, check: Check) -> None:
         check.numbers["limit"], color=_GREY, linestyle=":", label="chance alone exceeds it once in 1000 times"
     )
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("dimension" + (" (the last: all together)" if check.name == "latents" else ""))
-    axes.set_ylabel("distance of the distribution functions")
-    legend(axes)
+    x = "dimension" + (" (the last: all together)" if check.name == "latents" else "")
+    finish(axes, x, "distance of the distribution functions")
 
 
 def _training(axes: Any, check: Check) -> None:
     axes.plot(check.curves["step"], check.curves["nll"], color=_BLUE, marker="o", markersize=3)
     axes.axvline(0.75 * check.curves["step"][-1], color=_GREY, linestyle=":", label="last quarter")
-    axes.set_xlabel("step")
-    axes.set_ylabel("validation NLL [nats/dim]")
-    legend(axes)
+    finish(axes, "step", "validation NLL [nats/dim]")
 
 
 def _ranks(axes: Any, check: Check) -> None:
@@ -139,9 +129,7 @@ def _ranks(axes: Any, check: Check) -> None:
     for number, (name, counts) in enumerate(rows.items()):
         axes.stairs(counts, edges, color=_COLOURS[number % len(_COLOURS)], label=name, linewidth=1.5)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("rank of the true value among posterior samples")
-    axes.set_ylabel("pairs")
-    legend(axes)
+    finish(axes, "rank of the true value among posterior samples", "pairs")
 
 
 _PAINTERS: Mapping[str, Callable[[Any, Check], None]] = {

@@ -71,6 +71,13 @@ def legend(axes: Any) -> None:
         axes.legend(ncols=2 if many else 1, fontsize=7 if many else None)
 
 
+def finish(axes: Any, x: str, y: str) -> None:
+    """The names of the axes, and a legend."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    legend(axes)
+
+
 @dataclass(frozen=True)
 class Panel:
     """One figure: the name of its files, how to read it, and the heading of its section."""
@@ -176,18 +183,14 @@ def _scores_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
             axes.plot(curve.x / unit, curve.mean, label=plain_text(arm.label), **_style(arm))
             settled.append((curve.x, curve.low, curve.high))
     _cut_start(axes, settled)
-    axes.set_xlabel(f"training time [{name}]")
-    axes.set_ylabel(f"training batches, {arms[0].measure.score}")
-    legend(axes)
+    finish(axes, f"training time [{name}]", f"training batches, {arms[0].measure.score}")
 
 
 def _scores_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
     _, unit, name = _time_unit(arms)
     curves = _plot_checks(axes, arms, "train_seconds", f"val/{arms[0].measure.metric}", unit)
     _cut_start(axes, [(time, scores, scores) for time, scores in curves])
-    axes.set_xlabel(f"training time [{name}]")
-    axes.set_ylabel(f"held-out, {arms[0].measure.score}")
-    legend(axes)
+    finish(axes, f"training time [{name}]", f"held-out, {arms[0].measure.score}")
 
 
 def _plot_checks(axes: Any, arms: Sequence[Arm], x: str, y: str, unit: float = 1.0) -> list[tuple[Vector, Vector]]:
@@ -218,9 +221,7 @@ def _nfe_against_jacobian(axes: Any, arms: Sequence[Arm]) -> None:
         jacobian, nfe = _pairs(arm)
         axes.scatter(jacobian, nfe, s=26, color=arm.look.colour, marker=arm.look.marker, alpha=0.75, linewidth=0,
                      label=plain_text(arm.label))  # fmt: skip
-    axes.set_xlabel(_JACOBIAN)
-    axes.set_ylabel(_NFE)
-    legend(axes)
+    finish(axes, _JACOBIAN, _NFE)
 
 
 def _pairs(arm: Arm) -> tuple[Vector, Vector]:
@@ -249,9 +250,7 @@ def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if high / low < 30:  # one or two powers of ten alone would be too few numbers
             axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(f"epoch [passes over the training {arms[0].measure.samples}]")
-    axes.set_ylabel(label)
-    legend(axes)
+    finish(axes, f"epoch [passes over the training {arms[0].measure.samples}]", label)
 
 
 # ---- curves ----
@@ -349,6 +348,4 @@ def _trade_off(axes: Any, points: Sequence[Point]) -> None:
         axes.errorbar(point.nfe, point.score, xerr=point.nfe_error, yerr=point.score_error, color=look.colour,
                       linestyle="none", marker=look.marker, markersize=6, markeredgewidth=0, elinewidth=1,
                       capsize=2, label=plain_text(point.arm.label))  # fmt: skip
-    axes.set_xlabel(_NFE)
-    axes.set_ylabel(f"held-out, {points[0].arm.measure.score}")
-    legend(axes)
+    finish(axes, _NFE, f"held-out, {points[0].arm.measure.score}")
