@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
+from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.measures import measure_of
 from rnode_plugin.training.estimate import count, count_step, estimate
 from rnode_plugin.training.fastest import fixed_solver, forward_and_backward
@@ -45,7 +46,10 @@ def test_the_device_meta_counts_what_values_do() -> None:
     """FLOPs are those of torch's counter; the CPU's own path to few channels takes more memory."""
     recipe = tiny_recipe("data.batch_size=16")
     flow, inputs = recipe.build_flow(), measure_of(recipe).random_inputs(16)
-    step = forward_and_backward(flow, recipe, inputs, fixed_solver(recipe.solver))
+
+    def step() -> None:
+        forward_and_backward(flow, recipe, inputs, fixed_solver(recipe.solver))
+
     torch.manual_seed(0)
     with FlopCounterMode(display=False) as counter:
         step()
@@ -71,10 +75,10 @@ recipe = get_recipe("mnist")
 flow = recipe.build_flow()
 inputs = measure_of(recipe).random_inputs
 coarse = dataclasses.replace(recipe.solver, step=1.0)
-forward_and_backward(flow, recipe, inputs(1), coarse)()  # loads libraries and makes gradients
+forward_and_backward(flow, recipe, inputs(1), coarse)  # loads libraries and makes gradients
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[1]) * resource.getpagesize()
-forward_and_backward(flow, recipe, inputs(4), recipe.solver)()
+forward_and_backward(flow, recipe, inputs(4), recipe.solver)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """
 
@@ -91,6 +95,8 @@ def test_peak_memory_is_that_of_a_process() -> None:
 
 def test_a_checkpointed_step_needs_less_memory_and_more_flops() -> None:
     recipe = tiny_recipe("solver.step=0.5", "data.batch_size=64", "model.layers=3")
+    with pytest.raises(ConfigError, match="adjoint cannot be counted"):
+        count_step(recipe.override(["solver.trace_quadrature=full"]), gradient="adjoint")
     plain, checkpointed = (count_step(recipe, gradient=mode) for mode in ("autograd", "checkpointed"))
     assert checkpointed.cost.peak_memory < 0.6 * plain.cost.peak_memory
     assert 1.2 * plain.cost.flops < checkpointed.cost.flops < 1.5 * plain.cost.flops

@@ -111,14 +111,10 @@ def test_real_steps_are_timed_and_leave_the_random_state(tmp_path: Path) -> None
 def test_a_timed_step_runs_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, bool]] = []
 
-    def forward_and_backward(flow: Any, recipe: Recipe, x: torch.Tensor, solver: Any) -> Callable[[], int]:
+    def forward_and_backward(flow: Any, recipe: Recipe, x: torch.Tensor, solver: Any) -> int:
         fields = [field for field in flow.modules() if hasattr(field, "compiled")]
-
-        def step() -> int:
-            seen.append((torch.is_autocast_enabled("cpu"), fields[0].compiled))
-            return 1
-
-        return step
+        seen.append((torch.is_autocast_enabled("cpu"), fields[0].compiled))
+        return 1
 
     monkeypatch.setattr(fastest, "forward_and_backward", forward_and_backward)
     timer = StepTimer(tiny_recipe(), device=CPU)

@@ -108,6 +108,8 @@ def test_override_is_typed() -> None:
     assert recipe.images.flip is True
     assert recipe.solver.step is None
     assert (recipe.training.max_steps, recipe.training.max_epochs) == (7, None)
+    big = recipe.override(["training.seed=1234567890123456789", "training.max_steps=1e5"])
+    assert (big.training.seed, big.training.max_steps) == (1234567890123456789, 100_000)
     assert recipe.model.trace_noise == "rademacher"
     assert recipe.training.sample_temperatures == (0.5, 1.0)
     assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.0}

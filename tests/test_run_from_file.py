@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
-from tiny_runs import rnode, rows, tiny_recipe
+from tiny_runs import rnode, rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe, read_recipe
+from rnode_plugin.training.checkpoints import read_checkpoint
 
 
 def train(*arguments: object) -> Result:
@@ -61,3 +63,24 @@ def test_a_regularizer_that_only_another_program_knows(file: Path) -> None:
     file.write_text(json.dumps({**plain, "regularizers": {"of_the_parent": 0.1}}))
     with pytest.raises(ConfigError, match="unknown regularizer 'of_the_parent'"):
         read_recipe(file)
+
+
+def test_a_run_goes_on_with_the_optimizer_of_its_new_settings(tmp_path: Path) -> None:
+    first = ("training.max_steps=4", "optimizer.warmup=0")
+    done = run(tiny_recipe(*first), tmp_path)
+    changed = tiny_recipe("training.max_steps=8", "optimizer.warmup=0", "optimizer.lr=1e-4", "optimizer.beta1=0.5")
+    again = run(changed, tmp_path, resume=done.folder.path)
+    assert [float(row["lr"]) for row in rows(again.folder.path) if "train/loss" in row] == 4 * [2e-3] + 4 * [1e-4]
+    (group,) = read_checkpoint(again.folder.last)["optimizer_states"][0]["param_groups"]
+    assert tuple(group["betas"]) == (0.5, 0.999)
+
+
+def test_a_run_from_a_checkpoint_alone_has_a_best_one_of_its_own(tmp_path: Path) -> None:
+    done = run(tiny_recipe("training.max_steps=4"), tmp_path)
+    kept = torch.load(done.folder.last, weights_only=True)
+    (control,) = (state for state in kept["callbacks"].values() if "best" in state)
+    control["best"] -= 5.0  # no validation will beat it
+    torch.save(kept, tmp_path / "kept.ckpt")
+    again = run(tiny_recipe(), tmp_path / "new", resume=tmp_path / "kept.ckpt")
+    assert again.folder.best.is_file()
+    assert again.evaluation is not None

@@ -372,7 +372,7 @@ def get_regularizer(name: str) -> Any:
     """The regularizer of a name, ``"kinetic"``, or of a name with options, ``"taylor:3"``.
 
     Options are numbers or ``key=number``, with commas between them: ``"trajectory_polynomial:2,points=3"``. What is
-    registered must then be a class or a function that takes them, and the whole text as ``name=``. A module with
+    registered must then be a class that takes them, and the whole text as ``name=``. A module with
     parameters that is registered as an object is copied, so that each model trains its own.
 
     Raises:

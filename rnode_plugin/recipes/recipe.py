@@ -235,7 +235,7 @@ class Recipe:
     @property
     def dims(self) -> int:
         """Number of dimensions d of one sample: C*H*W of an image, the columns of a table that are modelled."""
-        return self.data.dims
+        return math.prod(self.data.event) if isinstance(self.data, Data) else self.data.event
 
     @property
     def images(self) -> Data:
@@ -414,7 +414,7 @@ def _from_text(text: str, kind: Any) -> Any:
         return None
     if any(get_origin(option) is tuple for option in options):
         return _parts(text)
-    if int in options:
+    if int in options and not text.lstrip("+-").isdecimal():  # pydantic reads these, and rounds none
         try:
             number = float(text)  # 1e5 is a whole number too
             return int(number) if number == int(number) else text

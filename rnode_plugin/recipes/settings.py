@@ -75,7 +75,7 @@ class Data:
     """Which images, and how they are fed.
 
     Attributes:
-        name: a data set that ``rnode-cli data`` lists.
+        name: a data set that ``rnode-cli data list`` shows.
         shape: (channels, height, width) of one image.
         levels: number of values a pixel can take; 256 for 8 bits.
         batch_size: images per device and step.
@@ -101,12 +101,6 @@ class Data:
     def event(self) -> tuple[int, int, int]:
         """The shape of one image, for which a model is made."""
         return self.shape
-
-    @property
-    def dims(self) -> int:
-        """Number of dimensions d of one image, C*H*W."""
-        channels, height, width = self.shape
-        return channels * height * width
 
     def model_options(self) -> dict[str, Any]:
         """Options of a model besides the shape of the images."""
@@ -172,11 +166,6 @@ class TableData:
     def event(self) -> int:
         """The number of columns that are modelled, for which a model is made."""
         return len(self.modelled)
-
-    @property
-    def dims(self) -> int:
-        """Number of dimensions d of one row."""
-        return self.event
 
     def model_options(self) -> dict[str, Any]:
         """Options of a model besides the number of columns."""
@@ -261,8 +250,8 @@ class Optimizer:
         schedule: ``constant`` after the warm-up, or ``cosine``: down to zero at the last planned step. A limit on
             time does not change it.
         beta1, beta2: decay rates of Adam's moments.
-        weight_decay: L2 coefficient that ``adam`` adds to the gradient; the others shrink the weights by ``lr``
-            times it instead.
+        weight_decay: L2 coefficient that ``adam`` adds to the gradient; ``muon`` shrinks what it trains by it times
+            the rate instead.
         momentum: decay rate of the mean of gradients in ``muon``.
         vector_lr: learning rate of the biases in ``muon``.
     """

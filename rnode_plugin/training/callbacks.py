@@ -76,6 +76,7 @@ class RunControl(Checkpoint):
         self.table: MetricsTable | None = None
         self.plan: RunPlan | None = None
         self.best, self.out_of_time = math.inf, False
+        self._goes_on = folder is not None  # else best.ckpt of the checkpoint's run is in another folder
         self._save_every, self._monitor = save_every, monitor
         self._end = None if max_time is None else time.monotonic() + max_time
         self._received: str | None = None  # signal of this process
@@ -86,7 +87,8 @@ class RunControl(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if self._goes_on:
+            self.best = state_dict["best"]
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]

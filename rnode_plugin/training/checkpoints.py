@@ -25,25 +25,6 @@ if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
     from ..solvers.config import Solver
 
-__all__ = [
-    "BEST",
-    "LAST",
-    "PREVIOUS",
-    "SAFETENSORS",
-    "find_checkpoint",
-    "from_pretrained",
-    "header_with",
-    "load_flow",
-    "load_weights",
-    "load_with_recipe",
-    "newest_intact",
-    "read_checkpoint",
-    "recipe_of",
-    "save_flow",
-    "save_pretrained",
-    "training_solver",
-]
-
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 SAFETENSORS = ".safetensors"
 _HUB_WEIGHTS = "model.safetensors"  # the name that the hub's own libraries use

@@ -149,7 +149,8 @@ def estimate(
         devices: that train together.
         nfe_per_block: evaluations per block if the training solver is adaptive.
     """
-    modes = sorted(("autograd", "checkpointed"), key=lambda mode: mode != recipe.solver.gradient)
+    own = recipe.solver.gradient
+    modes = [own, *sorted({"autograd", "checkpointed"} - {own})]
     precisions = ("32-true",) if recipe.solver.adaptive else ("32-true", "bf16-mixed")
     data = recipe.data
     limit = data.train_rows if isinstance(data, TableData) else data.train_images
@@ -213,6 +214,11 @@ def count_step(
     solver = fixed_solver(recipe.solver, nfe_per_block=nfe_per_block)
     if gradient is not None:
         solver = dataclasses.replace(solver, gradient=gradient)
+    if solver.gradient.endswith("adjoint"):
+        raise ConfigError(
+            "the steps of a continuous adjoint cannot be counted: --set solver.gradient=checkpointed has much the "
+            "same cost."
+        )
     size = batch or recipe.data.batch_size
     with torch.device("meta"):
         flow = recipe.build_flow()
@@ -220,9 +226,13 @@ def count_step(
     parameters = tuple(flow.parameters())
     if any(p.device.type != "meta" for p in parameters):
         raise ConfigError(f"the model {recipe.model.name} makes tensors with values and cannot be counted.")
-    step, found = forward_and_backward(flow, recipe, x, solver), list[int]()
+    found = list[int]()
+
+    def step() -> None:
+        found.append(forward_and_backward(flow, recipe, x, solver))
+
     with seeded(recipe.training.seed, Stream.TUNE):  # which stages a sampled quadrature takes changes the memory
-        cost = count(lambda: found.append(step()), alive=(*parameters, x.x, *x.options.values()))
+        cost = count(step, alive=(*parameters, x.x, *x.options.values()))
     # Adam's two moments are there during every step but the first
     moments = 2 * sum(p.numel() * p.element_size() for p in parameters)
     cost = dataclasses.replace(cost, peak_memory=cost.peak_memory + moments)

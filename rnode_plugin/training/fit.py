@@ -40,14 +40,7 @@ from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .progress import RunProgress, batch_counter
 from .runs import RunFolder, RunPlan, checkpoint_to_resume, training_lock
-from .trainer import (
-    LOGGERS,
-    check_options,
-    end_other_processes,
-    follow_plan,
-    make_trainer,
-    quiet,
-)
+from .trainer import LOGGERS, check_options, end_other_processes, follow_plan, make_trainer, quiet
 
 
 @dataclass(frozen=True)
@@ -250,7 +243,8 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
     batch = module.recipe.start.described(module.recipe.data.batch_size)
     print(f"steps {done} to {plan.total}, batch {batch}, {where}, in {module.folder.path}", flush=True)
     if done < module.recipe.matching:
-        print(f"steps to {module.recipe.matching} are flow matching: bits/dim only at validations")
+        unit = module.measure.likelihood
+        print(f"steps to {module.recipe.matching} are flow matching: {unit} only at validations")
     if module.recipe.training.ema is not None:
         print(f"training uses the weights as they are, validations and checkpoints the {module.recipe.weights}")
 
@@ -283,7 +277,7 @@ def _conclude(
     except SolverError as error:
         raise TrainingError(
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
-            f"rnode-cli eval {folder.path} tries again, with another solver by --set test_solver."
+            f"rnode-cli eval {folder.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
     folder.conclude(result.ended, evaluation, measure)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)

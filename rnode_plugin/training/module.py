@@ -94,6 +94,7 @@ class RnodeModule(L.LightningModule):
         self.record, self.clock = StepRecord(self.measure.metric), StepClock()
         self._row: dict[str, float] | None = None
         self._batches = self._world = 1  # of a step: per device, and devices
+        self._groups: list[dict[str, Any]] = []  # of the optimizer; none if a subclass makes its own
         self._warned = False
         self._heavy = 0.0  # logged steps in a row whose penalties outweigh the likelihood
 
@@ -216,6 +217,12 @@ class RnodeModule(L.LightningModule):
             self.load_weights()
 
     def on_train_start(self) -> None:
+        if self._groups:  # a checkpoint has put the settings of its own recipe in their place
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            scheduler: Any = self.lr_schedulers()
+            scheduler.base_lrs = [own["initial_lr"] for own in self._groups]
+            for group, own, factor in zip(optimizer.param_groups, self._groups, scheduler.lr_lambdas, strict=True):
+                group.update(own, lr=own["initial_lr"] * factor(scheduler.last_epoch))
         if is_open(self.recipe):
             folder = None if self.folder is None else self.folder.path
             way = take_fastest_way(self.trainer, self.recipe, folder).way
@@ -282,7 +289,7 @@ class RnodeModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # Lightning would take the mean of the batches' means; these are over all samples of all devices already
-        means = self._sums.means(self._sum_over_devices, self.device)
+        means = self._sums.means(self._sum_over_devices)
         for name, value in means.items():
             self.log(
                 f"val/{name}", value, prog_bar=name == self.measure.metric, sync_dist=self.trainer.world_size > 1
@@ -295,7 +302,9 @@ class RnodeModule(L.LightningModule):
             self._tell(warning)
 
     def _sum_over_devices(self, values: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(values, reduce_op="sum")  # pyright: ignore[reportReturnType]
+        if self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")  # pyright: ignore[reportReturnType]
 
     # hooks of Lightning ----------------------------------------------------------------------------------------
 
@@ -304,6 +313,7 @@ class RnodeModule(L.LightningModule):
         matching = self.recipe.matching
         factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps, matching=matching)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _planned_steps(self) -> float:

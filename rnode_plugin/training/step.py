@@ -338,9 +338,9 @@ class ValidationSums:
             output = self._flow(x, **given, **options)
         return self._measure.scores(output_log_prob(output)), output
 
-    def means(self, sum_over_devices: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+    def means(self, sum_over_devices: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over all samples of all devices, by name: score, ``nfe``, each penalty per dimension, ``gap``."""
-        sums = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=device)
+        sums = torch.tensor(list(self._sums.values()), dtype=torch.float64)
         totals = dict(zip(self._sums, sum_over_devices(sums).tolist(), strict=True))
         samples, of_gap = totals.pop("samples"), totals.pop("gap_samples", None)
         return {name: total / (of_gap if name == "gap" else samples) for name, total in totals.items()}
