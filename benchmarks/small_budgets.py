@@ -86,6 +86,7 @@ ARMS = {
     "rate doubled, clipped at 1": Arm(("optimizer.lr={double}", "optimizer.vector_lr={double_vector}"), clip=1.0),
     "matching start, half the steps": Arm(matching=300, share=0.5),
     "matching start, three quarters of the steps": Arm(matching=300, share=0.75),
+    **{f"{n} steps of matching, half the steps": Arm(matching=n, share=0.5) for n in (1000, 1500, 3000)},
     "matching alone": Arm(matching=600, share=0.0),
     "matching, then half the steps of likelihood": Arm(matching=300, share=0.5, penalties=False),
     "likelihood": Arm(penalties=False),
