@@ -151,6 +151,15 @@ def _exported(graph: GraphModule, inputs: Mapping[str, Tensor]) -> ExportedProgr
     )
     for node in program.graph.nodes:  # without the lines of source: most of a file
         node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+    # a gradient through recorded derivatives would be wrong; torch 2.15 records no detach by itself
+    first = next(node for node in program.graph.nodes if node.op != "placeholder")
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in inputs:
+            with program.graph.inserting_before(first):
+                cut = program.graph.call_function(torch.ops.aten.detach.default, (node,))
+            cut.meta = dict(node.meta)
+            node.replace_all_uses_with(cut, delete_user_cb=lambda user, cut=cut: user is not cut)
+    program.graph_module.recompile()
     return program
 
 
@@ -268,7 +277,7 @@ def _sampler(model: DensityModel, contexts: _Inputs) -> tuple[Callable[..., Tens
     clamps = hasattr(model, "image_shape")  # as its `sample`
 
     def sample(z: Tensor, *context: Tensor) -> Tensor:
-        x = model.inverse(z.detach(), **_named(context))
+        x = model.inverse(z, **_named(context))
         return x.clamp(0, 1) if clamps else x
 
     def inputs(batch: int) -> dict[str, Tensor]:
@@ -284,8 +293,8 @@ def _log_density(model: Any, contexts: _Inputs) -> tuple[Callable[..., Tensor], 
 
     def log_prob(x: Tensor, *rest: Tensor) -> Tensor:
         if draw is None:
-            return model.log_prob(x.detach(), **_named(rest))
-        return model.log_prob(x.detach(), **_named(rest[:-1]), noise=split(rest[-1]))
+            return model.log_prob(x, **_named(rest))
+        return model.log_prob(x, **_named(rest[:-1]), noise=split(rest[-1]))
 
     def inputs(batch: int) -> dict[str, Tensor]:
         z, *context = sampler_inputs(batch).values()
