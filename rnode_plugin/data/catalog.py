@@ -54,9 +54,11 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
     return _load(Table, name, {"root": root}, options, download)
 
 
-def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters that a data set's loader takes; a ConfigError for an unknown name."""
-    return inspect.signature(registry.get("datasets", name)).parameters
+def taken_by(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the ``options`` that a data set's loader takes; a ConfigError for an unknown name."""
+    parameters = inspect.signature(registry.get("datasets", name)).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return {key: value for key, value in options.items() if takes_any or key in parameters}
 
 
 def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
@@ -66,14 +68,13 @@ def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
 
 def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, Any], download: bool) -> D:
     """Call the loader with the options, and with those common arguments that it takes."""
-    load, parameters = registry.get("datasets", name), parameters_of(name)
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    given = {**common, "download": False}
-    arguments = {key: value for key, value in given.items() if takes_any or key in parameters} | options
+    load = registry.get("datasets", name)
+    signature = inspect.signature(load)
+    arguments = taken_by(name, {**common, "download": False}) | options
     try:
-        inspect.signature(load).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"data set {name!r}: {error}. It takes: {', '.join(parameters)}.") from error
+        raise ConfigError(f"data set {name!r}: {error}. It takes: {', '.join(signature.parameters)}.") from error
 
     def loaded() -> D:
         with registry.guard("datasets", name):

@@ -9,7 +9,7 @@ import torch
 
 from ..core.random_streams import Stream, seeded
 from ..data import ImageData, get_dataset, get_table
-from ..data.catalog import parameters_of
+from ..data.catalog import taken_by
 from ..data.tables import Table, check_columns
 from ..errors import ConfigError, DataError, first_line
 from ..recipes.recipe import Data, Recipe, TableData
@@ -51,19 +51,15 @@ def load_table(recipe: Recipe, *, download: bool = False, all_val: bool = False)
         ConfigError: there is no table of that name, or it has a split of its own and the recipe asks for another.
     """
     wanted = recipe.table
-    options = {name: getattr(wanted, name) for name in ("validation", "held_out", "split_seed")}
-    parameters = parameters_of(wanted.name)
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    columns = (*wanted.modelled, *wanted.given)
+    split = {name: getattr(wanted, name) for name in ("validation", "held_out", "split_seed")}
+    options = taken_by(wanted.name, {"columns": columns, **split})
     usual = {field.name: field.default for field in dataclasses.fields(TableData)}
-    for name, value in options.items():
-        if not (takes_any or name in parameters) and value != usual[name]:
+    for name, value in split.items():
+        if name not in options and value != usual[name]:
             raise ConfigError(
                 f"the table {wanted.name} has a split of its own: leave data.{name} at {usual[name]}."
             )
-    columns = (*wanted.modelled, *wanted.given)
-    options = {
-        key: value for key, value in {"columns": columns, **options}.items() if takes_any or key in parameters
-    }
     table = get_table(wanted.name, root=wanted.root, download=download, **options).select(columns)
     if wanted.checksum not in (None, table.checksum):
         now = f"{table.rows:,} rows" if table.rows != wanted.rows else "as many rows, but not the same"
@@ -92,8 +88,7 @@ def load_images(recipe: Recipe, *, download: bool = False, all_val: bool = False
     wanted = recipe.images
     # a user's own pictures are read with the channels and bits that the recipe asks for; other sets have their own
     asked = {"channels": wanted.shape[0], "bits": (wanted.levels - 1).bit_length()}
-    taken = parameters_of(wanted.name)
-    options = {name: value for name, value in asked.items() if name in taken}
+    options = taken_by(wanted.name, asked)
     data = get_dataset(wanted.name, root=wanted.root, download=download, size=wanted.shape[1], **options)
     if (data.shape, data.levels) != (wanted.shape, wanted.levels):
         raise DataError(

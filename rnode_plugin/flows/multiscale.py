@@ -264,7 +264,10 @@ class MultiscaleFlow(BlockFlow):
 
 
 def _range_check(x: Tensor, margin: float) -> HealthCheck:
-    """A check that images lie in [0, 1], read together with the health of the solves."""
+    """A check that images lie in [0, 1], read together with the health of the solves.
+
+    They may lie beside it by ``margin``, where samples of the flow lie too.
+    """
     low, high = x.detach().aminmax()
 
     def fail(_: int) -> NoReturn:

@@ -363,7 +363,7 @@ def _of_other_table(data: TableData, *, name: str = "", root: str | None = None,
         ConfigError: there is no such table, or a column that stays given is not in it.
         DataError: it cannot be read.
     """
-    from ..data.catalog import parameters_of, table_columns
+    from ..data.catalog import table_columns, taken_by
 
     name = name or data.name
     changes: dict[str, Any] = {"name": name, "root": root or data.root}
@@ -371,9 +371,9 @@ def _of_other_table(data: TableData, *, name: str = "", root: str | None = None,
     if (name, changes["root"]) != (data.name, data.root):
         changes.update(rows=None, checksum=None)
     changes["columns"] = data.columns if own else table_columns(name, root=changes["root"])
-    taken = parameters_of(name)
     defaults = {field.name: field.default for field in dataclasses.fields(TableData)}  # pyright: ignore
-    changes.update({key: defaults[key] for key in ("validation", "held_out", "split_seed") if key not in taken})
+    split = {key: defaults[key] for key in ("validation", "held_out", "split_seed")}
+    changes.update({key: split[key] for key in split.keys() - taken_by(name, split)})
     return dataclasses.replace(data, **changes, **({"given": ()} if "given" in assigned else {}))
 
 

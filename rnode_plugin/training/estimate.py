@@ -216,8 +216,7 @@ def count_step(
         solver = dataclasses.replace(solver, gradient=gradient)
     if solver.gradient.endswith("adjoint"):
         raise ConfigError(
-            "the steps of a continuous adjoint cannot be counted: --set solver.gradient=checkpointed has much the "
-            "same cost."
+            "the steps of a continuous adjoint cannot be counted: --set solver.gradient=checkpointed, or autograd."
         )
     size = batch or recipe.data.batch_size
     with torch.device("meta"):
