@@ -3,8 +3,8 @@
     python benchmarks/diagnosis_power.py --models 100
 
 Posteriors in closed form, normal with a place and a width given by two contexts: right ones, and ones 1.3 times too
-narrow; rows of four columns from a normal distribution: right, and with one column shifted or too narrow. Prints of
-each check how many models had the verdict ok, cannot tell, warning, failed.
+narrow; rows of four columns from a normal distribution: right, and with one column shifted or 1.5 times wider.
+Prints of each check how many models had the verdict ok, cannot tell, warning, failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One part of the measurements for the day when a GPU is lent; ``gpu_day.sh`` runs all of them.
+"""One part of the measurements that need a GPU; ``gpu_day.sh`` runs all of them.
 
     python benchmarks/gpu_day.py parity --out benchmarks/results/gpu
     python benchmarks/gpu_day.py steps --device cpu --rehearse
