@@ -39,7 +39,8 @@ def penalties_at(
         field: the velocity; called by the names of its parameters, ``(t, x)`` if they say nothing.
         t: a number, or one time per sample, ``(B,)``.
         z: states ``(B, *event)``.
-        regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`.
+        regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`. The lambdas of
+            a mapping are ignored: weigh the result.
         trace_noise: noise of the product that ``jacfrob`` needs; one draw per call from torch's generator.
 
     Returns:
@@ -158,8 +159,18 @@ class ODESolver:
     ) -> tuple[Tensor, Tensor]:
         """Source points of samples ``x_1``, and ``log p(x_1) (B,)`` in nats; the arguments are flow_matching's.
 
-        Without ``exact_divergence`` the trace is Hutchinson's with one Rademacher probe; :meth:`log_prob` takes
-        more of them. See :meth:`sample` for the others.
+        Args:
+            x_1: samples ``(B, *event)``.
+            log_p0: log-density ``(B,)`` of the source.
+            step_size, method, atol, rtol: as for :meth:`sample`.
+            time_grid: times from 1 to 0, which are the default.
+            return_intermediates: whether to return the states at all of them instead of the source points.
+            exact_divergence: the exact trace; else one Rademacher probe. :meth:`log_prob` takes more of them.
+            enable_grad: whether the result has gradients.
+            model_extras: further arguments of the velocity.
+
+        Raises:
+            ConfigError, SolverError: as :meth:`log_prob`.
         """
         found = self.log_prob(
             x_1, log_p0, step_size=step_size, method=method, atol=atol, rtol=rtol, time_grid=time_grid,
@@ -192,6 +203,7 @@ class ODESolver:
 
         Raises:
             ConfigError: for a ``time_grid`` with other ends, another method or a number of probes below 1.
+            SolverError: if the solve cannot go on.
         """
         grid, solver = _grid(time_grid, (1.0, 0.0), x_1), _solver(method, step_size, atol, rtol)
         with torch.set_grad_enabled(enable_grad):
@@ -212,7 +224,10 @@ class ODESolver:
         rtol: float = 1e-5,
         **model_extras: Any,
     ) -> Likelihood:
-        """Samples from source points ``x_init`` and their log-densities, from one solve; as :meth:`log_prob`."""
+        """Samples from source points ``x_init (B, *event)`` and their log-densities in nats, from one solve.
+
+        Arguments and errors as of :meth:`log_prob`, but for ``time_grid``, which goes from 0 to 1.
+        """
         grid, solver = _grid(time_grid, (0.0, 1.0), x_init), _solver(method, step_size, atol, rtol)
         with torch.set_grad_enabled(enable_grad):
             path, logdet, stderr, nfe = self._with_trace(x_init, grid, solver, probes, model_extras)

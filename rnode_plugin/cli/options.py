@@ -124,11 +124,7 @@ force = click.option("--force", is_flag=True, help="Overwrite what is there.")
 
 
 def free_path(named: str | None, default: str, *, force: bool) -> Path:
-    """Where a command writes: the named place, or the default one with the first number that is free.
-
-    Raises:
-        ConfigError: the named place is taken, and ``force`` does not say to overwrite it.
-    """
+    """Where to write: ``named``, a ConfigError if it is taken; else the default with the first free number."""
     path = Path(named or default)
     if force or not (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         return path

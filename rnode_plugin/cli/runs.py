@@ -397,11 +397,7 @@ def export(
 
 
 def _grid(solver: Solver, recipe: Recipe, *, step: float | None, method: str | None) -> Solver:
-    """The grid of the options; without them that of the flow.
-
-    Raises:
-        ConfigError: without ``--step``, if the flow's solver chooses its steps.
-    """
+    """The grid of the options, else that of the flow; a ConfigError if the flow's solver chooses its steps."""
     from ..solvers.config import Solver
 
     if step is not None:

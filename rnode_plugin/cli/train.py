@@ -140,11 +140,7 @@ def _reports() -> bool:
 
 
 def _callback(name: str) -> Any:
-    """The callback of Lightning that ``MODULE:NAME`` means.
-
-    Raises:
-        ConfigError: it cannot be imported, or is something else.
-    """
+    """The callback of Lightning that ``MODULE:NAME`` means; a ConfigError for anything else."""
     import pkgutil
 
     from pytorch_lightning.callbacks import Callback

@@ -26,8 +26,9 @@ class DensityModel(nn.Module, ABC):
     """A density ``p(x)`` or ``p(x | context)`` that a flow carries to a base distribution.
 
     :class:`~rnode_plugin.RegularizedCNF` and the flows share it. A class sets the attributes and writes
-    :meth:`encode`, :meth:`inverse`, :meth:`inverse_and_log_prob` and :meth:`solved_with`; then
-    :meth:`distribution` and the diagnosis work with it. ``log_prob(x, context=None)`` is its own.
+    :meth:`encode`, :meth:`log_prob`, :meth:`inverse`, :meth:`inverse_and_log_prob` and :meth:`solved_with`; then
+    :meth:`distribution` works with it. :func:`~rnode_plugin.diagnose` also needs ``sample(n, context=)`` and the
+    attributes ``solver`` and ``estimator``, :func:`~rnode_plugin.export_program` ``draw_noise(batch)``.
 
     Attributes:
         event_shape: shape of one sample.

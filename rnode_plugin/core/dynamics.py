@@ -274,6 +274,11 @@ class Dynamics(BoundDynamics):
             noise: as :meth:`draw` gives it.
             products: False leaves out all that needs a product with the Jacobian.
             trace: whether the log-determinant is followed; None: as ``products``.
+
+        Raises:
+            ConfigError: a velocity of another shape, or a regularizer whose result is not real numbers ``(B,)``, or
+                that writes into the state.
+            PluginError: a regularizer raised something.
         """
         trace = products if trace is None else trace
         one_pass = self._pass if products else self._pass_for_trace if trace else self._velocity

@@ -109,7 +109,7 @@ class FieldEvaluation:
     def total_derivative(self, order: int = 2) -> Tensor:
         """``d^order z / dt^order`` along the trajectory, of the shape of ``z``; order 1 is the velocity.
 
-        Order 2 is ``df/dz f + df/dt`` (eq. 7).
+        Order 2 is ``df/dz f + df/dt`` (eq. 7). A ConfigError for a regularizer that declares no ``needs``.
         """
         if order == 1:
             return self.dz

@@ -1,8 +1,4 @@
-"""Image data sets, uint8: by name, as batches, and packed into arrays that are mapped into memory; and tables.
-
-``get_dataset`` finds one by name (ours or a plugin's), ``plan_packing`` and ``pack`` turn folders and archives into
-arrays that are mapped into memory.
-"""
+"""Image data sets, uint8: by name, as batches, and packed into arrays that are mapped into memory; and tables."""
 
 from .catalog import get_dataset, get_table
 from .folders import celebahq256, folder, imagenet64

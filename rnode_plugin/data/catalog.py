@@ -29,6 +29,9 @@ def get_dataset(
         size: height and width in pixels, for data sets that come in more than one; None for the native one.
         **options: further options of this data set, such as ``bits`` for ``folder``.
 
+    Returns:
+        Its training and held-out images, uint8 ``(N, C, H, W)``.
+
     Raises:
         ConfigError: an unknown name, an option that the data set does not take, a size it does not have.
         DataError: it is missing (the message says where to get it) or cannot be read.

@@ -1,6 +1,7 @@
 """Data sets that are published with a split: digits of scikit-learn, MNIST, Fashion-MNIST, CIFAR10 and SVHN.
 
-torchvision knows the addresses and checksums, and downloads.
+torchvision knows the addresses and checksums, and downloads. Arguments, result and errors are those of
+:func:`~rnode_plugin.data.get_dataset`.
 """
 
 from __future__ import annotations

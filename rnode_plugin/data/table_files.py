@@ -247,8 +247,7 @@ def _separator(record: str, row: str) -> str:
 def _is_header(path: Path, first: Sequence[str], rows: pd.DataFrame) -> bool:
     """Whether a first line of numbers holds names: pandas' 0, 1, ..., or whole numbers that are far from all rows.
 
-    Raises:
-        DataError: it may hold either.
+    A DataError if it may hold either.
     """
     whole = all(_WHOLE.fullmatch(cell) for cell in first) and len(set(first)) == len(first)
     if not whole or len(rows) < 5 or rows.shape[1] != len(first):

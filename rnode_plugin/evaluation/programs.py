@@ -50,8 +50,8 @@ def export_program(
     A conditional model takes its contexts ``(B, *context_shape)`` as the second input of both.
 
     Args:
-        model: a :class:`~rnode_plugin.MultiscaleFlow`, a :class:`~rnode_plugin.RegularizedCNF`, or another flow
-            with their methods ``inverse``, ``log_prob`` and ``draw_noise``.
+        model: a :class:`~rnode_plugin.MultiscaleFlow`, :class:`~rnode_plugin.TableFlow`,
+            :class:`~rnode_plugin.RegularizedCNF`, or another ``DensityModel`` with ``draw_noise``.
         which: ``"sampler"`` or ``"log_prob"``.
         solver: the fixed grid; None: the model's own.
         context: one context ``(*context_shape)`` to record a conditional model with, if its contexts are not

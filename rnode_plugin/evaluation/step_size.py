@@ -73,11 +73,7 @@ class StepTable:
 
 
 def check_tuning(solver: Solver, *, start: float, smallest: float) -> None:
-    """Check the arguments of :func:`tune_step`, before a flow is trained for it.
-
-    Raises:
-        ConfigError: for an adaptive ``solver``, or steps that are not positive or in the wrong order.
-    """
+    """Check the arguments of :func:`tune_step`: a ConfigError for an adaptive ``solver`` or steps out of order."""
     if solver.adaptive:
         raise ConfigError(f"{solver.method} chooses its own steps: tune the step of a fixed grid, such as rk4_38.")
     if not 0 < smallest <= start < math.inf:

@@ -29,7 +29,7 @@ Part = tuple[str, Any]
 """``"L"`` with a linear layer, ``"a"`` with an activation, ``"t"`` for time as one more input of the next layer."""
 
 PARTS: dict[type[nn.Module], Callable[[Any], Part]] = {nn.Linear: lambda module: ("L", module)}
-"""By type of module; another room adds those that it knows."""
+"""By type of module; another subpackage adds those that it knows."""
 
 _UNKNOWN: Part = ("?", None)
 

@@ -194,7 +194,7 @@ class AtContext(nn.Module):
 def conv_field(
     channels: int, *, hidden: int = 64, layers: int = 4, activation: str = "softplus", fused: bool = True
 ) -> StackField:
-    """The paper's field for images ``(B, channels, H, W)``: 3x3 convolutions, ``hidden`` channels between them.
+    """The paper's field (section 6) of images ``(B, channels, H, W)``: 3x3 convolutions that take the time too.
 
     The weight and the bias of the last layer are zero, so f = 0.
 
@@ -204,6 +204,9 @@ def conv_field(
         layers: number of layers.
         activation: as for :class:`StackField`.
         fused: whether the field brings its own product (fast) or leaves it to automatic differentiation.
+
+    Raises:
+        ConfigError: for a number below 1 or an unknown activation.
     """
     return _build(ConcatConv2d, channels, hidden, layers, activation, fused)
 
@@ -226,6 +229,9 @@ def linear_field(
         activation: between them, such as ``"softplus"`` or ``"tanh"``.
         fused: whether evaluations and their products take one pass with a backward by hand.
         context: numbers that the first layer takes besides; see :class:`AtContext`.
+
+    Raises:
+        ConfigError: for a size below 1 or an unknown activation.
     """
     return _build(ConcatLinear, features, hidden, layers, activation, fused, context)
 

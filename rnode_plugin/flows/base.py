@@ -210,7 +210,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         return self._push(self._enter(x, self.solver, [])[0], lambda z: z)
 
     def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
-        """:meth:`forward` with the divergence in full, even with a solver that samples it."""
+        """:meth:`forward` with the divergence in full, even with a solver that samples it; errors as there."""
         solver = dataclasses.replace(self.solver, trace_quadrature="full")
         return self(x, context=context, solver=solver, penalties=penalties)
 
@@ -219,7 +219,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
     ) -> Tensor:
         """Log-density of samples in the unit of the data, ``(B,)`` in nats (eq. 4); options as for :meth:`forward`.
 
-        The divergence is integrated in full even with a solver that samples it.
+        The divergence is integrated in full even with a solver that samples it. Errors as of :meth:`forward`.
         """
         solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
         return output_log_prob(self(x, context=context, solver=solver, penalties=False, **options))
@@ -245,7 +245,10 @@ class BlockFlow(OneProcessADevice, DensityModel):
         return self._leave(z)
 
     def inverse_and_log_prob(self, z: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The samples of latents ``z (B, D)`` and their ``log p(x) (B,)`` in nats, from a solve each."""
+        """The samples of latents ``z (B, D)`` and their ``log p(x) (B,)`` in nats, from a solve each.
+
+        Errors as of :meth:`inverse` and :meth:`log_prob`.
+        """
         x = self.inverse(z, context=context)
         return x, self.log_prob(x, context=context)
 
@@ -287,6 +290,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         estimator: TraceEstimator | None = None,
         regularizers: Sequence[Any] = (),
     ) -> BlockFlow:
+        """A copy with another solver, trace estimator or penalties; see :meth:`DensityModel.solved_with`."""
         twin = copy.copy(self)
         twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
         policy = span_policy(self.regularizers)

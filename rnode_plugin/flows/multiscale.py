@@ -104,12 +104,15 @@ def logit(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def inverse_logit(y: Tensor, alpha: float) -> Tensor:
-    """The x of :func:`logit`; outside of [0, 1] by up to alpha / (1 - 2 alpha) where y is that of no image."""
+    """``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``, the inverse of :func:`logit`.
+
+    Outside of [0, 1], by up to ``alpha / (1 - 2 alpha)``, where y is that of no image.
+    """
     return (torch.sigmoid(y) - alpha) / (1 - 2 * alpha)
 
 
 def squeeze(z: Tensor) -> Tensor:
-    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: each channel becomes the four of its 2x2 neighbours."""
+    """``(B, C, 2 H, 2 W) -> (B, 4 C, H, W)``: each channel becomes the four of its 2x2 neighbours (section 6)."""
     return F.pixel_unshuffle(z, 2)
 
 

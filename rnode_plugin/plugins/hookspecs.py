@@ -49,8 +49,8 @@ def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[repor
 def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
     """Models that a recipe can name.
 
-    Your own flow derives from :class:`~rnode_plugin.core.distribution.DensityModel`, with which evaluation,
-    diagnosis and export work. That of a table has the arguments and methods of
+    Your own flow derives from :class:`~rnode_plugin.core.distribution.DensityModel`, which says what diagnosis and
+    export need besides. That of a table has the arguments and methods of
     :class:`~rnode_plugin.flows.table.TableFlow`. One of images takes the image shape ``(C, H, W)`` and keyword-only
     options, and has the methods of :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with images
     ``x (B, C, H, W)``, dequantized, in ``[0, 1]``, it returns a
@@ -63,10 +63,10 @@ def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportRet
     """Data sets, images or tables, for ``rnode-cli train --data NAME``.
 
     A set of images is a function ``(*, root, size)`` that returns an :class:`~rnode_plugin.data.ImageData`. One
-    that also takes ``download`` is called with ``download=False`` first, and with ``download=True`` if that fails
-    and a download is allowed, in one process at a time. A table is a function ``(*, root)`` that returns a
-    ``Table`` with its split, for a recipe of tables; it may also take ``columns``, ``validation``, ``held_out`` and
-    ``split_seed`` of the recipe.
+    that takes ``channels`` and ``bits``, or ``**options``, gets those of the recipe. One that takes ``download`` is
+    called with ``download=False`` first, and with ``download=True`` if that fails and a download is allowed, in one
+    process at a time. A table is a function ``(*, root)`` that returns a ``Table`` with its split, for a recipe of
+    tables; it may also take ``columns``, ``validation``, ``held_out`` and ``split_seed`` of the recipe.
     """
 
 
@@ -85,7 +85,7 @@ def rnode_register_commands() -> Mapping[str, Any]:  # pyright: ignore[reportRet
 
 @hookspec
 def rnode_after_solve(solution: Solution, solver: Solver) -> None:
-    """Called after each solve, of every face (NeuralODE, CNF, flows), with its result and its settings.
+    """Called after each solve (of NeuralODE, CNF, flows), with its result and its settings.
 
     It is called once the plugin host is loaded: by the command line, a recipe, any name of a regularizer, model or
     data set, or ``rnode_plugin.plugins.register``. A program that uses none of these calls

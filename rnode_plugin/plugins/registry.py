@@ -252,11 +252,7 @@ class Registry:
             subscribe(self.after_solve)
 
     def _attach(self, record: Plugin, plugin: object) -> None:
-        """Register with pluggy and keep the hooks.
-
-        Raises:
-            PluginError: it is not a plugin; then it is not registered.
-        """
+        """Register with pluggy and keep the hooks; a PluginError for what is not a plugin."""
         key = record.name if record.distribution is None else f"{record.distribution}:{record.name}"
         try:
             self._manager.register(plugin, name=key)
@@ -312,11 +308,7 @@ def _normal(name: str) -> str:
 
 
 def _checked(values: Any) -> dict[str, Any]:
-    """The result of a registration hook.
-
-    Raises:
-        PluginError: it is not a mapping from names to objects or ``"module:attribute"`` texts.
-    """
+    """The result of a registration hook, a mapping from names to objects or texts; a PluginError for another."""
     if not isinstance(values, Mapping) or not all(
         isinstance(name, str)
         and name

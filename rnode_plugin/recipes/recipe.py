@@ -50,11 +50,7 @@ __all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "Start", "TableData"
 
 
 def read_strength(value: Any) -> WrittenStrength:
-    """A lambda as it is written in a recipe: ``0.01`` or ``linear_warmup(1000)*0.01``.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """A lambda as a recipe has it, ``0.01`` or ``linear_warmup(1000)*0.01``; a ValueError for anything else."""
     if isinstance(value, LinearWarmup):
         return value
     try:

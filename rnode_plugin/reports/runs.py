@@ -210,11 +210,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder; a file that is not there yet is empty.
-
-    Raises:
-        ConfigError: one of its files is unreadable, or of another version.
-    """
+    """Read a run folder, missing files as empty; a ConfigError for one that is unreadable or of another version."""
     with _reading(path / "recipe.json") as text:
         recipe = Recipe.from_plain(json.loads(text or ""))
     measure = measure_of(recipe)
@@ -272,11 +268,7 @@ def _rows(text: str | None) -> list[dict[str, float]]:
 
 
 def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
-    """The rows of training steps and of validations in a ``metrics.csv``, by column; empty if it is missing.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Training steps and validations of a ``metrics.csv``; empty if missing, a ConfigError if unreadable."""
     with _reading(path) as text:
         rows = _rows(text)
     needed = ("step", "epoch", "train_seconds")

@@ -182,11 +182,7 @@ _METHODS = [
 
 @cache
 def get_method(name: str) -> Method:
-    """A method by its name, with coefficients in double precision for every type of state.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
+    """A method by name, with coefficients in double precision for every state; a ConfigError if unknown."""
     for method in _METHODS:
         if method.name == name:
             return method

@@ -142,6 +142,12 @@ def odeint_adjoint(
         adjoint_options: options of that method.
         adjoint_params: the parameters that get gradients; None: those of ``func``. Parameters of regularizers that
             are modules are added.
+
+    Returns:
+        As :func:`odeint`.
+
+    Raises:
+        ConfigError: as :func:`odeint`.
     """
     given = {
         "rtol": rtol, "atol": atol, "method": method, "options": options, "event_fn": event_fn,
@@ -270,11 +276,7 @@ class _Layout:
 
     @classmethod
     def of(cls, y0: Any, wanted: Follow) -> _Layout:
-        """The layout of ``y0``.
-
-        Raises:
-            ConfigError: for a state that penalties cannot be about.
-        """
+        """The layout of ``y0``; a ConfigError for a state that penalties cannot be about."""
         tensors = (y0,) if isinstance(y0, Tensor) else y0
         if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
             raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not {type(y0).__name__}.")

@@ -167,13 +167,10 @@ class RegularizedCNF(DensityModel):
         estimator: TraceEstimator | None = None,
         regularizers: Sequence[Regularizer] = (),
     ) -> RegularizedCNF:
-        """A copy that shares the parameters, with another solver, trace estimator or penalties.
+        """A copy with another ``solver``, ``estimator`` or ``regularizers``; see :meth:`DensityModel.solved_with`.
 
-        Args:
-            solver: method, step or tolerances, and ``max_nfe``; None: as this model. A fixed grid without a step
-                has the times of this model's ``t_span``.
-            estimator: of the trace; None: as this model.
-            regularizers: the penalties that the copy follows; an end time that is learned stays.
+        Of ``solver`` it takes the method, the tolerances and ``max_nfe``, and the step; a fixed grid without one
+        has the times of this model's ``t_span``.
         """
         cnf = copy.copy(self._cnf)
         if estimator is not None:
@@ -200,6 +197,7 @@ class RegularizedCNF(DensityModel):
         return self.log_prob(x, context)
 
     def citation(self) -> str:
+        """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
         given = [each.regularizer for each in self.ode._last_penalties().weighted.values()]
         method = solver_name(self.ode.solver)
         return citation(given, estimator=self._cnf.trace_estimator, methods=[method], density=True)
@@ -245,7 +243,10 @@ class RegularizedCNF(DensityModel):
         noise: Tensor | None = None,
         penalties: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``; see :meth:`log_prob`."""
+        """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``.
+
+        Arguments and errors as of :meth:`log_prob`.
+        """
         return self._with_trace(x, context, penalties=penalties, noise=noise)
 
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
@@ -271,7 +272,10 @@ class RegularizedCNF(DensityModel):
             return self.inverse(z, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``x (B, *event_shape)`` that flows to ``z (B, *event_shape)``; ``context`` as in :meth:`log_prob`."""
+        """``x (B, *event_shape)`` that flows to ``z (B, *event_shape)``.
+
+        ``context`` and errors (for ``z`` in place of ``x``) as of :meth:`log_prob`.
+        """
         self._check(z)
         rows, times = self.context_rows(context, z), self._times(z, backward=True)
         return self.ode._solve(z, times, args=rows, remember=False, trace=False)[1][-1]
@@ -281,7 +285,7 @@ class RegularizedCNF(DensityModel):
     ) -> tuple[Tensor, Tensor]:
         """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve.
 
-        ``context`` and ``penalties`` as in :meth:`log_prob`.
+        ``context``, ``penalties`` and errors as of :meth:`log_prob`.
         """
         x, logdet = self._with_trace(z, context, penalties=penalties, backward=True)
         return x, self._base_log_prob(z) + logdet
@@ -291,7 +295,8 @@ class RegularizedCNF(DensityModel):
     ) -> FlowOutput:
         """Latents, log-determinant in nats, penalties and NFE of samples ``x (B, *event_shape)``.
 
-        As :meth:`transform`, in the form that flows have; ``context`` and ``penalties`` as in :meth:`log_prob`.
+        As :meth:`transform`, in the form that flows have; ``context``, ``penalties`` and errors as of
+        :meth:`log_prob`.
         """
         before = self.ode.vf.nfe
         z, logdet = self.transform(x, context, penalties=penalties)
@@ -366,11 +371,7 @@ def _example(net: Any, options: dict[str, Any]) -> list[Tensor]:
 def _base_and_shape(
     base: Distribution | None, event_shape: Sequence[int] | int | None
 ) -> tuple[Distribution, torch.Size]:
-    """A base distribution that belongs to the model, and the shape of one sample.
-
-    Raises:
-        ConfigError: for shapes that are missing or do not fit together.
-    """
+    """The model's own base and the shape of a sample; a ConfigError for shapes that are missing or do not fit."""
     shape = None if event_shape is None else check_shape(event_shape, "event_shape")
     if base is None:
         if shape is None:

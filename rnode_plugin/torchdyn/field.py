@@ -79,11 +79,7 @@ def is_cnf(module: nn.Module) -> bool:
 
 
 def check_penalized(penalized: Any) -> Penalized | None:
-    """``penalized`` as a slice, or as a mask of its own.
-
-    Raises:
-        ConfigError: for anything else.
-    """
+    """``penalized`` as a slice, or as a mask of its own; a ConfigError for anything else."""
     if penalized is None or isinstance(penalized, slice):
         return penalized
     mask = torch.as_tensor(penalized) if isinstance(penalized, (Tensor, list, tuple)) else None

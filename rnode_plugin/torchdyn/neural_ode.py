@@ -88,9 +88,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     Raises:
         ConfigError: for an unknown solver, sensitivity, regularizer, noise or interpolator, a number out of range,
-            for multiple shooting and SDEs, which carry no penalties; when called, for a state that is not a
-            tensor and times that are not a row that runs one way.
-        SolverError: when called: non-finite state, step-size underflow, ``max_nfe`` used up.
+            for multiple shooting and SDEs, which carry no penalties; a call raises those of :meth:`forward`.
 
     Example:
         >>> import torch
@@ -205,6 +203,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             penalties: whether to integrate the penalties; None: in training mode with gradients enabled.
 
         With ``sensitivity="interpolated_adjoint"`` and an adaptive solver each step is an output, as in torchdyn.
+
+        Raises:
+            ConfigError: for a state that is not a tensor, times that are not a row that runs one way, a
+                ``save_at`` that is not among them, and a regularizer that the solver or the state cannot have.
+            SolverError: non-finite state, step-size underflow, ``max_nfe`` used up.
         """
         t_eval, sol = self._solve(x, t_span, save_at, args, penalties=penalties)
         return (t_eval, sol) if self.return_t_eval else sol
@@ -465,8 +468,8 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
     """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
 
     From then on this package solves each of its objects, also those made before: with the same values, with
-    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``max_nfe=`` and
-    ``sensitivity="checkpointed"``. A second call changes nothing but ``regularizers``.
+    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``penalty_quadrature=``,
+    ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call changes nothing but ``regularizers``.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
 

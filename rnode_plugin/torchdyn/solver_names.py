@@ -114,11 +114,7 @@ def step_method(
 
 
 def kept_times(t_span: Tensor, save_at: Any) -> list[bool]:
-    """Which times of ``t_span`` are in ``save_at``.
-
-    Raises:
-        ConfigError: unless each of ``save_at`` is one of them, once.
-    """
+    """Which times of ``t_span`` are in ``save_at``; a ConfigError unless each of these is one of them, once."""
     save_at = save_at.to(t_span) if isinstance(save_at, Tensor) else torch.tensor(save_at).to(t_span)
     matches = torch.isclose(t_span[:, None], save_at[None])
     if not bool((matches.sum(0) == 1).all()):

@@ -178,7 +178,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
 ) -> tuple[BlockFlow, Recipe]:
-    """:func:`load_flow`, and the recipe that the flow was trained by."""
+    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are those."""
     file = find_checkpoint(path)
     contents = read_checkpoint(file, map_location=map_location)
     recipe = recipe_of(contents, file)

@@ -148,6 +148,12 @@ def estimate(
         images: training images; None: those of the data set (:data:`TRAINING_IMAGES`).
         devices: that train together.
         nfe_per_block: evaluations per block if the training solver is adaptive.
+
+    Returns:
+        Counted and timed steps; one that could not be timed says why in its ``problem``.
+
+    Raises:
+        ConfigError: as :func:`count_step`.
     """
     own = recipe.solver.gradient
     modes = [own, *sorted({"autograd", "checkpointed"} - {own})]

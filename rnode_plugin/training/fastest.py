@@ -77,11 +77,7 @@ class Choice:
 
 
 def read_choice(folder: Path) -> Choice | None:
-    """The choice in ``chosen.json`` of a run or a comparison; None if there is none.
-
-    Raises:
-        CheckpointError: the file cannot be understood.
-    """
+    """The choice in ``chosen.json`` of a run or a comparison, or None; a CheckpointError if it is damaged."""
     file = folder / CHOSEN
     try:
         plain = json.loads(file.read_text(encoding="utf-8"))
@@ -132,6 +128,9 @@ def choose(
         steps: of the run that are still to make.
         slowest: of the seconds of a way in this process, those of the slowest process; every process of a run then
             chooses the same.
+
+    Returns:
+        The way that was taken, and what each cost; a way that fails is not an error. The plain way if none works.
     """
     timer = StepTimer(recipe, device=device)
     ways, measured, seconds = _ways(recipe), dict[str, str](), dict[Way, float]()

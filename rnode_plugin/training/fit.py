@@ -252,11 +252,7 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
 def _conclude(
     result: FitResult, recipe: Recipe, data: ImageData | Table, device: torch.device, *, progress: bool
 ) -> FitResult:
-    """Evaluate the best weights of a run, draw a picture of samples from them, and write ``result.json``.
-
-    Raises:
-        TrainingError: the weights cannot be integrated; training itself is done.
-    """
+    """Evaluate the best weights, draw samples, write ``result.json``; a TrainingError if a solve fails."""
     folder, measure = result.folder, measure_of(recipe)
     flow = load_flow(folder.best, map_location=device)
     try:

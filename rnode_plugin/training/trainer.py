@@ -107,11 +107,7 @@ def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **o
 
 
 def follow_plan(trainer: L.Trainer, recipe: Recipe, samples: int) -> RunPlan:
-    """Set the steps and validations of a Trainer, which depend on how many devices it has found.
-
-    Raises:
-        ConfigError: the samples do not fill one batch on each device.
-    """
+    """Set a Trainer's steps and validations by its devices; a ConfigError if a device has not one full batch."""
     plan = RunPlan.of(recipe, samples, trainer.world_size)
     trainer.fit_loop.epoch_loop.max_steps = plan.total
     trainer.val_check_interval = plan.val_every * plan.accumulate

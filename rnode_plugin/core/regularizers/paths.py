@@ -82,9 +82,9 @@ def local_error(step: StepRecord) -> Tensor:
     source=_LOCAL, uses={"pair"}, local=True, reduction="mean",
 )  # fmt: skip
 def local_stiffness(step: StepRecord) -> Tensor:
-    """The stiffness of one extra step of tsit5 from a uniformly random time, with a detached start.
+    """``||f(b) - f(a)|| / ||b - a||`` of one extra step of tsit5 from a uniformly random time (Pal et al., 2023).
 
-    Pal et al., 2023. In a flow of several blocks it is the mean over the blocks.
+    Its start is detached, a and b are as in :func:`stiffness`; of several blocks it is the mean over the blocks.
     """
     return stiffness(step)
 
