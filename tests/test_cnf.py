@@ -213,7 +213,7 @@ def test_estimators_of_a_users_own_stay_theirs() -> None:
     [
         (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
         (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
-        (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "no noise"),
+        (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "needs noise"),
         (lambda: CNF(WithTime())(torch.zeros(4, 3)), "no time"),
     ],
 )

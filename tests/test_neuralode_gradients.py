@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,36 @@ def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tupl
     loss = weighted(exact.z) + 0.3 * exact.kinetic.mean() / 3 + 0.2 * exact.jacfrob.mean() / 3
     for ours, true in zip(found, torch.autograd.grad(loss, [z0, t, field.a]), strict=True):
         assert relative(ours, true) < (1e-6 if sensitivity != "interpolated_adjoint" else 1e-5)
+
+
+class WithNumpy(nn.Module):
+    """Reads the time as numbers, which a time that requires a gradient would refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 2).double()
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(x) * float(t.numpy().sum())
+
+
+def test_a_closure_that_an_adjoint_cannot_differentiate_is_told() -> None:
+    """Its net is no module of the model, so an adjoint gives it no gradient; the steps do."""
+    net, x = nn.Linear(2, 2), torch.ones(3, 2)
+    for sensitivity in ("adjoint", "interpolated_adjoint"):
+        with pytest.warns(UserWarning, match="no parameter of it"):
+            NeuralODE(lambda t, x: net(x), "dopri5", sensitivity=sensitivity)(x)[1][-1].sum().backward()
+    assert net.weight.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoded = nn.Linear(2, 2)(x)  # the result of another computation, handed over as the solve's argument
+        field: Any = lambda t, x, args: net(x) * args["scale"]  # noqa: E731
+        node = NeuralODE(field, "dopri5", sensitivity="adjoint", optimizable_params=net.parameters())
+        node(x, args={"scale": encoded})[1][-1].sum().backward()
+        for field, name in ((WithNumpy(), "kinetic"), (Wave(2), "total_derivative")):
+            forced = NeuralODE(field, "dopri5", sensitivity="adjoint", regularizers=[name])
+            (forced(x.double())[1][-1].sum() + forced.reg_loss()).backward()
+    assert net.weight.grad is not None
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)

@@ -21,6 +21,7 @@ from torchdyn.core.neuralde import NeuralODE as Theirs
 import rnode_plugin
 from rnode_plugin import SolverError
 from rnode_plugin.cli.lists import exec_script
+from rnode_plugin.errors import ConfigError
 
 ImportedBefore: Any = NeuralODE  # install() gives it arguments and methods that no type checker sees
 PRISTINE = dict(vars(Theirs))
@@ -116,6 +117,13 @@ model = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=["kinetic"])
 model(torch.randn(3, 2))
 print("loss", float(model.reg_loss()) > 0, __name__, sys.argv[1:], neighbour.VALUE)
 """
+
+
+def test_an_install_that_is_refused_changes_nothing() -> None:
+    with pytest.raises(ConfigError, match="does not show"):
+        rnode_plugin.install(torchdiffeq=True, regularizers=["error"])
+    assert not rnode_plugin.NeuralODE(nn.Linear(2, 2))._penalties
+    assert dict(vars(Theirs)) == PRISTINE
 
 
 def test_exec_runs_an_unmodified_script(tmp_path: Path) -> None:

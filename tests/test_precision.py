@@ -10,9 +10,12 @@ import torch
 from tiny_runs import rows, tiny_recipe
 
 from rnode_plugin import Solver, get_recipe, load_flow
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.random_streams import Stream, seeded
+from rnode_plugin.core.regularizers import kinetic
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
+from rnode_plugin.solvers import solve
 from rnode_plugin.training.fit import fit
 from rnode_plugin.training.trainer import make_trainer
 
@@ -36,6 +39,19 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
         fresh = plain.bits_per_dim(x, noise=noise)
     assert abs(float(one.mean() - fresh.mean())) > 0.05, "the flow does something"
     assert 0 < abs(float(one.mean() - other.mean())) < 0.005
+
+
+def test_integrals_are_the_same_sums_under_autocast() -> None:
+    """Autocast rounds a matrix product of the rates to 8 bits."""
+    dynamics = Dynamics(lambda t, z: -1.003 * z, regularizers=[kinetic], estimator="exact").bind(None)
+    ends = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            ends.append(solve(dynamics, torch.ones(1, 4), torch.tensor([0.0, 1.0]), Solver()))
+    one, other = ([end.logdet[-1], end.penalties["kinetic"]] for end in ends)
+    assert all(x.dtype is torch.float32 for x in other)
+    torch.testing.assert_close(other, one, rtol=1e-6, atol=0)
+    assert float(other[0]) == pytest.approx(-4.012, rel=1e-6)
 
 
 def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:

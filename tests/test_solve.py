@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from problems import Linear, Wave, linear_closed_form
-from torch import Tensor
+from torch import Tensor, nn
 
 from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
 from rnode_plugin.core.regularizers import jacfrob, kinetic
@@ -112,6 +112,35 @@ def test_checkpointed_is_autograd_to_rounding(method: str) -> None:
     assert a.stats == b.stats
     for x, y in zip(ga, gb, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
+    """The adjoint takes each parameter once, or each of its gradients would be the whole."""
+
+    class Weight(nn.Module):
+        name, needs = "weight", frozenset[str]()
+
+        def __init__(self, field: Wave) -> None:
+            super().__init__()
+            self.field = field
+
+        def forward(self, evaluation: Any) -> Tensor:
+            return (self.field.w * evaluation.z).square().sum(1)
+
+    gradients: list[list[Any]] = []
+    for gradient in ("autograd", "adjoint"):
+        field = Wave()
+        dynamics = Dynamics(field, regularizers=[Weight(field)], divergence=False)
+        solver = Solver("rk4", step=0.01, gradient=gradient)
+        s = solve(dynamics, torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double(), solver)
+        s.penalties["weight"].sum().backward()
+        gradients.append([p.grad for p in field.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_noise_that_was_not_bound_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"dynamics\.bind\(dynamics\.draw"):
+        solve(Dynamics(Wave()), torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double(), Solver("rk4"))
 
 
 def test_checkpointed_evaluates_a_step_twice_and_no_more() -> None:
@@ -379,6 +408,7 @@ def test_bad_times_are_refused(times: Any) -> None:
         ({"method": "dopri"}, "did you mean 'dopri5'"),
         ({"step": 0.0}, "solver.step must be a number > 0 or None"),
         ({"atol": -1.0}, "solver.atol must be a number >= 0"),
+        ({"rtol": None}, "solver.rtol must be a number >= 0"),
         ({"rtol_adjoint": float("nan")}, "solver.rtol_adjoint must be a number >= 0"),
         ({"method": "dopri5", "atol": 0.0, "rtol": 0.0}, "both 0"),
         ({"gradient": "checkpoint"}, "did you mean 'checkpointed'"),

@@ -170,6 +170,8 @@ def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:
         (lambda: TableFlow(2).standardize(torch.zeros(4, 2)), "a column is constant"),
         (lambda: TableFlow(2).standardize(torch.zeros(4, 3)), r"takes rows \(N, 2\)"),
         (lambda: TableFlow(2)(torch.zeros(3, 2), noise=[None]), "takes no noise"),
+        (lambda: TableFlow(2, regularizers={"kinetic": 5.0}), "a flow applies no lambda"),
+        (lambda: TableFlow(2, regularizers=["hjb"])(torch.zeros(3, 2)), "offers no 'potential_rate'"),
         (lambda: PotentialField(2, context=1)(torch.zeros(()), torch.zeros(3, 2)), r"of shape \(3, 1\), not none"),
     ],
 )  # fmt: skip

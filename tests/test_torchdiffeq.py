@@ -516,3 +516,12 @@ def test_a_random_end_time_beside_other_penalties() -> None:
     _, penalties = odeint(Field(), y0, SPAN, regularizers={"kinetic": 1.0, "steer": 1.0})
     torch.testing.assert_close(penalties.loss(), penalties["kinetic"].mean() / 2)
     assert penalties["steer"].tolist() == [0.0, 0.0, 0.0]
+    with torch.no_grad():  # an evaluation ends where it is told to
+        y, _ = odeint(lambda t, y: torch.ones_like(y), y0, SPAN, regularizers=["steer:0.5"])
+    torch.testing.assert_close(y[-1], y0 + SPAN[-1] - SPAN[0])
+
+
+def test_tolerances_of_columns_are_torchdiffeqs() -> None:
+    tolerances = torch.tensor([1e-3, 1e-9], dtype=torch.float64)
+    plain = PLAIN["odeint"](Field(), start(), SPAN, atol=tolerances)
+    assert torch.equal(odeint(Field(), start(), SPAN, atol=tolerances, regularizers=["kinetic"])[0], plain)

@@ -13,9 +13,11 @@ from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn_fields import WithTime, mlp
 
-from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF, Solver, penalties_at
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.solvers import GRADIENTS, solve
+from rnode_plugin.torchdiffeq import odeint
 
 BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
 OTHERS = ["total_derivative", "taylor:3", "curl", "directional_vjp", "jacdiag", "straightness"]
@@ -277,11 +279,13 @@ class Cut(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         if self.how == "detach":
             return self.linear(x).detach()
+        if self.how == "detached state":
+            return self.linear(x.detach())
         with torch.no_grad():
             return self.linear(x)
 
 
-@pytest.mark.parametrize("how", ["no_grad", "detach"])
+@pytest.mark.parametrize("how", ["no_grad", "detach", "detached state"])
 def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
     x = torch.randn(3, 2)
     state = torch.cat([torch.zeros(3, 1), x], 1)
@@ -295,6 +299,14 @@ def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
         NeuralODE(CNF(Cut(how)), "rk4")(state)
     with torch.no_grad(), pytest.raises(ConfigError, match="without a graph"):
         NeuralODE(CNF(Cut(how)), "rk4")(state)
+    cut, times = Cut(how), torch.tensor([0.0, 1.0])
+    with pytest.raises(ConfigError, match="without a graph"):
+        odeint(cut, x, times, method="rk4", regularizers=["jacfrob"])
+    for name in ("jacfrob", "total_derivative"):
+        with pytest.raises(ConfigError, match="without a graph"):
+            penalties_at(cut, times[0], x, [name])
+    with pytest.raises(ConfigError, match="without a graph"):
+        solve(Dynamics(cut, estimator="exact").bind(None), x, times, Solver())
 
 
 def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:

@@ -19,6 +19,7 @@ from torchdyn.numerics.solvers.ode import DormandPrince45
 
 from rnode_plugin import CNF, NeuralODE, SolverError
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.torchdiffeq import odeint
 
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
 
@@ -310,7 +311,12 @@ def test_a_state_without_a_batch_axis_and_a_tuple_are_told() -> None:
     field = torch.nn.Tanh()
     with pytest.warns(UserWarning, match=r"counts as 2 samples"):
         NeuralODE(field, solver="rk4", regularizers=["jacfrob"])(torch.ones(2))
+    with pytest.warns(UserWarning, match=r"counts as 2 samples"):
+        odeint(lambda t, y: field(y), torch.ones(2), torch.tensor([0.0, 1.0]), regularizers=["jacfrob"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NeuralODE(field, solver="rk4", regularizers=["kinetic"])(torch.ones(2))
+        flat = NeuralODE(lambda t, x: -x, "dopri5", regularizers=["error"])
+        flat(torch.ones(2))
+        assert flat.regularization["error"].shape == (2,)
         model(torch.ones(1, 2))

@@ -6,6 +6,7 @@ differentiation; fields with a faster pass of their own implement it themselves.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .ops import transforms_active
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -92,7 +94,8 @@ class AutogradField:
 
     Works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func`` too. Results have a graph if
     gradients are enabled. Reverse mode twice gives ``J v``: faster in training than forward mode, and right through
-    autograd Functions of a user's own, for which nested forward mode silently gives zero.
+    autograd Functions of a user's own, for which nested forward mode silently gives zero. A field that cuts its
+    graph is refused.
 
     A subclass overrides the call. A bound method of its own as the function would make a reference cycle per solve.
 
@@ -106,6 +109,7 @@ class AutogradField:
     ) -> None:
         self._field = field
         self._aux = getattr(field, "aux", None) if aux is None else aux
+        self._ignores_state = False
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         return self._field(t, z)
@@ -133,14 +137,27 @@ class AutogradField:
                     retain = keep or several or ask.jvp
                     v = _usable(v).to(dz.dtype)
                     vjp = torch.autograd.grad(dz, z, v, retain, create_graph=keep, allow_unused=True)[0]
-                return torch.zeros_like(z) if vjp is None else vjp
+                return self._zero(t, z, dz) if vjp is None else vjp
 
             products, divergence = _products(ask, z, noise, pull)
-        jvp = _double_reverse(dz, t, z, keep=keep) if ask.jvp else None
+        jvp = None
+        if ask.jvp:
+            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(t, z, dz))
         if not keep:
             dz = dz.detach()
             products = None if products is None else products.detach()
         return Linearization(dz, products, jvp, divergence, aux)
+
+    def _zero(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+        """The product with the Jacobian of a field whose graph does not reach its state.
+
+        Raises:
+            ConfigError: if the field depends on its state all the same.
+        """
+        if not self._ignores_state and not z.is_meta:
+            _refuse_lost_graph(copy.copy(self), t, z, dz)  # a copy: this evaluation is not the solve's
+            self._ignores_state = bool(dz.any())  # where all is zero nothing can be seen
+        return torch.zeros_like(z)
 
     def _in_transform(
         self, t: Tensor, z: Tensor, noise: Tensor | None, ask: Ask, aux: Mapping[str, Tensor] | None
@@ -239,8 +256,10 @@ def _products(
     return products if ask.products else None, divergence
 
 
-def _double_reverse(dz: Tensor, t: Tensor, z: Tensor, *, keep: bool) -> DirectionalDerivative:
-    """Derivatives along directions from the graph of ``dz``.
+def _double_reverse(
+    dz: Tensor, t: Tensor, z: Tensor, *, keep: bool, zero: Callable[[], Tensor]
+) -> DirectionalDerivative:
+    """Derivatives along directions from the graph of ``dz``; ``zero()`` where that does not reach ``z``.
 
     ``u^T J`` is linear in ``u``, and its own transpose is the product wanted.
     """
@@ -252,10 +271,12 @@ def _double_reverse(dz: Tensor, t: Tensor, z: Tensor, *, keep: bool) -> Directio
 
     def push(v: Tensor, dt: float) -> Tensor:
         if not dz.requires_grad:
-            return torch.zeros_like(z)
+            return zero()
         u = torch.zeros_like(dz).requires_grad_()
         inputs, tangents = ((z,), (v,)) if dt == 0 else ((z, t), (v, torch.full_like(t, dt)))
         pulled = torch.autograd.grad(dz, inputs, u, create_graph=True, allow_unused=True)
+        if pulled[0] is None:
+            zero()
         pairs = [(p, w.to(p.dtype)) for p, w in zip(pulled, tangents, strict=True) if p is not None]
         pairs = [(p, w) for p, w in pairs if p.requires_grad]
         if not pairs:
@@ -266,6 +287,29 @@ def _double_reverse(dz: Tensor, t: Tensor, z: Tensor, *, keep: bool) -> Directio
         return torch.zeros_like(z) if product is None else product
 
     return jvp
+
+
+def _refuse_lost_graph(function: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> None:
+    """Refuse a field that depends on its state and gives a velocity ``dz`` without a graph.
+
+    Without a graph a velocity has a Jacobian of zero. That is right for a field that ignores its state. To tell,
+    the field is evaluated once more at another state.
+
+    Raises:
+        ConfigError: if the velocity there is another one.
+    """
+    with torch.no_grad():
+        state = z.detach()
+        # another value in each entry, so that no symmetry of the field hides the change
+        shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
+        moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
+        if torch.equal(function(t.detach(), moved), dz):
+            return
+    raise ConfigError(
+        "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would count "
+        "as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties that need no "
+        "Jacobian, such as kinetic."
+    )
 
 
 def _usable(x: Tensor) -> Tensor:

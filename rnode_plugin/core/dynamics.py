@@ -23,7 +23,7 @@ from ..errors import ConfigError, PluginError, RnodeError
 from .derivatives import VELOCITY, Ask, AutogradField, Velocity, as_field
 from .field_evaluation import FieldEvaluation
 from .regularizers.base import Regularizer, StepRecord, Trajectory, kind_of
-from .trace_estimators import Exact, Linearize, TraceEstimator, get_estimator
+from .trace_estimators import Exact, Hutchinson, HutchPlusPlus, Linearize, TraceEstimator, get_estimator
 
 
 class Rates(NamedTuple):
@@ -226,6 +226,7 @@ class Dynamics(BoundDynamics):
         for rate in self.rates.values():
             self.needs |= frozenset(rate.needs)
         self.needs_products = divergence or "vjp" in self.needs
+        self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus))
         by_autograd = isinstance(self.field, AutogradField)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
         self._velocity = functools.partial(self.field.linearize, ask=VELOCITY)
@@ -242,10 +243,9 @@ class Dynamics(BoundDynamics):
         return functools.partial(self.field.linearize, ask=ask)
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters of the field and of the regularizers, of those that are modules."""
-        for part in (self._given, *self.rates.values()):
-            if isinstance(part, nn.Module):
-                yield from part.parameters()
+        """The parameters of the field and of the regularizers, of those that are modules, each once."""
+        modules = [part for part in (self._given, *self.rates.values()) if isinstance(part, nn.Module)]
+        return {id(p): p for module in modules for p in module.parameters()}.values()
 
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
         """Noise for one solve from ``z (B, *event)``, from ``generator``; None if no product is needed."""
@@ -282,6 +282,11 @@ class Dynamics(BoundDynamics):
         """
         trace = products if trace is None else trace
         one_pass = self._pass if products else self._pass_for_trace if trace else self._velocity
+        if noise is None and self._noisy and one_pass is not self._velocity:
+            raise ConfigError(
+                "the trace needs noise: solve with dynamics.bind(dynamics.draw(z)); a CNF draws it in "
+                "rnode_plugin.NeuralODE, or has a noise_dist."
+            )
         dz, rows, jvp, known, aux = one_pass(t, z, noise)
         if dz.shape != z.shape:
             raise ConfigError(

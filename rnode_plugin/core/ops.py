@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -23,11 +24,16 @@ from ..errors import ConfigError
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
 
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number of at least 1; True is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
 def check_count(value: Any, what: str) -> int:
     """``value``, a whole number of at least 1, or a ConfigError that calls it ``what``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_count(value):
         raise ConfigError(f"{what} must be a whole number of at least 1, not {value!r}.")
-    return value
+    return int(value)
 
 
 def exporting() -> bool:

@@ -192,14 +192,11 @@ def _function(field: Any) -> Any:
     if not isinstance(field, nn.Module):
         return field
     inner = getattr(field, "module", None)  # DistributedDataParallel and AveragedModel keep what they wrap there
-    if isinstance(inner, nn.Module) and _passes_all_on(field.forward):
-        return _function(inner)
+    if isinstance(inner, nn.Module):
+        kinds = {p.kind for p in inspect.signature(field.forward).parameters.values()}
+        if kinds == {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}:  # it passes all on
+            return _function(inner)
     return field.forward
-
-
-def _passes_all_on(function: Any) -> bool:
-    kinds = {p.kind for p in inspect.signature(function).parameters.values()}
-    return kinds == {_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD}
 
 
 @functools.lru_cache(maxsize=256)

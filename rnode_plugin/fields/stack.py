@@ -139,7 +139,7 @@ class PreparedStack:
             still = torch.zeros_like(self._context)
             jvp = lambda v, dt=0.0: whole(torch.cat([v, still.to(v.dtype)], 1), dt)  # noqa: E731
         divergence = trace_of_rows(products) if ask.divergence and products is not None else None
-        return Linearization(dz, products, jvp, divergence)
+        return Linearization(dz, products, jvp, divergence, {})
 
     def _several(self, t: Tensor | float, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
         """Several products of convolutions, as one batch."""
@@ -149,7 +149,7 @@ class PreparedStack:
         assert products is not None
         rows = products.unflatten(0, (count, batch))
         jvp = linearize(self._stack, t, z).jvp if ask.jvp else None
-        return Linearization(dz[:batch], rows, jvp, trace_of_rows(rows) if ask.divergence else None)
+        return Linearization(dz[:batch], rows, jvp, trace_of_rows(rows) if ask.divergence else None, {})
 
     def _with_context(self, z: Tensor) -> Tensor:
         return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)

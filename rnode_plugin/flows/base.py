@@ -46,6 +46,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
         super().__init__()
         self.solver = solver or Solver()
         self.estimator = get_estimator(trace_noise)
+        if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
+            raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
         weighted = weigh_regularizers(regularizers, by_name=_registered)
         self.regularizers = tuple(entry.regularizer for entry in weighted.values())
         with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]

@@ -10,6 +10,7 @@ penalties: it does not enter the error norm.
 from __future__ import annotations
 
 import bisect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
 from .adaptive import solve_adaptive
+from .checkpoint import is_complete, next_number
 from .config import Solver
 from .fixed import Trace, solve_fixed
 from .solution import Solution, SolveStats
@@ -185,6 +187,7 @@ class _Backward:
         # a penalty is integrated along the path, whichever way time runs
         self.dpenalties = {name: self.sign * g for name, g in dpenalties.items()}
         self.gradients = [torch.zeros_like(p) for p in params]
+        self.checked = False
         self.path = _Path(call.dynamics, call.trace, self.sign) if call.trace else None
 
     @property
@@ -228,10 +231,20 @@ class _Backward:
     def _gradients(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> list[Tensor]:
         """``dz/dt``, ``dH/dz`` and ``dH/dtheta`` of each parameter."""
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            rates = self.dynamics(t.detach(), z)
+            z, t = z.detach().requires_grad_(), t.detach()
+            start = None if self.checked else next_number(z)
+            rates = self.dynamics(t, z)
             total = self._hamiltonian(rates, a, dl)
             inputs = [z, *self.params]
+            if start is not None:
+                self.checked = True
+                if not is_complete([total], [t, *inputs], start):
+                    warnings.warn(  # Python shows it once
+                        "the vector field depends on a tensor that is no parameter of it, which gets no gradient "
+                        "from an adjoint: make it a parameter of the field's module, or take the gradient mode "
+                        "'autograd'.",
+                        stacklevel=2,
+                    )
             found: Sequence[Tensor | None] = [None] * len(inputs)
             if total.requires_grad:  # not so for a field without state and parameters
                 found = torch.autograd.grad(total, inputs, allow_unused=True)

@@ -63,7 +63,7 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     devices = [z.device] if z.is_cuda else []
     with torch.enable_grad(), torch.random.fork_rng(devices), dynamics.repeating():
         state = z.detach().requires_grad_()
-        start = _next_number(state)
+        start = next_number(state)
         rates = dynamics(t.detach(), state)
     found = _find_leaves([x for x in tree_leaves(rates) if isinstance(x, Tensor)], start)
     if found is None:  # a replay would run through that other graph at each step
@@ -73,14 +73,16 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     return list({id(x): x for x in [*found, *known] if x is not state}.values())
 
 
-def _find_leaves(outputs: Sequence[Tensor], start: int) -> list[Tensor] | None:
+def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[Any] = ()) -> list[Tensor] | None:
     """The leaves of the graph of ``outputs``; None if one of its nodes is older than number ``start``.
+
+    It ends at the tensors ``known``, too.
 
     The graph of one evaluation ends in its leaves. An older node in it belongs to another computation's graph.
     """
     leaves: dict[int, Tensor] = {}
     pending: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
-    seen: set[Any] = set()
+    seen: set[Any] = {x.grad_fn for x in known if isinstance(x, Tensor)}
     while pending:
         node = pending.pop()
         if node in seen:
@@ -95,7 +97,7 @@ def _find_leaves(outputs: Sequence[Tensor], start: int) -> list[Tensor] | None:
     return list(leaves.values())
 
 
-def _next_number(x: Tensor) -> int:
+def next_number(x: Tensor) -> int:
     """The number that the next node of a graph gets; ``x`` is any tensor that requires a gradient.
 
     torch numbers the nodes of its graphs in the order of their creation, but keeps the number private.
@@ -156,10 +158,14 @@ class _Replay(torch.autograd.Function):
             if isinstance(x, Tensor) and x.is_floating_point():
                 known[i] = x.detach().requires_grad_()
         with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
-            start = _next_number(torch.zeros((), requires_grad=True))
+            start = next_number(torch.zeros((), requires_grad=True))
             outputs = ctx.call.run(known[:count])
         pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
-        _check_complete([x for x in outputs if isinstance(x, Tensor)], known, start)
+        if not is_complete([x for x in outputs if isinstance(x, Tensor)], known, start):
+            raise ConfigError(
+                "a step depends on a tensor that the vector field did not read at the solve's first time, so its "
+                "gradient would be lost: make it a parameter of the field's module, or use gradient='autograd'."
+            )
         needed = ctx.needs_input_grad[2:]
         sources = [x for x, need in zip(known, needed, strict=True) if need]
         found: Sequence[Tensor | None] = [None] * len(sources)
@@ -169,14 +175,13 @@ class _Replay(torch.autograd.Function):
         return None, None, *(next(rest) if need else None for need in needed)
 
 
-def _check_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> None:
-    """Refuse to lose the gradient of a tensor that the first evaluation of a solve did not show."""
-    leaves, ids = _find_leaves(outputs, start), {id(x) for x in known}
-    if leaves is None or any(id(x) not in ids for x in leaves):
-        raise ConfigError(
-            "a step depends on a tensor that the vector field did not read at the solve's first time, so its "
-            "gradient would be lost: make it a parameter of the field's module, or use gradient='autograd'."
-        )
+def is_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> bool:
+    """Whether the graph of ``outputs``, made since number ``start``, ends in tensors that are ``known``.
+
+    A leaf may also be the memory of one of them: a derivative by the time makes a variable of its own from it.
+    """
+    leaves, places = _find_leaves(outputs, start, known), {x.data_ptr() for x in known if isinstance(x, Tensor)}
+    return leaves is not None and all(x.data_ptr() in places for x in leaves)
 
 
 @contextlib.contextmanager

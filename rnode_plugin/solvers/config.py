@@ -87,8 +87,10 @@ class Solver:
                 raise ConfigError(f"solver.{name} must be a number > 0 or None, not {value!r}.")
         for name in ("atol", "rtol", "atol_adjoint", "rtol_adjoint"):
             value = getattr(self, name)
+            unset = value is None and name.endswith("adjoint")
             # a tensor of tolerances is checked where it is given: a check here would make each solve wait
-            if isinstance(value, (int, float, str)) and not _is_number(value):
+            tensor = hasattr(value, "dtype") and not isinstance(value, float)
+            if not (unset or tensor or _is_number(value)):
                 raise ConfigError(f"solver.{name} must be a number >= 0, not {value!r}.")
         if self.adaptive and all(isinstance(x, (int, float)) and x == 0 for x in (self.atol, self.rtol)):
             raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")

@@ -179,7 +179,7 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
         path = None
     weights = method.weights or (1.0,)
     sampled_trace = solver.trace_quadrature == "sampled"
-    elsewhere = partial(dynamics, products=False) if sampled_trace else dynamics.trace_only
+    elsewhere = partial(dynamics, products=False) if sampled_trace or local else dynamics.trace_only
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
@@ -269,7 +269,9 @@ def _weigh(values: list[Any], weights: Sequence[float], dt: Tensor, draw: Draw |
     # rates of small problems: few operations count, not what they compute. torch.compile makes one of them anyway
     if first.ndim == 1 and not torch.compiler.is_compiling():
         row = _weight_row(tuple(weights[: len(values)]), first.dtype, first.device)
-        return (row * dt.to(first.dtype)) @ torch.stack(values)
+        product = (row * dt.to(first.dtype)) @ torch.stack(values)
+        if product.dtype is first.dtype:  # else autocast has rounded it
+            return product
     total: Tensor | None = None
     for value, weight in zip(values, weights, strict=False):
         if weight:

@@ -193,5 +193,5 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, trace: Trace) -> t
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
     take = stepper(dynamics, get_method("tsit5"), solver, local=True)
-    step = take(z, s, -h if backward else h, None, None)
+    step = take(z, s, -h if backward else h, None, {})  # no stage makes products
     return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2

@@ -23,7 +23,7 @@ from ..core.derivatives import PartField
 from ..core.dynamics import Dynamics
 from ..core.penalties import Penalties, attach
 from ..core.random_streams import Stream, stream_seed
-from ..core.regularizers import Weighted, kind_of, span_policy
+from ..core.regularizers import Weighted, kind_of, span_policy, warn_of_flat_state
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
@@ -78,6 +78,7 @@ def odeint(
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
             the solver's steps, which torchdiffeq does not show: they are refused.
         penalized: the tensor of a tuple ``y0`` that the penalties are about, or several, joined; None: the first.
+            The others count as constants: of position and velocity, ``total_derivative`` wants both.
         batch_dim: dimension of this tensor that holds the samples.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
             ``"exact"``; drawn once per solve, without a change of torch's global generator.
@@ -227,9 +228,10 @@ def solve(
     layout = _Layout.of(y0, wanted)
     policy = span_policy(wanted.regularizers)
     if policy is not None:
-        training = func.training if isinstance(func, nn.Module) else torch.is_grad_enabled()
+        training = torch.is_grad_enabled() and getattr(func, "training", True)
         t = policy.times(t, training=training)
     z0 = layout.penalized(y0)
+    warn_of_flat_state(z0, wanted.regularizers)
     system = _Augmented(func, layout, wanted, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     times, rows, inner = t, None, []
@@ -414,7 +416,10 @@ def _extended(
             rows = [torch.as_tensor(x) for x in value]  # float32 of a number, as torchdiffeq has it
             if len(rows) != len(layout.shapes):
                 return value  # torchdiffeq says so
-        rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, layout.shapes, strict=True)]
+        if layout.is_tuple:
+            rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, layout.shapes, strict=True)]
+        else:
+            rows = [rows[0].expand(layout.shapes[0]).reshape(-1)]
         return (*rows, *[rows[0].new_tensor(of_penalty)] * len(system.dynamics.rates))
 
     changed["rtol"], changed["atol"] = tolerance(given["rtol"], 1e-3), tolerance(given["atol"], math.inf)

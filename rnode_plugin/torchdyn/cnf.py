@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torchdyn.models import cnf as torchdyn_cnf
 
 from ..core.derivatives import Field
 from ..core.dynamics import Dynamics
+from ..core.ops import check_count, is_count
 from ..core.signature import accepts, call_of, field_takes, refuse_state_first
-from ..core.trace_estimators import Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
+from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 
 
@@ -67,9 +67,7 @@ class CNF(torchdyn_cnf.CNF):
         refuse_state_first(net, "CNF")
         if conditional and not accepts(net, None, None, None):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
-        if not is_count(order) or order < 1:
-            raise ConfigError(f"order must be a whole number >= 1, not {order!r}.")
-        super().__init__(net, None, noise_dist, int(order))
+        super().__init__(net, None, noise_dist, check_count(order, "order"))
         self.trace_estimator = _estimator(trace_estimator)
         self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
         self.conditional = conditional
@@ -87,11 +85,6 @@ class CNF(torchdyn_cnf.CNF):
         if noise is not None and noise.shape[-z.ndim :] != z.shape:
             noise = noise.reshape(z.shape)
         if isinstance(self.trace_estimator, TraceEstimator):
-            if noise is None and isinstance(self.trace_estimator, (Hutchinson, HutchPlusPlus)):
-                raise ConfigError(
-                    "this CNF has a stochastic trace estimator but no noise: put it into rnode_plugin.NeuralODE, "
-                    "which draws the noise once per solve, or give it a noise_dist."
-                )
             dz, trace, _ = Dynamics(self._velocity(args), estimator=self.trace_estimator).evaluate(t, z, noise)
             assert trace is not None
         else:
@@ -114,14 +107,7 @@ class CNF(torchdyn_cnf.CNF):
             function, extra, keywords = first_order_system(function, extra, keywords, self.order), (), {}
         if isinstance(function, Field) and not (extra or keywords):
             return function  # it makes its products without autograd
-
-        def velocity(t: Tensor, z: Tensor) -> Tensor:
-            dz = function(t, z, *extra, **keywords)
-            if z.requires_grad and not dz.requires_grad and torch.is_grad_enabled():
-                refuse_lost_graph(lambda t, z: function(t, z, *extra, **keywords), t, z, dz)
-            return dz
-
-        return velocity
+        return lambda t, z: function(t, z, *extra, **keywords)
 
 
 def noise_of(cnf: Any, z: Tensor) -> Tensor | None:
@@ -144,29 +130,6 @@ def first_order_system(
     return system
 
 
-def refuse_lost_graph(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, z: Tensor, dz: Tensor) -> None:
-    """Refuse a field that depends on its state and gives a velocity ``dz`` without a graph.
-
-    Without a graph a velocity has a Jacobian of zero. That is right for a field that ignores its state. To tell,
-    the field is evaluated once more at another state.
-
-    Raises:
-        ConfigError: if the velocity there is another one.
-    """
-    with torch.no_grad():
-        state = z.detach()
-        # another value in each entry, so that no symmetry of the field hides the change
-        shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
-        moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
-        if torch.equal(function(t.detach(), moved), dz):
-            return
-    raise ConfigError(
-        "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would count "
-        "as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties that need no "
-        "Jacobian, such as kinetic."
-    )
-
-
 def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> TraceEstimator | Callable[..., Tensor]:
     if spec is None or spec is torchdyn_cnf.autograd_trace:
         return get_estimator("exact")
@@ -178,12 +141,7 @@ def _estimator(spec: str | TraceEstimator | Callable[..., Tensor] | None) -> Tra
 def check_shape(shape: Sequence[int] | int, name: str) -> torch.Size:
     """The shape of one sample or context: a whole number >= 1 or a sequence of them."""
     sizes: Any = [shape] if is_count(shape) else shape
-    good = isinstance(sizes, Sequence) and len(sizes) > 0 and all(is_count(size) and size > 0 for size in sizes)
+    good = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(is_count, sizes))
     if not good:
         raise ConfigError(f"{name} must hold one or more whole numbers >= 1, not {shape!r}.")
     return torch.Size(int(size) for size in sizes)
-
-
-def is_count(value: Any) -> bool:
-    """Whether ``value`` is a whole number; True and False are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)

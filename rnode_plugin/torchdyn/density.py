@@ -291,7 +291,7 @@ class RegularizedCNF(DensityModel):
         return x, self._base_log_prob(z) + logdet
 
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, context: Tensor | None = None, *, penalties: bool | None = False
+        self, x: Tensor, context: Tensor | None = None, *, penalties: bool = False
     ) -> FlowOutput:
         """Latents, log-determinant in nats, penalties and NFE of samples ``x (B, *event_shape)``.
 

@@ -24,7 +24,7 @@ from ..core.signature import buffers_kept, call_of, original
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.recognise import PARTS, recognise
-from .cnf import CNF, first_order_system, noise_of, refuse_lost_graph
+from .cnf import CNF, first_order_system, noise_of
 
 CONTROL = "_control"
 """torchdyn's private name for the initial state that a layer reads; a test fails by name when it goes."""
@@ -178,7 +178,6 @@ class TorchdynField(AutogradField):
         function, extra, keywords: called as ``function(t, z, *extra, **keywords)``.
         slots: the placeholders of the modules inside.
         aux: ``(t, z)`` to values that the field offers by name.
-        watched: whether a field whose graph is cut is refused, because products with its Jacobian are taken.
     """
 
     def __init__(
@@ -189,23 +188,17 @@ class TorchdynField(AutogradField):
         *,
         slots: _Slots,
         aux: Any,
-        watched: bool,
     ) -> None:
         super().__init__(function, aux=aux)
         self._extra, self._keywords = extra, keywords
-        self._slots, self._watched = slots, watched
+        self._slots = slots
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         self._slots.fill(t)
         try:
-            dz = self._field(t, z, *self._extra, **self._keywords)
-            if self._watched and z.requires_grad and torch.is_grad_enabled():
-                if not dz.requires_grad:
-                    refuse_lost_graph(lambda t, z: self._field(t, z, *self._extra, **self._keywords), t, z, dz)
-                self._watched = False
+            return self._field(t, z, *self._extra, **self._keywords)
         finally:
             self._slots.clear(t)
-        return dz
 
 
 class _AutogradTrace(Exact):
@@ -222,8 +215,7 @@ class _HutchTrace(Hutchinson):
     """Hutchinson's estimate, summed as torchdyn does, to the bit."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        if noise is None:
-            raise ConfigError("torchdyn's hutch_trace needs noise: give the CNF a noise_dist.")
+        assert noise is not None
         return torch.einsum("bi,bi->b", products, noise)
 
 
@@ -369,7 +361,7 @@ def system_of(
     aux: Any = None
     if "aux" in needs:
         aux = next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
-    known: Any = TorchdynField(function, extra, keywords, slots=slots, aux=aux, watched=differentiated)
+    known: Any = TorchdynField(function, extra, keywords, slots=slots, aux=aux)
 
     system = TorchdynSystem(
         known, vf, [vars(part) for part in (vf, getattr(vf, "vf", None)) if type(part) in (DEFunc, DEFuncBase)],
@@ -401,7 +393,7 @@ def system_of(
             known = field
     system.dynamics = Dynamics(
         known, regularizers=regularizers, estimator=estimator, divergence=transparent,
-        event=lambda x: (x if cost is None else x[:, 1:])[:, columns],
+        event=lambda x: x if x.ndim == 1 else (x if cost is None else x[:, 1:])[:, columns],
     )  # fmt: skip
     system.path = system.dynamics.path
     system.noise = noise if transparent else system.dynamics.draw(z)

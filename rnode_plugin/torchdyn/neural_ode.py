@@ -20,16 +20,15 @@ from torchdyn.numerics.interpolators import INTERP_DICT, str_to_interp
 from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..core.citations import citation
-from ..core.ops import OneProcessADevice, on_host, tree_map_only
+from ..core.ops import OneProcessADevice, check_count, on_host, tree_map_only
 from ..core.penalties import Penalties, attach
-from ..core.regularizers import kind_of
+from ..core.regularizers import kind_of, warn_of_flat_state
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Method, Solver, get_method, solve
 from ..solvers.integrate import check_steps
-from .cnf import is_count
 from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
 from .solver_names import kept_times, method_from_torchdyn, resolve_solver, solver_name, step_method
 
@@ -142,8 +141,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         added = regularizers is None and _installed_regularizers is not None
         weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
         estimator = get_estimator(trace_noise)
-        if not is_count(order) or order < 1:
-            raise ConfigError(f"order must be a whole number >= 1, not {order!r}.")
+        order = check_count(order, "order")
         if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
             raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
@@ -167,7 +165,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         check_steps(steps, method_from_torchdyn(forward), sensitivity)
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints about fields without time or weights
             _torchdyn_init(
-                self, vector_field, solver=forward, order=int(order), sensitivity=sensitivity,
+                self, vector_field, solver=forward, order=order, sensitivity=sensitivity,
                 interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
@@ -340,12 +338,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 )  # fmt: skip
         adaptive = self.solver.stepping_class == "adaptive"
         x = _checked_state(x).clone()  # a field or a penalty may mark it or write into it
-        if penalties and x.ndim == 1 and len(x) > 1 and any(getattr(r, "needs", ()) for r in left.regularizers):
-            warnings.warn(  # Python shows it once
-                f"a state of shape {tuple(x.shape)} counts as {len(x)} samples of one dimension, without the "
-                "derivatives between them: give one sample as (1, D).",
-                stacklevel=4,
-            )
+        if penalties and x.ndim == 1:
+            warn_of_flat_state(x, left.regularizers)
         with on_host():
             t_span = _checked_times(t_span, x, adaptive=adaptive)
             if left.policy is not None:
@@ -496,11 +490,11 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
     """
     global _installed_regularizers
     resolve_regularizers(regularizers)
-    _installed_regularizers = regularizers
     if torchdiffeq:
         from .. import torchdiffeq as face
 
         face.install(regularizers)
+    _installed_regularizers = regularizers
     if _replaced:
         return
     for name, value in _BEHAVIOUR.items():

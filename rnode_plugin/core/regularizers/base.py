@@ -13,6 +13,7 @@ offers regularizers of its own through the hook ``rnode_register_regularizers``.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -40,6 +41,7 @@ __all__ = [
     "kind_of",
     "span_policy",
     "undivided",
+    "warn_of_flat_state",
     "weigh_regularizers",
 ]
 
@@ -317,6 +319,16 @@ class Weighted(NamedTuple):
 def kind_of(regularizer: Any) -> str:
     """One of :data:`KINDS`."""
     return getattr(regularizer, "kind", "rate")
+
+
+def warn_of_flat_state(z: Tensor, regularizers: Iterable[Any]) -> None:
+    """Warn if a state ``(D,)`` counts as D samples and a penalty reads derivatives, which may be between them."""
+    if z.ndim == 1 and len(z) > 1 and any(getattr(r, "needs", ()) for r in regularizers):
+        warnings.warn(  # Python shows it once
+            f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
+            "on each other: give one sample as (1, D).",
+            stacklevel=5,
+        )
 
 
 def undivided(regularizers: Iterable[Any]) -> frozenset[str]:
