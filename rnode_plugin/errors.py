@@ -83,6 +83,10 @@ class LocalError(TrainingError):
     """One process of a run failed by itself; the others only see it go."""
 
 
+NO_MEMORY = "memoryerror:|can't allocate memory|not enough memory|error: out of memory"
+"""In the class and the message of an error of PyTorch, in small letters, where memory has run out."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its class if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

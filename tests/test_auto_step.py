@@ -133,6 +133,11 @@ def gaps(result: FitResult) -> list[float]:
     return [float(row["val/gap"]) for row in rows(result.folder.path) if "val/gap" in row]
 
 
+def test_the_step_is_measured_in_double_precision(tmp_path: Path) -> None:
+    result = run(tiny_recipe(*AUTO, "training.precision=64-true", "training.max_steps=2"), tmp_path)
+    assert result.step_size in (0.5, 0.25)
+
+
 def test_a_gap_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         "optimizer.lr=2e-2", "optimizer.warmup=0", "training.max_steps=1", "solver.method=euler",

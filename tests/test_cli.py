@@ -9,9 +9,11 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import click
 import pytest
+import torch
 from click.testing import Result
 from PIL import Image
 from tiny_runs import as_options, rnode
@@ -150,6 +152,17 @@ def test_nothing_is_overwritten_in_silence(trained: Path, tmp_path: Path, monkey
 
 
 # what goes wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nMore lines"), RuntimeError("CUDA error: out of memory\nMore")],
+)
+def test_memory_that_is_used_up_is_one_message(trained: Path, error: Exception) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rnode_plugin.evaluation.likelihood.evaluate", Mock(side_effect=error))
+        message = failure(rnode("eval", trained, "--device", "cpu"), 1)
+    assert f"no more memory: {str(error).splitlines()[0].rstrip('.')}. Take fewer samples" in message
 
 
 def test_an_explosion_is_one_message(tmp_path: Path) -> None:

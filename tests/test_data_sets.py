@@ -22,7 +22,7 @@ def test_digits_are_the_real_ones_with_a_fixed_split():
     data = get_dataset("digits")
     assert data.train.shape == (1500, 1, 8, 8)
     assert data.val.shape == (297, 1, 8, 8)
-    assert (data.levels, data.shape, data.flip) == (17, (1, 8, 8), False)
+    assert (data.levels, data.shape) == (17, (1, 8, 8))
     assert data.train.dtype == np.uint8
     assert data.train[:].max() == 16
     # together they are all images, each once
@@ -44,7 +44,7 @@ def test_mnist_is_read_from_the_real_files():
     data = get_dataset("mnist", root=str(real_data("MNIST").parent), size=28)
     assert data.train.shape == (60000, 1, 28, 28)
     assert data.val.shape == (10000, 1, 28, 28)
-    assert (data.levels, data.shape, data.flip) == (256, (1, 28, 28), False)
+    assert (data.levels, data.shape) == (256, (1, 28, 28))
     # the first image of the raw file, past its header of 16 bytes
     raw = (real_data("MNIST") / "raw" / "train-images-idx3-ubyte").read_bytes()
     assert data.train[0].tobytes() == raw[16 : 16 + 784]
@@ -85,7 +85,7 @@ def assert_right(name: str, data: ImageData) -> None:
     train, val = sample_images(name)
     assert np.array_equal(data.train[:], train)
     assert np.array_equal(data.val[:], val)
-    assert (data.name, data.shape, data.levels, data.flip) == (name, train.shape[1:], 256, name == "cifar10")
+    assert (data.name, data.shape, data.levels) == (name, train.shape[1:], 256)
 
 
 def test_a_published_set_is_downloaded_once_and_whole(published, tmp_path):

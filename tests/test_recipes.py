@@ -142,6 +142,12 @@ def test_settings_that_belong_together_change_together() -> None:
     )
     with pytest.raises(ConfigError, match="fixed grid"):
         get_recipe("digits").override(["solver.method=dopri5"])
+    # other images are not the paper's, and may not be mirrored
+    other = get_recipe("cifar10").override(["data.name=svhn"])
+    assert (other.paper, other.images.flip) == (None, False)
+    assert get_recipe("cifar10").override(["data.name=svhn", "data.flip=yes"]).images.flip
+    same = get_recipe("cifar10").override(["data.name=cifar10", "optimizer.lr=1e-4"])
+    assert (same.paper, same.images.flip) == (get_recipe("cifar10").paper, True)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +165,7 @@ def test_settings_that_belong_together_change_together() -> None:
         ("test_solver.first_step=-1", r"^test_solver\.first_step must be a number > 0"),
         ("test_solver.step=auto", r"^test_solver\.step='auto' needs a fixed grid"),
         ("training.max_epochs=none", "cannot both be none"),
+        ("training.precision=bf16-true", "would round the data themselves: use 32-true or bf16-mixed"),
         ("regularizers.kinetik=1", "unknown regularizer 'kinetik'; did you mean 'kinetic'"),
         ("regularizers.=1", "unknown setting"),
         (

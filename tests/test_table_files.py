@@ -206,7 +206,6 @@ def test_the_table_that_comes_along() -> None:
         (["data.validation=0"], "data.validation: .*greater than 0"),
         (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
         (["model.field=potential", "model.activation=tanh"], "model.field=potential has its own"),
-        (["training.precision=bf16-true"], "would round the table itself: use 32-true or bf16-mixed"),
         (["training.sample_temperatures=0.5,1"], "have one temperature"),
         (["data.name=digits"], "the data set 'digits' holds images"),
     ],

@@ -9,7 +9,10 @@ import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import child_runs
 import numpy as np
@@ -22,10 +25,12 @@ from tiny_runs import run, signal_at, tiny_recipe
 from rnode_plugin import load_flow
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded
-from rnode_plugin.errors import CheckpointError, ConfigError
+from rnode_plugin.data import ArrayDataset
+from rnode_plugin.errors import CheckpointError, ConfigError, TrainingError
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
+from rnode_plugin.training.callbacks import RunControl
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.module import RnodeModule
@@ -268,7 +273,47 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     assert result.folder.result.exists()
     with pytest.raises(CheckpointError, match=r"model\.hidden is 8 there and 9 here, model\.alpha is 0\.05 there"):
         run(recipe.override(["model.hidden=9", "model.alpha=0.1"]), tmp_path, resume=result.folder.path)
+    learned = recipe.override(["regularizers.learned_end_time=0.01", "training.max_steps=9"])
+    with pytest.raises(CheckpointError, match="do not fit this model"):
+        run(learned, tmp_path, resume=result.folder.path)
+    assert result.folder.result.exists()
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
+
+
+def test_another_validation_chooses_the_best_weights_anew(recipe: Recipe, whole: FitResult) -> None:
+    """The lowest value of easier images would keep weights that are no longer the best."""
+    before = read_checkpoint(whole.folder.last)
+    for other, goes_on in (([], True), (["training.val_images=30"], False), (["test_solver.step=0.5"], False)):
+        control = RunControl(whole.folder)
+        module: Any = SimpleNamespace(recipe=recipe.override(other))
+        control.on_load_checkpoint(SimpleNamespace(is_global_zero=True), module, before)  # pyright: ignore[reportArgumentType]
+        control.load_state_dict({"best": 1.0})
+        assert control.best == (1.0 if goes_on else math.inf)
+
+
+def test_a_process_with_another_checkpoint_is_told(whole: FitResult) -> None:
+    """Each machine of a run may have a copy of its own."""
+    strategy = SimpleNamespace(broadcast=lambda step: 20)
+    trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
+    with pytest.raises(TrainingError, match="from step 10, the first one from step 20"):
+        RunControl(whole.folder).on_train_start(trainer, Any)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_path: Path) -> None:
+    class Slow(L.Callback):
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            time.sleep(1.0)
+
+    def slow(self: Any, indices: Any) -> Any:
+        time.sleep(0.1 * (len(indices) == 20))  # a training batch
+        return original(self, indices)
+
+    original = ArrayDataset.__getitems__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArrayDataset, "__getitems__", slow)
+        result = run(tiny_recipe("data.val_batch_size=31"), tmp_path, callbacks=[Slow()])
+    seconds = [float(row["train_seconds"]) for row in csv.DictReader(result.folder.metrics.open()) if row["lr"]]
+    assert 0.8 < seconds[-1] < result.seconds - 2.0
 
 
 # the plan ------------------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import re
 import traceback
 from typing import Any
 
 import click
 
 from .._version import __version__
-from ..errors import ConfigError, PluginError, RnodeError, suggest
+from ..errors import NO_MEMORY, ConfigError, PluginError, RnodeError, first_line, suggest
 from ..plugins import registry
 from .options import loaded
 
@@ -69,6 +70,13 @@ class _Commands(click.Group):
                 traceback.print_exception(error)
             hint = "" if not isinstance(error, PluginError) else " `rnode-cli --debug ...` shows the traceback."
             raise (_Misuse if isinstance(error, ConfigError) else click.ClickException)(f"{error}{hint}") from error
+        except (RuntimeError, MemoryError) as error:  # a device's own error; training explains more of them
+            if ctx.params.get("debug") or not re.search(NO_MEMORY, f"{type(error).__name__}: {error}".lower()):
+                raise
+            raise click.ClickException(
+                f"there is no more memory: {first_line(error).rstrip('.')}. Take fewer samples at once, or another "
+                "--device."
+            ) from error
         except OSError as error:
             if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click's own: the reader of a pipe is gone
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -14,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .images import ImageArray, ImageData, naming, shuffled
+from .images import ImageArray, ImageData, naming
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,8 +41,8 @@ def folder(
 
     Args:
         root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) make the
-            split; without them a fixed random ``val_fraction`` is held out. ``train.npy`` and ``val.npy`` come
-            before pictures.
+            split; without them about ``val_fraction`` are held out, chosen by their names. ``train.npy`` and
+            ``val.npy`` come before pictures.
         size: height and width that pictures are scaled to; None: all have the same already.
         channels: 3 or 1; None: 3 for pictures, those that packed images have.
         bits: per value, 1 to 8; 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
@@ -61,7 +62,7 @@ def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData
         "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
         "https://image-net.org/download-images (free, after registration)"
     )
-    return _brought("imagenet64", root, size, 64, source, bits=8, flip=False)
+    return _brought("imagenet64", root, size, 64, source, bits=8)
 
 
 def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageData:
@@ -71,7 +72,7 @@ def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageDat
         "celebahq-r08.tfrecords of progressive growing, or celeba-tfr.tar of Glow from "
         "https://openaipublic.azureedge.net/glow-demo/data)"
     )
-    return _brought("celebahq256", root, size, 256, source, bits=5, flip=True)
+    return _brought("celebahq256", root, size, 256, source, bits=5)
 
 
 def only_size(size: int | None, native: int, name: str) -> None:
@@ -82,9 +83,7 @@ def only_size(size: int | None, native: int, name: str) -> None:
         )
 
 
-def _brought(
-    name: str, root: str | None, size: int | None, native: int, source: str, *, bits: int, flip: bool
-) -> ImageData:
+def _brought(name: str, root: str | None, size: int | None, native: int, source: str, *, bits: int) -> ImageData:
     """A set that the user brings, in the folder of its name below the root."""
     only_size(size, native, name)
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
@@ -93,7 +92,7 @@ def _brought(
             f"{name} is not there: no folder {where}. It cannot be downloaded for you. Get {source}, then run "
             f"`rnode-cli data prepare SOURCE... {where} --size {native}`, or put pictures into its train and val."
         )
-    return _read(name, where, size=native, channels=3, bits=bits, flip=flip)
+    return _read(name, where, size=native, channels=3, bits=bits)
 
 
 def _read(
@@ -104,7 +103,6 @@ def _read(
     channels: int | None,
     bits: int = 8,
     val_fraction: float = VAL_FRACTION,
-    flip: bool = False,
 ) -> ImageData:
     if not 1 <= bits <= 8 or channels not in (None, 1, 3) or (size is not None and size < 1):
         raise ConfigError(
@@ -137,7 +135,7 @@ def _read(
             for part in ("train", "val")
         )  # fmt: skip
     _, c, h, w = train.shape
-    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits, flip=flip)
+    return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits)
 
 
 # Training and held-out pictures --------------------------------------------------------------------------------
@@ -166,8 +164,9 @@ def assign(
 ) -> list[str | None]:
     """``"train"``, ``"val"`` or None (left out) for each picture, from its :func:`split_named`.
 
-    With folders for both, these count, and ``test`` only if there is no ``val``. Without, a fixed random
-    ``val_fraction`` of all pictures is held out. ``names`` and ``where`` are for messages.
+    With folders for both, these count, and ``test`` only if there is no ``val``. Without, about ``val_fraction`` of
+    the pictures are held out. A picture's name decides, so another picture moves none that a run has trained on.
+    ``where`` is for messages.
     """
     found = Counter(splits)
     held_out = "val" if found["val"] else "test"
@@ -183,11 +182,16 @@ def assign(
         raise ConfigError(f"the held-out fraction must lie between 0 and 1, not {val_fraction}.")
     if len(splits) < 2:
         raise DataError(f"{where}: one picture is too few to hold one out.")
-    n_val = min(max(1, round(len(splits) * val_fraction)), len(splits) - 1)
-    result: list[str | None] = ["train"] * len(splits)
-    for position in shuffled(len(splits))[:n_val]:
-        result[position] = "val"
-    return result
+    seen = Counter[str]()
+    places: list[float] = []  # of each picture, evenly spread over [0, 1)
+    for name in names:
+        if name.endswith((".tfrecord", ".tfrecords")):  # their number decides: two sizes hold out the same pictures
+            name = ""
+        digest = hashlib.sha256(f"{name}\0{seen[name]}".encode("utf-8", "surrogateescape")).digest()
+        places.append(int.from_bytes(digest[:6], "big") / 2**48)
+        seen[name] += 1
+    lowest, highest = min(places), max(places)  # one of each part
+    return ["val" if place == lowest or place < min(val_fraction, highest) else "train" for place in places]
 
 
 # Picture files --------------------------------------------------------------------------------------------------

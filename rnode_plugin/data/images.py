@@ -63,7 +63,6 @@ class ImageData:
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
         shape: (C, H, W) of each of them.
         levels: number of values a pixel can take: 256 for 8 bits.
-        flip: whether a mirrored image is as likely, so that a recipe may mirror images while training.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -74,7 +73,6 @@ class ImageData:
     val: ImageArray
     shape: tuple[int, int, int]
     levels: int = 256
-    flip: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:

@@ -93,8 +93,8 @@ class PackingResult:
 def plan_packing(sources: Sequence[Path], *, val_fraction: float = VAL_FRACTION) -> PackingPlan:
     """List the sources and decide which images train and which are held out.
 
-    Folders for training and validation (``train`` and ``val`` or ``test``) make the split; without them a fixed
-    random ``val_fraction`` is held out.
+    Folders for training and validation (``train`` and ``val`` or ``test``) make the split; without them about
+    ``val_fraction`` are held out, chosen by their names.
 
     Args:
         sources: folders, zip and tar archives of pictures, TFRecord files; folders, archives or files of the
@@ -107,7 +107,7 @@ def plan_packing(sources: Sequence[Path], *, val_fraction: float = VAL_FRACTION)
         ConfigError: TFRecord files of several resolutions, or without the package that reads them.
     """
     found: list[tuple[str, list[str | None]]] = []
-    rejected: list[str] = []
+    names, rejected = list[str](), list[str]()
     shapes: set[Any] = set()
     nbytes = 0
     for source in sources:
@@ -122,6 +122,7 @@ def plan_packing(sources: Sequence[Path], *, val_fraction: float = VAL_FRACTION)
                 images = [getattr(image, "shape", None) for _, image in _images(member)]
                 shapes.update(images)
             found.append((str(member), [split_named(member.name) or fallback] * len(images)))
+            names += [member.name] * len(images)
             nbytes += member.nbytes
     where = " ".join(map(str, sources))
     if not found:
@@ -135,7 +136,7 @@ def plan_packing(sources: Sequence[Path], *, val_fraction: float = VAL_FRACTION)
             f"{where}: npz batches must come without other pictures, and train_data_batch_1.npz, ... together with "
             "val_data.npz; give all archives in one command."
         )
-    assigned = iter(assign([s for s, _ in each], [n for _, n in each], val_fraction=val_fraction, where=where))
+    assigned = iter(assign([split for split, _ in each], names, val_fraction=val_fraction, where=where))
     files = [(name, [next(assigned) for _ in splits]) for name, splits in found]
     return PackingPlan(tuple(sources), files, rejected, nbytes)
 

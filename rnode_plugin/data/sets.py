@@ -55,7 +55,7 @@ def cifar10(*, root: str | None = None, download: bool = False, size: int | None
     def read(base: Path, part: str, download: bool) -> np.ndarray:
         return CIFAR10(str(base), train=part == "train", download=download).data.transpose(0, 3, 1, 2)
 
-    return _load("cifar10", (3, 32, 32), read, root, download, size, flip=True)
+    return _load("cifar10", (3, 32, 32), read, root, download, size)
 
 
 def svhn(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
@@ -93,8 +93,6 @@ def _load(
     root: str | None,
     download: bool,
     size: int | None,
-    *,
-    flip: bool = False,
 ) -> ImageData:
     """The data set whose parts ``read(folder, part, download)`` gives; it is fetched only where it is not read."""
     only_size(size, shape[1], name)
@@ -102,7 +100,7 @@ def _load(
 
     def found(download: bool) -> ImageData:
         train, val = (np.ascontiguousarray(read(base, part, download)) for part in ("train", "val"))
-        return ImageData(name=name, train=train, val=val, shape=shape, flip=flip)
+        return ImageData(name=name, train=train, val=val, shape=shape)
 
     try:
         return found(False)

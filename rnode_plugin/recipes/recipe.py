@@ -118,9 +118,9 @@ class Recipe:
         if isinstance(self.data, TableData) != isinstance(self.model, TableModel):
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
         precision = self.training.precision
-        if isinstance(self.data, TableData) and precision in ("16-true", "bf16-true"):
+        if precision in ("16-true", "bf16-true"):
             raise ConfigError(
-                f"training.precision={precision} would round the table itself: use 32-true or "
+                f"training.precision={precision} would round the data themselves: use 32-true or "
                 f"{precision.replace('true', 'mixed')}."
             )
         if isinstance(self.data, TableData) and len(self.training.sample_temperatures) > 1:
@@ -144,6 +144,7 @@ class Recipe:
         """A copy with ``group.key=value`` texts applied, all at once.
 
         Another table (``data.name`` or ``data.root``) brings its own columns, unless ``data.columns`` names some.
+        Other images (``data.name``) are mirrored only if ``data.flip`` says so, and have no figures of the paper.
 
         Raises:
             ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
@@ -157,6 +158,10 @@ class Recipe:
         if isinstance(self.data, TableData) and "columns" not in data and data.keys() & {"name", "root"}:
             recipe = dataclasses.replace(self, data=_of_other_table(self.data, **data))
         new: dict[str, Any] = {}
+        if data.get("name", self.data.name) != self.data.name:
+            recipe = dataclasses.replace(recipe, paper=None)
+            if isinstance(self.data, Data):
+                data.setdefault("flip", False)
         for group, values in changes.items():
             old = getattr(recipe, group)
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
@@ -198,11 +203,6 @@ class Recipe:
     def weights(self) -> str:
         """Which weights a checkpoint of this recipe gives to evaluation, sampling and export."""
         return "as trained" if self.training.ema is None else f"moving average, decay {self.training.ema:g}"
-
-    @property
-    def trains_as_ffjord(self) -> bool:
-        """Whether the training solver is that of the FFJORD baseline."""
-        return self.solver == self.ffjord().solver
 
     def settings(self) -> list[tuple[str, Any]]:
         """Every setting as ``("group.key", value)``."""

@@ -158,7 +158,7 @@ def arm_of(recipe: Recipe) -> str:
     names = [name for name, strength in recipe.regularizers.items() if final_strength(strength) > 0]
     if set(names) == {"kinetic", "jacfrob"}:
         return "rnode"
-    return "+".join(names) or ("ffjord" if recipe.trains_as_ffjord else "none")
+    return "+".join(names) or ("ffjord" if recipe.solver == recipe.ffjord().solver else "none")
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
@@ -226,7 +226,10 @@ def read_run(path: Path) -> Run:
     with _reading(path / measure.file) as text:
         scores = _columns(_rows(text), (measure.sample, *names))
     steps, checks = read_metrics(path / "metrics.csv", measure.metric)
-    return Run(path, recipe, environment, steps, checks, result, scores, _newest_grid(path / "samples"), diagnosis)
+    grid = path / "samples" / "best.png"
+    if not grid.is_file():
+        grid = max(grid.parent.glob("step-*.png"), default=None)
+    return Run(path, recipe, environment, steps, checks, result, scores, grid, diagnosis)
 
 
 def _check_result(result: Mapping[str, Any], quantities: Iterable[str], error: str) -> None:
@@ -253,11 +256,6 @@ def _names_and_values(text: str | None) -> dict[str, Any] | None:
     if not isinstance(contents, dict):
         raise ValueError("expected a table of names and values")
     return None if text is None else contents
-
-
-def _newest_grid(folder: Path) -> Path | None:
-    best = folder / "best.png"
-    return best if best.is_file() else max(folder.glob("step-*.png"), default=None)
 
 
 def _rows(text: str | None) -> list[dict[str, float]]:

@@ -108,11 +108,12 @@ def _paper_columns(arms: Sequence[Arm]) -> Mapping[str, Mapping[str, str]]:
     def time(hours: float) -> str:
         return f"{hours:g} h on {paper.gpus} GPU" + ("s" if paper.gpus > 1 else "")
 
-    rnode = {"bits/dim, dirty": f"{paper.bits_dirty:g}", "training time": time(paper.hours)}
-    if paper.bits_clean is not None:
-        rnode["bits/dim, clean"] = f"{paper.bits_clean:g}"
-    if paper.parameters is not None:
-        rnode["parameters"] = f"{paper.parameters:.2e}".replace("e+0", "e")  # as the paper writes it
+    rnode = {
+        "bits/dim, dirty": f"{paper.bits_dirty:g}",
+        "bits/dim, clean": f"{paper.bits_clean:g}",
+        "training time": time(paper.hours),
+        "parameters": f"{paper.parameters:.2e}".replace("e+0", "e"),  # as the paper writes it
+    }
     columns = {"RNODE, the paper": rnode}
     if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
         vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g}", "training time": time(paper.vanilla_hours)}

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..errors import SolverError, TrainingError
 from ..files import write_atomically
+from .checkpoints import recipe_of
 from .runs import RunFolder, RunPlan
 from .trainer import is_logged, validates_after_this_batch
 
@@ -90,14 +91,19 @@ class RunControl(Checkpoint):
         if self._goes_on:
             self.best = state_dict["best"]
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Place Lightning's loops after the steps that the run has made.
 
         The checkpoint may be of another plan: fewer devices that accumulate more batches for a step, another number
-        of steps, or version 0.1, which counted a whole run as one epoch.
+        of steps, or version 0.1, which counted a whole run as one epoch. If it was validated in another way, its
+        lowest value does not count.
         """
+        old, new = recipe_of(checkpoint, Path("the checkpoint")), pl_module.recipe
+        ways = [(each.test_solver, each.training.seed, each.training.val_images) for each in (old, new)]
+        if self._goes_on and ways[0] != ways[1]:
+            self._goes_on = False
+            if trainer.is_global_zero:
+                print("other validations than before: they choose the best weights anew", file=sys.stderr)
         if (plan := self.plan) is None:
             return
         loop, steps = checkpoint["loops"]["fit_loop"], checkpoint["progress"]["batches"]
@@ -120,6 +126,11 @@ class RunControl(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = self._written = self._saved = trainer.global_step
+        if _any(trainer, (first := trainer.strategy.broadcast(self._step)) != self._step):
+            raise TrainingError(
+                f"this process goes on from step {self._step}, the first one from step {first}, and others may "
+                "differ: copy the newest checkpoint to all machines."
+            )
         # here Lightning has set its own, which would end a run between a step and its checkpoint
         main = threading.current_thread() is threading.main_thread()
         for signum in _TO_STOP if main else ():
@@ -153,6 +164,7 @@ class RunControl(Checkpoint):
         self._stop_if_agreed()
         if step % self._save_every == 0 and not pl_module.record.in_row:  # a skipped step changes no weights
             self._save(trainer, "last")
+            pl_module.clock.start_step()  # a write is no step
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:

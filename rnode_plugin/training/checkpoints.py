@@ -180,7 +180,7 @@ def load_with_recipe(
 ) -> tuple[BlockFlow, Recipe]:
     """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are those."""
     file = find_checkpoint(path)
-    contents = read_checkpoint(file, map_location=map_location)
+    contents = read_checkpoint(file)
     recipe = recipe_of(contents, file)
     flow = recipe.build_flow()
     _put_into(flow, contents, f"{file} does not fit the model of its recipe")
@@ -271,15 +271,15 @@ def _files(path: Path, *names: str) -> list[Path]:
     return [file for file in (*packaged, path, *inside) if file is not None and file.is_file()]
 
 
-def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """The contents of one file of ours: tensors and plain values, nothing that runs.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of one file of ours: tensors of the CPU and plain values, nothing that runs.
 
     Raises:
         CheckpointError: unreadable, damaged, or written by another program.
     """
     read = _read_safetensors if path.suffix == SAFETENSORS else _read
     try:
-        contents = read(path, map_location)
+        contents = read(path)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} is not a checkpoint of rnode-plugin: it holds more than tensors and plain values, and such a "
@@ -300,19 +300,19 @@ def read_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     return dict(contents)
 
 
-def _read(path: Path, map_location: str | torch.device) -> Any:
+def _read(path: Path) -> Any:
     import torch
 
     with zipfile.ZipFile(path) as archive:  # a bare pickle is not even looked at
         if (bad := archive.testzip()) is not None:  # torch does not look at the checksums of its own archives
             raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str, Any]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt", device=str(map_location)) as file:  # pyright: ignore[reportArgumentType]
+    with safe_open(path, framework="pt") as file:  # pyright: ignore[reportArgumentType]
         header = (file.metadata() or {}).get(_KEY)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return {_KEY: header and json.loads(header), "state_dict": state}

@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import Logger
 
 from ..data import ImageData, Table
 from ..errors import (
+    NO_MEMORY,
     CheckpointError,
     ConfigError,
     DataError,
@@ -35,7 +36,7 @@ from ..evaluation.loading import load_for_training
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe
 from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce, WeightAverage
-from .checkpoints import load_flow, newest_intact, read_checkpoint, training_solver
+from .checkpoints import load_flow, load_weights, newest_intact, read_checkpoint, training_solver
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .progress import RunProgress, batch_counter
@@ -167,6 +168,8 @@ def fit(
         module = RnodeModule(recipe)
         if checkpoint is None:
             module.load_weights()  # again when it starts; here weights that do not fit leave no folder
+        else:
+            load_weights(module.flow, checkpoint)  # here a checkpoint that does not fit costs no result
         control.plan = plan
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             folder = before or (RunFolder.claim(run_folder) if run_folder else RunFolder.create(runs, recipe))
@@ -305,7 +308,7 @@ def _errors_with_advice(control: RunControl, trainer: L.Trainer, *, is_new: bool
 # package, and its sentence around the first line
 _CAUSES: tuple[tuple[str, type[RnodeError], str], ...] = (
     (
-        "memoryerror:|can't allocate memory|not enough memory",
+        NO_MEMORY,
         LocalError,
         "there is no more memory: {}. Lower --batch-size and raise --accumulate by the same factor, or --set "
         "solver.gradient=checkpointed.",

@@ -228,6 +228,7 @@ class RnodeModule(L.LightningModule):
             way = take_fastest_way(self.trainer, self.recipe, folder).way
             if way.compiled and self._compiled is None:
                 self._compile_fields()
+        self.clock.start_step()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
@@ -235,8 +236,10 @@ class RnodeModule(L.LightningModule):
             if 0 < self.global_step == self.recipe.matching:
                 self.optimizers(use_pl_optimizer=False).state.clear()  # pyright: ignore[reportAttributeAccessIssue]
             self._compile_step(batch)
-            self.clock.start_step()  # compiling is wall-clock time of the run, not of a step
             self._tune()
+
+    def on_validation_end(self) -> None:
+        self.clock.start_step()
 
     def _compile_fields(self) -> None:
         if not compile_fields(self.flow):
@@ -257,6 +260,7 @@ class RnodeModule(L.LightningModule):
             loss = self.objective(self.measure.training_inputs(batch), self.solver).loss
             torch.autograd.grad(loss, list(self.flow.parameters()), allow_unused=True)
         self._tell(f"compiled in {duration(time.monotonic() - start)}")
+        self.clock.start_step()  # this is wall-clock time of the run, not of a step
 
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with the result of the first one."""

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,8 +216,8 @@ def training_lock(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{folder} is being trained by another process: wait for its end, or stop it.") from None
-    except (OSError, NotImplementedError):  # no locks here, or a folder that cannot be written
-        pass
+    except (OSError, NotImplementedError) as error:  # no locks here, or a folder that cannot be written
+        print(f"{folder} cannot be locked ({error}): start no other process that trains it.", file=sys.stderr)
     try:
         yield
     finally:

@@ -189,6 +189,8 @@ class StepRecord:
 class StepClock:
     """Seconds of the last step, of all steps, and of the run, including the parts before it was resumed.
 
+    A step begins where the one before ended, or a validation: it has the wait for its batches.
+
     Attributes:
         last: seconds of the last step.
         training: seconds of all steps.
@@ -202,7 +204,8 @@ class StepClock:
         self._step_start = time.monotonic()
 
     def end_step(self) -> None:
-        self.last = time.monotonic() - self._step_start
+        now = time.monotonic()
+        self.last, self._step_start = now - self._step_start, now
         self.training += self.last
 
     @property
@@ -251,7 +254,9 @@ class AutoStep:
         flow.eval()
         try:
             with seeded(self._seed, Stream.TUNE):
-                x = self._measure.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
+                x, given = self._measure.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
+                kind = next(flow.parameters(), x).dtype  # of 64-true
+                x = FlowInput(x.to(kind), {name: each.to(kind) for name, each in given.items()})
                 return tune_step(flow, x, measure=self._measure, solver=self._solver, start=_FIRST_STEP)
         except SolverError:
             return None

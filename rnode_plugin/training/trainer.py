@@ -151,7 +151,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path), map_location=map_location)
+        return read_checkpoint(Path(path))
 
 
 # loggers -------------------------------------------------------------------------------------------------------
