@@ -95,7 +95,7 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
 def test_the_training_solver_and_what_it_is_off_by(tmp_path: Path) -> None:
     write_run(tmp_path / "0", digits().override(["solver.step=auto"]), checks=(10, 20))
     table = table_of(tmp_path / "0")
-    assert cell(table, "solver gap", "rnode") == "−0.0020"  # of the lowest validation bits/dim
+    assert cell(table, "solver gap", "rnode") == "−0.0020"  # of the last validation, in a run of an older version
     assert cell(table, "training solver", "rnode") == "rk4_38, step auto (0.25 at the end)"
 
 
@@ -110,13 +110,13 @@ def test_a_run_without_a_logged_step_is_left_out_by_name(runs: list[Path], tmp_p
     with pytest.raises(ConfigError, match="3 has no logged step of likelihood"):
         write_report([early], tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    # a seed without a validation leaves its arm without bits/dim
+    # nor does one without a validation
     write_run(tmp_path / "r" / "4", digits(seed=46), steps=5, checks=(), finished=False)
     report = write_report([tmp_path / "r", runs[0]], tmp_path / "out")
     assert len(report.left_out) == 2
     assert all("Left out:" in path.read_text() for path in (report.markdown, report.html))
-    assert cell(report.table, "seeds", "rnode") == "42, 43, 46"
-    assert cell(report.table, "bits/dim, dirty", "rnode") == ""
+    assert cell(report.table, "seeds", "rnode") == "42, 43"
+    assert cell(report.table, "bits/dim, dirty", "rnode") == "2.020 ± 0.020"
 
 
 def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
@@ -193,6 +193,25 @@ def test_the_table(runs: list[Path]) -> None:
     assert cell(table, "λ", "rnode") == "kinetic 0.01, jacfrob 0.01"
     assert cell(table, "seeds", "rnode") == "42, 43"
     assert not any(column.paper for column in table.columns)
+
+
+def test_a_run_that_is_not_finished_does_not_count_beside_finished_ones(runs: list[Path], tmp_path: Path) -> None:
+    running = write_run(tmp_path / "r" / "2", digits(seed=44), steps=10, checks=(10,), finished=False)
+    table = table_of(*runs, running)
+    assert cell(table, "bits/dim, dirty", "rnode") == "2.020 ± 0.020"
+    assert cell(table, "seeds", "rnode") == "42, 43"
+    assert cell(table, "state", "rnode") == "step 40 of 40; not finished: step 10"
+    alone = [write_run(tmp_path / f"u{seed}", digits(seed=seed), finished=False) for seed in (1, 2)]
+    assert "±" not in cell(table_of(*alone), "bits/dim, dirty", "rnode")
+
+
+def test_a_validation_that_is_not_finite_and_a_plugin_that_is_not_here(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "0", digits(penalties=("length",)), checks=range(1, 40, 5), finished=False)
+    with (path / "metrics.csv").open("a") as file:
+        file.write(",,41,,,,inf,1.0,0.1,90,0.0,\n")
+    report = write_report([path], tmp_path / "out")
+    assert "not finished" in report.html.read_text()
+    assert "parameters" not in [row.name for row in table_of(path).rows]
 
 
 def test_a_ratio_is_told_once_both_are_finished(runs: list[Path], tmp_path: Path) -> None:
@@ -391,6 +410,8 @@ def test_arms_against_nfe(tmp_path: Path) -> None:
     assert points["kinetic=0.1"].score_error == pytest.approx(0.01)
     (sweep,) = sweeps_of(list(points.values()))
     assert [point.arm.label for point in sweep] == ["kinetic=0.01", "kinetic=0.1", "kinetic=1"]
+    wide = write_run(tmp_path / "wide", recipe.override(["regularizers.kinetic=1", "model.hidden=9"]))
+    assert len(sweeps_of(trade_off([*arms, *arms_of(wide)]))[0]) == 3  # another model is on no line of these
     report = write_report([tmp_path], tmp_path / "out")
     svg = (tmp_path / "out" / "figures" / "bits-nfe.svg").read_text()
     for text in ("NFE of the test solver [evaluations]", "held-out, dirty [bits/dim]", "none", "kinetic=0.1"):

@@ -57,8 +57,8 @@ _FORMATS = ("safetensors", "torch-export", "onnx")
 @click.option("--batch-size", type=click.IntRange(1), help="Images or rows per solve. [default: the recipe's]")
 @click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE",
               help="Change the test solver: method=rk4, step=0.05, atol=1e-6, ... May be repeated.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), help="Of the noise. [default: the run's, so the numbers are those "
-              "of its end]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), help="Of the noise. [default: the run's; so of the same images or "
+              "rows the numbers are those of its end]")  # fmt: skip
 @short("data-root")
 @download
 @device
@@ -130,8 +130,8 @@ def eval(  # noqa: A001 - the command's name
                    "at most 10000]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all noise.")
 @click.option("--out", metavar="FOLDER",
-              help="Where diagnosis.json and the figures go. [default: the run's folder; for other weights the "
-                   "folder diagnosis]")  # fmt: skip
+              help="Where diagnosis.json and the figures go. [default: the run's folder; for other weights than "
+                   "its best the folder diagnosis]")  # fmt: skip
 @short("data-root")
 @download
 @device
@@ -209,7 +209,7 @@ def diagnose(
         if len(held_out.x) > diagnosis.samples:
             used += f", {len(held_out.x)} beside samples"
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}")
-    folder = Path(out) if out else Path("diagnosis") if own is None else own.path
+    folder = Path(out) if out else Path("diagnosis") if own is None or path != own.best else own.path
     write_json(folder / DIAGNOSIS, summary)
     for panel in diagnosis_panels(diagnosis, section=""):
         panel.drawing.save(folder / "diagnosis", panel.name)

@@ -83,27 +83,31 @@ class Arm:
         """Whether all of its runs have a result."""
         return all(run.result is not None for run in self.runs)
 
+    @property
+    def counted(self) -> tuple[Run, ...]:
+        """The runs whose figures are shown: those with a result, or all if none has one."""
+        return tuple(run for run in self.runs if run.result is not None) or self.runs
+
     def mean(self, name: str) -> float:
-        """The mean of a quantity over the runs; NaN if one of them has not measured it.
+        """The mean of a quantity over the counted runs; NaN if one of them has not measured it.
 
         Args:
             name: a quantity of the measure (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
                 ``nfe_test``, ``nfe_train``, ``gap``, ``train_seconds``, ``seconds_per_step``, ``steps``, or the
                 name of a penalty.
         """
-        return float(np.mean([run.numbers.get(name, math.nan) for run in self.runs]))
+        return float(np.mean([run.numbers.get(name, math.nan) for run in self.counted]))
 
     def error(self, name: str) -> float | None:
         """Standard error of a score or of ``nfe_test``: over the seeds; with one seed over the samples.
 
-        None if it is not known: no error of one NFE, nor of a run that is not finished.
+        None if it is not known: no error of one NFE, nor of runs that are not finished.
         """
-        first, *others = self.runs
-        if others:
-            return float(np.std([run.numbers[name] for run in self.runs], ddof=1) / len(self.runs) ** 0.5)
-        result = first.result
-        if result is None or name == "nfe_test":
+        result, values = self.counted[0].result, [run.numbers[name] for run in self.counted]
+        if result is None or (len(values) == 1 and name == "nfe_test"):
             return None
+        if len(values) > 1:
+            return float(np.std(values, ddof=1) / len(values) ** 0.5)
         return result["evaluation"][name][f"stderr_{self.measure.samples}"]
 
 
@@ -112,7 +116,7 @@ def nfe_batches(arms: Sequence[Arm], *, validation: bool = False) -> str:
     sizes = {
         run.recipe.data.val_batch_size if validation or run.result is None
         else run.result["evaluation"].get("nfe_batch_size", run.recipe.data.val_batch_size)
-        for arm in arms for run in arm.runs
+        for arm in arms for run in arm.counted
     }  # fmt: skip
     return f"batches of {' or '.join(map(str, sorted(sizes)))} {arms[0].measure.samples}, each solved alone"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -208,7 +209,11 @@ def _plot_checks(axes: Any, arms: Sequence[Arm], x: str, y: str, unit: float = 1
 
 def _cut_start(axes: Any, curves: Sequence[tuple[Any, Any, Any]]) -> None:
     """Cut off the fall of the first tenth: it would flatten all differences that come later."""
-    late = [(low[x >= x.max() / 10], high[x >= x.max() / 10]) for x, low, high in curves if len(x) > 5]
+    late = []
+    for x, low, high in curves:
+        kept = (x >= x.max(initial=0) / 10) & np.isfinite(low) & np.isfinite(high)
+        if len(x) > 5 and kept.any():
+            late.append((low[kept], high[kept]))
     if late:
         bottom = min(float(low.min()) for low, _ in late)
         top = max(float(high.max()) for _, high in late)
@@ -328,14 +333,22 @@ def trade_off(arms: Sequence[Arm]) -> list[Point]:
 
 
 def sweeps_of(points: Sequence[Point]) -> list[list[Point]]:
-    """Points of arms with the same penalties, two or more, by their lambdas."""
-    by_penalties: dict[tuple[str, ...], list[Point]] = {}
+    """Points of arms with the same penalties and settings, two or more, by their lambdas."""
+    alike: dict[str, list[Point]] = {}
     for point in points:
-        by_penalties.setdefault(tuple(sorted(point.arm.recipe.regularizers)), []).append(point)
+        recipe = point.arm.recipe
+        others = dataclasses.replace(
+            recipe,
+            name="sweep",
+            description="",
+            regularizers=dict.fromkeys(sorted(recipe.regularizers), 0.0),
+            training=dataclasses.replace(recipe.training, seed=0),
+        )
+        alike.setdefault(repr(others) if recipe.regularizers else "", []).append(point)
     return [
         sorted(sweep, key=lambda point: by_strength(point.arm.recipe))
-        for penalties, sweep in by_penalties.items()
-        if penalties and len(sweep) > 1
+        for settings, sweep in alike.items()
+        if settings and len(sweep) > 1
     ]
 
 

@@ -52,10 +52,13 @@ class Content:
         self.table, self.changes, self.panels = make_table(arms), against_base(arms), make_panels(arms)
         self.diagnoses: dict[str, Diagnosis] = {}
         for arm in arms:
-            if diagnosis := next((run.diagnosis for run in arm.runs if run.diagnosis), None):
-                self.diagnoses[arm.label] = diagnosis
-                heading, prefix = f"{_DIAGNOSES} Figures of {arm.label}", f"diagnosis-{len(self.diagnoses)}-"
-                self.panels += diagnosis_panels(diagnosis, section=heading, prefix=prefix)
+            for run in arm.runs:
+                if run.diagnosis is None:
+                    continue
+                name = arm.label if len(arm.runs) == 1 else f"{arm.label}, seed {run.recipe.training.seed}"
+                self.diagnoses[name] = run.diagnosis
+                heading, prefix = f"{_DIAGNOSES} Figures of {name}", f"diagnosis-{len(self.diagnoses)}-"
+                self.panels += diagnosis_panels(run.diagnosis, section=heading, prefix=prefix)
 
     def as_html(self) -> str:
         """The text of ``report.html``: everything is in it, nothing is fetched."""

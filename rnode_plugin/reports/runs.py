@@ -116,11 +116,12 @@ class Run:
 
         Scores and test NFE are of the best weights, or of the last validation of a run without a result.
         """
-        measure = self.measure
+        measure, gap = self.measure, _last(self.checks.get("val/gap"))
         if self.result is not None:
             evaluation = self.result["evaluation"]
             known = [each.name for each in (*measure.quantities, *measure.baselines) if evaluation.get(each.name)]
             found = {name: evaluation[name]["mean"] for name in known} | {"nfe_test": evaluation["nfe_mean"]}
+            gap = gap if evaluation.get("gap") is None else evaluation["gap"]
         else:
             first = measure.quantities[0].name
             found = {
@@ -128,12 +129,10 @@ class Run:
                 "nfe_test": _last(self.checks.get("val/nfe")),
             }
         nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
-        gaps, scores = self.checks.get("val/gap"), self.checks[f"val/{measure.metric}"]
         return {
             **self.penalties,
             **found,
-            # of the best validation, whose weights the table shows
-            "gap": math.nan if gaps is None else float(gaps[np.argmin(scores)]),
+            "gap": gap,
             "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
             "train_seconds": _last(self.steps["train_seconds"]),
             "seconds_per_step": float(np.median(times)) if len(times) else math.nan,

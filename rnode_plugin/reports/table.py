@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.schedules import strength_text
+from ..errors import RnodeError
 from ..solvers.config import solver_text
 from ..text import change_with_error, duration, signed, significant, with_error
 from .arms import Arm, base_of, nfe_batches, paired_difference, penalties_of
@@ -83,11 +84,12 @@ def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
             _known("gap", signed),
         ),
         ("steps", "", lambda arm: f"{arm.mean('steps'):,.0f}"),
-        ("parameters", "", lambda arm: f"{arm.runs[0].parameters:,}"),
+        ("parameters", "", _parameters),
         ("training solver", "", _training_solver),
         ("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
         ("λ", "", _lambdas),
-        ("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.runs)),
+        ("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.counted)),
+        (f"held-out {measure.samples}", "of the rows above", _held_out),
         ("device", "of each run", _devices),
         ("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
     )
@@ -135,6 +137,18 @@ def _difference(arm: Arm, base: Arm) -> str:
     if difference is None:
         return ""
     return f"{change_with_error(difference.mean, difference.error)}: {difference.verdict}"
+
+
+def _held_out(arm: Arm) -> str:
+    counts = dict.fromkeys(f"{len(run.scores[arm.measure.sample]):,}" for run in arm.counted if run.result)
+    return " or ".join(counts)
+
+
+def _parameters(arm: Arm) -> str:
+    try:
+        return f"{arm.runs[0].parameters:,}"
+    except RnodeError:  # a plugin that is not installed here
+        return ""
 
 
 def _training_solver(arm: Arm) -> str:
@@ -196,7 +210,10 @@ def _notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> Iterator[str]:
             "all densities alike."
         )
     if not all(arm.finished for arm in arms):
-        yield "A run that is not finished shows its last validation, without a standard error."
+        yield (
+            "Runs that are not finished do not count beside finished ones of the same settings; alone they show "
+            "their last validation, without a standard error."
+        )
     yield (
         "Test NFE is the mean over solves that stand alone: none begins with a step of another one. The samples of "
         "a batch share the steps, so larger batches need more. Figures of the training, and a run that is not "

@@ -161,7 +161,7 @@ class RunFolder:
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
         """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run."""
-        for name in ("result.json", "skipped.json", DIAGNOSIS, *_SCORES):
+        for name in ("result.json", "skipped.json", "samples/best.png", DIAGNOSIS, *_SCORES):
             (self.path / name).unlink(missing_ok=True)
         write_json(self.path / "recipe.json", recipe.to_plain())
         write_json(self.path / "environment.json", environment(device))
@@ -172,6 +172,7 @@ class RunFolder:
         text = scores.to_csv(index_label=measure.sample, float_format="%.8g", na_rep="nan", lineterminator="\n")
         write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
         write_json(self.result, {**ended, "evaluation": measure.to_plain(evaluation)})
+        (self.path / DIAGNOSIS).unlink(missing_ok=True)  # one that was made in the meantime is of other weights
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
