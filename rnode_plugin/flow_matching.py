@@ -126,21 +126,21 @@ class ODESolver:
 
         Args:
             step_size: longest step of a fixed grid, which divides each interval of ``time_grid`` evenly; None: one
-                step per interval.
+                step per interval of a ``time_grid`` that is given.
             method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (the 3/8 rule, as in torchdiffeq), ``"dopri5"`` or
                 another method of :class:`~rnode_plugin.Solver`.
             time_grid: times, by default from 0 to 1.
             return_intermediates: whether to return the states at all of them, ``(T, B, *event)``.
 
         Raises:
-            ConfigError: for another method.
+            ConfigError: for another method, and for a fixed one without ``step_size`` and ``time_grid``.
             SolverError: if the solve cannot go on.
         """
         field = self._field(model_extras)
         with torch.set_grad_enabled(enable_grad):
             dynamics = Dynamics(field, divergence=False)
-            solver = _solver(method, step_size, atol, rtol)
-            path = solve(dynamics.bind(None), x_init, _grid(time_grid, (0.0, 1.0), x_init), solver).z
+            grid, solver = _plan(x_init, None, time_grid, method, step_size, atol, rtol)
+            path = solve(dynamics.bind(None), x_init, grid, solver).z
         return path if return_intermediates else path[-1]
 
     def compute_likelihood(
@@ -205,7 +205,7 @@ class ODESolver:
             ConfigError: for a ``time_grid`` with other ends, another method or a number of probes below 1.
             SolverError: if the solve cannot go on.
         """
-        grid, solver = _grid(time_grid, (1.0, 0.0), x_1), _solver(method, step_size, atol, rtol)
+        grid, solver = _plan(x_1, (1.0, 0.0), time_grid, method, step_size, atol, rtol)
         with torch.set_grad_enabled(enable_grad):
             path, logdet, stderr, nfe = self._with_trace(x_1, grid, solver, probes, model_extras)
             return Likelihood(log_p0(path[-1]) + logdet, stderr, path[-1], path, nfe)
@@ -228,7 +228,7 @@ class ODESolver:
 
         Arguments and errors as of :meth:`log_prob`, but for ``time_grid``, which goes from 0 to 1.
         """
-        grid, solver = _grid(time_grid, (0.0, 1.0), x_init), _solver(method, step_size, atol, rtol)
+        grid, solver = _plan(x_init, (0.0, 1.0), time_grid, method, step_size, atol, rtol)
         with torch.set_grad_enabled(enable_grad):
             path, logdet, stderr, nfe = self._with_trace(x_init, grid, solver, probes, model_extras)
             return Likelihood(log_p0(x_init) - logdet, stderr, path[-1], path, nfe)
@@ -261,13 +261,24 @@ def _probe_trace(evaluation: FieldEvaluation, *, probe: int) -> Tensor:
     return (vectors[probe] * rows[probe]).flatten(1).sum(1)
 
 
-def _solver(method: str, step: float | None, atol: float, rtol: float) -> Solver:
+def _plan(
+    x: Tensor,
+    ends: tuple[float, float] | None,
+    time_grid: Tensor | None,
+    method: str,
+    step_size: float | None,
+    atol: float,
+    rtol: float,
+) -> tuple[Tensor, Solver]:
+    """The times of a solve, which must have these ``ends`` if there are any, and the solver."""
     solver = Solver(method=_METHODS.get(method, method), step=None, atol=atol, rtol=rtol)
-    return solver if solver.adaptive else dataclasses.replace(solver, step=step)
-
-
-def _grid(given: Tensor | None, ends: tuple[float, float], x: Tensor) -> Tensor:
-    grid = torch.tensor(ends) if given is None else given
-    if ends == (1.0, 0.0) and given is not None and (float(grid[0]), float(grid[-1])) != ends:
-        raise ConfigError(f"the time_grid of a likelihood goes from 1 to 0, not from {grid[0]:g} to {grid[-1]:g}.")
-    return grid.to(device=x.device, dtype=x.dtype)
+    if not solver.adaptive:
+        solver = dataclasses.replace(solver, step=step_size)
+    if time_grid is None:
+        if step_size is None and not solver.adaptive:
+            raise ConfigError(f"{method} would take one step: give step_size=, or a time_grid of its steps.")
+        time_grid = torch.tensor(ends or (0.0, 1.0))
+    first, last = float(time_grid[0]), float(time_grid[-1])
+    if ends is not None and (first, last) != ends:
+        raise ConfigError(f"this time_grid goes from {ends[0]:g} to {ends[1]:g}, not from {first:g} to {last:g}.")
+    return time_grid.to(device=x.device, dtype=x.dtype), solver

@@ -154,6 +154,11 @@ def test_wrong_arguments_are_one_sentence() -> None:
         ODESolver(linear).sample(points(2, 3), method="midpiont")
     with pytest.raises(ConfigError, match="from 1 to 0"):
         ODESolver(linear).log_prob(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        ODESolver(linear).sample_and_log_prob(points(2, 3), normal, time_grid=torch.tensor([1.0, 0.0]))
+    for act in (ODESolver(linear).sample, lambda x: ODESolver(linear).compute_likelihood(x, normal)):
+        with pytest.raises(ConfigError, match="euler would take one step"):
+            act(points(2, 3))
 
 
 def test_the_order_of_the_names_decides() -> None:

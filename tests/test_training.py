@@ -244,10 +244,12 @@ def test_the_step_is_equation_17(recipe: Recipe) -> None:
     assert module.row()["train/jacfrob"] == pytest.approx(float(jacfrob) / 64, rel=1e-5)
 
 
-def test_a_lambda_that_warms_up_follows_the_optimizers_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("matching", [0, 3])
+def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path, matching: int) -> None:
     recipe = tiny_recipe(
+        f"start.matching={matching}", f"training.max_steps={4 + matching}", "training.accumulate=2",
         "regularizers.kinetic=0", "regularizers.jacfrob=0", "regularizers.l1=linear_warmup(2)*30",
-        "training.accumulate=2", "training.max_steps=4", "solver.trace_quadrature=full", "training.log_every=1",
+        "solver.trace_quadrature=full", "training.log_every=1",
     )  # fmt: skip
     result = run(recipe, tmp_path)
     steps = [{name: float(value) for name, value in row.items()} for row in rows(result) if "train/l1" in row]

@@ -107,7 +107,11 @@ def compare(
         choice = None
         if jobs:
             steps = RunPlan.of(planned[0], len(data.train)).total
-            device = pick_device({"gpu": "cuda"}.get(accelerator, accelerator))
+            device = (
+                torch.device("cuda", int(places[0][:-1]))
+                if places[0].endswith(",")
+                else pick_device({"gpu": "cuda"}.get(accelerator, accelerator))
+            )
             choice = _shared_choice(planned, out, steps=steps, device=device, threads=threads, announce=announce)
         shown = progress and len(places) == 1
         pool = _Pool(places, out, accelerator, threads, choice, shown, announce)
@@ -237,6 +241,8 @@ def _shared_choice(
             choice = choose(timed, device=device, steps=steps)
         finally:
             torch.set_num_threads(before)
+            if device.type == "cuda":  # the arms need the memory
+                torch.cuda.empty_cache()
         write_choice(choice, out)
         announce(f"all arms: {choice.line()}")
     for arm in arms:

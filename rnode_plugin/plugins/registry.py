@@ -377,14 +377,13 @@ def get_regularizer(name: str) -> Any:
     found = get("regularizers", base)
     if isinstance(found, type):
         positional, named = _options(name, options)
-        try:
-            return found(*positional, **named, name=name)
-        except RnodeError:
-            raise
-        except TypeError as error:
-            raise ConfigError(
-                f"the regularizer {base!r} does not take the options {options!r}: {error}."
-            ) from error
+        with guard("regularizers", base):
+            try:
+                return found(*positional, **named, name=name)
+            except TypeError as error:
+                raise ConfigError(
+                    f"the regularizer {base!r} does not take the options {options!r}: {error}."
+                ) from error
     if colon:
         raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
     if (own := getattr(found, "name", None)) != name:  # it is the key of the penalty in every result

@@ -46,10 +46,10 @@ class RunControl(Checkpoint):
     all or not at all, and the ``last.ckpt`` from before stays as ``previous.ckpt``.
 
     SIGINT (Ctrl-C), SIGTERM and SIGHUP end the run after the step, or the validation, in which they come, by
-    raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`. When the time is
-    up, and after the last step, Lightning validates once more and stops. Only the main thread of a program can
-    handle signals; in another one they are left alone. A signal that is ignored, such as SIGHUP under nohup, stays
-    ignored. Lightning puts the handlers from before back at the end.
+    raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`, but for a SIGTERM
+    within a second. When the time is up, and after the last step, Lightning validates once more and stops. Only the
+    main thread of a program can handle signals; in another one they are left alone. A signal that is ignored, such
+    as SIGHUP under nohup, stays ignored. Lightning puts the handlers from before back at the end.
 
     Args:
         folder: of the run; only the first process needs to know.
@@ -80,7 +80,7 @@ class RunControl(Checkpoint):
         self._goes_on = folder is not None  # else best.ckpt of the checkpoint's run is in another folder
         self._save_every, self._monitor = save_every, monitor
         self._end = None if max_time is None else time.monotonic() + max_time
-        self._received: str | None = None  # signal of this process
+        self._received, self._since = None, 0.0  # signal of this process, and when
         self._agreed: str | None = None  # of all processes
         self._step = self._written = self._saved = 0  # the last one that was made, in the table, in a checkpoint
 
@@ -138,9 +138,12 @@ class RunControl(Checkpoint):
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self._received is not None:
+            if signum == signal.SIGTERM and now - self._since < 1.0:
+                return  # a system stops all processes of a group, and a comparison hands its own on
             raise StoppedAtOnce(signal.Signals(signum).name)
-        self._received = signal.Signals(signum).name
+        self._received, self._since = signal.Signals(signum).name, now
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._stop_if_agreed()

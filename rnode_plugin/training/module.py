@@ -121,7 +121,7 @@ class RnodeModule(L.LightningModule):
             if matching:
                 terms = self.objective.matching(inputs)
             else:
-                terms = self.objective(inputs, solver, step=self.global_step)
+                terms = self.objective(inputs, solver, step=self.global_step - self.recipe.matching)
         except SolverError as error:
             self.record.problem = f"the solver failed ({error})"
             terms = self.objective.unusable(error.nfe)
@@ -148,7 +148,8 @@ class RnodeModule(L.LightningModule):
 
     def _weigh_penalties(self, row: Mapping[str, float]) -> None:
         """Warn once if the penalties have outweighed the likelihood, and a nat per dimension, for long."""
-        lambdas = {name: strength_at(name, each, self.global_step) for name, each in self.objective.lambdas.items()}
+        step = self.global_step - self.recipe.matching
+        lambdas = {name: strength_at(name, each, step) for name, each in self.objective.lambdas.items()}
         weight = sum(each * row.get(f"train/{name}", 0.0) for name, each in lambdas.items())
         self._heavy = self._heavy + 1 if weight > max(abs(row["train/loss"] - weight), 1.0) else min(self._heavy, 0)
         if self._heavy == _LONG:

@@ -136,7 +136,9 @@ class Muon(torch.optim.Optimizer):
     def _nesterov(self, kernel: Tensor, momentum: float) -> Tensor:
         assert kernel.grad is not None
         state = self.state[kernel]
-        mean = state.setdefault("mean", torch.zeros_like(kernel))
+        if "mean" not in state:
+            state["mean"] = torch.zeros_like(kernel)
+        mean: Tensor = state["mean"]
         mean.lerp_(kernel.grad, 1 - momentum)
         return kernel.grad.lerp(mean, momentum)
 

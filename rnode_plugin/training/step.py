@@ -62,7 +62,7 @@ class StepObjective:
     def __call__(self, inputs: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
         """The terms of samples that ``measure.training_inputs`` gives; a fixed grid reads nothing from the device.
 
-        ``step`` counts the optimizer's steps so far, for strengths that depend on it.
+        ``step`` counts the steps of maximum likelihood so far, for strengths that depend on it.
 
         Raises:
             SolverError: an adaptive integration could not go on.
