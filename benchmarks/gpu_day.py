@@ -51,6 +51,7 @@ PARITY = {
 
 def measure_parity(device: torch.device, *, rehearse: bool) -> Rows:
     """Loss and gradient of every path on the device against the same in float64 on the CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 as it says
     rows: Rows = []
     for name in ("digits",) if rehearse else ("digits", "mnist", "cifar10"):
         for path, solver in PARITY.items():
@@ -99,6 +100,7 @@ def measure_steps(device: torch.device, *, rehearse: bool) -> Rows:
     for recipe, batch in (("digits", 4),) if rehearse else (("mnist", 200), ("cifar10", 200)):
         steps = {name: build(recipe, name, batch, device.type) for name in names}
         times = alternate({n: s.run for n, s in steps.items()}, repeats=1 if rehearse else 5, device=device)
+        steps.clear()  # their weights are not the memory of one path
         for name in names:
             row = {"recipe": recipe, "path": name, "batch": batch, **_seconds(times[name])}
             row["ratio"] = times[BASELINE].median / times[name].median
@@ -127,6 +129,7 @@ def measure_precision(device: torch.device, *, rehearse: bool) -> Rows:
     for allowed in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
         add(f"exact, TF32 {'on' if allowed else 'off'}", build(recipe, EXACT, batch, device.type))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # in all rows below
     add("bf16", build(recipe, "bf16", batch, device.type))
     if not rehearse:
         add("compiled", build(recipe, "compiled", batch, device.type))

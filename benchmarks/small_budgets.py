@@ -41,7 +41,7 @@ from rnode_plugin.solvers import fixed
 from rnode_plugin.training.optimizers import learning_rate_factor, make_optimizer
 
 QUANTITIES: tuple[str, ...] = ("dirty", "nfe", "kinetic", "jacfrob")
-COLUMNS: tuple[str, ...] = ("data", "arm", "seed", *QUANTITIES, "gap", "images", "seconds")
+COLUMNS: tuple[str, ...] = ("data", "steps", "settings", "arm", "seed", *QUANTITIES, "gap", "images", "seconds")
 
 
 @dataclass(frozen=True)
@@ -276,6 +276,7 @@ def main(
     path.parent.mkdir(parents=True, exist_ok=True)
     images = load_images(recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe)
     images = halved(images) if data == "mnist14" else images
+    same = {"data": data, "steps": str(steps), "settings": " ".join(assignments)}
     for seed, name in itertools.product(seeds, arms or ARMS):
         row = run(data, name, ARMS[name], recipe, images, seed=seed, steps=steps)
         click.echo(f"{name}, seed {seed}: {row['dirty']:.4f} bits/dim, {row['seconds']:.1f} s")
@@ -283,9 +284,11 @@ def main(
             writer = csv.DictWriter(file, COLUMNS)
             if not file.tell():
                 writer.writeheader()
-            writer.writerow(row)
+            writer.writerow(row | same)
     with path.open(newline="") as file:
-        click.echo(summary([row for row in csv.DictReader(file) if row["data"] == data]))
+        alike = [row for row in csv.DictReader(file) if all(row.get(key) == each for key, each in same.items())]
+    # of one that was made again, the last
+    click.echo(summary(list({(row["arm"], row["seed"]): row for row in alike}.values())))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 All methods start from the same weights and see the same images with the same noise at the same step. Only
 training steps are on the clock; every validation uses the recipe's dopri5 at 1e-5. `fast recipe` takes optimizer
-and start from the data set's fast recipe, all others Adam. Writes a CSV and a plot. With --method, the other
-methods keep what an earlier call wrote for them: compare them only if both had the machine alike.
+and start from the data set's fast recipe, without its flow matching, all others Adam. Writes a CSV and a plot. With
+--method, the other methods keep what an earlier call wrote for them: compare them only if both had the machine
+alike.
 """
 
 from __future__ import annotations

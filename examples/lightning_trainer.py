@@ -34,14 +34,14 @@ def main():
         callbacks=[best, EarlyStopping("val/bpd", patience=5), LearningRateMonitor()],
         enable_progress_bar=False,
     )
-    trainer.fit(module, ImageDataModule(recipe), ckpt_path=options.resume)
+    data = ImageDataModule(recipe)
+    trainer.fit(module, data, ckpt_path=options.resume)
+    (scores,) = trainer.validate(module, data, verbose=False)  # of the last step
 
     if trainer.is_global_zero:  # of several processes, one reports
         print(f"steps      {trainer.global_step}")
-        print(
-            f"bits/dim   {trainer.callback_metrics['val/bpd']:.3f} on {recipe.training.val_images} held-out digits"
-        )
-        print(f"NFE        {trainer.callback_metrics['val/nfe']:.0f} per batch, all blocks together")
+        print(f"bits/dim   {scores['val/bpd']:.3f} on {recipe.training.val_images} held-out digits")
+        print(f"NFE        {scores['val/nfe']:.0f} per batch, all blocks together")
         images = sample_images(module.flow, 16, temperatures=(0.6, 0.8, 1.0))
         save_grid(options.output, images, levels=recipe.images.levels, columns=16)
 

@@ -1,6 +1,6 @@
 """Image training from Python: the same `fit` that `rnode-cli train` calls, on the digits or any other recipe.
 
-The paper's ImageNet 64x64 on four GPUs: python train_images.py imagenet64 --steps 100000 --devices 4
+The paper's ImageNet 64x64 on four GPUs: python train_images.py imagenet64 --devices 4
 """
 
 import argparse
@@ -13,24 +13,25 @@ from rnode_plugin.training.fit import fit
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", nargs="?", default="digits", help="a name that `rnode-cli recipes` lists")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, help="[default: 25 of the digits, else as long as the recipe says]")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--devices", default="auto", help="how many, or which: 4, or 0,2")
     parser.add_argument("--num-nodes", type=int, default=1, help="machines of a distributed run")
     parser.add_argument("--output", default="train_images.png", help="file of the samples")
     options = parser.parse_args()
 
-    recipe = get_recipe(options.recipe).override(
-        [
-            f"training.max_steps={options.steps}",
-            f"training.seed={options.seed}",
-            f"training.val_every_steps={options.steps}",
-            "training.sample_images=0",  # samples are drawn below
-            "optimizer.warmup=10",
-            "regularizers.kinetic=0.01",  # the default of every recipe; here is where to change it
-            "regularizers.jacfrob=0.01",
-        ]
-    )
+    settings = [
+        f"training.seed={options.seed}",
+        "training.sample_images=0",  # samples are drawn below
+        "regularizers.kinetic=0.01",  # the default of every recipe; here is where to change it
+        "regularizers.jacfrob=0.01",
+    ]
+    if options.recipe == "digits":
+        settings += [f"training.max_steps={options.steps or 25}", "optimizer.warmup=10"]
+    elif options.steps:
+        settings += [f"training.max_steps={options.steps}", "training.max_epochs=none"]
+    recipe = get_recipe(options.recipe).override(settings)
+    levels = recipe.images.levels  # a table has none, and says so
     result = fit(recipe, runs="runs", devices=options.devices, num_nodes=options.num_nodes, progress=False)
 
     if not result.first_process:  # of several, one reports
@@ -48,7 +49,7 @@ def main():
 
     flow = load_flow(result.folder.path)  # the best weights, on the CPU
     images = sample_images(flow, 16, temperatures=(0.6, 0.8, 1.0))
-    save_grid(options.output, images, levels=recipe.images.levels, columns=16)
+    save_grid(options.output, images, levels=levels, columns=16)
 
 
 if __name__ == "__main__":
