@@ -26,7 +26,7 @@ _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
 def is_count(value: Any) -> bool:
     """Whether ``value`` is a whole number of at least 1; True is not."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_count(value: Any, what: str) -> int:
