@@ -5,7 +5,8 @@
 
 The arms of a seed start from the same weights and see the same images with the same noise. Each run ends with an
 accurate evaluation of held-out images. Seconds are of the processor, for training alone. Every run adds a row to
-a CSV; the table is made of all rows in it, with each arm's difference to `base` seed by seed.
+a CSV; the table is made of all rows in it of the same steps and settings, with each arm's difference to `base` seed
+by seed.
 """
 
 from __future__ import annotations
@@ -274,6 +275,8 @@ def main(
     recipe = settings(data, data_root, assignments)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.read_text().partition("\n")[0] != ",".join(COLUMNS):
+        raise click.ClickException(f"{path} has other columns: move it away, or give another --out.")
     images = load_images(recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe)
     images = halved(images) if data == "mnist14" else images
     same = {"data": data, "steps": str(steps), "settings": " ".join(assignments)}

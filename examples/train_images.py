@@ -31,7 +31,9 @@ def main():
     elif options.steps:
         settings += [f"training.max_steps={options.steps}", "training.max_epochs=none"]
     recipe = get_recipe(options.recipe).override(settings)
-    levels = recipe.images.levels  # a table has none, and says so
+    if not hasattr(recipe.data, "levels"):
+        parser.error(f"{recipe.name} is a recipe of a table")
+    levels = recipe.images.levels
     result = fit(recipe, runs="runs", devices=options.devices, num_nodes=options.num_nodes, progress=False)
 
     if not result.first_process:  # of several, one reports

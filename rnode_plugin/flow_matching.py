@@ -270,7 +270,7 @@ def _plan(
     atol: float,
     rtol: float,
 ) -> tuple[Tensor, Solver]:
-    """The times of a solve, which must have these ``ends`` if there are any, and the solver."""
+    """The times of a solve with these ``ends``, None for any, and the solver."""
     solver = Solver(method=_METHODS.get(method, method), step=None, atol=atol, rtol=rtol)
     if not solver.adaptive:
         solver = dataclasses.replace(solver, step=step_size)
@@ -278,7 +278,11 @@ def _plan(
         if step_size is None and not solver.adaptive:
             raise ConfigError(f"{method} would take one step: give step_size=, or a time_grid of its steps.")
         time_grid = torch.tensor(ends or (0.0, 1.0))
-    first, last = float(time_grid[0]), float(time_grid[-1])
-    if ends is not None and (first, last) != ends:
-        raise ConfigError(f"this time_grid goes from {ends[0]:g} to {ends[1]:g}, not from {first:g} to {last:g}.")
+    if ends is not None:
+        first, last = float(time_grid[0]), float(time_grid[-1])
+        # samples of a time before 1 have a density too, source points of a time after 0 have none that is known
+        if first != ends[0] or (last <= first if first == 0 else last != ends[1]):
+            raise ConfigError(
+                f"this time_grid goes from {ends[0]:g} to {ends[1]:g}, not from {first:g} to {last:g}."
+            )
     return time_grid.to(device=x.device, dtype=x.dtype), solver

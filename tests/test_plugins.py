@@ -343,6 +343,16 @@ def test_a_regularizer_under_another_name_than_its_own_is_refused(register):
         get_regularizer("other")
 
 
+def test_a_class_that_fails_is_named(register):
+    class Picky(Gain):
+        def __init__(self, power: int, name: str = "picky") -> None:
+            raise ValueError(f"the power must not be {power}")
+
+    register(Offers(picky=Picky), "pickies")
+    with pytest.raises(PluginError, match=r"'picky' of .*failed: ValueError: the power must not be 0"):
+        get_regularizer("picky:0")
+
+
 # observers
 
 

@@ -95,8 +95,16 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
 def test_the_training_solver_and_what_it_is_off_by(tmp_path: Path) -> None:
     write_run(tmp_path / "0", digits().override(["solver.step=auto"]), checks=(10, 20))
     table = table_of(tmp_path / "0")
-    assert cell(table, "solver gap", "rnode") == "−0.0020"  # of the last validation, in a run of an older version
+    assert cell(table, "solver gap", "rnode") == "−0.0020"  # of the lowest validation bits/dim
     assert cell(table, "training solver", "rnode") == "rk4_38, step auto (0.25 at the end)"
+    assert "held-out images" not in [row.name for row in table.rows]
+    file = tmp_path / "0" / "result.json"
+    result = json.loads(file.read_text())
+    result["evaluation"] |= {"gap": 0.0123, "images": 297}
+    file.write_text(json.dumps(result))
+    table = table_of(tmp_path / "0")
+    assert cell(table, "solver gap", "rnode") == "+0.0123"  # of the weights themselves
+    assert cell(table, "held-out images", "rnode") == "297"
 
 
 def test_a_run_without_a_logged_step_is_left_out_by_name(runs: list[Path], tmp_path: Path) -> None:

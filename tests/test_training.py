@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from rnode_plugin.errors import CheckpointError, ConfigError, TrainingError
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
-from rnode_plugin.training.callbacks import RunControl
+from rnode_plugin.training.callbacks import RunControl, StoppedAtOnce
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import FitResult
 from rnode_plugin.training.module import RnodeModule
@@ -299,6 +300,19 @@ def test_a_process_with_another_checkpoint_is_told(whole: FitResult) -> None:
     trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
     with pytest.raises(TrainingError, match="from step 10, the first one from step 20"):
         RunControl(whole.folder).on_train_start(trainer, Any)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not() -> None:
+    for signum, later, ends in (
+        (signal.SIGTERM, 0.0, False),
+        (signal.SIGTERM, 2.0, True),
+        (signal.SIGINT, 0.0, True),
+    ):
+        control = RunControl()
+        control._on_signal(signum, None)
+        control._since -= later
+        with pytest.raises(StoppedAtOnce) if ends else nullcontext():
+            control._on_signal(signum, None)
 
 
 def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_path: Path) -> None:

@@ -160,8 +160,8 @@ def diagnose(
     conditional density, the ranks of the data among its samples; and whether training had come to its end. Each
     check has a verdict and a sentence that says what it means and what to do.
 
-    Writes diagnosis.json and diagnosis/ (PNG and SVG), which `rnode-cli report` shows. The exit code is 3 if a
-    check failed.
+    Writes diagnosis.json and diagnosis/ (PNG and SVG); those of a run's best weights `rnode-cli report` shows. The
+    exit code is 3 if a check failed.
     """
     from ..evaluation.diagnostics.diagnose import compared_for, diagnose, samples_for
     from ..evaluation.loading import held_out_samples, pick_device

@@ -369,7 +369,7 @@ def get_regularizer(name: str) -> Any:
 
     Raises:
         ConfigError: for an unknown name, options of a regularizer that takes none, or options that it refuses.
-        PluginError: the regularizer has another name than the one it is registered under.
+        PluginError: the regularizer has another name than the one it is registered under, or its class fails.
     """
     from torch import nn
 

@@ -100,7 +100,7 @@ def make_panels(arms: Sequence[Arm]) -> list[Panel]:
 
 def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
     """Name, title, caption, section and painter of each figure."""
-    logged = [arm for arm in arms if all(run.has_steps for run in arm.runs)]
+    logged = [arm for arm in arms if all(run.has_steps for run in arm.counted)]
     checked = [arm for arm in arms if any(run.has_steps and len(run.checks["step"]) for run in arm.runs)]
     # a curve of one point shows nothing
     if max((len(run.steps["step"]) for arm in logged for run in arm.runs), default=0) < 2:
@@ -176,7 +176,7 @@ def _scores_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
     for arm in arms:
         column = f"train/{arm.measure.metric}"
         time, scores = common_time(
-            [(run.steps["step"], run.steps["train_seconds"], run.steps[column]) for run in arm.runs]
+            [(run.steps["step"], run.steps["train_seconds"], run.steps[column]) for run in arm.counted]
         )
         curve = rolling(time, scores, window=longest * _WINDOW)
         if len(curve.x):

@@ -52,10 +52,10 @@ class Content:
         self.table, self.changes, self.panels = make_table(arms), against_base(arms), make_panels(arms)
         self.diagnoses: dict[str, Diagnosis] = {}
         for arm in arms:
-            for run in arm.runs:
+            for run in arm.counted:
                 if run.diagnosis is None:
                     continue
-                name = arm.label if len(arm.runs) == 1 else f"{arm.label}, seed {run.recipe.training.seed}"
+                name = arm.label if len(arm.counted) == 1 else f"{arm.label}, seed {run.recipe.training.seed}"
                 self.diagnoses[name] = run.diagnosis
                 heading, prefix = f"{_DIAGNOSES} Figures of {name}", f"diagnosis-{len(self.diagnoses)}-"
                 self.panels += diagnosis_panels(run.diagnosis, section=heading, prefix=prefix)
@@ -90,7 +90,7 @@ class Content:
 def _grids(arms: Sequence[Arm]) -> Iterator[Grid]:
     names: set[str] = set()
     for arm in arms:
-        run = next((run for run in arm.runs if run.grid is not None), None)
+        run = next((run for run in arm.counted if run.grid is not None), None)
         if run is None or run.grid is None:
             continue
         best = run.grid.stem == "best"

@@ -116,12 +116,16 @@ class Run:
 
         Scores and test NFE are of the best weights, or of the last validation of a run without a result.
         """
-        measure, gap = self.measure, _last(self.checks.get("val/gap"))
+        measure, gaps = self.measure, self.checks.get("val/gap")
+        gap = _last(gaps)
         if self.result is not None:
             evaluation = self.result["evaluation"]
             known = [each.name for each in (*measure.quantities, *measure.baselines) if evaluation.get(each.name)]
             found = {name: evaluation[name]["mean"] for name in known} | {"nfe_test": evaluation["nfe_mean"]}
-            gap = gap if evaluation.get("gap") is None else evaluation["gap"]
+            if evaluation.get("gap") is not None:
+                gap = evaluation["gap"]
+            elif gaps is not None:  # of an older version: that of the best validation
+                gap = float(gaps[np.nanargmin(self.checks[f"val/{measure.metric}"])])
         else:
             first = measure.quantities[0].name
             found = {

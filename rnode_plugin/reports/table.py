@@ -89,7 +89,7 @@ def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
         ("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
         ("λ", "", _lambdas),
         ("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.counted)),
-        (f"held-out {measure.samples}", "of the rows above", _held_out),
+        (f"held-out {measure.samples}", "of the scores and penalties", _held_out),
         ("device", "of each run", _devices),
         ("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
     )
@@ -140,8 +140,8 @@ def _difference(arm: Arm, base: Arm) -> str:
 
 
 def _held_out(arm: Arm) -> str:
-    counts = dict.fromkeys(f"{len(run.scores[arm.measure.sample]):,}" for run in arm.counted if run.result)
-    return " or ".join(counts)
+    known = [run.result["evaluation"].get(arm.measure.samples) for run in arm.counted if run.result is not None]
+    return " or ".join(dict.fromkeys(f"{count:,}" for count in known if count is not None))
 
 
 def _parameters(arm: Arm) -> str:
@@ -152,7 +152,7 @@ def _parameters(arm: Arm) -> str:
 
 
 def _training_solver(arm: Arm) -> str:
-    ends = dict.fromkeys(f"{run.step_size:g}" for run in arm.runs if not math.isnan(run.step_size))
+    ends = dict.fromkeys(f"{run.step_size:g}" for run in arm.counted if not math.isnan(run.step_size))
     return solver_text(arm.recipe.solver) + (f" ({', '.join(ends)} at the end)" if ends else "")
 
 

@@ -216,8 +216,10 @@ class StepTimer:
 
     def _wait(self) -> None:
         """Until the device has finished."""
-        if self._device.type in ("cuda", "mps"):
-            getattr(torch, self._device.type).synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elif self._device.type == "mps":
+            torch.mps.synchronize()
 
 
 # in a run ------------------------------------------------------------------------------------------------------
