@@ -18,7 +18,7 @@ with (here / "calls.jsonl").open("a") as file:
     file.write(json.dumps({"name": recipe["name"], "threads": os.environ["OMP_NUM_THREADS"], **options}) + "\\n")
 how = json.loads((here / "how.json").read_text()).get(recipe["name"], "finish")
 folder = Path(options.get("--run-folder") or options["--resume"])
-print("on the output")
+print("on the output", flush=True)
 
 def stop(*_):
     (folder / "stopped").write_text("with a checkpoint")
