@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rnode_plugin"
 # Where the package stands. The aims are 18,500 and 15,500 lines, 15 raise statements in 1,000 lines of code,
 # and 120 functions in a pass of the digits flow: lower a bound when it can be lowered.
-LINES, TEST_LINES, RAISES = 23_209, 19_162, 24.7
+LINES, TEST_LINES, RAISES = 23_202, 19_160, 24.7
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -107,11 +107,8 @@ def compare(
         choice = None
         if jobs:
             steps = RunPlan.of(planned[0], len(data.train)).total
-            device = (
-                torch.device("cuda", int(places[0][:-1]))
-                if places[0].endswith(",")
-                else pick_device({"gpu": "cuda"}.get(accelerator, accelerator))
-            )
+            gpu = places[0].endswith(",")  # "1,"
+            device = pick_device(f"cuda:{places[0][:-1]}" if gpu else {"gpu": "cuda"}.get(accelerator, accelerator))
             choice = _shared_choice(planned, out, steps=steps, device=device, threads=threads, announce=announce)
         shown = progress and len(places) == 1
         pool = _Pool(places, out, accelerator, threads, choice, shown, announce)

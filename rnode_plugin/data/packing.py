@@ -130,13 +130,13 @@ def plan_packing(sources: Sequence[Path], *, val_fraction: float = VAL_FRACTION)
     if len(shapes) > 1:  # the same pictures come in a file for each resolution
         raise ConfigError(f"{where} hold images of the shapes {shapes}: give the files of one resolution only.")
     batches = [name.endswith(_BATCH) for name, _ in found]
-    each = [(split, name) for name, splits in found for split in splits]
-    if any(batches) and not (all(batches) and {"train", "val"} <= {split for split, _ in each}):
+    wanted = [split for _, splits in found for split in splits]
+    if any(batches) and not (all(batches) and {"train", "val"} <= set(wanted)):
         raise DataError(
             f"{where}: npz batches must come without other pictures, and train_data_batch_1.npz, ... together with "
             "val_data.npz; give all archives in one command."
         )
-    assigned = iter(assign([split for split, _ in each], names, val_fraction=val_fraction, where=where))
+    assigned = iter(assign(wanted, names, val_fraction=val_fraction, where=where))
     files = [(name, [next(assigned) for _ in splits]) for name, splits in found]
     return PackingPlan(tuple(sources), files, rejected, nbytes)
 

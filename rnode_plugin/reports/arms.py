@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -127,12 +127,17 @@ def penalties_of(arms: Sequence[Arm]) -> list[str]:
     return sorted(names, key=lambda name: {"jacfrob": 0, "kinetic": 1}.get(name, 2))
 
 
+def settings_of(recipe: Recipe, **changes: Any) -> str:
+    """A text of all settings but the seed, with some of them changed: equal for recipes that are alike."""
+    training = dataclasses.replace(recipe.training, seed=0)
+    return repr(dataclasses.replace(recipe, training=training, **changes).to_plain())
+
+
 def group_runs(runs: Sequence[Run]) -> list[Arm]:
     """The arms of some runs: the paper's first, the others as they come, a sweep by its lambdas."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        seedless = dataclasses.replace(run.recipe, training=dataclasses.replace(run.recipe.training, seed=0))
-        groups.setdefault(repr(seedless.to_plain()), []).append(run)
+        groups.setdefault(settings_of(run.recipe), []).append(run)
     order = list(dict.fromkeys([*_LOOKS, *(arm_of(group[0].recipe) for group in groups.values())]))
     members = sorted(
         groups.values(), key=lambda group: (order.index(arm_of(group[0].recipe)), by_strength(group[0].recipe))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import write_atomically
-from .arms import Arm, by_strength, nfe_batches
+from .arms import Arm, by_strength, nfe_batches, settings_of
 
 Vector = NDArray[np.float64]
 
@@ -336,20 +335,11 @@ def sweeps_of(points: Sequence[Point]) -> list[list[Point]]:
     """Points of arms with the same penalties and settings, two or more, by their lambdas."""
     alike: dict[str, list[Point]] = {}
     for point in points:
-        recipe = point.arm.recipe
-        others = dataclasses.replace(
-            recipe,
-            name="sweep",
-            description="",
-            regularizers=dict.fromkeys(sorted(recipe.regularizers), 0.0),
-            training=dataclasses.replace(recipe.training, seed=0),
-        )
-        alike.setdefault(repr(others) if recipe.regularizers else "", []).append(point)
-    return [
-        sorted(sweep, key=lambda point: by_strength(point.arm.recipe))
-        for settings, sweep in alike.items()
-        if settings and len(sweep) > 1
-    ]
+        if penalties := sorted(point.arm.recipe.regularizers):
+            others = {"name": "sweep", "description": "", "regularizers": dict.fromkeys(penalties, 0.0)}
+            alike.setdefault(settings_of(point.arm.recipe, **others), []).append(point)
+    sweeps = [sweep for sweep in alike.values() if len(sweep) > 1]
+    return [sorted(sweep, key=lambda point: by_strength(point.arm.recipe)) for sweep in sweeps]
 
 
 def _trade_off(axes: Any, points: Sequence[Point]) -> None:

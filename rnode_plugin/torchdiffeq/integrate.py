@@ -231,7 +231,8 @@ def solve(
         training = torch.is_grad_enabled() and getattr(func, "training", True)
         t = policy.times(t, training=training)
     z0 = layout.penalized(y0)
-    warn_of_flat_state(z0, wanted.regularizers)
+    if z0.ndim == 1:
+        warn_of_flat_state(z0, wanted.regularizers)
     system = _Augmented(func, layout, wanted, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     times, rows, inner = t, None, []

@@ -322,8 +322,8 @@ def kind_of(regularizer: Any) -> str:
 
 
 def warn_of_flat_state(z: Tensor, regularizers: Iterable[Any]) -> None:
-    """Warn if a state ``(D,)`` counts as D samples and a penalty reads derivatives, which may be between them."""
-    if z.ndim == 1 and len(z) > 1 and any(getattr(r, "needs", ()) for r in regularizers):
+    """Warn of a state ``(D,)``, which counts as D samples, if a penalty reads derivatives: they may be between."""
+    if len(z) > 1 and any(getattr(r, "needs", ()) for r in regularizers):
         warnings.warn(  # Python shows it once
             f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
             "on each other: give one sample as (1, D).",
