@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.checkpoints import (
+    checksum,
     find_checkpoint,
     from_pretrained,
+    header_with,
     load_with_recipe,
     read_checkpoint,
     save_flow,
@@ -137,13 +141,59 @@ def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         from_pretrained("me/digits")
 
 
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], header: str | None) -> None:
+    """A file with any header and its checksum."""
+    metadata = None if header is None else {"rnode_plugin": header, "sha256": checksum(tensors, header)}
+    tensors = {name: each.contiguous() for name, each in tensors.items()}
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("digits", "hidden"), ("digits", "layers"), ("table", "hidden"), ("table", "layers"), ("table", "blocks")],
+)
+@pytest.mark.parametrize("value", [10**9, 10**30])
+def test_a_small_file_cannot_ask_for_a_huge_model(tmp_path: Path, name: str, setting: str, value: int) -> None:
+    recipe = get_recipe(name)
+    header = header_with(recipe)
+    header["rnode_plugin"]["recipe"]["model"][setting] = value
+    tensors = {key: each.clone() for key, each in recipe.build_flow().state_dict().items()}
+    write_safetensors(tmp_path / "x.safetensors", tensors, json.dumps(header["rnode_plugin"]))
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match="does not fit the model of its recipe"):
+        load_flow(tmp_path / "x.safetensors")
+    assert time.monotonic() - start < 20
+
+
+def test_any_flipped_bit_is_noticed(file: Path, recipe: Recipe, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    save_flow(load_flow(file), good, recipe=recipe)
+    whole, draw = good.read_bytes(), random.Random(0)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        bad.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_flow(bad)
+
+
+def test_complex_weights_are_refused(file: Path, recipe: Recipe, tmp_path: Path) -> None:
+    flow = load_flow(file)
+    name, tensor = next(iter(flow.state_dict().items()))
+    state = {**flow.state_dict(), name: tensor.to(torch.complex64)}
+    header = json.dumps(header_with(recipe)["rnode_plugin"])
+    write_safetensors(tmp_path / "x.safetensors", state, header)
+    with pytest.raises(CheckpointError, match=f"{name} is complex"):
+        load_flow(tmp_path / "x.safetensors")
+
+
 def test_foreign(tmp_path: Path) -> None:
     for contents in ({"state_dict": {}}, [1, 2], {"rnode_plugin": 1, "state_dict": {}}, torch.zeros(3)):
         torch.save(contents, tmp_path / "x.ckpt")
         with pytest.raises(CheckpointError, match="holds no recipe"):
             load_flow(tmp_path / "x.ckpt")
-    for metadata in (None, {"rnode_plugin": '"text"'}, {"rnode_plugin": "{}"}):
-        save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata=metadata)
+    for header in (None, '"text"', "{}"):
+        write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)}, header)
         with pytest.raises(CheckpointError, match="holds no recipe"):
             load_flow(tmp_path / "x.safetensors")
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
 import sys
-import textwrap
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..errors import CheckpointError, ConfigError, first_line
+from ..errors import CheckpointError, ConfigError, PluginError, first_line
 from ..files import write_atomically
 from ..recipes.pretrained import PRETRAINED, pretrained_file
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from ..flows.base import BlockFlow
     from ..recipes.recipe import Recipe
@@ -29,8 +30,9 @@ BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 SAFETENSORS = ".safetensors"
 _HUB_WEIGHTS = "model.safetensors"  # the name that the hub's own libraries use
 _FORMAT = 1
-_KEY = "rnode_plugin"
+_KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."
+_HARMLESS = 1000  # layers that are built in no time, whatever a file holds
 
 
 def header_with(recipe: Recipe) -> dict[str, Any]:
@@ -41,8 +43,8 @@ def header_with(recipe: Recipe) -> dict[str, Any]:
 def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
     """Write the weights of ``flow`` and the recipe that builds it; :func:`load_flow` reads it back.
 
-    A ``path`` that ends in ``.safetensors`` gets that format, with the recipe in its metadata, which any program
-    that knows the format can read.
+    A ``path`` that ends in ``.safetensors`` gets that format, which many programs read. Its metadata hold the
+    recipe and a checksum of everything.
 
     Raises:
         CheckpointError: the file cannot be written; one that was there before is left as it was.
@@ -52,7 +54,9 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
 
         # copies: the format refuses tensors that share memory or have strides of their own
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
-        encoded = save(tensors, metadata={"format": "pt", _KEY: json.dumps(header_with(recipe)[_KEY])})
+        header = json.dumps(header_with(recipe)[_KEY])
+        metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
+        encoded = save(tensors, metadata=metadata)
         write_atomically(path, lambda file: file.write(encoded))
         return
     import torch
@@ -60,6 +64,17 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
     state = {_PREFIX + name: tensor for name, tensor in flow.state_dict().items()}
     contents = {**header_with(recipe), "state_dict": state}
     write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+    """The SHA-256 of tensors, their names, types and shapes, and the text of our header."""
+    import torch
+
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_pretrained(flow: torch.nn.Module, folder: str | os.PathLike[str], *, recipe: Recipe) -> Path:
@@ -182,8 +197,11 @@ def load_with_recipe(
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
     recipe = recipe_of(contents, file)
+    state = _state_in(contents)
+    problem = f"{file} does not fit the model of its recipe"
+    _check_size(recipe, state, problem)
     flow = recipe.build_flow()
-    _put_into(flow, contents, f"{file} does not fit the model of its recipe")
+    _put_into(flow, state, problem)
     return flow.to(map_location).eval(), recipe
 
 
@@ -207,17 +225,64 @@ def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe:
         here, there = (f"{each.modelled} given {each.given}" for each in (recipe.data, theirs))
         if here != there:  # the means and deviations in the weights are those of their columns
             raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
-    _put_into(flow, contents, f"the weights of {file} do not fit this model")
+    _put_into(flow, _state_in(contents), f"the weights of {file} do not fit this model")
 
 
-def _put_into(flow: torch.nn.Module, contents: Mapping[str, Any], problem: str) -> None:
+def _state_in(contents: Mapping[str, Any]) -> dict[str, Any]:
+    state = contents["state_dict"]
+    return {str(name).removeprefix(_PREFIX): state[name] for name in state} if isinstance(state, Mapping) else {}
+
+
+def _check_size(recipe: Recipe, state: Mapping[str, Any], problem: str) -> None:
+    """Refuse a model that is larger than the tensors of its file before it takes time and memory.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    import torch
+
+    options = recipe.model.options
+    layers = options.get("blocks", 1) * options["layers"]
+    if layers > max(len(state), _HARMLESS):
+        raise CheckpointError(f"{problem}: the recipe has {layers:,} layers, the file {len(state)} tensors.")
     try:
-        state = {name.removeprefix(_PREFIX): tensor for name, tensor in contents["state_dict"].items()}
-        flow.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        first, *others = str(error).splitlines()[1:] or [str(error)]  # torch has a line for each tensor
-        more = f" (and {len(others)} more)" if others else ""
-        raise CheckpointError(f"{problem}: {textwrap.shorten(first, 240)}{more}") from None
+        with torch.device("meta"):  # shapes without values
+            flow = recipe.build_flow()
+    except PluginError:  # a plugin's model may need values, and what is wrong with it is found when it is built
+        return
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
+        raise CheckpointError(f"{problem}: {first_line(error)}") from None
+    _compare(flow, state, problem)
+
+
+def _compare(flow: torch.nn.Module, state: Mapping[str, Any], problem: str) -> None:
+    """Compare names, shapes and kinds of numbers; a CheckpointError names the first tensor that differs."""
+    from torch import Tensor
+
+    found = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    wanted = flow.state_dict()
+    differ = [
+        *(f"{name} is missing in it" for name in wanted if name not in found),
+        *(f"the model has no {name}" for name in state if name not in wanted),
+    ]
+    for name in wanted.keys() & found.keys():
+        here, there = wanted[name], found[name]
+        if here.shape != there.shape:
+            differ.append(f"{name} is {_shape(there)} there and {_shape(here)} in the model")
+        elif there.is_complex() and not here.is_complex():
+            differ.append(f"{name} is complex there and real in the model")
+    if differ:
+        more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+        raise CheckpointError(f"{problem}: {differ[0]}{more}.")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _put_into(flow: torch.nn.Module, state: Mapping[str, Any], problem: str) -> None:
+    _compare(flow, state, problem)
+    flow.load_state_dict(state)
 
 
 def training_solver(path: Path) -> Solver:
@@ -313,9 +378,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:  # pyright: ignore[reportArgumentType]
-        header = (file.metadata() or {}).get(_KEY)
+        metadata = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {_KEY: header and json.loads(header), "state_dict": state}
+    if (header := metadata.get(_KEY)) is None:
+        return {}
+    if metadata.get(_CHECKSUM) != checksum(state, header):
+        raise ValueError("the checksum in its metadata differs from its contents")
+    return {_KEY: json.loads(header), "state_dict": state}
 
 
 def recipe_of(contents: Mapping[str, Any], path: Path) -> Recipe:
