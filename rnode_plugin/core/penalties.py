@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -21,10 +22,19 @@ class _Solve(NamedTuple):
     dims: int
 
 
+class _Followed(threading.local):
+    """The solves that one thread has followed, and whether it collects them."""
+
+    def __init__(self) -> None:
+        self.solves: list[_Solve] = []
+        self.collecting = False
+
+
 class Penalties(Mapping[str, Tensor]):
     """The integral of each penalty ``(B,)`` by name, differentiable: of the last solve, or the sum over several.
 
-    A copied or unpickled object holds no solve, which also keeps graphs out of a deepcopy of the model.
+    Each thread has its own: threads that solve one model at the same time do not see each other's penalties. A
+    copied or unpickled object holds no solve, which also keeps graphs out of a deepcopy of the model.
 
     Args:
         weighted: the regularizers with their strengths, by name.
@@ -39,8 +49,7 @@ class Penalties(Mapping[str, Tensor]):
         given = [each.regularizer for each in self.weighted.values()]
         self.policy = span_policy(given)
         self.regularizers = [each for each in given if each is not self.policy]
-        self._solves: list[_Solve] = []
-        self._collecting = False
+        self._followed = _Followed()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Penalties:
         return Penalties(copy.deepcopy(self.weighted, memo))
@@ -58,22 +67,23 @@ class Penalties(Mapping[str, Tensor]):
         Raises:
             ConfigError: inside another such block.
         """
-        if self._collecting:
+        mine = self._followed
+        if mine.collecting:
             raise ConfigError("a block is already collecting these penalties; leave it first.")
-        self._solves, self._collecting = [], True
+        mine.solves, mine.collecting = [], True
         try:
             yield self
         finally:
-            self._collecting = False
+            mine.collecting = False
 
     def begin(self) -> None:
         """A solve begins, and replaces the one before, even if it fails; in a ``collecting`` block it is added."""
-        if not self._collecting:
-            self._solves = []
+        if not self._followed.collecting:
+            self._followed.solves = []
 
     def add(self, integrals: dict[str, Tensor], dims: int) -> None:
         """Add what a solve left: integrals ``(B,)`` by name, from :func:`attach`, and the dimensions of a state."""
-        self._solves.append(_Solve(integrals, dims))
+        self._followed.solves.append(_Solve(integrals, dims))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.as_dict()[name]
@@ -90,7 +100,7 @@ class Penalties(Mapping[str, Tensor]):
         Raises:
             ConfigError: if there are none.
         """
-        rows = [solve.integrals for solve in self._followed()]
+        rows = [solve.integrals for solve in self._solves()]
         if not rows[1:]:
             return dict(rows[0])
         return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]}
@@ -116,7 +126,7 @@ class Penalties(Mapping[str, Tensor]):
         numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
         whole = undivided([w.regularizer for w in self.weighted.values()])
         losses: list[Tensor] = []
-        for integrals, dims in self._followed():
+        for integrals, dims in self._solves():
             if any(_is_freed(value) for value in integrals.values()):
                 raise ConfigError(
                     "backward has already gone through these penalties and freed their graph: call the model again "
@@ -128,17 +138,17 @@ class Penalties(Mapping[str, Tensor]):
                 losses += penalty(integrals, lambdas=numbers, dims=dims, undivided=whole).values()
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
-    def _followed(self) -> list[_Solve]:
-        if not self._solves:
-            raise ConfigError("there are no penalties yet: call the model first.")
-        for integrals, _ in self._solves:
+    def _solves(self) -> list[_Solve]:
+        if not self._followed.solves:
+            raise ConfigError("there are no penalties yet: call the model first, in this thread.")
+        for integrals, _ in self._followed.solves:
             missing = [name for name in self.weighted if name not in integrals]
             if missing:
                 raise ConfigError(
                     f"the last call did not integrate {', '.join(missing)}: that happens in training mode with "
                     "gradients enabled, or if you ask for it, model(x, t_span, penalties=True)."
                 )
-        return self._solves
+        return self._followed.solves
 
 
 def attach(
