@@ -222,7 +222,7 @@ def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tenso
 
 def trace_of_rows(rows: Tensor) -> Tensor:
     """The trace ``(B,)`` of Jacobians given by their rows ``(D, B, *event)``."""
-    return rows.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
+    return rows.unsqueeze(-1).flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
 
 
 def unit_vectors(z: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class FieldEvaluation:
                     f"is {_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
                 )
             rows = self._once("rows", lambda: self._again(Ask("rows"), "vjp").products.to(self.z.dtype))
-        return rows.flatten(2).transpose(0, 1)  # (D, B, *event) -> (B, D, D)
+        return rows.unsqueeze(-1).flatten(2).transpose(0, 1)  # (D, B, *event) -> (B, D, D)
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz`` of the shape of ``z``, for any ``v (B, *event)``."""
