@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core.distribution import check_floating
 from .core.dynamics import Dynamics, FieldEvaluation
 from .core.regularizers import FunctionRegularizer, kind_of
 from .core.signature import call_of, time_first
@@ -271,6 +272,7 @@ def _plan(
     rtol: float,
 ) -> tuple[Tensor, Solver]:
     """The times of a solve with these ``ends``, None for any, and the solver."""
+    check_floating(x, "points")
     solver = Solver(method=_METHODS.get(method, method), step=None, atol=atol, rtol=rtol)
     if not solver.adaptive:
         solver = dataclasses.replace(solver, step=step_size)

@@ -22,10 +22,11 @@ from torch.distributions import (
 )
 from torchdyn_fields import mlp
 
-from rnode_plugin import CNF, MultiscaleFlow, NeuralODE, RegularizedCNF
+from rnode_plugin import CNF, MultiscaleFlow, NeuralODE, RegularizedCNF, TableFlow
 from rnode_plugin.core.distribution import FlowDistribution
 from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.solvers import GRADIENTS
 
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
@@ -104,6 +105,8 @@ def test_base_follows_the_model(name: str) -> None:
     assert model.log_prob(x.double()).dtype == torch.float64
     assert model.sample(3).dtype == torch.float64
     assert base.sample().dtype == torch.float32  # the caller's stays
+    model.float()  # after solves too, in which transforms remember their inverses
+    torch.testing.assert_close(model.base.log_prob(z), before)
 
 
 def test_copies_and_state_dict_hold_each_parameter_once() -> None:
@@ -259,7 +262,16 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "order="),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).log_prob(torch.zeros(4, 3)), "must be a tensor"),
-        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).sample(2, 0.0), "temperature"),
+        (lambda: unconditional().sample(2, 0.0), "temperature"),
+        (lambda: unconditional().sample(2, float("inf")), "temperature"),
+        (lambda: unconditional().sample(-1), "whole number"),
+        (lambda: TableFlow(2).sample(1.5), "whole number"),  # pyright: ignore[reportArgumentType]
+        (lambda: unconditional().log_prob(X.long()), "floating-point"),
+        (lambda: unconditional().inverse(X.long()), "floating-point"),
+        (lambda: unconditional().distribution().log_prob(X.long()), "floating-point"),
+        (lambda: TableFlow(2).log_prob(X.long()), "float32"),
+        (lambda: ODESolver(mlp(2, 4, 2)).sample(X.long(), step_size=0.5), "floating-point"),
+        (lambda: ODESolver(mlp(2, 4, 2)).log_prob(X.long(), torch.sum), "floating-point"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2.5), "event_shape"),  # pyright: ignore[reportArgumentType]
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch.distributions import Distribution, constraints
 
 from ..errors import ConfigError
 from .citations import citation
+from .ops import check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,6 +121,20 @@ class DensityModel(nn.Module, ABC):
                 f"(B, *{tuple(shape)}), not {got}."
             )
         return context.shape[: -len(shape)]
+
+
+def check_floating(x: Tensor, what: str) -> None:
+    """Refuse samples that are not floating-point numbers: a solve takes the precision of its times from them."""
+    if not x.is_floating_point():
+        raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
+
+
+def check_draw(n: Any, temperature: Any) -> None:
+    """Refuse a number of samples that is not a whole number, and a temperature that is not a positive number."""
+    if n != 0:  # no samples of a batch without samples
+        check_count(n, "the number of samples")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
 
 
 class FlowDistribution(Distribution):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from ..core.distribution import DensityModel
+from ..core.distribution import DensityModel, check_draw
 from ..core.dynamics import Dynamics
 from ..core.objective import FlowOutput, output_log_prob
 from ..core.ops import OneProcessADevice, on_host
@@ -277,10 +276,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
             ConfigError: for a number below one, a temperature that is not positive, or a context as above.
             SolverError: where the integration fails.
         """
-        if n < 1:
-            raise ConfigError(f"the number of samples must be at least 1, not {n}.")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+        check_draw(n, temperature)
         like = self._like()
         z = torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
         return self.inverse(z * temperature, context=context, solver=solver)

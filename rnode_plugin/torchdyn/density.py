@@ -14,7 +14,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
 from ..core.citations import citation
-from ..core.distribution import DensityModel
+from ..core.distribution import DensityModel, check_draw, check_floating
 from ..core.objective import FlowOutput
 from ..core.ops import on_host
 from ..core.penalties import Penalties
@@ -258,13 +258,12 @@ class RegularizedCNF(DensityModel):
             context: ``context_shape`` for all samples, or ``(n, *context_shape)`` with one for each.
 
         Raises:
-            ConfigError: for a temperature that is not positive, and for a context that is missing, misshapen or not
-                asked for.
+            ConfigError: for a negative number, a temperature that is not a positive number, and for a context that
+                is missing, misshapen or not asked for.
             NotImplementedError: for a temperature other than 1 with a base that has no mean.
             SolverError: from the solve.
         """
-        if not temperature > 0:
-            raise ConfigError(f"temperature must be > 0, not {temperature!r}.")
+        check_draw(n, temperature)
         with torch.no_grad():
             z = self.base.sample(torch.Size([n]))
             if temperature != 1:
@@ -322,7 +321,7 @@ class RegularizedCNF(DensityModel):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
-        self.base = _moved(self.base, fn)
+        self.base = _moved(self.base, fn, {})
         return self
 
     def _with_trace(
@@ -357,6 +356,7 @@ class RegularizedCNF(DensityModel):
         if not isinstance(x, Tensor) or x.shape[1:] != self.event_shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(f"samples must be a tensor (B, *{tuple(self.event_shape)}), not {got}.")
+        check_floating(x, "samples")
 
 
 def _example(net: Any, options: dict[str, Any]) -> list[Tensor]:
@@ -387,19 +387,23 @@ def _base_and_shape(
     return copy.deepcopy(base), check_shape(base.event_shape, "the base's event shape")
 
 
-def _moved(part: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """A distribution with ``fn`` applied to all of its tensors; they are not parameters, so torch moves none."""
+def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, Any]) -> Any:
+    """A distribution with ``fn`` applied to all of its tensors; they are not parameters, so torch moves none.
+
+    ``done`` holds what is moved already, by the id of the original: a transform and its inverse share references.
+    """
     if isinstance(part, Tensor):
         return fn(part.detach())
     if isinstance(part, (list, tuple)):
-        return type(part)(_moved(each, fn) for each in part) if not isinstance(part, torch.Size) else part
-    if isinstance(part, (Distribution, Transform)):
-        twin = copy.copy(part)
-        # a transform remembers its inverse, which has the old tensors
-        values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn) for k, v in part.__dict__.items()}
+        return type(part)(_moved(x, fn, done) for x in part) if not isinstance(part, torch.Size) else part
+    if not isinstance(part, (Distribution, Transform)):
+        return part
+    if id(part) not in done:
+        done[id(part)] = twin = copy.copy(part)
+        # in older versions of torch a transform has a weak reference to its inverse, which has the old tensors
+        values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn, done) for k, v in part.__dict__.items()}
         twin.__dict__.update(values)
-        return twin
-    return part
+    return done[id(part)]
 
 
 def _check_noise(noise: Tensor, draw: Callable[[int], Tensor | None], x: Tensor) -> None:
