@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn_fields import WithTime, mlp
 
-from rnode_plugin import CNF, NeuralODE, RegularizedCNF, Solver, penalties_at
+from rnode_plugin import CNF, Exact, NeuralODE, RegularizedCNF, Solver, penalties_at
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import GRADIENTS, solve
@@ -212,6 +216,22 @@ def test_penalized_columns_that_are_not_there(penalized: Any, message: str) -> N
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)
     with pytest.raises(ConfigError, match=message):
         model(torch.randn(2, 4))
+    with pytest.raises(ConfigError, match="runs backward"):
+        NeuralODE(WithTime(), penalized=slice(None, None, -1))
+
+
+@pytest.mark.parametrize("noise", ["exact", "rademacher"])
+def test_penalties_of_a_row_are_those_of_its_column(noise: str) -> None:
+    """Each entry is a sample of one dimension, whose Jacobian ``-2 x`` is a number."""
+    names, x = ["jacfrob", "jacdiag", "jacoffdiag", "curl", "strain"], torch.tensor([1.0, 2.0])
+    model = NeuralODE(lambda t, x: -(x**2), "rk4", regularizers=names, trace_noise=noise)
+    model(x[:, None])
+    column = model.regularization
+    with pytest.warns(UserWarning, match="2 samples of one dimension"):
+        model(x)
+    torch.testing.assert_close(model.regularization, column)
+    rows = torch.stack([-2 * x])  # (D, B)
+    torch.testing.assert_close(Exact().divergence(rows, None), -2 * x)
 
 
 def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
@@ -341,6 +361,52 @@ def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(solver
         (sol[-1].square().sum() + model.reg_loss()).backward()
         found.append([*field.state_dict().values(), *(p.grad for p in field.parameters())])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+def test_the_backward_pass_of_an_adjoint_leaves_running_statistics_as_they_are(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    _, sol = NeuralODE(field, "rk4", sensitivity=sensitivity)(torch.randn(6, 2), torch.linspace(0, 1, 3))
+    before = copy.deepcopy(dict(field.named_buffers()))
+    assert int(before["1.num_batches_tracked"]) > 0
+    sol[-1].square().sum().backward()
+    torch.testing.assert_close(dict(field.named_buffers()), before)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("make", [
+    lambda field, mode: NeuralODE(field, "rk4", sensitivity=mode),
+    lambda field, mode: RegularizedCNF(field, event_shape=2, solver="rk4", sensitivity=mode),
+], ids=["NeuralODE", "RegularizedCNF"])  # fmt: skip
+def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., object], sensitivity: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), sensitivity)
+        assert not caught
+        make(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3)), sensitivity)
+    assert ["another mask" in str(each.message) for each in caught] == [True] * sensitivity.endswith("adjoint")
+
+
+def test_threads_that_call_one_model_have_their_own_penalties() -> None:
+    """Both calls begin before either ends."""
+    both, x = threading.Barrier(2, timeout=60), torch.randn(2, 4, 2)
+
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        if float(t) == 0:
+            both.wait()
+        return -z
+
+    model = NeuralODE(field, "euler", regularizers={"kinetic": 1.0})
+
+    def loss(z: Tensor) -> Tensor:
+        model(z, torch.tensor([0.0, 1.0]))
+        both.wait()
+        return model.reg_loss()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = torch.stack(list(pool.map(loss, x)))
+    torch.testing.assert_close(found, x.square().mean((1, 2)))
 
 
 # --- several solves per loss ---

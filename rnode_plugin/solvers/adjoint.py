@@ -10,13 +10,14 @@ penalties: it does not enter the error norm.
 from __future__ import annotations
 
 import bisect
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
@@ -93,6 +94,17 @@ class _AdjointCall:
     watched: Trace | None = None
 
 
+def _repeating(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass whose evaluations leave the running statistics of the field as they are."""
+
+    @functools.wraps(backward)
+    def kept(ctx: Any, *gradients: Any) -> Any:
+        with ctx.call.dynamics.repeating():
+            return backward(ctx, *gradients)
+
+    return kept
+
+
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -117,6 +129,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_repeating
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, dpath: Tensor | None, *dpenalties: Tensor
     ) -> tuple[Any, ...]:
@@ -272,3 +285,18 @@ class _Path:
             t, z = self.trace[knot]
             self.velocities[knot] = self.dynamics(t, z, products=False).dz.detach()
         return self.velocities[knot]
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def warn_of_dropout(field: nn.Module, name: str) -> None:
+    """Warn of dropout under a continuous adjoint, the gradient mode ``name``, which evaluates the field again."""
+    for place, layer in field.named_modules():
+        if isinstance(layer, _DROPOUTS) and layer.p > 0:
+            warnings.warn(
+                f"this field has dropout ({place!r}), which draws another mask in the backward pass of {name!r}: "
+                "the gradient is wrong in training mode. Use 'checkpointed' or 'autograd'.",
+                stacklevel=4,
+            )
+            return

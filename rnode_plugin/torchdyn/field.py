@@ -80,6 +80,8 @@ def is_cnf(module: nn.Module) -> bool:
 
 def check_penalized(penalized: Any) -> Penalized | None:
     """``penalized`` as a slice, or as a mask of its own; a ConfigError for anything else."""
+    if isinstance(penalized, slice) and penalized.step is not None and penalized.step < 1:
+        raise ConfigError(f"penalized={penalized} runs backward: give the columns in their own order.")
     if penalized is None or isinstance(penalized, slice):
         return penalized
     mask = torch.as_tensor(penalized) if isinstance(penalized, (Tensor, list, tuple)) else None

@@ -28,6 +28,7 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Method, Solver, get_method, solve
+from ..solvers.adjoint import warn_of_dropout
 from ..solvers.integrate import check_steps
 from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
 from .solver_names import kept_times, method_from_torchdyn, resolve_solver, solver_name, step_method
@@ -178,6 +179,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
+        if sensitivity.endswith("adjoint"):
+            warn_of_dropout(self.vf, sensitivity)
         if sensitivity == "checkpointed":
             self.vf.sensitivity = "autograd"  # decides whether integral_loss is a column of the state
 
