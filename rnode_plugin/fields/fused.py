@@ -326,9 +326,10 @@ class _Evaluation(torch.autograd.Function):
             return (None,) * (7 + n)
         tensors = ctx.saved_tensors  # a checkpoint unpacks them once
         inputs, saved = tensors[: 6 + n], tensors[6 + n :]
-        t, z, pulled, bias, response, *weights = inputs
+        z = inputs[1]
         with _without_autocast(z):
             if torch.is_grad_enabled():  # the gradient is to be differentiated: autograd must see it
+                t, z, pulled, bias, response, *weights = inputs = _ends(inputs)
                 maps = stack.plain_maps(weights)
                 a, kept = _velocity(stack, maps, bias, response, t, z)
                 product = None if pulled is None else _product(stack, maps, kept, pulled)[0].to(z.dtype)
@@ -364,17 +365,28 @@ class _Direction(torch.autograd.Function):
             return (None,) * (5 + 2 * n)
         tensors = ctx.saved_tensors
         inputs, inner = tensors[: 4 + 2 * n], tensors[4 + 2 * n :]
-        dt, v, response, *rest = inputs
-        weights, kept = rest[: n + 1], rest[n + 1 :]
+        v = inputs[1]
         with _without_autocast(v):
             if torch.is_grad_enabled():
+                dt, v, response, *rest = inputs = _ends(inputs)
+                weights, kept = rest[: n + 1], rest[n + 1 :]
                 y = _direction(stack, stack.plain_maps(weights), response, kept, v, dt)[0].to(v.dtype)
                 return None, *_by_autograd((y,), (q,), inputs)
-            return None, *_pull_back_direction(stack, inputs, ctx.needs_input_grad[1:], q, kept, inner)
+            needs = ctx.needs_input_grad[1:]
+            return None, *_pull_back_direction(stack, inputs, needs, q, inputs[4 + n :], inner)
 
 
 for each in (_Evaluation, _Direction):  # Function.apply asks for the signature at every call: 40 us
     each.forward.__signature__ = inspect.signature(each.forward)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _ends(inputs: Sequence[Tensor | None]) -> list[Any]:
+    """The inputs of a node as new tensors, at which the derivatives of this node alone end.
+
+    The state was made from the weights by the evaluations before, and their nodes add that part themselves.
+    """
+    # not view_as, which changes the strides of dimensions of size 1 and so the layout that a convolution sees
+    return [None if x is None else x[...] for x in inputs]
 
 
 def _by_autograd(

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
+from ..errors import ConfigError
 from .adaptive import solve_adaptive
 from .checkpoint import is_complete, next_number
 from .config import Solver
@@ -128,11 +128,15 @@ class _Adjoint(torch.autograd.Function):
         return solution.t, solution.z, solution.logdet, on_path, *solution.penalties.values()
 
     @staticmethod
-    @once_differentiable
     @_repeating
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, dpath: Tensor | None, *dpenalties: Tensor
     ) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True, as in a Hessian, whose entries would be zero
+            raise ConfigError(
+                "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
+                "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
+            )
         t_span, t, z, drawn, on_path, *params = ctx.saved_tensors
         times = t_span
         if drawn is not None and dpath is not None:  # these states are outputs like the others

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from ..core.dynamics import BoundDynamics
@@ -125,8 +124,8 @@ class _Call:
 def _replay(function: Callable[..., Any], args: tuple[Any, ...], leaves: Sequence[Tensor]) -> Any:
     """``function(*args)``, whose graph is made when its gradient is asked for.
 
-    Gradients reach the tensors in ``args`` and ``leaves``; they cannot be differentiated again. The second run
-    has the random numbers and the autocast of the first.
+    Gradients reach the tensors in ``args`` and ``leaves``. The second run has the random numbers and the autocast
+    of the first.
     """
     call = _Call(function, args)
     outputs: Any = _Replay.apply(call, len(call.flat), *call.flat, *leaves)
@@ -149,30 +148,45 @@ class _Replay(torch.autograd.Function):
         return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(values[:count]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved, count = ctx.saved_tensors, ctx.count
-        known = [other if x is None else x for x, other in zip(saved, ctx.others, strict=True)]
-        for i, x in enumerate(known[:count]):
-            # all require a gradient, so that nothing inside makes a leaf of its own from one that does not
-            if isinstance(x, Tensor) and x.is_floating_point():
-                known[i] = x.detach().requires_grad_()
-        with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
-            start = next_number(torch.zeros((), requires_grad=True))
-            outputs = ctx.call.run(known[:count])
-        pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
-        if not is_complete([x for x in outputs if isinstance(x, Tensor)], known, start):
-            raise ConfigError(
-                "a step depends on a tensor that the vector field did not read at the solve's first time, so its "
-                "gradient would be lost: make it a parameter of the field's module, or use gradient='autograd'."
-            )
-        needed = ctx.needs_input_grad[2:]
-        sources = [x for x, need in zip(known, needed, strict=True) if need]
-        found: Sequence[Tensor | None] = [None] * len(sources)
-        if pairs and sources:
-            found = torch.autograd.grad([x for x, _ in pairs], sources, [g for _, g in pairs], allow_unused=True)
-        rest = iter(found)
-        return None, None, *(next(rest) if need else None for need in needed)
+        count, needed = ctx.count, ctx.needs_input_grad[2:]
+        values = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        leaves = values[count:]
+
+        def gradient(args: Sequence[Any], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+            again = torch.is_grad_enabled()  # it is to be differentiated itself, and its arguments are leaves
+            known = [*(args if again else map(_variable, args)), *leaves]
+            with torch.enable_grad(), _random_state(*ctx.random), ctx.autocast():
+                start = next_number(torch.zeros((), requires_grad=True))
+                outputs = ctx.call.run(known[:count])
+            if not is_complete([x for x in outputs if isinstance(x, Tensor)], known, start):
+                raise ConfigError(
+                    "a step depends on a tensor that the vector field did not read at the solve's first time, so "
+                    "its gradient would be lost: make it a parameter of the field's module, or use "
+                    "gradient='autograd'."
+                )
+            pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.requires_grad]
+            sources = [x for x, need in zip(known, needed, strict=True) if need]
+            found: Sequence[Tensor | None] = [None] * len(sources)
+            if pairs and sources:
+                found = torch.autograd.grad(
+                    [x for x, _ in pairs], sources, [g for _, g in pairs], create_graph=again, allow_unused=True
+                )
+            rest = iter(found)
+            return [next(rest) if need else None for need in needed]
+
+        if not torch.is_grad_enabled():
+            return None, None, *gradient(values[:count], gradients)
+        # a gradient with a graph is a call like the one it belongs to, with the same leaves
+        return None, None, *_replay(gradient, (values[:count], gradients), leaves)
+
+
+def _variable(x: Any) -> Any:
+    """A tensor of numbers as a leaf that requires a gradient; anything else as it is.
+
+    All of them do, so that nothing inside makes a leaf of its own from one that does not.
+    """
+    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def is_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> bool:
