@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,11 @@ def test_a_published_set_is_downloaded_once_and_whole(published, tmp_path):
 
 def test_a_missing_set_says_where_it_was_looked_for(published, tmp_path):
     name, _, _, asked = published
-    with pytest.raises(DataError, match=rf"{name} is not in {tmp_path}.*--no-download.*--data-root"):
+    with pytest.raises(
+        DataError, match=rf"{name} is not there, in the folder .*--no-download.*--data-root"
+    ) as caught:
         get_dataset(name, root=str(tmp_path / "data"))
+    assert str(caught.value).count(str(tmp_path)) == 1
     assert not asked
     assert list(tmp_path.iterdir()) == []
 
@@ -134,7 +138,7 @@ def test_a_damaged_file_is_refused_and_fetched_again(published, tmp_path):
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole + b"more"):
         file.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{name} is not in .* or is damaged"):
+        with pytest.raises(DataError, match=f"{name} is damaged, in the folder"):
             get_dataset(name, root=str(tmp_path))
         assert_right(name, get_dataset(name, root=str(tmp_path), download=True))
         assert file.read_bytes() == whole
@@ -145,10 +149,32 @@ def test_what_is_sent_must_be_the_published_file(published, tmp_path):
     first = next(file for file in files if "labels" not in file)
     whole = files[first]
     files[first] = b"<html>Please log in</html>"
-    with pytest.raises(DataError, match=f"the download of {name} to .* failed"):
+    with pytest.raises(DataError, match=f"{name} is not there, and downloading it failed: .*did not send"):
         get_dataset(name, root=str(tmp_path / "data"), download=True)
     files[first] = whole
     assert_right(name, get_dataset(name, root=str(tmp_path / "data"), download=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "folder"),
+    [
+        ("mnist", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k", "MNIST/raw"),
+        ("fashion-mnist", "train-images-idx3-ubyte.gz", "FashionMNIST/raw"),
+        ("cifar10", "cifar-10-python.tar.gz", ""),
+        ("svhn", "train_32x32.mat and test_32x32.mat", ""),
+    ],
+)
+def test_without_a_network_it_names_the_files_and_where_they_belong(name, file, folder, tmp_path, monkeypatch):
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(DataError) as caught:
+        get_dataset(name, root=str(tmp_path), download=True)
+    message = str(caught.value)
+    place = tmp_path / folder
+    assert f"Put {file}" in message
+    assert f"into the folder {place} and run this again" in message
+    assert message.count(str(tmp_path)) == 1
+    assert not re.search(r"urlopen|Errno|refused|Tried", message)
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet64"])

@@ -69,7 +69,7 @@ def test_a_process_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Mo
         assert holder.stdout is not None
         assert holder.stdout.readline() == "holds\n"
         monkeypatch.setattr(sets, "_WAIT_SECONDS", 0.2)
-        with pytest.raises(DataError, match=r"\.download\.lock. could not be acquired"), one_download(tmp_path):
+        with pytest.raises(DataError, match="another process has been downloading"), one_download(tmp_path):
             pytest.fail("two hold it")
     finally:
         holder.kill()
@@ -103,7 +103,7 @@ def test_what_is_on_a_read_only_disk_needs_no_lock(tmp_path: Path, monkeypatch: 
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         data = get_dataset("mnist", root=str(disk), download=True)
         assert np.array_equal(data.train[:], IMAGES[0])
-        with pytest.raises(DataError, match=r"nothing can be downloaded to .*: Read-only file system"):
+        with pytest.raises(DataError, match=r"nothing can be downloaded to .*: read-only file system"):
             get_dataset("cifar10", root=str(disk), download=True)
     finally:
         subprocess.run(["umount", disk], check=True)

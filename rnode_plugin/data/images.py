@@ -12,18 +12,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import ConfigError, DataError, RnodeError, first_line
+from ..errors import ConfigError, DataError, RnodeError
 
 
 @contextmanager
 def naming(what: object, advice: str = "") -> Iterator[None]:
-    """Turn any exception of a file's reader into a DataError that names the file."""
+    """Turn any exception of a file's reader into a DataError that names the file and the cause in our words."""
     try:
         yield
-    except RnodeError:
+    except (RnodeError, MemoryError):
         raise
+    except FileNotFoundError as error:
+        raise DataError(f"{what} does not exist.{advice}") from error
     except Exception as error:
-        raise DataError(f"{what} cannot be read: {first_line(error).rstrip('.')}.{advice}") from error
+        cause = error.strerror.lower() if isinstance(error, OSError) and error.strerror else _DAMAGED
+        raise DataError(f"{what} cannot be read: {cause}.{advice}") from error
+
+
+_DAMAGED = "the file is damaged, or its format is not the one that its name promises"
+
+
+def shown(shape: tuple[int, ...]) -> str:
+    """A shape in messages: ``3x32x32``."""
+    return "x".join(map(str, shape))
 
 
 class ImageArray(Protocol):
@@ -81,9 +92,13 @@ class ImageData:
             what = f"{self.name}: the {part} images"
             if images.dtype != np.uint8 or len(images) == 0 or images.shape[1:] != tuple(self.shape):
                 wanted = ", ".join(map(str, self.shape))
-                raise DataError(f"{what} are {images.dtype} {images.shape}; they must be uint8 (N, {wanted}).")
+                raise DataError(f"{what} are {images.dtype} {images.shape}, but they must be uint8 (N, {wanted}).")
             if isinstance(images, np.ndarray) and self.levels < 256 and images.max() >= self.levels:
                 raise DataError(f"{what} hold the value {images.max()}, which {self.levels} levels do not reach.")
+
+    def described(self) -> str:
+        """The first line of a run: shape and levels."""
+        return f"{self.name}: images of {shown(self.shape)}, {self.levels} levels"
 
     @property
     def held_out(self) -> ImageArray:

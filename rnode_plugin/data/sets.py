@@ -1,22 +1,24 @@
 """Data sets that are published with a split: digits of scikit-learn, MNIST, Fashion-MNIST, CIFAR10 and SVHN.
 
-torchvision knows the addresses and checksums, and downloads. Arguments, result and errors are those of
+torchvision has the addresses and checksums, and downloads. Arguments, result and errors are those of
 :func:`~rnode_plugin.data.get_dataset`.
 """
 
 from __future__ import annotations
 
 import os
+import urllib.error
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from ..errors import DataError, first_line
+from ..errors import DataError
 from .folders import DEFAULT_ROOT, only_size
-from .images import ImageData, naming, shuffled
+from .images import ImageData, shuffled
 
 _HELD_OUT_DIGITS = 297
 _LOCK = ".download.lock"
@@ -55,7 +57,8 @@ def cifar10(*, root: str | None = None, download: bool = False, size: int | None
     def read(base: Path, part: str, download: bool) -> np.ndarray:
         return CIFAR10(str(base), train=part == "train", download=download).data.transpose(0, 3, 1, 2)
 
-    return _load("cifar10", (3, 32, 32), read, root, download, size)
+    source = _Published("cifar10", (3, 32, 32), "", "cifar-10-batches-py", "cifar-10-python.tar.gz", CIFAR10.url)
+    return _load(source, read, root, download, size)
 
 
 def svhn(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
@@ -65,7 +68,9 @@ def svhn(*, root: str | None = None, download: bool = False, size: int | None = 
     def read(base: Path, part: str, download: bool) -> np.ndarray:
         return SVHN(str(base), split="train" if part == "train" else "test", download=download).data
 
-    return _load("svhn", (3, 32, 32), read, root, download, size)
+    address = "http://ufldl.stanford.edu/housenumbers"
+    source = _Published("svhn", (3, 32, 32), "", "train_32x32.mat", "train_32x32.mat and test_32x32.mat", address)
+    return _load(source, read, root, download, size)
 
 
 def _idx_set(name: str, class_name: str, root: str | None, download: bool, size: int | None) -> ImageData:
@@ -73,48 +78,84 @@ def _idx_set(name: str, class_name: str, root: str | None, download: bool, size:
     import torchvision.datasets
     from torchvision.datasets.mnist import read_image_file
 
+    published = getattr(torchvision.datasets, class_name)
+
     def read(base: Path, part: str, download: bool) -> np.ndarray:
         file = base / class_name / "raw" / f"{'train' if part == 'train' else 't10k'}-images-idx3-ubyte"
         if download:
             file.unlink(missing_ok=True)  # torchvision keeps a file that was half unpacked
-            getattr(torchvision.datasets, class_name)(str(base), download=True)
+            published(str(base), download=True)
         images = read_image_file(str(file)).numpy()[:, None]
-        if file.stat().st_size != images.size + 16:  # torchvision ignores bytes behind the images
-            raise ValueError(f"{file} does not have the size that its header says")
+        if file.stat().st_size != images.size + 16:  # torchvision ignores bytes after the images
+            raise ValueError("the file does not have the size that its header gives")
         return images
 
-    return _load(name, (1, 28, 28), read, root, download, size)
+    files = ", ".join(
+        f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+    )
+    source = _Published(
+        name, (1, 28, 28), f"{class_name}/raw", "train-images-idx3-ubyte", files, published.mirrors[0]
+    )
+    return _load(source, read, root, download, size)
+
+
+class _Published(NamedTuple):
+    """A data set that torchvision reads.
+
+    Attributes:
+        folder: below the root, where its files lie.
+        marker: name of one of the files or folders there once the set is unpacked.
+        files: names of the files as they are published, for messages.
+        address: where they are published.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    folder: str
+    marker: str
+    files: str
+    address: str
 
 
 def _load(
-    name: str,
-    shape: tuple[int, int, int],
+    source: _Published,
     read: Callable[[Path, str, bool], np.ndarray],
     root: str | None,
     download: bool,
     size: int | None,
 ) -> ImageData:
-    """The data set whose parts ``read(folder, part, download)`` gives; it is fetched only where it is not read."""
-    only_size(size, shape[1], name)
+    """The data set whose parts ``read(root, part, download)`` gives. It is fetched only if it cannot be read."""
+    only_size(size, source.shape[1], source.name)
     base = Path(root) if root is not None else DEFAULT_ROOT
+    place = base / source.folder
 
     def found(download: bool) -> ImageData:
         train, val = (np.ascontiguousarray(read(base, part, download)) for part in ("train", "val"))
-        return ImageData(name=name, train=train, val=val, shape=shape)
+        return ImageData(name=source.name, train=train, val=val, shape=source.shape)
 
     try:
         return found(False)
     except Exception as error:  # missing, or damaged: then the reader raises anything
         if not download:
+            state = "is damaged" if (place / source.marker).exists() else "is not there"
             raise DataError(
-                f"{name} is not in {base}, or is damaged: {first_line(error).rstrip('.')}. Leave out --no-download "
-                "to fetch it (in Python: download=True); --data-root names another folder."
+                f"the data set {source.name} {state}, in the folder {place}. Leave out --no-download to fetch it "
+                "(in Python: download=True); --data-root names another folder."
             ) from error
-    with naming(
-        f"the download of {name} to {base} failed: it",
-        " Put the files there by hand (--data-root names another folder), or try again.",
-    ):
+    try:
         return found(True)
+    except Exception as error:
+        on_disk = isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.filename
+        cause = (
+            f"{place} cannot be written ({error.strerror.lower()})"
+            if on_disk and error.strerror
+            else "its server cannot be reached, or did not send the published files"
+        )
+        raise DataError(
+            f"the data set {source.name} is not there, and downloading it failed: {cause}. Put {source.files} from "
+            f"{source.address} into the folder {place} and run this again, which then needs no network. "
+            "--data-root names another folder."
+        ) from error
 
 
 @contextmanager
@@ -138,8 +179,12 @@ def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
         lock.acquire(timeout=_WAIT_SECONDS)
     except NotImplementedError:  # a file system without locks
         pass
+    except Timeout as error:
+        raise DataError(
+            f"another process has been downloading to {folder} for an hour. Try again later."
+        ) from error
     except OSError as error:
-        cause = (error.strerror or str(error)).rstrip(".")  # a Timeout has no `strerror`
+        cause = (error.strerror or "it cannot be written").lower()
         raise DataError(
             f"nothing can be downloaded to {folder}: {cause}. --data-root names another folder."
         ) from error
