@@ -1,16 +1,13 @@
-"""Archives to pack, and what must come of them."""
+"""Folders to pack, and what must come of them."""
 
 from __future__ import annotations
 
 import io
-import tarfile
-import zipfile
-from typing import Any
 
 import numpy as np
 from image_files import picture_bytes, random_images
 
-from rnode_plugin.data import pack, plan_packing
+from rnode_plugin.data import pack
 
 __all__ = [
     "SHAPE",
@@ -19,33 +16,25 @@ __all__ = [
     "npz_batch",
     "prepare",
     "split_pictures",
-    "write_tar",
-    "write_zip",
+    "write_files",
 ]
 
 SHAPE = (3, 8, 8)
 
 
-def prepare(*sources, target, val_fraction=0.1, **options):
-    return pack(plan_packing(sources, val_fraction=val_fraction), target, **options)
+def prepare(*sources, target, **options):
+    return pack(sources, target, **options)
 
 
-def write_tar(path, files, mode: Any = "w"):
-    with tarfile.open(path, mode) as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-
-def write_zip(path, files, compression=zipfile.ZIP_DEFLATED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def split_pictures(n_train=6, n_val=3):
-    """Files by name as an archive has them, and the images."""
+    """Files by name in a folder, and the images."""
     train, val = random_images(n_train, SHAPE, 1), random_images(n_val, SHAPE, 2)
     files = {f"set/train/{i}.png": picture_bytes(image) for i, image in enumerate(train)}
     files |= {f"set/val/{i}.png": picture_bytes(image) for i, image in enumerate(val)}

@@ -50,14 +50,11 @@ def test_without_folders_names_decide_so_that_new_pictures_move_no_old_one(tmp_p
     data = get_dataset("folder", root=str(tmp_path))
     assert 5 < len(data.val) < 27  # 15 on average, with a deviation of 3.7
     assert _rows(data.train) | _rows(data.val) == _rows(images[:150])
-    assert 57 < len(get_dataset("folder", root=str(tmp_path), val_fraction=0.5).val) < 93
     for i, image in enumerate(images[150:], start=150):
         write_picture(tmp_path / "any" / f"{i:03}.png", image)
     more = get_dataset("folder", root=str(tmp_path))
     assert _rows(more.train) > _rows(data.train)
     assert _rows(more.val) > _rows(data.val)
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        get_dataset("folder", root=str(tmp_path), val_fraction=1.0)
 
 
 def test_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path):
@@ -83,7 +80,7 @@ def test_different_sizes_are_named_unless_a_size_is_given(tmp_path):
     _write(tmp_path, random_images(3))
     write_picture(tmp_path / "train" / "z.png", random_images(1, (3, 9, 8))[0])
     _write(tmp_path, random_images(3), "val")
-    with pytest.raises(DataError, match=r"class0/000\.png is .*z\.png is \(3, 9, 8\).*--size"):
+    with pytest.raises(DataError, match=r"class0/000\.png is 3x8x8, train/z\.png is 3x9x8.*--size"):
         get_dataset("folder", root=str(tmp_path))
     assert get_dataset("folder", root=str(tmp_path), size=8).train.shape == (4, 3, 8, 8)
 
@@ -124,11 +121,11 @@ def _bomb(path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: path.write_bytes(b""), "cannot identify"),
-        (lambda path: Image.new("I;16", (8, 8)).save(path), "8 bits a channel cannot hold"),
-        (lambda path: path.write_bytes(picture_bytes(random_images(1, (3, 64, 64))[0])[:5000]), "truncated"),
-        (_bomb, "decompression bomb"),
-        (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "cannot identify"),
+        (lambda path: path.write_bytes(b""), "is damaged"),
+        (lambda path: Image.new("I;16", (8, 8)).save(path), "more than 8 bits per channel"),
+        (lambda path: path.write_bytes(picture_bytes(random_images(1, (3, 64, 64))[0])[:5000]), "is damaged"),
+        (_bomb, "has more than 178,956,970 pixels"),
+        (lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"), "its format is not"),
     ],
 )
 def test_what_is_no_good_picture_is_named(tmp_path, write, message, recwarn):
@@ -155,14 +152,14 @@ def test_empty_missing_and_unclear_folders(tmp_path):
         get_dataset("folder")
     with pytest.raises(DataError, match="nowhere cannot be read"):
         get_dataset("folder", root=str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="is no folder that holds pictures"):
+    with pytest.raises(DataError, match="holds neither pictures"):
         get_dataset("folder", root=str(tmp_path))
     write_picture(tmp_path / "one.png", random_images(1)[0])
     with pytest.raises(DataError, match="too few to hold one out"):
         get_dataset("folder", root=str(tmp_path))
     _write(tmp_path, random_images(2), "train")
     _write(tmp_path, random_images(2), "val")
-    with pytest.raises(DataError, match=r"one\.png lies beside the folders"):
+    with pytest.raises(DataError, match=r"one\.png lies outside of the folders"):
         get_dataset("folder", root=str(tmp_path))
 
 
@@ -200,7 +197,7 @@ def test_images_that_have_five_bits_already_are_not_reduced_again(tmp_path):
     ("array", "message"),
     [
         (np.zeros((4, 3, 8, 8), np.float32), "holds float32"),
-        (np.zeros((4, 8, 8, 3), np.uint8), "channels first"),
+        (np.zeros((4, 8, 8, 3), np.uint8), "channels, which come first"),
         (np.zeros((0, 3, 8, 8), np.uint8), "holds uint8"),
         (np.array([{}] * 4), "cannot be read"),
     ],
@@ -214,11 +211,11 @@ def test_arrays_that_are_no_packed_images(tmp_path, array, message):
 def test_a_missing_packed_file(tmp_path):
     _pack(tmp_path, random_images(4))
     (tmp_path / "val.npy").unlink()
-    with pytest.raises(DataError, match=r"val\.npy cannot be read: .*data prepare"):
+    with pytest.raises(DataError, match=r"val\.npy does not exist.*data prepare"):
         get_dataset("folder", root=str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "where"), [("imagenet64", "image-net.org"), ("celebahq256", "celeba-tfr.tar")])
+@pytest.mark.parametrize(("name", "where"), [("imagenet64", "image-net.org"), ("celebahq256", "CelebAMask-HQ.zip")])
 def test_missing_sets_say_how_to_get_them(tmp_path, name, where):
     with pytest.raises(DataError) as caught:
         get_dataset(name, root=str(tmp_path), download=True)
@@ -229,8 +226,8 @@ def test_missing_sets_say_how_to_get_them(tmp_path, name, where):
 
 def test_packed_images_of_another_shape_are_refused(tmp_path):
     _pack(tmp_path / "imagenet64", random_images(4, (3, 32, 32)))
-    with pytest.raises(DataError, match=r"are \(3, 32, 32\), not \(3, 64, 64\); pack them again"):
+    with pytest.raises(DataError, match=r"are 3x32x32, not 3x64x64. Pack them again"):
         get_dataset("imagenet64", root=str(tmp_path))
     _pack(tmp_path / "mixed", random_images(4), random_images(4, (3, 9, 9)))
-    with pytest.raises(DataError, match=r"val\.npy are \(3, 9, 9\)"):
+    with pytest.raises(DataError, match=r"val\.npy are 3x9x9"):
         get_dataset("folder", root=str(tmp_path / "mixed"))

@@ -91,5 +91,5 @@ def test_a_picture_that_breaks_while_training_is_named(tmp_path):
     with pytest.raises(DataError, match=r"b\.png cannot be read: "):
         ArrayDataset(files).__getitems__([0, 1])
     (tmp_path / "b.png").unlink()
-    with pytest.raises(DataError, match=r"b\.png cannot be read: .*No such file"):
+    with pytest.raises(DataError, match=r"b\.png does not exist"):
         files[1:2]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import picture_bytes, random_images
-from packing_sources import assert_nothing, npz_batch, prepare, split_pictures, write_tar, write_zip
+from packing_sources import assert_nothing, npz_batch, prepare
 from run_folders import write_run
 
 from rnode_plugin import get_recipe
@@ -22,7 +22,6 @@ from rnode_plugin.reports.runs import read_run
 from rnode_plugin.training.checkpoints import load_flow, save_flow
 
 IMAGES = random_images(12, (3, 8, 8))
-PICTURES = split_pictures()[0]
 ROWS = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
 RECIPE = get_recipe("digits").override(["model.hidden=2", "model.layers=2", "test_solver.method=rk4"])
 
@@ -62,7 +61,7 @@ def flow(folder: Path) -> None:
 def prepared(file: Path) -> None:
     target = file.parent.parent / "out"
     try:
-        prepare(file.parent if file.suffix == ".npz" else file, target=target, overwrite=True)
+        prepare(file.parent, target=target, overwrite=True)
     except RnodeError:
         assert_nothing(target)
         raise
@@ -77,16 +76,13 @@ def dataset(file: Path) -> None:
 
 # file to damage, what writes it (and others) into a folder, what reads it
 FORMATS: list[tuple[str, Callable[[Path], Any], Callable[[Path], Any]]] = [
-    ("a.tar", lambda folder: write_tar(folder / "a.tar", PICTURES), prepared),
-    ("a.tar.gz", lambda folder: write_tar(folder / "a.tar.gz", PICTURES, "w:gz"), prepared),
-    ("a.zip", lambda folder: write_zip(folder / "a.zip", PICTURES), prepared),
     ("train_data_batch_1.npz", batches, prepared),
     *(("1.png", pictures(kind), dataset) for kind in ("PNG", "JPEG", "TIFF")),
     ("train.npy", packed, dataset),
     *(
         (f"a{end}", lambda folder, end=end: write_rows(folder / f"a{end}", ("a", "b"), ROWS),
          lambda file: read_columns(file, column_names(file)))
-        for end in (".csv", ".npy", ".npz", ".parquet")
+        for end in (".csv", ".npy", ".parquet")
     ),
     ("a.ckpt", flow, load_flow),
     ("a.safetensors", flow, load_flow),

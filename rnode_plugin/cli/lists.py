@@ -64,18 +64,11 @@ def list_datasets() -> None:
     click.echo(table(loaded("datasets", summary)))
 
 
-@data.command("prepare", short_help="Pack folders or archives of pictures.")
+@data.command("prepare", short_help="Pack folders of pictures.")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--size", type=click.IntRange(min=1), help="Height and width in pixels. Default: as they are.")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Grey or colour.")
-@click.option(
-    "--val-fraction",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    show_default=True,
-    help="Part to hold out if no folders train/ and val/ (or test/) make the split.",
-)
 @click.option(
     "--on-error",
     type=click.Choice(["fail", "skip"]),
@@ -84,27 +77,29 @@ def list_datasets() -> None:
     help="What to do with a file that is not a readable picture.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace train.npy and val.npy in TARGET.")
-def prepare(sources: tuple[Path, ...], target: Path, channels: str, val_fraction: float, **options: Any) -> None:
+def prepare(sources: tuple[Path, ...], target: Path, channels: str, on_error: str, **options: Any) -> None:
     """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
 
-    A SOURCE is a folder, or a zip or tar archive, of pictures; the published ImageNet 64x64 archives
-    (Imagenet64_train_part1_npz.zip, ..., Imagenet64_val_npz.zip), which must be given together; or TFRecord
-    files, as CelebA-HQ is passed on (celebahq-r08.tfrecords, celeba-tfr.tar), which need the extra `tfrecord`.
-    Several make one data set. Pictures of another size are scaled to --size by their
-    shorter side and cut around the middle.
+    A SOURCE is a folder of pictures, or a folder with the published ImageNet 64x64 batches
+    (train_data_batch_1.npz, ..., val_data.npz), unpacked from their zip archives. Several make one data set.
+    Pictures of another size are scaled to --size by their shorter side and cut around the middle.
 
     The files hold 8 bits a value; celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
     before all of it is written.
     """
     from tqdm import tqdm
 
-    from ..data import pack, plan_packing
+    from ..data import pack
 
     click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
-    plan = plan_packing(sources, val_fraction=val_fraction)
-    shown = {"unit": "B", "unit_scale": True, "mininterval": 0.5 if sys.stderr.isatty() else 30}
-    with tqdm(total=plan.nbytes, desc="packing", **shown) as bar:
-        result = pack(plan, target, channels=int(channels), advance=bar.update, **options)
+    result = pack(
+        sources,
+        target,
+        channels=int(channels),
+        skip=on_error == "skip",
+        progress=lambda files: tqdm(files, desc="packing", mininterval=0.5 if sys.stderr.isatty() else 30),
+        **options,
+    )
     for name in result.skipped:
         click.echo(f"Skipped {name}", err=True)
     click.echo(

@@ -238,7 +238,7 @@ def diagnose(
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the latents.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images or rows per solve. [default: 256, 10000]")
 @click.option("--out", metavar="FILE",
-              help="File to write; of rows .csv, .tsv, .npy, .npz or .parquet. [default: samples.png, samples.csv, "
+              help="File to write; of rows .csv, .tsv, .npy or .parquet. [default: samples.png, samples.csv, "
                    "or samples-1.png, ... if that is there]")  # fmt: skip
 @force
 @device

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -15,15 +16,13 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .images import ImageArray, ImageData, naming
+from .images import ImageArray, ImageData, naming, shown
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DEFAULT_ROOT = Path("data")
 """The folder of the data sets unless another is named."""
-
-VAL_FRACTION = 0.1
 
 # pictures that fit are decoded once; more than that are decoded batch by batch, which workers and packing speed up
 _IN_MEMORY_BYTES = 2**30
@@ -35,14 +34,13 @@ def folder(
     size: int | None = None,
     channels: int | None = None,
     bits: int = 8,
-    val_fraction: float = VAL_FRACTION,
 ) -> ImageData:
-    """Any folder of pictures (--data-root), or of arrays that `data prepare` made.
+    """Pictures of your own: a folder (--data-root FOLDER), or arrays that `data prepare` made.
 
     Args:
         root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) make the
-            split; without them about ``val_fraction`` are held out, chosen by their names. ``train.npy`` and
-            ``val.npy`` come before pictures.
+            split; without them about a tenth is held out, chosen by the names. ``train.npy`` and ``val.npy`` come
+            before pictures.
         size: height and width that pictures are scaled to; None: all have the same already.
         channels: 3 or 1; None: 3 for pictures, those that packed images have.
         bits: per value, 1 to 8; 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
@@ -53,14 +51,14 @@ def folder(
     """
     if root is None:
         raise ConfigError("the data set 'folder' needs the folder of your pictures: --data-root DIRECTORY.")
-    return _read("folder", Path(root), size=size, channels=channels, bits=bits, val_fraction=val_fraction)
+    return _read("folder", Path(root), size=size, channels=channels, bits=bits)
 
 
 def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData:
     """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or packed by `data prepare`."""
     source = (
         "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
-        "https://image-net.org/download-images (free, after registration)"
+        "https://image-net.org/download-images (free, after registration), unpack all three into one folder"
     )
     return _brought("imagenet64", root, size, 64, source, bits=8)
 
@@ -68,9 +66,8 @@ def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData
 def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageData:
     """CelebA-HQ at 3x256x256, 5 bits (when read): train/ and val/ of pictures, or packed by `data prepare`."""
     source = (
-        "the 30,000 CelebA-HQ pictures of 256x256 pixels or more (the folder CelebA-HQ-img of CelebAMask-HQ.zip, "
-        "celebahq-r08.tfrecords of progressive growing, or celeba-tfr.tar of Glow from "
-        "https://openaipublic.azureedge.net/glow-demo/data)"
+        "the folder CelebA-HQ-img with 30,000 pictures out of CelebAMask-HQ.zip from "
+        "https://github.com/switchablenorms/CelebAMask-HQ"
     )
     return _brought("celebahq256", root, size, 256, source, bits=5)
 
@@ -89,53 +86,89 @@ def _brought(name: str, root: str | None, size: int | None, native: int, source:
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
-            f"{name} is not there: no folder {where}. It cannot be downloaded for you. Get {source}, then run "
-            f"`rnode-cli data prepare SOURCE... {where} --size {native}`, or put pictures into its train and val."
+            f"the data set {name} is not there, and it cannot be downloaded for you. Get {source}, then run "
+            f"`rnode-cli data prepare FOLDER {where} --size {native}`, or put pictures into train and val there."
         )
     return _read(name, where, size=native, channels=3, bits=bits)
 
 
-def _read(
-    name: str,
-    where: Path,
-    *,
-    size: int | None,
-    channels: int | None,
-    bits: int = 8,
-    val_fraction: float = VAL_FRACTION,
-) -> ImageData:
+def _read(name: str, where: Path, *, size: int | None, channels: int | None, bits: int) -> ImageData:
     if not 1 <= bits <= 8 or channels not in (None, 1, 3) or (size is not None and size < 1):
         raise ConfigError(
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
         )
-    files = where / TRAIN_FILE, where / VAL_FILE
-    train: ImageArray
-    val: ImageArray
-    if any(file.exists() for file in files):
-        train, val = (PackedImages(file, shift=8 - bits) for file in files)
-        _, c, h, w = train.shape
-        wanted = (channels or c, size or h, size or w)
-        for file, images in zip(files, (train, val), strict=True):
+    parts: list[ImageArray] = []
+    if _is_packed(where):
+        for file in (where / TRAIN_FILE, where / VAL_FILE):
+            images = PackedImages(file, shift=8 - bits)
+            _, c, h, w = images.shape if not parts else parts[0].shape
+            wanted = (channels or c, size or h, size or w)
             if images.shape[1:] != wanted:
                 raise DataError(
-                    f"{name}: the images in {file} are {images.shape[1:]}, not {wanted}; pack them again with "
-                    "`rnode-cli data prepare --overwrite`."
+                    f"{name}: the images in {file} are {shown(images.shape[1:])}, not {shown(wanted)}. Pack them "
+                    "again with `rnode-cli data prepare --overwrite`."
                 )
+            parts.append(images)
     else:
-        names = [file for file in files_in(where) if is_picture(file)]
-        if not names:
-            raise DataError(
-                f"{name}: {where} is no folder that holds pictures (png, jpg, webp, ...) or {TRAIN_FILE}. An "
-                "archive goes through `rnode-cli data prepare` first."
-            )
-        splits = assign([split_named(n) for n in names], names, val_fraction=val_fraction, where=str(where))
-        train, val = (
-            ImageFiles(where, [n for n, s in zip(names, splits, strict=True) if s == part], size=size,
-                       channels=channels or 3, shift=8 - bits).in_memory()
-            for part in ("train", "val")
-        )  # fmt: skip
+        names = _pictures(where)
+        splits = assign([split_named(n) for n in names], names, where=str(where))
+        for part in ("train", "val"):
+            chosen = [n for n, s in zip(names, splits, strict=True) if s == part]
+            files = ImageFiles(where, chosen, size=size, channels=channels or 3, shift=8 - bits)
+            parts.append(files.in_memory())
+    train, val = parts
     _, c, h, w = train.shape
     return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits)
+
+
+def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the pictures below a folder, or of its packed arrays, without decoding them.
+
+    Args:
+        root: the folder.
+        size: height and width that the pictures are scaled to; None: all have the same already.
+
+    Raises:
+        DataError: no pictures, one that cannot be read, or different sizes without a ``size``.
+    """
+    where = Path(root)
+    if _is_packed(where):
+        _, c, h, w = PackedImages(where / TRAIN_FILE).shape
+        return c, h, w
+    grey, first = True, None
+    for name in _pictures(where):
+        path = where / name
+        with naming(path), path.open("rb") as file, _opened(file, str(path)) as image:
+            turned = image.getexif().get(0x0112, 1) > 4  # to be shown upright
+            found = (image.width, image.height) if turned else (image.height, image.width)
+            grey = grey and image.mode in ("1", "L", "LA")
+        first = first or (name, found)
+        if size is None and found != first[1]:
+            raise DataError(_different(name, found, *first))
+    assert first is not None  # there are pictures
+    h, w = first[1] if size is None else (size, size)
+    return (1 if grey else 3), h, w
+
+
+def _is_packed(where: Path) -> bool:
+    return any((where / file).exists() for file in (TRAIN_FILE, VAL_FILE))
+
+
+def _pictures(where: Path) -> list[str]:
+    names = [file for file in files_in(where) if is_picture(file)]
+    if not names:
+        raise DataError(
+            f"the folder {where} holds neither pictures (png, jpg, webp, ...) nor {TRAIN_FILE}. Unpack an archive, "
+            "or name another folder with --data-root."
+        )
+    return names
+
+
+def _different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> str:
+    return (
+        f"the pictures differ in size: {name} is {shown(found)}, {other} is {shown(size)}. Give the height and "
+        "width that all of them are scaled to, such as --size 64."
+    )
 
 
 # Training and held-out pictures --------------------------------------------------------------------------------
@@ -146,26 +179,27 @@ _FOLDERS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _BATCH = re.compile(r"(train|val)_data(_batch_\d+)?\.npz")  # as the ImageNet 64x64 archives name theirs
-_SHARD = re.compile(r"([a-z]+)-.*\.tfrecords?")  # train-r08-s-0000-of-0120.tfrecords
 
 
 def split_named(name: str) -> str | None:
-    """``"train"``, ``"val"`` or ``"test"`` if one of the first three folders of a path, or its file, says so."""
+    """``"train"``, ``"val"`` or ``"test"`` where one of the first three folders of a path has such a name.
+
+    A published ImageNet batch has it in the name of its file.
+    """
     *folders, file = PurePosixPath(name).parts
     if batch := _BATCH.fullmatch(file):
         return batch[1]
-    if (shard := _SHARD.fullmatch(file)) and shard[1] in _FOLDERS:
-        return _FOLDERS[shard[1]]
     return next((_FOLDERS[f.lower()] for f in folders[:3] if f.lower() in _FOLDERS), None)
 
 
-def assign(
-    splits: Sequence[str | None], names: Sequence[str], *, val_fraction: float, where: str
-) -> list[str | None]:
+_HELD_OUT = 0.1
+
+
+def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) -> list[str | None]:
     """``"train"``, ``"val"`` or None (left out) for each picture, from its :func:`split_named`.
 
-    With folders for both, these count, and ``test`` only if there is no ``val``. Without, about ``val_fraction`` of
-    the pictures are held out. A picture's name decides, so another picture moves none that a run has trained on.
+    With folders for both, these count, and ``test`` only if there is no ``val``. Without, about a tenth of the
+    pictures is held out. A picture's name decides, so another picture moves none that a run has trained on.
     ``where`` is for messages.
     """
     found = Counter(splits)
@@ -174,24 +208,20 @@ def assign(
         if found[None]:
             stray = names[splits.index(None)]
             raise DataError(
-                f"{where}: {stray} lies beside the folders for training and validation "
-                f"({found[None]} such files); move it into one of them, or away."
+                f"{where}: {stray} lies outside of the folders for training and validation "
+                f"({found[None]} such files). Move them into one of the folders, or away."
             )
         return ["train" if s == "train" else "val" if s == held_out else None for s in splits]
-    if not 0 < val_fraction < 1:
-        raise ConfigError(f"the held-out fraction must lie between 0 and 1, not {val_fraction}.")
     if len(splits) < 2:
         raise DataError(f"{where}: one picture is too few to hold one out.")
     seen = Counter[str]()
     places: list[float] = []  # of each picture, evenly spread over [0, 1)
     for name in names:
-        if name.endswith((".tfrecord", ".tfrecords")):  # their number decides: two sizes hold out the same pictures
-            name = ""
         digest = hashlib.sha256(f"{name}\0{seen[name]}".encode("utf-8", "surrogateescape")).digest()
         places.append(int.from_bytes(digest[:6], "big") / 2**48)
         seen[name] += 1
     lowest, highest = min(places), max(places)  # one of each part
-    return ["val" if place == lowest or place < min(val_fraction, highest) else "train" for place in places]
+    return ["val" if place == lowest or place < min(_HELD_OUT, highest) else "train" for place in places]
 
 
 # Picture files --------------------------------------------------------------------------------------------------
@@ -208,7 +238,7 @@ def is_picture(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether file managers and archivers leave files of this name behind."""
+    """Whether a name belongs to the files that file managers and archivers leave."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") and part not in (".", "..") for part in parts) or bool(
         {"__MACOSX", "Thumbs.db", "desktop.ini"}.intersection(parts)
@@ -219,7 +249,7 @@ def files_in(folder: Path) -> Iterator[str]:
     """Names of the files below a folder, relative, with ``/``, sorted folder by folder; links are followed once."""
 
     def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        raise DataError(f"the folder {error.filename} cannot be read: {(error.strerror or '').lower()}.") from error
 
     seen: set[str] = set()
     for here, subfolders, files in os.walk(folder, followlinks=True, onerror=refuse):
@@ -236,31 +266,31 @@ def files_in(folder: Path) -> Iterator[str]:
                 yield name
 
 
+@contextmanager
+def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded yet; what is wrong with it is a DataError, also inside."""
+    from PIL import Image
+
+    with naming(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(file, formats=_FORMATS) as image:
+                if image.mode not in _MODES:  # PIL would cut larger values off
+                    raise DataError(f"{name} has pixels of the kind {image.mode!r}, more than 8 bits per channel.")
+                yield image
+        except Image.DecompressionBombError as error:
+            raise DataError(f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels.") from error
+
+
 def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np.ndarray:
     """One picture as ``(C, H, W)``, uint8; transparency is dropped.
 
     With a ``size`` the shorter side is scaled to it, and the longer one cut around the middle.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with naming(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(file, formats=_FORMATS) as image:
-            if image.mode not in _MODES:  # PIL would cut larger values off
-                raise ValueError(f"pixels of the kind {image.mode!r}, which 8 bits a channel cannot hold")
-            return _fit(ImageOps.exif_transpose(image), size, channels)
-
-
-def fit_pixels(images: np.ndarray, *, size: int | None, channels: int) -> np.ndarray:
-    """Images ``(N, C, H, W)``, uint8, scaled and converted as :func:`decode` does with pictures."""
-    from PIL import Image
-
-    _, c, h, w = images.shape
-    if c == channels and size in (None, h) and h == w:
-        return images
-    last = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-    pictures = (Image.fromarray(each[:, :, 0] if c == 1 else each) for each in last)
-    return np.stack([_fit(picture, size, channels) for picture in pictures])
+    with _opened(file, name) as image:
+        return _fit(ImageOps.exif_transpose(image), size, channels)
 
 
 def _fit(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
@@ -303,10 +333,7 @@ class ImageFiles:
         for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
             image = self._read(int(position))
             if image.shape != shape:
-                raise DataError(
-                    f"the pictures in {self._folder} differ in size: {self._names[position]} is {image.shape}, "
-                    f"{self._names[0]} is {shape}. Give the size that all are scaled to (--size)."
-                )
+                raise DataError(_different(self._names[position], image.shape, self._names[0], shape))
             np.right_shift(image, self._shift, out=out)
         return images
 
@@ -336,15 +363,17 @@ class PackedImages:
             array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
             raise DataError(
-                f"{path} holds {array.dtype} {array.shape}; packed images are uint8 (N, C, H, W), channels first, "
-                "with 1 or 3 of them."
+                f"{path} holds {array.dtype} {array.shape}, but packed images are uint8 (N, C, H, W) with 1 or 3 "
+                "channels, which come first."
             )
         self._array, self.shape, self.dtype = array, array.shape, array.dtype
         if shift:
             probe = array[np.linspace(0, len(array) - 1, min(len(array), _PROBED)).astype(int)]
             if probe.max() < 2 ** (8 - shift):
-                raise DataError(f"{path} has no value above {probe.max()}: it seems to hold {8 - shift} bits "
-                                f"already, where 8 are expected. Multiply it by {2**shift}.")  # fmt: skip
+                raise DataError(
+                    f"{path} has no value above {probe.max()}, so it seems to hold {8 - shift} bits already, "
+                    f"where 8 are expected. Multiply it by {2**shift}."
+                )
 
     def __len__(self) -> int:
         return len(self._array)

@@ -12,14 +12,14 @@ import numpy as np
 
 from ..errors import DataError, suggest
 from .images import limited
-from .table_files import column_names, leave_out, read_with_notes
+from .table_files import column_names, leave_out, read_columns
 
 CELLS = (
     "radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension",
 )  # fmt: skip
 """Columns of the table that comes along: means over the cell nuclei in an image, in the units of the file."""
 
-_FEWEST = 20  # rows: with fewer, the parts of a split say nothing
+_FEWEST = 20  # rows: with fewer, the parts of a split are too small to measure anything
 _PARTS = ("train", "val", "held_out")
 
 
@@ -33,7 +33,6 @@ class Table:
         train: rows ``(N, len(columns))``, float.
         val: rows whose likelihood chooses the best weights.
         held_out: rows that measure the result.
-        notes: choices made while reading the file, in a sentence each.
         rows, checksum: number of rows in all parts, and a hash of their values and of the split, also after
             :meth:`limit`; they are found if they are not given.
 
@@ -46,7 +45,6 @@ class Table:
     train: np.ndarray
     val: np.ndarray
     held_out: np.ndarray
-    notes: tuple[str, ...] = ()
     rows: int = 0
     checksum: str = ""
 
@@ -99,10 +97,10 @@ class Table:
                 )
         return dataclasses.replace(self, **{part: getattr(self, part).astype(np.float32) for part in _PARTS})
 
-    def described(self) -> list[str]:
-        """The first lines of a run: rows, columns, and the choices made while reading the file."""
+    def described(self) -> str:
+        """The first line of a run: rows and columns."""
         columns = ", ".join(self.columns[:20]) + (", ..." if len(self.columns) > 20 else "")
-        return [f"{self.name}: {self.rows:,} rows, columns {columns}", *self.notes]
+        return f"{self.name}: {self.rows:,} rows, columns {columns}"
 
 
 def split_rows(
@@ -113,7 +111,6 @@ def split_rows(
     validation: float,
     held_out: float,
     seed: int,
-    notes: Sequence[str] = (),
 ) -> Table:
     """Draw the parts of a table of ``rows (N, C)`` at random.
 
@@ -127,7 +124,7 @@ def split_rows(
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
     parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
-    return Table(name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0], notes=tuple(notes))
+    return Table(name, tuple(columns), train=parts[2], val=parts[1], held_out=parts[0])
 
 
 def table(
@@ -141,7 +138,7 @@ def table(
     """Your own file (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.
 
     Args:
-        root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy``, ``.npz`` or ``.parquet`` file; None for scikit-learn's table
+        root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy`` or ``.parquet`` file; None for scikit-learn's table
             (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
         columns: names of those to read; none for all.
         validation, held_out: shares of the rows, see :class:`~rnode_plugin.data.tables.Table`.
@@ -151,14 +148,13 @@ def table(
         DataError: see :func:`~rnode_plugin.data.table_files.read_columns`; too few rows.
     """
     columns = tuple(columns) or table_columns(root)
-    notes: tuple[str, ...] = ()
     if root is None:
         name, rows = "table", _cells()
         rows = Table(name, CELLS, rows, rows, rows).select(columns).train
     else:
         name = str(root)
-        rows, notes = read_with_notes(root, columns)
-    return split_rows(name, columns, rows, validation=validation, held_out=held_out, seed=split_seed, notes=notes)
+        rows = read_columns(root, columns)
+    return split_rows(name, columns, rows, validation=validation, held_out=held_out, seed=split_seed)
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:

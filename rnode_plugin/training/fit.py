@@ -240,8 +240,7 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
     if data.held_out is not data.val:
         counts += f", {len(data.val):,} to choose the weights by"
     print(f"{module.recipe.name}: {parameters:,} parameters, {counts}")
-    if isinstance(data, Table):
-        print("\n".join(data.described()))
+    print(data.described())
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     batch = module.recipe.start.described(module.recipe.data.batch_size)
     print(f"steps {done} to {plan.total}, batch {batch}, {where}, in {module.folder.path}", flush=True)
