@@ -55,7 +55,7 @@ def test_it_is_listed_and_can_be_blocked(site):
     assert run(site, listing).split()[-1] == "False"
     rows = {row["name"]: row for row in json.loads(run(site, command))}
     found = rows["arclength"]
-    assert (found["distribution"], found["version"], found["error"]) == ("rnode-arclength", "1.0.0", None)
+    assert (found["distribution"], found["version"], found["errors"]) == ("rnode-arclength", "1.0.0", [])
     assert found["registers"] == {"regularizers": ["arclength", "chordlength"]}
     for variables in ({"RNODE_DISABLE_PLUGINS": "1"}, {"RNODE_PLUGINS_BLOCK": "rnode_arclength"}):
         rows = {row["name"]: row for row in json.loads(run(site, command, **variables))}

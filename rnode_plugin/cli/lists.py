@@ -121,7 +121,7 @@ def regularizers(*, as_json: bool) -> None:
 
     rows: list[dict[str, str]] = []
     for plugin in registry.report():
-        for name in plugin.registers.get("regularizers", []):
+        for name in sorted(plugin.registers["regularizers"]):
             try:
                 found = declaration_of(registry.get("regularizers", name), name)
                 row = {**found._asdict(), "source": str(found.source)}
@@ -147,18 +147,21 @@ def plugins(*, as_json: bool) -> None:
     """
     reports = registry.report()
     if as_json:
-        print_json([each.as_plain() for each in reports])
+        print_json([{**vars(each), "registers": _names(each)} for each in reports])
         return
     for each in reports:
         click.echo(f"{each.name} ({each.distribution} {each.version})")
         if each.status in ("blocked", "disabled"):
             click.echo(f"  not loaded: {each.status}")
-        for kind, names in each.registers.items():
+        for kind, names in _names(each).items():
             click.echo(f"  {kind}: {', '.join(names)}")
-        if each.observes:
-            click.echo("  observes: every solve")
-        if each.error:
-            click.echo(f"  error: {each.error}")
+        for error in each.errors:
+            click.echo(f"  error: {error}")
+
+
+def _names(plugin: registry.Plugin) -> dict[str, list[str]]:
+    """The names that a plugin registers, by kind."""
+    return {kind: sorted(values) for kind, values in plugin.registers.items() if values}
 
 
 @click.command()
@@ -188,7 +191,7 @@ def info(*, as_json: bool) -> None:
             "name": each.name,
             "distribution": f"{each.distribution} {each.version}",
             "status": each.status,
-            **({"error": each.error} if each.error else {}),
+            **({"errors": each.errors} if each.errors else {}),
         }
         for each in registry.report()
     ]

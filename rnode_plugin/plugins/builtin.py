@@ -1,37 +1,41 @@
-"""The package's own registrations, through the hooks of all plugins.
+"""The registrations of this package, by the same hooks as a plugin's.
 
-Everything is named by its place, so that listing names does not import torch.
+Each object is given by its place, because the names are listed without an import of torch.
 """
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
-from pathlib import Path
 
 from .hookspecs import hookimpl
 
 __all__: list[str] = []
 
+_RATES = (
+    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:Taylor", "l1", "jacdiag",
+    "jacoffdiag", "curl", "strain", "hjb",
+)  # fmt: skip
+_PATHS = (
+    "error", "stiffness", "local_error", "local_stiffness", "straightness:Straightness",
+    "trajectory_polynomial:TrajectoryPolynomial", "steer:Steer", "learned_end_time:LearnedEndTime",
+)  # fmt: skip
+_RECIPES = ("digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256", "table")
+_IMAGES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn", "imagenet64", "celebahq256", "folder")
+_COMMANDS = {
+    "train": ("train", "compare", "tune-step", "estimate"),
+    "runs": ("eval", "diagnose", "sample", "export", "report", "cite"),
+    "lists": ("recipes", "data", "plugins", "regularizers", "info"),
+}
+
 
 @hookimpl
 def rnode_register_regularizers() -> Mapping[str, str]:
-    return dict(_declared("rates") + _declared("paths"))
-
-
-def _declared(module: str) -> list[tuple[str, str]]:
-    """Names and places of the ``@regularizer("name", ...)`` declarations in the source: an import needs torch."""
-    source = Path(__file__).parents[1].joinpath("core", "regularizers", f"{module}.py").read_text("utf-8")
-    return [
-        (str(decorator.args[0].value), f"rnode_plugin.core.regularizers.{module}:{node.name}")
-        for node in ast.parse(source).body
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        for decorator in node.decorator_list
-        if isinstance(decorator, ast.Call)
-        and isinstance(decorator.func, ast.Name)
-        and decorator.func.id == "regularizer"
-        and isinstance(decorator.args[0], ast.Constant)
-    ]
+    places = {}
+    for module, entries in (("rates", _RATES), ("paths", _PATHS)):
+        for entry in entries:
+            name, _, attribute = entry.partition(":")  # a class has another name than its penalty
+            places[name] = f"rnode_plugin.core.regularizers.{module}:{attribute or name}"
+    return places
 
 
 @hookimpl
@@ -44,34 +48,17 @@ def rnode_register_models() -> Mapping[str, str]:
 
 @hookimpl
 def rnode_register_datasets() -> Mapping[str, str]:
-    return {
-        "digits": "rnode_plugin.data:digits",
-        "mnist": "rnode_plugin.data:mnist",
-        "fashion-mnist": "rnode_plugin.data:fashion_mnist",
-        "cifar10": "rnode_plugin.data:cifar10",
-        "svhn": "rnode_plugin.data:svhn",
-        "imagenet64": "rnode_plugin.data:imagenet64",
-        "celebahq256": "rnode_plugin.data:celebahq256",
-        "folder": "rnode_plugin.data:folder",
-        "table": "rnode_plugin.data.tables:table",
-    }
+    images = {name: f"rnode_plugin.data:{name.replace('-', '_')}" for name in _IMAGES}
+    return {**images, "table": "rnode_plugin.data.tables:table"}
 
 
 @hookimpl
 def rnode_register_recipes() -> Mapping[str, str]:
-    names = ("digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256", "table")
-    return {name: f"rnode_plugin.recipes.presets:{name.replace('-', '_')}" for name in names}
+    return {name: f"rnode_plugin.recipes.presets:{name.replace('-', '_')}" for name in _RECIPES}
 
 
 @hookimpl
 def rnode_register_commands() -> Mapping[str, str]:
-    modules = {
-        "train": ("train", "compare", "tune_step", "estimate"),
-        "runs": ("eval", "diagnose", "sample", "export", "report", "cite"),
-        "lists": ("recipes", "data", "plugins", "regularizers", "info"),
-    }
-    commands = {name: f"rnode_plugin.cli.{module}:{name}" for module, names in modules.items() for name in names}
-    return {
-        "exec": "rnode_plugin.cli.lists:exec_script",
-        **{name.replace("_", "-"): place for name, place in commands.items()},
-    }
+    commands = {name: module for module, names in _COMMANDS.items() for name in names}
+    places = {name: f"rnode_plugin.cli.{module}:{name.replace('-', '_')}" for name, module in commands.items()}
+    return {**places, "exec": "rnode_plugin.cli.lists:exec_script"}
