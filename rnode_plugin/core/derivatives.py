@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import ConfigError
 from .ops import transforms_active
@@ -125,9 +126,10 @@ class AutogradField:
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         several = ask.products == "rows" or ask.divergence or (noise is not None and noise.ndim > z.ndim)
         with torch.inference_mode(False), torch.enable_grad():
-            t, z = _usable(t), _as_variable(z, keep=keep)
             if ask.jvp:
-                t = _as_variable(t, keep=keep)
+                t, z = _as_variables(t, z, keep=keep)
+            else:
+                t, z = _usable(t), _as_variable(z, keep=keep)
             dz = self(t, z)
 
             def pull(v: Tensor) -> Tensor:
@@ -144,8 +146,8 @@ class AutogradField:
         if ask.jvp:
             jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(t, z, dz))
         if not keep:
-            dz = dz.detach()
-            products = None if products is None else products.detach()
+            dz = without_graph(dz)
+            products = None if products is None else without_graph(products)
         return Linearization(dz, products, jvp, divergence, aux)
 
     def _zero(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
@@ -216,8 +218,16 @@ def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tenso
         return derivative(t, z).to(z.dtype)
     keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        found = derivative(_as_variable(t, keep=keep), _as_variable(z, keep=keep)).to(z.dtype)
-    return found if keep else found.detach()
+        found = derivative(*_as_variables(t, z, keep=keep)).to(z.dtype)
+    return found if keep else without_graph(found)
+
+
+def without_graph(x: Tensor) -> Tensor:
+    """``x`` without its graph. A tangent of forward-mode differentiation stays; ``detach`` would drop it."""
+    if transforms_active():  # no graph is made there unless the caller's gradients are enabled
+        return x
+    primal, tangent = forward_ad.unpack_dual(x)
+    return primal.detach() if tangent is None else forward_ad.make_dual(primal.detach(), tangent.detach())
 
 
 def trace_of_rows(rows: Tensor) -> Tensor:
@@ -267,12 +277,13 @@ def _double_reverse(
     def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             found = push(_usable(v), dt)
-        return found if keep else found.detach()
+        return found if keep else without_graph(found)
 
     def push(v: Tensor, dt: float) -> Tensor:
         if not dz.requires_grad:
             return zero()
         u = torch.zeros_like(dz).requires_grad_()
+        u = _Variables.apply(z, u)[1] if keep else u  # pyright: ignore[reportOptionalSubscript]
         inputs, tangents = ((z,), (v,)) if dt == 0 else ((z, t), (v, torch.full_like(t, dt)))
         pulled = torch.autograd.grad(dz, inputs, u, create_graph=True, allow_unused=True)
         if pulled[0] is None:
@@ -318,6 +329,41 @@ def _usable(x: Tensor) -> Tensor:
 
 
 def _as_variable(x: Tensor, *, keep: bool) -> Tensor:
-    """``x`` in a form to differentiate by; the caller's tensor does not change."""
+    """``x`` as a new variable to differentiate by, with the tangent of ``x``.
+
+    It is a new one even if ``x`` requires a gradient: a derivative by the time must not run through a state that
+    was computed from the same time.
+    """
     x = _usable(x)
-    return x if keep and x.requires_grad else x.detach().requires_grad_()
+    if keep and x.requires_grad:
+        return x.view_as(x)
+    primal, tangent = forward_ad.unpack_dual(x)
+    variable = primal.detach().requires_grad_()
+    return variable if tangent is None else forward_ad.make_dual(variable, tangent)
+
+
+def _as_variables(t: Tensor, z: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """Time and state as new variables; see :func:`_as_variable`."""
+    if keep and (t.requires_grad or z.requires_grad):
+        return _Variables.apply(_usable(t), _usable(z))  # pyright: ignore[reportReturnType]
+    return _as_variable(t, keep=keep), _as_variable(z, keep=keep)
+
+
+class _Variables(torch.autograd.Function):
+    """The tensors as they are, as the outputs of one node of the graph.
+
+    Autograd walks the graph back to the earliest tensor that it differentiates by. From a leaf it would visit all
+    steps of a solve at each evaluation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(x.view_as(x) for x in tangents)

@@ -169,7 +169,7 @@ class HutchPlusPlus(TraceEstimator):
             noise = _given(noise)
             with torch.no_grad():
                 sketch = field.linearize(t, z.detach(), noise[: self.rank], ask=Ask("noise")).products
-                vectors = self._directions(_given(sketch), noise[self.rank :])
+                vectors = self._directions(_given(sketch), noise[self.rank :]).detach()  # forward mode sees no_grad
             found = field.linearize(t, z, vectors, ask=ask)
             rows = _given(found.products)
             return found._replace(products=torch.stack([vectors.to(rows.dtype), rows]))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchdiffeq._impl.adjoint import find_parameters
 from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
-from ..core.derivatives import PartField
+from ..core.derivatives import PartField, without_graph
 from ..core.dynamics import Dynamics
 from ..core.penalties import Penalties, attach
 from ..core.random_streams import Stream, stream_seed
@@ -374,7 +374,7 @@ class _Augmented:
             }
         velocity, part.velocity, part.state = self._layout.tensors(part.velocity), None, None
         if not torch.is_grad_enabled():  # a product has made a graph
-            velocity = tuple(x.detach() for x in velocity)
+            velocity = tuple(map(without_graph, velocity))
         rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
         return (*velocity, *rates)
 

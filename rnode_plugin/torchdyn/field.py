@@ -16,7 +16,7 @@ from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import AutogradField, Field, PartField
+from ..core.derivatives import AutogradField, Field, PartField, without_graph
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer
@@ -285,7 +285,7 @@ class TorchdynSystem(BoundDynamics):
             columns.state = state
             penalties = dynamics.evaluate(t, columns.part(state), self.noise, products=products).penalties
             dx = _at_least(columns.velocity, state)
-            dx = dx if torch.is_grad_enabled() else dx.detach()
+            dx = dx if torch.is_grad_enabled() else without_graph(dx)
         if self.cost is not None:
             running = self.cost(t, state)
             dx = torch.cat([running[:, None] if running.ndim == 1 else running, dx], 1).to(dx)
