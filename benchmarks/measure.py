@@ -22,6 +22,7 @@ __all__ = [
     "Timing",
     "alternate",
     "device_option",
+    "environment",
     "peak_memory",
     "print_environment",
     "repeats_option",

@@ -1,4 +1,4 @@
-"""The problem of peers.py by other packages: torchdiffeq, and zuko, torchode and diffrax where they are installed.
+"""The problem of peers.py by other packages: torchdiffeq, and zuko and diffrax where they are installed.
 
 Each function returns a case: a forward pass, or for diffrax, which has gradients of its own, a training step.
 """
@@ -18,9 +18,7 @@ __all__ = [
     "diffrax_step",
     "installed",
     "loss_of",
-    "torchdiffeq_case",
     "torchdiffeq_options",
-    "torchode_case",
     "zuko_case",
 ]
 
@@ -37,40 +35,11 @@ def loss_of(z: Any, logdet: Any) -> Any:
     return (0.5 * (z * z).sum(1) - logdet).mean()
 
 
-class Augmented(nn.Module):
-    """``(z, l)`` and its exact divergence by automatic differentiation, for torchdiffeq."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = state[0] if state[0].requires_grad else state[0].requires_grad_()
-            dz = self.net(z)
-            rows = [torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0] for i in range(z.shape[1])]
-        return dz, sum(row[:, i] for i, row in enumerate(rows))  # pyright: ignore[reportReturnType]
-
-
 def torchdiffeq_options(solve: str, steps: int) -> dict[str, Any]:
     """torchdiffeq's arguments for ``"rk4"`` with so many steps over [0, 1], or for ``"dopri5"``."""
     if solve == "rk4":
         return {"method": solve, "options": {"step_size": 1 / steps}}
     return {"method": solve, "atol": TOLERANCE, "rtol": TOLERANCE}
-
-
-def torchdiffeq_case(net: nn.Module, solve: str, steps: int, x: Tensor) -> Callable[[], Tensor]:
-    """A forward pass of torchdiffeq's ``odeint``, differentiated through its steps."""
-    field = Augmented(net)
-    span = torch.linspace(0, 1, 2).to(x)
-    options = torchdiffeq_options(solve, steps)
-
-    def run() -> Tensor:
-        # through a product with 1, so that the state is not a leaf whose requires_grad the field would set
-        z, logdet = odeint(field, (x.clone().requires_grad_(), torch.zeros_like(x[:, 0])), span, **options)
-        return loss_of(z[-1], logdet[-1])
-
-    return run
 
 
 class Penalized(nn.Module):
@@ -121,29 +90,6 @@ def zuko_case(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         )  # fmt: skip
         z, logdet = transform.call_and_ladj(x)
         return loss_of(z, logdet)
-
-    return run
-
-
-def torchode_case(net: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """torchode's dopri5, which chooses the steps of each sample by itself."""
-    import torchode  # pyright: ignore[reportMissingImports]  # optional
-
-    field = Augmented(net)
-
-    def rates(t: Tensor, y: Tensor) -> Tensor:
-        dz, trace = field(t, (y[:, 1:], y[:, :1]))
-        return torch.cat([trace[:, None], dz], 1)
-
-    term = torchode.ODETerm(rates)
-    controller = torchode.IntegralController(atol=TOLERANCE, rtol=TOLERANCE, term=term)
-    solver = torchode.AutoDiffAdjoint(torchode.Dopri5(term=term), controller)
-    start, ends = torch.cat([torch.zeros_like(x[:, :1]), x], 1), (x.new_zeros(len(x)), x.new_ones(len(x)))
-
-    def run() -> Tensor:
-        solution = solver.solve(torchode.InitialValueProblem(start, *ends, t_eval=ends[1][:, None]))
-        end = solution.ys[:, -1]
-        return loss_of(end[:, 1:], end[:, 0])
 
     return run
 

@@ -1,7 +1,6 @@
 """Time, memory and gradients of one training step: the usual formulation against each path of this package.
 
     python benchmarks/step_time.py mnist --batch-size 8
-    python benchmarks/step_time.py mnist --weights mnist-pretrained --data-root data
 
 All cases see the same weights (with last layers that are not zero), images and noise, and take turns. The baseline
 is the paper's formulation with torchdiffeq's adjoint (usual.py). Differences are to the exact path: of the loss
@@ -32,11 +31,7 @@ from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
 from rnode_plugin.core.objective import output_log_prob
-from rnode_plugin.data import get_dataset
-from rnode_plugin.evaluation.measures import batch_of
 from rnode_plugin.fields import compile_fields
-from rnode_plugin.flows.multiscale import dequantize
-from rnode_plugin.training.checkpoints import load_weights
 
 BASELINE, EXACT = "usual formulation", "exact"
 
@@ -73,9 +68,8 @@ PATHS = {
     "sampled, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5)),
     "sampled, bf16, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), bf16=True),
     "compiled": Path(compiled=True),
-    "compiled, checkpointed": Path(_rk4(gradient="checkpointed"), compiled=True),
-    "compiled, sampled": Path(_rk4(trace_quadrature="sampled"), compiled=True),
-    "compiled, sampled, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), compiled=True),
+    "compiled, bf16": Path(bf16=True, compiled=True),
+    "compiled, sampled, bf16, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), bf16=True, compiled=True),
 }
 
 
@@ -87,10 +81,8 @@ class Step:
     run: Callable[[], Tensor]
 
 
-def build(
-    recipe_name: str, case: str, batch: int, device: str, weights: str | None = None, root: str | None = None
-) -> Step:
-    """The step of a case by its name; of trained weights on held-out images below ``root``, if they are given."""
+def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.dtype = torch.float32) -> Step:
+    """The step of a case by its name."""
     recipe = get_recipe(recipe_name)
     path = PATHS.get(case, Path())
     torch.manual_seed(0)
@@ -106,13 +98,9 @@ def build(
     fields: list[Any] = list(flow.fields)
     for field in fields:
         field.layers[-1].reset_parameters()  # a fresh flow is zero, and so are its products
-    flow.to(device)
-    x = torch.rand(batch, *data.shape).to(device)
-    if weights is not None:
-        load_weights(flow, weights)
-        images = get_dataset(data.name, root=root, size=data.shape[1]).val
-        x = dequantize(batch_of(images, slice(0, batch)), data.levels).to(device)
-    noise = [torch.randn(batch, *block).to(device) for block in flow.block_shapes]
+    flow.to(device, dtype)
+    x = torch.rand(batch, *data.shape).to(device, dtype)
+    noise = [torch.randn(batch, *block).to(device, dtype) for block in flow.block_shapes]
     if path.compiled:
         compile_fields(flow)
     step: MultiscaleFlow | UsualFlow = flow
@@ -140,13 +128,14 @@ def differences(step: Step, exact: Step) -> list[str]:
     """Of the loss and the gradient to those of the exact path."""
     torch.manual_seed(1)  # draws the stages of a sampled quadrature
     loss, true_loss = step.run(), exact.run()
-    grad, true = _gradient(step.model), _gradient(exact.model)
+    grad, true = gradient_of(step.model), gradient_of(exact.model)
     relative = ((grad - true).norm() / true.norm()).item()
     cosine = torch.cosine_similarity(grad, true, dim=0).item()
     return [f"{float(loss / true_loss - 1):+.1e}", f"{relative:.1e}", f"{cosine:.6f}"]
 
 
-def _gradient(model: torch.nn.Module) -> Tensor:
+def gradient_of(model: torch.nn.Module) -> Tensor:
+    """The gradient of all parameters, flat, in float64."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
 
 
@@ -155,21 +144,18 @@ def _gradient(model: torch.nn.Module) -> Tensor:
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--case", "cases", multiple=True, type=click.Choice([BASELINE, *PATHS]),
               help="May be repeated. [default: all]")  # fmt: skip
-@click.option("--weights", metavar="RUN", help="Of a trained flow, instead of fresh ones.")
-@click.option("--data-root", help="Folder of the data set that the trained flow steps on.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory too.")
 @device_option
 @threads_option
 @repeats_option
 def main(
-    recipe: str, batch_size: int, cases: tuple[str, ...], weights: str | None, data_root: str | None, memory: bool,
-    device: str, threads: int, repeats: int,
-) -> None:  # fmt: skip
+    recipe: str, batch_size: int, cases: tuple[str, ...], memory: bool, device: str, threads: int, repeats: int
+) -> None:
     where = set_up(device, threads)
     names = [name for name in (BASELINE, *PATHS) if name in cases or not cases]
     print_environment(where)
     click.echo(f"{recipe}, batch {batch_size}, forward and backward, {repeats} alternated runs: median (range)\n")
-    given = (batch_size, device, weights, data_root)
+    given = (batch_size, device)
     steps = {name: build(recipe, name, *given) for name in names}
     times = alternate({name: step.run for name, step in steps.items()}, repeats=repeats, device=where)
     exact = steps.get(EXACT) or build(recipe, EXACT, *given)
