@@ -38,14 +38,17 @@ class Penalties(Mapping[str, Tensor]):
 
     Args:
         weighted: the regularizers with their strengths, by name.
+        absent: why there may be no penalties yet and what to do, for the message of the error.
 
     Attributes:
         policy: the span policy among them; None if there is none.
         regularizers: the others.
     """
 
-    def __init__(self, weighted: Mapping[str, Weighted] | None = None) -> None:
-        self.weighted = dict(weighted or {})
+    def __init__(
+        self, weighted: Mapping[str, Weighted] | None = None, *, absent: str = "call the model first, in this thread."
+    ) -> None:
+        self.weighted, self._absent = dict(weighted or {}), absent
         given = [each.regularizer for each in self.weighted.values()]
         self.policy = span_policy(given)
         self.regularizers = [each for each in given if each is not self.policy]
@@ -77,7 +80,7 @@ class Penalties(Mapping[str, Tensor]):
             mine.collecting = False
 
     def begin(self) -> None:
-        """A solve begins, and replaces the one before, even if it fails; in a ``collecting`` block it is added."""
+        """Start a new solve and discard the previous one, which a ``collecting`` block keeps."""
         if not self._followed.collecting:
             self._followed.solves = []
 
@@ -98,17 +101,24 @@ class Penalties(Mapping[str, Tensor]):
         """The integrals ``(B,)``, summed over solves, whose batches must be of one size.
 
         Raises:
-            ConfigError: if there are none.
+            ConfigError: if there are none, and for solves with batches of several sizes.
         """
         rows = [solve.integrals for solve in self._solves()]
         if not rows[1:]:
             return dict(rows[0])
+        sizes = sorted({len(value) for row in rows for value in row.values()})
+        if sizes[1:]:
+            raise ConfigError(
+                f"{len(rows)} solves had batches of {' and '.join(map(str, sizes))} samples, so their penalties "
+                "have no sum per sample: use the scalar sum over all solves, loss() or a model's reg_loss()."
+            )
         return {name: torch.stack([row[name] for row in rows]).sum(0) for name in rows[0]}
 
     def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
 
-        Several solves are summed. A batch without samples counts as 0.
+        Several solves are summed. A batch without samples counts as 0. After a backward pass the value can still be
+        read under ``torch.no_grad()``.
 
         Args:
             step: steps that the optimizer has taken, for a lambda that is a function of it.
@@ -127,10 +137,11 @@ class Penalties(Mapping[str, Tensor]):
         whole = undivided([w.regularizer for w in self.weighted.values()])
         losses: list[Tensor] = []
         for integrals, dims in self._solves():
-            if any(_is_freed(value) for value in integrals.values()):
+            if torch.is_grad_enabled() and any(_is_freed(value) for value in integrals.values()):
                 raise ConfigError(
-                    "backward has already gone through these penalties and freed their graph: call the model again "
-                    "before reg_loss(), or keep the graph with backward(retain_graph=True)."
+                    "backward has already gone through these penalties and freed their graph. Solve again before "
+                    "you add them to a loss, keep the graph with backward(retain_graph=True), or read their value "
+                    "under torch.no_grad()."
                 )
             if any(len(value) == 0 for value in integrals.values()):
                 losses += [value.sum() for value in integrals.values()]
@@ -140,7 +151,7 @@ class Penalties(Mapping[str, Tensor]):
 
     def _solves(self) -> list[_Solve]:
         if not self._followed.solves:
-            raise ConfigError("there are no penalties yet: call the model first, in this thread.")
+            raise ConfigError(f"there are no penalties yet: {self._absent}")
         for integrals, _ in self._followed.solves:
             missing = [name for name in self.weighted if name not in integrals]
             if missing:
