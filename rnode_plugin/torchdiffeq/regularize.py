@@ -16,32 +16,36 @@ from torch import Tensor
 from ..core.penalties import Penalties, attach
 from ..errors import ConfigError
 from . import integrate
-from .integrate import PLAIN, Follow, follow, here, solve
+from .integrate import PLAIN, Penalized, follow, here, solve
 
-# what to follow in a solve, and what to make of its solution, its integrals and the dimensions of a sample
-Following = tuple[Follow, Callable[[Any, dict[str, Tensor], int], Any]]
+# makes a solve with penalties of the arguments (name, func, y0, t, given), and returns what torchdiffeq would
+Following = Callable[[str, Any, Any, Tensor, dict[str, Any]], Any]
 
+_OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature")
+
+_NOT_SEEN = (
+    "this regularize() block saw no solve by torchdiffeq. It sees calls of odeint, odeint_adjoint and odeint_event "
+    "in its own thread and process. A model that kept the function before the first block (self.odeint = odeint, "
+    "functools.partial) has to be made after rnode_plugin.torchdiffeq.install()."
+)
 
 _installed: Following | None = None
-_is_installed = False
 
 
 def _leading(name: str) -> Any:
-    """What stands in the place of torchdiffeq's function ``name``, and is it outside of blocks and ``install``."""
-    plain, face = PLAIN[name], getattr(integrate, name)
-    ours = {"regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature"}
-    defaults = {key: value for key, value in face.__kwdefaults__.items() if key not in ours}
+    """The replacement of torchdiffeq's function ``name``, which it calls outside of blocks and ``install``."""
+    plain, with_penalties = PLAIN[name], getattr(integrate, name)
+    defaults = {key: value for key, value in with_penalties.__kwdefaults__.items() if key not in _OURS}
 
     @functools.wraps(plain)
     def leading(func: Any, y0: Any, t: Tensor, **given: Any) -> Any:
         if given.get("regularizers") is not None:
-            return face(func, y0, t, **given)
-        given = {key: value for key, value in given.items() if key not in ours}
+            return with_penalties(func, y0, t, **given)
+        given = {key: value for key, value in given.items() if key not in _OURS}
         following = here.following or _installed
-        if following is None or here.evaluating or not torch.is_grad_enabled():
+        if following is None or here.evaluating:
             return plain(func, y0, t, **given)
-        wanted, then = following
-        return then(*solve(name, func, y0, t, {**defaults, **given}, wanted))
+        return following(name, func, y0, t, {**defaults, **given})
 
     return leading
 
@@ -52,17 +56,19 @@ _LEADING = {name: _leading(name) for name in PLAIN}
 @contextmanager
 def regularize(
     *regularizers: Any,
-    penalized: int | tuple[int, ...] | None = None,
-    batch_dim: int = 0,
+    penalized: Penalized | None = None,
+    batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
     penalty_quadrature: str = "full",
 ) -> Iterator[Penalties]:
     """Penalties of all solves by torchdiffeq in a block, for code that cannot be changed.
 
-    Left alone are solves without gradients enabled, those of other threads, and those that a field makes inside of
-    a solve. Within the block every name that a loaded module has bound to torchdiffeq's ``odeint`` or
-    ``odeint_adjoint`` leads here; after it, also after an exception, all is as before. A model that keeps the
-    function as an attribute has to be made inside of a block or after :func:`install`.
+    The block leaves alone the solves of other threads, and those that a field makes inside of a solve. Solves under
+    ``torch.no_grad()`` count if no solve of the block has gradients, so a block also measures an evaluation.
+
+    The first block binds every name that a loaded module has for torchdiffeq's ``odeint`` or ``odeint_adjoint``
+    to a function that calls torchdiffeq's outside of blocks; :func:`uninstall` puts the names back. A model that
+    keeps the function as an attribute has to be made after that, or after :func:`install`.
 
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
@@ -92,27 +98,35 @@ def regularize(
         spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
         penalty_quadrature=penalty_quadrature,
     )  # fmt: skip
-    found = Penalties(wanted.weighted)
+    found = Penalties(wanted.weighted, absent=_NOT_SEEN)
+    trains = False
 
-    def collect(solution: Any, integrals: dict[str, Tensor], dims: int) -> Any:
+    def collect(name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any]) -> Any:
+        nonlocal trains
+        with_gradients = torch.is_grad_enabled()
+        if trains and not with_gradients:
+            return PLAIN[name](func, y0, t, **given)
+        solution, integrals, dims = solve(name, func, y0, t, given, wanted)
+        if with_gradients and not trains:
+            trains = True
+            found.begin()
         found.add(integrals, dims)
         return solution
 
     _bind()
-    here.following = wanted, collect
+    here.following = collect
     try:
         yield found
     finally:
         here.following = None
-        _release()
 
 
 def install(regularizers: Any = None, **options: Any) -> None:
-    """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of those here.
+    """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this package.
 
     With ``regularizers`` every solve with gradients enabled follows them, and the gradient of eq. 17's sum is added
     whenever backward goes through its solution: the loss that the code prints has no penalties, its gradient has.
-    Blocks of :func:`regularize` go first.
+    Blocks of :func:`regularize` take precedence.
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
@@ -121,28 +135,30 @@ def install(regularizers: Any = None, **options: Any) -> None:
     Raises:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.
     """
-    global _installed, _is_installed
-    following = None
-    if regularizers is not None:
-        wanted = follow(regularizers, **options)
+    global _installed
+    wanted = None if regularizers is None else follow(regularizers, **options)
 
-        def add_gradient(solution: Any, integrals: dict[str, Tensor], dims: int) -> Any:
-            penalties = Penalties(wanted.weighted)
-            penalties.add(integrals, dims)
-            return _with_cost(solution, penalties.loss())
+    def add_gradient(name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any]) -> Any:
+        if wanted is None or not torch.is_grad_enabled():
+            return PLAIN[name](func, y0, t, **given)
+        solution, integrals, dims = solve(name, func, y0, t, given, wanted)
+        penalties = Penalties(wanted.weighted)
+        penalties.add(integrals, dims)
+        return _with_cost(solution, penalties.loss())
 
-        following = wanted, add_gradient
-    uninstall()
     _bind()
-    _installed, _is_installed = following, True
+    _installed = add_gradient
 
 
 def uninstall() -> None:
     """Put torchdiffeq's own functions back."""
-    global _installed, _is_installed
-    if _is_installed:
-        _release()
-    _installed, _is_installed = None, False
+    global _installed
+    _installed = None
+    with _lock:
+        for place, key, value in _bound:
+            if place.get(key) in _LEADING.values():
+                place[key] = value
+        _bound.clear()
 
 
 def _with_cost(solution: Any, cost: Tensor) -> Any:
@@ -157,21 +173,21 @@ def _with_cost(solution: Any, cost: Tensor) -> Any:
 
 
 _lock = threading.Lock()
-_users = 0
 _bound: list[tuple[dict[str, Any], str, Any]] = []
 
 
 def _bind() -> None:
-    """Let the names that loaded modules have bound to torchdiffeq's functions lead here, until the last release."""
-    global _users
+    """Bind the names that loaded modules have for torchdiffeq's functions to their replacements, until `uninstall`.
+
+    Once is enough: modules that are loaded later find the replacements in torchdiffeq.
+    """
     with _lock:
-        _users += 1
-        if _users > 1:
+        if _bound:
             return
         of = {id(PLAIN[name]): leading for name, leading in _LEADING.items()}
         modules = [(getattr(m, "__name__", ""), getattr(m, "__dict__", None)) for m in list(sys.modules.values())]
-        # the second is what torchdiffeq solves by itself
-        own = (__package__ or "rnode_plugin", "torchdiffeq._impl.")
+        # odeint_adjoint solves by the name `odeint` of its module
+        own = (__package__ or "rnode_plugin", "torchdiffeq._impl.adjoint")
         places = [place for name, place in modules if isinstance(place, dict) and not str(name).startswith(own)]
         defaults: Any = torchdiffeq.odeint_event.__kwdefaults__
         for place in (*places, defaults):
@@ -180,14 +196,3 @@ def _bind() -> None:
                     if id(value) in of:
                         _bound.append((place, key, value))
                         place[key] = of[id(value)]
-
-
-def _release() -> None:
-    global _users
-    with _lock:
-        _users -= 1
-        if _users == 0:
-            for place, key, value in _bound:
-                if place.get(key) in _LEADING.values():
-                    place[key] = value
-            _bound.clear()
