@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -172,6 +175,74 @@ def test_the_samples_may_be_another_dimension() -> None:
     torch.testing.assert_close(penalties["kinetic"][2], alone["kinetic"][0], rtol=1e-6, atol=1e-8)
 
 
+class WithContext(Field):
+    """The columns 0 and 1 move, by all four; the others are a context that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([super().forward(t, y), torch.zeros_like(y[..., 2:])], -1)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("penalized", [slice(0, 2), slice(-4, -2), [True, True, False, False]])
+def test_columns_of_one_tensor_are_penalized(name: str, penalized: Any) -> None:
+    """Context counts neither in the integrals nor in the dimensions."""
+    field, y0 = WithContext(), start(4, 4)
+    arguments: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "regularizers": {"kinetic": 1.0, "jacfrob": 1.0}}
+    found, penalties = BOTH[name](field, y0, SPAN, **arguments, penalized=penalized, trace_noise="exact")
+    assert torch.equal(found, PLAIN[name](field, y0, SPAN, rtol=1e-9, atol=1e-9))
+    for i, row in enumerate(y0):
+        context = row[2:]
+        expected = integrals(
+            lambda t, y, c=context: field(t, torch.cat([y, c])[None])[0, :2], row[None, :2], (0.0, 1.0), highest=2
+        )
+        for key, value in penalties.items():
+            torch.testing.assert_close(value[i : i + 1].detach(), expected[key], rtol=1e-6, atol=1e-8)
+    sums = penalties["kinetic"].mean() + penalties["jacfrob"].mean()
+    torch.testing.assert_close(penalties.loss(), sums / 2)
+
+
+def test_a_mask_chooses_entries_of_several_dimensions() -> None:
+    field, y0 = WithContext(), start(3, 5, 4)  # (S, B, D)
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    with regularize("kinetic", penalized=mask, batch_dim=1) as masked:
+        theirs.odeint(field, y0, SPAN)
+    _, whole = odeint(field, y0, SPAN, regularizers=["kinetic"], batch_dim=1)
+    torch.testing.assert_close(masked["kinetic"], whole["kinetic"])
+    torch.testing.assert_close(masked.loss(kinetic=1.0), 2 * whole.loss(kinetic=1.0))  # 6 entries for 12
+
+
+def test_a_state_may_be_one_sample() -> None:
+    """Nodes of a graph are not samples: the Jacobian between them counts."""
+    torch.manual_seed(0)
+    graph, weight, y0 = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 5), (2, 2), (5, 2)))
+    arguments: dict[str, Any] = {"method": "euler", "batch_dim": None, "trace_noise": "exact"}
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    _, found = odeint(lambda t, y: graph @ y @ weight, y0, times, **arguments, regularizers={"jacfrob": 1.0})
+    norm = torch.kron(graph, weight.T.contiguous()).square().sum()
+    torch.testing.assert_close(found["jacfrob"], norm[None])
+    torch.testing.assert_close(found.loss(), norm / 10)
+
+
+def test_a_penalized_tensor_that_stays_is_a_warning() -> None:
+    def field(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(state[0]), -state[1]
+
+    state = (start(4), start())
+    with pytest.warns(UserWarning, match="penalized="):
+        odeint(field, state, SPAN, regularizers=["kinetic"])
+    with pytest.warns(UserWarning, match="penalized="):
+        odeint(WithContext(), start(4, 4), SPAN, regularizers=["kinetic"], penalized=slice(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        odeint(field, state, SPAN, regularizers=["kinetic"], penalized=1)
+        odeint(lambda t, y: (0 * y[0], 0 * y[1]), state, SPAN, regularizers=["kinetic"], penalized=1)  # all stay
+
+
 def test_norms_of_the_user_see_the_users_state() -> None:
     field, y0, shapes = Field(), start(), set()
 
@@ -211,6 +282,123 @@ def test_an_event_ends_the_solve_and_the_integrals(name: str) -> None:
     )
 
 
+class Ball(nn.Module):
+    """A ball that falls to a floor, after torchdiffeq's bouncing_ball.py; the state holds the floor's height."""
+
+    gravity: Tensor
+    position: Tensor
+    speed: Tensor
+    floor: Tensor
+    absorption: Tensor
+    t0: Tensor
+
+    def __init__(self, *, joined: bool) -> None:
+        super().__init__()
+        values = {"gravity": 9.8, "position": 2.0, "speed": 0.5, "floor": 0.2, "absorption": 0.2, "t0": 0.0}
+        for name, value in values.items():
+            setattr(self, name, nn.Parameter(torch.tensor([value], dtype=torch.float64)))
+        self.joined = joined
+
+    def state(self) -> Any:
+        parts = (self.position, self.speed, self.floor)
+        return torch.stack(parts, 1) if self.joined else parts
+
+    def parts(self, state: Any) -> tuple[Tensor, ...]:
+        return state.unbind(-1) if self.joined else state
+
+    def forward(self, t: Tensor, state: Any) -> Any:
+        _, speed, floor = self.parts(state)
+        rates = (speed, -self.gravity.expand_as(speed), torch.zeros_like(floor))
+        return torch.stack(rates, -1) if self.joined else rates
+
+    def event(self, t: Tensor, state: Any) -> Tensor:
+        position, _, floor = self.parts(state)
+        return torch.cat([position - floor, 20 - position])  # a floor and a ceiling
+
+    def bounce(self, state: Any) -> Any:
+        position, speed, floor = self.parts(state)
+        parts = (position + 1e-7, -speed * (1 - self.absorption), floor)
+        return torch.stack(parts, -1) if self.joined else parts
+
+    def falls(self, name: str, bounces: int) -> Tensor:
+        """The end of the last of several falls."""
+        t, state = self.t0, self.state()
+        for _ in range(bounces):
+            t, solution = theirs.odeint_event(
+                self, state, t, event_fn=self.event, atol=1e-12, rtol=1e-12, odeint_interface=getattr(theirs, name)
+            )
+            state = self.bounce(solution[-1] if self.joined else tuple(x[-1] for x in solution))
+        return t
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("name", BOTH)
+def test_the_gradient_goes_through_an_events_time(name: str, joined: bool) -> None:
+    """By central differences, of several falls and of all that decides when they end."""
+    ball = Ball(joined=joined)
+    parameters = dict(ball.named_parameters())
+
+    def penalty() -> Tensor:
+        with regularize({"kinetic": 1.0}, penalized=slice(0, 2) if joined else (0, 1)) as penalties:
+            ball.falls(name, 2)
+        return penalties["kinetic"].sum()
+
+    found = torch.autograd.grad(penalty(), list(parameters.values()))
+    for gradient, parameter in zip(found, parameters.values(), strict=True):
+        h, value = 1e-3, parameter.detach().clone()
+        ends = []
+        for shift in (h, -h):
+            parameter.data = value + shift
+            ends.append(penalty().item())
+        parameter.data = value
+        assert gradient.item() == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5, abs=1e-4)
+
+
+def fall(g: float, speed: float) -> float:
+    """The integral of v^2 + g^2 over a fall from height 1 in closed form."""
+    t = (speed + (speed**2 + 2 * g) ** 0.5) / g
+    return speed**2 * t - speed * g * t**2 + g**2 * t**3 / 3 + g**2 * t
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", BOTH)
+def test_the_gradient_of_a_fall_is_its_closed_form(name: str, backward: bool) -> None:
+    """By odeint with an event alone, and added by ``install`` to the gradient of any loss."""
+    g = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    sign = -1.0 if backward else 1.0  # time that runs backward with the velocity's sign turned is the same fall
+    times = torch.tensor([0.0, sign], dtype=torch.float64)
+    given: dict[str, Any] = {"event_fn": lambda t, y: y[0, 0], "rtol": 1e-9, "atol": 1e-9}
+    if name == "odeint_adjoint":
+        given["adjoint_params"] = (g,)
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        return sign * torch.stack([y[:, 1], -g.expand(1)], 1)
+
+    y0 = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+    _, _, penalties = BOTH[name](field, y0, times, **given, regularizers={"kinetic": 1.0})
+    expected = (fall(2 + 1e-6, 0.5) - fall(2 - 1e-6, 0.5)) / 2e-6
+    assert penalties["kinetic"].item() == pytest.approx(fall(2.0, 0.5), rel=1e-7)
+    (found,) = torch.autograd.grad(penalties["kinetic"].sum(), g, retain_graph=True)
+    assert found.item() == pytest.approx(expected, rel=1e-7)
+    (slope,) = torch.autograd.grad(penalties["kinetic"].sum(), g, create_graph=True)
+    if name == "odeint":  # torchdiffeq's adjoint has no second derivatives
+        with pytest.raises(ConfigError, match="second derivatives"):
+            torch.autograd.grad(slope, g)
+    install({"kinetic": 2.0})  # of two dimensions
+    try:
+        _, y = getattr(theirs, name)(field, y0, times, **given)
+        (added,) = torch.autograd.grad(0 * y.sum(), g)
+    finally:
+        uninstall()
+    assert added.item() == pytest.approx(expected, rel=1e-7)
+
+
+def test_a_trajectory_or_its_end_is_not_penalized_up_to_an_event() -> None:
+    for name in ("straightness", "learned_end_time"):
+        with pytest.raises(ConfigError, match="event_fn"):
+            odeint(Field(), start(), SPAN[[0, -1]], event_fn=lambda t, y: t - 0.5, regularizers=[name])
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_a_trajectory_penalty_does_not_move_the_steps(method: str, backward: bool) -> None:
@@ -239,15 +427,30 @@ def test_span_policies_choose_the_times() -> None:
     torch.testing.assert_close(next(iter(penalties.values())), torch.full((4,), 0.125, dtype=torch.float64))
 
 
-def test_noise_leaves_the_users_random_numbers_alone() -> None:
+@pytest.mark.parametrize("quadrature", ["full", "sampled"])
+def test_torchs_seed_repeats_the_noise(quadrature: str) -> None:
+    def draw() -> Tensor:
+        arguments: dict[str, Any] = {"regularizers": ["jacfrob"], "penalty_quadrature": quadrature}
+        return odeint(Field(), start(), SPAN, **arguments)[1]["jacfrob"]
+
+    def two() -> list[Tensor]:
+        torch.manual_seed(3)
+        field = Field()  # seeds the generator itself
+        return [odeint(field, start(), SPAN, regularizers=["jacfrob"])[1]["jacfrob"] for _ in range(2)]
+
+    assert torch.equal(draw(), draw())
+    first, second = two()
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(two(), [first, second], rtol=0, atol=0)
+
+
+def test_a_penalty_without_products_draws_nothing() -> None:
     field = Field()
     torch.manual_seed(3)
-    first = odeint(field, start(), SPAN, regularizers=["jacfrob"])[1]["jacfrob"]
-    second = odeint(field, start(), SPAN, regularizers=["jacfrob"])[1]["jacfrob"]
+    odeint(field, start(), SPAN, regularizers=["kinetic", "total_derivative"])
     after = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(1))
-    assert not torch.equal(first, second)
 
 
 def test_callbacks_see_the_users_state() -> None:
@@ -377,24 +580,78 @@ def test_a_block_collects_over_its_solves(their_code: ModuleType) -> None:
     torch.testing.assert_close(a, b)
     torch.testing.assert_close(penalties["kinetic"], 2 * one["kinetic"])
     torch.testing.assert_close(penalties.loss(), 2 * one.loss())
-    assert their_code.odeint is PLAIN["odeint"]
     penalties.loss().backward()
+    with pytest.raises(ConfigError, match="already gone through"):
+        penalties.loss()
+    with torch.no_grad():
+        torch.testing.assert_close(penalties.loss(), 2 * one.loss())
 
 
-def test_a_block_puts_all_back_after_an_exception(their_code: ModuleType) -> None:
+def test_a_block_measures_an_evaluation(their_code: ModuleType) -> None:
+    field, y0 = Field(), start()
+    with torch.no_grad(), regularize({"kinetic": 0.5, "jacfrob": 0.1}, trace_noise="exact") as outside:
+        their_code.odeint(field, y0, SPAN)
+    with regularize({"kinetic": 0.5, "jacfrob": 0.1}, trace_noise="exact") as inside, torch.inference_mode():
+        their_code.odeint(field, y0, SPAN)
+    spec = {"kinetic": 0.5, "jacfrob": 0.1}
+    expected = odeint(field, y0, SPAN, regularizers=spec, trace_noise="exact")[1].loss().detach()
+    torch.testing.assert_close(outside.loss(), expected)
+    torch.testing.assert_close(inside.loss(), expected)
+    assert not outside.loss().requires_grad
+
+
+def test_solves_with_batches_of_different_sizes(their_code: ModuleType) -> None:
+    with regularize({"kinetic": 1.0}) as penalties:
+        for size in (2, 3):
+            their_code.odeint(Field(), start(size, 2), SPAN)
+    assert penalties.loss() > 0
+    with pytest.raises(ConfigError, match="batches of 2 and 3"):
+        penalties["kinetic"]
+
+
+def test_a_block_without_a_solve_names_the_causes() -> None:
+    with regularize("kinetic") as penalties:
+        pass
+    with pytest.raises(ConfigError, match="kept the function"):
+        penalties.loss()
+
+
+def test_an_exception_ends_a_block(their_code: ModuleType) -> None:
     def broken() -> None:
         with regularize("kinetic"):
-            assert their_code.odeint is not PLAIN["odeint"]
             with pytest.raises(ConfigError, match="inside"), regularize("jacfrob"):
                 pass
             raise KeyError
 
     with pytest.raises(KeyError):
         broken()
-    assert their_code.odeint is PLAIN["odeint"]
-    assert theirs.odeint_adjoint is PLAIN["odeint_adjoint"]
+    with regularize("kinetic") as penalties:
+        their_code.odeint(Field(), start(), SPAN)
+    torch.testing.assert_close(
+        penalties["kinetic"], odeint(Field(), start(), SPAN, regularizers=["kinetic"])[1]["kinetic"]
+    )
+
+
+def test_names_are_bound_once_and_put_back(their_code: ModuleType) -> None:
+    """So a block costs no walk through the modules; code that is loaded later has the names too."""
     with regularize("kinetic"):
         pass
+    bound = their_code.odeint
+    later = ModuleType("later")
+    exec("from torchdiffeq import odeint", later.__dict__)
+    assert later.odeint is bound
+    assert pickle.loads(pickle.dumps(bound)) is bound
+    with regularize("kinetic") as penalties:
+        later.odeint(Field(), start(), SPAN)
+    penalties.loss(kinetic=1.0)
+    begin = time.process_time()
+    for _ in range(200):
+        with regularize("kinetic"):
+            pass
+    assert time.process_time() - begin < 0.2  # 1 ms each; a walk took 20
+    uninstall()
+    assert their_code.odeint is PLAIN["odeint"]
+    assert theirs.odeint_adjoint is PLAIN["odeint_adjoint"]
 
 
 def test_install_gives_torchdiffeqs_names_the_argument(their_code: ModuleType) -> None:
@@ -481,7 +738,6 @@ def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code
             pass
     expected = [odeint(field, x, SPAN, regularizers=["kinetic"])[1]["kinetic"] for x in (y0, 10 * y0)]
     torch.testing.assert_close([penalties["kinetic"], *others], expected)
-    assert their_code.odeint is PLAIN["odeint"]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -495,6 +751,10 @@ def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code
         (start().to(torch.complex128), {}, "real"),
         (start(), {"penalized": 1}, "penalized"),
         (start(), {"penalized": "first"}, "penalized"),
+        (start(), {"penalized": slice(5, 9)}, "selects nothing"),
+        (start(), {"penalized": [True, False, True]}, "selects nothing"),
+        (start(4), {"penalized": slice(0, 1)}, "selects nothing"),
+        ((start(), (start(),)), {}, "with Tensor, tuple in it"),
         (start(), {"batch_dim": 2}, "batch_dim"),
         (torch.tensor(1.0), {}, "batch_dim"),
         (start(), {"regularizers": ["error"]}, "NeuralODE"),

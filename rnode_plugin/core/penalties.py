@@ -46,7 +46,10 @@ class Penalties(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, weighted: Mapping[str, Weighted] | None = None, *, absent: str = "call the model first, in this thread."
+        self,
+        weighted: Mapping[str, Weighted] | None = None,
+        *,
+        absent: str = "call the model first, in this thread.",
     ) -> None:
         self.weighted, self._absent = dict(weighted or {}), absent
         given = [each.regularizer for each in self.weighted.values()]
