@@ -47,9 +47,6 @@ def test_the_tables_of_the_docs_are_those_of_the_declarations() -> None:
     page = (DOCS / "regularizers.md").read_text("utf-8")
     assert tables().with_tables(page) == page
     assert all(f"| `{name}` |" in page for name in DECLARED)
-    readme = (DOCS.parent / "README.md").read_text("utf-8")
-    assert tables().with_list(readme) == readme
-    assert all(f"`{name}`" in readme for name in DECLARED)
 
 
 @pytest.mark.parametrize("declared", [kinetic, local_error])

@@ -116,6 +116,18 @@ def test_there_is_something_to_check():
     assert {path.stem for path in DOCS} >= set(pages)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/which_penalty.md"])
+def test_figures_that_a_page_repeats_are_those_of_the_benchmarks(page: str) -> None:
+    """Every "without → with" of these pages stands on the page of benchmarks, and so does the MNIST figure."""
+    source = (ROOT / "benchmarks" / "README.md").read_text().replace("**", "").replace(" bits/dim", "")
+    text = (ROOT / page).read_text().replace("**", "").replace(" bits/dim", "")
+    single = re.findall(r"(?<!, )\b[\d.]+ → [\d.]*\d", text)
+    found = single + re.findall(r"[\d.]+, [\d.]+, [\d.]+ → [\d.]+, [\d.]+, [\d.]*\d", text)
+    assert len(found) >= 6
+    assert [each for each in found if each not in source] == []
+    assert all(figure in source for figure in re.findall(r"1\.021|0\.010", text))
+
+
 @pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])
 def test_commands_parse(where, words, monkeypatch):
     # files that a reader has and this test has not
