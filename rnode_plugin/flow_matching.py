@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core.derivatives import PartField
 from .core.distribution import check_floating
 from .core.dynamics import Dynamics, FieldEvaluation
-from .core.regularizers import FunctionRegularizer, kind_of
+from .core.regularizers import FunctionRegularizer, check_batch_dim, kind_of
 from .core.signature import call_of, time_first
 from .core.trace_estimators import Hutchinson
 from .errors import ConfigError
@@ -30,6 +31,7 @@ def penalties_at(
     regularizers: Any,
     *,
     trace_noise: str = "gaussian",
+    batch_dim: int | None = 0,
 ) -> dict[str, Tensor]:
     """The rates of penalties at given points, for a loss without a solve such as flow matching's.
 
@@ -43,6 +45,8 @@ def penalties_at(
         regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`. The lambdas of
             a mapping are ignored: weigh the result.
         trace_noise: noise of the product that ``jacfrob`` needs; one draw per call from torch's generator.
+        batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, as for a field that mixes the
+            rows of its state; the nodes of a graph are not samples.
 
     Returns:
         The rate ``(B,)`` of each by name, summed over the event; differentiable if gradients are enabled.
@@ -60,6 +64,7 @@ def penalties_at(
         {'kinetic': [8.0, 8.0, 8.0], 'jacfrob': [8.0, 8.0, 8.0]}
     """
     weighted = resolve_regularizers(regularizers)
+    check_batch_dim(batch_dim)
     for name, entry in weighted.items():
         if kind_of(entry.regularizer) != "rate":
             raise ConfigError(f"{name!r} is not a rate: it needs a solve, which penalties_at does not make.")
@@ -68,6 +73,11 @@ def penalties_at(
         raise ConfigError(f"t must be a number or of shape {tuple(z.shape[:1])}, not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
     field, _, _ = call_of(time_first(field))
+    if batch_dim is None:
+        field = PartField(
+            field, part=lambda v: v.unsqueeze(0), replaced=lambda _, z: z.squeeze(0), aux=lambda t, z: {}
+        )
+        z = z.unsqueeze(0)
     dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False)
     return dynamics.evaluate(t, z, dynamics.draw(z)).penalties
 

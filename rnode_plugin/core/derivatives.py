@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError
-from .ops import transforms_active
+from .ops import exporting, transforms_active
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``: time, a scalar tensor, and state ``(B, *event)`` to velocity ``(B, *event)``."""
@@ -111,6 +111,7 @@ class AutogradField:
         self._field = field
         self._aux = getattr(field, "aux", None) if aux is None else aux
         self._ignores_state = False
+        self._samples_are_apart = False
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         return self._field(t, z)
@@ -142,6 +143,9 @@ class AutogradField:
                 return self._zero(t, z, dz) if vjp is None else vjp
 
             products, divergence = _products(ask, z, noise, pull)
+            if (ask.products == "rows" or ask.divergence) and not self._samples_are_apart:
+                _refuse_mixed_samples(z, dz.dtype, pull)
+                self._samples_are_apart = True
         jvp = None
         if ask.jvp:
             jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(t, z, dz))
@@ -298,6 +302,26 @@ def _double_reverse(
         return torch.zeros_like(z) if product is None else product
 
     return jvp
+
+
+def _refuse_mixed_samples(z: Tensor, dtype: torch.dtype, pull: Callable[[Tensor], Tensor]) -> None:
+    """Refuse a field whose velocity at one sample depends on other samples: a row of its Jacobian adds them up.
+
+    Where samples are apart, a vector that is scaled by one number per sample gives the product scaled by the same
+    numbers. The check is left out where the host does not see values.
+    """
+    capturing = z.is_cuda and torch.cuda.is_current_stream_capturing()
+    if len(z) < 2 or z.is_meta or capturing or exporting() or torch.compiler.is_compiling():
+        return
+    scale = 1 + torch.rand(len(z), generator=torch.Generator().manual_seed(0))
+    scale = scale.to(z).reshape(-1, *(1 for _ in z.shape[1:]))
+    apart, found = scale * pull(torch.ones_like(z)), pull(scale.expand_as(z))
+    if bool(((found - apart).abs() > torch.finfo(dtype).eps ** 0.5 * apart.abs().max()).any()):
+        raise ConfigError(
+            "the velocity of one sample depends on other samples, as in a graph or under batch norm, so the exact "
+            "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "
+            "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace_noise."
+        )
 
 
 def _refuse_lost_graph(function: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> None:

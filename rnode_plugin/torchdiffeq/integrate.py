@@ -87,8 +87,8 @@ def odeint(
             The others count as constants: of position and velocity, ``total_derivative`` wants both. A slice or a
             mask of booleans chooses columns of one tensor (of the first one of a tuple): a slice along dimension 1
             of ``(B, D, ...)``, a mask over the first dimensions of a sample.
-        batch_dim: dimension of this tensor that holds the samples; None: the whole state is one sample, such as the
-            nodes of a graph.
+        batch_dim: dimension of this tensor that holds the samples; None: the whole state is one sample, as for a
+            field that mixes its rows; the nodes of a graph are not samples.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
             ``"exact"``; drawn once per solve from torch's generator, so random numbers that are drawn later differ
             from the plain call's.

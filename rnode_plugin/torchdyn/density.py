@@ -86,7 +86,7 @@ class RegularizedCNF(DensityModel):
         self.base, self.event_shape = _base_and_shape(base, event_shape)
         self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
         self.dims = self.event_shape.numel()
-        for name in ("order", "integral_loss", "return_t_eval", "penalized"):
+        for name in ("order", "integral_loss", "return_t_eval", "penalized", "batch_dim"):
             if name in options:
                 raise ConfigError(f"{name}= has no meaning for a density; use NeuralODE and CNF for it.")
         if resolve_solver(solver).stepping_class == "adaptive" or atol is not None or rtol is not None:

@@ -309,6 +309,7 @@ def system_of(
     regularizers: Sequence[Regularizer] = (),
     trace_noise: str | TraceEstimator = "gaussian",
     penalized: Penalized | None = None,
+    batch_dim: int | None = 0,
     hidden_cost: Cost | None = None,
     tensors: Sequence[Tensor] = (),
     prepare: bool = False,
@@ -323,6 +324,7 @@ def system_of(
         regularizers: penalties of ``z`` alone. Behind a CNF they read the products that its trace is made of.
         trace_noise: of a product that no CNF makes.
         penalized: the columns of the state that are ``z``; None: all but those of a cost and a trace.
+        batch_dim: None: all of ``z`` is one sample, and the penalties see it as ``(1, B, ...)``.
         hidden_cost, tensors: see :class:`TorchdynSystem`.
         prepare: whether evaluations may share one graph of what depends on the parameters alone.
         trace: False for the field of a :class:`~rnode_plugin.CNF` on ``z (B, *event_shape)`` alone.
@@ -338,6 +340,8 @@ def system_of(
     cnfs = [module for module in modules if is_cnf(module)] if trace else []
     if regularizers:
         _check_penalized_state(x, 0 if penalized is not None else len(cnfs))
+    if batch_dim is None and cnfs:
+        raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
 
     # the field; of a CNF its net, so that trace and penalties share the products with its Jacobian
     field, order = _unwrapped(vf)
@@ -374,18 +378,26 @@ def system_of(
 
     # the trace and the penalties of z
     columns = _columns_of(state, len(cnfs), penalized)
-    system.dims = state[:, columns].shape[1:].numel() if state.ndim > 1 else 1
+
+    def seen(x: Tensor) -> Tensor:
+        part = x if x.ndim == 1 else x[:, columns]
+        return part if batch_dim == 0 else part.unsqueeze(0)
+
+    system.dims = seen(state).shape[1:].numel()
     estimator = get_estimator(trace_noise)
     if cnfs and penalized is None:
         estimator = _estimator_of(cnfs[0]) or estimator
     if transparent:
         system.event_shape = z.shape[1:]
-    elif penalized is not None or cnfs:
-        index = torch.arange(state.shape[1], device=state.device)[columns]
-        system.columns = known = PartField(
-            known, part=lambda x: x[:, columns], replaced=lambda x, z: x.index_copy(1, index, z), aux=aux
-        )
-        z = state[:, columns]
+    elif penalized is not None or cnfs or batch_dim is None:
+        index = torch.arange(state.shape[1], device=state.device)[columns] if state.ndim > 1 else None
+
+        def replaced(x: Tensor, z: Tensor) -> Tensor:
+            z = z if batch_dim == 0 else z.squeeze(0)
+            return z if index is None or z.shape == x.shape else x.index_copy(1, index, z)
+
+        known = PartField(known, part=seen, replaced=replaced, aux=aux if batch_dim == 0 else lambda t, z: {})
+        system.columns, z = known, seen(state)
     if differentiated and system.columns is None:
         exact = prepare and order == 1 and type(estimator) is Exact and (transparent or "vjp" in needs)
         stack = recognise(field, z) if exact else None
@@ -395,7 +407,7 @@ def system_of(
             known = field
     system.dynamics = Dynamics(
         known, regularizers=regularizers, estimator=estimator, divergence=transparent,
-        event=lambda x: x if x.ndim == 1 else (x if cost is None else x[:, 1:])[:, columns],
+        event=lambda x: seen(x if cost is None else x[:, 1:]),
     )  # fmt: skip
     system.path = system.dynamics.path
     system.noise = noise if transparent else system.dynamics.draw(z)

@@ -22,7 +22,7 @@ from torchdyn.numerics.solvers.ode import Tsitouras45
 from ..core.citations import citation
 from ..core.ops import OneProcessADevice, check_count, on_host, tree_map_only
 from ..core.penalties import Penalties, attach
-from ..core.regularizers import kind_of, warn_of_flat_state
+from ..core.regularizers import check_batch_dim, kind_of, warn_of_flat_state
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
@@ -76,6 +76,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
             CNF's trace, which are recognised (any module with ``noise_dist``, ``noise`` and ``trace_estimator``
             counts as a CNF).
+        batch_dim: 0, the dimension of the samples. None: the whole state is one sample, as for a field that mixes
+            the rows of its state; the nodes of a graph are not samples.
         penalty_quadrature: ``"full"``, or ``"sampled"``: few evaluations make the product that ``jacfrob`` and its
             like need, see :class:`~rnode_plugin.Solver`. Behind a CNF, whose trace makes it anyway, it stays full.
 
@@ -114,6 +116,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
     _penalized: Penalized | None = None
+    _batch_dim: int | None = 0
     _penalty_quadrature: str = "full"
 
     def __init__(
@@ -137,6 +140,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         trace_noise: str | TraceEstimator = "gaussian",
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
+        batch_dim: int | None = 0,
         penalty_quadrature: str = "full",
     ) -> None:
         added = regularizers is None and _installed_regularizers is not None
@@ -173,7 +177,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self.solver_adjoint = backward
         self._penalties, self._trace_noise, self._adds_gradient = Penalties(weighted), estimator, added
         self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)
-        self._penalty_quadrature = penalty_quadrature
+        check_batch_dim(batch_dim)
+        self._batch_dim, self._penalty_quadrature = batch_dim, penalty_quadrature
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
@@ -341,7 +346,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 )  # fmt: skip
         adaptive = self.solver.stepping_class == "adaptive"
         x = _checked_state(x).clone()  # a field or a penalty may mark it or write into it
-        if penalties and x.ndim == 1:
+        if penalties and x.ndim == 1 and self._batch_dim == 0:
             warn_of_flat_state(x, left.regularizers)
         with on_host():
             t_span = _checked_times(t_span, x, adaptive=adaptive)
@@ -355,8 +360,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             tensors = tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args)
         system = system_of(
             self.vf, x, args=args, regularizers=left.regularizers if penalties else (),
-            trace_noise=self._trace_noise, penalized=self._penalized, hidden_cost=hidden, tensors=tensors,
-            prepare=not gradient.endswith("adjoint"), trace=trace, noise=noise,
+            trace_noise=self._trace_noise, penalized=self._penalized, batch_dim=self._batch_dim, hidden_cost=hidden,
+            tensors=tensors, prepare=not gradient.endswith("adjoint"), trace=trace, noise=noise,
         )  # fmt: skip
         solver, method, keep = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
         nfe = self.vf.nfe
@@ -368,7 +373,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
         if left.policy is not None and penalties:
-            integrals[left.policy.name] = left.policy(x)
+            integrals[left.policy.name] = left.policy(x if self._batch_dim == 0 else x.unsqueeze(0))
         if self._adds_gradient and integrals:
             added = Penalties(left.weighted)
             added.add(integrals, system.dims)
@@ -465,8 +470,9 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
     """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
 
     From then on this package solves each of its objects, also those made before: with the same values, with
-    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``penalty_quadrature=``,
-    ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call changes nothing but ``regularizers``.
+    correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
+    ``penalty_quadrature=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call changes nothing but
+    ``regularizers``.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
 

@@ -37,6 +37,7 @@ __all__ = [
     "StepRecord",
     "Trajectory",
     "Weighted",
+    "check_batch_dim",
     "declaration_of",
     "kind_of",
     "span_policy",
@@ -321,12 +322,18 @@ def kind_of(regularizer: Any) -> str:
     return getattr(regularizer, "kind", "rate")
 
 
+def check_batch_dim(batch_dim: Any) -> None:
+    """Refuse a dimension of the samples other than 0, or None for a state that is one sample."""
+    if batch_dim not in (0, None):
+        raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
+
+
 def warn_of_flat_state(z: Tensor, regularizers: Iterable[Any]) -> None:
     """Warn of a state ``(D,)``, which counts as D samples, if a penalty reads derivatives: they may be between."""
     if len(z) > 1 and any(getattr(r, "needs", ()) for r in regularizers):
         warnings.warn(  # Python shows it once
             f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
-            "on each other: give one sample as (1, D).",
+            "on each other: give one sample as (1, D), or batch_dim=None.",
             stacklevel=5,
         )
 

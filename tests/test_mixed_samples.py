@@ -1,0 +1,192 @@
+"""Fields that mix the rows of their state: refused where a number would be wrong, right as one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.torchdiffeq import odeint, regularize
+
+DOUBLE = torch.float64
+X = torch.linspace(-1, 1, 12, dtype=DOUBLE).reshape(4, 3)
+SPAN = torch.linspace(0, 0.5, 3, dtype=DOUBLE)
+PENALTIES = ["jacfrob", "jacdiag", "jacoffdiag", "curl", "kinetic", "total_derivative"]
+
+
+class Graph(nn.Module):
+    """``f(t, x) = A x W``, with the rows of ``x`` as the nodes of a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ring = torch.eye(4, dtype=DOUBLE) + torch.eye(4, dtype=DOUBLE).roll(1, 0)
+        self.ring = ring / 2
+        self.weight = nn.Parameter(torch.linspace(-0.4, 0.5, 9, dtype=DOUBLE).reshape(3, 3))
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.ring @ x @ self.weight
+
+    def expected(self, x: Tensor) -> dict[str, Tensor]:
+        """The rates at ``x``, from the whole Jacobian."""
+        jacobian = torch.autograd.functional.jacobian(lambda x: self(SPAN[0], x), x, create_graph=True)
+        jacobian, velocity = jacobian.reshape(12, 12), self(SPAN[0], x).flatten()
+        diagonal = jacobian.diagonal().square().sum()
+        return {
+            "jacfrob": jacobian.square().sum(), "jacdiag": diagonal,
+            "jacoffdiag": jacobian.square().sum() - diagonal,
+            "curl": (jacobian - jacobian.T).square().sum(), "kinetic": velocity.square().sum(),
+            "total_derivative": (jacobian @ velocity).square().sum(),
+        }  # fmt: skip
+
+
+class Stacked(nn.Module):
+    """Positions over velocities in one state ``(2 N, D)``."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        position, velocity = x.chunk(2)
+        return torch.cat([velocity, -position])
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def rates(field: nn.Module, name: str, batch_dim: int | None = 0) -> Tensor:
+    return penalties_at(field, 0.0, X, [name], trace_noise="exact", batch_dim=batch_dim)[name]
+
+
+MAKERS: list[type[nn.Module]] = [Graph, Stacked, Normed]
+
+
+@pytest.mark.parametrize("name", PENALTIES[:4])
+@pytest.mark.parametrize("make", MAKERS)
+def test_an_exact_jacobian_of_a_field_that_mixes_samples_is_refused(make: type[nn.Module], name: str) -> None:
+    with pytest.raises(ConfigError, match="batch_dim=None"):
+        rates(make(), name)
+    with pytest.raises(ConfigError, match="batch_dim=None"):
+        odeint(make(), X, SPAN, regularizers=[name], trace_noise="exact")
+    with pytest.raises(ConfigError, match="batch_dim=None"):
+        NeuralODE(make(), "euler", regularizers=[name], trace_noise="exact")(X, SPAN)
+    if name == "jacdiag":  # it takes the exact Jacobian with every noise
+        with pytest.raises(ConfigError, match="batch_dim=None"):
+            odeint(make(), X, SPAN, regularizers=[name])
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_an_exact_density_of_a_field_that_mixes_samples_is_refused(make: type[nn.Module]) -> None:
+    model = RegularizedCNF(make(), event_shape=3, trace_estimator="exact", regularizers=())
+    with pytest.raises(ConfigError, match="depends on other samples"):
+        model.log_prob(X)
+
+
+def test_samples_that_are_apart_are_not_refused() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Tanh(), nn.Conv2d(8, 2, 3, padding=1))
+    for scale in (1e-3, 1.0, 1e3):
+        x = scale * torch.randn(9, 2, 4, 4)
+        penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_noise="exact")
+    rates(Normed().eval(), "jacdiag")
+
+
+def by_neural_ode(field: nn.Module) -> dict[str, Tensor]:
+    model = NeuralODE(field, "rk4", regularizers=PENALTIES, trace_noise="exact", batch_dim=None)
+    model(X, SPAN)
+    return model.regularization
+
+
+def by_adjoint(field: nn.Module) -> dict[str, Tensor]:
+    model = NeuralODE(
+        field, "dopri5", regularizers=PENALTIES, trace_noise="exact", batch_dim=None, sensitivity="adjoint",
+        atol=1e-9, rtol=1e-9, atol_adjoint=1e-9, rtol_adjoint=1e-9,
+    )  # fmt: skip
+    model(X, SPAN)
+    return model.regularization
+
+
+def by_odeint(field: nn.Module) -> dict[str, Tensor]:
+    penalties = odeint(field, X, SPAN, regularizers=PENALTIES, trace_noise="exact", batch_dim=None)[1]
+    return dict(penalties)
+
+
+def by_tuple(field: nn.Module) -> dict[str, Tensor]:
+    def func(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        whole = torch.cat([y[0], y[1]], 1)
+        return field(t, whole).split([1, 2], 1)  # pyright: ignore[reportReturnType]
+
+    y0 = (X[:, :1], X[:, 1:])
+    penalties = odeint(
+        func, y0, SPAN, regularizers=PENALTIES, trace_noise="exact", batch_dim=None, penalized=(0, 1)
+    )[1]  # fmt: skip
+    return dict(penalties)
+
+
+def by_block(field: nn.Module) -> dict[str, Tensor]:
+    import torchdiffeq
+
+    with regularize(*PENALTIES, trace_noise="exact", batch_dim=None) as penalties:
+        torchdiffeq.odeint(field, X, SPAN)
+    return dict(penalties)
+
+
+@pytest.mark.parametrize("integrals", [by_neural_ode, by_adjoint, by_odeint, by_tuple, by_block])
+def test_the_whole_state_as_one_sample(integrals: Callable[[nn.Module], dict[str, Tensor]]) -> None:
+    field = Graph()
+    found = integrals(field)
+    assert {value.shape for value in found.values()} == {(1,)}
+    sum(value.sum() for value in found.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert field.weight.grad is not None
+    gradient, field.weight.grad = field.weight.grad, None
+
+    def augmented(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return field(t, y[0]), torch.stack(list(field.expected(y[0]).values()))
+
+    expected = odeint(augmented, (X, X.new_zeros(6)), SPAN)[1][-1]
+    expected.sum().backward()
+    for name, value in zip(field.expected(X), expected, strict=True):
+        torch.testing.assert_close(found[name][0], value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, field.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_rates_at_points_as_one_sample() -> None:
+    field = Graph()
+    for name, expected in field.expected(X).items():
+        torch.testing.assert_close(rates(field, name, None), expected[None])
+
+
+def test_the_loss_divides_by_the_elements_of_the_state() -> None:
+    _, penalties = odeint(Graph(), X, SPAN, regularizers={"jacfrob": 2.0}, trace_noise="exact", batch_dim=None)
+    torch.testing.assert_close(penalties.loss(), 2 * penalties["jacfrob"][0] / 12)
+    model = NeuralODE(Graph(), "rk4", regularizers={"jacfrob": 2.0}, trace_noise="exact", batch_dim=None)
+    model(X, SPAN)
+    torch.testing.assert_close(model.reg_loss(), 2 * model.regularization["jacfrob"][0] / 12)
+
+
+def test_columns_step_penalties_and_paths_of_one_sample() -> None:
+    names = ["jacfrob", "stiffness", "straightness", "learned_end_time"]
+    whole, part = (
+        NeuralODE(Graph(), "dopri5", regularizers=names, batch_dim=None, penalized=columns)
+        for columns in (None, slice(0, 2))
+    )
+    whole(X, SPAN)
+    part(X, SPAN)
+    assert {v.shape for m in (whole, part) for v in m.regularization.values()} == {(1,)}
+    torch.testing.assert_close(part.reg_loss(stiffness=0, straightness=0, learned_end_time=0) * 8,
+                               0.01 * part.regularization["jacfrob"][0])  # fmt: skip
+
+
+def test_other_dimensions_and_densities_are_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_dim must be 0"):
+        NeuralODE(Graph(), "euler", batch_dim=1)
+    with pytest.raises(ConfigError, match="batch_dim must be 0"):
+        penalties_at(Graph(), 0.0, X, ["kinetic"], batch_dim=1)
+    with pytest.raises(ConfigError, match="no meaning for a density"):
+        RegularizedCNF(Graph(), event_shape=3, batch_dim=None)
