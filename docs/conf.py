@@ -26,6 +26,8 @@ extensions = [
     "sphinx_click",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx-mathjax-offline",  # ships MathJax with the site, so that equations render without the network
+    "sphinxext.opengraph",
 ]
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
 myst_heading_anchors = 4
@@ -48,6 +50,11 @@ html_theme = "furo"
 html_title = f"rnode-plugin {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
+ogp_site_url = os.environ.get("DOCS_URL", "")
+ogp_site_name = "rnode-plugin"
+ogp_social_cards = {"enable": False}
+ogp_enable_meta_description = True
 
 # Links to the documentation of others need the network: set DOCS_ONLINE=1 for them, as the public site does.
 intersphinx_mapping = {
