@@ -126,5 +126,31 @@ def reference(found: re.Match[str]) -> str:
     return f"{{py:obj}}`{name} <{'rnode_plugin' if public else module}.{name}>`"
 
 
+def mend_back_links(app: Any, error: Exception | None) -> None:
+    """Let the [docs] links of source pages lead to the names that the reference has.
+
+    viewcode knows one public name a module. A module with names of two packages would get links to nowhere.
+    """
+    ids: dict[Path, set[str]] = {}
+
+    def link(found: re.Match[str], folder: Path) -> str:
+        page = (folder / found[1]).resolve()
+        if page not in ids:
+            ids[page] = set(re.findall(r'id="(rnode_plugin[^"]*)"', page.read_text())) if page.exists() else set()
+        name = found[2].removeprefix("rnode_plugin.")
+        known = next((each for each in sorted(ids[page], key=len) if each.endswith(f".{name}")), None)
+        return "" if known is None else f'<a class="viewcode-back" href="{found[1]}#{known}">'
+
+    for page in [] if error else (Path(app.outdir) / "_modules").rglob("*.html"):
+        folder = page.parent
+        text = re.sub(
+            r'<a class="viewcode-back" href="([^"#]+)#([^"]+)">',
+            lambda found, folder=folder: link(found, folder),
+            page.read_text(),
+        )
+        page.write_text(text)
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", show_files_from_outside)
+    app.connect("build-finished", mend_back_links)
