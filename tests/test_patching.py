@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchdiffeq
 import torchdyn.core
 import torchdyn.models
 from click.testing import CliRunner
@@ -209,3 +210,65 @@ def test_exec_regularizes_a_script_of_torchdiffeq(tmp_path: Path, capsys: pytest
     wrong = rnode("exec", "--regularizer", "kinetic=much", script)
     assert wrong.exit_code == 2
     assert "number" in wrong.output
+
+
+OF_A_TUPLE = """
+import torch
+from torchdiffeq import odeint
+torch.manual_seed(0)
+field = torch.nn.Linear(3, 2)
+optimizer = torch.optim.SGD(field.parameters(), lr=0.1)
+x = torch.randn(16, 3)
+def velocity(t, state):
+    moved = torch.cat([field(state[1]), torch.zeros(16, 1)], 1)
+    return torch.zeros(16), moved
+for _ in range(20):
+    _, y = odeint(velocity, (torch.zeros(16), x), torch.tensor([0.0, 1.0]), method="rk4")
+    optimizer.zero_grad()
+    (0 * y[-1].mean()).backward()
+    optimizer.step()
+print(float(field.weight.square().sum().detach()))
+"""
+
+
+def test_exec_takes_the_penalized_tensor_and_its_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, other = tmp_path / "script.py", tmp_path / "columns.py"
+    script.write_text(OF_A_TUPLE)
+    first_moves = OF_A_TUPLE.replace("torch.zeros(16), x", "x, x").replace("torch.zeros(16), moved", "moved, moved")
+    other.write_text(first_moves)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(path: Path, *options: str) -> float:
+        done = CliRunner().invoke(exec_script, ["--regularizer", "kinetic=1", *options, str(path)])
+        rnode_plugin.uninstall()
+        assert done.exit_code == 0, done.output
+        return float(done.stdout)
+
+    with pytest.warns(UserWarning, match="penalized="):
+        still = run(script)
+    whole = run(script, "--penalized", "1", "--batch-dim", "0", "--trace-noise", "exact")
+    assert whole < 0.8 * still
+    assert run(other, "--penalized", ":2") < whole  # divided by two dimensions instead of three
+    for option in ("--penalized=x", "--batch-dim=first"):
+        assert rnode("exec", option, script).exit_code == 2
+
+
+def test_an_old_copy_of_torchdiffeq_is_named(tmp_path: Path) -> None:
+    """Old projects carry one in their folder; under python they would run that one."""
+    copy = tmp_path / "torchdiffeq"
+    copy.mkdir()
+    (copy / "__init__.py").write_text("__version__ = '0.0.1'\ndef odeint(): pass\ndef odeint_adjoint(): pass\n")
+    script = tmp_path / "script.py"
+    script.write_text("print('ran')")
+    command = [sys.executable, "-m", "rnode_plugin", "exec", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    message = " ".join(done.stderr.split())
+    assert "Traceback" not in message
+    assert str(copy) in message
+    assert "0.0.1" in message
+    assert str(Path(torchdiffeq.__file__).parent) in message
+    command = [sys.executable, "-c", "import rnode_plugin.torchdiffeq"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "ImportError: Python imports torchdiffeq 0.0.1 from" in done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..errors import RnodeError
+from ..errors import ConfigError, RnodeError
 from ..plugins import registry
 from .options import as_json, loaded, print_json, settings, table
 
@@ -205,30 +205,57 @@ def info(*, as_json: bool) -> None:
     click.echo(table((name, "none" if value is None else str(value)) for name, value in rows))
 
 
+def _penalized(text: str) -> slice | tuple[int, ...]:
+    """The tensors or the columns that ``--penalized`` names; a ValueError becomes click's message."""
+    if ":" in text:
+        return slice(*(int(each) if each.strip() else None for each in text.split(":", 1)))
+    return tuple(int(each) for each in text.split(","))
+
+
+def _batch_dim(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
     "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
     help="Penalize every NeuralODE and every solve by torchdiffeq, as kinetic=0.01. May be repeated.",
 )  # fmt: skip
+@click.option(
+    "--penalized", type=_penalized, metavar="INDEX",
+    help="Penalize these tensors of a tuple in solves by torchdiffeq, as 3 or 0,1 (default: 0), or columns of one "
+    "tensor, as :2.",
+)  # fmt: skip
+@click.option(
+    "--batch-dim", type=_batch_dim, default="0", metavar="DIM",
+    help="Take this dimension of the state as the samples in solves by torchdiffeq (default: 0); none: the whole "
+    "state is one sample.",
+)  # fmt: skip
+@click.option(
+    "--trace-noise", default="gaussian", metavar="NAME",
+    help="Noise of jacfrob in solves by torchdiffeq: gaussian (default), rademacher, exact, and more.",
+)  # fmt: skip
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ...]) -> None:
+def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ...], **of_torchdiffeq: Any) -> None:
     """Run SCRIPT with ARGS as `python SCRIPT ARGS...` would, after rnode_plugin.install(torchdiffeq=True).
 
     torchdyn's own NeuralODE and torchdiffeq's odeint then accept regularizers=. With --regularizer the gradient of
-    the penalties is added to that of the script's own loss, which it prints without them. The script's exit code
-    and traceback are its own. Processes that the script starts run without this, unless they are forked.
+    the penalties is added to the gradient of the script's loss, which it prints without them. The exit code and the
+    traceback are the script's. Processes that the script starts run without this, unless they are forked.
     """
     import runpy
 
-    from .. import install
-
+    sys.path.insert(0, str(script.resolve().parent))  # a copy of torchdiffeq there is the script's
+    try:
+        from .. import install, torchdiffeq
+    except ImportError as error:
+        raise ConfigError(str(error)) from None
     parts = (each.rpartition("=") for each in regularizers)  # NAME alone has its lambda last
-    install(
-        torchdiffeq=True, regularizers={name or last: last if name else None for name, _, last in parts} or None
-    )
+    spec = {name or last: last if name else None for name, _, last in parts} or None
+    install(torchdiffeq=True, regularizers=spec)
+    torchdiffeq.install(spec, **of_torchdiffeq)
     sys.argv = [str(script), *args]
-    sys.path.insert(0, str(script.resolve().parent))
     try:
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:  # shown here: the command line would turn an RnodeError into a message of its own
