@@ -713,6 +713,34 @@ def test_a_block_collects_solves_to_an_event_and_by_our_own_name(their_code: Mod
     torch.testing.assert_close(penalties["kinetic"].detach(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_a_controlled_differential_equation(adjoint: bool) -> None:
+    """torchcde's solver calls torchdiffeq's."""
+    torchcde: Any = pytest.importorskip("torchcde")
+    path = torchcde.CubicSpline(torchcde.natural_cubic_coeffs(0.3 * start(4, 5, 3)))
+
+    class Matrix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(2, 6).double()
+
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            return torch.tanh(self.net(z)).view(-1, 2, 3)
+
+    matrix, z0, times = Matrix(), start(), path.interval
+    given: dict[str, Any] = {"method": "rk4", "options": {"step_size": 0.1}}
+    with regularize({"kinetic": 1.0, "jacfrob": 1.0}, trace_noise="exact") as penalties:
+        torchcde.cdeint(path, matrix, z0, times, adjoint=adjoint, **given)
+    _, expected = odeint(
+        lambda t, z: (matrix(t, z) @ path.derivative(t).unsqueeze(-1)).squeeze(-1), z0, times, **given,
+        regularizers={"kinetic": 1.0, "jacfrob": 1.0}, trace_noise="exact",
+    )  # fmt: skip
+    torch.testing.assert_close(penalties.loss(), expected.loss())
+    (found,), (reference,) = (torch.autograd.grad(p.loss(), [matrix.net.weight]) for p in (penalties, expected))
+    torch.testing.assert_close(found, reference, rtol=1e-3, atol=1e-5)  # the adjoint takes its own steps
+
+
 def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code: ModuleType) -> None:
     field, y0 = Field(), start()
 

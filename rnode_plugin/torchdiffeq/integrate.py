@@ -299,7 +299,7 @@ def solve(
 
 def _to_event(
     system: _Augmented,
-    event_fn: Callable[..., Tensor],
+    event_fn: Any,
     start: tuple[Tensor, Any],
     end: tuple[Tensor, Sequence[Tensor]],
     integrals: dict[str, Tensor],
