@@ -1,11 +1,10 @@
-"""Exported programs: they run without this package, equal the model on the grid, and take any batch size."""
+"""Exported programs run without this package, equal the model on the grid, and take any batch size."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,6 @@ from torch.export import ExportedProgram
 from torchdyn.nn import DepthCat
 
 from rnode_plugin import (
-    Hutchinson,
     MultiscaleFlow,
     RegularizedCNF,
     Solver,
@@ -88,12 +86,24 @@ def sequential() -> nn.Sequential:
     return nn.Sequential(DepthCat(1), nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
 
 
-def calls(program: ExportedProgram) -> Iterator[list[Tensor]]:
-    """Inputs of each batch size, in the order and of the shapes of the program's own."""
-    assert program.example_inputs is not None
-    like: tuple[Tensor, ...] = program.example_inputs[0]
+def check(model: Any, **options: Any) -> None:
+    """Both programs equal the model on the grid, to rounding, for several batch sizes and without a gradient."""
+    options = {"solver": GRID, **options}
+    twin = model.solved_with(solver=options["solver"])
+    sampler, log_prob = (export_program(model, which, **options) for which in ("sampler", "log_prob"))
+    like = next(model.parameters())
     for batch in BATCHES:
-        yield [torch.rand(batch, *x.shape[1:], dtype=x.dtype) for x in like]
+        context = [] if model.context_shape is None else [torch.randn(batch, *model.context_shape).to(like)]
+        named = dict(zip(("context",), context, strict=False))
+        z = model.base.sample(torch.Size([batch])).to(like)
+        x = twin.inverse(z, **named).detach()
+        x = x.clamp(0, 1) if isinstance(model, MultiscaleFlow) else x
+        assert_same(sampler.module()(z, *context), x)
+        noise = model.draw_noise(batch)
+        drawn = [each for each in (noise if isinstance(noise, list) else [noise]) if each is not None]
+        found = log_prob.module()(x.requires_grad_(), *context, *drawn)
+        assert_same(found, twin.log_prob(x, noise=noise if drawn else None, **named))
+        assert not found.requires_grad  # a gradient through recorded derivatives would be wrong
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
@@ -104,129 +114,63 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) <= 300 * torch.finfo(expected.dtype).eps * size
 
 
-def block_noise(flow: MultiscaleFlow, rows: Tensor) -> list[Tensor]:
-    probes = rows.shape[1] // sum(math.prod(shape) for shape in flow.block_shapes)
-    sizes = [probes * math.prod(shape) for shape in flow.block_shapes]
-    parts = zip(rows.split(sizes, 1), flow.block_shapes, strict=True)
-    if probes == 1:
-        return [part.reshape(-1, *shape) for part, shape in parts]
-    return [part.reshape(-1, probes, *shape).transpose(0, 1) for part, shape in parts]
-
-
 @pytest.mark.parametrize("options", [{}, *(pytest.param(each, marks=slow) for each in (
     {"trace_noise": "exact"}, {"fused": False}, {"solver": Solver("rk4_38", step=0.5)},
     {"trace_noise": "rademacher:2"},
 ))])  # fmt: skip
 def test_an_image_flow(options: dict[str, Any]) -> None:
-    flow = tiny_flow(**options)
-    sampler = export_program(flow, "sampler")
-    for (z,) in calls(sampler):
-        assert_same(sampler.module()(z), flow.inverse(z).clamp(0, 1))
-    log_prob = export_program(flow, "log_prob")
-    for x, *noise in calls(log_prob):
-        assert bool(noise) == (options.get("trace_noise") != "exact")
-        given = block_noise(flow, noise[0]) if noise else None
-        assert_same(log_prob.module()(x, *noise), flow.log_prob(x, noise=given))
-
-
-def fused() -> nn.Module:
-    return linear_field(2, hidden=6)
-
-
-def potential() -> nn.Module:
-    return PotentialField(2, hidden=6)
+    check(tiny_flow(**options), solver=options.get("solver", GRID))
 
 
 @pytest.mark.parametrize(
     ("net", "trace"),
     [
-        (fused, "gaussian"),
-        (sequential, "exact"),
+        (partial(linear_field, 2, hidden=6), "rademacher:2"),
         *(pytest.param(net, trace, marks=slow) for net, trace in (
-            (fused, "exact"), (fused, "rademacher:2"), (sequential, "gaussian"), (sequential, "hutch++:1"),
-            (potential, "exact"), (potential, "gaussian"), (potential, "rademacher:2"),
+            (sequential, "exact"), (sequential, "gaussian"), (sequential, "hutch++:1"),
+            (partial(PotentialField, 2, hidden=6), "exact"), (partial(PotentialField, 2, hidden=6), "gaussian"),
         )),
     ],
 )  # fmt: skip
 def test_a_density(net: Any, trace: str) -> None:
-    model = density(net(), trace)
-    sampler, log_prob = export_program(model, "sampler"), export_program(model, "log_prob")
-    for (z,) in calls(sampler):
-        assert_same(sampler.module()(z), model.inverse(z))
-    for x, *noise in calls(log_prob):
-        rows = noise[0] if noise else None
-        if ":" in trace:  # two rows of noise per sample
-            assert rows is not None
-            rows = rows.reshape(-1, 2, 2).transpose(0, 1)
-        assert_same(log_prob.module()(x, *noise), model.log_prob(x, noise=rows))
+    check(density(net(), trace), solver=Solver("rk4_38", step=0.5))
 
 
 @pytest.mark.parametrize("options", [{"context": 1}, *(pytest.param(each, marks=slow) for each in (
-    {}, {"context": 2, "field": "potential"}, {"context": 1, "trace_noise": "rademacher"},
+    {"context": 2, "field": "potential"}, {"context": 1, "trace_noise": "rademacher"},
 ))])  # fmt: skip
 def test_the_flow_of_a_table(options: dict[str, Any]) -> None:
     flow = shaken(TableFlow(3, hidden=6, solver=GRID, **options))
     flow.standardize(torch.randn(50, 3 + flow.context) * 2 + 1)
-    sampler, density = (export_program(flow, which) for which in ("sampler", "log_prob"))
-    for inputs in calls(sampler):
-        context = {"context": inputs[1]} if flow.context else {}
-        assert_same(sampler.module()(*inputs), flow.inverse(inputs[0], **context))
-    for inputs in calls(density):
-        context = {"context": inputs[1]} if flow.context else {}
-        noise = {"noise": [inputs[-1]]} if isinstance(flow.estimator, Hutchinson) else {}
-        assert_same(density.module()(*inputs), flow.log_prob(inputs[0], **context, **noise))
+    check(flow)
 
 
-@pytest.mark.parametrize(
-    "solver", ["euler", *(pytest.param(each, marks=slow) for each in ("rk4_38", "rk4", "midpoint"))]
-)
-def test_a_context_in_double_precision_and_a_learned_end_time(solver: str) -> None:
+def test_a_context_in_double_precision_and_a_learned_end_time() -> None:
     policy = LearnedEndTime()
-    model = density(Conditional(), "gaussian", context_shape=2, solver=solver, regularizers=[policy]).double()
+    model = density(Conditional(), "gaussian", context_shape=2, regularizers=[policy]).double()
     policy.end.data.fill_(0.7)
-    sampler, log_prob = export_program(model, "sampler"), export_program(model, "log_prob")
-    assert log_prob.graph_signature.user_inputs == ("x", "context", "noise")
-    for z, context in calls(sampler):
-        assert z.dtype == torch.float64
-        assert_same(sampler.module()(z, context), model.inverse(z, context))
-    for x, context, noise in calls(log_prob):
-        assert_same(log_prob.module()(x, context, noise), model.log_prob(x, context, noise=noise))
+    check(model)
 
 
 def test_contexts_that_are_labels() -> None:
     class Labelled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embedding, self.net = nn.Embedding(10, 2), fused()
+            self.embedding, self.net = nn.Embedding(10, 2), linear_field(2, hidden=6)
 
         def forward(self, t: Tensor, z: Tensor, context: Tensor) -> Tensor:
             return self.net(t, z) + self.embedding(context[:, 0])
 
-    model = density(Labelled(), context_shape=1, solver="euler")
-    with pytest.raises(RuntimeError, match="indices"):  # the embedding's own
-        export_program(model, "sampler")
-    program = export_program(model, "sampler", context=torch.tensor([3]))
+    model = density(Labelled(), context_shape=1)
+    program = export_program(model, "sampler", solver=GRID, context=torch.tensor([3]))
     z, labels = torch.randn(4, 2), torch.tensor([[0], [9], [1], [1]])
-    assert_same(program.module()(z, labels), model.inverse(z, labels))
+    assert_same(program.module()(z, labels), model.solved_with(solver=GRID).inverse(z, context=labels))
 
 
 def test_another_base_distribution() -> None:
     parts = Independent(Normal(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.ones(2, 2)), 1)
     base = MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), parts)
-    model = density(fused(), base=base, solver="euler")
-    program = export_program(model, "log_prob")
-    for (x,) in calls(program):
-        assert_same(program.module()(x), model.log_prob(x))
-
-
-def test_an_adaptive_density_is_exported_on_a_grid() -> None:
-    model = density(fused(), solver="dopri5", atol=1e-7, rtol=1e-7)
-    with pytest.raises(ConfigError, match=r"chooses its steps while it runs.*Solver\('rk4_38', step=0\.25\)"):
-        export_program(model, "log_prob")
-    program = export_program(model, "log_prob", solver=Solver("rk4_38", step=0.25))
-    x = torch.randn(5, 2)
-    assert_same(program.module()(x), model.on_grid("rk4_38", step=0.25).log_prob(x))
-    torch.testing.assert_close(program.module()(x), model.log_prob(x), rtol=1e-3, atol=1e-3)
+    check(density(linear_field(2, hidden=6), base=base))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +188,7 @@ def test_a_field_that_cannot_be_exported(field: Any, words: str) -> None:
             return field(t, z)
 
     with pytest.raises(ConfigError, match=words):
-        export_program(RegularizedCNF(Field(), event_shape=2, solver="euler"), "sampler")
+        export_program(RegularizedCNF(Field(), event_shape=2), "sampler", solver=GRID)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -254,34 +198,28 @@ def test_refusals(tmp_path: Path) -> None:
         export_program(tiny_flow(), cast("Which", "sample"))
     with pytest.raises(ConfigError, match="takes no context"):
         export_program(tiny_flow(), "sampler", context=torch.zeros(1))
-    with pytest.raises(ConfigError, match=r"must end in \.pt2 or \.onnx"):
+    with pytest.raises(ConfigError, match=r"chooses its steps while it runs.*Solver\('rk4_38', step=0\.25\)"):
+        export_program(tiny_flow(solver=Solver("dopri5")), "log_prob")
+    with pytest.raises(ConfigError, match=r"must end in \.pt2"):
         save_program(cast("ExportedProgram", None), tmp_path / "model.pt")
 
 
-def test_the_model_stays_as_it_was_and_values_have_no_gradient() -> None:
-    flow = tiny_flow().train()
-    before = {name: x.clone() for name, x in flow.state_dict().items()}
-    program = export_program(flow, "log_prob")
-    assert flow.training
-    assert all(p.requires_grad for p in flow.parameters())
-    assert all(torch.equal(x, before[name]) for name, x in flow.state_dict().items())
-    flow.log_prob(torch.rand(2, 1, 4, 4)).sum().backward()  # no cache keeps a tensor of the recorder
-    (x, noise), *_ = calls(program)
-    # a gradient through recorded derivatives would be wrong, so there is none
-    assert not program.module()(x.requires_grad_(), noise).requires_grad
-
-
 def test_files_run_without_the_package_and_hold_the_weights_once(tmp_path: Path) -> None:
-    flow = tiny_flow(hidden=128, layers=3)
+    flow = tiny_flow(hidden=128, layers=3).train()
+    before = {name: x.clone() for name, x in flow.state_dict().items()}
     inputs, expected = {}, {}
     for which in ("sampler", "log_prob"):
         program = export_program(flow, which)
         assert {name for name in program.state_dict if not name.startswith("constants.")} == set(flow.state_dict())
         file = str(save_program(program, tmp_path / f"{which}.pt2"))
-        inputs[file] = list(calls(program))
+        noise = [] if which == "sampler" else flow.draw_noise(3)
+        inputs[file] = [[torch.rand(3, *((16,) if which == "sampler" else (1, 4, 4))), *noise]]
         expected[file] = [program.module()(*each) for each in inputs[file]]
         weights = sum(p.numel() * p.element_size() for p in flow.parameters())
         assert weights < Path(file).stat().st_size < 1.5 * weights
+    assert flow.training
+    assert all(p.requires_grad for p in flow.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in flow.state_dict().items())
     torch.save(inputs, tmp_path / "calls")
     done = subprocess.run(
         [sys.executable, "-I", "-c", ALONE, str(tmp_path / "calls")],
@@ -291,24 +229,6 @@ def test_files_run_without_the_package_and_hold_the_weights_once(tmp_path: Path)
     for file, values in expected.items():
         for found, value in zip(torch.load(file + ".out"), values, strict=True):
             assert torch.equal(found, value)
-
-
-@pytest.mark.parametrize("kind", ["gaussian", *(pytest.param(each, marks=slow) for each in ("exact", "images"))])
-def test_onnx(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    images = kind == "images"
-    model = tiny_flow() if images else density(Conditional(), kind, context_shape=2, solver="euler")
-    for which, result in (("sampler", "x"), ("log_prob", "log_prob")):
-        program = export_program(model, cast("Which", which))
-        session = runtime.InferenceSession(save_program(program, tmp_path / f"{which}.onnx"))
-        assert [each.name for each in session.get_outputs()] == [result]
-        names = [each.name for each in session.get_inputs()]
-        assert names == list(program.graph_signature.user_inputs)
-        assert session.get_inputs()[0].shape[0] == "batch"
-        for inputs in calls(program):
-            feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-            assert_same(torch.tensor(session.run(None, feed)[0]), program.module()(*inputs))
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -327,17 +247,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert_same(torch.export.load(tmp_path / "digits-sampler.pt2").module()(z), expected)
     for words, message in (
         ([str(tmp_path / "b.pt2"), "--format", "torch-export"], "add --step 0.5"),
-        ([file, "--format", "onnx", "--step", "1"], "must end in .onnx"),
-        ([str(tmp_path / "m.safetensors"), "--step", "1"], "give --format torch-export"),
+        ([file, "--step", "1"], "must end in .safetensors"),
+        ([str(tmp_path / "m.safetensors"), "--step", "1"], "--format torch-export"),
     ):
         refused = call(*words)
         assert refused.exit_code == 2
         assert message in refused.output
-
-
-def test_onnx_without_an_operation_of_the_estimator_is_said_in_one_sentence(tmp_path: Path) -> None:
-    flow = TableFlow(4, hidden=4, trace_noise="hutch++:1")
-    program = export_program(flow, "log_prob", solver=Solver("euler", step=1.0))
-    with pytest.raises(ConfigError, match=r"ONNX has no form .*qr.*\.pt2"):
-        save_program(program, tmp_path / "a.onnx")
-    assert not list(tmp_path.iterdir())

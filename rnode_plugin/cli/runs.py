@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 CHECK_FAILED = 3
 """Exit code of a diagnosis in which a check has failed."""
 
-_FORMATS = ("safetensors", "torch-export", "onnx")
+_FORMATS = ("safetensors", "torch-export")
 
 
 # ---- eval ----
@@ -338,7 +338,7 @@ def _values(given: tuple[str, ...], text: str) -> list[float]:
 @click.argument("run")
 @click.argument("file", metavar="FILE")
 @click.option("--format", "kind", type=click.Choice(_FORMATS), default="safetensors", show_default=True,
-              help="Weights, or programs for torch.export.load (FILE.pt2) or ONNX (FILE.onnx).")  # fmt: skip
+              help="Write the weights, or programs for torch.export.load (FILE.pt2).")  # fmt: skip
 @click.option("--step", type=click.FloatRange(0, min_open=True),
               help="Of programs: longest step of the grid; a block of a flow takes one unit of time.")  # fmt: skip
 @click.option("--method", type=click.Choice(FIXED_METHODS),
@@ -362,25 +362,24 @@ def export(
     The recipe goes along in the file's metadata: `load_flow`, `eval` and `sample` take the file like a run folder,
     and any program that reads safetensors gets the weights.
 
-    With `--format torch-export` or `onnx`, write the sampler and the log-density as two programs on a fixed grid,
+    With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid,
     which run without this package: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
-    from ..evaluation.programs import SUFFIXES, check_program_file, export_program, save_program
+    from ..evaluation.programs import SUFFIX, export_program, save_program
     from ..training.checkpoints import BEST, LAST, SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
 
     source, path = find_checkpoint(run, prefer=LAST if last else BEST), Path(file)
-    suffix = SAFETENSORS if kind == "safetensors" else SUFFIXES[kind]
+    suffix = SAFETENSORS if kind == "safetensors" else SUFFIX
     if path.suffix != suffix:
         raise ConfigError(f"a file of --format {kind} must end in {suffix}, not {file!r}.")
     if kind == "safetensors":
         if step or method:
-            raise ConfigError("--step and --method are of programs: give --format torch-export or onnx.")
+            raise ConfigError("--step and --method are options of programs: give --format torch-export too.")
         free_path(file, file, force=force)
         flow, recipe = load_with_recipe(source)
         save_flow(flow, path, recipe=recipe)
         click.echo(f"{_weights_of(recipe, source)}: {file}")
         return
-    check_program_file(path)
     names: tuple[Which, ...] = ("sampler", "log_prob")
     targets: dict[Which, Path] = {which: path.with_stem(f"{path.stem}-{which}") for which in names}
     for target in targets.values():
