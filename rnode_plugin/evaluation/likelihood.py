@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import math
 import time
@@ -20,10 +19,11 @@ from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
-from ..errors import ConfigError, SolverError
+from ..errors import ConfigError
 from ..flows.base import BlockFlow
 from ..solvers import StepMemory
 from .measures import Evaluation, ImageMeasure, Mean, Measure, batch_of
+from .solver_gap import measure_solver_gap
 
 if TYPE_CHECKING:
     from ..solvers import Solver
@@ -185,12 +185,12 @@ class _Measuring:
         """Mean score by the training solver less that of this evaluation, first batch, same noise."""
         if training_solver is None or training_solver.adaptive or training_solver.step == "auto":
             return None
-        full = dataclasses.replace(training_solver, trace_quadrature="full")
-        try:
-            coarse = self._scores_of(self.encode(full, self._batches[0]))
-        except SolverError:  # a training solver that fails is infinitely far off
-            return math.inf
-        return float((coarse - self._scores[0, 0, 0]).mean())
+        return measure_solver_gap(
+            lambda solver: self.encode(solver, self._batches[0]),
+            self._scores_of,
+            training_solver,
+            self._scores[0, 0, 0],
+        ).mean
 
     def _pilot_rows(self, kind: int) -> Tensor:
         """Scores ``(draws, samples)`` of the first samples, drawn once or twice."""

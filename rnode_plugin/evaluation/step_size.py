@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.objective import output_log_prob
-from ..errors import ConfigError, SolverError
+from ..core.objective import FlowOutput, output_log_prob
+from ..errors import ConfigError
 from ..solvers import Solver
 from .measures import FlowInput, ImageMeasure, Measure
+from .solver_gap import measure_solver_gap
 
 if TYPE_CHECKING:
     from ..flows.base import BlockFlow
@@ -120,28 +121,34 @@ def tune_step(
     x, given = x if isinstance(x, FlowInput) else FlowInput(x, {})
     max_gap = measure.step_gap if max_gap is None else max_gap
     max_round_trip = measure.step_round_trip if max_round_trip is None else max_round_trip
-    solver = dataclasses.replace(solver or Solver(), trace_quadrature="full")
+    solver = solver or Solver()
     check_tuning(solver, start=start, smallest=smallest)
     noise = flow.draw_noise(len(x), generator=generator)
     exact = all(probe is None for probe in noise)
 
-    def encode(solver: Solver) -> tuple[Tensor, Tensor, int]:
-        output = flow(x, **given, noise=None if exact else noise, solver=solver, penalties=False)
-        return output.z, measure.scores(output_log_prob(output)).cpu().double(), output.nfe
+    def encode(solver: Solver) -> FlowOutput:
+        return flow(x, **given, noise=None if exact else noise, solver=solver, penalties=False)
 
-    _, expected, reference_nfe = encode(reference)
+    def scores(output: FlowOutput) -> Tensor:
+        return measure.scores(output_log_prob(output)).cpu().double()
+
+    def there_and_back(solver: Solver) -> tuple[FlowOutput, Tensor]:
+        output = encode(solver)
+        return output, flow.inverse(output.z, **given, solver=reference)
+
+    accurate = encode(reference)
+    expected = scores(accurate)
 
     def row_at(step: float) -> StepRow:
         at_step = dataclasses.replace(solver, step=step)
-        try:
-            z, scores, nfe = encode(at_step)
-            back = flow.inverse(z, **given, solver=reference)
-        except SolverError as error:  # this step is too coarse for these dynamics: they blow up
-            return StepRow(step, error.nfe, math.inf, math.inf, math.inf, agrees=False)
-        gap = float((scores - expected).abs().mean())
+        found = measure_solver_gap(there_and_back, lambda both: scores(both[0]), at_step, expected)
+        if found.failure is not None:  # this step is too coarse for these dynamics: they blow up
+            return StepRow(step, found.failure.nfe, math.inf, math.inf, math.inf, agrees=False)
+        assert found.output is not None
+        output, back = found.output
         round_trip = measure.distance(flow, back, x)
-        agrees = gap <= max_gap and round_trip <= max_round_trip
-        return StepRow(step, nfe, float(scores.mean()), gap, round_trip, agrees)
+        agrees = found.typical <= max_gap and round_trip <= max_round_trip
+        return StepRow(step, output.nfe, float(scores(output).mean()), found.typical, round_trip, agrees)
 
     rows: list[StepRow] = []
     step = start
@@ -150,4 +157,4 @@ def tune_step(
         if progress is not None:
             progress(rows[-1])
         step /= 2
-    return StepTable(tuple(rows), float(expected.mean()), reference_nfe, max_gap, max_round_trip)
+    return StepTable(tuple(rows), float(expected.mean()), accurate.nfe, max_gap, max_round_trip)

@@ -20,6 +20,7 @@ from ..core.regularizers import undivided
 from ..core.schedules import final_strength, strength_at
 from ..errors import SolverError
 from ..evaluation.measures import FlowInput, Measure, batch_of, measure_of
+from ..evaluation.solver_gap import measure_solver_gap
 from ..evaluation.step_size import StepTable, tune_step
 from ..solvers import HealthCheck, Solver, all_finite, check_health
 
@@ -325,17 +326,15 @@ class ValidationSums:
         for name, integral in output.regularization.items():
             sums[name] = integral.sum() if name in whole else integral.sum() / self._measure.dims
         if index == 0 and not training_solver.adaptive:
-            sums |= {"gap_samples": len(scores), "gap": self._gap(batch, scores, training_solver)}
+            gap = measure_solver_gap(
+                lambda solver: self._scores(batch, 0, solver=solver, penalties=False)[0],
+                lambda coarse: coarse,
+                training_solver,
+                scores,
+            )
+            sums |= {"gap_samples": len(scores), "gap": gap.values.sum()}
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
-
-    def _gap(self, batch: Tensor, scores: Tensor, solver: Solver) -> Tensor | float:
-        """The sum of the training solver's scores, in its precision and with all products, less ``scores``."""
-        solver = dataclasses.replace(solver, trace_quadrature="full")
-        try:
-            return (self._scores(batch, 0, solver=solver, penalties=False)[0] - scores).sum()
-        except SolverError:
-            return math.inf
 
     def _scores(self, batch: Tensor, index: int, **options: Any) -> tuple[Tensor, FlowOutput]:
         with seeded(self._seed, Stream.VALIDATE, self._rank, index):
