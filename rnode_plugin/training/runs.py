@@ -26,6 +26,7 @@ from ..recipes.recipe import Recipe, TableData
 from .checkpoints import BEST, LAST, newest_intact, recipe_of
 
 CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
+LOCK = ".lock"  # held while a run is trained
 DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
 
 _SCORES = (ImageMeasure.file, TableMeasure.file)
@@ -143,14 +144,16 @@ class RunFolder:
         It may hold a ``chosen.json``, which the run then keeps to.
 
         Raises:
-            ConfigError: it holds something already.
+            ConfigError: another process trains in it, or it is not empty.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        if (taken := next((each for each in path.iterdir() if each.name != CHOSEN), None)) is not None:
-            raise ConfigError(
-                f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
-            )
+        with training_lock(path):
+            own = (CHOSEN, LOCK)
+            if (taken := next((each for each in path.iterdir() if each.name not in own), None)) is not None:
+                raise ConfigError(
+                    f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
+                )
         return RunFolder(path)
 
     @staticmethod
@@ -212,7 +215,7 @@ def training_lock(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process trains the run.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
