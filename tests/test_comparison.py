@@ -1,38 +1,31 @@
-"""Comparisons: the arms differ only by what they are meant to, and go on where they were stopped."""
+"""Comparisons: configurations differ only by what they are meant to, and continue where they were stopped."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_training import FakeTraining
 from run_folders import write_run
-from tiny_runs import as_options, rnode, weights
+from tiny_runs import as_options, rnode
 
-from rnode_plugin import get_recipe, hookimpl
+from rnode_plugin import get_recipe
 from rnode_plugin.comparison import compare as comparison
-from rnode_plugin.comparison.arms import arm_recipes, check_arm
 from rnode_plugin.comparison.compare import Comparison, compare, places_of
-from rnode_plugin.core.regularizers import FunctionRegularizer
+from rnode_plugin.comparison.configurations import configured_recipes
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError, DataError, TrainingError
 from rnode_plugin.files import check_path_name
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import page
-from rnode_plugin.training.checkpoints import read_checkpoint
+from rnode_plugin.training.runs import training_lock
 
 TINY = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none", "data.batch_size=50",
@@ -46,17 +39,143 @@ def recipe() -> Recipe:
     return get_recipe("digits").override(TINY)
 
 
+# configurations ------------------------------------------------------------------------------------------------
+
+
+def penalties(recipe: Recipe, *configurations: str) -> dict[str, Mapping[str, Any]]:
+    return {one.name: one.regularizers for one in configured_recipes(recipe, configurations)}
+
+
+def test_the_recipes_of_the_configurations(recipe: Recipe) -> None:
+    none, kinetic, jacfrob, rnode = configured_recipes(recipe)
+    assert [each.name for each in (none, rnode)] == ["digits-none", "digits-rnode"]
+    assert none.regularizers == {}
+    assert kinetic.regularizers == {"kinetic": recipe.regularizers["kinetic"]}
+    assert jacfrob.regularizers == {"jacfrob": recipe.regularizers["jacfrob"]}
+    assert rnode.regularizers == recipe.regularizers
+    settings = [
+        (each.data, each.model, each.solver, each.optimizer, each.training) for each in (none, kinetic, rnode)
+    ]
+    assert len(set(settings)) == 1
+    ffjord, same = configured_recipes(recipe, ("ffjord", "none"))
+    assert (ffjord.name, ffjord.solver, ffjord.regularizers) == ("digits-ffjord", recipe.ffjord().solver, {})
+    assert same == none
+    seeds = [each.training.seed for each in configured_recipes(recipe, ("rnode", "kinetic"), seeds=2)]
+    first = recipe.training.seed
+    assert seeds == [first, first, first + 1, first + 1]
+
+
+def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, regularizers={"kinetic": 0.5, "jacfrob": 0.01})
+    assert penalties(recipe, "kinetic", "taylor:3", "steer:0.25") == {
+        "digits-kinetic": {"kinetic": 0.5},  # the recipe's lambda
+        "digits-taylor-3": {"taylor:3": 0.01},
+        "digits-steer-0.25": {"steer:0.25": 1.0},
+    }
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps({
+        "weak": {"kinetic": 0.001, "jacfrob": 1e-3},
+        "warm": {"kinetic": "linear_warmup(9)*0.1"},
+        "sweep": {"kinetic": [0.001, 0.1], "jacfrob": 0.01},
+        "grid": {"l1": [1, 2], "curl": [3, 4]},
+        "a name / with : characters that no file system takes, and that is too long for most of them": {"l1": 5},
+    }))  # fmt: skip
+    found = penalties(recipe, "none", str(file))
+    assert list(found.values()) == [
+        {},
+        {"kinetic": 0.001, "jacfrob": 0.001},
+        {"kinetic": linear_warmup(9, 0.1)},
+        *({"kinetic": each, "jacfrob": 0.01} for each in (0.001, 0.1)),
+        *({"l1": one, "curl": other} for one in (1, 2) for other in (3, 4)),
+        {"l1": 5},
+    ]
+    assert list(found)[3:5] == ["digits-sweep-kinetic-0.001", "digits-sweep-kinetic-0.1"]
+    for name in found:
+        assert check_path_name(name, "configuration") == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonne", "unknown configuration 'nonne'; did you mean 'none'"),
+        ("../kinetic", "unknown configuration"),
+        ("taylor:9", "order from 2 to 5"),
+        ("none", "none and none are the same"),
+        ("missing.json", "missing.json cannot be read: No such file"),
+        ("{", "is not a JSON file"),
+        ("[" * 100_000, "is not a JSON file"),
+        ("[1]", "does not map names to penalties"),
+        ('{"a": 1}', "does not map names to penalties"),
+        ('{"a": {"kinetic": -1}}', "a: the lambda of kinetic must be a finite number"),
+        ('{"a": {"kinetic": [1, "x"]}}', "a: the lambda of kinetic must be a finite number"),
+        ('{"a": {"kinetics": 1}}', "a: unknown regularizer 'kinetics'; did you mean 'kinetic'"),
+        ('{"a": {"kinetic": 1}, "b": {"kinetic": 1}}', "a and b are the same"),
+    ],
+)
+def test_configurations_that_are_refused(recipe: Recipe, tmp_path: Path, text: str, message: str) -> None:
+    if text[0] in "[{":
+        (tmp_path / "a.json").write_text(text)
+        text = str(tmp_path / "a.json")
+    with pytest.raises(ConfigError, match=message):
+        configured_recipes(recipe, ("none", text))
+
+
+# what is trained when ------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import json, os, shutil, sys
+from pathlib import Path
+
+here = Path(HERE)
+options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+recipe = json.loads(Path(sys.argv[1]).read_text())
+with (here / "calls").open("a") as file:
+    file.write(json.dumps({"name": recipe["name"], "threads": os.environ["OMP_NUM_THREADS"], **options}) + "\\n")
+fails = (here / recipe["name"]).exists()
+folder = Path(options.get("--run-folder") or options["--resume"])
+shutil.copytree(here / "run", folder, dirs_exist_ok=True)
+(folder / "recipe.json").write_text(json.dumps(recipe))
+if fails:
+    (folder / "result.json").unlink()
+    sys.exit("a warning\\nError: training stopped: the gradient is\\nnan.")
+"""
+
+
+class Training:
+    """A stand-in for ``rnode-cli train``, which copies a run folder, and what it was called with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_run(folder / "run", get_recipe("digits"))
+        (folder / "train.py").write_text(PROGRAM.replace("HERE", repr(str(folder))))
+        self.command = (sys.executable, str(folder / "train.py"))
+
+    def fail(self, *names: str) -> None:
+        """Let the configurations of these names fail, and no others."""
+        for each in self.folder.glob("digits-*"):
+            each.unlink()
+        for name in names:
+            (self.folder / name).touch()
+
+    def calls(self) -> list[dict[str, str]]:
+        """The options of each call since the last question, with the ``name`` of the recipe, sorted by it."""
+        log = self.folder / "calls"
+        lines = log.read_text().splitlines() if log.is_file() else []
+        log.unlink(missing_ok=True)
+        return sorted(map(json.loads, lines), key=lambda call: call["name"])
+
+
 @pytest.fixture
-def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeTraining:
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
     """What the comparisons of a test start instead of ``rnode-cli train``."""
-    fake = FakeTraining(tmp_path / "fake", write_run(tmp_path / "run", get_recipe("digits")))
+    fake = Training(tmp_path / "fake")
     monkeypatch.setattr(comparison, "_TRAIN", fake.command)
-    monkeypatch.setattr(page, "make_panels", lambda arms: [])  # drawing takes longer than all else
+    monkeypatch.setattr(page, "make_panels", lambda configurations: [])  # drawing takes longer than all else
     return fake
 
 
 def run(recipe: Recipe, out: Path, **options: Any) -> Comparison:
-    options = {"arms": ("none", "rnode"), "validations": 2, "announce": lambda line: None, **options}
+    options = {"configurations": ("none", "rnode"), "validations": 2, "announce": lambda line: None, **options}
     return compare(recipe, out=out, accelerator="cpu", **{"devices": "1", "progress": False, **options})
 
 
@@ -64,319 +183,81 @@ def folders(result: Comparison) -> list[str]:
     return ["/".join(path.parts[-2:]) for path in result.runs]
 
 
-# arms ----------------------------------------------------------------------------------------------------------
-
-
-def penalties(recipe: Recipe, *arms: str, **options: Any) -> dict[str, Mapping[str, Any]]:
-    return {arm.name: arm.regularizers for arm in arm_recipes(recipe, arms, **options)}
-
-
-def test_the_recipes_of_the_arms(recipe: Recipe) -> None:
-    none, kinetic, jacfrob, rnode = arm_recipes(recipe)
-    assert [each.name for each in (none, rnode)] == ["digits-none", "digits-rnode"]
-    assert none.regularizers == {}
-    assert kinetic.regularizers == {"kinetic": recipe.regularizers["kinetic"]}
-    assert jacfrob.regularizers == {"jacfrob": recipe.regularizers["jacfrob"]}
-    assert rnode.regularizers == recipe.regularizers
-    assert len({(each.data, each.model, each.solver, each.optimizer, each.training) for each in
-                (none, kinetic, jacfrob, rnode)}) == 1  # fmt: skip
-    ffjord, same = arm_recipes(recipe, ("ffjord", "none"))
-    assert ffjord.solver == recipe.ffjord().solver
-    assert ffjord.solver.method == "dopri5"
-    assert ffjord.name == "digits-ffjord"
-    assert (ffjord.regularizers, same) == ({}, none)
-    seeds = [each.training.seed for each in arm_recipes(recipe, ("rnode", "kinetic"), seeds=2)]
-    first = recipe.training.seed
-    assert seeds == [first, first, first + 1, first + 1]
-
-
-def test_sets_of_penalties_with_options_and_lambdas(recipe: Recipe) -> None:
-    recipe = dataclasses.replace(recipe, regularizers={"kinetic": 0.5, "jacfrob": 0.01})
-    arms = ("jacfrob+kinetic", "total_derivative=0.02", "taylor:3", "taylor:order=4=1e+1+kinetic=0.1")
-    more = ("trajectory_polynomial:2,points=3=5", "steer:0.25")
-    assert penalties(recipe, *arms, *more) == {
-        "digits-rnode": {"kinetic": 0.5, "jacfrob": 0.01},  # the recipe's own lambdas, in its order
-        "digits-total_derivative-0.02": {"total_derivative": 0.02},
-        "digits-taylor-3": {"taylor:3": 0.01},
-        "digits-kinetic-0.1+taylor-order-4-10": {"kinetic": 0.1, "taylor:order=4": 10.0},
-        "digits-trajectory_polynomial-2-points-3-5": {"trajectory_polynomial:2,points=3": 5.0},
-        "digits-steer-0.25": {"steer:0.25": 1.0},
-    }  # fmt: skip
-    warm = penalties(recipe, "kinetic=linear_warmup(9)*0.1+jacfrob", sweeps=["kinetic=linear_warmup(9)*0.1,0.1"])
-    assert list(warm.items()) == [
-        ("digits-kinetic-linear_warmup-9--0.1+jacfrob", {"kinetic": linear_warmup(9, 0.1), "jacfrob": 0.01}),
-        ("digits-kinetic-linear_warmup-9--0.1", {"kinetic": linear_warmup(9, 0.1)}),
-        ("digits-kinetic-0.1", {"kinetic": 0.1}),
-    ]
-    (long,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+total_derivative")
-    (other,) = penalties(recipe, "curl+directional+directional_vjp+jacdiag+jacoffdiag+l1+strain+taylor")
-    assert long != other
-    for name in (long, other, "digits-taylor-3", "digits-kinetic-0.1+taylor-order-4-10"):
-        assert check_path_name(name, "arm") == name
-
-
-def test_sweeps(recipe: Recipe) -> None:
-    assert list(penalties(recipe, sweeps=["kinetic=0.001,0.01,0.1"])) == [
-        "digits-none", "digits-kinetic-0.001", "digits-kinetic", "digits-kinetic-0.1",
-    ]  # fmt: skip
-    grid = penalties(recipe, "kinetic=1+jacfrob=3", sweeps=["kinetic=1,2+jacfrob=3,4", "kinetic=1,2"])
-    assert [tuple(each.values()) for each in grid.values()] == [(1, 3), (1, 4), (2, 3), (2, 4), (1,), (2,)]
-
-
-class Notebook:
-    """A plugin that only this process knows."""
-
-    @hookimpl
-    def rnode_register_regularizers(self) -> Mapping[str, Any]:
-        return {"mine": FunctionRegularizer("mine", lambda evaluation: evaluation.dz.abs().flatten(1).sum(1))}
-
-
-@pytest.mark.parametrize(
-    ("arms", "message"),
-    [
-        (["nonne"], "unknown arm 'nonne'; did you mean 'none'"),
-        (["../kinetic"], "unknown arm"),
-        (["rnode", "jacfrob+kinetic"], r"rnode and jacfrob\+kinetic train the same"),
-        (["kinetic+kinetic"], "names kinetic twice"),
-        (["kinetic="], "lambda of kinetic"),
-        (["kinetic=-1"], "must be a finite number"),
-        (["kinetic=linear_warmup(0)"], r"or linear_warmup\(STEPS\)\*LAMBDA"),
-        (["kinetic=1,2"], "--sweep kinetic=1,2"),
-        (["taylor:9"], "order from 2 to 5"),
-    ],
-)
-def test_arms_that_are_refused(recipe: Recipe, arms: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        arm_recipes(recipe, arms)
-
-
-def test_arms_that_cannot_be_trained(register: Any, recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none and ffjord train the same"):
-        arm_recipes(get_recipe("imagenet64"), ("none", "ffjord"))
-    with pytest.raises(ConfigError, match=r"the arm digits-error cannot be trained: .*rk4_38.*no error estimate"):
-        run(recipe, tmp_path / "c", arms=["none", "error"])
-    register(Notebook(), "notebook")
-    with pytest.raises(ConfigError, match=r"'mine' is registered in this process only.*'notebook'"):
-        run(recipe, tmp_path / "c", arms=["none", "mine"])
-    assert not list(tmp_path.iterdir())
-    for arm in arm_recipes(recipe, ["none", "kinetic+curl"]):
-        check_arm(arm)
-
-
-# what trains when ----------------------------------------------------------------------------------------------
-
-
-def test_each_arm_is_a_call_of_train(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+def test_each_run_is_a_call_of_train(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     result = run(recipe, tmp_path / "c", seeds=2, devices="2", max_time=90)
-    assert (result.failed, result.stopped) == ((), None)
-    assert folders(result) == ["digits-none/0", "digits-rnode/0", "digits-none/1", "digits-rnode/1"]
+    assert result.failed == ()
+    assert folders(result) == ["digits-none/42", "digits-rnode/42", "digits-none/43", "digits-rnode/43"]
     calls = training.calls()
     assert [call["name"] for call in calls] == ["digits-none", "digits-none", "digits-rnode", "digits-rnode"]
-    runs = {str(path) for path in result.runs}
-    assert {call.pop("--run-folder") for call in calls} == runs
+    assert {call.pop("--run-folder") for call in calls} == {str(path) for path in result.runs}
     share = str(max(1, torch.get_num_threads() // 2))
     fixed = {"--accelerator": "cpu", "--devices": "1", "--max-time": "90.000", "threads": share}
     assert all({**call, "name": ""} == {"name": "", **fixed} for call in calls)
-    assert "digits: what the penalties change" in result.report.html.read_text()
     assert [column.label for column in result.report.table.columns] == ["none", "rnode"]
 
 
-def test_arms_that_exist_are_not_trained_again(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
+def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     first = run(recipe, tmp_path / "c")
     assert len(training.calls()) == 2
     lines: list[str] = []
-    more = run(recipe, tmp_path / "c", sweeps=["kinetic=0.01,0.1"], announce=lines.append)
-    assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic-0.1"]
-    assert [line for line in lines if "done, in" in line] == [
-        f"arm {number} of 4: {path.parent.name}, seed 42, rk4_38: done, in {path}"
-        for number, path in enumerate(first.runs, 1)
+    more = run(recipe, tmp_path / "c", configurations=("none", "kinetic"), seeds=2, announce=lines.append)
+    assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic", "digits-none"]
+    assert [line for line in lines if "done" in line] == [
+        f"run 1 of 4: digits-none, seed 42: done, in {first.runs[0]}"
     ]
-    assert more.runs[:2] == first.runs
-    run(recipe, tmp_path / "c", seeds=2)
-    assert [call["name"] for call in training.calls()] == ["digits-none", "digits-rnode"]  # the second seed
-    other = run(recipe.override(["optimizer.lr=1e-4"]), tmp_path / "c")
-    assert folders(other) == ["digits-none/2", "digits-rnode/2"]
+    assert more.runs[0] == first.runs[0]
+    with pytest.raises(ConfigError, match=r"other settings \(optimizer.lr is .* there and 0.0001 here\)"):
+        run(recipe.override(["optimizer.lr=1e-4"]), tmp_path / "c")
 
 
-def test_an_interrupted_arm_is_resumed(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
-    training.behave({"digits-none": "stop the parent"})
-    result = run(recipe, tmp_path / "c")
-    assert result.stopped == "SIGTERM"
-    assert result.failed == ()
-    assert folders(result) == ["digits-none/0"]  # the other one had not begun
-    (none,) = result.runs
-    assert (none / "stopped").read_text() == "with a checkpoint"
-    assert "not finished: step 40" in result.report.html.read_text()
-    (call,) = training.calls()
-    assert call["--run-folder"] == str(none)
-
-    training.behave({})
-    again = run(recipe, tmp_path / "c")
-    assert folders(again) == ["digits-none/1", "digits-rnode/0"]  # without a checkpoint it begins again
-    shutil.rmtree(none.parent / "1")
-    (none / "checkpoints").mkdir()
-    (none / "checkpoints" / "last.ckpt").touch()
+def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_path: Path) -> None:
+    (none, rnode) = run(recipe, tmp_path / "c").runs
     training.calls()
-    again = run(recipe, tmp_path / "c")
-    assert folders(again) == ["digits-none/0", "digits-rnode/0"]
-    (call,) = training.calls()
-    assert call["--resume"] == str(none)
-    assert "--run-folder" not in call
+    (none / "result.json").unlink()  # ended before its first checkpoint
+    (rnode / "result.json").unlink()
+    (rnode / "checkpoints").mkdir()
+    (rnode / "checkpoints" / "last.ckpt").touch()
+    with training_lock(none), pytest.raises(ConfigError, match="is being trained by another process"):
+        run(recipe, tmp_path / "c")
+    run(recipe, tmp_path / "c")
+    begins, resumes = training.calls()
+    assert (begins["--run-folder"], resumes["--resume"]) == (str(none), str(rnode))
 
 
-def test_an_arm_that_fails_leaves_the_others_alone(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
-    how = {"digits-none": "fail", "digits-kinetic": "die", "digits-jacfrob": "crash", "digits-l1": "refuse"}
-    training.behave(how)
+def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Training, tmp_path: Path) -> None:
+    training.fail("digits-none")
     lines: list[str] = []
-    arms = ["none", "kinetic", "jacfrob", "l1", "rnode"]
-    result = run(recipe, tmp_path / "c", arms=arms, devices="2", progress=True, announce=lines.append)
-    log = tmp_path / "c" / "logs" / "digits-jacfrob-42.log"
-    assert result.failed == (
-        "digits-none, seed 42: training stopped: the gradient is nan.",
-        "digits-kinetic, seed 42: its process was ended by SIGKILL. Perhaps the memory did not suffice: "
-        "--devices 1 trains one arm at a time.",
-        f"digits-jacfrob, seed 42: its process ended with exit code 1; {log} may say why.",
-        "digits-l1, seed 42: it cannot work.",
-    )
-    assert set(result.failed) < set(lines)
-    assert result.stopped is None
-    assert folders(result) == [f"digits-{name}/0" for name in ("none", "kinetic", "jacfrob", "rnode")]
-    assert not (tmp_path / "c" / "runs" / "digits-l1" / "0").exists()  # it had not begun
-    text = result.report.markdown.read_text()
-    assert "not finished: step 40" in text
-    assert "step 40 of 40" in text
-    assert "ZeroDivisionError" in log.read_text()
+    result = run(recipe, tmp_path / "c", devices="2", announce=lines.append)
+    assert result.failed == ("digits-none, seed 42: training stopped: the gradient is nan.",)
+    assert result.failed[0] in lines
+    assert folders(result) == ["digits-none/42", "digits-rnode/42"]
+    assert "not finished: step 40" in result.report.html.read_text()
+    shutil.rmtree(training.folder / "run")
+    (training.folder / "run").mkdir()
+    training.fail("digits-kinetic")
+    with pytest.raises(TrainingError, match=r"digits-kinetic, seed 42: its process ended with exit code 1"):
+        run(recipe, tmp_path / "d", configurations=("kinetic",))
 
 
-@pytest.mark.parametrize(("how", "error", "message"), [
-    ("refuse", ConfigError, r"^digits-none, seed 42: it cannot work\.$"),
-    ("fail", TrainingError, "digits-none, seed 42: training stopped: the gradient is nan"),
-])  # fmt: skip
-def test_nothing_to_report(
-    recipe: Recipe, training: FakeTraining, tmp_path: Path, how: str, error: type[Exception], message: str
-) -> None:
-    shutil.rmtree(tmp_path / "fake" / "template")
-    (tmp_path / "fake" / "template").mkdir()
-    training.behave({"digits-none": how})
-    with pytest.raises(error, match=message):
-        run(recipe, tmp_path / "c", arms=["none"])
-
-
-def test_two_calls_in_one_folder(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
-    """The second one is refused while the first trains: otherwise both would train every arm."""
-    training.behave({"digits-none": "wait"})
+def test_two_calls_in_one_folder(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(run, recipe, tmp_path / "c", arms=["none"])
-        wait_for(lambda: bool(list((tmp_path / "c").glob("runs/*/0/recipe.json"))))
-        try:
-            with pytest.raises(ConfigError, match="another process"):
-                run(recipe, tmp_path / "c", arms=["none", "kinetic"])
-        finally:
-            training.go_on()
-        assert folders(first.result()) == ["digits-none/0"]
-    assert [call["name"] for call in training.calls()] == ["digits-none"]
-
-
-def test_a_time_limit_counts_earlier_calls(recipe: Recipe, training: FakeTraining, tmp_path: Path) -> None:
-    result = run(recipe, tmp_path / "c", arms=["none"])
-    (folder,) = result.runs
-    ended = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps({**ended, "stopped": "max_time"}))
-    (folder / "checkpoints").mkdir()
-    checkpoint = Path(__file__).parent / "old_runs" / "finished" / "checkpoints" / "last.ckpt"
-    shutil.copy(checkpoint, folder / "checkpoints")
-    spent = read_checkpoint(checkpoint)["progress"]["seconds"]
-    assert spent > 0
-    training.calls()
-    run(recipe, tmp_path / "c", arms=["none"], max_time=spent)
-    assert training.calls() == []  # its time is spent
-    run(recipe, tmp_path / "c", arms=["none"], max_time=spent + 10)
-    (call,) = training.calls()
-    assert (call["--resume"], call["--max-time"]) == (str(folder), "10.000")
+    with training_lock(tmp_path / "c"), pytest.raises(ConfigError, match="another process"):
+        run(recipe, tmp_path / "c")
+    assert training.calls() == []
 
 
 def test_missing_images_are_found_before_anything_is_trained(
-    recipe: Recipe, training: FakeTraining, tmp_path: Path
+    recipe: Recipe, training: Training, tmp_path: Path
 ) -> None:
     missing = recipe.override([f"data.root={tmp_path}", "data.name=mnist", "data.shape=1,28,28", "data.levels=256"])
     with pytest.raises(DataError, match="--no-download"):
         run(missing, tmp_path / "out")
     assert training.calls() == []
     assert not (tmp_path / "out").exists()
-    (tmp_path / "runs").write_text("a file where the folder of all runs belongs")
-    with pytest.raises(OSError, match="runs"):
-        run(recipe, tmp_path)
-
-
-# real training -------------------------------------------------------------------------------------------------
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_arms_begin_alike(recipe: Recipe, tmp_path: Path) -> None:
-    """The first step's density and NFE are the same number, the later ones are not."""
-    result = run(recipe, tmp_path / "c", devices="2", arms=["none", "taylor:2=5"])
-    assert (result.failed, result.stopped) == ((), None)
-    assert folders(result) == ["digits-none/0", "digits-taylor-2-5/0"]
-    none, taylor = map(rows, result.runs)
-    assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
-    assert none[-2]["train/bpd"] != taylor[-2]["train/bpd"]
-    assert [row["step"] for row in none if row["val/bpd"]] == ["2", "4"]
-    assert [column.label for column in result.report.table.columns] == ["none", "taylor:2"]
-    ended = json.loads((result.runs[1] / "result.json").read_text())
-    assert ended["evaluation"]["penalties"]["taylor:2"] > 0
-
-
-@pytest.mark.slow
-def test_an_interrupted_arm_ends_as_if_nothing_had_been(recipe: Recipe, tmp_path: Path) -> None:
-    whole = run(recipe, tmp_path / "whole", devices="2")
-    short = run(recipe, tmp_path / "parts", max_time=1e-3)
-    assert [json.loads((path / "result.json").read_text())["steps"] for path in short.runs] == [1, 1]
-    assert "stopped by its time limit" in short.report.html.read_text()
-    longer = run(recipe, tmp_path / "parts", max_time=600)
-    assert longer.runs == short.runs
-    for one, other in zip(whole.runs, longer.runs, strict=True):
-        assert torch.equal(weights(one), weights(other))
-        assert (one / "images.csv").read_text() == (other / "images.csv").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_the_processes_of_the_arms_end_with_the_first(tmp_path: Path, signum: int) -> None:
-    """A signal ends them with a checkpoint each: SIGTERM to the first, Ctrl-C to the group of all of them."""
-    settings = as_options(*(setting for setting in TINY if "max_steps" not in setting))
-    options = ["--max-steps", "100000", "--devices", "2", "--arm", "none", "--arm", "rnode", "--accelerator", "cpu"]
-    command = [sys.executable, "-m", "rnode_plugin", "compare", "digits", *options, "--out", str(tmp_path / "c")]
-    process = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    folders = [tmp_path / "c" / "runs" / name / "0" for name in ("digits-none", "digits-rnode")]
-    wait_for(lambda: all((folder / "checkpoints" / "last.ckpt").is_file() for folder in folders))
-    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signum, output
-    assert f"{signal.Signals(signum).name}: the same command goes on." in output
-    sizes: list[int] = []
-
-    def quiet() -> bool:
-        time.sleep(1)
-        sizes.append(sum((folder / "metrics.csv").stat().st_size for folder in folders))
-        return len(sizes) > 3 and sizes[-1] == sizes[-4]  # nobody writes on
-
-    wait_for(quiet)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "accelerator", "devices", "arms", "places"),
+    ("gpus", "accelerator", "devices", "runs", "places"),
     [
         (0, "cpu", "auto", 4, ["1"] * 4),
         (0, "auto", "auto", 16, ["1"] * 8),
@@ -393,42 +274,58 @@ def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
     ],
 )
 def test_places(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, accelerator: str, devices: str, arms: int, places: Any
+    monkeypatch: pytest.MonkeyPatch, gpus: int, accelerator: str, devices: str, runs: int, places: Any
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     if isinstance(places, str):
         with pytest.raises(ConfigError, match=places):
-            places_of(accelerator, devices, arms)
+            places_of(accelerator, devices, runs)
     else:
-        assert places_of(accelerator, devices, arms) == places
+        assert places_of(accelerator, devices, runs) == places
 
 
-def test_the_command(training: FakeTraining, tmp_path: Path) -> None:
-    settings = as_options(*(setting for setting in TINY if "max_steps" not in setting))
-    options = ["--max-steps", "2", "--validations", "1", "--accelerator", "cpu"]
-    options += ["--out", str(tmp_path / "c"), *settings]
-    arms = ["--arm", "ffjord", "--sweep", "kinetic=0.1,0.2", "--devices", "1"]
-    result = rnode("compare", "digits", *arms, *options)
+def test_the_command(training: Training, tmp_path: Path) -> None:
+    options = ["--max-steps", "2", "--validations", "1", "--accelerator", "cpu", "--out", tmp_path / "c"]
+    options += as_options(*(setting for setting in TINY if "max_steps" not in setting))
+    (tmp_path / "some.json").write_text('{"k": {"kinetic": [0.1, 0.2]}}')
+    chosen = ["--configuration", "ffjord", "--configuration", tmp_path / "some.json", "--devices", "1"]
+    result = rnode("compare", "digits", *chosen, *options)
     assert result.exit_code == 0, result.output
-    assert "arm 3 of 3: digits-kinetic-0.2, seed 42" in result.output
+    assert "run 3 of 3: digits-k-kinetic-0.2, seed 42" in result.output
     assert str(tmp_path / "c" / "report.html") in result.output
     assert "dopri5, tolerance 1e-05" in result.output
-    assert (tmp_path / "c" / "report.md").is_file()
-    assert "digits-ffjord, seed 42, dopri5: done" in rnode("compare", "digits", "--arm", "ffjord", *options).output
     for arguments, message in (
         (["digitz"], "did you mean 'digits'"),
-        (["digits", "--arm", ""], "unknown arm ''"),
+        (["digits", "--configuration", ""], "unknown configuration ''"),
         (["digits", "--seeds", "0"], "--seeds"),
         (["digits", "--devices", "some"], "devices"),
     ):
         refused = rnode("compare", *arguments, "--out", str(tmp_path / "d"))
         assert (refused.exit_code, message in refused.output) == (2, True), refused.output
     assert not (tmp_path / "d").exists()
-    training.behave({"digits-l1": "fail", "digits-none": "stop the parent"})
-    failed = rnode("compare", "digits", "--arm", "ffjord", "--arm", "l1", *options)
+    training.fail("digits-l1")
+    failed = rnode("compare", "digits", "--configuration", "ffjord", "--configuration", "l1", *options)
     assert failed.exit_code == 1
     assert "Error: digits-l1, seed 42: training stopped: the gradient is nan." in failed.output
-    stopped = rnode("compare", "digits", "--arm", "ffjord", "--arm", "none", *options)
-    assert stopped.exit_code == 128 + signal.SIGTERM
-    assert "SIGTERM: the same command goes on." in stopped.output
+
+
+# real training -------------------------------------------------------------------------------------------------
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_configurations_begin_equally(recipe: Recipe, tmp_path: Path) -> None:
+    """The first step's density and NFE are the same number, the later ones are not."""
+    result = run(recipe, tmp_path / "c", devices="2", configurations=("none", "taylor:2"))
+    assert result.failed == ()
+    none, taylor = map(rows, result.runs)
+    assert none[0]["train/bpd"] == taylor[0]["train/bpd"]
+    assert none[-2]["train/bpd"] != taylor[-2]["train/bpd"]
+    assert [row["step"] for row in none if row["val/bpd"]] == ["2", "4"]
+    assert [column.label for column in result.report.table.columns] == ["none", "taylor:2"]
+    ended = json.loads((result.runs[1] / "result.json").read_text())
+    assert ended["evaluation"]["penalties"]["taylor:2"] > 0

@@ -12,17 +12,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from fake_training import FakeTraining
-from run_folders import write_run
 from tiny_runs import rows, run, signal_at, tiny_recipe
 
-from rnode_plugin import get_recipe
 from rnode_plugin.cli import main
-from rnode_plugin.comparison import compare as comparison
-from rnode_plugin.comparison.compare import compare
 from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports import page
 from rnode_plugin.training import fastest
 from rnode_plugin.training.fastest import Choice, StepTimer, Way, choose, read_choice, write_choice
 
@@ -185,40 +179,7 @@ def test_choices_of_earlier_versions_and_damaged_ones(tmp_path: Path) -> None:
             read_choice(tmp_path)
 
 
-# comparisons and the command line ------------------------------------------------------------------------------
-
-
-def test_the_arms_of_a_comparison_share_one_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeTraining(tmp_path / "fake", write_run(tmp_path / "run", get_recipe("digits")))
-    monkeypatch.setattr(comparison, "_TRAIN", fake.command)
-    monkeypatch.setattr(page, "make_panels", lambda arms: [])
-    timed: list[Recipe] = []
-
-    def choose_bf16(recipe: Recipe, **options: Any) -> Choice:
-        timed.append(recipe)
-        return Choice(BF16)
-
-    monkeypatch.setattr(comparison, "choose", choose_bf16)
-    recipe = tiny_recipe("training.precision=auto")
-    lines: list[str] = []
-
-    def again(*arms: str) -> Any:
-        out = tmp_path / "out"
-        return compare(
-            recipe, arms=arms, out=out, accelerator="cpu", devices="1", progress=False, announce=lines.append
-        )
-
-    result = again("none", "rnode")
-    assert [each.regularizers for each in timed] == [recipe.regularizers]
-    assert "all arms: training in bf16-mixed" in lines
-    again("none", "rnode", "kinetic")
-    assert len(timed) == 1
-    for folder in result.runs:
-        choice = read_choice(folder)
-        assert choice is not None
-        assert choice.way == BF16
-    with pytest.raises(ConfigError, match=r"digits-ffjord cannot train in bf16-mixed, .* choose another --out"):
-        again("none", "ffjord")
+# the command line ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arguments", "compile_"), [

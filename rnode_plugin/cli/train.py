@@ -205,33 +205,27 @@ def _report(result: FitResult, recipe: Recipe) -> None:
 
 @click.command()
 @click.argument("recipe")
-@click.option("--arm", "arms", multiple=True, metavar="ARM",
-              help="none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all of the recipe's), or "
-                   "penalties with lambdas: kinetic, kinetic=0.1+jacfrob. May be repeated. [default: none, each "
-                   "penalty of the recipe, rnode]")  # fmt: skip
-@click.option("--sweep", "sweeps", multiple=True, metavar="PENALTY=L,L,...",
-              help="An arm for each lambda: kinetic=0.001,0.01,0.1. Several penalties, joined by +, form a grid. "
-                   "May be repeated.")  # fmt: skip
-@click.option(
-    "--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each arm."
-)
-@click.option("--max-steps", type=click.IntRange(1), metavar="N", help="Steps of each arm. [default: the recipe's]")
-@click.option("--max-time", type=Duration(), help="Limit for each arm: 90 (seconds), 20m or 1h30m.")
+@click.option("--configuration", "configurations", multiple=True, metavar="NAME|FILE",
+              help="none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all penalties of the recipe), a "
+                   "penalty such as kinetic or taylor:3, or a JSON file of penalties and lambdas, also for sweeps. "
+                   "May be repeated. [default: none, each penalty of the recipe, rnode]")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Runs of each configuration.")  # fmt: skip
+@click.option("--max-steps", type=click.IntRange(1), metavar="N", help="Steps of each run. [default: the recipe's]")
+@click.option("--max-time", type=Duration(), help="Limit for each run: 90 (seconds), 20m or 1h30m.")
 @click.option("--validations", type=click.IntRange(1), default=20, show_default=True, metavar="N",
-              help="Validations of each arm, the marks of the figures.")  # fmt: skip
+              help="Validations of each run, the marks of the figures.")  # fmt: skip
 @settings
 @short("data-root", "given")
 @download
 @click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
 @click.option("--devices", default="auto", show_default=True,
-              help="Arms that train at the same time: how many, or on which GPUs: 4, or 0,2. auto is one for each "
+              help="Runs that train at the same time: how many, or on which GPUs: 4, or 0,2. auto is one for each "
                    "GPU, or for each core of a CPU.")  # fmt: skip
 @click.option("--out", metavar="FOLDER", help="Runs and report. [default: comparison/RECIPE]")
 @quiet
 @as_json
-@click.pass_context
 def compare(
-    ctx: click.Context,
     *,
     recipe: str,
     max_steps: int | None,
@@ -243,11 +237,14 @@ def compare(
 ) -> None:
     """Train RECIPE with different penalties and report what they change.
 
-    All arms begin with the same weights and see the same images and noise. The same command again
-    continues, and with more arms trains only those that are new. Writes report.html, report.md, figures/ and runs/
-    into one folder. `rnode-cli regularizers` lists the penalties.
+    All configurations begin with the same weights and see the same images and noise. The same command again
+    continues, and with more configurations or seeds trains only the new ones. Writes report.html, figures/ and
+    runs/ into one folder. `rnode-cli regularizers` lists the penalties.
 
-    Arms that train at the same time on a CPU take longer steps than one alone.
+    A FILE maps names to penalties: {"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}. A list of
+    lambdas makes a configuration of each.
+
+    Runs that train at the same time on a CPU take longer steps than one alone.
     """
     from ..comparison.compare import compare
     from ..recipes.recipe import get_recipe
@@ -263,15 +260,11 @@ def compare(
     )
     report = result.report
     if as_json:
-        print_json({"runs": result.runs, "failed": result.failed, "stopped": result.stopped,
-                    **report_as_plain(report)})  # fmt: skip
+        print_json({"runs": result.runs, "failed": result.failed, **report_as_plain(report)})
     else:
-        click.echo(f"\n{report_rows(report)}\n\n{report.html}\n{report.markdown}")
+        click.echo(f"\n{report_rows(report)}\n\n{report.html}")
     if result.failed:
         raise TrainingError(" ".join(result.failed))
-    if result.stopped is not None:
-        click.echo(f"\n{result.stopped}: the same command goes on.", err=as_json)
-        ctx.exit(128 + signal.Signals[result.stopped])
 
 
 @click.command("tune-step")
