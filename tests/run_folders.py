@@ -49,10 +49,14 @@ def write_run(
     (path / "metrics.csv").write_text("\n".join(rows) + "\n")
     if finished:
         evaluation = {
-            "dirty": {"mean": bits, "stderr_images": 0.02, "stderr_draws": None},
-            "clean": {"mean": bits - 0.1, "stderr_images": 0.03, "stderr_draws": None},
+            "dirty": {"mean": bits, "stderr_images": 0.02, "stderr_noise": None},
+            "clean": {"mean": bits - 0.1, "stderr_images": 0.03, "stderr_noise": None},
             "nfe_mean": nfe,
+            "nfe_batch_size": 100,
             "penalties": {"kinetic": 0.4, "jacfrob": jacfrob},
+            "undivided": [],
+            "gap": -0.002,
+            "images": 297,
         }
         ended: dict[str, Any] = {"stopped": stopped, "steps": steps, "planned": steps, "evaluation": evaluation}
         (path / "result.json").write_text(json.dumps(ended))

@@ -23,7 +23,7 @@ FLAGS = [
     "--disable-sync", "--no-first-run", "--hide-scrollbars", "--allow-file-access-from-files",
     "--host-resolver-rules=MAP * ~NOTFOUND",
 ]  # fmt: skip
-WIDTHS = {"phone": 360, "desktop": 1280}
+WIDTHS = {"phone": 390, "desktop": 1280}
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
 
@@ -49,10 +49,10 @@ onload = () => {{
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    arms = {"none": (), "kinetic": ("kinetic",), "jacfrob": ("jacfrob",), "rnode": ("kinetic", "jacfrob")}
+    configurations = {"none": (), "kinetic": ("kinetic",), "jacfrob": ("jacfrob",), "rnode": ("kinetic", "jacfrob")}
     runs = [
         write_run(folder / name, digits(penalties=penalties), bits=2 + 0.1 * number, jacfrob=4.0 - number)
-        for number, (name, penalties) in enumerate(arms.items())
+        for number, (name, penalties) in enumerate(configurations.items())
     ]
     return write_report(runs, folder / "out").html
 
@@ -91,7 +91,7 @@ def contrast(one: str, other: str) -> float:
 def test_the_report_in_a_browser(report: Path, tmp_path: Path, screen: str, dark: bool) -> None:
     width = WIDTHS[screen]
     found, picture = browse(tmp_path, report, width=width, dark=dark)
-    assert found["title"] == "Runs on digits"
+    assert found["title"] == "4 configurations on digits"
     assert found["scroll"] == width  # nothing makes the page wider than the screen
     assert len(found["figures"]) == 11
     for left, right, _, _ in found["figures"]:

@@ -226,11 +226,10 @@ def report_rows(report: Report) -> str:
 
 
 def report_as_plain(report: Report) -> dict[str, Any]:
-    """A report for JSON: its files, and its table as ``{row: {arm: text}}``."""
+    """A report for JSON: its files, and its table as ``{row: {column: text}}``."""
     labels = [column.label for column in report.table.columns]
     return {
         "html": report.html,
-        "markdown": report.markdown,
         "figures": report.figures,
         "left_out": report.left_out,
         "table": {row.name: dict(zip(labels, row.cells, strict=True)) for row in report.table.rows},

@@ -113,7 +113,7 @@ def sample_rows(
 
 
 _MOST = 8  # columns
-_DATA, _SAMPLES = "#d55e00", "#0072b2"
+_DATA, _SAMPLES = "C1", "C0"  # of the style sheet
 _BINS = 10, 40  # fewest and most
 _INSIDE = 0.5, 99.5  # percentiles of the data that a panel shows, and a margin around them
 _DPI = 110

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import write_atomically
-from .arms import Arm, by_strength, nfe_batches, settings_of
+from .configurations import Configuration, by_strength, settings_of
 
 Vector = NDArray[np.float64]
 
@@ -21,9 +21,9 @@ _WINDOW = 1 / 20  # of the longest run: the paper averages over three hours of s
 _SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 _JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
 _KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
-_NFE = "NFE of the test solver [evaluations]"
+_NFE = "NFE of the test solver"
 STYLE = "rnode_plugin.plots"
-"""The style sheet of all figures, for ``matplotlib.style.use``."""
+"""The style sheet of all figures, for ``matplotlib.style.use``; its colours C0 to C5 are the only palette."""
 
 
 class Drawing(NamedTuple):
@@ -64,11 +64,11 @@ def plain_text(label: str) -> str:
 
 
 def legend(axes: Any) -> None:
-    """A legend of all labels; of more than six it is small and in two columns."""
-    handles, _ = axes.get_legend_handles_labels()
+    """A legend of all labels above the axes, where none of its marks can be taken for a measurement."""
+    handles, labels = axes.get_legend_handles_labels()
     if handles:
-        many = len(handles) > 6
-        axes.legend(ncols=2 if many else 1, fontsize=7 if many else None)
+        columns = 1 if max(map(len, labels)) > 24 else min(3, len(handles))
+        axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns, fontsize=8)
 
 
 def finish(axes: Any, x: str, y: str) -> None:
@@ -89,119 +89,125 @@ class Panel:
     drawing: Drawing
 
 
-def make_panels(arms: Sequence[Arm]) -> list[Panel]:
-    """All panels that the runs have numbers for."""
+def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
+    """All panels that the runs have numbers for; the ones that compare need two configurations."""
     return [
         Panel(name, title, caption, section, draw(name, paint))
-        for name, title, caption, section, paint in _figures(arms)
+        for name, title, caption, section, paint in _figures(configurations)
     ]
 
 
-def _figures(arms: Sequence[Arm]) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
+def _figures(
+    configurations: Sequence[Configuration],
+) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
     """Name, title, caption, section and painter of each figure."""
-    logged = [arm for arm in arms if all(run.has_steps for run in arm.counted)]
-    checked = [arm for arm in arms if any(run.has_steps and len(run.checks["step"]) for run in arm.runs)]
-    # a curve of one point shows nothing
-    if max((len(run.steps["step"]) for arm in logged for run in arm.runs), default=0) < 2:
-        logged = []
-    if max((len(run.checks["step"]) for arm in checked for run in arm.runs), default=0) < 2:
-        checked = []
-    measure = arms[0].measure
-    likelihood, samples, sample = measure.likelihood, measure.samples, measure.sample
-    images = measure.metric == "bpd"
-    prefix = "bits" if images else measure.metric
-    in_time = f"{likelihood[0].upper()}{likelihood[1:]} against wall-clock time (the paper's figure 2)"
+    measure = configurations[0].measure
+    likelihood, samples = measure.likelihood, measure.samples
+    capitalised = likelihood[0].upper() + likelihood[1:]
+    in_time = f"{capitalised} during training (figure 2 of the paper)"
 
-    if len(points := trade_off(arms)) > 1:
+    if len(points := trade_off(configurations)) > 1:
         caption = (
-            "Down and to the left is better. One mark for each arm, with the test solver, on the held-out "
-            f"{samples}; NFE: {nfe_batches(arms)}. Bars are standard errors: over the seeds; with one seed over "
-            f"the {samples}, and none for NFE. They hold errors that the arms share; the table compares arms "
-            f"{sample} by {sample}. Thin lines "
-            "join arms whose penalties differ by lambda only."
+            f"Each mark is a configuration, measured with the test solver on the held-out {samples}. Marks further "
+            f"down have the better {likelihood}, marks further left need fewer evaluations. Bars are standard "
+            f"errors, over the seeds or, with one seed, over the {samples}. Thin lines join configurations that "
+            "differ in lambda only."
         )
         title = f"Held-out {likelihood} against NFE"
-        yield f"{prefix}-nfe", title, caption, "What the penalties buy", lambda axes: _trade_off(axes, points)
+        yield "score-nfe", title, caption, "What the penalties buy", lambda axes: _trade_off(axes, points)
+
+    # a curve of one point shows nothing
+    logged = [each for each in configurations if all(len(run.steps["step"]) > 1 for run in each.counted)]
     if logged:
         caption = (
-            "Each training batch: mean (line) and the middle 90 % (band) of the batches in a window of a "
-            "twentieth of the longest run. Time without validation; several seeds are averaged at equal steps, up "
-            "to the last step that all of them have reached."
+            "The line is the mean over the training batches in a window of a twentieth of the longest run, the "
+            "band holds the middle 90 % of them. Several seeds are averaged at equal steps."
         )
-        title = f"Training {likelihood} against time"
-        yield f"{prefix}-training", title, caption, in_time, lambda axes: _scores_of_batches(axes, logged)
+        title = f"Training {likelihood}"
+        yield "score-training", title, caption, in_time, lambda axes: _scores_of_batches(axes, logged)
+    checked = [each for each in configurations if any(len(run.checks["step"]) > 1 and run.has_steps
+                                                      for run in each.runs)]  # fmt: skip
     if not checked:
         return
-    nfe_of_checks = nfe_batches(checked, validation=True)
-    first = "Dirty bits/dim" if images else measure.quantities[0].heading
-    caption = (
-        f"{first} of the held-out {samples} at each validation, with the test solver. Time without validation."
+    caption = f"Each mark is a validation on held-out {samples} with the test solver."
+    yield (
+        "score-validation",
+        f"Held-out {likelihood}",
+        caption,
+        in_time,
+        lambda axes: _scores_of_checks(axes, checked),
     )
-    title = f"Held-out {likelihood} against time"
-    yield f"{prefix}-validation", title, caption, in_time, lambda axes: _scores_of_checks(axes, checked)
-    caption = (
-        f"One mark for each validation during training: evaluations of the test solver, {nfe_of_checks}, against "
-        f"the Jacobian norm of the same solves. {_correlations(checked)}"
-    )
-    title, section = "NFE against the Jacobian norm", "NFE against the Jacobian norm (the paper's figure 3)"
+    if len(checked) < 2:
+        return
+    section = "What the penalties do during training (figures 3 and 5 of the paper)"
+    caption = "Each mark is a validation. A smaller Jacobian norm goes with fewer evaluations of the field."
+    title = "NFE against the Jacobian norm"
     yield "nfe-jacobian", title, caption, section, lambda axes: _nfe_against_jacobian(axes, checked)
-    caption = f"At each validation, on the held-out {samples}, with the test solver; NFE: {nfe_of_checks}."
-    section = "What the penalties do during training (the paper's figure 5)"
     for name, title, column, label in (
-        ("jacobian-epoch", "Jacobian norm during training", "val/jacfrob", _JACOBIAN),
-        ("kinetic-epoch", "Kinetic energy during training", "val/kinetic", _KINETIC),
-        ("nfe-epoch", "NFE during training", "val/nfe", _NFE),
+        ("jacobian-epoch", "Jacobian norm", "val/jacfrob", _JACOBIAN),
+        ("kinetic-epoch", "Kinetic energy", "val/kinetic", _KINETIC),
+        ("nfe-epoch", "NFE", "val/nfe", _NFE),
     ):
+        caption = f"At each validation, on held-out {samples}, with the test solver."
         yield name, title, caption, section, lambda axes, c=column, lab=label: _by_epoch(axes, checked, c, lab)
 
 
-def _style(arm: Arm) -> dict[str, Any]:
-    return {"color": arm.look.colour, "linestyle": arm.look.line, "linewidth": 1.8}
+def _style(one: Configuration) -> dict[str, Any]:
+    return {"color": one.look.colour, "linestyle": one.look.line, "linewidth": 1.8}
 
 
-def _marks(arm: Arm) -> dict[str, Any]:
-    return {**_style(arm), "marker": arm.look.marker, "markersize": 4.5, "markeredgewidth": 0}
+def _marks(one: Configuration) -> dict[str, Any]:
+    return {**_style(one), "marker": one.look.marker, "markersize": 4.5, "markeredgewidth": 0}
 
 
-def _time_unit(arms: Sequence[Arm]) -> tuple[float, float, str]:
+def _label(one: Configuration, of: Sequence[Any]) -> str | None:
+    """The label in a legend; None for the only configuration of a figure."""
+    return plain_text(one.label) if len(of) > 1 else None
+
+
+def _time_unit(configurations: Sequence[Configuration]) -> tuple[float, float, str]:
     """The longest training time in seconds, seconds of the unit for it, and the unit's name."""
-    longest = max((run.steps["train_seconds"].max(initial=0) for arm in arms for run in arm.runs), default=0)
+    runs = [run for each in configurations for run in each.runs]
+    longest = max((run.steps["train_seconds"].max(initial=0) for run in runs), default=0)
     return next((longest, size, name) for least, size, name in _SPAN_UNITS if longest >= least)
 
 
-def _scores_of_batches(axes: Any, arms: Sequence[Arm]) -> None:
-    longest, unit, name = _time_unit(arms)
+def _scores_of_batches(axes: Any, configurations: Sequence[Configuration]) -> None:
+    longest, unit, name = _time_unit(configurations)
     settled = []
-    for arm in arms:
-        column = f"train/{arm.measure.metric}"
+    for each in configurations:
+        column = f"train/{each.measure.metric}"
         time, scores = common_time(
-            [(run.steps["step"], run.steps["train_seconds"], run.steps[column]) for run in arm.counted]
+            [(run.steps["step"], run.steps["train_seconds"], run.steps[column]) for run in each.counted]
         )
         curve = rolling(time, scores, window=longest * _WINDOW)
         if len(curve.x):
-            axes.fill_between(curve.x / unit, curve.low, curve.high, color=arm.look.colour, alpha=0.18, linewidth=0)
-            axes.plot(curve.x / unit, curve.mean, label=plain_text(arm.label), **_style(arm))
+            x = curve.x / unit
+            axes.fill_between(x, curve.low, curve.high, color=each.look.colour, alpha=0.18, linewidth=0)
+            axes.plot(x, curve.mean, label=_label(each, configurations), **_style(each))
             settled.append((curve.x, curve.low, curve.high))
     _cut_start(axes, settled)
-    finish(axes, f"training time [{name}]", f"training batches, {arms[0].measure.score}")
+    finish(axes, f"training time [{name}]", f"training batches, {configurations[0].measure.score}")
 
 
-def _scores_of_checks(axes: Any, arms: Sequence[Arm]) -> None:
-    _, unit, name = _time_unit(arms)
-    curves = _plot_checks(axes, arms, "train_seconds", f"val/{arms[0].measure.metric}", unit)
+def _scores_of_checks(axes: Any, configurations: Sequence[Configuration]) -> None:
+    _, unit, name = _time_unit(configurations)
+    curves = _plot_checks(axes, configurations, "train_seconds", f"val/{configurations[0].measure.metric}", unit)
     _cut_start(axes, [(time, scores, scores) for time, scores in curves])
-    finish(axes, f"training time [{name}]", f"held-out, {arms[0].measure.score}")
+    finish(axes, f"training time [{name}]", f"held-out, {configurations[0].measure.score}")
 
 
-def _plot_checks(axes: Any, arms: Sequence[Arm], x: str, y: str, unit: float = 1.0) -> list[tuple[Vector, Vector]]:
-    """A line for each run that has measured ``y`` at its validations; the first of an arm has its label."""
+def _plot_checks(
+    axes: Any, configurations: Sequence[Configuration], x: str, y: str, unit: float = 1.0
+) -> list[tuple[Vector, Vector]]:
+    """A line for each run that has measured ``y`` at its validations; one of a configuration has its label."""
     curves = []
-    for arm in arms:
-        label: str | None = plain_text(arm.label)
-        for run in arm.runs:
+    for each in configurations:
+        label = _label(each, configurations)
+        for run in each.runs:
             if y in run.checks:
                 curves.append((run.checks[x], run.checks[y]))
-                axes.plot(run.checks[x] / unit, run.checks[y], label=label, **_marks(arm))
+                axes.plot(run.checks[x] / unit, run.checks[y], label=label, **_marks(each))
                 label = None
     return curves
 
@@ -220,41 +226,27 @@ def _cut_start(axes: Any, curves: Sequence[tuple[Any, Any, Any]]) -> None:
         axes.set_ylim(bottom - margin, top + margin)
 
 
-def _nfe_against_jacobian(axes: Any, arms: Sequence[Arm]) -> None:
-    for arm in arms:
-        jacobian, nfe = _pairs(arm)
-        axes.scatter(jacobian, nfe, s=26, color=arm.look.colour, marker=arm.look.marker, alpha=0.75, linewidth=0,
-                     label=plain_text(arm.label))  # fmt: skip
+def _nfe_against_jacobian(axes: Any, configurations: Sequence[Configuration]) -> None:
+    for each in configurations:
+        label = _label(each, configurations)
+        for run in each.runs:
+            if run.checks.keys() >= {"val/jacfrob", "val/nfe"}:
+                axes.scatter(run.checks["val/jacfrob"], run.checks["val/nfe"], s=26, color=each.look.colour,
+                             marker=each.look.marker, alpha=0.75, linewidth=0, label=label)  # fmt: skip
+                label = None
+    axes.yaxis.get_major_locator().set_params(integer=True)
     finish(axes, _JACOBIAN, _NFE)
 
 
-def _pairs(arm: Arm) -> tuple[Vector, Vector]:
-    def column(name: str) -> Vector:
-        return np.concatenate([run.checks.get(name, np.full(len(run.checks["step"]), np.nan)) for run in arm.runs])
-
-    return column("val/jacfrob"), column("val/nfe")
-
-
-def _correlations(arms: Sequence[Arm]) -> str:
-    """The correlation within each arm that has five marks or more."""
-    found = []
-    for arm in arms:
-        jacobian, nfe = _pairs(arm)
-        keep = np.isfinite(jacobian) & np.isfinite(nfe)
-        if keep.sum() >= 5 and nfe[keep].std() > 0 and jacobian[keep].std() > 0:
-            found.append(f"{arm.label} {np.corrcoef(jacobian[keep], nfe[keep])[0, 1]:.2f}".replace("-", "−"))
-    return f"Correlation: {', '.join(found)}." if found else ""
-
-
-def _by_epoch(axes: Any, arms: Sequence[Arm], column: str, label: str) -> None:
-    curves = _plot_checks(axes, arms, "epoch", column)
+def _by_epoch(axes: Any, configurations: Sequence[Configuration], column: str, label: str) -> None:
+    curves = _plot_checks(axes, configurations, "epoch", column)
     if column != "val/nfe" and all(np.nanmin(values, initial=math.inf) > 0 for _, values in curves):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if high / low < 30:  # one or two powers of ten alone would be too few numbers
             axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    finish(axes, f"epoch [passes over the training {arms[0].measure.samples}]", label)
+    finish(axes, f"epoch [passes over the training {configurations[0].measure.samples}]", label)
 
 
 # ---- curves ----
@@ -311,44 +303,46 @@ def common_time(seeds: Sequence[tuple[Vector, Vector, Vector]]) -> tuple[Vector,
 
 
 class Point(NamedTuple):
-    """An arm in the plane of NFE and score; None for an error that is not known."""
+    """A configuration in the plane of NFE and score; None for an error that is not known."""
 
-    arm: Arm
+    configuration: Configuration
     nfe: float
     nfe_error: float | None
     score: float
     score_error: float | None
 
 
-def trade_off(arms: Sequence[Arm]) -> list[Point]:
-    """The arms that have measured both, in their order."""
+def trade_off(configurations: Sequence[Configuration]) -> list[Point]:
+    """The configurations that have measured both, in their order."""
     points = []
-    for arm in arms:
-        name = arm.measure.quantities[0].name
-        nfe, score = arm.mean("nfe_test"), arm.mean(name)
+    for each in configurations:
+        name = each.measure.quantities[0].name
+        nfe, score = each.mean("nfe_test"), each.mean(name)
         if math.isfinite(nfe) and math.isfinite(score):
-            points.append(Point(arm, nfe, arm.error("nfe_test"), score, arm.error(name)))
+            points.append(Point(each, nfe, each.error("nfe_test"), score, each.error(name)))
     return points
 
 
 def sweeps_of(points: Sequence[Point]) -> list[list[Point]]:
-    """Points of arms with the same penalties and settings, two or more, by their lambdas."""
-    alike: dict[str, list[Point]] = {}
+    """Points of configurations with the same penalties and settings, two or more, by their lambdas."""
+    same: dict[str, list[Point]] = {}
     for point in points:
-        if penalties := sorted(point.arm.recipe.regularizers):
+        recipe = point.configuration.recipe
+        if penalties := sorted(recipe.regularizers):
             others = {"name": "sweep", "description": "", "regularizers": dict.fromkeys(penalties, 0.0)}
-            alike.setdefault(settings_of(point.arm.recipe, **others), []).append(point)
-    sweeps = [sweep for sweep in alike.values() if len(sweep) > 1]
-    return [sorted(sweep, key=lambda point: by_strength(point.arm.recipe)) for sweep in sweeps]
+            same.setdefault(settings_of(recipe, **others), []).append(point)
+    sweeps = [sweep for sweep in same.values() if len(sweep) > 1]
+    return [sorted(sweep, key=lambda point: by_strength(point.configuration.recipe)) for sweep in sweeps]
 
 
 def _trade_off(axes: Any, points: Sequence[Point]) -> None:
-    """Draw the points with their errors, and a line through those of each sweep."""
+    """Draw the points with their errors, and a line through the points of each sweep."""
     for sweep in sweeps_of(points):
-        axes.plot([p.nfe for p in sweep], [p.score for p in sweep], color="#808080", linewidth=0.8, zorder=1)
+        axes.plot([p.nfe for p in sweep], [p.score for p in sweep], color="0.5", linewidth=0.8, zorder=1)
     for point in points:
-        look = point.arm.look
+        look = point.configuration.look
         axes.errorbar(point.nfe, point.score, xerr=point.nfe_error, yerr=point.score_error, color=look.colour,
                       linestyle="none", marker=look.marker, markersize=6, markeredgewidth=0, elinewidth=1,
-                      capsize=2, label=plain_text(point.arm.label))  # fmt: skip
-    finish(axes, _NFE, f"held-out, {points[0].arm.measure.score}")
+                      capsize=2, label=plain_text(point.configuration.label))  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    finish(axes, _NFE, f"held-out, {points[0].configuration.measure.score}")

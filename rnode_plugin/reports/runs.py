@@ -2,29 +2,80 @@
 
 from __future__ import annotations
 
-import csv
 import functools
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 from numpy.typing import NDArray
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from ..core.regularizers import undivided
 from ..core.schedules import final_strength
-from ..errors import ConfigError, RnodeError
+from ..errors import ConfigError
 from ..evaluation.diagnostics.result import Diagnosis
 from ..evaluation.measures import Measure, measure_of
-from ..plugins.registry import get_regularizer
 from ..recipes.recipe import Recipe
 
 Columns = Mapping[str, NDArray[np.float64]]
+
+_AXES = ("step", "epoch", "train_seconds")
+
+
+class Score(BaseModel):
+    """A mean over the held-out samples, and its standard error over them; None for a single sample."""
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: float
+    stderr: float | None = Field(default=None, validation_alias=AliasChoices("stderr_images", "stderr_rows"))
+
+
+class Evaluated(BaseModel):
+    """The evaluation of the best weights, as ``result.json`` has it; see ``Evaluation``.
+
+    Attributes:
+        scores: by the name of their quantity.
+        samples: number of held-out samples.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    scores: dict[str, Score]
+    nfe_mean: float
+    nfe_batch_size: int
+    penalties: dict[str, float]
+    undivided: frozenset[str]
+    gap: float | None
+    samples: int = Field(validation_alias=AliasChoices("images", "rows"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, plain: Any) -> Any:
+        """Put the means, which stand in the file next to the other numbers, into ``scores``."""
+        if not isinstance(plain, Mapping):
+            return plain
+        others = {"penalties"}
+        means = {name: value for name, value in plain.items() if isinstance(value, Mapping) and name not in others}
+        return {**plain, "scores": means}
+
+
+class Result(BaseModel):
+    """The end of a run, as ``result.json`` has it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stopped: str
+    steps: int
+    planned: int
+    evaluation: Evaluated
 
 
 @dataclass(frozen=True)
@@ -38,7 +89,7 @@ class Run:
         steps: one entry for each logged training step: ``step``, ``epoch``, ``train_seconds``, ``train/bpd``, ...
         checks: one entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...; of a table
             ``nll`` in place of ``bpd``.
-        result: the end of the run and the evaluation of its best weights; None for a run that has not ended.
+        result: None for a run that has not ended.
         scores: of each held-out sample in that result, such as ``dirty`` and ``clean`` of an image, with the number
             of the sample; empty if unknown.
         grid: the newest picture of samples as PNG; None if there is none.
@@ -50,7 +101,7 @@ class Run:
     environment: Mapping[str, Any]
     steps: Columns
     checks: Columns
-    result: Mapping[str, Any] | None
+    result: Result | None
     scores: Columns
     grid: Path | None
     diagnosis: Diagnosis | None = None
@@ -75,33 +126,30 @@ class Run:
         """Training steps so far."""
         if self.has_steps:
             return int(self.steps["step"][-1])
-        return 0 if self.result is None else int(self.result["steps"])
+        return 0 if self.result is None else self.result.steps
 
     @property
     def state(self) -> str:
-        """One phrase for readers: its steps, and whether it is finished or was stopped by its time limit."""
+        """The steps of the run, and whether it is finished or was stopped by its time limit."""
         if self.result is None:
-            return f"not finished: step {self.done}"
-        limit = "; stopped by its time limit" if self.result["stopped"] == "max_time" else ""
-        return f"step {self.result['steps']} of {self.result['planned']}{limit}"
+            return f"not finished: step {self.done:,}"
+        limit = ", stopped by its time limit" if self.result.stopped == "max_time" else ""
+        return f"step {self.result.steps:,} of {self.result.planned:,}{limit}"
 
     @functools.cached_property
     def parameters(self) -> int:
-        """Number of trained numbers of the model."""
+        """Number of trained numbers of the model.
+
+        Raises:
+            RnodeError: the model is from a plugin that is not installed here.
+        """
         return sum(each.numel() for each in self.recipe.build_flow().parameters())
 
     @property
     def penalties(self) -> dict[str, float]:
-        """Mean integrals of the best weights, or at the last validation of a run without a result.
-
-        Divided by the number of dimensions if the objective divides them, see :func:`is_divided`.
-        """
+        """Mean integrals of the best weights, or at the last validation of a run without a result."""
         if self.result is not None:
-            evaluation = self.result["evaluation"]
-            # older versions divided all penalties
-            dims = 1 if "undivided" in evaluation else self.measure.dims
-            found = evaluation["penalties"]
-            return {name: value if is_divided(name) else value * dims for name, value in found.items()}
+            return self.result.evaluation.penalties
         followed = dict.fromkeys(["kinetic", "jacfrob", *self.recipe.regularizers])
         return {name: _last(self.checks[f"val/{name}"]) for name in followed if f"val/{name}" in self.checks}
 
@@ -112,31 +160,23 @@ class Run:
 
     @functools.cached_property
     def numbers(self) -> Mapping[str, float]:
-        """The quantities of :meth:`~rnode_plugin.reports.arms.Arm.mean`; NaN if one was not measured.
+        """The quantities of :meth:`~rnode_plugin.reports.configurations.Configuration.mean` that are known.
 
         Scores and test NFE are of the best weights, or of the last validation of a run without a result.
         """
-        measure, gaps = self.measure, self.checks.get("val/gap")
-        gap = _last(gaps)
         if self.result is not None:
-            evaluation = self.result["evaluation"]
-            known = [each.name for each in (*measure.quantities, *measure.baselines) if evaluation.get(each.name)]
-            found = {name: evaluation[name]["mean"] for name in known} | {"nfe_test": evaluation["nfe_mean"]}
-            if evaluation.get("gap") is not None:
-                gap = evaluation["gap"]
-            elif gaps is not None:  # of an older version: that of the best validation
-                gap = float(gaps[np.nanargmin(self.checks[f"val/{measure.metric}"])])
+            evaluation = self.result.evaluation
+            scores = {name: score.mean for name, score in evaluation.scores.items()}
+            gap, nfe_test = evaluation.gap, evaluation.nfe_mean
         else:
-            first = measure.quantities[0].name
-            found = {
-                first: _last(self.checks[f"val/{measure.metric}"]),
-                "nfe_test": _last(self.checks.get("val/nfe")),
-            }
+            scores = {self.measure.quantities[0].name: _last(self.checks[f"val/{self.measure.metric}"])}
+            gap, nfe_test = _last(self.checks.get("val/gap")), _last(self.checks.get("val/nfe"))
         nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
         return {
             **self.penalties,
-            **found,
-            "gap": gap,
+            **scores,
+            "nfe_test": nfe_test,
+            "gap": math.nan if gap is None else gap,
             "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
             "train_seconds": _last(self.steps["train_seconds"]),
             "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
@@ -144,19 +184,11 @@ class Run:
         }
 
 
-def is_divided(name: str) -> bool:
-    """Whether the objective divides a penalty by the number of dimensions, as it does a sum over them."""
-    try:
-        return not undivided([get_regularizer(name)])
-    except RnodeError:  # of a plugin that is not installed here
-        return True
+def penalties_of(recipe: Recipe) -> str:
+    """The name of a recipe's penalties in an ablation.
 
-
-def arm_of(recipe: Recipe) -> str:
-    """The name of a recipe's configuration in an ablation.
-
-    Without penalties ``ffjord`` if the solver is that of the FFJORD baseline, else ``none``. With them ``rnode``
-    for the paper's two, else their names, as ``a+b``.
+    Without penalties it is ``ffjord`` if the solver is the one of the FFJORD baseline, else ``none``. With the
+    paper's two it is ``rnode``, with others their names, as ``a+b``.
     """
     names = [name for name, strength in recipe.regularizers.items() if final_strength(strength) > 0]
     if set(names) == {"kinetic", "jacfrob"}:
@@ -198,7 +230,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
     if len(kinds) > 1:
         paths = " and ".join(str(run.path) for run in kinds.values())
         raise ConfigError(
-            f"runs on images and on tables have no unit in common, such as {paths}: report them apart."
+            f"runs on images and on tables have no unit in common, such as {paths}: make a report of each kind."
         )
     # a repetition is not a second seed and would shrink the error
     repeated: dict[str, list[Run]] = {}
@@ -213,21 +245,25 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, missing files as empty; a ConfigError for one that is unreadable or of another version."""
+    """Read a run folder, missing files as empty.
+
+    Raises:
+        ConfigError: a file cannot be read, or does not hold what a run writes; the message names it.
+    """
     with _reading(path / "recipe.json") as text:
         recipe = Recipe.from_plain(json.loads(text or ""))
     measure = measure_of(recipe)
     names = [quantity.name for quantity in measure.quantities]
     with _reading(path / "environment.json") as text:
-        environment = _names_and_values(text) or {}
+        environment = TypeAdapter(dict[str, Any]).validate_python(json.loads(text or "{}"))
     with _reading(path / "result.json") as text:
-        result = _names_and_values(text)
-        if result is not None:
-            _check_result(result, names, f"stderr_{measure.samples}")
+        result = None if text is None else Result.model_validate(json.loads(text))
+        if result is not None and (missing := [each for each in names if each not in result.evaluation.scores]):
+            raise ValueError(f"evaluation.{missing[0]} is missing")
     with _reading(path / "diagnosis.json") as text:
         diagnosis = None if text is None else Diagnosis.from_plain(json.loads(text))
     with _reading(path / measure.file) as text:
-        scores = _columns(_rows(text), (measure.sample, *names))
+        scores = _rows(_table(text), known=[measure.sample], columns=names)
     steps, checks = read_metrics(path / "metrics.csv", measure.metric)
     grid = path / "samples" / "best.png"
     if not grid.is_file():
@@ -235,71 +271,57 @@ def read_run(path: Path) -> Run:
     return Run(path, recipe, environment, steps, checks, result, scores, grid, diagnosis)
 
 
-def _check_result(result: Mapping[str, Any], quantities: Iterable[str], error: str) -> None:
-    evaluation = result["evaluation"]
-    numbers = [result["steps"], result["planned"], evaluation["nfe_mean"], *evaluation["penalties"].values()]
-    for name in quantities:
-        numbers += [evaluation[name]["mean"], evaluation[name][error] or 0.0]
-    if not (isinstance(result["stopped"], str) and all(isinstance(each, (int, float)) for each in numbers)):
-        raise ValueError("expected numbers")
+def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
+    """Training steps and validations of a ``metrics.csv``; empty if missing, a ConfigError if unreadable."""
+    with _reading(path) as text:
+        table = _table(text)
+    score, checked = f"train/{metric}", f"val/{metric}"
+    matching = table.get("train/matching")  # steps before the likelihood count as training
+    trained = table.get(score) if matching is None else matching.fillna(table.get(score, np.nan))
+    times = _rows(table.assign(trained=trained), known=[*_AXES, "trained"])
+    checks = _rows(table, known=["step", checked])
+    # a validation is logged with its step only, so its epoch and time are interpolated between steps
+    known, unknown = len(times["step"]) > 0, np.full(len(checks["step"]), np.nan)
+    places = {
+        name: np.interp(checks["step"], times["step"], times[name]) if known else unknown
+        for name in ("epoch", "train_seconds")
+    }
+    return _rows(table, known=[*_AXES, score]), {**checks, **places}
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[str | None]:
-    """The text of a file, None if it is not there; errors in the block name the file."""
+    """The text of a file, None if it is not there; an error in the block becomes a ConfigError with its name."""
     try:
-        yield file.read_text() if file.exists() else None
-    except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
-        found = f"{error}" if isinstance(error, (OSError, csv.Error, ValueError)) else repr(error)
-        raise ConfigError(f"{file} cannot be read, or is not of this version: {found}") from None
+        yield file.read_text(encoding="utf-8") if file.exists() else None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise ConfigError(f"{file} does not hold what a run writes: {found}.") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
+    except RecursionError:
+        raise ConfigError(f"{file} does not hold what a run writes: it is nested too deeply.") from None
+    except ValueError as error:  # text that is not UTF-8, JSON or CSV, and a ConfigError of a recipe
+        raise ConfigError(f"{file} does not hold what a run writes: {str(error).rstrip('.')}.") from None
 
 
-def _names_and_values(text: str | None) -> dict[str, Any] | None:
-    contents = {} if text is None else json.loads(text)
-    if not isinstance(contents, dict):
-        raise ValueError("expected a table of names and values")
-    return None if text is None else contents
-
-
-def _rows(text: str | None) -> list[dict[str, float]]:
-    """The rows of a CSV file, of each the cells that hold a number."""
+def _table(text: str | None) -> pandas.DataFrame:
+    """The cells of a CSV file that hold a number; the others are NaN."""
     text = text or ""
-    whole = text[: text.rfind("\n") + 1]  # a running run may be in the middle of a row, and of a number
-    return [_numbers(row) for row in csv.DictReader(whole.splitlines())]
+    whole = text[: text.rfind("\n") + 1]  # a run that is being trained may be in the middle of a row
+    if not whole.strip():
+        return pandas.DataFrame()
+    table = pandas.read_csv(io.StringIO(whole), dtype=str)
+    return table.apply(pandas.to_numeric, errors="coerce").astype(float)
 
 
-def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
-    """Training steps and validations of a ``metrics.csv``; empty if missing, a ConfigError if unreadable."""
-    with _reading(path) as text:
-        rows = _rows(text)
-    needed = ("step", "epoch", "train_seconds")
-    steps = _columns([row for row in rows if f"train/{metric}" in row], needed)
-    trained = _columns([row for row in rows if f"train/{metric}" in row or "train/matching" in row], needed)
-    checks = _columns([row for row in rows if f"val/{metric}" in row], ("step", f"val/{metric}"))
-    # a validation is logged with its step only; its epoch and time are those of the steps around it
-    known, unknown = len(trained["step"]) > 0, np.full(len(checks["step"]), np.nan)
-    places = {
-        name: np.interp(checks["step"], trained["step"], trained[name]) if known else unknown
-        for name in ("epoch", "train_seconds")
-    }
-    return steps, {**checks, **places}
-
-
-def _numbers(row: Mapping[str | None, Any]) -> dict[str, float]:
-    numbers = {}
-    for name, text in row.items():
-        try:
-            numbers[str(name)] = float(text)
-        except (TypeError, ValueError):
-            continue
-    return numbers
+def _rows(table: pandas.DataFrame, *, known: Sequence[str], columns: Sequence[str] = ()) -> Columns:
+    """The columns of a table, of the rows in which ``known`` are known; ``columns`` are added if missing."""
+    names = list(dict.fromkeys([*known, *columns, *table.columns]))
+    complete = table.reindex(columns=names).dropna(subset=list(known))
+    return {name: complete[name].to_numpy(float) for name in names}
 
 
 def _last(values: NDArray[np.float64] | None) -> float:
     return float(values[-1]) if values is not None and len(values) else math.nan
-
-
-def _columns(rows: list[dict[str, float]], needed: tuple[str, ...]) -> Columns:
-    complete = [row for row in rows if all(name in row for name in needed)]
-    names = dict.fromkeys([*needed, *(name for row in complete for name in row)])
-    return {name: np.array([row.get(name, np.nan) for row in complete], dtype=float) for name in names}

@@ -1,4 +1,4 @@
-"""The table of a report: one column for each arm, and the paper's own figures in columns marked as such."""
+"""The table of a report: a column for each configuration and for the paper, and the sentences around it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from ..core.schedules import strength_text
 from ..errors import RnodeError
+from ..recipes.settings import Paper
 from ..solvers.config import solver_text
 from ..text import change_with_error, duration, signed, significant, with_error
-from .arms import Arm, base_of, nfe_batches, paired_difference, penalties_of
-from .runs import is_divided
+from .configurations import Configuration, base_of, paired_difference
 
 
 @dataclass(frozen=True)
 class Column:
-    """The head of a column; ``paper`` marks the paper's own figures."""
+    """The head of a column; ``paper`` marks the figures that the paper gives."""
 
     label: str
     paper: bool = False
@@ -24,11 +24,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A quantity, its unit or meaning, and the text of each column; an empty one if it is unknown."""
+    """A quantity, its unit or meaning, and the text of each column; an empty one if it is unknown.
+
+    ``detail`` marks a row that a reader needs less often.
+    """
 
     name: str
     meaning: str
     cells: tuple[str, ...]
+    detail: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,59 +44,65 @@ class Table:
     notes: tuple[str, ...]
 
 
-_Line = tuple[str, str, Callable[[Arm], str]]
-"""A row's name and meaning, and the text of an arm's cell."""
+_Line = tuple[str, str, Callable[[Configuration], str]]
+"""A row's name and meaning, and the text of the cell of a configuration."""
 
 
-def make_table(arms: Sequence[Arm]) -> Table:
-    """The table of some arms; with the paper's figures if the recipes of all arms carry the same ones.
+def make_table(configurations: Sequence[Configuration]) -> Table:
+    """The table of some configurations; with the paper's figures if all their recipes carry the same ones.
 
-    Quantities that no arm has measured have no row.
+    Quantities that no configuration has measured have no row.
     """
-    base, papers = base_of(arms), _paper_columns(arms)
+    base, papers = base_of(configurations), _paper_columns(configurations)
     rows = []
-    for name, meaning, cell in _lines(arms, base):
-        cells = (*map(cell, arms), *(known.get(name, "") for known in papers.values()))
-        if any(cells):
-            rows.append(Row(name, meaning, cells))
-    columns = [*(Column(arm.label) for arm in arms), *(Column(label, paper=True) for label in papers)]
-    return Table(tuple(columns), tuple(rows), tuple(_notes(arms, base, paper=bool(papers))))
+    for detail, lines in ((False, _main_lines(configurations, base)), (True, _detail_lines(configurations, base))):
+        for name, meaning, cell in lines:
+            cells = (*map(cell, configurations), *(known.get(name, "") for known in papers.values()))
+            if any(cells):
+                rows.append(Row(name, meaning, cells, detail))
+    columns = [*(Column(each.label) for each in configurations), *(Column(label, paper=True) for label in papers)]
+    return Table(tuple(columns), tuple(rows), tuple(_notes(configurations, base, paper=bool(papers))))
 
 
-def _lines(arms: Sequence[Arm], base: Arm) -> Iterator[_Line]:
-    """All rows, from the top."""
+def _main_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
+    """The rows that are always shown, from the top."""
     measure = base.measure
     for number, each in enumerate((*measure.quantities, *measure.baselines)):
-        yield (each.heading, each.meaning, _score(each.name))
+        yield each.heading, each.meaning, _score(each.name)
         if number == 0:
             meaning = f"{each.heading}, {measure.sample} by {measure.sample}"
-            yield (f"against {base.label}", meaning, lambda arm: _difference(arm, base))
-    yield from (
-        ("NFE, test", f"all blocks, test solver, {nfe_batches(arms)}", _known("nfe_test")),
-        ("training time", "without validation", _known("train_seconds", duration)),
-        ("time per step", "median", _known("seconds_per_step", lambda s: f"{significant(s)} s")),
-        ("NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")),
+            yield f"against {base.label}", meaning, lambda one: _difference(one, base)
+    sizes = {run.result.evaluation.nfe_batch_size for one in configurations for run in one.runs if run.result}
+    batches = f", batches of {' or '.join(map(str, sorted(sizes)))} {measure.samples}" if sizes else ""
+    yield "NFE, test", f"evaluations of all blocks by the test solver{batches}", _known("nfe_test")
+    yield "training time", "without validations", _known("train_seconds", duration)
+    yield "λ", "weights of the penalties", lambda one: lambdas_text(one)
+
+
+def _detail_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
+    """The other rows."""
+    measure = base.measure
+    yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
+    yield "NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")
+    runs = [run for one in configurations for run in one.runs]
+    undivided = {name for run in runs if run.result for name in run.result.evaluation.undivided}
+    names = dict.fromkeys(["jacfrob", "kinetic", *(name for run in runs for name in run.penalties)])
+    for name in names:
+        heading, meaning = _PENALTIES.get(name, (name, "penalty" if name in undivided else "penalty / dim"))
+        yield heading, f"{meaning}, test solver", _known(name)
+    yield (
+        "solver gap",
+        f"{measure.likelihood} by the training solver minus {measure.likelihood} by the test solver",
+        _known("gap", signed),
     )
-    for name in penalties_of(arms):
-        heading, meaning = _PENALTIES.get(name, (name, "penalty / dim" if is_divided(name) else "penalty"))
-        yield (heading, f"{meaning}, test solver", _known(name))
-    accurate = "ones" if measure.metric == "bpd" else "one"
-    yield from (
-        (
-            "solver gap",
-            f"{measure.likelihood} by the training solver, less the accurate {accurate}",
-            _known("gap", signed),
-        ),
-        ("steps", "", lambda arm: f"{arm.mean('steps'):,.0f}"),
-        ("parameters", "", _parameters),
-        ("training solver", "", _training_solver),
-        ("test solver", "", lambda arm: solver_text(arm.recipe.test_solver)),
-        ("λ", "", _lambdas),
-        ("seeds", "", lambda arm: ", ".join(str(run.recipe.training.seed) for run in arm.counted)),
-        (f"held-out {measure.samples}", "of the scores and penalties", _held_out),
-        ("device", "of each run", _devices),
-        ("state", "", lambda arm: "; ".join(dict.fromkeys(run.state for run in arm.runs))),
-    )
+    yield "steps", "", lambda one: f"{one.mean('steps'):,.0f}"
+    yield "parameters", "", _parameters
+    yield "training solver", "", _training_solver
+    yield "test solver", "", lambda one: solver_text(one.recipe.test_solver)
+    yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
+    yield f"held-out {measure.samples}", "measured for the scores and penalties", _held_out
+    yield "device", "of each run", _devices
+    yield "state", "", lambda one: "; ".join(dict.fromkeys(run.state for run in one.runs))
 
 
 _PENALTIES = {
@@ -101,70 +111,79 @@ _PENALTIES = {
 }
 
 
-def _paper_columns(arms: Sequence[Arm]) -> Mapping[str, Mapping[str, str]]:
+def paper_of(configurations: Sequence[Configuration]) -> Paper | None:
+    """The figures of the paper, if the recipes of all configurations carry the same ones."""
+    paper, *others = {one.recipe.paper for one in configurations}
+    return None if others else paper
+
+
+def paper_time(hours: float, gpus: int) -> str:
+    """``24.4 h on 1 GPU``."""
+    return f"{hours:g} h on {gpus} GPU" + ("s" if gpus > 1 else "")
+
+
+def _paper_columns(configurations: Sequence[Configuration]) -> Mapping[str, Mapping[str, str]]:
     """The cells by row of the two runs for which the paper gives figures (its tables 1 and 2)."""
-    paper, *others = {arm.recipe.paper for arm in arms}
-    if paper is None or others:
+    paper = paper_of(configurations)
+    if paper is None:
         return {}
-
-    def time(hours: float) -> str:
-        return f"{hours:g} h on {paper.gpus} GPU" + ("s" if paper.gpus > 1 else "")
-
     rnode = {
         "bits/dim, dirty": f"{paper.bits_dirty:g}",
         "bits/dim, clean": f"{paper.bits_clean:g}",
-        "training time": time(paper.hours),
+        "training time": paper_time(paper.hours, paper.gpus),
         "parameters": f"{paper.parameters:.2e}".replace("e+0", "e"),  # as the paper writes it
     }
-    columns = {"RNODE, the paper": rnode}
+    columns = {"RNODE, Finlay et al. 2020": rnode}
     if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
-        vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g}", "training time": time(paper.vanilla_hours)}
-        columns["FFJORD, the paper"] = vanilla
+        vanilla_time = paper_time(paper.vanilla_hours, paper.gpus)
+        vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g}", "training time": vanilla_time}
+        columns["FFJORD, Finlay et al. 2020"] = vanilla
     return columns
 
 
-def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[Arm], str]:
+def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[Configuration], str]:
     """The mean of a quantity as text; empty if it was not measured."""
-    return lambda arm: "" if math.isnan(value := arm.mean(name)) else text(value)
+    return lambda one: "" if math.isnan(value := one.mean(name)) else text(value)
 
 
-def _score(name: str) -> Callable[[Arm], str]:
-    return lambda arm: _known(name, lambda value: with_error(value, arm.error(name)))(arm)
+def _score(name: str) -> Callable[[Configuration], str]:
+    return lambda one: _known(name, lambda value: with_error(value, one.error(name)))(one)
 
 
-def _difference(arm: Arm, base: Arm) -> str:
-    difference = None if arm is base else paired_difference(arm, base)
+def _difference(one: Configuration, base: Configuration) -> str:
+    difference = None if one is base else paired_difference(one, base)
     if difference is None:
         return ""
     return f"{change_with_error(difference.mean, difference.error)}: {difference.verdict}"
 
 
-def _held_out(arm: Arm) -> str:
-    known = [run.result["evaluation"].get(arm.measure.samples) for run in arm.counted if run.result is not None]
-    return " or ".join(dict.fromkeys(f"{count:,}" for count in known if count is not None))
+def _held_out(one: Configuration) -> str:
+    known = [run.result.evaluation.samples for run in one.counted if run.result is not None]
+    return " or ".join(dict.fromkeys(f"{count:,}" for count in known))
 
 
-def _parameters(arm: Arm) -> str:
+def _parameters(one: Configuration) -> str:
     try:
-        return f"{arm.runs[0].parameters:,}"
+        return f"{one.runs[0].parameters:,}"
     except RnodeError:  # a plugin that is not installed here
         return ""
 
 
-def _training_solver(arm: Arm) -> str:
-    ends = dict.fromkeys(f"{run.step_size:g}" for run in arm.counted if not math.isnan(run.step_size))
-    return solver_text(arm.recipe.solver) + (f" ({', '.join(ends)} at the end)" if ends else "")
+def _training_solver(one: Configuration) -> str:
+    ends = dict.fromkeys(f"{run.step_size:g}" for run in one.counted if not math.isnan(run.step_size))
+    return solver_text(one.recipe.solver) + (f" ({', '.join(ends)} at the end)" if ends else "")
 
 
-def _lambdas(arm: Arm) -> str:
-    terms = [f"{name} {strength_text(strength)}" for name, strength in arm.recipe.regularizers.items()]
+def lambdas_text(one: Configuration) -> str:
+    """``kinetic 0.01, jacfrob 0.01``, or ``none``."""
+    terms = [f"{name} {strength_text(strength)}" for name, strength in one.recipe.regularizers.items()]
     return ", ".join(terms) or "none"
 
 
-def _devices(arm: Arm) -> str:
+def _devices(one: Configuration) -> str:
     """The devices of the runs, on a CPU with the number of threads; each once."""
     found = {}
-    for environment in (run.environment for run in arm.runs if run.environment.get("device")):
+    for environment in (run.environment for run in one.runs if run.environment.get("device")):
         threads = environment.get("threads")
         on_cpu = environment.get("cuda") is None and threads is not None
         found[str(environment["device"]) + (f", {threads} thread{'s' * (threads != 1)}" if on_cpu else "")] = None
@@ -174,79 +193,53 @@ def _devices(arm: Arm) -> str:
 # ---- sentences around the table ----
 
 
-def _notes(arms: Sequence[Arm], base: Arm, *, paper: bool) -> Iterator[str]:
+def _notes(configurations: Sequence[Configuration], base: Configuration, *, paper: bool) -> Iterator[str]:
     """The notes below the table."""
     measure = base.measure
-    samples, sample, likelihood = measure.samples, measure.sample, measure.likelihood
-    differences = (paired_difference(arm, base) for arm in arms if arm is not base)
-    units = {difference.unit for difference in differences if difference is not None}
-    over = f"over the held-out {samples}"
-    if any(len(arm.runs) > 1 for arm in arms):
-        over = f"over the seeds; with one seed {over}"
+    several = any(len(one.runs) > 1 for one in configurations)
+    over = f"over the seeds, or over the {measure.samples} if there is one seed" if several else ""
     yield (
-        f"± is the standard error {over}. {likelihood[0].upper()}{likelihood[1:]}, test NFE and penalties are "
-        f"those of the weights with the lowest validation {likelihood}, on the same held-out {samples}."
+        f"± is the standard error {over or f'over the held-out {measure.samples}'}. Scores, test NFE and penalties "
+        f"are measured with the weights that have the lowest validation {measure.likelihood}. Lower is better."
     )
-    if units:
+    differences = (paired_difference(one, base) for one in configurations if one is not base)
+    if units := {difference.unit for difference in differences if difference is not None}:
         yield (
-            f"The row “against {base.label}” is a mean of differences between two arms, {sample} by {sample}, "
-            f"with its standard error: much of the error of each arm's own {likelihood} is shared and drops out. "
-            "It says “better” or “worse” if the 95 % interval leaves zero out."
+            f"The row “against {base.label}” compares two configurations {measure.sample} by {measure.sample}. "
+            "Errors that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
+            "difference excludes zero."
         )
-    if samples in units:
+        if measure.samples in units:
+            yield (
+                f"With one seed the interval covers the choice of the {measure.samples}, but not the luck of a "
+                "training run. Train several seeds (--seeds 3) to cover both."
+            )
+    if not all(one.finished for one in configurations):
         yield (
-            f"With one seed that interval covers the choice of the {samples} and their noise, not how another "
-            "training run would have ended; several seeds (--seeds 3) show that."
-        )
-    if measure.metric == "bpd":
-        yield (
-            "Dirty bits/dim bound the discrete likelihood of the images from above, in expectation; clean ones "
-            "bound nothing and are shown because the paper shows them."
-        )
-    else:
-        yield (
-            "NLL is the mean of −log p in nats per row of the data as they are, in the unit of the table, on rows "
-            "that neither trained the weights nor chose them. Lower is better; a change of unit moves the NLL of "
-            "all densities alike."
-        )
-    if not all(arm.finished for arm in arms):
-        yield (
-            "Runs that are not finished do not count beside finished ones of the same settings; alone they show "
-            "their last validation, without a standard error."
-        )
-    yield (
-        "Test NFE is the mean over solves that stand alone: none begins with a step of another one. The samples of "
-        "a batch share the steps, so larger batches need more. Figures of the training, and a run that is not "
-        "finished, have the NFE of its validations, whose batches are larger."
-    )
-    results = [run.result["evaluation"] for arm in arms for run in arm.runs if run.result is not None]
-    if not all("nfe_batches" in result for result in results):
-        yield (
-            "Runs of older versions have the NFE of solves that began with the steps of the one before: too low "
-            "beside the others. `rnode-cli eval` measures it again."
+            "Runs that are not finished are left out of the means of a configuration that has finished ones. "
+            "Otherwise the table shows their last validation, without a standard error."
         )
     if paper:
         yield (
-            "Columns of the paper hold the paper's own figures (Finlay et al. 2020, tables 1 and 2), of another "
-            "machine (GeForce RTX 2080 Ti if it says so); nothing in them was measured here."
+            "Columns in italics are tables 1 and 2 of Finlay et al. (2020), measured by its authors on other "
+            "hardware."
         )
 
 
-def against_base(arms: Sequence[Arm]) -> list[str]:
-    """One sentence for each finished arm: its difference from the arm without penalties, or from the first."""
-    base = base_of(arms)
-    others = [arm for arm in arms if arm is not base and arm.recipe.data.name == base.recipe.data.name]
-    return [_sentence(arm, base) for arm in others if arm.finished and base.finished]
+def against_base(configurations: Sequence[Configuration]) -> list[str]:
+    """A sentence for each finished configuration: its difference from the one without penalties, or the first."""
+    base = base_of(configurations)
+    others = [one for one in configurations if one is not base and one.recipe.data.name == base.recipe.data.name]
+    return [_sentence(one, base) for one in others if one.finished and base.finished]
 
 
-def _sentence(arm: Arm, base: Arm) -> str:
-    difference = paired_difference(arm, base)
+def _sentence(one: Configuration, base: Configuration) -> str:
+    difference = paired_difference(one, base)
     parts = []
     if difference is not None:
         change = change_with_error(difference.mean, difference.error)
-        parts = [
-            f"{arm.measure.likelihood} {change} over {difference.count} {difference.unit} ({difference.verdict})"
-        ]
+        unit = f"{difference.count} {difference.unit}"
+        parts = [f"{one.measure.likelihood} {change} over {unit} ({difference.verdict})"]
     for name, text in (
         ("nfe_test", "test NFE"),
         ("jacfrob", "Jacobian norm"),
@@ -254,7 +247,33 @@ def _sentence(arm: Arm, base: Arm) -> str:
         ("seconds_per_step", "time per step"),
     ):
         before = base.mean(name)
-        ratio = arm.mean(name) / before if before else math.nan
+        ratio = one.mean(name) / before if before else math.nan
         if not math.isnan(ratio):
             parts.append(f"{text} × {significant(ratio)}")
-    return f"{arm.label} against {base.label}: {', '.join(parts)}."
+    return f"{one.label} against {base.label}: {', '.join(parts)}."
+
+
+def summary(configurations: Sequence[Configuration]) -> str:
+    """The result of the first configuration with penalties in two sentences, with the paper's next to it."""
+    base = base_of(configurations)
+    one = next((each for each in configurations if each is not base and each.finished), base)
+    score, measure = one.measure.quantities[0], one.measure
+    known = with_error(one.mean(score.name), one.error(score.name))
+    gaussian = [each for each in measure.baselines if not math.isnan(one.mean(each.name))]
+    if not one.finished:
+        text = f"The run is {one.runs[0].state}. Its last validation measured {known} {measure.unit}."
+    else:
+        text = (
+            f"The model {f'{one.label} ' if len(configurations) > 1 else ''}has {known} {measure.unit} on "
+            f"{_held_out(one)} held-out {measure.samples} and needs {significant(one.mean('nfe_test'))} "
+            f"evaluations of its vector field for a solve. It trained for {duration(one.mean('train_seconds'))}."
+        )
+    for each in gaussian:
+        text += f" A Gaussian has {significant(one.mean(each.name), 4)} {measure.unit}."
+    paper = paper_of(configurations)
+    if paper is not None:
+        text += (
+            f" Finlay et al. (2020) report {paper.bits_dirty:g} {measure.unit} after "
+            f"{paper_time(paper.hours, paper.gpus)}."
+        )
+    return text

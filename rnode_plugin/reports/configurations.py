@@ -1,11 +1,10 @@
-"""Arms: runs that differ by their seed only, their means and errors, and the difference of two arms."""
+"""Configurations: runs that differ by their seed only, their means and errors, and the difference of two."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,68 +13,57 @@ import numpy as np
 from ..core.schedules import final_strength, strength_text
 from ..evaluation.measures import Measure
 from ..recipes.recipe import Recipe, TableData
-from .runs import Run, arm_of
+from .runs import Run, penalties_of
 
 _LEVEL = 0.95
-_RESOLUTION = 1e-5  # bits/dim, nats: single precision tells no smaller differences apart
+_RESOLUTION = 1e-5  # bits/dim, nats: single precision does not resolve smaller differences
+_ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # of the paper's ablation
+
+# six colours of the style sheet and seven each of these: 42 configurations look different
+_COLOURS = 6
+_LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
+    "-", "--", "-.", ":", (0, (4, 1, 1, 1)), (0, (8, 2, 2, 2)), (0, (1, 1)),
+)  # fmt: skip
+_MARKERS = "oDs^vPX"
 
 
 class Look(NamedTuple):
-    """How an arm is drawn; colours of Okabe and Ito, which colour-blind readers can tell apart."""
+    """How a configuration is drawn; the colour is one of the style sheet's cycle."""
 
     colour: str
     line: str | tuple[int, tuple[int, ...]]
     marker: str
 
-
-_LOOKS = {
-    "none": Look("#d55e00", "--", "o"),
-    "ffjord": Look("#e69f00", (0, (6, 2)), "v"),
-    "kinetic": Look("#009e73", "-.", "^"),
-    "jacfrob": Look("#cc79a7", ":", "s"),
-    "rnode": Look("#0072b2", "-", "D"),
-}
-_COLOURS = ("#56b4e9", "#808080", "#b8a800", "#d55e00", "#009e73", "#cc79a7", "#0072b2", "#e69f00")
-_LINES_AND_MARKERS = (
-    ((0, (4, 1, 1, 1)), "P"),
-    ((0, (1, 1)), "X"),
-    ((0, (8, 2, 2, 2)), "*"),
-    ((0, (3, 1, 1, 1, 1, 1)), "p"),
-    ((0, (10, 3)), "h"),
-)
-
-
-def _more_looks() -> Iterator[Look]:
-    """Looks for arms of other names: all different until every colour has had every line."""
-    for shift in itertools.cycle(range(len(_LINES_AND_MARKERS))):
-        for place, colour in enumerate(_COLOURS):
-            yield Look(colour, *_LINES_AND_MARKERS[(place + shift) % len(_LINES_AND_MARKERS)])
+    @staticmethod
+    def of(number: int) -> Look:
+        """The look of configuration ``number`` of a report."""
+        return Look(f"C{number % _COLOURS}", _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
 
 
 @dataclass(frozen=True)
-class Arm:
+class Configuration:
     """Runs of the same settings but for the seed.
 
     Attributes:
-        label: tells it apart from the other arms of a report.
-        name: see :func:`~rnode_plugin.reports.runs.arm_of`.
+        label: differs from the labels of the other configurations of a report.
+        penalties: their name, see :func:`~rnode_plugin.reports.runs.penalties_of`.
         runs: one for each seed.
         look: how it is drawn.
     """
 
     label: str
-    name: str
+    penalties: str
     runs: tuple[Run, ...]
     look: Look
 
     @property
     def measure(self) -> Measure:
-        """The measure of its kind of data, the same for all arms of a report."""
+        """The measure of its kind of data, the same for all configurations of a report."""
         return self.runs[0].measure
 
     @property
     def recipe(self) -> Recipe:
-        """The settings that all of its runs share, but for the seed."""
+        """The settings of all of its runs, but for the seed."""
         return self.runs[0].recipe
 
     @property
@@ -101,54 +89,39 @@ class Arm:
     def error(self, name: str) -> float | None:
         """Standard error of a score or of ``nfe_test``: over the seeds; with one seed over the samples.
 
-        None if it is not known: no error of one NFE, nor of runs that are not finished.
+        The error of a baseline is always over the samples, because a baseline does not depend on the seed. None if
+        the error is not known, as for one NFE and for runs that are not finished.
         """
         result, values = self.counted[0].result, [run.numbers[name] for run in self.counted]
-        if result is None or (len(values) == 1 and name == "nfe_test"):
+        if result is None:
             return None
-        if len(values) > 1:
+        if len(values) > 1 and name not in [each.name for each in self.measure.baselines]:
             return float(np.std(values, ddof=1) / len(values) ** 0.5)
-        return result["evaluation"][name][f"stderr_{self.measure.samples}"]
-
-
-def nfe_batches(arms: Sequence[Arm], *, validation: bool = False) -> str:
-    """The batches of the test NFE, in words: those of the best weights, or of a validation during training."""
-    sizes = {
-        run.recipe.data.val_batch_size if validation or run.result is None
-        else run.result["evaluation"].get("nfe_batch_size", run.recipe.data.val_batch_size)
-        for arm in arms for run in arm.counted
-    }  # fmt: skip
-    return f"batches of {' or '.join(map(str, sorted(sizes)))} {arms[0].measure.samples}, each solved alone"
-
-
-def penalties_of(arms: Sequence[Arm]) -> list[str]:
-    """Names of all measured penalties, ``jacfrob`` and ``kinetic`` first."""
-    names = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.penalties)
-    return sorted(names, key=lambda name: {"jacfrob": 0, "kinetic": 1}.get(name, 2))
+        score = result.evaluation.scores.get(name)
+        return None if score is None else score.stderr
 
 
 def settings_of(recipe: Recipe, **changes: Any) -> str:
-    """A text of all settings but the seed, with some of them changed: equal for recipes that are alike."""
+    """A text of all settings but the seed, with some of them changed: equal for equal recipes."""
     training = dataclasses.replace(recipe.training, seed=0)
     return repr(dataclasses.replace(recipe, training=training, **changes).to_plain())
 
 
-def group_runs(runs: Sequence[Run]) -> list[Arm]:
-    """The arms of some runs: the paper's first, the others as they come, a sweep by its lambdas."""
+def group_runs(runs: Sequence[Run]) -> list[Configuration]:
+    """The configurations of some runs: the paper's first, the others in their order, a sweep by its lambdas."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(settings_of(run.recipe), []).append(run)
-    order = list(dict.fromkeys([*_LOOKS, *(arm_of(group[0].recipe) for group in groups.values())]))
+    order = list(dict.fromkeys([*_ORDER, *(penalties_of(group[0].recipe) for group in groups.values())]))
     members = sorted(
-        groups.values(), key=lambda group: (order.index(arm_of(group[0].recipe)), by_strength(group[0].recipe))
+        groups.values(),
+        key=lambda group: (order.index(penalties_of(group[0].recipe)), by_strength(group[0].recipe)),
     )
-    spare, taken, arms = _more_looks(), set(), []
-    for label, group in zip(_labels([group[0] for group in members]), members, strict=True):
-        name = arm_of(group[0].recipe)
-        look = _LOOKS[name] if name in _LOOKS and name not in taken else next(spare)
-        taken.add(name)
-        arms.append(Arm(label, name, tuple(group), look))
-    return arms
+    labels = _labels([group[0] for group in members])
+    return [
+        Configuration(label, penalties_of(group[0].recipe), tuple(group), Look.of(number))
+        for number, (label, group) in enumerate(zip(labels, members, strict=True))
+    ]
 
 
 def by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
@@ -157,14 +130,16 @@ def by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """For each run the shortest text that tells it apart from the others."""
+    """For each run the shortest text that no other run has."""
     texts: tuple[Callable[[Run], str], ...] = (
-        lambda run: arm_of(run.recipe),
+        lambda run: penalties_of(run.recipe),
         lambda run: _with_lambdas(run.recipe),
         lambda run: f"{_with_lambdas(run.recipe)} ({run.recipe.solver.method})",
         lambda run: run.recipe.name,
         lambda run: str(run.path),
     )
+    if len(runs) == 1:
+        return [runs[0].recipe.name]
     labels = [texts[0](run) for run in runs]
     for text in texts[1:]:
         labels = [text(run) if labels.count(label) > 1 else label for run, label in zip(runs, labels, strict=True)]
@@ -172,10 +147,10 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _with_lambdas(recipe: Recipe) -> str:
-    """``kinetic=0.01+jacfrob=0.1``; the name of the arm if it has no penalty."""
+    """``kinetic=0.01+jacfrob=0.1``, or ``none`` or ``ffjord`` without penalties."""
     used = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
     terms = [f"{name}={strength_text(strength)}" for name, strength in used.items()]
-    return "+".join(terms) or arm_of(recipe)
+    return "+".join(terms) or penalties_of(recipe)
 
 
 # ---- differences ----
@@ -186,7 +161,7 @@ class Difference:
     """A mean difference in the unit of the measure, and its standard error.
 
     Attributes:
-        mean: negative if the arm is better than the one it is compared with.
+        mean: negative if the configuration is better than the one it is compared with.
         error: standard error of the mean, from ``count`` paired differences.
         count: number of differences.
         unit: ``seeds``, ``images`` or ``rows``.
@@ -202,31 +177,32 @@ class Difference:
         """``better`` or ``worse`` if the 95 % interval (Student's t) excludes 0, else ``no difference shown``."""
         from scipy.stats import t
 
-        if abs(self.mean) <= max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error):
+        limit = max(_RESOLUTION, float(t.ppf((1 + _LEVEL) / 2, self.count - 1)) * self.error)
+        if not abs(self.mean) > limit:  # also of a mean that is not a number
             return "no difference shown"
         return "better" if self.mean < 0 else "worse"
 
 
-def base_of(arms: Sequence[Arm]) -> Arm:
-    """The arm that the others are compared with: one without penalties, preferably with the others' solver."""
-    plain = [arm for arm in arms if arm.name == "none"] or list(arms)
-    solvers = [arm.recipe.solver for arm in arms if arm.name != "none"]
-    return next((arm for arm in plain if arm.recipe.solver in solvers), plain[0])
+def base_of(configurations: Sequence[Configuration]) -> Configuration:
+    """The one that the others are compared with: without penalties, preferably with the solver of the others."""
+    plain = [each for each in configurations if each.penalties == "none"] or list(configurations)
+    solvers = [each.recipe.solver for each in configurations if each.penalties != "none"]
+    return next((each for each in plain if each.recipe.solver in solvers), plain[0])
 
 
-def paired_difference(arm: Arm, base: Arm) -> Difference | None:
-    """Scores of ``arm`` minus those of ``base`` on the same held-out samples with the same noise.
+def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
+    """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise.
 
     The scores are the first quantity of the measure: dirty bits/dim of images. With several common seeds each
     difference is the mean over the samples for one seed; with one seed there is one for each sample. None if
     nothing can be paired.
     """
-    pairs = [(one, other) for one in arm.runs for other in base.runs if _same_samples(one, other)]
-    name = arm.measure.quantities[0].name
-    differences = [one.scores[name] - other.scores[name] for one, other in pairs]
+    pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
+    name = one.measure.quantities[0].name
+    differences = [run.scores[name] - other.scores[name] for run, other in pairs]
     if not differences:
         return None
-    unit = arm.measure.samples if len(differences) == 1 else "seeds"
+    unit = one.measure.samples if len(differences) == 1 else "seeds"
     values = differences[0] if unit != "seeds" else np.array([each.mean() for each in differences])
     if len(values) < 2:
         return None
