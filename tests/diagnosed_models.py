@@ -47,13 +47,6 @@ def density(net: nn.Module | None = None, **options: Any) -> RegularizedCNF:
     return RegularizedCNF(net or Linear(), event_shape=2, regularizers=(), **options)
 
 
-class Biased(Hutchinson):
-    """An estimator that gives four fifths of the divergence."""
-
-    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return 0.8 * super().divergence(products, noise)
-
-
 class WrongProduct(Linear):
     """A field whose own product with the Jacobian is too large."""
 
@@ -71,22 +64,14 @@ class WrongInverse(RegularizedCNF):
 
 
 class Rotation(nn.Module):
-    """``f(t, z)`` turns by ``angle`` in one unit of time; in a burst around t = 1/2 if asked to."""
+    """``f(t, z)`` turns by ``angle`` in one unit of time."""
 
-    def __init__(self, angle: float, *, burst: bool = False) -> None:
+    def __init__(self, angle: float) -> None:
         super().__init__()
-        self.angle, self.burst = angle, burst
+        self.angle = angle
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        speed = 5 * torch.exp(-((5 * (t - 0.5)) ** 2) * 40) if self.burst else 1.0
-        return self.angle * speed * torch.stack([-z[:, 1], z[:, 0]], 1)
-
-
-class Shrink(nn.Module):
-    """``f(t, z) = -tanh(z)``, for states of any shape."""
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return -torch.tanh(z)
+        return self.angle * torch.stack([-z[:, 1], z[:, 0]], 1)
 
 
 class Blows(nn.Module):
@@ -104,8 +89,8 @@ class Shift(nn.Module):
         return place - spread.log() * z
 
 
-def posterior_pairs(n: int, *, seed: int = 0, wider: float = 1.0, higher: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Pairs ``(x (n, 2), context (n, 2))`` of :class:`Shift`, or wider and higher ones than it says."""
+def posterior_pairs(n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pairs ``(x (n, 2), context (n, 2))`` of :class:`Shift`."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.randn(n, 1, generator=generator)
     spread = 0.5 + 1.5 * torch.rand(n, 1, generator=generator)
@@ -113,7 +98,7 @@ def posterior_pairs(n: int, *, seed: int = 0, wider: float = 1.0, higher: float 
     # z = e^r x + place (e^r - 1) / r with r = -log(spread)
     rate = -spread.log()
     mean = -place * (1 - torch.exp(-rate)) / rate
-    return mean + higher * spread + wider * spread * z, torch.cat([place, spread], 1)
+    return mean + spread * z, torch.cat([place, spread], 1)
 
 
 def posterior() -> RegularizedCNF:

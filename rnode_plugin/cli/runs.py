@@ -126,8 +126,8 @@ def eval(  # noqa: A001 - the command's name
 @click.command()
 @click.argument("run")
 @click.option("--samples", type=click.IntRange(2), metavar="N",
-              help="Held-out samples to use. [default: for solves 256, of large images fewer; beside samples all, "
-                   "at most 10000]")  # fmt: skip
+              help="Held-out samples to use. [default: 256 for solves, fewer for large images; all, at most 10000, "
+                   "to compare with samples]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all noise.")
 @click.option("--out", metavar="FOLDER",
               help="Where diagnosis.json and the figures go. [default: the run's folder; for other weights than "
@@ -154,21 +154,18 @@ def diagnose(
 ) -> None:
     """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
 
-    On held-out images or rows: the error after a round trip through the latent, the estimated trace against the
-    exact one, the training solver against an accurate one, the NLL against the tolerance, the Jacobian norm and
-    the energy along the paths, a classifier that tells samples from data, each column and the latents; for a
-    conditional density, the ranks of the data among its samples; and whether training had come to its end. Each
-    check has a verdict and a sentence that says what it means and what to do.
+    Six checks on held-out images or rows: the training solver against an accurate one, the NLL against the
+    tolerance, the error after a round trip through the latent, the log-determinant against the Jacobian of the
+    map, a classifier that separates samples from data, and the score against a Gaussian. Each check has a verdict
+    and a sentence with its meaning and advice.
 
-    Writes diagnosis.json and diagnosis/ (PNG and SVG); those of a run's best weights `rnode-cli report` shows. The
-    exit code is 3 if a check failed.
+    Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
+    of a run. The exit code is 3 if a check failed.
     """
     from ..evaluation.diagnostics.diagnose import compared_for, diagnose, samples_for
     from ..evaluation.loading import held_out_samples, pick_device
     from ..evaluation.measures import measure_of
-    from ..recipes.recipe import TableData
-    from ..reports.diagnosis import diagnosis_panels
-    from ..reports.runs import read_metrics
+    from ..reports.diagnosis import draw_check
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..training.runs import DIAGNOSIS, RunFolder, write_json
 
@@ -177,12 +174,6 @@ def diagnose(
     recipe = recipe.at_root(data_root)
     held_out = held_out_samples(recipe, samples or compared_for(recipe.dims), seed=seed, download=download)
     measure, own = measure_of(recipe), RunFolder.of_checkpoint(path)
-    validation = {}
-    if own is not None:
-        scale = math.log(2) if measure.metric == "bpd" else 1 / recipe.dims  # to nats per dimension
-        _, checked = read_metrics(own.metrics, measure.metric)
-        scores = zip(checked["step"], checked[f"val/{measure.metric}"], strict=True)
-        validation = {int(step): scale * score for step, score in scores}
     trained_with = training_solver(path)
     known = trained_with.adaptive or trained_with.step != "auto"
     diagnosis = diagnose(
@@ -190,8 +181,6 @@ def diagnose(
         held_out.x.to(place),
         **{name: value.to(place) for name, value in held_out.options.items()},
         training_solver=trained_with if known else None,
-        columns=recipe.data.modelled if isinstance(recipe.data, TableData) else (),
-        validation=validation or None,
         samples=samples,
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
@@ -202,17 +191,19 @@ def diagnose(
     else:
         rows = [(check.name, check.verdict, check.sentence) for check in diagnosis.checks]
         width = min(120, shutil.get_terminal_size().columns)
-        click.echo(wrapped_table([("check", "verdict", "what it means"), *rows], width=width))
+        click.echo(wrapped_table([("check", "verdict", "finding"), *rows], width=width))
         fewer = samples is None and diagnosis.samples < samples_for(1)
         note = " (few, because they are large or there are no more; --samples N)" if fewer else ""
         used = f"{diagnosis.samples} held-out {measure.samples}{note}"
         if len(held_out.x) > diagnosis.samples:
-            used += f", {len(held_out.x)} beside samples"
+            used += f", {len(held_out.x)} to compare with samples"
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}")
     folder = Path(out) if out else Path("diagnosis") if own is None or path != own.best else own.path
     write_json(folder / DIAGNOSIS, summary)
-    for panel in diagnosis_panels(diagnosis, section=""):
-        panel.drawing.save(folder / "diagnosis", panel.name)
+    for check in diagnosis.checks:
+        name = check.name.replace(" ", "-")
+        if (drawing := draw_check(check, name)) is not None:
+            drawing.save(folder / "diagnosis", name)
     if not as_json:
         click.echo(f"{folder / DIAGNOSIS}\n{folder / 'diagnosis'}")
     if diagnosis.failed:
@@ -423,15 +414,15 @@ def _weights_of(recipe: Recipe, source: Path) -> str:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--out", metavar="FOLDER",
               help="Where the report goes. [default: report, or report-1, ... if that is there]")  # fmt: skip
-@click.option("--title", help="Of the report. [default: names the data sets]")
+@click.option("--title", help="Title of the report. [default: names the recipe or the data]")
 @force
 @as_json
 def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: bool, as_json: bool) -> None:
     """Show the table and figures of RUN..., finished or still running.
 
-    RUN is a run folder or a folder with run folders below it; of those below, the ones that cannot be read are left
-    out. Runs that differ by their seed alone are one arm.
-    Writes report.html (one file that opens offline), report.md and figures/ (PNG and SVG).
+    RUN is a run folder or a folder with run folders below it. Of the runs below a folder, the ones that cannot be
+    read are left out. Runs that differ by their seed alone are one configuration.
+    Writes report.html (one file that opens offline) and figures/ (PNG and SVG).
     """
     from ..reports import write_report
 
@@ -441,7 +432,7 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
     if as_json:
         print_json(report_as_plain(written))
     else:
-        click.echo(f"{report_rows(written)}\n\n{written.html}\n{written.markdown}")
+        click.echo(f"{report_rows(written)}\n\n{written.html}")
 
 
 @click.command()

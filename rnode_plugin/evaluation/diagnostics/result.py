@@ -24,11 +24,11 @@ class Check:
     """The result of one check.
 
     Attributes:
-        name: of the check, such as ``round trip``.
+        name: of the check, such as ``invertibility``.
         verdict: ``ok``, ``warning``, ``failed``, ``cannot tell`` if the data are too few to see a difference that
             matters, or ``left out`` for a check that could not be made.
         sentence: the finding, its meaning and advice.
-        numbers: measurements by name.
+        numbers: measurements by name; the sentence contains no others.
         curves: data of the figure, by name.
     """
 
@@ -73,17 +73,10 @@ class Diagnosis:
         """The inverse of :meth:`to_plain`; None is NaN.
 
         Raises:
-            ConfigError: it is not that of a diagnosis.
+            ConfigError: it is not a diagnosis.
         """
         with refused("diagnosis"):
             return _PLAIN.validate_python(plain)
-
-
-def worse_of(value: float, *, warn: float, fail: float) -> Verdict:
-    """The verdict on a number that should be small; one that is not a number fails."""
-    if not value <= fail:
-        return "failed"
-    return "warning" if value > warn else "ok"
 
 
 _PLAIN = TypeAdapter(Diagnosis)

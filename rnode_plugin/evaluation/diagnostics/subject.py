@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from ...core.distribution import DensityModel
 from ...core.random_streams import Stream, seeded
-from ...core.regularizers import Regularizer
 from ...core.trace_estimators import TraceEstimator
 from ...errors import ConfigError
 from ...solvers import Solver
@@ -31,25 +29,19 @@ class HeldOut:
         x: samples ``(N, *event)``.
         context: ``(N, *context_shape)``; None for a model without.
         seed: of all noise.
-        columns: names of the columns of ``x (N, D)``; none: dimensions are numbered.
     """
 
     x: Tensor
     context: Tensor | None
     seed: int
-    columns: Sequence[str] = ()
 
     def first(self, n: int) -> HeldOut:
         """The first ``n`` samples."""
         return replace(self, x=self.x[:n], context=None if self.context is None else self.context[:n])
 
-    def column(self, index: int) -> str:
-        """What a dimension is called."""
-        return self.columns[index] if self.columns else f"dimension {index}"
-
-    def noise(self, *index: int) -> AbstractContextManager[None]:
-        """A block that draws the same noise each time; ``index`` tells one block from another."""
-        return seeded(self.seed, Stream.DIAGNOSE, *index)
+    def noise(self) -> AbstractContextManager[None]:
+        """A block that draws the same noise each time."""
+        return seeded(self.seed, Stream.DIAGNOSE)
 
 
 @dataclass(frozen=True)
@@ -60,13 +52,11 @@ class Encoded:
         z: latent ``(B, D)``.
         log_prob: of the data, ``(B,)`` in nats, double precision, on the CPU.
         nfe: evaluations of the vector fields, mean over the batches, each solved alone.
-        penalties: integral of the rate, ``(B,)`` by name.
     """
 
     z: Tensor
     log_prob: Tensor
     nfe: float
-    penalties: dict[str, Tensor]
 
 
 class Subject:
@@ -74,8 +64,8 @@ class Subject:
 
     Attributes:
         dims: number of dimensions of one sample.
-        estimator, solver_text, tolerance: the model's own, of the trace; its solver in words; and that solver's
-            tolerance, None for a fixed grid.
+        solver_text: the solver of the model in words.
+        tolerance: the tolerance of that solver; None for a fixed grid.
         batch_size: samples of one solve.
 
     Raises:
@@ -92,7 +82,6 @@ class Subject:
         self.batch_size = max(1, min(_MAX_BATCH, _BATCH_NUMBERS // self.dims))
         if isinstance(model, RegularizedCNF):
             ode: Any = model.ode
-            self.estimator = ode.vf.vf.trace_estimator
             name = next((name for built, name in ode._named if built is ode.solver), type(ode.solver).__name__)
             adaptive = ode.solver.stepping_class == "adaptive"
             self.tolerance = max(ode.atol, ode.rtol) if adaptive else None
@@ -100,7 +89,7 @@ class Subject:
             self.solver_text = f"{name}, {grid}"
         else:
             own: Any = model
-            self.estimator, self.solver_text = own.estimator, solver_text(own.solver)
+            self.solver_text = solver_text(own.solver)
             self.tolerance = max(own.solver.atol, own.solver.rtol) if own.solver.adaptive else None
 
     def encode(
@@ -110,24 +99,18 @@ class Subject:
         *,
         solver: Solver | None = None,
         estimator: TraceEstimator | None = None,
-        rate: Regularizer | None = None,
     ) -> Encoded:
         """Push ``x (B, *event)`` to the latent, batch by batch.
 
-        ``solver`` and ``estimator`` of the trace are the model's own if None; ``rate`` is a penalty to integrate.
+        ``solver`` and ``estimator`` of the trace are the model's own if None.
         """
-        rates = () if rate is None else (rate,)
-        model = self.model.solved_with(solver=solver, estimator=estimator, regularizers=rates)
-        outputs = [
-            model.encode(part, context=given, penalties=rate is not None)
-            for part, given in self._batches(x, context)
-        ]
+        model = self.model.solved_with(solver=solver, estimator=estimator)
+        outputs = [model.encode(part, context=given) for part, given in self._batches(x, context)]
         log_prob = [(model.base.log_prob(each.z) + each.logdet).cpu().double() for each in outputs]
         return Encoded(
             torch.cat([each.z.flatten(1) for each in outputs]),
             torch.cat(log_prob),
             sum(each.nfe for each in outputs) / len(outputs),
-            {r.name: torch.cat([each.regularization[r.name] for each in outputs]) for r in rates},
         )
 
     def decode(self, z: Tensor, context: Tensor | None, *, solver: Solver | None = None) -> Tensor:
