@@ -47,7 +47,7 @@ _NOTHING = "def at(module, step): pass\ndef at_end(module): pass\n"
 
 def train_digits(*arguments: str) -> list[str]:
     """The command that trains the digits' recipe on the CPU."""
-    return [sys.executable, "-m", "rnode_plugin", "train", "digits", "--accelerator", "cpu", *arguments]
+    return [sys.executable, "-m", "rnode_plugin", "train", "digits", "--device", "cpu", *arguments]
 
 
 def program(folder: Path, statements: str = "") -> Path:

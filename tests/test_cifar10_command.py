@@ -15,7 +15,7 @@ from rnode_plugin.data import get_dataset
 
 # the recipe's flow with fewer channels and longer steps, so that two steps take seconds on a CPU
 SMALL = [
-    "--batch-size", "4", "--limit-val", "4", "--max-steps", "2", "--accelerator", "cpu", "--devices", "1",
+    "--batch-size", "4", "--limit-val", "4", "--max-steps", "2", "--device", "cpu", "--devices", "1",
     *as_options("model.hidden=8", "solver.step=1", "test_solver.method=rk4_38", "test_solver.step=1",
                 "training.sample_images=1", "data.val_batch_size=4"),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ from rnode_plugin.cli.options import Duration, duration, table
 from rnode_plugin.plugins import registry as plugins
 
 TINY = [
-    "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--accelerator", "cpu", "--devices", "1",
+    "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--device", "cpu", "--devices", "1",
     *as_options(
         "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
         "training.sample_images=2", "training.val_every_steps=none", "training.val_every=1",
@@ -45,8 +45,11 @@ def failure(result: Result, code: int) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
-    result = rnode("train", "digits", *TINY, "--max-steps", "3", "--runs", str(runs))
+    words = ["--regularizer", "l1=0.5", "--regularizer", "kinetic"]
+    result = rnode("train", "digits", *TINY, *words, "--max-steps", "3", "--runs", str(runs))
     assert result.exit_code == 0, result.output
+    recipe = json.loads((runs / "digits" / "0" / "recipe.json").read_text())
+    assert recipe["regularizers"] == {"kinetic": 0.01, "jacfrob": 0.01, "l1": 0.5}
     return runs / "digits" / "0"
 
 
@@ -70,6 +73,44 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert re.search(rf"^  {name} +[A-Z]", done.stdout, re.M), name
 
 
+REFUSED = {
+    "train digit": "unknown recipe 'digit'. Try: rnode-cli train digits",
+    "compare digit": "Try: rnode-cli compare digits",
+    "recipes show digit": "Try: rnode-cli recipes show digits",
+    "train digits --max-step 3": "No such option",
+    "train digits --max-time soon": "not a span of time",
+    "train digits --set optimizer.rl=1": "Did you mean optimizer.lr",
+    "train digits --set optimizer.lr=x": "optimizer.lr: input should be a valid number",
+    "train digits --regularizer kinetik=1": "did you mean 'kinetic'",
+    "train digits --regularizer kinetic=-1": "kinetic",
+    "train digits --data digitz": "did you mean 'digits'",
+}
+
+
+def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
+    code = (
+        "import json, sys\nfrom click.testing import CliRunner\nfrom rnode_plugin.cli import main\n"
+        "run = CliRunner().invoke\n"
+        "done = {words: run(main, words.split(), prog_name='rnode-cli') for words in json.loads(sys.argv[1])}\n"
+        "print(json.dumps([{w: [d.exit_code, d.output] for w, d in done.items()}, 'torch' in sys.modules]))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(list(REFUSED))]
+    found, imported = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for words, message in REFUSED.items():
+        assert found[words][0] == 2, found[words]
+        assert message in " ".join(found[words][1].split())
+    assert not imported
+
+
+def test_the_help_of_train_begins_with_what_most_need() -> None:
+    main_part, rare_part = rnode("train", "--help").output.split("More options:")
+    assert "rnode-cli train table --data-root measurements.csv" in main_part
+    for option in ("--max-steps", "--regularizer", "--set", "--resume", "--device "):
+        assert option in main_part
+    for option in ("--num-nodes", "--callback", "--keep-denormals"):
+        assert option in rare_part
+
+
 # recipes -------------------------------------------------------------------------------------------------------
 
 
@@ -88,7 +129,7 @@ def test_recipes_are_listed_and_shown() -> None:
 
 
 def test_train_ends_with_a_table(trained: Path) -> None:
-    result = rnode("train", "--resume", str(trained), "--max-steps", "5", "--accelerator", "cpu", "--devices", "1")
+    result = rnode("train", "--resume", str(trained), "--max-steps", "5", "--device", "cpu", "--devices", "1")
     assert result.exit_code == 0, result.output
     table = dict(re.findall(r"^(\S.*?)  +(\S.*)$", result.output, re.M))
     assert table["steps"] == "5 of 5"
@@ -98,6 +139,7 @@ def test_train_ends_with_a_table(trained: Path) -> None:
     assert {"training", "kinetic / dim", "jacfrob / dim", "evaluation"} <= set(table)
     for name in ("checkpoint", "metrics", "samples"):
         assert Path(table[name]).is_file()
+    assert f"Next: rnode-cli sample {trained}" in result.output
     assert "Warning" not in result.output
     assert result.output.startswith("digits: ")
     assert str(trained) in result.output

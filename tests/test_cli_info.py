@@ -45,8 +45,20 @@ def test_info_as_text_has_a_row_for_each_fact():
 
 @pytest.mark.parametrize(
     ("words", "begun", "expected"),
-    [([], "tr", {"train"}), (["train", "digits"], "--max-s", {"--max-steps"}), (["recipes"], "sh", {"show"})],
-    ids=["command", "option", "subcommand"],
+    [
+        ([], "tr", {"train"}),
+        (["train", "digits"], "--max-s", {"--max-steps"}),
+        (["recipes"], "sh", {"show"}),
+        (["train"], "mni", {"mnist", "mnist-fast"}),
+        (["recipes", "show"], "cel", {"celebahq256"}),
+        (["train", "digits", "--regularizer"], "kin", {"kinetic="}),
+        (["exec", "--regularizer"], "st", {"stiffness=", "steer=", "straightness=", "strain="}),
+        (["train", "table", "--set"], "data.held", {"data.held_out="}),
+        (["train", "digits", "--data"], "fash", {"fashion-mnist"}),
+        (["train", "digits", "--device"], "c", {"cpu", "cuda"}),
+        (["sample"], "mnist-", {"mnist-pretrained"}),
+        (["train", "digits", "--weights"], "mnist-", {"mnist-pretrained"}),
+    ],
 )
 def test_a_shell_completes(words, begun, expected):
     found = ShellComplete(main, {}, "rnode-cli", "_RNODE_CLI_COMPLETE").get_completions(words, begun)

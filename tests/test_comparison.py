@@ -191,7 +191,7 @@ def test_each_run_is_a_call_of_train(recipe: Recipe, training: Training, tmp_pat
     assert [call["name"] for call in calls] == ["digits-none", "digits-none", "digits-rnode", "digits-rnode"]
     assert {call.pop("--run-folder") for call in calls} == {str(path) for path in result.runs}
     share = str(max(1, torch.get_num_threads() // 2))
-    fixed = {"--accelerator": "cpu", "--devices": "1", "--max-time": "90.000", "threads": share}
+    fixed = {"--device": "cpu", "--devices": "1", "--max-time": "90.000", "threads": share}
     assert all({**call, "name": ""} == {"name": "", **fixed} for call in calls)
     assert [column.label for column in result.report.table.columns] == ["none", "rnode"]
 
@@ -286,7 +286,7 @@ def test_places(
 
 
 def test_the_command(training: Training, tmp_path: Path) -> None:
-    options = ["--max-steps", "2", "--validations", "1", "--accelerator", "cpu", "--out", tmp_path / "c"]
+    options = ["--max-steps", "2", "--validations", "1", "--device", "cpu", "--out", tmp_path / "c"]
     options += as_options(*(setting for setting in TINY if "max_steps" not in setting))
     (tmp_path / "some.json").write_text('{"k": {"kinetic": [0.1, 0.2]}}')
     chosen = ["--configuration", "ffjord", "--configuration", tmp_path / "some.json", "--devices", "1"]

@@ -85,7 +85,7 @@ def test_other_weights_on_resume_are_refused(trained: Path, tmp_path: Path) -> N
 )
 def test_what_cannot_be_taken_leaves_no_folder(tmp_path: Path, weights: str, message: str) -> None:
     runs = tmp_path / "runs"
-    command = ["train", "digits", "--weights", weights, "--runs", str(runs), "--accelerator", "cpu"]
+    command = ["train", "digits", "--weights", weights, "--runs", str(runs), "--device", "cpu"]
     outcome = CliRunner().invoke(main, command)
     assert outcome.exit_code == 1
     assert message in outcome.output

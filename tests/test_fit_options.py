@@ -26,7 +26,7 @@ from rnode_plugin.training.runs import training_lock
 
 
 def train(*arguments: object) -> Result:
-    return rnode("train", "--accelerator", "cpu", "--devices", "1", *as_options(*SETTINGS), *arguments)
+    return rnode("train", "--device", "cpu", "--devices", "1", *as_options(*SETTINGS), *arguments)
 
 
 # callbacks, loggers, Trainer options --------------------------------------------------------------------------

@@ -195,7 +195,7 @@ TINY = [
 
 def train(runs: Path, *words: object) -> Path:
     settings = [word for setting in TINY for word in ("--set", setting)]
-    cli("train", "digits", "--max-steps", 8, "--runs", runs, "--accelerator", "cpu", *settings, *words)
+    cli("train", "digits", "--max-steps", 8, "--runs", runs, "--device", "cpu", *settings, *words)
     return next(runs.glob("digits/*"))
 
 
@@ -267,12 +267,12 @@ def test_a_resumed_run_has_the_weights_of_a_whole_one(whole: Path, tmp_path: Pat
     patch.setattr(L.Trainer, "fit", fit)
     settings = [word for setting in TINY for word in ("--set", setting)]
     (entry,) = entry_points(group="console_scripts", name="rnode-cli")
-    words = ["train", "digits", "--max-steps", "8", "--runs", str(tmp_path), "--accelerator", "cpu", *settings]
+    words = ["train", "digits", "--max-steps", "8", "--runs", str(tmp_path), "--device", "cpu", *settings]
     CliRunner().invoke(entry.load(), words)
     patch.undo()
     run = next(tmp_path.glob("digits/*"))
     assert weights(run) != weights(whole)
-    cli("train", "--resume", run, "--accelerator", "cpu")
+    cli("train", "--resume", run, "--device", "cpu")
     assert weights(run) == weights(whole)
     kept = [*COLUMNS, "step", "val/bpd"]
     assert [[row.get(k) for k in kept] for row in rows(run)] == [[row.get(k) for k in kept] for row in rows(whole)]

@@ -14,7 +14,7 @@ import pytest
 from tiny_runs import SETTINGS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SMALL = ["--accelerator", "cpu", *(f"--set={setting}" for setting in [*SETTINGS, "training.max_steps=2"])]
+SMALL = ["--device", "cpu", *(f"--set={setting}" for setting in [*SETTINGS, "training.max_steps=2"])]
 pytestmark = pytest.mark.ddp
 
 # what srun does: as many processes as tasks, each with its numbers in the environment

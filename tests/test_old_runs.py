@@ -63,7 +63,7 @@ def test_it_loads_with_its_numbers() -> None:
 
 def test_it_goes_on_where_it_stopped(interrupted: Path) -> None:
     before = rows(interrupted)
-    done = CliRunner().invoke(main, ["train", "--resume", str(interrupted), "--accelerator", "cpu"])
+    done = CliRunner().invoke(main, ["train", "--resume", str(interrupted), "--device", "cpu"])
     assert done.exit_code == 0, done.output
     after, whole = rows(interrupted), rows(OLD / "finished")
     assert len(before) == 6

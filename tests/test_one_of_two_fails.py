@@ -25,7 +25,7 @@ def run(folder: Path, statements: str, *settings: str) -> tuple[int, str, str]:
     changed = as_options(*SETTINGS, *settings)
     done = subprocess.run(
         [sys.executable, str(program(folder, statements)), "train", "digits", *changed,
-         "--accelerator", "cpu", "--devices", "2", "--runs", str(folder / "runs")],
+         "--device", "cpu", "--devices", "2", "--runs", str(folder / "runs")],
         capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     end = time.monotonic() + 30

@@ -153,7 +153,7 @@ def test_settings_that_belong_together_change_together() -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("optimizer.lrr=1", r"unknown setting 'optimizer.lrr'; did you mean 'optimizer.lr'"),
+        ("optimizer.lrr=1", r"unknown setting 'optimizer.lrr'. Did you mean optimizer.lr"),
         ("optimizer=1", "unknown setting 'optimizer'"),
         ("paper.hours=1", "unknown setting 'paper.hours'"),
         ("optimizer.lr", "write group.key=value"),

@@ -16,7 +16,7 @@ from rnode_plugin.training.checkpoints import read_checkpoint
 
 
 def train(*arguments: object) -> Result:
-    return rnode("train", *arguments, "--accelerator", "cpu", "--devices", "1")
+    return rnode("train", *arguments, "--device", "cpu", "--devices", "1")
 
 
 @pytest.fixture

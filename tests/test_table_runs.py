@@ -138,7 +138,7 @@ def test_a_table_smaller_than_a_batch_is_one_batch(file: Path, tmp_path: Path) -
 
 def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = [*as_options(*SETTINGS, "training.sample_images=60"), "--accelerator", "cpu"]
+    settings = [*as_options(*SETTINGS, "training.sample_images=60"), "--device", "cpu"]
     trained = rnode("train", "table", "--data-root", os.path.relpath(file), *settings,
                     "--limit-train", "100", "--limit-val", "10")  # fmt: skip
     assert trained.exit_code == 0, trained.output
@@ -232,14 +232,14 @@ def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pyte
     settings = as_options(f"data.root={file}", *SETTINGS)
     arms = "--given", "dose", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4"
     compared = rnode("compare", "table", *arms, *settings,
-                     "--accelerator", "cpu", "--devices", "1")  # fmt: skip
+                     "--device", "cpu", "--devices", "1")  # fmt: skip
     assert compared.exit_code == 0, compared.output
     report = (tmp_path / "comparison" / "table" / "report.md").read_text()
     assert "NLL, row by row" in report
     assert report.count("over 40 rows") == 2
     assert (tmp_path / "comparison" / "table" / "figures" / "nll-nfe.png").exists()
     again = rnode("compare", "table", *arms, *settings,
-                  "--accelerator", "cpu", "--devices", "1")  # fmt: skip
+                  "--device", "cpu", "--devices", "1")  # fmt: skip
     assert again.output.count(": done, in") == 3
 
 

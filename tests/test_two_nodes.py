@@ -67,7 +67,7 @@ def start(
     option: str = "--runs",
 ) -> list[tuple[int, str, str]]:
     """Exit code, standard output and errors of each machine."""
-    arguments = ["train", "digits", *SET, "--accelerator", "cpu", *extra]
+    arguments = ["train", "digits", *SET, "--device", "cpu", *extra]
     processes = []
     for i, name in enumerate(machines):
         mine = [str(program(folder, statements)), *arguments, option, str(runs[i])]

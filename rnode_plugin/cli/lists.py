@@ -12,7 +12,7 @@ import click
 
 from ..errors import ConfigError, RnodeError
 from ..plugins import registry
-from .options import as_json, loaded, print_json, settings, table
+from .options import as_json, complete, loaded, named_recipe, print_json, read_regularizers, settings, table
 
 _VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "TORCHINDUCTOR_CACHE_DIR",
@@ -32,15 +32,16 @@ def recipes(ctx: click.Context) -> None:
 
 
 @recipes.command()
-@click.argument("name")
-@click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe.")
+@click.argument("name", shell_complete=complete("recipes"))
+@click.option("--ffjord", is_flag=True, help="Show the FFJORD baseline of the recipe.")
 @settings
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
-def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
+@click.pass_context
+def show(ctx: click.Context, *, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it."""
-    from ..recipes.recipe import as_text, get_recipe
+    from ..recipes.recipe import as_text
 
-    recipe = get_recipe(name)
+    recipe = named_recipe(name, ctx)
     recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
     if as_json:
         print_json(recipe.to_plain())
@@ -113,8 +114,8 @@ def prepare(sources: tuple[Path, ...], target: Path, channels: str, on_error: st
 def regularizers(*, as_json: bool) -> None:
     """List the regularizers: kind, what each penalizes, its cost, its source, and the package.
 
-    Use a name with NeuralODE(..., regularizers=[NAME]), or train with --set regularizers.NAME=LAMBDA. Names can
-    carry options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
+    Use a name in NeuralODE(..., regularizers=[NAME]), or in `rnode-cli train digits --regularizer NAME=LAMBDA`.
+    Names can have options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
     linear_warmup(STEPS)*NUMBER.
     """
     from ..core.regularizers import KINDS, declaration_of
@@ -219,6 +220,7 @@ def _batch_dim(text: str) -> int | None:
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
     "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
+    shell_complete=complete("regularizers", "="),
     help="Penalize every NeuralODE and every solve by torchdiffeq, as kinetic=0.01. May be repeated.",
 )  # fmt: skip
 @click.option(
@@ -251,8 +253,7 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
         from .. import install, torchdiffeq
     except ImportError as error:
         raise ConfigError(str(error)) from None
-    parts = (each.rpartition("=") for each in regularizers)  # NAME alone has its lambda last
-    spec = {name or last: last if name else None for name, _, last in parts} or None
+    spec = read_regularizers(regularizers) or None
     install(torchdiffeq=True, regularizers=spec)
     torchdiffeq.install(spec, **of_torchdiffeq)
     sys.argv = [str(script), *args]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..errors import ConfigError, RnodeError
 from ..plugins import registry
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 _LONGEST = 1e10  # seconds, three centuries
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -50,19 +53,96 @@ class Duration(click.ParamType):
         return seconds
 
 
+class Command(click.Command):
+    """A command whose help lists the :class:`RareOption` ones last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for title, rare in (("Options", False), ("More options", True)):
+            records = [each.get_help_record(ctx) for each in options if isinstance(each, RareOption) is rare]
+            if rows := [record for record in records if record is not None]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+class RareOption(click.Option):
+    """An option that few need."""
+
+
+def _items(values: Iterable[str], incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(value) for value in values if value.startswith(incomplete)]
+
+
+def complete(kind: str, suffix: str = "") -> _Completer:
+    """A completion of the registered names of one kind."""
+    return lambda ctx, param, incomplete: _items((f"{n}{suffix}" for n in registry.names(kind)), incomplete)
+
+
+def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The settings of the recipe that the line names, or else of digits."""
+    from ..recipes.recipe import get_recipe
+
+    names = registry.names("recipes")
+    words = [*ctx.params.values(), *ctx.args]  # click leaves it among the latter while --set lacks its value
+    recipe = get_recipe(next((each for each in words if each in names), "digits"))
+    return _items((f"{path}=" for path, _ in recipe.settings() if not path.startswith("paper.")), incomplete)
+
+
+def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Packaged weights and run folders; any file or folder if none of them begins like that."""
+    from ..recipes.pretrained import PRETRAINED
+
+    runs = sorted(str(path.parent) for path in Path().glob("runs/*/*/recipe.json"))
+    return _items([*PRETRAINED, *runs], incomplete) or [CompletionItem(incomplete, type="file")]
+
+
+def complete_configuration(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of configurations; any file if none of them begins like that."""
+    names = ["none", "ffjord", "rnode", *registry.names("regularizers")]
+    return _items(names, incomplete) or [CompletionItem(incomplete, type="file")]
+
+
+run_argument = click.argument("run", shell_complete=complete_run)
+recipe_argument = click.argument("recipe", shell_complete=complete("recipes"))
 settings = click.option(
     "--set",
     "assignments",
     multiple=True,
     metavar="GROUP.KEY=VALUE",
-    help="Change a setting of the recipe; `rnode-cli recipes show NAME` lists them. May be repeated.",
+    shell_complete=complete_setting,
+    help="Change a setting of the recipe. `rnode-cli recipes show NAME` lists them. May be repeated.",
+)
+regularizers_option = click.option(
+    "--regularizer",
+    "regularizers",
+    multiple=True,
+    metavar="NAME=LAMBDA",
+    shell_complete=complete("regularizers", "="),
+    help="Penalize with this strength, as kinetic=0.01. `rnode-cli regularizers` lists the names. May be repeated.",
 )
 
-# options that are a shorter way to write a setting of the recipe, which checks their values
+
+def read_regularizers(texts: Iterable[str]) -> dict[str, str | None]:
+    """Lambdas by name from ``NAME=LAMBDA``, where a name may have options; None for a ``NAME`` alone."""
+    parts = (each.rpartition("=") for each in texts)
+    return {name or last: last if name else None for name, _, last in parts}
+
+
+def named_recipe(name: str, ctx: click.Context) -> Recipe:
+    """The recipe of a name; a ConfigError with the command to give instead of a misspelt one."""
+    from ..recipes.recipe import get_recipe
+
+    known = registry.names("recipes")
+    if name not in known and (near := difflib.get_close_matches(name, known, n=1)):
+        raise ConfigError(f"unknown recipe {name!r}. Try: {ctx.command_path} {near[0]}")
+    return get_recipe(name)
+
+
+# options that are a shorter form of a setting of the recipe, which checks their values
 _SHORT: dict[str, tuple[str, str, str]] = {
-    "data": ("data.name", "NAME", "Another data set than the recipe's, such as folder."),
+    "data": ("data.name", "NAME", "Use another data set than the recipe's, such as folder."),
     "data-root": ("data.root", "PATH", "Folder that holds the data set, or the file of a table. [default: data]"),
-    "given": ("data.given", "COLUMN,COLUMN", "Of a table: the density of the other columns given these."),
+    "given": ("data.given", "COLUMN,COLUMN", "Model the density of the other columns of a table, given these."),
     "batch-size": ("data.batch_size", "N", "Images, or rows, per device and step. [default: the recipe's]"),
     "accumulate": ("training.accumulate", "N", "Average the gradients of N batches for one step."),
     "limit-train": ("data.train_images", "N", "Train on N images or rows only."),
@@ -70,41 +150,51 @@ _SHORT: dict[str, tuple[str, str, str]] = {
     "max-steps": ("training.max_steps", "N", "Stop after N steps of the run."),
     "max-epochs": ("training.max_epochs", "N", "Stop after N epochs of the run."),
     "val-every": ("training.val_every_steps", "N", "Validate every N steps instead of by epochs."),
-    "seed": ("training.seed", "N", "Of the weights, the data order and all noise."),
-    "weights": ("training.weights", "RUN", "Start from weights of a run, a file or the package, all else anew."),
+    "seed": ("training.seed", "N", "Seed of the weights, the data order and all noise."),
+    "weights": (
+        "training.weights",
+        "RUN",
+        "Start from the weights of a run, a file or a packaged flow. Everything else starts fresh.",
+    ),
     "precision": (
         "training.precision",
-        "TEXT",
-        "32-true, bf16-mixed, ...; auto: the faster of these, measured.",
-    ),
-    "compile": (
-        "training.compile",
-        "[auto]",
-        "Use torch.compile, which takes a minute at first; auto: if it pays.",
+        "NAME",
+        "Precision, as Lightning names it: 32-true, bf16-mixed or auto.",
     ),
 }
+_COMPLETE: Mapping[str, _Completer] = {"data": complete("datasets"), "weights": complete_run}
 
 
-def short(*names: str) -> Callable[[_F], _F]:
-    """Options that are a shorter way to write a setting; :func:`changed` applies them."""
+def short(*names: str, rare: bool = False) -> Callable[[_F], _F]:
+    """Options that are a shorter form of a setting. :func:`changed` applies them."""
 
     def add(command: _F) -> _F:
         for name in reversed(names):
-            command = click.option(f"--{name}", metavar=_SHORT[name][1], help=_SHORT[name][2])(command)
+            _, metavar, text = _SHORT[name]
+            command = click.option(
+                f"--{name}", cls=RareOption if rare else click.Option, metavar=metavar, help=text,
+                shell_complete=_COMPLETE.get(name),
+            )(command)  # fmt: skip
         return command
 
     return add
 
 
 def changed(recipe: Recipe, options: dict[str, Any], assignments: Sequence[str]) -> Recipe:
-    """The recipe with the short ones among ``options``, which are taken out, and then those of ``--set``."""
+    """The recipe with what ``options`` change, which are taken out, and then with the assignments of ``--set``."""
+    from ..core.schedules import DEFAULT_LAMBDA
     from ..recipes.recipe import TableData
 
     of_table = isinstance(recipe.data, TableData)
-    changes = []
+    lambdas = read_regularizers(options.pop("regularizers", ()))
+    changes = [f"regularizers.{name}={DEFAULT_LAMBDA if text is None else text}" for name, text in lambdas.items()]
+    if (compiled := options.pop("compile", None)) is not None:
+        changes.append(f"training.compile={str(compiled).lower()}")
     for name, (setting, *_) in _SHORT.items():
         if (value := options.pop(name.replace("-", "_"), None)) is None:
             continue
+        if name == "data":
+            registry.check_name("datasets", value)
         if name == "given" and not of_table:
             raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
         changes.append(f"{'data.train_rows' if name == 'limit-train' and of_table else setting}={value}")
@@ -113,11 +203,18 @@ def changed(recipe: Recipe, options: dict[str, Any], assignments: Sequence[str])
 
 download = click.option(
     "--download/--no-download",
+    cls=RareOption,
     default=True,
     show_default=True,
     help="Fetch the data set if it is missing or damaged.",
 )
-device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
+device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    shell_complete=lambda ctx, param, incomplete: _items(("auto", "cpu", "cuda", "mps"), incomplete),
+    help="Device to use: cpu, cuda, cuda:1, mps or auto.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet = click.option("--quiet", is_flag=True, help="Show results only, no progress.")
 force = click.option("--force", is_flag=True, help="Overwrite what is there.")
@@ -139,22 +236,30 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, default=str))
 
 
-def _flush_denormals(ctx: click.Context, param: click.Parameter, keep: bool) -> None:
+def flush_denormals(ctx: click.Context, *, keep: bool) -> None:
+    """Calculate without numbers too small for full precision during a command, unless they are kept."""
     if keep or ctx.resilient_parsing:
         return
     import torch
 
-    from ..core.ops import flush_denormals
+    from ..core import ops
 
-    if flush_denormals():  # a program that calls a command as a function has its own arithmetic back afterwards
+    if ops.flush_denormals():  # a program that calls a command as a function has its own arithmetic back afterwards
         ctx.call_on_close(lambda: torch.set_flush_denormal(False))
 
 
+keep_denormals = click.option(
+    "--keep-denormals",
+    cls=RareOption,
+    is_flag=True,
+    help="Calculate with numbers too small for full precision, which can take several times as long.",
+)
 denormals = click.option(
     "--keep-denormals",
+    cls=RareOption,
     is_flag=True,
     expose_value=False,
-    callback=_flush_denormals,
+    callback=lambda ctx, param, keep: flush_denormals(ctx, keep=keep),
     help="Calculate with numbers too small for full precision, which can take several times as long.",
 )
 
@@ -168,6 +273,11 @@ def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
         except RnodeError as error:
             rows.append((name, f"(cannot be loaded: {error})"))
     return rows
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 image`` or ``64 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

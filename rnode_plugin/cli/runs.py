@@ -25,6 +25,7 @@ from .options import (
     quiet,
     report_as_plain,
     report_rows,
+    run_argument,
     short,
     table,
     wrapped_table,
@@ -49,7 +50,7 @@ _FORMATS = ("safetensors", "torch-export")
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @click.option("--draws", type=click.IntRange(1), metavar="N",
               help="Draws of noise per sample. [default: so many that the noise's error is at most half of the "
                    "samples']")  # fmt: skip
@@ -124,7 +125,7 @@ def eval(  # noqa: A001 - the command's name
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @click.option("--samples", type=click.IntRange(2), metavar="N",
               help="Held-out samples to use. [default: 256 for solves, fewer for large images; all, at most 10000, "
                    "to compare with samples]")  # fmt: skip
@@ -214,7 +215,7 @@ def diagnose(
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @click.option("-t", "--temperature", "temperatures", type=click.FloatRange(0, min_open=True), multiple=True,
               default=(1.0,), show_default=True,
               help="Standard deviation of the latent; repeatable for images.")  # fmt: skip
@@ -326,7 +327,7 @@ def _values(given: tuple[str, ...], text: str) -> list[float]:
 
 
 @click.command()
-@click.argument("run")
+@run_argument
 @click.argument("file", metavar="FILE")
 @click.option("--format", "kind", type=click.Choice(_FORMATS), default="safetensors", show_default=True,
               help="Write the weights, or programs for torch.export.load (FILE.pt2).")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -16,15 +17,26 @@ from ..errors import ConfigError, RnodeError, TrainingError
 from ..plugins import registry
 from ..text import duration
 from .options import (
+    Command,
     Duration,
+    RareOption,
     as_json,
     changed,
+    complete,
+    complete_configuration,
+    complete_run,
+    counted,
     denormals,
     device,
     download,
     evaluation_rows,
+    flush_denormals,
+    keep_denormals,
+    named_recipe,
     print_json,
     quiet,
+    recipe_argument,
+    regularizers_option,
     report_as_plain,
     report_rows,
     settings,
@@ -42,51 +54,37 @@ if TYPE_CHECKING:
     from ..training.fit import FitResult
 
 
-class _TrainCommand(click.Command):
-    """A command whose ``--compile`` stands alone or before ``auto``; no other word is its value."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        values = {"--compile": "--compile=true", "--no-compile": "--compile=false"}
-        followed = zip(args, [*args[1:], ""], strict=False)
-        return super().parse_args(ctx, [arg if then == "auto" else values.get(arg, arg) for arg, then in followed])
-
-
-@click.command(cls=_TrainCommand)
-@click.argument("recipe", required=False)
-@click.option("--ffjord", is_flag=True, help="The FFJORD baseline of the recipe: no penalties, dopri5 at 1e-5.")
-@settings
-@short("data", "data-root", "given", "batch-size", "accumulate", "limit-train", "limit-val", "max-steps",
-       "max-epochs", "val-every", "seed", "weights", "precision", "compile")  # fmt: skip
+@click.command(cls=Command)
+@click.argument("recipe", required=False, shell_complete=complete("recipes"))
+@short("data", "data-root", "max-steps", "max-epochs")
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
-@download
-@click.option("--no-compile", is_flag=True, expose_value=False, help="Train without torch.compile.")
-@click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
-@click.option("--devices", default="auto", show_default=True, help="How many, or which: 4, or 0,2.")
-@click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")
-@denormals
-@click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
-@click.option(
-    "--run-folder",
-    metavar="FOLDER",
-    help="Exact folder of a new run, missing or empty, instead of one under --runs.",
-)
-@click.option("--resume", metavar="RUN", help="Go on with a run: its folder, or a checkpoint.")
-@click.option(
-    "--logger",
-    "loggers",
-    multiple=True,
-    metavar="csv|tensorboard|wandb|mlflow",
-    help="Log there too, besides metrics.csv. May be repeated.",
-)
-@click.option(
-    "--callback",
-    "callbacks",
-    multiple=True,
-    metavar="MODULE:NAME",
-    help="A callback of Lightning: an object, or a class or function that makes one. May be repeated.",
-)
+@regularizers_option
+@settings
+@short("batch-size", "seed")
+@click.option("--resume", metavar="RUN", shell_complete=complete_run,
+              help="Continue a run from its folder or from a checkpoint.")  # fmt: skip
+@device
+@click.option("--devices", default="auto", show_default=True, help="How many devices, or which: 4, or 0,2.")
 @quiet
 @as_json
+@click.option("--ffjord", cls=RareOption, is_flag=True,
+              help="Train the FFJORD baseline of the recipe: no penalties, dopri5 at 1e-5.")  # fmt: skip
+@short("given", "weights", "accumulate", "limit-train", "limit-val", "val-every", "precision", rare=True)
+@click.option("--compile/--no-compile", cls=RareOption, default=None,
+              help="Use torch.compile, which takes a minute at first.")  # fmt: skip
+@click.option("--runs", cls=RareOption, default="runs", show_default=True, metavar="FOLDER",
+              help="Folder of all runs.")  # fmt: skip
+@click.option("--run-folder", cls=RareOption, metavar="FOLDER",
+              help="Folder of a new run, missing or empty, instead of one under --runs.")  # fmt: skip
+@click.option("--logger", "loggers", cls=RareOption, multiple=True, metavar="csv|tensorboard|wandb|mlflow",
+              help="Log there too, in addition to metrics.csv. May be repeated.")  # fmt: skip
+@click.option("--callback", "callbacks", cls=RareOption, multiple=True, metavar="MODULE:NAME",
+              help="Use a callback of Lightning: an object, or a class or function that makes one. May be "
+                   "repeated.")  # fmt: skip
+@click.option("--num-nodes", cls=RareOption, type=int, default=1, show_default=True,
+              help="Number of machines of a distributed run.")  # fmt: skip
+@download
+@keep_denormals
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -102,21 +100,27 @@ def train(
 ) -> None:
     """Train the flow of RECIPE on its data set, and measure its best weights.
 
-    RECIPE is a name or a recipe.json, such as that of another run.
-    A table of your own: `rnode-cli train table --data-root measurements.csv`.
+    \b
+    rnode-cli train digits
+    rnode-cli train table --data-root measurements.csv
+    rnode-cli train mnist-fast --regularizer kinetic=0.05 --max-time 1h
+    rnode-cli train --resume runs/mnist-fast/0
 
-    The run's folder is printed first and holds everything: recipe, metrics, checkpoints, samples. With --resume,
-    RECIPE may be left out; settings that are given again change from there on, all of them with a recipe.json.
+    RECIPE is a name or a recipe.json of another run. The run's folder is printed first. It holds the recipe,
+    metrics, checkpoints and samples. With --resume, RECIPE may be left out. Settings that are given again change
+    from there on, and a recipe.json changes all of them.
     """
     if recipe is None and resume is None:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
     if resume is not None and ffjord:
-        raise click.UsageError("--ffjord makes another model of the recipe; it cannot go with --resume.", ctx)
-    from ..training.fit import fit
-
+        raise click.UsageError("--ffjord makes another model of the recipe. It cannot go with --resume.", ctx)
     try:
         chosen, checkpoint = _chosen(recipe, resume, ffjord, ctx)
         chosen = changed(chosen, options, assignments)
+        options |= _place(options.pop("device"), options["devices"])
+        flush_denormals(ctx, keep=options.pop("keep_denormals"))
+        from ..training.fit import fit  # seconds of imports, which a wrong name or setting does not wait for
+
         made = [_callback(name) for name in callbacks]
         result = fit(chosen, resume=checkpoint, callbacks=made, progress=not (quiet or as_json), **options)
     except RnodeError as error:
@@ -132,6 +136,20 @@ def train(
         _report(result, chosen)
     if result.stopped in signal.Signals.__members__:
         ctx.exit(128 + signal.Signals[result.stopped])
+
+
+def _place(device: str, devices: str) -> dict[str, str]:
+    """``accelerator`` and ``devices`` as Lightning's Trainer takes them; a ConfigError for more than there are."""
+    name, colon, index = device.partition(":")
+    if colon and (devices != "auto" or not index.isdecimal()):
+        raise ConfigError(f"--device {device} names one device: leave --devices out, or give --device {name}.")
+    import torch
+
+    cores = os.cpu_count() or 1
+    on_cpu = name == "cpu" or (name == "auto" and not torch.accelerator.is_available())
+    if on_cpu and devices.isdecimal() and int(devices) > cores:
+        raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
+    return {"accelerator": {"cuda": "gpu"}.get(name, name), "devices": f"{index}," if colon else devices}
 
 
 def _reports() -> bool:
@@ -159,18 +177,21 @@ def _callback(name: str) -> Any:
 
 
 def _chosen(name: str | None, resume: str | None, ffjord: bool, ctx: click.Context) -> tuple[Recipe, Path | None]:
-    """The recipe to train, and the newest intact checkpoint of a run to go on with."""
-    from ..recipes.recipe import get_recipe, is_recipe_file, read_recipe
+    """The recipe to train, and the newest intact checkpoint of a run to continue."""
+    from ..recipes.recipe import is_recipe_file, read_recipe
+
+    if resume is None:
+        assert name is not None  # one of both is named
+        recipe = read_recipe(name) if is_recipe_file(name) else named_recipe(name, ctx)
+        return recipe.ffjord() if ffjord else recipe, None
     from ..training.checkpoints import newest_intact, recipe_of
 
-    path, contents = (None, {}) if resume is None else newest_intact(resume)
-    if name is not None and (path is None or is_recipe_file(name)):
-        recipe = read_recipe(name) if is_recipe_file(name) else get_recipe(name)
-        return recipe.ffjord() if ffjord else recipe, path
-    assert path is not None  # one of both is named
+    path, contents = newest_intact(resume)
+    if name is not None and is_recipe_file(name):
+        return read_recipe(name), path
     recipe = recipe_of(contents, path)
     if name not in (None, recipe.name):
-        raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}; leave the recipe out.", ctx)
+        raise click.UsageError(f"{resume} is a run of {recipe.name}, not of {name}. Leave the recipe out.", ctx)
     return recipe, path
 
 
@@ -189,8 +210,9 @@ def _report(result: FitResult, recipe: Recipe) -> None:
 
     folder = result.folder
     if result.evaluation is None:
-        goes_on = f"--resume {folder.path} goes on." if result.steps else "No checkpoint had been written yet."
-        click.echo(f"\n{result.stopped} after step {result.steps} of {result.planned}; {goes_on}")
+        click.echo(f"\nStopped by {result.stopped} after step {result.steps} of {result.planned}.")
+        command = f"rnode-cli train --resume {folder.path}"
+        click.echo(f"Continue with: {command}" if result.steps else "No checkpoint had been written yet.")
         return
     limit = ", time limit" if result.stopped == "max_time" else ""
     rows = [("steps", f"{result.steps} of {result.planned}{limit}"), ("training", duration(result.seconds))]
@@ -200,12 +222,15 @@ def _report(result: FitResult, recipe: Recipe) -> None:
     rows += [("checkpoint", str(folder.best)), ("metrics", str(folder.metrics))]
     if result.samples is not None:
         rows.append(("samples", str(result.samples)))
-    click.echo("\n" + table(rows))
+    run = shlex.quote(str(folder.path))
+    click.echo(f"\n{table(rows)}\n\nNext: rnode-cli sample {run}\n      rnode-cli diagnose {run}\n"
+               f"      rnode-cli report {run}")  # fmt: skip
 
 
-@click.command()
-@click.argument("recipe")
+@click.command(cls=Command)
+@recipe_argument
 @click.option("--configuration", "configurations", multiple=True, metavar="NAME|FILE",
+              shell_complete=complete_configuration,
               help="none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all penalties of the recipe), a "
                    "penalty such as kinetic or taylor:3, or a JSON file of penalties and lambdas, also for sweeps. "
                    "May be repeated. [default: none, each penalty of the recipe, rnode]")  # fmt: skip
@@ -216,16 +241,19 @@ def _report(result: FitResult, recipe: Recipe) -> None:
 @click.option("--validations", type=click.IntRange(1), default=20, show_default=True, metavar="N",
               help="Validations of each run, the marks of the figures.")  # fmt: skip
 @settings
-@short("data-root", "given")
-@download
-@click.option("--accelerator", default="auto", show_default=True, help="cpu, gpu, mps or auto.")
+@short("data-root")
+@device
 @click.option("--devices", default="auto", show_default=True,
               help="Runs that train at the same time: how many, or on which GPUs: 4, or 0,2. auto is one for each "
                    "GPU, or for each core of a CPU.")  # fmt: skip
-@click.option("--out", metavar="FOLDER", help="Runs and report. [default: comparison/RECIPE]")
+@click.option("--out", metavar="FOLDER", help="Folder of the runs and the report. [default: comparison/RECIPE]")
 @quiet
 @as_json
+@short("given", rare=True)
+@download
+@click.pass_context
 def compare(
+    ctx: click.Context,
     *,
     recipe: str,
     max_steps: int | None,
@@ -246,13 +274,14 @@ def compare(
 
     Runs that train at the same time on a CPU take longer steps than one alone.
     """
-    from ..comparison.compare import compare
-    from ..recipes.recipe import get_recipe
-
     steps = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
     silent = quiet or as_json
+    chosen = changed(named_recipe(recipe, ctx), options, [*steps, *assignments])
+    from ..comparison.compare import compare  # seconds of imports, which a wrong name does not wait for
+
     result = compare(
-        changed(get_recipe(recipe), options, [*steps, *assignments]),
+        chosen,
+        accelerator=options.pop("device"),
         out=out or f"comparison/{recipe}",
         progress=not silent,
         announce=(lambda line: None) if silent else click.echo,

@@ -110,7 +110,7 @@ def compare(
         file.write_text(json.dumps(one.to_plain()), encoding="utf-8")
         place = free.get()
         try:
-            command = [*_TRAIN, str(file), *begin, "--accelerator", accelerator, "--devices", place, *limit]
+            command = [*_TRAIN, str(file), *begin, "--device", accelerator, "--devices", place, *limit]
             with log.open("wb") as output:
                 shown = None if progress and len(places) == 1 else output
                 code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=shown, stderr=output,

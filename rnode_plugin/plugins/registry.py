@@ -110,17 +110,7 @@ class Registry:
             ConfigError: no plugin registers the name, or there is no such kind.
             PluginError: two plugins register it, or its module cannot be imported.
         """
-        owners, what = self._owners(kind, name), f"the {KINDS[kind]} {name!r}"
-        if not owners:
-            absent = [f"{plugin} ({plugin.status})" for plugin in self._plugins if plugin.status != "loaded"]
-            note = f" Not available: {', '.join(absent)}." if absent else ""
-            raise ConfigError(suggest(name, self.names(kind), KINDS[kind]) + note)
-        if len(owners) > 1:
-            raise PluginError(
-                f"{what} is registered by {' and by '.join(map(str, owners))}. Uninstall one of them, or name it "
-                "in RNODE_PLUGINS_BLOCK."
-            )
-        (owner,) = owners
+        owner, what = self.check_name(kind, name), f"the {KINDS[kind]} {name!r}"
         value = owner.registers[kind][name]
         if isinstance(value, str):
             with owner.guarded(f"{what} of {owner} cannot be imported from {value!r}"):
@@ -128,6 +118,20 @@ class Registry:
         if not callable(value):
             raise PluginError(f"{what} of {owner} must be callable, but it is {value!r}.")
         return value
+
+    def check_name(self, kind: str, name: str) -> Plugin:
+        """The plugin that registers a name, without an import of the object; the errors of :meth:`get`."""
+        owners = self._owners(kind, name)
+        if not owners:
+            absent = [f"{plugin} ({plugin.status})" for plugin in self._plugins if plugin.status != "loaded"]
+            note = f" Not available: {', '.join(absent)}." if absent else ""
+            raise ConfigError(suggest(name, self.names(kind), KINDS[kind]) + note)
+        if len(owners) > 1:
+            raise PluginError(
+                f"the {KINDS[kind]} {name!r} is registered by {' and by '.join(map(str, owners))}. Uninstall one "
+                "of them, or name it in RNODE_PLUGINS_BLOCK."
+            )
+        return owners[0]
 
     @contextmanager
     def guard(self, kind: str, name: str) -> Iterator[None]:
@@ -290,6 +294,7 @@ def _one_line(error: BaseException) -> str:
 
 _shared = Registry()
 get = _shared.get
+check_name = _shared.check_name
 guard = _shared.guard
 names = _shared.names
 report = _shared.report

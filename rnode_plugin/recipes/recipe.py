@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import difflib
 import io
 import json
 import math
@@ -23,7 +24,7 @@ from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag,
 from pydantic.dataclasses import dataclass
 
 from ..core.schedules import LinearWarmup, WrittenStrength, final_strength
-from ..errors import ConfigError, PluginError, suggest
+from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.config import Solver
@@ -147,7 +148,7 @@ class Recipe:
         Other images (``data.name``) are mirrored only if ``data.flip`` says so, and have no figures of the paper.
 
         Raises:
-            ConfigError: for an unknown setting or regularizer (the known ones are listed), or a bad value.
+            ConfigError: for an unknown setting or regularizer, or a bad value.
             DataError: a table that is named cannot be read.
         """
         changes = self._changes(assignments)
@@ -187,8 +188,14 @@ class Recipe:
                 raise ConfigError(f"{assignment!r} is not a setting: write group.key=value.")
             path, text = path.strip(), text.strip()
             key = path.partition(".")[2]
-            if path not in known and not (group == "regularizers" and key):
-                raise ConfigError(suggest(path, known, "setting"))
+            if group == "regularizers" and key:
+                registry.check_name("regularizers", key.partition(":")[0])  # before torch is imported to make it
+            elif path not in known:
+                near = " or ".join(difflib.get_close_matches(path, known, n=3, cutoff=0.5))
+                hint = f" Did you mean {near}?" if near else ""
+                raise ConfigError(
+                    f"unknown setting {path!r}.{hint} `rnode-cli recipes show {self.name}` lists all settings."
+                )
             kind = str if group == "regularizers" else typing.get_type_hints(type(getattr(self, group)))[key]
             changes.setdefault(group, {})[key] = _from_text(text, kind)
         return changes
