@@ -84,7 +84,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["tune-step", "nowhere"], 2, r"unknown recipe 'nowhere'"),
     (["tune-step", "SHELF/good.ckpt", "--set", "data.nme=x"], 2, r"unknown setting"),
     (["report", "SHELF/nowhere"], 2, r"no run at .*: give a run folder"),
-    (["compare", "digits", "--arm", "none", "--arm", "rnod"], 2, r"unknown arm 'rnod'; did you mean 'rnode'"),
+    (["compare", "digits", "--configuration", "rnod"], 2, r"unknown configuration 'rnod'; did you mean 'rnode'"),
 ]  # fmt: skip
 
 

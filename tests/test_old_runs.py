@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from rnode_plugin import Solver, load_flow
 from rnode_plugin.cli import main
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports.runs import read_run
 from rnode_plugin.training.checkpoints import load_with_recipe
 
 OLD, PACKAGE = Path(__file__).parent / "old_runs", Path(__file__).parents[1] / "rnode_plugin"
@@ -80,10 +79,6 @@ def test_it_goes_on_where_it_stopped(interrupted: Path) -> None:
     mine, theirs = (torch.cat([w.flatten() for w in each["state_dict"].values()]) for each in weights)
     # together: Adam moves a weight whose gradient is rounding alone as far as any other
     assert (mine - theirs).norm() <= CLOSE * theirs.norm()
-
-
-def test_it_reports() -> None:
-    assert read_run(OLD / "finished").recipe.name == "digits"
 
 
 def test_former_names_of_settings_are_read() -> None:

@@ -13,6 +13,7 @@ import pytest
 import pytorch_lightning as L
 import torch
 from child_runs import assert_same
+from run_folders import write_run
 from scipy import stats
 from tiny_runs import as_options, rnode, rows, run, signal_at
 
@@ -230,21 +231,22 @@ def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> N
 def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = as_options(f"data.root={file}", *SETTINGS)
-    arms = "--given", "dose", "--sweep", "kinetic=0.01,0.1", "--max-steps", "4"
-    compared = rnode("compare", "table", *arms, *settings,
+    (tmp_path / "sweep.json").write_text('{"k": {"kinetic": [0.01, 0.1]}}')
+    options = "--given", "dose", "--configuration", "none", "--configuration", "sweep.json", "--max-steps", "4"
+    compared = rnode("compare", "table", *options, *settings,
                      "--device", "cpu", "--devices", "1")  # fmt: skip
     assert compared.exit_code == 0, compared.output
-    report = (tmp_path / "comparison" / "table" / "report.md").read_text()
+    report = (tmp_path / "comparison" / "table" / "report.html").read_text()
     assert "NLL, row by row" in report
     assert report.count("over 40 rows") == 2
-    assert (tmp_path / "comparison" / "table" / "figures" / "nll-nfe.png").exists()
-    again = rnode("compare", "table", *arms, *settings,
+    assert (tmp_path / "comparison" / "table" / "figures" / "score-nfe.png").exists()
+    again = rnode("compare", "table", *options, *settings,
                   "--device", "cpu", "--devices", "1")  # fmt: skip
     assert again.output.count(": done, in") == 3
 
 
-def test_a_report_of_images_and_tables_is_refused(conditional: Path) -> None:
-    images = Path(__file__).parent / "old_runs" / "finished"
+def test_a_report_of_images_and_tables_is_refused(conditional: Path, tmp_path: Path) -> None:
+    images = write_run(tmp_path / "images", get_recipe("digits"))
     outcome = rnode("report", str(conditional), str(images))
     assert outcome.exit_code == 2
     assert "runs on images and on tables have no unit in common" in outcome.output
