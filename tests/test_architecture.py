@@ -72,6 +72,9 @@ LIGHT = [
         "assert set(flow(torch.rand(2, 1, 4, 4)).regularization) == {'kinetic', 'jacfrob'}",
         {"pluggy", "torchdyn", "pytorch_lightning", "rnode_plugin.plugins.registry"},
     ),
+    # torchdyn imports matplotlib, by way of Lightning
+    ("from rnode_plugin import NeuralODE, RegularizedCNF", {"pandas", "sklearn", "jinja2", "pydantic"}),
+    ("import rnode_plugin.torchdiffeq", {"matplotlib", "pandas", "sklearn", "jinja2", "pytorch_lightning"}),
     ("import rnode_plugin.reports, rnode_plugin.training.checkpoints, rnode_plugin.training.runs",
      {"pytorch_lightning"}),
 ]  # fmt: skip

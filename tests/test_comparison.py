@@ -296,7 +296,7 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     assert str(tmp_path / "c" / "report.html") in result.output
     assert "dopri5, tolerance 1e-05" in result.output
     for arguments, message in (
-        (["digitz"], "did you mean 'digits'"),
+        (["digitz"], "Try: rnode-cli compare digits"),
         (["digits", "--configuration", ""], "unknown configuration ''"),
         (["digits", "--seeds", "0"], "--seeds"),
         (["digits", "--devices", "some"], "devices"),
