@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,15 @@ def penalties_at(
 ) -> dict[str, Tensor]:
     """The rates of penalties at given points, for a loss without a solve such as flow matching's.
 
-    ``penalties_at(v, t, x_t, {"jacfrob": ...})`` at the points of a batch estimates the penalty's integral if ``t``
-    is uniform in [0, 1]; its mean over the batch times lambda / D is the term of eq. 17.
+    At the points of a batch whose times are uniform in [0, 1] the mean of a rate estimates the penalty's integral;
+    this mean times lambda / D is the term of eq. 17.
 
     Args:
-        field: the velocity; called by the names of its parameters, ``(t, x)`` if they say nothing.
+        field: the velocity, called by the names of its parameters, as ``(t, x)`` if these are not informative.
         t: a number, or one time per sample, ``(B,)``.
         z: states ``(B, *event)``.
-        regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`. The lambdas of
-            a mapping are ignored: weigh the result.
+        regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`, but without
+            lambdas, which you apply to the result.
         trace_noise: noise of the product that ``jacfrob`` needs; one draw per call from torch's generator.
         batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, as for a field that mixes the
             rows of its state; the nodes of a graph are not samples.
@@ -52,8 +52,8 @@ def penalties_at(
         The rate ``(B,)`` of each by name, summed over the event; differentiable if gradients are enabled.
 
     Raises:
-        ConfigError: for a regularizer that is unknown or not a rate, for a ``t`` of another shape, and for one time
-            per sample with a field of this package that takes one for all.
+        ConfigError: for a regularizer that is unknown, not a rate or given with a lambda, for a ``t`` of another
+            shape, and for one time per sample with a field of this package that takes one for all.
 
     Example:
         >>> import torch
@@ -63,6 +63,10 @@ def penalties_at(
         >>> {name: rate.tolist() for name, rate in rates.items()}
         {'kinetic': [8.0, 8.0, 8.0], 'jacfrob': [8.0, 8.0, 8.0]}
     """
+    if isinstance(regularizers, Mapping) and any(strength is not None for strength in regularizers.values()):
+        raise ConfigError(
+            "penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D."
+        )
     weighted = resolve_regularizers(regularizers)
     check_batch_dim(batch_dim)
     for name, entry in weighted.items():

@@ -85,6 +85,11 @@ def test_bad_points_are_refused(t: Any, names: list[str], words: str) -> None:
         penalties_at(Velocity(), t, points(5, 3), names)
 
 
+def test_a_lambda_that_would_not_count_is_refused() -> None:
+    with pytest.raises(ConfigError, match="applies no lambda"):
+        penalties_at(Velocity(), 0.5, points(5, 3), {"kinetic": 0.01})
+
+
 @pytest.mark.parametrize("step", [None, 0.125])
 @pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
 def test_samples_are_flow_matchings(method: str, step: float | None) -> None:

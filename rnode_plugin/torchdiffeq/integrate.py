@@ -218,12 +218,13 @@ def _chosen(penalized: Any) -> tuple[tuple[int, ...], slice | Tensor | None]:
         return (0,), penalized
     if isinstance(penalized, int):
         return (penalized,), None
-    if isinstance(penalized, (Tensor, list, tuple)) and len(penalized):
-        if isinstance(penalized, Tensor) or all(isinstance(i, bool) for i in penalized):
-            mask = torch.as_tensor(penalized)
-            if mask.dtype == torch.bool:
-                return (0,), mask
-        elif all(isinstance(i, int) for i in penalized):
+    if isinstance(penalized, Tensor):
+        if penalized.dtype == torch.bool and penalized.ndim > 0:
+            return (0,), penalized
+    elif isinstance(penalized, (list, tuple)) and penalized:
+        if all(isinstance(i, bool) for i in penalized):
+            return (0,), torch.tensor(penalized)
+        if all(isinstance(i, int) for i in penalized):
             return tuple(penalized), None
     raise ConfigError(
         "penalized must be an index of the state's tuple or several, or a slice or a mask of booleans for columns "
@@ -390,7 +391,7 @@ class _Layout:
         """The layout of ``y0``; a ConfigError for a state that penalties cannot be about."""
         tensors = (y0,) if isinstance(y0, Tensor) else y0
         if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
-            inner = f" with {', '.join(type(x).__name__ for x in tensors)} in it" if isinstance(y0, tuple) else ""
+            inner = f" of {', '.join(type(x).__name__ for x in y0) or 'nothing'}" if isinstance(y0, tuple) else ""
             raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not a {type(y0).__name__}{inner}.")
         count, dim = len(tensors), wanted.batch_dim
         if any(not -count <= i < count for i in wanted.penalized):
