@@ -64,9 +64,7 @@ def penalties_at(
         {'kinetic': [8.0, 8.0, 8.0], 'jacfrob': [8.0, 8.0, 8.0]}
     """
     if isinstance(regularizers, Mapping) and any(strength is not None for strength in regularizers.values()):
-        raise ConfigError(
-            "penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D."
-        )
+        raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
     weighted = resolve_regularizers(regularizers)
     check_batch_dim(batch_dim)
     for name, entry in weighted.items():

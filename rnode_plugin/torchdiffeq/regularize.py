@@ -16,7 +16,9 @@ from torch import Tensor
 from ..core.penalties import Penalties, attach
 from ..errors import ConfigError
 from . import integrate
-from .integrate import PLAIN, Penalized, follow, here, solve
+from .augmented import here
+from .followed import Penalized, follow
+from .integrate import PLAIN, solve
 
 # makes a solve with penalties of the arguments (name, func, y0, t, given), and returns what torchdiffeq would
 Following = Callable[[str, Any, Any, Tensor, dict[str, Any]], Any]

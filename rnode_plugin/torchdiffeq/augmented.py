@@ -1,0 +1,235 @@
+"""The longer state that torchdiffeq integrates: field, arguments, and the end of a solve by an event."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdiffeq._impl.adjoint import find_parameters
+from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
+
+from ..core.derivatives import PartField, without_graph
+from ..core.dynamics import Dynamics
+from ..core.regularizers import kind_of
+from ..errors import ConfigError
+from .followed import Follow, Layout
+
+
+class _Here(threading.local):
+    """This thread: whether it evaluates the field of a solve with penalties, and how its block makes a solve."""
+
+    evaluating = False
+    following: Any = None
+
+
+here = _Here()
+
+
+class Augmented:
+    """``func`` with the rates of the penalties after its velocity: what torchdiffeq calls.
+
+    What its callers read off ``func`` (callbacks, counters) is still there.
+    """
+
+    def __init__(self, func: Any, layout: Layout, wanted: Follow, z0: Tensor, t: Tensor) -> None:
+        self.func, self.layout = func, layout
+        self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
+        self._part = PartField(func, part=layout.penalized, replaced=layout.replaced, aux=lambda t, z: {})
+        followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
+        self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.estimator, divergence=False)
+        self._noise = self.dynamics.draw(z0)
+        self._factors = _one_in_eight() if wanted.sampled and self.dynamics.needs else itertools.repeat(1)
+
+    def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.evaluate(t, state, next(self._factors))
+
+    def evaluate(self, t: Tensor, state: Sequence[Tensor], factor: int = 1) -> tuple[Tensor, ...]:
+        """Velocity and rates. Rates that need products are multiplied by ``factor``; 0 makes no products."""
+        part = self._part
+        part.state = state[: len(self.layout.shapes)]
+        z = self.layout.penalized(self.layout.of_user(state))
+        before, here.evaluating = here.evaluating, True
+        try:
+            found = self.dynamics.evaluate(t, z, self._noise, products=factor > 0).penalties
+        finally:
+            here.evaluating = before
+        if factor != 1:
+            zero = z.new_zeros(len(z))
+            found = {
+                key: factor * found.get(key, zero) if rate.needs else found[key]
+                for key, rate in self.dynamics.rates.items()
+            }
+        velocity, part.velocity, part.state = self.layout.tensors(part.velocity), None, None
+        if not torch.is_grad_enabled():  # a product has made a graph
+            velocity = tuple(map(without_graph, velocity))
+        rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
+        return (*velocity, *rates)
+
+    def __getattr__(self, name: str) -> Any:
+        found, layout = getattr(self.func, name), self.layout
+        if not name.startswith("callback_"):
+            return found
+        if not name.endswith("_adjoint"):
+            return lambda t, state, dt: found(t, layout.of_user(state), dt)
+
+        def of_adjoint(t: Tensor, state: Sequence[Tensor], dt: Tensor) -> Any:
+            time, y, adjoint, *rest = state
+            return found(t, (time, layout.flat_of_user(y), layout.flat_of_user(adjoint), *rest), dt)
+
+        return of_adjoint
+
+
+_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
+
+
+def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, grid: Tensor | None) -> dict[str, Any]:
+    """torchdiffeq's arguments for the longer state: norms, tolerances and callables see the user's part alone.
+
+    Args:
+        grid: times at which a fixed method steps; None: those of the solve.
+    """
+    changed, options = dict(given), dict(given["options"] or {})
+    norm = options.get("norm", _mixed_norm if layout.is_tuple else _rms_norm)
+    options["norm"] = lambda state: norm(layout.of_user(state))
+    if constructor := options.get("grid_constructor"):
+        options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
+    elif grid is not None and "step_size" not in options and given["method"] in _FIXED:
+        # the times of a trajectory penalty are no steps
+        options |= {"grid_constructor": lambda func, y, t: grid, "interp": "cubic"}
+    changed["options"] = options
+    if event_fn := given["event_fn"]:
+        changed["event_fn"] = lambda t, state: event_fn(t, layout.of_user(state))
+    # The iteration of these methods accepts no norm, so the penalties get an infinite tolerance. With an event the
+    # methods need a number.
+    iterates = given["method"] in ("implicit_adams", "fixed_adams") and event_fn is None
+    for key, of_penalty in (("rtol", 1e-3), ("atol", math.inf)):
+        if iterates or isinstance(given[key], (tuple, list)) or torch.as_tensor(given[key]).ndim > 0:
+            changed[key] = _tolerances(given[key], layout, [of_penalty] * len(system.dynamics.rates))
+    if "adjoint_params" in given:
+        changed |= _adjoint(given, layout, system)
+    return changed
+
+
+def _tolerances(value: Any, layout: Layout, of_penalties: list[float]) -> Any:
+    """A tolerance of the user's state, one for each of its tensors or entries, extended to the longer state."""
+    if layout.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
+        rows = [torch.as_tensor(x) for x in value]  # float32 of a number, as in torchdiffeq
+        if len(rows) != len(layout.shapes):
+            return value  # torchdiffeq raises the error
+    else:
+        rows = [torch.as_tensor(value, dtype=torch.float64)] * len(layout.shapes)
+    if layout.is_tuple:
+        rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, layout.shapes, strict=True)]
+    else:
+        rows = [rows[0].expand(layout.shapes[0]).reshape(-1)]
+    return (*rows, *map(rows[0].new_tensor, of_penalties))
+
+
+def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dict[str, Any]:
+    """The arguments of the backward solve, whose state holds time, state, adjoint state and parameters."""
+    changed: dict[str, Any] = {}
+    for name in ("rtol", "atol"):  # torchdiffeq would take those of the longer state
+        own = given[f"adjoint_{name}"]
+        changed[f"adjoint_{name}"] = given[name] if own is None else own
+    parameters = given["adjoint_params"]
+    if parameters is None and isinstance(system.func, nn.Module):
+        parameters = find_parameters(system.func)
+    if parameters is not None:  # each once, or its gradient would count twice
+        regularizers = [r for r in system.dynamics.regularizers if isinstance(r, nn.Module)]
+        parameters = [*parameters, *(p for r in regularizers for p in r.parameters())]
+        changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
+    options, own = given["options"], given["adjoint_options"]
+    if own is None and (options is None or given["adjoint_method"] in (None, given["method"])):
+        # torchdiffeq would infer them from those of the longer state
+        changed["adjoint_options"] = {k: v for k, v in (options or {}).items() if k != "norm"}
+    elif own is not None and callable(own.get("norm")):
+        norm = own["norm"]
+
+        def of_user(state: Sequence[Tensor]) -> Tensor:
+            n, k = len(layout.shapes), len(layout.shapes) + len(system.dynamics.rates)
+            time, parts, rest = state[0], state[1 : 1 + 2 * k], state[1 + 2 * k :]
+            return norm((time, *parts[:n], *parts[k : k + n], *rest))
+
+        changed["adjoint_options"] = {**own, "norm": of_user}
+    return changed
+
+
+def _one_in_eight() -> Iterator[int]:
+    """8 for one evaluation in each eight, at random, and 0 for the others."""
+    while True:
+        chosen = int(torch.randint(8, ()))
+        yield from (8 if i == chosen else 0 for i in range(8))
+
+
+# --- events ---
+
+
+def to_event(
+    system: Augmented,
+    event_fn: Any,
+    start: tuple[Tensor, Any],
+    end: tuple[Tensor, Sequence[Tensor]],
+    integrals: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The integrals up to an event, with the gradient that goes through the event's time.
+
+    torchdiffeq differentiates at a fixed time. If the event function changes by ``dc`` there, the event's time
+    moves by ``-dc / (dc/dt)`` (implicit function theorem), and an integral by its rate times that.
+    """
+    of_user = system.layout.of_user
+    with torch.no_grad():
+        signs = event_fn(start[0], start[1]).sign()
+
+    def value(t: Tensor, y: Sequence[Tensor]) -> Tensor:
+        values = event_fn(t, of_user(y)) * signs
+        return values[signs != 0].min()  # the first of several to change its sign ends the solve
+
+    t, y = end[0].detach(), [x.detach() for x in end[1]]
+    change = value(t, end[1])
+    if not change.requires_grad:
+        return integrals
+
+    def slopes() -> tuple[Any, tuple[Tensor, ...]]:
+        with torch.enable_grad():
+            at = [x.clone().requires_grad_() for x in (t, *y)]
+            by = torch.autograd.grad(value(at[0], at[1:]), at, allow_unused=True)
+        with torch.no_grad():
+            found = system.evaluate(t, y)
+        motion = zip(by, (torch.ones_like(t), *found[: len(y)]), strict=True)
+        slope = sum((d * v).sum() for d, v in motion if d is not None)
+        return slope, found[len(y) :]
+
+    return dict(zip(integrals, _ToEvent.apply(slopes, change, *integrals.values()), strict=True))
+
+
+class _ToEvent(torch.autograd.Function):
+    """Integrals whose end moves with the value of an event function."""
+
+    @staticmethod
+    def forward(ctx: Any, slopes: Callable[[], Any], change: Tensor, *integrals: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.slopes = slopes
+        ctx.save_for_backward(change)
+        return tuple(value.clone() for value in integrals)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        slope, rates = ctx.slopes()
+        moved = sum((g * rate).sum() for g, rate in zip(gradients, rates, strict=True))
+        return None, _Once.apply(ctx.saved_tensors[0], -moved / slope), *gradients
+
+
+class _Once(torch.autograd.Function):
+    """The gradient by a value, which cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise ConfigError("penalties up to an event have no second derivatives: differentiate them once.")

@@ -1,0 +1,208 @@
+"""What a solve by torchdiffeq follows: the penalties, and the part of its state that they are about."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.ops import transforms_active
+from ..core.regularizers import Weighted, kind_of
+from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..errors import ConfigError, suggest
+from ..plugins.registry import resolve_regularizers
+from ..solvers import QUADRATURES
+
+Penalized = int | Sequence[int] | slice | Tensor
+"""A tensor of a tuple or several, or the columns of one tensor: a slice, or a mask of booleans."""
+
+
+@dataclass(frozen=True)
+class Follow:
+    """The penalties to follow in a solve, and where: made by :func:`follow`, which checks them."""
+
+    weighted: dict[str, Weighted]
+    penalized: tuple[int, ...]
+    columns: slice | Tensor | None
+    batch_dim: int | None
+    estimator: TraceEstimator
+    sampled: bool
+
+    @property
+    def regularizers(self) -> list[Any]:
+        return [w.regularizer for w in self.weighted.values()]
+
+
+def follow(
+    regularizers: Any,
+    *,
+    penalized: Penalized | None = None,
+    batch_dim: int | None = 0,
+    trace_noise: str = "gaussian",
+    penalty_quadrature: str = "full",
+) -> Follow:
+    """The arguments that :func:`odeint` adds, checked as far as no state is needed."""
+    weighted = resolve_regularizers(regularizers)
+    steps = [name for name, w in weighted.items() if kind_of(w.regularizer) == "step"]
+    if steps:
+        raise ConfigError(
+            f"{steps[0]!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "
+            "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
+        )
+    indices, columns = _chosen(penalized)
+    if penalty_quadrature not in QUADRATURES:
+        raise ConfigError(suggest(penalty_quadrature, QUADRATURES, "penalty quadrature"))
+    sampled = penalty_quadrature == "sampled"
+    return Follow(weighted, indices, columns, batch_dim, get_estimator(trace_noise), sampled)
+
+
+def _chosen(penalized: Any) -> tuple[tuple[int, ...], slice | Tensor | None]:
+    """The tensors of a state and the columns, None for all, that ``penalized`` names."""
+    if penalized is None or isinstance(penalized, slice):
+        return (0,), penalized
+    if isinstance(penalized, int):
+        return (penalized,), None
+    if isinstance(penalized, Tensor):
+        if penalized.dtype == torch.bool and penalized.ndim > 0:
+            return (0,), penalized
+    elif isinstance(penalized, (list, tuple)) and penalized:
+        if all(isinstance(i, bool) for i in penalized):
+            return (0,), torch.tensor(penalized)
+        if all(isinstance(i, int) for i in penalized):
+            return tuple(penalized), None
+    raise ConfigError(
+        "penalized must be an index of the state's tuple or several, or a slice or a mask of booleans for columns "
+        f"of one tensor, not {penalized!r}."
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state of torchdiffeq's holds the ``z (B, *event)`` that the penalties are about.
+
+    Attributes:
+        is_tuple: whether the user's state is a tuple.
+        shapes: shapes of its tensors.
+        places: the tensors that the penalties are about, rising.
+        columns: the places of ``z`` among the entries of a sample's first dimensions, and how many of these
+            dimensions are one; None: all entries.
+        batch_dim: the dimension of the samples in these; None: the state is one sample.
+    """
+
+    is_tuple: bool
+    shapes: tuple[torch.Size, ...]
+    places: tuple[int, ...]
+    columns: tuple[Tensor, int] | None
+    batch_dim: int | None
+
+    @classmethod
+    def of(cls, y0: Any, wanted: Follow) -> Layout:
+        """The layout of ``y0``; a ConfigError for a state that penalties cannot be about."""
+        tensors = (y0,) if isinstance(y0, Tensor) else y0
+        if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
+            inner = f" of {', '.join(type(x).__name__ for x in y0) or 'nothing'}" if isinstance(y0, tuple) else ""
+            raise ConfigError(f"y0 must be a tensor or a tuple of tensors, not a {type(y0).__name__}{inner}.")
+        count, dim = len(tensors), wanted.batch_dim
+        if any(not -count <= i < count for i in wanted.penalized):
+            raise ConfigError(f"penalized={wanted.penalized} names a tensor that y0, with {count}, does not have.")
+        places = tuple(sorted({i % count for i in wanted.penalized}))
+        for x in (tensors[i] for i in places):
+            if not x.is_floating_point():
+                raise ConfigError(f"penalties need a real floating-point state, not one of {x.dtype}.")
+            if dim is not None and not -x.ndim <= dim < x.ndim:
+                raise ConfigError(
+                    f"batch_dim={dim} is not a dimension of the state of shape {tuple(x.shape)}: penalties are per "
+                    "sample. batch_dim=None takes the whole state as one sample."
+                )
+        whole = cls(tensors is y0, tuple(x.shape for x in tensors), places, None, dim)
+        firsts = [whole.samples_first(tensors[i]) for i in places]
+        if len({len(x) for x in firsts}) > 1:
+            sizes = sorted({len(x) for x in firsts})
+            raise ConfigError(f"the penalized tensors have different numbers of samples: {sizes}.")
+        if wanted.columns is None:
+            return whole
+        return replace(whole, columns=_columns(wanted.columns, firsts[0]))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``z`` is one of the tensors as it is; views would cost an evaluation of a small net a tenth."""
+        return len(self.places) == 1 and self.batch_dim == 0 and self.columns is None
+
+    def tensors(self, y: Any) -> tuple[Tensor, ...]:
+        return tuple(y) if self.is_tuple else (y,)
+
+    def of_user(self, state: Sequence[Tensor]) -> Any:
+        """The user's state, from a state that may have penalties after it."""
+        return tuple(state[: len(self.shapes)]) if self.is_tuple else state[0]
+
+    def flat_of_user(self, flat: Tensor) -> Tensor:
+        """The user's part of a flattened state, flat for a tuple as torchdiffeq has it."""
+        own = flat[: sum(shape.numel() for shape in self.shapes)]
+        return own if self.is_tuple else own.view(self.shapes[0])
+
+    def samples_first(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if self.batch_dim is None else x.movedim(self.batch_dim, 0)
+
+    def penalized(self, y: Any) -> Tensor:
+        """``z (B, *event)``; of several tensors ``(B, D)``."""
+        tensors = self.tensors(y)
+        if self.is_whole:
+            return tensors[self.places[0]]
+        parts = [self.samples_first(tensors[i]) for i in self.places]
+        if self.columns is not None:
+            index, ndim = self.columns
+            return parts[0].flatten(1, ndim).index_select(1, index)
+        return parts[0] if len(parts) == 1 else torch.cat([x.unsqueeze(-1).flatten(1) for x in parts], 1)
+
+    def replaced(self, state: Sequence[Tensor], z: Tensor) -> Any:
+        """The user's state with ``z`` in its place."""
+        tensors = list(state)
+        if self.is_whole:
+            tensors[self.places[0]] = z
+            return self.of_user(tensors)
+        firsts = [self.samples_first(tensors[i]) for i in self.places]
+        if self.columns is not None:
+            index, ndim = self.columns
+            parts: Sequence[Tensor] = (firsts[0].flatten(1, ndim).index_copy(1, index, z),)
+        else:
+            parts = (z,) if len(firsts) == 1 else z.split([math.prod(x.shape[1:]) for x in firsts], 1)
+        for i, first, part in zip(self.places, firsts, parts, strict=True):
+            part = part.reshape(first.shape)
+            tensors[i] = part.squeeze(0) if self.batch_dim is None else part.movedim(0, self.batch_dim)
+        return self.of_user(tensors)
+
+    def warn_of_still(self, y0: Any, end: Sequence[Tensor]) -> None:
+        """Warn if a solve from ``y0`` to ``end`` moved the state but nothing of what the penalties are about."""
+        others = self.columns is not None or len(self.shapes) > len(self.places)
+        if not others or transforms_active():
+            return
+        # the interpolation of a constant may differ from it by a rounding
+        z0, z1 = (self.penalized(y).detach() for y in (y0, self.of_user(end)))
+        rounding = 100 * torch.finfo(z0.dtype).eps
+        if torch.allclose(z0, z1, rounding, 0) and not all(
+            torch.allclose(a.detach(), b.detach(), rounding, 0) for a, b in zip(self.tensors(y0), end, strict=True)
+        ):
+            warnings.warn(
+                f"what the penalties are about did not move in a solve (shape {tuple(z0.shape)}), "
+                "but other parts of the state did: choose the tensor or the columns that move by penalized=.",
+                stacklevel=5,
+            )
+
+
+def _columns(chosen: slice | Tensor, z: Tensor) -> tuple[Tensor, int]:
+    """The chosen entries of the samples ``z (B, *event)`` as :class:`Layout` has them."""
+    event = z.shape[1:]
+    if isinstance(chosen, Tensor):
+        mask = chosen
+    else:
+        size = event[0] if event else 0
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[list(range(*chosen.indices(size)))] = True
+    if mask.shape != event[: mask.ndim] or not mask.any():
+        raise ConfigError(f"penalized={chosen} selects nothing of a sample of shape {tuple(event)}.")
+    return mask.flatten().nonzero().flatten().to(z.device), mask.ndim
