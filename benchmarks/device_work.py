@@ -34,7 +34,7 @@ NO_KERNEL = {
 }  # fmt: skip
 CASES = {
     "mnist, exact": ("mnist", ()),
-    "mnist, sampled, step 0.5": ("mnist", ("solver.trace_quadrature=sampled", "solver.step=0.5")),
+    "mnist, sampled, step 0.5": ("mnist", ("solver.quadrature=sampled", "solver.step=0.5")),
     "cifar10, exact": ("cifar10", ()),
     "digits": ("digits", ()),
 }  # fmt: skip

@@ -52,17 +52,17 @@ PLAIN: dict[str, dict[str, Any]] = {
     "ours, none": {"regularizers": None},
     "ours, kinetic": {"regularizers": ["kinetic"]},
     "ours, both": {"regularizers": BOTH},
-    "ours, both, sampled": {"regularizers": BOTH, "penalty_quadrature": "sampled"},
+    "ours, both, sampled": {"regularizers": BOTH, "quadrature": "sampled"},
     "ours, both, exact": {"regularizers": BOTH, "trace_noise": "exact"},
     "ours, both, exact, sampled": {
-        "regularizers": BOTH, "trace_noise": "exact", "penalty_quadrature": "sampled",
+        "regularizers": BOTH, "trace_noise": "exact", "quadrature": "sampled",
     },
 }  # fmt: skip
 DIFFEQ: dict[str, dict[str, Any]] = {
     "torchdiffeq, none": {},
     "our odeint, kinetic": {"regularizers": ["kinetic"]},
     "our odeint, both": {"regularizers": BOTH},
-    "our odeint, both, sampled": {"regularizers": BOTH, "penalty_quadrature": "sampled"},
+    "our odeint, both, sampled": {"regularizers": BOTH, "quadrature": "sampled"},
     "torchdiffeq, both by hand": {"by hand": True},
 }
 DENSITIES: dict[str, dict[str, Any]] = {

@@ -63,13 +63,13 @@ PATHS = {
     "adjoint": Path(_rk4(gradient="adjoint")),
     "without the fused product": Path(fused=False),
     "bf16": Path(bf16=True),
-    "sampled": Path(_rk4(trace_quadrature="sampled")),
-    "sampled, bf16": Path(_rk4(trace_quadrature="sampled"), bf16=True),
-    "sampled, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5)),
-    "sampled, bf16, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), bf16=True),
+    "sampled": Path(_rk4(quadrature="sampled")),
+    "sampled, bf16": Path(_rk4(quadrature="sampled"), bf16=True),
+    "sampled, step 0.5": Path(_rk4(quadrature="sampled", step=0.5)),
+    "sampled, bf16, step 0.5": Path(_rk4(quadrature="sampled", step=0.5), bf16=True),
     "compiled": Path(compiled=True),
     "compiled, bf16": Path(bf16=True, compiled=True),
-    "compiled, sampled, bf16, step 0.5": Path(_rk4(trace_quadrature="sampled", step=0.5), bf16=True, compiled=True),
+    "compiled, sampled, bf16, step 0.5": Path(_rk4(quadrature="sampled", step=0.5), bf16=True, compiled=True),
 }
 
 

@@ -35,7 +35,7 @@ def rk4(**changes: object) -> Solver:
     return Solver(**{"method": "rk4_38", "step": 0.25, **changes})  # pyright: ignore[reportArgumentType]
 
 
-SAMPLED = rk4(trace_quadrature="sampled", step=0.5)
+SAMPLED = rk4(quadrature="sampled", step=0.5)
 ADAM = ("optimizer.name=adam", "optimizer.lr=5e-3", "optimizer.warmup=50")
 
 
@@ -65,7 +65,7 @@ METHODS = {
     "likelihood": Method(),
     "likelihood, no penalties": Method(penalties=False),
     "half the steps": Method(share=0.5),
-    "step 0.25": Method(rk4(trace_quadrature="sampled")),
+    "step 0.25": Method(rk4(quadrature="sampled")),
     "exact divergence": Method(rk4()),
     "constant rate, EMA 0.98": Method(settings=("optimizer.schedule=constant",), ema=0.98),
     **{

@@ -81,7 +81,7 @@ def penalties_at(
         )
         z = z.unsqueeze(0)
     dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False)
-    return dynamics.evaluate(t, z, dynamics.draw(z)).penalties
+    return dynamics.bind(dynamics.draw(z)).evaluate(t, z).penalties
 
 
 @dataclass(frozen=True)

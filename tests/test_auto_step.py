@@ -141,7 +141,7 @@ def test_the_step_is_measured_in_double_precision(tmp_path: Path) -> None:
 def test_a_gap_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         "optimizer.lr=2e-2", "optimizer.warmup=0", "training.max_steps=1", "solver.method=euler",
-        "solver.trace_quadrature=sampled", "test_solver.step=0.25",
+        "solver.quadrature=sampled", "test_solver.step=0.25",
     ]  # fmt: skip
     recipe = tiny_recipe(*settings)
     result = run(recipe, tmp_path)

@@ -96,7 +96,7 @@ def test_peak_memory_is_that_of_a_process() -> None:
 def test_a_checkpointed_step_needs_less_memory_and_more_flops() -> None:
     recipe = tiny_recipe("solver.step=0.5", "data.batch_size=64", "model.layers=3")
     with pytest.raises(ConfigError, match="adjoint cannot be counted"):
-        count_step(recipe.override(["solver.trace_quadrature=full"]), gradient="adjoint")
+        count_step(recipe.override(["solver.quadrature=full"]), gradient="adjoint")
     plain, checkpointed = (count_step(recipe, gradient=mode) for mode in ("autograd", "checkpointed"))
     assert checkpointed.cost.peak_memory < 0.6 * plain.cost.peak_memory
     assert 1.2 * plain.cost.flops < checkpointed.cost.flops < 1.5 * plain.cost.flops
@@ -115,7 +115,7 @@ def test_hours_follow_from_the_schedule_and_seconds_from_the_batch() -> None:
 
 
 def test_an_adaptive_solver_is_counted_with_a_stated_number_of_evaluations() -> None:
-    recipe = tiny_recipe("solver.trace_quadrature=full", "solver.method=dopri5", "model.hidden=2", "model.layers=2")
+    recipe = tiny_recipe("solver.quadrature=full", "solver.method=dopri5", "model.hidden=2", "model.layers=2")
     found = estimate(recipe, device=CPU, nfe_per_block=8)
     assert found.counted[0].nfe == 6 * 8
     assert found.nfe_per_block == 8

@@ -89,7 +89,7 @@ def test_the_own_penalties_are_what_they_say():
 
     dynamics = Dynamics(lambda t, z: z * torch.tensor([3.0, -1.0]), regularizers=[example["incompressible"]],
                         estimator="exact", divergence=False)  # fmt: skip
-    rates = dynamics.evaluate(torch.tensor(0.0), z, None)
+    rates = dynamics.evaluate(torch.tensor(0.0), z)
     assert torch.allclose(rates.penalties["incompressible"], torch.full((2,), 4.0))  # (3 - 1)^2
 
 

@@ -47,7 +47,7 @@ def decide(monkeypatch: pytest.MonkeyPatch) -> Decide:
     return decide
 
 
-ADAPTIVE = ("solver.method=dopri5", "solver.trace_quadrature=full")
+ADAPTIVE = ("solver.method=dopri5", "solver.quadrature=full")
 
 
 @pytest.mark.parametrize(("times", "settings", "way", "calls"), [

@@ -67,7 +67,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:
-    recipe = tiny_recipe("solver.trace_quadrature=full").ffjord().override(["solver.max_nfe=3"])
+    recipe = tiny_recipe("solver.quadrature=full").ffjord().override(["solver.max_nfe=3"])
     with pytest.raises(TrainingError, match=r"solver failed \(the budget of 3 evaluations.* steps 1 to 5.*NFE"):
         run(recipe, tmp_path)
 

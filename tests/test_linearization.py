@@ -225,8 +225,8 @@ def test_an_evaluation_passes_through_the_field_once(
     t, z, _ = make_inputs("linear")
     regularizers = [entry.regularizer for entry in resolve_regularizers(JVPS[:2]).values()]
     dynamics = Dynamics(field.prepare(z), regularizers=regularizers, estimator=estimator, divergence=divergence)
-    rates = dynamics.evaluate(t, z, dynamics.draw(z))
+    rates = dynamics.bind(dynamics.draw(z)).evaluate(t, z)
     assert len(passes) == 1
     other = Dynamics(lambda t, z: field(t, z), regularizers=regularizers, divergence=False)
-    for name, rate in other.evaluate(t, z, None).penalties.items():
+    for name, rate in other.evaluate(t, z).penalties.items():
         torch.testing.assert_close(rates.penalties[name], rate)

@@ -162,7 +162,7 @@ def test_log_prob_integrates_in_full_whatever_the_solver() -> None:
     x = images(2)
     noise = flow.draw_noise(2)
     full = flow.log_prob(x, noise=noise, solver=Solver())
-    flow.solver = Solver(trace_quadrature="sampled")
+    flow.solver = Solver(quadrature="sampled")
     assert torch.equal(flow.log_prob(x, noise=noise), full)
 
 
@@ -255,7 +255,7 @@ def test_a_training_step_keeps_its_number_of_device_kernels(quadrature: Any, ker
         flow, x = settings.build_flow(), torch.empty(200, *settings.images.shape)
 
     def step() -> None:
-        output = flow(x, solver=Solver(step=1.0, trace_quadrature=quadrature))
+        output = flow(x, solver=Solver(step=1.0, quadrature=quadrature))
         log_prob = output_log_prob(output)
         objective(log_prob, output.regularization, lambdas=settings.lambdas, dims=settings.dims).loss.backward()
 

@@ -99,12 +99,12 @@ def test_hjb_is_zero_for_a_solution_and_its_closed_form_otherwise() -> None:
     field = PotentialField(2).double()
     dynamics = Dynamics(field, regularizers=[hjb, curl], estimator="gaussian")
     t = torch.tensor(0.4, dtype=torch.float64)
-    found = dynamics.evaluate(t, z, dynamics.draw(z)).penalties
+    found = dynamics.bind(dynamics.draw(z)).evaluate(t, z).penalties
     wanted = (field.aux(t, z)["potential_rate"] - field(t, z).square().sum(1) / 2).abs()
     torch.testing.assert_close(found["hjb"], wanted)
     assert found["curl"].abs().max() < 1e-20  # a gradient field
     inputs = (t.requires_grad_(), z.clone().requires_grad_())
-    assert torch.autograd.gradcheck(lambda t, z: dynamics.evaluate(t, z, z.detach()).penalties["hjb"], inputs)
+    assert torch.autograd.gradcheck(lambda t, z: dynamics.bind(z.detach()).evaluate(t, z).penalties["hjb"], inputs)
     model = NeuralODE(field, "rk4_38", regularizers={"hjb": 1.0})
     model(z)
     torch.testing.assert_close(model.reg_loss(), model.regularization["hjb"].mean())  # not divided by D

@@ -136,10 +136,8 @@ def test_a_lambda_may_be_a_schedule_and_a_name_may_have_options() -> None:
 
 def test_settings_that_belong_together_change_together() -> None:
     # sampled quadrature is refused with dopri5, so the method must not change first and be checked alone
-    recipe = get_recipe("digits").override(["solver.method=dopri5", "solver.trace_quadrature=full"])
-    assert recipe.solver == dataclasses.replace(
-        get_recipe("digits").solver, method="dopri5", trace_quadrature="full"
-    )
+    recipe = get_recipe("digits").override(["solver.method=dopri5", "solver.quadrature=full"])
+    assert recipe.solver == dataclasses.replace(get_recipe("digits").solver, method="dopri5", quadrature="full")
     with pytest.raises(ConfigError, match="fixed grid"):
         get_recipe("digits").override(["solver.method=dopri5"])
     # other images are not the paper's, and may not be mirrored

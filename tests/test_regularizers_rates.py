@@ -43,7 +43,7 @@ class Image(nn.Module):
 
 def evaluated(field: Any, names: list[str], t: Tensor, z: Tensor, estimator: Any = "exact") -> Rates:
     dynamics = Dynamics(field, regularizers=resolved(*names), estimator=estimator)
-    return dynamics.evaluate(t, z, dynamics.draw(z))
+    return dynamics.bind(dynamics.draw(z)).evaluate(t, z)
 
 
 def rates_of(field: Any, names: list[str], t: Tensor, z: Tensor, estimator: Any = "exact") -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ def test_more_probes_and_hutch_plus_plus_have_less_variance() -> None:
     def draws(estimator: object) -> Tensor:
         torch.manual_seed(0)
         dynamics = Dynamics(lambda t, z: z @ a.T, estimator=estimator)  # pyright: ignore[reportArgumentType]
-        found = dynamics.evaluate(t, z, dynamics.draw(z)).dlogdet
+        found = dynamics.bind(dynamics.draw(z)).evaluate(t, z).dlogdet
         assert found is not None
         return found
 
@@ -258,7 +258,7 @@ def test_rates_under_functional_transforms(transform: str) -> None:
 
     def penalties(z: Tensor) -> Tensor:
         dynamics = Dynamics(field, regularizers=regularizers)  # pyright: ignore[reportArgumentType]
-        return torch.stack(list(dynamics.evaluate(t, z, noise).penalties.values()))
+        return torch.stack(list(dynamics.bind(noise).evaluate(t, z).penalties.values()))
 
     if transform == "vmap":
         found, wanted = torch.func.vmap(penalties)(z), torch.stack([penalties(each) for each in z])
@@ -332,11 +332,11 @@ def test_undeclared_needs_are_named() -> None:
     ):
         shy = FunctionRegularizer("shy", rate)
         with pytest.raises(ConfigError, match=f'needs = {{"{need}"}}'):
-            Dynamics(Wave(), regularizers=[shy], divergence=False).evaluate(t, z, None)
+            Dynamics(Wave(), regularizers=[shy], divergence=False).evaluate(t, z)
     with pytest.raises(ConfigError, match="too many for 200 dimensions"):
         rates_of(lambda t, z: z * 2, ["jacdiag"], t, torch.zeros(1, 200), "gaussian")  # pyright: ignore
     with pytest.raises(ConfigError, match="must have the shape of z"):
-        Dynamics(lambda t, z: z.sum(1), divergence=False).evaluate(t, z, None)
+        Dynamics(lambda t, z: z.sum(1), divergence=False).evaluate(t, z)
     with pytest.raises(ConfigError, match="rank must be smaller"):
         HutchPlusPlus(3).draw(z)
 

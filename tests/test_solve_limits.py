@@ -30,7 +30,7 @@ from rnode_plugin.solvers import (
 T = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
-def decay(t: Tensor, z: Tensor, *, products: bool = True, rate: float = 1.0) -> Rates:
+def decay(t: Tensor, z: Tensor, *, rate: float = 1.0) -> Rates:
     return Rates(-rate * z, None, {})
 
 
@@ -47,7 +47,7 @@ def test_a_stiff_field_ends_at_the_default_budget(method: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
-    def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+    def rates(t: Tensor, z: Tensor) -> Rates:
         return Rates(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
 
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
@@ -86,7 +86,7 @@ def test_a_penalty_beside_the_steps_that_is_not_finite_is_named(penalty: Any, gr
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_penalties(method: str) -> None:
-    def rates(t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+    def rates(t: Tensor, z: Tensor) -> Rates:
         dz = torch.where(t > 0.6, torch.nan, z)
         return Rates(dz, None, {"kinetic": dz.square().sum(1)})
 

@@ -90,7 +90,7 @@ def test_a_measured_step_is_measured_after_the_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("settings", "words"), [
     (["start.steps=3"], "start.steps goes with"),
     (["start.step=1"], "start.steps goes with"),
-    (["start.steps=3", "start.step=1", "solver.method=dopri5", "solver.trace_quadrature=full"],
+    (["start.steps=3", "start.step=1", "solver.method=dopri5", "solver.quadrature=full"],
      "start.step needs a fixed grid, but dopri5 chooses its own steps"),
 ])  # fmt: skip
 def test_settings_that_cannot_work(settings: list[str], words: str) -> None:

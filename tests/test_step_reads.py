@@ -72,7 +72,7 @@ class _Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("quadrature", ["full", "sampled"])
 def test_a_step_copies_nothing_to_the_device(quadrature: str) -> None:
-    recipe = tiny_recipe("solver.step=0.25", f"solver.trace_quadrature={quadrature}")
+    recipe = tiny_recipe("solver.step=0.25", f"solver.quadrature={quadrature}")
     with torch.device("meta"):
         flow = recipe.build_flow()
     images = torch.zeros(2, 1, 8, 8, device="meta")

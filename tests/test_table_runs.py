@@ -107,7 +107,7 @@ def test_training_learns_more_than_the_columns_alone(file: Path, tmp_path: Path)
     "settings",
     [
         ("data.given=dose", "training.ema=0.9", "solver.step=auto", "training.tune_every=3"),
-        ("solver.penalty_quadrature=sampled", "regularizers.directional=0.01"),
+        ("solver.quadrature=sampled", "regularizers.directional=0.01"),
     ],
     ids=["tuned", "sampled"],
 )

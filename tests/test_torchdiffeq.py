@@ -430,7 +430,7 @@ def test_span_policies_choose_the_times() -> None:
 @pytest.mark.parametrize("quadrature", ["full", "sampled"])
 def test_torchs_seed_repeats_the_noise(quadrature: str) -> None:
     def draw() -> Tensor:
-        arguments: dict[str, Any] = {"regularizers": ["jacfrob"], "penalty_quadrature": quadrature}
+        arguments: dict[str, Any] = {"regularizers": ["jacfrob"], "quadrature": quadrature}
         return odeint(Field(), start(), SPAN, **arguments)[1]["jacfrob"]
 
     def two() -> list[Tensor]:
@@ -476,7 +476,7 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
     span = SPAN[[0, -1]]
 
     def draw(quadrature: str) -> Tensor:
-        _, penalties = odeint(field, y0, span, **arguments, penalty_quadrature=quadrature)
+        _, penalties = odeint(field, y0, span, **arguments, quadrature=quadrature)
         gradient = torch.autograd.grad(penalties.loss(), next(field.parameters()), retain_graph=True)[0]
         return torch.cat([penalties["jacfrob"].detach(), gradient.flatten(), penalties["kinetic"].detach()])
 
@@ -790,7 +790,7 @@ def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code
         (start(), {"regularizers": ["kinetic", "kinetic"]}, "twice"),
         (start(), {"regularizers": ["kinetik"]}, "kinetic"),
         (start(), {"trace_noise": "gausian"}, "gaussian"),
-        (start(), {"penalty_quadrature": "samples"}, "sampled"),
+        (start(), {"quadrature": "samples"}, "sampled"),
         ((start(), start(3, 2)), {"penalized": (0, 1)}, "samples"),
     ],
 )

@@ -116,7 +116,7 @@ def test_the_numbers_of_a_row_are_what_their_columns_say(whole: FitResult) -> No
             weight = 0.01 * (float(row["train/kinetic"]) + float(row["train/jacfrob"]))
             assert float(row["train/loss"]) == pytest.approx(nll + weight, abs=1e-5)
     recipe, flow = tiny_recipe(*SETTINGS), load_flow(whole.folder.last)
-    coarse = dataclasses.replace(recipe.solver, trace_quadrature="full")  # not the random products of a step
+    coarse = dataclasses.replace(recipe.solver, quadrature="full")  # not the random products of a step
     held_out = load_images(recipe).val[:60]
     bits, gaps, costs = [], [], []
     penalties: dict[str, list[float]] = {"kinetic": [], "jacfrob": []}
@@ -228,7 +228,7 @@ def test_ffjord_trains_without_penalties_and_still_measures_them(recipe: Recipe,
 
 
 def test_the_step_is_equation_17(recipe: Recipe) -> None:
-    recipe = recipe.override(["regularizers.kinetic=0.3", "regularizers.jacfrob=0", "solver.trace_quadrature=full"])
+    recipe = recipe.override(["regularizers.kinetic=0.3", "regularizers.jacfrob=0", "solver.quadrature=full"])
     data = load_images(recipe)
     module = RnodeModule(recipe)
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path, 
     recipe = tiny_recipe(
         f"start.matching={matching}", f"training.max_steps={4 + matching}", "training.accumulate=2",
         "regularizers.kinetic=0", "regularizers.jacfrob=0", "regularizers.l1=linear_warmup(2)*30",
-        "solver.trace_quadrature=full", "training.log_every=1",
+        "solver.quadrature=full", "training.log_every=1",
     )  # fmt: skip
     result = run(recipe, tmp_path)
     steps = [{name: float(value) for name, value in row.items()} for row in rows(result) if "train/l1" in row]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, PluginError, RnodeError
-from .derivatives import VELOCITY, Ask, AutogradField, Velocity, as_field
+from .derivatives import RATES, TRACE, VELOCITY, Ask, AutogradField, Velocity, as_field
 from .field_evaluation import FieldEvaluation
 from .regularizers.base import Regularizer, StepRecord, Trajectory, kind_of
 from .trace_estimators import Exact, Hutchinson, HutchPlusPlus, Linearize, TraceEstimator, get_estimator
@@ -45,22 +45,23 @@ class BoundDynamics(ABC):
 
     Attributes:
         path: the penalties of steps and trajectories; None if there are none.
+        divergence: whether a density is followed, so that rates have a log-determinant.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint has to know.
     """
 
     path: PathPenalties | None = None
+    divergence: bool = False
     inner_autograd: bool = True
 
     @abstractmethod
-    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
         """The right-hand side at a time ``t`` and a state ``z (B, *event)``.
 
-        ``products=False`` leaves out all that needs a product with the Jacobian.
+        Args:
+            t, z: where to evaluate it.
+            ask: ``RATES``, all of it; ``TRACE``, without the penalties that read more of the field than its
+                velocity; or ``VELOCITY``, without the log-determinant too.
         """
-
-    def trace_only(self, t: Tensor, z: Tensor) -> Rates:
-        """The right-hand side at ``t``, ``z`` with the log-determinant, but no penalty that needs a product."""
-        return self(t, z, products=False)
 
     def parameters(self) -> Iterable[Tensor]:
         """What a continuous adjoint differentiates by."""
@@ -72,13 +73,13 @@ class BoundDynamics(ABC):
 
 
 class FunctionDynamics(BoundDynamics):
-    """A function ``(t, z, *, products) -> Rates`` as a system."""
+    """A function ``(t, z) -> Rates`` as a system that gives all of its rates at each evaluation."""
 
-    def __init__(self, function: Callable[..., Rates]) -> None:
+    def __init__(self, function: Callable[[Tensor, Tensor], Rates]) -> None:
         self._function = function
 
-    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        return self._function(t, z, products=products)
+    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
+        return self._function(t, z)
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Dynamics(BoundDynamics):
         rates: the rates that are integrated, by the key of their integral.
         needs: what they read of an evaluation.
         needs_products: whether an evaluation makes products with the Jacobian.
-        noise: of these products; None until it is bound.
+        noise: of these products; None until it is bound, and where none is needed.
 
     Raises:
         ConfigError: for an unknown estimator and a span policy; later for a penalty that does not return ``(B,)``.
@@ -178,7 +179,7 @@ class Dynamics(BoundDynamics):
         >>> import torch
         >>> from rnode_plugin.core.regularizers import jacfrob, kinetic
         >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic, jacfrob], estimator="exact")
-        >>> rates = dynamics.evaluate(torch.tensor(0.0), torch.ones(1, 3), None)
+        >>> rates = dynamics.evaluate(torch.tensor(0.0), torch.ones(1, 3))
         >>> rates.dlogdet.item(), rates.penalties["kinetic"].item(), rates.penalties["jacfrob"].item()
         (-3.0, 3.0, 3.0)
     """
@@ -229,11 +230,14 @@ class Dynamics(BoundDynamics):
         self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus))
         by_autograd = isinstance(self.field, AutogradField)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
-        self._velocity = functools.partial(self.field.linearize, ask=VELOCITY)
-        self._pass = self._one_pass(Ask(jvp="jvp" in self.needs, aux="aux" in self.needs), "vjp" in self.needs)
-        self._pass_for_trace = self._one_pass(VELOCITY, products=False)
+        of_rates = Ask(jvp="jvp" in self.needs, aux="aux" in self.needs)
+        self._passes: dict[Ask, Linearize] = {
+            VELOCITY: functools.partial(self.field.linearize, ask=VELOCITY),
+            TRACE: self._one_pass(VELOCITY, products=False),
+            RATES: self._one_pass(of_rates, products="vjp" in self.needs),
+        }
 
-    def _one_pass(self, ask: Ask, products: bool) -> Linearize:
+    def _one_pass(self, ask: Ask, *, products: bool) -> Linearize:
         """The pass over the field that gives what ``ask`` wants, the trace, and the ``products`` for penalties."""
         if self.divergence and not products and type(self.estimator) is Exact:
             # without its rows: some fields know it in closed form
@@ -257,37 +261,26 @@ class Dynamics(BoundDynamics):
         bound.noise = noise
         return bound
 
-    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
-        return self.evaluate(t, z, self.noise, products=products)
-
-    def trace_only(self, t: Tensor, z: Tensor) -> Rates:
-        return self.evaluate(t, z, self.noise, products=False, trace=True)
-
-    def evaluate(
-        self, t: Tensor, z: Tensor, noise: Tensor | None, *, products: bool = True, trace: bool | None = None
-    ) -> Rates:
+    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
         """The right-hand side at one time.
 
         Args:
             t: the time, a scalar.
             z: the state ``(B, *event)``.
-            noise: as :meth:`draw` gives it.
-            products: False leaves out all that needs a product with the Jacobian.
-            trace: whether the log-determinant is followed; None: as ``products``.
+            ask: ``RATES``, ``TRACE`` or ``VELOCITY``, see :meth:`BoundDynamics.evaluate`.
 
         Raises:
             ConfigError: a velocity of another shape, or a regularizer whose result is not real numbers ``(B,)``, or
                 that writes into the state.
             PluginError: a regularizer raised something.
         """
-        trace = products if trace is None else trace
-        one_pass = self._pass if products else self._pass_for_trace if trace else self._velocity
-        if noise is None and self._noisy and one_pass is not self._velocity:
+        noise = self.noise
+        if noise is None and self._noisy and ask != VELOCITY:
             raise ConfigError(
                 "the trace needs noise: solve with dynamics.bind(dynamics.draw(z)); a CNF draws it in "
                 "rnode_plugin.NeuralODE, or has a noise_dist."
             )
-        dz, rows, jvp, known, aux = one_pass(t, z, noise)
+        dz, rows, jvp, known, aux = self._passes[ask](t, z, noise)
         if dz.shape != z.shape:
             raise ConfigError(
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
@@ -300,11 +293,11 @@ class Dynamics(BoundDynamics):
             t, z, dz, noise, rows, self.estimator, self.field if self.needs else None, jvp, aux
         )
         dlogdet = None
-        if self.divergence and trace:
+        if self.divergence and ask.divergence:
             dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
         penalties: dict[str, Tensor] = {}
         for key, rate in self.rates.items():
-            if products or not rate.needs:
+            if not rate.needs or ask == RATES:
                 penalties[key] = _checked(rate, evaluation, (z, dz), z)
         return Rates(dz, dlogdet, penalties)
 

@@ -151,7 +151,7 @@ def _on_grid(model: Any, chosen: Solver | None) -> Any:
         part = parts.pop()
         part._validate_args = False  # values are unknown while they are recorded
         parts += [each for each in vars(part).values() if isinstance(each, Distribution)]
-    return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", trace_quadrature="full"))
+    return model.solved_with(solver=dataclasses.replace(solver, gradient="autograd", quadrature="full"))
 
 
 def _inputs(model: Any, which: Which, context: Tensor | None, batch: int) -> tuple[Tensor, ...]:

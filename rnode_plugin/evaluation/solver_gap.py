@@ -61,7 +61,7 @@ def measure_solver_gap(
         accurate: the scores ``(B,)`` by the accurate solver.
     """
     try:
-        output = solve(dataclasses.replace(solver, trace_quadrature="full"))
+        output = solve(dataclasses.replace(solver, quadrature="full"))
     except SolverError as error:
         return SolverGap(torch.full((len(accurate),), math.inf, dtype=torch.float64), None, error)
     return SolverGap(scores(output).cpu().double() - accurate.cpu().double(), output, None)

@@ -212,7 +212,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
     def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
         """:meth:`forward` with the divergence in full, even with a solver that samples it; errors as there."""
-        solver = dataclasses.replace(self.solver, trace_quadrature="full")
+        solver = dataclasses.replace(self.solver, quadrature="full")
         return self(x, context=context, solver=solver, penalties=penalties)
 
     def log_prob(
@@ -222,7 +222,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
         The divergence is integrated in full even with a solver that samples it. Errors as of :meth:`forward`.
         """
-        solver = dataclasses.replace(solver or self.solver, trace_quadrature="full")
+        solver = dataclasses.replace(solver or self.solver, quadrature="full")
         return output_log_prob(self(x, context=context, solver=solver, penalties=False, **options))
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from .recipe import Data, Model, Optimizer, Paper, Recipe, Start, TableData, Tab
 
 _DOPRI5 = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6)
 _RK4 = Solver(method="rk4_38", step=0.25)
-_SAMPLED = Solver(method="rk4_38", step=0.5, trace_quadrature="sampled")
+_SAMPLED = Solver(method="rk4_38", step=0.5, quadrature="sampled")
 _MUON = Optimizer(name="muon", lr=2e-2, vector_lr=1e-2, warmup=20, schedule="cosine")
 _DOPRI5_LEAN = dataclasses.replace(_DOPRI5, gradient="checkpointed")
 

@@ -27,7 +27,7 @@ from ..core.schedules import LinearWarmup, WrittenStrength, final_strength
 from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
-from ..solvers.config import Solver
+from ..solvers.config import Solver, refuse_sampled_density
 from .settings import (
     CONFIG,
     Data,
@@ -126,6 +126,8 @@ class Recipe:
             )
         if isinstance(self.data, TableData) and len(self.training.sample_temperatures) > 1:
             raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
+        refuse_sampled_density(self.solver)
+        refuse_sampled_density(self.test_solver, "test_solver")
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
         if self.start.step is not None and self.solver.adaptive:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..errors import ConfigError, SolverError
 from .checkpoint import checkpointed
@@ -101,9 +102,9 @@ def solve_adaptive(
         return bool((b - a) * sign > 0)
 
     t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
-    sampled = solver.penalty_quadrature == "sampled"
+    sampled = solver.quadrature == "sampled"
     draw = draw_stage(method) if sampled else None
-    rates: Rates | None = (dynamics.trace_only if draw else dynamics)(span[0].to(device), z)
+    rates: Rates | None = dynamics.evaluate(span[0].to(device), z, VELOCITY if draw else RATES)
     totals = Totals()
     totals.nfe += 1
     dt = _first_step(dynamics, z, rates.dz, span, sign, solver, method, memory, totals)
@@ -264,7 +265,7 @@ def _first_step(
     # numbers. A guess of no use is made again with the mirror image.
     def field(t: Tensor, z: Tensor) -> Tensor:
         totals.nfe += 1
-        return dynamics(t.to(z.device), z, products=False).dz
+        return dynamics.evaluate(t.to(z.device), z, VELOCITY).dz
 
     guess = guess_first_step(field, sign * velocity, z, sign * start, **options)
     if sign < 0 and not (0 < float(guess) < math.inf):

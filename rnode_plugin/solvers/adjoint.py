@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
 from ..errors import ConfigError
 from .adaptive import solve_adaptive
@@ -48,21 +49,9 @@ def solve_adjoint(
     """
     call = _AdjointCall(dynamics, solver, method, watched=trace)
     wanted = [p for p in dynamics.parameters() if p.requires_grad]
-    drawn = None
-    if solver.penalty_quadrature == "sampled":
-        call.dynamics = FunctionDynamics(lambda t, z, *, products: dynamics.trace_only(t, z))
-        share = torch.rand(_DRAWN, dtype=torch.float64)
-        share = (torch.arange(_DRAWN) + share).to(t_span) / _DRAWN
-        drawn = t_span[0] + share * (t_span[-1] - t_span[0])
-    times, z, logdet, on_path, *integrals = _Adjoint.apply(call, z0, t_span, drawn, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
+    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
     assert call.stats is not None
     penalties, stats = dict(zip(call.names, integrals, strict=True)), call.stats
-    if drawn is not None:
-        length = (t_span[-1] - t_span[0]).abs()
-        rates = [dynamics(t, z).penalties for t, z in zip(drawn, on_path, strict=True)]
-        for name in rates[0].keys() - penalties.keys():
-            penalties[name] = torch.stack([rate[name] for rate in rates]).mean(0) * length
-        stats = replace(stats, nfe=stats.nfe + _DRAWN)
     if keep is not None and not method.adaptive:
         # the backward pass needs the states at all times of t_span
         kept = [i for i, wanted in enumerate(keep) if wanted]
@@ -70,15 +59,11 @@ def solve_adjoint(
     return Solution(times, z, logdet, penalties, stats)
 
 
-_DRAWN = 8
-"""Random times, one in each eighth of the solve, of a sampled quadrature of penalties."""
-
-
 def _solve(
     dynamics: BoundDynamics, z: Tensor, t_span: Tensor, solver: Solver, method: Method, trace: Trace | None = None
 ) -> Solution:
     engine = solve_adaptive if method.adaptive else solve_fixed
-    return engine(dynamics, z, t_span, replace(solver, penalty_quadrature="full"), method, trace=trace)
+    return engine(dynamics, z, t_span, solver, method, trace=trace)
 
 
 @dataclass
@@ -107,48 +92,33 @@ def _repeating(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, call: _AdjointCall, z0: Tensor, t_span: Tensor, drawn: Tensor | None, *params: Tensor
-    ) -> tuple[Any, ...]:
+    def forward(ctx: Any, call: _AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
         interpolates = call.solver.gradient == "interpolated_adjoint"
-        trace = call.trace if interpolates or drawn is not None else call.watched
+        trace = call.trace if interpolates else call.watched
         solution = _solve(call.dynamics, z0, t_span, call.solver, call.method, trace)
         if call.watched is not None and trace is not call.watched:
             call.watched += call.trace
-        on_path = None
-        if drawn is not None:
-            path = _Path(call.dynamics, call.trace, 1.0 if bool(t_span[-1] >= t_span[0]) else -1.0)
-            on_path = torch.stack([path(t) for t in drawn])
-        if not interpolates:
-            call.trace = []
         call.names, call.stats = tuple(solution.penalties), solution.stats
         ctx.call = call
-        ctx.save_for_backward(t_span, solution.t, solution.z, drawn, on_path, *params)
+        ctx.save_for_backward(t_span, solution.t, solution.z, *params)
         ctx.mark_non_differentiable(solution.t)
-        return solution.t, solution.z, solution.logdet, on_path, *solution.penalties.values()
+        return solution.t, solution.z, solution.logdet, *solution.penalties.values()
 
     @staticmethod
     @_repeating
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, dpath: Tensor | None, *dpenalties: Tensor
+        ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor
     ) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True, as in a Hessian, whose entries would be zero
             raise ConfigError(
                 "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
-        t_span, t, z, drawn, on_path, *params = ctx.saved_tensors
-        times = t_span
-        if drawn is not None and dpath is not None:  # these states are outputs like the others
-            times = torch.cat([t_span, drawn])
-            order = torch.cat([t, drawn]).argsort(descending=bool(t[-1] < t[0]))
-            t, z, dz = (torch.cat(pair)[order] for pair in ((t, drawn), (z, on_path), (dz, dpath)))
-            if dlogdet is not None:
-                dlogdet = torch.cat([dlogdet, dlogdet.new_zeros(len(drawn), *dlogdet.shape[1:])])[order]
+        t_span, t, z, *params = ctx.saved_tensors
         pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.call.names, dpenalties, strict=True)))
         wants_times, last = ctx.needs_input_grad[2], len(t) - 1
-        span_index = _positions(times, t) if wants_times else {}
-        dt, a = torch.zeros_like(times), torch.zeros_like(z[0])
+        span_index = _positions(t_span, t) if wants_times else {}
+        dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
         dl = None if dlogdet is None else torch.zeros_like(dlogdet[0])
         k = last
         while True:
@@ -170,8 +140,7 @@ class _Adjoint(torch.autograd.Function):
             k = before
         if wants_times:
             dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
-        dt = dt.split([len(t_span), len(times) - len(t_span)]) if wants_times else (None, None)
-        return None, a + dz[0], dt[0], dt[1] if drawn is not None else None, *pass_.gradients
+        return None, a + dz[0], dt if wants_times else None, *pass_.gradients
 
 
 def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
@@ -198,7 +167,6 @@ class _Backward:
             rtol=solver.rtol if solver.rtol_adjoint is None else solver.rtol_adjoint,
         )
         self.method = replace(method, interpolator=None)
-        self.many_stops = call.solver.penalty_quadrature == "sampled"
         self.params = params
         self.sign = 1.0 if bool(t[-1] >= t[0]) else -1.0
         # a penalty is integrated along the path, whichever way time runs
@@ -217,16 +185,14 @@ class _Backward:
         path = self.path
         state = a if path is not None else torch.stack([z, a])
 
-        def adjoint_system(t: Tensor, z: Tensor, *, products: bool) -> Rates:
+        def adjoint_system(t: Tensor, z: Tensor) -> Rates:
             z, a = (path(t), z) if path is not None else z.unbind()
             dz, da, *dparams = self._gradients(t, z, a, dl)
             rate = -da if path is not None else torch.stack([dz, -da])
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
-        solver = self.solver
-        if self.many_stops:  # the intervals are short: often one step is enough
-            solver = replace(solver, first_step=abs(float(t1 - t0)))
-        solution = _solve(FunctionDynamics(adjoint_system), state, torch.stack([t1, t0]), solver, self.method)
+        times = torch.stack([t1, t0])
+        solution = _solve(FunctionDynamics(adjoint_system), state, times, self.solver, self.method)
         for i, gradient in enumerate(self.gradients):
             # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)
@@ -234,7 +200,7 @@ class _Backward:
 
     def hamiltonian(self, t: Tensor, z: Tensor, a: Tensor, dl: Tensor | None, *, penalties: bool) -> Tensor:
         """``H``, summed over the batch, without a graph."""
-        return self._hamiltonian(self.dynamics(t, z), a, dl, penalties=penalties)
+        return self._hamiltonian(self.dynamics.evaluate(t, z), a, dl, penalties=penalties)
 
     def _hamiltonian(self, rates: Rates, a: Tensor, dl: Tensor | None, *, penalties: bool = True) -> Tensor:
         total = (a * rates.dz).sum()
@@ -250,7 +216,7 @@ class _Backward:
         with torch.enable_grad():
             z, t = z.detach().requires_grad_(), t.detach()
             start = None if self.checked else next_number(z)
-            rates = self.dynamics(t, z)
+            rates = self.dynamics.evaluate(t, z)
             total = self._hamiltonian(rates, a, dl)
             inputs = [z, *self.params]
             if start is not None:
@@ -287,7 +253,7 @@ class _Path:
     def _velocity(self, knot: int) -> Tensor:
         if knot not in self.velocities:
             t, z = self.trace[knot]
-            self.velocities[knot] = self.dynamics(t, z, products=False).dz.detach()
+            self.velocities[knot] = self.dynamics.evaluate(t, z, VELOCITY).dz.detach()
         return self.velocities[knot]
 
 

@@ -39,14 +39,13 @@ class Solver:
             activations of one step at a time, for one more evaluation pass; ``adjoint`` solves the continuous
             adjoint backward (as in the paper; its gradient differs from that of the discrete loss by the
             discretisation error); ``interpolated_adjoint`` does so along an interpolant of the forward states.
-        trace_quadrature: ``full``, or ``sampled``: in each step of a fixed grid, products with the Jacobian are
-            evaluated at one stage only, drawn with the probability that is its quadrature weight; unbiased.
-        penalty_quadrature: ``full``, or ``sampled``: few evaluations make the penalties that need a product with
-            the Jacobian. On a fixed grid these are about one in eight, drawn by their weights; of an adaptive step
-            one, drawn by the weights of a quadrature (some of dopri5's and tsit5's own are negative: by others, of
-            order 3); with a continuous adjoint one at a random time in each eighth of the solve. Unbiased in value
-            and gradient, but for the error of the quadrature or the interpolant that is drawn from. Other penalties
-            stay full. A sampled trace samples these penalties at its own stages.
+        quadrature: ``full``, or ``sampled``: few evaluations make products with the Jacobian. Where a density is
+            followed, one stage of each step of a fixed grid makes those of its trace and its penalties. Elsewhere
+            about one evaluation in eight of a fixed grid, or one in each adaptive step, makes those of the
+            penalties. They are drawn by their weights in the step's quadrature (some of dopri5's and tsit5's are
+            negative, so these have others, of order 3). Unbiased in value and gradient, up to the error of the
+            quadrature that is drawn from. Penalties that need no product stay full. It needs a gradient through the
+            steps, and an adaptive method may not follow a density, whose error it controls.
         atol_adjoint: tolerance of an adaptive continuous adjoint; None: as ``atol``.
         rtol_adjoint: relative tolerance of the same; None: as ``rtol``.
 
@@ -67,8 +66,7 @@ class Solver:
     first_step: float | None = None
     max_nfe: int | None = None
     gradient: str = "autograd"
-    trace_quadrature: str = "full"
-    penalty_quadrature: str = "full"
+    quadrature: str = "full"
     atol_adjoint: float | None = None
     rtol_adjoint: float | None = None
 
@@ -76,8 +74,7 @@ class Solver:
         for value, known, kind in (
             (self.method, METHODS, "solver method"),
             (self.gradient, GRADIENTS, "gradient mode"),
-            (self.trace_quadrature, QUADRATURES, "trace quadrature"),
-            (self.penalty_quadrature, QUADRATURES, "penalty quadrature"),
+            (self.quadrature, QUADRATURES, "quadrature"),
         ):
             if value not in known:
                 raise ConfigError(suggest(value, known, kind))
@@ -99,18 +96,25 @@ class Solver:
                 f"solver.step='auto' needs a fixed grid, but {self.method} chooses its own steps: use one of "
                 f"{', '.join(FIXED_METHODS)}."
             )
-        if self.trace_quadrature == "sampled" and (self.adaptive or self.gradient.endswith("adjoint")):
+        if self.quadrature == "sampled" and self.gradient.endswith("adjoint"):
             raise ConfigError(
-                f"trace_quadrature='sampled' needs a fixed grid and the gradient of its steps: {self.method} with "
-                f"gradient {self.gradient!r} would control or differentiate an error that the log-determinant does "
-                f"not have. Use one of {', '.join(FIXED_METHODS)} with 'autograd' or 'checkpointed', or "
-                "trace_quadrature='full'."
+                f"solver.quadrature='sampled' needs the gradient of the steps that were drawn, which gradient "
+                f"{self.gradient!r} does not take: use 'autograd' or 'checkpointed', or quadrature='full'."
             )
 
     @property
     def adaptive(self) -> bool:
         """Whether the method chooses its own steps."""
         return self.method in ADAPTIVE_METHODS
+
+
+def refuse_sampled_density(solver: Solver, name: str = "solver") -> None:
+    """Refuse a sampled quadrature of a density by an adaptive method; ``name`` is for the message."""
+    if solver.quadrature == "sampled" and solver.adaptive:
+        raise ConfigError(
+            f"{name}.quadrature='sampled' of a density needs a fixed grid: {solver.method} would control an error "
+            f"that the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or quadrature='full'."
+        )
 
 
 def solver_text(solver: Solver) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.ops import exporting, on_host, transforms_active
 from ..core.regularizers import StepRecord
@@ -46,9 +47,10 @@ def solve_fixed(
     the state of every step.
     """
     counts, draws = [1] * (len(t_span) - 1), None
+    sampled = solver.quadrature == "sampled"
     if solver.step is not None:
         counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(t_span.tolist())]
-    if solver.penalty_quadrature == "sampled" and solver.trace_quadrature == "full":
+    if sampled and not dynamics.divergence:
         intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
         lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
         draws = _draw_stages(method, lengths)
@@ -68,9 +70,7 @@ def solve_fixed(
     steps = iter(grid)
     for k, count in enumerate(counts, start=1):
         for start, dt, end in itertools.islice(steps, count):
-            draw = None if draws is None else draws[totals.steps]
-            if solver.trace_quadrature == "sampled":
-                draw = draw_stage(method)
+            draw = draws[totals.steps] if draws is not None else draw_stage(method) if sampled else None
             step = take(z, start, dt, None, draw)
             totals.add(step)
             totals.nfe += step.nfe
@@ -170,7 +170,7 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
     """A function ``(z, t, dt, first, draw) -> Step``.
 
     ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``draw`` its stages alone
-    make the products with the Jacobian.
+    make the products with the Jacobian, and all others the velocity alone.
 
     A ``local`` step computes the local step penalties; the others see the accepted steps.
     """
@@ -178,8 +178,6 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
     if path is not None and not (path.local if local else path.steps):
         path = None
     weights = method.weights or (1.0,)
-    sampled_trace = solver.trace_quadrature == "sampled"
-    elsewhere = partial(dynamics, products=False) if sampled_trace or local else dynamics.trace_only
 
     def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
         rates: list[Rates] = [] if first is None else [first]
@@ -189,7 +187,8 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
             if path is not None:
                 asked.append((time, state))
             # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
-            rates.append((dynamics if draw is None or len(rates) in draw else elsewhere)(time, state))
+            ask = RATES if draw is None or len(rates) in draw else VELOCITY
+            rates.append(dynamics.evaluate(time, state, ask))
             return rates[-1].dz
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
@@ -197,7 +196,7 @@ def stepper(dynamics: BoundDynamics, method: Method, solver: Solver, *, local: b
         source, dlogdet, dlogdet_error = rates[min(draw) if draw else 0], None, None
         if source.dlogdet is not None:
             traces = [r.dlogdet for r in rates]
-            dlogdet = _weigh(traces, weights, dt, draw if sampled_trace else None)
+            dlogdet = _weigh(traces, weights, dt, draw)
             if error is not None and method.error_weights is not None:
                 dlogdet_error = _weigh(traces, method.error_weights, dt.detach())
         # the integral of every penalty: along the path, whichever way time runs

@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, PathPenalties
 from ..core.ops import on_host, transforms_active
 from ..errors import ConfigError
 from . import config
 from .adaptive import StepMemory, solve_adaptive
 from .adjoint import solve_adjoint
-from .config import Solver
+from .config import Solver, refuse_sampled_density
 from .fixed import HealthCheck, Trace, check_health, fail_integrals, health, solve_fixed, stepper
 from .solution import Solution
 from .tableaus import Method, get_method, hermite
@@ -63,6 +64,8 @@ def solve(
             "solver.step='auto' is a step that is found while a recipe trains: everywhere else give a number; "
             "rnode-cli tune-step finds one for a trained flow."
         )
+    if dynamics.divergence:
+        refuse_sampled_density(solver)
     _check_times(t_span)
     chosen, times, trace = solver, t_span, None
     asked, inner = None, []
@@ -189,7 +192,7 @@ def _local_penalties(dynamics: BoundDynamics, solver: Solver, trace: Trace) -> t
     k = min(max(int(passed.sum()) - 1, 0), len(trace) - 2)
     (t0, z0), (t1, z1) = ((t.detach().reshape(()), z.detach()) for t, z in trace[k : k + 2])
     with torch.no_grad():
-        v0, v1 = (dynamics(t, z, products=False).dz for t, z in ((t0, z0), (t1, z1)))
+        v0, v1 = (dynamics.evaluate(t, z, VELOCITY).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
     take = stepper(dynamics, get_method("tsit5"), solver, local=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchdiffeq._impl.adjoint import find_parameters
 from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
-from ..core.derivatives import PartField, without_graph
+from ..core.derivatives import RATES, VELOCITY, PartField, without_graph
 from ..core.dynamics import Dynamics
 from ..core.regularizers import kind_of
 from ..errors import ConfigError
@@ -42,7 +42,7 @@ class Augmented:
         self._part = PartField(func, part=layout.penalized, replaced=layout.replaced, aux=lambda t, z: {})
         followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
         self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.estimator, divergence=False)
-        self._noise = self.dynamics.draw(z0)
+        self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
         self._factors = _one_in_eight() if wanted.sampled and self.dynamics.needs else itertools.repeat(1)
 
     def __call__(self, t: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -55,7 +55,7 @@ class Augmented:
         z = self.layout.penalized(self.layout.of_user(state))
         before, here.evaluating = here.evaluating, True
         try:
-            found = self.dynamics.evaluate(t, z, self._noise, products=factor > 0).penalties
+            found = self.dynamics.evaluate(t, z, RATES if factor else VELOCITY).penalties
         finally:
             here.evaluating = before
         if factor != 1:

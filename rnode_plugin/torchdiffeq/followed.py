@@ -44,7 +44,7 @@ def follow(
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
-    penalty_quadrature: str = "full",
+    quadrature: str = "full",
 ) -> Follow:
     """The arguments that :func:`odeint` adds, checked as far as no state is needed."""
     weighted = resolve_regularizers(regularizers)
@@ -55,9 +55,9 @@ def follow(
             "rnode_plugin.NeuralODE for it, or a rate such as 'kinetic' and 'jacfrob' here."
         )
     indices, columns = _chosen(penalized)
-    if penalty_quadrature not in QUADRATURES:
-        raise ConfigError(suggest(penalty_quadrature, QUADRATURES, "penalty quadrature"))
-    sampled = penalty_quadrature == "sampled"
+    if quadrature not in QUADRATURES:
+        raise ConfigError(suggest(quadrature, QUADRATURES, "quadrature"))
+    sampled = quadrature == "sampled"
     return Follow(weighted, indices, columns, batch_dim, get_estimator(trace_noise), sampled)
 
 

@@ -38,7 +38,7 @@ def odeint(
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
-    penalty_quadrature: str = "full",
+    quadrature: str = "full",
 ) -> Any:
     """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5).
 
@@ -68,7 +68,7 @@ def odeint(
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
             ``"exact"``; drawn once per solve from torch's generator, so random numbers that are drawn later differ
             from the plain call's.
-        penalty_quadrature: ``"full"``; or ``"sampled"``: one evaluation in eight, drawn at random, makes the
+        quadrature: ``"full"``; or ``"sampled"``: one evaluation in eight, drawn at random, makes the
             products with the Jacobian and counts eight times. Unbiased; penalties that need no product stay full.
             Not for ``odeint_adjoint``, whose error norm would see the draws.
 
@@ -94,7 +94,7 @@ def odeint(
         return torchdiffeq.odeint(func, y0, t, **given)
     wanted = follow(
         regularizers, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
-        penalty_quadrature=penalty_quadrature,
+        quadrature=quadrature,
     )  # fmt: skip
     return _with_penalties("odeint", func, y0, t, given, wanted)
 
@@ -171,7 +171,7 @@ def solve(
     """
     if wanted.sampled and name != "odeint":
         raise ConfigError(
-            "penalty_quadrature='sampled' needs odeint, which differentiates through the steps: the error norm of "
+            "quadrature='sampled' needs odeint, which differentiates through the steps: the error norm of "
             "odeint_adjoint's backward solve would see the draws."
         )
     layout = Layout.of(y0, wanted)

@@ -23,7 +23,7 @@ from .integrate import PLAIN, solve
 # makes a solve with penalties of the arguments (name, func, y0, t, given), and returns what torchdiffeq would
 Following = Callable[[str, Any, Any, Tensor, dict[str, Any]], Any]
 
-_OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "penalty_quadrature")
+_OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
 
 _NOT_SEEN = (
     "this regularize() block saw no solve by torchdiffeq. It sees calls of odeint, odeint_adjoint and odeint_event "
@@ -61,7 +61,7 @@ def regularize(
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     trace_noise: str = "gaussian",
-    penalty_quadrature: str = "full",
+    quadrature: str = "full",
 ) -> Iterator[Penalties]:
     """Penalties of all solves by torchdiffeq in a block, for code that cannot be changed.
 
@@ -75,7 +75,7 @@ def regularize(
     Args:
         regularizers: names, objects or functions, or one mapping from these to lambda, as for
             :func:`~rnode_plugin.torchdiffeq.odeint`.
-        penalized, batch_dim, trace_noise, penalty_quadrature: as there.
+        penalized, batch_dim, trace_noise, quadrature: as there.
 
     Yields:
         The penalties by name, ``(B,)``, summed over the solves, with the sum of eq. 17 as ``loss()``.
@@ -98,7 +98,7 @@ def regularize(
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
     wanted = follow(
         spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
-        penalty_quadrature=penalty_quadrature,
+        quadrature=quadrature,
     )  # fmt: skip
     found = Penalties(wanted.weighted, absent=_NOT_SEEN)
     trains = False
@@ -132,7 +132,7 @@ def install(regularizers: Any = None, **options: Any) -> None:
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
-        options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``penalty_quadrature`` of the same.
+        options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature`` of the same.
 
     Raises:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.

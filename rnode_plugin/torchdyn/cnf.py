@@ -85,7 +85,8 @@ class CNF(torchdyn_cnf.CNF):
         if noise is not None and noise.shape[-z.ndim :] != z.shape:
             noise = noise.reshape(z.shape)
         if isinstance(self.trace_estimator, TraceEstimator):
-            dz, trace, _ = Dynamics(self._velocity(args), estimator=self.trace_estimator).evaluate(t, z, noise)
+            dynamics = Dynamics(self._velocity(args), estimator=self.trace_estimator).bind(noise)
+            dz, trace, _ = dynamics.evaluate(t, z)
             assert trace is not None
         else:
             with torch.enable_grad():

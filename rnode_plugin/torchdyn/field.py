@@ -16,7 +16,7 @@ from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import AutogradField, Field, PartField, without_graph
+from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, without_graph
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer
@@ -241,8 +241,7 @@ class TorchdynSystem(BoundDynamics):
         module: the field as a module, whose buffers evaluations may change.
         counters: attributes of torchdyn's wrappers, whose ``nfe`` counts evaluations.
         dims: number of dimensions per sample that the penalties are about.
-        dynamics: the penalties, and a CNF's trace; None without them.
-        noise: of their products.
+        dynamics: the penalties, and a CNF's trace, with their noise; None without them.
         event_shape: of ``z`` behind the column of a CNF's trace, which ``dynamics`` gives; None without one.
         columns: the columns that ``dynamics`` is about; None: all.
         cost: ``integral_loss`` in the first column of the state, as torchdyn has it with gradients through the
@@ -258,7 +257,6 @@ class TorchdynSystem(BoundDynamics):
     counters: Sequence[dict[str, Any]]
     dims: int = 1
     dynamics: Dynamics | None = None
-    noise: Tensor | None = None
     event_shape: Sequence[int] | None = None
     columns: PartField | None = None
     cost: Cost | None = None
@@ -266,7 +264,7 @@ class TorchdynSystem(BoundDynamics):
     tensors: Sequence[Tensor] = ()
     path: PathPenalties | None = None
 
-    def __call__(self, t: Tensor, z: Tensor, *, products: bool = True) -> Rates:
+    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
         for counter in self.counters:
             counter["nfe"] += 1
         state = z if self.cost is None else z[:, 1:]
@@ -276,14 +274,14 @@ class TorchdynSystem(BoundDynamics):
             dx = _at_least(self.field(t, state), state)
         elif self.event_shape is not None:  # the trace is part of the state: its products are always made
             event = state[:, 1:].reshape(state.shape[0], *self.event_shape)
-            dz, divergence, penalties = dynamics.evaluate(t, event, self.noise)
+            dz, divergence, penalties = dynamics.evaluate(t, event)
             assert divergence is not None
             dx = torch.cat([-divergence[:, None], dz.flatten(1)], 1)
         elif columns is None:
-            dx, _, penalties = dynamics.evaluate(t, state, self.noise, products=products)
+            dx, _, penalties = dynamics.evaluate(t, state, ask)
         else:
             columns.state = state
-            penalties = dynamics.evaluate(t, columns.part(state), self.noise, products=products).penalties
+            penalties = dynamics.evaluate(t, columns.part(state), ask).penalties
             dx = _at_least(columns.velocity, state)
             dx = dx if torch.is_grad_enabled() else without_graph(dx)
         if self.cost is not None:
@@ -405,12 +403,12 @@ def system_of(
             known = stack
         elif plain and isinstance(field, Field):
             known = field
-    system.dynamics = Dynamics(
+    dynamics = Dynamics(
         known, regularizers=regularizers, estimator=estimator, divergence=transparent,
         event=lambda x: seen(x if cost is None else x[:, 1:]),
     )  # fmt: skip
-    system.path = system.dynamics.path
-    system.noise = noise if transparent else system.dynamics.draw(z)
+    system.path = dynamics.path
+    system.dynamics = dynamics.bind(noise if transparent else dynamics.draw(z))
     return system
 
 

@@ -78,8 +78,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             counts as a CNF).
         batch_dim: 0, the dimension of the samples. None: the whole state is one sample, as for a field that mixes
             the rows of its state; the nodes of a graph are not samples.
-        penalty_quadrature: ``"full"``, or ``"sampled"``: few evaluations make the product that ``jacfrob`` and its
-            like need, see :class:`~rnode_plugin.Solver`. Behind a CNF, whose trace makes it anyway, it stays full.
+        quadrature: ``"full"``, or ``"sampled"``: few evaluations make the product that ``jacfrob`` and its
+            like need, see :class:`~rnode_plugin.Solver`. With a CNF, whose trace makes it anyway, it stays full.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
     :meth:`reg_loss` their weighted sum. :meth:`trajectory` follows no penalties and leaves those of the last call
@@ -117,7 +117,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _named: tuple[tuple[nn.Module, str], ...] = ()
     _penalized: Penalized | None = None
     _batch_dim: int | None = 0
-    _penalty_quadrature: str = "full"
+    _quadrature: str = "full"
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         max_nfe: int | None = None,
         penalized: slice | Tensor | Iterable[bool] | None = None,
         batch_dim: int | None = 0,
-        penalty_quadrature: str = "full",
+        quadrature: str = "full",
     ) -> None:
         added = regularizers is None and _installed_regularizers is not None
         weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
@@ -162,7 +162,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             name: float(value.min()) if isinstance(value, Tensor) else value for name, value in tolerances.items()
         }
         Solver(  # checks the numbers and names
-            solver_name(forward), gradient=sensitivity, max_nfe=max_nfe, penalty_quadrature=penalty_quadrature,
+            solver_name(forward), gradient=sensitivity, max_nfe=max_nfe, quadrature=quadrature,
             step=None, **least,
         )  # fmt: skip
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
@@ -178,7 +178,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self._penalties, self._trace_noise, self._adds_gradient = Penalties(weighted), estimator, added
         self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)
         check_batch_dim(batch_dim)
-        self._batch_dim, self._penalty_quadrature = batch_dim, penalty_quadrature
+        self._batch_dim, self._quadrature = batch_dim, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
@@ -408,7 +408,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         solver = Solver(
             solver_name(self.solver), step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe,
             gradient=gradient, atol_adjoint=self.atol_adjoint, rtol_adjoint=self.rtol_adjoint,
-            penalty_quadrature=self._penalty_quadrature,
+            quadrature=self._quadrature,
         )  # fmt: skip
         return solver, replace(method, interpolator=interpolator, adjoint=backward), keep
 
@@ -471,7 +471,7 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
 
     From then on this package solves each of its objects, also those made before: with the same values, with
     correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``penalty_quadrature=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call changes nothing but
+    ``quadrature=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call changes nothing but
     ``regularizers``.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
