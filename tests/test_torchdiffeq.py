@@ -800,7 +800,7 @@ def test_bad_input_ends_in_one_sentence(y0: Any, options: dict[str, Any], words:
 
 
 def test_a_random_end_time_beside_other_penalties() -> None:
-    """It changes the times and has no integral of its own: the others can be read."""
+    """It changes the times and has no integral, and the others can be read."""
     y0 = torch.ones(3, 2, dtype=torch.float64)
     _, penalties = odeint(Field(), y0, SPAN, regularizers={"kinetic": 1.0, "steer": 1.0})
     torch.testing.assert_close(penalties.loss(), penalties["kinetic"].mean() / 2)

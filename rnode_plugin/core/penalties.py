@@ -170,7 +170,7 @@ def attach(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Tie solution and penalties to one node of the graph.
 
-    Backward through either frees the node, which tells that the penalties have been used. DistributedDataParallel
+    Backward through either frees the node, which shows that the penalties have been used. DistributedDataParallel
     finds from the solution the parameters that only the penalties use. ``hidden_cost``, the running cost of an
     adjoint, gets its gradient of one whenever backward goes through the solution.
     """

@@ -91,7 +91,7 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
     """torchdiffeq's arguments for the longer state: norms, tolerances and callables see the user's part alone.
 
     Args:
-        grid: times at which a fixed method steps; None: those of the solve.
+        grid: times at which a fixed method steps; None: the times of the solve.
     """
     changed, options = dict(given), dict(given["options"] or {})
     norm = options.get("norm", _mixed_norm if layout.is_tuple else _rms_norm)
@@ -99,7 +99,7 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
     if constructor := options.get("grid_constructor"):
         options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
     elif grid is not None and "step_size" not in options and given["method"] in _FIXED:
-        # the times of a trajectory penalty are no steps
+        # the output times of a trajectory penalty must not become steps
         options |= {"grid_constructor": lambda func, y, t: grid, "interp": "cubic"}
     changed["options"] = options
     if event_fn := given["event_fn"]:
@@ -133,7 +133,7 @@ def _tolerances(value: Any, layout: Layout, of_penalties: list[float]) -> Any:
 def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dict[str, Any]:
     """The arguments of the backward solve, whose state holds time, state, adjoint state and parameters."""
     changed: dict[str, Any] = {}
-    for name in ("rtol", "atol"):  # torchdiffeq would take those of the longer state
+    for name in ("rtol", "atol"):  # torchdiffeq would take the tolerances of the longer state
         own = given[f"adjoint_{name}"]
         changed[f"adjoint_{name}"] = given[name] if own is None else own
     parameters = given["adjoint_params"]
@@ -145,7 +145,7 @@ def _adjoint(given: Mapping[str, Any], layout: Layout, system: Augmented) -> dic
         changed["adjoint_params"] = tuple({id(p): p for p in parameters}.values())
     options, own = given["options"], given["adjoint_options"]
     if own is None and (options is None or given["adjoint_method"] in (None, given["method"])):
-        # torchdiffeq would infer them from those of the longer state
+        # torchdiffeq would infer them from the options of the longer state
         changed["adjoint_options"] = {k: v for k, v in (options or {}).items() if k != "norm"}
     elif own is not None and callable(own.get("norm")):
         norm = own["norm"]

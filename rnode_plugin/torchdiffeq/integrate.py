@@ -1,7 +1,7 @@
 """torchdiffeq's ``odeint`` and ``odeint_adjoint`` with penalties on the vector field along the trajectory.
 
-torchdiffeq integrates. The state gets one ``(B,)`` more per penalty, which the error norm does not see: steps, NFE
-and values of the rest are those of the plain call.
+torchdiffeq integrates. The state gets one more ``(B,)`` per penalty, which the error norm does not see, so steps,
+NFE and values of the user's state are the same as in the plain call.
 """
 
 from __future__ import annotations
@@ -42,44 +42,46 @@ def odeint(
 ) -> Any:
     """torchdiffeq's ``odeint`` with penalties on the vector field (sections 4 and 5).
 
-    Without ``regularizers`` this is torchdiffeq's own call. With them the same steps are taken, with one evaluation
-    of ``func`` per stage; ``jacfrob`` costs one product with the Jacobian of it.
+    Without ``regularizers`` this is torchdiffeq's own call. With them torchdiffeq takes the same steps, with one
+    evaluation of ``func`` per stage. ``jacfrob`` costs one product with its Jacobian per evaluation.
 
     The arguments before ``regularizers`` are torchdiffeq's.
 
     Args:
-        func: the vector field ``(t, y) -> dy``, of the shapes of ``y0``.
+        func: the vector field ``(t, y) -> dy``; ``dy`` has the shapes of ``y0``.
         y0: the first state, a tensor or a tuple of tensors.
-        t: times ``(T,)``, rising or falling; the first is that of ``y0``.
+        t: times ``(T,)``, rising or falling; ``y0`` is the state at the first of them.
         rtol, atol: tolerances of an adaptive method.
-        method: torchdiffeq's name of it; None: ``"dopri5"``.
-        options: of the method, such as ``{"step_size": 0.1}``.
-        event_fn: ``(t, y)``; the solve ends where it crosses zero. The penalties' gradient includes the motion of
-            the event's time. The time and the solution have that gradient with torchdiffeq's ``odeint_event`` only.
+        method: torchdiffeq's name of the method; None: ``"dopri5"``.
+        options: options of the method, such as ``{"step_size": 0.1}``.
+        event_fn: ``(t, y)``; the solve ends where its value crosses zero. The gradient of the penalties includes
+            the motion of the event's time; the time and the solution have such a gradient with ``odeint_event``.
         regularizers: names (``"kinetic"``, ``"jacfrob"``), regularizer objects or functions ``rate(t, z, dz) ->
             (B,)``, or a mapping from these to lambda, as for :class:`~rnode_plugin.NeuralODE`. Step penalties need
-            the solver's steps, which torchdiffeq does not show: they are refused.
-        penalized: the tensor of a tuple ``y0`` that the penalties are about, or several, joined; None: the first.
-            The others count as constants: of position and velocity, ``total_derivative`` wants both. A slice or a
-            mask of booleans chooses columns of one tensor (of the first one of a tuple): a slice along dimension 1
-            of ``(B, D, ...)``, a mask over the first dimensions of a sample.
+            the solver's steps, which torchdiffeq does not show, so they are refused.
+        penalized: index of the tensor of a tuple ``y0`` that the penalties are about, or indices of several, which
+            are joined; None: the first. The others count as constants, so ``total_derivative`` needs both of a
+            position and its velocity. A slice or a mask of booleans chooses columns of one tensor, or of the first
+            tensor of a tuple: a slice along dimension 1 of ``(B, D, ...)``, a mask over the first dimensions of a
+            sample.
         batch_dim: dimension of this tensor that holds the samples; None: the whole state is one sample, as for a
             field that mixes its rows; the nodes of a graph are not samples.
         trace_noise: noise of the product that ``jacfrob`` needs, such as ``"gaussian"``, ``"rademacher:4"`` or
             ``"exact"``; drawn once per solve from torch's generator, so random numbers that are drawn later differ
             from the plain call's.
         quadrature: ``"full"``; or ``"sampled"``: one evaluation in eight, drawn at random, makes the
-            products with the Jacobian and counts eight times. Unbiased; penalties that need no product stay full.
-            Not for ``odeint_adjoint``, whose error norm would see the draws.
+            products with the Jacobian and counts eight times. This is unbiased, and penalties that need no product
+            stay full. ``odeint_adjoint`` does not have it, since its error norm would see the draws.
 
     Returns:
-        The solution as torchdiffeq gives it; with ``regularizers`` the pair of it and the penalties
+        The solution as torchdiffeq returns it. With ``regularizers`` the pair of solution and penalties
         (:class:`~rnode_plugin.core.penalties.Penalties`), a mapping from names to integrals ``(B,)`` along the path
-        with the sum of eq. 17 as its ``loss()``. With ``event_fn`` the triple of time, solution and penalties.
+        whose ``loss()`` is the sum of eq. 17. With ``event_fn`` the triple of time, solution and penalties.
 
     Raises:
-        ConfigError: for a state that is neither a tensor nor a tuple of tensors, or complex; for ``penalized`` or
-            ``batch_dim`` that it lacks; for a regularizer that is unknown, given twice or about the solver's steps.
+        ConfigError: for a state that is complex or neither a tensor nor a tuple of tensors; for a ``penalized`` or
+            ``batch_dim`` that the state does not have; for a regularizer that is unknown, given twice or about the
+            solver's steps.
 
     Example:
         >>> import torch
