@@ -21,7 +21,7 @@ from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import write_report
 from rnode_plugin.reports.configurations import Configuration, Look, base_of, group_runs, paired_difference
-from rnode_plugin.reports.figures import common_time, draw, rolling, sweeps_of, trade_off
+from rnode_plugin.reports.figures import draw, smooth, sweeps_of, trade_off
 from rnode_plugin.reports.runs import penalties_of, read_run, read_runs
 from rnode_plugin.reports.table import Table, against_base, make_table
 from rnode_plugin.solvers import Solver
@@ -277,35 +277,10 @@ def test_the_papers_figures_are_marked(tmp_path: Path) -> None:
     assert "report 0.97 bits/dim after 24.4 h on 1 GPU" in page  # next to the run's own score
 
 
-def test_seeds_are_averaged_at_equal_steps() -> None:
-    """Where a fast seed ends, a mean over time would fall to the slow one's values, or jump up to them."""
-    steps = np.arange(1.0, 101.0)
-    fast = (steps, 1.0 * steps, 10 / steps)
-    slow = (steps[:80], 3.0 * steps[:80], 10 / steps[:80] + 1)  # has not reached the end
-    time, bits = common_time([fast, slow])
-    assert time.tolist() == [*(2.0 * steps[:80]), *(2.0 * steps[:80])]
-    np.testing.assert_array_equal(bits, [*(10 / steps[:80]), *(10 / steps[:80] + 1)])
-    curve = rolling(time, bits, window=4.0)
-    assert (np.diff(curve.mean) <= 1e-12).all()  # both fall, so their mean does
-    sparse = (steps[::10], steps[::10], steps[::10])  # logged less often
-    time, bits = common_time([sparse, (steps, 5 * steps, steps)])
-    np.testing.assert_allclose(time, 3 * bits)
-
-
-def test_rolling_mean_and_band() -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.permutation(np.linspace(0, 10, 500)), rng.normal(size=500)
-    y[7] = np.nan
-    curve = rolling(x, y, window=2.0, points=11)
-    np.testing.assert_allclose(curve.x, np.linspace(0, 10, 11))
-    keep = np.isfinite(y)
-    for place, mean, low, high in zip(*curve, strict=True):
-        inside = y[keep & (np.abs(x - place) <= 1 + 1e-12)]
-        assert mean == pytest.approx(inside.mean())
-        assert (low, high) == pytest.approx(tuple(np.quantile(inside, [0.05, 0.95])))
-    gap = rolling(np.array([0.0, 10.0]), np.array([1.0, 2.0]), window=1.0, points=11)
-    assert gap.x.tolist() == [0.0, 10.0]  # nothing is invented in between
-    assert len(rolling(np.array([]), np.array([]), window=1.0).x) == 0
+def test_a_smooth_curve_is_the_mean_of_the_finite_values_around() -> None:
+    values = np.array([1.0, 2.0, np.inf, 4.0, 9.0])
+    np.testing.assert_allclose(smooth(values, 3), [1.5, 1.5, 3.0, 6.5, 6.5])
+    np.testing.assert_array_equal(smooth(values[:2], 1), values[:2])
 
 
 def test_numbers_as_text() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas
 from numpy.typing import NDArray
 
 from ..files import write_atomically
@@ -17,7 +18,7 @@ from .configurations import Configuration, by_strength, settings_of
 
 Vector = NDArray[np.float64]
 
-_WINDOW = 1 / 20  # of the longest run: the paper averages over three hours of some sixty
+_WINDOWS = 20  # in a run: the paper averages over three hours of some sixty
 _SPAN_UNITS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (2 * 60, 60, "minutes"), (0, 1, "seconds"))
 _JACOBIAN = "Jacobian norm: ∫ ‖εᵀ∇f‖² dt / dim"
 _KINETIC = "kinetic energy: ∫ ‖f‖² dt / dim"
@@ -103,8 +104,7 @@ def _figures(
     """Name, title, caption, section and painter of each figure."""
     measure = configurations[0].measure
     likelihood, samples = measure.likelihood, measure.samples
-    capitalised = likelihood[0].upper() + likelihood[1:]
-    in_time = f"{capitalised} during training (figure 2 of the paper)"
+    section = f"{likelihood[0].upper()}{likelihood[1:]} during training (figure 2 of the paper)"
 
     if len(points := trade_off(configurations)) > 1:
         caption = (
@@ -117,186 +117,95 @@ def _figures(
         yield "score-nfe", title, caption, "What the penalties buy", lambda axes: _trade_off(axes, points)
 
     # a curve of one point shows nothing
-    logged = [each for each in configurations if all(len(run.steps["step"]) > 1 for run in each.counted)]
+    logged = [one for one in configurations if any(len(run.steps["step"]) > 1 for run in one.runs)]
+    checked = [one for one in configurations if any(len(run.checks["step"]) > 1 for run in one.runs)]
+    seconds = max((run.steps["train_seconds"].max(initial=0) for one in logged for run in one.runs), default=0)
+    unit, name = next((size, name) for least, size, name in _SPAN_UNITS if seconds >= least)
+    time = f"training time [{name}]"
     if logged:
-        caption = (
-            "The line is the mean over the training batches in a window of a twentieth of the longest run, the "
-            "band holds the middle 90 % of them. Several seeds are averaged at equal steps."
+        caption = "Each line is a run: the mean over the training batches in a window of a twentieth of its steps."
+        batches = _Curve(
+            "train_seconds", f"train/{measure.metric}", time, f"training batches, {measure.score}", unit=unit
         )
-        title = f"Training {likelihood}"
-        yield "score-training", title, caption, in_time, lambda axes: _scores_of_batches(axes, logged)
-    checked = [each for each in configurations if any(len(run.checks["step"]) > 1 and run.has_steps
-                                                      for run in each.runs)]  # fmt: skip
-    if not checked:
-        return
-    caption = f"Each mark is a validation on held-out {samples} with the test solver."
-    yield (
-        "score-validation",
-        f"Held-out {likelihood}",
-        caption,
-        in_time,
-        lambda axes: _scores_of_checks(axes, checked),
-    )
+        yield "score-training", f"Training {likelihood}", caption, section, lambda axes: batches.paint(axes, logged)
+    if checked:
+        caption = f"Each mark is a validation on held-out {samples} with the test solver."
+        checks = _Curve("train_seconds", f"val/{measure.metric}", time, f"held-out, {measure.score}", unit=unit)
+        title = f"Held-out {likelihood}"
+        yield "score-validation", title, caption, section, lambda axes: checks.paint(axes, checked)
     if len(checked) < 2:
         return
     section = "What the penalties do during training (figures 3 and 5 of the paper)"
-    caption = "Each mark is a validation. A smaller Jacobian norm goes with fewer evaluations of the field."
-    title = "NFE against the Jacobian norm"
-    yield "nfe-jacobian", title, caption, section, lambda axes: _nfe_against_jacobian(axes, checked)
-    for name, title, column, label in (
-        ("jacobian-epoch", "Jacobian norm", "val/jacfrob", _JACOBIAN),
-        ("kinetic-epoch", "Kinetic energy", "val/kinetic", _KINETIC),
-        ("nfe-epoch", "NFE", "val/nfe", _NFE),
+    caption = f"At each validation, on held-out {samples}, with the test solver."
+    epoch = f"epoch [passes over the training {samples}]"
+    for name, title, curve in (
+        (
+            "nfe-jacobian",
+            "NFE against the Jacobian norm",
+            _Curve("val/jacfrob", "val/nfe", _JACOBIAN, _NFE, line=False),
+        ),
+        ("jacobian-epoch", "Jacobian norm", _Curve("epoch", "val/jacfrob", epoch, _JACOBIAN, log=True)),
+        ("kinetic-epoch", "Kinetic energy", _Curve("epoch", "val/kinetic", epoch, _KINETIC, log=True)),
+        ("nfe-epoch", "NFE", _Curve("epoch", "val/nfe", epoch, _NFE)),
     ):
-        caption = f"At each validation, on held-out {samples}, with the test solver."
-        yield name, title, caption, section, lambda axes, c=column, lab=label: _by_epoch(axes, checked, c, lab)
+        yield name, title, caption, section, lambda axes, curve=curve: curve.paint(axes, checked)
 
 
-def _style(one: Configuration) -> dict[str, Any]:
-    return {"color": one.look.colour, "linestyle": one.look.line, "linewidth": 1.8}
+@dataclass(frozen=True)
+class _Curve:
+    """What a figure draws of each run: two of its columns, their labels, and how.
 
-
-def _marks(one: Configuration) -> dict[str, Any]:
-    return {**_style(one), "marker": one.look.marker, "markersize": 4.5, "markeredgewidth": 0}
-
-
-def _label(one: Configuration, of: Sequence[Any]) -> str | None:
-    """The label in a legend; None for the only configuration of a figure."""
-    return plain_text(one.label) if len(of) > 1 else None
-
-
-def _time_unit(configurations: Sequence[Configuration]) -> tuple[float, float, str]:
-    """The longest training time in seconds, seconds of the unit for it, and the unit's name."""
-    runs = [run for each in configurations for run in each.runs]
-    longest = max((run.steps["train_seconds"].max(initial=0) for run in runs), default=0)
-    return next((longest, size, name) for least, size, name in _SPAN_UNITS if longest >= least)
-
-
-def _scores_of_batches(axes: Any, configurations: Sequence[Configuration]) -> None:
-    longest, unit, name = _time_unit(configurations)
-    settled = []
-    for each in configurations:
-        column = f"train/{each.measure.metric}"
-        time, scores = common_time(
-            [(run.steps["step"], run.steps["train_seconds"], run.steps[column]) for run in each.counted]
-        )
-        curve = rolling(time, scores, window=longest * _WINDOW)
-        if len(curve.x):
-            x = curve.x / unit
-            axes.fill_between(x, curve.low, curve.high, color=each.look.colour, alpha=0.18, linewidth=0)
-            axes.plot(x, curve.mean, label=_label(each, configurations), **_style(each))
-            settled.append((curve.x, curve.low, curve.high))
-    _cut_start(axes, settled)
-    finish(axes, f"training time [{name}]", f"training batches, {configurations[0].measure.score}")
-
-
-def _scores_of_checks(axes: Any, configurations: Sequence[Configuration]) -> None:
-    _, unit, name = _time_unit(configurations)
-    curves = _plot_checks(axes, configurations, "train_seconds", f"val/{configurations[0].measure.metric}", unit)
-    _cut_start(axes, [(time, scores, scores) for time, scores in curves])
-    finish(axes, f"training time [{name}]", f"held-out, {configurations[0].measure.score}")
-
-
-def _plot_checks(
-    axes: Any, configurations: Sequence[Configuration], x: str, y: str, unit: float = 1.0
-) -> list[tuple[Vector, Vector]]:
-    """A line for each run that has measured ``y`` at its validations; one of a configuration has its label."""
-    curves = []
-    for each in configurations:
-        label = _label(each, configurations)
-        for run in each.runs:
-            if y in run.checks:
-                curves.append((run.checks[x], run.checks[y]))
-                axes.plot(run.checks[x] / unit, run.checks[y], label=label, **_marks(each))
-                label = None
-    return curves
-
-
-def _cut_start(axes: Any, curves: Sequence[tuple[Any, Any, Any]]) -> None:
-    """Cut off the fall of the first tenth: it would flatten all differences that come later."""
-    late = []
-    for x, low, high in curves:
-        kept = (x >= x.max(initial=0) / 10) & np.isfinite(low) & np.isfinite(high)
-        if len(x) > 5 and kept.any():
-            late.append((low[kept], high[kept]))
-    if late:
-        bottom = min(float(low.min()) for low, _ in late)
-        top = max(float(high.max()) for _, high in late)
-        margin = 0.05 * (top - bottom) or 0.05
-        axes.set_ylim(bottom - margin, top + margin)
-
-
-def _nfe_against_jacobian(axes: Any, configurations: Sequence[Configuration]) -> None:
-    for each in configurations:
-        label = _label(each, configurations)
-        for run in each.runs:
-            if run.checks.keys() >= {"val/jacfrob", "val/nfe"}:
-                axes.scatter(run.checks["val/jacfrob"], run.checks["val/nfe"], s=26, color=each.look.colour,
-                             marker=each.look.marker, alpha=0.75, linewidth=0, label=label)  # fmt: skip
-                label = None
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    finish(axes, _JACOBIAN, _NFE)
-
-
-def _by_epoch(axes: Any, configurations: Sequence[Configuration], column: str, label: str) -> None:
-    curves = _plot_checks(axes, configurations, "epoch", column)
-    if column != "val/nfe" and all(np.nanmin(values, initial=math.inf) > 0 for _, values in curves):
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        if high / low < 30:  # one or two powers of ten alone would be too few numbers
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    finish(axes, f"epoch [passes over the training {configurations[0].measure.samples}]", label)
-
-
-# ---- curves ----
-
-
-class Rolling(NamedTuple):
-    """A smoothed curve: places, the mean around each, and the ends of the band."""
-
-    x: Vector
-    mean: Vector
-    low: Vector
-    high: Vector
-
-
-def rolling(x: Vector, y: Vector, *, window: float, points: int = 300) -> Rolling:
-    """Mean and the middle 90 % of the values of ``y`` whose ``x`` is within half a window.
-
-    Args:
-        x: places ``(N,)``, in any order; several curves may be given as one.
-        y: values ``(N,)``; those that are not finite are left out.
-        window: width in the unit of ``x``.
-        points: places at which the curve is evaluated, evenly spread.
+    Attributes:
+        unit: of ``x``.
+        line: join the marks of a run.
+        log: a logarithmic scale, if all values are positive.
     """
-    keep = np.isfinite(x) & np.isfinite(y)
-    order = np.argsort(x[keep], kind="stable")
-    x, y = x[keep][order], y[keep][order]
-    places = np.linspace(x[0], x[-1], points) if len(x) > 1 else x
-    first = np.searchsorted(x, places - window / 2, side="left")
-    last = np.searchsorted(x, places + window / 2, side="right")
-    kept = last > first  # a pause longer than the window leaves a gap
-    inside = [y[start:stop] for start, stop in zip(first[kept], last[kept], strict=True)]
-    bands = [(values.mean(), *np.percentile(values, (5, 95))) for values in inside]
-    return Rolling(places[kept], *np.array(bands).reshape(-1, 3).T)
+
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    unit: float = 1.0
+    line: bool = True
+    log: bool = False
+
+    def paint(self, axes: Any, configurations: Sequence[Configuration]) -> None:
+        """Draw the runs; the first of a configuration has its label, unless it is the only one."""
+        late = []
+        for one in configurations:
+            label = plain_text(one.label) if len(configurations) > 1 else None
+            for run in one.runs:
+                columns = run.checks if self.y.startswith("val/") else run.steps
+                if not columns.keys() >= {self.x, self.y} or not len(columns[self.y]):
+                    continue
+                x, y, marker = columns[self.x] / self.unit, columns[self.y], one.look.marker
+                if columns is run.steps:
+                    y, marker = smooth(y, max(1, len(y) // _WINDOWS)), None
+                style = one.look.line if self.line else "none"
+                axes.plot(x, y, label=label, color=one.look.colour, linestyle=style, linewidth=1.8,
+                          marker=marker, markersize=4.5, markeredgewidth=0)  # fmt: skip
+                late += [y[x >= x.max() / 10]] if self.x == "train_seconds" and len(x) > 5 else []
+                label = None
+        values = np.concatenate([*late, np.array([])])
+        values = values[np.isfinite(values)]
+        if len(values):  # cut off the fall of the first tenth, which would flatten all later differences
+            margin = 0.05 * float(np.ptp(values)) or 0.05
+            axes.set_ylim(values.min() - margin, values.max() + margin)
+        if self.log and all((line.get_ydata() > 0).all() for line in axes.get_lines()):
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            if high / low < 30:  # one or two powers of ten alone would be too few numbers
+                axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        if self.y == "val/nfe":
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        finish(axes, self.x_label, self.y_label)
 
 
-def common_time(seeds: Sequence[tuple[Vector, Vector, Vector]]) -> tuple[Vector, Vector]:
-    """The values of several seeds against their mean time at equal steps.
-
-    Seeds take different times for the same steps. Against the time of each, a mean over seeds would mix early steps
-    of a slow seed with late steps of a fast one, and jump when the fast one ends. ``seeds`` are steps, seconds and
-    values ``(N,)`` of each; the result holds those up to the last step that all seeds have reached.
-    """
-    end = min(steps[-1] for steps, _, _ in seeds)
-    times, values = [], []
-    for steps, _, of_seed in seeds:
-        shared = steps <= end
-        at = [np.interp(steps[shared], other, seconds) for other, seconds, _ in seeds]
-        times.append(np.mean(at, axis=0))
-        values.append(of_seed[shared])
-    return np.concatenate(times), np.concatenate(values)
+def smooth(values: Vector, window: int) -> Vector:
+    """The mean of the values in a window around each, of the ones that are finite."""
+    finite = pandas.Series(np.where(np.isfinite(values), values, np.nan))
+    return np.asarray(finite.rolling(window, center=True, min_periods=1).mean())
 
 
 # ---- likelihood against NFE ----
