@@ -257,33 +257,21 @@ def test_register_and_unregister():
         registry.names("regularizer")
 
 
-class Unknown:
-    @hookimpl
-    def rnode_before_solve(self):
-        raise AssertionError
+def test_a_bad_object_is_refused_at_once_and_leaves_nothing():
+    class Unknown:
+        @hookimpl
+        def rnode_before_solve(self): ...
 
-
-class Arguments:
-    @hookimpl
-    def rnode_register_recipes(self, fields):
-        raise AssertionError
-
-
-@pytest.mark.parametrize(
-    ("plugin", "message"),
-    [
+    registry = Registry()
+    for plugin, message in [
         (Offers(fine=abs, wrong=3), "plugin 'x' of this process: rnode_register_regularizers: it must map names"),
         (Offers(kinetic=abs), "the regularizer 'kinetic' is registered by plugin 'builtin'"),
         (Unknown(), "unknown hook 'rnode_before_solve'"),
-        (Arguments(), "fields"),
         (object(), "implements no hook"),
-    ],
-)
-def test_a_bad_object_is_refused_at_once_and_leaves_nothing(plugin, message):
-    registry = Registry()
-    with pytest.raises(PluginError, match=message):
-        registry.register(plugin, name="x")
-    assert registry.names("regularizers") == REGULARIZERS
+    ]:
+        with pytest.raises(PluginError, match=message):
+            registry.register(plugin, name="x")
+        assert registry.names("regularizers") == REGULARIZERS
     registry.register(Offers(speed=abs), name="x")
 
 
@@ -378,14 +366,13 @@ def test_command_lists_plugins(install, monkeypatch):
     monkeypatch.setenv("RNODE_PLUGINS_BLOCK", "kept-out")
     monkeypatch.setattr(plugins, "report", Registry().report)
 
-    text = CliRunner().invoke(main, ["plugins"])
-    assert text.exit_code == 0
-    blocks = text.stdout.splitlines()
-    assert "builtin (rnode-plugin" in text.stdout
-    assert blocks[blocks.index("good-ep (good 1.2)") + 1] == "  regularizers: late, speed"
-    assert "ModuleNotFoundError" in blocks[blocks.index("bad-ep (bad 1.2)") + 1]
-    assert blocks[blocks.index("kept-out-ep (kept-out 1.2)") + 1] == "  not loaded: blocked"
-
+    text = CliRunner().invoke(main, ["plugins"]).stdout
+    for line in (
+        "good-ep (good 1.2)\n  regularizers: late, speed\n",
+        "kept-out-ep (kept-out 1.2)\n  not loaded: blocked",
+    ):
+        assert line in text
+    assert re.search(r"^bad-ep \(bad 1\.2\)\n  error: .*ModuleNotFoundError", text, re.MULTILINE)
     rows = {each["name"]: each for each in json.loads(CliRunner().invoke(main, ["plugins", "--json"]).stdout)}
     assert rows["good-ep"]["registers"] == {"regularizers": ["late", "speed"]}
     assert (rows["bad-ep"]["distribution"], rows["bad-ep"]["version"]) == ("bad", "1.2")
@@ -451,12 +438,3 @@ def test_what_fails_leaves_the_lists_and_debug_shows_the_traceback(wrong):
     assert re.search(r"^old-recipe +\(cannot be loaded: the recipe 'old-recipe' of plugin", listed, re.MULTILINE)
     assert re.search(r"^digits +8x8", listed, re.MULTILINE)
     assert "Traceback" in CliRunner().invoke(main, ["--debug", "recipes", "show", "old-recipe"]).output
-
-
-def test_a_bug_of_ours_keeps_its_traceback(wrong, monkeypatch):
-    def broken(name):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("rnode_plugin.recipes.recipe.get_recipe", broken)
-    done = CliRunner().invoke(main, ["recipes", "show", "digits"])
-    assert isinstance(done.exception, RuntimeError), done.output
