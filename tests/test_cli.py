@@ -18,6 +18,7 @@ from click.testing import Result
 from PIL import Image
 from tiny_runs import as_options, rnode
 
+from rnode_plugin import get_recipe
 from rnode_plugin.cli.options import Duration, duration, table
 from rnode_plugin.plugins import registry as plugins
 
@@ -116,10 +117,12 @@ def test_the_help_of_train_begins_with_what_most_need() -> None:
 
 def test_recipes_are_listed_and_shown() -> None:
     assert re.findall(r"^[\w-]+", rnode("recipes").output, re.M) == plugins.names("recipes")
-    shown = rnode("recipes", "show", "mnist", "--set", "optimizer.lr=5e-4").output
+    shown = rnode("recipes", "show", "digits", "--set", "optimizer.lr=5e-4", "--set", "model.hidden=4").output
     assert re.search(r"^optimizer.lr +0.0005$", shown, re.M)
-    assert re.search(r"^data.shape +1,28,28$", shown, re.M)
-    assert re.search(r"^paper.bits_dirty +0.97$", shown, re.M)
+    assert re.search(r"^data.shape +1,8,8$", shown, re.M)
+    flow = get_recipe("digits").override(["model.hidden=4"]).build_flow()
+    parameters = sum(parameter.numel() for parameter in flow.parameters())
+    assert re.search(rf"^{parameters:,} parameters, about \d.* GFLOP for a step of 48 evaluations", shown, re.M)
     vanilla = json.loads(rnode("recipes", "show", "mnist", "--ffjord", "--json").output)
     assert vanilla["regularizers"] == {}
     assert vanilla["solver"]["method"] == "dopri5"
@@ -204,7 +207,7 @@ def test_memory_that_is_used_up_is_one_message(trained: Path, error: Exception) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rnode_plugin.evaluation.likelihood.evaluate", Mock(side_effect=error))
         message = failure(rnode("eval", trained, "--device", "cpu"), 1)
-    assert f"no more memory: {str(error).splitlines()[0].rstrip('.')}. Take fewer samples" in message
+    assert f"no more memory ({str(error).splitlines()[0].rstrip('.')}). Use fewer samples" in message
 
 
 def test_an_explosion_is_one_message(tmp_path: Path) -> None:

@@ -74,13 +74,14 @@ class _Commands(click.Group):
             if ctx.params.get("debug") or not re.search(NO_MEMORY, f"{type(error).__name__}: {error}".lower()):
                 raise
             raise click.ClickException(
-                f"there is no more memory: {first_line(error).rstrip('.')}. Take fewer samples at once, or another "
+                f"there is no more memory ({first_line(error).rstrip('.')}). Use fewer samples at once, or another "
                 "--device."
             ) from error
         except OSError as error:
             if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click's own: the reader of a pipe is gone
                 raise
-            raise click.ClickException(f"the system refused: {error}") from error
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{(error.strerror or str(error)).lower()}.") from error
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,14 +5,25 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import ConfigError, RnodeError
+from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
-from .options import as_json, complete, loaded, named_recipe, print_json, read_regularizers, settings, table
+from .options import (
+    as_json,
+    complete,
+    counted,
+    loaded,
+    named_recipe,
+    print_json,
+    read_regularizers,
+    settings,
+    table,
+)
 
 _VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "TORCHINDUCTOR_CACHE_DIR",
@@ -38,7 +49,7 @@ def recipes(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
 @click.pass_context
 def show(ctx: click.Context, *, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
-    """Print every setting of the recipe NAME, as --set takes it."""
+    """Print every setting of the recipe NAME, as --set takes it, its parameters and the cost of a training step."""
     from ..recipes.recipe import as_text
 
     recipe = named_recipe(name, ctx)
@@ -48,6 +59,12 @@ def show(ctx: click.Context, *, name: str, ffjord: bool, assignments: tuple[str,
         return
     click.echo(f"{recipe.name}: {recipe.description}\n")
     click.echo(table((path, as_text(value)) for path, value in recipe.settings()))
+    from ..evaluation.cost import step_cost  # seconds of imports, after what is known without torch
+
+    try:
+        click.echo(f"\n{step_cost(recipe)}")
+    except (RnodeError, RuntimeError) as error:  # of a model that needs values
+        click.echo(f"\nThe cost of a step is not known: {first_line(error)}")
 
 
 @click.group()
@@ -68,8 +85,10 @@ def list_datasets() -> None:
 @data.command("prepare", short_help="Pack folders of pictures.")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--size", type=click.IntRange(min=1), help="Height and width in pixels. Default: as they are.")
-@click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Grey or colour.")
+@click.option("--size", type=click.IntRange(min=1), help="Height and width in pixels. [default: as they are]")
+@click.option(
+    "--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Write grey or colour."
+)
 @click.option(
     "--on-error",
     type=click.Choice(["fail", "skip"]),
@@ -85,12 +104,14 @@ def prepare(sources: tuple[Path, ...], target: Path, channels: str, on_error: st
     (train_data_batch_1.npz, ..., val_data.npz), unpacked from their zip archives. Several make one data set.
     Pictures of another size are scaled to --size by their shorter side and cut around the middle.
 
-    The files hold 8 bits a value; celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
+    The files hold 8 bits a value. celebahq256 reduces them to 5 when it reads them. Nothing appears in TARGET
     before all of it is written.
     """
-    from tqdm import tqdm
-
     from ..data import pack
+
+    def shown(files: Sequence[Any]) -> Iterator[Any]:
+        with click.progressbar(files, label="packing", file=sys.stderr) as bar:
+            yield from bar
 
     click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
     result = pack(
@@ -98,14 +119,14 @@ def prepare(sources: tuple[Path, ...], target: Path, channels: str, on_error: st
         target,
         channels=int(channels),
         skip=on_error == "skip",
-        progress=lambda files: tqdm(files, desc="packing", mininterval=0.5 if sys.stderr.isatty() else 30),
+        progress=shown,
         **options,
     )
     for name in result.skipped:
         click.echo(f"Skipped {name}", err=True)
     click.echo(
-        f"{result.train} images to train on and {result.val} held out, {'x'.join(map(str, result.shape))}, "
-        f"{len(result.skipped)} files skipped, in {target}"
+        f"{counted(result.train, 'image')} to train on and {result.val:,} held out, "
+        f"{'x'.join(map(str, result.shape))}, {counted(len(result.skipped), 'file')} skipped, in {target}"
     )
 
 
@@ -143,8 +164,8 @@ def regularizers(*, as_json: bool) -> None:
 def plugins(*, as_json: bool) -> None:
     """List the plugins: distribution, version, what each registers, and errors.
 
-    RNODE_DISABLE_PLUGINS=1 keeps all plugins of other packages out, RNODE_PLUGINS_BLOCK="NAME,..." those whose
-    distribution or entry point it names.
+    RNODE_DISABLE_PLUGINS=1 excludes all plugins of other packages, RNODE_PLUGINS_BLOCK="NAME,..." the ones whose
+    distribution or entry point has one of the names.
     """
     reports = registry.report()
     if as_json:
@@ -170,7 +191,7 @@ def _names(plugin: registry.Plugin) -> dict[str, list[str]]:
 def info(*, as_json: bool) -> None:
     """Show versions, devices, threads and plugins, for a bug report.
 
-    It shows no path or name of yours, unless one of the environment variables that it lists holds it.
+    It shows none of your paths or names, unless one of the listed environment variables holds it.
     """
     import torch
     from torch.utils import collect_env
