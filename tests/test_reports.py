@@ -485,6 +485,8 @@ def test_the_head_says_what_was_trained_and_what_came_out(runs: list[Path], tmp_
     for absent in ("What the penalties", "against NFE", "Diagnosis"):  # one run cannot show them
         assert absent not in text
     several = write_report(runs, tmp_path / "several").html.read_text()
+    head = several[several.index("<header>") : several.index("</header>")]
+    assert "rnode against none: test NFE × 0.708, Jacobian norm × 0.375" in head
     for present in ("2 configurations on digits", "What the penalties buy", "What the penalties do"):
         assert present in several
 

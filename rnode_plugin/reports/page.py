@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,7 @@ from ..recipes.recipe import as_text
 from .configurations import Configuration
 from .diagnosis import draw_check
 from .figures import Drawing, Panel, make_panels
-from .table import against_base, lambdas_text, make_table, summary
+from .table import Table, lambdas_text, make_table, summary
 
 _CITATION = (
     "Finlay, Jacobsen, Nurbekyan and Oberman: How to train your neural ODE: the world of Jacobian and kinetic "
@@ -70,8 +72,7 @@ class Content:
         self.title = title or (several if len(configurations) > 1 else f"Recipe {next(iter(names))}")
         self.made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
         self.configurations, self.left_out = configurations, left_out
-        self.summary, self.changes = summary(configurations), against_base(configurations)
-        self.facts = list(_facts(configurations))
+        self.summary, self.facts = summary(configurations), list(_facts(configurations))
         self.table, self.panels = make_table(configurations), make_panels(configurations)
         self.grids, self.diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
         self.citation, self.address = _CITATION, _ADDRESS
@@ -91,6 +92,11 @@ class Content:
         for diagnosed in self.diagnoses:
             yield from ((name, drawing) for _, name, drawing in diagnosed.checks if drawing is not None)
 
+    @property
+    def csv(self) -> bytes:
+        """The table as CSV, for a spreadsheet."""
+        return _csv(self.table).encode()
+
     def as_html(self) -> str:
         """The text of ``report.html``: everything is in it, nothing is fetched."""
         environment = Environment(
@@ -100,6 +106,14 @@ class Content:
         return environment.get_template("page.html").render(
             content=self, settings_rows=_settings_rows, environment_rows=_environment_rows
         )
+
+
+def _csv(table: Table) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["", "meaning", *(column.label for column in table.columns)])
+    rows.writerows([row.name, row.meaning, *row.cells] for row in table.rows)
+    return text.getvalue()
 
 
 def _facts(configurations: Sequence[Configuration]) -> Iterator[tuple[str, str]]:

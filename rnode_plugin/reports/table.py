@@ -253,27 +253,31 @@ def _sentence(one: Configuration, base: Configuration) -> str:
     return f"{one.label} against {base.label}: {', '.join(parts)}."
 
 
-def summary(configurations: Sequence[Configuration]) -> str:
-    """The result of the first configuration with penalties in two sentences, with the paper's next to it."""
+def summary(configurations: Sequence[Configuration]) -> list[str]:
+    """What came out, in a sentence or two for a single configuration, else in one for each comparison."""
     base = base_of(configurations)
-    one = next((each for each in configurations if each is not base and each.finished), base)
-    score, measure = one.measure.quantities[0], one.measure
-    known = with_error(one.mean(score.name), one.error(score.name))
-    gaussian = [each for each in measure.baselines if not math.isnan(one.mean(each.name))]
-    if not one.finished:
-        text = f"The run is {one.runs[0].state}. Its last validation measured {known} {measure.unit}."
-    else:
-        text = (
-            f"The model {f'{one.label} ' if len(configurations) > 1 else ''}has {known} {measure.unit} on "
-            f"{_held_out(one)} held-out {measure.samples} and needs {significant(one.mean('nfe_test'))} "
-            f"evaluations of its vector field for a solve. It trained for {duration(one.mean('train_seconds'))}."
-        )
-    for each in gaussian:
-        text += f" A Gaussian has {significant(one.mean(each.name), 4)} {measure.unit}."
+    sentences = against_base(configurations) or [_outcome(base)]
     paper = paper_of(configurations)
     if paper is not None:
-        text += (
-            f" Finlay et al. (2020) report {paper.bits_dirty:g} {measure.unit} after "
+        sentences.append(
+            f"Finlay et al. (2020) report {paper.bits_dirty:g} {base.measure.unit} after "
             f"{paper_time(paper.hours, paper.gpus)}."
         )
+    return sentences
+
+
+def _outcome(one: Configuration) -> str:
+    measure = one.measure
+    name = measure.quantities[0].name
+    known = f"{with_error(one.mean(name), one.error(name))} {measure.unit}"
+    if not one.finished:
+        return f"The run is {one.runs[0].state}. The last validation measured {known}."
+    text = (
+        f"The model has {known} on {_held_out(one)} held-out {measure.samples} and needs "
+        f"{significant(one.mean('nfe_test'))} evaluations of its vector field for a solve. It trained for "
+        f"{duration(one.mean('train_seconds'))}."
+    )
+    for each in measure.baselines:
+        if not math.isnan(mean := one.mean(each.name)):
+            text += f" {each.heading}: {with_error(mean, one.error(each.name))} {measure.unit}."
     return text
