@@ -1,11 +1,13 @@
-"""Write the tables of docs/regularizers.md from the declarations. Run it after you add a regularizer."""
+"""Write the tables of docs/regularizers.md from the regularizers. Run it after you add one."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from rnode_plugin.core.regularizers import DECLARED, KINDS
+from rnode_plugin.core.regularizers import KINDS
+from rnode_plugin.plugins import builtin
+from rnode_plugin.plugins.registry import get
 
 PAGE = Path(__file__).with_name("regularizers.md")
 _HEADERS = {
@@ -18,10 +20,11 @@ _HEADERS = {
 
 def with_tables(page: str) -> str:
     """``page`` with each table, between ``<!-- table: KIND -->`` and ``<!-- end -->``, made again."""
+    found = {name: get("regularizers", name) for name in builtin.rnode_register_regularizers()}
     for kind in KINDS:
         rows = [
-            f"| `{each.name}` | {each.formula} | {each.cost} | {each.source} |"
-            for each in DECLARED.values()
+            f"| `{name}` | {each.formula} | {each.cost or 'none'} | {each.source} |"
+            for name, each in found.items()
             if each.kind == kind
         ]
         table = "\n".join([_HEADERS[kind], "|---|---|---|---|", *rows])

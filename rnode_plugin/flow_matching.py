@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.derivatives import PartField
+from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, PartField, as_field
 from .core.distribution import check_floating
 from .core.dynamics import Dynamics, FieldEvaluation
-from .core.regularizers import FunctionRegularizer, check_batch_dim, kind_of
+from .core.regularizers import FunctionRegularizer, check_batch_dim
 from .core.signature import call_of, time_first
 from .core.trace_estimators import Hutchinson
 from .errors import ConfigError
@@ -32,6 +32,7 @@ def penalties_at(
     *,
     trace_noise: str = "gaussian",
     batch_dim: int | None = 0,
+    velocity: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The rates of penalties at given points, for a loss without a solve such as flow matching's.
 
@@ -47,6 +48,8 @@ def penalties_at(
         trace_noise: noise of the product that ``jacfrob`` needs; one draw per call from torch's generator.
         batch_dim: 0, the dimension of the samples. None: all of ``z`` is one sample, as for a field that mixes the
             rows of its state; the nodes of a graph are not samples.
+        velocity: ``field`` at ``t`` and ``z`` if the loss has computed it already. Penalties without a derivative,
+            such as ``kinetic`` and ``finite_difference``, then cost no second evaluation of it.
 
     Returns:
         The rate ``(B,)`` of each by name, summed over the event; differentiable if gradients are enabled.
@@ -68,7 +71,7 @@ def penalties_at(
     weighted = resolve_regularizers(regularizers)
     check_batch_dim(batch_dim)
     for name, entry in weighted.items():
-        if kind_of(entry.regularizer) != "rate":
+        if entry.regularizer.kind != "rate":
             raise ConfigError(f"{name!r} is not a rate: it needs a solve, which penalties_at does not make.")
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
     if t.shape not in ((), z.shape[:1]):
@@ -79,9 +82,26 @@ def penalties_at(
         field = PartField(
             field, part=lambda v: v.unsqueeze(0), replaced=lambda _, z: z.squeeze(0), aux=lambda t, z: {}
         )
-        z = z.unsqueeze(0)
+        z, velocity = z.unsqueeze(0), None if velocity is None else velocity.unsqueeze(0)
+    if velocity is not None:
+        field = _Evaluated(field, velocity)
     dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False)
     return dynamics.bind(dynamics.draw(z)).evaluate(t, z).penalties
+
+
+class _Evaluated(AutogradField):
+    """A field whose velocity at the points is known."""
+
+    def __init__(self, field: Callable[..., Tensor], velocity: Tensor) -> None:
+        super().__init__(field)
+        self._velocity = velocity
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
+        return (
+            Linearization(self._velocity)
+            if ask == VELOCITY
+            else as_field(self._field).linearize(t, z, noise, ask=ask)
+        )
 
 
 @dataclass(frozen=True)

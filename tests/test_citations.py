@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver
 from rnode_plugin.cli import main
 from rnode_plugin.core.citations import _entries
-from rnode_plugin.core.regularizers import DECLARED, Source
+from rnode_plugin.core.regularizers import Source
+from rnode_plugin.plugins.registry import get, names
 
 
 def keys(text: str) -> list[str]:
@@ -21,7 +22,8 @@ def keys(text: str) -> list[str]:
 
 def test_each_declared_paper_has_an_entry() -> None:
     entries = _entries()
-    sources = [each.source for each in DECLARED.values() if isinstance(each.source, Source)]
+    declared = [get("regularizers", name).source for name in names("regularizers")]
+    sources = [source for source in declared if isinstance(source, Source)]
     assert {source.key for source in sources} - {""} <= entries.keys()
     for source in sources:
         if source.key:

@@ -16,6 +16,7 @@ from torch.multiprocessing.spawn import spawn
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob
+from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.fields import conv_field
 from rnode_plugin.solvers import GRADIENTS
@@ -75,10 +76,10 @@ class Field(nn.Module):
         return self.last(torch.tanh(self.first(torch.cat([z, t * torch.ones_like(z[:, :1])], 1))))
 
 
-class Learned(nn.Module):
+class Learned(nn.Module, Regularizer):
     """A penalty with a parameter of its own, which the states do not depend on."""
 
-    name, needs = "learned", frozenset[str]()
+    name = "learned"
 
     def __init__(self) -> None:
         super().__init__()

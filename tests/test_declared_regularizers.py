@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from rnode_plugin import hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.core.regularizers import DECLARED, declaration_of, kind_of, kinetic, local_error
-from rnode_plugin.plugins import registry
-from rnode_plugin.plugins.registry import get_regularizer
+from rnode_plugin.core.regularizers import FunctionRegularizer, Regularizer, kinetic, local_error, regularizer
+from rnode_plugin.plugins import builtin
+from rnode_plugin.plugins.registry import get, get_regularizer, register, unregister
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -30,23 +31,30 @@ def tables() -> ModuleType:
     return module
 
 
-def test_what_is_declared_is_registered_and_listed() -> None:
-    assert set(DECLARED) == set(registry.names("regularizers"))
-    for name, declaration in DECLARED.items():
-        assert kind_of(get_regularizer(name)) == declaration.kind
-        assert get_regularizer(name).name == name
+NAMES = list(builtin.rnode_register_regularizers())
+
+
+def listed() -> dict[str, dict[str, str]]:
     found = CliRunner().invoke(main, ["regularizers", "--json"])
-    rows = {row["name"]: row for row in json.loads(found.output)}
-    assert {name: (rows[name]["kind"], rows[name]["formula"]) for name in DECLARED} == {
-        name: (each.kind, each.formula) for name, each in DECLARED.items()
-    }
+    return {row["name"]: row for row in json.loads(found.output)}
+
+
+def test_what_is_declared_is_registered_and_listed() -> None:
+    rows = listed()
+    for name in NAMES:
+        declared = get("regularizers", name)
+        assert get_regularizer(name).name == name
+        assert isinstance(get_regularizer(name), Regularizer)
+        assert declared.formula
+        assert (rows[name]["kind"], rows[name]["formula"]) == (declared.kind, declared.formula)
+        assert rows[name]["source"] == str(declared.source)
 
 
 def test_the_tables_of_the_docs_are_those_of_the_declarations() -> None:
     """If this fails, run ``python docs/regularizer_tables.py``."""
     page = (DOCS / "regularizers.md").read_text("utf-8")
     assert tables().with_tables(page) == page
-    assert all(f"| `{name}` |" in page for name in DECLARED)
+    assert all(f"| `{name}` |" in page for name in NAMES)
 
 
 @pytest.mark.parametrize("declared", [kinetic, local_error])
@@ -55,18 +63,40 @@ def test_copies_and_pickles_of_a_declared_function_are_the_same_object(declared:
     assert pickle.loads(pickle.dumps(declared)) is declared
 
 
-def test_a_plugins_regularizer_tells_of_itself() -> None:
-    class Speed(nn.Module):
-        name = "speed"
-        needs = frozenset({"jvp"})
+class Speed(nn.Module, Regularizer):
+    name = "speed"
+    needs = frozenset({"jvp"})
 
-        def forward(self, evaluation: object) -> Tensor: ...
+    def forward(self, evaluation: object) -> Tensor: ...
 
-    class Told(Speed):
-        """The speed.
 
-        And more.
-        """
+class Described(Speed):
+    """The speed.
 
-    assert declaration_of(Speed, "speed")[2:4] == ("", "jvp")  # not torch's docstring of nn.Module
-    assert declaration_of(Told(), "speed").formula == "The speed."
+    And more.
+    """
+
+
+@regularizer("length", formula="the length", cost="nothing", source="a thesis")
+def length(evaluation: object) -> Tensor: ...
+
+
+class Plugin:
+    @hookimpl
+    def rnode_register_regularizers(self) -> dict[str, object]:
+        plain = FunctionRegularizer("plain", lambda evaluation: evaluation.dz[:, 0], formula="one", source="two")
+        return {"speed": Speed, "described": Described(), "length": length, "plain": plain}
+
+
+def test_a_plugins_regularizer_is_listed_as_it_declares_itself() -> None:
+    register(Plugin(), name="of strangers")
+    try:
+        rows = listed()
+    finally:
+        unregister("of strangers")
+    shown = {name: [rows[name][key] for key in ("formula", "cost", "source")] for name in rows if name not in NAMES}
+    assert shown["speed"] == ["", "jvp", "its plugin"]  # not torch's docstring of nn.Module
+    assert shown["described"] == ["The speed.", "jvp", "its plugin"]
+    assert shown["length"] == ["the length", "nothing", "a thesis"]
+    assert shown["plain"] == ["one", "none", "two"]
+    assert pickle.loads(pickle.dumps(length)) is length

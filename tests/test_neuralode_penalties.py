@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchdyn_fields import WithTime
 
 from rnode_plugin import NeuralODE
+from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.errors import ConfigError
 
 
@@ -121,8 +122,8 @@ def test_regularizers_as_objects_functions_and_mappings() -> None:
 
 
 def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
-    class Learned(nn.Module):
-        name, needs = "learned", frozenset[str]()
+    class Learned(nn.Module, Regularizer):
+        name = "learned"
 
         def __init__(self) -> None:
             super().__init__()

@@ -19,14 +19,15 @@ from click.testing import CliRunner
 
 from rnode_plugin import NeuralODE, get_recipe, hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.core.regularizers import DECLARED
+from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.data import get_dataset
 from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.plugins import builtin
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.plugins.registry import KINDS, Plugin, Registry, get_regularizer
 
 ROOT = Path(__file__).parents[1]
-REGULARIZERS = sorted(DECLARED)
+REGULARIZERS = sorted(builtin.rnode_register_regularizers())
 GOOD = """
     from rnode_plugin import hookimpl
 
@@ -275,10 +276,10 @@ def test_a_bad_object_is_refused_at_once_and_leaves_nothing():
     registry.register(Offers(speed=abs), name="x")
 
 
-class Gain(torch.nn.Module):
+class Gain(torch.nn.Module, Regularizer):
     """A penalty with a parameter."""
 
-    name, needs = "gain", frozenset()
+    name = "gain"
 
     def __init__(self, name: str = "gain") -> None:
         super().__init__()

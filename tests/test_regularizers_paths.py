@@ -14,6 +14,7 @@ from rnode_plugin import MultiscaleFlow, NeuralODE, Solver
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import (
     LearnedEndTime,
+    Regularizer,
     Steer,
     Straightness,
     TrajectoryPolynomial,
@@ -118,8 +119,8 @@ def test_extra_times_are_no_outputs_on_a_fixed_grid_either() -> None:
 
 
 def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
-    class At:
-        name, kind, rates = "at", "trajectory", ()
+    class At(Regularizer):
+        name, kind = "at", "trajectory"
 
         def __init__(self, *times: float) -> None:
             self.wanted = times
@@ -142,8 +143,8 @@ def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
 
 
 def test_two_trajectory_penalties_may_read_different_rates_of_one_name() -> None:
-    class Rate:
-        name, kind, needs = "speed", "rate", ()
+    class Rate(Regularizer):
+        name = "speed"
 
         def __init__(self, value: float) -> None:
             self.value = value
@@ -151,7 +152,7 @@ def test_two_trajectory_penalties_may_read_different_rates_of_one_name() -> None
         def __call__(self, evaluation: Any) -> Tensor:
             return self.value * torch.ones_like(evaluation.dz[:, 0])
 
-    class Reads:
+    class Reads(Regularizer):
         kind = "trajectory"
 
         def __init__(self, name: str, value: float) -> None:

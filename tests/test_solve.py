@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import RATES, TRACE, VELOCITY, Ask
 from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
-from rnode_plugin.core.regularizers import jacfrob, kinetic
+from rnode_plugin.core.regularizers import Regularizer, jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
@@ -118,8 +118,8 @@ def test_checkpointed_is_autograd_to_rounding(method: str) -> None:
 def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     """The adjoint takes each parameter once, or each of its gradients would be the whole."""
 
-    class Weight(nn.Module):
-        name, needs = "weight", frozenset[str]()
+    class Weight(nn.Module, Regularizer):
+        name = "weight"
 
         def __init__(self, field: Wave) -> None:
             super().__init__()

@@ -139,14 +139,16 @@ def regularizers(*, as_json: bool) -> None:
     Names can have options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
     linear_warmup(STEPS)*NUMBER.
     """
-    from ..core.regularizers import KINDS, declaration_of
+    from ..core.regularizers import KINDS
 
     rows: list[dict[str, str]] = []
     for plugin in registry.report():
         for name in sorted(plugin.registers["regularizers"]):
             try:
-                found = declaration_of(registry.get("regularizers", name), name)
-                row = {**found._asdict(), "source": str(found.source)}
+                found = registry.get("regularizers", name)
+                cost = found.cost or ", ".join(sorted(found.needs)) or "none"
+                row = {"name": name, "kind": found.kind, "formula": found.formula, "cost": cost}
+                row["source"] = str(found.source) or "its plugin"
             except RnodeError as error:
                 row = {"name": name, "kind": "?", "formula": str(error), "cost": "?", "source": "?"}
             source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .regularizers.base import DECLARED, Source
+from .regularizers.base import Regularizer, Source
 from .trace_estimators import Hutchinson, HutchPlusPlus
 
 _ESTIMATORS = {Hutchinson: "hutchinson1989stochastic", HutchPlusPlus: "meyer2021hutch"}
@@ -15,24 +15,27 @@ _METHODS = {"dopri5": "dormand1980family", "tsit5": "tsitouras2011runge"}
 
 
 def citation(
-    regularizers: Iterable[Any] = (), *, estimator: Any = None, methods: Iterable[str] = (), density: bool = False
+    regularizers: Iterable[Regularizer] = (),
+    *,
+    estimator: Any = None,
+    methods: Iterable[str] = (),
+    density: bool = False,
 ) -> str:
     """BibTeX entries, one for each paper, that of neural ODEs first.
 
     Args:
-        regularizers: penalties, by their ``name``. One of another package is left to that package.
+        regularizers: penalties, by their ``source``. A paper of another package is left to that package.
         estimator: of the trace; None if none is estimated.
         methods: of the solvers.
         density: whether the model is a continuous normalizing flow.
     """
     keys = ["chen2018neural", *(["grathwohl2019ffjord"] if density else [])]
     for regularizer in regularizers:
-        declared = DECLARED.get(regularizer.name.partition(":")[0])
-        if declared is not None and isinstance(declared.source, Source):
-            keys.append(declared.source.key)
+        if isinstance(regularizer.source, Source):
+            keys.append(regularizer.source.key)
     keys += [_ESTIMATORS.get(type(estimator), ""), *(_METHODS.get(method, "") for method in methods)]
     entries = _entries()
-    return "\n\n".join(entries[key] for key in dict.fromkeys(keys) if key)
+    return "\n\n".join(entries[key] for key in dict.fromkeys(keys) if key in entries)
 
 
 def _entries() -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PluginError, RnodeError
 from .derivatives import RATES, TRACE, VELOCITY, Ask, AutogradField, Velocity, as_field
 from .field_evaluation import FieldEvaluation
-from .regularizers.base import Regularizer, StepRecord, Trajectory, kind_of
+from .regularizers.base import Regularizer, StepRecord, Trajectory
 from .trace_estimators import Exact, Hutchinson, HutchPlusPlus, Linearize, TraceEstimator, get_estimator
 
 
@@ -201,7 +201,7 @@ class Dynamics(BoundDynamics):
         self._given = field
         kinds: dict[str, list[Any]] = {"rate": [], "step": [], "trajectory": [], "span": []}
         for regularizer in self.regularizers:
-            kinds[kind_of(regularizer)].append(regularizer)
+            kinds[regularizer.kind].append(regularizer)
         if kinds["span"]:
             raise ConfigError(
                 f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .derivatives import Ask, Field, total_derivative
-from .trace_estimators import Exact, Probes, TraceEstimator
+from .trace_estimators import Probes, TraceEstimator
 
 _MAX_DIMS = 128  # of an exact Jacobian: as many products at each evaluation
 
@@ -23,7 +24,7 @@ class FieldEvaluation:
 
     A regularizer declares what it reads in ``needs``: ``"vjp"`` for :meth:`divergence`, :meth:`squared_frobenius`,
     :meth:`probes`, :meth:`jacobian` and :meth:`vjp`, ``"jvp"`` for :meth:`jvp` and :meth:`total_derivative`,
-    ``"aux"`` for :meth:`aux`.
+    ``"aux"`` for :meth:`aux`, ``"field"`` for :meth:`velocity`.
 
     Attributes:
         t: time, a scalar tensor.
@@ -69,23 +70,26 @@ class FieldEvaluation:
         products, estimator = self._shared_products()
         return self._once("probes", lambda: estimator.probes(products, self.noise))
 
+    @property
+    def knows_jacobian(self) -> bool:
+        """Whether the products that came along with the velocity are the rows of the Jacobian."""
+        return self.products is not None and self.estimator is not None and self.estimator.asks == "rows"
+
     def jacobian(self) -> Tensor:
         """The exact ``df/dz (B, D, D)`` with every estimator; row i is the gradient of component i.
 
         Raises:
             ConfigError: for more than 128 dimensions.
         """
-        if self.products is not None and isinstance(self.estimator, Exact):
-            rows = self.products
-        else:
-            dims = math.prod(self.z.shape[1:])
-            if dims > _MAX_DIMS:
-                raise ConfigError(
-                    f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit "
-                    f"is {_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
-                )
-            rows = self._once("rows", lambda: self._again(Ask("rows"), "vjp").products.to(self.z.dtype))
-        return rows.unsqueeze(-1).flatten(2).transpose(0, 1)  # (D, B, *event) -> (B, D, D)
+        if self.products is not None and self.knows_jacobian:
+            return _matrices(self.products)
+        dims = math.prod(self.z.shape[1:])
+        if dims > _MAX_DIMS:
+            raise ConfigError(
+                f"an exact Jacobian takes one product per dimension, too many for {dims} dimensions (the limit is "
+                f"{_MAX_DIMS}): use a penalty that estimates, such as 'jacfrob', 'curl' or 'strain'."
+            )
+        return _matrices(self._once("rows", lambda: self._again(Ask("rows"), "vjp").products.to(self.z.dtype)))
 
     def vjp(self, v: Tensor) -> Tensor:
         """``v^T df/dz`` of the shape of ``z``, for any ``v (B, *event)``."""
@@ -120,6 +124,12 @@ class FieldEvaluation:
         field = self.field
         return self._once(("total", order), lambda: total_derivative(field, self.t, self.z, order))
 
+    def velocity(self, t: Tensor, z: Tensor) -> Tensor:
+        """``f(t, z)`` at another time and state. A ConfigError for a regularizer that does not need ``"field"``."""
+        if self.field is None:
+            raise _undeclared("field")
+        return copy.copy(self.field)(t, z).to(z.dtype)  # a copy: this evaluation is not the solve's
+
     def aux(self, name: str) -> Tensor:
         """The value that the field itself offers under ``name``.
 
@@ -152,7 +162,12 @@ class FieldEvaluation:
         return self.products, self.estimator
 
 
+def _matrices(rows: Tensor) -> Tensor:
+    """Jacobians ``(B, D, D)`` from their rows ``(D, B, *event)``."""
+    return rows.unsqueeze(-1).flatten(2).transpose(0, 1)
+
+
 def _undeclared(need: str) -> ConfigError:
     return ConfigError(
-        f'this evaluation lacks what a regularizer reads of it: such a regularizer must say `needs = {{"{need}"}}`.'
+        f'a regularizer reads what this evaluation does not have: it must declare `needs = {{"{need}"}}`.'
     )

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..core.objective import FlowOutput, output_log_prob
 from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
-from ..core.regularizers.base import kind_of
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError
 from ..flows.base import BlockFlow
@@ -135,7 +134,7 @@ class _Measuring:
         self._pilot = min(len(self._batches), math.ceil(_PILOT / batch_size))
         # penalties of steps and trajectories may take evaluations of their own: they get a solve apart
         regularizers = getattr(flow, "regularizers", ())
-        self._apart = any(kind_of(each) != "rate" for each in regularizers)
+        self._apart = any(each.kind != "rate" for each in regularizers)
         self.whole = undivided(regularizers)
         self._kinds = range(len(measure.quantities))
         self._device = next(flow.parameters()).device

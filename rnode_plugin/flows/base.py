@@ -16,7 +16,7 @@ from ..core.distribution import DensityModel, check_draw
 from ..core.dynamics import Dynamics
 from ..core.objective import FlowOutput, output_log_prob
 from ..core.ops import OneProcessADevice, on_host
-from ..core.regularizers import kind_of, span_policy, weigh_regularizers
+from ..core.regularizers import span_policy, weigh_regularizers
 from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
@@ -145,7 +145,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
             noise = self.draw_noise(x.shape[0], generator=generator)
         else:
             self._check_noise(noise, x)
-        followed = [r for r in self.regularizers if kind_of(r) != "span"] if penalties else []
+        followed = [r for r in self.regularizers if r.kind != "span"] if penalties else []
         regularization, weights = {r.name: torch.zeros_like(logdet) for r in followed}, dict[str, int]()
         training = penalties and self.training and torch.is_grad_enabled()
         blocks, nfe = enumerate(zip(fields, noise, strict=True)), 0

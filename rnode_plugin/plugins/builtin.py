@@ -12,8 +12,8 @@ from .hookspecs import hookimpl
 __all__: list[str] = []
 
 _RATES = (
-    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "taylor:Taylor", "l1", "jacdiag",
-    "jacoffdiag", "curl", "strain", "hjb",
+    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp",
+    "finite_difference:FiniteDifference", "taylor:Taylor", "l1", "jacdiag", "jacoffdiag", "curl", "strain", "hjb",
 )  # fmt: skip
 _PATHS = (
     "error", "stiffness", "local_error", "local_stiffness", "straightness:Straightness",

@@ -15,7 +15,6 @@ from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.derivatives import RATES, VELOCITY, PartField, without_graph
 from ..core.dynamics import Dynamics
-from ..core.regularizers import kind_of
 from ..errors import ConfigError
 from .followed import Follow, Layout
 
@@ -40,7 +39,7 @@ class Augmented:
         self.func, self.layout = func, layout
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
         self._part = PartField(func, part=layout.penalized, replaced=layout.replaced, aux=lambda t, z: {})
-        followed = [r for r in wanted.regularizers if kind_of(r) != "span"]
+        followed = [r for r in wanted.regularizers if r.kind != "span"]
         self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.estimator, divergence=False)
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
         self._factors = _one_in_eight() if wanted.sampled and self.dynamics.needs else itertools.repeat(1)

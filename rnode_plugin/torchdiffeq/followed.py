@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.ops import transforms_active
-from ..core.regularizers import Weighted, kind_of
+from ..core.regularizers import Weighted
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
@@ -48,7 +48,7 @@ def follow(
 ) -> Follow:
     """The arguments that :func:`odeint` adds, checked as far as no state is needed."""
     weighted = resolve_regularizers(regularizers)
-    steps = [name for name, w in weighted.items() if kind_of(w.regularizer) == "step"]
+    steps = [name for name, w in weighted.items() if w.regularizer.kind == "step"]
     if steps:
         raise ConfigError(
             f"{steps[0]!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "

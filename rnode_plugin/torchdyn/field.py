@@ -19,7 +19,7 @@ from torchdyn.nn.galerkin import GalLayer
 from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, without_graph
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
-from ..core.regularizers import Regularizer
+from ..core.regularizers import Regularizer, needs_of
 from ..core.signature import buffers_kept, call_of, original
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
@@ -352,7 +352,7 @@ def system_of(
         z = cnf.event(state) if type(cnf) is CNF else state[:, 1:]
         noise = noise_of(cnf, z) if noise is None else noise
         vars(cnf)["noise"] = noise
-    needs = _needs(regularizers)
+    needs = needs_of(regularizers)
     differentiated = transparent or bool(needs & {"vjp", "jvp"})
     slots = _Slots(modules, x, 0 if cost is None else 1, cnf, traced=trace)
     function, extra, keywords = call_of(field, args, conditional=conditional)
@@ -452,15 +452,6 @@ def _is_transparent(field: Any, state: Tensor) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _needs(regularizers: Sequence[Any]) -> set[str]:
-    """What rates read of an evaluation, those of trajectory penalties included."""
-    needs: set[str] = set()
-    for each in regularizers:
-        for rate in getattr(each, "rates", [each]):
-            needs.update(getattr(rate, "needs", ()))
-    return needs
 
 
 def _has_compiled_parts(modules: Sequence[nn.Module]) -> bool:

@@ -22,7 +22,7 @@ from torchdyn.numerics.solvers.ode import Tsitouras45
 from ..core.citations import citation
 from ..core.ops import OneProcessADevice, check_count, on_host, tree_map_only
 from ..core.penalties import Penalties, attach
-from ..core.regularizers import check_batch_dim, kind_of, warn_of_flat_state
+from ..core.regularizers import check_batch_dim, needs_of, warn_of_flat_state
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
@@ -166,7 +166,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             step=None, **least,
         )  # fmt: skip
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
-        steps = [w.regularizer for w in weighted.values() if kind_of(w.regularizer) == "step"]
+        steps = [w.regularizer for w in weighted.values() if w.regularizer.kind == "step"]
         check_steps(steps, method_from_torchdyn(forward), sensitivity)
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints about fields without time or weights
             _torchdyn_init(
@@ -279,8 +279,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def citation(self) -> str:
         """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
         given = [each.regularizer for each in self._last_penalties().weighted.values()]
-        traced = any("vjp" in getattr(each, "needs", ()) for each in given)
-        estimator = get_estimator(self._trace_noise) if traced else None
+        estimator = get_estimator(self._trace_noise) if "vjp" in needs_of(given) else None
         return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property

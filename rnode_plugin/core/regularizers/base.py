@@ -2,12 +2,11 @@
 
 - A **rate** (``kind = "rate"``) is a number per unit of time; its integral along the trajectory is the penalty.
 - A **step penalty** (``"step"``) sees each accepted step of the solver.
-- A **trajectory penalty** (``"trajectory"``) sees states at times of its own.
+- A **trajectory penalty** (``"trajectory"``) sees states at times that it chooses.
 - A **span policy** (``"span"``) changes the times of the solve.
 
-The objective (eq. 17) adds the penalties, each per sample ``(B,)``. A regularizer of this package declares itself
-once, with :func:`regularizer`: its registration, the listings and the table in the docs read that. Another package
-offers regularizers of its own through the hook ``rnode_register_regularizers``.
+The objective (eq. 17) adds the penalties, each per sample ``(B,)``. Another package offers its regularizers through
+the hook ``rnode_register_regularizers``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
     from ..field_evaluation import FieldEvaluation
 
 __all__ = [
-    "DECLARED",
     "KINDS",
-    "Declaration",
     "FunctionRegularizer",
     "FunctionStepPenalty",
     "Regularizer",
@@ -38,68 +35,113 @@ __all__ = [
     "Trajectory",
     "Weighted",
     "check_batch_dim",
-    "declaration_of",
-    "kind_of",
+    "needs_of",
+    "regularizer",
     "span_policy",
     "undivided",
     "warn_of_flat_state",
     "weigh_regularizers",
 ]
 
-KINDS = {
-    "rate": ("needs",),
-    "step": ("uses", "reduction", "local"),
-    "trajectory": ("rates", "times"),
-    "span": ("penalized", "times"),
-}
-"""The kinds, and what each has beside a name and a call."""
+KINDS = ("rate", "step", "trajectory", "span")
 
 _CHOICES = {
-    "needs": frozenset({"vjp", "jvp", "aux"}),
+    "kind": frozenset(KINDS),
+    "needs": frozenset({"vjp", "jvp", "aux", "field"}),
     "uses": frozenset({"error", "pair"}),
     "reduction": frozenset({"sum", "mean", "max"}),
 }
 
 
-@runtime_checkable
-class Regularizer(Protocol):
-    """The contract of all kinds: a ``name``, a call, and what :data:`KINDS` lists for its ``kind``.
+class Source(NamedTuple):
+    """Who proposed a regularizer.
+
+    Attributes:
+        method: the name of the method, such as ``"RNODE"``; ``""`` if it has none.
+        authors: such as ``"Finlay et al."``.
+        year: year of the paper.
+        key: key of its BibTeX entry.
+        place: where in the paper, such as ``"eq. 9a"``, or ``"code"``.
+    """
+
+    method: str
+    authors: str = ""
+    year: int = 0
+    key: str = ""
+    place: str = ""
+
+    def at(self, place: str, *, method: str = "") -> Source:
+        """The same at a place, or for another method of the paper."""
+        return self._replace(place=place, method=method or self.method)
+
+    def __str__(self) -> str:
+        paper = f"{self.authors}, {self.year}" if self.authors else ""
+        text = f"{self.method} ({paper})" if self.method and paper else self.method or paper
+        return f"{text}, {self.place}" if self.place else text
+
+
+class Regularizer:
+    """The base class of all regularizers: a ``name``, a call, and attributes with defaults.
+
+    The call gives the value ``(B,)`` of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`, a
+    :class:`StepRecord`, a :class:`Trajectory`, or for a span policy of a state ``z (B, *event)``. One that is a
+    ``torch.nn.Module`` as well trains its parameters.
 
     Attributes:
         name: the key of its penalty in every result.
-        kind: one of :data:`KINDS`; ``"rate"`` if it is missing.
-        divided_by_dims: whether the objective divides the penalty by the number of dimensions; True if it is
-            missing, as for every sum over the event.
-        needs: of a rate: what it reads of an evaluation beyond ``t, z, dz, noise``, a set of ``"vjp"``, ``"jvp"``,
-            ``"aux"``. Without a need, and without a density, an evaluation costs no product with the Jacobian.
-        uses: of a step penalty: what it reads that not every method has, ``"error"``, the embedded error estimate,
-            and ``"pair"``, two stages at the same time.
-        reduction: of a step penalty: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
-        local: of a step penalty: whether it sees one extra step instead, from a uniformly random time: unbiased for
+        kind: one of :data:`KINDS`.
+        divided_by_dims: whether the objective divides the penalty by the number of dimensions, as every sum over
+            the event.
+        needs: what a rate reads of an evaluation beyond ``t, z, dz, noise``: ``"vjp"``, ``"jvp"``, ``"aux"``,
+            ``"field"``. Without a need, and without a density, an evaluation costs no product with the Jacobian.
+        uses: what a step penalty reads that not every method has: ``"error"``, the embedded error estimate, and
+            ``"pair"``, two stages at the same time.
+        reduction: ``"sum"``, ``"mean"`` or ``"max"`` of a step penalty over the steps.
+        local: whether a step penalty sees one extra step instead, from a uniformly random time. It is unbiased for
             the time average of a step's value. The step's start is detached.
-        rates: of a trajectory penalty: rates whose integrals it reads.
-        times: of a trajectory penalty, ``times(t0, t1)``: times ``(k,)`` between both ends at which it wants
-            states, drawn again for each solve. Of a span policy, ``times(t_span, *, training)``: the times to solve
-            through instead of ``t_span (T,)``, as many and in the same direction.
-        penalized: of a span policy: whether it has a penalty, and so takes a lambda.
+        rates: the rates whose integrals a trajectory penalty reads.
+        penalized: whether a span policy has a penalty, and so takes a lambda.
+        formula: what is penalized, in one line; the first line of the docstring if it is left out.
+        cost: what an evaluation costs beyond the velocity, or what a penalty needs of the solve.
+        source: who proposed it.
+
+    A trajectory penalty has a method ``times(t0, t1)``, which gives times ``(k,)`` between both ends at which it
+    wants states, drawn again for each solve. A span policy has a method ``times(t_span, *, training)``, which gives
+    the times to solve through instead of ``t_span (T,)``, as many and in the same direction.
 
     Example:
         >>> from rnode_plugin.core.regularizers import FunctionRegularizer
         >>> l1 = FunctionRegularizer("l1", lambda evaluation: evaluation.dz.abs().flatten(1).sum(1))
-        >>> isinstance(l1, Regularizer)
-        True
+        >>> l1.kind, l1.divided_by_dims
+        ('rate', True)
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    kind: str = "rate"
+    divided_by_dims: bool = True
+    needs: Collection[str] = frozenset()
+    uses: Collection[str] = frozenset()
+    reduction: str = "sum"
+    local: bool = False
+    rates: Sequence[Regularizer] = ()
+    penalized: bool = True
+    formula: str = ""
+    cost: str = ""
+    source: str | Source = ""
 
-    def __call__(self, record: Any, /) -> Tensor:
-        """The value ``(B,)``.
+    if TYPE_CHECKING:
 
-        ``record`` is a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`, a :class:`StepRecord`, a
-        :class:`Trajectory`, or for a span policy a state ``z (B, *event)``.
-        """
-        ...
+        def __call__(self, record: Any, /) -> Tensor: ...
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "formula" not in vars(cls):
+            cls.formula = _first_line(cls)
+
+
+def _first_line(described: Any) -> str:
+    lines = inspect.cleandoc(described.__doc__ or "").splitlines()
+    return lines[0] if lines else ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +152,7 @@ class StepRecord:
         t: time at its start, a tensor of one entry.
         h: its length, positive, a tensor of one entry.
         z0, z1: states ``(B, *event)`` at its two ends.
-        times, states, velocities: of each stage, in the order of their evaluation.
+        times, states, velocities: one for each stage, in the order of their evaluation.
         error: the embedded estimate of the error of ``z1``, ``(B, *event)``; None if the method has none.
         pair: indices of two stages at the same time; None if the method has no two.
         atol, rtol: the solve's tolerances; a fixed grid does not use them.
@@ -144,49 +186,60 @@ class Trajectory:
     integrals: Mapping[str, Tensor]
 
 
-class _Reference:
-    """A regularizer made by :func:`regularizer` from a function: copies and pickles of it are references."""
+class _OfFunction(Regularizer):
+    """A regularizer that calls a function. One that :func:`regularizer` made is copied and pickled by reference."""
 
-    name: str
+    def _function(self) -> Any: ...
 
     def __reduce__(self) -> Any:
-        return self.name if "__module__" in vars(self) else super().__reduce__()
+        return self._function().__name__ if "__module__" in vars(self) else super().__reduce__()
 
 
 @dataclass(frozen=True)
-class FunctionRegularizer(_Reference):
+class FunctionRegularizer(_OfFunction):
     """A rate from a function of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`.
 
     Args:
         name: the key of its penalty in every result.
         rate: evaluation to ``(B,)``.
-        needs: ``"vjp"``, ``"jvp"`` and ``"aux"``, those that it reads.
+        needs: what it reads: ``"vjp"``, ``"jvp"``, ``"aux"`` and ``"field"``.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions.
+        formula: what is penalized; the first line of the function's docstring if it is left out.
+        cost, source: see :class:`Regularizer`.
     """
 
     name: str
     rate: Callable[[FieldEvaluation], Tensor]
     needs: Collection[str] = frozenset()
     divided_by_dims: bool = True
+    formula: str = ""
+    cost: str = ""
+    source: str | Source = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs", frozenset(self.needs))  # hashable: a key of {regularizer: lambda}
+        object.__setattr__(self, "formula", self.formula or _first_line(self.rate))
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         return self.rate(evaluation)
 
+    def _function(self) -> Any:
+        return self.rate
+
 
 @dataclass(frozen=True)
-class FunctionStepPenalty(_Reference):
+class FunctionStepPenalty(_OfFunction):
     """A step penalty from a function of a :class:`StepRecord`.
 
     Args:
         name: the key of the penalty in every result.
         value: step to ``(B,)``.
-        uses: ``"error"`` and ``"pair"``, those that it reads.
+        uses: what it reads: ``"error"`` and ``"pair"``.
         reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
         local: whether it sees one extra step from a random time instead of the accepted ones.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions.
+        formula: what is penalized; the first line of the function's docstring if it is left out.
+        cost, source: see :class:`Regularizer`.
     """
 
     name: str
@@ -196,12 +249,19 @@ class FunctionStepPenalty(_Reference):
     local: bool = False
     divided_by_dims: bool = False
     kind: str = "step"
+    formula: str = ""
+    cost: str = ""
+    source: str | Source = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uses", frozenset(self.uses))  # hashable: a key of {regularizer: lambda}
+        object.__setattr__(self, "formula", self.formula or _first_line(self.value))
 
     def __call__(self, step: StepRecord, /) -> Tensor:
         return self.value(step)
+
+    def _function(self) -> Any:
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -214,100 +274,30 @@ class _PlainRate:
         return self.function(evaluation.t, evaluation.z, evaluation.dz)
 
 
-class Source(NamedTuple):
-    """Who proposed a regularizer.
+def regularizer(name: str, *, kind: str = "rate", **attributes: Any) -> Callable[[Any], Any]:
+    """Make a function or a class the regularizer ``name``.
 
-    Attributes:
-        method: the name of the method, such as ``"RNODE"``; ``""`` if it has none.
-        authors: such as ``"Finlay et al."``; ``""`` for this package.
-        year: of the paper.
-        key: of its BibTeX entry.
-        place: where in the paper, such as ``"eq. 9a"``, or ``"code"``.
-    """
-
-    method: str
-    authors: str = ""
-    year: int = 0
-    key: str = ""
-    place: str = ""
-
-    def at(self, place: str, *, method: str = "") -> Source:
-        """The same at a place, or for another method of the paper."""
-        return self._replace(place=place, method=method or self.method)
-
-    def __str__(self) -> str:
-        paper = f"{self.authors}, {self.year}" if self.authors else ""
-        text = f"{self.method} ({paper})" if self.method and paper else self.method or paper
-        return f"{text}, {self.place}" if self.place else text
-
-
-class Declaration(NamedTuple):
-    """What a regularizer says of itself.
-
-    Attributes:
-        name: under which it is registered.
-        kind: one of :data:`KINDS`.
-        formula: what is penalized.
-        cost: of an evaluation beyond itself, or what a penalty needs of the solve.
-        source: who proposed it.
-    """
-
-    name: str
-    kind: str
-    formula: str
-    cost: str
-    source: str | Source
-
-
-DECLARED: dict[str, Declaration] = {}
-"""The regularizers of this package in the order of their declaration."""
-
-_T = TypeVar("_T", bound=type)
-
-
-def regularizer(
-    name: str, *, formula: str, source: Source, cost: str = "none", kind: str = "rate", **options: Any
-) -> Callable[[Any], Any]:
-    """Declare a function or a class as the regularizer ``name`` of this package.
-
-    A function becomes a :class:`FunctionRegularizer` or a :class:`FunctionStepPenalty`. A class gets its ``kind``
-    and the options as attributes; its constructor takes the options of ``"name:options"``, and ``name=``. The
-    declaration must be a decorator at the top level of a module of this package with ``name`` in quotes: the
-    registration reads the source, without importing torch.
+    A function becomes a :class:`FunctionRegularizer` or a :class:`FunctionStepPenalty`. A class, derived from
+    :class:`Regularizer`, gets the attributes. Its constructor takes the options of ``"name:options"``, and
+    ``name=``.
 
     Args:
-        name, formula, source, cost, kind: see :class:`Declaration`.
-        options: attributes of :class:`Regularizer`.
+        name: the key of its penalty in every result.
+        kind: one of :data:`KINDS`.
+        attributes: further attributes of :class:`Regularizer`.
     """
-    DECLARED[name] = Declaration(name, kind, formula, cost, source)
 
     def declare(value: Any) -> Any:
         if isinstance(value, type):
-            for attribute, choice in {"kind": kind, **options}.items():
+            for attribute, choice in {"kind": kind, **attributes}.items():
                 setattr(value, attribute, choice)
             return value
-        made = (FunctionRegularizer if kind == "rate" else FunctionStepPenalty)(name, value, **options)
-        for attribute in ("__module__", "__doc__"):
-            object.__setattr__(made, attribute, getattr(value, attribute))
+        made = (FunctionRegularizer if kind == "rate" else FunctionStepPenalty)(name, value, **attributes)
+        object.__setattr__(made, "__module__", value.__module__)
+        object.__setattr__(made, "__doc__", value.__doc__)
         return made
 
     return declare
-
-
-def declaration_of(found: Any, name: str) -> Declaration:
-    """What is known of the regularizer ``found`` that is registered as ``name``.
-
-    One of another package tells by its ``kind``, its ``needs`` and the first line of its docstring, or that of the
-    function that it was made from.
-    """
-    if name in DECLARED:
-        return DECLARED[name]
-    function = getattr(found, "rate", None) or getattr(found, "value", None) or found
-    owner = function if isinstance(function, type) or inspect.isroutine(function) else type(function)
-    text = vars(function).get("__doc__") or owner.__doc__ or ""  # not inherited, as from torch's nn.Module
-    lines = inspect.cleandoc(text).splitlines()
-    needs = ", ".join(sorted(getattr(found, "needs", ()))) or "none"
-    return Declaration(name, kind_of(found), lines[0] if lines else "", needs, "its plugin")
 
 
 class Weighted(NamedTuple):
@@ -317,9 +307,10 @@ class Weighted(NamedTuple):
     strength: Strength
 
 
-def kind_of(regularizer: Any) -> str:
-    """One of :data:`KINDS`."""
-    return getattr(regularizer, "kind", "rate")
+def needs_of(regularizers: Iterable[Regularizer]) -> frozenset[str]:
+    """What the rates among them read of an evaluation, and the rates that trajectory penalties read."""
+    rates = [rate for each in regularizers for rate in (each, *each.rates)]
+    return frozenset().union(*(rate.needs for rate in rates))
 
 
 def check_batch_dim(batch_dim: Any) -> None:
@@ -328,9 +319,9 @@ def check_batch_dim(batch_dim: Any) -> None:
         raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
 
 
-def warn_of_flat_state(z: Tensor, regularizers: Iterable[Any]) -> None:
+def warn_of_flat_state(z: Tensor, regularizers: Iterable[Regularizer]) -> None:
     """Warn of a state ``(D,)``, which counts as D samples, if a penalty reads derivatives: they may be between."""
-    if len(z) > 1 and any(getattr(r, "needs", ()) for r in regularizers):
+    if len(z) > 1 and needs_of(regularizers):
         warnings.warn(  # Python shows it once
             f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
             "on each other: give one sample as (1, D), or batch_dim=None.",
@@ -338,14 +329,14 @@ def warn_of_flat_state(z: Tensor, regularizers: Iterable[Any]) -> None:
         )
 
 
-def undivided(regularizers: Iterable[Any]) -> frozenset[str]:
+def undivided(regularizers: Iterable[Regularizer]) -> frozenset[str]:
     """Names of those whose penalty the objective does not divide by the number of dimensions."""
-    return frozenset(r.name for r in regularizers if not getattr(r, "divided_by_dims", True))
+    return frozenset(r.name for r in regularizers if not r.divided_by_dims)
 
 
-def span_policy(regularizers: Iterable[Any]) -> Any:
+def span_policy(regularizers: Iterable[Regularizer]) -> Any:
     """The one span policy among them; None if there is none."""
-    return next((r for r in regularizers if kind_of(r) == "span"), None)
+    return next((r for r in regularizers if r.kind == "span"), None)
 
 
 def weigh_regularizers(
@@ -378,14 +369,14 @@ def weigh_regularizers(
         if found.name in resolved:
             raise ConfigError(f"the regularizer {found.name!r} is named twice; name each once.")
         resolved[found.name] = Weighted(found, _strength(found, strength))
-    policies = [name for name, entry in resolved.items() if kind_of(entry.regularizer) == "span"]
+    policies = [name for name, entry in resolved.items() if entry.regularizer.kind == "span"]
     if len(policies) > 1:
         raise ConfigError(f"{' and '.join(policies)} both change the times of a solve: choose one.")
     return resolved
 
 
 def _strength(regularizer: Regularizer, strength: Any) -> Strength:
-    if getattr(regularizer, "penalized", True):
+    if regularizer.penalized:
         return check_lambda(regularizer.name, DEFAULT_LAMBDA if strength is None else strength)
     if strength is not None and strength != 1:
         raise ConfigError(
@@ -398,21 +389,29 @@ def _strength(regularizer: Regularizer, strength: Any) -> Strength:
 def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
     if isinstance(entry, str):
         entry = by_name(entry)
-    if callable(entry) and not isinstance(entry, type) and not hasattr(entry, "name"):
-        return FunctionRegularizer(getattr(entry, "__name__", type(entry).__name__), _PlainRate(entry))
-    kind = kind_of(entry)
-    if isinstance(entry, type) or not isinstance(entry, Regularizer) or kind not in KINDS:
+    if isinstance(entry, Regularizer):
+        return _checked(entry)
+    if not callable(entry) or isinstance(entry, type) or hasattr(entry, "name"):
         raise ConfigError(
             f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object, not a "
-            f"class, with a `name`, a `kind` among {', '.join(KINDS)}, and a call."
+            "class, of a class derived from rnode_plugin.core.regularizers.Regularizer."
         )
-    for attribute in KINDS[kind]:
-        if not hasattr(entry, attribute):
-            raise ConfigError(f"{entry.name!r} lacks `{attribute}`, which a regularizer of kind {kind!r} has.")
-        value: Any = getattr(entry, attribute)
-        choices = _CHOICES.get(attribute)
-        if choices is not None and not choices.issuperset({value} if attribute == "reduction" else value):
-            raise ConfigError(
-                f"{entry.name!r} has {attribute} = {value!r}; it can be of {', '.join(sorted(choices))}."
-            )
-    return entry
+    name = entry.__name__ if inspect.isroutine(entry) else type(entry).__name__
+    return FunctionRegularizer(name, _PlainRate(entry))
+
+
+def _checked(regularizer: Regularizer) -> Regularizer:
+    if not hasattr(regularizer, "name") or not callable(regularizer):
+        raise ConfigError(f"the regularizer {regularizer!r} lacks a `name` or a call.")
+    given = {
+        "kind": {regularizer.kind}, "needs": set(regularizer.needs), "uses": set(regularizer.uses),
+        "reduction": {regularizer.reduction},
+    }  # fmt: skip
+    for attribute, values in given.items():
+        if not _CHOICES[attribute].issuperset(values):
+            choices = ", ".join(sorted(_CHOICES[attribute]))
+            found = ", ".join(sorted(map(repr, values)))
+            raise ConfigError(f"{regularizer.name!r} has {attribute} {found}; it can be of {choices}.")
+    if regularizer.kind in ("trajectory", "span") and not hasattr(regularizer, "times"):
+        raise ConfigError(f"{regularizer.name!r} lacks `times`, which a {regularizer.kind} regularizer has.")
+    return regularizer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..ops import check_count, sum_squares
-from .base import Source, StepRecord, Trajectory, regularizer
+from .base import Regularizer, Source, StepRecord, Trajectory, regularizer
 from .rates import kinetic
 
 __all__ = [
@@ -102,7 +102,7 @@ def _rms(x: Tensor) -> Tensor:
     source=Source("rectified flow", "Liu et al.", 2023, "liu2023flow"), rates=(kinetic,),
 )  # fmt: skip
 @dataclass(frozen=True)
-class Straightness:
+class Straightness(Regularizer):
     """``int ||f||^2 dt - ||z(T) - z(0)||^2 / T``: 0 for straight paths at constant speed, summed over the event.
 
     Rectified flow's measure. By Cauchy and Schwarz it is never negative in the limit of small steps; on a grid
@@ -126,7 +126,7 @@ class Straightness:
     source=Source("TPR", "Huang and Yeh", 2021, "huang2021accelerating"), rates=(),
 )  # fmt: skip
 @dataclass(frozen=True)
-class TrajectoryPolynomial:
+class TrajectoryPolynomial(Regularizer):
     """Squared residual of the least-squares polynomial in time through both ends and random times between them.
 
     TPR (Huang and Yeh, 2021), summed over the times and the event; lambda 5 and order 1 in the paper. The random
@@ -188,7 +188,7 @@ def with_end_time(t_span: Tensor, end: Tensor) -> Tensor:
     source=Source("STEER", "Ghosh et al.", 2020, "ghosh2020steer"), penalized=False, divided_by_dims=False,
 )  # fmt: skip
 @dataclass(frozen=True)
-class Steer:
+class Steer(Regularizer):
     """STEER (Ghosh et al., 2020): in training the end time T is drawn from U(T - b, T + b) for each solve.
 
     Times between the ends move in proportion. Evaluation and sampling end at T. It has no penalty and takes no
@@ -231,7 +231,7 @@ class Steer:
     formula="the end time T is a parameter, also in evaluation",
     source=Source("SNOpt", "Liu et al.", 2021, "liu2021second"), penalized=True, divided_by_dims=False,
 )  # fmt: skip
-class LearnedEndTime(nn.Module):
+class LearnedEndTime(nn.Module, Regularizer):
     """The end time T is a parameter, in evaluation too, with penalty ``T^2 / 2`` (SNOpt; Liu et al., 2021).
 
     Lambda is the paper's c. Times between the ends move in proportion. Every solve, with any ``t_span``, ends at

@@ -6,20 +6,22 @@ D is the number of dimensions of one sample's event, ``J = df/dz``, ``v`` the tr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ...errors import ConfigError
 from ..ops import sum_event, sum_squares
-from ..trace_estimators import Exact
-from .base import Source, regularizer
+from .base import Regularizer, Source, regularizer
 
 if TYPE_CHECKING:
     from ..field_evaluation import FieldEvaluation
 
 __all__ = [
+    "FiniteDifference",
     "Taylor",
     "curl",
     "directional",
@@ -36,7 +38,7 @@ __all__ = [
 
 _RNODE = Source("RNODE", "Finlay et al.", 2020, "finlay2020how")
 _FFJORD = Source("FFJORD", "Grathwohl et al.", 2019, "grathwohl2019ffjord", "code")
-_OURS = Source("this package")
+_TAO = Source("", "Tao and Choi", 2026, "tao2026strain")
 _SHARED = "the shared product"
 _EACH = "D products, for small D"
 
@@ -92,12 +94,48 @@ def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
 
 
 @regularizer(
+    "finite_difference", needs=frozenset({"field"}), cost="one evaluation without a gradient",
+    formula="‖f(t, z) − sg[f(t + ε, z + ε f)]‖² / ε², sg without a gradient: `finite_difference:0.01`",
+    source=Source("Iso-FM", "Khan", 2026, "khan2026isokinetic"),
+)  # fmt: skip
+@dataclass(frozen=True)
+class FiniteDifference(Regularizer):
+    """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, ``sg`` held fixed (Iso-FM; Khan, 2026).
+
+    Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is the one of this definition, about
+    ``-2 (d^2 z/dt^2)^T df / eps``: choose lambda with eps. It needs one more evaluation and no product, so it works
+    where a field has no second derivative, such as a fused attention or a compiled network. Dropout and low
+    precision make two evaluations differ by more than the acceleration does.
+
+    Args:
+        eps: the step of the difference in time.
+        name: the key of its penalty; ``"finite_difference"`` if left out.
+
+    Raises:
+        ConfigError: for a step that is not a positive number.
+    """
+
+    eps: float = 0.01
+    name: str = "finite_difference"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eps, bool) or not (math.isfinite(self.eps) and self.eps > 0):
+            raise ConfigError(f"finite_difference takes a step > 0, not {self.eps!r}: 'finite_difference:0.01'.")
+
+    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
+        t, z, dz = (x.detach() for x in (evaluation.t, evaluation.z, evaluation.dz))
+        with torch.no_grad():
+            later = evaluation.velocity(t + self.eps, z + self.eps * dz).detach()  # forward mode sees no_grad
+        return sum_squares(evaluation.dz - later) / self.eps**2
+
+
+@regularizer(
     "taylor", formula="‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`",
     cost="K − 1 nested jvps, each about three times the one before",
     source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"), needs=frozenset({"jvp"}),
 )  # fmt: skip
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(Regularizer):
     """``||d^K z/dt^K||^2`` (TayNODE; Kelly et al., 2020), summed over the event.
 
     ``K - 1`` nested jvps through the field's plain path, each about three times the cost of the one before; order 2
@@ -147,7 +185,7 @@ def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
     return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
 
 
-@regularizer("curl", formula="‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_OURS,
+@regularizer("curl", formula="‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_TAO,
              needs={"vjp", "jvp"})  # fmt: skip
 def curl(evaluation: FieldEvaluation) -> Tensor:
     """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
@@ -157,7 +195,7 @@ def curl(evaluation: FieldEvaluation) -> Tensor:
     return _with_transpose(evaluation, -1.0)
 
 
-@regularizer("strain", formula="‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_OURS,
+@regularizer("strain", formula="‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_TAO,
              needs={"vjp", "jvp"})  # fmt: skip
 def strain(evaluation: FieldEvaluation) -> Tensor:
     """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
@@ -169,7 +207,7 @@ def strain(evaluation: FieldEvaluation) -> Tensor:
 
 def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
     """``||J + sign J^T||_F^2``."""
-    if isinstance(evaluation.estimator, Exact):
+    if evaluation.knows_jacobian:
         jacobian = evaluation.jacobian()
         return (jacobian + sign * jacobian.mT).square().sum((1, 2))
     total: Tensor | None = None
