@@ -81,13 +81,10 @@ def train(data: Tensor, regularizers: dict[str, float], *, steps: int, seed: int
 def measure(field: TimeField, points: Tensor) -> Found:
     """The field as a density with the exact trace and an adaptive solver."""
     model = RegularizedCNF(field, event_shape=2, trace_estimator="exact", regularizers=(), solver="dopri5")
-    nll = -model.log_prob(points)
-    nfe = int(model.ode.vf.nfe)
-    path = model.ode.trajectory(torch.cat([torch.zeros(len(points), 1), points], 1), torch.linspace(0, 1, 65))[
-        ..., 1:
-    ]
+    found = model.encode(points)
+    path = model.trajectory(points, torch.linspace(0, 1, 65))
     length, distance = path.diff(dim=0).norm(dim=2).sum(), (path[-1] - path[0]).norm(dim=1).sum()
-    return Found(nll, nfe, float(length / distance))
+    return Found(-(model.latent_log_prob(found.z) + found.logdet), found.nfe, float(length / distance))
 
 
 def all_cases(data: str, *, cases: Sequence[Case], steps: int, seed: int, threads: int) -> dict[Case, Found]:

@@ -82,7 +82,7 @@ def measured(flow: MultiscaleFlow, images: Any, levels: int, coarse: Solver) -> 
         for key, value in {"dirty": bits, "nfe": output.nfe, **penalties}.items():
             sums[key] += float(value) * len(x) / len(images)
         if first == 0:
-            gap = float(flow.bits_per_dim(x, noise=noise, solver=coarse).mean() - bits)
+            gap = float(flow.solved_with(solver=coarse).bits_per_dim(x, noise=noise).mean() - bits)
     return {**sums, "gap": gap}
 
 

@@ -59,12 +59,12 @@ def main():
         # the trained field as a density with the exact trace and an adaptive solver
         model = RegularizedCNF(field, event_shape=2, trace_estimator="exact", solver="dopri5")
         with torch.no_grad():
-            nll = -model.log_prob(held_out, penalties=True).mean()
-            nfe = model.ode.vf.nfe
-            kinetic, jacfrob = (model.regularization[name].mean() for name in ("kinetic", "jacfrob"))
+            found = model.encode(held_out, penalties=True)
+            nll = -(model.latent_log_prob(found.z) + found.logdet).mean()
+            kinetic, jacfrob = (found.regularization[name].mean() for name in ("kinetic", "jacfrob"))
             density = model.log_prob(grid).exp().reshape(100, 100).T
         name = ", ".join(regularizers) or "none"
-        print(f"{trace:<10} {name:<16} {nll:>6.3f} {nfe:>4.0f} {kinetic:>8.2f} {jacfrob:>8.2f} {pace:>7.1f}")
+        print(f"{trace:<10} {name:<16} {nll:>6.3f} {found.nfe:>4} {kinetic:>8.2f} {jacfrob:>8.2f} {pace:>7.1f}")
         axes.grid(False)
         axes.pcolormesh(axis.numpy(), axis.numpy(), density.numpy(), shading="auto")
         axes.scatter(*model.sample(300).T, s=2, color="white")

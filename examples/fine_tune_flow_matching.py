@@ -69,13 +69,14 @@ def main():
     for (name, velocity), axes in zip(fields.items(), panels, strict=True):
         model = density(velocity, ["kinetic", "jacfrob"])
         with torch.no_grad():
-            nll = -model.log_prob(test, penalties=True).mean()
-            nfe, (kinetic, jacfrob) = model.ode.vf.nfe, [cost.mean() for cost in model.regularization.values()]
+            found = model.encode(test, penalties=True)
+            nll = -(model.latent_log_prob(found.z) + found.logdet).mean()
+            nfe, (kinetic, jacfrob) = found.nfe, [cost.mean() for cost in found.regularization.values()]
             paths = NeuralODE(velocity).trajectory(test[:100], torch.linspace(1, 0, 50))
-        print(f"{name:<27} {nfe:>4.0f} {nll:>10.3f} {kinetic:>8.2f} {jacfrob:>8.2f}")
+        print(f"{name:<27} {nfe:>4} {nll:>10.3f} {kinetic:>8.2f} {jacfrob:>8.2f}")
         axes.plot(paths[..., 0], paths[..., 1], color="C0", linewidth=0.5)
         axes.scatter(*test[:100].T, s=8, color="C1")
-        axes.set(title=f"{name}, NFE {nfe:.0f}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
+        axes.set(title=f"{name}, NFE {nfe}", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
     figure.savefig(options.output, dpi=150)
 
 

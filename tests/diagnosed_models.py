@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ class WrongProduct(Linear):
 class WrongInverse(RegularizedCNF):
     """A density whose inverse leads to other places."""
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return super().inverse(z, context) + 0.05
+    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
+        return super().inverse(z, context=context) + 0.05
 
 
 class Rotation(nn.Module):
@@ -117,44 +117,32 @@ class TableFlow(DensityModel):
         super().__init__()
         self.field, self.off, self.extra = Linear(), off, extra
         self.solver = solver or Solver(method="dopri5")
-        self.estimator: Any = Hutchinson("gaussian")
-        self.regularizers: tuple[Any, ...] = ()
+        self.estimator = Hutchinson("gaussian")
         self.event_shape = torch.Size([2])
         self.context_shape = torch.Size([2]) if conditional else None
         self.base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
         self.scale = torch.tensor([10.0, 0.1])
 
-    def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
-        y = x / self.scale - self._shift(context)
-        dynamics = Dynamics(
-            self.field, regularizers=self.regularizers if penalties else (), estimator=self.estimator
-        )
-        solution = solve(dynamics.bind(dynamics.draw(y)), y, torch.tensor([0.0, 1.0]), self.solver)
+    def encode(
+        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> FlowOutput:
+        output = self._solve(x / self.scale - self._shift(context), [0.0, 1.0], noise, penalties)
+        return replace(output, logdet=output.logdet - self.scale.log().sum() + self.extra)
+
+    def decode(
+        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> FlowOutput:
+        output = self._solve(z, [1.0, 0.0], noise, penalties)
+        x = (output.z + self._shift(context) + self.off) * self.scale
+        return replace(output, z=x, logdet=output.logdet + self.scale.log().sum() - self.extra)
+
+    def _solve(self, z: Tensor, times: list[float], noise: Any, penalties: bool | None) -> FlowOutput:
+        followed = self.regularizers if penalties else ()
+        dynamics = Dynamics(self.field, regularizers=followed, estimator=self.estimator)
+        bound = dynamics.bind(dynamics.draw(z) if noise is None else noise[0])
+        solution = solve(bound, z, torch.tensor(times), self.solver)
         assert solution.logdet is not None
-        logdet = solution.logdet[-1] - self.scale.log().sum() + self.extra
-        return FlowOutput(solution.z[-1], logdet, solution.penalties, solution.stats.nfe)
-
-    def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
-        output = self.encode(x, context=context)
-        return self.base.log_prob(output.z) + output.logdet
-
-    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
-        dynamics = Dynamics(self.field, divergence=False)
-        solution = solve(dynamics.bind(None), z, torch.tensor([1.0, 0.0]), self.solver)
-        return (solution.z[-1] + self._shift(context) + self.off) * self.scale
-
-    def inverse_and_log_prob(self, z: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = self.inverse(z, context=context)
-        return x, self.log_prob(x, context=context)
-
-    def solved_with(self, *, solver: Any = None, estimator: Any = None, regularizers: Any = ()) -> TableFlow:
-        twin = copy.copy(self)
-        twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
-        twin.regularizers = tuple(regularizers)
-        return twin
-
-    def sample(self, n: int, *, context: Tensor | None = None) -> Tensor:
-        return self.inverse(torch.randn(n, 2), context=context)
+        return FlowOutput(solution.z[-1], solution.logdet[-1], solution.penalties, solution.stats.nfe)
 
     def data(self, n: int, context: Tensor | None = None) -> Tensor:
         """Samples of its density in closed form."""

@@ -100,7 +100,7 @@ def check(model: Any, **options: Any) -> None:
         x = x.clamp(0, 1) if isinstance(model, MultiscaleFlow) else x
         assert_same(sampler.module()(z, *context), x)
         noise = model.draw_noise(batch)
-        drawn = [each for each in (noise if isinstance(noise, list) else [noise]) if each is not None]
+        drawn = [each for each in noise if each is not None]
         found = log_prob.module()(x.requires_grad_(), *context, *drawn)
         assert_same(found, twin.log_prob(x, noise=noise if drawn else None, **named))
         assert not found.requires_grad  # a gradient through recorded derivatives would be wrong
@@ -243,7 +243,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert sorted(p.name for p in tmp_path.glob("*.pt2")) == ["digits-log_prob.pt2", "digits-sampler.pt2"]
     z = torch.randn(5, 16)
-    expected = load_flow(run).inverse(z, solver=Solver("euler", step=1.0)).clamp(0, 1)
+    expected = load_flow(run).solved_with(solver=Solver("euler", step=1.0)).inverse(z).clamp(0, 1)
     assert_same(torch.export.load(tmp_path / "digits-sampler.pt2").module()(z), expected)
     for words, message in (
         ([str(tmp_path / "b.pt2"), "--format", "torch-export"], "add --step 0.5"),

@@ -31,7 +31,7 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
     bits = []
     for bf16 in (False, True):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            bits.append(flow.bits_per_dim(x, noise=noise, solver=Solver(step=0.5)))
+            bits.append(flow.solved_with(solver=Solver(step=0.5)).bits_per_dim(x, noise=noise))
     one, other = bits
     assert one.dtype == other.dtype == torch.float32
     with torch.no_grad():

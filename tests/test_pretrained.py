@@ -48,7 +48,7 @@ def test_it_knows_real_digits() -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         flow: Any = load_flow("mnist-pretrained")
-        bits = flow.bits_per_dim((images + noise) / 256, solver=Solver(step=0.5))
+        bits = flow.solved_with(solver=Solver(step=0.5)).bits_per_dim((images + noise) / 256)
     assert float(bits.mean()) < 1.4
 
 

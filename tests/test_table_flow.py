@@ -169,7 +169,7 @@ def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:
         (lambda: TableFlow(2, context=2).sample(3, context=torch.zeros(4, 2)), r"has shape \(4, 2\)|not \(4, 2\)"),
         (lambda: TableFlow(2).standardize(torch.zeros(4, 2)), "a column is constant"),
         (lambda: TableFlow(2).standardize(torch.zeros(4, 3)), r"takes rows \(N, 2\)"),
-        (lambda: TableFlow(2)(torch.zeros(3, 2), noise=[None]), "takes no noise"),
+        (lambda: TableFlow(2)(torch.zeros(3, 2), noise=[torch.zeros(3, 2)]), "exact trace takes none"),
         (lambda: TableFlow(2, regularizers={"kinetic": 5.0}), "a flow applies no lambda"),
         (lambda: TableFlow(2, regularizers=["hjb"])(torch.zeros(3, 2)), "offers no 'potential_rate'"),
         (lambda: PotentialField(2, context=1)(torch.zeros(()), torch.zeros(3, 2)), r"of shape \(3, 1\), not none"),
@@ -185,9 +185,8 @@ def test_a_continuous_adjoint_has_the_gradient_of_the_context(gradient: Any) -> 
     flow, found = active_flow(context=2), []
     for mode in ("autograd", gradient):
         context = rows(4, 2).requires_grad_()
-        flow.log_prob(
-            rows(4, 3), context=context, solver=Solver("dopri5", atol=1e-9, rtol=1e-9, gradient=mode)
-        ).sum().backward()
+        solver = Solver("dopri5", atol=1e-9, rtol=1e-9, gradient=mode)
+        flow.solved_with(solver=solver).log_prob(rows(4, 3), context=context).sum().backward()
         found.append(context.grad)
     assert found[0].abs().sum() > 0.1
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -311,7 +311,7 @@ def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
     measure = TableMeasure(("a", "b", "c"))
     exact = evaluate(flow, samples, measure=measure, batch_size=20)
     assert (exact.draws, exact.nll.stderr_noise) == (1, None)
-    nll = -_flow(3).log_prob(torch.from_numpy(samples), solver=flow.solver)
+    nll = -_flow(3).solved_with(solver=flow.solver).log_prob(torch.from_numpy(samples))
     assert exact.nll.samples == pytest.approx(nll.tolist(), abs=1e-5)
     measure.exact_dims = 2  # pyright: ignore[reportAttributeAccessIssue]  (of this object)
     estimated = evaluate(flow, samples, measure=measure, batch_size=20, draws=8)

@@ -239,7 +239,7 @@ def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
     model = RegularizedCNF.from_velocity(VELOCITIES[name](), 0.0, event_shape=2, solver="midpoint")
     torch.testing.assert_close(model.transform(z)[0], z + 1.5)
     torch.testing.assert_close(model.inverse(z), z - 1.5)
-    torch.testing.assert_close(NeuralODE(time_first(model._cnf.net), "midpoint")(z)[1][-1], z + 1.5)
+    torch.testing.assert_close(NeuralODE(time_first(model.net), "midpoint")(z)[1][-1], z + 1.5)
 
 
 @pytest.mark.parametrize("name", STATE_FIRST)
@@ -279,9 +279,9 @@ def test_a_call_of_ones_own_and_contexts() -> None:
     own = RegularizedCNF.from_velocity(Noised(), 0.0, call=lambda net, t, x: net(x, sigma=1 - t), **options)
     torch.testing.assert_close(own.transform(z)[0], z + 1.5)
     given = RegularizedCNF.from_velocity(Conditional(), 0.0, context_shape=2, **options)
-    torch.testing.assert_close(given.transform(z, torch.full((5, 2), 2.0))[0], z + 3)
+    torch.testing.assert_close(given.transform(z, context=torch.full((5, 2), 2.0))[0], z + 3)
     classes = RegularizedCNF.from_velocity(OfClasses(), 0.0, context_shape=1, **options)
-    torch.testing.assert_close(classes.transform(z, torch.ones(5, 1).long())[0], z + 3)
+    torch.testing.assert_close(classes.transform(z, context=torch.ones(5, 1).long())[0], z + 3)
 
 
 def test_trying_a_velocity_leaves_it_as_it_is() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.distributions import Distribution, constraints
 from ..errors import ConfigError
 from .citations import citation
 from .ops import check_count
+from .regularizers import span_policy
+from .trace_estimators import Exact, TraceEstimator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,46 +30,117 @@ _ONE = torch.Size()
 class DensityModel(nn.Module, ABC):
     """A density ``p(x)`` or ``p(x | context)`` that a flow carries to a base distribution.
 
-    :class:`~rnode_plugin.RegularizedCNF` and the flows share it. A class sets the attributes and writes
-    :meth:`encode`, :meth:`log_prob`, :meth:`inverse`, :meth:`inverse_and_log_prob` and :meth:`solved_with`; then
-    :meth:`distribution` works with it. :func:`~rnode_plugin.diagnose` also needs ``sample(n, context=)`` and the
-    attributes ``solver`` and ``estimator``, :func:`~rnode_plugin.export_program` ``draw_noise(batch)``.
+    All models of this package are of this class. Your own one sets the attributes and writes :meth:`encode` and
+    :meth:`decode`; the other methods follow from these two. A cheaper :meth:`inverse` may be written as well.
 
     Attributes:
         event_shape: shape of one sample.
         context_shape: shape of one context; None if the density takes none.
-        base: distribution of the latents, what :meth:`inverse` takes.
+        base: distribution of the latents.
+        solver: the :class:`~rnode_plugin.Solver` of :meth:`encode` and :meth:`decode`.
+        estimator: of the trace.
+        regularizers: the penalties that a solve can follow.
     """
 
     event_shape: torch.Size
     context_shape: torch.Size | None = None
     base: Distribution
+    solver: Any
+    estimator: TraceEstimator
+    regularizers: Sequence[Any] = ()
 
     @abstractmethod
-    def encode(self, x: Tensor, *, context: Tensor | None = None, penalties: bool = False) -> FlowOutput:
-        """Latents, log-determinant ``(B,)``, penalties and NFE of samples ``x (B, *event_shape)``."""
-
-    @abstractmethod
-    def log_prob(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
-        """``log p(x) (B,)`` in nats."""
-
-    @abstractmethod
-    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
-        """The samples ``(B, *event_shape)`` of latents ``z``."""
-
-    @abstractmethod
-    def inverse_and_log_prob(self, z: Tensor, *, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve."""
-
-    @abstractmethod
-    def solved_with(self, *, solver: Any = None, estimator: Any = None, regularizers: Sequence[Any] = ()) -> Self:
-        """A copy that shares the parameters, with another solver, trace estimator or penalties.
+    def encode(
+        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> FlowOutput:
+        """Carry samples ``x (B, *event_shape)`` to their latents, with the log-determinant of that map.
 
         Args:
-            solver: a :class:`~rnode_plugin.Solver`; None: as this model.
-            estimator: of the trace; None: as this model.
-            regularizers: the penalties that the copy follows; an end time that is learned stays.
+            x: samples.
+            context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
+            noise: probe vectors of the trace as :meth:`draw_noise` gives them; None draws them.
+            penalties: whether to follow the penalties; None: only where the model itself keeps them, see
+                :class:`~rnode_plugin.RegularizedCNF`.
+
+        Raises:
+            ConfigError: for samples, contexts or noise of the wrong shape, type or range.
+            SolverError: from the solve.
         """
+
+    @abstractmethod
+    def decode(
+        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> FlowOutput:
+        """Carry latents ``z`` to samples, the ``z`` of the output, with the log-determinant of that map.
+
+        Arguments and errors as for :meth:`encode`.
+        """
+
+    def log_prob(
+        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> Tensor:
+        """``log p(x) (B,)`` in nats (eq. 4), unbiased with Hutchinson's estimator.
+
+        Arguments and errors as for :meth:`encode`.
+        """
+        output = self.encode(x, context=context, noise=noise, penalties=penalties)
+        return self.latent_log_prob(output.z) + output.logdet
+
+    def transform(
+        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The latents of samples ``x``, and the log-determinant ``(B,)`` in nats of the map to them.
+
+        Arguments and errors as for :meth:`encode`.
+        """
+        output = self.encode(x, context=context, noise=noise, penalties=penalties)
+        return output.z, output.logdet
+
+    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
+        """The samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
+        return self.decode(z, context=context, penalties=False).z
+
+    def inverse_and_log_prob(
+        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve.
+
+        Arguments and errors as for :meth:`encode`.
+        """
+        output = self.decode(z, context=context, noise=noise, penalties=penalties)
+        return output.z, self.latent_log_prob(z) - output.logdet
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        *,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw ``n`` samples ``(n, *event_shape)``, without a gradient.
+
+        Args:
+            n: number of samples.
+            temperature: scales the latents about the mean of the base. 1 is the density itself; with less, samples
+                are nearer to its mode (the paper shows images at 0.5 to 1).
+            context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
+            generator: draws the latents; of the model's device. Only for a base that takes one.
+
+        Raises:
+            ConfigError: for a number or a temperature that is not positive, and for a context as in :meth:`encode`.
+            NotImplementedError: for a temperature other than 1 with a base that has no mean.
+            SolverError: from the solve.
+        """
+        if n != 0:  # no samples of a batch without samples
+            check_count(n, "the number of samples")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
+        z = self._draw_latents(int(n), generator)
+        if temperature != 1:
+            z = self.base.mean + temperature * (z - self.base.mean)
+        return self.inverse(z, context=context)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """The density as a :class:`torch.distributions.Distribution`, its batch shape that of the contexts.
@@ -79,11 +153,47 @@ class DensityModel(nn.Module, ABC):
         """
         return FlowDistribution(self, context)
 
+    def solved_with(
+        self, *, solver: Any = None, estimator: TraceEstimator | None = None, regularizers: Sequence[Any] = ()
+    ) -> Self:
+        """A copy that shares the parameters, with another solver, trace estimator or penalties.
+
+        Args:
+            solver: a :class:`~rnode_plugin.Solver`; None: the model's.
+            estimator: of the trace; None: the model's.
+            regularizers: the penalties that the copy follows. An end time that is learned stays.
+        """
+        twin = copy.copy(self)
+        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)  # assignments stay in the copy
+        twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
+        policy = span_policy(self.regularizers)
+        twin.regularizers = (*regularizers, *(() if policy is None else (policy,)))
+        return twin
+
     def citation(self) -> str:
         """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
-        penalties, estimator = getattr(self, "regularizers", ()), getattr(self, "estimator", None)
-        method = getattr(getattr(self, "solver", None), "method", "")
-        return citation(penalties, estimator=estimator, methods=[method], density=True)
+        methods = [self.solver.method]
+        return citation(self.regularizers, estimator=self.estimator, methods=methods, density=True)
+
+    @property
+    def block_shapes(self) -> Sequence[tuple[int, ...]]:
+        """Shape of one state of each neural ODE of the model, in order."""
+        return [tuple(self.event_shape)]
+
+    def draw_noise(self, batch: int, *, generator: torch.Generator | None = None) -> list[Tensor | None]:
+        """Noise of the trace for :meth:`encode` of ``batch`` samples, one entry for each of :attr:`block_shapes`.
+
+        ``(batch, *shape)``, with several probes ``(k, batch, *shape)``; None where the trace is exact.
+        """
+        like = self._like()
+        return [
+            self.estimator.draw(like.new_empty(batch, *shape), generator=generator) for shape in self.block_shapes
+        ]
+
+    def latent_log_prob(self, z: Tensor) -> Tensor:
+        """``log q(z) (B,)`` in nats of latents under the base."""
+        # torch's Independent fails for a batch without samples
+        return self.base.log_prob(z) if z.shape[0] > 0 else z.flatten(1).sum(1)
 
     def context_rows(self, context: Any, like: Tensor) -> Tensor | None:
         """``context`` with one row for each sample of ``like``; None for a density without contexts.
@@ -108,7 +218,7 @@ class DensityModel(nn.Module, ABC):
         return context.to(like) if context.is_floating_point() else context.to(like.device)
 
     def context_batch_shape(self, context: Any) -> torch.Size:
-        """What stands before ``context_shape`` in the shape of ``context``; errors as of :meth:`context_rows`."""
+        """The batch shape of ``context``, in front of its ``context_shape``; errors as in :meth:`context_rows`."""
         shape = self.context_shape
         if shape is None:
             if context is not None:
@@ -122,19 +232,43 @@ class DensityModel(nn.Module, ABC):
             )
         return context.shape[: -len(shape)]
 
+    def _draw_latents(self, n: int, generator: torch.Generator | None) -> Tensor:
+        if generator is not None:
+            raise ConfigError("the base of this density draws from torch's global generator: seed it instead.")
+        return self.base.sample(torch.Size([n]))
+
+    def _keep_regularizers(self, regularizers: Iterable[Any]) -> None:
+        """Set :attr:`regularizers`; those with parameters become modules of this one."""
+        self.regularizers = tuple(regularizers)
+        with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
+        if with_parameters:
+            self.regularizer_modules = nn.ModuleList(with_parameters)
+
+    def _check_noise(self, noise: Any, x: Tensor) -> None:
+        """Refuse all but one entry for each block: a tensor of its shape, or None if the trace is exact."""
+        shapes, exact = self.block_shapes, isinstance(self.estimator, Exact)
+        if isinstance(noise, Tensor) or len(noise) != len(shapes):
+            raise ConfigError(
+                f"noise= must be a list of {len(shapes)}, one entry for each block, as draw_noise gives it, not "
+                f"{type(noise).__name__} of {len(noise)}."
+            )
+        for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
+            expected = None if exact else ((x.shape[0], *shape), x.dtype, x.device)
+            got = None if probe is None else (tuple(probe.shape)[-1 - len(shape) :], probe.dtype, probe.device)
+            if got != expected:
+                raise ConfigError(
+                    f"the noise of block {k} must be {expected}, not {got} (None: an exact trace takes none)."
+                )
+
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and on the device of this model; of torch's defaults where it has none."""
+        return next(self.parameters(), next(self.buffers(), torch.empty(0)))
+
 
 def check_floating(x: Tensor, what: str) -> None:
     """Refuse samples that are not floating-point numbers: a solve takes the precision of its times from them."""
     if not x.is_floating_point():
         raise ConfigError(f"{what} must be floating-point numbers, not {x.dtype}: give x.float().")
-
-
-def check_draw(n: Any, temperature: Any) -> None:
-    """Refuse a number of samples that is not a whole number, and a temperature that is not a positive number."""
-    if n != 0:  # no samples of a batch without samples
-        check_count(n, "the number of samples")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
 
 
 class FlowDistribution(Distribution):

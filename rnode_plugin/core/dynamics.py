@@ -246,7 +246,7 @@ class Dynamics(BoundDynamics):
             return self.estimator.bind(self.field, ask)
         return functools.partial(self.field.linearize, ask=ask)
 
-    def parameters(self) -> Iterable[nn.Parameter]:
+    def parameters(self) -> Iterable[Tensor]:
         """The parameters of the field and of the regularizers, of those that are modules, each once."""
         modules = [part for part in (self._given, *self.rates.values()) if isinstance(part, nn.Module)]
         return {id(p): p for module in modules for p in module.parameters()}.values()

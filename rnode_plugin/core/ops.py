@@ -98,6 +98,20 @@ def flush_denormals() -> bool:
     return torch.set_flush_denormal(True)
 
 
+@contextmanager
+def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
+    """A block outside of inference mode, for solves of fields that differentiate; it gives what it was given.
+
+    Where inference mode was enabled, gradients stay disabled, and tensors are clones: those made in inference mode
+    cannot be differentiated.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield values
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield tree_map_only(Tensor, Tensor.clone, values)
+
+
 class OneProcessADevice:
     """A module that refuses DataParallel: its copies would lose penalties and NFE with the thread they ran in."""
 

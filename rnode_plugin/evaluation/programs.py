@@ -45,7 +45,7 @@ def export_program(
 
     Args:
         model: a :class:`~rnode_plugin.MultiscaleFlow`, :class:`~rnode_plugin.TableFlow`,
-            :class:`~rnode_plugin.RegularizedCNF`, or another ``DensityModel`` with ``solver`` and ``draw_noise``.
+            :class:`~rnode_plugin.RegularizedCNF`, or another ``DensityModel``.
         which: ``"sampler"`` or ``"log_prob"``.
         solver: the fixed grid, or None for the model's.
         context: one context ``(*context_shape)`` to record a conditional model with, if its contexts are not
@@ -77,8 +77,7 @@ def export_program(
         options: dict[str, Any] = {"context": rest.pop(0)} if conditional else {}
         if which == "sampler":
             return _inverse(flow, x, **options)
-        noise = rest if isinstance(flow.draw_noise(1), list) else rest[0] if rest else None
-        return flow.log_prob(x, noise=noise or None if isinstance(noise, list) else noise, **options)
+        return flow.log_prob(x, noise=rest or None, **options)
 
     with torch.no_grad():
         sizes = {size for x in _inputs(flow, which, context, 1) for size in x.shape}
@@ -137,7 +136,7 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
 
 def _on_grid(model: Any, chosen: Solver | None) -> Any:
     """A copy of a density for the CPU, without gradients and checks of values, with another solver."""
-    solver: Solver = chosen or getattr(model, "solver", None) or Solver("dopri5")
+    solver: Solver = chosen or model.solver
     if solver.adaptive:
         raise ConfigError(
             f"{solver.method} chooses its steps while it runs, and a program takes the same steps for every input. "
@@ -166,8 +165,7 @@ def _inputs(model: Any, which: Which, context: Tensor | None, batch: int) -> tup
         inputs.append(torch.randn(batch, *model.context_shape).to(like))
     if which == "log_prob":
         inputs[0] = _inverse(model, z, **dict(zip(("context",), inputs[1:], strict=False)))
-        drawn = model.draw_noise(batch)
-        inputs += [noise for noise in (drawn if isinstance(drawn, list) else [drawn]) if noise is not None]
+        inputs += [noise for noise in model.draw_noise(batch) if noise is not None]
     return tuple(x.clone() for x in inputs)  # in a view the recorder would see the tensor behind it
 
 

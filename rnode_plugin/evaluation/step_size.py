@@ -134,7 +134,7 @@ def tune_step(
 
     def there_and_back(solver: Solver) -> tuple[FlowOutput, Tensor]:
         output = encode(solver)
-        return output, flow.inverse(output.z, **given, solver=reference)
+        return output, flow.solved_with(solver=reference).inverse(output.z, **given)
 
     accurate = encode(reference)
     expected = scores(accurate)

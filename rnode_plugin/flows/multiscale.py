@@ -199,6 +199,16 @@ class MultiscaleFlow(BlockFlow):
         """``(C, H, W)`` of each block's state, in order."""
         return [stage.shape for stage in self.stages for _ in range(BLOCKS)]
 
+    @property
+    def latent_depths(self) -> list[int]:
+        """How many blocks each coordinate of the latent has passed through."""
+        depths: list[int] = []
+        for passed, stage in enumerate(self.stages, start=1):
+            c, h, w = stage.shape
+            leaving = 0 if stage.squeezes else (c - stage.keeps) * h * w
+            depths += [passed * BLOCKS] * leaving
+        return depths
+
     def extra_repr(self) -> str:
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
 
@@ -208,8 +218,9 @@ class MultiscaleFlow(BlockFlow):
             check_health([in_range])
         return logit(x, self.alpha)
 
-    def _leave(self, z: Tensor) -> Tensor:
-        return inverse_logit(z, self.alpha)
+    def _leave(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        logdet = -(F.softplus(y) + F.softplus(-y) + math.log1p(-2 * self.alpha)).flatten(1).sum(1)
+        return inverse_logit(y, self.alpha), logdet
 
     def _push(self, z: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
         leaving: list[Tensor] = []
@@ -245,25 +256,14 @@ class MultiscaleFlow(BlockFlow):
             )
         super()._check(x, shape, what)
 
-    def bits_per_dim(
-        self,
-        x: Tensor,
-        *,
-        noise: Sequence[Tensor | None] | None = None,
-        solver: Solver | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Bits/dim of each image, ``(B,)``, counted in bins of 1 / :attr:`levels`.
-
-        ``x``, ``noise``, ``solver`` and ``generator`` as for :meth:`BlockFlow.forward`.
-        """
-        log_prob = self.log_prob(x, noise=noise, solver=solver, generator=generator)
-        return bits_per_dim(log_prob, dims=self.dims, levels=self.levels)
+    def bits_per_dim(self, x: Tensor, *, noise: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Bits/dim of each image ``(B,)``, in bins of 1 / :attr:`levels`; ``noise`` as for :meth:`encode`."""
+        return bits_per_dim(self.log_prob(x, noise=noise), dims=self.dims, levels=self.levels)
 
     @torch.no_grad()
-    def sample(self, n: int, **options: Any) -> Tensor:
-        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1]; ``options`` as for :meth:`BlockFlow.sample`."""
-        return super().sample(n, **options).clamp(0, 1)
+    def sample(self, n: int, temperature: float = 1.0, **options: Any) -> Tensor:
+        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1]; arguments as for :meth:`DensityModel.sample`."""
+        return super().sample(n, temperature, **options).clamp(0, 1)
 
 
 def _range_check(x: Tensor, margin: float) -> HealthCheck:

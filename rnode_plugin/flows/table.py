@@ -126,9 +126,9 @@ class TableFlow(BlockFlow):
         mean, scale = self._of_columns()
         return (x - mean) / scale, -scale.log().sum().expand(x.shape[0])
 
-    def _leave(self, z: Tensor) -> Tensor:
+    def _leave(self, y: Tensor) -> tuple[Tensor, Tensor]:
         mean, scale = self._of_columns()
-        return mean + scale * z
+        return mean + scale * y, scale.log().sum().expand(y.shape[0])
 
     def _push(self, z: Tensor, through: Callable[[Tensor], Tensor]) -> Tensor:
         for _ in self.fields:

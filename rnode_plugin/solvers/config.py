@@ -122,7 +122,7 @@ def solver_text(solver: Solver) -> str:
     if solver.adaptive:
         return f"{solver.method}, tolerance {solver.atol:g}"
     if solver.step is None:
-        return f"{solver.method}, one step"
+        return f"{solver.method}, one step per interval"
     return f"{solver.method}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"
 
 

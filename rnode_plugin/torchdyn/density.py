@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -13,27 +14,26 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
-from ..core.citations import citation
-from ..core.distribution import DensityModel, check_draw, check_floating
+from ..core.distribution import DensityModel, check_floating
 from ..core.objective import FlowOutput
-from ..core.ops import on_host
-from ..core.penalties import Penalties
-from ..core.regularizers import Regularizer
-from ..core.signature import time_first
-from ..core.trace_estimators import TraceEstimator
+from ..core.ops import OneProcessADevice, on_host, outside_inference
+from ..core.penalties import Penalties, attach
+from ..core.signature import accepts, refuse_state_first, time_first
+from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
-from ..solvers import Solver
-from ..solvers.config import FIXED_METHODS, count_steps
-from .cnf import CNF, check_shape
-from .neural_ode import NeuralODE
-from .solver_names import resolve_solver, solver_name
+from ..plugins.registry import resolve_regularizers
+from ..solvers import Method, Solver, solve
+from ..solvers.adjoint import warn_of_dropout
+from ..solvers.config import FIXED_METHODS
+from .cnf import check_shape
+from .field import NetDynamics
+from .solver_names import Steps, solver_of
 
 
-class RegularizedCNF(DensityModel):
-    """The density of ``x`` that a vector field carries to a base distribution (eq. 4).
+class RegularizedCNF(OneProcessADevice, DensityModel):
+    """The density of ``x`` that a vector field carries to a base distribution (eq. 4), with torchdyn's options.
 
-    In torchdyn's style: a :class:`~rnode_plugin.NeuralODE` of a :class:`~rnode_plugin.CNF`, as ``self.ode``. Add
-    :meth:`reg_loss` to the loss after each :meth:`log_prob`::
+    It is a flow of one block. Add :meth:`reg_loss` to the loss after each :meth:`log_prob`::
 
         loss = -model.log_prob(x).mean() / model.dims + model.reg_loss()      # eq. 17, nats/dim
 
@@ -46,15 +46,18 @@ class RegularizedCNF(DensityModel):
         context_shape: shape of one context, for a conditional density ``p(x | context)``; each method then takes
             ``context=``, one for all samples or ``(B, *context_shape)``. Gradients reach it in every gradient mode.
         trace_estimator: ``"gaussian"``, ``"rademacher"`` (Hutchinson, noise drawn once per solve), ``"exact"``, or
-            an estimator object.
+            an estimator object; also an attribute, ``estimator``.
         regularizers: as in :class:`~rnode_plugin.NeuralODE`.
         t_span: times of the solve from data to base; None: 0 to 1. A fixed-step solver takes one step per interval.
-        solver: as in :class:`~rnode_plugin.NeuralODE`.
-        atol, rtol: tolerances of an adaptive solver; None: 1e-5, the paper's.
-        options: further arguments of :class:`~rnode_plugin.NeuralODE`, such as ``sensitivity``.
+        solver: a name or object of torchdyn's, as in :class:`~rnode_plugin.NeuralODE`. The attribute ``solver`` is
+            a :class:`~rnode_plugin.Solver`.
+        options: ``atol`` and ``rtol`` of an adaptive solver, 1e-5, the paper's, unless given; ``sensitivity``,
+            ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint`` and ``max_nfe`` as in
+            :class:`~rnode_plugin.NeuralODE`.
 
     Raises:
-        ConfigError: for shapes that do not fit together, and all that NeuralODE refuses.
+        ConfigError: for shapes that do not fit together, times that do not run one way, and a solver, a number or
+            a name that :class:`~rnode_plugin.NeuralODE` refuses.
 
     Example:
         >>> import torch
@@ -67,6 +70,10 @@ class RegularizedCNF(DensityModel):
         (3, 2)
     """
 
+    net: Any
+    solver: Solver
+    t_span: Tensor
+
     def __init__(
         self,
         net: nn.Module,
@@ -78,35 +85,25 @@ class RegularizedCNF(DensityModel):
         regularizers: Any = ("kinetic", "jacfrob"),
         t_span: Tensor | Sequence[float] | None = None,
         solver: str | nn.Module = "dopri5",
-        atol: float | None = None,
-        rtol: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.base, self.event_shape = _base_and_shape(base, event_shape)
         self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
         self.dims = self.event_shape.numel()
-        for name in ("order", "integral_loss", "return_t_eval", "penalized", "batch_dim"):
-            if name in options:
-                raise ConfigError(f"{name}= has no meaning for a density; use NeuralODE and CNF for it.")
-        if resolve_solver(solver).stepping_class == "adaptive" or atol is not None or rtol is not None:
-            options["atol"], options["rtol"] = (1e-5 if value is None else value for value in (atol, rtol))
-        conditional = self.context_shape is not None
-        cnf = CNF(net, trace_estimator, event_shape=self.event_shape, conditional=conditional)
-        self._solve_by(cnf, regularizers, {**options, "solver": solver})
+        refuse_state_first(net, "RegularizedCNF")
+        if self.context_shape is not None and not accepts(net, None, None, None):
+            raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
+        self.net, self.estimator = net, get_estimator(trace_estimator)
+        self._penalties = Penalties(resolve_regularizers(regularizers))
+        self._keep_regularizers(entry.regularizer for entry in self._penalties.weighted.values())
+        self.solver, steps = solver_of(solver, **options)
+        self.steps: Steps | None = steps
+        if self.solver.gradient.endswith("adjoint") and isinstance(net, nn.Module):
+            warn_of_dropout(net, self.solver.gradient)
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
         times = times if times.is_floating_point() else times.to(torch.get_default_dtype())
         self.register_buffer("t_span", times, persistent=False)
-        self.t_span: Tensor
-
-    def _solve_by(self, cnf: CNF, regularizers: Any, options: dict[str, Any]) -> None:
-        self._options = options
-        self.ode = NeuralODE(cnf, regularizers=regularizers, return_t_eval=False, **options)
-        self.ode.training = self.training
-
-    @property
-    def _cnf(self) -> CNF:
-        return self.ode.vf.vf
 
     @classmethod
     def from_velocity(
@@ -158,199 +155,136 @@ class RegularizedCNF(DensityModel):
         """
         if solver not in FIXED_METHODS:
             raise ConfigError(f"{solver!r} has no grid of its own: use one of {', '.join(FIXED_METHODS)}.")
-        return self.solved_with(solver=Solver(method=solver, step=step))
+        return self.solved_with(solver=dataclasses.replace(self.solver, method=solver, step=step))
 
     def solved_with(
         self,
         *,
         solver: Solver | None = None,
         estimator: TraceEstimator | None = None,
-        regularizers: Sequence[Regularizer] = (),
+        regularizers: Sequence[Any] = (),
     ) -> RegularizedCNF:
-        """A copy with another ``solver``, ``estimator`` or ``regularizers``; see :meth:`DensityModel.solved_with`.
+        """A copy with another solver, trace estimator or penalties; see :meth:`DensityModel.solved_with`.
 
-        Of ``solver`` it takes the method, the tolerances and ``max_nfe``, and the step; a fixed grid without one
-        has the times of this model's ``t_span``.
+        A fixed grid without a step has the times of this model's ``t_span``. A solver object of torchdyn stays
+        while the method does.
         """
-        cnf = copy.copy(self._cnf)
-        if estimator is not None:
-            cnf.trace_estimator, cnf.noise = estimator, None
-        twin = copy.copy(self)
-        twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)  # assignments stay in the copy
-        options = dict(self._options)
+        solver = None if solver is None else dataclasses.replace(solver, quadrature="full")
+        twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
+        twin._penalties = Penalties(resolve_regularizers(twin.regularizers))
         if solver is not None:
-            options |= {"solver": solver.method, "max_nfe": solver.max_nfe}
-            options = {name: value for name, value in options.items() if name not in ("atol", "rtol")}
-            first, last = float(self.t_span[0]), float(self.t_span[-1])
-            if solver.adaptive:
-                options |= {"atol": solver.atol, "rtol": solver.rtol}
+            twin.steps = self.steps if solver.method == self.solver.method else None
+            if solver.adaptive or solver.step is not None:
                 twin.t_span = self.t_span[[0, -1]]
-            elif isinstance(solver.step, (int, float)):
-                steps = count_steps(last - first, solver.step)
-                twin.t_span = torch.linspace(first, last, steps + 1).to(self.t_span)
-        policy = self.ode._last_penalties().policy
-        twin._solve_by(cnf, [*regularizers, *([] if policy is None else [policy])], options)
         return twin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """:meth:`log_prob`, so that the model can be wrapped (DistributedDataParallel)."""
-        return self.log_prob(x, context)
+        return self.log_prob(x, context=context)
 
-    def citation(self) -> str:
-        """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
-        given = [each.regularizer for each in self.ode._last_penalties().weighted.values()]
-        method = solver_name(self.ode.solver)
-        return citation(given, estimator=self._cnf.trace_estimator, methods=[method], density=True)
-
-    def draw_noise(self, batch: int) -> Tensor | None:
-        """Noise of the trace for one :meth:`log_prob` of ``batch`` samples; None if the trace is exact.
-
-        ``(batch, *event_shape)``, or ``(k, batch, *event_shape)`` for k probes.
-        """
-        estimator: Any = self._cnf.trace_estimator
-        like = next(self.parameters(), self.t_span)
-        return estimator.draw(like.new_empty(batch, *self.event_shape))
-
-    def log_prob(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Tensor | None = None,
-        penalties: bool | None = None,
-    ) -> Tensor:
-        """``log p(x) (B,)`` in nats, of ``x (B, *event_shape)``; unbiased with Hutchinson's estimator.
-
-        Args:
-            x: samples.
-            context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
-            noise: of the trace, as :meth:`draw_noise` gives it; None draws it.
-            penalties: as in :meth:`NeuralODE.forward`.
-
-        Raises:
-            ConfigError: for another shape, for noise that the trace does not take, and for a context that is
-                missing, misshapen or not asked for.
-            SolverError: from the solve.
-        """
-        z, logdet = self._with_trace(x, context, penalties=penalties, noise=noise)
-        return self._base_log_prob(z) + logdet
-
-    def transform(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        noise: Tensor | None = None,
-        penalties: bool | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``z (B, *event_shape)`` and the log-determinant ``(B,)`` in nats of ``x -> z``.
-
-        Arguments and errors as of :meth:`log_prob`.
-        """
-        return self._with_trace(x, context, penalties=penalties, noise=noise)
-
-    def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None) -> Tensor:
-        """``(n, *event_shape)``: base samples, drawn to the base's mean by ``temperature``, taken back to the data.
-
-        Args:
-            n: number of samples.
-            temperature: 1 for the density itself, less for samples nearer to its mode.
-            context: ``context_shape`` for all samples, or ``(n, *context_shape)`` with one for each.
-
-        Raises:
-            ConfigError: for a negative number, a temperature that is not a positive number, and for a context that
-                is missing, misshapen or not asked for.
-            NotImplementedError: for a temperature other than 1 with a base that has no mean.
-            SolverError: from the solve.
-        """
-        check_draw(n, temperature)
-        with torch.no_grad():
-            z = self.base.sample(torch.Size([n]))
-            if temperature != 1:
-                z = self.base.mean + temperature * (z - self.base.mean)
-            return self.inverse(z, context)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``x (B, *event_shape)`` that flows to ``z (B, *event_shape)``.
-
-        ``context`` and errors (for ``z`` in place of ``x``) as of :meth:`log_prob`.
-        """
-        self._check(z)
-        rows, times = self.context_rows(context, z), self._times(z, backward=True)
-        return self.ode._solve(z, times, args=rows, remember=False, trace=False)[1][-1]
-
-    def inverse_and_log_prob(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, z: Tensor, context: Tensor | None = None, *, penalties: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``x (B, *event_shape)`` that flows to ``z``, and ``log p(x) (B,)`` in nats, from one solve.
-
-        ``context``, ``penalties`` and errors as of :meth:`log_prob`.
-        """
-        x, logdet = self._with_trace(z, context, penalties=penalties, backward=True)
-        return x, self._base_log_prob(z) + logdet
-
-    def encode(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, context: Tensor | None = None, *, penalties: bool = False
+    def encode(
+        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
     ) -> FlowOutput:
-        """Latents, log-determinant in nats, penalties and NFE of samples ``x (B, *event_shape)``.
+        """Latents ``(B, *event_shape)`` of samples ``x``; see :meth:`DensityModel.encode`.
 
-        As :meth:`transform`, in the form that flows have; ``context``, ``penalties`` and errors as of
-        :meth:`log_prob`.
+        Args:
+            x, context, noise: as there.
+            penalties: whether to follow the penalties, which stay for :meth:`reg_loss`; None: in training mode with
+                gradients enabled.
+
+        Raises:
+            ConfigError: for another shape, for samples that are not floating-point numbers, for noise that the
+                trace does not take, and for a context that is missing, misshapen or not asked for.
+            SolverError: from the solve.
         """
-        before = self.ode.vf.nfe
-        z, logdet = self.transform(x, context, penalties=penalties)
-        values = self.regularization if penalties else {}
-        return FlowOutput(z, logdet, values, int(self.ode.vf.nfe - before))
+        return self._carry(x, context, noise, penalties, backward=False)
+
+    def decode(
+        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+    ) -> FlowOutput:
+        """Samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
+        return self._carry(z, context, noise, penalties, backward=True)
+
+    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
+        """The samples of latents ``z``, without a product with the Jacobian; errors as for :meth:`encode`.
+
+        It follows no penalties and leaves those of the last solve alone, as :meth:`sample` does.
+        """
+        return self._states(z, self._times(z, backward=True), context)[-1]
+
+    def trajectory(self, x: Tensor, t_span: Tensor | None = None, *, context: Tensor | None = None) -> Tensor:
+        """The states ``(T, B, *event_shape)`` on the way from samples ``x`` to their latents, without penalties.
+
+        Args:
+            x: the states at the first time.
+            t_span: times of the output; None: the model's.
+            context: as for :meth:`encode`.
+        """
+        return self._states(x, self._times(x) if t_span is None else t_span.to(x), context)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
-        return self.ode.collect_penalties()
+        return self._penalties.collecting()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """The penalties of the last :meth:`log_prob` or :meth:`inverse_and_log_prob` in nats/dim.
 
-        ``step`` and ``lambdas`` as in :meth:`NeuralODE.reg_loss`. :meth:`inverse` and :meth:`sample` follow no
-        penalties and leave them alone.
+        ``step`` and ``lambdas`` as in :meth:`NeuralODE.reg_loss`.
         """
-        return self.ode.reg_loss(step=step, **lambdas)
+        return self._penalties.loss(step=step, **lambdas)
 
     @property
     def regularization(self) -> dict[str, Tensor]:
         """Integral of each penalty, ``(B,)`` by name; see :attr:`NeuralODE.regularization`."""
-        return self.ode.regularization
+        return self._penalties.as_dict()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RegularizedCNF:
         super()._apply(fn, recurse)
         self.base = _moved(self.base, fn, {})
         return self
 
-    def _with_trace(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        *,
-        penalties: bool | None,
-        noise: Tensor | None = None,
-        backward: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Where the flow takes ``x``, and the integral of its divergence along the way, ``(B,)`` in nats."""
+    def _carry(
+        self, x: Tensor, context: Tensor | None, noise: Any, penalties: bool | None, *, backward: bool
+    ) -> FlowOutput:
+        """Solve from ``x``, follow the density, and keep the penalties for :meth:`reg_loss`."""
+        left = self._penalties
+        left.begin()
         self._check(x)
         if noise is not None:
-            _check_noise(noise, self.draw_noise, x)
-        flat = x.flatten(1)
-        state = torch.cat([torch.zeros_like(flat[:, :1]), flat], 1)
-        rows, times = self.context_rows(context, x), self._times(state, backward=backward)
-        end = self.ode._solve(state, times, args=rows, penalties=penalties, noise=noise)[1][-1]
-        return end[:, 1:].reshape(x.shape), -end[:, 0] if not backward else end[:, 0]
+            self._check_noise(noise, x)
+        training = self.training and torch.is_grad_enabled()
+        penalties = training if penalties is None else penalties
+        with outside_inference(x, self.context_rows(context, x), noise) as (x, rows, noise):
+            times = self._times(x, backward=backward, training=penalties and training)
+            dynamics = NetDynamics(
+                self.net, x, rows, self.solver, regularizers=left.regularizers if penalties else (),
+                estimator=self.estimator,
+            )  # fmt: skip
+            bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
+            solution = solve(bound, x.clone(), times, self.solver, method=self._method(x, times))
+            assert solution.logdet is not None
+            integrals = dict(solution.penalties)
+            if left.policy is not None and penalties:
+                integrals[left.policy.name] = left.policy(x)
+            end, integrals = attach(solution.z[-1], integrals)
+            left.add(integrals, self.dims)
+            return FlowOutput(end, solution.logdet[-1], integrals, solution.stats.nfe)
 
-    def _times(self, like: Tensor, *, backward: bool) -> Tensor:
+    def _states(self, x: Tensor, times: Tensor, context: Tensor | None) -> Tensor:
+        """The states alone at ``times``."""
+        self._check(x)
+        with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
+            dynamics = NetDynamics(self.net, x, rows, self.solver, divergence=False)
+            return solve(dynamics.bind(None), x.clone(), times, self.solver, method=self._method(x, times)).z
+
+    def _method(self, z: Tensor, times: Tensor) -> Method | None:
+        return None if self.steps is None else self.steps.method(z, times)
+
+    def _times(self, like: Tensor, *, backward: bool = False, training: bool = False) -> Tensor:
+        policy = self._penalties.policy
         with on_host():
-            times = self.t_span.to(like)
-            return times.flip(0) if backward else times
-
-    def _base_log_prob(self, z: Tensor) -> Tensor:
-        # torch's Independent fails for a batch without samples
-        return self.base.log_prob(z) if z.shape[0] > 0 else z.flatten(1).sum(1)
+            times = self.t_span.to(like).flip(0) if backward else self.t_span.to(like)
+            return times if policy is None else policy.times(times, training=training)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor) or x.shape[1:] != self.event_shape:
@@ -404,14 +338,3 @@ def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, Any]) -> A
         values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn, done) for k, v in part.__dict__.items()}
         twin.__dict__.update(values)
     return done[id(part)]
-
-
-def _check_noise(noise: Tensor, draw: Callable[[int], Tensor | None], x: Tensor) -> None:
-    """Refuse noise that a trace does not take for samples ``x (B, *event_shape)``."""
-    drawn = draw(0)
-    expected = None if drawn is None else (*drawn.shape[: drawn.ndim - x.ndim], *x.shape)
-    if (noise.shape, noise.dtype, noise.device) != (expected, x.dtype, x.device):
-        raise ConfigError(
-            f"noise= is {tuple(noise.shape)}, {noise.dtype} on {noise.device}, but this trace takes {expected}, "
-            f"{x.dtype} on {x.device}, as draw_noise gives it (None: an exact one takes none)."
-        )

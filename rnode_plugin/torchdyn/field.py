@@ -24,6 +24,7 @@ from ..core.signature import buffers_kept, call_of, original
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.recognise import PARTS, recognise
+from ..solvers import Solver
 from .cnf import CNF, first_order_system, noise_of
 
 CONTROL = "_control"
@@ -148,6 +149,11 @@ class _Slots:
                     self.borrowed.append(_Slot(own, CONTROL))
             if isinstance(module, GalLayer):
                 self.results += [_Slot(own, name) for name in ("weight", "bias") if name in own]
+
+    @property
+    def found(self) -> bool:
+        """Whether there are any."""
+        return bool(self.times or self.values or self.results)
 
     def fill(self, t: Tensor) -> None:
         """Set all of them for an evaluation at ``t``."""
@@ -410,6 +416,56 @@ def system_of(
     system.path = dynamics.path
     system.dynamics = dynamics.bind(noise if transparent else dynamics.draw(z))
     return system
+
+
+class NetDynamics(Dynamics):
+    """The dynamics of a user's net in one solve: state, log-determinant and penalties.
+
+    An adjoint differentiates by a context too, and evaluations that repeat others leave the net's buffers alone.
+
+    Args:
+        net: ``net(z)``, ``net(t, z)``, or with a context ``net(t, z, context)``.
+        z: the state ``(B, *event)`` at the start.
+        context: one row for each sample; None if the net takes none.
+        solver: of the solve.
+        options: of :class:`~rnode_plugin.core.dynamics.Dynamics`.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        z: Tensor,
+        context: Tensor | None,
+        solver: Solver,
+        *,
+        regularizers: Sequence[Regularizer] = (),
+        estimator: str | TraceEstimator = "exact",
+        divergence: bool = True,
+    ) -> None:
+        self._net, self._context = net, context
+        modules = list(net.modules()) if isinstance(net, nn.Module) else []
+        function, extra, keywords = call_of(net, context, conditional=context is not None)
+        slots, needs = _Slots(modules, z, 0, None, traced=False), needs_of(regularizers)
+        if divergence and _has_compiled_parts(modules):
+            function = _run_original(function)
+        aux: Any = None
+        if "aux" in needs:
+            aux = next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
+        field: Any = TorchdynField(function, extra, keywords, slots=slots, aux=aux)
+        if divergence:
+            one_graph = type(estimator) is Exact and not solver.gradient.endswith("adjoint")
+            stack = recognise(net, z) if one_graph else None
+            if stack is not None:
+                field = stack
+            elif isinstance(net, Field) and function is net and not (extra or keywords or slots.found):
+                field = net
+        super().__init__(field, regularizers=regularizers, estimator=estimator, divergence=divergence)
+
+    def parameters(self) -> Sequence[Tensor]:
+        return tensors_of((self._net, *self.rates.values()), self._context)
+
+    def repeating(self) -> contextlib.AbstractContextManager[None]:
+        return buffers_kept(self._net)
 
 
 def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 
 from ..core.ops import on_host
 from ..errors import ConfigError, suggest
-from ..solvers import Method, get_method
+from ..solvers import Method, Solver, get_method
 from ..solvers.tableaus import Field, StepResult
 
 
@@ -111,6 +112,62 @@ def step_method(
         with on_host():
             solver.sync_device_dtype(x, t_span)
     return method_from_torchdyn(solver, args)
+
+
+class Steps(nn.Module):
+    """The steps of solver objects: of a solve, and of its continuous adjoint.
+
+    Args:
+        solver: a name or an object.
+        adjoint: the same for the adjoint; None: ``solver``.
+    """
+
+    def __init__(self, solver: str | nn.Module, adjoint: str | nn.Module | None = None) -> None:
+        super().__init__()
+        self.solver = resolve_solver(solver)
+        self.adjoint = self.solver if adjoint is None else resolve_solver(adjoint, "solver_adjoint")
+        self._named = [
+            (made, name) for made, name in ((self.solver, solver), (self.adjoint, adjoint)) if isinstance(name, str)
+        ]
+
+    def method(self, z: Tensor, t_span: Tensor) -> Method:
+        """The steps from states like ``z`` through times like ``t_span``."""
+        backward = step_method(self.adjoint, self._named, z, t_span, None, backward=True)
+        return replace(step_method(self.solver, self._named, z, t_span, None), adjoint=backward)
+
+
+def solver_of(
+    solver: str | nn.Module,
+    *,
+    atol: float | None = None,
+    rtol: float | None = None,
+    sensitivity: str = "autograd",
+    solver_adjoint: str | nn.Module | None = None,
+    atol_adjoint: float = 1e-4,
+    rtol_adjoint: float = 1e-4,
+    max_nfe: int | None = None,
+    **others: Any,
+) -> tuple[Solver, Steps]:
+    """The :class:`~rnode_plugin.Solver` and the steps of a solver given as torchdyn's classes take it.
+
+    Args:
+        solver, sensitivity, solver_adjoint, atol_adjoint, rtol_adjoint, max_nfe: as in
+            :class:`~rnode_plugin.NeuralODE`.
+        atol, rtol: tolerances; None: 1e-5.
+
+    Raises:
+        ConfigError: for a name, an object or a number that :class:`~rnode_plugin.NeuralODE` refuses, and for an
+            option that has no meaning for a density.
+    """
+    for name in others:
+        raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
+    steps = Steps(solver, solver_adjoint)
+    made = Solver(
+        solver_name(steps.solver), step=None, gradient=sensitivity,
+        atol=1e-5 if atol is None else atol, rtol=1e-5 if rtol is None else rtol,
+        atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint, max_nfe=max_nfe,
+    )  # fmt: skip
+    return made, steps
 
 
 def kept_times(t_span: Tensor, save_at: Any) -> list[bool]:

@@ -15,7 +15,6 @@ from ...core.trace_estimators import TraceEstimator
 from ...errors import ConfigError
 from ...solvers import Solver
 from ...solvers.config import solver_text
-from ...torchdyn.density import RegularizedCNF
 
 _BATCH_NUMBERS = 400_000  # of the state in one solve: 510 images of MNIST
 _MAX_BATCH = 4096
@@ -80,17 +79,9 @@ class Subject:
             )
         self.model, self.dims = model, model.event_shape.numel()
         self.batch_size = max(1, min(_MAX_BATCH, _BATCH_NUMBERS // self.dims))
-        if isinstance(model, RegularizedCNF):
-            ode: Any = model.ode
-            name = next((name for built, name in ode._named if built is ode.solver), type(ode.solver).__name__)
-            adaptive = ode.solver.stepping_class == "adaptive"
-            self.tolerance = max(ode.atol, ode.rtol) if adaptive else None
-            grid = f"tolerance {self.tolerance:g}" if adaptive else f"{len(model.t_span) - 1} steps"
-            self.solver_text = f"{name}, {grid}"
-        else:
-            own: Any = model
-            self.solver_text = solver_text(own.solver)
-            self.tolerance = max(own.solver.atol, own.solver.rtol) if own.solver.adaptive else None
+        solver: Solver = model.solver
+        self.solver_text = solver_text(solver)
+        self.tolerance = max(solver.atol, solver.rtol) if solver.adaptive else None
 
     def encode(
         self,
@@ -121,9 +112,8 @@ class Subject:
 
     def sample(self, n: int, context: Tensor | None) -> Tensor:
         """``n`` samples; ``context`` has one row for each."""
-        model: Any = self.model  # `sample` is a flow's own
         rows = self._batches(torch.empty(n, 0), context)
-        return torch.cat([model.sample(len(part), context=given) for part, given in rows])
+        return torch.cat([self.model.sample(len(part), context=given) for part, given in rows])
 
     def _batches(self, x: Tensor, context: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         parts = x.split(self.batch_size)
