@@ -13,6 +13,7 @@ from tiny_runs import rnode, rows, run, tiny_recipe
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe, read_recipe
 from rnode_plugin.training.checkpoints import read_checkpoint
+from rnode_plugin.training.runs import training_lock
 
 
 def train(*arguments: object) -> Result:
@@ -21,7 +22,7 @@ def train(*arguments: object) -> Result:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    file = tmp_path / "arm.json"
+    file = tmp_path / "a.json"
     file.write_text(json.dumps(tiny_recipe("training.max_steps=2").to_plain()))
     return file
 
@@ -32,12 +33,17 @@ def test_the_file_decides_everything_and_the_folder_is_exactly_that(file: Path, 
     assert done.exit_code == 0, done.output
     assert json.loads((run / "recipe.json").read_text()) == json.loads(file.read_text())
     assert json.loads((run / "result.json").read_text())["steps"] == 2
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["arm.json", "deep"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.json", "deep"]
 
     again = train(file, "--run-folder", run)
     assert again.exit_code == 2
-    assert "is not empty" in again.output
+    assert "is not empty: it holds" in again.output
     assert "--resume" in again.output
+    with training_lock(run):
+        assert "is being trained by another process" in train(file, "--run-folder", run).output
+    (tmp_path / "new").mkdir()
+    with training_lock(tmp_path / "new"):  # a folder that holds nothing but its lock
+        assert "is being trained by another process" in train(file, "--run-folder", tmp_path / "new").output
 
     longer = tiny_recipe("training.max_steps=3", "optimizer.lr=1e-3")
     file.write_text(json.dumps(longer.to_plain()))

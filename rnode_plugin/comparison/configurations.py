@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from ..plugins.registry import resolve_regularizers
 from ..recipes.recipe import Recipe, read_strength
 
 _NONE, _FFJORD, _ALL = "none", "ffjord", "rnode"
-_LONGEST = 70  # characters of the name of a folder; longer ones end in a hash
 
 
 def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, seeds: int = 1) -> list[Recipe]:
@@ -44,12 +41,14 @@ def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, se
         configurations = [_NONE, *alone, *([_ALL] if len(alone) > 1 else [])]
     chosen: dict[str, Recipe] = {}
     for name, one in itertools.chain.from_iterable(_read(recipe, each) for each in configurations):
-        one = dataclasses.replace(one, name=_folder_name(f"{recipe.name}-{name}"))
-        same = [other for other, its in chosen.items() if dataclasses.replace(its, name=one.name) == one]
-        if same or name in chosen:
-            raise ConfigError(
-                f"a comparison needs each configuration once: {[*same, name][0]} and {name} are the same."
-            )
+        # the colon of an option is no part of a file name
+        one = dataclasses.replace(one, name=f"{recipe.name}-{name}".replace(":", "-"))
+        for other, its in chosen.items():
+            if its.name == one.name or dataclasses.replace(its, name=one.name) == one:
+                raise ConfigError(
+                    f"a comparison needs each configuration once: {other} and {name} have the same "
+                    f"{'name' if its.name == one.name else 'settings'}."
+                )
         chosen[name] = one
     first = recipe.training.seed
     return [
@@ -114,11 +113,3 @@ def _expand(place: str, entry: str, penalties: Mapping[str, Any]) -> list[tuple[
         terms = [f"{name}={strength_text(strengths[name])}" for name in swept]
         found.append(("-".join([entry, *terms]), strengths))
     return found
-
-
-def _folder_name(name: str) -> str:
-    """A name for the runs of a configuration that is a safe name of a folder on every system."""
-    name = re.sub(r"[^A-Za-z0-9._+-]", "-", name)
-    if len(name) <= _LONGEST:
-        return name
-    return f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

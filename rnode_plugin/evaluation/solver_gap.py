@@ -41,8 +41,13 @@ class SolverGap(NamedTuple, Generic[Output]):
 
     @property
     def error(self) -> float:
-        """The standard error of the mean; NaN for a single sample."""
-        return float(self.values.std() / len(self.values) ** 0.5) if len(self.values) > 1 else math.nan
+        """The standard error of the mean."""
+        return standard_error(self.values)
+
+
+def standard_error(values: Tensor) -> float:
+    """The standard error of the mean of ``values (B,)``; NaN for a single one."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
 def measure_solver_gap(

@@ -16,7 +16,7 @@ from ...errors import SolverError
 from ...solvers import Solver
 from ...solvers.config import solver_text
 from ..measures import gaussian_scores
-from ..solver_gap import measure_solver_gap
+from ..solver_gap import measure_solver_gap, standard_error
 from .result import Verdict
 from .subject import Encoded, HeldOut, Subject
 
@@ -53,34 +53,24 @@ def _at(tolerance: float) -> Solver:
 def solver_gap(subject: Subject, data: HeldOut, training: Solver | None) -> Finding:
     """The NLL by the training solver (None: the solver of the model) minus the NLL by an accurate one."""
     text = subject.solver_text if training is None else solver_text(training)
-    exact = _encode(subject, data, accurate(data.x.dtype))
+    exact = subject.encode(data, solver=accurate(data.x.dtype))
     found = measure_solver_gap(
-        lambda solver: _encode(subject, data, solver if training is not None else None),
-        lambda encoded: _nll(subject, encoded),
+        lambda solver: subject.encode(data, solver=solver if training is not None else None),
+        lambda encoded: encoded.nll,
         training or accurate(data.x.dtype),
-        _nll(subject, exact),
+        exact.nll,
     )
-    numbers = {"nll_accurate": float(_nll(subject, exact).mean()), "nfe_accurate": exact.nfe}
+    numbers = {"nll_accurate": float(exact.nll.mean()), "nfe_accurate": exact.nfe}
     if found.output is None:
         return Finding("failed", "fails", numbers, {"solver": text, "failure": str(found.failure)})
-    coarse = _nll(subject, found.output)
+    coarse = found.output
     numbers |= {
-        "gap": found.mean, "gap_error": found.error, "typical_gap": found.typical, "nll": float(coarse.mean()),
-        "nfe": found.output.nfe,
+        "gap": found.mean, "gap_error": found.error, "typical_gap": found.typical, "nll": float(coarse.nll.mean()),
+        "nfe": coarse.nfe,
     }  # fmt: skip
-    curves = {"nll": coarse.tolist(), "nll_accurate": _nll(subject, exact).tolist()}
+    curves = {"nll": coarse.nll.tolist(), "nll_accurate": exact.nll.tolist()}
     severity = _severity(found.typical, warn=_GAP_WARN, fail=_GAP_FAIL)
     return Finding(_VERDICTS[severity], ("small", "visible", "large")[severity], numbers, {"solver": text}, curves)
-
-
-def _encode(subject: Subject, data: HeldOut, solver: Solver | None) -> Encoded:
-    with data.noise():
-        return subject.encode(data.x, data.context, solver=solver)
-
-
-def _nll(subject: Subject, encoded: Encoded) -> Tensor:
-    """Negative log-likelihoods ``(N,)`` in nats per dimension."""
-    return -encoded.log_prob / subject.dims
 
 
 def _severity(value: float, *, warn: float, fail: float) -> int:
@@ -98,24 +88,23 @@ def tolerance(subject: Subject, data: HeldOut) -> Finding:
     if own is not None:
         own = min(max(own, tightest), 1.0)
         levels.add(own)
-    points: dict[float, tuple[Tensor, float]] = {}
+    points: dict[float, Encoded] = {}
     for level in sorted(levels, reverse=True):
         try:
-            encoded = _encode(subject, data, _at(level))
+            points[level] = subject.encode(data, solver=_at(level))
         except SolverError as error:
             return Finding("failed", "fails", {"failed_at": level}, {"failure": str(error)})
-        points[level] = _nll(subject, encoded), encoded.nfe
-    best, nfe = points[tightest]
-    distances = {level: float((nll - best).abs().mean()) for level, (nll, _) in points.items()}
+    best = points[tightest]
+    distances = {level: float((each.nll - best.nll).abs().mean()) for level, each in points.items()}
     enough = next((level for level, distance in distances.items() if distance <= _GAP_WARN), tightest)
     last = list(points)[-2]
     numbers = {
-        "nll": float(best.mean()), "nll_error": _standard_error(best), "last": last, "tightest": tightest,
-        "last_change": distances[last], "nfe_tightest": nfe, "enough_tolerance": enough,
-        "enough_nfe": points[enough][1], "limit": _GAP_WARN,
+        "nll": float(best.nll.mean()), "nll_error": standard_error(best.nll), "last": last, "tightest": tightest,
+        "last_change": distances[last], "nfe_tightest": best.nfe, "enough_tolerance": enough,
+        "enough_nfe": points[enough].nfe, "limit": _GAP_WARN,
     }  # fmt: skip
     curves = {
-        "tolerance": list(points), "distance": list(distances.values()), "nfe": [nfe for _, nfe in points.values()],
+        "tolerance": list(points), "distance": list(distances.values()), "nfe": [p.nfe for p in points.values()],
     }  # fmt: skip
     rough = _severity(distances[last], warn=_GAP_WARN, fail=_GAP_FAIL)
     loose = 0
@@ -124,10 +113,6 @@ def tolerance(subject: Subject, data: HeldOut) -> Finding:
         loose = _severity(distances[own], warn=_GAP_WARN, fail=_GAP_FAIL)
     outcome = "rough" if rough else "loose" if loose else "converged"
     return Finding(_VERDICTS[max(rough, loose)], outcome, numbers, curves=curves)
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
 # ---- invertibility ----
@@ -158,7 +143,7 @@ def invertibility(subject: Subject, data: HeldOut) -> Finding:
 
 def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
     """The error of each sample after the round trip over the data's spread, root mean square, ``(N,)``."""
-    back = subject.decode(_encode(subject, data, solver).z, data.context, solver=solver)
+    back = subject.decode(subject.encode(data, solver=solver).z, data, solver=solver)
     return ((back - data.x).cpu().double() / _spread(data.x)).flatten(1).square().mean(1).sqrt()
 
 
@@ -185,9 +170,7 @@ def normalisation(subject: Subject, data: HeldOut) -> Finding:
         return Finding("left out", "too large", {"dims": subject.dims, "limit": _MAX_JACOBIAN})
     few = data.first(16 if subject.dims <= 16 else 4 if subject.dims <= 64 else 1)
     fine, coarse = (accurate(few.x.dtype, times) for times in (1.0, 10.0))
-    encoded, rougher = (
-        subject.encode(few.x, few.context, solver=solver, estimator=Exact()) for solver in (fine, coarse)
-    )
+    encoded, rougher = (subject.encode(few, solver=solver, estimator=Exact()) for solver in (fine, coarse))
     expected = _by_jacobian(subject, encoded.z, few.context, fine)
     differences = encoded.log_prob - expected
     worst = float(differences[differences.abs().argmax()])
@@ -299,7 +282,7 @@ def gaussian(subject: Subject, data: HeldOut, everything: HeldOut) -> Finding:
     n = len(data.x)
     if n < _FEWEST:
         return Finding("left out", "left out", {"samples": n, "fewest": _FEWEST})
-    values = _nll(subject, _encode(subject, data, None)).numpy()
+    values = subject.encode(data).nll.numpy()
     rows = everything.x.flatten(1).cpu().double().numpy()
     given = np.zeros((len(rows), 0))
     if everything.context is not None:

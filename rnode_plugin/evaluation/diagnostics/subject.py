@@ -50,11 +50,13 @@ class Encoded:
     Attributes:
         z: latent ``(B, D)``.
         log_prob: of the data, ``(B,)`` in nats, double precision, on the CPU.
+        nll: its negative in nats per dimension.
         nfe: evaluations of the vector fields, mean over the batches, each solved alone.
     """
 
     z: Tensor
     log_prob: Tensor
+    nll: Tensor
     nfe: float
 
 
@@ -84,31 +86,24 @@ class Subject:
         self.tolerance = max(solver.atol, solver.rtol) if solver.adaptive else None
 
     def encode(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        *,
-        solver: Solver | None = None,
-        estimator: TraceEstimator | None = None,
+        self, data: HeldOut, *, solver: Solver | None = None, estimator: TraceEstimator | None = None
     ) -> Encoded:
-        """Push ``x (B, *event)`` to the latent, batch by batch.
+        """Push the data to the latent, batch by batch, with the same noise at each call.
 
-        ``solver`` and ``estimator`` of the trace are the model's own if None.
+        ``solver`` and ``estimator`` of the trace are those of the model if None.
         """
         model = self.model.solved_with(solver=solver, estimator=estimator)
-        outputs = [model.encode(part, context=given) for part, given in self._batches(x, context)]
-        log_prob = [(model.base.log_prob(each.z) + each.logdet).cpu().double() for each in outputs]
-        return Encoded(
-            torch.cat([each.z.flatten(1) for each in outputs]),
-            torch.cat(log_prob),
-            sum(each.nfe for each in outputs) / len(outputs),
-        )
+        with data.noise():
+            outputs = [model.encode(part, context=given) for part, given in self._batches(data.x, data.context)]
+        log_prob = torch.cat([(model.base.log_prob(each.z) + each.logdet).cpu().double() for each in outputs])
+        nfe = sum(each.nfe for each in outputs) / len(outputs)
+        return Encoded(torch.cat([each.z.flatten(1) for each in outputs]), log_prob, -log_prob / self.dims, nfe)
 
-    def decode(self, z: Tensor, context: Tensor | None, *, solver: Solver | None = None) -> Tensor:
-        """The data of latents ``z (B, D)``."""
+    def decode(self, z: Tensor, data: HeldOut, *, solver: Solver | None = None) -> Tensor:
+        """The data of latents ``z (B, D)``, with the contexts of ``data``."""
         model = self.model.solved_with(solver=solver)
         z = z.reshape(len(z), *self.model.base.event_shape)
-        return torch.cat([model.inverse(part, context=given) for part, given in self._batches(z, context)])
+        return torch.cat([model.inverse(part, context=given) for part, given in self._batches(z, data.context)])
 
     def sample(self, n: int, context: Tensor | None) -> Tensor:
         """``n`` samples; ``context`` has one row for each."""
