@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, PartField, as_field
 from .core.distribution import check_floating
-from .core.dynamics import Dynamics, FieldEvaluation
-from .core.regularizers import FunctionRegularizer, check_batch_dim
+from .core.dynamics import Dynamics
+from .core.regularizers import check_batch_dim
 from .core.signature import call_of, time_first
-from .core.trace_estimators import Hutchinson
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
 from .solvers import Solver, solve
+from .solvers.config import FIXED_METHODS
 
 _METHODS = {"rk4": "rk4_38"}  # flow_matching takes torchdiffeq's names, and its rk4 is the 3/8 rule
 
@@ -104,33 +103,18 @@ class _Evaluated(AutogradField):
         )
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """Log-densities of samples.
-
-    Attributes:
-        log_prob: ``log p(x) (B,)`` in nats.
-        stderr: standard error ``(B,)`` of the trace estimate, in nats; None for the exact trace and for one probe.
-        x: the other end of the solve: the source points of given samples, or the samples of given source points.
-        path: states at the times of the grid, ``(T, B, *event)``.
-        nfe: evaluations of the velocity.
-    """
-
-    log_prob: Tensor
-    stderr: Tensor | None
-    x: Tensor
-    path: Tensor
-    nfe: int
-
-
 class ODESolver:
-    """flow_matching's ``ODESolver`` over the solver of this package: the same two methods, and two more.
+    """flow_matching's ``ODESolver`` over the solver of this package, with the same two methods.
 
-    Beside flow_matching 1.0.10: likelihoods have gradients (``enable_grad=True``), exact traces work for every
-    event shape, several probes give a standard error, and samples come with their log-densities from one solve.
+    Unlike in flow_matching 1.0.10, likelihoods have gradients (``enable_grad=True``) and exact traces work for
+    every event shape. For several probes, samples with their density from one solve, or penalties, make the
+    density itself by :meth:`RegularizedCNF.from_velocity`.
 
     Args:
         velocity_model: called by the names of its parameters, such as ``model(x, t, **extras)``.
+
+    Attributes:
+        nfe: evaluations of the velocity in the last call.
 
     Example:
         >>> import torch
@@ -138,10 +122,13 @@ class ODESolver:
         >>> solver = ODESolver(lambda x, t: 3 * t**2 * torch.ones_like(x))
         >>> round(float(solver.sample(torch.zeros(1, 2), step_size=0.01, method="midpoint")[0, 0]), 3)
         1.0
+        >>> solver.nfe
+        200
     """
 
     def __init__(self, velocity_model: Callable[..., Tensor]) -> None:
         self.velocity_model = velocity_model
+        self.nfe = 0
 
     def sample(
         self,
@@ -166,15 +153,17 @@ class ODESolver:
             return_intermediates: whether to return the states at all of them, ``(T, B, *event)``.
 
         Raises:
-            ConfigError: for another method, and for a fixed one without ``step_size`` and ``time_grid``.
-            SolverError: if the solve cannot go on.
+            ConfigError: for another method, for a fixed one without ``step_size`` and ``time_grid``, and for points
+                that are not floating-point numbers.
+            SolverError: if the solve fails.
         """
-        field = self._field(model_extras)
+        check_floating(x_init, "points")
+        grid = _grid((0.0, 1.0), time_grid, method, step_size).to(x_init)
         with torch.set_grad_enabled(enable_grad):
-            dynamics = Dynamics(field, divergence=False)
-            grid, solver = _plan(x_init, None, time_grid, method, step_size, atol, rtol)
-            path = solve(dynamics.bind(None), x_init, grid, solver).z
-        return path if return_intermediates else path[-1]
+            dynamics = Dynamics(self._field(model_extras), divergence=False).bind(None)
+            solution = solve(dynamics, x_init, grid, _solver(method, step_size, atol, rtol))
+        self.nfe = solution.stats.nfe
+        return solution.z if return_intermediates else solution.z[-1]
 
     def compute_likelihood(
         self,
@@ -198,125 +187,45 @@ class ODESolver:
             step_size, method, atol, rtol: as for :meth:`sample`.
             time_grid: times from 1 to 0, which are the default.
             return_intermediates: whether to return the states at all of them instead of the source points.
-            exact_divergence: the exact trace; else one Rademacher probe. :meth:`log_prob` takes more of them.
+            exact_divergence: the exact trace; else one Rademacher probe.
             enable_grad: whether the result has gradients.
             model_extras: further arguments of the velocity.
 
         Raises:
-            ConfigError, SolverError: as :meth:`log_prob`.
+            ConfigError: as :meth:`sample`, and for a ``time_grid`` with other ends.
+            SolverError: if the solve fails.
         """
-        found = self.log_prob(
-            x_1, log_p0, step_size=step_size, method=method, atol=atol, rtol=rtol, time_grid=time_grid,
-            probes=None if exact_divergence else 1, enable_grad=enable_grad, **model_extras,
-        )  # fmt: skip
-        return found.path if return_intermediates else found.x, found.log_prob
+        from .torchdyn.density import RegularizedCNF  # loads torchdyn, which no other function here needs
 
-    def log_prob(
-        self,
-        x_1: Tensor,
-        log_p0: Callable[[Tensor], Tensor],
-        *,
-        probes: int | None = None,
-        time_grid: Tensor | None = None,
-        enable_grad: bool = False,
-        step_size: float | None = None,
-        method: str = "dopri5",
-        atol: float = 1e-5,
-        rtol: float = 1e-5,
-        **model_extras: Any,
-    ) -> Likelihood:
-        """``log p(x_1)`` of samples ``(B, *event)``, with a standard error if there are several probes.
-
-        Args:
-            log_p0: log-density ``(B,)`` of the source.
-            probes: Rademacher probes of Hutchinson's estimator, one product each; None: the exact trace, one
-                product per dimension.
-            time_grid: from 1 to 0.
-            step_size, method, atol, rtol: as for :meth:`sample`.
-
-        Raises:
-            ConfigError: for a ``time_grid`` with other ends, another method or a number of probes below 1.
-            SolverError: if the solve cannot go on.
-        """
-        grid, solver = _plan(x_1, (1.0, 0.0), time_grid, method, step_size, atol, rtol)
+        check_floating(x_1, "samples")
+        grid = _grid((1.0, 0.0), time_grid, method, step_size).to(x_1)
+        first, last = float(grid[0]), float(grid[-1])
+        if (first, last) != (1.0, 0.0):
+            raise ConfigError(f"the time_grid of a likelihood goes from 1 to 0, not from {first:g} to {last:g}.")
+        density = RegularizedCNF.from_velocity(
+            self._field(model_extras), call=lambda field, t, x: field(t, x), event_shape=x_1.shape[1:],
+            trace_estimator="exact" if exact_divergence else "rademacher",
+        ).solved_with(solver=_solver(method, step_size, atol, rtol))  # fmt: skip
+        density.t_span = grid
         with torch.set_grad_enabled(enable_grad):
-            path, logdet, stderr, nfe = self._with_trace(x_1, grid, solver, probes, model_extras)
-            return Likelihood(log_p0(path[-1]) + logdet, stderr, path[-1], path, nfe)
-
-    def sample_and_log_prob(
-        self,
-        x_init: Tensor,
-        log_p0: Callable[[Tensor], Tensor],
-        *,
-        probes: int | None = None,
-        time_grid: Tensor | None = None,
-        enable_grad: bool = False,
-        step_size: float | None = None,
-        method: str = "dopri5",
-        atol: float = 1e-5,
-        rtol: float = 1e-5,
-        **model_extras: Any,
-    ) -> Likelihood:
-        """Samples from source points ``x_init (B, *event)`` and their log-densities in nats, from one solve.
-
-        Arguments and errors as of :meth:`log_prob`, but for ``time_grid``, which goes from 0 to 1.
-        """
-        grid, solver = _plan(x_init, (0.0, 1.0), time_grid, method, step_size, atol, rtol)
-        with torch.set_grad_enabled(enable_grad):
-            path, logdet, stderr, nfe = self._with_trace(x_init, grid, solver, probes, model_extras)
-            return Likelihood(log_p0(x_init) - logdet, stderr, path[-1], path, nfe)
+            found = density.encode(x_1)
+            log_prob = log_p0(found.z) + found.logdet
+            path = density.trajectory(x_1) if return_intermediates else found.z
+        self.nfe = found.nfe
+        return path, log_prob
 
     def _field(self, extras: dict[str, Any]) -> Any:
+        """The velocity as a function of time and state."""
         model = self.velocity_model
         return call_of(time_first(functools.partial(model, **extras) if extras else model))[0]
 
-    def _with_trace(
-        self, x: Tensor, grid: Tensor, solver: Solver, probes: int | None, extras: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Path, log-determinant ``(B,)`` of the map, its standard error and NFE."""
-        estimator = "exact" if probes is None else Hutchinson("rademacher", probes=probes)
-        several = probes is not None and probes > 1
-        # the trace of each probe by itself, as a rate: its integral is along the path, so its sign is lost
-        traces = [functools.partial(_probe_trace, probe=i) for i in range(probes or 0) if several]
-        rates = [FunctionRegularizer(f"probe {i}", trace, {"vjp"}) for i, trace in enumerate(traces)]
-        dynamics = Dynamics(self._field(extras), regularizers=rates, estimator=estimator)
-        solution = solve(dynamics.bind(dynamics.draw(x)), x, grid, solver)
-        assert solution.logdet is not None
-        stderr = None
-        if several:
-            single = torch.stack([solution.penalties[rate.name] for rate in rates]).detach()
-            stderr = single.std(0) / len(rates) ** 0.5
-        return solution.z, solution.logdet[-1], stderr, solution.stats.nfe
 
-
-def _probe_trace(evaluation: FieldEvaluation, *, probe: int) -> Tensor:
-    _, vectors, rows = evaluation.probes()
-    return (vectors[probe] * rows[probe]).flatten(1).sum(1)
-
-
-def _plan(
-    x: Tensor,
-    ends: tuple[float, float] | None,
-    time_grid: Tensor | None,
-    method: str,
-    step_size: float | None,
-    atol: float,
-    rtol: float,
-) -> tuple[Tensor, Solver]:
-    """The times of a solve with these ``ends``, None for any, and the solver."""
-    check_floating(x, "points")
+def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> Solver:
     solver = Solver(method=_METHODS.get(method, method), step=None, atol=atol, rtol=rtol)
-    if not solver.adaptive:
-        solver = dataclasses.replace(solver, step=step_size)
-    if time_grid is None:
-        if step_size is None and not solver.adaptive:
-            raise ConfigError(f"{method} would take one step: give step_size=, or a time_grid of its steps.")
-        time_grid = torch.tensor(ends or (0.0, 1.0))
-    if ends is not None:
-        first, last = float(time_grid[0]), float(time_grid[-1])
-        # samples of a time before 1 have a density too, source points of a time after 0 have none that is known
-        if first != ends[0] or (last <= first if first == 0 else last != ends[1]):
-            raise ConfigError(
-                f"this time_grid goes from {ends[0]:g} to {ends[1]:g}, not from {first:g} to {last:g}."
-            )
-    return time_grid.to(device=x.device, dtype=x.dtype), solver
+    return solver if solver.adaptive else dataclasses.replace(solver, step=step_size)
+
+
+def _grid(ends: tuple[float, float], time_grid: Tensor | None, method: str, step_size: float | None) -> Tensor:
+    if time_grid is None and step_size is None and method in FIXED_METHODS:
+        raise ConfigError(f"{method} would take one step: give step_size=, or a time_grid of its steps.")
+    return torch.tensor(ends) if time_grid is None else time_grid

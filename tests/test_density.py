@@ -272,7 +272,7 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: unconditional().distribution().log_prob(X.long()), "floating-point"),
         (lambda: TableFlow(2).log_prob(X.long()), "float32"),
         (lambda: ODESolver(mlp(2, 4, 2)).sample(X.long(), step_size=0.5), "floating-point"),
-        (lambda: ODESolver(mlp(2, 4, 2)).log_prob(X.long(), torch.sum), "floating-point"),
+        (lambda: ODESolver(mlp(2, 4, 2)).compute_likelihood(X.long(), torch.sum), "floating-point"),
         (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2.5), "event_shape"),  # pyright: ignore[reportArgumentType]
     ],
 )

@@ -1,4 +1,4 @@
-"""Penalties at given points, and flow_matching's ODESolver over our solver, against references of their own."""
+"""Penalties at given points, and flow_matching's ODESolver over our solver, against independent references."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dense_rates import dense_rates
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, penalties_at
+from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.stack import linear_field
 from rnode_plugin.flow_matching import ODESolver
@@ -112,27 +112,57 @@ def test_likelihoods_are_flow_matchings() -> None:
         torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("probes", [None, 1, 4])
-def test_likelihoods_are_exact_for_a_linear_velocity(probes: int | None) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_likelihoods_are_exact_for_a_linear_velocity(exact: bool) -> None:
     x = points(6, 3)
-    found = ODESolver(linear).log_prob(x, normal, probes=probes, atol=1e-8, rtol=1e-8)
+    arguments: dict[str, Any] = {"method": "dopri5", "atol": 1e-8, "rtol": 1e-8, "exact_divergence": exact}
+    source, found = ODESolver(linear).compute_likelihood(x, normal, **arguments)
     # signs are exact for a diagonal Jacobian
-    torch.testing.assert_close(found.log_prob, exact_log_prob(x), rtol=1e-6, atol=1e-6)
-    assert (found.stderr is None) == (probes in (None, 1))
-    drawn = ODESolver(linear).sample_and_log_prob(found.x, normal, probes=probes, atol=1e-8, rtol=1e-8)
-    torch.testing.assert_close(drawn.x, x, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(drawn.log_prob, found.log_prob, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, exact_log_prob(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(source, x * torch.exp(-SCALES), rtol=1e-6, atol=1e-6)
+    assert not found.requires_grad
 
 
-def test_the_standard_error_is_that_of_the_probes() -> None:
-    model, x = Velocity(), points(1, 3).expand(400, 3)
-    torch.manual_seed(0)
-    found = ODESolver(model).log_prob(x, normal, probes=8, method="rk4", step_size=0.25)
-    exact = ODESolver(model).log_prob(x[:1], normal, method="rk4", step_size=0.25)
-    assert found.stderr is not None
-    spread = found.log_prob.std()
-    assert abs(found.log_prob.mean() - exact.log_prob[0]) < 4 * spread / 20
-    assert float(found.stderr.square().mean().sqrt() / spread) == pytest.approx(1, abs=0.15)
+def test_states_of_a_likelihood_are_at_the_times_of_the_grid() -> None:
+    x, grid = points(6, 3), torch.tensor([1.0, 0.3, 0.0])
+    arguments: dict[str, Any] = {"method": "rk4", "step_size": 0.05, "time_grid": grid}
+    path, log_prob = ODESolver(linear).compute_likelihood(x, normal, **arguments, return_intermediates=True)
+    expected = torch.stack([x * torch.exp(SCALES * (t - 1)) for t in grid.tolist()])
+    torch.testing.assert_close(path, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_prob, exact_log_prob(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_the_solver_counts_the_evaluations_of_the_velocity(method: str) -> None:
+    model, calls = Velocity(), []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return model(x, t)
+
+    solver = ODESolver(counted)
+    arguments: dict[str, Any] = {"method": method, "step_size": 0.25 if method == "rk4" else None}
+    solver.sample(points(4, 3), **arguments)
+    assert solver.nfe == len(calls) > 0
+    calls.clear()
+    solver.compute_likelihood(points(4, 3), normal, **arguments)
+    assert solver.nfe == len(calls) > 0
+
+
+class Estimator(nn.Module):
+    """With the interface of sbi's flow-matching estimator, whose data is at time 0: exp(scale) times the noise."""
+
+    def ode_fn(self, theta: Tensor, condition: Tensor, times: Tensor) -> Tensor:
+        return -theta * condition.expand_as(theta) + 0 * times.expand(theta.shape[:-1])[..., None]
+
+
+def test_a_posterior_of_sbi_is_a_density_by_one_call() -> None:
+    model = RegularizedCNF.from_velocity(
+        Estimator(), data_time=0, event_shape=3, context_shape=3, trace_estimator="exact", atol=1e-8, rtol=1e-8,
+        call=lambda net, t, x, context: net.ode_fn(x, context, t),
+    )  # fmt: skip
+    x = points(6, 3)
+    torch.testing.assert_close(model.log_prob(x, context=SCALES), exact_log_prob(x), rtol=1e-6, atol=1e-6)
 
 
 def test_exact_traces_of_images_have_gradients() -> None:
@@ -158,9 +188,7 @@ def test_wrong_arguments_are_one_sentence() -> None:
     with pytest.raises(ConfigError, match="midpoint"):
         ODESolver(linear).sample(points(2, 3), method="midpiont")
     with pytest.raises(ConfigError, match="from 1 to 0"):
-        ODESolver(linear).log_prob(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
-    with pytest.raises(ConfigError, match="from 0 to 1"):
-        ODESolver(linear).sample_and_log_prob(points(2, 3), normal, time_grid=torch.tensor([1.0, 0.0]))
+        ODESolver(linear).compute_likelihood(points(2, 3), normal, time_grid=torch.tensor([0.0, 1.0]))
     for act in (ODESolver(linear).sample, lambda x: ODESolver(linear).compute_likelihood(x, normal)):
         with pytest.raises(ConfigError, match="euler would take one step"):
             act(points(2, 3))
