@@ -149,6 +149,20 @@ def test_the_solver_counts_the_evaluations_of_the_velocity(method: str) -> None:
     assert solver.nfe == len(calls) > 0
 
 
+def test_a_density_counts_the_evaluations_of_its_net() -> None:
+    model, calls = Velocity(), []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return model(x, t)
+
+    density = RegularizedCNF.from_velocity(model, event_shape=3, call=lambda net, t, x: counted(x, t)).double()
+    for act in (lambda: density.sample(4), lambda: density.log_prob(points(4, 3))):
+        calls.clear()
+        act()
+        assert density.nfe == len(calls) > 0
+
+
 class Estimator(nn.Module):
     """With the interface of sbi's flow-matching estimator, whose data is at time 0: exp(scale) times the noise."""
 

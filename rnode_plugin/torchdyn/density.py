@@ -55,6 +55,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint`` and ``max_nfe`` as in
             :class:`~rnode_plugin.NeuralODE`.
 
+    Attributes:
+        nfe: evaluations of the net in the last solve, also of :meth:`sample`.
+
     Raises:
         ConfigError: for shapes that do not fit together, times that do not run one way, and a solver, a number or
             a name that :class:`~rnode_plugin.NeuralODE` refuses.
@@ -73,6 +76,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
     net: Any
     solver: Solver
     t_span: Tensor
+    nfe: int = 0
 
     def __init__(
         self,
@@ -268,6 +272,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 integrals[left.policy.name] = left.policy(x)
             end, integrals = attach(solution.z[-1], integrals)
             left.add(integrals, self.dims)
+            self.nfe = solution.stats.nfe
             return FlowOutput(end, solution.logdet[-1], integrals, solution.stats.nfe)
 
     def _states(self, x: Tensor, times: Tensor, context: Tensor | None) -> Tensor:
@@ -275,7 +280,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._check(x)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, self.solver, divergence=False)
-            return solve(dynamics.bind(None), x.clone(), times, self.solver, method=self._method(x, times)).z
+            solution = solve(dynamics.bind(None), x.clone(), times, self.solver, method=self._method(x, times))
+            self.nfe = solution.stats.nfe
+            return solution.z
 
     def _method(self, z: Tensor, times: Tensor) -> Method | None:
         return None if self.steps is None else self.steps.method(z, times)
