@@ -112,6 +112,8 @@ class ODESolver:
 
     Args:
         velocity_model: called by the names of its parameters, such as ``model(x, t, **extras)``.
+        time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a model that takes one time for each sample in this shape; None:
+            a scalar.
 
     Attributes:
         nfe: evaluations of the velocity in the last call.
@@ -126,8 +128,8 @@ class ODESolver:
         200
     """
 
-    def __init__(self, velocity_model: Callable[..., Tensor]) -> None:
-        self.velocity_model = velocity_model
+    def __init__(self, velocity_model: Callable[..., Tensor], *, time_shape: str | None = None) -> None:
+        self.velocity_model, self.time_shape = velocity_model, time_shape
         self.nfe = 0
 
     def sample(
@@ -217,7 +219,8 @@ class ODESolver:
     def _field(self, extras: dict[str, Any]) -> Any:
         """The velocity as a function of time and state."""
         model = self.velocity_model
-        return call_of(time_first(functools.partial(model, **extras) if extras else model))[0]
+        model = functools.partial(model, **extras) if extras else model
+        return call_of(time_first(model, time_shape=self.time_shape))[0]
 
 
 def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> Solver:

@@ -18,6 +18,7 @@ from rnode_plugin import CNF, NeuralODE, RegularizedCNF
 from rnode_plugin.core import signature
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdyn import field as torchdyn_field
 
@@ -52,21 +53,23 @@ def compile_lightly(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("field", "expected"),
     [
-        (Timed(), Takes(True, False)),
-        (Starred(), Takes(True, False)),
-        (KeywordArgs(), Takes(True, True)),
-        (nn.Linear(2, 2), Takes(False, False)),
-        (lambda t, x, args=None: x, Takes(True, True)),
-        (lambda x, *, args: x, Takes(False, True)),
-        (functools.partial(lambda t, x, scale: x, scale=2), Takes(True, False)),
-        (torch.sin, Takes(False, False, nameless=True)),
-        (lambda time, sample: sample, Takes(True, False)),
-        (lambda x, mask: x, Takes(False, False)),
-        (compile_lightly(Timed()), Takes(True, False)),
-        (compile_lightly(nn.Linear(2, 2)), Takes(False, False)),
-        (torch.compile(lambda t, x, args: x, backend="aot_eager"), Takes(True, True)),
-        (torch.optim.swa_utils.AveragedModel(KeywordArgs()), Takes(True, True)),
-        (compile_lightly(torch.optim.swa_utils.AveragedModel(Timed())), Takes(True, False)),
+        (Timed(), Takes("t, x", False, "t")),
+        (Starred(), Takes("t, x", False, "t")),
+        (KeywordArgs(), Takes("t, x", True, "t")),
+        (nn.Linear(2, 2), Takes("x")),
+        (lambda t, x, args=None: x, Takes("t, x", True, "t")),
+        (lambda x, *, args: x, Takes("x", True)),
+        (functools.partial(lambda t, x, scale: x, scale=2), Takes("t, x", False, "t")),
+        (torch.sin, Takes("?")),
+        (lambda time, sample: sample, Takes("t, x", False, "time")),
+        (lambda x, mask: x, Takes("x")),
+        (lambda x, *, t: x, Takes("x, *, t", False, "t")),
+        (lambda x, condition, t: x, Takes("..., t", False, "t")),
+        (compile_lightly(Timed()), Takes("t, x", False, "t")),
+        (compile_lightly(nn.Linear(2, 2)), Takes("x")),
+        (torch.compile(lambda t, x, args: x, backend="aot_eager"), Takes("t, x", True, "t")),
+        (torch.optim.swa_utils.AveragedModel(KeywordArgs()), Takes("t, x", True, "t")),
+        (compile_lightly(torch.optim.swa_utils.AveragedModel(Timed())), Takes("t, x", False, "t")),
     ],
 )
 def test_what_a_field_takes(field: object, expected: Takes) -> None:
@@ -230,13 +233,16 @@ VELOCITIES: dict[str, Callable[[], Any]] = {
     "averaged": lambda: torch.optim.swa_utils.AveragedModel(StateFirst()),
     "scripted function": lambda: torch.jit.script(nameless),
 }
+SHAPES = {"(sample, timestep) of a batch": "(B,)", "a column": "(B, 1)"}
 STATE_FIRST = ("(x, t, **extras)", "(x, *, t)", "(sample, timestep)", "partial", "compiled", "averaged")
 
 
 @pytest.mark.parametrize("name", VELOCITIES)
 def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
     z = torch.zeros(5, 2)
-    model = RegularizedCNF.from_velocity(VELOCITIES[name](), 0.0, event_shape=2, solver="midpoint")
+    model = RegularizedCNF.from_velocity(
+        VELOCITIES[name](), 0.0, event_shape=2, solver="midpoint", time_shape=SHAPES.get(name)
+    )
     torch.testing.assert_close(model.transform(z)[0], z + 1.5)
     torch.testing.assert_close(model.inverse(z), z - 1.5)
     torch.testing.assert_close(NeuralODE(time_first(model.net), "midpoint")(z)[1][-1], z + 1.5)
@@ -254,7 +260,7 @@ def test_the_other_order_is_refused_where_the_contract_is_time_first(name: str) 
             TorchdynNeuralODE(velocity)
     finally:
         rnode_plugin.uninstall()
-    sol = NeuralODE(time_first(velocity), "midpoint")(torch.zeros(5, 2))[1]
+    sol = NeuralODE(time_first(velocity, time_shape=SHAPES.get(name)), "midpoint")(torch.zeros(5, 2))[1]
     torch.testing.assert_close(sol[-1], torch.full((5, 2), 1.5))
 
 
@@ -278,28 +284,41 @@ def test_a_call_of_ones_own_and_contexts() -> None:
     z, options = torch.zeros(5, 2), {"event_shape": 2, "solver": "midpoint"}
     own = RegularizedCNF.from_velocity(Noised(), 0.0, call=lambda net, t, x: net(x, sigma=1 - t), **options)
     torch.testing.assert_close(own.transform(z)[0], z + 1.5)
-    given = RegularizedCNF.from_velocity(Conditional(), 0.0, context_shape=2, **options)
+    given = RegularizedCNF.from_velocity(Conditional(), 0.0, context_shape=2, time_shape="(B,)", **options)
     torch.testing.assert_close(given.transform(z, context=torch.full((5, 2), 2.0))[0], z + 3)
-    classes = RegularizedCNF.from_velocity(OfClasses(), 0.0, context_shape=1, **options)
+    classes = RegularizedCNF.from_velocity(OfClasses(), 0.0, context_shape=1, time_shape="(B,)", **options)
     torch.testing.assert_close(classes.transform(z, context=torch.ones(5, 1).long())[0], z + 3)
 
 
-def test_trying_a_velocity_leaves_it_as_it_is() -> None:
-    class Drawing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.dropout = nn.BatchNorm1d(2), nn.Dropout()
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_absence_of_a_time_shape_ends_in_a_sentence(name: str) -> None:
+    model = RegularizedCNF.from_velocity(VELOCITIES[name](), event_shape=2, solver="midpoint")
+    with pytest.raises(ConfigError, match=r"failed with a scalar time .* time_shape='\(B,\)'"):
+        model.log_prob(torch.zeros(5, 2))
+    with pytest.raises(ConfigError, match="time_shape"):
+        ODESolver(VELOCITIES[name]()).sample(torch.zeros(5, 2), step_size=0.5)
+    found = ODESolver(VELOCITIES[name](), time_shape=SHAPES[name]).sample(torch.zeros(5, 2), 0.5, "midpoint")
+    torch.testing.assert_close(found, torch.full((5, 2), 1.5))
 
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.dropout(self.norm(x)) * t[:, None]
 
-    net = Drawing()
-    torch.manual_seed(0)
-    RegularizedCNF.from_velocity(net, event_shape=2)
-    drawn = torch.rand(())
-    torch.manual_seed(0)
-    assert torch.equal(drawn, torch.rand(()))
-    assert net.norm.num_batches_tracked == 0
+def test_what_names_cannot_decide_is_refused_at_construction() -> None:
+    class OfSbi(nn.Module):
+        def forward(self, input: Tensor, condition: Tensor, time: Tensor) -> Tensor:  # noqa: A002
+            return 3 * time * condition * torch.ones_like(input)
+
+    with pytest.raises(ConfigError, match="'time' is neither the first nor the second parameter"):
+        RegularizedCNF.from_velocity(OfSbi(), event_shape=2)
+    with pytest.raises(ConfigError, match="'time' is neither the first nor the second parameter"):
+        ODESolver(OfSbi()).sample(torch.zeros(5, 2), step_size=0.5)
+    given = ODESolver(OfSbi()).sample(torch.zeros(5, 2), 0.5, "midpoint", condition=torch.ones(2))
+    torch.testing.assert_close(given, torch.full((5, 2), 1.5))
+    with pytest.raises(ConfigError, match="time_shape must be one of"):
+        RegularizedCNF.from_velocity(StateFirst(), event_shape=2, time_shape="(N,)")
+    condition = torch.ones(2)
+    model = RegularizedCNF.from_velocity(
+        OfSbi(), 0.0, event_shape=2, solver="midpoint", call=lambda net, t, x: net(x, condition, t)
+    )
+    torch.testing.assert_close(model.transform(torch.zeros(5, 2))[0], torch.full((5, 2), 1.5))
 
 
 def test_private_names_of_torch_and_torchdyn_are_still_there() -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .derivatives import Field
 
 TIME_NAMES = frozenset({"t", "time", "timestep", "timesteps"})
 STATE_NAMES = frozenset({"x", "z", "y", "u", "h", "state", "sample"})
+TIME_SHAPES = {"()": 0, "(B,)": 1, "(B, 1)": 2}
+"""Shapes of the time that a field may take, and their dimensions."""
 
 # Private names of torch, here and nowhere else. A test fails by name when one of them goes.
 _COMPILED_MODULE = "_orig_mod"
@@ -28,18 +30,16 @@ class Takes(NamedTuple):
     """How a field is called.
 
     Attributes:
-        time: as ``field(t, x)``; False: as ``field(x)``.
-        args: with ``args=...`` besides: a parameter of that name, or ``**kwargs``. A ``*args`` is not one.
-        state_first: its names say ``field(x, t)``; then ``time`` is False.
-        time_keyword: name of the time in such a field, if it is not the second argument.
-        nameless: takes two arguments, or any number, whose names say nothing.
+        order: ``"x"`` without a time, ``"t, x"``, ``"x, t"``, or ``"x, *, t"`` with the time as a keyword. ``"?"``
+            for two arguments whose names say nothing, ``"..., t"`` for a time behind the second argument.
+        args: whether it takes ``args=...`` as well: a parameter of that name, or ``**kwargs``. A ``*args`` is not
+            one.
+        time: the name of the time.
     """
 
-    time: bool
-    args: bool
-    state_first: bool = False
-    time_keyword: str | None = None
-    nameless: bool = False
+    order: str
+    args: bool = False
+    time: str = ""
 
 
 def field_takes(field: Any) -> Takes:
@@ -48,12 +48,22 @@ def field_takes(field: Any) -> Takes:
     A parameter among :data:`TIME_NAMES` is the time.
     """
     function = _function(field)
-    # each access of a method makes a new object, which no cache finds
-    inner = getattr(function, "__func__", function)
-    try:
-        return _function_takes(inner, function is not inner)
-    except TypeError:  # not hashable
-        return _function_takes.__wrapped__(inner, function is not inner)
+    parameters = _parameters(function)
+    positional = [p.name for p in parameters if p.kind in _POSITIONAL]
+    required = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
+    starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    args = any(p.kind is p.VAR_KEYWORD for p in parameters) or any(
+        p.name == "args" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters
+    )
+    given = function.keywords if isinstance(function, functools.partial) else {}
+    time = next((p.name for p in parameters if p.name in TIME_NAMES and p.name not in given), "")
+    if not time:
+        named = positional[:1] and positional[0] in STATE_NAMES
+        unnamed = (starred and not positional) or (len(required) > 1 and not named) or not parameters
+        return Takes("?" if unnamed else "x", args)
+    if time not in positional:
+        return Takes("x, *, t", args, time)
+    return Takes({0: "t, x", 1: "x, t"}.get(positional.index(time), "..., t"), args, time)
 
 
 def accepts(field: Any, *positional: object) -> bool:
@@ -78,7 +88,7 @@ def call_of(
         conditional: whether ``args`` is the third argument, a context.
 
     Raises:
-        ConfigError: for a context that is no tensor.
+        ConfigError: for a context that is not a tensor.
     """
     if conditional:
         if not isinstance(args, Tensor):
@@ -86,7 +96,7 @@ def call_of(
         return field, (args,), {}
     takes = field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
-    if not takes.time:
+    if takes.order != "t, x":
         return lambda t, x: field(x, **keywords), (), {}
     return field, (), keywords
 
@@ -101,87 +111,72 @@ def original(field: Any) -> Any:
 
 
 def refuse_state_first(field: Any, caller: str) -> None:
-    """Refuse a field whose parameters are named ``(x, t)``, for a caller that calls it as ``(t, x)``."""
-    if field_takes(field).state_first:
+    """Refuse a field whose names put the time elsewhere than first, for a caller that calls it as ``(t, x)``."""
+    if field_takes(field).order in ("x, t", "x, *, t", "..., t"):
         raise ConfigError(
-            f"{caller} calls a field as (t, x), but the parameters of this one are named state first, then time: "
-            "give time_first(field), from rnode_plugin.core.signature."
+            f"{caller} calls a field as (t, x), but the time is not the first parameter of this one: give "
+            "time_first(field), from rnode_plugin.core.signature."
         )
 
 
-def time_first(
-    field: Any, *, call: Callable[..., Tensor] | None = None, example: Sequence[Tensor] | None = None
-) -> Any:
+def time_first(field: Any, *, call: Callable[..., Tensor] | None = None, time_shape: str | None = None) -> Any:
     """``field`` as something that is called ``(t, x)``, or ``(t, x, context)``, with a scalar time.
 
-    The names of its parameters say which is which: :data:`TIME_NAMES`, :data:`STATE_NAMES`. If they say nothing,
-    the first of two is the time. A field that is called so already is returned as it is.
+    The names of its parameters decide which is which: :data:`TIME_NAMES`, :data:`STATE_NAMES`. If they say nothing,
+    the first of two is the time. A field without a time, and a :class:`~rnode_plugin.core.derivatives.Field`, is
+    returned as it is.
 
     Args:
         field: the velocity: a module, or another callable.
         call: calls it instead, as ``call(field, t, x)`` or ``call(field, t, x, context)``.
-        example: a state ``(B, ...)``, and a context for a conditional field. Calls with times of shape ``()``,
-            ``(B,)`` and ``(B, 1)`` are tried on it, and the first that works is taken. None: a scalar time.
+        time_shape: the shape of the time that it takes for states ``(B, ...)``: ``"()"``, ``"(B,)"`` or
+            ``"(B, 1)"``; None: ``"()"``.
+
+    Raises:
+        ConfigError: for another ``time_shape``, and for a time that is neither the first nor the second parameter;
+            when called, for a field that fails with a scalar time, if no ``time_shape`` was given.
     """
-    takes, ndim = field_takes(field), 0
-    if call is None and example is not None and (takes.time or takes.state_first or takes.nameless):
-        ndim = _time_ndim(field, takes, example)
-    if call is None and ndim == 0 and not (takes.state_first or takes.nameless):
+    if time_shape is not None and time_shape not in TIME_SHAPES:
+        raise ConfigError(f"time_shape must be one of {', '.join(map(repr, TIME_SHAPES))}, not {time_shape!r}.")
+    takes = field_takes(field)
+    if call is None and takes.order == "..., t":
+        raise ConfigError(
+            f"{takes.time!r} is neither the first nor the second parameter of this velocity: say how to call it, "
+            "such as RegularizedCNF.from_velocity(net, call=lambda net, t, x: net(x, condition, t))."
+        )
+    if call is None and (takes.order == "x" or isinstance(field, Field)):
         return field
-    return _TimeFirst(field, call, ndim)
+    return _TimeFirst(field, takes, call, time_shape)
 
 
 class _TimeFirst(nn.Module):
     """A velocity that is called ``(t, x)`` or ``(t, x, context)``, with a scalar time."""
 
-    def __init__(self, field: Any, call: Callable[..., Tensor] | None, ndim: int) -> None:
+    def __init__(
+        self, field: Any, takes: Takes, call: Callable[..., Tensor] | None, time_shape: str | None
+    ) -> None:
         super().__init__()
-        self.field, self.call, self.ndim = field, call, ndim
+        self.field, self.takes, self.call, self.time_shape = field, takes, call, time_shape
+        if hasattr(field, "aux"):
+            self.aux = field.aux
 
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
+        if self.time_shape in ("(B,)", "(B, 1)"):
+            shape = (len(x), 1)[: TIME_SHAPES[self.time_shape]]
+            t = t.reshape(-1, *shape[1:]).expand(shape)
         if self.call is not None:
             return self.call(self.field, t, x, *context)
-        if self.ndim > 0:
-            t = t.expand((len(x), 1)[: self.ndim])
-        return _called(self.field, field_takes(self.field), t, x, *context)
-
-
-def _called(field: Any, takes: Takes, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
-    if takes.time_keyword is not None:
-        return field(x, *context, **{takes.time_keyword: t})
-    return field(x, t, *context) if takes.state_first else field(t, x, *context)
-
-
-def _time_ndim(field: Any, takes: Takes, example: Sequence[Tensor]) -> int:
-    """The dimensions of the time with which ``field`` gives a velocity; 0 if none works."""
-    x, *context = example
-    devices = [x.device] if x.is_cuda else []
-    for ndim in (0, 1, 2):
-        t = torch.full((len(x), 1)[:ndim], 0.5, dtype=x.dtype, device=x.device)
-        for given in (context, [each.long() for each in context]):  # classes are whole numbers
-            try:
-                with torch.no_grad(), torch.random.fork_rng(devices), buffers_kept(field):
-                    if _called(field, takes, t, x, *given).shape == x.shape:
-                        return ndim
-            except Exception:  # a field may fail in any way, which the first call of the model then shows
-                continue
-    return 0
-
-
-@contextmanager
-def buffers_kept(module: Any) -> Iterator[None]:
-    """Evaluations inside leave the buffers of ``module`` as they are: layers in training mode write into copies."""
-    kept: list[tuple[nn.Module, str, Tensor]] = []
-    for part in module.modules() if isinstance(module, nn.Module) else ():
-        if part.training:
-            kept += [(part, name, buffer) for name, buffer in part.named_buffers(recurse=False)]
-    for part, name, buffer in kept:
-        setattr(part, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for part, name, buffer in kept:
-            setattr(part, name, buffer)
+        try:
+            if self.takes.order == "x, *, t":
+                return self.field(x, *context, **{self.takes.time: t})
+            return self.field(x, t, *context) if self.takes.order == "x, t" else self.field(t, x, *context)
+        except (IndexError, RuntimeError) as error:
+            if self.time_shape is not None or t.ndim > 0 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ConfigError(
+                f"the velocity failed with a scalar time ({' '.join(str(error).split())}). If it takes one time "
+                "for each sample, give time_shape='(B,)' or time_shape='(B, 1)', or times of that shape."
+            ) from error
 
 
 def _function(field: Any) -> Any:
@@ -199,39 +194,11 @@ def _function(field: Any) -> Any:
     return field.forward
 
 
-@functools.lru_cache(maxsize=256)
-def _function_takes(function: Any, bound: bool) -> Takes:
-    parameters = _parameters(function)
-    if parameters is None:
-        return Takes(time=False, args=False, nameless=True)
-    parameters = parameters[bound:]
-    positional = [p.name for p in parameters if p.kind in _POSITIONAL]
-    required = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
-    given = function.keywords if isinstance(function, functools.partial) else {}
-    times = [p.name for p in parameters if p.name in TIME_NAMES and p.name not in given]
-    args = any(p.kind is p.VAR_KEYWORD or (p.name == "args" and p.kind not in _UNNAMED) for p in parameters)
-    if not times:
-        starred = not positional and any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        named = positional[:1] and positional[0] in STATE_NAMES
-        return Takes(False, args, nameless=starred or (len(required) > 1 and not named))
-    place = positional.index(times[0]) if times[0] in positional else len(positional)
-    if place == 0:
-        return Takes(True, args)
-    keyword = None if place == 1 and times[0] in positional else times[0]
-    if positional and (place == 1 or positional[0] in STATE_NAMES):
-        return Takes(False, args, state_first=True, time_keyword=keyword)
-    return Takes("t" in positional, args)  # torchdyn's rule
-
-
-_UNNAMED = (_Parameter.VAR_POSITIONAL, _Parameter.POSITIONAL_ONLY)
-
-
-def _parameters(function: Any) -> list[inspect.Parameter] | None:
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    """The parameters of a function; none for a built-in one without a signature."""
     try:
         return list(inspect.signature(function).parameters.values())
     except ValueError:
         schema = getattr(function, "schema", None)  # of a scripted or traced function
-        if schema is None:  # a built-in function without a signature
-            return None
-        names = [argument.name for argument in schema.arguments]
+        names = [] if schema is None else [argument.name for argument in schema.arguments]
         return [_Parameter(name, _Parameter.POSITIONAL_OR_KEYWORD) for name in names if name != "self"]

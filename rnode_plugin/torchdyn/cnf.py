@@ -77,7 +77,7 @@ class CNF(torchdyn_cnf.CNF):
         """The field at ``t`` and ``x [B, 1 + D]``; ``cnf(x)``, in an nn.Sequential, is at the solver's time."""
         if x is None:
             x, t = t, self.t  # pyright: ignore[reportAssignmentType]
-        if t is None and not self.conditional and field_takes(self.net).time:
+        if t is None and not self.conditional and field_takes(self.net).order == "t, x":
             raise ConfigError("the net of this CNF depends on time, and no time is known: call it as cnf(t, x).")
         z = self.event(x)
         t = z.new_zeros(()) if t is None else t

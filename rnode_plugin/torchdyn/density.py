@@ -118,6 +118,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         noise_time: float | None = None,
         steps: int = 1,
         call: Callable[..., Tensor] | None = None,
+        time_shape: str | None = None,
         **options: Any,
     ) -> RegularizedCNF:
         """The density of a flow-matching model: its samples follow ``net`` from the base to the data.
@@ -129,13 +130,14 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             net: the velocity; its third argument is the context if there is a ``context_shape``. It is called by
                 the names of its parameters: ``t``, ``time``, ``timestep`` or ``timesteps`` is the time, ``x``,
                 ``z``, ``y``, ``u``, ``h``, ``state`` or ``sample`` the state. If they say nothing, it is
-                ``net(t, x)``. If it takes no scalar time, which is tried once, it gets one of shape ``(B,)`` or
-                ``(B, 1)``.
+                ``net(t, x)``.
             data_time: the time at which its paths arrive at the data: 1 for flow matching, 0 in diffusion's order.
             noise_time: the time at which they are the base's; None: ``1 - data_time``.
             steps: steps of a fixed-step solver between the two.
             call: calls it instead, as ``call(net, t, x)`` or ``call(net, t, x, context)`` with a scalar ``t``, such
                 as ``lambda net, t, x: net(x, sigma=1 - t)``.
+            time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a net that takes one time for each sample in this shape;
+                None: a scalar.
             options: further arguments of the class, such as ``event_shape`` or ``base``; ``regularizers`` are none
                 unless given.
 
@@ -144,7 +146,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         """
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         options = {"regularizers": (), **options}
-        net = time_first(net, call=call, example=_example(net, options))
+        net = time_first(net, call=call, time_shape=time_shape)
         return cls(net, t_span=torch.linspace(data_time, noise_time, steps + 1), **options)
 
     def on_grid(self, solver: str, *, step: float | None = None) -> RegularizedCNF:
@@ -298,15 +300,6 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(f"samples must be a tensor (B, *{tuple(self.event_shape)}), not {got}.")
         check_floating(x, "samples")
-
-
-def _example(net: Any, options: dict[str, Any]) -> list[Tensor]:
-    """Two samples, and their contexts for a conditional density, in the form of the net's parameters."""
-    shapes = [_base_and_shape(options.get("base"), options.get("event_shape"))[1]]
-    if options.get("context_shape") is not None:
-        shapes.append(check_shape(options["context_shape"], "context_shape"))
-    like = next(net.parameters(), torch.empty(0)) if isinstance(net, nn.Module) else torch.empty(0)
-    return [torch.zeros(2, *shape, dtype=like.dtype, device=like.device) for shape in shapes]
 
 
 def _base_and_shape(

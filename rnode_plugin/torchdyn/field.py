@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, with
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer, needs_of
-from ..core.signature import buffers_kept, call_of, original
+from ..core.signature import call_of, original
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.recognise import PARTS, recognise
@@ -508,6 +508,22 @@ def _is_transparent(field: Any, state: Tensor) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@contextlib.contextmanager
+def buffers_kept(module: Any) -> Iterator[None]:
+    """Evaluations inside leave the buffers of ``module`` as they are: layers in training mode write into copies."""
+    kept: list[tuple[nn.Module, str, Tensor]] = []
+    for part in module.modules() if isinstance(module, nn.Module) else ():
+        if part.training:
+            kept += [(part, name, buffer) for name, buffer in part.named_buffers(recurse=False)]
+    for part, name, buffer in kept:
+        setattr(part, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for part, name, buffer in kept:
+            setattr(part, name, buffer)
 
 
 def _has_compiled_parts(modules: Sequence[nn.Module]) -> bool:
