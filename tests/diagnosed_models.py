@@ -43,7 +43,7 @@ def gaussian_log_prob(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def density(net: nn.Module | None = None, **options: Any) -> RegularizedCNF:
-    """A density in the plane; that of :class:`Linear` unless another net is given."""
+    """A density in the plane; the one of :class:`Linear` unless another net is given."""
     return RegularizedCNF(net or Linear(), event_shape=2, regularizers=(), **options)
 
 
@@ -106,7 +106,7 @@ def posterior() -> RegularizedCNF:
 
 
 class TableFlow(DensityModel):
-    """A flow of a class of its own, with standardised columns and, if asked to, a context that shifts them.
+    """A flow of another class, with standardised columns and, if ``conditional``, a context that shifts them.
 
     ``off`` shifts its samples alone; ``extra`` is added to its log-determinant alone.
     """

@@ -200,8 +200,8 @@ def test_configurations_are_compared_image_by_image(tmp_path: Path) -> None:
     assert cell(table, "against none", "jacfrob").endswith(": worse")
     assert any("image by image" in note for note in table.notes)
     assert any("--seeds" in note for note in table.notes)
-    told = against_base(list(configurations.values()))
-    assert "rnode against none: bits/dim −0.1100 ± 0.0058 over 4 images (better), test NFE × 1.00" in told[2]
+    sentences = against_base(list(configurations.values()))
+    assert "rnode against none: bits/dim −0.1100 ± 0.0058 over 4 images (better), test NFE × 1.00" in sentences[2]
 
 
 def test_the_verdict_is_that_of_students_t(tmp_path: Path) -> None:

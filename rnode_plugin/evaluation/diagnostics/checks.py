@@ -52,13 +52,11 @@ def _at(tolerance: float) -> Solver:
 
 def solver_gap(subject: Subject, data: HeldOut, training: Solver | None) -> Finding:
     """The NLL by the training solver (None: the solver of the model) minus the NLL by an accurate one."""
-    text = subject.solver_text if training is None else solver_text(training)
+    coarse_solver = training or subject.model.solver
+    text = solver_text(coarse_solver)
     exact = subject.encode(data, solver=accurate(data.x.dtype))
     found = measure_solver_gap(
-        lambda solver: subject.encode(data, solver=solver if training is not None else None),
-        lambda encoded: encoded.nll,
-        training or accurate(data.x.dtype),
-        exact.nll,
+        lambda solver: subject.encode(data, solver=solver), lambda encoded: encoded.nll, coarse_solver, exact.nll
     )
     numbers = {"nll_accurate": float(exact.nll.mean()), "nfe_accurate": exact.nfe}
     if found.output is None:

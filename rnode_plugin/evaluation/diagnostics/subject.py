@@ -77,7 +77,7 @@ class Subject:
         if not isinstance(model, DensityModel):
             raise ConfigError(
                 f"{type(model).__name__} cannot be diagnosed: give a RegularizedCNF, a MultiscaleFlow, a TableFlow "
-                "or a class of your own on rnode_plugin.core.distribution.DensityModel."
+                "or a subclass of rnode_plugin.core.distribution.DensityModel."
             )
         self.model, self.dims = model, model.event_shape.numel()
         self.batch_size = max(1, min(_MAX_BATCH, _BATCH_NUMBERS // self.dims))
