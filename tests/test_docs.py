@@ -207,8 +207,8 @@ def test_every_message_of_the_troubleshooting_page_is_in_the_code():
     assert len(quoted) > 30
     for message in quoted:
         if message.startswith("unknown "):  # "unknown KIND NAME" is put together by suggest()
-            assert message.removeprefix("unknown ").removesuffix(" …") in kinds, message
-            continue
+            if message.removeprefix("unknown ").removesuffix(" …") in kinds:
+                continue
         pattern = re.escape(message.replace("…", "\0")).replace("\0", ".*?")
         assert any(re.search(pattern, text.replace("\0", "…")) for text in constants), message
 
