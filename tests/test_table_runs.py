@@ -186,11 +186,11 @@ AT = ["--given-values", "temperature=3,dose=1"]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "given temperature, dose: say where with --given-values"),
-        (["--given-values", "temperature=300"], "needs a number for dose"),
-        (["--given-values", "temperature=300,dosis=1"], "unknown column 'dosis'; did you mean 'dose'"),
-        (["--given-values", "temperature=300,dose=much"], "needs a number for dose"),
-        ([*AT, "--given-file", "x.csv"], "or with --given-file FILE, not both."),
+        ([], "given temperature, dose, and temperature has no value. Name the values with --given-values"),
+        (["--given-values", "temperature=300"], "dose has no value"),
+        (["--given-values", "temperature=300,dosis=1"], "unknown given column 'dosis'; did you mean 'dose'"),
+        (["--given-values", "temperature=300,dose=much"], "needs a number for each column, as in dose=1.5"),
+        ([*AT, "--given-file", "x.csv"], "with --given-file, not both."),
         (["--given-file", "missing.csv"], "missing.csv does not exist"),
         ([*AT, "-t", "0.5", "-t", "1"], "drawn at one temperature"),
         ([*AT, "--columns", "4"], "leave --columns out"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -86,6 +87,13 @@ def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str
     words = [*ctx.params.values(), *ctx.args]  # click leaves it among the latter while --set lacks its value
     recipe = get_recipe(next((each for each in words if each in names), "digits"))
     return _items((f"{path}=" for path, _ in recipe.settings() if not path.startswith("paper.")), incomplete)
+
+
+def complete_solver(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The settings of a solver."""
+    from ..solvers.config import Solver
+
+    return _items((f"{field.name}=" for field in dataclasses.fields(Solver)), incomplete)
 
 
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

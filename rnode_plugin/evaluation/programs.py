@@ -134,6 +134,23 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
     return path
 
 
+def program_grid(tested: Solver, trained: Solver, *, step: float | None, method: str | None) -> Solver:
+    """The grid of a run's programs: of a step and a method, or else its test solver's.
+
+    Raises:
+        ConfigError: there is no step, and the test solver chooses its own.
+    """
+    if step is not None:
+        return Solver(method or "rk4_38", step=step)
+    if not tested.adaptive:
+        return Solver(method or tested.method, step=tested.step)
+    good = trained.step if isinstance(trained.step, float) and not trained.adaptive else 0.25
+    raise ConfigError(
+        f"this run is evaluated and sampled with {tested.method}, which chooses its steps while it runs, and a "
+        f"program takes the same steps for every input: add --step {good:g}, or another step of a fixed grid."
+    )
+
+
 def _on_grid(model: Any, chosen: Solver | None) -> Any:
     """A copy of a density for the CPU, without gradients and checks of values, with another solver."""
     solver: Solver = chosen or model.solver

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from ..core.random_streams import Stream, seeded
+from ..data.table_files import check_written, read_columns, write_rows
+from ..errors import ConfigError, suggest
 from ..files import write_atomically
 
 if TYPE_CHECKING:
     from ..flows.base import BlockFlow
     from ..flows.table import TableFlow
+    from ..recipes.recipe import TableData
 
 _SHOWN = 64  # pixels: smaller images are enlarged by a whole factor
 
@@ -110,6 +113,51 @@ def sample_rows(
     """
     given = None if context is None else torch.from_numpy(context).to(next(flow.parameters()).device)
     return _drawn(flow, count, temperature, seed, batch_size, given).numpy()
+
+
+def sample_table(
+    flow: Any,
+    data: TableData,
+    path: str | os.PathLike[str],
+    count: int | None = None,
+    *,
+    given: Mapping[str, float] | str | None = None,
+    **options: Any,
+) -> int:
+    """Draw rows of a table into a file, the given columns included, and return their number.
+
+    Args:
+        flow: the model.
+        data: the columns of the table.
+        path: the file to write.
+        count: number of rows, by default 1000; for a ``given`` file the rows of each context, by default 1.
+        given: the context of a conditional density, as values of the given columns or as a file that has them.
+        options: further arguments of :func:`sample_rows`.
+
+    Raises:
+        ConfigError: for columns that are missing or that the density is not given, and a file of another kind.
+    """
+    check_written(path)
+    if isinstance(given, str) and data.given:
+        context = np.repeat(read_columns(given, data.given).astype(np.float32), count or 1, axis=0)
+    else:
+        values = given if isinstance(given, Mapping) else {}
+        if unknown := [name for name in values if name not in data.given]:
+            raise ConfigError(suggest(unknown[0], data.given, "given column"))
+        if not data.given and given is not None:
+            raise ConfigError("this density is given no columns, so it takes no context.")
+        if missing := [name for name in data.given if not math.isfinite(values.get(name, math.nan))]:
+            example = ",".join(f"{name}=VALUE" for name in data.given)
+            raise ConfigError(
+                f"this density is given {', '.join(data.given)}, and {missing[0]} has no value. Name the values "
+                f"with --given-values {example!r}, or a file that has these columns with --given-file FILE."
+            )
+        row = np.array([[values[name] for name in data.given]], dtype=np.float32)
+        context = np.repeat(row, count or 1000, axis=0)
+    rows = sample_rows(flow, len(context), context=context if data.given else None, **options)
+    places = [(*data.modelled, *data.given).index(name) for name in data.columns]
+    write_rows(path, data.columns, np.concatenate([rows, context], axis=1)[:, places])
+    return len(rows)
 
 
 _MOST = 8  # columns
