@@ -55,6 +55,18 @@ def test_derivatives_by_the_input(kind: str) -> None:
     torch.testing.assert_close(vmap(grad(each))(x), torch.stack([grad(each)(row) for row in x]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_by_nested_transforms(kind: str) -> None:
+    _, loss = make(kind)
+    x, v = torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    twice = jvp(lambda x: jvp(loss, (x,), (v,))[1], (x,), (v,))[1]  # first: what it makes must not outlive it
+    expected = torch.autograd.functional.vhp(loss, x, v)[1]
+    torch.testing.assert_close(twice, (expected * v).sum())
+    torch.testing.assert_close(jvp(grad(loss), (x,), (v,))[1], expected)
+    torch.testing.assert_close(torch.einsum("abcd,cd->ab", jacfwd(jacrev(loss))(x), v), expected)
+    torch.testing.assert_close(torch.einsum("abcd,cd->ab", jacrev(jacfwd(loss))(x), v), expected)
+
+
 class Loss(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

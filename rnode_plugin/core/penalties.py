@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from .objective import penalty
+from .ops import transforms_active
 from .regularizers import Weighted, span_policy, undivided
 from .schedules import check_lambda, strength_at
 
@@ -174,8 +175,9 @@ def attach(
     finds from the solution the parameters that only the penalties use. ``hidden_cost``, the running cost of an
     adjoint, gets its gradient of one whenever backward goes through the solution.
     """
-    if hidden_cost is None and not integrals:
-        return sol, {}
+    # nested forward mode would silently take the derivative of an autograd Function for zero
+    if hidden_cost is None and (not integrals or transforms_active()):
+        return sol, dict(integrals)
     tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())  # pyright: ignore[reportGeneralTypeIssues]
     return tied, dict(zip(integrals, values, strict=True))
 

@@ -267,7 +267,9 @@ def _weigh(values: list[Any], weights: Sequence[float], dt: Tensor, draw: Draw |
     first = values[0]
     # rates of small problems: few operations count, not what they compute. torch.compile makes one of them anyway
     if first.ndim == 1 and not torch.compiler.is_compiling():
-        row = _weight_row(tuple(weights[: len(values)]), first.dtype, first.device)
+        # a tensor that is made inside a transform belongs to it, and no later call may find it
+        make = _weight_row.__wrapped__ if transforms_active() else _weight_row
+        row = make(tuple(weights[: len(values)]), first.dtype, first.device)
         product = (row * dt.to(first.dtype)) @ torch.stack(values)
         if product.dtype is first.dtype:  # else autocast has rounded it
             return product

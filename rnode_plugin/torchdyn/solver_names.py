@@ -21,7 +21,7 @@ from torchdyn.numerics.solvers.ode import (
 )
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
-from ..core.ops import on_host
+from ..core.ops import on_host, transforms_active
 from ..errors import ConfigError, suggest
 from ..solvers import Method, Solver, get_method
 from ..solvers.tableaus import Field, StepResult
@@ -107,7 +107,9 @@ def step_method(
     if backward and type(solver) is RungeKutta4:
         return get_method("rk4")
     if x.dtype is torch.float64:
-        solver = next((_shared(name, x.dtype) for built, name in named if built is solver), solver)
+        # a solver that is made inside a transform belongs to it, and no later call may find it
+        make = _shared.__wrapped__ if transforms_active() else _shared
+        solver = next((make(name, x.dtype) for built, name in named if built is solver), solver)
     if hasattr(solver, "sync_device_dtype"):
         with on_host():
             solver.sync_device_dtype(x, t_span)
