@@ -77,23 +77,13 @@ def accepts(field: Any, *positional: object) -> bool:
     return True
 
 
-def call_of(
-    field: Any, args: Any = None, *, conditional: bool = False
-) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
+def call_of(field: Any, args: Any = None) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
     """How ``field`` is called: ``(function, extra, keywords)`` for ``function(t, x, *extra, **keywords)``.
 
     Args:
         field: the field; one of time and state alone is the function.
         args: handed to a field that takes ``args``.
-        conditional: whether ``args`` is the third argument, a context.
-
-    Raises:
-        ConfigError: for a context that is not a tensor.
     """
-    if conditional:
-        if not isinstance(args, Tensor):
-            raise ConfigError("this CNF is conditional: give the solve a context, model(x, t_span, args=context).")
-        return field, (args,), {}
     takes = field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
     if takes.order != "t, x":

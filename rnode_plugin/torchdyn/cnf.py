@@ -12,7 +12,7 @@ from torchdyn.models import cnf as torchdyn_cnf
 from ..core.derivatives import Field
 from ..core.dynamics import Dynamics
 from ..core.ops import check_count, is_count
-from ..core.signature import accepts, call_of, field_takes, refuse_state_first
+from ..core.signature import call_of, field_takes, refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 
@@ -33,14 +33,11 @@ class CNF(torchdyn_cnf.CNF):
         order: order of the differential equation; ``z`` then holds position, velocity, ... along its first
             dimension.
         event_shape: shape that ``net`` wants for ``z``; None: ``(D,)``.
-        conditional: the net is ``net(t, z, context)``, and ``args`` of the solve is its context, a tensor with one
-            row per sample.
 
     Raises:
-        ConfigError: for an unknown estimator, an order or an event shape that is not made of whole numbers above
-            0, and a conditional net that does not take three arguments; when evaluated, for a stochastic estimator
-            without noise, a net that depends on time without a time, a conditional one without a context, and a net
-            that cuts its graph.
+        ConfigError: for an unknown estimator, and an order or an event shape that is not made of whole numbers
+            above 0; when evaluated, for a stochastic estimator without noise, a net that depends on time without a
+            time, and a net that cuts its graph.
 
     Example:
         >>> import torch
@@ -62,22 +59,18 @@ class CNF(torchdyn_cnf.CNF):
         order: int = 1,
         *,
         event_shape: Sequence[int] | None = None,
-        conditional: bool = False,
     ) -> None:
         refuse_state_first(net, "CNF")
-        if conditional and not accepts(net, None, None, None):
-            raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
         super().__init__(net, None, noise_dist, check_count(order, "order"))
         self.trace_estimator = _estimator(trace_estimator)
         self.event_shape = None if event_shape is None else tuple(check_shape(event_shape, "event_shape"))
-        self.conditional = conditional
         self.t: Tensor | None = None  # filled as DepthCat's is, for when the module is called with the state alone
 
     def forward(self, t: Tensor, x: Tensor | None = None, args: Any = None) -> Tensor:  # pyright: ignore
         """The field at ``t`` and ``x [B, 1 + D]``; ``cnf(x)``, in an nn.Sequential, is at the solver's time."""
         if x is None:
             x, t = t, self.t  # pyright: ignore[reportAssignmentType]
-        if t is None and not self.conditional and field_takes(self.net).order == "t, x":
+        if t is None and field_takes(self.net).order == "t, x":
             raise ConfigError("the net of this CNF depends on time, and no time is known: call it as cnf(t, x).")
         z = self.event(x)
         t = z.new_zeros(()) if t is None else t
@@ -103,7 +96,7 @@ class CNF(torchdyn_cnf.CNF):
         return z.reshape(z.shape[0], *self.event_shape)
 
     def _velocity(self, args: Any) -> Any:
-        function, extra, keywords = call_of(self.net, args, conditional=self.conditional)
+        function, extra, keywords = call_of(self.net, args)
         if self.order > 1:
             function, extra, keywords = first_order_system(function, extra, keywords, self.order), (), {}
         if isinstance(function, Field) and not (extra or keywords):

@@ -74,9 +74,8 @@ def _columns_of(x: Tensor, trace: int, penalized: Penalized | None) -> Tensor | 
 
 
 def is_cnf(module: nn.Module) -> bool:
-    """torchdyn's CNF, ours, or one that was written after theirs; not any module with a ``trace_estimator``."""
-    own = module.__dict__
-    return "noise_dist" in own and "noise" in own and hasattr(module, "trace_estimator")
+    """Whether ``module`` keeps a trace in front of ``z``: torchdyn's CNF, ours, or one with a ``noise_dist``."""
+    return hasattr(module, "noise_dist")
 
 
 def check_penalized(penalized: Any) -> Penalized | None:
@@ -351,9 +350,8 @@ def system_of(
     field, order = _unwrapped(vf)
     transparent = len(cnfs) == 1 and penalized is None and _is_transparent(field, state)
     cnf: Any = field if transparent or not trace else None
-    conditional = False
     if cnf is not None:
-        field, order, conditional = cnf.net, cnf.order, getattr(cnf, "conditional", False)
+        field, order = cnf.net, cnf.order
     if transparent:
         z = cnf.event(state) if type(cnf) is CNF else state[:, 1:]
         noise = noise_of(cnf, z) if noise is None else noise
@@ -361,7 +359,7 @@ def system_of(
     needs = needs_of(regularizers)
     differentiated = transparent or bool(needs & {"vjp", "jvp"})
     slots = _Slots(modules, x, 0 if cost is None else 1, cnf, traced=trace)
-    function, extra, keywords = call_of(field, args, conditional=conditional)
+    function, extra, keywords = call_of(field, args)
     filled = slots.times or slots.values or slots.results
     plain = function is field and order == 1 and not (extra or keywords or filled)
     if order > 1:
@@ -444,7 +442,7 @@ class NetDynamics(Dynamics):
     ) -> None:
         self._net, self._context = net, context
         modules = list(net.modules()) if isinstance(net, nn.Module) else []
-        function, extra, keywords = call_of(net, context, conditional=context is not None)
+        function, extra, keywords = call_of(net) if context is None else (net, (context,), {})
         slots, needs = _Slots(modules, z, 0, None, traced=False), needs_of(regularizers)
         if divergence and _has_compiled_parts(modules):
             function = _run_original(function)

@@ -74,8 +74,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         penalized: the columns (dimension 1) of the state that the penalties are about, a slice or a mask ``(D,)``
             of booleans: for a field of your own that keeps a divergence or a cost in the state. They count without
             the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
-            CNF's trace, which are recognised (any module with ``noise_dist``, ``noise`` and ``trace_estimator``
-            counts as a CNF).
+            CNF's trace, which are recognised (a module with an attribute ``noise_dist`` counts as a CNF).
         batch_dim: 0, the dimension of the samples. None: the whole state is one sample, as for a field that mixes
             the rows of its state; the nodes of a graph are not samples.
         quadrature: ``"full"``, or ``"sampled"``: few evaluations make the product that ``jacfrob`` and its
