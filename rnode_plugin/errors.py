@@ -1,4 +1,4 @@
-"""Every error a user can meet, with one message that says what was wrong and what to do.
+"""Every error that a user can meet, with one message about what was wrong and what to do.
 
 The command line turns a :class:`RnodeError` into its message and exit code 1; a traceback is left to bugs.
 """
@@ -40,11 +40,11 @@ class PluginError(RnodeError):
 
 
 class SolverError(RnodeError, RuntimeError):
-    """The integration could not go on.
+    """The integration could not continue.
 
     Args:
         reason, t, step, nfe: the attributes.
-        what, advice: the sentences of the message before and behind the place.
+        what, advice: the sentences of the message before and after the place.
 
     Attributes:
         reason: ``"nonfinite"``, ``"underflow"`` or ``"max_nfe"``.
@@ -76,15 +76,15 @@ class SolverError(RnodeError, RuntimeError):
 
 
 class TrainingError(RnodeError):
-    """Training cannot go on; the last good checkpoint stays."""
+    """Training cannot continue. The last good checkpoint stays."""
 
 
 class LocalError(TrainingError):
-    """One process of a run failed by itself; the others only see it go."""
+    """One process of a run failed on its own. The others only lose the connection."""
 
 
 NO_MEMORY = "memoryerror:|can't allocate memory|not enough memory|error: out of memory"
-"""In the class and the message of an error of PyTorch, in small letters, where memory has run out."""
+"""Lower-case patterns in the class and the message of an error of PyTorch that identify exhausted memory."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""``rnode-cli info`` tells what a bug report needs, and the shell completes commands and options."""
+"""``rnode-cli info`` shows what a bug report needs, and the shell completes commands, options and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``rnode-cli train RECIPE.json --run-folder FOLDER``: how another program starts a run of its own."""
+"""``rnode-cli train RECIPE.json --run-folder FOLDER``: how another program starts a run."""
 
 from __future__ import annotations
 

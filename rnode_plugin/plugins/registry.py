@@ -153,7 +153,7 @@ class Registry:
         return sorted({name for plugin in self._of_kind(kind) for name in plugin.registers[kind]})
 
     def report(self) -> list[Plugin]:
-        """All plugins: ours first, then by distribution, then those of this process."""
+        """All plugins: ours first, then by distribution, then the ones of this process."""
         for kind in KINDS:
             self._of_kind(kind)
         return list(self._plugins)
@@ -273,7 +273,7 @@ def _normal(name: str) -> str:
 
 
 def _torch_defaults() -> tuple[str, str]:
-    """The default dtype and device, and those of a fresh process while torch is not imported."""
+    """The default dtype and device, as in a fresh process while torch is not imported."""
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "get_default_device"):
         return "float32", "cpu"
