@@ -94,6 +94,8 @@ def test_samples_that_are_apart_are_not_refused() -> None:
     for scale in (1e-3, 1.0, 1e3):
         x = scale * torch.randn(9, 2, 4, 4)
         penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_noise="exact")
+        with torch.autocast("cpu", torch.bfloat16):
+            penalties_at(lambda t, x: net(x), 0.0, x, ["jacfrob"], trace_noise="exact")
     rates(Normed().eval(), "jacdiag")
 
 

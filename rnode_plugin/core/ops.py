@@ -1,4 +1,4 @@
-"""Small operations that the mathematics shares: sums over an event, checks for transforms and exports."""
+"""Small operations that the mathematics shares: sums over an event, counts, what torch does with the operations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # torch has no public names for these
 from torch.utils._python_dispatch import _disable_current_modes
@@ -63,11 +62,6 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def needs_plain_pass(*tensors: Tensor) -> bool:
-    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward-mode AD."""
-    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
 def sum_event(x: Tensor) -> Tensor:
     """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
     return x.flatten(1).sum(1) if x.ndim > 1 else x
@@ -81,21 +75,6 @@ def sum_products(x: Tensor, y: Tensor) -> Tensor:
 def sum_squares(x: Tensor) -> Tensor:
     """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
     return sum_event(x.square())
-
-
-def flush_denormals() -> bool:
-    """Treat denormal numbers as zero in this process; returns whether the processor can.
-
-    Training, evaluation and sampling call it first. A denormal, below 1e-38 in float32, is smaller than the
-    rounding of all that it is added to, but processors are slow on it: softplus of pre-activations near -95 takes
-    26 times as long as elsewhere. It reaches torch's threads for parallel operations, and threads that are
-    started later. A library must not call it: it would change a user's arithmetic.
-    """
-    import numpy as np
-
-    for kind in (np.float32, np.float64):
-        np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
-    return torch.set_flush_denormal(True)
 
 
 @contextmanager

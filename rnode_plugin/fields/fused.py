@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..core.derivatives import Linearization
-from ..core.ops import needs_plain_pass
+from ..core.ops import exporting, transforms_active
 from ..errors import ConfigError
 from .activations import Activation
 from .kernels import LayerMap
@@ -204,8 +205,9 @@ def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
 
 
 def _transformed(stack: Stack, *tensors: Tensor | None) -> bool:
-    parameters = (stack.bias, stack.response, *stack.weights)
-    return needs_plain_pass(*(x for x in (*tensors, *parameters) if x is not None))
+    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward mode."""
+    given = [x for x in (*tensors, stack.bias, stack.response, *stack.weights) if x is not None]
+    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in given)
 
 
 def _plain(
