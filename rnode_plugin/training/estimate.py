@@ -21,6 +21,7 @@ from ..core.random_streams import Stream, seeded
 from ..errors import ConfigError, RnodeError, first_line
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, TableData
+from ..solvers import gradient_of
 from .fastest import NFE_PER_BLOCK, StepTimer, Way, fixed_solver, forward_and_backward
 from .runs import RunPlan
 
@@ -220,7 +221,7 @@ def count_step(
     solver = fixed_solver(recipe.solver, nfe_per_block=nfe_per_block)
     if gradient is not None:
         solver = dataclasses.replace(solver, gradient=gradient)
-    if solver.gradient.endswith("adjoint"):
+    if not gradient_of(solver).through_steps:
         raise ConfigError(
             "the steps of a continuous adjoint cannot be counted: --set solver.gradient=checkpointed, or autograd."
         )
