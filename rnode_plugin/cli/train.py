@@ -15,7 +15,7 @@ import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
 from ..plugins import registry
-from ..text import duration
+from ..text import counted, duration, table
 from .options import (
     Command,
     Duration,
@@ -25,8 +25,6 @@ from .options import (
     complete,
     complete_configuration,
     complete_run,
-    counted,
-    denormals,
     device,
     download,
     evaluation_rows,
@@ -37,11 +35,8 @@ from .options import (
     quiet,
     recipe_argument,
     regularizers_option,
-    report_as_plain,
-    report_rows,
     settings,
     short,
-    table,
 )
 
 if TYPE_CHECKING:
@@ -118,7 +113,7 @@ def train(
         chosen, checkpoint = _chosen(recipe, resume, ffjord, ctx)
         chosen = changed(chosen, options, assignments)
         options |= _place(options.pop("device"), options["devices"])
-        flush_denormals(ctx, keep=options.pop("keep_denormals"))
+        flush_denormals(options)
         from ..training.fit import fit  # seconds of imports, which a wrong name or setting does not wait for
 
         made = [_callback(name) for name in callbacks]
@@ -289,9 +284,9 @@ def compare(
     )
     report = result.report
     if as_json:
-        print_json({"runs": result.runs, "failed": result.failed, **report_as_plain(report)})
+        print_json({"runs": result.runs, "failed": result.failed, **report.to_plain()})
     else:
-        click.echo(f"\n{report_rows(report)}\n\n{report.html}")
+        click.echo(f"\n{report.as_text()}\n\n{report.html}")
     if result.failed:
         raise TrainingError(" ".join(result.failed))
 
@@ -317,7 +312,7 @@ def compare(
 @short("data-root")
 @download
 @device
-@denormals
+@keep_denormals
 def tune_step(
     *,
     run_or_recipe: str,
