@@ -52,7 +52,8 @@ def odeint(
         y0: the first state, a tensor or a tuple of tensors.
         t: times ``(T,)``, rising or falling; ``y0`` is the state at the first of them.
         rtol, atol: tolerances of an adaptive method.
-        method: torchdiffeq's name of the method; None: ``"dopri5"``.
+        method: torchdiffeq's name of the method; None: ``"dopri5"``. Only ``"scipy_solver"`` accepts no error norm,
+            so there the penalties take part in the choice of the steps, and values differ within the tolerance.
         options: options of the method, such as ``{"step_size": 0.1}``.
         event_fn: ``(t, y)``; the solve ends where its value crosses zero. The gradient of the penalties includes
             the motion of the event's time; the time and the solution have such a gradient with ``odeint_event``.
@@ -123,9 +124,7 @@ def odeint_adjoint(
 ) -> Any:
     """torchdiffeq's ``odeint_adjoint`` with penalties on the vector field; see :func:`odeint`.
 
-    The adjoint carries the penalties; its error norm sees the user's part of the state alone. Only
-    ``method="scipy_solver"`` has no such norm: there the penalties take part in the choice of the steps, and values
-    differ from the plain call's by as much as the tolerance.
+    The adjoint carries the penalties; its error norm sees the user's part of the state alone.
 
     Args:
         adjoint_rtol, adjoint_atol: tolerances of the solve backward; None: ``rtol`` and ``atol``.
