@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +19,9 @@ from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.data import ImageData
 from rnode_plugin.flows.multiscale import dequantize, random_flip
-from rnode_plugin.recipes.recipe import Recipe, Start
+from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.solvers import Solver
-from rnode_plugin.training.datamodule import EpochOrder
+from rnode_plugin.training.datamodule import StepOrder
 from rnode_plugin.training.optimizers import learning_rate_factor, make_optimizer
 
 __all__ = ["METHODS", "Method", "Point", "Trainer", "rk4"]
@@ -129,10 +128,7 @@ class Trainer:
     def _batches_of_epochs(self) -> Iterator[list[int]]:
         """The images of each batch, in the order in which training takes them."""
         size, seed = self.recipe.data.batch_size, self.recipe.training.seed
-        order = EpochOrder(len(self.data.train), batch_size=size, seed=seed, start=Start())
-        for epoch in itertools.count():
-            order.set_epoch(epoch)
-            yield from order
+        return iter(StepOrder(len(self.data.train), batch_size=size, seed=seed, endless=True))
 
     def images(self) -> Tensor:
         """The next batch, dequantised; the same for all methods."""

@@ -8,6 +8,7 @@ import argparse
 from rnode_plugin import get_recipe, load_flow
 from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.training.fit import fit
+from rnode_plugin.training.runs import RunOptions
 
 
 def main():
@@ -34,14 +35,14 @@ def main():
     if not hasattr(recipe.data, "levels"):
         parser.error(f"{recipe.name} is a recipe of a table")
     levels = recipe.images.levels
-    result = fit(recipe, runs="runs", devices=options.devices, num_nodes=options.num_nodes, progress=False)
+    result = fit(recipe, RunOptions(progress=False), devices=options.devices, num_nodes=options.num_nodes)
 
     if not result.first_process:  # of several, one reports
         return
     evaluation = result.evaluation
-    if evaluation is None:  # a signal stopped it; fit(recipe, resume=result.folder.path) goes on
+    if evaluation is None:  # a signal stopped it; fit(recipe, RunOptions(resume=result.folder.path)) continues
         raise SystemExit(f"stopped by {result.stopped} after {result.steps} steps")
-    print(f"steps              {result.steps} in {result.seconds:.1f} s")
+    print(f"steps              {result.steps} in {result.training_seconds:.1f} s")
     print(f"bits/dim dirty     {evaluation.dirty.mean:.3f} ± {evaluation.dirty.stderr:.3f}")
     print(f"bits/dim clean     {evaluation.clean.mean:.3f} (density at the bins' centres: no bound)")
     print(f"NFE of a solve     {evaluation.nfe_mean:.0f}, all blocks together")

@@ -1,10 +1,13 @@
-"""Durations, numbers and tables as text: significant digits, values with their errors, aligned columns."""
+"""Durations and numbers as text: significant digits, values with their errors; and a counter of batches."""
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Callable
+
+_INTERVAL = 10.0  # least seconds between two lines of a counter
 
 
 def duration(seconds: float) -> str:
@@ -40,32 +43,6 @@ def signed(value: float) -> str:
     return _with_sign(_rounded(value, 4))
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 image`` or ``64 images``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns; all rows have the same number of cells."""
-    cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
-    """Aligned columns whose last one is wrapped, in at most ``width`` characters; an empty line between rows."""
-    cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
-    indent = sum(widths) + 2 * len(widths)
-    blocks = []
-    for *heads, last in cells:
-        lines = textwrap.wrap(last, max(20, width - indent)) or [""]
-        first = "".join(head.ljust(size + 2) for head, size in zip(heads, widths, strict=True))
-        blocks.append("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
-    return "\n\n".join(blocks)
-
-
 def _with_sign(text: str) -> str:
     return text.replace("-", "−") if text.startswith("-") else f"+{text}"
 
@@ -77,3 +54,16 @@ def _rounded(value: float, places: int) -> str:
 def _places(error: float) -> int:
     """Decimal places that show two significant digits of an error, six at most."""
     return min(max(0, 1 - math.floor(math.log10(error))), 6) if math.isfinite(error) else 4
+
+
+def batch_counter(what: str) -> Callable[[int, int], None]:
+    """A callback ``(done, total)`` that prints a line on the standard error every ten seconds."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _INTERVAL:
+            last = time.monotonic()
+            print(f"{what}, batch {done} of {total}", file=sys.stderr, flush=True)
+
+    return show

@@ -69,7 +69,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (folder("not_pictures"), 1, r"4\.png cannot be read: the file is damaged"),
     (["train", "digits", "--runs", "SHELF/text"], 1, r"the system refused: .*text"),
     (["train", "--resume", "SHELF/empty"], 1, r"no checkpoint at .*last\.ckpt"),
-    (["train", "--resume", "SHELF/good.ckpt"], 1, r"holds weights only: training cannot go on from it"),
+    (["train", "--resume", "SHELF/good.ckpt"], 1, r"holds weights only, from which no training continues"),
     (["train", "--resume", "SHELF/half.ckpt"], 1, r"half\.ckpt cannot be read, it is truncated or no checkpoint"),
     (["train", "mnist", "--resume", "SHELF/good.ckpt"], 2, r"is a run of digits, not of mnist\. Leave"),
     (["train", "--resume", "SHELF/good.ckpt", "--ffjord"], 2, r"cannot go with --resume"),
@@ -81,8 +81,6 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["diagnose", "nowhere"], 1, r"no checkpoint at nowhere"),
     (["diagnose", "SHELF/good.ckpt", "--samples", "1"], 2, r"1 is not in the range x>=2"),
     (["diagnose", "SHELF/good.ckpt", "--device", "cud"], 2, r"the device 'cud' cannot be used"),
-    (["tune-step", "nowhere"], 2, r"unknown recipe 'nowhere'"),
-    (["tune-step", "SHELF/good.ckpt", "--set", "data.nme=x"], 2, r"unknown setting"),
     (["report", "SHELF/nowhere"], 2, r"no run at .*: give a run folder"),
     (["compare", "digits", "--configuration", "rnod"], 2, r"unknown configuration 'rnod'; did you mean 'rnode'"),
 ]  # fmt: skip
@@ -105,19 +103,3 @@ def test_command_line(
     assert output.count("Error:") == 1
     assert list(tmp_path.iterdir()) == []
     assert sorted(map(str, shelf.rglob("*"))) == before
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--method", "dopri5"], r"dopri5 chooses its own steps"),
-        (["--smallest", "2"], r"start the larger"),
-    ],
-)
-def test_tune_step_looks_at_its_options_first(
-    options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rnode_plugin.training.fit.fit", lambda *a, **o: pytest.fail("trained before it looked"))
-    done = CliRunner().invoke(main, ["tune-step", "digits", *options, "--device", "cpu"])
-    assert done.exit_code == 2, done.output
-    assert re.search(words, done.output)

@@ -205,8 +205,6 @@ def test_what_cannot_be_written(file: Path, recipe: Recipe, tmp_path: Path) -> N
 
 # damaged ------------------------------------------------------------------------------------------------------
 
-WHOLE = Path(__file__).parent / "old_runs" / "interrupted" / "checkpoints" / "last.ckpt"
-
 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
@@ -220,8 +218,10 @@ WHOLE = Path(__file__).parent / "old_runs" / "interrupted" / "checkpoints" / "la
         ("rnode_plugin.format", 99, "in format 99"),
     ],
 )
-def test_contents_that_do_not_fit_are_one_message(tmp_path: Path, place: str, value: Any, message: str) -> None:
-    contents = inner = torch.load(WHOLE, weights_only=True)
+def test_contents_that_do_not_fit_are_one_message(
+    file: Path, tmp_path: Path, place: str, value: Any, message: str
+) -> None:
+    contents = inner = torch.load(file, weights_only=True)
     *outer, last = place.split(".")
     for name in outer:
         inner = inner[name]
@@ -232,6 +232,6 @@ def test_contents_that_do_not_fit_are_one_message(tmp_path: Path, place: str, va
 
 
 def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:
-    with pytest.raises(RnodeError, match=r"no more memory.*Lower --batch-size"):
+    with pytest.raises(RnodeError, match=r"PyTorch failed: .*allocate"):
         run(tiny_recipe("model.hidden=2000000"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

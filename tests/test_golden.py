@@ -31,7 +31,6 @@ from rnode_plugin import (
     TableFlow,
     bits_per_dim,
     get_recipe,
-    load_flow,
     objective,
 )
 
@@ -173,13 +172,6 @@ def shaken(flow: nn.Module) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def old_run() -> dict[str, list[float]]:
-    flow = load_flow(HERE / "old_runs" / "finished")
-    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-    torch.manual_seed(0)
-    return {"old_flow": flow(images).logdet.tolist()}
-
-
 def eight_steps(runs: Path) -> dict[str, Any]:
     first = train(runs)
     return {"digits": {key: [float(row[key]) for row in rows(first) if row.get(key)] for key in COLUMNS}}
@@ -228,10 +220,6 @@ def test_drawn_penalties_are_as_stored() -> None:
 
 def test_densities_are_as_stored() -> None:
     assert_as_stored(densities(), 2e-5)
-
-
-def test_an_old_run_is_as_stored() -> None:
-    assert_as_stored(old_run(), 2e-5)
 
 
 # --- eight steps of the digits, whole and interrupted -----------------------------------------------------------
@@ -340,7 +328,7 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        values: dict[str, Any] = {**drawn_penalties(), **densities(), **old_run(), **eight_steps(Path(folder))}
+        values: dict[str, Any] = {**drawn_penalties(), **densities(), **eight_steps(Path(folder))}
         evaluation = json.loads(
             cli(
                 "eval",

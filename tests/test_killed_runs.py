@@ -130,7 +130,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     message = Child(tmp_path / "runs", STEPS, at(5, limit)).error()
     assert "cannot write" in message
     assert "last.ckpt" in message
-    assert "goes on from it" in message
+    assert "continues from it" in message
     assert_intact(tmp_path / "runs", 4)
 
 
@@ -148,8 +148,8 @@ def test_data_that_vanish(tmp_path: Path) -> None:
     large = "import rnode_plugin.data.folders as folders; folders._IN_MEMORY_BYTES = 0\n"  # read while training
     message = Child(tmp_path / "runs", settings, large + at(3, vanish)).error()
     assert "DataError: training stopped: " in message
-    assert ".png cannot be read" in message
-    assert "goes on from it" in message
+    assert ".png" in message
+    assert "continues from it" in message
     assert read_checkpoint(one_run(tmp_path / "runs") / "checkpoints" / "last.ckpt")["progress"]["batches"] >= 2
 
 
@@ -161,6 +161,5 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
         "[os.kill(pid, signal.SIGKILL) for pid in kids]; import time; time.sleep(0.3)"
     )
     message = Child(tmp_path / "runs", [*STEPS, "data.workers=1"], at(3, kill_children)).error()
-    assert "training stopped: DataLoader worker" in message
-    assert "data.workers=0" in message
-    assert "goes on from it" in message
+    assert "training stopped: PyTorch failed: DataLoader worker" in message
+    assert "continues from it" in message

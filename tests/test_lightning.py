@@ -12,14 +12,12 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from tiny_runs import signal_at, tiny_recipe
+from tiny_runs import tiny_recipe
 from torch import Tensor, nn
 
 from rnode_plugin import ImageDataModule, MultiscaleFlow, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.training.callbacks import Interrupted, RunControl
-from rnode_plugin.training.runs import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -152,18 +150,6 @@ def test_validation_in_inference_mode(tmp_path: Path) -> None:
     (found,) = trainer(tmp_path, inference_mode=True).validate(module, ImageDataModule(recipe), verbose=False)
     assert math.isfinite(found["val/bpd"])
     assert found["val/jacfrob"] > 0
-
-
-def test_our_callbacks_alone(tmp_path: Path) -> None:
-    """The first signal ends the run after its step; Lightning's own checkpoint callback saves as well as ours."""
-    recipe = tiny_recipe()
-    whole, _ = train(recipe, tmp_path, max_steps=8, enable_checkpointing=False)
-    folder = RunFolder(tmp_path / "ours")
-    with pytest.raises(Interrupted):
-        train(recipe, tmp_path, max_steps=8, callbacks=[signal_at(6), RunControl(folder)])
-    assert folder.best.is_file()
-    again, _ = train(recipe, tmp_path, folder.last, max_steps=8, enable_checkpointing=False)
-    assert_same(whole, again)
 
 
 def test_what_cannot_work_is_said(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import rows, tiny_recipe
+from tiny_runs import rows, run, tiny_recipe
 
 from rnode_plugin import Solver, get_recipe, load_flow
 from rnode_plugin.core.dynamics import Dynamics
@@ -16,8 +16,9 @@ from rnode_plugin.core.regularizers import kinetic
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.solvers import solve
-from rnode_plugin.training.fit import fit
-from rnode_plugin.training.trainer import make_trainer
+from rnode_plugin.training import trainer
+from rnode_plugin.training.checkpoints import load_with_recipe
+from rnode_plugin.training.trainer import computes_bf16, decided
 
 
 def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
@@ -60,7 +61,7 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
         "training.precision=bf16-mixed", "training.max_steps=4", "data.val_batch_size=31", "optimizer.lr=2e-2",
         "test_solver.method=dopri5", "test_solver.max_nfe=300",
     )  # fmt: skip
-    result = fit(recipe, runs=tmp_path, accelerator="cpu", devices=1, progress=False)
+    result = run(recipe, tmp_path)
     (check,) = [row for row in rows(result.folder.path) if "val/bpd" in row]
     flow: Any = load_flow(result.folder.last)
     with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
@@ -70,11 +71,48 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
     assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"
 
 
-def test_bf16_on_a_processor_without_it_is_noted(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "native", "settings", "precision", "compiles"),
+    [
+        ("cpu", True, (), "bf16-mixed", False),
+        ("cpu", False, (), "32-true", False),
+        ("cuda", True, (), "bf16-mixed", True),
+        ("cuda", False, (), "32-true", True),
+        ("cuda", True, ("solver.method=dopri5", "solver.trace_quadrature=full"), "32-true", True),
+        ("cuda", False, ("training.precision=64-true", "training.compile=false"), "64-true", False),
+    ],
+)
+def test_what_auto_means(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    native: bool,
+    settings: tuple[str, ...],
+    precision: str,
+    compiles: bool,
 ) -> None:
-    for precision, capability in (("bf16-mixed", "AVX2"), ("bf16-mixed", "AVX512"), ("32-true", "AVX2")):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        make_trainer(accelerator="cpu", devices=1, num_nodes=1, precision=precision)
-        noted = "slower than 32-true" in capsys.readouterr().err
-        assert noted == (precision == "bf16-mixed" and capability == "AVX2")
+    monkeypatch.setattr(trainer, "computes_bf16", lambda device: native)
+    recipe = tiny_recipe("training.precision=auto", "training.compile=auto", *settings)
+    found = decided(recipe, torch.device(kind)).training
+    assert (found.precision, found.compile) == (precision, compiles)
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_card_computes_bf16_from_8_0(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], native: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert computes_bf16(torch.device("cuda")) == native
+
+
+def test_a_processor_computes_bf16_by_its_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, native in (("avx2 avx512f", False), ("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True)):
+        monkeypatch.setattr(Path, "read_text", lambda self, flags=flags, **options: f"flags : {flags}")
+        assert computes_bf16(torch.device("cpu")) == native
+
+
+def test_a_run_takes_the_precision_that_auto_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "computes_bf16", lambda device: True)
+    found = run(tiny_recipe("training.precision=auto", "training.max_steps=2"), tmp_path / "a")
+    named = run(tiny_recipe("training.precision=bf16-mixed", "training.max_steps=2"), tmp_path / "b")
+    assert rows(found.folder.path) == rows(named.folder.path)
+    assert load_with_recipe(found.folder.last)[1].training.precision == "auto"

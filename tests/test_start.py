@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import rows, run, tiny_recipe
 
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Start
-from rnode_plugin.training.datamodule import EpochOrder
+from rnode_plugin.training.datamodule import StepOrder
 
 
-def batches(epochs: int, **options: object) -> list[list[int]]:
-    """What one device takes in so many epochs."""
-    order = EpochOrder(**{"seed": 3, **options})  # pyright: ignore[reportArgumentType]
-    found: list[list[int]] = []
-    for epoch in range(epochs):
-        order.set_epoch(epoch)
-        found += order
-    return found
+def order_of(done: int = 0, **options: Any) -> StepOrder:
+    return StepOrder(**{"seed": 3, "next_step": lambda: done, **options})
+
+
+def batches(epochs: int, **options: Any) -> list[list[int]]:
+    """The batches that one device takes in so many epochs."""
+    endless = iter(order_of(endless=True, **options))
+    return list(itertools.islice(endless, epochs * len(order_of(**options))))
 
 
 @pytest.mark.parametrize(("images", "start", "size"), [
@@ -35,7 +36,7 @@ def batches(epochs: int, **options: object) -> list[list[int]]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_each_pass_takes_each_image_once(images: int, start: Start, size: int, world: int) -> None:
     parts = [
-        batches(9, images=images * world, batch_size=size, start=start, world=world, rank=rank)
+        batches(9, samples=images * world, batch_size=size, start=start, world=world, rank=rank)
         for rank in range(world)
     ]
     steps = [list(itertools.chain(*of_devices)) for of_devices in zip(*parts, strict=True)]
@@ -57,20 +58,19 @@ def test_each_pass_takes_each_image_once(images: int, start: Start, size: int, w
 
 @pytest.mark.parametrize("done", range(15))
 def test_an_order_goes_on_wherever_it_was_left(done: int) -> None:
-    options = {"images": 20, "batch_size": 4, "start": Start(4, batch_size=3)}
+    options: dict[str, Any] = {"samples": 20, "batch_size": 4, "start": Start(4, batch_size=3)}
     whole = batches(3, **options)
-    order = EpochOrder(**options, seed=3, done=done)
-    rest = list(order)
-    for epoch in range(done // 5 + 1, 3):
-        order.set_epoch(epoch)
-        rest += order
-    assert rest == whole[done:]
+    end = 5 * (done // 5 + 1)  # of the epoch in which it begins
+    assert list(order_of(done, **options)) == whole[done:end]
+    rest = iter(order_of(done, endless=True, **options))
+    assert list(itertools.islice(rest, 15 - done)) == whole[done:]
+    assert order_of(**options).batches_of(done) == whole[done : done + 1]
 
 
 def test_two_devices_and_two_batches_a_step_take_the_images_of_one() -> None:
-    one = batches(3, images=40, batch_size=8, start=Start(4, batch_size=4))
+    one = batches(3, samples=40, batch_size=8, start=Start(4, batch_size=4))
     parts = [
-        batches(3, images=40, batch_size=2, accumulate=2, start=Start(4, batch_size=1), world=2, rank=rank)
+        batches(3, samples=40, batch_size=2, accumulate=2, start=Start(4, batch_size=1), world=2, rank=rank)
         for rank in (0, 1)
     ]
     first, second = ([part[::2], part[1::2]] for part in parts)

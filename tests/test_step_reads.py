@@ -22,7 +22,7 @@ from rnode_plugin.training.step import StepObjective
 # all that turns a tensor into something of Python's
 _READS = {"tolist", "item", "__bool__", "__float__", "__int__", "__index__", "numpy", "equal", "nonzero"}
 # times and drawn stages of a solve and the order of the images are the host's own: no device is waited for
-_HOST = {"count_steps", "draw_stage", "_check_times", "__iter__", "_images_of"}
+_HOST = {"count_steps", "draw_stage", "_check_times", "__iter__", "batches_of"}
 
 
 class _Reads(TorchFunctionMode):

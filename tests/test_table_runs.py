@@ -254,27 +254,8 @@ def test_a_report_of_images_and_tables_is_refused(conditional: Path, tmp_path: P
 
 def test_options_of_the_other_kind(conditional: Path) -> None:
     assert "--given is for tables, and digits" in rnode("train", "digits", "--given", "a").output
-    finished = str(Path(__file__).parent / "old_runs" / "finished")
-    assert "--given-file are for tables" in rnode("sample", finished, "--given-values", "a=1").output
+    assert "--given-file are for tables" in rnode("sample", "mnist-pretrained", "--given-values", "a=1").output
     assert "the data set 'digits' holds images" in rnode("train", "table", "--data", "digits").output
-
-
-def test_the_step_of_a_table_by_measurement(file: Path, conditional: Path) -> None:
-    found = rnode("tune-step", str(conditional), "--device", "cpu", "--images", "20", "--smallest", "0.125")
-    assert found.exit_code == 0, found.output
-    assert "agrees with the adaptive solve within 0.02 nats and 0.01 deviations." in found.output
-
-
-def test_the_step_for_another_file_reads_the_columns_of_the_run(
-    file: Path, conditional: Path, tmp_path: Path
-) -> None:
-    copied = tmp_path / "copied.csv"
-    copied.write_bytes(file.read_bytes())
-    words = ["tune-step", str(conditional), "--device", "cpu", "--images", "20", "--smallest", "0.125"]
-    there = rnode(*words, "--data-root", str(copied))
-    assert there.output == rnode(*words).output
-    refused = rnode(*words, "--set", "model.hidden=99")
-    assert (refused.exit_code, "changes nothing about a trained flow" in refused.output) == (2, True)
 
 
 # a Gaussian of the same rows

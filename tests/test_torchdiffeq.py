@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +18,6 @@ from dense_rates import integrals
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
-from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
@@ -189,10 +187,10 @@ class WithContext(Field):
 
 
 @pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("penalized", [slice(-4, -2), [True, True, False, False]])
+@pytest.mark.parametrize("penalized", [slice(0, 2), slice(-4, -2), [True, True, False, False]])
 def test_columns_of_one_tensor_are_penalized(name: str, penalized: Any) -> None:
     """Context counts neither in the integrals nor in the dimensions."""
-    field, y0 = WithContext(), start(2, 4)
+    field, y0 = WithContext(), start(4, 4)
     arguments: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "regularizers": {"kinetic": 1.0, "jacfrob": 1.0}}
     found, penalties = BOTH[name](field, y0, SPAN, **arguments, penalized=penalized, trace_noise="exact")
     assert torch.equal(found, PLAIN[name](field, y0, SPAN, rtol=1e-9, atol=1e-9))
@@ -243,14 +241,6 @@ def test_a_penalized_tensor_that_stays_is_a_warning() -> None:
         warnings.simplefilter("error")
         odeint(field, state, SPAN, regularizers=["kinetic"], penalized=1)
         odeint(lambda t, y: (0 * y[0], 0 * y[1]), state, SPAN, regularizers=["kinetic"], penalized=1)  # all stay
-
-
-def test_tensors_of_a_tuple_may_differ_in_precision() -> None:
-    state = (start().float(), start(4))
-    y, penalties = odeint(lambda t, y: (-y[0], -y[1]), state, SPAN, regularizers={"kinetic": 1.0, "jacfrob": 1.0})
-    assert [x.dtype for x in y] == [x.dtype for x in theirs.odeint(lambda t, y: (-y[0], -y[1]), state, SPAN)]
-    expected = (1 - torch.exp(torch.tensor(-2.0))) / 2 * state[0].square().sum(1)
-    torch.testing.assert_close(penalties["kinetic"].float(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_norms_of_the_user_see_the_users_state() -> None:
@@ -492,9 +482,9 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
 
     full = draw("full")
     torch.manual_seed(0)
-    draws = torch.stack([draw("sampled") for _ in range(160)])
-    assert torch.equal(draws[:, -4:], full[-4:].expand(160, 4))  # kinetic needs no product
-    off, error = (draws.mean(0) - full)[:-4], draws.std(0)[:-4] / 160**0.5
+    draws = torch.stack([draw("sampled") for _ in range(400)])
+    assert torch.equal(draws[:, -4:], full[-4:].expand(400, 4))  # kinetic needs no product
+    off, error = (draws.mean(0) - full)[:-4], draws.std(0)[:-4] / 20
     # 16 numbers: 3 standard errors for the typical one
     assert (off.abs() <= 3 * error + 1e-12).double().mean() > 0.9
     assert (off.abs() <= 4.5 * error + 1e-12).all()
@@ -547,8 +537,9 @@ def test_the_adjoint_may_have_a_method_of_its_own() -> None:
 def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None:
     field = Field()
 
-    class OfTheField(nn.Module, Regularizer):
+    class OfTheField(nn.Module):
         name = "weighted"
+        needs: frozenset[str] = frozenset()
 
         def __init__(self) -> None:
             super().__init__()
@@ -775,22 +766,6 @@ def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code
             pass
     expected = [odeint(field, x, SPAN, regularizers=["kinetic"])[1]["kinetic"] for x in (y0, 10 * y0)]
     torch.testing.assert_close([penalties["kinetic"], *others], expected)
-
-
-def test_another_thread_may_read_the_penalties(their_code: ModuleType) -> None:
-    """As the one that gave the solves to a pool of threads."""
-    field, y0 = Field(), start()
-
-    def work(scale: float) -> list[Any]:
-        with regularize({"kinetic": 1.0}) as collected:
-            their_code.odeint(field, scale * y0, SPAN)
-        return [collected, odeint(field, scale * y0, SPAN, regularizers={"kinetic": 1.0})[1]]
-
-    with ThreadPoolExecutor(2) as pool:
-        pairs = list(pool.map(work, [1.0, 2.0]))
-    for scale, found in zip([1.0, 2.0], pairs, strict=True):
-        expected = odeint(field, scale * y0, SPAN, regularizers={"kinetic": 1.0})[1].loss()
-        torch.testing.assert_close([each.loss() for each in found], [expected, expected])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -31,6 +32,7 @@ from rnode_plugin.errors import CheckpointError, ConfigError, TrainingError
 from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
+from rnode_plugin.training import callbacks
 from rnode_plugin.training.callbacks import RunControl, StoppedAtOnce
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import FitResult
@@ -104,7 +106,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     assert len(result.evaluation.dirty.samples) == 60
     assert float(found[-1]["val/bpd"]) < float(found[0]["train/bpd"])
     assert result.evaluation.dirty.mean == pytest.approx(float(found[-1]["val/bpd"]), abs=0.02)
-    assert result.seconds > 0
+    assert result.run_seconds > 0
 
 
 def test_the_numbers_of_a_row_are_what_their_columns_say(whole: FitResult) -> None:
@@ -175,7 +177,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         part = run(recipe, tmp_path, resume=part.folder.path, callbacks=[signal_at(stop)])
     rest = run(recipe, tmp_path / "elsewhere", resume=part.folder.path)
     assert rest.folder == part.folder
-    assert rest.seconds > part.seconds
+    assert rest.run_seconds > part.run_seconds
     child_runs.assert_same(whole.folder.path, rest.folder.path)
 
 
@@ -283,36 +285,55 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
 
 
-def test_another_validation_chooses_the_best_weights_anew(recipe: Recipe, whole: FitResult) -> None:
+def control(recipe: Recipe, folder: RunFolder | None = None) -> RunControl:
+    return RunControl(recipe, RunPlan.of(recipe, 200), metric="bpd", folder=folder)
+
+
+def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> None:
     """The lowest value of easier images would keep weights that are no longer the best."""
-    before = read_checkpoint(whole.folder.last)
-    for other, goes_on in (([], True), (["training.val_images=30"], False), (["test_solver.step=0.5"], False)):
-        control = RunControl(whole.folder)
-        module: Any = SimpleNamespace(recipe=recipe.override(other))
-        control.on_load_checkpoint(SimpleNamespace(is_global_zero=True), module, before)  # pyright: ignore[reportArgumentType]
-        control.load_state_dict({"best": 1.0})
-        assert control.best == (1.0 if goes_on else math.inf)
+    before = control(recipe)
+    before.best = 1.0
+    folder = RunFolder(Path("run"))
+    for other, where, best in (
+        ([], folder, 1.0),
+        ([], None, math.inf),  # a copied checkpoint, whose best weights are elsewhere
+        (["training.val_images=30"], folder, math.inf),
+        (["test_solver.step=0.5"], folder, math.inf),
+    ):
+        later = control(recipe.override(other), where)
+        later.load_state_dict(before.state_dict())
+        assert later.best == best
 
 
-def test_a_process_with_another_checkpoint_is_told(whole: FitResult) -> None:
+def test_a_process_with_another_checkpoint_is_refused(recipe: Recipe) -> None:
     """Each machine of a run may have a copy of its own."""
     strategy = SimpleNamespace(broadcast=lambda step: 20)
     trainer: Any = SimpleNamespace(global_step=10, world_size=1, strategy=strategy)
+    module = SimpleNamespace(clock=SimpleNamespace(training=0.0))
     with pytest.raises(TrainingError, match="from step 10, the first one from step 20"):
-        RunControl(whole.folder).on_train_start(trainer, Any)  # pyright: ignore[reportArgumentType]
+        control(recipe).on_train_start(trainer, module)
 
 
-def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not() -> None:
+def test_a_second_signal_ends_a_run_at_once_but_an_echo_of_the_first_does_not(recipe: Recipe) -> None:
     for signum, later, ends in (
         (signal.SIGTERM, 0.0, False),
         (signal.SIGTERM, 2.0, True),
         (signal.SIGINT, 0.0, True),
     ):
-        control = RunControl()
-        control._on_signal(signum, None)
-        control._since -= later
+        run_control = control(recipe)
+        run_control._on_signal(signum, None)
+        run_control._since -= later
         with pytest.raises(StoppedAtOnce) if ends else nullcontext():
-            control._on_signal(signum, None)
+            run_control._on_signal(signum, None)
+
+
+def test_progress_has_the_time_that_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "_INTERVAL", math.inf)  # the first line alone
+    run(tiny_recipe("training.max_steps=24", "training.val_every_steps=24"), tmp_path, progress=True)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step 20/24"))
+    assert re.fullmatch(r"step 20/24  bits/dim \d\.\d{4}  NFE 24  \d+\.\d\d s/step, about \d.* left", line)
 
 
 def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_path: Path) -> None:
@@ -329,7 +350,7 @@ def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_pat
         patch.setattr(ArrayDataset, "__getitems__", slow)
         result = run(tiny_recipe("data.val_batch_size=31"), tmp_path, callbacks=[Slow()])
     seconds = [float(row["train_seconds"]) for row in csv.DictReader(result.folder.metrics.open()) if row["lr"]]
-    assert 0.8 < seconds[-1] < result.seconds - 2.0
+    assert 0.8 < seconds[-1] < result.run_seconds - 2.0
 
 
 # the plan ------------------------------------------------------------------------------------------------------

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -51,36 +49,6 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
             assert float(value) == pytest.approx(float(of_one[name]), rel=tolerance, abs=1e-6), name
 
 
-@pytest.mark.slow
-def test_two_processes_take_the_same_way_and_keep_to_it(tmp_path: Path) -> None:
-    settings = ("--devices", "2", "--precision", "auto", *as_options("training.max_steps=20"))
-    done = train(tmp_path, *settings)
-    assert done.returncode == 0, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("training in ")]
-    run = tmp_path / "digits" / "0"
-    chosen = json.loads((run / "chosen.json").read_text())
-    assert line.startswith(f"training in {chosen['way']['precision']} (")
-    assert list(chosen["measured"]) == ["32-true", "bf16-mixed"]
-    before = (run / "chosen.json").read_text()
-    again = train(tmp_path, "--resume", str(run), "--devices", "2", *as_options("training.max_steps=22"))
-    assert again.returncode == 0, again.stderr
-    assert f"training in {chosen['way']['precision']}, as chosen before" in again.stderr
-    assert (run / "chosen.json").read_text() == before
-
-
-@pytest.mark.slow
-def test_devices_exchanged_for_accumulation_in_the_middle_of_a_run(tmp_path: Path) -> None:
-    a, b = tmp_path / "a" / "digits" / "0", tmp_path / "b" / "digits" / "0"
-    settings = "data.batch_size=10"
-    assert train(tmp_path / "a", "--devices", "2", *as_options(settings, "training.max_steps=3")).returncode == 0
-    longer = (*as_options(settings, "training.max_steps=6"), "--resume")
-    assert train(tmp_path, *longer, str(a), "--devices", "1", "--accumulate", "2").returncode == 0
-    assert train(tmp_path / "b", "--devices", "2", *as_options(settings, "training.max_steps=6")).returncode == 0
-    torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)
-    steps = [row["step"] for row in rows(a) if "train/loss" in row]
-    assert steps == list("123456")
-
-
 def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
     """The example on two devices: each trains on its part, each held-out image counts once, one process reports."""
     example = Path(__file__).parents[1] / "examples" / "lightning_trainer.py"
@@ -92,20 +60,6 @@ def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
     assert "sync_dist" not in done.stderr
     assert (tmp_path / "lightning_trainer.png").is_file()
     assert (tmp_path / "lightning" / "last.ckpt").is_file()
-
-
-@pytest.mark.slow
-def test_a_port_in_use_is_one_message(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        done = train(tmp_path, "--devices", "2", env={"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"})
-    assert done.returncode == 1, done.stderr
-    assert "the processes of this run cannot reach each other" in done.stderr
-    assert port in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "digits").iterdir())
 
 
 @pytest.mark.slow

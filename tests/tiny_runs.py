@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ from rnode_plugin.cli import main
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.fit import FitResult, fit
+from rnode_plugin.training.runs import RunOptions
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
@@ -38,7 +40,9 @@ def tiny_recipe(*settings: str) -> Recipe:
 
 def run(recipe: Recipe, runs: Path, **options: Any) -> FitResult:
     """Train in this process on one CPU without a word."""
-    return fit(recipe, runs=runs, **{"accelerator": "cpu", "devices": 1, "progress": False, **options})
+    names = {each.name for each in dataclasses.fields(RunOptions)} & options.keys()
+    mine = {"runs": runs, "progress": False, **{name: options.pop(name) for name in names}}
+    return fit(recipe, RunOptions(**mine), **{"accelerator": "cpu", "devices": 1, **options})
 
 
 def as_options(*settings: str) -> list[str]:

@@ -17,7 +17,7 @@ from .options import loaded
 __all__ = ["main"]
 
 _TASKS = {
-    "Train": ("train", "compare", "estimate", "tune-step"),
+    "Train": ("train", "compare"),
     "Use what was trained": ("eval", "sample", "report", "diagnose", "export", "cite"),
     "Look up": ("recipes", "regularizers", "data", "plugins", "info"),
     "Run a program": ("exec",),

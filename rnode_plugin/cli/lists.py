@@ -13,15 +13,16 @@ import click
 
 from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
-from ..text import counted, table
 from .options import (
     as_json,
     complete,
+    counted,
     loaded,
     named_recipe,
     print_json,
     read_regularizers,
     settings,
+    table,
 )
 
 _VARIABLES = (
@@ -276,8 +277,6 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     except ImportError as error:
         raise ConfigError(str(error)) from None
     spec = read_regularizers(regularizers) or None
-    if spec is None and of_torchdiffeq != {"penalized": None, "batch_dim": 0, "trace_noise": "gaussian"}:
-        raise click.UsageError("--penalized, --batch-dim and --trace-noise need a --regularizer.")
     install(torchdiffeq=True, regularizers=spec)
     torchdiffeq.install(spec, **of_torchdiffeq)
     sys.argv = [str(script), *args]

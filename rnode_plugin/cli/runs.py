@@ -10,24 +10,28 @@ import click
 
 from ..errors import ConfigError
 from ..solvers.config import FIXED_METHODS
-from ..text import counted, duration, table, wrapped_table
+from ..text import batch_counter, duration
 from .options import (
     Command,
     RareOption,
     as_json,
     complete_run,
     complete_solver,
+    counted,
+    denormals,
     device,
     download,
     evaluation_rows,
-    flush_denormals,
     force,
     free_path,
-    keep_denormals,
     print_json,
     quiet,
+    report_as_plain,
+    report_rows,
     run_argument,
     short,
+    table,
+    wrapped_table,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +59,7 @@ CHECK_FAILED = 3
 @click.option("--seed", cls=RareOption, type=click.IntRange(0), metavar="N",
               help="Seed of the noise. [default: the run's, which reproduces the numbers at its end]")  # fmt: skip
 @download
-@keep_denormals
+@denormals
 def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: A001 - the command's name
     """Measure RUN, a run folder or a checkpoint, on held-out data: bits/dim of images, NLL of a table, NFE.
 
@@ -72,9 +76,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     from ..evaluation.loading import load_data, pick_device
     from ..evaluation.measures import measure_of
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
-    from ..training.progress import batch_counter
 
-    flush_denormals(options)
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
     recipe = recipe.override([f"test_solver.{change}" for change in options["solver_settings"]])
@@ -117,7 +119,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
 @click.option("--seed", cls=RareOption, type=click.IntRange(0), default=0, show_default=True,
               help="Seed of all noise.")  # fmt: skip
 @download
-@keep_denormals
+@denormals
 @click.pass_context
 def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
@@ -140,7 +142,6 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..training.runs import DIAGNOSIS, RunFolder, write_json
 
-    flush_denormals(options)
     path, place, seed = find_checkpoint(run), pick_device(options["device"]), options["seed"]
     flow, recipe = load_with_recipe(path, map_location=place)
     recipe, samples = recipe.at_root(options["data_root"]), options["samples"]
@@ -205,7 +206,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
 @click.option("--columns", cls=RareOption, type=click.IntRange(1), metavar="N", help="Images in a row of the grid.")
 @click.option("--batch-size", cls=RareOption, type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: 256, 10000]")  # fmt: skip
-@keep_denormals
+@denormals
 def sample(*, run: str, **options: Any) -> None:
     """Draw images from RUN, a run folder or a checkpoint, into one PNG, or rows of a table into a file.
 
@@ -221,7 +222,6 @@ def sample(*, run: str, **options: Any) -> None:
     from ..recipes.recipe import TableData
     from ..training.checkpoints import load_with_recipe
 
-    flush_denormals(options)
     flow, recipe = load_with_recipe(run, map_location=pick_device(options["device"]))
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     given, temperatures, count = _given(options), options["temperatures"], options["count"]
@@ -336,9 +336,9 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
     for message in written.left_out:
         click.echo(f"left out: {message}", err=True)
     if as_json:
-        print_json(written.to_plain())
+        print_json(report_as_plain(written))
     else:
-        click.echo(f"{written.as_text()}\n\n{written.html}")
+        click.echo(f"{report_rows(written)}\n\n{written.html}")
 
 
 @click.command(cls=Command)

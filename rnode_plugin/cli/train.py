@@ -1,21 +1,18 @@
-"""Commands around training: ``train``, ``compare``, ``tune-step`` for its step, and ``estimate`` for its cost."""
+"""The commands ``train`` and ``compare``."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
-from ..plugins import registry
-from ..text import counted, duration, table
+from ..text import duration
 from .options import (
     Command,
     Duration,
@@ -25,6 +22,7 @@ from .options import (
     complete,
     complete_configuration,
     complete_run,
+    counted,
     device,
     download,
     evaluation_rows,
@@ -35,17 +33,15 @@ from .options import (
     quiet,
     recipe_argument,
     regularizers_option,
+    report_as_plain,
+    report_rows,
     settings,
     short,
+    table,
 )
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..evaluation.step_size import StepRow
-    from ..flows.base import BlockFlow
     from ..recipes.recipe import Recipe
-    from ..training.estimate import Estimate
     from ..training.fit import FitResult
 
 
@@ -113,11 +109,15 @@ def train(
         chosen, checkpoint = _chosen(recipe, resume, ffjord, ctx)
         chosen = changed(chosen, options, assignments)
         options |= _place(options.pop("device"), options["devices"])
-        flush_denormals(options)
-        from ..training.fit import fit  # seconds of imports, which a wrong name or setting does not wait for
+        flush_denormals(ctx, keep=options.pop("keep_denormals"))
+        # seconds of imports, which a wrong name or setting does not wait for
+        from ..training.fit import fit
+        from ..training.runs import RunOptions
 
         made = [_callback(name) for name in callbacks]
-        result = fit(chosen, resume=checkpoint, callbacks=made, progress=not (quiet or as_json), **options)
+        mine = {name: options.pop(name) for name in ("runs", "run_folder", "max_time", "download")}
+        run = RunOptions(resume=checkpoint, progress=not (quiet or as_json), **mine)
+        result = fit(chosen, run, callbacks=made, **options)
     except RnodeError as error:
         if _reports() or type(error) not in (ConfigError, TrainingError):  # it may be the only one that failed
             raise
@@ -210,7 +210,10 @@ def _report(result: FitResult, recipe: Recipe) -> None:
         click.echo(f"Continue with: {command}" if result.steps else "No checkpoint had been written yet.")
         return
     limit = ", time limit" if result.stopped == "max_time" else ""
-    rows = [("steps", f"{result.steps} of {result.planned}{limit}"), ("training", duration(result.seconds))]
+    rows = [
+        ("steps", f"{result.steps} of {result.planned}{limit}"),
+        ("training time", f"{duration(result.training_seconds)}  without validation"),
+    ]
     if result.step_size is not None:
         rows.append(("solver.step", f"{result.step_size:g} at the end, by measurement"))
     rows += evaluation_rows(result.evaluation, measure_of(recipe))
@@ -284,190 +287,8 @@ def compare(
     )
     report = result.report
     if as_json:
-        print_json({"runs": result.runs, "failed": result.failed, **report.to_plain()})
+        print_json({"runs": result.runs, "failed": result.failed, **report_as_plain(report)})
     else:
-        click.echo(f"\n{report.as_text()}\n\n{report.html}")
+        click.echo(f"\n{report_rows(report)}\n\n{report.html}")
     if result.failed:
         raise TrainingError(" ".join(result.failed))
-
-
-@click.command("tune-step")
-@click.argument("run_or_recipe", metavar="RUN_OR_RECIPE")
-@click.option(
-    "--images", type=click.IntRange(1), default=64, show_default=True, help="Held-out images, or rows, to use."
-)
-@click.option("--method", default="rk4_38", show_default=True, help="Fixed grid: euler, midpoint, rk4 or rk4_38.")
-@click.option("--start", type=float, default=1.0, show_default=True, help="First step to try; halved from there.")
-@click.option("--smallest", type=float, default=1 / 32, show_default=True, help="Last step to try.")
-@click.option("--max-gap", type=float,
-              help="Distance from the adaptive solve that is tolerated. [default: 0.005 bits/dim, or 0.02 nats "
-                   "of a table]")  # fmt: skip
-@click.option("--max-round-trip", type=float,
-              help="Error of the round trip that is tolerated. [default: 0.5 levels of a pixel, or 0.01 deviations "
-                   "of a column]")  # fmt: skip
-@click.option("--train-steps", type=click.IntRange(1), default=100, show_default=True,
-              help="For a recipe: steps of training first, since every step fits a fresh flow.")  # fmt: skip
-@settings
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the noise.")
-@short("data-root")
-@download
-@device
-@keep_denormals
-def tune_step(
-    *,
-    run_or_recipe: str,
-    images: int,
-    train_steps: int,
-    assignments: tuple[str, ...],
-    seed: int,
-    data_root: str | None,
-    download: bool,
-    device: str,
-    **options: Any,
-) -> None:
-    """Find the coarsest step of a fixed grid that RUN_OR_RECIPE can be solved with.
-
-    The step is halved until the discrete flow agrees with a tight adaptive solve on held-out images or rows: in
-    their likelihood, and in their round trip: to the latent with these steps and back with the adaptive solve. A
-    recipe is trained for a few steps first, a run folder or checkpoint is taken as it is.
-    """
-    from ..core.random_streams import Stream, seeded
-    from ..evaluation.loading import load_data, pick_device
-    from ..evaluation.measures import batch_of, measure_of
-    from ..evaluation.step_size import check_tuning, tune_step
-    from ..solvers import Solver
-
-    solver = Solver(method=options.pop("method"))
-    check_tuning(solver, start=options["start"], smallest=options["smallest"])
-    where = pick_device(device)
-    flow, recipe = _trained(run_or_recipe, assignments, data_root, train_steps, where, download=download)
-    held_out = load_data(recipe, download=download, all_val=True).held_out
-    measure = measure_of(recipe)
-    with seeded(seed, Stream.VALIDATE):
-        x = measure.inputs(batch_of(held_out, slice(0, images)).to(where))
-        click.echo(f"{'step':>8}  {'NFE':>5}  {measure.likelihood:>8}  {'gap':>8}  {'round trip':>10}")
-        found = tune_step(flow, x, measure=measure, solver=solver, progress=_print_step, **options)
-    click.echo(f"{'adaptive':>8}  {found.nfe:>5}  {found.score:>8.4f}")
-    if found.step is None:
-        raise RnodeError(
-            f"no step down to {found.rows[-1].step:g} agrees with the adaptive solve: try a lower --smallest, or "
-            "train with larger lambdas or an adaptive method (--set solver.method=dopri5)."
-        )
-    limits = f"{found.max_gap:g} {measure.unit} and {found.max_round_trip:g} {measure.step_unit}"
-    click.echo(f"\nsolver.step={found.step:g} agrees with the adaptive solve within {limits}.")
-
-
-def _print_step(row: StepRow) -> None:
-    figures = f"{row.step:>8g}  {row.nfe:>5}  {row.score:>8.4f}  {row.gap:>8.4f}  {row.round_trip:>10.3f}"
-    click.echo(figures + ("  agrees" if row.agrees else ""))
-
-
-def _trained(
-    run_or_recipe: str,
-    assignments: tuple[str, ...],
-    data_root: str | None,
-    steps: int,
-    where: torch.device,
-    *,
-    download: bool,
-) -> tuple[BlockFlow, Recipe]:
-    """A trained flow: a run's, or a recipe's after ``steps`` steps."""
-    from ..recipes.recipe import get_recipe
-    from ..training.checkpoints import load_with_recipe
-    from ..training.fit import fit
-
-    if Path(run_or_recipe).exists() and run_or_recipe not in registry.names("recipes"):
-        for each in assignments:
-            if not each.startswith("data."):
-                raise ConfigError(f"--set {each} changes nothing about a trained flow: only data.* can be set.")
-        flow, recipe = load_with_recipe(run_or_recipe, map_location=where)
-        return flow, recipe.override(assignments).at_root(data_root)
-    recipe = get_recipe(run_or_recipe).override([*assignments, *([f"data.root={data_root}"] if data_root else [])])
-    # the run is thrown away: one validation at its end, of a few images
-    short = recipe.override(
-        [
-            "training.max_epochs=none", f"training.max_steps={steps}", f"training.val_every_steps={steps}",
-            "training.val_images=8", "training.sample_images=0", "start.matching=0",
-        ]
-    )  # fmt: skip
-    devices = 1 if where.index is None else f"{where.index},"
-    with tempfile.TemporaryDirectory() as runs:
-        result = fit(short, runs=runs, accelerator=where.type, devices=devices, download=download, progress=False)
-        if result.evaluation is None:  # a signal ended it
-            raise click.Abort
-        return load_with_recipe(result.folder.last, map_location=where)[0], recipe
-
-
-@click.command()
-@click.argument("recipe")
-@click.option(
-    "--devices", type=click.IntRange(1), default=1, show_default=True, help="Devices that train together."
-)
-@short("batch-size")
-@click.option(
-    "--images", type=click.IntRange(1), metavar="N", help="Training images, or rows. [default: the data set's]"
-)
-@click.option("--nfe", type=click.IntRange(4), default=20, show_default=True, metavar="N",
-              help="Evaluations per block, if the training solver is adaptive.")  # fmt: skip
-@settings
-@device
-@as_json
-def estimate(
-    *,
-    recipe: str,
-    devices: int,
-    images: int | None,
-    nfe: int,
-    assignments: tuple[str, ...],
-    device: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Estimate the cost of training RECIPE.
-
-    One training step is counted at the recipe's batch, without values and without the data set: parameters, FLOPs,
-    kernels and peak memory. A step on a few random images is timed on this machine and scaled to the batch.
-    """
-    from ..evaluation.loading import pick_device
-    from ..recipes.recipe import get_recipe
-    from ..training.estimate import estimate
-
-    chosen = changed(get_recipe(recipe), options, assignments)
-    found = estimate(chosen, device=pick_device(device), images=images, devices=devices, nfe_per_block=nfe)
-    if as_json:
-        print_json(dataclasses.asdict(found))
-        return
-    _print_estimate(found)
-    if chosen.paper is not None:
-        click.echo(f"The paper: {chosen.paper.hours:g} hours on {chosen.paper.gpus} GPU(s) of its time.")
-
-
-def _print_estimate(found: Estimate) -> None:
-    counted, samples = found.counted, found.samples
-    click.echo(f"{found.recipe}: one training step of {found.batch} {samples} per device\n")
-    rows = [
-        ("counted", *(step.gradient for step in counted)),
-        ("parameters", *(f"{step.parameters:,}" for step in counted)),
-        ("NFE, all blocks", *(f"{step.nfe}" for step in counted)),
-        ("FLOPs", *(f"{step.cost.flops / 1e9:,.3g} G" for step in counted)),
-        ("kernels", *(f"{step.cost.kernels:,}" for step in counted)),
-        ("peak memory", *(f"{step.cost.peak_memory / 1e9:.3g} GB" for step in counted)),
-    ]
-    click.echo(table(rows) + "\n")
-    head = ("precision", "gradient", "s/step", "hours in all")
-    times = [
-        (each.precision, each.gradient, each.problem or _number(each.seconds), _number(each.hours))
-        for each in found.timed
-    ]
-    click.echo(table([head, *times]) + "\n")
-    timed = found.timed[0].images
-    scaled = "" if timed == found.batch else f" and scaled to {found.batch}"
-    where = f"{found.threads} CPU threads" if found.device == "cpu" else found.device
-    click.echo(f"Timed on {timed} random {samples} with fresh weights on {where}{scaled}; validations come on top.")
-    if found.nfe_per_block is not None:
-        click.echo(f"The training solver chooses its steps by the data: counted with {found.nfe_per_block} "
-                   "evaluations per block (--nfe).")  # fmt: skip
-
-
-def _number(value: float | None) -> str:
-    return "not known" if value is None else f"{value:.3g}"

@@ -116,7 +116,7 @@ class Measure(ABC):
         quantities: the means of an evaluation; validations and comparisons use the first.
         baselines: means of other densities, for comparison.
         max_gap: a validation warns of a training solver whose error is larger, in the unit.
-        step_gap, step_round_trip: tolerances of ``tune-step``, in the unit and in ``step_unit``.
+        step_gap, step_round_trip: tolerances of ``solver.step=auto``, in the unit and in ``step_unit``.
         step_unit: of the error of a round trip.
         exact_dims: largest number of dimensions for which an evaluation takes the whole Jacobian.
         noisy: whether the scores of one sample differ between draws even if the trace is exact.

@@ -22,7 +22,7 @@ _PATHS = (
 _RECIPES = ("digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256", "table")
 _IMAGES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn", "imagenet64", "celebahq256", "folder")
 _COMMANDS = {
-    "train": ("train", "compare", "tune-step", "estimate"),
+    "train": ("train", "compare"),
     "runs": ("eval", "diagnose", "sample", "export", "report", "cite"),
     "lists": ("recipes", "data", "plugins", "regularizers", "info"),
 }

@@ -28,7 +28,6 @@ from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.config import Solver, refuse_sampled_density
-from ..solvers.gradients import gradient_of
 from .settings import (
     CONFIG,
     Data,
@@ -127,11 +126,8 @@ class Recipe:
             )
         if isinstance(self.data, TableData) and len(self.training.sample_temperatures) > 1:
             raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
-        for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
-            if not (isinstance(solver.method, str) and isinstance(solver.gradient, str)):
-                raise ConfigError(f"{name} of a recipe must name its method and its gradient, to be plain data.")
-            gradient_of(solver)  # refuses what they cannot have together
-            refuse_sampled_density(solver, name)
+        refuse_sampled_density(self.solver)
+        refuse_sampled_density(self.test_solver, "test_solver")
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
         if self.start.step is not None and self.solver.adaptive:

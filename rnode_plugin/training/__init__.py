@@ -2,7 +2,8 @@
 
 - ``fit`` makes a run: the data, Lightning's Trainer (``trainer``), the run's folder (``runs``), the evaluation.
 - ``module`` is what Lightning trains: the step, its optimizer (``optimizers``), the validation.
-- ``step`` has the objective of a batch (eq. 17), the record of a step, the sums of a validation.
-- ``datamodule`` says which samples a step takes; ``callbacks`` writes metrics and checkpoints and ends the run.
-- ``checkpoints`` are files of weights; ``fastest`` and ``estimate`` measure the cost of a step.
+- ``step`` has the objective of a batch (eq. 17), the record of a step and the sums of a validation.
+- ``auto_step`` finds the step of the solver while training.
+- ``datamodule`` chooses the samples of a step; ``callbacks`` writes metrics and checkpoints and ends the run.
+- ``checkpoints`` are files of weights.
 """

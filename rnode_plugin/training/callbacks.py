@@ -1,8 +1,9 @@
-"""The callbacks of a run: what follows each step and validation, pictures of samples, averaged weights."""
+"""The callbacks of a run: metrics, checkpoints and signals after each step, and pictures of samples."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import os
@@ -15,21 +16,25 @@ from types import FrameType
 from typing import Any, Literal
 
 import pytorch_lightning as L
-import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, WeightAveraging
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from ..errors import SolverError, TrainingError
 from ..files import write_atomically
-from .checkpoints import recipe_of
+from ..recipes.recipe import Recipe
+from ..text import duration
 from .runs import RunFolder, RunPlan
-from .trainer import is_logged, validates_after_this_batch
 
 _TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
+_INTERVAL = 10.0  # least seconds between two lines of progress
+_FIRST_LINE = 20  # step after which the first line is printed
+_SHOWN = {
+    "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
+    "val/bpd": "val bits/dim", "val/nll": "val NLL",
+}  # fmt: skip
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """Raised with a signal's name between two steps; callbacks that save checkpoints save one."""
+    """Raised with a signal's name between two steps, after the checkpoint."""
 
 
 class StoppedAtOnce(BaseException):
@@ -40,95 +45,74 @@ class RunControl(Checkpoint):
     """Writes the metrics and checkpoints of a run, and ends it between two steps, on all devices at the same one.
 
     After a step its row of ``metrics.csv`` is written, if it is logged, then ``last.ckpt``, every few steps and
-    after each validation, and ``best.ckpt`` after the best one. (Lightning hands a step's metrics to its loggers
-    after the step's checkpoint, so a kill in between would lose a row for good.) With
+    after each validation, and ``best.ckpt`` after the best one. With
     :class:`~rnode_plugin.training.trainer.AtomicCheckpointIO` among the Trainer's plugins checkpoints are written
     all or not at all, and the ``last.ckpt`` from before stays as ``previous.ckpt``.
 
     SIGINT (Ctrl-C), SIGTERM and SIGHUP end the run after the step, or the validation, in which they come, by
-    raising :class:`Interrupted`; a second one ends it at once by raising :class:`StoppedAtOnce`, but for a SIGTERM
+    raising :class:`Interrupted`. A second one ends it at once by raising :class:`StoppedAtOnce`, but for a SIGTERM
     within a second. When the time is up, and after the last step, Lightning validates once more and stops. Only the
-    main thread of a program can handle signals; in another one they are left alone. A signal that is ignored, such
-    as SIGHUP under nohup, stays ignored. Lightning puts the handlers from before back at the end.
+    main thread of a program can handle signals, and in another one they are left alone. A signal that is ignored,
+    such as SIGHUP under nohup, stays ignored. Lightning puts the handlers from before back at the end.
 
     Args:
-        folder: of the run; only the first process needs to know.
-        save_every: steps between two checkpoints.
-        monitor: metric of a validation whose lowest value is the best.
+        recipe: of the run.
+        plan: its steps.
+        folder: of a run that is resumed; only the first process needs it.
         max_time: seconds from now; None for no limit.
+        progress: whether the first process prints a line every ten seconds.
 
     Attributes:
-        folder: of the run.
-        table: of the metrics, in the first process; None in the others, or to write none.
-        plan: of a run that is resumed, whose loops are placed by it; None to leave them as Lightning does.
-        best: the lowest value so far.
+        folder: of the run, set before the training starts.
+        table: of the metrics, in the first process; None in the others.
+        best: the lowest value of the validations so far.
         out_of_time: whether the limit ended the training.
     """
 
     def __init__(
         self,
-        folder: RunFolder | None = None,
+        recipe: Recipe,
+        plan: RunPlan,
         *,
-        save_every: int = 100,
-        monitor: str = "val/bpd",
+        metric: str,
+        folder: RunFolder | None = None,
         max_time: float | None = None,
+        progress: bool = False,
     ) -> None:
         self.folder = folder
         self.table: MetricsTable | None = None
-        self.plan: RunPlan | None = None
         self.best, self.out_of_time = math.inf, False
-        self._goes_on = folder is not None  # else best.ckpt of the checkpoint's run is in another folder
-        self._save_every, self._monitor = save_every, monitor
+        self._recipe, self._plan, self._metric = recipe, plan, metric
+        self._continues = folder is not None  # else best.ckpt of the checkpoint's run is in another folder
         self._end = None if max_time is None else time.monotonic() + max_time
         self._received, self._since = None, 0.0  # signal of this process, and when
         self._agreed: str | None = None  # of all processes
-        self._step = self._written = self._saved = 0  # the last one that was made, in the table, in a checkpoint
+        self._step = self._written = 0  # the last step that was made, and the last one in the table
+        self._progress, self._printed = progress, time.monotonic()
+        self._mark, self._pace = (0, 0.0), 0.0  # step and training seconds of a line, seconds per step before it
 
+    # the lowest value of other validations does not count
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "validation": self._validation}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._goes_on:
+        if self._continues and state_dict["validation"] == self._validation:
             self.best = state_dict["best"]
 
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Place Lightning's loops after the steps that the run has made.
-
-        The checkpoint may be of another plan: fewer devices that accumulate more batches for a step, another number
-        of steps, or version 0.1, which counted a whole run as one epoch. If it was validated in another way, its
-        lowest value does not count.
-        """
-        old, new = recipe_of(checkpoint, Path("the checkpoint")), pl_module.recipe
-        ways = [(each.test_solver, each.training.seed, each.training.val_images) for each in (old, new)]
-        if self._goes_on and ways[0] != ways[1]:
-            self._goes_on = False
-            if trainer.is_global_zero:
-                print("other validations than before: they choose the best weights anew", file=sys.stderr)
-        if (plan := self.plan) is None:
-            return
-        loop, steps = checkpoint["loops"]["fit_loop"], checkpoint["progress"]["batches"]
-        epoch, step = divmod(steps, plan.steps_per_epoch)
-        trained = steps * plan.accumulate
-        batches = loop["epoch_loop.batch_progress"]
-        _count(batches["current"], step * plan.accumulate)
-        _count(batches["total"], trained)
-        batches["is_last_batch"] = False
-        for which in ("current", "total"):
-            _count(loop["epoch_progress"][which], epoch)
-            if step:  # in the middle of an epoch
-                loop["epoch_progress"][which].update(ready=epoch + 1, started=epoch + 1)
-        # a loop that begins after a step with a validation counts that step when it leaves the validation out
-        validated = trained % (plan.val_every * plan.accumulate) == 0
-        loop["epoch_loop.state_dict"] = {"_batches_that_stepped": steps - validated}
+    @property
+    def _validation(self) -> dict[str, Any]:
+        training = self._recipe.training
+        return {**dataclasses.asdict(self._recipe.test_solver), "seed": training.seed, "count": training.val_images}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = trainer.strategy.broadcast(self.folder)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = self._written = self._saved = trainer.global_step
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._step = self._written = trainer.global_step
+        self._mark = (trainer.global_step, pl_module.clock.training)
         if _any(trainer, (first := trainer.strategy.broadcast(self._step)) != self._step):
             raise TrainingError(
-                f"this process goes on from step {self._step}, the first one from step {first}, and others may "
+                f"this process continues from step {self._step}, the first one from step {first}, and others may "
                 "differ: copy the newest checkpoint to all machines."
             )
         # here Lightning has set its own, which would end a run between a step and its checkpoint
@@ -145,9 +129,6 @@ class RunControl(Checkpoint):
             raise StoppedAtOnce(signal.Signals(signum).name)
         self._received, self._since = signal.Signals(signum).name, now
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._stop_if_agreed()
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -155,19 +136,28 @@ class RunControl(Checkpoint):
         if step == self._step:
             return  # in the middle of a step
         self._step = step
-        if is_logged(trainer, step):
+        if pl_module.is_logged(step):
             self._write_row(trainer, pl_module)
+        self._print_progress(trainer, pl_module)
         if self._end is not None:
             self.out_of_time = _any(trainer, time.monotonic() >= self._end)
-        if self.out_of_time or step == trainer.max_steps:
+        if self.out_of_time or step == self._plan.total:
             trainer.should_stop = True  # Lightning validates once more before it stops
         self._agree(trainer)
-        if validates_after_this_batch(trainer):  # a run that stopped right before a validation would miss it
-            return
-        self._stop_if_agreed()
-        if step % self._save_every == 0 and not pl_module.record.in_row:  # a skipped step changes no weights
+        if trainer.should_stop or step % self._plan.val_every == 0:
+            return  # a validation follows, which a checkpoint of this moment would skip
+        if self._agreed is not None or (
+            step % self._recipe.training.save_every == 0 and not pl_module.record.in_row
+        ):
             self._save(trainer, "last")
-            pl_module.clock.start_step()  # a write is no step
+            pl_module.clock.start_step()  # the time of a write is not the time of a step
+        self._stop_if_agreed()
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._is_time_to_print(trainer):
+            print(f"validating, batch {batch_idx + 1}", flush=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
@@ -177,21 +167,16 @@ class RunControl(Checkpoint):
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if self.table is not None:
             self.table.add({**row, "seconds": pl_module.clock.run}, trainer.global_step)
+        self._print_progress(trainer, pl_module)
         self._agree(trainer)
-        value = row[self._monitor]
+        value = row[f"val/{self._metric}"]
         if not math.isfinite(value):
-            raise TrainingError(f"the validation {self._monitor.removeprefix('val/')} is {value}.")
+            raise TrainingError(f"the validation {self._metric} is {value}.")
         if value < self.best:
             self.best = value
             self._save(trainer, "best")
         self._save(trainer, "last")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_if_agreed()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Interrupted) and trainer.global_step != self._saved:
-            self._save(trainer, "last")
 
     def _agree(self, trainer: L.Trainer) -> None:
         if _any(trainer, self._received is not None):
@@ -203,21 +188,39 @@ class RunControl(Checkpoint):
 
     def _write_row(self, trainer: L.Trainer, pl_module: Any) -> None:
         step = self._written = trainer.global_step
-        row = pl_module.row()  # a mean over the devices, to which all of them come
+        row = pl_module.row()  # a mean over the devices, for which all of them are here
         if self.table is not None:
             clock = pl_module.clock
             times = {"seconds_per_step": clock.last, "train_seconds": clock.training, "seconds": clock.run}
-            epochs = step * trainer.accumulate_grad_batches / trainer.num_training_batches
-            self.table.add({"epoch": epochs, **row, **times}, step)
+            self.table.add({"epoch": step / self._plan.steps_per_epoch, **row, **times}, step)
 
     def _save(self, trainer: L.Trainer, name: Literal["best", "last"]) -> None:
-        assert self.folder is not None  # the first process has told it in setup
+        assert self.folder is not None  # the first process has sent it in setup
         trainer.save_checkpoint(getattr(self.folder, name))
-        self._saved = trainer.global_step
 
+    def _is_time_to_print(self, trainer: L.Trainer) -> bool:
+        if not (self._progress and trainer.is_global_zero) or time.monotonic() - self._printed < _INTERVAL:
+            return False
+        self._printed = time.monotonic()
+        return True
 
-def _count(counts: dict[str, int], value: int) -> None:
-    counts.update(dict.fromkeys(counts, value))
+    def _print_progress(self, trainer: L.Trainer, module: Any) -> None:
+        """Print the step, its figures and the time that is left."""
+        step, (done, spent) = trainer.global_step, self._mark
+        first = self._progress and trainer.is_global_zero and step - done == _FIRST_LINE and self._pace == 0
+        if not (self._is_time_to_print(trainer) or first):
+            return
+        if step > done:
+            self._mark = (step, module.clock.training)
+            self._pace = (module.clock.training - spent) / (step - done)
+        figures = {_SHOWN[name]: value for name, value in trainer.progress_bar_metrics.items() if name in _SHOWN}
+        # the time of a step of flow matching is not the time of one of likelihood
+        left = self._plan.total - step if step > self._recipe.matching else 0
+        if step > self._recipe.matching:
+            figures.pop("matching error", None)
+        shown = "  ".join(f"{each} {float(value):.{0 if each == 'NFE' else 4}f}" for each, value in figures.items())
+        rest = f", about {duration(self._pace * left)} left" if left > 0 else ""
+        print(f"step {step}/{self._plan.total}  {shown}  {self._pace:.2f} s/step{rest}", flush=True)
 
 
 def _any(trainer: L.Trainer, decision: bool) -> bool:
@@ -265,38 +268,15 @@ class MetricsTable:
 class SampleGrids(Callback):
     """Writes ``step-NUMBER.png``, a grid of samples, at the end of each validation, with its weights."""
 
+    def __init__(self, control: RunControl) -> None:
+        self._control = control
+
     # in this hook a callback that averages the weights has not put them back yet, if it comes later
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.sanity_checking or pl_module.folder is None:  # the first process has one
+        if trainer.sanity_checking or not trainer.is_global_zero or (folder := self._control.folder) is None:
             return
-        picture = pl_module.folder.samples / f"step-{trainer.global_step:07d}.png"
+        picture = folder.samples / f"step-{trainer.global_step:07d}.png"
         try:
             pl_module.measure.draw_picture(pl_module.flow, None, pl_module.recipe.training, picture)
-        except SolverError as error:  # training may go on if a latent far out cannot be integrated
+        except SolverError as error:  # training may continue if a latent far out cannot be integrated
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)
-
-
-class WeightAverage(WeightAveraging):
-    """Averages the weights after each step: ``average = decay * average + (1 - decay) * weights``.
-
-    Validations measure the average. In a checkpoint ``state_dict`` holds the average, so that a loaded model
-    has it, and ``current_model_state`` the weights that training goes on from.
-    """
-
-    def __init__(self, decay: float) -> None:
-        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._average_model is not None
-        self._average_model.to(pl_module.device)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._latest_update_step = trainer.global_step  # checkpoints of earlier versions do not have it
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        # a run that had no average until now: it begins as the weights
-        checkpoint.setdefault("current_model_state", checkpoint["state_dict"])
-        checkpoint.setdefault("averaging_state", {"n_averaged": torch.tensor(1)})
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as L
@@ -20,36 +19,36 @@ from ..evaluation.loading import load_data
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, Start
 from .runs import RunPlan
-from .trainer import batches_trained
 
 D = TypeVar("D", ImageData, Table)
 
 
-class EpochOrder(DistributedSampler[list[int]]):
-    """The batches of one device in the order in which it takes them, each a list of training images.
+class StepOrder(DistributedSampler[list[int]]):
+    """The batches of one device in the order in which it takes them, each a list of training samples.
 
-    The run passes through the images again and again, each time in a new order, a function of seed and pass. A step
-    takes the next images of that order, and each device its part of them: two devices with half the batch see the
-    images of one device with the whole batch, at once or one after the other. The images that do not fill a whole
-    step wait for another order.
+    The samples of a step are a function of the seed and the number of the step. A run passes through the samples
+    again and again, each time in another order. A step takes the next samples of that order, and each device its
+    part of them: two devices with half the batch see the samples of one device with the whole batch, at the same
+    time or one after the other. Samples left over from a pass are reused in a later order.
 
-    An epoch is as many steps as make a pass with full batches; without a start, it is a pass. With smaller batches
-    at the start, a pass begins in the middle of an epoch. Which images a step takes follows from its number alone.
+    An iteration begins at ``next_step()`` and ends with the epoch in which that step lies, or never. An epoch is
+    as many steps as make a pass with full batches. With smaller batches in the first steps, a pass begins in the
+    middle of an epoch.
 
     Args:
-        images: number of training images.
-        batch_size: images per device and batch.
+        samples: number of training samples.
+        batch_size: samples per device and batch.
         seed: of the orders.
         accumulate: batches per device and step.
         world, rank: number of devices, and which of them this one is.
-        start: whose first steps may take batches of another size.
-        done: batches that this device has trained on already; the first iteration continues after them.
-        limit: batches per epoch, or their share, as the Trainer's ``limit_train_batches``.
+        start: settings of the first steps, which may take batches of another size.
+        next_step: number of the step at which an iteration begins, counted from 0.
+        endless: whether an iteration never ends, and so has no length.
     """
 
     def __init__(
         self,
-        images: int,
+        samples: int,
         *,
         batch_size: int,
         seed: int,
@@ -57,73 +56,67 @@ class EpochOrder(DistributedSampler[list[int]]):
         world: int = 1,
         rank: int = 0,
         start: Start | None = None,
-        done: int = 0,
-        limit: int | float | None = None,
+        next_step: Callable[[], int] = int,
+        endless: bool = False,
     ) -> None:
-        super().__init__(range(images), num_replicas=world, rank=rank, seed=seed, drop_last=True)  # pyright: ignore[reportArgumentType]
-        self._images, self._batch_size = images, batch_size
-        self._start = start or Start()
-        self._known: tuple[int, torch.Tensor] | None = None  # the order of the last pass that was asked for
-        whole = images // (batch_size * world)
-        # fewer images than one step needs: Lightning makes its step at the end of the epoch
-        self._batches = whole // accumulate * accumulate or whole
-        self._accumulate = min(accumulate, self._batches)
-        taken = self._batches
-        if isinstance(limit, int):
-            taken = min(limit, taken)
-        elif limit is not None:
-            taken = int(limit * taken)
-        self._steps_per_epoch = math.ceil(taken / max(1, self._accumulate))
-        self._done = divmod(done, max(1, taken))
+        # Lightning leaves a sampler of this class alone
+        super().__init__(range(samples), num_replicas=world, rank=rank, seed=seed, drop_last=True)  # pyright: ignore[reportArgumentType]
+        self._samples, self._batch_size, self._start = samples, batch_size, start or Start()
+        self._next_step, self._endless = next_step, endless
+        batches = samples // (batch_size * world)
+        # with fewer samples than a step needs, Lightning makes its step at the end of the epoch
+        self._accumulate = min(accumulate, batches)
+        self._steps = batches // max(1, self._accumulate)  # of an epoch
+        self._known: tuple[int, torch.Tensor] | None = None  # the last pass and its order
 
     def __len__(self) -> int:
-        return self._batches
+        if self._endless:
+            raise TypeError("an endless order has no length")
+        return self._steps * self._accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Lightning sets the epoch after workers were asked for their first batches, so a run that goes on knows it
-        # from the start
-        epoch = max(self.epoch, self._done[0])
-        first = self._done[1] if epoch == self._done[0] else 0
-        for batch in range(first, self._batches):
-            step, part = divmod(batch, self._accumulate)
-            yield self._images_of(epoch * self._steps_per_epoch + step, part)
+        first = self._next_step()
+        end = None if self._endless else (first // self._steps + 1) * self._steps
+        for step in itertools.count(first) if end is None else range(first, end):
+            yield from self.batches_of(step)
 
-    def _images_of(self, step: int, part: int) -> list[int]:
-        """The images of this device in the batch ``part`` of a step."""
+    def batches_of(self, step: int) -> list[list[int]]:
+        """The samples of each batch that this device takes at ``step``, counted from 0."""
         size = self._start.size_at(step, self._batch_size)
         number, used = self._place(step)
-        first = used + (part * self.num_replicas + self.rank) * size
-        return self._order(number)[first : first + size].tolist()
+        of_all = self._order(number)[used : used + self._accumulate * self.num_replicas * size].tolist()
+        firsts = ((part * self.num_replicas + self.rank) * size for part in range(self._accumulate))
+        return [of_all[first : first + size] for first in firsts]
 
     def _place(self, step: int) -> tuple[int, int]:
-        """The pass in which a step lies, and how many images of it are used by the steps before."""
+        """The pass in which a step lies, and how many samples of it are used by the steps before."""
         of_one = self.num_replicas * self._accumulate
         at_start, later = self._start.size_at(0, self._batch_size) * of_one, self._batch_size * of_one
         if step < self._start.steps:
-            number, steps = divmod(step, self._images // at_start)
+            number, steps = divmod(step, self._samples // at_start)
             return number, steps * at_start
-        number, steps = divmod(self._start.steps, self._images // at_start)
+        number, steps = divmod(self._start.steps, self._samples // at_start)
         used = steps * at_start
-        left = (self._images - used) // later  # steps that the pass still holds when the start is over
+        left = (self._samples - used) // later  # steps that the pass still holds when the start is over
         after = step - self._start.steps
         if after < left:
             return number, used + after * later
-        more, steps = divmod(after - left, self._images // later)
+        more, steps = divmod(after - left, self._samples // later)
         return number + 1 + more, steps * later
 
     def _order(self, number: int) -> torch.Tensor:
         if self._known is None or self._known[0] != number:
             generator = torch.Generator().manual_seed(stream_seed(self.seed, Stream.ORDER, number))
-            self._known = number, torch.randperm(self._images, generator=generator)
+            self._known = number, torch.randperm(self._samples, generator=generator)
         return self._known[1]
 
 
 class EvenShare(DistributedSampler[int]):
-    """Every ``world``-th image, each image on exactly one device, so that means count each image once."""
+    """Every ``world``-th sample, each sample on exactly one device, so that means count each sample once."""
 
-    def __init__(self, images: int, *, world: int, rank: int) -> None:
-        super().__init__(range(images), num_replicas=world, rank=rank, shuffle=False)  # pyright: ignore[reportArgumentType]
-        self._mine = range(rank, images, world)
+    def __init__(self, samples: int, *, world: int, rank: int) -> None:
+        super().__init__(range(samples), num_replicas=world, rank=rank, shuffle=False)  # pyright: ignore[reportArgumentType]
+        self._mine = range(rank, samples, world)
 
     def __len__(self) -> int:
         return len(self._mine)
@@ -133,7 +126,7 @@ class EvenShare(DistributedSampler[int]):
 
 
 class _Resumable(DataLoader[Tensor]):
-    """A loader without a state: its sampler finds its place from the batches that were trained on."""
+    """A loader without a state: its sampler finds its place from the step."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -145,14 +138,22 @@ class _Resumable(DataLoader[Tensor]):
 class RecipeDataModule(L.LightningDataModule, Generic[D]):
     """The training and held-out samples of a recipe, for any ``Trainer``.
 
-    Which samples a step takes is a function of the recipe's seed and the step. A run that is resumed goes on after
-    the batches that were trained on.
+    Which samples a step takes is a function of the recipe's seed and the step, so a run that is resumed continues
+    after its last step.
+
+    Args:
+        recipe: names the data, the batch sizes and the workers.
+        data: the samples themselves, if they are loaded already.
+        download: fetch the data set if it is missing.
+        endless: whether the training samples never end. If they do, an epoch of the Trainer is a pass.
     """
 
-    def __init__(self, recipe: Recipe, *, data: D | None = None, download: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, *, data: D | None = None, download: bool = False, endless: bool = False
+    ) -> None:
         super().__init__()
         self.recipe = recipe
-        self._data, self._download = data, download
+        self._data, self._download, self._endless = data, download, endless
 
     @property
     def data(self) -> D:
@@ -179,8 +180,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the training samples; only as many per epoch as fill whole steps."""
-        done = 0 if self.trainer is None else batches_trained(self.trainer)
-        return self._loader(self.data.train, None, self._order(done))  # an order of whole batches
+        return self._loader(self.data.train, None, self._order())  # an order of whole batches
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the held-out samples, each sample on one device."""
@@ -190,13 +190,11 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
 
     def samples_of_step(self, step: int) -> list[int]:
         """Numbers of the training samples that this device takes at ``step``, counted from 0."""
-        _, _, accumulate = self._share
-        batches = itertools.islice(self._order(step * accumulate), accumulate)
-        return list(itertools.chain.from_iterable(batches))
+        return list(itertools.chain.from_iterable(self._order().batches_of(step)))
 
-    def _order(self, done: int) -> EpochOrder:
+    def _order(self) -> StepOrder:
         world, rank, accumulate = self._share
-        return EpochOrder(
+        return StepOrder(
             len(self.data.train),
             batch_size=self.recipe.data.batch_size,
             seed=self.recipe.training.seed,
@@ -204,12 +202,12 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             world=world,
             rank=rank,
             start=self.recipe.start,
-            done=done,
-            limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
+            next_step=lambda: 0 if self.trainer is None else self.trainer.global_step,
+            endless=self._endless,
         )
 
     def _loader(
-        self, samples: ImageArray, batch_size: int | None, sampler: EpochOrder | EvenShare
+        self, samples: ImageArray, batch_size: int | None, sampler: StepOrder | EvenShare
     ) -> DataLoader[Tensor]:
         workers = self.recipe.data.workers
         return _Resumable(

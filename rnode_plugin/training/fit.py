@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,12 @@ from typing import Any
 import pytorch_lightning as L
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.loggers import Logger
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..data import ImageData, Table
 from ..errors import (
-    NO_MEMORY,
     CheckpointError,
     ConfigError,
     DataError,
@@ -35,13 +34,13 @@ from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
 from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe
-from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce, WeightAverage
+from ..text import batch_counter
+from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce
 from .checkpoints import load_flow, load_weights, newest_intact, read_checkpoint, training_solver
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
-from .progress import RunProgress, batch_counter
-from .runs import RunFolder, RunPlan, checkpoint_to_resume, training_lock
-from .trainer import LOGGERS, check_options, end_other_processes, follow_plan, make_trainer, quiet
+from .runs import RunFolder, RunOptions, RunPlan, checkpoint_to_resume, training_lock
+from .trainer import check_loggers, end_other_processes, make_logger, make_trainer, quiet
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,12 @@ class FitResult:
     Attributes:
         folder: of the run.
         steps: optimizer steps of the whole run so far; after a second signal, which ends the call in the middle of
-            a step, those of the last checkpoint.
+            a step, the steps of the last checkpoint.
         planned: steps that the recipe asks for.
         stopped: why the call ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
             of a signal.
-        seconds: wall-clock time of the whole run so far, without the final evaluation.
+        training_seconds: time of all steps of the run, without validations.
+        run_seconds: wall-clock time of the whole run so far, without the final evaluation.
         step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
         evaluation: of the best weights on the held-out samples, an
@@ -67,7 +67,8 @@ class FitResult:
     steps: int
     planned: int
     stopped: str
-    seconds: float
+    training_seconds: float
+    run_seconds: float
     step_size: float | None = None
     first_process: bool = True
     evaluation: Any = None
@@ -76,23 +77,16 @@ class FitResult:
     @property
     def ended(self) -> dict[str, Any]:
         """How the run ended, for ``result.json``."""
-        return {name: getattr(self, name) for name in ("stopped", "steps", "planned", "seconds", "step_size")}
+        names = ("stopped", "steps", "planned", "training_seconds", "run_seconds", "step_size")
+        return {name: getattr(self, name) for name in names}
 
 
 def fit(
     recipe: Recipe,
+    options: RunOptions | None = None,
     *,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Logger | str] = (),
-    runs: str | os.PathLike[str] = "runs",
-    run_folder: str | os.PathLike[str] | None = None,
-    resume: str | os.PathLike[str] | None = None,
-    max_time: float | None = None,
-    accelerator: str = "auto",
-    devices: str | int = "auto",
-    num_nodes: int = 1,
-    download: bool = False,
-    progress: bool = True,
     **trainer_options: Any,
 ) -> FitResult:
     """Train the flow of ``recipe`` and evaluate its best weights.
@@ -105,89 +99,72 @@ def fit(
 
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
+        options: folders, resuming and limits of this call; None for the defaults.
         callbacks: of Lightning, before ours.
         loggers: of Lightning, or names of them: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``. They get what the
-            module logs, besides ``metrics.csv``.
-        runs: folder of all runs.
-        run_folder: exact folder of a new run, missing or empty, instead of the next free one under ``runs``.
-        resume: run folder or checkpoint to go on from, in the same folder if it lies in one.
-        max_time: seconds after which this call ends with a last validation and a checkpoint; the schedule of the
-            learning rate does not change.
-        accelerator, devices, num_nodes: as Lightning's Trainer takes them.
-        download: fetch the data set if it is missing.
-        progress: show progress on the terminal.
-        trainer_options: other options of Lightning's Trainer, such as ``strategy`` or ``profiler``.
+            module logs, in addition to ``metrics.csv``.
+        trainer_options: options of Lightning's Trainer, such as ``accelerator``, ``devices``, ``num_nodes``,
+            ``strategy`` or ``profiler``.
 
     Raises:
         ConfigError: settings that cannot work, here or on this machine; a Trainer option that the recipe decides; a
             run that another process trains.
         DataError: a data set that is missing or does not fit.
-        CheckpointError: nothing to go on from, or a checkpoint of another model.
+        CheckpointError: nothing to continue from, or a checkpoint of another model.
         TrainingError: too many steps in a row without a usable gradient, or a failure of the machine; the last good
             checkpoint stays.
     """
-    if run_folder is not None and resume is not None:
-        raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
-    check_options(trainer_options, loggers)
-    recipe, data = load_for_training(recipe, download=download)
-    checkpoint, done = checkpoint_to_resume(resume, recipe) if resume is not None else (None, 0)
-    before = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)  # of the run that goes on
-    measure, settings = measure_of(recipe), recipe.training
-    control = RunControl(before, save_every=settings.save_every, monitor=f"val/{measure.metric}", max_time=max_time)
-    # the picture of a table takes as long as some of its steps, and is drawn at the end
-    pictures = bool(settings.sample_images) and isinstance(data, ImageData)
+    options = options or RunOptions()
+    check_loggers(each for each in loggers if isinstance(each, str))
+    recipe, data = load_for_training(recipe, download=options.download)
+    checkpoint, done = (None, 0) if options.resume is None else checkpoint_to_resume(options.resume, recipe)
+    before = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)  # of the run that continues
+    made: list[RunControl] = []
+
+    def all_callbacks(plan: RunPlan) -> list[Callback]:
+        made.append(
+            RunControl(
+                recipe, plan, metric=measure_of(recipe).metric, folder=before, max_time=options.max_time,
+                progress=options.progress,
+            )
+        )  # fmt: skip
+        # the picture of a table takes as long as some of its steps, and is drawn at the end
+        grids = [SampleGrids(made[0])] if recipe.training.sample_images and isinstance(data, ImageData) else []
+        decay = recipe.training.ema
+        averages = [] if decay is None else [_average(decay)]
+        return [*callbacks, *grids, *averages, *made]  # grids and validations see the averaged weights
+
     with quiet(), explained(), ExitStack() as stack:
-        trainer = make_trainer(
-            callbacks=[
-                *callbacks,
-                # grids and validations see the averaged weights; checkpoints are saved last
-                *([SampleGrids()] if pictures else []),
-                *([] if settings.ema is None else [WeightAverage(settings.ema)]),
-                *([RunProgress()] if progress else []),
-                control,
-            ],
-            precision=settings.precision,
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            max_epochs=-1,
-            val_check_interval=1,  # follow_plan sets it, and the number of steps, when the devices are known
-            check_val_every_n_epoch=None,
-            accumulate_grad_batches=settings.accumulate,
-            log_every_n_steps=settings.log_every,
-            enable_progress_bar=progress,
-            logger=[logger for logger in loggers if isinstance(logger, Logger)],
-            **trainer_options,
-        )
-        plan = follow_plan(trainer, recipe, len(data.train))
-        samples = RecipeDataModule[Any](recipe, data=data)
+        given = [logger for logger in loggers if isinstance(logger, Logger)]
+        trainer, plan = make_trainer(recipe, len(data.train), all_callbacks, given, trainer_options)
+        (control,) = made
+        samples = RecipeDataModule[Any](recipe, data=data, endless=True)
         samples.trainer = trainer
         samples.setup("fit")  # refuses too few samples before there is a folder
         if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
-            raise ConfigError(f"{resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs.")
+            raise ConfigError(
+                f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
+            )
         module = RnodeModule(recipe)
         if checkpoint is None:
             module.load_weights()  # again when it starts; here weights that do not fit leave no folder
         else:
             load_weights(module.flow, checkpoint)  # here a checkpoint that does not fit costs no result
-        control.plan = plan
         if trainer.is_global_zero:  # one process makes the folder and writes into it
-            folder = before or (RunFolder.claim(run_folder) if run_folder else RunFolder.create(runs, recipe))
+            folder = before or _new_folder(recipe, options)
             stack.enter_context(training_lock(folder.path))
             folder.describe(recipe, trainer.strategy.root_device)
-            module.folder = control.folder = folder
-            control.table = MetricsTable(folder.metrics, keep=done)
-            label = "-".join(folder.path.parts[-2:])  # RECIPE-VERSION
-            trainer.loggers += [LOGGERS[name][1](folder.path, label) for name in loggers if isinstance(name, str)]
-            if progress:
-                _announce(module, data, plan, trainer, done)
+            control.folder, control.table = folder, MetricsTable(folder.metrics, keep=done)
+            trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
+            if options.progress:
+                _announce(module, data, plan, trainer, folder, done)
         with _errors_with_advice(control, trainer, is_new=before is None), explained():
             if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
                 module.on_load_checkpoint(read_checkpoint(checkpoint))
                 stopped = "finished"
             else:
                 stopped = _train(module, samples, trainer, control, checkpoint)
-        assert control.folder is not None  # all processes know it once training has begun
+        assert control.folder is not None  # all processes have it once training has begun
         folder = control.folder
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # one that is left at the end of a process can abort it
@@ -197,13 +174,29 @@ def fit(
             steps=_saved_steps(folder) if by_signal else max(trainer.global_step, done),
             planned=plan.total,
             stopped=stopped,
-            seconds=module.clock.run,
+            training_seconds=module.clock.training,
+            run_seconds=module.clock.run,
             step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
         )
         if by_signal or not trainer.is_global_zero:
             return result
-        return _conclude(result, recipe, data, trainer.strategy.root_device, progress=progress)
+        return _conclude(result, recipe, data, trainer.strategy.root_device, progress=options.progress)
+
+
+def _average(decay: float) -> WeightAveraging:
+    """Averages the weights after each step: ``average = decay * average + (1 - decay) * weights``.
+
+    In a checkpoint ``state_dict`` holds the average, so that a loaded model has it, and ``current_model_state`` the
+    weights that training continues from.
+    """
+    return WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def _new_folder(recipe: Recipe, options: RunOptions) -> RunFolder:
+    if options.run_folder is not None:
+        return RunFolder.claim(options.run_folder)
+    return RunFolder.create(options.runs, recipe)
 
 
 def _train(
@@ -213,7 +206,7 @@ def _train(
     control: RunControl,
     checkpoint: Path | None,
 ) -> str:
-    """Train; why it ended, as :class:`FitResult` says it."""
+    """Train; the reason of its end, as in :class:`FitResult`."""
     try:
         trainer.fit(module, samples, ckpt_path=checkpoint)
     except Interrupted as interruption:
@@ -233,8 +226,9 @@ def _saved_steps(folder: RunFolder) -> int:
         return 0
 
 
-def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, trainer: L.Trainer, done: int) -> None:
-    assert module.folder is not None
+def _announce(
+    module: RnodeModule, data: ImageData | Table, plan: RunPlan, trainer: L.Trainer, folder: RunFolder, done: int
+) -> None:
     parameters = sum(p.numel() for p in module.flow.parameters())
     counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {module.measure.samples}"
     if data.held_out is not data.val:
@@ -243,12 +237,14 @@ def _announce(module: RnodeModule, data: ImageData | Table, plan: RunPlan, train
     print(data.described())
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     batch = module.recipe.start.described(module.recipe.data.batch_size)
-    print(f"steps {done} to {plan.total}, batch {batch}, {where}, in {module.folder.path}", flush=True)
+    print(
+        f"steps {done} to {plan.total}, batch {batch}, {trainer.precision}, {where}, in {folder.path}", flush=True
+    )
     if done < module.recipe.matching:
         unit = module.measure.likelihood
         print(f"steps to {module.recipe.matching} are flow matching: {unit} only at validations")
     if module.recipe.training.ema is not None:
-        print(f"training uses the weights as they are, validations and checkpoints the {module.recipe.weights}")
+        print(f"validations and checkpoints use the {module.recipe.weights}")
 
 
 def _conclude(
@@ -286,7 +282,7 @@ def _conclude(
 
 @contextmanager
 def _errors_with_advice(control: RunControl, trainer: L.Trainer, *, is_new: bool) -> Iterator[None]:
-    """Add to an error how the run can go on, and end the other processes, which may wait for this one for ever."""
+    """Add to an error how the run can continue, and end the other processes, which may wait for this one."""
     try:
         yield
     except RnodeError as error:
@@ -295,32 +291,12 @@ def _errors_with_advice(control: RunControl, trainer: L.Trainer, *, is_new: bool
         if (folder := control.folder) is not None:
             if folder.last.is_file():
                 best = f", --resume {folder.best} from the best one" if folder.best.is_file() else ""
-                left = f"The last good checkpoint is {folder.last}; --resume {folder.path} goes on from it{best}."
-            elif is_new and trainer.is_global_zero and not (folder.metrics.exists() or folder.skipped.exists()):
+                left = f"The last good checkpoint is {folder.last}; --resume {folder.path} continues from it{best}."
+            elif is_new and trainer.is_global_zero and not folder.metrics.exists():
                 shutil.rmtree(folder.path, ignore_errors=True)  # it holds no result of a step
-        # settings that cannot work were refused before the start: now one process has failed
-        kind = type(error) if trainer.is_global_zero or type(error) is not ConfigError else LocalError
+        # the arguments of a SolverError are not its message
+        kind = TrainingError if isinstance(error, SolverError) else type(error)
         raise kind(f"training stopped: {str(error).rstrip('.')}. {left}") from error
-
-
-# causes of errors that PyTorch raises, by the class and the message on Linux, macOS and Windows; the error of this
-# package, and its sentence around the first line
-_CAUSES: tuple[tuple[str, type[RnodeError], str], ...] = (
-    (
-        NO_MEMORY,
-        LocalError,
-        "there is no more memory: {}. Lower --batch-size and raise --accumulate by the same factor, or --set "
-        "solver.gradient=checkpointed.",
-    ),
-    ("dataloader worker", LocalError, "{}. --set data.workers=0 reads in the training process."),
-    (
-        "^dist[a-z]*error|connection (closed|reset) by peer|connection was likely closed|broken pipe|"
-        "(connection|application) timeout|timed out waiting|communicator was aborted",
-        TrainingError,
-        "the processes of this run cannot reach each other ({}). If one has ended, it says why, but not if the "
-        "system killed it, for example because memory ran out.",
-    ),
-)
 
 
 @contextmanager
@@ -328,7 +304,7 @@ def explained() -> Iterator[None]:
     """Raise the errors of PyTorch, Lightning and the system while training as errors of this package.
 
     Raises:
-        RnodeError: for a known cause; the rest is a bug and passes through.
+        RnodeError: for these; the rest is a bug and passes through.
     """
     try:
         yield
@@ -341,9 +317,17 @@ def explained() -> Iterator[None]:
         raise LocalError(f"the system refused: {reason}{place}.") from error
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
-    except (RuntimeError, MemoryError) as error:
-        text = f"{type(error).__name__}: {error}".lower()
-        for cause, kind, sentence in _CAUSES:
-            if re.search(cause, text):
-                raise kind(sentence.format(first_line(error).rstrip("."))) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise LocalError(
+            f"there is no more memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
+            "by the same factor, or --set solver.gradient=checkpointed."
+        ) from error
+    except torch.distributed.DistError as error:
+        raise TrainingError(
+            f"the processes of this run cannot reach each other ({first_line(error).rstrip('.')}). If one has "
+            "ended, its message has the reason, unless the system killed it, for example because memory ran out."
+        ) from error
+    except RnodeError:
         raise
+    except RuntimeError as error:  # of PyTorch: memory of a CPU, a worker or a process that died, a bug
+        raise LocalError(f"PyTorch failed: {first_line(error).rstrip('.')}. --debug shows where.") from error

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import pytorch_lightning as L
@@ -21,14 +19,12 @@ from ..flows.base import BlockFlow
 from ..flows.table import TableFlow
 from ..recipes.recipe import Recipe
 from ..solvers import Solver
-from ..text import duration
+from .auto_step import AutoStep
 from .checkpoints import header_with, load_weights
 from .datamodule import RecipeDataModule
-from .fastest import is_open, take_fastest_way
 from .optimizers import learning_rate_factor, make_optimizer
-from .runs import RunFolder, write_json
-from .step import AutoStep, StepClock, StepObjective, StepRecord, ValidationSums, gap_warning
-from .trainer import is_logged
+from .step import StepClock, StepObjective, StepRecord, ValidationSums, gap_warning
+from .trainer import decided
 
 _LONG = 10  # logged steps
 
@@ -56,7 +52,6 @@ class RnodeModule(L.LightningModule):
     Attributes:
         flow: the model.
         measure: of the recipe's kind of data.
-        folder: the run's folder in :func:`~rnode_plugin.training.fit.fit`; None in other Trainers.
 
     Raises:
         ConfigError: the recipe asks for compiling or flow matching, and the model has no fields for it.
@@ -74,7 +69,6 @@ class RnodeModule(L.LightningModule):
             recipe = Recipe.from_plain(recipe)
         self.save_hyperparameters({"recipe": recipe.to_plain()})
         self.recipe = recipe
-        self.folder: RunFolder | None = None
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
         if recipe.matching:
@@ -84,7 +78,6 @@ class RnodeModule(L.LightningModule):
                     "start.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
                     "parameters, which it gives no gradient."
                 )
-        self._compiled: set[torch.Size] | None = None  # shapes of batches
         if recipe.training.compile is True:
             self._compile_fields()
         self.objective = StepObjective(self.flow, recipe)
@@ -134,12 +127,12 @@ class RnodeModule(L.LightningModule):
         if not self.record.read(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)):
             optimizer.zero_grad()  # without gradients an optimizer changes neither weights nor its own state
             if self.record.in_row >= self.recipe.training.max_skipped:
-                raise TrainingError(self._why_too_many())
+                raise TrainingError(self.record.message(self.global_step + 1))
         self._row = None
         values = self.record.values
         values["lr"] = optimizer.param_groups[0]["lr"]
         # tensors come from a device one by one, and devices wait for each other: not at each step
-        if is_logged(self.trainer, self.global_step + 1):
+        if self.is_logged(self.global_step + 1):
             values = self.row()
             if "train/loss" in values:
                 self._weigh_penalties(values)
@@ -178,18 +171,10 @@ class RnodeModule(L.LightningModule):
                 self._row = dict(zip(self._row, means.tolist(), strict=True))
         return self._row
 
-    def _why_too_many(self) -> str:
-        """The message of the process whose batch was spoilt; the batch goes into a file of the run."""
-        samples = [] if (data := self._data()) is None else data.samples_of_step(self.global_step)
-        message = self.record.message(self.global_step + 1)
-        if self._world > 1:
-            found: list[Any] = [None] * self._world
-            torch.distributed.all_gather_object(found, (self.record.problem is None, message, samples))
-            _, message, samples = min(found)
-        if self.global_rank == 0 and self.folder is not None:
-            write_json(self.folder.skipped, {"step": self.global_step + 1, self.measure.samples: samples})
-            message += f" Its training {self.measure.samples} are listed in {self.folder.skipped}."
-        return message
+    def is_logged(self, step: int) -> bool:
+        """Whether the metrics of ``step``, counted from 1, are written, as the ones of the last step always are."""
+        trainer: Any = self.trainer
+        return step == trainer.max_steps or step % trainer.log_every_n_steps == 0
 
     # before a step ---------------------------------------------------------------------------------------------
 
@@ -216,6 +201,10 @@ class RnodeModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is None:  # else the checkpoint has them, and more steps
             self.load_weights()
+        if decided(self.recipe, self.device).training.compile:
+            if self.recipe.training.compile == "auto":
+                self._compile_fields()
+            self._tell("the fields are compiled: the first step takes longer")
 
     def on_train_start(self) -> None:
         if self._groups:  # a checkpoint has put the settings of its own recipe in their place
@@ -224,11 +213,6 @@ class RnodeModule(L.LightningModule):
             scheduler.base_lrs = [own["initial_lr"] for own in self._groups]
             for group, own, factor in zip(optimizer.param_groups, self._groups, scheduler.lr_lambdas, strict=True):
                 group.update(own, lr=own["initial_lr"] * factor(scheduler.last_epoch))
-        if is_open(self.recipe):
-            folder = None if self.folder is None else self.folder.path
-            way = take_fastest_way(self.trainer, self.recipe, folder).way
-            if way.compiled and self._compiled is None:
-                self._compile_fields()
         self.clock.start_step()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -236,7 +220,6 @@ class RnodeModule(L.LightningModule):
         if batch_idx % self._batches == 0:
             if 0 < self.global_step == self.recipe.matching:
                 self.optimizers(use_pl_optimizer=False).state.clear()  # pyright: ignore[reportAttributeAccessIssue]
-            self._compile_step(batch)
             self._tune()
 
     def on_validation_end(self) -> None:
@@ -246,22 +229,6 @@ class RnodeModule(L.LightningModule):
         if not compile_fields(self.flow):
             name = self.recipe.model.name
             raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
-        self._compiled = set()
-
-    def _compile_step(self, batch: Tensor) -> None:
-        """Compile the code of a batch of a new shape, by a step that changes nothing."""
-        if self._compiled is None or batch.shape in self._compiled:
-            return
-        self._compiled.add(batch.shape)
-        self._tell("compiling: the first step takes longer")
-        start = time.monotonic()
-        precision = self.trainer.precision_plugin.train_step_context()
-        # the step itself reports a solver that fails
-        with seeded(self.recipe.training.seed, Stream.TUNE), precision, suppress(SolverError):
-            loss = self.objective(self.measure.training_inputs(batch), self.solver).loss
-            torch.autograd.grad(loss, list(self.flow.parameters()), allow_unused=True)
-        self._tell(f"compiled in {duration(time.monotonic() - start)}")
-        self.clock.start_step()  # this is wall-clock time of the run, not of a step
 
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes go on with the result of the first one."""
@@ -341,6 +308,6 @@ class RnodeModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
         self.clock.resume(run=progress["seconds"], training=progress["train_seconds"])
-        self.record.skipped, self.record.in_row = progress.get("skipped", 0), progress.get("skipped_in_row", 0)
+        self.record.skipped, self.record.in_row = progress["skipped"], progress["skipped_in_row"]
         if self.auto is not None:
             self.auto.step = progress.get("step_size")

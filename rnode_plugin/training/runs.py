@@ -1,4 +1,4 @@
-"""RunPlan and RunFolder: the steps of a run, its folder, and from which checkpoint it goes on."""
+"""RunOptions, RunPlan and RunFolder: choices of a call, the steps of a run, its folder, and how it continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from ..plugins import registry
 from ..recipes.recipe import Recipe, TableData
 from .checkpoints import BEST, LAST, newest_intact, recipe_of
 
-CHOSEN = "chosen.json"  # how the steps are computed, if the recipe leaves that open
 LOCK = ".lock"  # held while a run is trained
 DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
 
@@ -39,10 +38,39 @@ _FIXED = (
     "data.train_rows",
     "model.name", "model.hidden", "model.layers", "model.alpha",
     "model.field", "model.activation", "model.blocks",
-    "optimizer.name", "training.weights", "start.matching",
+    "optimizer.name", "training.weights", "training.accumulate", "start.matching",
 )  # fmt: skip
 
 _OF_TRAINING = ("progress", "optimizer_states", "lr_schedulers", "loops", "callbacks")  # of a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run writes, from where it continues, and how long a call may take.
+
+    Attributes:
+        runs: folder of all runs.
+        run_folder: exact folder of a new run, missing or empty, instead of the next free one under ``runs``.
+        resume: run folder or checkpoint to continue from, in the same folder if it lies in one.
+        max_time: seconds after which the call ends with a last validation and a checkpoint; the schedule of the
+            learning rate does not change.
+        download: fetch the data set if it is missing.
+        progress: print the progress on the terminal.
+
+    Raises:
+        ConfigError: for both ``run_folder`` and ``resume``.
+    """
+
+    runs: str | os.PathLike[str] = "runs"
+    run_folder: str | os.PathLike[str] | None = None
+    resume: str | os.PathLike[str] | None = None
+    max_time: float | None = None
+    download: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.run_folder is not None and self.resume is not None:
+            raise ConfigError("a run that is resumed stays in its folder: give either run_folder or resume.")
 
 
 @dataclass(frozen=True)
@@ -53,13 +81,11 @@ class RunPlan:
         steps_per_epoch: steps that take all samples once; the rest that fills no step waits for another order.
         total: steps of the whole run.
         val_every: steps between two validations.
-        accumulate: batches per device and step.
     """
 
     steps_per_epoch: int
     total: int
     val_every: int
-    accumulate: int
 
     @staticmethod
     def of(recipe: Recipe, samples: int, world: int = 1) -> RunPlan:
@@ -87,7 +113,7 @@ class RunPlan:
                 "raise --max-steps, or lower it."
             )
         check = training.val_every_steps or training.val_every * per_epoch
-        return RunPlan(per_epoch, total, min(check, total), accumulate)
+        return RunPlan(per_epoch, total, min(check, total))
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,7 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """The newest checkpoint, from which a run goes on."""
+        """The newest checkpoint, from which a run continues."""
         return self.path / "checkpoints" / LAST
 
     @property
@@ -118,11 +144,6 @@ class RunFolder:
     def result(self) -> Path:
         """How the run ended and the scores of its best weights; absent while it runs and after an interruption."""
         return self.path / "result.json"
-
-    @property
-    def skipped(self) -> Path:
-        """The training samples of the step that ended the run without a usable gradient; absent otherwise."""
-        return self.path / "skipped.json"
 
     @staticmethod
     def create(runs: str | os.PathLike[str], recipe: Recipe) -> RunFolder:
@@ -141,16 +162,13 @@ class RunFolder:
     def claim(path: str | os.PathLike[str]) -> RunFolder:
         """A run folder at exactly ``path``, made if it is not there.
 
-        It may hold a ``chosen.json``, which the run then keeps to.
-
         Raises:
             ConfigError: another process trains in it, or it is not empty.
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         with training_lock(path):
-            own = (CHOSEN, LOCK)
-            if (taken := next((each for each in path.iterdir() if each.name not in own), None)) is not None:
+            if (taken := next((each for each in path.iterdir() if each.name != LOCK), None)) is not None:
                 raise ConfigError(
                     f"the run folder {path} is not empty: it holds {taken.name}. --resume continues a run."
                 )
@@ -164,7 +182,7 @@ class RunFolder:
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
         """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run."""
-        for name in ("result.json", "skipped.json", "samples/best.png", DIAGNOSIS, *_SCORES):
+        for name in ("result.json", "samples/best.png", DIAGNOSIS, *_SCORES):
             (self.path / name).unlink(missing_ok=True)
         write_json(self.path / "recipe.json", recipe.to_plain())
         write_json(self.path / "environment.json", environment(device))
@@ -228,18 +246,20 @@ def training_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-# from which checkpoint a run goes on ---------------------------------------------------------------------------
+# from which checkpoint a run continues --------------------------------------------------------------------------
 
 
 def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, int]:
-    """The checkpoint file and the steps behind it, after comparing its recipe with the one to train.
+    """The checkpoint file and its number of steps, after comparing its recipe with the one to train.
 
     Raises:
         CheckpointError: there is none, or it holds another model or was trained on other images.
     """
     path, contents = newest_intact(resume)
     if missing := [name for name in _OF_TRAINING if name not in contents]:
-        raise CheckpointError(f"{path} has no {missing[0]}, it holds weights only: training cannot go on from it.")
+        raise CheckpointError(
+            f"{path} has no {missing[0]}: it holds weights only, from which no training continues."
+        )
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
     differ = [name for name in _FIXED if old.get(name) != new.get(name)]
     if old.get("data.checksum") not in (None, new.get("data.checksum")):  # of the rows of a table
@@ -249,6 +269,6 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
     if differ:
         what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
         raise CheckpointError(
-            f"{path} cannot go on with other settings: {what}. --weights {path} starts a new run from it."
+            f"{path} cannot continue with other settings: {what}. --weights {path} starts a new run from it."
         )
     return path, contents["progress"]["batches"]

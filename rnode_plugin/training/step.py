@@ -1,13 +1,14 @@
-"""One training step: equation 17 on a batch, the record of what a step measured, and the sums of a validation."""
+"""One training step: equation 17 on a batch, the record of its measurements, and the sums of a validation."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,9 @@ from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.schedules import final_strength, strength_at
 from ..errors import SolverError
-from ..evaluation.measures import FlowInput, Measure, batch_of, measure_of
+from ..evaluation.measures import FlowInput, Measure, measure_of
 from ..evaluation.solver_gap import measure_solver_gap
-from ..evaluation.step_size import StepTable, tune_step
-from ..solvers import HealthCheck, Solver, all_finite, check_all
+from ..solvers import HealthCheck, Solver, all_finite, check_health
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -40,14 +40,14 @@ class StepTerms:
             the squared error per dimension.
         nfe: evaluations of the vector fields, summed over blocks.
         penalties: integral of each penalty by name, divided by the number of dimensions.
-        health: what tells, on the device, whether the solves stayed finite.
+        checks: deferred checks of the solves, which say why a batch is not usable.
     """
 
     loss: Tensor
     score: Tensor | None
     nfe: int
     penalties: dict[str, Tensor]
-    health: tuple[HealthCheck, ...] = ()
+    checks: list[HealthCheck] = field(default_factory=list)
 
 
 class StepObjective:
@@ -56,6 +56,7 @@ class StepObjective:
     def __init__(self, flow: Any, recipe: Recipe) -> None:
         self._flow, self._measured = flow, recipe.measured
         self.measure = measure_of(recipe)
+        self._deferring = "checks" in inspect.signature(flow.forward).parameters
         self.lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def __call__(self, inputs: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
@@ -67,7 +68,9 @@ class StepObjective:
             SolverError: an adaptive integration could not go on.
         """
         dims = self.measure.dims
-        output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=bool(self.lambdas), check=False)
+        checks: list[HealthCheck] = []
+        deferred = {"checks": checks} if self._deferring else {}
+        output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=bool(self.lambdas), **deferred)
         log_prob = output_log_prob(output)
         whole = undivided(getattr(self._flow, "regularizers", ()))
         lambdas = {name: strength_at(name, strength, step) for name, strength in self.lambdas.items()}
@@ -75,12 +78,12 @@ class StepObjective:
         score = self.measure.scores(log_prob.detach()).mean()
         # a factor of NaN makes the gradient NaN too, which tells all processes of the run to skip the step
         usable = torch.isfinite(goal.loss.detach())
-        if output.health:
-            usable = usable & all_finite(output.health)
+        if checks:
+            usable = usable & all_finite(checks)
         one = torch.where(usable, 1.0, torch.nan).to(goal.loss.dtype)
         means = {name: value.detach().mean() for name, value in output.regularization.items()}
         penalties = {name: one * (mean if name in whole else mean / dims) for name, mean in means.items()}
-        return StepTerms(one * goal.loss, one * score, output.nfe, penalties, output.health)
+        return StepTerms(one * goal.loss, one * score, output.nfe, penalties, checks)
 
     def matching(self, inputs: FlowInput) -> StepTerms:
         """The terms of a step of flow matching: the squared error per dimension, one evaluation per block."""
@@ -152,7 +155,7 @@ class StepRecord:
             if not math.isfinite(loss) and self.problem is None:
                 self.problem = "the loss is nan"
                 try:
-                    check_all(terms.health)
+                    check_health(terms.checks)
                 except SolverError as error:
                     self.problem = f"the solver failed ({error})"
         self._terms = []
@@ -213,69 +216,6 @@ class StepClock:
     def resume(self, *, run: float, training: float) -> None:
         """Continue from the seconds of an earlier part."""
         self._before, self.training = run, training
-
-
-# solver.step=auto ----------------------------------------------------------------------------------------------
-
-_FIRST_STEP = 0.5  # the paper's; a flow that trains on coarser steps soon exploits them
-_CALM = 1 / 4  # share of the tolerances that a coarser step may use up, so that it does not come and go
-_SAMPLES = 16
-
-
-class AutoStep:
-    """The coarsest step, from 0.5 down, at which a flow agrees with a tight adaptive solve.
-
-    A step that is coarser than the current one has to agree four times as well. Each check measures on the same
-    held-out samples with the same noise (:func:`~rnode_plugin.evaluation.step_size.tune_step`), so that its result
-    is a function of the weights alone.
-
-    Attributes:
-        step: the result of the last check; None before the first one.
-    """
-
-    def __init__(self, solver: Solver, measure: Measure, *, seed: int) -> None:
-        self.step: float | None = None
-        self._solver, self._measure, self._seed = solver, measure, seed
-
-    @property
-    def solver(self) -> Solver:
-        """The grid with the current step."""
-        return dataclasses.replace(self._solver, step=self.step or _FIRST_STEP)
-
-    def measure(self, flow: Any, samples: Any, device: torch.device) -> StepTable | None:
-        """The gap and the round trip of each step now; None if the adaptive solve itself fails.
-
-        ``samples`` are held-out ones as the data come, ``(N, ...)``; the first 16 are used.
-        """
-        mode = flow.training
-        flow.eval()
-        try:
-            with seeded(self._seed, Stream.TUNE):
-                x, given = self._measure.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
-                kind = next(flow.parameters(), x).dtype  # of 64-true
-                x = FlowInput(x.to(kind), {name: each.to(kind) for name, each in given.items()})
-                return tune_step(flow, x, measure=self._measure, solver=self._solver, start=_FIRST_STEP)
-        except SolverError:
-            return None
-        finally:
-            flow.train(mode)
-
-    def take(self, found: StepTable | None, at: int) -> str | None:
-        """Switch to the step that was found at training step ``at``; a line for the user if something changed."""
-        old = self.step or _FIRST_STEP
-        if found is None:
-            self.step = old
-            return f"solver.step stays {old:g} at step {at}: the adaptive solve that it is held against fails."
-        best = found.rows[-1]
-        calm = best.gap <= _CALM * found.max_gap and best.round_trip <= _CALM * found.max_round_trip
-        self.step = new = best.step if best.step <= old or calm else max(old, best.step / 2)
-        if new == old:
-            return None
-        advice = "" if found.step is not None else "; no step agrees with an adaptive solve: raise the lambdas"
-        gaps = (
-            f"gap {best.gap:.2g} {self._measure.unit}, round trip {best.round_trip:.2g} {self._measure.step_unit}"
-        )
-        return f"solver.step {old:g} -> {new:g} at step {at}: {gaps} at {best.step:g}{advice}."
 
 
 # a validation --------------------------------------------------------------------------------------------------

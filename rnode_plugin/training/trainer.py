@@ -1,13 +1,13 @@
-"""Lightning's Trainer for a run: its options, loggers and checkpoints, and the private names of Lightning."""
+"""Lightning's Trainer for a run: devices and precision, the options that pass through, loggers and checkpoints."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
 from ..errors import ConfigError, suggest
 from ..files import write_atomically
@@ -27,99 +27,124 @@ from ..recipes.recipe import Recipe
 from .checkpoints import LAST, PREVIOUS, read_checkpoint
 from .runs import RunPlan
 
-# options of Lightning's Trainer that would contradict the recipe or fit, and the setting or argument instead
-_DECIDED = {
-    "precision": "training.precision",
-    "max_steps": "training.max_steps",
-    "min_steps": "training.max_steps",
-    "max_epochs": "training.max_epochs",
-    "min_epochs": "training.max_epochs",
-    "accumulate_grad_batches": "training.accumulate",
-    "val_check_interval": "training.val_every_steps",
-    "check_val_every_n_epoch": "training.val_every",
-    "log_every_n_steps": "training.log_every",
-    "limit_train_batches": "data.train_images",
-    "limit_val_batches": "training.val_images",
-    "overfit_batches": "data.train_images",
-    "fast_dev_run": "training.max_steps",
-    "enable_checkpointing": "training.save_every",
-    "logger": "the argument loggers",
-    "enable_progress_bar": "the argument progress",
-    "default_root_dir": "the argument runs",
-}
+_UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")
+"""Options of Lightning's Trainer with which the numbers of a run would not be what the recipe says."""
 
 
-def check_options(options: Mapping[str, Any], loggers: Iterable[Logger | str]) -> None:
-    """Refuse options and loggers that ``fit`` cannot pass on to Lightning.
+def make_trainer(
+    recipe: Recipe,
+    samples: int,
+    callbacks: Callable[[RunPlan], Sequence[Callback]],
+    loggers: Iterable[Logger],
+    options: Mapping[str, Any],
+) -> tuple[L.Trainer, RunPlan]:
+    """Lightning's Trainer for a recipe, and the steps that it makes.
+
+    Args:
+        recipe: decides steps, precision, validations and logs.
+        samples: number of training samples.
+        callbacks: makes the callbacks from the plan.
+        loggers: of Lightning.
+        options: other options of the Trainer. Under torchrun ``devices="auto"`` means as many as torchrun starts.
 
     Raises:
-        ConfigError: an option of its Trainer that the recipe or an argument of ``fit`` decides; a logger that is
-            not known or whose program is not installed.
+        ConfigError: an option that the recipe decides, an accelerator that is not there, a precision that does not
+            work here, or too few samples for the devices.
     """
+    settings, where = recipe.training, _where(options)
+    with _refusing():
+        probe = L.Trainer(**{**where, **_SILENT, "logger": False, "enable_checkpointing": False})
+    plan = RunPlan.of(recipe, samples, probe.world_size)
+    ours = {
+        **where,
+        "callbacks": list(callbacks(plan)),
+        "logger": list(loggers),
+        "max_steps": plan.total,
+        "max_epochs": -1,
+        "val_check_interval": plan.val_every * settings.accumulate,
+        "check_val_every_n_epoch": None,
+        "accumulate_grad_batches": settings.accumulate,
+        "log_every_n_steps": settings.log_every,
+        "precision": decided(recipe, probe.strategy.root_device).training.precision,
+    }
     for name in options:
-        if name in _DECIDED:
-            raise ConfigError(f"fit does not take Lightning's {name}: set {_DECIDED[name]}.")
-    for name in (each for each in loggers if isinstance(each, str)):
-        if name not in LOGGERS:
-            raise ConfigError(suggest(name, LOGGERS, "logger"))
-        modules = LOGGERS[name][0]
-        if modules and not any(map(importlib.util.find_spec, modules)):
-            raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
-
-
-def make_trainer(*, devices: str | int, num_nodes: int, plugins: Any = None, **options: Any) -> L.Trainer:
-    """Lightning's Trainer; under torchrun ``devices="auto"`` means torchrun's own numbers.
-
-    The precision ``auto`` starts as Lightning's default.
-
-    Raises:
-        ConfigError: an accelerator that is not there, a precision that is not known or does not work here.
-    """
-    torchrun = TorchElasticEnvironment.detect()
-    if torchrun and devices == "auto":
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
-    environment: list[Any] = []
-    if not torchrun and SLURMEnvironment.detect():
-        # a requeued job goes on by --resume; Lightning's own way writes other files elsewhere
-        environment.append(SLURMEnvironment(auto_requeue=False))
-    more = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins] * (plugins is not None)
-    defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    if options.get("precision") == "auto":
-        options["precision"] = "32-true"
-    try:
-        trainer = L.Trainer(
-            devices=devices,
-            num_nodes=num_nodes,
-            plugins=[AtomicCheckpointIO(), *environment, *more],
-            **{**defaults, **options},
+        if name in _UNSEEN or (name in ours and name not in where):
+            raise ConfigError(f"fit does not take Lightning's {name}: the settings of the recipe decide that.")
+    plugins = options.get("plugins") or []
+    plugins = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, (list, tuple)) else [plugins])]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # a requeued job continues by --resume, and Lightning's requeueing writes other files elsewhere
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    with _refusing():
+        trainer = L.Trainer(**{"num_sanity_val_steps": 0, **_SILENT, **options, **ours, "plugins": plugins})
+    if trainer.world_size != probe.world_size:
+        raise ConfigError("these plugins give another number of processes than devices and num_nodes.")
+    if settings.precision.startswith("16") and str(trainer.precision).startswith("bf16"):
+        raise ConfigError(
+            f"training.precision={settings.precision} needs a GPU: on a CPU use 32-true or {trainer.precision}."
         )
-        _check_processes(trainer)
+    return trainer, plan
+
+
+_SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+
+
+def _where(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a Trainer that name its devices."""
+    where = {name: options.get(name, default) for name, default in _PLACES.items()}
+    if TorchElasticEnvironment.detect() and where["devices"] == "auto":
+        where["devices"] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        where["num_nodes"] = int(os.environ["WORLD_SIZE"]) // where["devices"]
+    return where
+
+
+_PLACES = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, RuntimeError, TypeError, MisconfigurationException) as error:
         raise ConfigError(f"this device or precision cannot be used: {' '.join(str(error).split())}") from None
-    asked = str(options.get("precision", "32-true"))
-    if asked.startswith("16") and str(trainer.precision).startswith("bf16"):  # with a warning that is easily missed
-        raise ConfigError(f"training.precision={asked} needs a GPU: on a CPU use 32-true or {trainer.precision}.")
-    emulated = trainer.strategy.root_device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if "bf16" in asked and emulated and trainer.is_global_zero:
-        print("note: this processor computes bf16 several times slower than 32-true.", file=sys.stderr)
-    return trainer
 
 
-def follow_plan(trainer: L.Trainer, recipe: Recipe, samples: int) -> RunPlan:
-    """Set a Trainer's steps and validations by its devices; a ConfigError if a device has not one full batch."""
-    plan = RunPlan.of(recipe, samples, trainer.world_size)
-    trainer.fit_loop.epoch_loop.max_steps = plan.total
-    trainer.val_check_interval = plan.val_every * plan.accumulate
-    return plan
+# what `auto` means ---------------------------------------------------------------------------------------------
 
+
+def decided(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with a precision and a choice about compiling in place of ``auto``.
+
+    A fixed grid trains in bfloat16 where the device computes it natively, an adaptive solver in 32 bits. Fields are
+    compiled on CUDA only.
+    """
+    training, changes = recipe.training, dict[str, Any]()
+    if training.precision == "auto":
+        low = computes_bf16(device) and not recipe.solver.adaptive
+        changes["precision"] = "bf16-mixed" if low else "32-true"
+    if training.compile == "auto":
+        changes["compile"] = device.type == "cuda"
+    return dataclasses.replace(recipe, training=dataclasses.replace(training, **changes)) if changes else recipe
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 numbers natively: CUDA from 8.0, a CPU with ``avx512_bf16`` or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return False
+    return device.type == "cpu" and any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+
+
+# terminal, checkpoints, loggers --------------------------------------------------------------------------------
 
 # Lightning's notes about choices that are made on purpose
 _KNOWN_WARNINGS = (
     ".*does not have many workers.*",
     ".*GPU available but not used.*",
     ".*treespec, LeafSpec.*is deprecated.*",
-    ".*smaller than the logging interval.*",  # metrics are logged by steps, across epochs
 )
 
 
@@ -154,10 +179,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-# loggers -------------------------------------------------------------------------------------------------------
-
 # name -> modules of which one must be installed, and the logger for a run's folder and RECIPE-VERSION
-LOGGERS: dict[str, tuple[tuple[str, ...], Callable[[Path, str], Logger]]] = {
+_LOGGERS: dict[str, tuple[tuple[str, ...], Callable[[Path, str], Logger]]] = {
     "csv": ((), lambda folder, run: CSVLogger(folder, name="", version="csv")),
     "tensorboard": (
         ("tensorboard", "tensorboardX"),
@@ -176,35 +199,22 @@ LOGGERS: dict[str, tuple[tuple[str, ...], Callable[[Path, str], Logger]]] = {
 }
 
 
-# names of Lightning that are private or not declared; a test fails if one goes ----------------------------------
+def check_loggers(names: Iterable[str]) -> None:
+    """Refuse the name of a logger that is not known or not installed, as a ConfigError."""
+    for name in names:
+        if name not in _LOGGERS:
+            raise ConfigError(suggest(name, _LOGGERS, "logger"))
+        modules = _LOGGERS[name][0]
+        if modules and not any(map(importlib.util.find_spec, modules)):
+            raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
 
 
-def _check_processes(trainer: L.Trainer) -> None:
-    """Compare the number of processes with the environment's now; Lightning does so only when training starts."""
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        sizes = {"num_devices": launcher.num_processes, "num_nodes": launcher.num_nodes}
-        launcher.cluster_environment.validate_settings(**sizes)
+def make_logger(name: str, folder: Path) -> Logger:
+    """The logger of that name for a run's folder."""
+    return _LOGGERS[name][1](folder, "-".join(folder.parts[-2:]))  # RECIPE-VERSION
 
 
 def end_other_processes(trainer: L.Trainer, signum: int) -> None:
     """Send a signal to the processes that this one has started, which may wait for it for ever."""
-    launcher = trainer.strategy.launcher
-    if trainer.is_global_zero and launcher is not None:
+    if trainer.is_global_zero and (launcher := trainer.strategy.launcher) is not None:
         launcher.kill(signum)
-
-
-def validates_after_this_batch(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates between this batch and the next one."""
-    loop = trainer.fit_loop
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # pyright: ignore[reportArgumentType]
-
-
-def batches_trained(trainer: L.Trainer) -> int:
-    """Batches that this device has trained on, in all epochs."""
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def is_logged(trainer: L.Trainer, step: int) -> bool:
-    """Whether the metrics of ``step``, counted from 1, are written down: those of the last step always are."""
-    return step == trainer.max_steps or step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
