@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_second_derivatives_by_nested_transforms(kind: str) -> None:
     _, loss = make(kind)
     x, v = torch.randn(3, 2).double(), torch.randn(3, 2).double()
     twice = jvp(lambda x: jvp(loss, (x,), (v,))[1], (x,), (v,))[1]  # first: what it makes must not outlive it
-    expected = torch.autograd.functional.vhp(loss, x, v)[1]
+    expected: Any = torch.autograd.functional.vhp(loss, x, v)[1]
     torch.testing.assert_close(twice, (expected * v).sum())
     torch.testing.assert_close(jvp(grad(loss), (x,), (v,))[1], expected)
     torch.testing.assert_close(torch.einsum("abcd,cd->ab", jacfwd(jacrev(loss))(x), v), expected)
