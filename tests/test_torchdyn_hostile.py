@@ -442,7 +442,7 @@ def test_what_a_collection_holds_and_for_how_long() -> None:
         with pytest.raises(ConfigError, match="already collecting"), model.collect_penalties():
             pass
     assert float(model.reg_loss().detach()) > 0
-    with pytest.raises(RuntimeError, match="equal size"):
+    with pytest.raises(ConfigError, match="no sum per sample"):
         _ = model.regularization
     other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     with pytest.raises(ConfigError, match="call the model"):
