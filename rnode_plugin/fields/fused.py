@@ -297,6 +297,43 @@ def _direction(
 # their graph nodes ----------------------------------------------------------------------------------------------
 
 
+class _Inputs(NamedTuple):
+    """The tensors that an evaluation is a function of; or of each its gradient, or whether it needs one."""
+
+    t: Any
+    z: Any
+    pulled: Any
+    bias: Any
+    response: Any
+    weights: Sequence[Any]
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> _Inputs:
+        t, z, pulled, bias, response, *weights = row
+        return cls(t, z, pulled, bias, response, weights)
+
+    def row(self) -> tuple[Any, ...]:
+        return (*self[:5], *self.weights)
+
+
+class _DirectionInputs(NamedTuple):
+    """The same of a product along a direction; ``kept`` is what the evaluation kept of its activations."""
+
+    dt: Any
+    v: Any
+    response: Any
+    weights: Sequence[Any]
+    kept: Sequence[Any]
+
+    @classmethod
+    def of(cls, row: Sequence[Any], hidden: int) -> _DirectionInputs:
+        dt, v, response, *rest = row
+        return cls(dt, v, response, rest[: hidden + 1], rest[hidden + 1 :])
+
+    def row(self) -> tuple[Any, ...]:
+        return (*self[:3], *self.weights, *self.kept)
+
+
 class _Evaluation(torch.autograd.Function):
     """Velocity, product (None without a noise), what is kept of each activation and of the product."""
 
@@ -323,21 +360,21 @@ class _Evaluation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         stack: Stack = ctx.stack
-        n = stack.hidden
         if all(each is None for each in cotangents):
-            return (None,) * (7 + n)
-        tensors = ctx.saved_tensors  # a checkpoint unpacks them once
-        inputs, saved = tensors[: 6 + n], tensors[6 + n :]
-        z = inputs[1]
-        with _without_autocast(z):
+            return (None,) * len(ctx.needs_input_grad)
+        needs, tensors = ctx.needs_input_grad[1:], ctx.saved_tensors  # a checkpoint unpacks them once
+        row, outputs = tensors[: len(needs)], tensors[len(needs) :]
+        cotangents = cotangents[: 2 + stack.hidden]
+        with _without_autocast(_Inputs.of(row).z):
             if torch.is_grad_enabled():  # the gradient is to be differentiated: autograd must see it
-                t, z, pulled, bias, response, *weights = inputs = _ends(inputs)
-                maps = stack.plain_maps(weights)
-                a, kept = _velocity(stack, maps, bias, response, t, z)
+                inputs = _Inputs.of(_ends(row))
+                maps, z = stack.plain_maps(inputs.weights), inputs.z
+                a, kept = _velocity(stack, maps, inputs.bias, inputs.response, inputs.t, z)
+                pulled = inputs.pulled
                 product = None if pulled is None else _product(stack, maps, kept, pulled)[0].to(z.dtype)
-                return None, *_by_autograd((a.to(z.dtype), product, *kept), cotangents[: 2 + n], inputs)
-            needs = ctx.needs_input_grad[1:]
-            return None, *_pull_back(stack, inputs, needs, cotangents[: 2 + n], saved[:n], saved[n:])
+                return None, *_by_autograd((a.to(z.dtype), product, *kept), cotangents, inputs.row())
+            kept, inner = outputs[: stack.hidden], outputs[stack.hidden :]
+            return None, *_pull_back(stack, _Inputs.of(row), _Inputs.of(needs), cotangents, kept, inner).row()
 
 
 class _Direction(torch.autograd.Function):
@@ -362,20 +399,19 @@ class _Direction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         stack: Stack = ctx.stack
-        n, q = stack.hidden, cotangents[0]
+        q = cotangents[0]
         if q is None:
-            return (None,) * (5 + 2 * n)
-        tensors = ctx.saved_tensors
-        inputs, inner = tensors[: 4 + 2 * n], tensors[4 + 2 * n :]
-        v = inputs[1]
-        with _without_autocast(v):
+            return (None,) * len(ctx.needs_input_grad)
+        needs, tensors = ctx.needs_input_grad[1:], ctx.saved_tensors
+        row, inner = tensors[: len(needs)], tensors[len(needs) :]
+        inputs = _DirectionInputs.of(row, stack.hidden)
+        with _without_autocast(inputs.v):
             if torch.is_grad_enabled():
-                dt, v, response, *rest = inputs = _ends(inputs)
-                weights, kept = rest[: n + 1], rest[n + 1 :]
+                dt, v, response, weights, kept = inputs = _DirectionInputs.of(_ends(row), stack.hidden)
                 y = _direction(stack, stack.plain_maps(weights), response, kept, v, dt)[0].to(v.dtype)
-                return None, *_by_autograd((y,), (q,), inputs)
-            needs = ctx.needs_input_grad[1:]
-            return None, *_pull_back_direction(stack, inputs, needs, q, inputs[4 + n :], inner)
+                return None, *_by_autograd((y,), (q,), inputs.row())
+            of_needs = _DirectionInputs.of(needs, stack.hidden)
+            return None, *_pull_back_direction(stack, inputs, of_needs, q, inner).row()
 
 
 for each in (_Evaluation, _Direction):  # Function.apply asks for the signature at every call: 40 us
@@ -417,22 +453,20 @@ class _Upward(NamedTuple):
 
 def _pull_back(
     stack: Stack,
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
+    inputs: _Inputs,
+    needs: _Inputs,
     cotangents: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     inner: Sequence[Tensor],
-) -> list[Tensor | None]:
+) -> _Inputs:
     """Gradients of an evaluation's inputs from the cotangents of velocity, product and what was kept."""
-    t, z, pulled, _, response = inputs[:5]
+    t, z, pulled, _, response, _ = inputs
     dz, product, *turned = cotangents
-    assert t is not None
-    assert z is not None
-    activation, wanted = stack.activation, needs[5:]
+    activation, wanted = stack.activation, needs.weights
     up = pulled_grad = None
     if product is not None and pulled is not None:
         up = _upward(stack, stack.enter(product), kept, [*inner, pulled.to(stack.dtype)], wanted)
-        pulled_grad = up.end.sum_to_size(pulled.shape).to(pulled.dtype) if needs[2] else None
+        pulled_grad = up.end.sum_to_size(pulled.shape).to(pulled.dtype) if needs.pulled else None
 
     def entry(k: int) -> Tensor:
         return activation.output(kept[k - 1]) if k else stack.enter(z)
@@ -446,27 +480,22 @@ def _pull_back(
 
     dz = z.new_zeros(len(z), len(stack.weights[-1]), *stack.event) if dz is None else dz
     row, below, gradients = _downward(
-        stack, stack.enter(dz), entry, through, shifts=needs[0] or needs[3] or needs[4], z=needs[1], weights=wanted
-    )
+        stack, stack.enter(dz), entry, through, shifts=needs.t or needs.bias or needs.response, z=needs.z,
+        weights=wanted,
+    )  # fmt: skip
     for gradient, more in zip(gradients, [] if up is None else up.gradients, strict=False):
         if gradient is not None and more is not None:
             gradient.add_(more)
     t_grad, response_grad = _time_gradients(row, t, response)
     z_grad = None if below is None else below.to(z.dtype)
-    return [t_grad, z_grad, pulled_grad, row, response_grad, *gradients]
+    return _Inputs(t_grad, z_grad, pulled_grad, row, response_grad, gradients)
 
 
 def _pull_back_direction(
-    stack: Stack,
-    inputs: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    q: Tensor,
-    kept: Sequence[Tensor],
-    inner: Sequence[Tensor],
-) -> list[Tensor | None]:
+    stack: Stack, inputs: _DirectionInputs, needs: _DirectionInputs, q: Tensor, inner: Sequence[Tensor]
+) -> _DirectionInputs:
     """Gradients of the inputs of a product along a direction, from its cotangent."""
-    dt, v, response = inputs[:3]
-    assert v is not None
+    dt, v, response, _, kept = inputs
     activation, turned = stack.activation, list[Tensor]()
 
     def entry(k: int) -> Tensor:
@@ -477,14 +506,13 @@ def _pull_back_direction(
         turned.append(activation.slope_derivative(kept[k], slope).mul_(inner[k]).mul_(p))
         return p.mul_(slope)
 
-    wanted = needs[3 : 4 + stack.hidden]
-    shifts = dt is not None and (needs[0] or needs[2])
+    shifts = dt is not None and (needs.dt or needs.response)
     row, below, gradients = _downward(
-        stack, stack.enter(q), entry, through, shifts=shifts, z=needs[1], weights=wanted
+        stack, stack.enter(q), entry, through, shifts=shifts, z=needs.v, weights=needs.weights
     )
     dt_grad, response_grad = _time_gradients(row, dt, response)
     v_grad = None if below is None else below.to(v.dtype)
-    return [dt_grad, v_grad, response_grad, *gradients, *turned[::-1]]
+    return _DirectionInputs(dt_grad, v_grad, response_grad, gradients, turned[::-1])
 
 
 def _upward(
