@@ -21,12 +21,12 @@ def citation(
     methods: Iterable[str] = (),
     density: bool = False,
 ) -> str:
-    """BibTeX entries, one for each paper, that of neural ODEs first.
+    """BibTeX entries, one for each paper, the paper of neural ODEs first.
 
     Args:
-        regularizers: penalties, by their ``source``. A paper of another package is left to that package.
-        estimator: of the trace; None if none is estimated.
-        methods: of the solvers.
+        regularizers: penalties, cited by their ``source``. A paper of another package is left to that package.
+        estimator: the estimator of the trace; None if none is estimated.
+        methods: names of the solver methods.
         density: whether the model is a continuous normalizing flow.
     """
     keys = ["chen2018neural", *(["grathwohl2019ffjord"] if density else [])]

@@ -1,7 +1,7 @@
 """The field protocol: velocity, products with the Jacobian and directional derivatives from one pass.
 
 :class:`Field` is the protocol. :class:`AutogradField` implements it for any function ``(t, z)`` by automatic
-differentiation; fields with a faster pass of their own implement it themselves.
+differentiation. A field that has a faster pass implements the protocol itself.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ DirectionalDerivative = Callable[[Tensor, float], Tensor]
 
 
 class Ask(NamedTuple):
-    """What one pass over a field shall give beside the velocity.
+    """What one pass over a field gives in addition to the velocity.
 
     Attributes:
-        products: ``"noise"``, the products ``noise^T df/dz``; ``"rows"``, all rows of ``df/dz``; ``""``, none.
+        products: ``"noise"`` for the products ``noise^T df/dz``, ``"rows"`` for all rows of ``df/dz``, ``""`` for
+            none.
         jvp: whether derivatives along directions are wanted.
         divergence: whether the exact divergence is wanted.
         aux: whether values that the field offers by name are wanted.
@@ -51,7 +52,7 @@ RATES = Ask("noise", jvp=True, divergence=True, aux=True)
 
 
 class Linearization(NamedTuple):
-    """One pass over a field; what was not asked for may be None.
+    """The result of one pass over a field. What was not asked for may be None.
 
     Attributes:
         dz: velocity ``f(t, z)``, ``(B, *event)``.
@@ -72,8 +73,8 @@ class Linearization(NamedTuple):
 class Field(Protocol):
     """A vector field that gives its velocity together with products and derivatives, from one pass.
 
-    A call is the velocity in operations that autograd and ``torch.func`` know, differentiable any number of
-    times. A solve evaluates :meth:`linearize`, whose result has gradients of first order at least.
+    A call returns the velocity, computed by operations that autograd and ``torch.func`` can differentiate any
+    number of times. A solve evaluates :meth:`linearize`, whose result has gradients of at least first order.
     """
 
     def __call__(self, t: Tensor, z: Tensor, /) -> Tensor:
@@ -99,16 +100,18 @@ def as_field(field: Velocity) -> Field:
 class AutogradField:
     """Any differentiable function ``(t, z)`` as a :class:`Field`, by reverse-mode automatic differentiation.
 
-    Works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func`` too. Results have a graph if
-    gradients are enabled. Reverse mode twice gives ``J v``: faster in training than forward mode, and right through
-    autograd Functions of a user's own, for which nested forward mode silently gives zero. A field that cuts its
-    graph is refused.
+    It also works under ``no_grad``, ``inference_mode`` and the transforms of ``torch.func``. Results have a graph
+    if gradients are enabled. Reverse mode twice gives ``J v``. It is faster in training than forward mode, and it
+    is right for custom autograd Functions, for which nested forward mode silently gives zero. A field that cuts its
+    graph is refused, and so is the exact Jacobian of a field that mixes samples.
 
-    A subclass overrides the call. A bound method of its own as the function would make a reference cycle per solve.
+    A subclass overrides the call. If it passed a bound method as the function, each solve would make a reference
+    cycle.
 
     Args:
         field: the function.
-        aux: ``(t, z)`` to values by name that the field offers; None: the function's method ``aux``, if it has one.
+        aux: maps ``(t, z)`` to values by name that the field offers. None takes the function's method ``aux``, if
+            it has one.
     """
 
     def __init__(
@@ -190,12 +193,12 @@ class AutogradField:
 
 
 class PartField(AutogradField):
-    """A part of the state as a field of its own; the rest stays as it is at each evaluation.
+    """The field of a part of the state. The rest of the state is constant at each evaluation.
 
     Args:
-        field: of the whole state.
-        part: a state, or its velocity, to the part ``(B, *event)``.
-        replaced: ``(state, z)`` to the state with ``z`` as that part.
+        field: the field of the whole state.
+        part: maps a state, or its velocity, to the part ``(B, *event)``.
+        replaced: maps ``(state, z)`` to the state with ``z`` as that part.
         aux: as for :class:`AutogradField`.
 
     Attributes:
@@ -219,7 +222,7 @@ class PartField(AutogradField):
 def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tensor:
     """``d^order z / dt^order`` along the trajectory of ``field`` through ``(t, z)``, of the shape of ``z``.
 
-    Order 1 is the velocity. ``order - 1`` nested derivatives; each costs about three times the one before.
+    Order 1 is the velocity. Each of the ``order - 1`` nested derivatives costs about three times the one before.
     """
     derivative = field
     for _ in range(order - 1):
@@ -335,11 +338,11 @@ def _refuse_mixed_samples(z: Tensor, dtype: torch.dtype, pull: Callable[[Tensor]
 def _refuse_lost_graph(function: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> None:
     """Refuse a field that depends on its state and gives a velocity ``dz`` without a graph.
 
-    Without a graph a velocity has a Jacobian of zero. That is right for a field that ignores its state. To tell,
-    the field is evaluated once more at another state.
+    Without a graph a velocity has a Jacobian of zero, which is right for a field that ignores its state. A second
+    evaluation at another state distinguishes the two cases.
 
     Raises:
-        ConfigError: if the velocity there is another one.
+        ConfigError: if the velocity is different there.
     """
     with torch.no_grad():
         state = z.detach()

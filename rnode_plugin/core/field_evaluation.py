@@ -30,12 +30,12 @@ class FieldEvaluation:
         t: time, a scalar tensor.
         z: state ``(B, *event)``.
         dz: velocity ``f(t, z)``, of the same shape.
-        noise: the probe vector of the solve, of the same shape (of several probes, one more dimension in front);
-            None if there is none.
+        noise: the probe vector of the solve, of the same shape, or several, with one more dimension in front; None
+            if there is none.
         products: what the estimator computed along with the velocity, for one probe ``noise^T df/dz``; None unless
             products were asked for.
-        estimator: reduces the products.
-        field: for derivatives that did not come with the evaluation.
+        estimator: what reduces the products.
+        field: the field, for derivatives that did not come with the evaluation.
         shared_jvp: ``(v, dt)`` to ``df/dz v + dt df/dt`` from the pass that gave the velocity.
         shared_aux: values that the field offers by name.
     """
@@ -71,7 +71,7 @@ class FieldEvaluation:
         return self._once("probes", lambda: estimator.probes(products, self.noise))
 
     @property
-    def knows_jacobian(self) -> bool:
+    def has_jacobian(self) -> bool:
         """Whether the products that came along with the velocity are the rows of the Jacobian."""
         return self.products is not None and self.estimator is not None and self.estimator.asks == "rows"
 
@@ -81,7 +81,7 @@ class FieldEvaluation:
         Raises:
             ConfigError: for more than 128 dimensions.
         """
-        if self.products is not None and self.knows_jacobian:
+        if self.products is not None and self.has_jacobian:
             return _matrices(self.products)
         dims = math.prod(self.z.shape[1:])
         if dims > _MAX_DIMS:

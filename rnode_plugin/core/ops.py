@@ -58,7 +58,7 @@ def on_host() -> AbstractContextManager[object]:
 
 def transforms_active() -> bool:
     """Whether a transform of torch.func is active."""
-    # torch has no public name for this; autograd.Function asks the same question
+    # torch has no public name for this; autograd.Function calls the same function
     return torch._C._are_functorch_transforms_active()
 
 

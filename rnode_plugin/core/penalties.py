@@ -1,4 +1,4 @@
-"""Penalties: what solves leave behind, the integral of each penalty by name, and their sum (eq. 17)."""
+"""Penalties: the integral of each penalty over one or several solves, by name, and their sum (eq. 17)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Takes(NamedTuple):
 
     Attributes:
         order: ``"x"`` without a time, ``"t, x"``, ``"x, t"``, or ``"x, *, t"`` with the time as a keyword. ``"?"``
-            for two arguments whose names say nothing, ``"..., t"`` for a time behind the second argument.
+            for two arguments whose names are not informative, ``"..., t"`` for a time after the second argument.
         args: whether it takes ``args=...`` as well: a parameter of that name, or ``**kwargs``. A ``*args`` is not
             one.
         time: the name of the time.
@@ -43,9 +43,10 @@ class Takes(NamedTuple):
 
 
 def field_takes(field: Any) -> Takes:
-    """How a module, a function or another callable is called; if it only passes all on, how the one inside is.
+    """How a module, a function or another callable is called.
 
-    A parameter among :data:`TIME_NAMES` is the time.
+    A wrapper that passes all arguments on is called as the module inside. A parameter among
+    :data:`TIME_NAMES` is the time.
     """
     function = _function(field)
     parameters = _parameters(function)
@@ -81,8 +82,8 @@ def call_of(field: Any, args: Any = None) -> tuple[Callable[..., Tensor], tuple[
     """How ``field`` is called: ``(function, extra, keywords)`` for ``function(t, x, *extra, **keywords)``.
 
     Args:
-        field: the field; one of time and state alone is the function.
-        args: handed to a field that takes ``args``.
+        field: the field. A field of time and state alone is the function itself.
+        args: passed to a field that takes ``args``.
     """
     takes = field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
@@ -112,9 +113,9 @@ def refuse_state_first(field: Any, caller: str) -> None:
 def time_first(field: Any, *, call: Callable[..., Tensor] | None = None, time_shape: str | None = None) -> Any:
     """``field`` as something that is called ``(t, x)``, or ``(t, x, context)``, with a scalar time.
 
-    The names of its parameters decide which is which: :data:`TIME_NAMES`, :data:`STATE_NAMES`. If they say nothing,
-    the first of two is the time. A field without a time, and a :class:`~rnode_plugin.core.derivatives.Field`, is
-    returned as it is.
+    The names of its parameters decide which is which: :data:`TIME_NAMES`, :data:`STATE_NAMES`. If they are not
+    informative, the first of two is the time. A field without a time is returned as it is, and so is a
+    :class:`~rnode_plugin.core.derivatives.Field`.
 
     Args:
         field: the velocity: a module, or another callable.
@@ -131,8 +132,8 @@ def time_first(field: Any, *, call: Callable[..., Tensor] | None = None, time_sh
     takes = field_takes(field)
     if call is None and takes.order == "..., t":
         raise ConfigError(
-            f"{takes.time!r} is neither the first nor the second parameter of this velocity: say how to call it, "
-            "such as RegularizedCNF.from_velocity(net, call=lambda net, t, x: net(x, condition, t))."
+            f"{takes.time!r} is neither the first nor the second parameter of this velocity: give call=, such "
+            "as RegularizedCNF.from_velocity(net, call=lambda net, t, x: net(x, condition, t))."
         )
     if call is None and (takes.order == "x" or isinstance(field, Field)):
         return field

@@ -49,7 +49,7 @@ class TraceEstimator(ABC):
     called at every evaluation and gives the velocity and the products, which the other methods reduce.
 
     Attributes:
-        asks: the products that it wants of a field: ``"noise"`` or ``"rows"``, see
+        asks: the products that a field computes for it, ``"noise"`` or ``"rows"``; see
             :class:`~rnode_plugin.core.derivatives.Ask`.
     """
 
@@ -65,7 +65,7 @@ class TraceEstimator(ABC):
 
     @abstractmethod
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        """The probe vectors behind ``products``, what a bound evaluation made with ``noise``."""
+        """The probe vectors of ``products``, which a bound evaluation made with ``noise``."""
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
         """``div f (B,)`` (eq. 3) or an unbiased estimate (eq. 5); ``products, noise`` as in :meth:`probes`."""
@@ -87,7 +87,7 @@ class Hutchinson(TraceEstimator):
         noise: ``"gaussian"`` (the paper's) or ``"rademacher"`` (signs; smaller variance of the divergence).
         probes: number of probe vectors; the variance falls in proportion, the cost grows.
 
-    The noise of one probe has the shape of the state, that of k probes ``(k, B, *event)``.
+    The noise of one probe has the shape of the state, the noise of k probes ``(k, B, *event)``.
 
     Raises:
         ConfigError: for another kind of noise or a number below 1.
@@ -130,11 +130,11 @@ class Hutchinson(TraceEstimator):
 class HutchPlusPlus(TraceEstimator):
     """Hutch++ (Meyer et al., 2021): exact on a few directions that ``J`` favours, Hutchinson on the rest.
 
-    Good for fields whose Jacobian is close to low rank. With ``Q`` an orthonormal basis of ``J^T S`` for a random
+    It suits fields whose Jacobian is close to low rank. With ``Q`` an orthonormal basis of ``J^T S`` for a random
     ``S`` of ``rank`` columns, the trace is ``tr(Q^T J Q)`` plus Hutchinson's estimate of the rest with probes
     ``(I - Q Q^T) g``. ``Q`` is found again at each evaluation and detached. Value and gradient stay unbiased, as
     they are for any fixed ``Q``, and the gradient of the QR decomposition, not finite at ``J = 0``, is not needed.
-    Three products per rank and evaluation: as many probes ``g`` as columns of ``S``.
+    An evaluation makes three products per rank, because there are as many probes ``g`` as columns of ``S``.
 
     Args:
         rank: columns of ``S``; less than the number of dimensions.

@@ -100,11 +100,11 @@ def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
 )  # fmt: skip
 @dataclass(frozen=True)
 class FiniteDifference(Regularizer):
-    """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, ``sg`` held fixed (Iso-FM; Khan, 2026).
+    """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, with ``sg`` held fixed (Iso-FM; Khan, 2026).
 
-    Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is the one of this definition, about
-    ``-2 (d^2 z/dt^2)^T df / eps``: choose lambda with eps. It needs one more evaluation and no product, so it works
-    where a field has no second derivative, such as a fused attention or a compiled network. Dropout and low
+    Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is about
+    ``-2 (d^2 z/dt^2)^T df / eps``, so lambda depends on eps. It needs one more evaluation and no product, so it
+    works where a field has no second derivative, such as a fused attention or a compiled network. Dropout and low
     precision make two evaluations differ by more than the acceleration does.
 
     Args:
@@ -119,8 +119,9 @@ class FiniteDifference(Regularizer):
     name: str = "finite_difference"
 
     def __post_init__(self) -> None:
-        if isinstance(self.eps, bool) or not (math.isfinite(self.eps) and self.eps > 0):
-            raise ConfigError(f"finite_difference takes a step > 0, not {self.eps!r}: 'finite_difference:0.01'.")
+        eps = self.eps
+        if isinstance(eps, bool) or not (isinstance(eps, (int, float)) and math.isfinite(eps) and eps > 0):
+            raise ConfigError(f"finite_difference takes a step > 0, not {eps!r}: 'finite_difference:0.01'.")
 
     def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
         t, z, dz = (x.detach() for x in (evaluation.t, evaluation.z, evaluation.dz))
@@ -207,7 +208,7 @@ def strain(evaluation: FieldEvaluation) -> Tensor:
 
 def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
     """``||J + sign J^T||_F^2``."""
-    if evaluation.knows_jacobian:
+    if evaluation.has_jacobian:
         jacobian = evaluation.jacobian()
         return (jacobian + sign * jacobian.mT).square().sum((1, 2))
     total: Tensor | None = None
@@ -225,7 +226,7 @@ def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
 def hjb(evaluation: FieldEvaluation) -> Tensor:
     """``|dPhi/dt - ||grad Phi||^2 / 2|`` for a potential field ``f = -grad Phi`` (OT-Flow; Onken et al., 2021).
 
-    0 if Phi solves the Hamilton-Jacobi-Bellman equation, as that of the optimal transport does. Read from the
-    field's ``aux``: no product. Not divided by D.
+    It is 0 if Phi solves the Hamilton-Jacobi-Bellman equation, as the potential of the optimal transport does. It
+    is read from the field's ``aux`` without a product, and it is not divided by D.
     """
     return (evaluation.aux("potential_rate") - sum_squares(evaluation.dz) / 2).abs()
