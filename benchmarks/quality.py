@@ -30,7 +30,6 @@ from rnode_plugin import MultiscaleFlow, Solver, get_recipe
 from rnode_plugin.core.objective import bits_per_dim, output_log_prob
 from rnode_plugin.core.ops import flush_denormals
 from rnode_plugin.data import ImageData
-from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Recipe
 
@@ -153,7 +152,7 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
     print_environment(device)
     flush_denormals()
     recipe, folder, steps = settings(data, options["data_root"], assignments), Path(out), options["steps"]
-    images = load_images(recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe)
+    images = (recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe).images.load()
     images = halved(images) if data == "mnist14" else images
     limit = min(100 if data == "mnist" else 300, len(images.val))
     same = {"data": data, "steps": str(steps), "settings": " ".join(assignments)}

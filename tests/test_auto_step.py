@@ -18,12 +18,11 @@ from tiny_runs import rows, run, tiny_recipe
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, load_flow
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.evaluation import measures
 from rnode_plugin.evaluation.likelihood import evaluate
-from rnode_plugin.evaluation.loading import load_images
-from rnode_plugin.evaluation.measures import ImageMeasure, measure_of
+from rnode_plugin.flows import multiscale
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Recipe
+from rnode_plugin.recipes.task import ImageTask
 from rnode_plugin.training import auto_step
 from rnode_plugin.training.auto_step import AutoStep
 from rnode_plugin.training.datamodule import ImageDataModule
@@ -33,7 +32,7 @@ from rnode_plugin.training.step import gap_warning
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, LEVELS, (20, 1, 4, 4), dtype=np.uint8)
-MEASURE = ImageMeasure((1, 4, 4), LEVELS)
+MEASURE = ImageTask((1, 4, 4), LEVELS)
 AUTO = ["solver.step=auto", "training.tune_every=2"]
 
 
@@ -52,7 +51,7 @@ def in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         x = original(images, levels, **options)
         return x.double() if levels == LEVELS and images.shape[-1] == 4 else x
 
-    monkeypatch.setattr(measures, "dequantize", like_the_flow)
+    monkeypatch.setattr(multiscale, "dequantize", like_the_flow)
 
 
 def test_the_step_follows_the_field() -> None:
@@ -113,9 +112,9 @@ def test_a_measurement_is_a_function_of_the_weights() -> None:
 
 def test_all_processes_go_on_with_what_the_first_one_found(tmp_path: Path) -> None:
     recipe = tiny_recipe(*AUTO)
-    data = load_images(recipe)
+    data = recipe.images.load()
     module: Any = RnodeModule(recipe)
-    mine = AutoStep(recipe.solver, measure_of(recipe), seed=42).measure(module.flow, data.val, CPU)
+    mine = AutoStep(recipe.solver, recipe.task, seed=42).measure(module.flow, data.val, CPU)
     assert mine is not None
     assert (mine[-1].step, mine[-1].agrees) == (0.5, True)
     theirs = (dataclasses.replace(mine[-1], step=0.125),)
@@ -161,7 +160,7 @@ def test_a_gap_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "lower training.tune_every" in str(gap_warning(-0.0201, MEASURE, at=7, automatic=True))
     assert result.evaluation is not None
     assert result.evaluation.gap == pytest.approx(gap, rel=0.5)
-    flow, images = load_flow(result.folder.last), load_images(recipe).val
+    flow, images = load_flow(result.folder.last), recipe.load_data().val
     of_grid = evaluate(flow, images, batch_size=10, seed=42, solver=recipe.solver).dirty.mean
     accurate = evaluate(flow, images, batch_size=10, seed=42).dirty.mean
     both = evaluate(flow, images, batch_size=len(images), seed=42, training_solver=recipe.solver)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from rnode_plugin import get_recipe
-from rnode_plugin.evaluation.loading import load_images
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -22,7 +21,7 @@ def test_probes_are_independent_of_the_pixels_noise() -> None:
     from training_runs import METHODS, Trainer
 
     recipe = get_recipe("digits").override(["data.batch_size=500", "model.hidden=2"])
-    data = load_images(recipe)
+    data = recipe.images.load()
     trainer = Trainer(recipe, data, METHODS["exact divergence"], steps=10, device=torch.device("cpu"))
     correlations = []
     for step in range(4):

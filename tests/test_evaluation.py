@@ -21,11 +21,11 @@ from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.data.tables import Table
 from rnode_plugin.evaluation.likelihood import evaluate, nfe_batches
-from rnode_plugin.evaluation.measures import FlowInput, ImageMeasure, TableMeasure
 from rnode_plugin.evaluation.samples import sample_images, save_grid
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.plugins.registry import get_regularizer
+from rnode_plugin.recipes.task import FlowInput, ImageTask, TableTask
 
 RK4 = Solver(method="rk4", step=0.5)
 
@@ -257,7 +257,7 @@ def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
         bits.append(np.log2(17) - log_prob / (4 * np.log(2)))
         penalties.append(y[5:] / 4)
 
-    class Clean(ImageMeasure):
+    class Clean(ImageTask):
         """Penalties are those of the first quantity: here the bins' centres."""
 
         def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
@@ -282,7 +282,7 @@ class Scaling(nn.Module):
         return self.rate * z
 
 
-class Doubles(ImageMeasure):
+class Doubles(ImageTask):
     """Images in double precision."""
 
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
@@ -326,11 +326,9 @@ def test_the_plain_numbers_of_a_table_by_scipy() -> None:
     flow, a = TableFlow(3, solver=Solver("dopri5", atol=1e-6, rtol=1e-6)), 0.4 * random.normal(size=(3, 3))
     flow.fields = nn.ModuleList([Linear(torch.from_numpy(a).float())])
     flow.standardize(torch.from_numpy(train))
-    measure = TableMeasure(("a", "b", "c"))
+    measure = TableTask(("a", "b", "c"))
     table = Table("t", ("a", "b", "c"), train, train, held_out)
-    plain = measure.to_plain(
-        measure.beside_baselines(evaluate(flow, held_out, measure=measure), table), samples=True
-    )
+    plain = evaluate(flow, held_out, measure=measure).with_baselines(measure, table).to_plain(measure, samples=True)
     back = np.diag(train.std(0)) @ expm(-a)
     for name, covariance in (("nll", back @ back.T), ("gaussian", np.cov(train.T, ddof=0))):
         normal: Any = stats.multivariate_normal  # scipy's stubs take a number as the covariance

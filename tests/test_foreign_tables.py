@@ -11,7 +11,6 @@ import pytest
 from rnode_plugin.data.table_files import column_names, read_columns
 from rnode_plugin.data.tables import Table
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
-from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.recipes.recipe import get_recipe
 
 ROWS = np.random.default_rng(0).normal(size=(40, 2)).round(3)
@@ -201,7 +200,7 @@ def test_values_that_32_bit_numbers_do_not_hold(size: float, message: str, tmp_p
     path.write_text("a,b\n" + text_of(ROWS * [1, size]))
     recipe = get_recipe("table").override([f"data.root={path}"])
     with pytest.raises(DataError, match=f"column 'b' .*{message}"):
-        load_table(recipe)
+        recipe.table.load()
 
 
 def test_a_value_out_of_range_among_held_out_rows(tmp_path: Path) -> None:

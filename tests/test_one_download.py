@@ -26,12 +26,11 @@ IMAGES = random_images(20, SHAPE, 1), random_images(10, SHAPE, 2)
 
 def fetch(root: str, url: str, barrier: Any, result: str) -> None:
     os.environ["no_proxy"] = "127.0.0.1"
-    from rnode_plugin.evaluation.loading import load_images
 
     publish(None, "mnist", *IMAGES, url)
     recipe = get_recipe("mnist").override([f"data.root={root}"])
     barrier.wait(60)
-    data = load_images(recipe, download=True)
+    data = recipe.load_data(download=True)
     np.savez(result, train=np.asarray(data.train), val=np.asarray(data.val))
 
 

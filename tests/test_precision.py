@@ -13,7 +13,6 @@ from rnode_plugin import Solver, get_recipe, load_flow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.core.regularizers import kinetic
-from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.solvers import solve
 from rnode_plugin.training import trainer
@@ -27,7 +26,7 @@ def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
     flow: Any = recipe.build_flow()
     for field in flow.fields:  # as smooth as a trained one, and not zero
         field.layers[-1].reset_parameters()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue, reportIndexIssue]
-    x = dequantize(torch.as_tensor(load_images(recipe).val[:32]), 17)
+    x = dequantize(torch.as_tensor(recipe.load_data().val[:32]), 17)
     noise = flow.draw_noise(len(x))
     bits = []
     for bf16 in (False, True):
@@ -65,7 +64,7 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
     (check,) = [row for row in rows(result.folder.path) if "val/bpd" in row]
     flow: Any = load_flow(result.folder.last)
     with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, 0):
-        x = dequantize(torch.as_tensor(load_images(recipe).val), 17)
+        x = dequantize(torch.as_tensor(recipe.load_data().val), 17)
         bits = flow.bits_per_dim(x)
     assert float(check["val/bpd"]) == pytest.approx(float(bits.mean()), abs=1e-5)
     assert 1e-7 < abs(float(check["val/gap"])) < 0.02, "what bfloat16 is off by"

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnode_plugin import ImageDataModule, RnodeModule
 from rnode_plugin.errors import TrainingError
-from rnode_plugin.evaluation.measures import FlowInput
+from rnode_plugin.recipes.task import FlowInput
 from rnode_plugin.training.step import StepObjective
 
 # all that turns a tensor into something of Python's

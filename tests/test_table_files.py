@@ -13,7 +13,6 @@ import pytest
 from rnode_plugin.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.data.tables import CELLS, Table, check_columns, split_rows, table
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
-from rnode_plugin.evaluation.loading import load_table
 from rnode_plugin.recipes.recipe import TableData, get_recipe
 
 NAMES = ("temperature (K)", "dose", "a, b")
@@ -176,13 +175,13 @@ def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
     assert isinstance(recipe.data, TableData)
     assert (recipe.data.columns, recipe.data.given) == (NAMES, ("dose", "temperature (K)"))
     assert (recipe.dims, recipe.data.modelled) == (1, ("a, b",))
-    loaded = load_table(recipe)
+    loaded = recipe.table.load()
     assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given are behind the others
     assert loaded.train.dtype == np.float32
     whole = np.concatenate([loaded.train, loaded.val, loaded.held_out])
     np.testing.assert_allclose(np.sort(whole[:, 2]), np.sort(ROWS[:, 0]), rtol=1e-6)
     chosen = get_recipe("table").override([f"data.root={path}", "data.columns=dose,temperature (K)"])
-    assert load_table(chosen).columns == ("dose", "temperature (K)")
+    assert chosen.table.load().columns == ("dose", "temperature (K)")
     kept = recipe.override(["training.seed=3"])
     assert kept.data == recipe.data
     assert type(recipe).from_plain(recipe.to_plain()) == recipe
@@ -192,7 +191,7 @@ def test_the_table_that_comes_along() -> None:
     recipe = get_recipe("table")
     assert isinstance(recipe.data, TableData)
     assert recipe.data.columns == CELLS == table().columns
-    loaded = load_table(recipe)
+    loaded = recipe.table.load()
     assert (len(loaded.train), len(loaded.val), len(loaded.held_out)) == (398, 57, 114)
     assert recipe.override(["data.root=none"]).data == recipe.data
 
@@ -207,7 +206,7 @@ def test_the_table_that_comes_along() -> None:
         (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
         (["data.validation=0"], "data.validation: .*greater than 0"),
         (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
-        (["model.field=potential", "model.activation=tanh"], "model.field=potential has its own"),
+        (["model.field=potential", "model.activation=tanh"], "model.field=potential has a fixed one"),
         (["training.sample_temperatures=0.5,1"], "have one temperature"),
         (["data.name=digits"], "the data set 'digits' holds images"),
     ],
@@ -219,7 +218,5 @@ def test_settings_that_cannot_work(tmp_path: Path, settings: list[str], message:
 
 
 def test_a_table_is_not_a_set_of_images() -> None:
-    from rnode_plugin.evaluation.loading import load_images
-
     with pytest.raises(ConfigError, match="the data set 'table' holds a table"):
-        load_images(get_recipe("digits").override(["data.name=table"]))
+        get_recipe("digits").override(["data.name=table"]).load_data()

@@ -19,14 +19,13 @@ from tiny_runs import as_options, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.data.table_files import column_names, read_columns
-from rnode_plugin.data.tables import Table
+from rnode_plugin.data.tables import Table, gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError, DataError
 from rnode_plugin.evaluation.likelihood import evaluate
-from rnode_plugin.evaluation.loading import load_table
-from rnode_plugin.evaluation.measures import TableMeasure, gaussian_scores, measure_of
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.recipes.recipe import Recipe, TableData, read_recipe
+from rnode_plugin.recipes.task import TableTask
 from rnode_plugin.training.datamodule import TableDataModule
 from rnode_plugin.training.module import RnodeModule
 
@@ -86,7 +85,7 @@ def test_a_run_folder_of_a_table(conditional: Path) -> None:
 def test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file(file: Path, conditional: Path) -> None:
     flow: Any = load_flow(conditional)
     recipe = recipe_of(file, "data.given=temperature,dose")
-    data = load_table(recipe)
+    data = recipe.table.load()
     assert data.columns == ("pressure", "yield", "temperature", "dose")
     np.testing.assert_allclose(flow.mean, data.train.mean(0), rtol=1e-5)
     np.testing.assert_allclose(flow.scale, data.train.std(0), rtol=1e-4)
@@ -289,7 +288,7 @@ def _flow(columns: int, **options: Any) -> TableFlow:
 def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
     flow = _flow(3, trace_noise="rademacher")
     samples = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
-    measure = TableMeasure(("a", "b", "c"))
+    measure = TableTask(("a", "b", "c"))
     exact = evaluate(flow, samples, measure=measure, batch_size=20)
     assert (exact.draws, exact.nll.stderr_noise) == (1, None)
     nll = -_flow(3).solved_with(solver=flow.solver).log_prob(torch.from_numpy(samples))
@@ -301,11 +300,11 @@ def test_an_exact_evaluation_draws_once_and_an_estimate_agrees() -> None:
 
 
 def test_an_evaluation_of_a_table_without_its_baseline() -> None:
-    measure = TableMeasure(("a", "b"))
+    measure = TableTask(("a", "b"))
     samples = np.zeros((3, 2), np.float32)
     result = evaluate(_flow(2), samples, measure=measure)
     assert list(result.means) == ["nll"]
-    beside = measure.beside_baselines(result, Table("t", ("a", "b"), np.eye(4, 2), samples, samples))
+    beside = result.with_baselines(measure, Table("t", ("a", "b"), np.eye(4, 2), samples, samples))
     assert list(beside.means) == ["nll", "gaussian"]
     with pytest.raises(ConfigError, match="at least one row"):
         evaluate(_flow(2), samples[:0], measure=measure)
@@ -350,17 +349,17 @@ def test_a_table_that_has_changed_is_not_split_anew(file: Path, tmp_path: Path, 
     again = rnode("eval", str(folder), "--json", "--data-root", str(moved))
     assert json.loads(again.stdout)["nll"] == json.loads(before.stdout)["nll"]
     new = read_recipe(folder / "recipe.json")
-    assert load_table(new).rows == len(change(lines)) - 1, "a new run takes the new rows"
+    assert new.table.load().rows == len(change(lines)) - 1, "a new run takes the new rows"
 
 
 def test_an_old_run_without_a_checksum_is_evaluated(file: Path) -> None:
     plain = recipe_of(file).to_plain()
     del plain["data"]["rows"], plain["data"]["checksum"]
-    assert load_table(Recipe.from_plain(plain)).rows == 200
+    assert Recipe.from_plain(plain).table.load().rows == 200
 
 
 def test_the_first_line_names_rows_and_columns(file: Path) -> None:
-    made = load_table(get_recipe("table").override([f"data.root={file}"]))
+    made = get_recipe("table").override([f"data.root={file}"]).table.load()
     assert made.described().endswith("200 rows, columns temperature, dose, pressure, yield")
 
 
@@ -377,9 +376,9 @@ def test_a_table_of_a_plugin_with_a_split_of_its_own(register: Any) -> None:
 
     register(Plugin(), "ring")
     recipe = get_recipe("table").override(["data.name=ring"])  # whose own share of held-out rows is 0.2
-    assert (recipe.table.columns, len(load_table(recipe).train)) == (("x", "y"), 40)
-    with pytest.raises(ConfigError, match="split of its own"):
-        load_table(recipe.override(["data.held_out=0.3"]))
+    assert (recipe.table.columns, len(recipe.table.load().train)) == (("x", "y"), 40)
+    with pytest.raises(ConfigError, match="has a fixed split"):
+        recipe.override(["data.held_out=0.3"]).load_data()
 
 
 # weights of other columns
@@ -412,7 +411,7 @@ def test_a_trainer_of_ones_own(file: Path, trainer: L.Trainer) -> None:
     trainer.fit(module, data)
     np.testing.assert_allclose(module.flow.mean, data.data.train.mean(0), rtol=1e-5)  # pyright: ignore
     assert "val/nll" in trainer.callback_metrics or "train/nll" in trainer.callback_metrics
-    assert measure_of(recipe).metric == "nll"
+    assert recipe.task.metric == "nll"
 
 
 def test_the_baseline_of_columns_that_determine_each_other() -> None:
@@ -427,4 +426,4 @@ def test_the_baseline_of_columns_that_determine_each_other() -> None:
 
 def test_too_few_training_rows_are_refused_before_training() -> None:
     with pytest.raises(DataError, match="rows"):
-        load_table(get_recipe("table").override(["data.train_rows=5"]))
+        get_recipe("table").override(["data.train_rows=5"]).load_data()

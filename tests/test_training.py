@@ -29,7 +29,6 @@ from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded
 from rnode_plugin.data import ArrayDataset
 from rnode_plugin.errors import CheckpointError, ConfigError, TrainingError
-from rnode_plugin.evaluation.loading import load_images
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Optimizer, Recipe
 from rnode_plugin.training import callbacks
@@ -119,7 +118,7 @@ def test_the_numbers_of_a_row_are_what_their_columns_say(whole: FitResult) -> No
             assert float(row["train/loss"]) == pytest.approx(nll + weight, abs=1e-5)
     recipe, flow = tiny_recipe(*SETTINGS), load_flow(whole.folder.last)
     coarse = dataclasses.replace(recipe.solver, quadrature="full")  # not the random products of a step
-    held_out = load_images(recipe).val[:60]
+    held_out = recipe.load_data().val[:60]
     bits, gaps, costs = [], [], []
     penalties: dict[str, list[float]] = {"kinetic": [], "jacfrob": []}
     for index, batch in enumerate((held_out[:40], held_out[40:])):
@@ -231,7 +230,7 @@ def test_ffjord_trains_without_penalties_and_still_measures_them(recipe: Recipe,
 
 def test_the_step_is_equation_17(recipe: Recipe) -> None:
     recipe = recipe.override(["regularizers.kinetic=0.3", "regularizers.jacfrob=0", "solver.quadrature=full"])
-    data = load_images(recipe)
+    data = recipe.images.load()
     module = RnodeModule(recipe)
     with torch.no_grad():
         for parameter in module.flow.parameters():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver
-from rnode_plugin.evaluation.measures import FlowInput, ImageMeasure
 from rnode_plugin.flows.multiscale import inverse_logit, logit
+from rnode_plugin.recipes.task import FlowInput, ImageTask
 from rnode_plugin.training import auto_step
 from rnode_plugin.training.auto_step import StepRow
 
@@ -56,7 +56,7 @@ def tune_step(
     flow: MultiscaleFlow, x: Tensor, *, max_gap: float = 0.005, max_round_trip: float = 0.5, **options: Any
 ) -> tuple[StepRow, ...]:
     tolerances = {"step_gap": max_gap, "step_round_trip": max_round_trip}
-    measure = type("Tolerant", (ImageMeasure,), tolerances)(SHAPE, LEVELS)
+    measure = type("Tolerant", (ImageTask,), tolerances)(SHAPE, LEVELS)
     return auto_step.tune_step(flow, FlowInput(x, {}), measure=measure, **{"solver": Solver(), **options})
 
 

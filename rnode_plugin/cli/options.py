@@ -20,8 +20,9 @@ from ..plugins import registry
 from ..text import duration, signed, significant
 
 if TYPE_CHECKING:
-    from ..evaluation.measures import Evaluation, Mean, Measure
+    from ..evaluation.measures import Evaluation, Mean
     from ..recipes.recipe import Recipe
+    from ..recipes.task import Task
     from ..reports import Report
 
 
@@ -316,7 +317,7 @@ def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
     return "\n\n".join(blocks)
 
 
-def evaluation_rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str, str]]:
+def evaluation_rows(evaluation: Evaluation, measure: Task) -> list[tuple[str, str]]:
     """The results of an evaluation, one row each."""
     spread = "" if evaluation.nfe_min == evaluation.nfe_max else f" ({evaluation.nfe_min} to {evaluation.nfe_max})"
     draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
@@ -338,7 +339,7 @@ def evaluation_rows(evaluation: Evaluation, measure: Measure) -> list[tuple[str,
 _GAP = "by the training solver, less those above; the first batch"
 
 
-def _score(mean: Mean, measure: Measure) -> str:
+def _score(mean: Mean, measure: Task) -> str:
     errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({measure.samples})"]
     errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
     return " ".join([f"{mean.mean:.4f}", *errors])

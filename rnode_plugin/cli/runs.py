@@ -73,16 +73,15 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
     from ..evaluation.likelihood import evaluate
-    from ..evaluation.loading import load_data, pick_device
-    from ..evaluation.measures import measure_of
+    from ..evaluation.loading import pick_device
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
 
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
     recipe = recipe.override([f"test_solver.{change}" for change in options["solver_settings"]])
     recipe = recipe.at_root(options["data_root"])
-    measure = measure_of(recipe)
-    data = load_data(recipe, download=options["download"], all_val=True).limit(None, options["limit"])
+    measure = recipe.task
+    data = recipe.load_data(download=options["download"], all_val=True).limit(None, options["limit"])
     seed = options["seed"]
     result = evaluate(
         flow,
@@ -95,10 +94,10 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
         seed=recipe.training.seed if seed is None else seed,
         progress=None if quiet else batch_counter("evaluating"),
     )
-    result = measure.beside_baselines(result, data)
+    result = result.with_baselines(measure, data)
     if as_json:
         head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
-        print_json({**head, **measure.to_plain(result, samples=not options["summary"])})
+        print_json({**head, **result.to_plain(measure, samples=not options["summary"])})
     else:
         head = [("checkpoint", str(path)), ("weights", recipe.weights)]
         click.echo(table([*head, *evaluation_rows(result, measure)]))
@@ -137,7 +136,6 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     """
     from ..evaluation.diagnostics.diagnose import compared_for, diagnose, samples_for
     from ..evaluation.loading import held_out_samples, pick_device
-    from ..evaluation.measures import measure_of
     from ..reports.diagnosis import draw_check
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..training.runs import DIAGNOSIS, RunFolder, write_json
@@ -147,7 +145,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     recipe, samples = recipe.at_root(options["data_root"]), options["samples"]
     count = samples or compared_for(recipe.dims)
     held_out = held_out_samples(recipe, count, seed=seed, download=options["download"])
-    measure, own = measure_of(recipe), RunFolder.of_checkpoint(path)
+    measure, own = recipe.task, RunFolder.of_checkpoint(path)
     trained_with = training_solver(path)
     known = trained_with.adaptive or trained_with.step != "auto"
     diagnosis = diagnose(

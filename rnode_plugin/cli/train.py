@@ -192,17 +192,13 @@ def _chosen(name: str | None, resume: str | None, ffjord: bool, ctx: click.Conte
 
 def _as_plain(result: FitResult, recipe: Recipe) -> dict[str, Any]:
     """The contents of the run's result.json and its places; an evaluation of null after a signal."""
-    from ..evaluation.measures import measure_of
-
     folder, evaluation = result.folder, result.evaluation
-    measured = None if evaluation is None else measure_of(recipe).to_plain(evaluation)
+    measured = None if evaluation is None else evaluation.to_plain(recipe.task)
     places = {"folder": folder.path, "checkpoint": folder.best, "samples": result.samples}
     return {**result.ended, **places, "evaluation": measured}
 
 
 def _report(result: FitResult, recipe: Recipe) -> None:
-    from ..evaluation.measures import measure_of
-
     folder = result.folder
     if result.evaluation is None:
         click.echo(f"\nStopped by {result.stopped} after step {result.steps} of {result.planned}.")
@@ -216,7 +212,7 @@ def _report(result: FitResult, recipe: Recipe) -> None:
     ]
     if result.step_size is not None:
         rows.append(("solver.step", f"{result.step_size:g} at the end, by measurement"))
-    rows += evaluation_rows(result.evaluation, measure_of(recipe))
+    rows += evaluation_rows(result.evaluation, recipe.task)
     rows += [("checkpoint", str(folder.best)), ("metrics", str(folder.metrics))]
     if result.samples is not None:
         rows.append(("samples", str(result.samples)))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigError, PluginError
 from ..plugins import registry
 from . import tables
+from .folders import folder_shape
 from .images import ImageData
 from .sets import one_download
 from .tables import Table
@@ -58,7 +59,7 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
 
 
 def taken_by(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the ``options`` that a data set's loader takes; a ConfigError for an unknown name."""
+    """The ``options`` that a data set's loader takes; a ConfigError for an unknown name."""
     parameters = inspect.signature(registry.get("datasets", name)).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     return {key: value for key, value in options.items() if takes_any or key in parameters}
@@ -67,6 +68,11 @@ def taken_by(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def table_columns(name: str, *, root: str | None = None) -> tuple[str, ...]:
     """Names of the columns of a table, without reading the rows of a file; errors as :func:`get_table`."""
     return tables.table_columns(root) if name == "table" else get_table(name, root=root).columns
+
+
+def image_shape(name: str, *, root: str | None, size: int | None = None) -> tuple[int, int, int] | None:
+    """(C, H, W) of the pictures of a folder, or None for a data set whose shape does not depend on its files."""
+    return None if name != "folder" or root is None else folder_shape(root, size=size)
 
 
 def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, Any], download: bool) -> D:
@@ -85,7 +91,7 @@ def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, A
         if isinstance(data, kind):
             return data
         if isinstance(data, (ImageData, Table)):
-            what = "a table" if isinstance(data, Table) else "images"
+            what = "images" if kind is Table else "a table"
             raise ConfigError(f"the data set {name!r} holds {what}: use it with a recipe for {what}.")
         raise PluginError(f"data set {name!r}: its plugin returned {type(data).__name__}, not {kind.__name__}.")
 

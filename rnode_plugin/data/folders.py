@@ -135,14 +135,15 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
     if _is_packed(where):
         _, c, h, w = PackedImages(where / TRAIN_FILE).shape
         return c, h, w
-    grey, first = True, None
+    grey = True
+    first: tuple[str, tuple[int, int]] | None = None
     for name in _pictures(where):
         path = where / name
         with naming(path), path.open("rb") as file, _opened(file, str(path)) as image:
             turned = image.getexif().get(0x0112, 1) > 4  # to be shown upright
             found = (image.width, image.height) if turned else (image.height, image.width)
             grey = grey and image.mode in ("1", "L", "LA")
-        first = first or (name, found)
+        first = (name, found) if first is None else first
         if size is None and found != first[1]:
             raise DataError(_different(name, found, *first))
     assert first is not None  # there are pictures
@@ -333,7 +334,7 @@ class ImageFiles:
         for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
             image = self._read(int(position))
             if image.shape != shape:
-                raise DataError(_different(self._names[position], image.shape, self._names[0], shape))
+                raise DataError(_different(self._names[int(position)], image.shape, self._names[0], shape))
             np.right_shift(image, self._shift, out=out)
         return images
 

@@ -145,12 +145,9 @@ def _load(
     try:
         return found(True)
     except Exception as error:
-        on_disk = isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.filename
-        cause = (
-            f"{place} cannot be written ({error.strerror.lower()})"
-            if on_disk and error.strerror
-            else "its server cannot be reached, or did not send the published files"
-        )
+        cause = "its server cannot be reached, or did not send the published files"
+        if isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.filename:
+            cause = f"the folder cannot be written ({(error.strerror or '').lower()})"
         raise DataError(
             f"the data set {source.name} is not there, and downloading it failed: {cause}. Put {source.files} from "
             f"{source.address} into the folder {place} and run this again, which then needs no network. "

@@ -73,14 +73,14 @@ def _first_text(column: pd.Series) -> str:
     """Why a column is not numeric: its first value that is not a number, or its type."""
     import pandas
 
-    texts = column.map(lambda value: isinstance(value, str))
-    wrong = np.flatnonzero(texts & pandas.to_numeric(column.where(texts), errors="coerce").isna())
-    if not len(wrong):
+    texts = column[column.map(lambda value: isinstance(value, str))]
+    wrong = texts[np.isnan(np.asarray(pandas.to_numeric(texts, errors="coerce"), dtype=float))]
+    if wrong.empty:
         return f"it is {column.dtype}"
-    text = str(column.iloc[wrong[0]])
+    row, text = list(column.index).index(wrong.index[0]), str(wrong.iloc[0])
     is_number = "," in text and text.replace(",", "").replace(".", "").strip("+-").isdecimal()
     comma = ", with a decimal comma or a comma between thousands" if is_number else ""
-    return f"row {wrong[0] + 1} holds {text[:40]!r}{comma}"
+    return f"row {row + 1} holds {text[:40]!r}{comma}"
 
 
 def leave_out(columns: Sequence[str], name: str) -> str:
@@ -109,24 +109,25 @@ def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
 def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
     import pandas
 
-    with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    try:
+        with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             names, separator = _header(path, file.readline().rstrip("\n"))
-            # with a header, pandas would cut rows that are too long, or take the first column for names of rows
-            frame = pandas.read_csv(
-                file, sep=separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False
-            )
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not text in UTF-8. Save it again in this encoding.") from error
-        except pandas.errors.EmptyDataError:
-            return pandas.DataFrame(columns=names)
-        except pandas.errors.ParserError:
-            frame = None
+            try:
+                # with a header, pandas would cut rows that are too long, or take the first column for row names
+                frame = pandas.read_csv(
+                    file, sep=separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False
+                )
+            except pandas.errors.EmptyDataError:
+                return pandas.DataFrame(columns=names)
+            except pandas.errors.ParserError:
+                frame = pandas.DataFrame()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8. Save it again in this encoding.") from error
     # pandas fills rows that are too short
-    if frame is None or frame.shape[1] != len(names) or frame.iloc[:, -1].isna().any():
+    if frame.shape[1] != len(names) or frame.iloc[:, -1].isna().any():
         _check_widths(path, len(names), separator)
-    if frame is None:
+    if frame.empty:
         raise DataError(f"{path} cannot be read: its quotation marks do not enclose cells.")
     return frame.set_axis(names, axis=1)
 

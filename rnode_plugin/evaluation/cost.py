@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core.objective import output_log_prob
 from ..recipes.recipe import Recipe
 from ..solvers.config import count_steps
-from .measures import measure_of
 
 
 class StepCost(NamedTuple):
@@ -41,7 +40,7 @@ def step_cost(recipe: Recipe) -> StepCost:
     one = dataclasses.replace(solver, **({} if fixed else {"method": "euler", "first_step": None}), step=None)
     with torch.device("meta"):
         flow = recipe.build_flow()
-        given = measure_of(recipe).random_inputs(recipe.data.batch_size)
+        given = recipe.task.random_inputs(recipe.data.batch_size)
     with FlopCounterMode(display=False) as counter:
         output = flow(given.x, solver=one, **given.options)
         output_log_prob(output).sum().backward()

@@ -20,8 +20,9 @@ from ..core.regularizers import undivided
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError
 from ..flows.base import BlockFlow
+from ..recipes.task import ImageTask, Task
 from ..solvers import StepMemory
-from .measures import Evaluation, ImageMeasure, Mean, Measure, batch_of
+from .measures import Evaluation, Mean, batch_of
 from .solver_gap import measure_solver_gap
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def evaluate(
     flow: Any,
     samples: Any,
     *,
-    measure: Measure | None = None,
+    measure: Task | None = None,
     batch_size: int = 200,
     draws: int | None = None,
     solver: Solver | None = None,
@@ -55,8 +56,7 @@ def evaluate(
             independent ones they have the smallest variance.
         samples: as the data come, array or tensor ``(N, ...)``: images uint8 ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
-        measure: of the kind of data, see :func:`~rnode_plugin.evaluation.measures.measure_of`; None for images of
-            the flow's shape and levels.
+        measure: the task of a recipe; None for images of the flow's shape and levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
             last step of the batch before.
         draws: draws of noise per sample. None for as many as make the error from the noise at most half of that
@@ -77,7 +77,7 @@ def evaluate(
     """
     if not len(samples):
         raise ConfigError("an evaluation needs at least one row or image.")
-    measure = measure or ImageMeasure(flow.image_shape, flow.levels)
+    measure = measure or ImageTask(flow.image_shape, flow.levels)
     start = time.monotonic()
     measuring = _Measuring(measure, flow, samples, batch_size, solver, seed, progress)
     if draws is None:
@@ -120,7 +120,7 @@ class _Measuring:
 
     def __init__(
         self,
-        measure: Measure,
+        measure: Task,
         flow: Any,
         samples: Any,
         batch_size: int,
@@ -233,7 +233,7 @@ class _Measuring:
         return self._measure.scores(output_log_prob(output)).cpu().double()
 
 
-def _with_least_noise(flow: Any, measure: Measure) -> Any:
+def _with_least_noise(flow: Any, measure: Task) -> Any:
     """The same flow, the same parameters, with the trace estimator of an evaluation."""
     estimator = getattr(flow, "estimator", None)
     if estimator is None or isinstance(estimator, Exact):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +18,45 @@ from ..core.random_streams import Stream, seeded
 from ..data.table_files import check_written, read_columns, write_rows
 from ..errors import ConfigError, suggest
 from ..files import write_atomically
+from ..recipes.task import ImageTask, TableTask, Task
 
 if TYPE_CHECKING:
     from ..flows.base import BlockFlow
     from ..flows.table import TableFlow
     from ..recipes.recipe import TableData
+    from ..recipes.settings import Training
 
 _SHOWN = 64  # pixels: smaller images are enlarged by a whole factor
+
+
+@functools.singledispatch
+def save_samples(task: Task, flow: Any, data: Any, training: Training, path: Path) -> None:
+    """Draw samples of a flow of a task into one PNG, by the settings of a training.
+
+    Raises:
+        SolverError: a latent cannot be integrated.
+        CheckpointError: the file cannot be written.
+    """
+    raise NotImplementedError(type(task))
+
+
+@save_samples.register
+def _(task: ImageTask, flow: Any, data: Any, training: Any, path: Path) -> None:
+    """A grid: one row of images for each temperature, from the same latents."""
+    count = training.sample_images
+    drawn = sample_images(flow, count, temperatures=training.sample_temperatures, seed=training.seed)
+    save_grid(path, drawn, levels=task.levels, columns=count)
+
+
+@save_samples.register
+def _(task: TableTask, flow: Any, data: Any, training: Any, path: Path) -> None:
+    """A corner plot: the held-out rows and samples, for a conditional density at the same contexts."""
+    held_out = data.held_out[: training.sample_images]
+    (temperature,) = training.sample_temperatures
+    context = task.context(held_out)
+    count = training.sample_images if context is None else len(held_out)
+    drawn = sample_rows(flow, count, context=context, temperature=temperature, seed=training.seed)
+    save_corner(path, task.columns, held_out[:, : task.dims], drawn)
 
 
 def sample_images(

@@ -19,7 +19,9 @@ _PATHS = (
     "error", "stiffness", "local_error", "local_stiffness", "straightness:Straightness",
     "trajectory_polynomial:TrajectoryPolynomial", "steer:Steer", "learned_end_time:LearnedEndTime",
 )  # fmt: skip
-_RECIPES = ("digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256", "table")
+_RECIPES = (
+    "digits", "mnist", "mnist-fast", "cifar10", "cifar10-fast", "imagenet64", "celebahq256", "pictures", "table",
+)  # fmt: skip
 _IMAGES = ("digits", "mnist", "fashion-mnist", "cifar10", "svhn", "imagenet64", "celebahq256", "folder")
 _COMMANDS = {
     "train": ("train", "compare"),

@@ -28,22 +28,13 @@ from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.config import Solver, refuse_sampled_density
-from .settings import (
-    CONFIG,
-    Data,
-    Model,
-    Optimizer,
-    Paper,
-    Start,
-    TableData,
-    TableModel,
-    Training,
-    no_truth_value,
-    refused,
-    refusing,
-)
+from .data import Data, TableData
+from .fields import CONFIG, Checked, no_truth_value, refused
+from .settings import Model, Optimizer, Paper, Start, TableModel, Training
+from .task import Task
 
 if TYPE_CHECKING:
+    from ..data import ImageData, Table
     from ..flows.base import BlockFlow
 
 __all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "Start", "TableData", "TableModel", "Training",
@@ -82,9 +73,8 @@ _AnyData = Annotated[Annotated[Data, Tag("images")] | Annotated[TableData, Tag("
 _AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Tag("table")], Discriminator(_tag)]
 
 
-@refusing("")
 @dataclass(frozen=True, config=CONFIG)
-class Recipe:
+class Recipe(metaclass=Checked):
     """All settings of one experiment.
 
     Attributes:
@@ -102,6 +92,8 @@ class Recipe:
         ConfigError: settings that cannot work, by themselves or together.
     """
 
+    group = ""
+
     name: str
     description: str
     data: _AnyData
@@ -116,20 +108,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_path_name(self.name, "recipe")
-        if isinstance(self.data, TableData) != isinstance(self.model, TableModel):
+        if self.data.kind != self.model.kind:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
+        self.task.check_temperatures(self.training.sample_temperatures)
         precision = self.training.precision
         if precision in ("16-true", "bf16-true"):
             raise ConfigError(
                 f"training.precision={precision} would round the data themselves: use 32-true or "
                 f"{precision.replace('true', 'mixed')}."
             )
-        if isinstance(self.data, TableData) and len(self.training.sample_temperatures) > 1:
-            raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
         refuse_sampled_density(self.solver)
         refuse_sampled_density(self.test_solver, "test_solver")
         if self.test_solver.step == "auto":
-            raise ConfigError("test_solver.step cannot be auto: it is what the training solver is held against.")
+            raise ConfigError("test_solver.step cannot be auto: the training solver is compared with this solver.")
         if self.start.step is not None and self.solver.adaptive:
             raise ConfigError(
                 f"start.step needs a fixed grid, but {self.solver.method} chooses its own steps: set "
@@ -146,31 +137,23 @@ class Recipe:
     def override(self, assignments: Iterable[str]) -> Recipe:
         """A copy with ``group.key=value`` texts applied, all at once.
 
-        Another table (``data.name`` or ``data.root``) brings its own columns, unless ``data.columns`` names some.
-        Other images (``data.name``) are mirrored only if ``data.flip`` says so, and have no figures of the paper.
+        Another data set brings its columns or its shape, see :meth:`Data.changed` and :meth:`TableData.changed`.
+        The paper has no figures for it.
 
         Raises:
             ConfigError: for an unknown setting or regularizer, or a bad value.
-            DataError: a table that is named cannot be read.
+            DataError: a table or a folder that is named cannot be read.
         """
         changes = self._changes(assignments)
-        recipe = self
-        data = changes.get("data", {})
-        if data.get("root"):
-            data["root"] = os.path.abspath(data["root"])  # a command in another folder finds the file
-        if isinstance(self.data, TableData) and "columns" not in data and data.keys() & {"name", "root"}:
-            recipe = dataclasses.replace(self, data=_of_other_table(self.data, **data))
         new: dict[str, Any] = {}
-        if data.get("name", self.data.name) != self.data.name:
-            recipe = dataclasses.replace(recipe, paper=None)
-            if isinstance(self.data, Data):
-                data.setdefault("flip", False)
+        if "data" in changes:
+            new["data"] = self.data.changed(changes.pop("data"))
+            if new["data"].name != self.data.name:
+                new["paper"] = None
         for group, values in changes.items():
-            old = getattr(recipe, group)
+            old = getattr(self, group)
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
-        if isinstance(self.data, TableData) and _OF_SPLIT & data.keys():  # other rows
-            new["data"].update(rows=None, checksum=None)
-        changed = dataclasses.replace(recipe, **new)
+        changed = dataclasses.replace(self, **new)
         old = self.regularizers
         # an unknown name is refused here, not after the data is loaded
         new_ones = {name: each for name, each in changed.regularizers.items() if old.get(name) != each}
@@ -229,18 +212,23 @@ class Recipe:
 
     @staticmethod
     def from_plain(plain: Mapping[str, Any]) -> Recipe:
-        """The inverse of :meth:`to_plain`; it also reads recipes of older versions.
+        """The inverse of :meth:`to_plain`.
 
         Raises:
             ConfigError: for an unknown setting or a bad value.
         """
         with refused(""):
-            return TypeAdapter(Recipe).validate_python(_renamed(plain))
+            return TypeAdapter(Recipe).validate_python(plain)
+
+    @property
+    def task(self) -> Task:
+        """What the recipe models, images or a table: inputs and scores of its flow, words and units."""
+        return self.data.task
 
     @property
     def dims(self) -> int:
         """Number of dimensions d of one sample: C*H*W of an image, the columns of a table that are modelled."""
-        return math.prod(self.data.event) if isinstance(self.data, Data) else self.data.event
+        return self.task.dims
 
     @property
     def images(self) -> Data:
@@ -254,14 +242,23 @@ class Recipe:
         assert isinstance(self.data, TableData), f"the recipe {self.name} is one of images"
         return self.data
 
+    def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
+        """The images or the table, with as many samples as the recipe asks for.
+
+        Args:
+            download: fetch them if they are missing.
+            all_val: ignore ``training.val_images`` and keep all samples of a validation.
+
+        Raises:
+            DataError, ConfigError: see :meth:`Data.load` and :meth:`TableData.load`.
+        """
+        return self.data.load(download=download, val_images=None if all_val else self.training.val_images)
+
     def at_root(self, root: str | None) -> Recipe:
         """The recipe with its data at another place; a table keeps its columns, and may be another table."""
-        root = root and os.path.abspath(root)
-        if root is None or root == self.data.root:
+        if root is None or os.path.abspath(root) == self.data.root:
             return self
-        data = dataclasses.replace(self.data, root=root)
-        if isinstance(data, TableData):
-            data = dataclasses.replace(data, rows=None, checksum=None)
+        data = dataclasses.replace(self.data.for_new_run(), root=os.path.abspath(root))
         return dataclasses.replace(self, data=data)
 
     @property
@@ -292,9 +289,9 @@ class Recipe:
         model = registry.get("models", self.model.name)
         with registry.guard("models", self.model.name):
             flow = model(
-                self.data.event,
+                self.task.event,
                 **self.model.options,
-                **self.data.model_options(),
+                **self.task.model_options,
                 solver=self.test_solver,
                 regularizers=self.measured,
             )
@@ -305,7 +302,6 @@ class Recipe:
         return flow
 
 
-_OF_SPLIT = {"columns", "given", "validation", "held_out", "split_seed"}
 _ROUNDING = {"bf16": 2.0**-8, "16": 2.0**-11}  # relative, by the first letters of a precision's name
 
 # they cost next to nothing once the divergence is followed, and every report shows them
@@ -356,49 +352,10 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     except (OSError, ValueError, RecursionError) as error:  # ConfigError and what JSON raises are ValueErrors
         raise ConfigError(f"{path} does not hold a recipe: {str(error).rstrip('.')}.") from None
     registry.resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
-    if isinstance(recipe.data, TableData):  # a new run may train on a table that has changed
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, rows=None, checksum=None))
-    return recipe
-
-
-def _of_other_table(data: TableData, *, name: str = "", root: str | None = None, **assigned: Any) -> TableData:
-    """``data`` for another table: with its columns and, if it has a split of its own, without a choice of ours.
-
-    Raises:
-        ConfigError: there is no such table, or a column that stays given is not in it.
-        DataError: it cannot be read.
-    """
-    from ..data.catalog import table_columns, taken_by
-
-    name = name or data.name
-    changes: dict[str, Any] = {"name": name, "root": root or data.root}
-    own = name == data.name != "table"  # the same published table elsewhere
-    if (name, changes["root"]) != (data.name, data.root):
-        changes.update(rows=None, checksum=None)
-    changes["columns"] = data.columns if own else table_columns(name, root=changes["root"])
-    defaults = {field.name: field.default for field in dataclasses.fields(TableData)}  # pyright: ignore
-    split = {key: defaults[key] for key in ("validation", "held_out", "split_seed")}
-    changes.update({key: split[key] for key in split.keys() - taken_by(name, split)})
-    return dataclasses.replace(data, **changes, **({"given": ()} if "given" in assigned else {}))
+    return dataclasses.replace(recipe, data=recipe.data.for_new_run())
 
 
 # Plain data and texts ------------------------------------------------------------------------------------------
-
-# settings of ``training`` as version 0.1 wrote them into recipes and checkpoints, and their names now
-_FORMER = {"check_every": "val_every", "check_every_steps": "val_every_steps"}
-_GONE = ("precondition_every",)  # of an optimizer that is no more
-
-
-def _renamed(plain: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recipe as plain data, with former names of settings replaced, and without settings that are gone."""
-    if not isinstance(plain, Mapping):
-        return plain
-    changed = dict(plain)
-    if isinstance(training := plain.get("training"), Mapping):
-        changed["training"] = {_FORMER.get(name, name): value for name, value in training.items()}
-    if isinstance(optimizer := plain.get("optimizer"), Mapping):
-        changed["optimizer"] = {name: value for name, value in optimizer.items() if name not in _GONE}
-    return changed
 
 
 def as_text(value: Any) -> str:

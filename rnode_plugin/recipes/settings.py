@@ -1,180 +1,20 @@
-"""The groups of settings of a recipe: data, model, optimizer, start, training, and the paper's figures.
-
-pydantic types each value by the annotation of its field, so a text of the command line and a value of a JSON file
-are read and refused alike.
-"""
+"""The groups of settings of a recipe: model, optimizer, start, training, and the paper's figures."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import re
-import reprlib
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError
 from ..solvers.config import Solver
-
-T = TypeVar("T")
-
-CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+from .fields import CONFIG, Checked, Count, Decay, Fraction, NotNegative, Positive, Real, Text
 
 
-@contextlib.contextmanager
-def refused(group: str) -> Iterator[None]:
-    """Raise pydantic's error as a ConfigError, with the settings named as ``--set`` names them."""
-    try:
-        yield
-    except ValidationError as error:
-        raise ConfigError(_sentence(error, group)) from None
-    except OverflowError as error:  # a whole number of hundreds of digits
-        raise ConfigError(f"{group or 'recipe'}: {error}.") from None
-
-
-def refusing(group: str) -> Callable[[type[T]], type[T]]:
-    """Let a pydantic dataclass raise ConfigError; see :func:`refused`."""
-
-    def decorate(cls: type[T]) -> type[T]:
-        validated = cls.__init__
-
-        def __init__(self: T, *arguments: Any, **settings: Any) -> None:  # noqa: N807
-            with refused(group):
-                validated(self, *arguments, **settings)
-
-        functools.update_wrapper(__init__, validated)
-        setattr(cls, "__init__", __init__)  # noqa: B010
-        return cls
-
-    return decorate
-
-
-def no_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("input should be a number")
-    return value
-
-
-_Whole = Annotated[int, BeforeValidator(no_truth_value)]
-_Count = Annotated[_Whole, Field(ge=1)]
-_NotNegative = Annotated[_Whole, Field(ge=0)]
-_Real = Annotated[float, BeforeValidator(no_truth_value)]
-_Positive = Annotated[_Real, Field(gt=0)]
-_Fraction = Annotated[_Real, Field(gt=0, lt=1)]
-_Decay = Annotated[_Real, Field(ge=0, lt=1)]
-_Text = Annotated[str, Field(min_length=1)]
-
-
-@refusing("data")
 @dataclass(frozen=True, config=CONFIG)
-class Data:
-    """Which images, and how they are fed.
-
-    Attributes:
-        name: a data set that ``rnode-cli data list`` shows.
-        shape: (channels, height, width) of one image.
-        levels: number of values a pixel can take; 256 for 8 bits.
-        batch_size: images per device and step.
-        val_batch_size: images per device while evaluating. An adaptive solver chooses its steps for the batch
-            as a whole, so it changes the result within the tolerance.
-        flip: mirror each training image left-right with probability 1/2.
-        root: folder that holds the data set; None for the default one.
-        workers: processes that read batches; 0 reads them in the training process.
-        train_images: train on so many images only, drawn from all of them; None for all.
-    """
-
-    name: _Text
-    shape: tuple[_Count, _Count, _Count]
-    levels: Annotated[_Whole, Field(ge=2)] = 256
-    batch_size: _Count = 200
-    val_batch_size: _Count = 200
-    flip: bool = False
-    root: _Text | None = None
-    workers: _NotNegative = 0
-    train_images: _Count | None = None
-
-    @property
-    def event(self) -> tuple[int, int, int]:
-        """The shape of one image, for which a model is made."""
-        return self.shape
-
-    def model_options(self) -> dict[str, Any]:
-        """Options of a model besides the shape of the images."""
-        return {"levels": self.levels}
-
-
-@refusing("data")
-@dataclass(frozen=True, config=CONFIG)
-class TableData:
-    """Which table, which of its columns, and how its rows are fed.
-
-    Attributes:
-        name: a data set that ``rnode-cli data list`` shows; ``table`` is a file of one's own.
-        columns: names of the columns that are used; the others of the file are not read.
-        given: those of them that a conditional density is given; the density is one of the others.
-        root: the file of ``table``, or the folder of another data set; None for the table that comes with
-            scikit-learn, or for the default folder.
-        validation: share of the rows whose likelihood says which weights are the best.
-        held_out: share of the rows that measure the result, seen neither by training nor by that choice.
-        split_seed: of the draw of both.
-        batch_size: rows per device and step.
-        val_batch_size: rows per device while evaluating; see :class:`Data`.
-        train_rows: train on so many rows only, drawn from all of them; None for all.
-        workers: processes that read batches; 0 reads them in the training process.
-        rows, checksum: of the table that was trained on, which training fills in: a table that has changed would
-            be split anew, and rows that were trained on could be held out. None: not known, or not compared.
-        kind: tells the settings of a table from those of images.
-    """
-
-    name: _Text
-    columns: tuple[str, ...]
-    given: tuple[str, ...] = ()
-    root: _Text | None = None
-    validation: _Fraction = 0.1
-    held_out: _Fraction = 0.1
-    split_seed: _NotNegative = 0
-    batch_size: _Count = 200
-    val_batch_size: _Count = 1000
-    train_rows: _Count | None = None
-    workers: _NotNegative = 0
-    rows: _Count | None = None
-    checksum: _Text | None = None
-    kind: Literal["table"] = "table"
-
-    def __post_init__(self) -> None:
-        for name, names in (("columns", self.columns), ("given", self.given)):
-            if len(set(names)) < len(names):
-                raise ConfigError(f"data.{name} names a column twice: {', '.join(names)}.")
-        if unknown := [each for each in self.given if each not in self.columns]:
-            raise ConfigError(f"data.given: {suggest(unknown[0], self.columns, 'column')}")
-        if not self.modelled:
-            left = "data.given names all of them" if self.columns else "data.columns names none"
-            raise ConfigError(f"a density needs at least one column that is not given: {left}.")
-        if self.validation + self.held_out >= 1:
-            raise ConfigError("data.validation and data.held_out together must leave rows to train on.")
-
-    @property
-    def modelled(self) -> tuple[str, ...]:
-        """The columns that the density is one of, in the order of the file."""
-        return tuple(name for name in self.columns if name not in self.given)
-
-    @property
-    def event(self) -> int:
-        """The number of columns that are modelled, for which a model is made."""
-        return len(self.modelled)
-
-    def model_options(self) -> dict[str, Any]:
-        """Options of a model besides the number of columns."""
-        return {"context": len(self.given)}
-
-
-@refusing("model")
-@dataclass(frozen=True, config=CONFIG)
-class Model:
+class Model(metaclass=Checked):
     """The flow.
 
     Attributes:
@@ -185,10 +25,13 @@ class Model:
         trace_noise: distribution of the noise of the divergence estimate.
     """
 
-    name: _Text = "MultiscaleFlow"
-    hidden: _Count = 64
-    layers: _Count = 4
-    alpha: Annotated[_Real, Field(gt=0, lt=0.5)] = 0.05
+    group = "model"
+    kind = "images"
+
+    name: Text = "MultiscaleFlow"
+    hidden: Count = 64
+    layers: Count = 4
+    alpha: Annotated[Real, Field(gt=0, lt=0.5)] = 0.05
     trace_noise: Literal["gaussian", "rademacher"] = "gaussian"
 
     @property
@@ -197,9 +40,8 @@ class Model:
         return _options(self)
 
 
-@refusing("model")
 @dataclass(frozen=True, config=CONFIG)
-class TableModel:
+class TableModel(metaclass=Checked):
     """The flow of a table.
 
     Attributes:
@@ -207,26 +49,27 @@ class TableModel:
         field: ``mlp``, a multilayer perceptron, or ``potential``, the gradient of OT-Flow's potential.
         hidden: width of a block's field.
         layers: linear layers of the perceptron, or layers of the potential's network.
-        activation: of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``. The potential has its
-            own.
-        blocks: flows one after the other, each with a field of its own.
-        trace_noise: of the divergence: ``exact``, or the distribution of the noise of its estimate; ``auto`` is
-            exact for the potential and up to 16 columns, else ``rademacher``.
-        kind: tells the settings of a table's model from those of images.
+        activation: activation function of the perceptron: ``softplus``, ``tanh``, ``elu``, ``silu`` or ``gelu``.
+        blocks: flows one after the other, each with its own field.
+        trace_noise: how the divergence is found: ``exact``, or the distribution of the noise of its estimate.
+            ``auto`` is exact for the potential and up to 16 columns, else ``rademacher``.
+        kind: marks the settings of a table's model.
     """
 
-    name: _Text = "TableFlow"
+    group = "model"
+
+    name: Text = "TableFlow"
     field: Literal["mlp", "potential"] = "mlp"
-    hidden: _Count = 64
-    layers: _Count = 3
+    hidden: Count = 64
+    layers: Count = 3
     activation: Literal["softplus", "tanh", "elu", "silu", "gelu"] = "softplus"
-    blocks: _Count = 1
+    blocks: Count = 1
     trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
     kind: Literal["table"] = "table"
 
     def __post_init__(self) -> None:
         if self.field == "potential" and self.activation != "softplus":
-            raise ConfigError("model.activation is the perceptron's: model.field=potential has its own.")
+            raise ConfigError("model.activation is for the perceptron: model.field=potential has a fixed one.")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -238,9 +81,8 @@ def _options(model: Model | TableModel) -> dict[str, Any]:
     return {name: value for name, value in vars(model).items() if name not in ("name", "kind")}
 
 
-@refusing("optimizer")
 @dataclass(frozen=True, config=CONFIG)
-class Optimizer:
+class Optimizer(metaclass=Checked):
     """The optimizer and its learning rate.
 
     Attributes:
@@ -256,21 +98,22 @@ class Optimizer:
         vector_lr: learning rate of the biases in ``muon``.
     """
 
+    group = "optimizer"
+
     name: Literal["adam", "muon"] = "adam"
-    lr: _Positive = 1e-3
-    warmup: _NotNegative = 1000
+    lr: Positive = 1e-3
+    warmup: NotNegative = 1000
     schedule: Literal["constant", "cosine"] = "constant"
-    beta1: _Decay = 0.9
-    beta2: _Decay = 0.999
-    weight_decay: Annotated[_Real, Field(ge=0)] = 0.0
-    momentum: _Decay = 0.9
-    vector_lr: _Positive = 1e-2
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    momentum: Decay = 0.9
+    vector_lr: Positive = 1e-2
 
 
-@refusing("start")
 @dataclass(frozen=True, config=CONFIG)
-class Start:
-    """Other settings of the first training steps: a fresh flow is smooth, and a rough gradient will do.
+class Start(metaclass=Checked):
+    """Other settings of the first training steps: a fresh flow is smooth, so an inexact gradient suffices.
 
     Attributes:
         steps: optimizer steps of the start; 0 for none.
@@ -279,13 +122,15 @@ class Start:
         matching: optimizer steps of flow matching, the first of the run: all fields learn at once to carry data
             straight to noise, with one evaluation each and no likelihood
             (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``training.max_steps``, and
-            optimizer and schedule begin anew after them. None where ``training.weights`` are given.
+            optimizer and schedule start again after them. None where ``training.weights`` are given.
     """
 
-    steps: _NotNegative = 0
-    batch_size: _Count | None = None
-    step: _Positive | None = None
-    matching: _NotNegative = 0
+    group = "start"
+
+    steps: NotNegative = 0
+    batch_size: Count | None = None
+    step: Positive | None = None
+    matching: NotNegative = 0
 
     def __post_init__(self) -> None:
         if bool(self.steps) != ((self.batch_size, self.step) != (None, None)):
@@ -314,9 +159,8 @@ class Start:
         return step < self.steps and self.step is not None
 
 
-@refusing("training")
 @dataclass(frozen=True, config=CONFIG)
-class Training:
+class Training(metaclass=Checked):
     """How long, how often to look, and the seed.
 
     Attributes:
@@ -347,32 +191,33 @@ class Training:
             0 for none.
     """
 
-    max_epochs: _Count | None = 100
-    max_steps: _Count | None = None
-    seed: _NotNegative = 42
-    weights: _Text | None = None
-    precision: _Text = "32-true"
+    group = "training"
+
+    max_epochs: Count | None = 100
+    max_steps: Count | None = None
+    seed: NotNegative = 42
+    weights: Text | None = None
+    precision: Text = "32-true"
     compile: bool | Literal["auto"] = False
-    tune_every: _Count = 100
-    val_every: _Count = 1
-    val_every_steps: _Count | None = None
-    val_images: _Count | None = None
-    log_every: _Count = 10
-    accumulate: _Count = 1
-    ema: _Fraction | None = None
-    max_skipped: _Count = 5
-    save_every: _Count = 100
-    sample_temperatures: Annotated[tuple[_Positive, ...], Field(min_length=1)] = (0.6, 0.8, 1.0)
-    sample_images: _NotNegative = 8
+    tune_every: Count = 100
+    val_every: Count = 1
+    val_every_steps: Count | None = None
+    val_images: Count | None = None
+    log_every: Count = 10
+    accumulate: Count = 1
+    ema: Fraction | None = None
+    max_skipped: Count = 5
+    save_every: Count = 100
+    sample_temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.6, 0.8, 1.0)
+    sample_images: NotNegative = 8
 
     def __post_init__(self) -> None:
         if self.max_epochs is None and self.max_steps is None:
             raise ConfigError("training.max_epochs and training.max_steps cannot both be none: give one of them.")
 
 
-@refusing("paper")
 @dataclass(frozen=True, config=CONFIG)
-class Paper:
+class Paper(metaclass=Checked):
     """The paper's figures for this data set (Tables 1 and 2); nothing here was measured by this package.
 
     Attributes:
@@ -382,6 +227,8 @@ class Paper:
         vanilla_bits, vanilla_hours: the same for FFJORD; None where the paper did not run it or it did not train.
     """
 
+    group = "paper"
+
     bits_dirty: float
     bits_clean: float
     hours: float
@@ -389,25 +236,3 @@ class Paper:
     parameters: int
     vanilla_bits: float | None = None
     vanilla_hours: float | None = None
-
-
-def _sentence(error: ValidationError, group: str) -> str:
-    """The findings of pydantic about the first setting that is wrong, in one sentence."""
-    unknown = ("unexpected_keyword_argument", "extra_forbidden")
-    found = sorted(error.errors(include_url=False), key=lambda each: each["type"] not in unknown)
-    path = _path(found[0]["loc"], group)
-    if found[0]["type"] in unknown:
-        return f"unknown setting {path!r}."
-    own = found[0].get("ctx", {}).get("error")
-    if isinstance(own, ConfigError):  # of several settings, or of a group's own check
-        # a solver does not know which of the two it is
-        text = str(own) if path != "test_solver" else re.sub(r"^solver\.", "test_solver.", str(own))
-        return text if path in text else f"{path}: {text}"
-    here = [each for each in found if _path(each["loc"], group) == path]
-    text = " or ".join(dict.fromkeys(each["msg"].removeprefix("Value error, ") for each in here))
-    return f"{path or 'recipe'}: {text[:1].lower()}{text[1:]}, got {reprlib.repr(found[0]['input'])}."
-
-
-def _path(location: tuple[int | str, ...], group: str) -> str:
-    """``group.key`` of a place in a recipe, without the branch of a union and the position in a tuple."""
-    return ".".join([str(each) for each in (group, *location) if each and each not in ("images", "table")][:2])

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.schedules import final_strength, strength_text
-from ..evaluation.measures import Measure
 from ..recipes.recipe import Recipe, TableData
+from ..recipes.task import Task
 from .runs import Run, penalties_of
 
 _LEVEL = 0.95
@@ -57,7 +57,7 @@ class Configuration:
     look: Look
 
     @property
-    def measure(self) -> Measure:
+    def measure(self) -> Task:
         """The measure of its kind of data, the same for all configurations of a report."""
         return self.runs[0].measure
 

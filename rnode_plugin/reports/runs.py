@@ -21,8 +21,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, Va
 from ..core.schedules import final_strength
 from ..errors import ConfigError
 from ..evaluation.diagnostics.result import Diagnosis
-from ..evaluation.measures import Measure, measure_of
 from ..recipes.recipe import Recipe
+from ..recipes.task import Task
 
 Columns = Mapping[str, NDArray[np.float64]]
 
@@ -107,9 +107,9 @@ class Run:
     diagnosis: Diagnosis | None = None
 
     @property
-    def measure(self) -> Measure:
+    def measure(self) -> Task:
         """The measure of its kind of data."""
-        return measure_of(self.recipe)
+        return self.recipe.task
 
     @property
     def has_steps(self) -> bool:
@@ -252,7 +252,7 @@ def read_run(path: Path) -> Run:
     """
     with _reading(path / "recipe.json") as text:
         recipe = Recipe.from_plain(json.loads(text or ""))
-    measure = measure_of(recipe)
+    measure = recipe.task
     names = [quantity.name for quantity in measure.quantities]
     with _reading(path / "environment.json") as text:
         environment = TypeAdapter(dict[str, Any]).validate_python(json.loads(text or "{}"))

@@ -81,19 +81,19 @@ class Solver:
         for name in ("step", "first_step", "max_nfe"):
             value = getattr(self, name)
             if value is not None and not _is_number(value, above=0.0) and (name, value) != ("step", "auto"):
-                raise ConfigError(f"solver.{name} must be a number > 0 or None, not {value!r}.")
+                raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
         for name in ("atol", "rtol", "atol_adjoint", "rtol_adjoint"):
             value = getattr(self, name)
             unset = value is None and name.endswith("adjoint")
             # a tensor of tolerances is checked where it is given: a check here would make each solve wait
             tensor = hasattr(value, "dtype") and not isinstance(value, float)
             if not (unset or tensor or _is_number(value)):
-                raise ConfigError(f"solver.{name} must be a number >= 0, not {value!r}.")
+                raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
         if self.adaptive and all(isinstance(x, (int, float)) and x == 0 for x in (self.atol, self.rtol)):
             raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
         if self.step == "auto" and self.adaptive:
             raise ConfigError(
-                f"solver.step='auto' needs a fixed grid, but {self.method} chooses its own steps: use one of "
+                f"step='auto' needs a fixed grid, but {self.method} chooses its own steps: use one of "
                 f"{', '.join(FIXED_METHODS)}."
             )
         if self.quadrature == "sampled" and self.gradient.endswith("adjoint"):

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..core.objective import FlowOutput, output_log_prob
 from ..core.random_streams import Stream, seeded
 from ..errors import SolverError
-from ..evaluation.measures import FlowInput, Measure, batch_of
+from ..evaluation.measures import batch_of
 from ..evaluation.solver_gap import measure_solver_gap
+from ..recipes.task import FlowInput, Task
 from ..solvers import Solver
 
 REFERENCE = Solver(method="dopri5", atol=1e-6, rtol=1e-6)
@@ -58,7 +59,7 @@ def tune_step(
     flow: Any,
     inputs: FlowInput,
     *,
-    measure: Measure,
+    measure: Task,
     solver: Solver,
     smallest: float = 1 / 32,
     reference: Solver = REFERENCE,
@@ -125,7 +126,7 @@ class AutoStep:
         step: the result of the last check; None before the first one.
     """
 
-    def __init__(self, solver: Solver, measure: Measure, *, seed: int) -> None:
+    def __init__(self, solver: Solver, measure: Task, *, seed: int) -> None:
         self.step: float | None = None
         self._solver, self._measure, self._seed = solver, measure, seed
 

@@ -19,6 +19,7 @@ import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from ..errors import SolverError, TrainingError
+from ..evaluation.samples import save_samples
 from ..files import write_atomically
 from ..recipes.recipe import Recipe
 from ..text import duration
@@ -277,6 +278,6 @@ class SampleGrids(Callback):
             return
         picture = folder.samples / f"step-{trainer.global_step:07d}.png"
         try:
-            pl_module.measure.draw_picture(pl_module.flow, None, pl_module.recipe.training, picture)
+            save_samples(pl_module.measure, pl_module.flow, None, pl_module.recipe.training, picture)
         except SolverError as error:  # training may continue if a latent far out cannot be integrated
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)

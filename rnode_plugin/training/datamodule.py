@@ -15,8 +15,6 @@ from ..core.random_streams import Stream, stream_seed
 from ..data import ArrayDataset, ImageArray, ImageData, Table
 from ..data.images import keep_batch
 from ..errors import ConfigError
-from ..evaluation.loading import load_data
-from ..evaluation.measures import measure_of
 from ..recipes.recipe import Recipe, Start
 from .runs import RunPlan
 
@@ -163,19 +161,19 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             DataError: the data set is missing or does not fit the recipe.
         """
         if self._data is None:
-            self._data = load_data(self.recipe)  # pyright: ignore[reportAttributeAccessIssue]  (of the recipe's kind)
+            self._data = self.recipe.load_data()  # pyright: ignore[reportAttributeAccessIssue]  (of the recipe's kind)
         return self._data  # pyright: ignore[reportReturnType]
 
     def prepare_data(self) -> None:
         """Download what is missing, once per machine."""
         if self._data is None and self._download:
-            load_data(self.recipe, download=True)
+            self.recipe.load_data(download=True)
 
     def setup(self, stage: str) -> None:
         (world, _, _), held_out = self._share, len(self.data.val)
         RunPlan.of(self.recipe, len(self.data.train), world)  # refuses too few training samples
         if held_out < world:
-            samples = measure_of(self.recipe).samples
+            samples = self.recipe.task.samples
             raise ConfigError(f"{held_out} held-out {samples} are too few for {world} devices: each needs one.")
 
     def train_dataloader(self) -> DataLoader[Tensor]:

@@ -32,7 +32,7 @@ from ..errors import (
 )
 from ..evaluation.likelihood import evaluate
 from ..evaluation.loading import load_for_training
-from ..evaluation.measures import measure_of
+from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..text import batch_counter
 from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce
@@ -124,7 +124,7 @@ def fit(
     def all_callbacks(plan: RunPlan) -> list[Callback]:
         made.append(
             RunControl(
-                recipe, plan, metric=measure_of(recipe).metric, folder=before, max_time=options.max_time,
+                recipe, plan, metric=recipe.task.metric, folder=before, max_time=options.max_time,
                 progress=options.progress,
             )
         )  # fmt: skip
@@ -251,7 +251,7 @@ def _conclude(
     result: FitResult, recipe: Recipe, data: ImageData | Table, device: torch.device, *, progress: bool
 ) -> FitResult:
     """Evaluate the best weights, draw samples, write ``result.json``; a TrainingError if a solve fails."""
-    folder, measure = result.folder, measure_of(recipe)
+    folder, measure = result.folder, recipe.task
     flow = load_flow(folder.best, map_location=device)
     try:
         evaluation = evaluate(
@@ -263,11 +263,11 @@ def _conclude(
             training_solver=training_solver(folder.best),
             progress=batch_counter("evaluating the best weights") if progress else None,
         )
-        evaluation = measure.beside_baselines(evaluation, data)
+        evaluation = evaluation.with_baselines(measure, data)
         samples = None
         if recipe.training.sample_images:
             samples = folder.samples / "best.png"
-            measure.draw_picture(flow, data, recipe.training, samples)
+            save_samples(measure, flow, data, recipe.training, samples)
     except SolverError as error:
         raise TrainingError(
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "

@@ -19,16 +19,17 @@ from filelock import FileLock, Timeout
 
 from .._version import __version__
 from ..errors import CheckpointError, ConfigError
-from ..evaluation.measures import Evaluation, ImageMeasure, Measure, TableMeasure
+from ..evaluation.measures import Evaluation
 from ..files import write_atomically
 from ..plugins import registry
 from ..recipes.recipe import Recipe, TableData
+from ..recipes.task import Task
 from .checkpoints import BEST, LAST, newest_intact, recipe_of
 
 LOCK = ".lock"  # held while a run is trained
 DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
 
-_SCORES = (ImageMeasure.file, TableMeasure.file)
+_SCORES = ("images.csv", "rows.csv")
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
 
 # settings that a run keeps, of images and of tables
@@ -187,12 +188,12 @@ class RunFolder:
         write_json(self.path / "recipe.json", recipe.to_plain())
         write_json(self.path / "environment.json", environment(device))
 
-    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Measure) -> None:
+    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Task) -> None:
         """Write ``result.json`` and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
         scores = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
         text = scores.to_csv(index_label=measure.sample, float_format="%.8g", na_rep="nan", lineterminator="\n")
         write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
-        write_json(self.result, {**ended, "evaluation": measure.to_plain(evaluation)})
+        write_json(self.result, {**ended, "evaluation": evaluation.to_plain(measure)})
         (self.path / DIAGNOSIS).unlink(missing_ok=True)  # one that was made in the meantime is of other weights
 
 

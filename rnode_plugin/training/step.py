@@ -19,8 +19,8 @@ from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.schedules import final_strength, strength_at
 from ..errors import SolverError
-from ..evaluation.measures import FlowInput, Measure, measure_of
 from ..evaluation.solver_gap import measure_solver_gap
+from ..recipes.task import FlowInput, Task
 from ..solvers import HealthCheck, Solver, all_finite, check_health
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class StepObjective:
 
     def __init__(self, flow: Any, recipe: Recipe) -> None:
         self._flow, self._measured = flow, recipe.measured
-        self.measure = measure_of(recipe)
+        self.measure = recipe.task
         self._deferring = "checks" in inspect.signature(flow.forward).parameters
         self.lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
@@ -221,7 +221,7 @@ class StepClock:
 # a validation --------------------------------------------------------------------------------------------------
 
 
-def gap_warning(gap: float, measure: Measure, *, at: int, automatic: bool) -> str | None:
+def gap_warning(gap: float, measure: Task, *, at: int, automatic: bool) -> str | None:
     """A warning if the ``gap``, the training solver's score less the accurate one, is more than the measure allows.
 
     ``automatic`` says whether ``solver.step=auto`` chooses the solver's step. None if the gap is allowed.
@@ -242,7 +242,7 @@ class ValidationSums:
     """
 
     def __init__(self, flow: Any, recipe: Recipe, *, rank: int) -> None:
-        self._flow, self._measure, self._seed, self._rank = flow, measure_of(recipe), recipe.training.seed, rank
+        self._flow, self._measure, self._seed, self._rank = flow, recipe.task, recipe.training.seed, rank
         self._sums: dict[str, float] = {}
 
     def add(self, batch: Tensor, index: int, *, training_solver: Solver) -> None:

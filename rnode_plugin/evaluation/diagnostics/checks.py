@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...core.trace_estimators import Exact
+from ...data.tables import gaussian_scores
 from ...errors import SolverError
 from ...solvers import Solver
 from ...solvers.config import solver_text
-from ..measures import gaussian_scores
 from ..solver_gap import measure_solver_gap, standard_error
 from .result import Verdict
 from .subject import Encoded, HeldOut, Subject

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from ...recipes.settings import refused
+from ...recipes.fields import refused
 
 Verdict = Literal["ok", "left out", "cannot tell", "warning", "failed"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)

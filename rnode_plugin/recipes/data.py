@@ -1,0 +1,254 @@
+"""The data of a recipe, images or a table: the settings, what follows from them, and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from ..errors import ConfigError, DataError, suggest
+from .fields import CONFIG, Checked, Count, Fraction, NotNegative, Text, Whole
+from .task import ImageTask, TableTask
+
+if TYPE_CHECKING:
+    from ..data import ImageData, Table
+
+
+@dataclass(frozen=True, config=CONFIG)
+class Data(metaclass=Checked):
+    """Which images, and how they are fed.
+
+    Attributes:
+        name: a data set that ``rnode-cli data list`` shows.
+        shape: (channels, height, width) of one image.
+        levels: number of values a pixel can take; 256 for 8 bits.
+        batch_size: images per device and step.
+        val_batch_size: images per device while evaluating. An adaptive solver chooses its steps for the batch
+            as a whole, so it changes the result within the tolerance.
+        flip: mirror each training image left-right with probability 1/2.
+        root: folder that holds the data set; None for the default one.
+        workers: processes that read batches; 0 reads them in the training process.
+        train_images: train on so many images only, drawn from all of them; None for all.
+        size: height and width that the pictures of a folder are scaled to; None: they have the shape already.
+    """
+
+    group = "data"
+    kind = "images"
+
+    name: Text
+    shape: tuple[Count, Count, Count]
+    levels: Annotated[Whole, Field(ge=2)] = 256
+    batch_size: Count = 200
+    val_batch_size: Count = 200
+    flip: bool = False
+    root: Text | None = None
+    workers: NotNegative = 0
+    train_images: Count | None = None
+    size: Count | None = None
+
+    @property
+    def task(self) -> ImageTask:
+        """The images as a task."""
+        return ImageTask(self.shape, self.levels, flip=self.flip)
+
+    def changed(self, assigned: Mapping[str, Any]) -> Data:
+        """These settings with others, and with what follows from them.
+
+        Pictures of a folder bring their shape, and a ``size`` becomes the shape of all images. Images of another
+        name are mirrored only if ``flip`` is assigned.
+
+        Raises:
+            ConfigError: a bad value.
+            DataError: the pictures of a folder cannot be read.
+        """
+        from ..data.catalog import image_shape
+
+        follows = {} if assigned.get("name", self.name) == self.name else {"flip": False}
+        new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
+        if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
+            return new
+        shape = image_shape(new.name, root=new.root, size=new.size)
+        if shape is None and new.size is not None:
+            shape = (new.shape[0], new.size, new.size)
+        return new if shape is None else dataclasses.replace(new, shape=shape)
+
+    def load(self, *, download: bool = False, val_images: int | None = None) -> ImageData:
+        """The data set, cut to its numbers of images.
+
+        Args:
+            download: fetch it if it is missing.
+            val_images: at most so many held-out images; None for all.
+
+        Raises:
+            DataError: it is missing, or its images are not of this shape or number of levels.
+            ConfigError: there is no data set of that name.
+        """
+        from ..data.catalog import get_dataset, taken_by
+        from ..data.images import shown
+
+        # pictures of a folder are read with the channels and bits that are asked for; other sets have their own
+        asked = {"channels": self.shape[0], "bits": (self.levels - 1).bit_length()}
+        options = taken_by(self.name, asked)
+        data = get_dataset(self.name, root=self.root, download=download, size=self.size, **options)
+        if (data.shape, data.levels) != (self.shape, self.levels):
+            channels, height, width = data.shape
+            raise DataError(
+                f"the images of {self.name} are {shown(data.shape)} with {data.levels} levels, but the recipe is "
+                f"for {shown(self.shape)} with {self.levels}. Choose another data set, or add "
+                f"--set data.shape={channels},{height},{width} --set data.levels={data.levels}."
+            )
+        return data.limit(self.train_images, val_images)
+
+    def trained_on(self, data: Any) -> Data:
+        """These settings with what a run records of its ``data``: nothing of images."""
+        return self
+
+    def for_new_run(self) -> Data:
+        """These settings without what a run has recorded."""
+        return self
+
+
+@dataclass(frozen=True, config=CONFIG)
+class TableData(metaclass=Checked):
+    """Which table, which of its columns, and how its rows are fed.
+
+    Attributes:
+        name: a data set that ``rnode-cli data list`` shows; ``table`` is your file.
+        columns: names of the columns that are used; the others of the file are not read.
+        given: columns that a conditional density is given; it is the density of the others.
+        root: the file of ``table``, or the folder of another data set; None for the table that comes with
+            scikit-learn, or for the default folder.
+        validation: share of the rows whose likelihood says which weights are the best.
+        held_out: share of the rows that measure the result, seen neither by training nor by that choice.
+        split_seed: seed of the draw of both.
+        batch_size: rows per device and step.
+        val_batch_size: rows per device while evaluating; see :class:`Data`.
+        train_rows: train on so many rows only, drawn from all of them; None for all.
+        workers: processes that read batches; 0 reads them in the training process.
+        rows, checksum: number of rows and checksum of the table that was trained on, which training fills in. In
+            the new split of a table that has changed, rows that were trained on could be held out. None: not known,
+            or not compared.
+        kind: marks the settings of a table.
+    """
+
+    group = "data"
+
+    name: Text
+    columns: tuple[str, ...]
+    given: tuple[str, ...] = ()
+    root: Text | None = None
+    validation: Fraction = 0.1
+    held_out: Fraction = 0.1
+    split_seed: NotNegative = 0
+    batch_size: Count = 200
+    val_batch_size: Count = 1000
+    train_rows: Count | None = None
+    workers: NotNegative = 0
+    rows: Count | None = None
+    checksum: Text | None = None
+    kind: Literal["table"] = "table"
+
+    def __post_init__(self) -> None:
+        for name, names in (("columns", self.columns), ("given", self.given)):
+            if len(set(names)) < len(names):
+                raise ConfigError(f"data.{name} names a column twice: {', '.join(names)}.")
+        if unknown := [each for each in self.given if each not in self.columns]:
+            raise ConfigError(f"data.given: {suggest(unknown[0], self.columns, 'column')}")
+        if not self.modelled:
+            left = "data.given names all of them" if self.columns else "data.columns names none"
+            raise ConfigError(f"a density needs at least one column that is not given: {left}.")
+        if self.validation + self.held_out >= 1:
+            raise ConfigError("data.validation and data.held_out together must leave rows to train on.")
+
+    @property
+    def modelled(self) -> tuple[str, ...]:
+        """The columns that are modelled, in the order of the file."""
+        return tuple(name for name in self.columns if name not in self.given)
+
+    @property
+    def task(self) -> TableTask:
+        """The rows as a task."""
+        return TableTask(self.modelled, self.given)
+
+    def changed(self, assigned: Mapping[str, Any]) -> TableData:
+        """These settings with others, and with what follows from them.
+
+        Another table brings its columns, unless ``columns`` are assigned, and a table with a fixed split takes no
+        other one. With other rows, what a run has recorded of its rows is left out.
+
+        Raises:
+            ConfigError: a bad value; there is no such table, or a given column is not in it.
+            DataError: the table cannot be read.
+        """
+        from ..data.catalog import table_columns, taken_by
+
+        assigned = _at_absolute_root(assigned)
+        name, root = assigned.get("name", self.name), assigned.get("root", self.root)
+        follows: dict[str, Any] = {}
+        if (name, root) != (self.name, self.root):
+            split = {key: _DEFAULTS[key] for key in _SPLIT}
+            follows = {key: split[key] for key in split.keys() - taken_by(name, split)}
+            published = name == self.name != "table"  # the same table at another place
+            if "columns" not in assigned and not published:
+                follows["columns"] = table_columns(name, root=root)
+        new = dataclasses.replace(self, **{**follows, **assigned})
+        same = all(getattr(new, key) == getattr(self, key) for key in _OF_ROWS)
+        return new if same else new.for_new_run()
+
+    def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
+        """The table in 32-bit numbers: the columns that are modelled, then those that are given.
+
+        Args:
+            download: fetch it if it is missing.
+            val_images: at most so many rows to choose weights by; None for all.
+
+        Raises:
+            DataError: it is missing, or its columns have no density; the message says what to do.
+            ConfigError: there is no table of that name, or it has a fixed split and these settings ask for another.
+        """
+        from ..data.catalog import get_table, taken_by
+        from ..data.tables import check_columns
+
+        columns = (*self.modelled, *self.given)
+        split = {name: getattr(self, name) for name in _SPLIT}
+        options = taken_by(self.name, {"columns": columns, **split})
+        for name, value in split.items():
+            if name not in options and value != _DEFAULTS[name]:
+                raise ConfigError(
+                    f"the table {self.name} has a fixed split: leave data.{name} at {_DEFAULTS[name]}."
+                )
+        table = get_table(self.name, root=self.root, download=download, **options).select(columns)
+        if self.checksum not in (None, table.checksum):
+            now = f"{table.rows:,} rows" if table.rows != self.rows else "as many rows, but not the same"
+            raise DataError(
+                f"{table.name} has changed since the training: it had {self.rows:,} rows, and has {now} now. "
+                "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
+                "--data-root, or train a new run on this one."
+            )
+        table = table.limit(self.train_rows, val_images)
+        check_columns(table, len(self.modelled))
+        return table.single()
+
+    def trained_on(self, data: Any) -> TableData:
+        """These settings with what a run records of its ``data``; a table smaller than a batch is one batch."""
+        batch_size = min(self.batch_size, len(data.train))
+        return dataclasses.replace(self, batch_size=batch_size, rows=data.rows, checksum=data.checksum)
+
+    def for_new_run(self) -> TableData:
+        """These settings without what a run has recorded: a new one may train on a table that has changed."""
+        return dataclasses.replace(self, rows=None, checksum=None)
+
+
+_SPLIT = ("validation", "held_out", "split_seed")
+_OF_ROWS = ("name", "root", "columns", "given", *_SPLIT)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TableData)}  # pyright: ignore
+
+
+def _at_absolute_root(assigned: Mapping[str, Any]) -> dict[str, Any]:
+    """Assigned settings whose ``root`` a command in another folder finds."""
+    root = assigned.get("root")
+    return {**assigned, "root": os.path.abspath(root)} if root else dict(assigned)
