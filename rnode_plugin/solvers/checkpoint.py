@@ -63,7 +63,7 @@ def _leaves(dynamics: BoundDynamics, z: Tensor, t: Tensor) -> list[Tensor] | Non
     with torch.enable_grad(), torch.random.fork_rng(devices), dynamics.repeating():
         state = z.detach().requires_grad_()
         start = next_number(state)
-        rates = dynamics.evaluate(t.detach(), state)
+        rates = dynamics.evaluate(t.detach(), state.clone())  # not a leaf, whose change in place torch refuses
     found = _find_leaves([x for x in tree_leaves(rates) if isinstance(x, Tensor)], start)
     if found is None:  # a replay would run through that other graph at each step
         return None
