@@ -383,6 +383,7 @@ def write_table_run(path: Path, evaluation: object, *, seed: int = 42) -> Path:
     ({"gaussian": {"mean": 1.0, "stderr_rows": "a"}}, "gaussian"),
     ({"nll": {"mean": []}}, "nll"),
     ({"nll": 3.0}, "nll"),
+    ({"nll": {"mean": 1.0, "stderr_rows": -1}}, "nll"),
     ({"penalties": {"kinetic": {}}}, "penalties"),
     ({"penalties": [1.0]}, "penalties"),
     ({"nfe_mean": None}, "nfe_mean"),
@@ -425,6 +426,7 @@ def test_runs_without_logged_steps(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "1", digits(), steps=0, checks=()))  # fewer steps than one that is logged
     assert run.has_begun
     assert run.state == "step 0 of 0"
+    assert "The model has 2.000 ± 0.020" in write_report([run.path], tmp_path / "out").html.read_text()
 
 
 def test_names_of_penalties() -> None:

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 import pandas
 from numpy.typing import NDArray
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..core.schedules import final_strength
 from ..errors import ConfigError
@@ -36,6 +45,13 @@ class Score(BaseModel):
 
     mean: float
     stderr: float | None = Field(default=None, validation_alias=AliasChoices("stderr_images", "stderr_rows"))
+
+    @field_validator("stderr")
+    @classmethod
+    def _not_negative(cls, value: float | None) -> float | None:
+        if value is not None and value < 0:  # one that is not a number is what an evaluation may give
+            raise ValueError("a standard error is not negative")
+        return value
 
 
 class Evaluated(BaseModel):
@@ -313,7 +329,10 @@ def _table(text: str | None) -> pandas.DataFrame:
     if not whole.strip():
         return pandas.DataFrame()
     table = pandas.read_csv(io.StringIO(whole), dtype=str)
-    return table.apply(pandas.to_numeric, errors="coerce").astype(float)
+    table = table.apply(pandas.to_numeric, errors="coerce").astype(float)
+    axes = [name for name in _AXES if name in table]
+    table[axes] = table[axes].where(np.isfinite(table[axes]))  # a score may be infinite, a time cannot
+    return table
 
 
 def _rows(table: pandas.DataFrame, *, known: Sequence[str], columns: Sequence[str] = ()) -> Columns:

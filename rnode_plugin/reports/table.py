@@ -143,7 +143,12 @@ def _paper_columns(configurations: Sequence[Configuration]) -> Mapping[str, Mapp
 
 def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[Configuration], str]:
     """The mean of a quantity as text; empty if it was not measured."""
-    return lambda one: "" if math.isnan(value := one.mean(name)) else text(value)
+
+    def cell(one: Configuration) -> str:
+        value = one.mean(name)
+        return text(value) if math.isfinite(value) else "" if math.isnan(value) else "infinite"
+
+    return cell
 
 
 def _score(name: str) -> Callable[[Configuration], str]:
@@ -268,16 +273,16 @@ def summary(configurations: Sequence[Configuration]) -> list[str]:
 
 def _outcome(one: Configuration) -> str:
     measure = one.measure
-    name = measure.quantities[0].name
-    known = f"{with_error(one.mean(name), one.error(name))} {measure.unit}"
+    score = _score(measure.quantities[0].name)(one) or "an unknown number of"
     if not one.finished:
-        return f"The run is {one.runs[0].state}. The last validation measured {known}."
+        return f"The run is {one.runs[0].state}. The last validation measured {score} {measure.unit}."
     text = (
-        f"The model has {known} on {_held_out(one)} held-out {measure.samples} and needs "
-        f"{significant(one.mean('nfe_test'))} evaluations of its vector field for a solve. It trained for "
-        f"{duration(one.mean('train_seconds'))}."
+        f"The model has {score} {measure.unit} on {_held_out(one)} held-out {measure.samples} and needs "
+        f"{_known('nfe_test')(one)} evaluations of its vector field for a solve."
     )
+    if time := _known("train_seconds", duration)(one):
+        text += f" It trained for {time}."
     for each in measure.baselines:
-        if not math.isnan(mean := one.mean(each.name)):
-            text += f" {each.heading}: {with_error(mean, one.error(each.name))} {measure.unit}."
+        if known := _score(each.name)(one):
+            text += f" {each.heading}: {known} {measure.unit}."
     return text
