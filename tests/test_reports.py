@@ -358,7 +358,7 @@ def test_the_command(runs: list[Path], tmp_path: Path) -> None:
     assert plain["table"]["bits/dim, dirty"] == {"digits": "2.100 ± 0.020"}
 
 
-RESULT = {"stopped": "finished", "steps": 1, "planned": 1}
+RESULT = {"stopped": "finished", "steps": 1, "planned": 1, "training_seconds": 2.5}
 EVALUATION = {
     "nll": {"mean": 1.0, "stderr_rows": 0.1}, "nfe_mean": 8, "nfe_batch_size": 9, "penalties": {"kinetic": 0.1},
     "undivided": [], "gap": None, "rows": 9,

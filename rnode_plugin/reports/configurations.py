@@ -81,7 +81,7 @@ class Configuration:
 
         Args:
             name: a quantity of the measure (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
-                ``nfe_test``, ``nfe_train``, ``gap``, ``train_seconds``, ``seconds_per_step``, ``steps``, or the
+                ``nfe_test``, ``nfe_train``, ``gap``, ``training_seconds``, ``seconds_per_step``, ``steps``, or the
                 name of a penalty.
         """
         return float(np.mean([run.numbers.get(name, math.nan) for run in self.counted]))

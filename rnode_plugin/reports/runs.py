@@ -91,6 +91,7 @@ class Result(BaseModel):
     stopped: str
     steps: int
     planned: int
+    training_seconds: float
     evaluation: Evaluated
 
 
@@ -183,10 +184,11 @@ class Run:
         if self.result is not None:
             evaluation = self.result.evaluation
             scores = {name: score.mean for name, score in evaluation.scores.items()}
-            gap, nfe_test = evaluation.gap, evaluation.nfe_mean
+            gap, nfe_test, seconds = evaluation.gap, evaluation.nfe_mean, self.result.training_seconds
         else:
             scores = {self.measure.quantities[0].name: _last(self.checks[f"val/{self.measure.metric}"])}
             gap, nfe_test = _last(self.checks.get("val/gap")), _last(self.checks.get("val/nfe"))
+            seconds = _last(self.steps["train_seconds"])
         nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
         return {
             **self.penalties,
@@ -194,7 +196,7 @@ class Run:
             "nfe_test": nfe_test,
             "gap": math.nan if gap is None else gap,
             "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
-            "train_seconds": _last(self.steps["train_seconds"]),
+            "training_seconds": seconds,
             "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
             "steps": self.done,
         }

@@ -75,7 +75,7 @@ def _main_lines(configurations: Sequence[Configuration], base: Configuration) ->
     sizes = {run.result.evaluation.nfe_batch_size for one in configurations for run in one.runs if run.result}
     batches = f", batches of {' or '.join(map(str, sorted(sizes)))} {measure.samples}" if sizes else ""
     yield "NFE, test", f"evaluations of all blocks by the test solver{batches}", _known("nfe_test")
-    yield "training time", "without validations", _known("train_seconds", duration)
+    yield "training time", "without validation", _known("training_seconds", duration)
     yield "λ", "weights of the penalties", lambda one: lambdas_text(one)
 
 
@@ -280,7 +280,7 @@ def _outcome(one: Configuration) -> str:
         f"The model has {score} {measure.unit} on {_held_out(one)} held-out {measure.samples} and needs "
         f"{_known('nfe_test')(one)} evaluations of its vector field for a solve."
     )
-    if time := _known("train_seconds", duration)(one):
+    if time := _known("training_seconds", duration)(one):
         text += f" It trained for {time}."
     for each in measure.baselines:
         if known := _score(each.name)(one):
