@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.schedules import final_strength, strength_text
-from ..recipes.recipe import Recipe, TableData
+from ..recipes.recipe import Recipe
 from ..recipes.task import Task
 from .runs import Run, penalties_of
 
 _LEVEL = 0.95
 _RESOLUTION = 1e-5  # bits/dim, nats: single precision does not resolve smaller differences
+_OF_TRAINING = ("batch_size", "workers", "flip", "train_images", "train_rows")  # settings of the data
 _ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # of the paper's ablation
 
 # six colours of the style sheet and seven each of these: 42 configurations look different
@@ -57,9 +58,9 @@ class Configuration:
     look: Look
 
     @property
-    def measure(self) -> Task:
-        """The measure of its kind of data, the same for all configurations of a report."""
-        return self.runs[0].measure
+    def task(self) -> Task:
+        """The task of the recipe, which has the words and units; of one kind in a report."""
+        return self.runs[0].task
 
     @property
     def recipe(self) -> Recipe:
@@ -80,7 +81,7 @@ class Configuration:
         """The mean of a quantity over the counted runs; NaN if one of them has not measured it.
 
         Args:
-            name: a quantity of the measure (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
+            name: a quantity of the task (``dirty`` and ``clean`` of images, ``nll`` of tables) or a baseline,
                 ``nfe_test``, ``nfe_train``, ``gap``, ``training_seconds``, ``seconds_per_step``, ``steps``, or the
                 name of a penalty.
         """
@@ -95,7 +96,7 @@ class Configuration:
         result, values = self.counted[0].result, [run.numbers[name] for run in self.counted]
         if result is None:
             return None
-        if len(values) > 1 and name not in [each.name for each in self.measure.baselines]:
+        if len(values) > 1 and name not in [each.name for each in self.task.baselines]:
             return float(np.std(values, ddof=1) / len(values) ** 0.5)
         score = result.evaluation.scores.get(name)
         return None if score is None else score.stderr
@@ -158,7 +159,7 @@ def _with_lambdas(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference in the unit of the measure, and its standard error.
+    """A mean difference in the unit of the task, and its standard error.
 
     Attributes:
         mean: negative if the configuration is better than the one it is compared with.
@@ -193,16 +194,16 @@ def base_of(configurations: Sequence[Configuration]) -> Configuration:
 def paired_difference(one: Configuration, base: Configuration) -> Difference | None:
     """Scores of ``one`` minus scores of ``base`` on the same held-out samples with the same noise.
 
-    The scores are the first quantity of the measure: dirty bits/dim of images. With several common seeds each
+    The scores are the first quantity of the task: dirty bits/dim of images. With several common seeds each
     difference is the mean over the samples for one seed; with one seed there is one for each sample. None if
     nothing can be paired.
     """
     pairs = [(run, other) for run in one.runs for other in base.runs if _same_samples(run, other)]
-    name = one.measure.quantities[0].name
+    name = one.task.quantities[0].name
     differences = [run.scores[name] - other.scores[name] for run, other in pairs]
     if not differences:
         return None
-    unit = one.measure.samples if len(differences) == 1 else "seeds"
+    unit = one.task.samples if len(differences) == 1 else "seeds"
     values = differences[0] if unit != "seeds" else np.array([each.mean() for each in differences])
     if len(values) < 2:
         return None
@@ -214,12 +215,8 @@ def _same_samples(one: Run, other: Run) -> bool:
 
     def shown(run: Run) -> tuple[object, ...]:
         # the noise is a function of the seed and of a sample's place in its batch
-        data, training = run.recipe.data, run.recipe.training
-        if isinstance(data, TableData):
-            split = (data.validation, data.held_out, data.split_seed)
-            chosen = (data.root, data.checksum, data.modelled, data.given, *split)
-        else:
-            chosen = (data.root, data.shape, data.levels, training.val_images)
-        return (data.name, *chosen, data.val_batch_size, training.seed, len(run.scores[run.measure.sample]))
+        data = {name: value for name, value in vars(run.recipe.data).items() if name not in _OF_TRAINING}
+        training = run.recipe.training
+        return (data, training.val_images, training.seed, len(run.scores[run.task.sample]))
 
-    return len(one.scores[one.measure.sample]) > 0 and shown(one) == shown(other)
+    return len(one.scores[one.task.sample]) > 0 and shown(one) == shown(other)

@@ -102,8 +102,8 @@ def _figures(
     configurations: Sequence[Configuration],
 ) -> Iterator[tuple[str, str, str, str, Callable[[Any], None]]]:
     """Name, title, caption, section and painter of each figure."""
-    measure = configurations[0].measure
-    likelihood, samples = measure.likelihood, measure.samples
+    task = configurations[0].task
+    likelihood, samples = task.likelihood, task.samples
     section = f"{likelihood[0].upper()}{likelihood[1:]} during training (figure 2 of the paper)"
 
     if len(points := trade_off(configurations)) > 1:
@@ -125,12 +125,12 @@ def _figures(
     if logged:
         caption = "Each line is a run: the mean over the training batches in a window of a twentieth of its steps."
         batches = _Curve(
-            "train_seconds", f"train/{measure.metric}", time, f"training batches, {measure.score}", unit=unit
+            "train_seconds", f"train/{task.metric}", time, f"training batches, {task.score}", unit=unit
         )
         yield "score-training", f"Training {likelihood}", caption, section, lambda axes: batches.paint(axes, logged)
     if checked:
         caption = f"Each mark is a validation on held-out {samples} with the test solver."
-        checks = _Curve("train_seconds", f"val/{measure.metric}", time, f"held-out, {measure.score}", unit=unit)
+        checks = _Curve("train_seconds", f"val/{task.metric}", time, f"held-out, {task.score}", unit=unit)
         title = f"Held-out {likelihood}"
         yield "score-validation", title, caption, section, lambda axes: checks.paint(axes, checked)
     if len(checked) < 2:
@@ -225,7 +225,7 @@ def trade_off(configurations: Sequence[Configuration]) -> list[Point]:
     """The configurations that have measured both, in their order."""
     points = []
     for each in configurations:
-        name = each.measure.quantities[0].name
+        name = each.task.quantities[0].name
         nfe, score = each.mean("nfe_test"), each.mean(name)
         if math.isfinite(nfe) and math.isfinite(score):
             points.append(Point(each, nfe, each.error("nfe_test"), score, each.error(name)))
@@ -254,4 +254,4 @@ def _trade_off(axes: Any, points: Sequence[Point]) -> None:
                       linestyle="none", marker=look.marker, markersize=6, markeredgewidth=0, elinewidth=1,
                       capsize=2, label=plain_text(point.configuration.label))  # fmt: skip
     axes.xaxis.get_major_locator().set_params(integer=True)
-    finish(axes, _NFE, f"held-out, {points[0].configuration.measure.score}")
+    finish(axes, _NFE, f"held-out, {points[0].configuration.task.score}")

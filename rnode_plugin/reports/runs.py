@@ -124,8 +124,8 @@ class Run:
     diagnosis: Diagnosis | None = None
 
     @property
-    def measure(self) -> Task:
-        """The measure of its kind of data."""
+    def task(self) -> Task:
+        """The task of the recipe, which has the words and units."""
         return self.recipe.task
 
     @property
@@ -186,7 +186,7 @@ class Run:
             scores = {name: score.mean for name, score in evaluation.scores.items()}
             gap, nfe_test, seconds = evaluation.gap, evaluation.nfe_mean, self.result.training_seconds
         else:
-            scores = {self.measure.quantities[0].name: _last(self.checks[f"val/{self.measure.metric}"])}
+            scores = {self.task.quantities[0].name: _last(self.checks[f"val/{self.task.metric}"])}
             gap, nfe_test = _last(self.checks.get("val/gap")), _last(self.checks.get("val/nfe"))
             seconds = _last(self.steps["train_seconds"])
         nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
@@ -244,7 +244,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
                 left_out[f"{each} has no logged step of likelihood."] = None
     if not runs:
         raise ConfigError(" ".join(left_out))
-    kinds = {run.measure.metric: run for run in runs.values()}
+    kinds = {run.task.metric: run for run in runs.values()}
     if len(kinds) > 1:
         paths = " and ".join(str(run.path) for run in kinds.values())
         raise ConfigError(
@@ -270,8 +270,8 @@ def read_run(path: Path) -> Run:
     """
     with _reading(path / "recipe.json") as text:
         recipe = Recipe.from_plain(json.loads(text or ""))
-    measure = recipe.task
-    names = [quantity.name for quantity in measure.quantities]
+    task = recipe.task
+    names = [quantity.name for quantity in task.quantities]
     with _reading(path / "environment.json") as text:
         environment = TypeAdapter(dict[str, Any]).validate_python(json.loads(text or "{}"))
     with _reading(path / "result.json") as text:
@@ -280,9 +280,9 @@ def read_run(path: Path) -> Run:
             raise ValueError(f"evaluation.{missing[0]} is missing")
     with _reading(path / "diagnosis.json") as text:
         diagnosis = None if text is None else Diagnosis.from_plain(json.loads(text))
-    with _reading(path / measure.file) as text:
-        scores = _rows(_table(text), known=[measure.sample], columns=names)
-    steps, checks = read_metrics(path / "metrics.csv", measure.metric)
+    with _reading(path / task.file) as text:
+        scores = _rows(_table(text), known=[task.sample], columns=names)
+    steps, checks = read_metrics(path / "metrics.csv", task.metric)
     grid = path / "samples" / "best.png"
     if not grid.is_file():
         grid = max(grid.parent.glob("step-*.png"), default=None)

@@ -66,14 +66,14 @@ def make_table(configurations: Sequence[Configuration]) -> Table:
 
 def _main_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
     """The rows that are always shown, from the top."""
-    measure = base.measure
-    for number, each in enumerate((*measure.quantities, *measure.baselines)):
+    task = base.task
+    for number, each in enumerate((*task.quantities, *task.baselines)):
         yield each.heading, each.meaning, _score(each.name)
         if number == 0:
-            meaning = f"{each.heading}, {measure.sample} by {measure.sample}"
+            meaning = f"{each.heading}, {task.sample} by {task.sample}"
             yield f"against {base.label}", meaning, lambda one: _difference(one, base)
     sizes = {run.result.evaluation.nfe_batch_size for one in configurations for run in one.runs if run.result}
-    batches = f", batches of {' or '.join(map(str, sorted(sizes)))} {measure.samples}" if sizes else ""
+    batches = f", batches of {' or '.join(map(str, sorted(sizes)))} {task.samples}" if sizes else ""
     yield "NFE, test", f"evaluations of all blocks by the test solver{batches}", _known("nfe_test")
     yield "training time", "without validation", _known("training_seconds", duration)
     yield "λ", "weights of the penalties", lambda one: lambdas_text(one)
@@ -81,7 +81,7 @@ def _main_lines(configurations: Sequence[Configuration], base: Configuration) ->
 
 def _detail_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
     """The other rows."""
-    measure = base.measure
+    task = base.task
     yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
     yield "NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")
     runs = [run for one in configurations for run in one.runs]
@@ -92,7 +92,7 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
         yield heading, f"{meaning}, test solver", _known(name)
     yield (
         "solver gap",
-        f"{measure.likelihood} by the training solver minus {measure.likelihood} by the test solver",
+        f"{task.likelihood} by the training solver minus {task.likelihood} by the test solver",
         _known("gap", signed),
     )
     yield "steps", "", lambda one: f"{one.mean('steps'):,.0f}"
@@ -100,7 +100,7 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
     yield "training solver", "", _training_solver
     yield "test solver", "", lambda one: solver_text(one.recipe.test_solver)
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
-    yield f"held-out {measure.samples}", "measured for the scores and penalties", _held_out
+    yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out
     yield "device", "of each run", _devices
     yield "state", "", lambda one: "; ".join(dict.fromkeys(run.state for run in one.runs))
 
@@ -200,23 +200,23 @@ def _devices(one: Configuration) -> str:
 
 def _notes(configurations: Sequence[Configuration], base: Configuration, *, paper: bool) -> Iterator[str]:
     """The notes below the table."""
-    measure = base.measure
+    task = base.task
     several = any(len(one.runs) > 1 for one in configurations)
-    over = f"over the seeds, or over the {measure.samples} if there is one seed" if several else ""
+    over = f"over the seeds, or over the {task.samples} if there is one seed" if several else ""
     yield (
-        f"± is the standard error {over or f'over the held-out {measure.samples}'}. Scores, test NFE and penalties "
-        f"are measured with the weights that have the lowest validation {measure.likelihood}. Lower is better."
+        f"± is the standard error {over or f'over the held-out {task.samples}'}. Scores, test NFE and penalties "
+        f"are measured with the weights that have the lowest validation {task.likelihood}. Lower is better."
     )
     differences = (paired_difference(one, base) for one in configurations if one is not base)
     if units := {difference.unit for difference in differences if difference is not None}:
         yield (
-            f"The row “against {base.label}” compares two configurations {measure.sample} by {measure.sample}. "
+            f"The row “against {base.label}” compares two configurations {task.sample} by {task.sample}. "
             "Errors that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
             "difference excludes zero."
         )
-        if measure.samples in units:
+        if task.samples in units:
             yield (
-                f"With one seed the interval covers the choice of the {measure.samples}, but not the luck of a "
+                f"With one seed the interval covers the choice of the {task.samples}, but not the luck of a "
                 "training run. Train several seeds (--seeds 3) to cover both."
             )
     if not all(one.finished for one in configurations):
@@ -244,7 +244,7 @@ def _sentence(one: Configuration, base: Configuration) -> str:
     if difference is not None:
         change = change_with_error(difference.mean, difference.error)
         unit = f"{difference.count} {difference.unit}"
-        parts = [f"{one.measure.likelihood} {change} over {unit} ({difference.verdict})"]
+        parts = [f"{one.task.likelihood} {change} over {unit} ({difference.verdict})"]
     for name, text in (
         ("nfe_test", "test NFE"),
         ("jacfrob", "Jacobian norm"),
@@ -265,24 +265,24 @@ def summary(configurations: Sequence[Configuration]) -> list[str]:
     paper = paper_of(configurations)
     if paper is not None:
         sentences.append(
-            f"Finlay et al. (2020) report {paper.bits_dirty:g} {base.measure.unit} after "
+            f"Finlay et al. (2020) report {paper.bits_dirty:g} {base.task.unit} after "
             f"{paper_time(paper.hours, paper.gpus)}."
         )
     return sentences
 
 
 def _outcome(one: Configuration) -> str:
-    measure = one.measure
-    score = _score(measure.quantities[0].name)(one) or "an unknown number of"
+    task = one.task
+    score = _score(task.quantities[0].name)(one) or "an unknown number of"
     if not one.finished:
-        return f"The run is {one.runs[0].state}. The last validation measured {score} {measure.unit}."
+        return f"The run is {one.runs[0].state}. The last validation measured {score} {task.unit}."
     text = (
-        f"The model has {score} {measure.unit} on {_held_out(one)} held-out {measure.samples} and needs "
+        f"The model has {score} {task.unit} on {_held_out(one)} held-out {task.samples} and needs "
         f"{_known('nfe_test')(one)} evaluations of its vector field for a solve."
     )
     if time := _known("training_seconds", duration)(one):
         text += f" It trained for {time}."
-    for each in measure.baselines:
+    for each in task.baselines:
         if known := _score(each.name)(one):
-            text += f" {each.heading}: {known} {measure.unit}."
+            text += f" {each.heading}: {known} {task.unit}."
     return text
