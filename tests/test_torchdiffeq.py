@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -766,6 +767,22 @@ def test_solves_inside_of_a_field_and_of_other_threads_are_left_alone(their_code
             pass
     expected = [odeint(field, x, SPAN, regularizers=["kinetic"])[1]["kinetic"] for x in (y0, 10 * y0)]
     torch.testing.assert_close([penalties["kinetic"], *others], expected)
+
+
+def test_another_thread_may_read_the_penalties(their_code: ModuleType) -> None:
+    """As the one that gave the solves to a pool of threads."""
+    field, y0 = Field(), start()
+
+    def work(scale: float) -> list[Any]:
+        with regularize({"kinetic": 1.0}) as collected:
+            their_code.odeint(field, scale * y0, SPAN)
+        return [collected, odeint(field, scale * y0, SPAN, regularizers={"kinetic": 1.0})[1]]
+
+    with ThreadPoolExecutor(2) as pool:
+        pairs = list(pool.map(work, [1.0, 2.0]))
+    for scale, found in zip([1.0, 2.0], pairs, strict=True):
+        expected = odeint(field, scale * y0, SPAN, regularizers={"kinetic": 1.0})[1].loss()
+        torch.testing.assert_close([each.loss() for each in found], [expected, expected])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

@@ -23,19 +23,23 @@ class _Solve(NamedTuple):
     dims: int
 
 
-class _Followed(threading.local):
-    """The solves that one thread has followed, and whether it collects them."""
+class _Followed:
+    """The solves that were followed, and whether they are collected."""
 
     def __init__(self) -> None:
         self.solves: list[_Solve] = []
         self.collecting = False
 
 
+class _FollowedByThread(threading.local, _Followed):
+    """The solves that each thread has followed."""
+
+
 class Penalties(Mapping[str, Tensor]):
     """The integral of each penalty ``(B,)`` by name, differentiable: of the last solve, or the sum over several.
 
-    Each thread has its own: threads that solve one model at the same time do not see each other's penalties. A
-    copied or unpickled object holds no solve, which also keeps graphs out of a deepcopy of the model.
+    Each thread sees the solves that it made, so threads may solve one model at the same time. A copied or unpickled
+    object holds no solve, which also keeps graphs out of a deepcopy of the model.
 
     Args:
         weighted: the regularizers with their strengths, by name.
@@ -45,6 +49,8 @@ class Penalties(Mapping[str, Tensor]):
         policy: the span policy among them; None if there is none.
         regularizers: the others.
     """
+
+    _storage: type[Any] = _FollowedByThread
 
     def __init__(
         self,
@@ -56,7 +62,7 @@ class Penalties(Mapping[str, Tensor]):
         given = [each.regularizer for each in self.weighted.values()]
         self.policy = span_policy(given)
         self.regularizers = [each for each in given if each is not self.policy]
-        self._followed = _Followed()
+        self._followed = self._storage()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Penalties:
         return Penalties(copy.deepcopy(self.weighted, memo))
@@ -164,6 +170,12 @@ class Penalties(Mapping[str, Tensor]):
                     "gradients enabled, or if you ask for it, model(x, t_span, penalties=True)."
                 )
         return self._followed.solves
+
+
+class ReturnedPenalties(Penalties):
+    """Penalties that belong to a call or a block instead of a model: every thread sees all of its solves."""
+
+    _storage = _Followed
 
 
 def attach(

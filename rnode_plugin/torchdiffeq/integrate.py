@@ -14,7 +14,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ..core.penalties import Penalties, attach
+from ..core.penalties import ReturnedPenalties, attach
 from ..core.regularizers import span_policy, warn_of_flat_state
 from ..errors import ConfigError
 from .augmented import Augmented, extended, to_event
@@ -153,7 +153,7 @@ def odeint_adjoint(
 def _with_penalties(
     name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any], wanted: Follow
 ) -> tuple[Any, ...]:
-    penalties = Penalties(wanted.weighted)
+    penalties = ReturnedPenalties(wanted.weighted)
     solution, integrals, dims = solve(name, func, y0, t, given, wanted)
     penalties.add(integrals, dims)
     return (solution, penalties) if given["event_fn"] is None else (*solution, penalties)

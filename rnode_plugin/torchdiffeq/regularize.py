@@ -13,7 +13,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ..core.penalties import Penalties, attach
+from ..core.penalties import Penalties, ReturnedPenalties, attach
 from ..errors import ConfigError
 from . import integrate
 from .augmented import here
@@ -100,7 +100,7 @@ def regularize(
         spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
         quadrature=quadrature,
     )  # fmt: skip
-    found = Penalties(wanted.weighted, absent=_NOT_SEEN)
+    found = ReturnedPenalties(wanted.weighted, absent=_NOT_SEEN)
     trains = False
 
     def collect(name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any]) -> Any:
@@ -144,7 +144,7 @@ def install(regularizers: Any = None, **options: Any) -> None:
         if wanted is None or not torch.is_grad_enabled():
             return PLAIN[name](func, y0, t, **given)
         solution, integrals, dims = solve(name, func, y0, t, given, wanted)
-        penalties = Penalties(wanted.weighted)
+        penalties = ReturnedPenalties(wanted.weighted)
         penalties.add(integrals, dims)
         return _with_cost(solution, penalties.loss())
 
