@@ -19,6 +19,7 @@ from dense_rates import integrals
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
+from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
@@ -538,9 +539,8 @@ def test_the_adjoint_may_have_a_method_of_its_own() -> None:
 def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None:
     field = Field()
 
-    class OfTheField(nn.Module):
+    class OfTheField(nn.Module, Regularizer):
         name = "weighted"
-        needs: frozenset[str] = frozenset()
 
         def __init__(self) -> None:
             super().__init__()
