@@ -245,6 +245,14 @@ def test_a_penalized_tensor_that_stays_is_a_warning() -> None:
         odeint(lambda t, y: (0 * y[0], 0 * y[1]), state, SPAN, regularizers=["kinetic"], penalized=1)  # all stay
 
 
+def test_tensors_of_a_tuple_may_differ_in_precision() -> None:
+    state = (start().float(), start(4))
+    y, penalties = odeint(lambda t, y: (-y[0], -y[1]), state, SPAN, regularizers={"kinetic": 1.0, "jacfrob": 1.0})
+    assert [x.dtype for x in y] == [x.dtype for x in theirs.odeint(lambda t, y: (-y[0], -y[1]), state, SPAN)]
+    expected = (1 - torch.exp(torch.tensor(-2.0))) / 2 * state[0].square().sum(1)
+    torch.testing.assert_close(penalties["kinetic"].float(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_norms_of_the_user_see_the_users_state() -> None:
     field, y0, shapes = Field(), start(), set()
 

@@ -277,6 +277,8 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     except ImportError as error:
         raise ConfigError(str(error)) from None
     spec = read_regularizers(regularizers) or None
+    if spec is None and of_torchdiffeq != {"penalized": None, "batch_dim": 0, "trace_noise": "gaussian"}:
+        raise click.UsageError("--penalized, --batch-dim and --trace-noise need a --regularizer.")
     install(torchdiffeq=True, regularizers=spec)
     torchdiffeq.install(spec, **of_torchdiffeq)
     sys.argv = [str(script), *args]

@@ -181,17 +181,20 @@ class Layout:
         others = self.columns is not None or len(self.shapes) > len(self.places)
         if not others or transforms_active():
             return
-        # the interpolation of a constant may differ from it by a rounding
-        z0, z1 = (self.penalized(y).detach() for y in (y0, self.of_user(end)))
-        rounding = 100 * torch.finfo(z0.dtype).eps
-        if torch.allclose(z0, z1, rounding, 0) and not all(
-            torch.allclose(a.detach(), b.detach(), rounding, 0) for a, b in zip(self.tensors(y0), end, strict=True)
-        ):
+        z0, z1 = self.penalized(y0), self.penalized(self.of_user(end))
+        pairs = zip(self.tensors(y0), end, strict=True)
+        if _equal(z0, z1) and not all(_equal(*pair) for pair in pairs):
             warnings.warn(
                 f"what the penalties are about did not move in a solve (shape {tuple(z0.shape)}), "
                 "but other parts of the state did: choose the tensor or the columns that move by penalized=.",
                 stacklevel=5,
             )
+
+
+def _equal(start: Tensor, end: Tensor) -> bool:
+    """Whether they are equal up to rounding: the interpolation of a constant may differ from it by a little."""
+    start, end = start.detach().to(end), end.detach()
+    return torch.allclose(start, end, rtol=100 * torch.finfo(end.dtype).eps, atol=0)
 
 
 def _columns(chosen: slice | Tensor, z: Tensor) -> tuple[Tensor, int]:
