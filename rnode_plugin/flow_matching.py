@@ -163,7 +163,7 @@ class ODESolver:
         grid = _grid((0.0, 1.0), time_grid, method, step_size).to(x_init)
         with torch.set_grad_enabled(enable_grad):
             dynamics = Dynamics(self._field(model_extras), divergence=False).bind(None)
-            solution = solve(dynamics, x_init, grid, _solver(method, step_size, atol, rtol))
+            solution = solve(dynamics, x_init, grid, _solver(method, step_size, atol, rtol)).check()
         self.nfe = solution.stats.nfe
         return solution.z if return_intermediates else solution.z[-1]
 

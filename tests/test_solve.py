@@ -17,7 +17,7 @@ from rnode_plugin.core.regularizers import Regularizer, jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, Solver, check_health, solve
+from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, Adjoint, Solver, check_all, solve
 
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
 FINE = {"midpoint": 1 / 200, "rk4": 1 / 20, "rk4_38": 1 / 20}
@@ -367,6 +367,14 @@ def test_an_adaptive_method_does_not_sample_a_density() -> None:
         solve(bound, torch.ones(2, 3), torch.tensor([0.0, 1.0]), Solver("dopri5", quadrature="sampled"))
 
 
+@pytest.mark.parametrize("gradient", ["adjoint", "interpolated_adjoint", Adjoint(atol=1e-6)])
+def test_an_adjoint_does_not_sample(gradient: Any) -> None:
+    with pytest.raises(ConfigError, match="gradient of the steps that were drawn"):
+        solve(_Toy(), torch.ones(1, 2), torch.tensor([0.0, 1.0]), Solver(gradient=gradient, quadrature="sampled"))
+    with pytest.raises(ConfigError, match="rtol of the adjoint must be a number >= 0"):
+        Adjoint(rtol=float("nan"))
+
+
 @pytest.mark.parametrize("estimator", ["exact", "gaussian"])
 def test_an_evaluation_gives_what_is_asked(estimator: str) -> None:
     z, t = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3), torch.tensor(0.3, dtype=torch.float64)
@@ -407,11 +415,11 @@ def test_bad_times_are_refused(times: Any) -> None:
         ({"step": 0.0}, "step must be a number > 0 or None"),
         ({"atol": -1.0}, "atol must be a number >= 0"),
         ({"rtol": None}, "rtol must be a number >= 0"),
-        ({"rtol_adjoint": float("nan")}, "rtol_adjoint must be a number >= 0"),
         ({"method": "dopri5", "atol": 0.0, "rtol": 0.0}, "both 0"),
         ({"gradient": "checkpoint"}, "did you mean 'checkpointed'"),
         ({"quadrature": "half"}, "unknown quadrature 'half'"),
-        ({"gradient": "adjoint", "quadrature": "sampled"}, "gradient of the steps"),
+        ({"gradient": 3}, "unknown gradient mode '3'"),
+        ({"method": Solver}, "unknown solver method"),
         ({"max_nfe": float("inf")}, "max_nfe must"),
     ],
 )
@@ -427,13 +435,12 @@ def test_several_solves_are_looked_at_together() -> None:
 
         return FunctionDynamics(rates)
 
-    checks, z, times = [], torch.ones(2, 3), torch.tensor([0.0, 1.0])
-    for time in (2.0, 0.4, 0.0):
-        solve(fails_at(time), z, times, Solver("euler", step=0.25), checks=checks)
+    z, times = torch.ones(2, 3), torch.tensor([0.0, 1.0])
+    solved = [solve(fails_at(time), z, times, Solver("euler", step=0.25)) for time in (2.0, 0.4, 0.0)]
     with pytest.raises(SolverError, match=r"no longer finite") as caught:
-        check_health(checks)
+        check_all([check for solution in solved for check in solution.health])
     assert (caught.value.t, caught.value.step, caught.value.nfe) == (0.5, 2, 3)
-    check_health(checks[:1])
+    assert solved[0].check() is solved[0]
 
 
 PENALTIES = [

@@ -22,7 +22,6 @@ from rnode_plugin.solvers import (
     METHODS,
     Method,
     Solver,
-    StepMemory,
     get_method,
     solve,
 )
@@ -51,7 +50,7 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
         return Rates(-z, None, {"good": z[:, 0], "bad": (z[:, 0] - 2).log()})
 
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is") as caught:
-        solve(FunctionDynamics(rates), torch.ones(2, 2), T.float(), Solver(method))
+        solve(FunctionDynamics(rates), torch.ones(2, 2), T.float(), Solver(method)).check()
     assert caught.value.reason == "nonfinite"
     assert "exploded" not in str(caught.value)
 
@@ -81,7 +80,7 @@ def test_a_penalty_beside_the_steps_that_is_not_finite_is_named(penalty: Any, gr
     bound = Dynamics(Wave(), regularizers=[kinetic, penalty], divergence=False).bind(None)
     z = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
     with pytest.raises(SolverError, match="the penalty 'bad' is no longer finite, but the state is"):
-        solve(bound, z, T, Solver("dopri5", gradient=gradient))
+        solve(bound, z, T, Solver("dopri5", gradient=gradient)).check()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,7 +95,7 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
             torch.ones(2, 2),
             torch.tensor([0.0, 0.5, 1.0]),
             Solver(method, step=0.125, first_step=0.05),
-        )
+        ).check()
     assert caught.value.reason == "nonfinite"
     assert 0.3 < caught.value.t < 0.65
 
@@ -181,15 +180,15 @@ def step_lengths(t: Tensor, method: Method) -> list[float]:
     seen: dict[float, float] = {}  # by the time of its start; a rejected step is followed by a shorter one
     watch = FunctionStepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
     bound = Dynamics(Wave(), regularizers=[watch]).bind(torch.ones(2, 3, dtype=torch.float64))
-    solver = Solver("dopri5", atol=1e-6, rtol=1e-6, first_step=0.37)
-    solve(bound, torch.ones(2, 3, dtype=torch.float64), t, solver, method=method)
+    solver = Solver(method, atol=1e-6, rtol=1e-6, first_step=0.37)
+    solve(bound, torch.ones(2, 3, dtype=torch.float64), t, solver)
     return list(seen.values())
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_even_steps_leave_no_sliver(backward: bool) -> None:
     method = get_method("dopri5")
-    uneven = dataclasses.replace(method, even_steps=False)
+    uneven = dataclasses.replace(method, fit=lambda dt, rest, sign: dt)
     start, sign = (3.0, -1.0) if backward else (0.0, 1.0)
     far = step_lengths(torch.tensor([start, start + 9 * sign], dtype=torch.float64), uneven)
     end = start + sign * (sum(far[:4]) + 0.02)  # the fifth step is a sliver
@@ -202,21 +201,41 @@ def test_even_steps_leave_no_sliver(backward: bool) -> None:
 
 
 def test_a_solve_begins_with_the_step_that_suited_the_one_before() -> None:
-    field, noise, memory = Wave(), torch.ones(2, 3, dtype=torch.float64), StepMemory()
+    field, noise, first_step = Wave(), torch.ones(2, 3, dtype=torch.float64), None
     solver = Solver("dopri5", atol=1e-6, rtol=1e-6)
-    solutions = []
     for shift in (0.0, 0.01, 0.02):
         z = torch.ones(2, 3, dtype=torch.float64) + shift
         bound = Dynamics(field, regularizers=[kinetic]).bind(noise)
-        solutions.append((solve(bound, z, 3 * T, solver), solve(bound, z, 3 * T, solver, memory=memory)))
-        (alone, remembered) = solutions[-1]
-        torch.testing.assert_close(remembered.z, alone.z, rtol=1e-5, atol=1e-5)
-    (alone, first), *later = solutions
-    assert first.stats == alone.stats
-    for alone, remembered in later:
-        assert remembered.stats.nfe < alone.stats.nfe
-    memory.begin()
-    memory.note(1.0, 32.0, 5)  # at order 5, half of a step whose error was 32 times too large
-    memory.note(0.1, 0.0, 5)
-    memory.keep()
-    assert memory.step == pytest.approx(0.5)
+        alone, after = solve(bound, z, 3 * T, solver), solve(bound, z, 3 * T, solver, first_step=first_step)
+        torch.testing.assert_close(after.z, alone.z, rtol=1e-5, atol=1e-5)
+        assert after.stats == alone.stats if first_step is None else after.stats.nfe < alone.stats.nfe
+        first_step = after.next_step
+
+
+def test_the_next_step_is_the_longest_that_would_have_passed() -> None:
+    """At order 5, half of a step whose error was 32 times too large."""
+
+    def advance(f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> Any:
+        error = 32 * (dt / 0.5) ** 5 * torch.ones_like(x)
+        return f(t + dt, x), x, error, [x]
+
+    method = dataclasses.replace(get_method("dopri5"), advance=advance, weights=None)
+    solver = Solver(method, atol=1.0, rtol=0.0, first_step=0.5)
+    found = solve(FunctionDynamics(decay), torch.zeros(1, 1, dtype=torch.float64), T, solver)
+    assert found.stats.rejected > 0
+    assert found.next_step == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_accepted_steps_are_saved_if_asked_for(method: str, gradient: str) -> None:
+    bound, z = Dynamics(Wave(), divergence=False).bind(None), torch.ones(2, 3, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    solver = Solver(method, step=0.25, gradient=gradient)
+    found = solve(bound, z, t, solver, save_steps=True)
+    assert found.steps is not None
+    assert len(found.steps.t) == len(found.steps.z) == found.stats.steps + 1
+    assert bool((found.steps.t.diff() > 0).all())
+    for time, state in zip(found.t, found.z, strict=True):
+        assert torch.equal(found.steps.z[found.steps.t == time], state[None])
+    assert solve(bound, z, t, solver).steps is None

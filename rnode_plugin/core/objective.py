@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
+from .health import HealthCheck, check_all
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class FlowOutput:
         logdet: ``(B,)`` in nats, the logit transform included.
         regularization: raw integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
         nfe: evaluations of the vector fields, summed over blocks.
+        health: what tells, on the device, whether the solves stayed finite and the samples were in range.
+            :meth:`check` reads it.
+        next_steps: for each block what its adaptive solve would try next, see
+            :class:`~rnode_plugin.Solution`; None for a fixed grid.
 
     Example:
         >>> import torch
@@ -34,6 +39,13 @@ class FlowOutput:
     logdet: Tensor
     regularization: dict[str, Tensor]
     nfe: int
+    health: tuple[HealthCheck, ...] = ()
+    next_steps: tuple[float | None, ...] = ()
+
+    def check(self) -> FlowOutput:
+        """This output, or the error of what was not finite or out of range; it waits for the device."""
+        check_all(self.health)
+        return self
 
 
 class Objective(NamedTuple):

@@ -62,6 +62,25 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def read(x: Tensor) -> Any:
+    """The numbers in ``x``, as ``x.tolist()`` gives them, for which the host waits; None if they do not exist.
+
+    That is so on the device ``meta``, in an export, and inside ``torch.func.vmap``, where they differ from sample
+    to sample.
+    """
+    if x.is_meta or exporting():
+        return None
+    try:
+        return x.detach().tolist()
+    except RuntimeError:
+        if not transforms_active():
+            raise
+    try:  # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
+        return x.item() if x.ndim == 0 else [row.item() for row in x]
+    except RuntimeError:
+        return None
+
+
 def sum_event(x: Tensor) -> Tensor:
     """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
     return x.flatten(1).sum(1) if x.ndim > 1 else x

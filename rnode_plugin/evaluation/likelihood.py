@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError
 from ..flows.base import BlockFlow
 from ..recipes.task import ImageTask, Task
-from ..solvers import StepMemory
 from .measures import Evaluation, Mean, batch_of
 from .solver_gap import measure_solver_gap
 
@@ -140,8 +138,7 @@ class _Measuring:
         self._device = next(flow.parameters()).device
         self._progress, self._done = progress, 0
         self._total = len(self._kinds) * (len(self._batches) + self._pilot)
-        remembers = isinstance(flow, BlockFlow)
-        self._options: dict[str, Any] = {"memory": defaultdict(StepMemory)} if remembers else {}
+        self._first_steps: tuple[float | None, ...] | None = () if isinstance(flow, BlockFlow) else None
         self._scores: dict[tuple[int, int, int], Tensor] = {}  # by quantity, draw and batch
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
 
@@ -226,8 +223,11 @@ class _Measuring:
         """Solve a batch with the noise of this quantity, draw and index; ``alone`` without another solve's step."""
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, given = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
-            options = {} if alone else self._options
-            return self._flow(x, **given, solver=solver, penalties=penalties, **options)
+            known = {} if alone or self._first_steps is None else {"first_steps": self._first_steps}
+            output = self._flow(x, **given, solver=solver, penalties=penalties, **known)
+        if known:
+            self._first_steps = output.next_steps
+        return output
 
     def _scores_of(self, output: FlowOutput) -> Tensor:
         return self._measure.scores(output_log_prob(output)).cpu().double()

@@ -20,7 +20,7 @@ from ..core.regularizers import span_policy, weigh_regularizers
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
-from ..solvers import HealthCheck, Solver, StepMemory, check_health, solve
+from ..solvers import HealthCheck, Solver, check_all, gradient_of, solve
 from ..solvers.solution import Solution
 
 _Through = Callable[[Tensor], Tensor]  # a state to the state after the next block
@@ -73,8 +73,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
         return Independent(Normal(zeros, zeros + 1), 1)
 
     @abstractmethod
-    def _enter(self, x: Tensor, solver: Solver, health: list[HealthCheck]) -> tuple[Tensor, Tensor]:
-        """The state before the first block, and the log-determinant ``(B,)`` in nats of the map to it."""
+    def _enter(self, x: Tensor, solver: Solver) -> tuple[Tensor, Tensor, tuple[HealthCheck, ...]]:
+        """The state before the first block, the log-determinant ``(B,)`` in nats of the map to it, and checks."""
 
     @abstractmethod
     def _leave(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +102,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
         solver: Solver | None = None,
         penalties: bool = True,
         generator: torch.Generator | None = None,
-        memory: Mapping[int, StepMemory] | None = None,
-        checks: list[HealthCheck] | None = None,
+        first_steps: Sequence[float | None] = (),
+        check: bool = True,
     ) -> FlowOutput:
         """Push samples through the flow, with the log-determinant and the penalties: a step of training.
 
@@ -116,10 +116,10 @@ class BlockFlow(OneProcessADevice, DensityModel):
             solver: the integrator; None for :attr:`solver`.
             penalties: whether to integrate the penalties.
             generator: draws the noise; of the samples' device.
-            memory: carries the steps of an adaptive solver from one batch to the next, one entry for each block by
-                its index, such as a ``defaultdict(StepMemory)``; None: each batch finds its own.
-            checks: a list that receives the health checks of a fixed grid, for a caller that reads the device only
-                once; None: they are read, and fail, before this returns.
+            first_steps: first step of an adaptive solver for each block, such as the ``next_steps`` of the batch
+                before; empty: each block finds one.
+            check: whether to wait for the device, and fail if a solve did or a sample is out of range. False: the
+                caller reads the output's ``health``.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats with that of the logit or of the
@@ -131,19 +131,17 @@ class BlockFlow(OneProcessADevice, DensityModel):
             SolverError: where the integration fails.
         """
         self._check(x, self.event_shape, self.called)
-        health: list[HealthCheck] = [] if checks is None else checks
         solver = self.solver if solver is None else solver
         fields = self._fields_at(context, x)
-        y, logdet = self._enter(x, solver, health)
+        y, logdet, health = self._enter(x, solver)
         if noise is None:
             noise = self.draw_noise(x.shape[0], generator=generator)
         else:
             self._check_noise(noise, x)
-        through = _Pass(self, zip(fields, noise, strict=True), solver, health, memory=memory, penalties=penalties)
-        z = self._push(y, through)
-        if checks is None:
-            check_health(health)
-        return through.output(z, logdet, x)
+        blocks = zip(fields, noise, strict=True)
+        through = _Pass(self, blocks, solver, first_steps=first_steps, penalties=penalties)
+        output = through.output(self._push(y, through), logdet, x, health)
+        return output.check() if check else output
 
     def encode(
         self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
@@ -166,13 +164,11 @@ class BlockFlow(OneProcessADevice, DensityModel):
             noise = self.draw_noise(z.shape[0])
         else:
             self._check_noise(noise, z)
-        solver, health = dataclasses.replace(self.solver, quadrature="full"), []
+        solver = dataclasses.replace(self.solver, quadrature="full")
         blocks = reversed(list(zip(self._fields_at(context, z), noise, strict=True)))
-        through = _Pass(self, blocks, solver, health, backward=True, penalties=bool(penalties))
-        y = self._pull(z, through)
-        check_health(health)
-        x, logdet = self._leave(y)
-        return through.output(x, logdet, x)
+        through = _Pass(self, blocks, solver, backward=True, penalties=bool(penalties))
+        x, logdet = self._leave(self._pull(z, through))
+        return through.output(x, logdet, x).check()
 
     def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
         """The samples ``(B, *event_shape)`` of latents ``z (B, D)``; images are in [0, 1] for the latent of one.
@@ -181,10 +177,10 @@ class BlockFlow(OneProcessADevice, DensityModel):
         :meth:`decode`.
         """
         self._check(z, (self.dims,), "latents")
-        health: list[HealthCheck] = []
         blocks = ((field, None) for field in reversed(self._fields_at(context, z)))
-        y = self._pull(z, _Pass(self, blocks, self.solver, health, backward=True, divergence=False))
-        check_health(health)
+        through = _Pass(self, blocks, self.solver, backward=True, divergence=False)
+        y = self._pull(z, through)
+        check_all(through.health())
         return self._leave(y)[0]
 
     def latent_log_prob(self, z: Tensor) -> Tensor:
@@ -207,8 +203,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
             its minimum is not zero.
         """
         self._check(x, self.event_shape, self.called)
-        y, _ = self._enter(x, self.solver, health := [])
-        check_health(health)
+        y, _, health = self._enter(x, self.solver)
+        check_all(health)
         data, noise, blocks = _States(), _States(), _States()
         self._push(y, data)
         self._pull(torch.randn(len(x), self.dims, dtype=x.dtype, device=x.device), noise)
@@ -224,7 +220,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
     def first_state(self, x: Tensor) -> Tensor:
         """The states before the first block, ``(B, D)`` in the order of the latent."""
-        return self._push(self._enter(x, self.solver, [])[0], lambda z: z)
+        return self._push(self._enter(x, self.solver)[0], lambda z: z)
 
     def _draw_latents(self, n: int, generator: torch.Generator | None) -> Tensor:
         like = self._like()
@@ -259,8 +255,7 @@ class _Pass:
         flow: the flow, in its mode.
         blocks: field and noise of each block in the order of the pass.
         solver: the integrator.
-        health: a list that receives the health checks of a fixed grid.
-        memory: the steps of an adaptive solver, carried from batch to batch.
+        first_steps: first step of an adaptive solver for each block; empty: each block finds one.
         backward: whether time runs from 1 to 0.
         divergence: whether the log-determinant is followed.
         penalties: whether to integrate the penalties.
@@ -271,14 +266,13 @@ class _Pass:
         flow: BlockFlow,
         blocks: Iterator[tuple[nn.Module, Tensor | None]],
         solver: Solver,
-        health: list[HealthCheck],
         *,
-        memory: Mapping[int, StepMemory] | None = None,
+        first_steps: Sequence[float | None] = (),
         backward: bool = False,
         divergence: bool = True,
         penalties: bool = False,
     ) -> None:
-        self._blocks, self._solver, self._health, self._memory = enumerate(blocks), solver, health, memory
+        self._blocks, self._solver, self._first_steps = enumerate(blocks), solver, first_steps
         self._backward, self._policy = backward, span_policy(flow.regularizers)
         self._training = penalties and flow.training and torch.is_grad_enabled()
         self._followed = [r for r in flow.regularizers if r.kind != "span"] if penalties else []
@@ -289,17 +283,15 @@ class _Pass:
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)
         # a continuous adjoint differentiates again at other times, with respect to the parameters themselves
-        if isinstance(field, (StackField, AtContext)) and not self._solver.gradient.endswith("adjoint"):
+        if isinstance(field, (StackField, AtContext)) and gradient_of(self._solver).through_steps:
             if isinstance(field, StackField):
                 z = field.layout(z)
                 if noise is not None and noise.shape == z.shape:  # not the noise of several probes
                     noise = field.layout(noise)
             field = field.prepare(z, noise)
         dynamics = Dynamics(field, **self._options)
-        solution = solve(
-            dynamics.bind(noise), z, self._times(z), self._solver, checks=self._health,
-            memory=None if self._memory is None else self._memory[index],
-        )  # fmt: skip
+        first_step = self._first_steps[index] if self._first_steps else None
+        solution = solve(dynamics.bind(noise), z, self._times(z), self._solver, first_step=first_step)
         self._solved.append(solution)
         return solution.z[-1]
 
@@ -311,15 +303,21 @@ class _Pass:
                 times = self._policy.times(times, training=self._training)
             return times.flip(0) if self._backward else times
 
-    def output(self, end: Tensor, logdet: Tensor, x: Tensor) -> FlowOutput:
-        """The output for the samples ``x`` of a pass to ``end``; ``logdet`` is that outside of the blocks."""
+    def health(self) -> tuple[HealthCheck, ...]:
+        """What tells whether the solves of all blocks stayed finite."""
+        return tuple(check for solution in self._solved for check in solution.health)
+
+    def output(self, end: Tensor, logdet: Tensor, x: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
+        """The output for the samples ``x`` of a pass to ``end``; ``logdet`` and ``health`` are of the rest."""
         for solution in self._solved:
             assert solution.logdet is not None
             logdet = logdet + solution.logdet[-1]
         penalties = {r.name: self._total(r) for r in self._followed}
         if self._policy is not None and self._penalized:
             penalties[self._policy.name] = self._policy(x)
-        return FlowOutput(end, logdet, penalties, sum(solution.stats.nfe for solution in self._solved))
+        nfe = sum(solution.stats.nfe for solution in self._solved)
+        next_steps = tuple(solution.next_step for solution in self._solved)
+        return FlowOutput(end, logdet, penalties, nfe, (*health, *self.health()), next_steps)
 
     def _total(self, penalty: Any) -> Tensor:
         """A penalty of all blocks: a mean or a maximum over steps is one over the steps of all blocks."""

@@ -15,7 +15,7 @@ from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..fields import conv_field
-from ..solvers import HealthCheck, Solver, check_health
+from ..solvers import HealthCheck, Solver, check_all
 from .base import BlockFlow
 
 Shape = tuple[int, int, int]
@@ -212,11 +212,11 @@ class MultiscaleFlow(BlockFlow):
     def extra_repr(self) -> str:
         return f"image_shape={self.image_shape}, alpha={self.alpha}, levels={self.levels}, solver={self.solver}"
 
-    def _enter(self, x: Tensor, solver: Solver, health: list[HealthCheck]) -> tuple[Tensor, Tensor]:
-        health.append(in_range := _range_check(x, self.alpha / (1 - 2 * self.alpha)))
+    def _enter(self, x: Tensor, solver: Solver) -> tuple[Tensor, Tensor, tuple[HealthCheck, ...]]:
+        in_range = _range_check(x, self.alpha / (1 - 2 * self.alpha))
         if solver.adaptive:  # which would fail with another error on values out of range
-            check_health([in_range])
-        return logit(x, self.alpha)
+            check_all([in_range])
+        return *logit(x, self.alpha), (in_range,)
 
     def _leave(self, y: Tensor) -> tuple[Tensor, Tensor]:
         logdet = -(F.softplus(y) + F.softplus(-y) + math.log1p(-2 * self.alpha)).flatten(1).sum(1)

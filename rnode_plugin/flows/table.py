@@ -122,9 +122,9 @@ class TableFlow(BlockFlow):
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
-    def _enter(self, x: Tensor, solver: Solver, health: list[HealthCheck]) -> tuple[Tensor, Tensor]:
+    def _enter(self, x: Tensor, solver: Solver) -> tuple[Tensor, Tensor, tuple[HealthCheck, ...]]:
         mean, scale = self._of_columns()
-        return (x - mean) / scale, -scale.log().sum().expand(x.shape[0])
+        return (x - mean) / scale, -scale.log().sum().expand(x.shape[0]), ()
 
     def _leave(self, y: Tensor) -> tuple[Tensor, Tensor]:
         mean, scale = self._of_columns()

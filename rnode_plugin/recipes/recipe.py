@@ -28,6 +28,7 @@ from ..errors import ConfigError, PluginError
 from ..files import check_path_name
 from ..plugins import registry
 from ..solvers.config import Solver, refuse_sampled_density
+from ..solvers.gradients import gradient_of
 from .data import Data, TableData
 from .fields import CONFIG, Checked, no_truth_value, refused
 from .settings import Model, Optimizer, Paper, Start, TableModel, Training
@@ -117,8 +118,11 @@ class Recipe(metaclass=Checked):
                 f"training.precision={precision} would round the data themselves: use 32-true or "
                 f"{precision.replace('true', 'mixed')}."
             )
-        refuse_sampled_density(self.solver)
-        refuse_sampled_density(self.test_solver, "test_solver")
+        for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
+            if not (isinstance(solver.method, str) and isinstance(solver.gradient, str)):
+                raise ConfigError(f"{name} of a recipe must name its method and its gradient, to be plain data.")
+            gradient_of(solver)  # refuses what they cannot have together
+            refuse_sampled_density(solver, name)
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: the training solver is compared with this solver.")
         if self.start.step is not None and self.solver.adaptive:

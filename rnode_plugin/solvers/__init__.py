@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .config import ADAPTIVE_METHODS, FIXED_METHODS, GRADIENTS, METHODS, QUADRATURES, Solver
+from .gradients import Adjoint, Autograd, Checkpointed, Gradient, gradient_of
 
 if TYPE_CHECKING:
-    from .adaptive import StepMemory
-    from .fixed import HealthCheck, all_finite, check_health
+    from ..core.health import HealthCheck, all_finite, check_all
     from .integrate import solve
+    from .solution import Solution
     from .tableaus import Method, get_method
 
 __all__ = [
@@ -19,29 +20,34 @@ __all__ = [
     "GRADIENTS",
     "METHODS",
     "QUADRATURES",
+    "Adjoint",
+    "Autograd",
+    "Checkpointed",
+    "Gradient",
     "HealthCheck",
     "Method",
+    "Solution",
     "Solver",
-    "StepMemory",
     "all_finite",
-    "check_health",
+    "check_all",
     "get_method",
+    "gradient_of",
     "solve",
 ]
 
 # loaded when they are asked for: they need torch, and a recipe or a list of settings does not
 _LAZY = {
-    "HealthCheck": "fixed",
-    "Method": "tableaus",
-    "StepMemory": "adaptive",
-    "all_finite": "fixed",
-    "check_health": "fixed",
-    "get_method": "tableaus",
-    "solve": "integrate",
+    "HealthCheck": "rnode_plugin.core.health",
+    "Method": "rnode_plugin.solvers.tableaus",
+    "Solution": "rnode_plugin.solvers.solution",
+    "all_finite": "rnode_plugin.core.health",
+    "check_all": "rnode_plugin.core.health",
+    "get_method": "rnode_plugin.solvers.tableaus",
+    "solve": "rnode_plugin.solvers.integrate",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    return getattr(importlib.import_module(_LAZY[name]), name)

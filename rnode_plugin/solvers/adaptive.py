@@ -18,55 +18,15 @@ from torch import Tensor
 
 from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
+from ..core.health import health
+from ..core.ops import read
 from ..errors import ConfigError, SolverError
-from .checkpoint import checkpointed
-from .config import DEFAULT_MAX_NFE, FIXED_METHODS, Solver, count_steps
-from .fixed import (
-    Step,
-    Totals,
-    Trace,
-    draw_stage,
-    fail_integrals,
-    fail_max_nfe,
-    fail_nonfinite,
-    health,
-    read,
-    stepper,
-)
+from .config import DEFAULT_MAX_NFE, FIXED_METHODS, Solver
 from .solution import Solution
-from .tableaus import Method
+from .step import Step, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite, stepper
+from .tableaus import Method, get_method
 
 _LEAST = 1e-37  # allowed error of an entry whose size is 0, if atol is 0 too
-
-
-class StepMemory:
-    """The longest step that would have passed everywhere in the last solve.
-
-    Solves of one field in a row, such as those of a data set's batches, need about the same steps. One that begins
-    with the step of the one before wastes no evaluation on finding it. The result then depends, within the
-    tolerances, on what was solved before: give each series of solves a memory of its own.
-
-    Attributes:
-        step: its length, positive; None before the first solve.
-    """
-
-    def __init__(self) -> None:
-        self.step: float | None = None
-        self._shortest = math.inf
-
-    def begin(self) -> float | None:
-        """A solve starts: the step to begin with; None if there is none yet."""
-        self._shortest = math.inf
-        return self.step
-
-    def note(self, length: float, error_ratio: float, order: int) -> None:
-        """Learn from a step that was tried: its error grows with the ``order``-th power of its length."""
-        if error_ratio > 0:
-            self._shortest = min(self._shortest, length * error_ratio ** (-1 / order))
-
-    def keep(self) -> None:
-        """The solve is over: remember the step for the next one."""
-        self.step = self._shortest
 
 
 def solve_adaptive(
@@ -74,16 +34,17 @@ def solve_adaptive(
     z: Tensor,
     t_span: Tensor,
     solver: Solver,
-    method: Method,
     *,
-    trace: Trace | None = None,
-    memory: StepMemory | None = None,
+    take: StepTaker | None = None,
+    first_step: float | None = None,
+    save_steps: bool = False,
 ) -> Solution:
     """Solve with steps that the errors of the state and of the log-determinant decide on.
 
-    Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`; a list ``trace`` receives the time and
-    the state of every accepted step. A state in half precision is refused.
+    Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`. ``take`` makes the steps; None:
+    :func:`~rnode_plugin.solvers.step.stepper`. A state in half precision is refused.
     """
+    method = get_method(solver.method)
     if z.dtype.to_real().itemsize < 4:
         raise ConfigError(
             f"{method.name} needs a state of float32 or float64, not {z.dtype}, which cannot show the errors that "
@@ -91,35 +52,34 @@ def solve_adaptive(
             f"({', '.join(FIXED_METHODS)})."
         )
     device, span = z.device, t_span.cpu()
-    take = stepper(dynamics, method, solver)
-    if solver.gradient == "checkpointed":
-        take = checkpointed(take, dynamics, z, span[0].to(device))
+    take = stepper(dynamics, solver) if take is None else take
     budget = int(solver.max_nfe or DEFAULT_MAX_NFE)
-    every_step = method.every_step and solver.gradient == "interpolated_adjoint"
     sign = 1.0 if bool(span[-1] >= span[0]) else -1.0
 
     def before(a: Tensor, b: Tensor) -> bool:
         return bool((b - a) * sign > 0)
 
     t, end, upcoming = span[:1], span[-1], 1  # upcoming of the output times
+    shortest = math.inf  # of the steps that would have passed where one was tried
     sampled = solver.quadrature == "sampled"
     draw = draw_stage(method) if sampled else None
     rates: Rates | None = dynamics.evaluate(span[0].to(device), z, VELOCITY if draw else RATES)
     totals = Totals()
     totals.nfe += 1
-    dt = _first_step(dynamics, z, rates.dz, span, sign, solver, method, memory, totals)
-    if method.even_steps:
-        dt = _evenly(dt, span[-1 if method.interpolator is not None else upcoming] - t, sign)
+    if first_step is not None:
+        dt = torch.full_like(span[0].detach(), sign * min(first_step, float((span[-1] - span[0]).abs())))
+    else:
+        dt = _first_step(dynamics, z, rates.dz, span, sign, solver, totals)
+    dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
     times, states = [span[0].to(device)], [z]
     logdets: list[Tensor | None] = [None]
-    if trace is not None:
-        trace.append((t.to(device), z))
+    passed = [(t.to(device).reshape(()), z)]
     while before(t, end):
         # the chosen step, cut off at the end and, if the solve stops there, at the next output
         uncut = None
         if before(end, t + dt):
             dt = end - t
-        if method.interpolator is None and before(span[upcoming], t + dt):
+        if method.interpolate is None and before(span[upcoming], t + dt):
             dt, uncut = span[upcoming] - t, dt.detach()
         if bool(t + dt == t):
             _fail_underflow(float(t.detach()), totals.steps, totals.nfe, abs(float(dt.detach())))
@@ -127,64 +87,45 @@ def solve_adaptive(
             fail_max_nfe(float(t.detach()), totals.steps, totals.nfe, budget)
         step = take(z, t.to(device), dt.to(device), rates, draw)
         totals.nfe += step.nfe
-        ratio = _error_ratio(step, z, totals.logdet, solver, method) if z.numel() else span.new_zeros(())
+        ratio = _error_ratio(step, z, totals.logdet, solver) if z.numel() else span.new_zeros(())
         if not math.isfinite(float(ratio)):
             fail_nonfinite(float(t.detach()), totals.steps, totals.nfe)
         if bool(ratio <= 1):
             reached = t + dt
-            if method.interpolator is not None:
+            if method.interpolate is not None:
                 first, last = upcoming, upcoming
                 while last < len(span) - 1 and before(span[last], reached):
                     last += 1
                 inside = [x.to(device) for x in span[first:last]]
                 times += inside
-                states += _interpolate(method.interpolator, step, z, rates, t.to(device), dt.to(device), inside)
+                states += method.interpolate(step, z, rates, t.to(device), dt.to(device), inside)
                 logdets += [None] * len(inside)
                 upcoming = last
             totals.add(step)
             # not equality: rounding may have carried a step that was cut off at this time just past it
-            arrived = not before(reached, span[upcoming])
-            if arrived or every_step:
+            if not before(reached, span[upcoming]):
                 times.append(reached.to(device).reshape(()))
                 states.append(step.z)
                 logdets.append(totals.logdet)
-            if arrived:
                 upcoming = min(upcoming + 1, len(span) - 1)
             t, z, rates = reached, step.z, step.last
             if sampled:
                 draw = draw_stage(method)  # for a step until it is accepted
-            if trace is not None:
-                trace.append((t.to(device), z))
+            if save_steps:
+                passed.append((t.to(device).reshape(()), z))
         else:
             totals.rejected += 1
         length = dt.detach()
-        if memory is not None:
-            memory.note(abs(float(length)), float(ratio), method.order)
+        if ratio > 0:  # the error grows with the order-th power of a step's length
+            shortest = min(shortest, abs(float(length)) * float(ratio) ** (-1 / method.order))
         if uncut is not None:
             rest = uncut - length
             length = rest if bool(t + rest != t) else uncut
         dt = next_step(method, length, ratio)
-        if method.even_steps:
-            dt = _evenly(dt, span[-1 if method.interpolator is not None else upcoming] - t, sign)
+        dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
     if totals.penalties and not math.isfinite(read(health(*totals.penalties.values()))):
         fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
-    if memory is not None:
-        memory.keep()
-    return totals.solution(times, states, logdets)
-
-
-def _interpolate(
-    interpolator: Any, step: Step, z: Tensor, first: Rates | None, t: Tensor, dt: Tensor, times: Sequence[Tensor]
-) -> list[Tensor]:
-    """States at times inside an accepted step from ``(t, z)``, by torchdyn's fourth-order interpolant."""
-    if not times:
-        return []
-    assert first is not None
-    assert step.last is not None
-    assert step.stages is not None
-    middle = z + dt * sum(w * k for w, k in zip(interpolator.bmid, step.stages, strict=True))
-    coefficients = interpolator.fit(dt, first.dz, step.last.dz, z, step.z, middle)
-    return [interpolator.evaluate(coefficients, t, t + dt, time) for time in times]
+    return totals.solution(times, states, logdets, next_step=shortest, passed=passed if save_steps else ())
 
 
 # errors and the sizes of steps ----------------------------------------------------------------------------------
@@ -196,7 +137,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Solver, method: Method) -> Tensor:
+def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Solver) -> Tensor:
     """The error of a step from ``z`` over what the tolerances allow, over all entries of state and log-determinant.
 
     A scalar on the CPU, the one number that a step reads from the device.
@@ -210,7 +151,7 @@ def _error_ratio(step: Step, z: Tensor, logdet: Tensor | None, solver: Solver, m
             size = torch.max(logdet.abs(), (logdet + step.dlogdet).abs())
         of_logdet = step.dlogdet_error / (solver.atol + solver.rtol * size).clamp(min=_LEAST)
         scaled = torch.cat([scaled.flatten(), of_logdet.flatten()])
-    return _on_host(method, rms_norm(scaled))[0]
+    return _on_host(get_method(solver.method), rms_norm(scaled))[0]
 
 
 @torch.no_grad()
@@ -227,17 +168,6 @@ def next_step(method: Method, dt: Tensor, error_ratio: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
-    """A step no longer than ``dt`` that divides ``rest``, what is left up to the next stop, evenly."""
-    rest = rest.detach()
-    if not bool(rest):
-        return dt
-    # the last step is cut off at its end, by which a gradient for the time finds its way
-    count = count_steps(float(rest / dt), 1.0)
-    return rest / count if count > 1 else torch.maximum(dt * sign, 2 * rest * sign) * sign
-
-
-@torch.no_grad()
 def _first_step(
     dynamics: BoundDynamics,
     z: Tensor,
@@ -245,18 +175,13 @@ def _first_step(
     t_span: Tensor,
     sign: float,
     solver: Solver,
-    method: Method,
-    memory: StepMemory | None,
     totals: Totals,
 ) -> Tensor:
-    """The first step to try: what the solver or the memory knows, or a guess, whose evaluations are counted."""
+    """The first step to try: the solver's, or a guess, whose evaluations are counted."""
     z, velocity, t_span = z.detach(), velocity.detach(), t_span.detach()
-    start, known = t_span[0], solver.first_step
-    remembered = None if memory is None else memory.begin()
-    if remembered is not None:
-        known = min(remembered, float((t_span[-1] - start).abs()))
-    if known is not None:
-        return torch.full_like(start, sign * known)
+    start, method = t_span[0], get_method(solver.method)
+    if solver.first_step is not None:
+        return torch.full_like(start, sign * solver.first_step)
     if z.numel() == 0:
         return t_span[-1] - start
     options: dict[str, Any] = {"method": method, "atol": solver.atol, "rtol": solver.rtol}

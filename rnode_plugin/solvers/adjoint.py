@@ -13,7 +13,7 @@ import bisect
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,58 +25,50 @@ from ..errors import ConfigError
 from .adaptive import solve_adaptive
 from .checkpoint import is_complete, next_number
 from .config import Solver
-from .fixed import Trace, solve_fixed
-from .solution import Solution, SolveStats
-from .tableaus import Method, hermite
-
-
-def solve_adjoint(
-    dynamics: BoundDynamics,
-    z0: Tensor,
-    t_span: Tensor,
-    solver: Solver,
-    method: Method,
-    *,
-    keep: Sequence[bool] | None = None,
-    trace: Trace | None = None,
-) -> Solution:
-    """Solve without a graph and attach the continuous adjoint as the gradient.
-
-    Gradients reach ``z0``, ``t_span`` and the parameters of ``dynamics`` that require one; it must give the same
-    rates in the backward pass as in the forward one. The backward solve has the tolerances ``atol_adjoint`` and
-    ``rtol_adjoint`` of ``solver`` and takes the steps of ``method.adjoint``. The rest is as for
-    :func:`~rnode_plugin.solvers.fixed.solve_fixed`.
-    """
-    call = _AdjointCall(dynamics, solver, method, watched=trace)
-    wanted = [p for p in dynamics.parameters() if p.requires_grad]
-    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
-    assert call.stats is not None
-    penalties, stats = dict(zip(call.names, integrals, strict=True)), call.stats
-    if keep is not None and not method.adaptive:
-        # the backward pass needs the states at all times of t_span
-        kept = [i for i, wanted in enumerate(keep) if wanted]
-        times, z, logdet = times[kept], z[kept], None if logdet is None else logdet[kept]
-    return Solution(times, z, logdet, penalties, stats)
-
-
-def _solve(
-    dynamics: BoundDynamics, z: Tensor, t_span: Tensor, solver: Solver, method: Method, trace: Trace | None = None
-) -> Solution:
-    engine = solve_adaptive if method.adaptive else solve_fixed
-    return engine(dynamics, z, t_span, solver, method, trace=trace)
+from .fixed import solve_fixed
+from .solution import Solution, Steps
+from .tableaus import hermite
 
 
 @dataclass
-class _AdjointCall:
-    """What the two passes of one solve share with each other and with the caller."""
+class AdjointCall:
+    """One solve by an adjoint, which its two passes share.
+
+    Attributes:
+        dynamics: the system; it must give the same rates in the backward pass as in the forward one.
+        forward: solves it from a state ``z`` through times ``t``.
+        backward: the solver of the backward pass.
+        outputs: the times and states of a solution that are outputs.
+        interpolated: whether the backward pass reads the states from the accepted steps.
+        solution: of the forward pass, without a graph.
+        steps: its accepted steps, for the backward pass.
+    """
 
     dynamics: BoundDynamics
-    solver: Solver
-    method: Method
-    names: tuple[str, ...] = ()
-    stats: SolveStats | None = None
-    trace: Trace = field(default_factory=list)
-    watched: Trace | None = None
+    forward: Callable[[Tensor, Tensor], Solution]
+    backward: Solver
+    outputs: Callable[[Solution], tuple[Tensor, Tensor]]
+    interpolated: bool = False
+    solution: Solution | None = None
+    steps: Steps | None = None
+
+
+def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
+    """Solve without a graph and attach the continuous adjoint as the gradient.
+
+    Gradients reach ``z0``, ``t_span`` and the parameters of the dynamics that require one.
+    """
+    wanted = [p for p in call.dynamics.parameters() if p.requires_grad]
+    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
+    solution, call.solution = call.solution, None  # the backward pass has its tensors saved
+    assert solution is not None
+    penalties = dict(zip(solution.penalties, integrals, strict=True))
+    return replace(solution, t=times, z=z, logdet=logdet, penalties=penalties)
+
+
+def _solve(dynamics: BoundDynamics, z: Tensor, t_span: Tensor, solver: Solver) -> Solution:
+    engine = solve_adaptive if solver.adaptive else solve_fixed
+    return engine(dynamics, z, t_span, solver).check()
 
 
 def _repeating(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,17 +84,14 @@ def _repeating(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
-        interpolates = call.solver.gradient == "interpolated_adjoint"
-        trace = call.trace if interpolates else call.watched
-        solution = _solve(call.dynamics, z0, t_span, call.solver, call.method, trace)
-        if call.watched is not None and trace is not call.watched:
-            call.watched += call.trace
-        call.names, call.stats = tuple(solution.penalties), solution.stats
-        ctx.call = call
-        ctx.save_for_backward(t_span, solution.t, solution.z, *params)
-        ctx.mark_non_differentiable(solution.t)
-        return solution.t, solution.z, solution.logdet, *solution.penalties.values()
+    def forward(ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
+        solution = call.forward(z0, t_span)
+        t, z = call.outputs(solution)
+        call.solution, call.steps = solution, solution.steps if call.interpolated else None
+        ctx.call, ctx.names = call, tuple(solution.penalties)
+        ctx.save_for_backward(t_span, t, z, *params)
+        ctx.mark_non_differentiable(t)
+        return t, z, solution.logdet, *solution.penalties.values()
 
     @staticmethod
     @_repeating
@@ -115,7 +104,7 @@ class _Adjoint(torch.autograd.Function):
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
         t_span, t, z, *params = ctx.saved_tensors
-        pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.call.names, dpenalties, strict=True)))
+        pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
         wants_times, last = ctx.needs_input_grad[2], len(t) - 1
         span_index = _positions(t_span, t) if wants_times else {}
         dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
@@ -156,29 +145,21 @@ class _Backward:
     """The backward system of one solve and the parameters' gradients that it accumulates."""
 
     def __init__(
-        self, call: _AdjointCall, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
+        self, call: AdjointCall, t: Tensor, z: Tensor, params: Sequence[Tensor], dpenalties: dict[str, Tensor]
     ) -> None:
-        self.dynamics = call.dynamics
-        solver, method = call.solver, call.method.adjoint or call.method
-        self.solver = replace(
-            solver,
-            gradient="autograd",
-            atol=solver.atol if solver.atol_adjoint is None else solver.atol_adjoint,
-            rtol=solver.rtol if solver.rtol_adjoint is None else solver.rtol_adjoint,
-        )
-        self.method = replace(method, interpolator=None)
+        self.dynamics, self.solver = call.dynamics, call.backward
         self.params = params
         self.sign = 1.0 if bool(t[-1] >= t[0]) else -1.0
         # a penalty is integrated along the path, whichever way time runs
         self.dpenalties = {name: self.sign * g for name, g in dpenalties.items()}
         self.gradients = [torch.zeros_like(p) for p in params]
         self.checked = False
-        self.path = _Path(call.dynamics, call.trace, self.sign) if call.trace else None
+        self.path = None if call.steps is None else _Path(call.dynamics, call.steps, self.sign)
 
     @property
     def may_skip(self) -> bool:
         """Whether outputs without a gradient need no stop: the states come from the interpolant."""
-        return self.path is not None and self.method.adaptive
+        return self.path is not None and self.solver.adaptive
 
     def interval(self, t1: Tensor, t0: Tensor, z: Tensor, a: Tensor, dl: Tensor | None) -> Tensor:
         """Take the adjoint from ``t1`` back to ``t0``."""
@@ -192,7 +173,7 @@ class _Backward:
             return Rates(rate, None, {str(i): self.sign * g for i, g in enumerate(dparams)})
 
         times = torch.stack([t1, t0])
-        solution = _solve(FunctionDynamics(adjoint_system), state, times, self.solver, self.method)
+        solution = _solve(FunctionDynamics(adjoint_system), state, times, self.solver)
         for i, gradient in enumerate(self.gradients):
             # of shape [1] for a scalar parameter if times have that shape
             gradient += solution.penalties[str(i)].reshape(gradient.shape)
@@ -238,9 +219,9 @@ class _Backward:
 class _Path:
     """The accepted states, interpolated; the velocities at the knots are evaluated when needed."""
 
-    def __init__(self, dynamics: BoundDynamics, trace: Trace, sign: float) -> None:
-        self.dynamics, self.trace = dynamics, trace
-        self.keys = [sign * float(t) for t, _ in trace]
+    def __init__(self, dynamics: BoundDynamics, steps: Steps, sign: float) -> None:
+        self.dynamics, self.steps = dynamics, steps
+        self.keys = [sign * t for t in steps.t.tolist()]
         self.sign = sign
         self.velocities: dict[int, Tensor] = {}
 
@@ -248,11 +229,12 @@ class _Path:
         right = bisect.bisect_left(self.keys, self.sign * float(t))
         right = min(max(right, 1), len(self.keys) - 1)
         left = right - 1
-        return hermite(*self.trace[left], self._velocity(left), *self.trace[right], self._velocity(right), t)
+        t0, z0, t1, z1 = (x[k] for k in (left, right) for x in self.steps)
+        return hermite(t0, z0, self._velocity(left), t1, z1, self._velocity(right), t)
 
     def _velocity(self, knot: int) -> Tensor:
         if knot not in self.velocities:
-            t, z = self.trace[knot]
+            t, z = (x[knot] for x in self.steps)
             self.velocities[knot] = self.dynamics.evaluate(t, z, VELOCITY).dz.detach()
         return self.velocities[knot]
 
@@ -260,13 +242,13 @@ class _Path:
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def warn_of_dropout(field: nn.Module, name: str) -> None:
-    """Warn of dropout under a continuous adjoint, the gradient mode ``name``, which evaluates the field again."""
+def warn_of_dropout(field: nn.Module) -> None:
+    """Warn of dropout under a continuous adjoint, which evaluates the field again."""
     for place, layer in field.named_modules():
         if isinstance(layer, _DROPOUTS) and layer.p > 0:
             warnings.warn(
-                f"this field has dropout ({place!r}), which draws another mask in the backward pass of {name!r}: "
-                "the gradient is wrong in training mode. Use 'checkpointed' or 'autograd'.",
-                stacklevel=4,
+                f"this field has dropout ({place!r}), which draws another mask in the backward pass of an "
+                "adjoint: the gradient is wrong in training mode. Use 'checkpointed' or 'autograd'.",
+                stacklevel=5,
             )
             return

@@ -1,9 +1,8 @@
-"""Which solver, at what accuracy, with which gradient: one frozen, validated object; and observers of solves."""
+"""Which solver, at what accuracy, with which gradient: one frozen, validated object."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ class Solver:
 
     Args:
         method: fixed grid: ``euler``, ``midpoint``, ``rk4`` (classical), ``rk4_38`` (3/8 rule, the paper's);
-            adaptive: ``dopri5``, ``tsit5``.
+            adaptive: ``dopri5``, ``tsit5``. Or a :class:`~rnode_plugin.solvers.Method`.
         step: longest step of a fixed grid; each interval of ``t_span`` is divided evenly into steps no longer
             than it. None: one step per interval. ``"auto"``, only for training by a recipe: the coarsest step
             that agrees with an adaptive solve, measured now and then. Adaptive methods do not use it.
@@ -37,8 +36,9 @@ class Solver:
             fixed grid.
         gradient: ``autograd`` keeps all activations; ``checkpointed`` gives the same gradient with the
             activations of one step at a time, for one more evaluation pass; ``adjoint`` solves the continuous
-            adjoint backward (as in the paper; its gradient differs from that of the discrete loss by the
-            discretisation error); ``interpolated_adjoint`` does so along an interpolant of the forward states.
+            adjoint backward (as in the paper; its gradient differs from the gradient of the discrete loss by the
+            discretization error); ``interpolated_adjoint`` does so along an interpolant of the forward states. Or
+            an object of :mod:`~rnode_plugin.solvers.gradients`, such as ``Adjoint(atol=1e-6)``.
         quadrature: ``full``, or ``sampled``: few evaluations make products with the Jacobian. Where a density is
             followed, one stage of each step of a fixed grid makes those of its trace and its penalties. Elsewhere
             about one evaluation in eight of a fixed grid, or one in each adaptive step, makes those of the
@@ -46,8 +46,6 @@ class Solver:
             negative, so these have others, of order 3). Unbiased in value and gradient, up to the error of the
             quadrature that is drawn from. Penalties that need no product stay full. It needs a gradient through the
             steps, and an adaptive method may not follow a density, whose error it controls.
-        atol_adjoint: tolerance of an adaptive continuous adjoint; None: as ``atol``.
-        rtol_adjoint: relative tolerance of the same; None: as ``rtol``.
 
     Raises:
         ConfigError: for an unknown name or a number out of range.
@@ -59,60 +57,54 @@ class Solver:
         False
     """
 
-    method: str = "rk4_38"
+    method: Any = "rk4_38"
     step: float | Literal["auto"] | None = 0.25
     atol: float = 1e-5
     rtol: float = 1e-5
     first_step: float | None = None
     max_nfe: int | None = None
-    gradient: str = "autograd"
+    gradient: Any = "autograd"
     quadrature: str = "full"
-    atol_adjoint: float | None = None
-    rtol_adjoint: float | None = None
 
     def __post_init__(self) -> None:
-        for value, known, kind in (
-            (self.method, METHODS, "solver method"),
-            (self.gradient, GRADIENTS, "gradient mode"),
-            (self.quadrature, QUADRATURES, "quadrature"),
+        for value, known, kind, does in (
+            (self.method, METHODS, "solver method", "advance"),
+            (self.gradient, GRADIENTS, "gradient mode", "solve"),
+            (self.quadrature, QUADRATURES, "quadrature", ""),
         ):
-            if value not in known:
-                raise ConfigError(suggest(value, known, kind))
+            is_object = does and not isinstance(value, type) and callable(getattr(value, does, None))
+            if not is_object and value not in known:
+                raise ConfigError(suggest(str(value), known, kind))
         for name in ("step", "first_step", "max_nfe"):
             value = getattr(self, name)
             if value is not None and not _is_number(value, above=0.0) and (name, value) != ("step", "auto"):
                 raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
-        for name in ("atol", "rtol", "atol_adjoint", "rtol_adjoint"):
-            value = getattr(self, name)
-            unset = value is None and name.endswith("adjoint")
-            # a tensor of tolerances is checked where it is given: a check here would make each solve wait
-            tensor = hasattr(value, "dtype") and not isinstance(value, float)
-            if not (unset or tensor or _is_number(value)):
-                raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
+        for name in ("atol", "rtol"):
+            check_tolerance(getattr(self, name), name)
         if self.adaptive and all(isinstance(x, (int, float)) and x == 0 for x in (self.atol, self.rtol)):
             raise ConfigError("atol and rtol are both 0, which no step can meet: raise one of them.")
         if self.step == "auto" and self.adaptive:
             raise ConfigError(
-                f"step='auto' needs a fixed grid, but {self.method} chooses its own steps: use one of "
+                f"step='auto' needs a fixed grid, but {self.name} chooses its own steps: use one of "
                 f"{', '.join(FIXED_METHODS)}."
-            )
-        if self.quadrature == "sampled" and self.gradient.endswith("adjoint"):
-            raise ConfigError(
-                f"solver.quadrature='sampled' needs the gradient of the steps that were drawn, which gradient "
-                f"{self.gradient!r} does not take: use 'autograd' or 'checkpointed', or quadrature='full'."
             )
 
     @property
     def adaptive(self) -> bool:
         """Whether the method chooses its own steps."""
-        return self.method in ADAPTIVE_METHODS
+        return self.method in ADAPTIVE_METHODS if isinstance(self.method, str) else self.method.adaptive
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.method if isinstance(self.method, str) else self.method.name
 
 
 def refuse_sampled_density(solver: Solver, name: str = "solver") -> None:
     """Refuse a sampled quadrature of a density by an adaptive method; ``name`` is for the message."""
     if solver.quadrature == "sampled" and solver.adaptive:
         raise ConfigError(
-            f"{name}.quadrature='sampled' of a density needs a fixed grid: {solver.method} would control an error "
+            f"{name}.quadrature='sampled' of a density needs a fixed grid: {solver.name} would control an error "
             f"that the log-determinant does not have. Use one of {', '.join(FIXED_METHODS)}, or quadrature='full'."
         )
 
@@ -120,10 +112,10 @@ def refuse_sampled_density(solver: Solver, name: str = "solver") -> None:
 def solver_text(solver: Solver) -> str:
     """``dopri5, tolerance 1e-05`` or ``rk4_38, step 0.25``."""
     if solver.adaptive:
-        return f"{solver.method}, tolerance {solver.atol:g}"
+        return f"{solver.name}, tolerance {solver.atol:g}"
     if solver.step is None:
-        return f"{solver.method}, one step per interval"
-    return f"{solver.method}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"
+        return f"{solver.name}, one step per interval"
+    return f"{solver.name}, step {solver.step if solver.step == 'auto' else format(solver.step, 'g')}"
 
 
 def count_steps(length: float, longest: float) -> int:
@@ -134,14 +126,12 @@ def count_steps(length: float, longest: float) -> int:
     return max(1, math.ceil(abs(length) / longest - 1e-6))
 
 
-observers: list[Callable[[Any, Any], object]] = []
-"""Functions ``(solution, solver)`` that are called after each solve, such as the plugin host's hook."""
-
-
-def subscribe(observer: Callable[[Any, Any], object]) -> None:
-    """Call ``observer(solution, solver)`` after each solve of this process. Subscribing twice changes nothing."""
-    if observer not in observers:
-        observers.append(observer)
+def check_tolerance(value: Any, name: str) -> None:
+    """Refuse a tolerance that is not a number >= 0."""
+    # a tensor of tolerances is checked where it is given: a check here would make each solve wait
+    tensor = hasattr(value, "dtype") and not isinstance(value, float)
+    if not (tensor or _is_number(value)):
+        raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
 
 
 def _is_number(value: Any, above: float = -math.ulp(0.0)) -> bool:

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, PathPenalties
-from ..core.ops import on_host, transforms_active
+from ..core.health import HealthCheck, health
+from ..core.ops import on_host
 from ..errors import ConfigError
-from . import config
-from .adaptive import StepMemory, solve_adaptive
-from .adjoint import solve_adjoint
+from .adaptive import solve_adaptive
 from .config import Solver, refuse_sampled_density
-from .fixed import HealthCheck, Trace, check_health, fail_integrals, health, solve_fixed, stepper
-from .solution import Solution
+from .fixed import solve_fixed
+from .gradients import gradient_of
+from .solution import Solution, Steps
+from .step import fail_integrals, stepper
 from .tableaus import Method, get_method, hermite
 
 
@@ -28,10 +29,8 @@ def solve(
     t_span: Tensor,
     solver: Solver | None = None,
     *,
-    method: Method | None = None,
-    keep: Sequence[bool] | None = None,
-    checks: list[HealthCheck] | None = None,
-    memory: StepMemory | None = None,
+    first_step: float | None = None,
+    save_steps: bool = False,
 ) -> Solution:
     """Solve the augmented system (RNODE) from ``t_span[0]`` through all of ``t_span``.
 
@@ -39,26 +38,25 @@ def solve(
         dynamics: the system with its noise fixed: ``Dynamics(...).bind(noise)``.
         z0: state ``(B, *event)`` at ``t_span[0]``.
         t_span: times ``(T,)``, increasing or decreasing; on the CPU they are read without waiting for the device.
-        solver: method, accuracy and gradient. Inside a transform of torch.func every gradient mode is that of the
-            steps taken, as with ``autograd``.
-        method: steps in place of those of ``solver.method``, such as a solver object's of torchdyn.
-        keep: for each time of ``t_span`` whether its state is an output; None: all are, as always with an adaptive
-            method.
-        checks: a list that receives, instead of an error, what tells whether a fixed grid stayed finite.
-            :func:`~rnode_plugin.solvers.fixed.check_health` looks at several solves together.
-        memory: carries the step of an adaptive solve to the next one; a continuous adjoint does not use it.
+        solver: method, accuracy and gradient. Inside a transform of torch.func every gradient mode goes through
+            the steps, as ``autograd`` does.
+        first_step: first step that an adaptive method tries, such as the ``next_step`` of a solve of the same
+            field; it is cut off at the end. None: ``solver.first_step``.
+        save_steps: whether the solution holds the accepted steps.
 
     Returns:
-        Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost.
+        Solution: states at all of ``t_span``, log-determinant (nats), integrals of the penalties, and the cost. A
+        fixed grid does not look whether it stayed finite: call :meth:`Solution.check`.
 
     Raises:
-        ConfigError: for times that are not finite and strictly monotonic, for a step penalty that the method or the
-            gradient mode cannot have, and for an adaptive method where nothing can be read: inside
+        ConfigError: for times that are not finite and strictly monotonic, for a quadrature or a penalty that the
+            method or the gradient mode cannot have, and for an adaptive method where nothing can be read: inside
             ``torch.func.vmap`` and on the device ``meta``.
-        SolverError: non-finite state, step-size underflow, or the budget of evaluations used up.
+        SolverError: non-finite state of an adaptive method, step-size underflow, or the budget of evaluations
+            used up.
     """
     solver = solver or Solver()
-    method = method or get_method(solver.method)
+    method, gradient = get_method(solver.method), gradient_of(solver)
     if solver.step == "auto":
         raise ConfigError(
             "solver.step='auto' is found while a recipe trains. Give a number everywhere else: the log of a "
@@ -67,33 +65,23 @@ def solve(
     if dynamics.divergence:
         refuse_sampled_density(solver)
     _check_times(t_span)
-    chosen, times, trace = solver, t_span, None
-    asked, inner = None, []
+    times, asked, inner = t_span, None, []
     path = dynamics.path
     if path is not None:
-        if path.steps:
-            if not torch.is_grad_enabled() and solver.gradient.endswith("adjoint"):
-                chosen = replace(solver, gradient="autograd")  # values alone are the same in every mode
-            check_steps(path.steps, method, chosen.gradient)
+        check_steps(path.steps, method)
+        if torch.is_grad_enabled():  # values alone are the same in every mode
+            gradient.check_penalties(path.steps)
         if path.trajectories:
             times, asked, inner = path.stops(t_span)
-            asked, keep = asked if keep is None else asked[torch.tensor(keep)], None
-        if path.local:
-            trace = []
-    if chosen.gradient.endswith("adjoint") and not transforms_active():
-        solution = solve_adjoint(dynamics, z0, times.to(z0.device), chosen, method, keep=keep, trace=trace)
-    elif method.adaptive:
-        solution = solve_adaptive(dynamics, z0, times, chosen, method, trace=trace, memory=memory)
-    else:
-        solution = solve_fixed(dynamics, z0, times, chosen, method, keep=keep, trace=trace, checks=checks)
+    saves = save_steps or (path is not None and bool(path.local))
+    engine = solve_adaptive if method.adaptive else solve_fixed
+    solution = gradient.solve(engine, dynamics, z0, times, solver, first_step=first_step, save_steps=saves)
     if path is not None:
-        solution = _with_path_penalties(solution, dynamics, path, chosen, times, inner, trace, checks)
+        solution = _with_path_penalties(solution, dynamics, path, solver, times, inner)
     if asked is not None and len(asked) < len(times) == len(solution.t):
         logdet = None if solution.logdet is None else solution.logdet[asked]
         solution = replace(solution, t=solution.t[asked], z=solution.z[asked], logdet=logdet)
-    for observer in config.observers:
-        observer(solution, solver)
-    return solution
+    return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
 
 def _check_times(t_span: Tensor) -> None:
@@ -119,16 +107,11 @@ _WITHOUT = {
 }
 
 
-def check_steps(penalties: Sequence[Any], method: Method, gradient: str) -> None:
-    """Refuse penalties on accepted steps that the method or the gradient mode cannot give, and name what works."""
+def check_steps(penalties: Sequence[Any], method: Method) -> None:
+    """Refuse penalties on accepted steps that the method cannot give, and name what works."""
     for penalty in penalties:
         if penalty.local:
             continue
-        if gradient.endswith("adjoint"):
-            raise ConfigError(
-                f"{penalty.name!r} is a penalty on the solver's steps, and gradient {gradient!r} does not go "
-                "through them: use 'autograd' or 'checkpointed', or 'local_error' or 'local_stiffness' instead."
-            )
         has = {"error": method.adaptive, "pair": method.pair is not None}
         for use in penalty.uses:
             if not has[use]:
@@ -146,21 +129,20 @@ def _with_path_penalties(
     solver: Solver,
     times: Tensor,
     inner: Sequence[Tensor],
-    trace: Trace | None,
-    checks: list[HealthCheck] | None,
 ) -> Solution:
-    """The solution with trajectory penalties at ``inner`` places of ``times``, local ones along the ``trace``."""
-    beside, stats = {}, solution.stats
+    """The solution with trajectory penalties at ``inner`` places of ``times``, and local ones along its steps."""
+    beside, stats, checks = {}, solution.stats, solution.health
     for i, places in enumerate(inner):
         found = places.tolist()
-        if len(solution.t) != len(times):  # each step is an output, and rounding may have moved it
+        if len(solution.t) != len(times):  # a gradient with more outputs; rounding may have moved these
             found = [int((solution.t.detach() - float(times[k].detach())).abs().argmin()) for k in found]
         # the times that the solve was given carry the graph of t_span: the outputs of a continuous adjoint do not
         mine, states = times[places].to(solution.t.device), [solution.z[k] for k in found]
         name, value = path.of_trajectory(i, mine, states, solution.penalties)
         beside[name] = value
-    if trace is not None:
-        local, nfe = _local_penalties(dynamics, solver, trace)
+    if path.local:
+        assert solution.steps is not None
+        local, nfe = _local_penalties(dynamics, solver, solution.steps)
         beside |= local
         stats = replace(stats, nfe=stats.nfe + nfe)
     penalties = {name: x for name, x in (solution.penalties | beside).items() if name not in path.hidden}
@@ -170,31 +152,28 @@ def _with_path_penalties(
             fail_integrals(solution.z[-1], None, penalties, float(solution.t[-1].detach()), stats.steps, stats.nfe)
 
         check = HealthCheck(torch.stack([health(value) for value in beside.values()]), fail)
-        if checks is None:
-            check_health([check])
-        else:
-            checks.append(check)
-    return replace(solution, penalties=penalties, stats=stats)
+        checks = (*checks, check)
+    return replace(solution, penalties=penalties, stats=stats, health=checks)
 
 
-def _local_penalties(dynamics: BoundDynamics, solver: Solver, trace: Trace) -> tuple[dict[str, Tensor], int]:
+def _local_penalties(dynamics: BoundDynamics, solver: Solver, steps: Steps) -> tuple[dict[str, Tensor], int]:
     """The local penalties of one step of tsit5 from a uniformly random time, and the evaluations that it took.
 
     The step starts, detached, on the cubic interpolant of the accepted states, and is as long as the accepted step
     there, or as what is left of the solve.
     """
-    knots = torch.stack([t.detach().reshape(()) for t, _ in trace])
+    knots = steps.t.detach()
     start, end = knots[0], knots[-1]
     # drawn on the CPU, so that one seed gives the same time on every device
     s = start + (end - start) * torch.rand((), dtype=torch.float64).to(knots)
     backward = bool(end < start)
     passed = (knots >= s) if backward else (knots <= s)
-    k = min(max(int(passed.sum()) - 1, 0), len(trace) - 2)
-    (t0, z0), (t1, z1) = ((t.detach().reshape(()), z.detach()) for t, z in trace[k : k + 2])
+    k = min(max(int(passed.sum()) - 1, 0), len(knots) - 2)
+    (t0, t1), (z0, z1) = knots[k : k + 2], steps.z[k : k + 2].detach()
     with torch.no_grad():
         v0, v1 = (dynamics.evaluate(t, z, VELOCITY).dz for t, z in ((t0, z0), (t1, z1)))
         z = hermite(t0, z0, v0, t1, z1, v1, s)
     h = torch.minimum((t1 - t0).abs(), (end - s).abs())
-    take = stepper(dynamics, get_method("tsit5"), solver, local=True)
+    take = stepper(dynamics, replace(solver, method="tsit5"), local=True)
     step = take(z, s, -h if backward else h, None, {})  # no stage makes products
     return {name: value for name, (_, value) in step.path.items()}, step.nfe + 2

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+from ..core.health import HealthCheck, check_all
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,18 @@ class SolveStats:
     rejected: int = 0
 
 
+class Steps(NamedTuple):
+    """The steps that a solve accepted.
+
+    Attributes:
+        t: their times ``(steps + 1,)``, the first time of the solve included.
+        z: the states at them ``(steps + 1, B, *event)``.
+    """
+
+    t: Tensor
+    z: Tensor
+
+
 @dataclass(frozen=True)
 class Solution:
     """The result of one solve.
@@ -34,6 +49,12 @@ class Solution:
         penalties: each penalty of the whole trajectory by name, ``(B,)``; the integral of a rate that is never
             negative is not negative either, whichever way time runs.
         stats: evaluations and steps.
+        health: what tells, on the device, whether the solve stayed finite. :meth:`check` reads it;
+            :func:`~rnode_plugin.solvers.check_all` reads that of several solves together.
+        next_step: the longest step that would have passed everywhere in an adaptive solve; None for a fixed grid.
+            A solve of the same field that gets it as ``first_step`` wastes no evaluation on finding one.
+        steps: the accepted steps of a solve with ``save_steps``. They carry gradients in the modes that go through
+            the steps.
 
     Example:
         >>> import torch
@@ -54,3 +75,11 @@ class Solution:
     logdet: Tensor | None
     penalties: dict[str, Tensor]
     stats: SolveStats
+    health: tuple[HealthCheck, ...] = ()
+    next_step: float | None = None
+    steps: Steps | None = None
+
+    def check(self) -> Solution:
+        """This solution, or the SolverError of the first step that was not finite; it waits for the device."""
+        check_all(self.health)
+        return self

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
-from .config import METHODS
+from .config import METHODS, count_steps
 
 Field = Callable[[Tensor, Tensor], Tensor]
 # f at the new state or None, the new state, its error estimate or None, and, if shown, the stages' velocities
@@ -21,6 +20,26 @@ StepResult = (
 )
 StepFunction = Callable[[Field, Tensor, Tensor, Tensor, "Tensor | None"], StepResult]
 """``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already."""
+
+
+FitStep = Callable[[Tensor, Tensor, float], Tensor]
+"""``(dt, rest, sign)`` to the length of a step, where ``rest`` is left up to the next stop."""
+Interpolate = Callable[[Any, Tensor, Any, Tensor, Tensor, Sequence[Tensor]], "list[Tensor]"]
+"""``(step, z, first, t, dt, times)`` to states, of a step from ``(t, z)`` with the rates ``first`` there."""
+
+
+@torch.no_grad()
+def evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
+    """A step no longer than ``dt`` that divides ``rest``, what is left up to the next stop, evenly.
+
+    So no sliver is left, which would cost as many evaluations as any step.
+    """
+    rest = rest.detach()
+    if not bool(rest):
+        return dt
+    # the last step is cut off at its end, which carries the gradient for the time
+    count = count_steps(float(rest / dt), 1.0)
+    return rest / count if count > 1 else torch.maximum(dt * sign, 2 * rest * sign) * sign
 
 
 @dataclass(frozen=True)
@@ -39,12 +58,8 @@ class Method:
             weights of a quadrature without negative ones. None: there are no sampled quadratures.
         safety, min_factor, max_factor: constants of the step-size controller.
         nodes: time of each stage as a fraction of the step, in the order of their evaluation; None if not known.
-        even_steps: whether adaptive steps divide what is left up to the next stop evenly, so that no sliver is
-            left, which would cost as many evaluations as any step. torchdyn's do not.
-        every_step: whether, with the gradient ``interpolated_adjoint``, each accepted step is an output, next to
-            the times of ``t_span``. So it is in torchdyn.
-        interpolator: torchdyn's, which gives the output times inside a step; None: the solve stops at each.
-        adjoint: steps of the backward solve of a continuous adjoint; None: these.
+        fit: fits the length of an adaptive step to what is left up to the next stop.
+        interpolate: gives the states at output times inside a step; None: the solve stops at each.
     """
 
     name: str
@@ -58,10 +73,8 @@ class Method:
     min_factor: float = 0.2
     max_factor: float = 10.0
     nodes: tuple[float, ...] | None = None
-    even_steps: bool = True
-    every_step: bool = False
-    interpolator: Any = None
-    adjoint: Method | None = None
+    fit: FitStep = evenly
+    interpolate: Interpolate | None = None
 
     @property
     def stages(self) -> int:
@@ -180,13 +193,20 @@ _METHODS = [
 ]
 
 
-@cache
-def get_method(name: str) -> Method:
-    """A method by name, with coefficients in double precision for every state; a ConfigError if unknown."""
-    for method in _METHODS:
-        if method.name == name:
-            return method
-    raise ConfigError(suggest(name, METHODS, "solver method"))
+_BY_NAME = {method.name: method for method in _METHODS}
+
+
+def get_method(method: str | Method) -> Method:
+    """A method by name, with coefficients in double precision for every state, or the method itself.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in _BY_NAME:
+        raise ConfigError(suggest(method, METHODS, "solver method"))
+    return _BY_NAME[method]
 
 
 def hermite(t0: Tensor, z0: Tensor, v0: Tensor, t1: Tensor, z1: Tensor, v1: Tensor, t: Tensor) -> Tensor:

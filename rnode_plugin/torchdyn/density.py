@@ -22,12 +22,11 @@ from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..plugins.registry import resolve_regularizers
-from ..solvers import Method, Solver, solve
-from ..solvers.adjoint import warn_of_dropout
+from ..solvers import Solver, gradient_of, solve
 from ..solvers.config import FIXED_METHODS
 from .cnf import check_shape
 from .field import NetDynamics
-from .solver_names import Steps, solver_of
+from .solver_names import SolverObjects, solver_of
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
@@ -101,10 +100,10 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self._penalties = Penalties(resolve_regularizers(regularizers))
         self._keep_regularizers(entry.regularizer for entry in self._penalties.weighted.values())
-        self.solver, steps = solver_of(solver, **options)
-        self.steps: Steps | None = steps
-        if self.solver.gradient.endswith("adjoint") and isinstance(net, nn.Module):
-            warn_of_dropout(net, self.solver.gradient)
+        self.solver, objects = solver_of(solver, **options)
+        self.objects: SolverObjects | None = objects
+        if isinstance(net, nn.Module):
+            gradient_of(self.solver).check_field(net)
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
         times = times if times.is_floating_point() else times.to(torch.get_default_dtype())
         self.register_buffer("t_span", times, persistent=False)
@@ -179,7 +178,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
         twin._penalties = Penalties(resolve_regularizers(twin.regularizers))
         if solver is not None:
-            twin.steps = self.steps if solver.method == self.solver.method else None
+            twin.objects = self.objects if solver.method == self.solver.method else None
             if solver.adaptive or solver.step is not None:
                 twin.t_span = self.t_span[[0, -1]]
         return twin
@@ -267,7 +266,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
-            solution = solve(bound, x.clone(), times, self.solver, method=self._method(x, times))
+            solution = solve(bound, x.clone(), times, self._solver(x, times)).check()
             assert solution.logdet is not None
             integrals = dict(solution.penalties)
             if left.policy is not None and penalties:
@@ -282,12 +281,12 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._check(x)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, self.solver, divergence=False)
-            solution = solve(dynamics.bind(None), x.clone(), times, self.solver, method=self._method(x, times))
+            solution = solve(dynamics.bind(None), x.clone(), times, self._solver(x, times)).check()
             self.nfe = solution.stats.nfe
             return solution.z
 
-    def _method(self, z: Tensor, times: Tensor) -> Method | None:
-        return None if self.steps is None else self.steps.method(z, times)
+    def _solver(self, z: Tensor, times: Tensor) -> Solver:
+        return self.solver if self.objects is None else self.objects.at(self.solver, z, times)
 
     def _times(self, like: Tensor, *, backward: bool = False, training: bool = False) -> Tensor:
         policy = self._penalties.policy

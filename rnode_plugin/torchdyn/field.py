@@ -24,7 +24,7 @@ from ..core.signature import call_of, original
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.recognise import PARTS, recognise
-from ..solvers import Solver
+from ..solvers import Solver, gradient_of
 from .cnf import CNF, first_order_system, noise_of
 
 CONTROL = "_control"
@@ -253,7 +253,7 @@ class TorchdynSystem(BoundDynamics):
             steps.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it: its rate, summed over the
             batch, is the penalty :data:`INTEGRAL_LOSS`.
-        tensors: what a continuous adjoint differentiates by.
+        tensors: gives what a continuous adjoint differentiates by.
         path: the penalties that are not rates.
     """
 
@@ -266,7 +266,7 @@ class TorchdynSystem(BoundDynamics):
     columns: PartField | None = None
     cost: Cost | None = None
     hidden_cost: Cost | None = None
-    tensors: Sequence[Tensor] = ()
+    tensors: Callable[[], Sequence[Tensor]] = list
     path: PathPenalties | None = None
 
     def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
@@ -297,7 +297,7 @@ class TorchdynSystem(BoundDynamics):
         return Rates(dx, None, penalties)
 
     def parameters(self) -> Sequence[Tensor]:
-        return self.tensors
+        return self.tensors()
 
     def repeating(self) -> contextlib.AbstractContextManager[None]:
         """Around evaluations that repeat others: running statistics take each only once."""
@@ -314,7 +314,7 @@ def system_of(
     penalized: Penalized | None = None,
     batch_dim: int | None = 0,
     hidden_cost: Cost | None = None,
-    tensors: Sequence[Tensor] = (),
+    tensors: Callable[[], Sequence[Tensor]] = list,
     prepare: bool = False,
     trace: bool = True,
     noise: Tensor | None = None,
@@ -451,7 +451,7 @@ class NetDynamics(Dynamics):
             aux = next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
         field: Any = TorchdynField(function, extra, keywords, slots=slots, aux=aux)
         if divergence:
-            one_graph = type(estimator) is Exact and not solver.gradient.endswith("adjoint")
+            one_graph = type(estimator) is Exact and gradient_of(solver).through_steps
             stack = recognise(net, z) if one_graph else None
             if stack is not None:
                 field = stack

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,19 @@ from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import Method, Solver, get_method, solve
-from ..solvers.adjoint import warn_of_dropout
+from ..solvers import Autograd, Gradient, Solver, get_method, solve
 from ..solvers.integrate import check_steps
 from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
-from .solver_names import kept_times, method_from_torchdyn, resolve_solver, solver_name, step_method
+from .solver_names import (
+    StepwiseAdjoint,
+    gradient_from_torchdyn,
+    interpolate_by,
+    kept_times,
+    method_from_torchdyn,
+    resolve_solver,
+    solver_name,
+    step_method,
+)
 
 # kept from before install() can replace them
 _torchdyn_class = torchdyn_neuralde.NeuralODE
@@ -161,12 +170,15 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             name: float(value.min()) if isinstance(value, Tensor) else value for name, value in tolerances.items()
         }
         Solver(  # checks the numbers and names
-            solver_name(forward), gradient=sensitivity, max_nfe=max_nfe, quadrature=quadrature,
-            step=None, **least,
+            solver_name(forward), gradient=sensitivity, max_nfe=max_nfe, quadrature=quadrature, step=None,
+            atol=least["atol"], rtol=least["rtol"],
         )  # fmt: skip
+        gradient = gradient_from_torchdyn(sensitivity, atol=least["atol_adjoint"], rtol=least["rtol_adjoint"])
+        gradient.check_quadrature(quadrature)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
         steps = [w.regularizer for w in weighted.values() if w.regularizer.kind == "step"]
-        check_steps(steps, method_from_torchdyn(forward), sensitivity)
+        check_steps(steps, method_from_torchdyn(forward))
+        gradient.check_penalties(steps)
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints about fields without time or weights
             _torchdyn_init(
                 self, vector_field, solver=forward, order=order, sensitivity=sensitivity,
@@ -183,8 +195,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
-        if sensitivity.endswith("adjoint"):
-            warn_of_dropout(self.vf, sensitivity)
+        gradient.check_field(self.vf)
         if sensitivity == "checkpointed":
             self.vf.sensitivity = "autograd"  # decides whether integral_loss is a column of the state
 
@@ -234,7 +245,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
         :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
         """
-        return self._solve(x, t_span, gradient="autograd", remember=False, interpolate=False)[1]
+        return self._solve(x, t_span, gradient=Autograd(), remember=False, interpolate=False)[1]
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """For a loss that solves several times: :meth:`reg_loss` of all calls in a ``with`` block, summed::
@@ -305,7 +316,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         save_at: Any = (),
         args: Any = {},  # noqa: B006
         *,
-        gradient: str | None = None,
+        gradient: Gradient | None = None,
         penalties: bool | None = None,
         remember: bool = True,
         interpolate: bool = True,
@@ -322,7 +333,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             trace: False: the state is that of a CNF's field alone, ``(B, *event_shape)``.
             noise: of a CNF's trace; None: drawn.
         """
-        left, gradient = self._last_penalties(), gradient or self.sensalg
+        left = self._last_penalties()
         if t_span is None:
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
         if remember:
@@ -351,21 +362,19 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             if left.policy is not None:
                 training = penalties and self.training and torch.is_grad_enabled()
                 t_span = left.policy.times(t_span, training=training)
-        hidden, tensors = None, []
-        if torch.is_grad_enabled() and gradient.endswith("adjoint") and self.vf.sensitivity != "autograd":
+        solver, kept = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
+        through_steps, hidden = solver.gradient.through_steps, None
+        if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
             hidden = self.integral_loss
-        if gradient != "autograd":
-            tensors = tensors_of((self.vf, getattr(self, "regularizer_modules", None), hidden), args)
+        parts = (self.vf, getattr(self, "regularizer_modules", None), hidden)
         system = system_of(
             self.vf, x, args=args, regularizers=left.regularizers if penalties else (),
             trace_noise=self._trace_noise, penalized=self._penalized, batch_dim=self._batch_dim, hidden_cost=hidden,
-            tensors=tensors, prepare=not gradient.endswith("adjoint"), trace=trace, noise=noise,
+            tensors=partial(tensors_of, parts, args), prepare=through_steps, trace=trace, noise=noise,
         )  # fmt: skip
-        solver, method, keep = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
         nfe = self.vf.nfe
-        solution = solve(system, x, t_span, solver, method=method, keep=keep)
-        if gradient == "checkpointed":
-            self.vf.nfe = nfe + solution.stats.nfe  # without those that prepare a replay
+        solution = solve(system, x, t_span, solver).check()
+        self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
         integrals = dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
@@ -376,18 +385,19 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             added = Penalties(left.weighted)
             added.add(integrals, system.dims)
             cost = added.loss() if cost is None else cost.sum() + added.loss()
-        sol, integrals = attach(solution.z, integrals, cost)
+        times, states = (solution.t, solution.z) if kept is None else (solution.t[kept], solution.z[kept])
+        sol, integrals = attach(states, integrals, cost)
         if remember:
             left.add(integrals, system.dims)
-        return solution.t, sol
+        return times, sol
 
     def _plan(
-        self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: str, *, interpolate: bool
-    ) -> tuple[Solver, Method, list[bool] | None]:
-        """Solver, steps and kept times of one solve; options without an effect warn, as in torchdyn."""
+        self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: Gradient | None, *, interpolate: bool
+    ) -> tuple[Solver, list[int] | None]:
+        """Solver and places of kept times of one solve; options without an effect warn, as in torchdyn."""
         method = step_method(self.solver, self._named, x, t_span, args)
         backward = step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True)
-        keep = interpolator = None
+        kept = inside = None
         if method.adaptive:
             if len(save_at) > 0:
                 warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=4)
@@ -396,19 +406,23 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 if isinstance(interpolator, str):
                     interpolator = str_to_interp(interpolator, x.dtype)
                 interpolator.sync_device_dtype(x, t_span)
+                inside = interpolate_by(interpolator)
         else:
             if (self.atol, self.rtol) != (1e-3, 1e-3):  # torchdyn's defaults
                 warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=4)
             if len(save_at) > 0:
-                keep = kept_times(t_span, save_at)
+                kept = kept_times(t_span, save_at)
         if x.ndim > 0 and x.shape[0] == 0:  # a batch without samples has no error to choose steps by
             method, backward = (get_method("euler") if m.adaptive else m for m in (method, backward))
+        if gradient is None:
+            gradient = gradient_from_torchdyn(
+                self.sensalg, atol=self.atol_adjoint, rtol=self.rtol_adjoint, interpolated=StepwiseAdjoint
+            ).with_method(backward)
         solver = Solver(
-            solver_name(self.solver), step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe,
-            gradient=gradient, atol_adjoint=self.atol_adjoint, rtol_adjoint=self.rtol_adjoint,
-            quadrature=self._quadrature,
+            replace(method, interpolate=inside), step=None, atol=self.atol, rtol=self.rtol,
+            max_nfe=self._max_nfe, gradient=gradient, quadrature=self._quadrature,
         )  # fmt: skip
-        return solver, replace(method, interpolator=interpolator, adjoint=backward), keep
+        return solver, kept
 
 
 def _checked_state(x: Any) -> Tensor:

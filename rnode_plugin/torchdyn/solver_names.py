@@ -23,8 +23,9 @@ from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDi
 
 from ..core.ops import on_host, transforms_active
 from ..errors import ConfigError, suggest
-from ..solvers import Method, Solver, get_method
-from ..solvers.tableaus import Field, StepResult
+from ..solvers import Adjoint, Gradient, Method, Solution, Solver, get_method, gradient_of
+from ..solvers.config import check_tolerance
+from ..solvers.tableaus import Field, Interpolate, StepResult
 
 
 class RungeKutta38(DiffEqSolver):
@@ -116,8 +117,8 @@ def step_method(
     return method_from_torchdyn(solver, args)
 
 
-class Steps(nn.Module):
-    """The steps of solver objects: of a solve, and of its continuous adjoint.
+class SolverObjects(nn.Module):
+    """torchdyn's objects for a solve and for its continuous adjoint.
 
     Args:
         solver: a name or an object.
@@ -132,10 +133,11 @@ class Steps(nn.Module):
             (made, name) for made, name in ((self.solver, solver), (self.adjoint, adjoint)) if isinstance(name, str)
         ]
 
-    def method(self, z: Tensor, t_span: Tensor) -> Method:
-        """The steps from states like ``z`` through times like ``t_span``."""
+    def at(self, solver: Solver, z: Tensor, t_span: Tensor) -> Solver:
+        """``solver`` with the steps of these objects for states like ``z`` and times like ``t_span``."""
+        forward = step_method(self.solver, self._named, z, t_span, None)
         backward = step_method(self.adjoint, self._named, z, t_span, None, backward=True)
-        return replace(step_method(self.solver, self._named, z, t_span, None), adjoint=backward)
+        return replace(solver, method=forward, gradient=gradient_of(solver).with_method(backward))
 
 
 def solver_of(
@@ -149,7 +151,7 @@ def solver_of(
     rtol_adjoint: float = 1e-4,
     max_nfe: int | None = None,
     **others: Any,
-) -> tuple[Solver, Steps]:
+) -> tuple[Solver, SolverObjects]:
     """The :class:`~rnode_plugin.Solver` and the steps of a solver given as torchdyn's classes take it.
 
     Args:
@@ -163,22 +165,22 @@ def solver_of(
     """
     for name in others:
         raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
-    steps = Steps(solver, solver_adjoint)
+    objects = SolverObjects(solver, solver_adjoint)
     made = Solver(
-        solver_name(steps.solver), step=None, gradient=sensitivity,
+        solver_name(objects.solver), step=None, max_nfe=max_nfe,
+        gradient=gradient_from_torchdyn(sensitivity, atol=atol_adjoint, rtol=rtol_adjoint),
         atol=1e-5 if atol is None else atol, rtol=1e-5 if rtol is None else rtol,
-        atol_adjoint=atol_adjoint, rtol_adjoint=rtol_adjoint, max_nfe=max_nfe,
     )  # fmt: skip
-    return made, steps
+    return made, objects
 
 
-def kept_times(t_span: Tensor, save_at: Any) -> list[bool]:
-    """Which times of ``t_span`` are in ``save_at``; a ConfigError unless each of these is one of them, once."""
+def kept_times(t_span: Tensor, save_at: Any) -> list[int]:
+    """The places of ``save_at`` in ``t_span``; a ConfigError unless each of these times is one of them, once."""
     save_at = save_at.to(t_span) if isinstance(save_at, Tensor) else torch.tensor(save_at).to(t_span)
     matches = torch.isclose(t_span[:, None], save_at[None])
     if not bool((matches.sum(0) == 1).all()):
         raise ConfigError("each time of save_at must be one of t_span, once and only once.")
-    return matches.any(1).tolist()
+    return matches.any(1).nonzero().flatten().tolist()
 
 
 _FAMILIES = {
@@ -208,6 +210,59 @@ class _Mirrored:
     def original(self, mirrored: Tensor | None) -> Tensor | None:
         """The field's own velocity behind a mirrored one; None for a tensor that is not one of them."""
         return next((velocity for opposite, velocity in self._pairs if opposite is mirrored), None)
+
+
+def _as_it_is(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
+    """torchdyn divides no interval evenly."""
+    return dt
+
+
+def interpolate_by(interpolator: Any) -> Interpolate:
+    """torchdyn's fourth-order interpolant as a function of one of our steps."""
+
+    def interpolate(
+        step: Any, z: Tensor, first: Any, t: Tensor, dt: Tensor, times: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if not times:
+            return []
+        middle = z + dt * sum(w * k for w, k in zip(interpolator.bmid, step.stages, strict=True))
+        coefficients = interpolator.fit(dt, first.dz, step.last.dz, z, step.z, middle)
+        return [interpolator.evaluate(coefficients, t, t + dt, time) for time in times]
+
+    return interpolate
+
+
+class StepwiseAdjoint(Adjoint):
+    """torchdyn's interpolated adjoint, for which each accepted step of an adaptive solver is an output too."""
+
+    def outputs(self, solution: Solution) -> tuple[Tensor, Tensor]:
+        if solution.next_step is None or solution.steps is None:  # of a fixed grid
+            return solution.t, solution.z
+        t, z = (torch.cat(pair) for pair in zip((solution.t, solution.z), solution.steps, strict=True))
+        times = t.detach()
+        order = times.argsort(stable=True, descending=bool(times[0] > solution.t[-1]))
+        times = times[order]
+        order = order[torch.cat([times[:1] == times[:1], times[1:] != times[:-1]])]
+        return t[order], z[order]
+
+
+def gradient_from_torchdyn(
+    sensitivity: str, *, atol: Any, rtol: Any, interpolated: type[Adjoint] = Adjoint
+) -> Gradient:
+    """The gradient that ``sensitivity=`` names.
+
+    Args:
+        sensitivity: as in :class:`~rnode_plugin.NeuralODE`.
+        atol, rtol: tolerances of an adjoint.
+        interpolated: the class of an interpolated one.
+    """
+    for name, tolerance in (("atol_adjoint", atol), ("rtol_adjoint", rtol)):
+        check_tolerance(tolerance, name)
+    if sensitivity == "adjoint":
+        return Adjoint(atol, rtol)
+    if sensitivity == "interpolated_adjoint":
+        return interpolated(atol, rtol, interpolated=True)
+    return gradient_of(Solver(gradient=sensitivity))
 
 
 def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
@@ -252,8 +307,7 @@ def method_from_torchdyn(solver: Any, args: Any = None) -> Method:
         min_factor=float(getattr(solver, "min_factor", 0.2)),
         max_factor=float(getattr(solver, "max_factor", 10.0)),
         nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
-        even_steps=False,
-        every_step=True,
+        fit=_as_it_is,
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from ..core.schedules import final_strength, strength_at
 from ..errors import SolverError
 from ..evaluation.solver_gap import measure_solver_gap
 from ..recipes.task import FlowInput, Task
-from ..solvers import HealthCheck, Solver, all_finite, check_health
+from ..solvers import HealthCheck, Solver, all_finite, check_all
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
@@ -40,14 +39,14 @@ class StepTerms:
             the squared error per dimension.
         nfe: evaluations of the vector fields, summed over blocks.
         penalties: integral of each penalty by name, divided by the number of dimensions.
-        checks: deferred checks of the solves, which say why a batch is not usable.
+        health: what tells, on the device, whether the solves stayed finite.
     """
 
     loss: Tensor
     score: Tensor | None
     nfe: int
     penalties: dict[str, Tensor]
-    checks: list[HealthCheck] = field(default_factory=list)
+    health: tuple[HealthCheck, ...] = ()
 
 
 class StepObjective:
@@ -56,7 +55,6 @@ class StepObjective:
     def __init__(self, flow: Any, recipe: Recipe) -> None:
         self._flow, self._measured = flow, recipe.measured
         self.measure = recipe.task
-        self._deferring = "checks" in inspect.signature(flow.forward).parameters
         self.lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
     def __call__(self, inputs: FlowInput, solver: Solver, *, step: int = 0) -> StepTerms:
@@ -68,9 +66,7 @@ class StepObjective:
             SolverError: an adaptive integration could not go on.
         """
         dims = self.measure.dims
-        checks: list[HealthCheck] = []
-        deferred = {"checks": checks} if self._deferring else {}
-        output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=bool(self.lambdas), **deferred)
+        output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=bool(self.lambdas), check=False)
         log_prob = output_log_prob(output)
         whole = undivided(getattr(self._flow, "regularizers", ()))
         lambdas = {name: strength_at(name, strength, step) for name, strength in self.lambdas.items()}
@@ -78,12 +74,12 @@ class StepObjective:
         score = self.measure.scores(log_prob.detach()).mean()
         # a factor of NaN makes the gradient NaN too, which tells all processes of the run to skip the step
         usable = torch.isfinite(goal.loss.detach())
-        if checks:
-            usable = usable & all_finite(checks)
+        if output.health:
+            usable = usable & all_finite(output.health)
         one = torch.where(usable, 1.0, torch.nan).to(goal.loss.dtype)
         means = {name: value.detach().mean() for name, value in output.regularization.items()}
         penalties = {name: one * (mean if name in whole else mean / dims) for name, mean in means.items()}
-        return StepTerms(one * goal.loss, one * score, output.nfe, penalties, checks)
+        return StepTerms(one * goal.loss, one * score, output.nfe, penalties, output.health)
 
     def matching(self, inputs: FlowInput) -> StepTerms:
         """The terms of a step of flow matching: the squared error per dimension, one evaluation per block."""
@@ -155,7 +151,7 @@ class StepRecord:
             if not math.isfinite(loss) and self.problem is None:
                 self.problem = "the loss is nan"
                 try:
-                    check_health(terms.checks)
+                    check_all(terms.health)
                 except SolverError as error:
                     self.problem = f"the solver failed ({error})"
         self._terms = []

@@ -1,0 +1,246 @@
+"""One step of the augmented system, the sums over steps, and the errors that a solve can end in.
+
+The state steps by a Runge-Kutta method. Everything else, the log-determinant and the penalties, is integrated by
+the quadrature of the step's stages: it costs no evaluation, and no penalty enters the error of an adaptive step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..core.derivatives import RATES, VELOCITY
+from ..core.dynamics import BoundDynamics, Rates
+from ..core.health import HealthCheck
+from ..core.ops import on_host, transforms_active
+from ..core.regularizers import StepRecord
+from ..errors import SolverError
+from .config import Solver
+from .solution import Solution, SolveStats, Steps
+from .tableaus import Method, get_method
+
+_CPU = torch.device("cpu")
+
+
+class Step(NamedTuple):
+    """What one step gives.
+
+    Attributes:
+        z: new state.
+        error: its error estimate; None for a fixed grid.
+        last: rates at the new state if the method has evaluated them (first same as last).
+        dlogdet: increment ``(B,)`` of the log-determinant; None where there is none.
+        dlogdet_error: its error estimate.
+        penalties: increment of the integral of each rate.
+        path: reduction and value of each step penalty.
+        stages: stage velocities, if the method shows them.
+        nfe: evaluations that this step made.
+    """
+
+    z: Tensor
+    error: Tensor | None
+    last: Rates | None
+    dlogdet: Tensor | None
+    dlogdet_error: Tensor | None
+    penalties: dict[str, Tensor]
+    path: dict[str, tuple[str, Tensor]]
+    stages: Sequence[Tensor] | None
+    nfe: int
+
+
+StepTaker = Callable[[Tensor, Tensor, Tensor, "Rates | None", "Draw | None"], Step]
+
+
+def stepper(dynamics: BoundDynamics, solver: Solver, *, local: bool = False) -> StepTaker:
+    """A function ``(z, t, dt, first, draw) -> Step``.
+
+    ``first`` holds the rates at ``(t, z)`` if the step before has evaluated them. With a ``draw`` its stages alone
+    make the products with the Jacobian, and all others the velocity alone.
+
+    A ``local`` step computes the local step penalties; the others see the accepted steps.
+    """
+    path = dynamics.path
+    if path is not None and not (path.local if local else path.steps):
+        path = None
+    method = get_method(solver.method)
+    weights = method.weights or (1.0,)
+
+    def take(z: Tensor, t: Tensor, dt: Tensor, first: Rates | None, draw: Draw | None) -> Step:
+        rates: list[Rates] = [] if first is None else [first]
+        asked: list[tuple[Tensor, Tensor]] = [] if first is None else [(t, z)]
+
+        def f(time: Tensor, state: Tensor, args: object = None) -> Tensor:
+            if path is not None:
+                asked.append((time, state))
+            # a user's solver may hand on the arguments it was given; the dynamics were bound to them already
+            ask = RATES if draw is None or len(rates) in draw else VELOCITY
+            rates.append(dynamics.evaluate(time, state, ask))
+            return rates[-1].dz
+
+        new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
+        nfe = len(rates) - (first is not None)
+        source, dlogdet, dlogdet_error = rates[min(draw) if draw else 0], None, None
+        if source.dlogdet is not None:
+            traces = [r.dlogdet for r in rates]
+            dlogdet = _weigh(traces, weights, dt, draw)
+            if error is not None and method.error_weights is not None:
+                dlogdet_error = _weigh(traces, method.error_weights, dt.detach())
+        # the integral of every penalty: along the path, whichever way time runs
+        length, penalties = dt.abs(), {}
+        for name in source.penalties:
+            penalties[name] = _weigh([r.penalties.get(name) for r in rates], weights, length, draw)
+        last = None
+        for each in rates:  # torch.compile of torch 2.6 cannot trace next()
+            last = each if each.dz is new_velocity else last
+        of_path: dict[str, tuple[str, Tensor]] = {}
+        if path is not None:
+            times, states = zip(*asked, strict=True)
+            record = StepRecord(
+                t, dt.abs(), z, new, times, states, [r.dz for r in rates], error, method.pair, solver.atol,
+                solver.rtol,
+            )  # fmt: skip
+            of_path = path.of_step(record, local=local)
+        return Step(new, error, last, dlogdet, dlogdet_error, penalties, of_path, more[0] if more else None, nfe)
+
+    return take
+
+
+Draw = dict[int, float]
+"""The stages of a step that make the products with the Jacobian in a sampled quadrature, and what their rates count
+relative to the step's length."""
+
+
+def draw_stage(method: Method) -> Draw | None:
+    """One stage that stands for its step, drawn by the weights of a quadrature; None if they are not known."""
+    if method.draws is None:
+        return None
+    weights = _weight_row(method.draws, torch.float64, _CPU)
+    return {int(torch.multinomial(weights, 1)): 1.0}
+
+
+def _weigh(values: list[Any], weights: Sequence[float], dt: Tensor, draw: Draw | None = None) -> Tensor:
+    """``dt`` times the weighted sum of the stages; if some have no value, those of the ``draw`` stand for all."""
+    values = values[: len(weights)]
+    if draw is not None and any(value is None for value in values):
+        parts = [values[stage] * (dt * share) for stage, share in draw.items()]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    first = values[0]
+    # launching operations dominates the time of small problems, so use few. torch.compile fuses them anyway
+    if first.ndim == 1 and not torch.compiler.is_compiling():
+        # a tensor that is made inside a transform belongs to it, and no later call may find it
+        make = _weight_row.__wrapped__ if transforms_active() else _weight_row
+        row = make(tuple(weights[: len(values)]), first.dtype, first.device)
+        product = (row * dt.to(first.dtype)) @ torch.stack(values)
+        if product.dtype is first.dtype:  # else autocast has rounded it
+            return product
+    total: Tensor | None = None
+    for value, weight in zip(values, weights, strict=False):
+        if weight:
+            total = value * weight if total is None else total.add(value, alpha=weight)
+    assert total is not None
+    return total * dt.to(total.dtype)
+
+
+@cache
+def _weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The weights as a tensor, made once: every step needs them. Not to be written into."""
+    # a tensor made in inference mode could not serve a later backward pass
+    with on_host(), torch.inference_mode(False):
+        return torch.tensor(weights, dtype=dtype, device=device)
+
+
+class Totals:
+    """Sums over the accepted steps of a solve: the integrals, the step penalties by their reduction, the cost."""
+
+    def __init__(self) -> None:
+        self.logdet: Tensor | None = None
+        self.penalties: dict[str, Tensor] = {}
+        self._means: set[str] = set()  # penalties that are sums until the number of steps is known
+        self.nfe = self.steps = self.rejected = 0
+
+    def add(self, step: Step) -> None:
+        """Add an accepted step."""
+        self.logdet = step.dlogdet if self.logdet is None or step.dlogdet is None else self.logdet + step.dlogdet
+        for name, value in step.penalties.items():
+            self.penalties[name] = self.penalties[name] + value if name in self.penalties else value
+        for name, (reduction, value) in step.path.items():
+            before = self.penalties.get(name)
+            if before is not None:
+                value = torch.maximum(before, value) if reduction == "max" else before + value
+            self.penalties[name] = value
+            if reduction == "mean":
+                self._means.add(name)
+        self.steps += 1
+
+    def solution(
+        self,
+        t: Sequence[Tensor],
+        z: Sequence[Tensor],
+        logdet: list[Tensor | None],
+        *,
+        health: tuple[HealthCheck, ...] = (),
+        next_step: float | None = None,
+        passed: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> Solution:
+        """The solution with outputs at the times ``t``; a log-determinant of None is zero.
+
+        ``passed`` are the times and states of the steps, if they are saved.
+        """
+        logdets = None
+        if self.logdet is not None:
+            zero = torch.zeros_like(self.logdet)
+            logdets = torch.stack([zero if x is None else x for x in logdet])
+        for name in self._means:
+            self.penalties[name] = self.penalties[name] / self.steps
+        stats = SolveStats(self.nfe, self.steps, self.rejected)
+        steps = Steps(*(torch.stack(row) for row in zip(*passed, strict=True))) if passed else None
+        return Solution(
+            torch.stack(list(t)), torch.stack(list(z)), logdets, self.penalties, stats, health, next_step, steps
+        )
+
+
+# the errors a solve can end in -----------------------------------------------------------------------------------
+
+
+def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:
+    raise SolverError(
+        "nonfinite",
+        "the state or its log-determinant is no longer finite",
+        "The dynamics have exploded: lower the learning rate, raise lambda of 'jacfrob' or 'kinetic', shorten the "
+        "step or tighten the tolerances; check the input for NaN.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip
+
+
+def fail_integrals(
+    z: Tensor, logdet: Tensor | None, penalties: Mapping[str, Tensor], t: float, step: int, nfe: int
+) -> NoReturn:
+    """Fail with the name of the first penalty that is not finite, unless the state or the logdet is not."""
+
+    def finite(x: Tensor | None) -> bool:
+        return x is None or bool(torch.isfinite(x.detach()).all())
+
+    name = next((name for name, x in penalties.items() if not finite(x)), None)
+    if name is None or not finite(z) or not finite(logdet):
+        fail_nonfinite(t, step, nfe)
+    raise SolverError(
+        "nonfinite",
+        f"the penalty {name!r} is no longer finite, but the state is",
+        "What it computes must be finite at every state on the way: look for a division by zero, a root or a "
+        "logarithm of zero, and for numbers too large for the state's precision.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip
+
+
+def fail_max_nfe(t: float, step: int, nfe: int, limit: int) -> NoReturn:
+    raise SolverError(
+        "max_nfe",
+        f"the budget of {limit} evaluations is used up",
+        f"Raise it, for example to max_nfe={10 * limit}, loosen atol and rtol, or raise lambda of 'jacfrob' or "
+        "'kinetic' so that the dynamics stay simple. A stiff field may need a fixed grid.",
+        t=t, step=step, nfe=nfe,
+    )  # fmt: skip
