@@ -189,10 +189,10 @@ class WithContext(Field):
 
 
 @pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("penalized", [slice(0, 2), slice(-4, -2), [True, True, False, False]])
+@pytest.mark.parametrize("penalized", [slice(-4, -2), [True, True, False, False]])
 def test_columns_of_one_tensor_are_penalized(name: str, penalized: Any) -> None:
     """Context counts neither in the integrals nor in the dimensions."""
-    field, y0 = WithContext(), start(4, 4)
+    field, y0 = WithContext(), start(2, 4)
     arguments: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "regularizers": {"kinetic": 1.0, "jacfrob": 1.0}}
     found, penalties = BOTH[name](field, y0, SPAN, **arguments, penalized=penalized, trace_noise="exact")
     assert torch.equal(found, PLAIN[name](field, y0, SPAN, rtol=1e-9, atol=1e-9))
@@ -492,9 +492,9 @@ def test_a_sampled_penalty_is_unbiased_in_value_and_gradient(method: str) -> Non
 
     full = draw("full")
     torch.manual_seed(0)
-    draws = torch.stack([draw("sampled") for _ in range(400)])
-    assert torch.equal(draws[:, -4:], full[-4:].expand(400, 4))  # kinetic needs no product
-    off, error = (draws.mean(0) - full)[:-4], draws.std(0)[:-4] / 20
+    draws = torch.stack([draw("sampled") for _ in range(160)])
+    assert torch.equal(draws[:, -4:], full[-4:].expand(160, 4))  # kinetic needs no product
+    off, error = (draws.mean(0) - full)[:-4], draws.std(0)[:-4] / 160**0.5
     # 16 numbers: 3 standard errors for the typical one
     assert (off.abs() <= 3 * error + 1e-12).double().mean() > 0.9
     assert (off.abs() <= 4.5 * error + 1e-12).all()
