@@ -143,7 +143,7 @@ class Adjoint(Gradient):
     def check_quadrature(self, quadrature: str) -> None:
         if quadrature == "sampled":
             raise ConfigError(
-                "solver.quadrature='sampled' needs the gradient of the steps that were drawn, which a continuous "
+                "quadrature='sampled' needs the gradient of the steps that were drawn, which a continuous "
                 "adjoint does not take: use the gradient 'autograd' or 'checkpointed', or quadrature='full'."
             )
 
