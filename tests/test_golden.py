@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import math
 import sys
 from functools import cache
 from importlib.metadata import entry_points
@@ -19,36 +18,19 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from dense_rates import integrals
 from torch import Tensor, nn
-from torchdyn.core import NeuralODE as TorchdynNeuralODE
 
-from rnode_plugin import (
-    MultiscaleFlow,
-    NeuralODE,
-    RegularizedCNF,
-    Solver,
-    TableFlow,
-    bits_per_dim,
-    get_recipe,
-    objective,
-)
+from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver, TableFlow, objective
 
 HERE = Path(__file__).parent
 STORED = HERE / "golden" / "values.json"
-SOLVERS = ["euler", "midpoint", "rk4", "dopri5", "tsit5"]
-MODES = ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"]
-EXACT_RATES = [
-    "kinetic", "jacfrob", "total_derivative", "directional", "directional_vjp", "l1", "jacdiag", "jacoffdiag",
-    "curl", "strain", "taylor:2", "taylor:3",
-]  # fmt: skip
 DRAWN = ["error", "stiffness", "local_error", "local_stiffness", "trajectory_polynomial"]
 
 
-def cli(*words: object, code: int = 0) -> str:
+def cli(*words: object) -> str:
     (entry,) = entry_points(group="console_scripts", name="rnode-cli")
     done = CliRunner().invoke(entry.load(), [str(word) for word in words])
-    assert done.exit_code == code, done.output
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 
@@ -65,66 +47,8 @@ class Field(nn.Module):
         return self.last(torch.tanh(self.first(torch.cat([z, time], 1))))
 
 
-# --- NeuralODE is torchdyn's, to the bit -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("penalties", [None, ["kinetic", "jacfrob"]], ids=["plain", "both"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_torchdyns_bits(solver: str, mode: str, penalties: Any) -> None:
-    field, x, span = Field(dtype=torch.float32), torch.randn(5, 3), torch.linspace(0, 1, 4)
-    theirs: Any = TorchdynNeuralODE(
-        field, solver=solver, sensitivity=mode if mode != "checkpointed" else "autograd"
-    )
-    ours = NeuralODE(field, solver=solver, sensitivity=mode, regularizers=penalties)
-    (t, expected), (our_t, found) = theirs(x, span), ours(x, span)
-    assert torch.equal(found, expected)
-    assert torch.equal(our_t, t)
-    assert ours.vf.nfe == theirs.vf.nfe
-
-
-# --- every penalty against an integral of its own ---------------------------------------------------------------
-
-
-@cache
-def dense_integrals() -> dict[str, Tensor]:
-    field = Field()
-    return integrals(lambda t, z: field(t, z[None])[0], start(), (0.0, 1.0), highest=3)
-
-
 def start() -> Tensor:
     return torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [*EXACT_RATES, "straightness"])
-def test_a_penalty_is_its_dense_integral(name: str, mode: str) -> None:
-    model = NeuralODE(
-        Field(), solver="dopri5", atol=1e-9, rtol=1e-9, sensitivity=mode, regularizers=[name], trace_noise="exact",
-        atol_adjoint=1e-9, rtol_adjoint=1e-9,
-    )  # fmt: skip
-    model(start(), torch.tensor([0.0, 1.0], dtype=torch.float64))
-    (found,) = model.regularization.values()
-    torch.testing.assert_close(found.detach(), dense_integrals()[name], rtol=2e-6, atol=2e-6)
-
-
-def penalty_by_span(name: str, mode: str, end: Tensor, width: float = 1e-9) -> Tensor:
-    model = NeuralODE(
-        Field(), solver="dopri5", atol=width, rtol=width, sensitivity=mode, regularizers={name: 1.0},
-        trace_noise="exact", atol_adjoint=width, rtol_adjoint=width,
-    )  # fmt: skip
-    model(start(), torch.stack([torch.zeros_like(end), end]))
-    return model.reg_loss()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["kinetic", "jacfrob", "total_derivative", "curl", "l1", "straightness"])
-def test_the_gradient_by_the_end_time_is_that_of_finite_differences(name: str, mode: str) -> None:
-    end = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(penalty_by_span(name, mode, end), end)
-    h = 1e-4
-    high, low = (penalty_by_span(name, mode, torch.tensor(1.0 + s, dtype=torch.float64)) for s in (h, -h))
-    assert float(found) == pytest.approx(float((high - low).detach()) / (2 * h), rel=1e-4, abs=1e-6)
 
 
 # --- stored numbers ---------------------------------------------------------------------------------------------
@@ -266,62 +190,12 @@ def test_a_resumed_run_has_the_weights_of_a_whole_one(whole: Path, tmp_path: Pat
     assert [[row.get(k) for k in kept] for row in rows(run)] == [[row.get(k) for k in kept] for row in rows(whole)]
 
 
-# --- the commands' JSON -----------------------------------------------------------------------------------------
-
-
 def test_eval_in_json(whole: Path) -> None:
     found = json.loads(cli("eval", whole, "--limit", 20, "--draws", 1, "--seed", 0, "--json", "--device", "cpu"))
-    assert set(found) >= {"dirty", "clean", "nfe_mean"} or set(found) >= {"dirty", "clean", "nfe"}
     again = json.loads(cli("eval", whole, "--limit", 20, "--draws", 1, "--seed", 0, "--json", "--device", "cpu"))
     assert again["dirty"]["mean"] == found["dirty"]["mean"]
     assert found["dirty"]["mean"] == pytest.approx(stored()["eval"]["dirty"], abs=2e-4)
     assert found["clean"]["mean"] == pytest.approx(stored()["eval"]["clean"], abs=2e-4)
-
-
-@pytest.mark.parametrize("words", [["regularizers"], ["plugins"], ["recipes", "show", "digits"]], ids=" ".join)
-def test_listings_in_json(words: list[str]) -> None:
-    found = json.loads(cli(*words, "--json"))
-    assert found
-    if words == ["regularizers"]:
-        names = {entry["name"] for entry in found}
-        assert names >= {
-            "kinetic",
-            "jacfrob",
-            "straightness",
-            "error",
-            "steer",
-            "hjb",
-            "learned_end_time",
-            "taylor",
-        }
-    if words[-1] == "digits":
-        assert get_recipe("digits").name == "digits"
-
-
-def test_a_run_samples_and_reports(whole: Path, tmp_path: Path) -> None:
-    cli("sample", whole, "--out", tmp_path / "s.png", "-n", 2, "--device", "cpu")
-    cli("report", whole, "--out", tmp_path / "report")
-    assert (tmp_path / "s.png").stat().st_size > 200
-    assert "bits/dim" in (tmp_path / "report" / "report.html").read_text()
-
-
-def test_wrong_words_end_in_one_sentence() -> None:
-    assert cli("train", "digitz", code=2) == ""
-    assert cli("train", "digits", "--set", "optimizer.rl=1", code=2) == ""
-    assert cli("eval", "no/such/run", code=1) == ""
-
-
-def test_bits_per_dim_of_a_standard_normal() -> None:
-    # the identity flow of a fresh model: y = logit(alpha + (1 - 2 alpha) x), normal in y
-    flow = MultiscaleFlow((1, 4, 4), hidden=4, alpha=0.05)
-    x = torch.full((1, 1, 4, 4), 0.5)
-    out = flow(x)
-    alpha = 0.05
-    per_dim = -0.5 * math.log(2 * math.pi) + math.log((1 - 2 * alpha) * 4)
-    assert out.logdet.item() == pytest.approx(16 * math.log((1 - 2 * alpha) * 4), rel=1e-5)
-    assert float(bits_per_dim(torch.tensor([16 * per_dim]), dims=16, levels=256)) == pytest.approx(
-        8 - per_dim / math.log(2), rel=1e-5
-    )
 
 
 if __name__ == "__main__":
@@ -329,19 +203,8 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as folder:
         values: dict[str, Any] = {**drawn_penalties(), **densities(), **eight_steps(Path(folder))}
-        evaluation = json.loads(
-            cli(
-                "eval",
-                next(Path(folder).glob("digits/*")),
-                "--limit",
-                20,
-                "--draws",
-                1,
-                "--json",
-                "--device",
-                "cpu",
-            )
-        )
+        run = next(Path(folder).glob("digits/*"))
+        evaluation = json.loads(cli("eval", run, "--limit", 20, "--draws", 1, "--json", "--device", "cpu"))
         values["eval"] = {key: evaluation[key]["mean"] for key in ("dirty", "clean")}
     STORED.write_text(json.dumps(values, indent=1) + "\n")
     sys.stdout.write(f"wrote {len(values)} values\n")

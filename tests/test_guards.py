@@ -1,4 +1,4 @@
-"""Steps without a usable gradient: skipped and counted, and too many in a row end the run with one message."""
+"""Steps without a usable gradient are skipped and counted, and a step never waits for a copy to the device."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import BeforeStep, SpoiltGradient, rows, run, tiny_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rnode_plugin import load_flow
 from rnode_plugin.errors import SolverError, TrainingError
+from rnode_plugin.recipes.task import FlowInput
 from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.runs import RunFolder
+from rnode_plugin.training.step import StepObjective
 
 
 def states(folder: RunFolder) -> tuple[dict, dict]:
@@ -79,3 +83,41 @@ def test_a_failed_solve_is_skipped(tmp_path: Path, reason: str) -> None:
     assert [row["train/nfe"] for row in train] == ["24.0", "77.0", "24.0"]
     assert [float(row["train/skipped"]) for row in train] == [0, 1, 1]
     assert set(train[0]) == set(train[1])  # in a run of several processes, means are taken over equal rows
+
+
+def test_a_solve_that_exploded_is_named(tmp_path: Path) -> None:
+    def explode(module: Any, step: int) -> None:
+        if step == 1:
+            with torch.no_grad():
+                for parameter in module.flow.parameters():
+                    parameter.mul_(1e20)
+                    parameter.add_(1e20)
+
+    with pytest.raises(TrainingError, match=r"the solver failed \(the state or its log-determinant is no longer"):
+        run(tiny_recipe("training.max_skipped=1"), tmp_path, callbacks=[BeforeStep(explode)])
+
+
+class Copies(TorchDispatchMode):
+    """Copies of the host's tensors to the device: the host waits for each, and no CUDA graph can hold one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_) and result.is_meta:
+            self.shapes += [x.shape for x in args if isinstance(x, torch.Tensor) and not x.is_meta]
+        return result
+
+
+@pytest.mark.parametrize("quadrature", ["full", "sampled"])
+def test_a_step_copies_nothing_to_the_device(quadrature: str) -> None:
+    recipe = tiny_recipe("solver.step=0.25", f"solver.quadrature={quadrature}")
+    with torch.device("meta"):
+        flow = recipe.build_flow()
+    images = torch.zeros(2, 1, 8, 8, device="meta")
+    with Copies() as copies:
+        torch.zeros(3).to("meta")  # shows that copies are seen
+        StepObjective(flow, recipe)(FlowInput(images, {}), recipe.solver).loss.backward()
+    assert copies.shapes == [(3,)]
