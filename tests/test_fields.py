@@ -1,20 +1,28 @@
-"""Fields: the fused field-and-product against automatic differentiation, and layers against their definition."""
+"""Every field against the dense Jacobian of its velocity, and the layers of stacks against their definition."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from problems import Wave
 from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torchdyn.nn import DepthCat
 
-from rnode_plugin.core.derivatives import Ask, Field
+import rnode_plugin.torchdyn  # noqa: F401  # whose layers are recognised too
+from rnode_plugin.core.derivatives import Ask, Field, as_field
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
+from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.fields.recognise import recognise
+from rnode_plugin.fields.stack import AtContext
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
 
@@ -76,21 +84,111 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+# --- the contract of all fields ---
+
+
+def active(field: nn.Module) -> Any:
+    """In double precision, with weights that are not zero."""
+    torch.manual_seed(0)
+    for parameter in field.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return field.double()
+
+
+def at_context(field: nn.Module) -> nn.Module:
+    context = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2).requires_grad_()
+    return AtContext(active(field), context)
+
+
+def perceptron(*layers: nn.Module) -> nn.Module:
+    return active(nn.Sequential(*layers))
+
+
+MODULES: dict[str, Callable[[], Any]] = {
+    **{f"conv {name}": lambda name=name: make_field("conv", name) for name in ACTIVATIONS},
+    **{f"linear {name}": lambda name=name: make_field("linear", name) for name in ACTIVATIONS},
+    "conv of one layer": lambda: active(conv_field(2, layers=1)),
+    "linear of one layer": lambda: active(linear_field(4, layers=1)),
+    "conv, not fused": lambda: active(conv_field(2, hidden=6, fused=False)),
+    "linear at a context": lambda: at_context(linear_field(4, hidden=6, activation="tanh", context=2)),
+    **{f"potential of {k}": lambda k=k: active(PotentialField(4, hidden=6, layers=k, rank=3)) for k in (1, 2, 3)},
+    "potential at a context": lambda: at_context(PotentialField(4, hidden=6, context=2)),
+    "potential of conv's images": lambda: active(PotentialField(40, hidden=6)),
+    "recognised": lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4, bias=False)),
+    "recognised with time": lambda: perceptron(DepthCat(1), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 4)),
+    "any function": lambda: Wave(4),
+}
+
+
+def field_of(module: Any, z: Tensor) -> Any:
+    """The field of one solve, as a solve finds it."""
+    if isinstance(module, nn.Sequential):
+        return recognise(module, z)
+    return module.prepare(z) if hasattr(module, "prepare") else as_field(module)
+
+
+def by_linearize(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    """All that a field gives, from passes that ask for it together and alone."""
+    ask_all, ask_noise, ask_jvp = Ask("rows", jvp=True, divergence=True), Ask("noise", jvp=True), Ask(jvp=True)
+    dz, rows, jvp, divergence, _ = field.linearize(t, z, ask=ask_all)
+    with_noise, alone = field.linearize(t, z, noise, ask=ask_noise), field.linearize(t, z, ask=ask_jvp)
+    several = field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products
+    return {
+        "velocity": dz, "rows": rows, "divergence": divergence, "along itself and time": jvp(dz, 1.0),
+        "product": with_noise.products, "along the noise": with_noise.jvp(noise, 0.0), "two products": several,
+        "along alone": alone.jvp(alone.dz, -1.3), "velocity alone": field.linearize(t, z).dz,
+    }  # fmt: skip
+
+
+def by_autograd(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    dz = field(t, z)
+    flat = dz.flatten(1)
+    rows = torch.stack([torch.autograd.grad(x.sum(), z, create_graph=True)[0] for x in flat.unbind(1)])
+    pull = lambda v: torch.einsum("bd,db...->b...", v.flatten(1), rows)  # noqa: E731
+    push = lambda v, dt: torch.func.jvp(field, (t, z), (torch.full_like(t, dt), v))[1]  # noqa: E731
+    return {
+        "velocity": dz, "rows": rows, "divergence": rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1),
+        "along itself and time": push(dz, 1.0), "product": pull(noise), "along the noise": push(noise, 0.0),
+        "two products": torch.stack([pull(noise), pull(z)]), "along alone": push(dz, -1.3), "velocity alone": dz,
+    }  # fmt: skip
+
+
+def assert_close(found: Tensor, wanted: Tensor, tolerance: float, name: str) -> None:
+    assert found.dtype == wanted.dtype, name
+    assert found.shape == wanted.shape, name
+    assert (found - wanted).norm() <= tolerance * (wanted.norm() + 1e-3), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_field_gives_is_that_of_its_dense_jacobian(name: str) -> None:
+    """Values of everything, and the first-order gradients of each alone by time, state, noise and parameters."""
+    module, inputs = MODULES[name](), make_inputs("conv" if "conv" in name else "linear")
+    field = field_of(module, inputs[1])
+    found, wanted = by_linearize(field, *inputs), by_autograd(field, *inputs)
+    variables = [*inputs, *module.parameters()]
+    for each, exact in wanted.items():
+        assert_close(found[each], exact, 1e-11, each)
+        weights = torch.randn(exact.shape, dtype=exact.dtype, generator=torch.Generator().manual_seed(2))
+        ours, theirs = (
+            torch.autograd.grad(((weights + x) * x).sum(), variables, retain_graph=True, allow_unused=True)
+            for x in (found[each], exact)
+        )
+        for a, b, variable in zip(ours, theirs, variables, strict=True):
+            zero = torch.zeros_like(variable)
+            assert_close(zero if a is None else a, zero if b is None else b, 1e-10, f"gradient of {each}")
+
+
+# --- stacks ---
+
+
 @pytest.mark.parametrize("kind", SHAPES)
-def test_fused_equals_autograd(kind: str, activation: str, dtype: torch.dtype) -> None:
-    tolerance = 1e-12 if dtype is torch.float64 else 1e-5
-    field = make_field(kind, activation, dtype=dtype)
-    t, z, noise = make_inputs(kind, dtype=dtype)
-    # time's gradient is one number, a sum of many that cancel: only float64 leaves enough digits to compare
-    wanted = [*([t] if dtype is torch.float64 else []), z, noise, *field.parameters()]
-    fused, expected = product_of(field, t, z, noise), plain(field, t, z, noise)
-    assert relative(field(t, z), expected[0]) < tolerance
-    for a, b in zip(fused, expected, strict=True):
-        assert relative(a, b) < tolerance
-    for a, b in zip(gradients(*fused, wanted), gradients(*expected, wanted), strict=True):
-        assert relative(a, b) < tolerance
+def test_single_precision(kind: str) -> None:
+    field, (t, z, noise) = make_field(kind, dtype=torch.float32), make_inputs(kind, dtype=torch.float32)
+    wanted = [z, noise, *field.parameters()]  # time's gradient is a sum of many numbers that cancel
+    fused, exact = product_of(field, t, z, noise), plain(field, t, z, noise)
+    for a, b in zip([*fused, *gradients(*fused, wanted)], [*exact, *gradients(*exact, wanted)], strict=True):
+        assert a.dtype is torch.float32
+        assert relative(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -239,3 +337,123 @@ def test_a_first_call_inside_nested_transforms_leaves_nothing_behind() -> None:
     second = torch.func.jacrev(lambda z: torch.func.jvp(lambda z: field(t, z), (z,), (z,))[1])
     assert second(z).shape == (*z.shape, *z.shape)
     assert field(t, z).shape == z.shape
+
+
+# --- products along directions ---
+
+
+def expected(field: FusedStackField, t: Tensor, z: Tensor, noise: Tensor, dt: Any = -1.3) -> tuple[Tensor, ...]:
+    """Velocity, product, and products along the velocity, the velocity and time, and the noise."""
+    dz, product = plain(field, t, z, noise)
+    dt = torch.as_tensor(dt, dtype=z.dtype)
+    along = [(dz, torch.zeros_like(dt)), (dz, dt), (noise, torch.zeros_like(dt))]
+    return dz, product, *(torch.func.jvp(field, (t, z), (s, v))[1] for v, s in along)
+
+
+def found(
+    field: Any, t: Tensor, z: Tensor, noise: Tensor, dt: Any = -1.3, *, with_noise: bool = True
+) -> tuple[Tensor, ...]:
+    dz, product, jvp = field.linearize(t, z, noise, ask=Ask("noise" if with_noise else "", jvp=True))[:3]
+    if product is None:
+        product = field.linearize(t, z, noise, ask=Ask("noise")).products
+    return dz, product, jvp(dz, 0.0), jvp(dz, dt), jvp(noise, 0.0)
+
+
+def gradients_of_all(outputs: tuple[Tensor, ...], wanted: list[Tensor]) -> tuple[Tensor, ...]:
+    torch.manual_seed(2)
+    loss: Any = sum((x * torch.randn(x.shape, dtype=x.dtype)).sum() + x.square().sum() for x in outputs)
+    return torch.autograd.grad(loss, wanted)
+
+
+def assert_same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative(a, b) < tolerance
+
+
+@pytest.mark.parametrize("activation", ["softplus", "tanh", "silu"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_gradients_can_be_differentiated_again(kind: str, activation: str) -> None:
+    field = make_field(kind, activation)
+    t, z, noise = (x.detach()[:1] if x.dim() else x.detach() for x in make_inputs(kind))
+    names = [name for name, _ in field.named_parameters()]
+
+    def run(t: Tensor, z: Tensor, noise: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        for name, value in zip(names, values, strict=True):
+            _, index, which = name.split(".")
+            layer: Any = field.layers[int(index)]
+            layer._parameters[which] = value
+        return found(field, t, z, noise)
+
+    values = [p.detach().clone().requires_grad_(i >= 5) for i, p in enumerate(field.parameters())]
+    inputs = (t.requires_grad_(), z.requires_grad_(), noise.requires_grad_(), *values)
+    assert gradcheck(run, inputs, fast_mode=True)
+    assert gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: type) -> None:
+    field, inputs = make_field("conv"), make_inputs("conv")
+    theirs = expected(field, *inputs)
+    with mode():
+        ours = found(field, *inputs)
+    assert not any(x.requires_grad for x in ours)
+    assert_same(ours, tuple(x.detach() for x in theirs), 1e-12)
+
+
+def test_frozen_parameters_and_a_retained_graph() -> None:
+    field, inputs = make_field("conv"), make_inputs("conv")
+    for frozen in (list(field.parameters())[2:4], list(field.parameters())):
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        wanted = [inputs[1], *(p for p in field.parameters() if p.requires_grad)]
+        ours, theirs = found(field, *inputs), expected(field, *inputs)
+        assert_same(gradients_of_all(ours, wanted), gradients_of_all(theirs, wanted), 1e-11)
+    loss = found(field, *inputs)[3].square().sum()
+    first = torch.autograd.grad(loss, inputs[1], retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, inputs[1])[0])
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_under_the_transforms_of_torch_func(kind: str) -> None:
+    field: Any = make_field(kind)
+    t, z, noise = (x.detach() for x in make_inputs(kind))
+
+    def second(z: Tensor) -> Tensor:
+        found: Any = field.linearize(t, z, noise, ask=Ask("noise", jvp=True))
+        dz, product, jvp = found[:3]
+        return product + jvp(dz, 1.0)
+
+    def plainly(z: Tensor) -> Tensor:
+        dz, pull = torch.func.vjp(lambda z: field(t, z), z)[:2]
+        return pull(noise)[0] + torch.func.jvp(field, (t, z), (torch.ones_like(t), dz))[1]
+
+    wanted = torch.func.jacrev(plainly)(z)
+    assert relative(torch.func.jacrev(second)(z), wanted) < 1e-12
+    assert relative(torch.func.jacfwd(second)(z), wanted) < 1e-12
+    many = torch.stack([z, 2 * z])
+    assert relative(torch.func.vmap(second)(many), torch.stack([second(each) for each in many])) < 1e-12
+    direction = torch.randn_like(z)
+    found: Any = field.linearize(t, z, ask=Ask(jvp=True))
+    dz, _, jvp = found[:3]
+    with forward_ad.dual_level():  # a direction with a tangent meets a pass without one
+        tangent = forward_ad.unpack_dual(jvp(forward_ad.make_dual(dz, direction), 0.0)).tangent
+    assert tangent is not None
+    assert relative(tangent, jvp(direction, 0.0)) < 1e-12
+
+
+def test_autocast_keeps_the_states_dtype() -> None:
+    field, inputs = make_field("conv", dtype=torch.float32), make_inputs("conv", dtype=torch.float32)
+    wanted = [*inputs[1:], *field.parameters()]
+    theirs = expected(field, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = found(field, *inputs)
+    assert all(x.dtype is torch.float32 for x in ours)
+    for a, b in zip(ours, theirs, strict=True):  # 8 bits, several roundings in a row
+        assert 1e-4 < relative(a, b) < 0.03
+    for a, b in zip(gradients_of_all(ours, wanted), gradients_of_all(theirs, wanted), strict=True):
+        assert a.dtype is b.dtype
+        assert relative(a, b) < 0.06
+    # float64 is what people ask for when they want exactness: autocast leaves it alone, as torch's own does
+    double, inputs = make_field("conv"), make_inputs("conv")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(found(double, *inputs), expected(double, *inputs), 1e-12)
