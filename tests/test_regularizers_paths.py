@@ -36,25 +36,6 @@ def path(a: Tensor, z: Tensor, times: Tensor) -> Tensor:
     return torch.stack([z @ torch.linalg.matrix_exp(a * t).T for t in times])
 
 
-@pytest.mark.parametrize("mode", GRADIENTS)
-def test_straightness_of_a_linear_field(mode: str) -> None:
-    """``int |Az|^2 dt - |z(T) - z(0)|^2 / T`` by Gauss's rule, and its gradient."""
-    field, z, end = Linear(3), states(), 1.5
-    model = NeuralODE(field, "dopri5", sensitivity=mode, regularizers=["straightness"], **TIGHT)
-    model(z, torch.tensor([0.0, end], dtype=torch.float64))
-    assert set(model.regularization) == {"straightness"}  # the energy that it reads is not one of its own
-    nodes, weights = (torch.as_tensor(x) for x in np.polynomial.legendre.leggauss(20))
-    velocities = path(field.a, z, (nodes + 1) * end / 2) @ field.a.T
-    energy = (weights[:, None] * velocities.square().sum(2)).sum(0) * end / 2
-    moved = path(field.a, z, torch.tensor([end])).double()[0] - z
-    wanted = energy - moved.square().sum(1) / end
-    torch.testing.assert_close(model.regularization["straightness"], wanted, rtol=1e-6, atol=0)
-    ours = torch.autograd.grad(model.regularization["straightness"].sum(), field.a)[0]
-    theirs = torch.autograd.grad(wanted.sum(), field.a)[0]
-    tolerance = 1e-3 if mode == "interpolated_adjoint" else 1e-5
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
 def test_straightness_beside_kinetic_and_of_a_straight_path() -> None:
     field = nn.Linear(3, 3).double()
     nn.init.zeros_(field.weight)
