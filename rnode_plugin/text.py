@@ -1,11 +1,12 @@
-"""Durations and numbers as text: significant digits, values with their errors; and a counter of batches."""
+"""Durations, numbers and tables as text, with significant digits and aligned columns, and a counter of batches."""
 
 from __future__ import annotations
 
 import math
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 _INTERVAL = 10.0  # least seconds between two lines of a counter
 
@@ -41,6 +42,32 @@ def change_with_error(value: float, error: float) -> str:
 def signed(value: float) -> str:
     """``+0.0123`` or ``−0.0123``."""
     return _with_sign(_rounded(value, 4))
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 image`` or ``64 images``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns; all rows have the same number of cells."""
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
+    """Aligned columns whose last one is wrapped, in at most ``width`` characters; an empty line between rows."""
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
+    indent = sum(widths) + 2 * len(widths)
+    blocks = []
+    for *heads, last in cells:
+        lines = textwrap.wrap(last, max(20, width - indent)) or [""]
+        first = "".join(head.ljust(size + 2) for head, size in zip(heads, widths, strict=True))
+        blocks.append("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
+    return "\n\n".join(blocks)
 
 
 def _with_sign(text: str) -> str:

@@ -19,8 +19,9 @@ from PIL import Image
 from tiny_runs import as_options, rnode
 
 from rnode_plugin import get_recipe
-from rnode_plugin.cli.options import Duration, duration, table
+from rnode_plugin.cli.options import Duration
 from rnode_plugin.plugins import registry as plugins
+from rnode_plugin.text import duration, table
 
 TINY = [
     "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--device", "cpu", "--devices", "1",

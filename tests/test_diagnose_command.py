@@ -15,13 +15,13 @@ from click.testing import Result
 from PIL import Image
 from tiny_runs import rnode, run, tiny_recipe
 
-from rnode_plugin.cli.options import wrapped_table
 from rnode_plugin.cli.runs import CHECK_FAILED
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.loading import held_out_samples
 from rnode_plugin.reports.diagnosis import draw_check
 from rnode_plugin.reports.runs import read_run
+from rnode_plugin.text import wrapped_table
 from rnode_plugin.training.runs import RunFolder
 
 NAMES = ["solver gap", "tolerance", "invertibility", "normalisation", "samples", "gaussian"]

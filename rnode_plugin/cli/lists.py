@@ -13,16 +13,15 @@ import click
 
 from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
+from ..text import counted, table
 from .options import (
     as_json,
     complete,
-    counted,
     loaded,
     named_recipe,
     print_json,
     read_regularizers,
     settings,
-    table,
 )
 
 _VARIABLES = (

@@ -1,4 +1,4 @@
-"""Options of several commands, the places they write to, and tables in the terminal."""
+"""Options of several commands, completion of their values, and the places that commands write to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import difflib
 import itertools
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from ..evaluation.measures import Evaluation, Mean
     from ..recipes.recipe import Recipe
     from ..recipes.task import Task
-    from ..reports import Report
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -245,39 +243,29 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, default=str))
 
 
-def flush_denormals(ctx: click.Context, *, keep: bool) -> None:
-    """Calculate without numbers too small for full precision during a command, unless they are kept.
-
-    A denormal, below 1e-38 in float32, is smaller than the rounding of all that it is added to, but processors are
-    slow on it: softplus of pre-activations near -95 takes 26 times as long as elsewhere.
-    """
-    if keep or ctx.resilient_parsing:
-        return
-    import numpy as np
-    import torch
-
-    for kind in (np.float32, np.float64):
-        np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
-    if torch.set_flush_denormal(
-        True
-    ):  # a program that calls a command as a function has its own arithmetic back afterwards
-        ctx.call_on_close(lambda: torch.set_flush_denormal(False))
-
-
 keep_denormals = click.option(
     "--keep-denormals",
     cls=RareOption,
     is_flag=True,
     help="Calculate with numbers too small for full precision, which can take several times as long.",
 )
-denormals = click.option(
-    "--keep-denormals",
-    cls=RareOption,
-    is_flag=True,
-    expose_value=False,
-    callback=lambda ctx, param, keep: flush_denormals(ctx, keep=keep),
-    help="Calculate with numbers too small for full precision, which can take several times as long.",
-)
+
+
+def flush_denormals(options: dict[str, Any]) -> None:
+    """Calculate without numbers too small for full precision during a command, unless they are kept.
+
+    A denormal, below 1e-38 in float32, is smaller than the rounding of all that it is added to, but processors are
+    slow on it: softplus of pre-activations near -95 takes 26 times as long as elsewhere.
+    """
+    if options.pop("keep_denormals"):
+        return
+    import numpy as np
+    import torch
+
+    for kind in (np.float32, np.float64):
+        np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
+    if torch.set_flush_denormal(True):  # a program that calls a command as a function gets its arithmetic back
+        click.get_current_context().call_on_close(lambda: torch.set_flush_denormal(False))
 
 
 def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
@@ -289,32 +277,6 @@ def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
         except RnodeError as error:
             rows.append((name, f"(cannot be loaded: {error})"))
     return rows
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 image`` or ``64 images``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns; all rows have the same number of cells."""
-    cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
-    """Aligned columns whose last one is wrapped, in at most ``width`` characters; an empty line between rows."""
-    cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
-    indent = sum(widths) + 2 * len(widths)
-    blocks = []
-    for *heads, last in cells:
-        lines = textwrap.wrap(last, max(20, width - indent)) or [""]
-        first = "".join(head.ljust(size + 2) for head, size in zip(heads, widths, strict=True))
-        blocks.append("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
-    return "\n\n".join(blocks)
 
 
 def evaluation_rows(evaluation: Evaluation, measure: Task) -> list[tuple[str, str]]:
@@ -343,20 +305,3 @@ def _score(mean: Mean, measure: Task) -> str:
     errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({measure.samples})"]
     errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
     return " ".join([f"{mean.mean:.4f}", *errors])
-
-
-def report_rows(report: Report) -> str:
-    """The table of a report."""
-    heads = ["", *(column.label for column in report.table.columns)]
-    return table([heads, *([row.name, *row.cells] for row in report.table.rows)])
-
-
-def report_as_plain(report: Report) -> dict[str, Any]:
-    """A report for JSON: its files, and its table as ``{row: {column: text}}``."""
-    labels = [column.label for column in report.table.columns]
-    return {
-        "html": report.html,
-        "figures": report.figures,
-        "left_out": report.left_out,
-        "table": {row.name: dict(zip(labels, row.cells, strict=True)) for row in report.table.rows},
-    }

@@ -10,28 +10,24 @@ import click
 
 from ..errors import ConfigError
 from ..solvers.config import FIXED_METHODS
-from ..text import batch_counter, duration
+from ..text import batch_counter, counted, duration, table, wrapped_table
 from .options import (
     Command,
     RareOption,
     as_json,
     complete_run,
     complete_solver,
-    counted,
-    denormals,
     device,
     download,
     evaluation_rows,
+    flush_denormals,
     force,
     free_path,
+    keep_denormals,
     print_json,
     quiet,
-    report_as_plain,
-    report_rows,
     run_argument,
     short,
-    table,
-    wrapped_table,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +55,7 @@ CHECK_FAILED = 3
 @click.option("--seed", cls=RareOption, type=click.IntRange(0), metavar="N",
               help="Seed of the noise. [default: the run's, which reproduces the numbers at its end]")  # fmt: skip
 @download
-@denormals
+@keep_denormals
 def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: A001 - the command's name
     """Measure RUN, a run folder or a checkpoint, on held-out data: bits/dim of images, NLL of a table, NFE.
 
@@ -76,6 +72,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     from ..evaluation.loading import pick_device
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
 
+    flush_denormals(options)
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
     recipe = recipe.override([f"test_solver.{change}" for change in options["solver_settings"]])
@@ -118,7 +115,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
 @click.option("--seed", cls=RareOption, type=click.IntRange(0), default=0, show_default=True,
               help="Seed of all noise.")  # fmt: skip
 @download
-@denormals
+@keep_denormals
 @click.pass_context
 def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
@@ -140,6 +137,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
     from ..training.runs import DIAGNOSIS, RunFolder, write_json
 
+    flush_denormals(options)
     path, place, seed = find_checkpoint(run), pick_device(options["device"]), options["seed"]
     flow, recipe = load_with_recipe(path, map_location=place)
     recipe, samples = recipe.at_root(options["data_root"]), options["samples"]
@@ -204,7 +202,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
 @click.option("--columns", cls=RareOption, type=click.IntRange(1), metavar="N", help="Images in a row of the grid.")
 @click.option("--batch-size", cls=RareOption, type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: 256, 10000]")  # fmt: skip
-@denormals
+@keep_denormals
 def sample(*, run: str, **options: Any) -> None:
     """Draw images from RUN, a run folder or a checkpoint, into one PNG, or rows of a table into a file.
 
@@ -220,6 +218,7 @@ def sample(*, run: str, **options: Any) -> None:
     from ..recipes.recipe import TableData
     from ..training.checkpoints import load_with_recipe
 
+    flush_denormals(options)
     flow, recipe = load_with_recipe(run, map_location=pick_device(options["device"]))
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     given, temperatures, count = _given(options), options["temperatures"], options["count"]
@@ -334,9 +333,9 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
     for message in written.left_out:
         click.echo(f"left out: {message}", err=True)
     if as_json:
-        print_json(report_as_plain(written))
+        print_json(written.to_plain())
     else:
-        click.echo(f"{report_rows(written)}\n\n{written.html}")
+        click.echo(f"{written.as_text()}\n\n{written.html}")
 
 
 @click.command(cls=Command)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
-from ..text import duration
+from ..text import counted, duration, table
 from .options import (
     Command,
     Duration,
@@ -22,7 +22,6 @@ from .options import (
     complete,
     complete_configuration,
     complete_run,
-    counted,
     device,
     download,
     evaluation_rows,
@@ -33,11 +32,8 @@ from .options import (
     quiet,
     recipe_argument,
     regularizers_option,
-    report_as_plain,
-    report_rows,
     settings,
     short,
-    table,
 )
 
 if TYPE_CHECKING:
@@ -109,7 +105,7 @@ def train(
         chosen, checkpoint = _chosen(recipe, resume, ffjord, ctx)
         chosen = changed(chosen, options, assignments)
         options |= _place(options.pop("device"), options["devices"])
-        flush_denormals(ctx, keep=options.pop("keep_denormals"))
+        flush_denormals(options)
         # seconds of imports, which a wrong name or setting does not wait for
         from ..training.fit import fit
         from ..training.runs import RunOptions
@@ -283,8 +279,8 @@ def compare(
     )
     report = result.report
     if as_json:
-        print_json({"runs": result.runs, "failed": result.failed, **report_as_plain(report)})
+        print_json({"runs": result.runs, "failed": result.failed, **report.to_plain()})
     else:
-        click.echo(f"\n{report_rows(report)}\n\n{report.html}")
+        click.echo(f"\n{report.as_text()}\n\n{report.html}")
     if result.failed:
         raise TrainingError(" ".join(result.failed))

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..files import write_atomically
+from ..text import table as text_table
 from .configurations import group_runs
 from .page import Content
 from .runs import read_runs
@@ -24,6 +26,17 @@ class Report:
     figures: tuple[Path, ...]
     table: Table
     left_out: tuple[str, ...]
+
+    def as_text(self) -> str:
+        """The table for a terminal."""
+        heads = ["", *(column.label for column in self.table.columns)]
+        return text_table([heads, *([row.name, *row.cells] for row in self.table.rows)])
+
+    def to_plain(self) -> dict[str, Any]:
+        """The files and the table as ``{row: {column: text}}``, for JSON."""
+        labels = [column.label for column in self.table.columns]
+        rows = {row.name: dict(zip(labels, row.cells, strict=True)) for row in self.table.rows}
+        return {"html": self.html, "figures": self.figures, "left_out": self.left_out, "table": rows}
 
 
 def write_report(
