@@ -316,12 +316,15 @@ def export(*, run: str, file: str, kind: str, last: bool, force: bool, **options
 @click.command(cls=Command)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", shell_complete=complete_run)
 @click.option("--out", metavar="FOLDER",
-              help="Where the report goes. [default: report, or report-1, ... if that is there]")  # fmt: skip
+              help="Folder of the report. [default: report, or report-1, ... if that is there]")  # fmt: skip
 @click.option("--title", help="Title of the report. [default: names the recipe or the data]")
 @force
 @as_json
 def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: bool, as_json: bool) -> None:
     """Show the table and figures of RUN..., finished or still running.
+
+    \b
+    rnode-cli report runs/digits/0 runs/digits/1
 
     RUN is a run folder or a folder with run folders below it. Of the runs below a folder, the ones that cannot be
     read are left out. Runs that differ by their seed alone are one configuration.

@@ -221,9 +221,9 @@ def _report(result: FitResult, recipe: Recipe) -> None:
 @recipe_argument
 @click.option("--configuration", "configurations", multiple=True, metavar="NAME|FILE",
               shell_complete=complete_configuration,
-              help="none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all penalties of the recipe), a "
-                   "penalty such as kinetic or taylor:3, or a JSON file of penalties and lambdas, also for sweeps. "
-                   "May be repeated. [default: none, each penalty of the recipe, rnode]")  # fmt: skip
+              help="Train none (no penalty), ffjord (no penalty, dopri5 at 1e-5), rnode (all penalties of the "
+                   "recipe), a penalty such as kinetic or taylor:3, or a JSON file of penalties and lambdas, also "
+                   "for sweeps. May be repeated. [default: none, each penalty of the recipe, rnode]")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N",
               help="Runs of each configuration.")  # fmt: skip
 @click.option("--max-steps", type=click.IntRange(1), metavar="N", help="Steps of each run. [default: the recipe's]")
@@ -254,6 +254,10 @@ def compare(
     **options: Any,
 ) -> None:
     """Train RECIPE with different penalties and report what they change.
+
+    \b
+    rnode-cli compare digits --seeds 3
+    rnode-cli compare digits --configuration none --configuration kinetic --configuration sweep.json
 
     All configurations begin with the same weights and see the same images and noise. The same command again
     continues, and with more configurations or seeds trains only the new ones. Writes report.html, figures/ and
