@@ -201,7 +201,7 @@ def test_the_command_says_what_ctrl_c_left(tmp_path: Path, monkeypatch: pytest.M
     done = train("digits", "--callback", f"signals_{times}:Sends", "--runs", tmp_path / "runs")
     assert done.exit_code == 130, done.output
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    assert f"SIGINT after step {7 - times} of 8; --resume" in done.output
+    assert f"Stopped by SIGINT after step {7 - times} of 8.\nContinue with: rnode-cli train --resume" in done.output
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
