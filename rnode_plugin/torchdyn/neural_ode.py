@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +20,16 @@ from torchdyn.numerics.interpolators import INTERP_DICT, str_to_interp
 from torchdyn.numerics.solvers.ode import Tsitouras45
 
 from ..core.citations import citation
-from ..core.ops import OneProcessADevice, check_count, on_host, tree_map_only
+from ..core.ops import OneProcessADevice, check_count, on_host, outside_inference
 from ..core.penalties import Penalties, attach
 from ..core.regularizers import check_batch_dim, needs_of, warn_of_flat_state
 from ..core.signature import refuse_state_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
-from ..solvers import Autograd, Gradient, Solver, get_method, solve
+from ..solvers import Autograd, Solver, get_method, solve
 from ..solvers.integrate import check_steps
-from .field import INTEGRAL_LOSS, Penalized, check_penalized, system_of, tensors_of
+from ..solvers.solution import Solution
 from .solver_names import (
     StepwiseAdjoint,
     gradient_from_torchdyn,
@@ -41,6 +40,7 @@ from .solver_names import (
     solver_name,
     step_method,
 )
+from .system import INTEGRAL_LOSS, Followed, TorchdynSystem, check_penalized, system_of
 
 # kept from before install() can replace them
 _torchdyn_class = torchdyn_neuralde.NeuralODE
@@ -119,12 +119,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     # defaults for objects that an older process pickled, or that were made before install()
     _penalties: Penalties | None = None
-    _trace_noise: str | TraceEstimator = "gaussian"
     _adds_gradient: bool = False
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
-    _penalized: Penalized | None = None
-    _batch_dim: int | None = 0
+    _followed: Followed = Followed()
     _quadrature: str = "full"
 
     def __init__(
@@ -186,10 +184,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint = backward
-        self._penalties, self._trace_noise, self._adds_gradient = Penalties(weighted), estimator, added
-        self._max_nfe, self._penalized = max_nfe, check_penalized(penalized)
         check_batch_dim(batch_dim)
-        self._batch_dim, self._quadrature = batch_dim, quadrature
+        self._penalties, self._adds_gradient = Penalties(weighted), added
+        self._followed = Followed((), estimator, check_penalized(penalized), batch_dim)
+        self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
@@ -245,7 +243,12 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
         :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
         """
-        return self._solve(x, t_span, gradient=Autograd(), remember=False, interpolate=False)[1]
+        with outside_inference(x, t_span) as (x, t_span):
+            x, t_span = self._start(x, t_span, training=False)
+            solver, _ = self._plan(x, t_span, (), {})
+            solver = replace(solver, method=replace(solver.method, interpolate=None), gradient=Autograd())
+            system = system_of(self.vf, x, {}, replace(self._followed, regularizers=()), one_graph=True)
+            return solve(system, x, t_span, solver).check().z
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """For a loss that solves several times: :meth:`reg_loss` of all calls in a ``with`` block, summed::
@@ -289,7 +292,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def citation(self) -> str:
         """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
         given = [each.regularizer for each in self._last_penalties().weighted.values()]
-        estimator = get_estimator(self._trace_noise) if "vjp" in needs_of(given) else None
+        estimator = self._followed.estimator if "vjp" in needs_of(given) else None
         return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
@@ -309,91 +312,60 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             self._penalties = Penalties()
         return self._penalties
 
-    def _solve(
-        self,
-        x: Any,
-        t_span: Any,
-        save_at: Any = (),
-        args: Any = {},  # noqa: B006
-        *,
-        gradient: Gradient | None = None,
-        penalties: bool | None = None,
-        remember: bool = True,
-        interpolate: bool = True,
-        trace: bool = True,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Times and states.
-
-        Args:
-            x, t_span, save_at, args, penalties: as in :meth:`forward`.
-            gradient: None: the model's.
-            remember: whether the solve counts as a call of the model, which leaves its penalties.
-            interpolate: whether the model's interpolator may give output times between steps.
-            trace: False: the state is that of a CNF's field alone, ``(B, *event_shape)``.
-            noise: of a CNF's trace; None: drawn.
-        """
-        left = self._last_penalties()
+    def _solve(self, x: Any, t_span: Any, save_at: Any, args: Any, *, penalties: bool | None) -> tuple[Tensor, Any]:
+        """Times and states of a call of the model, which leaves its penalties; see :meth:`forward`."""
+        left, training = self._last_penalties(), torch.is_grad_enabled() and self.training
+        left.begin()
         if t_span is None:
             t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
-        if remember:
-            left.begin()
-            if isinstance(x, dict):
-                if left.weighted:
-                    raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
-                return _torchdyn_odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
-        if penalties is None:
-            penalties = torch.is_grad_enabled() and self.training
-        penalties = penalties and remember
-        if torch.is_inference_mode_enabled():
-            # fields that differentiate (CNF, HNN) cannot do so in inference mode, nor with tensors made in it
-            with torch.inference_mode(False), torch.no_grad():
-                x, t_span, args, noise = tree_map_only(Tensor, Tensor.clone, (x, t_span, args, noise))
-                return self._solve(
-                    x, t_span, save_at, args, gradient=gradient, penalties=penalties, remember=remember,
-                    interpolate=interpolate, trace=trace, noise=noise,
-                )  # fmt: skip
-        adaptive = self.solver.stepping_class == "adaptive"
-        x = _checked_state(x).clone()  # a field or a penalty may mark it or write into it
-        if penalties and x.ndim == 1 and self._batch_dim == 0:
-            warn_of_flat_state(x, left.regularizers)
+        if isinstance(x, dict):
+            if left.weighted:
+                raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
+            return _torchdyn_odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
+        penalties = training if penalties is None else penalties
+        with outside_inference(x, t_span, args) as (x, t_span, args):
+            x, t_span = self._start(x, t_span, training=penalties and training)
+            if penalties and x.ndim == 1 and self._followed.batch_dim == 0:
+                warn_of_flat_state(x, left.regularizers)
+            solver, kept = self._plan(x, t_span, save_at, args)
+            through_steps, hidden = solver.gradient.through_steps, None
+            if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
+                hidden = self.integral_loss
+            followed = replace(self._followed, regularizers=left.regularizers if penalties else ())
+            system = system_of(self.vf, x, args, followed, one_graph=through_steps, hidden_cost=hidden)
+            nfe = self.vf.nfe
+            solution = solve(system, x, t_span, solver).check()
+            self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
+            if kept is not None:
+                solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
+            return solution.t, self._record(x, t_span, system, solution, penalties=penalties)
+
+    def _start(self, x: Any, t_span: Any, *, training: bool) -> tuple[Tensor, Tensor]:
+        """The checked state and times of a solve, which a field or a penalty may mark or write into."""
+        x, policy = _checked_state(x).clone(), self._last_penalties().policy
         with on_host():
-            t_span = _checked_times(t_span, x, adaptive=adaptive)
-            if left.policy is not None:
-                training = penalties and self.training and torch.is_grad_enabled()
-                t_span = left.policy.times(t_span, training=training)
-        solver, kept = self._plan(x, t_span, save_at, args, gradient, interpolate=interpolate)
-        through_steps, hidden = solver.gradient.through_steps, None
-        if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
-            hidden = self.integral_loss
-        parts = (self.vf, getattr(self, "regularizer_modules", None), hidden)
-        system = system_of(
-            self.vf, x, args=args, regularizers=left.regularizers if penalties else (),
-            trace_noise=self._trace_noise, penalized=self._penalized, batch_dim=self._batch_dim, hidden_cost=hidden,
-            tensors=partial(tensors_of, parts, args), prepare=through_steps, trace=trace, noise=noise,
-        )  # fmt: skip
-        nfe = self.vf.nfe
-        solution = solve(system, x, t_span, solver).check()
-        self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
-        integrals = dict(solution.penalties)
+            t_span = _checked_times(t_span, x, adaptive=self.solver.stepping_class == "adaptive")
+            return x, t_span if policy is None else policy.times(t_span, training=training)
+
+    def _record(
+        self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, *, penalties: bool
+    ) -> Tensor:
+        """The states of a solution, tied to its penalties, which stay for :meth:`reg_loss`."""
+        left, integrals = self._last_penalties(), dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
         if left.policy is not None and penalties:
-            integrals[left.policy.name] = left.policy(x if self._batch_dim == 0 else x.unsqueeze(0))
+            integrals[left.policy.name] = left.policy(x if self._followed.batch_dim == 0 else x.unsqueeze(0))
         if self._adds_gradient and integrals:
             added = Penalties(left.weighted)
             added.add(integrals, system.dims)
             cost = added.loss() if cost is None else cost.sum() + added.loss()
-        times, states = (solution.t, solution.z) if kept is None else (solution.t[kept], solution.z[kept])
-        sol, integrals = attach(states, integrals, cost)
-        if remember:
-            left.add(integrals, system.dims)
-        return times, sol
+        sol, integrals = attach(solution.z, integrals, cost)
+        left.add(integrals, system.dims)
+        return sol
 
-    def _plan(
-        self, x: Tensor, t_span: Tensor, save_at: Any, args: Any, gradient: Gradient | None, *, interpolate: bool
-    ) -> tuple[Solver, list[int] | None]:
+    def _plan(self, x: Tensor, t_span: Tensor, save_at: Any, args: Any) -> tuple[Solver, list[int] | None]:
         """Solver and places of kept times of one solve; options without an effect warn, as in torchdyn."""
         method = step_method(self.solver, self._named, x, t_span, args)
         backward = step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True)
@@ -401,7 +373,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if method.adaptive:
             if len(save_at) > 0:
                 warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=4)
-            if interpolate and self.interpolator is not None and not isinstance(self.solver, Tsitouras45):
+            if self.interpolator is not None and not isinstance(self.solver, Tsitouras45):
                 interpolator = self.interpolator  # torchdyn's tsit5 has none
                 if isinstance(interpolator, str):
                     interpolator = str_to_interp(interpolator, x.dtype)
@@ -414,10 +386,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 kept = kept_times(t_span, save_at)
         if x.ndim > 0 and x.shape[0] == 0:  # a batch without samples has no error to choose steps by
             method, backward = (get_method("euler") if m.adaptive else m for m in (method, backward))
-        if gradient is None:
-            gradient = gradient_from_torchdyn(
-                self.sensalg, atol=self.atol_adjoint, rtol=self.rtol_adjoint, interpolated=StepwiseAdjoint
-            ).with_method(backward)
+        gradient = gradient_from_torchdyn(
+            self.sensalg, atol=self.atol_adjoint, rtol=self.rtol_adjoint, interpolated=StepwiseAdjoint
+        ).with_method(backward)
         solver = Solver(
             replace(method, interpolate=inside), step=None, atol=self.atol, rtol=self.rtol,
             max_nfe=self._max_nfe, gradient=gradient, quadrature=self._quadrature,
