@@ -49,23 +49,23 @@ def evaluate(
     """Measure ``flow`` on samples.
 
     Args:
-        flow: the model; it stays on its device and in its mode. In place of its own trace estimator the trace is
-            exact, or, above 16 dimensions of images and 64 columns of tables, estimated with Rademacher probes: of
-            independent ones they have the smallest variance.
+        flow: the model; it stays on its device and in its mode. Its trace estimator is replaced: the trace is exact
+            or, above 16 dimensions of images and 64 columns of tables, estimated with Rademacher probes, which have
+            the smallest variance among independent ones.
         samples: as the data come, array or tensor ``(N, ...)``: images uint8 ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
         measure: the task of a recipe; None for images of the flow's shape and levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
             last step of the batch before.
-        draws: draws of noise per sample. None for as many as make the error from the noise at most half of that
-            from the samples, one to eight; to measure it the first samples are drawn twice.
+        draws: draws of noise per sample. None for as many as make the error from the noise at most half of the
+            error from the samples, one to eight. To measure it the first samples are drawn twice.
         solver: the integrator; None for the flow's own.
         seed: of the noise.
         training_solver: a fixed grid of known step to be compared with ``solver``; others are not compared.
         progress: called with batches done and batches in all.
 
     Returns:
-        Means over samples: the last, smaller batch counts by its samples. NFE is that of separate solves, which
+        Means over samples: the last, smaller batch counts by its samples. NFE is counted in separate solves, which
         begin with no step of another solve: of four batches of 100 samples, of large samples fewer, see
         :func:`nfe_batches`.
 
@@ -178,7 +178,7 @@ class _Measuring:
         return found
 
     def gap(self, training_solver: Solver | None) -> float | None:
-        """Mean score by the training solver less that of this evaluation, first batch, same noise."""
+        """Mean score by the training solver less the one of this evaluation, first batch, same noise."""
         if training_solver is None or training_solver.adaptive or training_solver.step == "auto":
             return None
         return measure_solver_gap(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 SAFETENSORS = ".safetensors"
-_HUB_WEIGHTS = "model.safetensors"  # the name that the hub's own libraries use
+_HUB_WEIGHTS = "model.safetensors"  # the name that the libraries of the hub use
 _FORMAT = 1
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."
@@ -206,12 +206,12 @@ def load_with_recipe(
 
 
 def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> None:
-    """Give ``flow`` the weights that :func:`load_flow` would load: those of a run, a file, or the package.
+    """Give ``flow`` the weights of a run, a file, or the package, as :func:`load_flow` finds them.
 
     Args:
         flow: the model.
         path: of the weights.
-        recipe: of ``flow``; of a table, its columns have to be those of the weights.
+        recipe: of ``flow``; if it is of a table, its columns must be the columns of the weights.
 
     Raises:
         CheckpointError: missing, truncated, not ours, or of a model of another shape or of other columns.
@@ -223,7 +223,7 @@ def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe:
     theirs = recipe_of(contents, file).data
     if recipe is not None and isinstance(recipe.data, TableData) and isinstance(theirs, TableData):
         here, there = (f"{each.modelled} given {each.given}" for each in (recipe.data, theirs))
-        if here != there:  # the means and deviations in the weights are those of their columns
+        if here != there:  # the weights hold the means and deviations of their columns
             raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
     _put_into(flow, _state_in(contents), f"the weights of {file} do not fit this model")
 
@@ -330,7 +330,7 @@ def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def _files(path: Path, *names: str) -> list[Path]:
-    """The files that ``path`` can mean: itself, weights of the package, those of a run folder in this order."""
+    """The files that ``path`` can mean: itself, weights of the package, then the checkpoints of a run folder."""
     packaged = [] if path.exists() else [pretrained_file(str(path))]
     inside = (path / folder / name for name in names for folder in ("checkpoints", "."))
     return [file for file in (*packaged, path, *inside) if file is not None and file.is_file()]
@@ -369,7 +369,7 @@ def _read(path: Path) -> Any:
     import torch
 
     with zipfile.ZipFile(path) as archive:  # a bare pickle is not even looked at
-        if (bad := archive.testzip()) is not None:  # torch does not look at the checksums of its own archives
+        if (bad := archive.testzip()) is not None:  # torch does not check the checksums of its archives
             raise zipfile.BadZipFile(f"the checksum of {bad} in it differs")
     return torch.load(path, map_location="cpu", weights_only=True)
 

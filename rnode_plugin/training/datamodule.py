@@ -256,7 +256,7 @@ class TableDataModule(RecipeDataModule[Table]):
     """The rows of the table of a recipe, for any ``Trainer``; see :class:`RecipeDataModule`.
 
     Batches are float32 ``(B, C)``: the columns that are modelled, then those that are given. The Trainer validates
-    on the rows that choose the weights; those of ``data.held_out`` are left for an evaluation.
+    on the rows that choose the weights; the rows of ``data.held_out`` are left for an evaluation.
 
     Args:
         recipe: names the table, its columns and the batch size.

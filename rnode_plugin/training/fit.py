@@ -40,7 +40,7 @@ from .checkpoints import load_flow, load_weights, newest_intact, read_checkpoint
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .runs import RunFolder, RunOptions, RunPlan, checkpoint_to_resume, training_lock
-from .trainer import check_loggers, end_other_processes, make_logger, make_trainer, quiet
+from .trainer import check_loggers, end_other_processes, find_place, make_logger, make_trainer, quiet
 
 
 @dataclass(frozen=True)
@@ -119,25 +119,21 @@ def fit(
     recipe, data = load_for_training(recipe, download=options.download)
     checkpoint, done = (None, 0) if options.resume is None else checkpoint_to_resume(options.resume, recipe)
     before = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)  # of the run that continues
-    made: list[RunControl] = []
-
-    def all_callbacks(plan: RunPlan) -> list[Callback]:
-        made.append(
-            RunControl(
-                recipe, plan, metric=recipe.task.metric, folder=before, max_time=options.max_time,
-                progress=options.progress,
-            )
-        )  # fmt: skip
-        # the picture of a table takes as long as some of its steps, and is drawn at the end
-        grids = [SampleGrids(made[0])] if recipe.training.sample_images and isinstance(data, ImageData) else []
-        decay = recipe.training.ema
-        averages = [] if decay is None else [_average(decay)]
-        return [*callbacks, *grids, *averages, *made]  # grids and validations see the averaged weights
-
     with quiet(), explained(), ExitStack() as stack:
-        given = [logger for logger in loggers if isinstance(logger, Logger)]
-        trainer, plan = make_trainer(recipe, len(data.train), all_callbacks, given, trainer_options)
-        (control,) = made
+        place = find_place(trainer_options)
+        plan = RunPlan.of(recipe, len(data.train), place.world)
+        control = RunControl(
+            recipe, plan, metric=recipe.task.metric, folder=before, max_time=options.max_time,
+            progress=options.progress,
+        )  # fmt: skip
+        trainer = make_trainer(
+            recipe,
+            plan,
+            place,
+            callbacks=[*callbacks, *_own_callbacks(recipe, data, control), control],
+            loggers=[logger for logger in loggers if isinstance(logger, Logger)],
+            options=trainer_options,
+        )
         samples = RecipeDataModule[Any](recipe, data=data, endless=True)
         samples.trainer = trainer
         samples.setup("fit")  # refuses too few samples before there is a folder
@@ -184,13 +180,19 @@ def fit(
         return _conclude(result, recipe, data, trainer.strategy.root_device, progress=options.progress)
 
 
-def _average(decay: float) -> WeightAveraging:
-    """Averages the weights after each step: ``average = decay * average + (1 - decay) * weights``.
+def _own_callbacks(recipe: Recipe, data: ImageData | Table, control: RunControl) -> list[Callback]:
+    """Grids of samples and averages of the weights, in this order: a grid is of the averaged weights.
 
-    In a checkpoint ``state_dict`` holds the average, so that a loaded model has it, and ``current_model_state`` the
-    weights that training continues from.
+    ``average = decay * average + (1 - decay) * weights`` after each step. In a checkpoint ``state_dict`` holds the
+    average, so that a loaded model has it, and ``current_model_state`` the weights that training continues from.
     """
-    return WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    found: list[Callback] = []
+    # the picture of a table takes as long as some of its steps, and is drawn at the end
+    if recipe.training.sample_images and isinstance(data, ImageData):
+        found.append(SampleGrids(control))
+    if (decay := recipe.training.ema) is not None:
+        found.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay)))
+    return found
 
 
 def _new_folder(recipe: Recipe, options: RunOptions) -> RunFolder:
@@ -330,4 +332,6 @@ def explained() -> Iterator[None]:
     except RnodeError:
         raise
     except RuntimeError as error:  # of PyTorch: memory of a CPU, a worker or a process that died, a bug
-        raise LocalError(f"PyTorch failed: {first_line(error).rstrip('.')}. --debug shows where.") from error
+        raise LocalError(
+            f"PyTorch failed: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."
+        ) from error

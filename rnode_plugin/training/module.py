@@ -207,7 +207,7 @@ class RnodeModule(L.LightningModule):
             self._tell("the fields are compiled: the first step takes longer")
 
     def on_train_start(self) -> None:
-        if self._groups:  # a checkpoint has put the settings of its own recipe in their place
+        if self._groups:  # a checkpoint has replaced them by the settings of its recipe
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             scheduler: Any = self.lr_schedulers()
             scheduler.base_lrs = [own["initial_lr"] for own in self._groups]
@@ -231,7 +231,7 @@ class RnodeModule(L.LightningModule):
             raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
 
     def _tune(self) -> None:
-        """Measure the step again if that is due; all processes go on with the result of the first one."""
+        """Measure the step again if that is due; all processes take the result of the first one."""
         auto = self.auto
         step, recipe = self.global_step, self.recipe
         if auto is None or step < recipe.matching or recipe.start.gives_step_at(step):
@@ -252,7 +252,7 @@ class RnodeModule(L.LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """The score with the test solver; the noise is the same at each validation."""
         try:
-            # a field without a product of its own needs autograd inside, which inference mode does not allow
+            # a field without a product needs autograd inside, which inference mode does not allow
             with torch.inference_mode(False), torch.no_grad():
                 self._sums.add(batch.clone(), batch_idx, training_solver=self.solver)
         except SolverError as error:

@@ -63,7 +63,7 @@ class StepObjective:
         ``step`` counts the steps of maximum likelihood so far, for strengths that depend on it.
 
         Raises:
-            SolverError: an adaptive integration could not go on.
+            SolverError: an adaptive integration failed.
         """
         dims = self.measure.dims
         output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=bool(self.lambdas), check=False)
@@ -111,7 +111,7 @@ class StepRecord:
         values: to log, by name: means over the batches.
         problem: why a batch of this step is not usable; None if all batches are.
         skipped: steps of the run without a usable gradient.
-        in_row: those of them since the last usable step.
+        in_row: the skipped steps since the last usable one.
     """
 
     def __init__(self, metric: str = "bpd") -> None:
@@ -248,7 +248,7 @@ class ValidationSums:
         by the accurate solver.
 
         Raises:
-            SolverError: the accurate integration could not go on.
+            SolverError: the accurate integration failed.
         """
         # rounded to 8 or 11 bits a field is too rough for an adaptive method, which may never end
         with torch.autocast(batch.device.type, enabled=False):

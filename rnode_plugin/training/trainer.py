@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as L
 import torch
@@ -31,33 +31,61 @@ _UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")
 """Options of Lightning's Trainer with which the numbers of a run would not be what the recipe says."""
 
 
-def make_trainer(
-    recipe: Recipe,
-    samples: int,
-    callbacks: Callable[[RunPlan], Sequence[Callback]],
-    loggers: Iterable[Logger],
-    options: Mapping[str, Any],
-) -> tuple[L.Trainer, RunPlan]:
-    """Lightning's Trainer for a recipe, and the steps that it makes.
+class Place(NamedTuple):
+    """The devices of a run.
 
-    Args:
-        recipe: decides steps, precision, validations and logs.
-        samples: number of training samples.
-        callbacks: makes the callbacks from the plan.
-        loggers: of Lightning.
-        options: other options of the Trainer. Under torchrun ``devices="auto"`` means as many as torchrun starts.
+    Attributes:
+        options: of Lightning's Trainer, which name them.
+        device: the one of this process.
+        world: number of devices, of all machines.
+    """
+
+    options: dict[str, Any]
+    device: torch.device
+    world: int
+
+
+def find_place(options: Mapping[str, Any]) -> Place:
+    """The devices that options of Lightning's Trainer name.
+
+    Under torchrun ``devices="auto"`` means as many as torchrun starts.
 
     Raises:
-        ConfigError: an option that the recipe decides, an accelerator that is not there, a precision that does not
-            work here, or too few samples for the devices.
+        ConfigError: they are not there.
     """
-    settings, where = recipe.training, _where(options)
+    where = {name: options.get(name, default) for name, default in _DEVICES.items()}
+    if TorchElasticEnvironment.detect() and where["devices"] == "auto":
+        where["devices"] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        where["num_nodes"] = int(os.environ["WORLD_SIZE"]) // where["devices"]
     with _refusing():
         probe = L.Trainer(**{**where, **_SILENT, "logger": False, "enable_checkpointing": False})
-    plan = RunPlan.of(recipe, samples, probe.world_size)
+    return Place(where, probe.strategy.root_device, probe.world_size)
+
+
+def make_trainer(
+    recipe: Recipe,
+    plan: RunPlan,
+    place: Place,
+    *,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    options: Mapping[str, Any],
+) -> L.Trainer:
+    """Lightning's Trainer for a run; the recipe decides its steps, precision, validations and logs.
+
+    Args:
+        recipe: all settings.
+        plan: the steps of the run.
+        place: its devices.
+        callbacks, loggers: of Lightning.
+        options: other options of the Trainer.
+
+    Raises:
+        ConfigError: an option that the recipe decides, or a precision that does not work here.
+    """
+    settings = recipe.training
     ours = {
-        **where,
-        "callbacks": list(callbacks(plan)),
+        "callbacks": list(callbacks),
         "logger": list(loggers),
         "max_steps": plan.total,
         "max_epochs": -1,
@@ -65,40 +93,29 @@ def make_trainer(
         "check_val_every_n_epoch": None,
         "accumulate_grad_batches": settings.accumulate,
         "log_every_n_steps": settings.log_every,
-        "precision": decided(recipe, probe.strategy.root_device).training.precision,
+        "precision": decided(recipe, place.device).training.precision,
     }
-    for name in options:
-        if name in _UNSEEN or (name in ours and name not in where):
-            raise ConfigError(f"fit does not take Lightning's {name}: the settings of the recipe decide that.")
+    if refused := sorted(options.keys() & {*ours, *_UNSEEN}):
+        raise ConfigError(f"fit does not take Lightning's {refused[0]}: the settings of the recipe decide that.")
     plugins = options.get("plugins") or []
     plugins = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, (list, tuple)) else [plugins])]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # a requeued job continues by --resume, and Lightning's requeueing writes other files elsewhere
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    defaults = {"num_sanity_val_steps": 0, **_SILENT}
     with _refusing():
-        trainer = L.Trainer(**{"num_sanity_val_steps": 0, **_SILENT, **options, **ours, "plugins": plugins})
-    if trainer.world_size != probe.world_size:
+        trainer = L.Trainer(**{**defaults, **options, **place.options, **ours, "plugins": plugins})
+    if trainer.world_size != place.world:
         raise ConfigError("these plugins give another number of processes than devices and num_nodes.")
     if settings.precision.startswith("16") and str(trainer.precision).startswith("bf16"):
         raise ConfigError(
             f"training.precision={settings.precision} needs a GPU: on a CPU use 32-true or {trainer.precision}."
         )
-    return trainer, plan
+    return trainer
 
 
+_DEVICES = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}
 _SILENT: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
-
-
-def _where(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a Trainer that name its devices."""
-    where = {name: options.get(name, default) for name, default in _PLACES.items()}
-    if TorchElasticEnvironment.detect() and where["devices"] == "auto":
-        where["devices"] = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        where["num_nodes"] = int(os.environ["WORLD_SIZE"]) // where["devices"]
-    return where
-
-
-_PLACES = {"accelerator": "auto", "devices": "auto", "num_nodes": 1}
 
 
 @contextmanager
