@@ -68,7 +68,7 @@ def test_a_closure_that_an_adjoint_cannot_differentiate_is_told() -> None:
     """Its net is no module of the model, so an adjoint gives it no gradient; the steps do."""
     net, x = nn.Linear(2, 2), torch.ones(3, 2)
     for sensitivity in ("adjoint", "interpolated_adjoint"):
-        with pytest.warns(UserWarning, match="no parameter of it"):
+        with pytest.warns(UserWarning, match="not a parameter of it"):
             NeuralODE(lambda t, x: net(x), "dopri5", sensitivity=sensitivity)(x)[1][-1].sum().backward()
     assert net.weight.grad is None
     with warnings.catch_warnings():

@@ -89,7 +89,7 @@ class PathPenalties:
     Attributes:
         steps: penalties on all accepted steps.
         local: penalties on one extra step.
-        trajectories: penalties on states at times of their own.
+        trajectories: penalties on states at separate times.
         event: takes from a state ``(B, ...)`` what the penalties are about; a torchdyn state may hold more.
         rates: the rates that are integrated, by the key of their integral.
         hidden: keys of those that are integrated for trajectory penalties alone.
@@ -121,8 +121,8 @@ class PathPenalties:
         """The times of a solve to ``t`` that also stops where trajectory penalties want states.
 
         Returns:
-            All times in the order of ``t``, the places of ``t`` among them, and for each penalty those of both ends
-            and of its own times.
+            All times in the order of ``t``, the places of ``t`` among them, and for each penalty the places of both
+            ends and of its own times.
         """
         inner = [penalty.times(t[0], t[-1]).to(t) for penalty in self.trajectories]
         together = torch.cat([t, *inner])
@@ -133,7 +133,7 @@ class PathPenalties:
         if own[0] != 0 or own[-1] != len(times) - 1:
             names = " or ".join(repr(penalty.name) for penalty in self.trajectories)
             raise ConfigError(f"{names} wants states at times outside of the solve, {t[0]:g} to {t[-1]:g}.")
-        # both carry a graph, those of `unique` do not
+        # both carry a graph, the times of `unique` do not
         times = times.index_copy(0, places[len(t) :], together[len(t) :]).index_copy(0, own, t)
         return times, own, [torch.cat([own[:1], x, own[-1:]]).unique() for x in others]
 
@@ -311,7 +311,7 @@ _WRITES = (
 def _checked(regularizer: Any, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
     """``regularizer(record)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
 
-    ``untouched`` are tensors of ``record`` that the solve goes on with, ``like`` is a state ``(B, *event)``.
+    ``untouched`` are tensors of ``record`` with which the solve continues, ``like`` is a state ``(B, *event)``.
     """
     if torch.compiler.is_compiling():  # the same call was made uncompiled before
         return regularizer(record)

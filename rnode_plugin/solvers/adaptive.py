@@ -41,7 +41,7 @@ def solve_adaptive(
 ) -> Solution:
     """Solve with steps that the errors of the state and of the log-determinant decide on.
 
-    Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`. ``take`` makes the steps; None:
+    Arguments and errors as for :func:`~rnode_plugin.solvers.solve`. ``take`` makes the steps; None:
     :func:`~rnode_plugin.solvers.step.stepper`. A state in half precision is refused.
     """
     method = get_method(solver.method)

@@ -3,8 +3,8 @@
 The loss may depend on the states at the output times, the log-determinants and the penalties. The Hamiltonian is
 ``H = a . f + l div f + sum_p w_p r_p``. Here ``l`` and ``w_p`` are the loss's derivatives with respect to the
 integrals; they are constant along the path. The adjoint obeys ``da/dt = -dH/dz`` and jumps by the loss's derivative
-at each output time. The gradient of the parameters is the integral of ``dH/dtheta``, a quadrature like that of the
-penalties: it does not enter the error norm.
+at each output time. The gradient of the parameters is the integral of ``dH/dtheta``, a quadrature like the
+integrals of the penalties, which does not enter the error norm.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class _Backward:
                 self.checked = True
                 if not is_complete([total], [t, *inputs], start):
                     warnings.warn(  # Python shows it once
-                        "the vector field depends on a tensor that is no parameter of it, which gets no gradient "
+                        "the vector field depends on a tensor that is not a parameter of it and gets no gradient "
                         "from an adjoint: make it a parameter of the field's module, or take the gradient mode "
                         "'autograd'.",
                         stacklevel=2,

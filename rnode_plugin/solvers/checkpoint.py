@@ -27,7 +27,7 @@ def checkpointed(function: Callable[..., Any], dynamics: BoundDynamics, z: Tenso
 
     Args:
         function: of tensors and nested tuples and dictionaries of tensors, to the same; it evaluates ``dynamics``.
-        dynamics: the system, which says whether it differentiates inside.
+        dynamics: the system.
         z, t: where to evaluate it once to find the tensors that it depends on.
     """
     if transforms_active():
@@ -122,7 +122,7 @@ class _Call:
 
 
 def _replay(function: Callable[..., Any], args: tuple[Any, ...], leaves: Sequence[Tensor]) -> Any:
-    """``function(*args)``, whose graph is made when its gradient is asked for.
+    """``function(*args)``, whose graph is made in the backward pass.
 
     Gradients reach the tensors in ``args`` and ``leaves``. The second run has the random numbers and the autocast
     of the first.
@@ -184,7 +184,7 @@ class _Replay(torch.autograd.Function):
 def _variable(x: Any) -> Any:
     """A tensor of numbers as a leaf that requires a gradient; anything else as it is.
 
-    All of them do, so that nothing inside makes a leaf of its own from one that does not.
+    All of them do, so that nothing inside makes another leaf from one that does not.
     """
     return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
@@ -192,7 +192,7 @@ def _variable(x: Any) -> Any:
 def is_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> bool:
     """Whether the graph of ``outputs``, made since number ``start``, ends in tensors that are ``known``.
 
-    A leaf may also be the memory of one of them: a derivative by the time makes a variable of its own from it.
+    A leaf may also share the memory of one of them, since a derivative by the time makes a new variable from it.
     """
     leaves, places = _find_leaves(outputs, start, known), {x.data_ptr() for x in known if isinstance(x, Tensor)}
     return leaves is not None and all(x.data_ptr() in places for x in leaves)

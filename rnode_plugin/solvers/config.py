@@ -15,7 +15,7 @@ GRADIENTS = ("autograd", "checkpointed", "adjoint", "interpolated_adjoint")
 QUADRATURES = ("full", "sampled")
 
 DEFAULT_MAX_NFE = 100_000
-"""Evaluations that an adaptive solve may use unless it is told otherwise: a stiff field must not run for ever."""
+"""Evaluations that an adaptive solve may use by default, so that a stiff field does not run forever."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Solver:
             discretization error); ``interpolated_adjoint`` does so along an interpolant of the forward states. Or
             an object of :mod:`~rnode_plugin.solvers.gradients`, such as ``Adjoint(atol=1e-6)``.
         quadrature: ``full``, or ``sampled``: few evaluations make products with the Jacobian. Where a density is
-            followed, one stage of each step of a fixed grid makes those of its trace and its penalties. Elsewhere
-            about one evaluation in eight of a fixed grid, or one in each adaptive step, makes those of the
+            followed, one stage of each step of a fixed grid makes them, for trace and penalties. Elsewhere
+            about one evaluation in eight of a fixed grid, or one in each adaptive step, makes them for the
             penalties. They are drawn by their weights in the step's quadrature (some of dopri5's and tsit5's are
             negative, so these have others, of order 3). Unbiased in value and gradient, up to the error of the
             quadrature that is drawn from. Penalties that need no product stay full. It needs a gradient through the

@@ -31,7 +31,7 @@ def solve_fixed(
 ) -> Solution:
     """Solve on a fixed grid, differentiable through its steps. The host reads nothing from the device.
 
-    Arguments and errors are those of :func:`~rnode_plugin.solvers.solve`. ``take`` makes the steps; None:
+    Arguments and errors as for :func:`~rnode_plugin.solvers.solve`. ``take`` makes the steps; None:
     :func:`~rnode_plugin.solvers.step.stepper`. ``first_step`` is for other engines.
     """
     method = get_method(solver.method)
@@ -124,7 +124,7 @@ def _draw_stages(method: Method, lengths: Sequence[float]) -> list[Draw | None]:
     count = max(1, round(len(lengths) * stages / 8))
     size = sum(lengths) / count
     if max(lengths) > (stages - 2) * size and min(method.draws) > 0:
-        # a step must have a stage that is not drawn, by which a step knows the penalties that need a product
+        # a step needs a stage that is not drawn, which lacks the penalties that need a product
         return [draw_stage(method) for _ in lengths]
     points = (torch.rand(count, dtype=torch.float64) + torch.arange(count)) * size
     draws: list[Draw | None] = [{} for _ in lengths]

@@ -30,7 +30,7 @@ class Gradient:
 
     Attributes:
         through_steps: whether backward goes through the evaluations that the solve made, so that they may share one
-            graph of what depends on the parameters alone. Otherwise the backward pass makes evaluations of its own.
+            graph of what depends on the parameters alone. Otherwise the backward pass makes other evaluations.
     """
 
     through_steps: ClassVar[bool] = True
@@ -87,7 +87,7 @@ class Adjoint(Gradient):
     Its gradient differs from the gradient of the discrete loss by the discretization error.
 
     Args:
-        atol, rtol: tolerances of an adaptive backward solve; None: those of the solver.
+        atol, rtol: tolerances of an adaptive backward solve; None: the solver's.
         interpolated: whether the backward solve reads the states from the cubic through the accepted ones, and does
             not solve for them again.
         method: of the backward solve, a name or a :class:`~rnode_plugin.solvers.Method`; None: the solver's.

@@ -118,7 +118,7 @@ def check_steps(penalties: Sequence[Any], method: Method) -> None:
                 what, good = _WITHOUT[use]
                 raise ConfigError(
                     f"{penalty.name!r} cannot be computed: the method {method.name!r} {what}; use {good}, or "
-                    f"'local_error' or 'local_stiffness', which take a step of their own with any method."
+                    f"'local_error' or 'local_stiffness', which take a separate step with any method."
                 )
 
 

@@ -15,7 +15,7 @@ class SolveStats:
     """What a solve cost.
 
     Attributes:
-        nfe: evaluations of the vector field, those of rejected steps and of the first step's guess included.
+        nfe: evaluations of the vector field, also in rejected steps and for the guess of the first step.
         steps: accepted steps.
         rejected: rejected steps.
     """
@@ -50,7 +50,7 @@ class Solution:
             negative is not negative either, whichever way time runs.
         stats: evaluations and steps.
         health: what tells, on the device, whether the solve stayed finite. :meth:`check` reads it;
-            :func:`~rnode_plugin.solvers.check_all` reads that of several solves together.
+            :func:`~rnode_plugin.solvers.check_all` reads several solves together.
         next_step: the longest step that would have passed everywhere in an adaptive solve; None for a fixed grid.
             A solve of the same field that gets it as ``first_step`` wastes no evaluation on finding one.
         steps: the accepted steps of a solve with ``save_steps``. They carry gradients in the modes that go through

@@ -123,7 +123,7 @@ def draw_stage(method: Method) -> Draw | None:
 
 
 def _weigh(values: list[Any], weights: Sequence[float], dt: Tensor, draw: Draw | None = None) -> Tensor:
-    """``dt`` times the weighted sum of the stages; if some have no value, those of the ``draw`` stand for all."""
+    """``dt`` times the weighted sum of the stages. If some have no value, the drawn ones stand for all."""
     values = values[: len(weights)]
     if draw is not None and any(value is None for value in values):
         parts = [values[stage] * (dt * share) for stage, share in draw.items()]

@@ -118,7 +118,7 @@ def _explicit(
 
 
 def _combine(x: Tensor | None, dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
-    if x is not None and dt.device != x.device:  # a length that the host knows: one operation per stage
+    if x is not None and dt.device != x.device:  # a length on the host: one operation per stage
         for weight, stage in zip(row, stages, strict=False):
             if weight:
                 x = torch.add(x, stage, alpha=weight * float(dt.detach()))

@@ -102,7 +102,7 @@ def step_method(
         named: solver objects that stand for a name; in double precision they have coefficients of that precision.
         x, t_span: state and times, whose type and device the solver is brought to.
         args: for its ``step``.
-        backward: whether the steps are those of an adjoint. It depends on time if the path is interpolated, and it
+        backward: whether an adjoint takes the steps. It depends on time if the path is interpolated, and it
             need not match torchdyn's values, so ``rk4`` evaluates at the right times here.
     """
     if backward and type(solver) is RungeKutta4:
@@ -192,7 +192,7 @@ _FAMILIES = {
 }
 
 
-_RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # the times at which torchdyn's rk4 asks, see NeuralODE
+_RK4_NODES = (0.0, 0.0, 0.5, 0.5)  # the times at which torchdyn's rk4 evaluates, see NeuralODE
 
 
 class _Mirrored:
@@ -208,7 +208,7 @@ class _Mirrored:
         return self._pairs[-1][0]
 
     def original(self, mirrored: Tensor | None) -> Tensor | None:
-        """The field's own velocity behind a mirrored one; None for a tensor that is not one of them."""
+        """The field's velocity of which this is the mirror image; None for a tensor that is not one of them."""
         return next((velocity for opposite, velocity in self._pairs if opposite is mirrored), None)
 
 
