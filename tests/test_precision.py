@@ -77,7 +77,7 @@ def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
         ("cpu", False, (), "32-true", False),
         ("cuda", True, (), "bf16-mixed", True),
         ("cuda", False, (), "32-true", True),
-        ("cuda", True, ("solver.method=dopri5", "solver.trace_quadrature=full"), "32-true", True),
+        ("cuda", True, ("solver.method=dopri5", "solver.quadrature=full"), "32-true", True),
         ("cuda", False, ("training.precision=64-true", "training.compile=false"), "64-true", False),
     ],
 )
