@@ -292,7 +292,7 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     chosen = ["--configuration", "ffjord", "--configuration", tmp_path / "some.json", "--devices", "1"]
     result = rnode("compare", "digits", *chosen, *options)
     assert result.exit_code == 0, result.output
-    assert "run 3 of 3: digits-k-kinetic-0.2, seed 42" in result.output
+    assert "run 3 of 3: digits-k-kinetic=0.2, seed 42" in result.output
     assert str(tmp_path / "c" / "report.html") in result.output
     assert "dopri5, tolerance 1e-05" in result.output
     for arguments, message in (
