@@ -140,7 +140,7 @@ def test_train_ends_with_a_table(trained: Path) -> None:
     assert re.match(r"\d\.\d{4} ± 0\.\d+ \(images\)", table["bits/dim, dirty"])
     assert "no bound" in table["bits/dim, clean"]
     assert table["NFE"].startswith("24.0  test solver, all blocks, batches solved alone")
-    assert {"training", "kinetic / dim", "jacfrob / dim", "evaluation"} <= set(table)
+    assert {"training time", "kinetic / dim", "jacfrob / dim", "evaluation"} <= set(table)
     for name in ("checkpoint", "metrics", "samples"):
         assert Path(table[name]).is_file()
     assert f"Next: rnode-cli sample {trained}" in result.output

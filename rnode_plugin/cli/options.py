@@ -7,7 +7,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,12 +16,9 @@ from click.shell_completion import CompletionItem
 
 from ..errors import ConfigError, RnodeError
 from ..plugins import registry
-from ..text import duration, signed, significant
 
 if TYPE_CHECKING:
-    from ..evaluation.measures import Evaluation, Mean
     from ..recipes.recipe import Recipe
-    from ..recipes.task import Task
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -187,8 +184,8 @@ def short(*names: str, rare: bool = False) -> Callable[[_F], _F]:
     return add
 
 
-def changed(recipe: Recipe, options: dict[str, Any], assignments: Sequence[str]) -> Recipe:
-    """The recipe with what ``options`` change, which are taken out, and then with the assignments of ``--set``."""
+def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
+    """The recipe with what ``options`` change, which are taken out, those of ``--set`` last."""
     from ..core.schedules import DEFAULT_LAMBDA
     from ..recipes.recipe import TableData
 
@@ -205,7 +202,7 @@ def changed(recipe: Recipe, options: dict[str, Any], assignments: Sequence[str])
         if name == "given" and not of_table:
             raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
         changes.append(f"{'data.train_rows' if name == 'limit-train' and of_table else setting}={value}")
-    return recipe.override([*changes, *assignments])
+    return recipe.override([*changes, *options.pop("assignments")])
 
 
 download = click.option(
@@ -277,31 +274,3 @@ def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:
         except RnodeError as error:
             rows.append((name, f"(cannot be loaded: {error})"))
     return rows
-
-
-def evaluation_rows(evaluation: Evaluation, measure: Task) -> list[tuple[str, str]]:
-    """The results of an evaluation, one row each."""
-    spread = "" if evaluation.nfe_min == evaluation.nfe_max else f" ({evaluation.nfe_min} to {evaluation.nfe_max})"
-    draws = f", {evaluation.draws} draws of noise" if evaluation.draws > 1 else ""
-    values, solves = evaluation.means, f"{evaluation.nfe_batches} of {evaluation.nfe_batch_size} {measure.samples}"
-    known = [each for each in (*measure.quantities, *measure.baselines) if each.name in values]
-    return [
-        (f"held-out {measure.samples}", f"{len(next(iter(values.values())).samples):,}{draws}"),
-        *((each.heading, f"{_score(values[each.name], measure)}  {each.meaning}") for each in known),
-        ("NFE", f"{evaluation.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}"),
-        *([] if (gap := evaluation.gap) is None else [("solver gap", f"{signed(gap)}  {measure.unit} {_GAP}")]),
-        *(
-            (name if name in evaluation.undivided else f"{name} / dim", f"{value:.5f}")
-            for name, value in evaluation.penalties.items()
-        ),
-        ("evaluation", duration(evaluation.seconds)),
-    ]
-
-
-_GAP = "by the training solver, less those above; the first batch"
-
-
-def _score(mean: Mean, measure: Task) -> str:
-    errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({measure.samples})"]
-    errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
-    return " ".join([f"{mean.mean:.4f}", *errors])

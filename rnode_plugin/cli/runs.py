@@ -19,7 +19,6 @@ from .options import (
     complete_solver,
     device,
     download,
-    evaluation_rows,
     flush_denormals,
     force,
     free_path,
@@ -97,7 +96,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
         print_json({**head, **result.to_plain(measure, samples=not options["summary"])})
     else:
         head = [("checkpoint", str(path)), ("weights", recipe.weights)]
-        click.echo(table([*head, *evaluation_rows(result, measure)]))
+        click.echo(table([*head, *result.rows(measure)]))
 
 
 @click.command(cls=Command)

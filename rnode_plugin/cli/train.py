@@ -24,7 +24,6 @@ from .options import (
     complete_run,
     device,
     download,
-    evaluation_rows,
     flush_denormals,
     keep_denormals,
     named_recipe,
@@ -74,16 +73,7 @@ if TYPE_CHECKING:
 @keep_denormals
 @click.pass_context
 def train(
-    ctx: click.Context,
-    *,
-    recipe: str | None,
-    ffjord: bool,
-    assignments: tuple[str, ...],
-    resume: str | None,
-    callbacks: tuple[str, ...],
-    quiet: bool,
-    as_json: bool,
-    **options: Any,
+    ctx: click.Context, *, recipe: str | None, resume: str | None, quiet: bool, as_json: bool, **options: Any
 ) -> None:
     """Train the flow of RECIPE on its data set, and measure its best weights.
 
@@ -99,18 +89,19 @@ def train(
     """
     if recipe is None and resume is None:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
+    ffjord = options.pop("ffjord")
     if resume is not None and ffjord:
         raise click.UsageError("--ffjord makes another model of the recipe. It cannot go with --resume.", ctx)
     try:
         chosen, checkpoint = _chosen(recipe, resume, ffjord, ctx)
-        chosen = changed(chosen, options, assignments)
+        chosen = changed(chosen, options)
         options |= _place(options.pop("device"), options["devices"])
         flush_denormals(options)
         # seconds of imports, which a wrong name or setting does not wait for
         from ..training.fit import fit
         from ..training.runs import RunOptions
 
-        made = [_callback(name) for name in callbacks]
+        made = [_callback(name) for name in options.pop("callbacks")]
         mine = {name: options.pop(name) for name in ("runs", "run_folder", "max_time", "download")}
         run = RunOptions(resume=checkpoint, progress=not (quiet or as_json), **mine)
         result = fit(chosen, run, callbacks=made, **options)
@@ -208,7 +199,7 @@ def _report(result: FitResult, recipe: Recipe) -> None:
     ]
     if result.step_size is not None:
         rows.append(("solver.step", f"{result.step_size:g} at the end, by measurement"))
-    rows += evaluation_rows(result.evaluation, recipe.task)
+    rows += result.evaluation.rows(recipe.task)
     rows += [("checkpoint", str(folder.best)), ("metrics", str(folder.metrics))]
     if result.samples is not None:
         rows.append(("samples", str(result.samples)))
@@ -242,17 +233,7 @@ def _report(result: FitResult, recipe: Recipe) -> None:
 @short("given", rare=True)
 @download
 @click.pass_context
-def compare(
-    ctx: click.Context,
-    *,
-    recipe: str,
-    max_steps: int | None,
-    assignments: tuple[str, ...],
-    out: str | None,
-    quiet: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def compare(ctx: click.Context, *, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Train RECIPE with different penalties and report what they change.
 
     \b
@@ -268,15 +249,17 @@ def compare(
 
     Runs that train at the same time on a CPU take longer steps than one alone.
     """
-    steps = [] if max_steps is None else [f"training.max_steps={max_steps}", "training.max_epochs=none"]
     silent = quiet or as_json
-    chosen = changed(named_recipe(recipe, ctx), options, [*steps, *assignments])
+    if (steps := options.pop("max_steps")) is not None:
+        limits = (f"training.max_steps={steps}", "training.max_epochs=none")
+        options["assignments"] = (*limits, *options["assignments"])
+    chosen = changed(named_recipe(recipe, ctx), options)
     from ..comparison.compare import compare  # seconds of imports, which a wrong name does not wait for
 
     result = compare(
         chosen,
         accelerator=options.pop("device"),
-        out=out or f"comparison/{recipe}",
+        out=options.pop("out") or f"comparison/{recipe}",
         progress=not silent,
         announce=(lambda line: None) if silent else click.echo,
         **options,

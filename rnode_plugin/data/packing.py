@@ -58,7 +58,7 @@ def pack(
         channels: 3 for colour, 1 for grey.
         skip: leave out what is not a readable picture, and name it in the result; else the first one is an error.
         overwrite: replace packed files.
-        progress: wraps the files, such as tqdm.
+        progress: wraps the files to show how far it is.
 
     Raises:
         ConfigError: an option that cannot work.

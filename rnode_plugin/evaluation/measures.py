@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..recipes.task import Task
+from ..text import duration, signed, significant
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,21 @@ class Evaluation:
         means = {name: _mean_of(scores) for name, scores in task.baseline_scores(data, count).items()}
         return dataclasses.replace(self, means={**self.means, **means})
 
+    def rows(self, task: Task) -> list[tuple[str, str]]:
+        """The results for a terminal, one row each."""
+        spread = "" if self.nfe_min == self.nfe_max else f" ({self.nfe_min} to {self.nfe_max})"
+        draws = f", {self.draws} draws of noise" if self.draws > 1 else ""
+        solves = f"{self.nfe_batches} of {self.nfe_batch_size} {task.samples}"
+        known = [each for each in (*task.quantities, *task.baselines) if each.name in self.means]
+        rows = [(f"held-out {task.samples}", f"{len(next(iter(self.means.values())).samples):,}{draws}")]
+        rows += [(each.heading, f"{_with_errors(self.means[each.name], task)}  {each.meaning}") for each in known]
+        rows += [("NFE", f"{self.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}")]
+        if self.gap is not None:
+            rows.append(("solver gap", f"{signed(self.gap)}  {task.unit}, training minus test solver, first batch"))
+        for name, value in self.penalties.items():
+            rows.append((name if name in self.undivided else f"{name} / dim", f"{value:.5f}"))
+        return [*rows, ("evaluation", duration(self.seconds))]
+
     def to_plain(self, task: Task, *, samples: bool = False) -> dict[str, Any]:
         """For JSON: the means by name and the other numbers; ``samples`` adds the values of all samples."""
         plain = dataclasses.asdict(self)
@@ -87,6 +103,12 @@ class Evaluation:
         for mean in means.values() if not samples else ():
             del mean[task.samples]
         return {**plain, task.samples: count, **means}
+
+
+def _with_errors(mean: Mean, task: Task) -> str:
+    errors = [] if mean.stderr is None else [f"± {significant(mean.stderr, 2)} ({task.samples})"]
+    errors += [] if mean.stderr_noise is None else [f"± {significant(mean.stderr_noise, 2)} (noise)"]
+    return " ".join([f"{mean.mean:.4f}", *errors])
 
 
 def _mean_of(scores: np.ndarray) -> Mean:
