@@ -354,7 +354,8 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     try:
         recipe = Recipe.from_plain(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:  # ConfigError and what JSON raises are ValueErrors
-        raise ConfigError(f"{path} does not hold a recipe: {str(error).rstrip('.')}.") from None
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
+        raise ConfigError(f"{path} does not hold a recipe: {reason}.") from None
     registry.resolve_regularizers(recipe.regularizers)  # an unknown one is refused here, before the data is loaded
     return dataclasses.replace(recipe, data=recipe.data.for_new_run())
 
