@@ -262,6 +262,8 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "order="),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, solver="rk4", regularizers=["error"]), "dopri5"),
+        (lambda: unconditional().log_prob(X.float(), noise=X.float()), "list of 1"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).log_prob(torch.zeros(4, 3)), "must be a tensor"),
         (lambda: unconditional().sample(2, 0.0), "temperature"),
         (lambda: unconditional().sample(2, float("inf")), "temperature"),

@@ -94,6 +94,9 @@ def test_log_determinant_against_the_dense_jacobian() -> None:
     # Hutchinson's noise leaves the state alone and costs less than the exact divergence
     expected = torch.linalg.slogdet(dense_jacobian(make_flow(std=0.2, solver=ACCURATE), x)).logabsdet
     assert abs((logdet - expected).item()) < 1e-7 * abs(expected.item())
+    back, log_prob = flow.inverse_and_log_prob(flow(x).z)  # from one solve
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-7)
+    torch.testing.assert_close(log_prob, flow.log_prob(x), rtol=1e-7, atol=0)
     # the flow does something, so that the above is more than the logit's
     assert abs((logdet - logit(x, 0.05)[1]).item()) > 0.1
 

@@ -77,6 +77,13 @@ def test_the_log_determinant_is_that_of_the_map(field: str, context: int) -> Non
         output.logdet, torch.linalg.slogdet(jacobian.transpose(0, 1))[1], rtol=1e-6, atol=1e-6
     )
     torch.testing.assert_close(flow.inverse(output.z, **given), x, rtol=1e-6, atol=1e-6)
+    back = flow.decode(output.z, **given, penalties=True)  # state, log-determinant and penalties from one solve
+    torch.testing.assert_close(back.z, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(back.logdet, -output.logdet, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(back.regularization, output.regularization, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        flow.inverse_and_log_prob(output.z, **given)[1], flow.log_prob(x, **given), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_shift_by_the_context_has_a_closed_form() -> None:

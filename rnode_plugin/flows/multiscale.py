@@ -269,7 +269,7 @@ class MultiscaleFlow(BlockFlow):
 def _range_check(x: Tensor, margin: float) -> HealthCheck:
     """A check that images lie in [0, 1], read together with the health of the solves.
 
-    They may lie beside it by ``margin``, where samples of the flow lie too.
+    They may be outside of it by ``margin``, as samples of the flow may.
     """
     low, high = x.detach().aminmax()
 
@@ -277,5 +277,5 @@ def _range_check(x: Tensor, margin: float) -> HealthCheck:
         found = "NaN" if bool(low.isnan()) else f"[{float(low):.6g}, {float(high):.6g}]"
         raise ConfigError(f"the images must lie in [0, 1], but hold {found}: divide pixel values by the levels.")
 
-    outside = torch.stack([-low, high - 1]).sub(margin).clamp(min=0)
-    return HealthCheck(outside / (outside == 0), fail)  # 0 / 1, or a positive number / 0
+    inside = (low >= -margin) & (high <= 1 + margin)  # False for NaN
+    return HealthCheck(torch.where(inside, 0.0, math.inf)[None], fail)

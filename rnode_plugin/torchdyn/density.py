@@ -24,9 +24,10 @@ from ..errors import ConfigError
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Solver, gradient_of, solve
 from ..solvers.config import FIXED_METHODS
+from ..solvers.integrate import check_steps
 from .cnf import check_shape
 from .field import NetDynamics
-from .solver_names import SolverObjects, solver_of
+from .solver_names import SolverObjects, method_from_torchdyn, solver_of
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
@@ -102,6 +103,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._keep_regularizers(entry.regularizer for entry in self._penalties.weighted.values())
         self.solver, objects = solver_of(solver, **options)
         self.objects: SolverObjects | None = objects
+        steps = [regularizer for regularizer in self.regularizers if regularizer.kind == "step"]
+        check_steps(steps, method_from_torchdyn(objects.solver))
+        gradient_of(self.solver).check_penalties(steps)
         if isinstance(net, nn.Module):
             gradient_of(self.solver).check_field(net)
         times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
