@@ -153,7 +153,7 @@ class AutogradField:
 
             products, divergence = _products(ask, z, noise, pull)
             if (ask.products == "rows" or ask.divergence) and not self._samples_are_apart:
-                _refuse_mixed_samples(z, dz.dtype, pull)
+                _refuse_mixed_samples(z, dz)
                 self._samples_are_apart = True
         jvp = None
         if ask.jvp:
@@ -313,7 +313,7 @@ def _double_reverse(
     return jvp
 
 
-def _refuse_mixed_samples(z: Tensor, dtype: torch.dtype, pull: Callable[[Tensor], Tensor]) -> None:
+def _refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
     """Refuse a field whose velocity at one sample depends on other samples: a row of its Jacobian adds them up.
 
     Where samples are apart, a vector that is scaled by one number per sample gives the product scaled by the same
@@ -321,13 +321,18 @@ def _refuse_mixed_samples(z: Tensor, dtype: torch.dtype, pull: Callable[[Tensor]
     the host does not see values.
     """
     capturing = z.is_cuda and torch.cuda.is_current_stream_capturing()
-    if len(z) < 2 or z.is_meta or capturing or exporting() or torch.compiler.is_compiling():
+    unseen = z.is_meta or capturing or exporting() or torch.compiler.is_compiling()
+    if len(z) < 2 or not dz.requires_grad or unseen:
         return
     powers = torch.randint(8, (len(z),), generator=torch.Generator().manual_seed(0))
     powers[:8] = torch.arange(8)[: len(z)]  # samples of a small batch all differ
     scale = (2**powers).to(z).reshape(-1, *(1 for _ in z.shape[1:]))
-    apart, found = scale * pull(torch.ones_like(z)), pull(scale.expand_as(z))
-    if bool(((found - apart).abs() > torch.finfo(dtype).eps ** 0.5 * apart.abs().max()).any()):
+    vectors = (torch.ones_like(dz), scale.to(dz.dtype).expand_as(dz))
+    plain, scaled = (torch.autograd.grad(dz, z, v, True, allow_unused=True)[0] for v in vectors)
+    if plain is None:  # the field ignores its state
+        return
+    apart, bound = scale * plain, torch.finfo(dz.dtype).eps ** 0.5
+    if bool(((scaled - apart).abs() > bound * apart.abs().max()).any()):
         raise ConfigError(
             "the velocity of one sample depends on other samples, as in a graph or under batch norm, so the exact "
             "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "
