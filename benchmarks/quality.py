@@ -28,7 +28,6 @@ from training_runs import METHODS, Point, Trainer, rk4
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe
 from rnode_plugin.core.objective import bits_per_dim, output_log_prob
-from rnode_plugin.core.ops import flush_denormals
 from rnode_plugin.data import ImageData
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Recipe
@@ -150,7 +149,7 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]
 def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> None:
     device = set_up("cpu", options["threads"])
     print_environment(device)
-    flush_denormals()
+    torch.set_flush_denormal(True)
     recipe, folder, steps = settings(data, options["data_root"], assignments), Path(out), options["steps"]
     images = (recipe.override(["data.shape=1,28,28"]) if data == "mnist14" else recipe).images.load()
     images = halved(images) if data == "mnist14" else images
