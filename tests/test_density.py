@@ -201,30 +201,6 @@ def test_tensors_in_args_have_gradients_in_every_mode(sensitivity: str) -> None:
     torch.testing.assert_close(found, (x * torch.exp(k)).sum().detach(), rtol=1e-6, atol=0)
 
 
-def test_one_context_for_all_or_one_for_each() -> None:
-    torch.manual_seed(0)
-    net = Affine()
-    model, x = model_of(net), torch.randn(4, 2).double()
-    one = torch.randn(3).double()
-    each = one.expand(4, 3)
-    assert torch.equal(model.log_prob(x, context=one), model.log_prob(x, context=each))
-    assert torch.equal(model(x, one), model.log_prob(x, context=one))
-    assert torch.equal(model.inverse(x, context=one), model.inverse(x, context=each))
-    z, logdet = model.transform(x, context=one)
-    torch.testing.assert_close(model.inverse(z, context=one), x)
-    back, log_prob = model.inverse_and_log_prob(z, context=each)
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(log_prob, model.base.log_prob(z) + logdet)
-    single = torch.cat([model.log_prob(x[i : i + 1], context=each[i]) for i in range(4)])
-    torch.testing.assert_close(single, model.log_prob(x, context=each))
-    assert model.log_prob(x, context=one.float()).dtype == torch.float64
-    with torch.inference_mode():
-        torch.testing.assert_close(
-            model.log_prob(x, context=torch.as_tensor(one.tolist()).double()),
-            model.log_prob(x, context=one),
-        )
-
-
 def test_the_jacobian_of_penalties_is_that_of_the_state_alone() -> None:
     torch.manual_seed(0)
     net, x, context = Affine(), torch.randn(4, 2).double(), torch.randn(4, 3).double()
@@ -259,6 +235,7 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: RegularizedCNF(Affine(), event_shape=2, context_shape=0), r"context_shape"),
         (lambda: RegularizedCNF.from_velocity(mlp(2, 4, 2), 0.5, event_shape=2).sample(1), r"stands still"),
         (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
+        (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "order="),
@@ -542,16 +519,6 @@ def test_log_z_is_not_biased_by_the_noise_of_the_probes(probes: int) -> None:
     x, noisy = model.inverse_and_log_prob(torch.randn(6000, 2).double())
     naive = (exact.log_prob(x) - noisy).logsumexp(0) - math.log(6000)
     assert float(naive.detach()) > 1.5 * bound
-
-
-def test_importance_sampling_with_contexts_and_images() -> None:
-    found = fast().importance_sample(lambda x: -x.square().sum(1), 5, context=torch.randn(5, 3).double())
-    assert (found.x.shape, found.log_weights.shape) == ((5, 2), (5,))
-    flow = MultiscaleFlow((1, 4, 4), hidden=4, alpha=0.05)  # f = 0: log p is known
-    exact = flow.importance_sample(flow.log_prob, 8)
-    torch.testing.assert_close(exact.log_weights, torch.zeros(8).double(), rtol=0, atol=1e-4)
-    with pytest.raises(ConfigError, match="one number per sample"):
-        flow.importance_sample(lambda x: x, 3)
 
 
 def test_an_image_flow_knows_its_own_samples() -> None:
