@@ -12,6 +12,7 @@ import pytest
 from image_files import picture_bytes, random_images, write_picture
 from PIL import Image
 
+from rnode_plugin import get_recipe
 from rnode_plugin.data import ArrayDataset, folders, get_dataset
 from rnode_plugin.data.folders import ImageFiles, decode
 from rnode_plugin.errors import ConfigError, DataError
@@ -161,6 +162,42 @@ def test_empty_missing_and_unclear_folders(tmp_path):
     _write(tmp_path, random_images(2), "val")
     with pytest.raises(DataError, match=r"one\.png lies outside of the folders"):
         get_dataset("folder", root=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "found"),
+    [
+        ((3, 12, 20), [], (3, 12, 20)),
+        ((1, 8, 8), [], (1, 8, 8)),
+        ((3, 12, 20), ["data.size=6"], (3, 6, 6)),
+        ((1, 9, 8), ["data.size=4", "data.shape=3,4,4"], (3, 4, 4)),
+    ],
+)
+def test_a_recipe_takes_the_shape_of_the_pictures(tmp_path, shape, options, found):
+    for i, image in enumerate(random_images(30, shape)):
+        write_picture(tmp_path / f"{i}.png", image)
+    recipe = get_recipe("pictures").override([f"data.root={tmp_path}", *options])
+    assert (recipe.images.shape, recipe.images.levels) == (found, 256)
+    data = recipe.images.load()
+    assert (data.shape, len(data.train) + len(data.val)) == (found, 30)
+    assert data.described() == f"folder: images of {'x'.join(map(str, found))}, 256 levels"
+    assert recipe.override(["training.seed=3"]).data == recipe.data
+    other = get_recipe("mnist").override(["data.name=folder", f"data.root={tmp_path}", *options])
+    assert (other.images.shape, other.paper) == (found, None)
+
+
+def test_one_colour_picture_among_grey_ones_makes_three_channels(tmp_path):
+    _write(tmp_path, random_images(3, (1, 8, 8)))
+    write_picture(tmp_path / "val" / "z.png", random_images(1)[0])
+    assert get_recipe("pictures").override([f"data.root={tmp_path}"]).images.shape == (3, 8, 8)
+    write_picture(tmp_path / "val" / "y.png", random_images(1, (3, 8, 9))[0])
+    with pytest.raises(DataError, match=r"val/y\.png is 8x9, train/class0/000\.png is 8x8.*--size"):
+        get_recipe("pictures").override([f"data.root={tmp_path}"])
+
+
+def test_a_recipe_for_another_shape_says_what_to_add():
+    with pytest.raises(DataError, match=r"1x8x8 with 17 levels.*--set data\.shape=1,8,8 --set data\.levels=17"):
+        get_recipe("mnist").override(["data.name=digits"]).load_data()
 
 
 # ---- packed arrays

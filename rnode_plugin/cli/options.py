@@ -146,10 +146,11 @@ def named_recipe(name: str, ctx: click.Context) -> Recipe:
 _SHORT: dict[str, tuple[str, str, str]] = {
     "data": ("data.name", "NAME", "Use another data set than the recipe's, such as folder."),
     "data-root": ("data.root", "PATH", "Folder that holds the data set, or the file of a table. [default: data]"),
+    "size": ("data.size", "N", "Scale the pictures of a folder to this height and width."),
     "given": ("data.given", "COLUMN,COLUMN", "Model the density of the other columns of a table, given these."),
     "batch-size": ("data.batch_size", "N", "Images, or rows, per device and step. [default: the recipe's]"),
     "accumulate": ("training.accumulate", "N", "Average the gradients of N batches for one step."),
-    "limit-train": ("data.train_images", "N", "Train on N images or rows only."),
+    "limit-train": ("data.train_{samples}", "N", "Train on N images or rows only."),
     "limit-val": ("training.val_images", "N", "Validate on N images or rows only."),
     "max-steps": ("training.max_steps", "N", "Stop after N steps of the run."),
     "max-epochs": ("training.max_epochs", "N", "Stop after N epochs of the run."),
@@ -187,9 +188,7 @@ def short(*names: str, rare: bool = False) -> Callable[[_F], _F]:
 def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     """The recipe with what ``options`` change, which are taken out, those of ``--set`` last."""
     from ..core.schedules import DEFAULT_LAMBDA
-    from ..recipes.recipe import TableData
 
-    of_table = isinstance(recipe.data, TableData)
     lambdas = read_regularizers(options.pop("regularizers", ()))
     changes = [f"regularizers.{name}={DEFAULT_LAMBDA if text is None else text}" for name, text in lambdas.items()]
     if (compiled := options.pop("compile", None)) is not None:
@@ -199,9 +198,9 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
             continue
         if name == "data":
             registry.check_name("datasets", value)
-        if name == "given" and not of_table:
+        if name == "given" and recipe.task.samples != "rows":
             raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
-        changes.append(f"{'data.train_rows' if name == 'limit-train' and of_table else setting}={value}")
+        changes.append(f"{setting.format(samples=recipe.task.samples)}={value}")
     return recipe.override([*changes, *options.pop("assignments")])
 
 

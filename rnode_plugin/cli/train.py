@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("recipe", required=False, shell_complete=complete("recipes"))
-@short("data", "data-root", "max-steps", "max-epochs")
+@short("data", "data-root", "size", "max-steps", "max-epochs")
 @click.option("--max-time", type=Duration(), help="Stop after 90 (seconds), 20m or 1h30m of this call.")
 @regularizers_option
 @settings
@@ -80,6 +80,7 @@ def train(
     \b
     rnode-cli train digits
     rnode-cli train table --data-root measurements.csv
+    rnode-cli train pictures --data-root FOLDER --size 32
     rnode-cli train mnist-fast --regularizer kinetic=0.05 --max-time 1h
     rnode-cli train --resume runs/mnist-fast/0
 

@@ -56,7 +56,7 @@ def _(task: TableTask, flow: Any, data: Any, training: Any, path: Path) -> None:
     context = task.context(held_out)
     count = training.sample_images if context is None else len(held_out)
     drawn = sample_rows(flow, count, context=context, temperature=temperature, seed=training.seed)
-    save_corner(path, task.columns, held_out[:, : task.dims], drawn)
+    save_corner(path, task.columns[0], held_out[:, : task.dims], drawn)
 
 
 def sample_images(

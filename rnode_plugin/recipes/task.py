@@ -52,6 +52,7 @@ class Task(ABC):
         noisy: whether the scores of one sample differ between draws even if the trace is exact.
         event: the shape of one sample, or the number of its columns, which a model is made for.
         model_options: further arguments of a model that follow from the data.
+        columns: names of the modelled and of the given columns of a table; images have none.
     """
 
     metric: ClassVar[str]
@@ -68,6 +69,7 @@ class Task(ABC):
 
     event: Any
     model_options: dict[str, Any]
+    columns: tuple[tuple[str, ...], ...] = ()
     dims: int
     """Number of dimensions of one sample."""
 
@@ -195,7 +197,7 @@ class TableTask(Task):
     def __init__(self, columns: tuple[str, ...], given: tuple[str, ...] = ()) -> None:
         self.event = self.dims = len(columns)
         self.model_options = {"context": len(given)}
-        self.columns, self._given = columns, bool(given)
+        self.columns = columns, given
 
     def check_temperatures(self, temperatures: Sequence[float]) -> None:
         if len(temperatures) > 1:
@@ -203,7 +205,7 @@ class TableTask(Task):
 
     def context(self, batch: Any) -> Any:
         """The given columns of rows; None for a density without any."""
-        return batch[:, self.dims :] if self._given else None
+        return batch[:, self.dims :] if self.columns[1] else None
 
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
         context = self.context(batch)

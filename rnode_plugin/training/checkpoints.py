@@ -216,15 +216,14 @@ def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe:
     Raises:
         CheckpointError: missing, truncated, not ours, or of a model of another shape or of other columns.
     """
-    from ..recipes.recipe import TableData
 
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
-    theirs = recipe_of(contents, file).data
-    if recipe is not None and isinstance(recipe.data, TableData) and isinstance(theirs, TableData):
-        here, there = (f"{each.modelled} given {each.given}" for each in (recipe.data, theirs))
-        if here != there:  # the weights hold the means and deviations of their columns
-            raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
+    theirs = recipe_of(contents, file)
+    if recipe is not None and recipe.task.columns != theirs.task.columns:
+        # the weights hold means and deviations of their columns
+        here, there = ("; ".join(", ".join(part) for part in each.task.columns) for each in (recipe, theirs))
+        raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
     _put_into(flow, _state_in(contents), f"the weights of {file} do not fit this model")
 
 

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, ConfigError
 from ..evaluation.measures import Evaluation
 from ..files import write_atomically
 from ..plugins import registry
-from ..recipes.recipe import Recipe, TableData
+from ..recipes.recipe import Recipe
 from ..recipes.task import Task
 from .checkpoints import BEST, LAST, newest_intact, recipe_of
 
@@ -99,12 +99,11 @@ class RunPlan:
         batch, accumulate = recipe.data.batch_size, training.accumulate
         per_epoch = samples // (batch * world * accumulate)
         if per_epoch == 0:
-            called = "rows" if isinstance(recipe.data, TableData) else "images"
             devices = f" on each of {world} devices" if world > 1 else ""
             times = f", {accumulate} times" if accumulate > 1 else ""
             raise ConfigError(
-                f"{samples} training {called} do not fill one batch of {batch}{devices}{times}: use a smaller "
-                "--batch-size."
+                f"{samples} training {recipe.task.samples} do not fill one batch of {batch}{devices}{times}: "
+                "use a smaller --batch-size."
             )
         limits = [training.max_steps, training.max_epochs and training.max_epochs * per_epoch]
         total = min(limit for limit in limits if limit is not None)
