@@ -75,7 +75,7 @@ def test_resumed_to_the_bit_without_the_source(trained: Path, tmp_path: Path) ->
 
 def test_other_weights_on_resume_are_refused(trained: Path, tmp_path: Path) -> None:
     half = run(tiny_recipe("training.max_steps=4"), tmp_path).folder.path
-    with pytest.raises(CheckpointError, match=r"cannot go on with other settings: training\.weights is None there"):
+    with pytest.raises(CheckpointError, match=r"continue with other settings: training\.weights is None there"):
         run(tiny_recipe(f"training.weights={trained}"), tmp_path, resume=half)
 
 

@@ -262,6 +262,7 @@ class TableDataModule(RecipeDataModule[Table]):
         recipe: names the table, its columns and the batch size.
         data: the table, if it is loaded already.
         download: fetch a table that is missing.
+        endless: whether the training rows never end; see :class:`RecipeDataModule`.
 
     Example:
         >>> from rnode_plugin import get_recipe
