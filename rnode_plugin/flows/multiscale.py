@@ -257,12 +257,23 @@ class MultiscaleFlow(BlockFlow):
         super()._check(x, shape, what)
 
     def bits_per_dim(self, x: Tensor, *, noise: Sequence[Tensor | None] | None = None) -> Tensor:
-        """Bits/dim of each image ``(B,)``, in bins of 1 / :attr:`levels`; ``noise`` as for :meth:`encode`."""
+        """Bits/dim of each image ``(B,)``, in bins of 1 / :attr:`levels`.
+
+        Args:
+            x: images ``(B, C, H, W)`` in [0, 1], already dequantised.
+            noise: probes of the trace, as :meth:`draw_noise` gives them; None draws them.
+        """
         return bits_per_dim(self.log_prob(x, noise=noise), dims=self.dims, levels=self.levels)
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0, **options: Any) -> Tensor:
-        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1]; arguments as for :meth:`DensityModel.sample`."""
+        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1].
+
+        Args:
+            n: number of images.
+            temperature: standard deviation of the latents.
+            options: further arguments of :meth:`DensityModel.sample`.
+        """
         return super().sample(n, temperature, **options).clamp(0, 1)
 
 

@@ -173,10 +173,13 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         estimator: TraceEstimator | None = None,
         regularizers: Sequence[Any] = (),
     ) -> RegularizedCNF:
-        """A copy with another solver, trace estimator or penalties; see :meth:`DensityModel.solved_with`.
+        """A copy that shares the parameters, with another solver, trace estimator or penalties.
 
-        A fixed grid without a step has the times of this model's ``t_span``. A solver object of torchdyn stays
-        while the method does.
+        Args:
+            solver: a :class:`~rnode_plugin.Solver`; None: the model's. A fixed grid without a step has the times of
+                this model's ``t_span``. A solver object of torchdyn stays while the method does.
+            estimator: of the trace; None: the model's.
+            regularizers: the penalties that the copy follows. An end time that is learned stays.
         """
         solver = None if solver is None else dataclasses.replace(solver, quadrature="full")
         twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
