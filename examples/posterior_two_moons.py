@@ -38,11 +38,12 @@ class Field(nn.Module):
         return self.net(torch.cat([phase.cos(), phase.sin(), z, context], 1))
 
 
-def fit(model, log_prob, penalties, steps):
+def fit(model, posterior, penalties, steps):
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     start = time.process_time()
     for _ in range(steps):
-        loss = -log_prob(*simulate(256)).mean() / 2 + penalties()
+        theta, x = simulate(256)
+        loss = -posterior(x).log_prob(theta).mean() / 2 + penalties()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -60,11 +61,11 @@ def main():
     for name, regularizers in ARMS.items():
         field = Field()
         training = RegularizedCNF(field, regularizers=regularizers, **SHAPES, solver="rk4_38", t_span=GRID)
-        seconds = fit(training, training.log_prob, training.reg_loss, options.steps)
+        seconds = fit(training, training.distribution, training.reg_loss, options.steps)
         rows[name] = field, RegularizedCNF(field, **SHAPES).eval().distribution, seconds  # dopri5 at 1e-5
     if zuko is not None:
         flow = zuko.flows.CNF(2, context=2, hidden_features=(64, 64))
-        seconds = fit(flow, lambda theta, x: flow(x).log_prob(theta), lambda: 0.0, options.steps)
+        seconds = fit(flow, flow, lambda: 0.0, options.steps)
         rows["zuko.flows.CNF"] = flow.transform.ode, flow.eval(), seconds
     plt.style.use("rnode_plugin.plots")
     figure, panels = plt.subplots(1, len(rows), figsize=(4 * len(rows), 4), sharex=True, sharey=True, squeeze=False)

@@ -60,7 +60,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "digits", "--set", "optimizer.lr=-1"], 2, r"optimizer\.lr: .*greater than 0"),
     (["train", "digits", "--ffjord", "--precision", "bf16-mixed"], 2, r"dopri5 cannot train with training\.prec"),
     (["train", "digits", "--ffjord", "--set", "solver.step=auto"], 2, r"dopri5 chooses its own steps"),
-    (["train", "digits", "--set", "data.levels=256"], 1, r"with 17 levels, but the recipe digits is for .* 256"),
+    (["train", "digits", "--set", "data.levels=256"], 1, r"with 17 levels, but the recipe is for .* 256"),
     (["train", "digits", "--data", "digitz"], 2, r"unknown data set 'digitz'; did you mean 'digits'"),
     (["train", "mnist", "--data-root", "SHELF/empty", "--no-download"], 1, r"Leave out --no-download"),
     (["train", "imagenet64", "--data-root", "SHELF/empty"], 1, r"Get Imagenet64_train_part1"),

@@ -115,7 +115,7 @@ def test_the_command_packs_and_reports(tmp_path):
     assert isinstance(runner.invoke(data_group, command).exception, DataError)
     result = runner.invoke(data_group, [*command, "--on-error", "skip"])
     assert result.exit_code == 0, result.output
-    assert f"6 images to train on and 3 held out, 3x8x8, 1 files skipped, in {out}" in result.stdout
+    assert f"6 images to train on and 3 held out, 3x8x8, 1 file skipped, in {out}" in result.stdout
     assert "set/notes.txt" in result.output
     assert_packed(out, train, val)
 

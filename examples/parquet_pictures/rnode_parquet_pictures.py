@@ -50,9 +50,10 @@ def _images(file: Path, size: int | None, channels: int) -> Iterator[np.ndarray]
 
     with naming(file):
         table = ParquetFile(file)
-        column = next((name for name in _COLUMNS if name in table.schema_arrow.names), None)
+        names = table.schema_arrow.names
+        column = next((name for name in _COLUMNS if name in names), None)
         if column is None:
-            raise ValueError(f"no column of pictures but {', '.join(table.schema_arrow.names)}")
+            raise DataError(f"{file} cannot be read: it has no column of pictures but {', '.join(names)}.")
         for batch in table.iter_batches(batch_size=64, columns=[column]):
             for cell in batch.column(0).to_pylist():
                 content = cell["bytes"] if isinstance(cell, dict) else cell

@@ -208,8 +208,9 @@ class RunControl(Checkpoint):
     def _print_progress(self, trainer: L.Trainer, module: Any) -> None:
         """Print the step, its figures and the time that is left."""
         step, (done, spent) = trainer.global_step, self._mark
-        first = self._progress and trainer.is_global_zero and step - done == _FIRST_LINE and self._pace == 0
-        if not (self._is_time_to_print(trainer) or first):
+        first = step - done == _FIRST_LINE and self._pace == 0
+        wanted = self._progress and trainer.is_global_zero and (first or step == self._plan.total)
+        if not (self._is_time_to_print(trainer) or wanted):
             return
         if step > done:
             self._mark = (step, module.clock.training)
