@@ -218,10 +218,6 @@ class BlockFlow(OneProcessADevice, DensityModel):
             error = error + (velocity - (e - y) / k).square().flatten(1).sum(1)
         return error
 
-    def first_state(self, x: Tensor) -> Tensor:
-        """The states before the first block, ``(B, D)`` in the order of the latent."""
-        return self._push(self._enter(x, self.solver)[0], lambda z: z)
-
     def _draw_latents(self, n: int, generator: torch.Generator | None) -> Tensor:
         like = self._like()
         return torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
