@@ -372,6 +372,22 @@ def test_learning_rate() -> None:
     cosine = learning_rate_factor(Optimizer(warmup=4, schedule="cosine"), lambda: 104)
     assert [cosine(step) for step in (0, 4, 54, 104)] == pytest.approx([0.25, 1, 0.5, 0])
     assert cosine(200) == pytest.approx(0)
+    settings = Optimizer(warmup=2, schedule="cooldown", cooldown=0.5)
+    falling = learning_rate_factor(settings, lambda: 8)
+    assert [falling(step) for step in range(9)] == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    both = learning_rate_factor(settings, lambda: 12, matching=4)
+    assert [both(step) for step in range(4, 13)] == [falling(step) for step in range(9)]
+    assert [both(step) for step in range(4)] == [0.5, 1, 1, 0.5]
+
+
+def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(tmp_path: Path) -> None:
+    cooldown = ("start.matching=2", "optimizer.warmup=1", "optimizer.schedule=cooldown", "optimizer.cooldown=0.3")
+    planned = run(tiny_recipe(*cooldown, "training.max_steps=10"), tmp_path / "a")
+    part = run(tiny_recipe(*cooldown), tmp_path / "b", callbacks=[signal_at(5)])
+    longer = run(tiny_recipe(*cooldown, "training.max_steps=10"), tmp_path / "b", resume=part.folder.path)
+    child_runs.assert_same(planned.folder.path, longer.folder.path)
+    rates = [float(row["lr"]) / 2e-3 for row in rows(longer) if "lr" in row]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 1, 1, 1, 2 / 2.4, 1 / 2.4])
 
 
 def test_the_last_step_is_logged(tmp_path: Path) -> None:

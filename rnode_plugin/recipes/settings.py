@@ -89,8 +89,9 @@ class Optimizer(metaclass=Checked):
         name: ``adam``, or ``muon``: Muon for the convolution kernels and Adam for the biases.
         lr: learning rate after the warm-up.
         warmup: steps over which the rate rises linearly to ``lr``.
-        schedule: ``constant`` after the warm-up, or ``cosine``: down to zero at the last planned step. A limit on
-            time does not change it.
+        schedule: after the warm-up. ``constant``; ``cosine``, down to zero at the last planned step; or
+            ``cooldown``, constant and then a linear fall to zero. A limit on time does not change it.
+        cooldown: share of the steps in which the rate of ``cooldown`` falls, the last ones.
         beta1, beta2: decay rates of Adam's moments.
         weight_decay: L2 coefficient that ``adam`` adds to the gradient; ``muon`` shrinks what it trains by it times
             the rate instead.
@@ -103,7 +104,8 @@ class Optimizer(metaclass=Checked):
     name: Literal["adam", "muon"] = "adam"
     lr: Positive = 1e-3
     warmup: NotNegative = 1000
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "cooldown"] = "constant"
+    cooldown: Fraction = 0.2
     beta1: Decay = 0.9
     beta2: Decay = 0.999
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0

@@ -292,8 +292,8 @@ class RnodeModule(L.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total == math.inf:
             raise ConfigError(
-                "optimizer.schedule=cosine ends at the last step: give the Trainer max_steps or max_epochs, or "
-                "--set optimizer.schedule=constant."
+                f"optimizer.schedule={self.recipe.optimizer.schedule} ends at the last step: give the Trainer "
+                "max_steps or max_epochs, or --set optimizer.schedule=constant."
             )
         return total
 

@@ -34,10 +34,10 @@ def make_optimizer(flow: nn.Module, settings: Optimizer) -> torch.optim.Optimize
 def learning_rate_factor(
     settings: Optimizer, total: Callable[[], float], *, matching: int = 0
 ) -> Callable[[int], float]:
-    """The factor on ``settings.lr`` at each step: linear warm-up, then constant or half a cosine down to zero.
+    """The factor on ``settings.lr`` at each step, by ``settings.schedule`` after a linear warm-up.
 
-    ``total`` gives the steps of the whole run; it is called for the cosine only, and only after the warm-up. The
-    first ``matching`` steps have a warm-up and a cosine of their own.
+    ``total`` gives the steps of the whole run; a constant schedule does not call it. The first ``matching`` steps
+    have their own warm-up and schedule.
     """
     if matching:
         first = learning_rate_factor(settings, lambda: matching)
@@ -48,6 +48,8 @@ def learning_rate_factor(
         warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
         if settings.schedule == "constant" or step <= settings.warmup:
             return warmup
+        if settings.schedule == "cooldown":
+            return min(1.0, max(0.0, (total() - step) / (settings.cooldown * total())))
         after = (step - settings.warmup) / max(1, total() - settings.warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, after)))
 
