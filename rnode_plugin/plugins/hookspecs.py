@@ -30,7 +30,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
+def rnode_register_regularizers() -> Mapping[str, Any]:
     """Regularizers for ``regularizers=["length"]`` and for the ``regularizers`` group of a recipe.
 
     A regularizer is a callable whose ``name`` is the registered one, or a class of such objects that takes options
@@ -38,10 +38,11 @@ def rnode_register_regularizers() -> Mapping[str, Any]:  # pyright: ignore[repor
     kind. A rate is called with an evaluation of the field and returns ``(B,)``, the rate per unit of time and per
     sample: a sum over the event, not a mean.
     """
+    ...
 
 
 @hookspec
-def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
+def rnode_register_models() -> Mapping[str, Any]:
     """Models that a recipe can name.
 
     A model derives from :class:`~rnode_plugin.core.distribution.DensityModel`, whose page lists what diagnosis and
@@ -50,10 +51,11 @@ def rnode_register_models() -> Mapping[str, Any]:  # pyright: ignore[reportRetur
     :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with dequantized images ``x (B, C, H, W)`` in
     ``[0, 1]``, it returns a :class:`~rnode_plugin.core.objective.FlowOutput` whose ``logdet (B,)`` is in nats.
     """
+    ...
 
 
 @hookspec
-def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
+def rnode_register_datasets() -> Mapping[str, Any]:
     """Data sets, images or tables, for ``rnode-cli train --data NAME``.
 
     A set of images is a function ``(*, root, size)`` that returns an :class:`~rnode_plugin.data.ImageData`. If it
@@ -62,17 +64,20 @@ def rnode_register_datasets() -> Mapping[str, Any]:  # pyright: ignore[reportRet
     with ``download=True``, in one process at a time. A table is a function ``(*, root)`` that returns a ``Table``
     with its split. It may also take ``columns``, ``validation``, ``held_out`` and ``split_seed`` of the recipe.
     """
+    ...
 
 
 @hookspec
-def rnode_register_recipes() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
+def rnode_register_recipes() -> Mapping[str, Any]:
     """Functions without arguments that return a ``Recipe``, for ``rnode-cli train NAME`` and ``get_recipe``."""
+    ...
 
 
 @hookspec
-def rnode_register_commands() -> Mapping[str, Any]:  # pyright: ignore[reportReturnType]
+def rnode_register_commands() -> Mapping[str, Any]:
     """``click`` commands or groups of ``rnode-cli``, by the name that the user types.
 
     Import torch and other large packages inside the command's function, because ``rnode-cli --help`` imports its
     module.
     """
+    ...
