@@ -1,11 +1,10 @@
-"""Files of tables: each format gives the same numbers, and whatever is wrong with one is said in a sentence."""
+"""Files of tables: each format gives the same numbers, and what could be misread is refused in a sentence."""
 
 from __future__ import annotations
 
-import builtins
 import csv
+import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +12,12 @@ import pytest
 from rnode_plugin.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.data.tables import CELLS, Table, check_columns, split_rows, table
 from rnode_plugin.errors import ConfigError, DataError, RnodeError
-from rnode_plugin.recipes.recipe import TableData, get_recipe
+from rnode_plugin.recipes.recipe import get_recipe
 
 NAMES = ("temperature (K)", "dose", "a, b")
 ROWS = np.random.default_rng(0).normal(size=(30, 3)) * [50, 1, 1e-3] + [300, 0, 0]
+PAIRS = np.random.default_rng(0).normal(size=(40, 2)).round(3)
+SUFFIXES = (".csv", ".tsv", ".txt", ".npy", ".parquet")
 
 
 def write(path: Path, rows: np.ndarray = ROWS, names: tuple[str, ...] = NAMES) -> Path:
@@ -36,95 +37,163 @@ def write(path: Path, rows: np.ndarray = ROWS, names: tuple[str, ...] = NAMES) -
     return path
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt", ".npy", ".parquet"])
-def test_each_format_gives_the_same_numbers(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_each_format_gives_the_same_numbers_and_can_be_written(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"data{suffix}")
     names = column_names(path)
     assert names == (("column_1", "column_2", "column_3") if suffix == ".npy" else NAMES)
-    wanted = [names[2], names[0]]
-    assert np.array_equal(read_columns(path, wanted), ROWS[:, [2, 0]])
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt", ".npy", ".parquet"])
-def test_what_is_written_can_be_read(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"data{suffix}"
+    assert np.array_equal(read_columns(path, [names[2], names[0]]), ROWS[:, [2, 0]])
     rows = ROWS.astype(np.float32)
     write_rows(path, NAMES, rows)
-    names = column_names(path)
-    assert names == NAMES or suffix == ".npy"
-    np.testing.assert_allclose(read_columns(path, names), rows, rtol=1e-7)
-
-
-@pytest.mark.parametrize("names", [("nan",), ("inf", "nan"), ("NA", "None")])
-def test_names_that_are_words_for_missing_values(tmp_path: Path, names: tuple[str, ...]) -> None:
-    path = write(tmp_path / "data.csv", ROWS[:, : len(names)], names)
     assert column_names(path) == names
-    assert np.array_equal(read_columns(path, names), ROWS[:, : len(names)])
+    assert np.array_equal(read_columns(path, names).astype(np.float32), rows)
 
 
-def test_32_bit_samples_are_written_to_the_last_bit(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(2000, 1)).astype(np.float32)
-    write_rows(tmp_path / "data.csv", ["a"], rows)
-    assert np.array_equal(read_columns(tmp_path / "data.csv", ["a"]).astype(np.float32), rows)
+def test_numbers_are_read_to_the_last_bit(tmp_path: Path) -> None:
+    rows = np.random.default_rng(1).normal(size=(2000, 2)) * 10.0 ** np.arange(-100, 100).repeat(10)[:, None]
+    path = write(tmp_path / "data.csv", rows, ("nan", "NA"))
+    assert np.array_equal(read_columns(path, column_names(path)), rows)
 
 
-@pytest.mark.parametrize(
-    ("name", "contents", "message"),
-    [
-        ("no.csv", None, r"no\.csv does not exist\."),
-        ("data.xlsx", "a,b\n1,2\n", r"data\.xlsx is not a table: its name must end in \.csv, \.tsv, "),
-        ("empty.csv", "", r"empty\.csv is empty, or its first line is\."),
-        ("text.csv", "a,b\n1,2\n3,high\n", r"column 'b' .* not numeric: row 2 holds 'high'.*data\.columns='a'\."),
-        ("infinite.csv", "a,b\n1,inf\n", r"column 'b' .* is infinite in row 1\."),
-        ("latin.csv", b"a,b\n1,\xff\n", r"latin\.csv is not text in UTF-8"),
-        ("flat.npy", np.zeros(5), r"holds float64 \(5,\), but a table is an array \(rows, columns\)"),
-        (
-            "nan.npy",
-            np.array([[1.0, 2.0], [np.nan, 3.0]]),
-            r"'column_1' .* has 1 missing value, the first in row 2",
-        ),
-        ("words.npy", np.array([["x", "y"]]), r"column 'column_1' .* is not numeric: row 1 holds 'x'"),
-        ("pickle.npy", np.array([[None]], dtype=object), r"pickle\.npy cannot be read"),
-    ],
-)
-def test_what_is_wrong_with_a_file(tmp_path: Path, name: str, contents: Any, message: str) -> None:
-    path = tmp_path / name
-    if isinstance(contents, np.ndarray):
-        np.save(path, contents, allow_pickle=True)
-    elif contents is not None:
-        path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-    with pytest.raises(RnodeError, match=message) as caught:
-        read_columns(path, column_names(path))
-    assert str(caught.value).endswith(".")
+# texts of other programs
 
 
-def test_columns_of_text_in_parquet(tmp_path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
+def text_of(rows: np.ndarray, separator: str = ",", start: str = "", decimal: str = ".") -> str:
+    """Lines of numbers; ``start`` begins each, with ``{k}`` for its number."""
+    lines = (separator.join(repr(float(value)) for value in row) for row in rows)
+    lines = (f"{start.format(k=k)}{line}\n" for k, line in enumerate(lines, 1))
+    return "".join(lines).replace(".", decimal)
 
-    path = tmp_path / "data.parquet"
-    parquet.write_table(pyarrow.table({"a": [1.0, None], "b": ["x", "y"], "c": [1, 2]}), path)
-    with pytest.raises(DataError, match=r"column 'b' .* not numeric: row 1 holds 'x'.*data.columns='c'"):
-        read_columns(path, ["c", "b"])
-    with pytest.raises(DataError, match=r"column 'a' .* has 1 missing value, the first in row 2"):
-        read_columns(path, ["a", "c"])
-    assert read_columns(path, ["c"]).tolist() == [[1.0], [2.0]]
-    with pytest.raises(DataError, match=r"unknown column 'd'.*Known: a, b, c"):
+
+READ = {
+    "R write.table(row.names=FALSE)": '"a" "b"\n' + text_of(PAIRS, " "),
+    "SAS": "a,b\n" + text_of(PAIRS).replace("0.", "."),
+    "Fortran": "  a  b\n" + text_of(PAIRS, "  ", start=" "),
+    "cells all in quotes": '"a","b"\r\n' + '"' + text_of(PAIRS, '","').replace("\n", '"\r\n"')[:-1],
+    "a mark of byte order": "\ufeffa,b\r\n" + text_of(PAIRS),
+    "tabs in a csv": "a\tb\n" + text_of(PAIRS, "\t"),
+    "bars": "a|b\n" + text_of(PAIRS, "|"),
+    "spaces after semicolons": "a; b\n" + text_of(PAIRS, "; "),
+    "an old Macintosh, blank lines": ("a,b\n\n" + text_of(PAIRS) + "\n\n").replace("\n", "\r"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_texts_of_other_programs(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(READ[case], encoding="utf-8", newline="")
+    assert column_names(path) == ("a", "b")
+    assert np.array_equal(read_columns(path, ["a", "b"]), PAIRS)
+
+
+REFUSED: dict[str, tuple[str | bytes, str]] = {
+    "R rows with names": (
+        "a,b\n" + text_of(PAIRS, start="Mazda RX4 {k},"),
+        "row 1 has 3 cells, .* 2 names.*row.names",
+    ),
+    "R write.csv": ('"","a","b"\n' + text_of(PAIRS, start='"{k}",'), "column has no name.*index=False"),
+    "pandas, read and written again": ("Unnamed: 0,a,b\n" + text_of(PAIRS, start="{k},"), "column has no name"),
+    "a pivot table": ("site,2020\n" + text_of(PAIRS), "first line holds the number 2020"),
+    "no header": (text_of(PAIRS, " "), "first line holds the number"),
+    "Excel with empty rows": (
+        "a,b\n" + text_of(PAIRS) + ",\n" * 3,
+        "in 3 of 43 rows, the first of which is row 41",
+    ),
+    "a separator at the end of rows": (
+        "a;b\n" + text_of(PAIRS, ";").replace("\n", ";\n"),
+        "3 cells, but .* 2 names",
+    ),
+    "a separator in a name": ("a;b,c\n" + text_of(PAIRS, ";"), "',' and ';' in its first line may both separate"),
+    "a name with spaces": ("temp (K)\n" + text_of(PAIRS[:, :1]), "1 cells, but there are 2 names"),
+    "a later row with more": ("a,b\n1,2\n3,4\n4,5,6\n", "row 3 has 3 cells, but"),
+    "a row with fewer, of columns that are not read": ("a,b,c\n1,2,3\n4,5\n6,7,8\n", "row 2 has 2 cells, but"),
+    "an open quotation mark": ('a,b\n1,"2\n3,4\n', "quotation marks"),
+    "decimal commas": ("a,b\n" + text_of(PAIRS, decimal=","), "4 cells, but .*points in decimals"),
+    "decimal commas and tabs": ("a\tb\n" + text_of(PAIRS, "\t", decimal=","), "row 1 holds '0,126'.*with a point"),
+    "thousands": ('a,b\n"1,234",2\n', "row 1 holds '1,234'"),
+    "a row of the word nan": ("a,b\n1,2\nnan,nan\n3,4\n", "'a'.*missing or infinite in 1 of 3 rows.* row 2"),
+    "infinite": ("a,b\n1,2\ninf,2\n", "'a'.*missing or infinite in 1 of 2 rows"),
+    "dates": ("day,a\n2020-01-01,1.5\n2020-01-02,2.5\n", "'day'.*not numeric: row 1 holds '2020-01-01'"),
+    "labels": ("a,b\n1,2\n2,female\n", "'b' .*not numeric: row 2 holds 'female'.*--set data.columns="),
+    "units below the names": ("a,b\nK,m\n" + text_of(PAIRS), "'a' .*not numeric: row 1 holds 'K'"),
+    "a header alone": ("a,b\n", "no rows"),
+    "two columns of one name": ("a,b,a\n1,2,3\n", "2 columns have the name 'a'"),
+    "nothing": ("", "first line is empty"),
+    "Latin-1": (b"a,b\n1,\xff\n", "not text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_texts_that_are_refused(case: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    text, message = REFUSED[case]
+    path = tmp_path / "data.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        read_columns(path, column_names(path)[:2])
+    assert not recwarn.list
+    assert str(caught.value).count(str(path)) == 1
+
+
+def test_missing_cells_in_a_column_that_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("a,b\n1,\n2,x\n3,4\n")
+    assert read_columns(path, ["a"])[:, 0].tolist() == [1, 2, 3]
+    with pytest.raises(DataError, match=r"unknown column 'd'.*Known: a, b"):
         read_columns(path, ["d"])
 
 
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path / "data.parquet")
-    original = builtins.__import__
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros(5), r"holds float64 \(5,\), but a table is an array \(rows, columns\)"),
+        (np.zeros(30, dtype=[("q", "f8"), ("r", "f8")]), r"but a table is an array \(rows, columns\)"),
+        (np.zeros((30, 2), dtype=complex), "'column_1' .*not numeric"),
+        (np.array([["x", "y"]]), r"'column_1' .*not numeric: row 1 holds 'x'"),
+        (np.array([[None]], dtype=object), "cannot be read"),
+    ],
+)
+def test_arrays_that_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        read_columns(tmp_path / "a.npy", column_names(tmp_path / "a.npy"))
 
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.startswith("pyarrow"):
-            raise ModuleNotFoundError(name)
-        return original(name, *arguments, **options)
 
-    monkeypatch.setattr(builtins, "__import__", without)
+def test_parquet_of_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas
+
+    path = tmp_path / "data.parquet"
+    frame = pandas.DataFrame({
+        "a": PAIRS[:, 0], "whole": pandas.array([1, None] * 20, dtype="Int64"), "flag": [True, False] * 20,
+        "label": pandas.Categorical(["x", "y"] * 20), "small": PAIRS[:, 1].astype(np.float16),
+        "day": pandas.date_range("2026", periods=40), "list": [[1.0, 2.0]] * 40,
+    })  # fmt: skip
+    frame.set_index(np.arange(40) + 5).rename_axis("id").to_parquet(path)
+    assert column_names(path) == tuple(frame.columns)
+    read = read_columns(path, ["a", "flag", "small"])
+    assert np.array_equal(read, frame[["a", "flag", "small"]].to_numpy(float))
+    for name, message in (("whole", "missing or infinite in 20 of 40"), ("label", "row 1 holds 'x'"),
+                          ("day", "not numeric"), ("list", "not numeric")):  # fmt: skip
+        with pytest.raises(DataError, match=f"'{name}' .*{message}"):
+            read_columns(path, ["a", name])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'rnode-plugin\[parquet\]'"):
         column_names(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_other_files_under_the_name_of_a_table(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    with pytest.raises(DataError, match="does not exist"):
+        column_names(path)
+    for content in (b"\x00\x01\x02" * 50, b"PK\x03\x04" + bytes(300), b"\xff\xfe\x00", b'"a,b\n1,2\n'):
+        path.write_bytes(content)
+        with pytest.raises(RnodeError, match="data"):
+            read_columns(path, column_names(path))
+    with pytest.raises(ConfigError, match="must end in"):
+        column_names(path.rename(tmp_path / "data.xlsx"))
+
+
+# tables
 
 
 def test_the_split_is_a_function_of_its_seed() -> None:
@@ -142,26 +211,28 @@ def test_the_split_is_a_function_of_its_seed() -> None:
 
 def _table(*columns: np.ndarray) -> Table:
     rows = np.stack(columns, axis=1)
-    return Table("t", tuple("abcdef"[: len(columns)]), rows, rows, rows)
+    return Table("t", tuple("abcdef"[: len(columns)]), rows, rows, rows).single()
 
 
 X, Y = np.random.default_rng(0).normal(size=(2, 50))
 
 
 @pytest.mark.parametrize(
-    ("made", "modelled", "message"),
+    ("columns", "modelled", "message"),
     [
-        (_table(X, np.full(50, 3.0)), 2, r"column 'b' of t is 3 in all training rows.*data\.columns='a'"),
-        (_table(X, np.full(50, 3.0)), 1, r"column 'b' of t is 3 in all training rows"),  # also one that is given
-        (_table(X, 101325 + 1e-3 * Y), 2, r"column 'b' of t is 101325.* ± 0\.001.*: 32-bit numbers do not tell"),
-        (_table(X, Y, 3 * X - Y + 2), 3, r"column 'c' of t is a linear function of the others"),
-        (_table(X, 2 * X + 1), 1, r"column 'a' of t is a linear function of the others"),  # by what is given
-        (_table(X[:3], Y[:3], X[:3] ** 2), 3, r"3 training rows are too few for 3 columns"),
+        ((X, np.full(50, 3.0)), 2, r"column 'b' of t is 3 ± 0, constant"),
+        ((X, np.full(50, 3.0)), 1, r"column 'b' of t is 3 ± 0, constant"),  # also one that is given
+        ((X, 101325 + 1e-3 * Y), 2, r"column 'b' of t is 101325.* ± .*, constant or nearly so for 32-bit numbers"),
+        ((X, 1e-46 * Y), 2, r"column 'b' of t is 0 ± 0, constant or nearly so for 32-bit numbers"),
+        ((X, 1e39 * Y), 2, r"column 'b' of t has values outside of 32-bit numbers"),
+        ((X, Y, 3 * X - Y + 2), 3, r"column 'c' of t is a linear function of the others"),
+        ((X, 2 * X + 1), 1, r"column 'a' of t is a linear function of the others"),  # by what is given
+        ((X[:3], Y[:3], X[:3] ** 2), 3, r"3 training rows are too few for 3 columns"),
     ],
 )
-def test_columns_without_a_density(made: Table, modelled: int, message: str) -> None:
+def test_columns_without_a_density(columns: tuple[np.ndarray, ...], modelled: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        check_columns(made, modelled)
+        check_columns(_table(*columns), modelled)
 
 
 def test_columns_that_are_only_close() -> None:
@@ -172,25 +243,22 @@ def test_columns_that_are_only_close() -> None:
 def test_a_recipe_takes_the_columns_of_its_file(tmp_path: Path) -> None:
     path = write(tmp_path / "data.csv")
     recipe = get_recipe("table").override([f"data.root={path}", "data.given=dose,temperature (K)"])
-    assert isinstance(recipe.data, TableData)
-    assert (recipe.data.columns, recipe.data.given) == (NAMES, ("dose", "temperature (K)"))
-    assert (recipe.dims, recipe.data.modelled) == (1, ("a, b",))
+    assert (recipe.table.columns, recipe.table.given) == (NAMES, ("dose", "temperature (K)"))
+    assert (recipe.dims, recipe.table.modelled) == (1, ("a, b",))
     loaded = recipe.table.load()
-    assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given are behind the others
+    assert loaded.columns == ("a, b", "dose", "temperature (K)")  # those that are given follow the others
     assert loaded.train.dtype == np.float32
     whole = np.concatenate([loaded.train, loaded.val, loaded.held_out])
     np.testing.assert_allclose(np.sort(whole[:, 2]), np.sort(ROWS[:, 0]), rtol=1e-6)
     chosen = get_recipe("table").override([f"data.root={path}", "data.columns=dose,temperature (K)"])
     assert chosen.table.load().columns == ("dose", "temperature (K)")
-    kept = recipe.override(["training.seed=3"])
-    assert kept.data == recipe.data
+    assert recipe.override(["training.seed=3"]).data == recipe.data
     assert type(recipe).from_plain(recipe.to_plain()) == recipe
 
 
 def test_the_table_that_comes_along() -> None:
     recipe = get_recipe("table")
-    assert isinstance(recipe.data, TableData)
-    assert recipe.data.columns == CELLS == table().columns
+    assert recipe.table.columns == CELLS == table().columns
     loaded = recipe.table.load()
     assert (len(loaded.train), len(loaded.val), len(loaded.held_out)) == (398, 57, 114)
     assert recipe.override(["data.root=none"]).data == recipe.data
@@ -201,7 +269,6 @@ def test_the_table_that_comes_along() -> None:
     [
         (["data.given=doze"], "data.given: unknown column 'doze'; did you mean 'dose'"),
         (["data.columns=dose,dose"], "names a column twice: dose, dose"),
-        (["data.given=a,b"], "unknown column 'a'"),
         (["data.columns=dose", "data.given=dose"], "at least one column that is not given"),
         (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
         (["data.validation=0"], "data.validation: .*greater than 0"),

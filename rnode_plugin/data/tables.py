@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import DataError, suggest
 from .images import limited
-from .table_files import column_names, leave_out, read_columns
+from .table_files import LEAVE_OUT, column_names, read_columns
 
 CELLS = (
     "radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension",
@@ -88,14 +88,15 @@ class Table:
         Raises:
             DataError: a value is outside of their range.
         """
-        largest = np.max([np.abs(getattr(self, part)).max(0) for part in _PARTS], axis=0)
-        for name, value in zip(self.columns, largest, strict=True):
-            if value > np.finfo(np.float32).max:
+        with np.errstate(over="ignore"):
+            parts = {part: getattr(self, part).astype(np.float32) for part in _PARTS}
+        for place, name in enumerate(self.columns):
+            if not all(np.isfinite(rows[:, place]).all() for rows in parts.values()):
                 raise DataError(
-                    f"the column {name!r} of {self.name} has values of size {value:.3g}, outside of 32-bit "
-                    "numbers: divide it by a constant c, which lowers its NLL by log(c)."
+                    f"the column {name!r} of {self.name} has values outside of 32-bit numbers: divide it by a "
+                    "constant c, which lowers its NLL by log(c)."
                 )
-        return dataclasses.replace(self, **{part: getattr(self, part).astype(np.float32) for part in _PARTS})
+        return dataclasses.replace(self, **parts)
 
     def described(self) -> str:
         """The first line of a run: rows and columns."""
@@ -201,37 +202,28 @@ def check_columns(table: Table, modelled: int) -> None:
     Its first ``modelled`` columns are the density's, the rest are given.
 
     Raises:
-        DataError: a constant column, one whose values differ by too little, one that is a linear function of the
-            others, or fewer training rows than columns.
+        DataError: a column that is constant or whose values differ by too little, one that is a linear function of
+            the others, or fewer training rows than columns.
     """
     rows = np.asarray(table.train[:_ROWS], dtype=np.float64)
     if len(rows) <= rows.shape[1]:
         raise DataError(f"{table.name}: {len(rows)} training rows are too few for {rows.shape[1]} columns.")
-    for name, column in zip(table.columns, rows.T, strict=True):
-        what = f"the column {name!r} of {table.name}"
-        largest = np.abs(column).max()
-        if column.min() == column.max():
+    largest = np.maximum(np.abs(rows).max(0), np.finfo(np.float32).tiny)
+    scaled = rows / largest  # without an overflow
+    for name, column, size in zip(table.columns, scaled.T, largest, strict=True):
+        if column.std() < _RESOLVED:
             raise DataError(
-                f"{what} is {column[0]:g} in all training rows, so it has no density: "
-                f"{leave_out(table.columns, name)}"
+                f"the column {name!r} of {table.name} is {size * column.mean():.10g} ± {size * column.std():.2g}, "
+                "constant or nearly so for 32-bit numbers. Subtract its mean, which changes no likelihood, or "
+                f"{LEAVE_OUT}."
             )
-        if largest < np.finfo(np.float32).tiny:
-            raise DataError(f"{what} has values of size {largest:.3g}, too small for 32-bit numbers: multiply it.")
-        spread = (column / largest).std() * largest  # without an overflow
-        if spread < _RESOLVED * largest:
-            raise DataError(
-                f"{what} is {column.mean():.10g} ± {spread:.2g}: 32-bit numbers do not tell its values apart. "
-                f"Subtract {column.mean():.6g} from it, which changes no likelihood."
-            )
-    scaled = rows / np.abs(rows).max(0)
     standard = (scaled - scaled.mean(0)) / scaled.std(0)
     # the given columns first: one that they determine has no conditional density either
     order = [*range(modelled, rows.shape[1]), *range(modelled)]
     alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
     for place, share in zip(order, alone, strict=True):
         if share < _DEPENDENT and place < modelled:
-            name = table.columns[place]
             raise DataError(
-                f"the column {name!r} of {table.name} is a linear function of the others, so the rows have no "
-                f"density together: {leave_out(table.columns, name)}"
+                f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, so the "
+                f"rows have no density together: {LEAVE_OUT}."
             )

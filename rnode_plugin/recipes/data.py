@@ -229,9 +229,9 @@ class TableData(metaclass=Checked):
                 "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
                 "--data-root, or train a new run on this one."
             )
-        table = table.limit(self.train_rows, val_images)
+        table = table.limit(self.train_rows, val_images).single()
         check_columns(table, len(self.modelled))
-        return table.single()
+        return table
 
     def trained_on(self, data: Any) -> TableData:
         """These settings with what a run records of its ``data``; a table smaller than a batch is one batch."""
