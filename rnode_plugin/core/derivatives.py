@@ -44,9 +44,6 @@ class Ask(NamedTuple):
 VELOCITY = Ask()
 """The velocity alone. Of an augmented system also the penalties that need nothing more."""
 
-TRACE = Ask(divergence=True)
-"""The velocity and the divergence."""
-
 RATES = Ask("noise", jvp=True, divergence=True, aux=True)
 """All rates of an augmented system, from the one pass over the field that it needs for them."""
 

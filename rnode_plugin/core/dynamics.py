@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, PluginError, RnodeError
-from .derivatives import RATES, TRACE, VELOCITY, Ask, AutogradField, Velocity, as_field
+from .derivatives import RATES, VELOCITY, Ask, AutogradField, Velocity, as_field
 from .field_evaluation import FieldEvaluation
 from .regularizers.base import Regularizer, StepRecord, Trajectory
 from .trace_estimators import Exact, Hutchinson, HutchPlusPlus, Linearize, TraceEstimator, get_estimator
@@ -59,8 +59,8 @@ class BoundDynamics(ABC):
 
         Args:
             t, z: where to evaluate it.
-            ask: ``RATES``, all of it; ``TRACE``, without the penalties that read more of the field than its
-                velocity; or ``VELOCITY``, without the log-determinant too.
+            ask: ``RATES``, all of it; or ``VELOCITY``, without the log-determinant and without the penalties that
+                read more of the field than its velocity.
         """
 
     def parameters(self) -> Iterable[Tensor]:
@@ -231,20 +231,14 @@ class Dynamics(BoundDynamics):
         by_autograd = isinstance(self.field, AutogradField)
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
         of_rates = Ask(jvp="jvp" in self.needs, aux="aux" in self.needs)
-        self._passes: dict[Ask, Linearize] = {
-            VELOCITY: functools.partial(self.field.linearize, ask=VELOCITY),
-            TRACE: self._one_pass(VELOCITY, products=False),
-            RATES: self._one_pass(of_rates, products="vjp" in self.needs),
-        }
-
-    def _one_pass(self, ask: Ask, *, products: bool) -> Linearize:
-        """The pass over the field that gives what ``ask`` wants, the trace, and the ``products`` for penalties."""
-        if self.divergence and not products and type(self.estimator) is Exact:
-            # without its rows: some fields know it in closed form
-            return functools.partial(self.field.linearize, ask=ask._replace(divergence=True))
-        if self.divergence or products:
-            return self.estimator.bind(self.field, ask)
-        return functools.partial(self.field.linearize, ask=ask)
+        # the exact divergence alone is asked for without its rows: some fields know it in closed form
+        closed = "vjp" not in self.needs and type(self.estimator) is Exact
+        self._pass: Linearize
+        if self.needs_products and not closed:
+            self._pass = self.estimator.bind(self.field, of_rates)
+        else:
+            ask = of_rates._replace(divergence=divergence)
+            self._pass = functools.partial(self.field.linearize, ask=ask)
 
     def parameters(self) -> Iterable[Tensor]:
         """The parameters of the field and of the regularizers, of those that are modules, each once."""
@@ -267,7 +261,7 @@ class Dynamics(BoundDynamics):
         Args:
             t: the time, a scalar.
             z: the state ``(B, *event)``.
-            ask: ``RATES``, ``TRACE`` or ``VELOCITY``, see :meth:`BoundDynamics.evaluate`.
+            ask: ``RATES`` or ``VELOCITY``, see :meth:`BoundDynamics.evaluate`.
 
         Raises:
             ConfigError: a velocity of another shape, or a regularizer whose result is not real numbers ``(B,)``, or
@@ -280,7 +274,8 @@ class Dynamics(BoundDynamics):
                 "the trace needs noise: solve with dynamics.bind(dynamics.draw(z)); a CNF draws it in "
                 "rnode_plugin.NeuralODE, or has a noise_dist."
             )
-        dz, rows, jvp, known, aux = self._passes[ask](t, z, noise)
+        linearize = self._pass if ask == RATES else self.field.linearize
+        dz, rows, jvp, known, aux = linearize(t, z, noise)
         if dz.shape != z.shape:
             raise ConfigError(
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
@@ -293,7 +288,7 @@ class Dynamics(BoundDynamics):
             t, z, dz, noise, rows, self.estimator, self.field if self.needs else None, jvp, aux
         )
         dlogdet = None
-        if self.divergence and ask.divergence:
+        if self.divergence and ask == RATES:
             dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
         penalties: dict[str, Tensor] = {}
         for key, rate in self.rates.items():
