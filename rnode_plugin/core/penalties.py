@@ -127,16 +127,16 @@ class Penalties(Mapping[str, Tensor]):
     def loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
 
-        Several solves are summed. A batch without samples counts as 0. After a backward pass the value can still be
-        read under ``torch.no_grad()``.
+        Several solves are summed. A batch without samples counts as 0. After a backward pass, which frees the
+        graph, the value can still be read, and torch refuses a second backward pass through it.
 
         Args:
             step: steps that the optimizer has taken, for a lambda that is a function of it.
             lambdas: strengths to use instead of the given ones, by name of the penalty.
 
         Raises:
-            ConfigError: if there are no penalties, if backward has already gone through them and freed their
-                graph, for an unknown name, and for a strength that is negative or not finite.
+            ConfigError: if there are no penalties, for an unknown name, and for a strength that is negative or not
+                finite.
         """
         strengths = {name: w.strength for name, w in self.weighted.items()}
         for name, strength in lambdas.items():
@@ -147,12 +147,6 @@ class Penalties(Mapping[str, Tensor]):
         whole = undivided([w.regularizer for w in self.weighted.values()])
         losses: list[Tensor] = []
         for integrals, dims in self._solves():
-            if torch.is_grad_enabled() and any(_is_freed(value) for value in integrals.values()):
-                raise ConfigError(
-                    "backward has already gone through these penalties and freed their graph. Solve again before "
-                    "you add them to a loss, keep the graph with backward(retain_graph=True), or read their value "
-                    "under torch.no_grad()."
-                )
             if any(len(value) == 0 for value in integrals.values()):
                 losses += [value.sum() for value in integrals.values()]
             else:
@@ -183,9 +177,8 @@ def attach(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Tie solution and penalties to one node of the graph.
 
-    Backward through either frees the node, which shows that the penalties have been used. DistributedDataParallel
-    finds from the solution the parameters that only the penalties use. ``hidden_cost``, the running cost of an
-    adjoint, gets its gradient of one whenever backward goes through the solution.
+    So DistributedDataParallel finds from the solution the parameters that only the penalties use. ``hidden_cost``,
+    the running cost of an adjoint, gets its gradient of one whenever backward goes through the solution.
     """
     # nested forward mode would silently take the derivative of an autograd Function for zero
     if hidden_cost is None and (not integrals or transforms_active()):
@@ -204,9 +197,8 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        sol, cost = inputs[:2]
+        cost = inputs[1]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(sol.new_empty(0))  # what backward frees
         ctx.unit_cost = None if cost is None else torch.ones_like(cost)
 
     @staticmethod
@@ -218,16 +210,3 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dsol: Tensor | None, dcost: Tensor | None, *dintegrals: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))
-
-
-def _is_freed(value: Tensor) -> bool:
-    node = value.grad_fn
-    if node is None:
-        return False
-    try:
-        node.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]  # noqa: B018
-    except RuntimeError:
-        return True
-    except AttributeError:  # the node of a functional transform, which frees nothing
-        return False
-    return False

@@ -284,8 +284,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             lambdas: strengths to use instead of the constructor's, by name of the penalty.
 
         Raises:
-            ConfigError: if there is nothing to sum (see :attr:`regularization`), if backward has already gone
-                through it and freed it, for an unknown name, and for a strength that is negative or not finite.
+            ConfigError: if there is nothing to sum (see :attr:`regularization`), for an unknown name, and for a
+                strength that is negative or not finite.
         """
         return self._last_penalties().loss(step=step, **lambdas)
 
