@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from dense_rates import integrals
-from problems import Linear, Wave, difference, directions, slope
+from problems import Linear, Wave, difference, directions, slope, step_penalty
 from scipy.integrate._ivp.rk import RK45
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, Solver, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import (
-    FunctionStepPenalty,
     StepRecord,
     error,
     local_error,
@@ -23,9 +21,7 @@ from rnode_plugin.core.regularizers import (
     stiffness,
 )
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import StackField, conv_field
-from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import GRADIENTS, solve
+from rnode_plugin.solvers import solve
 
 T = torch.tensor([0.0, 2.0], dtype=torch.float64)
 TIGHT = Solver("dopri5", atol=1e-6, rtol=1e-6)
@@ -60,7 +56,7 @@ def replay(field: nn.Module, z: Tensor, times: Tensor) -> dict[str, Tensor]:
 @functools.cache
 def accepted_times() -> Tensor:
     seen: list[Tensor] = []
-    watch = FunctionStepPenalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
+    watch = step_penalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
     with torch.no_grad():
         solve(Dynamics(Wave(), regularizers=[watch], divergence=False).bind(None), states(), T, TIGHT)
     # a rejected step begins where the next one does
@@ -99,7 +95,7 @@ def test_reductions_and_what_a_step_shows() -> None:
         seen.append(step)
         return step.h * step.z0[:, 0].square()
 
-    penalties = [FunctionStepPenalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
+    penalties = [step_penalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
     dynamics = Dynamics(Wave(), regularizers=penalties, divergence=False)
     found = solve(dynamics.bind(None), states(), T, Solver("rk4_38", step=0.5, atol=1e-3, rtol=1e-2))
     assert len(seen) == 12
@@ -118,17 +114,17 @@ def test_reductions_and_what_a_step_shows() -> None:
 
 
 def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
-    """A linear field: the value of a step from any time is known. 300 solves, 4 standard errors."""
+    """A linear field: the value of a step from any time is known. 150 solves, 4 standard errors."""
     field = Linear(3)
     a, z0 = field.a.detach(), states(1)
-    step, many = 0.5, 300
+    step, many = 0.5, 150
 
     def exact(s: float) -> Tensor:
         start = z0 @ torch.matrix_exp(a * s).T
         # as long as the accepted step, or as what is left of the solve
         length = min(step, 2.0 - s)
         record: list[StepRecord] = []
-        one = Dynamics(field, regularizers=[FunctionStepPenalty("x", lambda r: record.append(r) or r.z0[:, 0])],
+        one = Dynamics(field, regularizers=[step_penalty("x", lambda r: record.append(r) or r.z0[:, 0])],
                        divergence=False)  # fmt: skip
         with torch.no_grad():
             solve(one.bind(None), start, torch.tensor([0.0, length]).double(), Solver("tsit5", first_step=length,
@@ -136,7 +132,7 @@ def test_local_penalties_are_unbiased_for_the_time_average_of_a_step() -> None:
         assert len(record) == 1
         return torch.stack([local_error(record[0]), local_stiffness(record[0])])
 
-    grid = (torch.arange(100) + 0.5) / 50
+    grid = (torch.arange(40) + 0.5) / 20
     average = torch.stack([exact(float(s)) for s in grid]).mean(0)[:, 0]
     torch.manual_seed(0)
     dynamics = Dynamics(field, regularizers=[local_error, local_stiffness], divergence=False)
@@ -217,22 +213,12 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
 
 def test_stages_at_one_time_are_found_in_torchdyns_rk4() -> None:
     seen: list[StepRecord] = []
-    watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
+    watch = step_penalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
     NeuralODE(Wave(), "rk4", regularizers=[watch])(states(), torch.linspace(0, 1, 3))
     for step in seen:
         a, b = step.pair  # pyright: ignore[reportGeneralTypeIssues]
         assert step.times[a] == step.times[b]
         assert not torch.equal(step.states[a], step.states[b])
-
-
-def test_values_without_gradients_work_in_every_mode() -> None:
-    bound, found = Dynamics(Wave(), regularizers=STEPS, divergence=False).bind(None), []
-    for mode in ("autograd", "checkpointed", "adjoint"):
-        with torch.no_grad():
-            found.append(solve(bound, states(), T, Solver("dopri5", gradient=mode)).penalties)
-    for other in found[1:]:
-        for name, value in found[0].items():
-            torch.testing.assert_close(other[name], value)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
@@ -245,10 +231,10 @@ def test_means_and_maxima_of_a_flow_are_those_of_all_its_steps(method: str) -> N
         return seen[-1]
 
     penalties = [
-        FunctionStepPenalty("max", speed, reduction="max"),
-        FunctionStepPenalty("sum", lambda step: step.velocities[0].square().mean(1)),
-        FunctionStepPenalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
-        FunctionStepPenalty("steps", lambda step: torch.ones(len(step.z0))),
+        step_penalty("max", speed, reduction="max"),
+        step_penalty("sum", lambda step: step.velocities[0].square().mean(1)),
+        step_penalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
+        step_penalty("steps", lambda step: torch.ones(len(step.z0))),
     ]
     flow = TableFlow(2, blocks=3, hidden=4, solver=Solver(method, step=None if method == "dopri5" else 0.5),
                      regularizers=penalties)  # fmt: skip
@@ -271,7 +257,6 @@ OTHERS = [
     "jacoffdiag", "curl", "strain", "local_error", "local_stiffness", "straightness", "trajectory_polynomial",
     "learned_end_time",
 ]  # fmt: skip
-SPAN = (0.0, 0.4)
 
 
 class Reshaped(nn.Module):
@@ -285,7 +270,7 @@ class Reshaped(nn.Module):
         return self.field(t, z.flatten(1)).reshape(z.shape)
 
 
-@pytest.mark.parametrize("mode", GRADIENTS)
+@pytest.mark.parametrize("mode", ["autograd", "adjoint"])
 def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
     """To the rounding: values and gradients of every penalty that a mode supports."""
     names = [*OTHERS, *([] if mode.endswith("adjoint") else OF_STEPS)]
@@ -309,48 +294,6 @@ def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
     torch.testing.assert_close(image_gradients, flat_gradients, rtol=1e-8, atol=1e-10)
 
 
-IMAGE_RATES = ["kinetic", "jacfrob", "total_derivative", "directional", "curl", "jacoffdiag"]
-
-
-@functools.cache
-def image_reference() -> tuple[StackField, Tensor, dict[str, Tensor], Tensor]:
-    """Field, state, integrals, and their derivatives along ``directions``."""
-    torch.manual_seed(0)
-    field = conv_field(1, hidden=2, layers=2, activation="tanh").double()
-    for parameter in field.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    z = torch.randn(1, 1, 2, 2, dtype=torch.float64)
-
-    def exact() -> dict[str, Tensor]:
-        now = field.prepare(z)  # with the parameters as they are
-        return integrals(lambda t, x: now(t, x.reshape(1, 1, 2, 2)).flatten(), z.flatten(1), SPAN, highest=2)
-
-    parameters = list(field.parameters())
-    change = difference(
-        lambda: torch.stack([exact()[name].sum() for name in IMAGE_RATES]), parameters, directions(parameters)
-    )
-    return field, z, exact(), change
-
-
-@pytest.mark.parametrize("gradient", ["autograd", "checkpointed", "adjoint"])
-def test_the_image_field_against_scipy_and_finite_differences(gradient: str) -> None:
-    """Our own convolutions: values to 1e-6, the parameters' gradient along a direction to 1e-5."""
-    field, z, wanted, change = image_reference()
-    names, parameters = IMAGE_RATES, list(field.parameters())
-    along = directions(parameters)
-    regularizers = [entry.regularizer for entry in resolve_regularizers(names).values()]
-    dynamics = Dynamics(field.prepare(z), regularizers=regularizers, estimator="exact", divergence=False)
-    if gradient == "adjoint":  # which differentiates each evaluation by itself
-        dynamics = Dynamics(field, regularizers=regularizers, estimator="exact", divergence=False)
-    solver = Solver("dopri5", atol=1e-9, rtol=1e-9, gradient=gradient)
-    found = solve(dynamics.bind(None), z, torch.tensor(SPAN, dtype=torch.float64), solver).penalties
-    for i, name in enumerate(names):
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=0, msg=name)
-        torch.testing.assert_close(
-            slope(found[name].sum(), parameters, along), change[i], rtol=1e-5, atol=1e-8, msg=name
-        )
-
-
 @pytest.mark.parametrize("shape", [(3,), (1, 3, 1)], ids=["flat", "image"])
 def test_gradients_of_local_penalties_against_a_frozen_start(shape: tuple[int, ...]) -> None:
     """The extra step again from the state that it started from, with parameters moved: that state stays.
@@ -358,7 +301,7 @@ def test_gradients_of_local_penalties_against_a_frozen_start(shape: tuple[int, .
     Every gradient mode has the same local penalties.
     """
     seen: list[StepRecord] = []
-    watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0.flatten(1)[:, 0], local=True)
+    watch = step_penalty("watch", lambda step: seen.append(step) or step.z0.flatten(1)[:, 0], local=True)
     wave, z = Wave(3), torch.randn(2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     field = Reshaped(wave) if len(shape) > 1 else wave
     parameters, along = list(field.parameters()), directions(list(field.parameters()))
@@ -371,7 +314,7 @@ def test_gradients_of_local_penalties_against_a_frozen_start(shape: tuple[int, .
 
     def again() -> Tensor:
         steps: list[StepRecord] = []
-        one = FunctionStepPenalty("one", lambda step: steps.append(step) or step.z0.flatten(1)[:, 0])
+        one = step_penalty("one", lambda step: steps.append(step) or step.z0.flatten(1)[:, 0])
         span = torch.stack([start.t.detach().reshape(()), (start.t + start.h).detach().reshape(())])
         solver = Solver("tsit5", first_step=float(start.h.detach()), atol=1e3, rtol=1e3)
         dynamics = Dynamics(field, regularizers=[one], divergence=False)

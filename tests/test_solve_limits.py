@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Linear, Wave
+from problems import Linear, Wave, step_penalty
 from torch import Tensor
 
 from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
-from rnode_plugin.core.regularizers import FunctionStepPenalty, jacfrob, kinetic
+from rnode_plugin.core.regularizers import Regularizer, jacfrob, kinetic
 from rnode_plugin.core.regularizers.base import Trajectory
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
@@ -65,8 +65,8 @@ class _BrokenTrajectory:
         return trajectory.z[0][:, 0] * torch.nan
 
 
-def _broken_step(*, local: bool) -> FunctionStepPenalty:
-    return FunctionStepPenalty("bad", lambda step: step.z0[:, 0] * torch.nan, local=local)
+def _broken_step(*, local: bool) -> Regularizer:
+    return step_penalty("bad", lambda step: step.z0[:, 0] * torch.nan, local=local)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
 def step_lengths(t: Tensor, method: Method) -> list[float]:
     """Of the accepted steps."""
     seen: dict[float, float] = {}  # by the time of its start; a rejected step is followed by a shorter one
-    watch = FunctionStepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
+    watch = step_penalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
     bound = Dynamics(Wave(), regularizers=[watch]).bind(torch.ones(2, 3, dtype=torch.float64))
     solver = Solver(method, atol=1e-6, rtol=1e-6, first_step=0.37)
     solve(bound, torch.ones(2, 3, dtype=torch.float64), t, solver)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS",
     "FunctionRegularizer",
-    "FunctionStepPenalty",
     "Regularizer",
     "Source",
     "StepRecord",
@@ -186,82 +185,40 @@ class Trajectory:
     integrals: Mapping[str, Tensor]
 
 
-class _OfFunction(Regularizer):
-    """A regularizer that calls a function. One that :func:`regularizer` made is copied and pickled by reference."""
-
-    def _function(self) -> Any: ...
-
-    def __reduce__(self) -> Any:
-        return self._function().__name__ if "__module__" in vars(self) else super().__reduce__()
-
-
 @dataclass(frozen=True)
-class FunctionRegularizer(_OfFunction):
-    """A rate from a function of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`.
+class FunctionRegularizer(Regularizer):
+    """A rate or a step penalty from a function. One that :func:`regularizer` made is copied by reference.
 
     Args:
         name: the key of its penalty in every result.
-        rate: evaluation to ``(B,)``.
-        needs: what it reads: ``"vjp"``, ``"jvp"``, ``"aux"`` and ``"field"``.
-        divided_by_dims: whether the objective divides the penalty by the number of dimensions.
+        function: of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`, or of a :class:`StepRecord` for
+            the kind ``"step"``, to ``(B,)``.
         formula: what is penalized; the first line of the function's docstring if it is left out.
-        cost, source: see :class:`Regularizer`.
+        kind, needs, uses, reduction, local, divided_by_dims, cost, source: see :class:`Regularizer`.
     """
 
     name: str
-    rate: Callable[[FieldEvaluation], Tensor]
+    function: Callable[[Any], Tensor]
+    kind: str = "rate"
     needs: Collection[str] = frozenset()
+    uses: Collection[str] = frozenset()
+    reduction: str = "sum"
+    local: bool = False
     divided_by_dims: bool = True
     formula: str = ""
     cost: str = ""
     source: str | Source = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs", frozenset(self.needs))  # hashable: a key of {regularizer: lambda}
-        object.__setattr__(self, "formula", self.formula or _first_line(self.rate))
+        for attribute in ("needs", "uses"):  # hashable: a key of {regularizer: lambda}
+            object.__setattr__(self, attribute, frozenset(getattr(self, attribute)))
+        object.__setattr__(self, "formula", self.formula or _first_line(self.function))
 
-    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
-        return self.rate(evaluation)
+    def __call__(self, record: Any, /) -> Tensor:
+        return self.function(record)
 
-    def _function(self) -> Any:
-        return self.rate
-
-
-@dataclass(frozen=True)
-class FunctionStepPenalty(_OfFunction):
-    """A step penalty from a function of a :class:`StepRecord`.
-
-    Args:
-        name: the key of the penalty in every result.
-        value: step to ``(B,)``.
-        uses: what it reads: ``"error"`` and ``"pair"``.
-        reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
-        local: whether it sees one extra step from a random time instead of the accepted ones.
-        divided_by_dims: whether the objective divides the penalty by the number of dimensions.
-        formula: what is penalized; the first line of the function's docstring if it is left out.
-        cost, source: see :class:`Regularizer`.
-    """
-
-    name: str
-    value: Callable[[StepRecord], Tensor]
-    uses: Collection[str] = frozenset()
-    reduction: str = "sum"
-    local: bool = False
-    divided_by_dims: bool = False
-    kind: str = "step"
-    formula: str = ""
-    cost: str = ""
-    source: str | Source = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "uses", frozenset(self.uses))  # hashable: a key of {regularizer: lambda}
-        object.__setattr__(self, "formula", self.formula or _first_line(self.value))
-
-    def __call__(self, step: StepRecord, /) -> Tensor:
-        return self.value(step)
-
-    def _function(self) -> Any:
-        return self.value
+    def __reduce__(self) -> Any:
+        return self.function.__name__ if "__module__" in vars(self) else super().__reduce__()
 
 
 @dataclass(frozen=True)
@@ -277,9 +234,8 @@ class _PlainRate:
 def regularizer(name: str, *, kind: str = "rate", **attributes: Any) -> Callable[[Any], Any]:
     """Make a function or a class the regularizer ``name``.
 
-    A function becomes a :class:`FunctionRegularizer` or a :class:`FunctionStepPenalty`. A class, derived from
-    :class:`Regularizer`, gets the attributes. Its constructor takes the options of ``"name:options"``, and
-    ``name=``.
+    A function becomes a :class:`FunctionRegularizer`. A class, derived from :class:`Regularizer`, gets the
+    attributes. Its constructor takes the options of ``"name:options"``, and ``name=``.
 
     Args:
         name: the key of its penalty in every result.
@@ -292,7 +248,7 @@ def regularizer(name: str, *, kind: str = "rate", **attributes: Any) -> Callable
             for attribute, choice in {"kind": kind, **attributes}.items():
                 setattr(value, attribute, choice)
             return value
-        made = (FunctionRegularizer if kind == "rate" else FunctionStepPenalty)(name, value, **attributes)
+        made = FunctionRegularizer(name, value, kind, **attributes)
         object.__setattr__(made, "__module__", value.__module__)
         object.__setattr__(made, "__doc__", value.__doc__)
         return made

@@ -36,7 +36,7 @@ _EXTRA = "one extra step of `tsit5`"
 
 @regularizer(
     "error", kind="step", formula="Σ E h over the steps, E the norm of the embedded error estimate",
-    cost="an adaptive method", source=_PAL.at("", method="ERNODE"), uses={"error"},
+    cost="an adaptive method", source=_PAL.at("", method="ERNODE"), uses={"error"}, divided_by_dims=False,
 )  # fmt: skip
 def error(step: StepRecord) -> Tensor:
     """``sum_j E_j h_j`` over the accepted steps (ERNODE; Pal et al., 2021). Needs an adaptive method.
@@ -52,6 +52,7 @@ def error(step: StepRecord) -> Tensor:
 @regularizer(
     "stiffness", kind="step", formula="mean over the steps of ‖f(b) − f(a)‖ / ‖b − a‖ for two stages at one time",
     cost="`dopri5`, `tsit5` or `rk4`", source=_PAL.at("", method="SRNODE"), uses={"pair"}, reduction="mean",
+    divided_by_dims=False,
 )  # fmt: skip
 def stiffness(step: StepRecord) -> Tensor:
     """The mean over the accepted steps, of all blocks of a flow, of an estimate of the Jacobian's norm.
@@ -70,7 +71,7 @@ def stiffness(step: StepRecord) -> Tensor:
 
 @regularizer(
     "local_error", kind="step", formula="E h of one extra step from a random time", cost=_EXTRA, source=_LOCAL,
-    uses={"error"}, local=True,
+    uses={"error"}, local=True, divided_by_dims=False,
 )  # fmt: skip
 def local_error(step: StepRecord) -> Tensor:
     """``E h`` of one extra step of tsit5 from a uniformly random time, with a detached start (Pal et al., 2023)."""
@@ -79,7 +80,7 @@ def local_error(step: StepRecord) -> Tensor:
 
 @regularizer(
     "local_stiffness", kind="step", formula="the stiffness of one extra step from a random time", cost=_EXTRA,
-    source=_LOCAL, uses={"pair"}, local=True, reduction="mean",
+    source=_LOCAL, uses={"pair"}, local=True, reduction="mean", divided_by_dims=False,
 )  # fmt: skip
 def local_stiffness(step: StepRecord) -> Tensor:
     """``||f(b) - f(a)|| / ||b - a||`` of one extra step of tsit5 from a uniformly random time (Pal et al., 2023).
