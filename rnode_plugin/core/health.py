@@ -12,7 +12,7 @@ from .ops import read
 
 
 class HealthCheck(NamedTuple):
-    """What tells whether a computation stayed finite, to be read from its device later.
+    """A check whether a computation stayed finite, to be read from its device later.
 
     Attributes:
         values: one entry for each step, ``(steps,)``, that is finite where the computation still was.
@@ -46,7 +46,10 @@ def health(*tensors: Tensor | None) -> Tensor:
 
     (The sum of finite entries can overflow only if they are about to.)
     """
-    first, *others = [x.detach().sum() for x in tensors if x is not None]
-    for other in others:
-        first = first + other.to(first.dtype)
-    return first
+    total: Tensor | None = None
+    for x in tensors:
+        if x is not None:
+            part = x.detach().sum()
+            total = part if total is None else total + part.to(total.dtype)
+    assert total is not None
+    return total

@@ -115,13 +115,15 @@ class Hutchinson(TraceEstimator):
         return _draw(self.noise, shape, z, generator)
 
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
-        noise = _given(noise)
+        assert noise is not None
         if self.count == 1:
             return Probes((1.0,), (noise,), (products,))
         return Probes((1 / self.count,) * self.count, tuple(noise), tuple(products))
 
     def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        return sum_products(products, _given(noise)) if self.count == 1 else super().divergence(products, noise)
+        if self.count > 1 or noise is None:
+            return super().divergence(products, noise)
+        return sum_products(products, noise)
 
     def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
         return sum_squares(products) if self.count == 1 else super().squared_frobenius(products, noise)
@@ -166,12 +168,14 @@ class HutchPlusPlus(TraceEstimator):
         field, ask = as_field(field), ask._replace(products="noise")
 
         def linearize(t: Tensor, z: Tensor, noise: Tensor | None) -> Linearization:
-            noise = _given(noise)
+            assert noise is not None
             with torch.no_grad():
                 sketch = field.linearize(t, z.detach(), noise[: self.rank], ask=Ask("noise")).products
-                vectors = self._directions(_given(sketch), noise[self.rank :]).detach()  # forward mode sees no_grad
+                assert sketch is not None
+                vectors = self._directions(sketch, noise[self.rank :]).detach()  # forward mode sees no_grad
             found = field.linearize(t, z, vectors, ask=ask)
-            rows = _given(found.products)
+            rows = found.products
+            assert rows is not None
             return found._replace(products=torch.stack([vectors.to(rows.dtype), rows]))
 
         return linearize
@@ -225,11 +229,6 @@ class Exact(TraceEstimator):
 def _known(noise: str) -> str:
     if noise not in _NOISES:
         raise ConfigError(suggest(noise, _NOISES, "trace noise"))
-    return noise
-
-
-def _given(noise: Tensor | None) -> Tensor:
-    assert noise is not None
     return noise
 
 

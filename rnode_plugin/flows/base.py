@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,6 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import HealthCheck, Solver, check_all, gradient_of, solve
-from ..solvers.solution import Solution
 
 _Through = Callable[[Tensor], Tensor]  # a state to the state after the next block
 
@@ -180,7 +178,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         blocks = ((field, None) for field in reversed(self._fields_at(context, z)))
         through = _Pass(self, blocks, self.solver, backward=True, divergence=False)
         y = self._pull(z, through)
-        check_all(through.health())
+        check_all(through.health)
         return self._leave(y)[0]
 
     def latent_log_prob(self, z: Tensor) -> Tensor:
@@ -274,7 +272,11 @@ class _Pass:
         self._followed = [r for r in flow.regularizers if r.kind != "span"] if penalties else []
         self._options = {"divergence": divergence, "estimator": flow.estimator, "regularizers": self._followed}
         self._penalized = penalties
-        self._solved: list[Solution] = []
+        self._logdets: list[Tensor] = []
+        self._totals: dict[str, Tensor] = {}
+        self._next_steps: list[float | None] = []
+        self._nfe = self._steps = 0
+        self.health: list[HealthCheck] = []  # what tells whether the solves stayed finite
 
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)
@@ -288,7 +290,14 @@ class _Pass:
         dynamics = Dynamics(field, **self._options)
         first_step = self._first_steps[index] if self._first_steps else None
         solution = solve(dynamics.bind(noise), z, self._times(z), self._solver, first_step=first_step)
-        self._solved.append(solution)
+        if solution.logdet is not None:
+            self._logdets.append(solution.logdet[-1])
+        self.health += solution.health
+        self._next_steps.append(solution.next_step)
+        self._nfe += solution.stats.nfe
+        self._steps += solution.stats.steps
+        for penalty in self._followed:
+            self._add(penalty, solution.penalties[penalty.name], solution.stats.steps, index + 1)
         return solution.z[-1]
 
     def _times(self, z: Tensor) -> Tensor:
@@ -299,36 +308,27 @@ class _Pass:
                 times = self._policy.times(times, training=self._training)
             return times.flip(0) if self._backward else times
 
-    def health(self) -> tuple[HealthCheck, ...]:
-        """What tells whether the solves of all blocks stayed finite."""
-        return tuple(check for solution in self._solved for check in solution.health)
+    def _add(self, penalty: Any, value: Tensor, steps: int, blocks: int) -> None:
+        """Add the penalty of a block: a mean or a maximum over steps is one over the steps of all blocks."""
+        before = self._totals.get(penalty.name)
+        if before is None:
+            self._totals[penalty.name] = value
+        elif penalty.reduction == "max":
+            self._totals[penalty.name] = torch.maximum(before, value)
+        elif penalty.reduction == "mean":
+            share = 1 / blocks if penalty.local else steps / self._steps
+            self._totals[penalty.name] = before + (value - before) * share
+        else:
+            self._totals[penalty.name] = before + value
 
     def output(self, end: Tensor, logdet: Tensor, x: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
         """The output for the samples ``x`` of a pass to ``end``; ``logdet`` and ``health`` are of the rest."""
-        for solution in self._solved:
-            assert solution.logdet is not None
-            logdet = logdet + solution.logdet[-1]
-        penalties = {r.name: self._total(r) for r in self._followed}
+        for of_block in self._logdets:
+            logdet = logdet + of_block
         if self._policy is not None and self._penalized:
-            penalties[self._policy.name] = self._policy(x)
-        nfe = sum(solution.stats.nfe for solution in self._solved)
-        next_steps = tuple(solution.next_step for solution in self._solved)
-        return FlowOutput(end, logdet, penalties, nfe, (*health, *self.health()), next_steps)
-
-    def _total(self, penalty: Any) -> Tensor:
-        """A penalty of all blocks: a mean or a maximum over steps is one over the steps of all blocks."""
-        values = [solution.penalties[penalty.name] for solution in self._solved]
-        if penalty.reduction == "max":
-            return functools.reduce(torch.maximum, values)
-        total, steps = torch.zeros_like(values[0]), 0
-        for value, solution in zip(values, self._solved, strict=True):
-            if penalty.reduction == "mean":
-                mine = 1 if penalty.local else solution.stats.steps
-                steps += mine
-                total = total + (value - total) * (mine / steps)
-            else:
-                total = total + value
-        return total
+            self._totals[self._policy.name] = self._policy(x)
+        checks = (*health, *self.health)
+        return FlowOutput(end, logdet, self._totals, self._nfe, checks, tuple(self._next_steps))
 
 
 def _registered(name: str) -> Any:
