@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 import subprocess
 import sys
@@ -47,43 +45,45 @@ def test_entry_points_of_the_project_resolve() -> None:
             assert EntryPoint(name, value, group).load() is not None
 
 
-def test_every_module_imports() -> None:
-    for module in pkgutil.walk_packages([str(PACKAGE)], "rnode_plugin."):
-        if module.name != "rnode_plugin.__main__":
-            importlib.import_module(module.name)
-
-
-# what runs, and what it must not import
+# programs of lines that run, each with what must not be imported by then
 LIGHT = [
-    ("import rnode_plugin", {"pluggy"}),
-    (
-        "from rnode_plugin.plugins import registry\n"
-        "for kind in ('commands', 'recipes', 'datasets', 'models'): registry.names(kind)",
-        {"torch", "numpy", "torchdyn", "pytorch_lightning"},
-    ),
-    (
-        "from rnode_plugin.plugins import registry; from rnode_plugin import get_recipe\n"
-        "for name in ('digits', 'mnist-fast', 'cifar10', 'celebahq256'): get_recipe(name).ffjord().to_plain()",
-        {"torch"},
-    ),
-    (  # a flow whose regularizers are objects
-        "import torch; from rnode_plugin import MultiscaleFlow, Solver\n"
-        "flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=Solver('euler', step=None))\n"
-        "assert set(flow(torch.rand(2, 1, 4, 4)).regularization) == {'kinetic', 'jacfrob'}",
-        {"pluggy", "torchdyn", "pytorch_lightning", "rnode_plugin.plugins.registry"},
-    ),
+    [
+        ("import rnode_plugin", {"pluggy"}),
+        (
+            "from rnode_plugin.plugins import registry\n"
+            "for kind in ('commands', 'recipes', 'datasets', 'models'): registry.names(kind)",
+            {"torch", "numpy", "torchdyn", "pytorch_lightning"},
+        ),
+        (
+            "from rnode_plugin import get_recipe\n"
+            "for name in ('digits', 'mnist-fast', 'cifar10', 'celebahq256'): get_recipe(name).ffjord().to_plain()",
+            {"torch"},
+        ),
+    ],
+    [
+        (  # a flow whose regularizers are objects
+            "import torch; from rnode_plugin import MultiscaleFlow, Solver\n"
+            "flow = MultiscaleFlow((1, 4, 4), hidden=2, solver=Solver('euler', step=None))\n"
+            "assert set(flow(torch.rand(2, 1, 4, 4)).regularization) == {'kinetic', 'jacfrob'}",
+            {"pluggy", "torchdyn", "pytorch_lightning", "rnode_plugin.plugins.registry"},
+        ),
+        ("import rnode_plugin.torchdiffeq", {"matplotlib", "pandas", "sklearn", "jinja2", "pytorch_lightning"}),
+        ("import rnode_plugin.reports, rnode_plugin.training.checkpoints, rnode_plugin.training.runs",
+         {"pytorch_lightning"}),
+    ],
     # torchdyn imports matplotlib, by way of Lightning
-    ("from rnode_plugin import NeuralODE, RegularizedCNF", {"pandas", "sklearn", "jinja2", "pydantic"}),
-    ("import rnode_plugin.torchdiffeq", {"matplotlib", "pandas", "sklearn", "jinja2", "pytorch_lightning"}),
-    ("import rnode_plugin.reports, rnode_plugin.training.checkpoints, rnode_plugin.training.runs",
-     {"pytorch_lightning"}),
+    [("from rnode_plugin import NeuralODE, RegularizedCNF", {"pandas", "sklearn", "jinja2", "pydantic"})],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("code", "heavy"), LIGHT)
-def test_what_is_light_stays_light(code: str, heavy: set[str]) -> None:
-    program = f"{code}\nimport sys; assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+@pytest.mark.parametrize("steps", LIGHT, ids=["names", "mathematics", "torchdyn"])
+def test_what_is_light_stays_light(steps: list[tuple[str, set[str]]]) -> None:
+    program = ["import sys"]
+    for code, heavy in steps:
+        program += [code, f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

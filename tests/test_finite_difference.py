@@ -61,10 +61,7 @@ class Augmented(nn.Module):
         return self.field(t, y[0]), by_definition(self.field, t, y[0])
 
 
-INTERFACES = ["autograd", "checkpointed", "adjoint", "penalized", "odeint", "odeint_adjoint"]
-
-
-@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("interface", ["checkpointed", "adjoint", "penalized", "odeint", "odeint_adjoint"])
 def test_the_integral_and_its_gradient_in_every_interface(interface: str) -> None:
     field = Wave()
     if interface.startswith("odeint"):

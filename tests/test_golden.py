@@ -7,7 +7,6 @@ is wanted and told in the CHANGELOG.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import sys
 from functools import cache
@@ -120,14 +119,6 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def weights(run: Path) -> str:
-    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode() + state[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @cache
 def stored() -> dict[str, Any]:
     return json.loads(STORED.read_text())
@@ -146,7 +137,7 @@ def test_densities_are_as_stored() -> None:
     assert_as_stored(densities(), 2e-5)
 
 
-# --- eight steps of the digits, whole and interrupted -----------------------------------------------------------
+# --- eight steps of the digits ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -158,36 +149,6 @@ def test_eight_steps_of_the_digits_are_as_stored(whole: Path) -> None:
     found = {key: [float(row[key]) for row in rows(whole) if row.get(key)] for key in COLUMNS}
     for key, values in found.items():
         assert values == pytest.approx(stored()["digits"][key], rel=5e-4), key
-
-
-def test_a_resumed_run_has_the_weights_of_a_whole_one(whole: Path, tmp_path: Path) -> None:
-    import pytorch_lightning as L
-
-    # stop after the checkpoint of the fifth step, as Ctrl-C does
-    trainer_step = L.Trainer.fit
-
-    class Stop(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_step == 5:
-                raise KeyboardInterrupt
-
-    def fit(self: L.Trainer, *args: Any, **kwargs: Any) -> Any:
-        self.callbacks.append(Stop())  # pyright: ignore[reportAttributeAccessIssue]
-        return trainer_step(self, *args, **kwargs)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(L.Trainer, "fit", fit)
-    settings = [word for setting in TINY for word in ("--set", setting)]
-    (entry,) = entry_points(group="console_scripts", name="rnode-cli")
-    words = ["train", "digits", "--max-steps", "8", "--runs", str(tmp_path), "--device", "cpu", *settings]
-    CliRunner().invoke(entry.load(), words)
-    patch.undo()
-    run = next(tmp_path.glob("digits/*"))
-    assert weights(run) != weights(whole)
-    cli("train", "--resume", run, "--device", "cpu")
-    assert weights(run) == weights(whole)
-    kept = [*COLUMNS, "step", "val/bpd"]
-    assert [[row.get(k) for k in kept] for row in rows(run)] == [[row.get(k) for k in kept] for row in rows(whole)]
 
 
 def test_eval_in_json(whole: Path) -> None:
