@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import picture_bytes, random_images
-from packing_sources import assert_nothing, npz_batch, prepare
+from image_files import npz_batch, picture_bytes, random_images
 from run_folders import write_run
 
 from rnode_plugin import get_recipe
-from rnode_plugin.data import get_dataset
+from rnode_plugin.data import get_dataset, pack
 from rnode_plugin.data.table_files import column_names, read_columns, write_rows
 from rnode_plugin.errors import RnodeError
 from rnode_plugin.reports.runs import read_run
@@ -61,9 +60,9 @@ def flow(folder: Path) -> None:
 def prepared(file: Path) -> None:
     target = file.parent.parent / "out"
     try:
-        prepare(file.parent, target=target, overwrite=True)
+        pack([file.parent], target, overwrite=True)
     except RnodeError:
-        assert_nothing(target)
+        assert not target.exists() or not list(target.iterdir())
         raise
     for each in target.iterdir():
         each.unlink()

@@ -88,15 +88,8 @@ def list_datasets() -> None:
 @click.option(
     "--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Write grey or colour."
 )
-@click.option(
-    "--on-error",
-    type=click.Choice(["fail", "skip"]),
-    default="fail",
-    show_default=True,
-    help="What to do with a file that is not a readable picture.",
-)
 @click.option("--overwrite", is_flag=True, help="Replace train.npy and val.npy in TARGET.")
-def prepare(sources: tuple[Path, ...], target: Path, channels: str, on_error: str, **options: Any) -> None:
+def prepare(sources: tuple[Path, ...], target: Path, channels: str, **options: Any) -> None:
     """Pack pictures from SOURCE... into TARGET/train.npy and TARGET/val.npy.
 
     A SOURCE is a folder of pictures, or a folder with the published ImageNet 64x64 batches
@@ -113,19 +106,10 @@ def prepare(sources: tuple[Path, ...], target: Path, channels: str, on_error: st
             yield from bar
 
     click.echo("Looking through " + ", ".join(map(str, sources)), err=True)
-    result = pack(
-        sources,
-        target,
-        channels=int(channels),
-        skip=on_error == "skip",
-        progress=shown,
-        **options,
-    )
-    for name in result.skipped:
-        click.echo(f"Skipped {name}", err=True)
+    images = pack(sources, target, channels=int(channels), progress=shown, **options)
     click.echo(
-        f"{counted(result.train, 'image')} to train on and {result.val:,} held out, "
-        f"{'x'.join(map(str, result.shape))}, {counted(len(result.skipped), 'file')} skipped, in {target}"
+        f"{counted(len(images.train), 'image')} to train on and {len(images.val):,} held out, "
+        f"{'x'.join(map(str, images.shape))}, in {target}"
     )
 
 

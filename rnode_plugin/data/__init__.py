@@ -3,7 +3,7 @@
 from .catalog import get_dataset, get_table
 from .folders import celebahq256, folder, imagenet64
 from .images import ArrayDataset, ImageArray, ImageData
-from .packing import PackingResult, pack
+from .packing import pack
 from .sets import cifar10, digits, fashion_mnist, mnist, one_download, svhn
 from .tables import Table
 
@@ -11,7 +11,6 @@ __all__ = [
     "ArrayDataset",
     "ImageArray",
     "ImageData",
-    "PackingResult",
     "Table",
     "celebahq256",
     "cifar10",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,20 +55,22 @@ def folder(
 
 def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData:
     """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or packed by `data prepare`."""
-    source = (
-        "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
-        "https://image-net.org/download-images (free, after registration), unpack all three into one folder"
-    )
-    return _brought("imagenet64", root, size, 64, source, bits=8)
+    return _brought("imagenet64", root, size)
 
 
 def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageData:
     """CelebA-HQ at 3x256x256, 5 bits (when read): train/ and val/ of pictures, or packed by `data prepare`."""
-    source = (
-        "the folder CelebA-HQ-img with 30,000 pictures out of CelebAMask-HQ.zip from "
-        "https://github.com/switchablenorms/CelebAMask-HQ"
-    )
-    return _brought("celebahq256", root, size, 256, source, bits=5)
+    return _brought("celebahq256", root, size)
+
+
+_BROUGHT = {
+    "imagenet64": (64, 8, "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and "
+                   "Imagenet64_val_npz.zip from https://image-net.org/download-images (free, after registration), "
+                   "unpack all three into one folder"),
+    "celebahq256": (256, 5, "the folder CelebA-HQ-img with 30,000 pictures out of CelebAMask-HQ.zip from "
+                    "https://github.com/switchablenorms/CelebAMask-HQ"),
+}  # fmt: skip
+"""Height and width, bits per value, and where they come from, of the sets that users bring."""
 
 
 def only_size(size: int | None, native: int, name: str) -> None:
@@ -80,8 +81,9 @@ def only_size(size: int | None, native: int, name: str) -> None:
         )
 
 
-def _brought(name: str, root: str | None, size: int | None, native: int, source: str, *, bits: int) -> ImageData:
+def _brought(name: str, root: str | None, size: int | None) -> ImageData:
     """A set that the user brings, in the folder of its name below the root."""
+    native, bits, source = _BROUGHT[name]
     only_size(size, native, name)
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
@@ -97,27 +99,31 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
         raise ConfigError(
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
         )
-    parts: list[ImageArray] = []
+    train: ImageArray
+    val: ImageArray
     if _is_packed(where):
-        for file in (where / TRAIN_FILE, where / VAL_FILE):
-            images = PackedImages(file, shift=8 - bits)
-            _, c, h, w = images.shape if not parts else parts[0].shape
-            wanted = (channels or c, size or h, size or w)
-            if images.shape[1:] != wanted:
-                raise DataError(
-                    f"{name}: the images in {file} are {shown(images.shape[1:])}, not {shown(wanted)}. Pack them "
-                    "again with `rnode-cli data prepare --overwrite`."
-                )
-            parts.append(images)
+        train, val = (PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE))
     else:
         names = _pictures(where)
         splits = assign([split_named(n) for n in names], names, where=str(where))
-        for part in ("train", "val"):
-            chosen = [n for n, s in zip(names, splits, strict=True) if s == part]
-            files = ImageFiles(where, chosen, size=size, channels=channels or 3, shift=8 - bits)
-            parts.append(files.in_memory())
-    train, val = parts
+        train, val = (
+            ImageFiles(
+                where,
+                [n for n, split in zip(names, splits, strict=True) if split == part],
+                size=size,
+                channels=channels or 3,
+                shift=8 - bits,
+            ).in_memory()
+            for part in ("train", "val")
+        )
     _, c, h, w = train.shape
+    wanted = (channels or c, size or h, size or w)
+    for images in (train, val):
+        if images.shape[1:] != wanted:
+            raise DataError(
+                f"{name}: {where} holds images of {shown(images.shape[1:])}, not {shown(wanted)}. Scale pictures "
+                "with --size, and pack arrays again with `rnode-cli data prepare --overwrite`."
+            )
     return ImageData(name=name, train=train, val=val, shape=(c, h, w), levels=2**bits)
 
 
@@ -145,7 +151,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
             grey = grey and image.mode in ("1", "L", "LA")
         first = (name, found) if first is None else first
         if size is None and found != first[1]:
-            raise DataError(_different(name, found, *first))
+            raise different(name, found, *first)
     assert first is not None  # there are pictures
     h, w = first[1] if size is None else (size, size)
     return (1 if grey else 3), h, w
@@ -165,8 +171,9 @@ def _pictures(where: Path) -> list[str]:
     return names
 
 
-def _different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> str:
-    return (
+def different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ...]) -> DataError:
+    """The error for pictures of different sizes."""
+    return DataError(
         f"the pictures differ in size: {name} is {shown(found)}, {other} is {shown(size)}. Give the height and "
         "width that all of them are scaled to, such as --size 64."
     )
@@ -238,14 +245,6 @@ def is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a name belongs to the files that file managers and archivers leave."""
-    parts = PurePosixPath(name).parts
-    return any(part.startswith(".") and part not in (".", "..") for part in parts) or bool(
-        {"__MACOSX", "Thumbs.db", "desktop.ini"}.intersection(parts)
-    )
-
-
 def files_in(folder: Path) -> Iterator[str]:
     """Names of the files below a folder, relative, with ``/``, sorted folder by folder; links are followed once."""
 
@@ -263,7 +262,8 @@ def files_in(folder: Path) -> Iterator[str]:
         for file in sorted(files):
             path = Path(here, file)
             name = path.relative_to(folder).as_posix()
-            if path.is_file() and not is_hidden(name):  # reading a pipe could wait for ever
+            # file managers and archivers leave hidden files; reading a pipe could wait for ever
+            if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
                 yield name
 
 
@@ -272,15 +272,10 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     """A picture whose pixels are not decoded yet; what is wrong with it is a DataError, also inside."""
     from PIL import Image
 
-    with naming(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(file, formats=_FORMATS) as image:
-                if image.mode not in _MODES:  # PIL would cut larger values off
-                    raise DataError(f"{name} has pixels of the kind {image.mode!r}, more than 8 bits per channel.")
-                yield image
-        except Image.DecompressionBombError as error:
-            raise DataError(f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels.") from error
+    with naming(name), Image.open(file, formats=_FORMATS) as image:
+        if image.mode not in _MODES:  # PIL would cut larger values off
+            raise DataError(f"{name} has pixels of the kind {image.mode!r}, more than 8 bits per channel.")
+        yield image
 
 
 def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np.ndarray:
@@ -288,18 +283,12 @@ def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np
 
     With a ``size`` the shorter side is scaled to it, and the longer one cut around the middle.
     """
-    from PIL import ImageOps
-
-    with _opened(file, name) as image:
-        return _fit(ImageOps.exif_transpose(image), size, channels)
-
-
-def _fit(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    image = image.convert("RGB" if channels == 3 else "L")
-    if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+    with _opened(file, name) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
+        if size is not None and image.size != (size, size):
+            image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
 
@@ -334,7 +323,7 @@ class ImageFiles:
         for position, out in zip(positions.flat, images.reshape(-1, *shape), strict=True):
             image = self._read(int(position))
             if image.shape != shape:
-                raise DataError(_different(self._names[int(position)], image.shape, self._names[0], shape))
+                raise different(self._names[int(position)], image.shape, self._names[0], shape)
             np.right_shift(image, self._shift, out=out)
         return images
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,28 +11,17 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..files import Draft
-from .folders import TRAIN_FILE, VAL_FILE, assign, decode, files_in, is_picture, split_named
-from .images import naming, shown
+from .folders import TRAIN_FILE, VAL_FILE, assign, decode, different, files_in, folder, is_picture, split_named
+from .images import ImageData, naming, shown
 
 _BATCH = ".npz"
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class PackingResult:
-    """Numbers of packed images, their shape (C, H, W), and the names of files left out as unreadable."""
-
-    train: int
-    val: int
-    shape: tuple[int, ...]
-    skipped: list[str]
 
 
 class _Source(NamedTuple):
-    """A file to read, and the part that its images belong to: ``"train"``, ``"val"`` or None."""
+    """A file to read, and the part that its images belong to: ``"train"`` or ``"val"``."""
 
     path: Path
-    split: str | None
+    split: str
 
 
 def pack(
@@ -42,10 +30,9 @@ def pack(
     *,
     size: int | None = None,
     channels: int = 3,
-    skip: bool = False,
     overwrite: bool = False,
     progress: Callable[[Sequence[_Source]], Iterable[_Source]] = iter,
-) -> PackingResult:
+) -> ImageData:
     """Write ``train.npy`` and ``val.npy``: ``(N, C, H, W)``, uint8, 8 bits. Both appear complete, or neither.
 
     Args:
@@ -56,9 +43,11 @@ def pack(
         size: height and width that pictures are scaled to (the shorter side; the longer one is cut around the
             middle); None: all have the same.
         channels: 3 for colour, 1 for grey.
-        skip: leave out what is not a readable picture, and name it in the result; else the first one is an error.
         overwrite: replace packed files.
         progress: wraps the files to show how far it is.
+
+    Returns:
+        the images of the two files.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -70,60 +59,37 @@ def pack(
     there = [str(target / file) for file in (TRAIN_FILE, VAL_FILE) if (target / file).exists()]
     if there and not overwrite:
         raise DataError(f"{' and '.join(there)} exist already. Pass --overwrite to replace them.")
-    files, skipped = _plan(sources)
-    if skipped and not skip:
-        raise DataError(
-            f"{_listing('These files are not pictures', skipped)} Remove them, or pass --on-error skip."
-        )
+    files = _plan(sources)
+    first: tuple[str, tuple[int, ...]] | None = None
     try:
         with _Writer(target / TRAIN_FILE) as train, _Writer(target / VAL_FILE) as val:
             for path, split in progress(files):
-                if split is None:
-                    continue
-                try:
-                    images = _images(path, size, channels)
-                except DataError as error:
-                    if not skip or path.suffix == _BATCH:
-                        raise DataError(f"{error} Remove it, or pass --on-error skip.") from error
-                    skipped.append(str(path))
-                    continue
-                shape = train.shape[1:] or val.shape[1:] or images.shape[1:]
-                if images.shape[1:] != shape:
-                    raise DataError(
-                        f"the pictures differ in size: {path} is {shown(images.shape[1:])}, those before are "
-                        f"{shown(shape)}. Give the height and width that all of them are scaled to with --size."
-                    )
+                images = _images(path, size, channels)
+                first = first or (str(path), images.shape[1:])
+                if images.shape[1:] != first[1]:
+                    raise different(str(path), images.shape[1:], *first)
                 (train if split == "train" else val).append(images)
-            if not (train.shape and val.shape):
-                raise DataError(
-                    f"no readable picture to train on, or none to hold out.{_listing(' Skipped', skipped)}"
-                )
             for step in (_Writer.finish, _Writer.publish):
                 for writer in (train, val):
                     step(writer)
     except OSError as error:
         raise DataError(f"{target} cannot be written: {(error.strerror or str(error)).lower()}.") from error
-    return PackingResult(train.shape[0], val.shape[0], train.shape[1:], skipped)
+    return folder(root=str(target))
 
 
-def _plan(sources: Sequence[Path]) -> tuple[list[_Source], list[str]]:
-    """The files to read with their split, and the names of those that are not pictures."""
+def _plan(sources: Sequence[Path]) -> list[_Source]:
+    """The files to read with their split."""
     found: list[tuple[Path, str]] = []
     splits: list[str | None] = []
-    rejected: list[str] = []
     for source in sources:
-        if source.is_file():
-            raise DataError(f"{source} is not a folder. Unpack an archive first, and name the folder.")
         own = split_named(f"{source.name}/file")  # a folder `train` need not hold another one
         for name in files_in(source):
             if is_picture(name) or name.endswith(_BATCH):
                 found.append((source / name, name))
                 splits.append(split_named(name) or own)
-            else:
-                rejected.append(str(source / name))
     where = ", ".join(map(str, sources))
     if not found:
-        raise DataError(f"no pictures and no ImageNet batches in {where}.{_listing(' Found instead', rejected)}")
+        raise DataError(f"{where} has neither pictures nor ImageNet batches. Unpack archives first.")
     batches = [name.endswith(_BATCH) for _, name in found]
     if any(batches) and not (all(batches) and set(splits) == {"train", "val"}):
         raise DataError(
@@ -131,7 +97,7 @@ def _plan(sources: Sequence[Path]) -> tuple[list[_Source], list[str]]:
             "train_data_batch_10.npz together with val_data.npz, and no other pictures."
         )
     assigned = assign(splits, [name for _, name in found], where=where)
-    return [_Source(path, split) for (path, _), split in zip(found, assigned, strict=True)], rejected
+    return [_Source(path, split) for (path, _), split in zip(found, assigned, strict=True) if split is not None]
 
 
 def _images(path: Path, size: int | None, channels: int) -> np.ndarray:
@@ -148,14 +114,6 @@ def _images(path: Path, size: int | None, channels: int) -> np.ndarray:
     if channels != 3 or size not in (None, side):
         raise ConfigError(f"{path} holds images of {shown(images.shape[1:])}, which are packed as they are.")
     return images
-
-
-def _listing(what: str, names: Sequence[str]) -> str:
-    """``what: a, b, c and 7 more.``, or nothing if there are no names."""
-    if not names:
-        return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{what}: {', '.join(names[:_SHOWN])}{more}."
 
 
 class _Writer(Draft):

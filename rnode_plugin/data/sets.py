@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -40,119 +40,88 @@ def digits(*, root: str | None = None, size: int | None = None) -> ImageData:
     return ImageData(name="digits", train=images[~held_out], val=images[held_out], shape=(1, 8, 8), levels=17)
 
 
-def mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
-    """70,000 handwritten digits, 1x28x28; 10,000 of them held out."""
-    return _idx_set("mnist", "MNIST", root, download, size)
-
-
-def fashion_mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
-    """70,000 clothes, 1x28x28; 10,000 of them held out."""
-    return _idx_set("fashion-mnist", "FashionMNIST", root, download, size)
-
-
-def cifar10(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
-    """60,000 photographs, 3x32x32; 10,000 of them held out."""
-    from torchvision.datasets import CIFAR10
-
-    def read(base: Path, part: str, download: bool) -> np.ndarray:
-        return CIFAR10(str(base), train=part == "train", download=download).data.transpose(0, 3, 1, 2)
-
-    source = _Published("cifar10", (3, 32, 32), "", "cifar-10-batches-py", "cifar-10-python.tar.gz", CIFAR10.url)
-    return _load(source, read, root, download, size)
-
-
-def svhn(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
-    """99,289 house numbers from street views, 3x32x32; 26,032 of them held out."""
-    from torchvision.datasets import SVHN
-
-    def read(base: Path, part: str, download: bool) -> np.ndarray:
-        return SVHN(str(base), split="train" if part == "train" else "test", download=download).data
-
-    address = "http://ufldl.stanford.edu/housenumbers"
-    source = _Published("svhn", (3, 32, 32), "", "train_32x32.mat", "train_32x32.mat and test_32x32.mat", address)
-    return _load(source, read, root, download, size)
-
-
-def _idx_set(name: str, class_name: str, root: str | None, download: bool, size: int | None) -> ImageData:
-    """MNIST and Fashion-MNIST, which has MNIST's format."""
-    import torchvision.datasets
-    from torchvision.datasets.mnist import read_image_file
-
-    published = getattr(torchvision.datasets, class_name)
-
-    def read(base: Path, part: str, download: bool) -> np.ndarray:
-        file = base / class_name / "raw" / f"{'train' if part == 'train' else 't10k'}-images-idx3-ubyte"
-        if download:
-            file.unlink(missing_ok=True)  # torchvision keeps a file that was half unpacked
-            published(str(base), download=True)
-        images = read_image_file(str(file)).numpy()[:, None]
-        if file.stat().st_size != images.size + 16:  # torchvision ignores bytes after the images
-            raise ValueError("the file does not have the size that its header gives")
-        return images
-
-    files = ", ".join(
-        f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-    )
-    source = _Published(
-        name, (1, 28, 28), f"{class_name}/raw", "train-images-idx3-ubyte", files, published.mirrors[0]
-    )
-    return _load(source, read, root, download, size)
-
-
 class _Published(NamedTuple):
     """A data set that torchvision reads.
 
     Attributes:
+        cls: torchvision's class.
         folder: below the root, where its files lie.
-        marker: name of one of the files or folders there once the set is unpacked.
-        files: names of the files as they are published, for messages.
-        address: where they are published.
+        files: names of the files as they are published, and their address, for messages.
     """
 
     name: str
+    cls: str
     shape: tuple[int, int, int]
     folder: str
-    marker: str
     files: str
-    address: str
 
 
-def _load(
-    source: _Published,
-    read: Callable[[Path, str, bool], np.ndarray],
-    root: str | None,
-    download: bool,
-    size: int | None,
-) -> ImageData:
-    """The data set whose parts ``read(root, part, download)`` gives. It is fetched only if it cannot be read."""
+_IDX = ", ".join(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+_MNIST = f"{_IDX} from https://ossci-datasets.s3.amazonaws.com/mnist"
+_FASHION = f"{_IDX} from http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+_CIFAR10 = "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz"
+_SVHN = "train_32x32.mat and test_32x32.mat from http://ufldl.stanford.edu/housenumbers"
+
+
+def mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """70,000 handwritten digits, 1x28x28; 10,000 of them held out."""
+    return _load(_Published("mnist", "MNIST", (1, 28, 28), "MNIST/raw", _MNIST), root, download, size)
+
+
+def fashion_mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """70,000 clothes, 1x28x28; 10,000 of them held out."""
+    source = _Published("fashion-mnist", "FashionMNIST", (1, 28, 28), "FashionMNIST/raw", _FASHION)
+    return _load(source, root, download, size)
+
+
+def cifar10(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """60,000 photographs, 3x32x32; 10,000 of them held out."""
+    return _load(_Published("cifar10", "CIFAR10", (3, 32, 32), "", _CIFAR10), root, download, size)
+
+
+def svhn(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+    """99,289 house numbers from street views, 3x32x32; 26,032 of them held out."""
+    return _load(_Published("svhn", "SVHN", (3, 32, 32), "", _SVHN), root, download, size)
+
+
+def _load(source: _Published, root: str | None, download: bool, size: int | None) -> ImageData:
+    """A published data set, which is fetched only if it cannot be read."""
     only_size(size, source.shape[1], source.name)
     base = Path(root) if root is not None else DEFAULT_ROOT
     place = base / source.folder
-
-    def found(download: bool) -> ImageData:
-        train, val = (np.ascontiguousarray(read(base, part, download)) for part in ("train", "val"))
-        return ImageData(name=source.name, train=train, val=val, shape=source.shape)
-
     try:
-        return found(False)
-    except Exception as error:  # missing, or damaged: then the reader raises anything
+        return _read(source, base, download=False)
+    except Exception as error:  # missing, or damaged: then torchvision raises anything
         if not download:
-            state = "is damaged" if (place / source.marker).exists() else "is not there"
             raise DataError(
-                f"the data set {source.name} {state}, in the folder {place}. Leave out --no-download to fetch it "
-                "(in Python: download=True); --data-root names another folder."
+                f"the data set {source.name} is missing or damaged in the folder {place}. Leave out --no-download "
+                "to fetch it (in Python: download=True); --data-root names another folder."
             ) from error
     try:
-        return found(True)
+        return _read(source, base, download=True)
     except Exception as error:
         cause = "its server cannot be reached, or did not send the published files"
         if isinstance(error, OSError) and not isinstance(error, urllib.error.URLError) and error.filename:
             cause = f"the folder cannot be written ({(error.strerror or '').lower()})"
         raise DataError(
-            f"the data set {source.name} is not there, and downloading it failed: {cause}. Put {source.files} from "
-            f"{source.address} into the folder {place} and run this again, which then needs no network. "
-            "--data-root names another folder."
+            f"the data set {source.name} cannot be downloaded: {cause}. Put {source.files} into the folder {place} "
+            "and run this again, which then needs no network. --data-root names another folder."
         ) from error
+
+
+def _read(source: _Published, base: Path, *, download: bool) -> ImageData:
+    import torchvision.datasets
+
+    if download and source.cls.endswith("MNIST"):  # torchvision keeps a file that was half unpacked
+        for file in (base / source.folder).glob("*-ubyte"):
+            file.unlink()
+    parts: list[np.ndarray] = []
+    for part in ("train", "test"):
+        which = {"split": part} if source.cls == "SVHN" else {"train": part == "train"}
+        images = np.asarray(getattr(torchvision.datasets, source.cls)(str(base), download=download, **which).data)
+        images = images.transpose(0, 3, 1, 2) if source.cls == "CIFAR10" else images.reshape(-1, *source.shape)
+        parts.append(np.ascontiguousarray(images))
+    return ImageData(name=source.name, train=parts[0], val=parts[1], shape=source.shape)
 
 
 @contextmanager
