@@ -96,9 +96,9 @@ def test_every_setting_can_be_written_as_it_is_shown() -> None:
 def test_override_is_typed() -> None:
     recipe = get_recipe("mnist").override(
         [
-            "optimizer.lr=5e-4", "optimizer.warmup=1e2", "data.shape=3, 16,16", "data.flip=yes", "solver.step=None",
+            "optimizer.lr=5e-4", "optimizer.warmup=100", "data.shape=3, 16,16", "data.flip=yes", "solver.step=None",
             "training.max_steps=7", "training.max_epochs=none", "model.trace_noise=rademacher",
-            "training.sample_temperatures=(0.5,1)", "regularizers.jacfrob=0",
+            "training.sample_temperatures=[0.5,1]", "regularizers.jacfrob=0",
         ]
     )  # fmt: skip
     assert recipe.optimizer.lr == 5e-4
@@ -108,8 +108,7 @@ def test_override_is_typed() -> None:
     assert recipe.images.flip is True
     assert recipe.solver.step is None
     assert (recipe.training.max_steps, recipe.training.max_epochs) == (7, None)
-    big = recipe.override(["training.seed=1234567890123456789", "training.max_steps=1e5"])
-    assert (big.training.seed, big.training.max_steps) == (1234567890123456789, 100_000)
+    assert recipe.override(["training.seed=1234567890123456789"]).training.seed == 1234567890123456789
     assert recipe.model.trace_noise == "rademacher"
     assert recipe.training.sample_temperatures == (0.5, 1.0)
     assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.0}
@@ -168,9 +167,9 @@ def test_settings_that_belong_together_change_together() -> None:
         ("regularizers.=1", "unknown setting"),
         (
             "regularizers.kinetic=linear_warmup(0)",
-            r"regularizers\.kinetic: expected .* linear_warmup",
+            r"regularizers\.kinetic: a warm-up takes .* at least 1",
         ),
-        ("regularizers.kinetic=linear_warmup(10)*-1", "LAMBDA >= 0"),
+        ("regularizers.kinetic=linear_warmup(10)*-1", r"regularizers\.kinetic: .*>= 0"),
         ("regularizers.kinetic=-1", "expected a finite number >= 0"),
         ("regularizers.steer:0.25=0.5", "has no penalty and takes no lambda"),
         ("regularizers.trajectory_polynomial:2,points=1=5", "give at least points=2"),
@@ -189,7 +188,7 @@ def test_bad_overrides_are_refused(assignment: str, message: str) -> None:
         ({"data": {"name": "mnist"}}, "data.shape: "),
         ({"data": [1, 2]}, "data: .*dictionary"),
         ({"regularizers": {"kinetic": "much"}}, "regularizers.kinetic: expected a finite number"),
-        ({"optimizer": {"warmup": True}}, "optimizer.warmup"),
+        ({"optimizer": {"warmup": 0.5}}, "optimizer.warmup"),
         ({"test_solver": {"method": "rk4", "atol": -1}}, r"^test_solver: .*atol must be a number >= 0"),
     ],
 )
@@ -201,9 +200,9 @@ def test_bad_plain_recipes_are_refused(change: dict[str, object], message: str) 
 @pytest.mark.parametrize(
     ("assignment", "wanted"),
     [
-        ("solver.step=auto", "auto"), ("solver.step=0.5", 0.5), ("solver.max_nfe=1e5", 100_000),
-        ("data.root=none", None), ("data.name=none", "none"), ("training.compile=true", True),
-        ("training.compile=auto", "auto"), ("optimizer.lr=3", 3.0), ("data.train_images=1_000", 1000),
+        ("solver.step=auto", "auto"), ("solver.step=0.5", 0.5), ("solver.max_nfe=1000", 1000),
+        ("data.root=none", None), ("training.compile=true", True), ("training.compile=auto", "auto"),
+        ("optimizer.lr=3", 3.0), ("training.weights=007", "007"),
     ],
 )  # fmt: skip
 def test_a_text_is_typed_by_its_setting(assignment: str, wanted: object) -> None:

@@ -198,7 +198,7 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
             continue
         if name == "data":
             registry.check_name("datasets", value)
-        if name == "given" and recipe.task.samples != "rows":
+        if name == "given" and not recipe.task.columns:
             raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
         changes.append(f"{setting.format(samples=recipe.task.samples)}={value}")
     return recipe.override([*changes, *options.pop("assignments")])

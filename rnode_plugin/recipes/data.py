@@ -7,11 +7,11 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ..errors import ConfigError, DataError, suggest
-from .fields import CONFIG, Checked, Count, Fraction, NotNegative, Text, Whole
+from .fields import CONFIG, Fraction, Listed, Names, Text
 from .task import ImageTask, TableTask
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Data(metaclass=Checked):
+class Data:
     """Which images, and how they are fed.
 
     Attributes:
@@ -36,19 +36,18 @@ class Data(metaclass=Checked):
         size: height and width that the pictures of a folder are scaled to; None: they have the shape already.
     """
 
-    group = "data"
     kind = "images"
 
     name: Text
-    shape: tuple[Count, Count, Count]
-    levels: Annotated[Whole, Field(ge=2)] = 256
-    batch_size: Count = 200
-    val_batch_size: Count = 200
+    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Listed]
+    levels: Annotated[int, Field(ge=2)] = 256
+    batch_size: PositiveInt = 200
+    val_batch_size: PositiveInt = 200
     flip: bool = False
     root: Text | None = None
-    workers: NotNegative = 0
-    train_images: Count | None = None
-    size: Count | None = None
+    workers: NonNegativeInt = 0
+    train_images: PositiveInt | None = None
+    size: PositiveInt | None = None
 
     @property
     def task(self) -> ImageTask:
@@ -113,7 +112,7 @@ class Data(metaclass=Checked):
 
 
 @dataclass(frozen=True, config=CONFIG)
-class TableData(metaclass=Checked):
+class TableData:
     """Which table, which of its columns, and how its rows are fed.
 
     Attributes:
@@ -135,20 +134,18 @@ class TableData(metaclass=Checked):
         kind: marks the settings of a table.
     """
 
-    group = "data"
-
     name: Text
-    columns: tuple[str, ...]
-    given: tuple[str, ...] = ()
+    columns: Names
+    given: Names = ()
     root: Text | None = None
     validation: Fraction = 0.1
     held_out: Fraction = 0.1
-    split_seed: NotNegative = 0
-    batch_size: Count = 200
-    val_batch_size: Count = 1000
-    train_rows: Count | None = None
-    workers: NotNegative = 0
-    rows: Count | None = None
+    split_seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 200
+    val_batch_size: PositiveInt = 1000
+    train_rows: PositiveInt | None = None
+    workers: NonNegativeInt = 0
+    rows: PositiveInt | None = None
     checksum: Text | None = None
     kind: Literal["table"] = "table"
 

@@ -7,9 +7,10 @@ are read and refused in the same way.
 from __future__ import annotations
 
 import contextlib
+import json
 import reprlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -18,8 +19,25 @@ from ..errors import ConfigError
 CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+def listed(value: Any) -> Any:
+    """The entries of a text, ``a,b`` or JSON, which an entry with a comma needs; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(entries := json.loads(value), list):
+            return entries
+    return [entry.strip() for entry in value.split(",")] if value else []
+
+
+Listed = BeforeValidator(listed)
+Names = Annotated[tuple[str, ...], Listed]
+Text = Annotated[str, Field(min_length=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 @contextlib.contextmanager
-def refused(group: str) -> Iterator[None]:
+def refused(group: str = "") -> Iterator[None]:
     """Raise pydantic's error as a ConfigError, with the settings named as ``--set`` names them."""
     try:
         yield
@@ -27,35 +45,6 @@ def refused(group: str) -> Iterator[None]:
         raise ConfigError(_sentence(error, group)) from None
     except OverflowError as error:  # a whole number of hundreds of digits
         raise ConfigError(f"{group or 'recipe'}: {error}.") from None
-
-
-class Checked(type):
-    """The class of a group of settings, whose constructor raises a ConfigError for a value that cannot work."""
-
-    group: str
-    """The name of the group in a recipe."""
-
-    if not TYPE_CHECKING:  # type checkers see the constructor of the group itself
-
-        def __call__(cls, *arguments: Any, **settings: Any) -> Any:
-            with refused(cls.group):
-                return super().__call__(*arguments, **settings)
-
-
-def no_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("input should be a number")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(no_truth_value)]
-Count = Annotated[Whole, Field(ge=1)]
-NotNegative = Annotated[Whole, Field(ge=0)]
-Real = Annotated[float, BeforeValidator(no_truth_value)]
-Positive = Annotated[Real, Field(gt=0)]
-Fraction = Annotated[Real, Field(gt=0, lt=1)]
-Decay = Annotated[Real, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
 def _sentence(error: ValidationError, group: str) -> str:

@@ -7,18 +7,14 @@ flow is rebuilt from that alone.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import difflib
-import io
 import json
 import math
 import os
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -30,7 +26,7 @@ from ..plugins import registry
 from ..solvers.config import Solver, refuse_sampled_density
 from ..solvers.gradients import gradient_of
 from .data import Data, TableData
-from .fields import CONFIG, Checked, no_truth_value, refused
+from .fields import CONFIG, listed, refused
 from .settings import Model, Optimizer, Paper, Start, TableModel, Training
 from .task import Task
 
@@ -46,13 +42,11 @@ def read_strength(value: Any) -> WrittenStrength:
     """A lambda as a recipe has it, ``0.01`` or ``linear_warmup(1000)*0.01``; a ValueError for anything else."""
     if isinstance(value, LinearWarmup):
         return value
-    try:
-        number = float(no_truth_value(value))
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, str) and math.isnan(number):
-        with contextlib.suppress(ValueError):
-            return LinearWarmup.from_text(value)
+    if isinstance(value, str) and "(" in value:
+        return LinearWarmup.from_text(value)
+    number = math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"expected a finite number >= 0 or {LinearWarmup.spelling}")
     return number
@@ -75,7 +69,7 @@ _AnyModel = Annotated[Annotated[Model, Tag("images")] | Annotated[TableModel, Ta
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Recipe(metaclass=Checked):
+class Recipe:
     """All settings of one experiment.
 
     Attributes:
@@ -90,10 +84,9 @@ class Recipe(metaclass=Checked):
         paper: the paper's own figures, where it has them.
 
     Raises:
-        ConfigError: settings that cannot work, by themselves or together.
+        ValidationError: settings that cannot work, by themselves or together. It is pydantic's, and a ValueError;
+            :meth:`override` and :meth:`from_plain` raise a ConfigError in its place.
     """
-
-    group = ""
 
     name: str
     description: str
@@ -151,32 +144,32 @@ class Recipe(metaclass=Checked):
         changes = self._changes(assignments)
         new: dict[str, Any] = {}
         if "data" in changes:
-            new["data"] = self.data.changed(changes.pop("data"))
+            with refused("data"):
+                new["data"] = self.data.changed(changes.pop("data"))
             if new["data"].name != self.data.name:
                 new["paper"] = None
         for group, values in changes.items():
             old = getattr(self, group)
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
-        changed = dataclasses.replace(self, **new)
+        with refused():
+            changed = dataclasses.replace(self, **new)
         old = self.regularizers
         # an unknown name is refused here, not after the data is loaded
         new_ones = {name: each for name, each in changed.regularizers.items() if old.get(name) != each}
         registry.resolve_regularizers(new_ones)
         return changed
 
-    def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The values by group and key, for settings that there are and that may change."""
-        changes: dict[str, dict[str, Any]] = {}
+    def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:
+        """The texts by group and key, for settings that there are and that may change; None for ``none``."""
+        changes: dict[str, dict[str, str | None]] = {}
         known = [path for path, _ in self.settings() if not path.startswith("paper.")]
         for assignment in assignments:
-            path, equals, text = assignment.partition("=")
-            group = path.strip().partition(".")[0]
-            if group == "regularizers":  # a name may have options: regularizers.taylor:order=3=0.01
-                path, equals, text = assignment.rpartition("=")
+            # a regularizer may have options: regularizers.taylor:order=3=0.01
+            separate = str.rpartition if assignment.lstrip().startswith("regularizers.") else str.partition
+            path, equals, text = (each.strip() for each in separate(assignment, "="))
             if not equals:
                 raise ConfigError(f"{assignment!r} is not a setting: write group.key=value.")
-            path, text = path.strip(), text.strip()
-            key = path.partition(".")[2]
+            group, _, key = path.partition(".")
             if group == "regularizers" and key:
                 registry.check_name("regularizers", key.partition(":")[0])  # before torch is imported to make it
             elif path not in known:
@@ -185,15 +178,15 @@ class Recipe(metaclass=Checked):
                 raise ConfigError(
                     f"unknown setting {path!r}.{hint} `rnode-cli recipes show {self.name}` lists all settings."
                 )
-            kind = str if group == "regularizers" else typing.get_type_hints(type(getattr(self, group)))[key]
-            changes.setdefault(group, {})[key] = _from_text(text, kind)
+            changes.setdefault(group, {})[key] = None if text.lower() in ("none", "null") else text
         return changes
 
     def ffjord(self) -> Recipe:
         """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, all steps alike."""
         solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
-        return dataclasses.replace(self, name=name, solver=solver, start=Start(), regularizers={})
+        with refused():
+            return dataclasses.replace(self, name=name, solver=solver, start=Start(), regularizers={})
 
     @property
     def weights(self) -> str:
@@ -221,7 +214,7 @@ class Recipe(metaclass=Checked):
         Raises:
             ConfigError: for an unknown setting or a bad value.
         """
-        with refused(""):
+        with refused():
             return TypeAdapter(Recipe).validate_python(plain)
 
     @property
@@ -360,39 +353,12 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return dataclasses.replace(recipe, data=recipe.data.for_new_run())
 
 
-# Plain data and texts ------------------------------------------------------------------------------------------
-
-
 def as_text(value: Any) -> str:
     """A value as :meth:`Recipe.override` reads it back."""
     if isinstance(value, tuple):
         texts = [as_text(each) for each in value]
-        return ",".join(f'"{each}"' if set(each) & set(',"()[]') else each for each in
-                        (text.replace('"', '""') for text in texts))  # fmt: skip
+        text = ",".join(texts)
+        return text if listed(text) == texts else json.dumps(texts)
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, float) else str(value)
-
-
-def _from_text(text: str, kind: Any) -> Any:
-    """A text of the command line as plain data, which pydantic types by the annotation ``kind``."""
-    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    if any(get_origin(option) is tuple for option in options):
-        return _parts(text)
-    if int in options and not text.lstrip("+-").isdecimal():  # pydantic reads these, and rounds none
-        try:
-            number = float(text)  # 1e5 is a whole number too
-            return int(number) if number == int(number) else text
-        except (ValueError, OverflowError):
-            return text
-    return text
-
-
-def _parts(text: str) -> Sequence[str]:
-    """The cells that commas separate, as in a line of CSV; one pair of brackets around all of them is left out."""
-    if (text[:1], text[-1:]) in (("(", ")"), ("[", "]")):
-        text = text[1:-1]
-    rows = list(csv.reader(io.StringIO(text), skipinitialspace=True))
-    return tuple(cell.strip() for cell in rows[0]) if rows else ()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..solvers.config import Solver
-from .fields import CONFIG, Checked, Count, Decay, Fraction, NotNegative, Positive, Real, Text
+from .fields import CONFIG, Decay, Fraction, Listed, Text
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Model(metaclass=Checked):
+class Model:
     """The flow.
 
     Attributes:
@@ -25,13 +25,12 @@ class Model(metaclass=Checked):
         trace_noise: distribution of the noise of the divergence estimate.
     """
 
-    group = "model"
     kind = "images"
 
     name: Text = "MultiscaleFlow"
-    hidden: Count = 64
-    layers: Count = 4
-    alpha: Annotated[Real, Field(gt=0, lt=0.5)] = 0.05
+    hidden: PositiveInt = 64
+    layers: PositiveInt = 4
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     trace_noise: Literal["gaussian", "rademacher"] = "gaussian"
 
     @property
@@ -41,7 +40,7 @@ class Model(metaclass=Checked):
 
 
 @dataclass(frozen=True, config=CONFIG)
-class TableModel(metaclass=Checked):
+class TableModel:
     """The flow of a table.
 
     Attributes:
@@ -56,14 +55,12 @@ class TableModel(metaclass=Checked):
         kind: marks the settings of a table's model.
     """
 
-    group = "model"
-
     name: Text = "TableFlow"
     field: Literal["mlp", "potential"] = "mlp"
-    hidden: Count = 64
-    layers: Count = 3
+    hidden: PositiveInt = 64
+    layers: PositiveInt = 3
     activation: Literal["softplus", "tanh", "elu", "silu", "gelu"] = "softplus"
-    blocks: Count = 1
+    blocks: PositiveInt = 1
     trace_noise: Literal["auto", "exact", "gaussian", "rademacher"] = "auto"
     kind: Literal["table"] = "table"
 
@@ -82,7 +79,7 @@ def _options(model: Model | TableModel) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Optimizer(metaclass=Checked):
+class Optimizer:
     """The optimizer and its learning rate.
 
     Attributes:
@@ -99,22 +96,20 @@ class Optimizer(metaclass=Checked):
         vector_lr: learning rate of the biases in ``muon``.
     """
 
-    group = "optimizer"
-
     name: Literal["adam", "muon"] = "adam"
-    lr: Positive = 1e-3
-    warmup: NotNegative = 1000
+    lr: PositiveFloat = 1e-3
+    warmup: NonNegativeInt = 1000
     schedule: Literal["constant", "cosine", "cooldown"] = "constant"
     cooldown: Fraction = 0.2
     beta1: Decay = 0.9
     beta2: Decay = 0.999
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     momentum: Decay = 0.9
-    vector_lr: Positive = 1e-2
+    vector_lr: PositiveFloat = 1e-2
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Start(metaclass=Checked):
+class Start:
     """Other settings of the first training steps: a fresh flow is smooth, so an inexact gradient suffices.
 
     Attributes:
@@ -127,12 +122,10 @@ class Start(metaclass=Checked):
             optimizer and schedule start again after them. None where ``training.weights`` are given.
     """
 
-    group = "start"
-
-    steps: NotNegative = 0
-    batch_size: Count | None = None
-    step: Positive | None = None
-    matching: NotNegative = 0
+    steps: NonNegativeInt = 0
+    batch_size: PositiveInt | None = None
+    step: PositiveFloat | None = None
+    matching: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if bool(self.steps) != ((self.batch_size, self.step) != (None, None)):
@@ -162,7 +155,7 @@ class Start(metaclass=Checked):
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Training(metaclass=Checked):
+class Training:
     """How long, how often to look, and the seed.
 
     Attributes:
@@ -193,25 +186,23 @@ class Training(metaclass=Checked):
             0 for none.
     """
 
-    group = "training"
-
-    max_epochs: Count | None = 100
-    max_steps: Count | None = None
-    seed: NotNegative = 42
+    max_epochs: PositiveInt | None = 100
+    max_steps: PositiveInt | None = None
+    seed: NonNegativeInt = 42
     weights: Text | None = None
     precision: Text = "32-true"
     compile: bool | Literal["auto"] = False
-    tune_every: Count = 100
-    val_every: Count = 1
-    val_every_steps: Count | None = None
-    val_images: Count | None = None
-    log_every: Count = 10
-    accumulate: Count = 1
+    tune_every: PositiveInt = 100
+    val_every: PositiveInt = 1
+    val_every_steps: PositiveInt | None = None
+    val_images: PositiveInt | None = None
+    log_every: PositiveInt = 10
+    accumulate: PositiveInt = 1
     ema: Fraction | None = None
-    max_skipped: Count = 5
-    save_every: Count = 100
-    sample_temperatures: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.6, 0.8, 1.0)
-    sample_images: NotNegative = 8
+    max_skipped: PositiveInt = 5
+    save_every: PositiveInt = 100
+    sample_temperatures: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), Listed] = (0.6, 0.8, 1.0)
+    sample_images: NonNegativeInt = 8
 
     def __post_init__(self) -> None:
         if self.max_epochs is None and self.max_steps is None:
@@ -219,7 +210,7 @@ class Training(metaclass=Checked):
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Paper(metaclass=Checked):
+class Paper:
     """The paper's figures for this data set (Tables 1 and 2); nothing here was measured by this package.
 
     Attributes:
@@ -228,8 +219,6 @@ class Paper(metaclass=Checked):
         parameters: of the model, to the three digits that Table 2 gives.
         vanilla_bits, vanilla_hours: the same for FFJORD; None where the paper did not run it or it did not train.
     """
-
-    group = "paper"
 
     bits_dirty: float
     bits_clean: float

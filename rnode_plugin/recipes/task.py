@@ -93,6 +93,10 @@ class Task(ABC):
         """The axis of a figure: ``dirty [bits/dim]`` or ``NLL [nats per row]``."""
         return f"{self.quantities[0].heading.rpartition(', ')[2]} [{self.unit}]"
 
+    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        """Temperatures of the rows in a picture of samples; none for a corner plot."""
+        return ()
+
     @abstractmethod
     def check_temperatures(self, temperatures: Sequence[float]) -> None:
         """Refuse temperatures of samples that cannot be drawn, with a ConfigError."""
@@ -150,6 +154,9 @@ class ImageTask(Task):
 
     def check_temperatures(self, temperatures: Sequence[float]) -> None:
         pass
+
+    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        return temperatures
 
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
         from ..flows.multiscale import dequantize

@@ -153,7 +153,7 @@ def _grids(configurations: Sequence[Configuration]) -> Iterator[Grid]:
         if name in names:
             name += f"-{len(names) + 1}"
         names.add(name)
-        temperatures = run.recipe.training.sample_temperatures if run.task.samples == "images" else ()
+        temperatures = run.task.grid_rows(run.recipe.training.sample_temperatures)
         yield Grid(name, one.label, run.grid.read_bytes(), temperatures, origin)
 
 
