@@ -25,7 +25,6 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_click",
     "sphinx_copybutton",
-    "sphinx_design",
     "sphinx-mathjax-offline",  # ships MathJax with the site, so that equations render without the network
     "sphinxext.opengraph",
 ]
@@ -34,7 +33,6 @@ myst_heading_anchors = 4
 myst_dmath_double_inline = True
 nb_execution_mode = "off"  # notebooks are stored with their outputs; tests/test_docs.py runs them
 nb_merge_streams = True
-suppress_warnings = ["myst.header"]  # a landing page without a title of its own
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # torchdyn's are not ours
@@ -65,6 +63,42 @@ intersphinx_mapping = {
 if not os.environ.get("DOCS_ONLINE"):
     intersphinx_mapping = {}
 
+# The sidebar: the pages of the first level, and the pages below each. Here, so that GitHub shows plain Markdown.
+SIDEBAR = {
+    "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching start/samples",
+    "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
+    " notebooks/image_flow",
+    "which_penalty": "regularizers choosing mathematics benchmarks comparison",
+    "torchdyn": "diagnose export",
+    "images": "tables training scaling reports reproduce",
+    "faq": "troubleshooting cli glossary",
+    "api/index": "api/types api/torchdyn api/torchdiffeq api/flow_matching api/core api/solvers api/fields"
+    " api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins api/errors",
+    "contributing": "plugins third_party_plugin maf_tables parquet_pictures architecture changelog"
+    " code_of_conduct security",
+}
+TITLES = {  # shorter ones, for the sidebar
+    "which_penalty": "Penalties",
+    "torchdyn": "Neural ODEs and densities",
+    "images": "Images and tables",
+    "faq": "Help",
+    "training": "Training and resume",
+    "tables": "Tables",
+    "scaling": "GPU, devices, machines",
+    "diagnose": "Diagnose",
+    "export": "Export",
+    "mathematics": "Mathematics",
+    "troubleshooting": "Error messages",
+    "third_party_plugin": "Example: a regularizer",
+    "maf_tables": "Example: data sets and recipes",
+    "parquet_pictures": "Example: parquet pictures",
+    "start/two_moons": "Notebook: two moons",
+    "notebooks/classifier": "Notebook: a classifier",
+    "notebooks/table_density": "Notebook: a table",
+    "notebooks/image_flow": "Notebook: an image flow",
+    "notebooks/flow_matching": "Notebook: flow matching",
+}
+
 # Pages that show a file from outside of docs/. A link to such a file becomes a link to its page.
 SHOWN = {
     "benchmarks": ROOT / "benchmarks" / "README.md",
@@ -79,13 +113,19 @@ SHOWN = {
 }
 LINKED = {**SHOWN, "index": ROOT / "README.md"}
 SHOWS = re.compile(r"^The site shows \[.*\]\(.*\) here\.$", re.MULTILINE)
+OPTIONS = re.compile(r"^The site shows every command .*$", re.MULTILINE)
+CLICK = """```{eval-rst}
+.. click:: rnode_plugin.cli:main
+   :prog: rnode-cli
+   :nested: full
+```"""
 PART = re.compile(r"^The site shows the part `(\w+)` of \[README.md\]\(.*\) here\.$", re.MULTILINE)
 CODE = re.compile(r"`(rnode_plugin[\w.]*)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
-    """Put the file that a page shows in the place of the line that says so, and mend the links."""
+    """Put the file that a page shows in the place of the line that names it, and mend the links."""
     if Path(app.env.doc2path(page)).suffix != ".md":
         return
 
@@ -103,13 +143,22 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
     if page in SHOWN:
         app.env.note_dependency(str(SHOWN[page]))  # so that a change of the file rebuilds the page
         shown = SHOWN[page].read_text()
-        if text.startswith("# "):  # the page has a title of its own
+        if text.startswith("# "):  # the page has its own title
             shown = shown.split("\n", 1)[1]
         text = SHOWS.sub(lambda _: mended(shown, SHOWN[page].parent), text)
     readme = ROOT / "README.md"
     app.env.note_dependency(str(readme))
     text = PART.sub(lambda found: mended(part(readme.read_text(), found[1]), ROOT), text)
-    source[0] = CODE.sub(reference, text) if page == "mathematics" else text
+    text = CODE.sub(reference, text) if page == "mathematics" else text
+    text = OPTIONS.sub(CLICK, text)
+    source[0] = text + toctree(page)
+
+
+def toctree(page: str) -> str:
+    """The hidden toctree of a page of the sidebar."""
+    below = list(SIDEBAR) if page == "index" else SIDEBAR.get(page, "").split()
+    lines = [f"{TITLES[name]} </{name}>" if name in TITLES else f"/{name}" for name in below]
+    return "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(lines) + "\n```\n" if lines else ""
 
 
 def part(text: str, name: str) -> str:
