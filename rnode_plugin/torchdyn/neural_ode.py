@@ -157,7 +157,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
         if isinstance(vector_field, (SDEFunc, torchsde.BaseSDE)):
             raise ConfigError(
-                "this vector field is that of an SDE; NeuralODE solves ordinary differential equations."
+                "this vector field belongs to an SDE, and NeuralODE solves ordinary differential equations."
             )
         refuse_state_first(vector_field, "NeuralODE")
         forward = resolve_solver(solver)
