@@ -10,7 +10,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import scipy.io
 import torchvision.datasets
 
-__all__ = ["cifar10_archive", "idx_images", "mnist_files", "publish", "serve", "svhn_files"]
+__all__ = ["publish", "serve"]
 
 
 def md5(content: bytes) -> str:
@@ -85,10 +85,7 @@ def publish(
 
     def put(owner: Any, **values: Any) -> None:
         for key, value in values.items():
-            if monkeypatch is None:
-                setattr(owner, key, value)
-            else:
-                monkeypatch.setattr(owner, key, value)
+            (monkeypatch or pytest.MonkeyPatch()).setattr(owner, key, value)
 
     if name in ("mnist", "fashion-mnist"):
         files = mnist_files(train, val)
@@ -109,14 +106,11 @@ def publish(
 
 
 @contextmanager
-def serve(
-    files: dict[str, bytes], *, delay: float = 0.0, answer: Callable[[str, Any], bool] = lambda name, handler: False
-) -> Iterator[tuple[str, Counter[str]]]:
+def serve(files: dict[str, bytes], *, delay: float = 0.0) -> Iterator[tuple[str, Counter[str]]]:
     """A server of these files.
 
     Args:
         delay: seconds before each answer.
-        answer: may answer a request itself, with its handler, and return True.
 
     Yields:
         its address, which ends in ``/``, and how often each file was asked for.
@@ -128,8 +122,6 @@ def serve(
             name = self.path.strip("/")
             asked[name] += 1
             time.sleep(delay)
-            if answer(name, self):
-                return
             if name not in files:
                 self.send_error(404)
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from child_runs import CONTEXT
 from image_files import random_images
 from published_sets import publish, serve
 
-from rnode_plugin import get_recipe
 from rnode_plugin.data import get_dataset, one_download, sets
 from rnode_plugin.errors import DataError
 
@@ -24,51 +22,46 @@ SHAPE = (1, 28, 28)
 IMAGES = random_images(20, SHAPE, 1), random_images(10, SHAPE, 2)
 
 
-def fetch(root: str, url: str, barrier: Any, result: str) -> None:
-    os.environ["no_proxy"] = "127.0.0.1"
-
+def fetch(root: Path, url: str, barrier: Any, result: Path) -> None:
     publish(None, "mnist", *IMAGES, url)
-    recipe = get_recipe("mnist").override([f"data.root={root}"])
     barrier.wait(60)
-    data = recipe.load_data(download=True)
+    data = get_dataset("mnist", root=str(root), download=True)
     np.savez(result, train=np.asarray(data.train), val=np.asarray(data.val))
 
 
 @pytest.mark.ddp
 def test_one_downloads_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     files = publish(monkeypatch, "mnist", *IMAGES, "unused")
     # so slow that the other process is there before it is done
     with serve(files, delay=0.3) as (url, asked):
-        barrier = CONTEXT.Barrier(2)
-        results = [str(tmp_path / f"{i}.npz") for i in range(2)]
-        started = [
-            CONTEXT.Process(target=fetch, args=(str(tmp_path / "data"), url, barrier, result)) for result in results
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(100)
-        assert [process.exitcode for process in started] == [0, 0]
-        together = Counter(asked)
         publish(monkeypatch, "mnist", *IMAGES, url)
+        barrier = CONTEXT.Barrier(2)
+        child = CONTEXT.Process(target=fetch, args=(tmp_path / "data", url, barrier, tmp_path / "child.npz"))
+        child.start()
+        fetch(tmp_path / "data", url, barrier, tmp_path / "parent.npz")
+        child.join(100)
+        assert child.exitcode == 0
+        together = Counter(asked)
         get_dataset("mnist", root=str(tmp_path / "alone"), download=True)
         assert asked == together + together
-    for result in results:
+    for name in ("child", "parent"):
         for part, images in zip(("train", "val"), IMAGES, strict=True):
-            assert np.array_equal(np.load(result)[part], images)
+            assert np.array_equal(np.load(tmp_path / f"{name}.npz")[part], images)
 
 
 def test_a_process_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
-        "import sys, time\nfrom rnode_plugin.data import one_download\n"
-        "with one_download(sys.argv[1]):\n    print('holds', flush=True)\n    time.sleep(60)"
+        "import sys, time\nfrom filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n    print('holds', flush=True)\n    time.sleep(60)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    lock = str(tmp_path / ".download.lock")
+    holder = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "holds\n"
         monkeypatch.setattr(sets, "_WAIT_SECONDS", 0.2)
-        with pytest.raises(DataError, match="another process has been downloading"), one_download(tmp_path):
+        with pytest.raises(DataError, match="has been downloading for an hour"), one_download(tmp_path):
             pytest.fail("two hold it")
     finally:
         holder.kill()

@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,14 +15,13 @@ import pytest
 import pytorch_lightning as L
 import torch
 from child_runs import assert_same
-from run_folders import write_run
 from scipy import stats
 from tiny_runs import as_options, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.data.table_files import column_names, read_columns
 from rnode_plugin.data.tables import Table, gaussian_scores
-from rnode_plugin.errors import CheckpointError, ConfigError, DataError
+from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
@@ -143,6 +143,7 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
     trained = rnode("train", "table", "--data-root", os.path.relpath(file), *settings,
                     "--limit-train", "100", "--limit-val", "10")  # fmt: skip
     assert trained.exit_code == 0, trained.output
+    assert "200 rows, columns temperature, dose, pressure, yield" in trained.output
     assert "100 training and 40 held-out rows, 10 to choose the weights by" in trained.output
     assert "nats per row, in the unit of the data" in trained.output
     assert "NLL of a Gaussian" in trained.output
@@ -167,9 +168,9 @@ def test_from_a_file_to_samples_and_a_report(file: Path, tmp_path: Path, monkeyp
 
 
 def test_a_diagnosis_of_a_conditional_density(conditional: Path) -> None:
-    diagnosed = rnode("diagnose", str(conditional), "--samples", "40")
+    diagnosed = rnode("diagnose", str(conditional), "--samples", "10")
     assert diagnosed.exit_code in (0, 3), diagnosed.output  # eight steps teach it little
-    assert "40 held-out rows" in diagnosed.output
+    assert "10 held-out rows" in diagnosed.output
     found = json.loads((conditional / "diagnosis.json").read_text())
     verdicts = {check["name"]: check["verdict"] for check in found["checks"]}
     assert verdicts["invertibility"] == "ok"
@@ -182,7 +183,6 @@ AT = ["--given-values", "temperature=3,dose=1"]
     ("options", "message"),
     [
         ([], "given temperature, dose, and temperature has no value. Name the values with --given-values"),
-        (["--given-values", "temperature=300"], "dose has no value"),
         (["--given-values", "temperature=300,dosis=1"], "unknown given column 'dosis'; did you mean 'dose'"),
         (["--given-values", "temperature=300,dose=much"], "needs a number for each column, as in dose=1.5"),
         ([*AT, "--given-file", "x.csv"], "with --given-file, not both."),
@@ -238,13 +238,6 @@ def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pyte
     again = rnode("compare", "table", *options, *settings,
                   "--device", "cpu", "--devices", "1")  # fmt: skip
     assert again.output.count(": done, in") == 3
-
-
-def test_a_report_of_images_and_tables_is_refused(conditional: Path, tmp_path: Path) -> None:
-    images = write_run(tmp_path / "images", get_recipe("digits"))
-    outcome = rnode("report", str(conditional), str(images))
-    assert outcome.exit_code == 2
-    assert "runs on images and on tables have no unit in common" in outcome.output
 
 
 def test_options_of_the_other_kind(conditional: Path) -> None:
@@ -318,14 +311,7 @@ def test_rows_drawn_in_batches() -> None:
 # a file that changes
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda lines: [lines[0], *sorted(lines[1:])], "as many rows"),
-        (lambda lines: [*lines, *(f"{300 + k},{k},5,{k}" for k in range(20))], "220 rows"),
-    ],
-)
-def test_a_table_that_has_changed_is_not_split_anew(file: Path, tmp_path: Path, change: Any, words: str) -> None:
+def test_a_table_that_has_changed_is_not_split_again(file: Path, tmp_path: Path) -> None:
     """Rows that were trained on would be held out."""
     path = tmp_path / "measurements.csv"
     lines = file.read_text().splitlines()
@@ -333,30 +319,20 @@ def test_a_table_that_has_changed_is_not_split_anew(file: Path, tmp_path: Path, 
     folder = run(recipe_of(path), tmp_path / "runs").folder.path
     assert json.loads((folder / "recipe.json").read_text())["data"]["rows"] == 200
     before = rnode("eval", str(folder), "--json")
-    path.write_text("\n".join(change(lines)) + "\n")
-    for command in (["eval", str(folder)], ["diagnose", str(folder)], ["train", "--resume", str(folder)]):
-        result = rnode(*command)
-        assert result.exit_code != 0
-        assert "has changed since the training" in result.output
-        assert words in result.output
-        assert "--data-root" in result.output
-    moved = tmp_path / "moved.csv"
-    moved.write_text("\n".join(lines) + "\n")
-    again = rnode("eval", str(folder), "--json", "--data-root", str(moved))
+    path.rename(tmp_path / "moved.csv")
+    for changed, words in (
+        ([lines[0], *sorted(lines[1:])], "as many rows, but not the same"),
+        ([*lines, *(f"{300 + k},{k},5,{k}" for k in range(20))], "220 rows"),
+    ):
+        path.write_text("\n".join(changed) + "\n")
+        for command in (["eval", str(folder)], ["diagnose", str(folder)], ["train", "--resume", str(folder)]):
+            result = rnode(*command)
+            assert result.exit_code != 0
+            assert re.search(f"has changed since the training.*{words}.*--data-root", result.output)
+        new = read_recipe(folder / "recipe.json")
+        assert new.table.load().rows == len(changed) - 1, "a new run takes the new rows"
+    again = rnode("eval", str(folder), "--json", "--data-root", str(tmp_path / "moved.csv"))
     assert json.loads(again.stdout)["nll"] == json.loads(before.stdout)["nll"]
-    new = read_recipe(folder / "recipe.json")
-    assert new.table.load().rows == len(change(lines)) - 1, "a new run takes the new rows"
-
-
-def test_an_old_run_without_a_checksum_is_evaluated(file: Path) -> None:
-    plain = recipe_of(file).to_plain()
-    del plain["data"]["rows"], plain["data"]["checksum"]
-    assert Recipe.from_plain(plain).table.load().rows == 200
-
-
-def test_the_first_line_names_rows_and_columns(file: Path) -> None:
-    made = get_recipe("table").override([f"data.root={file}"]).table.load()
-    assert made.described().endswith("200 rows, columns temperature, dose, pressure, yield")
 
 
 def _ring(*, root: str | None = None) -> Table:
@@ -418,8 +394,3 @@ def test_the_baseline_of_columns_that_determine_each_other() -> None:
     train, held_out = rows[:60], rows[60:]
     expected = gaussian_scores(train[:, :4], held_out[:, :4], 2)
     np.testing.assert_allclose(gaussian_scores(train, held_out, 2), expected, rtol=1e-6)
-
-
-def test_too_few_training_rows_are_refused_before_training() -> None:
-    with pytest.raises(DataError, match="rows"):
-        get_recipe("table").override(["data.train_rows=5"]).load_data()

@@ -27,33 +27,29 @@ def get_dataset(
         root: the folder that holds the data; None for ``data`` in the working directory.
         download: fetch it if it is missing or damaged and may be fetched. If several processes want it at the same
             time, one of them fetches it. Nothing is written if it is there already.
-        size: height and width in pixels, for data sets that come in more than one; None for the native one.
+        size: height and width in pixels, for data sets that can be scaled; None for the native ones.
         **options: further options of this data set, such as ``bits`` for ``folder``.
 
     Returns:
         Its training and held-out images, uint8 ``(N, C, H, W)``.
 
     Raises:
-        ConfigError: an unknown name, an option that the data set does not take, a size it does not have.
+        ConfigError: an unknown name, or an option that the data set does not take.
         DataError: it is missing (the message says where to get it) or cannot be read.
         PluginError: the plugin that offers it failed, or returned something else.
     """
-    return _load(ImageData, name, {"root": root, "size": size}, options, download)
+    wanted = options if size is None else {**options, "size": size}
+    return _load(ImageData, name, {"root": root, "size": None}, wanted, download)
 
 
 def get_table(name: str, *, root: str | None = None, download: bool = False, **options: Any) -> Table:
-    """Load a table.
+    """Load a table, as :func:`get_dataset` loads images.
 
     Args:
         name: one that ``rnode-cli data list`` shows.
         root: the file or folder of the data; None for the table's own default.
         download: as for :func:`get_dataset`.
-        **options: those of this table, such as ``columns`` for ``table``.
-
-    Raises:
-        ConfigError: an unknown name, an option that the table does not take.
-        DataError: it is missing (the message says where to get it) or cannot be read.
-        PluginError: the plugin that offers it failed, or returned something else.
+        **options: further options of this table, such as ``columns`` for ``table``.
     """
     return _load(Table, name, {"root": root}, options, download)
 

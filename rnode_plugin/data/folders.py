@@ -53,45 +53,30 @@ def folder(
     return _read("folder", Path(root), size=size, channels=channels, bits=bits)
 
 
-def imagenet64(*, root: str | None = None, size: int | None = None) -> ImageData:
+def imagenet64(*, root: str | None = None) -> ImageData:
     """ImageNet at 3x64x64, 8 bits: train/ and val/ of pictures, or packed by `data prepare`."""
-    return _brought("imagenet64", root, size)
+    source = (
+        "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and Imagenet64_val_npz.zip from "
+        "https://image-net.org/download-images (free, after registration), unpack all three into one folder"
+    )
+    return _brought("imagenet64", root, source, size=64, bits=8)
 
 
-def celebahq256(*, root: str | None = None, size: int | None = None) -> ImageData:
+def celebahq256(*, root: str | None = None) -> ImageData:
     """CelebA-HQ at 3x256x256, 5 bits (when read): train/ and val/ of pictures, or packed by `data prepare`."""
-    return _brought("celebahq256", root, size)
+    source = "the folder CelebA-HQ-img of CelebAMask-HQ.zip from https://github.com/switchablenorms/CelebAMask-HQ"
+    return _brought("celebahq256", root, source, size=256, bits=5)
 
 
-_BROUGHT = {
-    "imagenet64": (64, 8, "Imagenet64_train_part1_npz.zip, Imagenet64_train_part2_npz.zip and "
-                   "Imagenet64_val_npz.zip from https://image-net.org/download-images (free, after registration), "
-                   "unpack all three into one folder"),
-    "celebahq256": (256, 5, "the folder CelebA-HQ-img with 30,000 pictures out of CelebAMask-HQ.zip from "
-                    "https://github.com/switchablenorms/CelebAMask-HQ"),
-}  # fmt: skip
-"""Height and width, bits per value, and where they come from, of the sets that users bring."""
-
-
-def only_size(size: int | None, native: int, name: str) -> None:
-    """Refuse another size than the native one of a data set."""
-    if size not in (None, native):
-        raise ConfigError(
-            f"{name} has {native}x{native} pixels, not {size}x{size}; 'folder' brings pictures to a size."
-        )
-
-
-def _brought(name: str, root: str | None, size: int | None) -> ImageData:
+def _brought(name: str, root: str | None, source: str, *, size: int, bits: int) -> ImageData:
     """A set that the user brings, in the folder of its name below the root."""
-    native, bits, source = _BROUGHT[name]
-    only_size(size, native, name)
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
             f"the data set {name} is not there, and it cannot be downloaded for you. Get {source}, then run "
-            f"`rnode-cli data prepare FOLDER {where} --size {native}`, or put pictures into train and val there."
+            f"`rnode-cli data prepare FOLDER {where} --size {size}`, or put pictures into train and val there."
         )
-    return _read(name, where, size=native, channels=3, bits=bits)
+    return _read(name, where, size=size, channels=3, bits=bits)
 
 
 def _read(name: str, where: Path, *, size: int | None, channels: int | None, bits: int) -> ImageData:
@@ -99,26 +84,19 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
         raise ConfigError(
             f"{name}: bits must be 1 to 8, channels 1 or 3, the size at least 1, not {bits}, {channels} and {size}."
         )
-    train: ImageArray
-    val: ImageArray
+    parts: list[ImageArray]
     if _is_packed(where):
-        train, val = (PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE))
+        parts = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
     else:
         names = _pictures(where)
         splits = assign([split_named(n) for n in names], names, where=str(where))
-        train, val = (
-            ImageFiles(
-                where,
-                [n for n, split in zip(names, splits, strict=True) if split == part],
-                size=size,
-                channels=channels or 3,
-                shift=8 - bits,
-            ).in_memory()
-            for part in ("train", "val")
-        )
+        chosen = [[n for n, split in zip(names, splits, strict=True) if split == part] for part in ("train", "val")]
+        options = {"size": size, "channels": channels or 3, "shift": 8 - bits}
+        parts = [ImageFiles(where, part, **options).in_memory() for part in chosen]
+    train, val = parts
     _, c, h, w = train.shape
     wanted = (channels or c, size or h, size or w)
-    for images in (train, val):
+    for images in parts:
         if images.shape[1:] != wanted:
             raise DataError(
                 f"{name}: {where} holds images of {shown(images.shape[1:])}, not {shown(wanted)}. Scale pictures "

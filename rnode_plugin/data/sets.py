@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..errors import DataError
-from .folders import DEFAULT_ROOT, only_size
+from .folders import DEFAULT_ROOT
 from .images import ImageData, shuffled
 
 _HELD_OUT_DIGITS = 297
@@ -25,11 +25,10 @@ _LOCK = ".download.lock"
 _WAIT_SECONDS = 3600.0  # for another process that downloads
 
 
-def digits(*, root: str | None = None, size: int | None = None) -> ImageData:
+def digits(*, root: str | None = None) -> ImageData:
     """1,797 handwritten digits, 1x8x8, 17 grey levels, 297 held out; they come with scikit-learn."""
     from sklearn.datasets import load_digits
 
-    only_size(size, 8, "digits")
     pixels, labels = load_digits(return_X_y=True)
     images = np.asarray(pixels, dtype=np.uint8).reshape(-1, 1, 8, 8)
     # evenly spaced in a random order sorted by class: each digit is held out in proportion
@@ -63,30 +62,29 @@ _CIFAR10 = "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz"
 _SVHN = "train_32x32.mat and test_32x32.mat from http://ufldl.stanford.edu/housenumbers"
 
 
-def mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+def mnist(*, root: str | None = None, download: bool = False) -> ImageData:
     """70,000 handwritten digits, 1x28x28; 10,000 of them held out."""
-    return _load(_Published("mnist", "MNIST", (1, 28, 28), "MNIST/raw", _MNIST), root, download, size)
+    return _load(_Published("mnist", "MNIST", (1, 28, 28), "MNIST/raw", _MNIST), root, download)
 
 
-def fashion_mnist(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+def fashion_mnist(*, root: str | None = None, download: bool = False) -> ImageData:
     """70,000 clothes, 1x28x28; 10,000 of them held out."""
     source = _Published("fashion-mnist", "FashionMNIST", (1, 28, 28), "FashionMNIST/raw", _FASHION)
-    return _load(source, root, download, size)
+    return _load(source, root, download)
 
 
-def cifar10(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+def cifar10(*, root: str | None = None, download: bool = False) -> ImageData:
     """60,000 photographs, 3x32x32; 10,000 of them held out."""
-    return _load(_Published("cifar10", "CIFAR10", (3, 32, 32), "", _CIFAR10), root, download, size)
+    return _load(_Published("cifar10", "CIFAR10", (3, 32, 32), "", _CIFAR10), root, download)
 
 
-def svhn(*, root: str | None = None, download: bool = False, size: int | None = None) -> ImageData:
+def svhn(*, root: str | None = None, download: bool = False) -> ImageData:
     """99,289 house numbers from street views, 3x32x32; 26,032 of them held out."""
-    return _load(_Published("svhn", "SVHN", (3, 32, 32), "", _SVHN), root, download, size)
+    return _load(_Published("svhn", "SVHN", (3, 32, 32), "", _SVHN), root, download)
 
 
-def _load(source: _Published, root: str | None, download: bool, size: int | None) -> ImageData:
+def _load(source: _Published, root: str | None, download: bool) -> ImageData:
     """A published data set, which is fetched only if it cannot be read."""
-    only_size(size, source.shape[1], source.name)
     base = Path(root) if root is not None else DEFAULT_ROOT
     place = base / source.folder
     try:
@@ -145,14 +143,11 @@ def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
         lock.acquire(timeout=_WAIT_SECONDS)
     except NotImplementedError:  # a file system without locks
         pass
-    except Timeout as error:
+    except OSError as error:  # Timeout is one
+        cause = "another process has been downloading for an hour" if isinstance(error, Timeout) else error.strerror
         raise DataError(
-            f"another process has been downloading to {folder} for an hour. Try again later."
-        ) from error
-    except OSError as error:
-        cause = (error.strerror or "it cannot be written").lower()
-        raise DataError(
-            f"nothing can be downloaded to {folder}: {cause}. --data-root names another folder."
+            f"nothing can be downloaded to {folder}: {(cause or 'it cannot be written').lower()}. "
+            "--data-root names another folder."
         ) from error
     try:
         yield folder

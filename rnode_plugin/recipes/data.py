@@ -61,7 +61,7 @@ class Data:
         name are mirrored only if ``flip`` is assigned.
 
         Raises:
-            ConfigError: a bad value.
+            ValidationError: a bad value.
             DataError: the pictures of a folder cannot be read.
         """
         from ..data.catalog import image_shape
@@ -139,7 +139,7 @@ class TableData:
     given: Names = ()
     root: Text | None = None
     validation: Fraction = 0.1
-    held_out: Fraction = 0.1
+    held_out: Fraction = 0.2
     split_seed: NonNegativeInt = 0
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 1000
@@ -174,26 +174,23 @@ class TableData:
     def changed(self, assigned: Mapping[str, Any]) -> TableData:
         """These settings with others, and with what follows from them.
 
-        Another table brings its columns, unless ``columns`` are assigned, and a table with a fixed split takes no
-        other one. With other rows, what a run has recorded of its rows is left out.
+        Another table brings its columns, unless ``columns`` are assigned. With other rows, what a run has recorded
+        of its rows is left out.
 
         Raises:
-            ConfigError: a bad value; there is no such table, or a given column is not in it.
+            ConfigError: there is no such table.
             DataError: the table cannot be read.
+            ValidationError: a bad value, or a given column that is not in the table.
         """
-        from ..data.catalog import table_columns, taken_by
+        from ..data.catalog import table_columns
 
         assigned = _at_absolute_root(assigned)
         name, root = assigned.get("name", self.name), assigned.get("root", self.root)
-        follows: dict[str, Any] = {}
-        if (name, root) != (self.name, self.root):
-            split = {key: _DEFAULTS[key] for key in _SPLIT}
-            follows = {key: split[key] for key in split.keys() - taken_by(name, split)}
-            published = name == self.name != "table"  # the same table at another place
-            if "columns" not in assigned and not published:
-                follows["columns"] = table_columns(name, root=root)
-        new = dataclasses.replace(self, **{**follows, **assigned})
-        same = all(getattr(new, key) == getattr(self, key) for key in _OF_ROWS)
+        published = name == self.name != "table"  # the same table at another place
+        if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
+            assigned["columns"] = table_columns(name, root=root)
+        new = dataclasses.replace(self, **assigned)
+        same = all(getattr(new, key) == getattr(self, key) for key in ("name", "root", "columns", "given", *_SPLIT))
         return new if same else new.for_new_run()
 
     def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
@@ -211,13 +208,10 @@ class TableData:
         from ..data.tables import check_columns
 
         columns = (*self.modelled, *self.given)
-        split = {name: getattr(self, name) for name in _SPLIT}
-        options = taken_by(self.name, {"columns": columns, **split})
-        for name, value in split.items():
-            if name not in options and value != _DEFAULTS[name]:
-                raise ConfigError(
-                    f"the table {self.name} has a fixed split: leave data.{name} at {_DEFAULTS[name]}."
-                )
+        options = taken_by(self.name, {"columns": columns, **{name: getattr(self, name) for name in _SPLIT}})
+        for name, default in _SPLIT.items():
+            if name not in options and getattr(self, name) != default:
+                raise ConfigError(f"the table {self.name} has a fixed split: leave data.{name} at {default}.")
         table = get_table(self.name, root=self.root, download=download, **options).select(columns)
         if self.checksum not in (None, table.checksum):
             now = f"{table.rows:,} rows" if table.rows != self.rows else "as many rows, but not the same"
@@ -240,9 +234,7 @@ class TableData:
         return dataclasses.replace(self, rows=None, checksum=None)
 
 
-_SPLIT = ("validation", "held_out", "split_seed")
-_OF_ROWS = ("name", "root", "columns", "given", *_SPLIT)
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TableData)}  # pyright: ignore
+_SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "split_seed": TableData.split_seed}
 
 
 def _at_absolute_root(assigned: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def table() -> Recipe:
     return Recipe(
         name="table",
         description="your table (--data-root FILE), or cell nuclei of scikit-learn: a minute on a CPU",
-        data=TableData("table", CELLS, held_out=0.2),
+        data=TableData("table", CELLS),
         model=TableModel(),
         solver=Solver(method="rk4_38", step="auto"),
         test_solver=_DOPRI5,
