@@ -28,7 +28,7 @@ class Linear(nn.Module):
 
 
 class Plain(nn.Module):
-    """A field without the products of its own that ``field`` has."""
+    """``field`` without its own products."""
 
     def __init__(self, field: nn.Module) -> None:
         super().__init__()

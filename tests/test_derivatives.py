@@ -51,9 +51,9 @@ def test_a_state_made_from_the_time_of_its_rate() -> None:
 def test_times_with_a_graph_change_no_value_in_odeint(method: str) -> None:
     z, t = torch.tensor([[0.5], [-1.2]], dtype=DOUBLE), torch.linspace(0.2, 1.4, 13, dtype=DOUBLE)
 
-    def values(t: Tensor, *beside: object) -> Tensor:
+    def values(t: Tensor, *others: object) -> Tensor:
         penalties = odeint(
-            swinging, z, t, method=method, regularizers=["total_derivative", "taylor:3", *beside]
+            swinging, z, t, method=method, regularizers=["total_derivative", "taylor:3", *others]
         )[1]  # fmt: skip
         return torch.stack([penalties["total_derivative"], penalties["taylor:3"]])
 

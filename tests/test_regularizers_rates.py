@@ -211,7 +211,7 @@ def test_curl_of_a_gradient_field_and_strain_of_a_rotation_are_zero(estimator: s
 
 
 class OwnTanh(torch.autograd.Function):
-    """A Function of a user's own, with a forward-mode rule: nested, torch takes its second derivative for 0."""
+    """A user's own Function with a forward-mode rule: nested, torch takes its second derivative for 0."""
 
     @staticmethod
     def forward(ctx, x):

@@ -39,7 +39,7 @@ def rms(x: Tensor) -> Tensor:
 def replay(field: nn.Module, z: Tensor, times: Tensor) -> dict[str, Tensor]:
     """``error`` and ``stiffness`` of Dormand and Prince's steps between fixed times."""
     a, b, c, e = (torch.as_tensor(x) for x in (RK45.A, RK45.B, RK45.C, RK45.E))
-    e = e * 2 / 3  # torchdyn, like torchdiffeq, has an embedded solution of its own, two thirds as far away
+    e = e * 2 / 3  # torchdyn, like torchdiffeq, has another embedded solution, two thirds as far away
     errors, ratios = [], []
     for t, h in zip(times[:-1], times.diff(), strict=True):
         k, last = [field(t, z)], z

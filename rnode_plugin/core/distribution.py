@@ -172,11 +172,11 @@ class DensityModel(nn.Module, ABC):
             >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
             (True, True)
         """
-        model, probes = self, 1
-        if not isinstance(self.estimator, Exact):
-            probes = max(4, getattr(self.estimator, "count", 1))
-            one = Hutchinson(self.estimator.noise) if isinstance(self.estimator, Hutchinson) else self.estimator
-            model = self.solved_with(estimator=one)
+        model, probes = self.solved_with(), 1
+        if isinstance(self.estimator, Hutchinson):
+            probes, model.estimator = max(4, self.estimator.count), Hutchinson(self.estimator.noise)
+        elif not isinstance(self.estimator, Exact):
+            probes = 4
         z = self._draw_latents(check_count(n, "the number of samples"), None)
         rows = self.context_rows(context, z)
         rows = None if rows is None else rows.repeat_interleave(probes, 0)
@@ -193,7 +193,7 @@ class DensityModel(nn.Module, ABC):
         return ImportanceSample(x, log_weights)
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
-        """The density as a :class:`torch.distributions.Distribution`, its batch shape that of the contexts.
+        """The density as a :class:`torch.distributions.Distribution` with the batch shape of the contexts.
 
         Args:
             context: ``(*batch_shape, *context_shape)``; only for a conditional density.

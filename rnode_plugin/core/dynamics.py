@@ -46,7 +46,7 @@ class BoundDynamics(ABC):
     Attributes:
         path: the penalties of steps and trajectories; None if there are none.
         divergence: whether a density is followed, so that rates have a log-determinant.
-        inner_autograd: whether an evaluation differentiates inside, which a checkpoint has to know.
+        inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
     """
 
     path: PathPenalties | None = None
@@ -122,7 +122,7 @@ class PathPenalties:
 
         Returns:
             All times in the order of ``t``, the places of ``t`` among them, and for each penalty the places of both
-            ends and of its own times.
+            ends and of its times.
         """
         inner = [penalty.times(t[0], t[-1]).to(t) for penalty in self.trajectories]
         together = torch.cat([t, *inner])

@@ -1,4 +1,4 @@
-"""The objective (eq. 17) and bits per dimension: the only place that knows about units and lambda."""
+"""The objective (eq. 17) and bits per dimension: the only place with units and lambda."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class FlowOutput:
         logdet: ``(B,)`` in nats, the logit transform included.
         regularization: raw integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
         nfe: evaluations of the vector fields, summed over blocks.
-        health: what tells, on the device, whether the solves stayed finite and the samples were in range.
-            :meth:`check` reads it.
-        next_steps: for each block what its adaptive solve would try next, see
+        health: checks, on the device, that the solves stayed finite and the samples were in range. :meth:`check`
+            reads them.
+        next_steps: for each block the step that its adaptive solve would try next, see
             :class:`~rnode_plugin.Solution`; None for a fixed grid.
 
     Example:

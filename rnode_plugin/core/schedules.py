@@ -21,7 +21,7 @@ Strength = float | Callable[[int], float]
 class LinearWarmup:
     """Lambda from 0 to ``strength`` over the first ``steps`` steps of the optimizer; see :func:`linear_warmup`.
 
-    Its text is that of recipes: ``linear_warmup(1000)*0.01``.
+    ``str`` gives its text in a recipe: ``linear_warmup(1000)*0.01``.
     """
 
     spelling: ClassVar[str] = "linear_warmup(STEPS)*LAMBDA with STEPS a whole number >= 1 and LAMBDA >= 0"
@@ -88,7 +88,7 @@ def final_strength(strength: WrittenStrength) -> float:
 
 
 def strength_text(strength: WrittenStrength) -> str:
-    """A short text: ``0.01``, or that of a schedule."""
+    """A short text: ``0.01``, or the text of a schedule."""
     return str(strength) if isinstance(strength, LinearWarmup) else f"{strength:g}"
 
 

@@ -1,8 +1,7 @@
 """Divergence of a vector field and Frobenius norm of its Jacobian: exact, by Hutchinson's estimator, by Hutch++.
 
-Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe vectors ``v``. Everything else that
-wants the Jacobian (the penalties ``jacfrob``, ``curl`` and ``strain``) reads those products too, so that an
-evaluation never pays for a second one.
+Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe vectors ``v``. The penalties
+``jacfrob``, ``curl`` and ``strain`` read those products too, so that an evaluation never makes a second one.
 """
 
 from __future__ import annotations

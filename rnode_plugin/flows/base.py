@@ -120,9 +120,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
                 caller reads the output's ``health``.
 
         Returns:
-            FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats with that of the logit or of the
-            standardisation, raw integrals of the penalties over all blocks ``(B,)``, and the evaluations of all
-            blocks together.
+            FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardisation
+            included, raw integrals of the penalties over all blocks ``(B,)``, and the evaluations of all blocks.
 
         Raises:
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
@@ -276,7 +275,7 @@ class _Pass:
         self._totals: dict[str, Tensor] = {}
         self._next_steps: list[float | None] = []
         self._nfe = self._steps = 0
-        self.health: list[HealthCheck] = []  # what tells whether the solves stayed finite
+        self.health: list[HealthCheck] = []  # that the solves stayed finite
 
     def __call__(self, z: Tensor) -> Tensor:
         index, (field, noise) = next(self._blocks)

@@ -30,8 +30,8 @@ class Stage(NamedTuple):
 
     Attributes:
         shape: ``(C, H, W)`` of their state.
-        squeezes: whether their result is squeezed and all of it goes on.
-        keeps: how many channels of their result go on; the others leave for the latent.
+        squeezes: whether their result is squeezed and continues whole.
+        keeps: how many channels of their result continue; the others leave for the latent.
     """
 
     shape: Shape
@@ -106,7 +106,7 @@ def logit(x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 def inverse_logit(y: Tensor, alpha: float) -> Tensor:
     """``x = (sigmoid(y) - alpha) / (1 - 2 alpha)``, the inverse of :func:`logit`.
 
-    Outside of [0, 1], by up to ``alpha / (1 - 2 alpha)``, where y is that of no image.
+    The result is outside of [0, 1], by up to ``alpha / (1 - 2 alpha)``, where no image has this y.
     """
     return (torch.sigmoid(y) - alpha) / (1 - 2 * alpha)
 

@@ -25,8 +25,8 @@ class TableFlow(BlockFlow):
     """Rows of a table to a standard normal latent and back: FFJORD's flow for flat data, with or without contexts.
 
     A row is first standardised, ``y = (x - mean) / scale``, with the mean and the deviation of the training rows
-    (:meth:`standardize`). They are part of the flow, and ``-log scale`` is part of its log-determinant: densities
-    are those of the data as they are.
+    (:meth:`standardize`). They are part of the flow, and ``-log scale`` is part of its log-determinant, so
+    densities are in the units of the data.
 
     Args:
         columns: number of columns that are modelled.

@@ -131,7 +131,7 @@ def _with_path_penalties(
     inner: Sequence[Tensor],
 ) -> Solution:
     """The solution with trajectory penalties at ``inner`` places of ``times``, and local ones along its steps."""
-    beside, stats, checks = {}, solution.stats, solution.health
+    extra, stats, checks = {}, solution.stats, solution.health
     for i, places in enumerate(inner):
         found = places.tolist()
         if len(solution.t) != len(times):  # a gradient with more outputs; rounding may have moved these
@@ -139,19 +139,19 @@ def _with_path_penalties(
         # the times that the solve was given carry the graph of t_span: the outputs of a continuous adjoint do not
         mine, states = times[places].to(solution.t.device), [solution.z[k] for k in found]
         name, value = path.of_trajectory(i, mine, states, solution.penalties)
-        beside[name] = value
+        extra[name] = value
     if path.local:
         assert solution.steps is not None
         local, nfe = _local_penalties(dynamics, solver, solution.steps)
-        beside |= local
+        extra |= local
         stats = replace(stats, nfe=stats.nfe + nfe)
-    penalties = {name: x for name, x in (solution.penalties | beside).items() if name not in path.hidden}
-    if beside:
+    penalties = {name: x for name, x in (solution.penalties | extra).items() if name not in path.hidden}
+    if extra:
 
         def fail(_: int) -> NoReturn:
             fail_integrals(solution.z[-1], None, penalties, float(solution.t[-1].detach()), stats.steps, stats.nfe)
 
-        check = HealthCheck(torch.stack([health(value) for value in beside.values()]), fail)
+        check = HealthCheck(torch.stack([health(value) for value in extra.values()]), fail)
         checks = (*checks, check)
     return replace(solution, penalties=penalties, stats=stats, health=checks)
 

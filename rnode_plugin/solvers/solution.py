@@ -49,7 +49,7 @@ class Solution:
         penalties: each penalty of the whole trajectory by name, ``(B,)``; the integral of a rate that is never
             negative is not negative either, whichever way time runs.
         stats: evaluations and steps.
-        health: what tells, on the device, whether the solve stayed finite. :meth:`check` reads it;
+        health: checks, on the device, that the solve stayed finite. :meth:`check` reads them;
             :func:`~rnode_plugin.solvers.check_all` reads several solves together.
         next_step: the longest step that would have passed everywhere in an adaptive solve; None for a fixed grid.
             A solve of the same field that gets it as ``first_step`` wastes no evaluation on finding one.

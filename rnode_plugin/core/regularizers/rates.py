@@ -191,7 +191,7 @@ def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
 def curl(evaluation: FieldEvaluation) -> Tensor:
     """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
 
-    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
+    The shared product and one jvp for each probe; none with the exact estimator, which has J.
     """
     return _with_transpose(evaluation, -1.0)
 
@@ -201,7 +201,7 @@ def curl(evaluation: FieldEvaluation) -> Tensor:
 def strain(evaluation: FieldEvaluation) -> Tensor:
     """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
 
-    The shared product and one jvp for each probe; none with the exact estimator, which knows J.
+    The shared product and one jvp for each probe; none with the exact estimator, which has J.
     """
     return _with_transpose(evaluation, 1.0) / 4
 
