@@ -47,7 +47,7 @@ def along(f: Function, g: Function) -> Function:
 
 
 def integrals(f: Function, z0: Tensor, span: tuple[float, float], *, highest: int = 4) -> dict[str, Tensor]:
-    """The integral of each rate along the trajectories from ``z0 (B, D)``, ``(B,)``, to about 1e-11.
+    """The integral of each rate along the trajectories from ``z0 (B, D)``, ``(B,)``, to about 1e-10.
 
     With ``straightness``. Backward in time they are positive as well.
     """
@@ -62,7 +62,7 @@ def integrals(f: Function, z0: Tensor, span: tuple[float, float], *, highest: in
                 return np.concatenate([f(time, z).numpy(), [float(rates[name]) for name in names]])
 
         y0 = np.concatenate([start.numpy(), np.zeros(len(names))])
-        solution = solve_ivp(right_hand_side, span, y0, method="DOP853", rtol=1e-12, atol=1e-12)
+        solution = solve_ivp(right_hand_side, span, y0, method="DOP853", rtol=1e-11, atol=1e-11)
         moved, values = torch.as_tensor(solution.y[:, -1]).split([len(start), len(names)])
         values = values * (1 if length > 0 else -1)
         straightness = values[names.index("kinetic")] - (moved - start).square().sum() / abs(length)

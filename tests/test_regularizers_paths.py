@@ -153,29 +153,24 @@ def test_two_trajectory_penalties_may_read_different_rates_of_one_name() -> None
 
 
 def test_steer_draws_the_end_in_training_alone() -> None:
-    field = Linear(3)
-    model = NeuralODE(field, "rk4_38", regularizers=["steer:0.4", "kinetic"])
     span = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     torch.manual_seed(0)
-    ends = []
-    runs = [model(states(1), span) for _ in range(300)]
-    for t_eval, _ in runs:
-        ends.append(float(t_eval[-1].detach()))
-        assert float(t_eval[1]) == pytest.approx(ends[-1] / 2)
-    t_eval, sol = runs[-1]
-    torch.testing.assert_close(sol.detach(), path(field.a, states(1), t_eval).detach(), rtol=1e-2, atol=1e-2)
-    ends = torch.tensor(ends)
+    ends = torch.stack([Steer(0.4).times(span, training=True)[-1] for _ in range(300)])
     assert 0.6 <= ends.min() < 0.63
     assert 1.37 < ends.max() <= 1.4
     assert abs(ends.mean() - 1) < 4 * ends.std() / 300**0.5
     assert abs(ends.var() - 0.8**2 / 12) < 0.01  # of a uniform distribution
-    assert float(model.reg_loss()) == float(0.01 * model.regularization["kinetic"].mean() / 3)
+    field = Linear(3)
+    model = NeuralODE(field, "rk4_38", regularizers=["steer:0.4", "kinetic"])
+    t_eval, sol = model(states(1), span)
+    assert float(t_eval[1]) == pytest.approx(float(t_eval[-1]) / 2)
+    torch.testing.assert_close(sol.detach(), path(field.a, states(1), t_eval).detach(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(model.reg_loss(), 0.01 * model.regularization["kinetic"].mean() / 3)
     model.eval()
     assert model(states(1), span)[0].tolist() == span.tolist()
     model.train()
     with torch.no_grad():
         assert model(states(1), span)[0].tolist() == span.tolist()
-    assert model.trajectory(states(1), span).shape[0] == 3
 
 
 @pytest.mark.parametrize("mode", GRADIENTS)
@@ -212,8 +207,8 @@ def small_flow(*regularizers: object) -> MultiscaleFlow:
 
 def test_the_image_flow_takes_every_kind() -> None:
     x = torch.rand(3, 1, 4, 4)
-    names = ["kinetic", "total_derivative", "directional_vjp", "taylor:2", "curl", "stiffness", "local_error",
-             "straightness", "trajectory_polynomial", "learned_end_time"]  # fmt: skip
+    names = ["kinetic", "directional_vjp", "curl", "stiffness", "local_error", "straightness",
+             "trajectory_polynomial", "learned_end_time"]  # fmt: skip
     found: list[list[Tensor]] = []
     for gradient in ("autograd", "checkpointed"):
         flow = small_flow(*names).double()
@@ -235,7 +230,7 @@ def test_the_image_flow_takes_every_kind() -> None:
 def test_several_probes_through_the_image_flow() -> None:
     x = torch.rand(3, 1, 4, 4)
     for estimator in ("rademacher:3", "hutch++:2"):
-        flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=Solver("rk4", step=0.5), trace_noise=estimator,
+        flow = MultiscaleFlow((1, 4, 4), hidden=4, solver=Solver("euler", step=0.5), trace_noise=estimator,
                               regularizers=["jacfrob", "curl"])  # fmt: skip
         out = flow(x)
         (out.logdet.sum() + out.regularization["jacfrob"].sum()).backward()

@@ -17,7 +17,7 @@ from rnode_plugin.core.regularizers import Regularizer, jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
-from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, Adjoint, Solver, check_all, solve
+from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, Adjoint, Solver, check_all, get_method, solve
 
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
 FINE = {"midpoint": 1 / 200, "rk4": 1 / 20, "rk4_38": 1 / 20}
@@ -132,11 +132,11 @@ def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     for gradient in ("autograd", "adjoint"):
         field = Wave()
         dynamics = Dynamics(field, regularizers=[Weight(field)], divergence=False)
-        solver = Solver("rk4", step=0.01, gradient=gradient)
+        solver = Solver("rk4", step=0.05, gradient=gradient)
         s = solve(dynamics, torch.ones(2, 3).double(), torch.tensor([0.0, 1.0]).double(), solver)
         s.penalties["weight"].sum().backward()
         gradients.append([p.grad for p in field.parameters()])
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_noise_that_was_not_bound_is_told() -> None:
@@ -299,7 +299,19 @@ def _draws(solver: Solver, count: int) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "tsit5"])
+@pytest.mark.parametrize("name", METHODS)
+def test_stages_are_drawn_by_the_weights_of_a_quadrature(name: str) -> None:
+    """None is negative, and polynomials up to the method's degree, but at most 2, are integrated."""
+    method = get_method(name)
+    assert method.draws is not None
+    assert method.nodes is not None
+    assert min(method.draws) >= 0
+    for k in range(min(method.order, 3)):
+        integral = sum(w * node**k for w, node in zip(method.draws, method.nodes, strict=True))
+        assert integral == pytest.approx(1 / (k + 1), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["rk4", pytest.param("dopri5", marks=pytest.mark.slow)])
 def test_sampled_penalties_are_unbiased(method: str) -> None:
     """Means of value and gradients are the full ones within 3 standard errors, which are below 10 percent."""
     solver, count = Solver(method, step=0.25, atol=1e-6, rtol=1e-6), 400
@@ -310,7 +322,7 @@ def test_sampled_penalties_are_unbiased(method: str) -> None:
     error = draws.std(0) / count**0.5
     assert bool((draws.std(0) > 1e-6 * full.abs()).all()), "without noise this test shows nothing"
     assert bool((3 * error < 0.1 * full.abs()).all()), "a wrong weight would not be seen"
-    # the quadrature that dopri5 and tsit5 draw from has an error too
+    # the quadrature that dopri5 draws from has an error too
     assert bool(((draws.mean(0) - full).abs() < 3 * error + 1e-3 * full.abs()).all())
 
 
