@@ -332,7 +332,7 @@ class Wrong:
 
     @hookimpl
     def rnode_register_models(self):
-        return {"none": lambda *args, **kwargs: None, "unbuilt": self._fails}
+        return {"nothing": lambda *args, **kwargs: None, "unbuilt": self._fails}
 
     @hookimpl
     def rnode_register_recipes(self):
@@ -362,7 +362,7 @@ def wrong(register):
         ),
         (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
         (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
-        (["train", "digits", "--set", "model.name=none"], "'none': its plugin returned NoneType, not a flow"),
+        (["train", "digits", "--set", "model.name=nothing"], "'nothing': its plugin returned NoneType, not a flow"),
         (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),
     ],
 )
