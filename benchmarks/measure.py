@@ -56,7 +56,7 @@ class Memory:
     """Peak memory of one run in bytes.
 
     Attributes:
-        total: on a CPU the process's resident memory, interpreter and libraries included; on CUDA that of tensors.
+        total: on a CPU the process's resident memory with interpreter and libraries; on CUDA the memory of tensors.
         above: how much of it the run itself added.
     """
 
@@ -113,8 +113,8 @@ def alternate(
 def peak_memory(build: Callable[..., Callable[[], object]], *args: Any, device: torch.device) -> Memory:
     """Peak memory of ``build(*args)()``, run twice: the second run meets what the first one left behind.
 
-    On a CPU in a process of its own, so ``build`` and ``args`` must be picklable. glibc gives freed tensors back
-    to the system at once there; by default, the holes in its heap would count as memory in use.
+    On a CPU this runs in a separate process, so ``build`` and ``args`` must be picklable. There glibc gives freed
+    tensors back to the system at once. By default, the holes in its heap would count as memory in use.
     """
     if device.type == "cuda":
         run = build(*args)

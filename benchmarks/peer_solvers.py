@@ -1,6 +1,6 @@
 """The problem of peers.py by other packages: torchdiffeq, and zuko and diffrax where they are installed.
 
-Each function returns a case: a forward pass, or for diffrax, which has gradients of its own, a training step.
+Each function returns a case: a forward pass, or for diffrax, which has its own gradients, a training step.
 """
 
 from __future__ import annotations

@@ -176,11 +176,11 @@ def main(data: str, out: str, assignments: tuple[str, ...], **options: Any) -> N
         last = {"images": trainer.seen, "seconds": trainer.seconds, "ended": ended}
         rows = append(folder / "quality.csv", [{**own, **final, **last}])
 
-    def alike(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def with_these_settings(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         return [row for row in rows if all(row[key] == value for key, value in same.items())]
 
-    draw(folder / f"quality_{data}.png", alike(points), f"{data}, {steps} steps")
-    click.echo("\n" + summary(alike(rows)))
+    draw(folder / f"quality_{data}.png", with_these_settings(points), f"{data}, {steps} steps")
+    click.echo("\n" + summary(with_these_settings(rows)))
 
 
 if __name__ == "__main__":

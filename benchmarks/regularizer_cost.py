@@ -30,7 +30,7 @@ NAMES = [
     "taylor:4", "l1", "jacdiag", "jacoffdiag", "curl", "strain", "hjb", "error", "stiffness", "local_error",
     "local_stiffness", "straightness", "trajectory_polynomial", "steer:0.25", "learned_end_time",
 ]  # fmt: skip
-# on images one product per dimension, or sixteen evaluations, is too many; their field is no potential
+# on images one product per dimension, or sixteen evaluations, is too many. Their field has no potential
 _NOT_FOR_IMAGES = {"jacdiag", "jacoffdiag", "taylor:4", "hjb"}
 _METHODS = {"error": "dopri5", "stiffness": "rk4"}
 
@@ -41,7 +41,7 @@ def method_for(name: str) -> str:
 
 
 class Perceptron(nn.Module):
-    """Layers that do not see time; torchdyn says so of a plain ``nn.Sequential``."""
+    """Layers that do not see time, because torchdyn warns about a plain ``nn.Sequential``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def digits_step(name: str, where: torch.device, *, penalized: bool = True) -> Ca
 
 
 @click.command(help=__doc__)
-@click.option("--name", "names", multiple=True, help="Regularizers, + between those of one set. [default: most]")
+@click.option("--name", "names", multiple=True, help="Regularizers, joined by + into a set. [default: most]")
 @click.option(
     "--model", "models", multiple=True, type=click.Choice(["perceptron", "digits"]), help="[default: both]"
 )

@@ -120,12 +120,12 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
 
 
 def build_run(*args: object) -> Callable[[], object]:
-    """What :func:`peak_memory` runs in a process of its own."""
+    """The run that :func:`peak_memory` measures in a separate process."""
     return build(*args).run  # pyright: ignore[reportArgumentType]
 
 
 def differences(step: Step, exact: Step) -> list[str]:
-    """Of the loss and the gradient to those of the exact path."""
+    """How far the loss and the gradient are from the exact path."""
     torch.manual_seed(1)  # draws the stages of a sampled quadrature
     loss, true_loss = step.run(), exact.run()
     grad, true = gradient_of(step.model), gradient_of(exact.model)

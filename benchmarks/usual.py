@@ -2,8 +2,8 @@
 
 Time is concatenated to the input of every convolution, the product with the Jacobian is taken by automatic
 differentiation with ``create_graph=True``, log-determinant and penalties travel in the state, and gradients come
-from the continuous adjoint. Architecture, weights, noise and objective are those of a
-:class:`~rnode_plugin.MultiscaleFlow`.
+from the continuous adjoint. Architecture, weights, noise and objective equal
+the ones of a :class:`~rnode_plugin.MultiscaleFlow`.
 """
 
 from __future__ import annotations

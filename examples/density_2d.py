@@ -10,8 +10,8 @@ import torch
 from rnode_plugin import RegularizedCNF
 from rnode_plugin.fields import linear_field
 
-ARMS = [("exact", {}), ("exact", {"kinetic": 0.01, "jacfrob": 0.01})]
-ARMS += [(noise, {"kinetic": 0.01, "jacfrob": 0.01}) for noise in ("gaussian", "rademacher")]
+CONFIGURATIONS = [("exact", {}), ("exact", {"kinetic": 0.01, "jacfrob": 0.01})]
+CONFIGURATIONS += [(noise, {"kinetic": 0.01, "jacfrob": 0.01}) for noise in ("gaussian", "rademacher")]
 
 
 def ring(count, seed):
@@ -48,11 +48,11 @@ def main():
     options = parser.parse_args()
     data, held_out = ring(4000, options.seed), ring(1000, options.seed + 1)
     plt.style.use("rnode_plugin.plots")
-    figure, panels = plt.subplots(1, len(ARMS), figsize=(14, 3.8), sharex=True, sharey=True)
+    figure, panels = plt.subplots(1, len(CONFIGURATIONS), figsize=(14, 3.8), sharex=True, sharey=True)
     axis = torch.linspace(-3, 3, 100)
     grid = torch.cartesian_prod(axis, axis)
     print(f"{'trace':<10} {'penalties':<16} {'NLL':>6} {'NFE':>4} {'kinetic':>8} {'jacfrob':>8} {'ms/step':>7}")
-    for (trace, regularizers), axes in zip(ARMS, panels, strict=True):
+    for (trace, regularizers), axes in zip(CONFIGURATIONS, panels, strict=True):
         start = time.perf_counter()
         field = train(trace, regularizers, data, steps=options.steps, seed=options.seed)
         pace = 1000 * (time.perf_counter() - start) / options.steps

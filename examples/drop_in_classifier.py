@@ -11,7 +11,7 @@ from torchdyn.nn import DepthCat
 
 from rnode_plugin import NeuralODE  # before: from torchdyn.core import NeuralODE
 
-ARMS = {
+CONFIGURATIONS = {
     "none": None,  # torchdyn's own numbers
     "['kinetic', 'jacfrob']": ["kinetic", "jacfrob"],  # lambda = 0.01 each, the paper's
     "{'kinetic': 1, 'jacfrob': 1}": {"kinetic": 1, "jacfrob": 1},
@@ -66,7 +66,7 @@ def main():
     plt.style.use("rnode_plugin.plots")
     _, axes = plt.subplots(figsize=(6, 4))
     print(f"{'regularizers':<30} {'NFE (test)':>12} {'test accuracy':>14}")
-    for name, regularizers in ARMS.items():
+    for name, regularizers in CONFIGURATIONS.items():
         nfe, count, accuracy = train(regularizers, data, steps=options.steps, seed=options.seed)
         axes.plot(nfe, label=f"regularizers = {name}")
         print(f"{name:<30} {count:>12.0f} {accuracy:>14.1%}", flush=True)

@@ -52,7 +52,8 @@ def main():
     log_z = energy.logsumexp(0) + area.log()
     plt.style.use("rnode_plugin.plots")
     figure, panels = plt.subplots(1, 2 + len(PENALTIES), figsize=(16, 3.6), sharex=True, sharey=True)
-    panels[0].pcolormesh(AXIS, AXIS, (energy - log_z).exp().reshape(401, 401).T, shading="auto")
+    density = (energy - log_z).exp().reshape(401, 401).T
+    panels[0].pcolormesh(AXIS.numpy(), AXIS.numpy(), density.numpy(), shading="auto")
     panels[0].set(title="target", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     print(f"log Z by a sum over a grid: {log_z:.4f}")
     print(f"{'penalties':<10} {'NFE':>4} {'ESS of 4000':>12} {'log Z':>8} {'its error':>10} {'difference':>11}")
@@ -64,8 +65,7 @@ def main():
         gap = found.log_z - log_z
         nfe = model.nfe if steps else 0  # the density of the base needs no solve
         print(
-            f"{name:<10} {nfe:>4} {found.ess:>12.0f} {found.log_z:>8.4f} {found.log_z_error:>10.4f}"
-            f" {gap:>+11.4f}",
+            f"{name:<10} {nfe:>4} {found.ess:>12.0f} {found.log_z:>8.4f} {found.log_z_error:>10.4f} {gap:>+11.4f}",
             flush=True,
         )
         axes.scatter(*found.x.T, s=4000 * found.weights, linewidth=0, alpha=0.5)

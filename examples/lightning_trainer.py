@@ -1,4 +1,4 @@
-"""Image flows in a Lightning Trainer of one's own: any callbacks, loggers and strategies, on the digits.
+"""Image flows in a Lightning Trainer that you configure, with any callbacks, loggers and strategies, on the digits.
 
 On several devices: python lightning_trainer.py --devices 2
 """
@@ -17,7 +17,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--devices", default="auto", help="how many, or which: 4, or 0,2")
-    parser.add_argument("--resume", help="checkpoint to go on from, such as lightning/last.ckpt")
+    parser.add_argument("--resume", help="checkpoint to continue from, such as lightning/last.ckpt")
     parser.add_argument("--output", default="lightning_trainer.png", help="file of the samples")
     options = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The map between two Gaussians learnt with the kinetic penalty, beside the optimal one (Bures-Wasserstein)."""
+"""The map between two Gaussians learnt with the kinetic penalty, and the optimal one (Bures-Wasserstein)."""
 
 import argparse
 
@@ -36,7 +36,7 @@ def optimal(x):
 
 
 def train(strength, *, steps, seed):
-    """Equation 22 of the paper: the likelihood asks that P arrive at Q, the penalty that it travel little."""
+    """Equation 22 of the paper: the likelihood makes P arrive at Q, the penalty makes it travel little."""
     torch.manual_seed(seed)
     options = {"trace_estimator": "exact", "solver": "rk4_38", "t_span": torch.linspace(0, 1, 5)}
     model = RegularizedCNF(Field(), Q, regularizers={"kinetic": strength}, **options)

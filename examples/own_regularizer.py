@@ -1,6 +1,6 @@
-"""Regularizers of one's own, in a file: from a function of (t, z, dz), and from an evaluation with the Jacobian.
+"""Regularizers that a script defines: a function of (t, z, dz), and one that reads the Jacobian.
 
-The map to learn turns and squeezes the plane and keeps areas. The second penalty knows that: it is the squared
+The map to learn turns and squeezes the plane and keeps areas. The second penalty uses that: it is the squared
 divergence. To offer a penalty to others by name, make it a package: examples/third_party_regularizer is one.
 """
 
@@ -20,10 +20,10 @@ def slow(t, z, dz):
     return (speed - 2).relu().square()
 
 
-# one that reads the Jacobian says so; the solver then makes the products, once for all who want them
+# one that reads the Jacobian declares it, and the solver makes each product once for all regularizers
 incompressible = FunctionRegularizer("incompressible", lambda e: e.divergence().square(), needs={"vjp"})
 
-ARMS = {"none": {}, "slow": {slow: 0.1}, "incompressible": {incompressible: 0.1}}
+CONFIGURATIONS = {"none": {}, "slow": {slow: 0.1}, "incompressible": {incompressible: 0.1}}
 MAP = torch.tensor([[0.0, 2.0], [-0.5, 0.0]])  # of determinant 1
 T_SPAN = torch.linspace(0, 1, 2)
 
@@ -56,7 +56,7 @@ def main():
     angle = torch.linspace(0, 2 * torch.pi, 200)
     circles = torch.tensor([0.75, 1.5, 2.25])[:, None, None] * torch.stack([angle.cos(), angle.sin()], 1)
     print(f"{'regularizer':<14} {'NFE':>4} {'error':>7} {'slow':>7} {'incompressible':>15}   on 1000 new points")
-    for (name, regularizers), axes in zip(ARMS.items(), panels, strict=True):
+    for (name, regularizers), axes in zip(CONFIGURATIONS.items(), panels, strict=True):
         field = train(regularizers, x, y, steps=options.steps, seed=options.seed)
         # the same field, with both integrals followed
         model = NeuralODE(field, solver="dopri5", regularizers=[slow, incompressible], trace_noise="exact")

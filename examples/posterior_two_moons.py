@@ -1,4 +1,4 @@
-"""The posterior of a simulator, p(parameters | observation), with a conditional density; zuko's CNF beside it."""
+"""The posterior of a simulator, p(parameters | observation), with a conditional density, and with zuko's CNF."""
 
 import argparse
 import importlib.util
@@ -14,7 +14,7 @@ from rnode_plugin import RegularizedCNF
 zuko = importlib.import_module("zuko") if importlib.util.find_spec("zuko") else None  # optional
 SHAPES = {"event_shape": 2, "context_shape": 2, "trace_estimator": "exact"}
 GRID = torch.linspace(0, 1, 5)  # four steps to train with
-ARMS = {"no penalty": {}, "both penalties": {"kinetic": 0.01, "jacfrob": 0.01}}
+CONFIGURATIONS = {"no penalty": {}, "both penalties": {"kinetic": 0.01, "jacfrob": 0.01}}
 
 
 def simulate(count):
@@ -58,7 +58,7 @@ def main():
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     (theta, x), rows = simulate(1000), {}
-    for name, regularizers in ARMS.items():
+    for name, regularizers in CONFIGURATIONS.items():
         field = Field()
         training = RegularizedCNF(field, regularizers=regularizers, **SHAPES, solver="rk4_38", t_span=GRID)
         seconds = fit(training, training.distribution, training.reg_loss, options.steps)

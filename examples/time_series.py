@@ -11,7 +11,7 @@ from rnode_plugin.fields import linear_field
 
 TIMES = torch.linspace(0, 4, 21)
 SEEN, NOISE = 6, 0.05  # the first 6 angles are the input; standard deviation of the noise in radians
-ARMS = {"plain": {"kinetic": 0}, "['kinetic']": ["kinetic"], "{'kinetic': 1}": {"kinetic": 1}}
+CONFIGURATIONS = {"plain": {"kinetic": 0}, "['kinetic']": ["kinetic"], "{'kinetic': 1}": {"kinetic": 1}}
 
 
 def pendulums(count):
@@ -64,7 +64,7 @@ def main():
     axes.plot(TIMES, held_out[0], color="0.5", linewidth=5, alpha=0.5, label="truth")
     axes.plot(TIMES[:SEEN], given[0, :SEEN], ".", color="C4", label="seen")
     print(f"{'regularizers':<16} {'NFE':>4} {'error, rad':>11}   on 256 held-out series, without noise")
-    for name, regularizers in ARMS.items():
+    for name, regularizers in CONFIGURATIONS.items():
         torch.manual_seed(options.seed)
         model = train(LatentODE(regularizers), angles, steps=options.steps)
         model.ode.vf.nfe = 0

@@ -16,7 +16,7 @@ from rnode_plugin.fields import linear_field
 
 A = 0.25  # the price of growth
 SHIFT = torch.tensor([2.0, 0.0])
-T_SPAN = torch.linspace(0, 1, 11)
+T_SPAN = torch.linspace(0, 1, 6)
 
 
 def growth(t, z, dz):

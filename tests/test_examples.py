@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from rnode_plugin import NeuralODE
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
@@ -20,7 +23,9 @@ TABLES = {
     "density_2d": (2, ["exact +none", "exact +kinetic", "gaussian", "rademacher"]),
     "drop_in_classifier": (2, ["none", r"\['kinetic', 'jacfrob'\]", r"\{'kinetic': 1, 'jacfrob': 1\}"]),
     "fine_tune_flow_matching": (1, ["flow matching", "fine-tuned, no penalty", "fine-tuned, both penalties"]),
+    "few_steps": (2, ["none +0", r"total_derivative +2", r"finite_difference:0.1 +2"]),
     "figure_1": (2, ["negative log-likelihood", "path length / displacement", "NFE"]),
+    "importance_sampling": (2, [r"log Z by a sum over a grid: 1\.360", "untrained", "none", "kinetic", "both"]),
     "lightning_trainer": (2, ["steps +", "bits/dim", "NFE"]),
     "optimal_transport": (2, [r"least cost of any map, W2\^2: 18\.63", " +0.0", " +0.01", " +0.1"]),
     "ot_flow_matching": (2, ["none +0", "kinetic +1", "jacfrob +2", "both +2"]),
@@ -28,6 +33,7 @@ TABLES = {
     "posterior_two_moons": (1, ["no penalty", "both penalties"]),  # and zuko's row if it is installed
     "time_series": (2, ["plain", r"\['kinetic'\]", r"\{'kinetic': 1\}"]),
     "torchdiffeq_moons": (2, ["none +0", "none +2", r"\{'kinetic': 0.01\} +2"]),
+    "unbalanced_transport": (2, ["least action", "none", "kinetic", "growth"]),
     "train_images": (2, ["steps +2 ", "bits/dim dirty", "bits/dim clean", "NFE", "kinetic / dim", "jacfrob / dim"]),
 }
 
@@ -78,6 +84,46 @@ def test_the_optimal_map_between_gaussians_is_the_closed_form():
     moved = linear - torch.eye(2)
     expected = (p.mean - q.mean).square().sum() + torch.trace(moved @ p.covariance_matrix @ moved.T)
     assert torch.allclose(cost, expected, rtol=1e-5)
+
+
+def test_the_grid_gives_log_z():
+    example = part_of("importance_sampling")
+    grid = torch.cartesian_prod(example["AXIS"], example["AXIS"])
+    area = (example["AXIS"][1] - example["AXIS"][0]) ** 2
+    # the energy is a sum over the dimensions, and a finer rule gives the integral of each
+    x = torch.linspace(-6, 6, 10_001, dtype=torch.float64)
+    one = [torch.trapezoid((-((x**2 - 2.25) ** 2) / 2 + slope * x).exp(), x).log() for slope in (0.3, 0.2)]
+    assert torch.allclose(example["log_target"](grid).double().logsumexp(0) + area.log(), sum(one), atol=1e-4)
+
+
+def test_the_actions_with_growth_are_the_closed_forms():
+    example = part_of("unbalanced_transport")
+    mass, shift = torch.tensor([0.3, 3.0]), example["SHIFT"]
+
+    def action(velocity_and_growth):
+        def field(t, z):
+            speed, growth = velocity_and_growth(t)
+            return torch.stack([speed, 0 * speed, growth], 1)
+
+        model = NeuralODE(field, solver="dopri5", atol=1e-6, rtol=1e-6, regularizers=[example["growth"]])
+        _, path = model(torch.zeros(2, 3), torch.linspace(0, 1, 2), penalties=True)
+        assert torch.allclose(path[-1, :, 0], shift[:1].expand(2), atol=1e-4)
+        assert torch.allclose(path[-1, :, 2], mass.log(), atol=1e-4)
+        return model.regularization["growth"]
+
+    def geodesic(t):  # a straight line of the points sqrt(w) (cos, sin)(x / (2 sqrt(a)))
+        scale = 2 * math.sqrt(example["A"])
+        angle = shift[0] / scale
+        start, end = torch.tensor([1.0, 0.0]), mass.sqrt()[:, None] * torch.stack([angle.cos(), angle.sin()])
+        point, change = start + t * (end - start), end - start
+        square = point.square().sum(1)
+        turn = (point[:, 0] * change[:, 1] - point[:, 1] * change[:, 0]) / square
+        return scale * turn, 2 * (point * change).sum(1) / square
+
+    steady, least = example["steady"](mass), example["least"](mass)
+    assert torch.allclose(action(lambda t: (shift[:1].expand(2), mass.log())), steady, rtol=1e-4)
+    assert torch.allclose(action(geodesic), least, rtol=1e-4)
+    assert bool((least < steady).all())
 
 
 def test_the_own_penalties_are_what_they_say():

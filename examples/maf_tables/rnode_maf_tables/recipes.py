@@ -1,6 +1,6 @@
 """The recipes of the five tables, with FFJORD's settings.
 
-Training of the five is that of the authors' program (github.com/rtqichen/ffjord): Adam at 1e-3, weight decay 1e-6,
+Training of the five follows the authors' program (github.com/rtqichen/ffjord): Adam at 1e-3, weight decay 1e-6,
 Dormand-Prince at 1e-8 absolute and 1e-6 relative, a validation every 200 steps. So is the architecture of
 ``miniboone``, by the program's README. The README does not give the other four; theirs follow what is reported of
 Grathwohl et al. (2019) and were not checked against the paper. Four things differ: layers add time as RNODE's do,

@@ -1,9 +1,9 @@
 """The five tables of density estimation: POWER, GAS, HEPMASS, MINIBOONE and BSDS300.
 
-The preprocessing is that of Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation"
-(2017), appendix D and the authors' program (github.com/gpapamak/maf), so that likelihoods can be compared with
-those of the papers since: rows in the order and columns in the choice of that program, centred and scaled. The
-files are theirs too: https://zenodo.org/records/1161203.
+The preprocessing follows Papamakarios, Pavlakou and Murray, "Masked Autoregressive Flow for Density Estimation"
+(2017), appendix D and the authors' program (github.com/gpapamak/maf), so that likelihoods can be compared with the
+papers since: that program's order of rows and choice of columns, centred and scaled. The files are theirs too:
+https://zenodo.org/records/1161203.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def test_power_is_shuffled_and_smeared(tmp_path: Path) -> None:
     everything = np.concatenate([made.train, made.val, made.held_out])
     shuffled = rows[np.random.RandomState(42).permutation(200)][:, [0, 2, 4, 5, 6, 7]]
     fitted = shuffled[:180]
-    # time has no noise: the order and the scaling are those of the shuffled rows
+    # time has no noise: the order and the scaling are the ones of the shuffled rows
     np.testing.assert_allclose(everything[:, 5], (shuffled[:, 5] - fitted[:, 5].mean()) / fitted[:, 5].std())
     # meters have noise as wide as their steps, between 0 and 1
     assert 0.9 < np.corrcoef(everything[:, 2], shuffled[:, 2])[0, 1] < 0.999
