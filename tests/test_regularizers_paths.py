@@ -123,35 +123,6 @@ def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
         NeuralODE(Linear(3), "rk4_38", regularizers=[At(1.5)])(states(), span)
 
 
-def test_two_trajectory_penalties_may_read_different_rates_of_one_name() -> None:
-    class Rate(Regularizer):
-        name = "speed"
-
-        def __init__(self, value: float) -> None:
-            self.value = value
-
-        def __call__(self, evaluation: Any) -> Tensor:
-            return self.value * torch.ones_like(evaluation.dz[:, 0])
-
-    class Reads(Regularizer):
-        kind = "trajectory"
-
-        def __init__(self, name: str, value: float) -> None:
-            self.name, self.rates = name, (Rate(value),)
-
-        def times(self, t0: Tensor, t1: Tensor) -> Tensor:
-            return torch.tensor([])
-
-        def __call__(self, trajectory):
-            return trajectory.integrals["speed"]
-
-    model = NeuralODE(Linear(3), "rk4_38", regularizers=[Reads("p", 1.0), Reads("q", 2.0)])
-    model(states(), torch.tensor([0.0, 1.0], dtype=torch.float64))
-    assert {name: float(x[0].detach()) for name, x in model.regularization.items()} == pytest.approx(
-        {"p": 1, "q": 2}
-    )
-
-
 def test_steer_draws_the_end_in_training_alone() -> None:
     span = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
     torch.manual_seed(0)

@@ -76,13 +76,6 @@ def test_rates_equal_those_of_a_dense_jacobian(field: nn.Module, shape: tuple[in
             torch.testing.assert_close(found[name][i], exact[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_the_fifth_derivative_of_a_nonlinear_field() -> None:
-    field, t = Wave(2), torch.tensor(0.3, dtype=torch.float64)
-    z = torch.tensor([[0.4, -0.3]], dtype=torch.float64)
-    exact = dense_rates(lambda t, x: field(t, x[None])[0], t, z[0], highest=5)["taylor:5"]
-    torch.testing.assert_close(rates_of(field, ["taylor:5"], t, z)["taylor:5"][0], exact, rtol=1e-9, atol=1e-12)
-
-
 @functools.cache
 def reference() -> tuple[Wave, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Field, states, integrals, and the derivatives of their sums along ``directions``."""
@@ -182,31 +175,6 @@ def test_more_probes_and_hutch_plus_plus_have_less_variance() -> None:
     one, four = draws(Hutchinson("gaussian")).var(), draws(Hutchinson("gaussian", probes=4)).var()
     assert 3 < one / four < 5.3
     torch.testing.assert_close(draws(HutchPlusPlus(1)), a.trace().expand(2000))
-
-
-def test_all_are_zero_with_a_finite_gradient_at_f_equal_to_zero() -> None:
-    field = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    nn.init.zeros_(field[2].weight)  # pyright: ignore[reportArgumentType]
-    nn.init.zeros_(field[2].bias)  # pyright: ignore[reportArgumentType]
-    z = torch.randn(2, 3, dtype=torch.float64)
-    for estimator in ("exact", "gaussian", "hutch++:2"):
-        found = rates_of(lambda t, z: field(z), RATES, torch.tensor(0.2).double(), z, estimator)  # pyright: ignore
-        for name, rate in found.items():
-            assert rate.tolist() == [0.0, 0.0], name
-            gradients = torch.autograd.grad(rate.sum(), field[2].weight, retain_graph=True)  # pyright: ignore
-            assert bool(gradients[0].isfinite().all()), name
-
-
-@pytest.mark.parametrize("estimator", ["exact", "gaussian", "rademacher:2"])
-def test_curl_of_a_gradient_field_and_strain_of_a_rotation_are_zero(estimator: str) -> None:
-    z, t = torch.randn(3, 2, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
-    weight = torch.randn(5, 2, dtype=torch.float64)
-    gradient: Callable[..., Tensor] = lambda t, z: torch.tanh(z @ weight.T) @ weight  # noqa: E731
-    rotation: Callable[..., Tensor] = lambda t, z: torch.stack([-z[:, 1], z[:, 0]], 1)  # noqa: E731
-    assert rates_of(gradient, ["curl"], t, z, estimator)["curl"].abs().max() < 1e-20  # pyright: ignore
-    assert rates_of(gradient, ["strain"], t, z, estimator)["strain"].min() > 1e-3  # pyright: ignore
-    assert rates_of(rotation, ["strain"], t, z, estimator)["strain"].abs().max() < 1e-20  # pyright: ignore
-    assert rates_of(rotation, ["curl"], t, z, estimator)["curl"].min() > 1e-3  # pyright: ignore
 
 
 class OwnTanh(torch.autograd.Function):

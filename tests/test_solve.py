@@ -95,26 +95,6 @@ def test_gradcheck_of_the_discrete_solve(method: str) -> None:
     assert torch.autograd.gradcheck(run, (z, *params), atol=1e-7)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_checkpointed_is_autograd_to_rounding(method: str) -> None:
-    results = []
-    for gradient in ("autograd", "checkpointed"):
-        field = Wave()
-        z = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3).requires_grad_()
-        noise = torch.linspace(-2, 1, 12, dtype=torch.float64).reshape(4, 3)
-        dynamics = Dynamics(field, regularizers=[kinetic, jacfrob])
-        t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
-        s = solve(dynamics.bind(noise), z, t, Solver(method, step=0.1, atol=1e-4, rtol=1e-4, gradient=gradient))
-        assert s.logdet is not None
-        loss = loss_of(s.z, s.logdet, s.penalties["kinetic"], s.penalties["jacfrob"])
-        results.append((s, torch.autograd.grad(loss, [z, *field.parameters()])))
-    (a, ga), (b, gb) = results
-    assert torch.equal(a.z, b.z)
-    assert a.stats == b.stats
-    for x, y in zip(ga, gb, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
-
-
 def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     """The adjoint takes each parameter once, or each of its gradients would be the whole."""
 
@@ -373,16 +353,13 @@ def test_a_sampled_trace_is_unbiased() -> None:
     assert float(distance.max()) < 4
 
 
-def test_an_adaptive_method_does_not_sample_a_density() -> None:
+@pytest.mark.parametrize("gradient", ["adjoint", "interpolated_adjoint", Adjoint(atol=1e-6)])
+def test_what_cannot_be_sampled(gradient: Any) -> None:
+    with pytest.raises(ConfigError, match="gradient of the steps that were drawn"):
+        solve(_Toy(), torch.ones(1, 2), torch.tensor([0.0, 1.0]), Solver(gradient=gradient, quadrature="sampled"))
     bound = Dynamics(Wave()).bind(torch.ones(2, 3, dtype=torch.float64))
     with pytest.raises(ConfigError, match="of a density needs a fixed grid: dopri5"):
         solve(bound, torch.ones(2, 3), torch.tensor([0.0, 1.0]), Solver("dopri5", quadrature="sampled"))
-
-
-@pytest.mark.parametrize("gradient", ["adjoint", "interpolated_adjoint", Adjoint(atol=1e-6)])
-def test_an_adjoint_does_not_sample(gradient: Any) -> None:
-    with pytest.raises(ConfigError, match="gradient of the steps that were drawn"):
-        solve(_Toy(), torch.ones(1, 2), torch.tensor([0.0, 1.0]), Solver(gradient=gradient, quadrature="sampled"))
     with pytest.raises(ConfigError, match="rtol of the adjoint must be a number >= 0"):
         Adjoint(rtol=float("nan"))
 
@@ -472,7 +449,7 @@ def penalties_at(times: tuple[float, ...], gradient: str = "autograd") -> tuple[
     return {name: value.sum() for name, value in solution.penalties.items()}, t
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", ["autograd", "checkpointed", "adjoint"])
 @pytest.mark.parametrize("name", PENALTIES)
 def test_gradient_by_the_times_against_finite_differences(name: str, gradient: str) -> None:
     """Backward in time, which takes every sign."""

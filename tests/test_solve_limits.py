@@ -200,18 +200,6 @@ def test_even_steps_leave_no_sliver(backward: bool) -> None:
     assert even[-1] > 0.9 * even[-2]
 
 
-def test_a_solve_begins_with_the_step_that_suited_the_one_before() -> None:
-    field, noise, first_step = Wave(), torch.ones(2, 3, dtype=torch.float64), None
-    solver = Solver("dopri5", atol=1e-6, rtol=1e-6)
-    for shift in (0.0, 0.01, 0.02):
-        z = torch.ones(2, 3, dtype=torch.float64) + shift
-        bound = Dynamics(field, regularizers=[kinetic]).bind(noise)
-        alone, after = solve(bound, z, 3 * T, solver), solve(bound, z, 3 * T, solver, first_step=first_step)
-        torch.testing.assert_close(after.z, alone.z, rtol=1e-5, atol=1e-5)
-        assert after.stats == alone.stats if first_step is None else after.stats.nfe < alone.stats.nfe
-        first_step = after.next_step
-
-
 def test_the_next_step_is_the_longest_that_would_have_passed() -> None:
     """At order 5, half of a step whose error was 32 times too large."""
 
