@@ -148,11 +148,10 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize("trace_noise", ["exact", "rademacher:2"])
-@pytest.mark.parametrize("penalized", [slice(None, -1), torch.tensor([True, True, False])], ids=str)
-def test_penalized_columns_leave_a_divergence_of_ones_own_out(
-    penalized: Any, trace_noise: str, sensitivity: str
-) -> None:
+@pytest.mark.parametrize(
+    ("trace_noise", "penalized"), [("exact", slice(None, -1)), ("rademacher:2", torch.tensor([True, True, False]))]
+)
+def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_noise: str, sensitivity: str) -> None:
     torch.manual_seed(0)
     net, x = mlp(2, 8, 2), torch.randn(5, 2)
     span, found = torch.linspace(0, 1, 3), []
@@ -172,8 +171,7 @@ def test_penalized_columns_leave_a_divergence_of_ones_own_out(
 
 
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize("trace_noise", ["gaussian", "hutch++:2"])
-@pytest.mark.parametrize("name", ["jacfrob", "total_derivative"])
+@pytest.mark.parametrize(("name", "trace_noise"), [("jacfrob", "hutch++:2"), ("total_derivative", "gaussian")])
 def test_penalized_columns_leave_the_solutions_gradient_as_it_is(
     name: str, trace_noise: str, sensitivity: str
 ) -> None:
@@ -208,16 +206,11 @@ def test_penalties_are_those_of_z_alone() -> None:
         torch.testing.assert_close(model.reg_loss(), plain.reg_loss())
 
 
-@pytest.mark.parametrize(
-    ("penalized", "message"),
-    [(slice(5, 9), "selects nothing"), ([True, False], "mask of 2 columns"), ([False] * 4, "selects nothing")],
-)
-def test_penalized_columns_that_are_not_there(penalized: Any, message: str) -> None:
+@pytest.mark.parametrize("penalized", [slice(5, 9), [True, False], [False] * 4], ids=str)
+def test_penalized_columns_that_are_not_there(penalized: Any) -> None:
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match="selects nothing"):
         model(torch.randn(2, 4))
-    with pytest.raises(ConfigError, match="runs backward"):
-        NeuralODE(WithTime(), penalized=slice(None, None, -1))
 
 
 @pytest.mark.parametrize("noise", ["exact", "rademacher"])

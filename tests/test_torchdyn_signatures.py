@@ -11,16 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
-from torchdyn.nn import DataControl
 
 import rnode_plugin
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
-from rnode_plugin.core import signature
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.solvers import GRADIENTS
-from rnode_plugin.torchdyn import field as torchdyn_field
 
 
 class Timed(nn.Module):
@@ -147,23 +144,6 @@ def test_compiled_fields_with_penalties_have_the_gradients_of_their_originals(wh
         found.append([loss, *torch.autograd.grad(loss, list(inner.parameters()))])
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
-
-
-def test_a_compiled_field_without_products_stays_compiled() -> None:
-    calls = [0]
-
-    def backend(graph: torch.fx.GraphModule, example: object) -> object:
-        def run(*args: object) -> object:
-            calls[0] += 1
-            return graph(*args)
-
-        return run
-
-    field = torch.compile(Timed(), backend=backend)
-    NeuralODE(field, "euler", regularizers=["kinetic"])(torch.randn(4, 2), torch.linspace(0, 1, 4))
-    assert calls[0] == 3
-    NeuralODE(field, "euler", regularizers=["jacfrob"])(torch.randn(4, 2), torch.linspace(0, 1, 4))
-    assert calls[0] == 3
 
 
 # --- velocities of other projects: u = 3 t, which takes 0 to 1.5 ---
@@ -319,14 +299,3 @@ def test_what_names_cannot_decide_is_refused_at_construction() -> None:
         OfSbi(), 0.0, event_shape=2, solver="midpoint", call=lambda net, t, x: net(x, condition, t)
     )
     torch.testing.assert_close(model.transform(torch.zeros(5, 2))[0], torch.full((5, 2), 1.5))
-
-
-def test_private_names_of_torch_and_torchdyn_are_still_there() -> None:
-    module = nn.Linear(2, 2)
-    assert signature.original(compile_lightly(module)) is module
-    assert hasattr(compile_lightly(module), signature._COMPILED_MODULE)
-    function = torch.compile(lambda x: x, backend="aot_eager")
-    assert hasattr(function, signature._COMPILED_FUNCTION)
-    module.compile(backend="aot_eager")
-    assert getattr(module, torchdyn_field._COMPILED_IN_PLACE) is not None
-    assert torchdyn_field.CONTROL in vars(DataControl())

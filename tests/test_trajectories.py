@@ -21,7 +21,7 @@ SHRINK = Linear(-torch.eye(1))  # every point goes straight to the origin, slowe
 
 def test_a_rotation_is_even_and_not_straight() -> None:
     x, angle = figure_1.plane_data("moons", 200), 2.0
-    nll, straightness, variation, _, kinetic, jacfrob = figure_1.measure(Rotation(angle), x, points=801).values()
+    nll, straightness, variation, _, kinetic, jacfrob = figure_1.measure(Rotation(angle), x, points=401).values()
     assert straightness == pytest.approx(angle / (2 * math.sin(angle / 2)), rel=1e-4)  # arc over chord
     assert variation == pytest.approx(0, abs=1e-3)
     # a rotation keeps volume and norm; E = angle^2 |z|^2, the Jacobian has two entries of that size
@@ -31,9 +31,9 @@ def test_a_rotation_is_even_and_not_straight() -> None:
 
 
 def test_a_contraction_is_straight_and_not_even() -> None:
-    x = figure_1.mixture(300)
+    x = figure_1.mixture(60)
     x = x[x[:, 0].abs() > 0.1]  # in single precision the steps of points near the origin are noise
-    found = figure_1.measure(SHRINK, x, points=2001)
+    found = figure_1.measure(SHRINK, x, points=801)
     assert found["path length / displacement"] == pytest.approx(1, abs=1e-4)
     # the speed exp(-t) has mean 1 - 1/e and mean square (1 - 1/e^2) / 2
     mean, square = 1 - math.exp(-1), (1 - math.exp(-2)) / 2

@@ -222,8 +222,7 @@ class DensityModel(nn.Module, ABC):
 
     def citation(self) -> str:
         """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
-        methods = [self.solver.method]
-        return citation(self.regularizers, estimator=self.estimator, methods=methods, density=True)
+        return citation(self.regularizers, estimator=self.estimator, methods=[self.solver.name], density=True)
 
     @property
     def block_shapes(self) -> Sequence[tuple[int, ...]]:

@@ -78,14 +78,17 @@ def accepts(field: Any, *positional: object) -> bool:
     return True
 
 
-def call_of(field: Any, args: Any = None) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
+def call_of(
+    field: Any, args: Any = None, takes: Takes | None = None
+) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
     """How ``field`` is called: ``(function, extra, keywords)`` for ``function(t, x, *extra, **keywords)``.
 
     Args:
         field: the field. A field of time and state alone is the function itself.
         args: passed to a field that takes ``args``.
+        takes: what :func:`field_takes` gives, if it is known.
     """
-    takes = field_takes(field)
+    takes = takes or field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
     if takes.order != "t, x":
         return lambda t, x: field(x, **keywords), (), {}

@@ -160,7 +160,7 @@ def _on_grid(model: Any, chosen: Solver | None) -> Any:
     solver: Solver = chosen or model.solver
     if solver.adaptive:
         raise ConfigError(
-            f"{solver.method} chooses its steps while it runs, and a program takes the same steps for every input. "
+            f"{solver.name} chooses its steps while it runs, and a program takes the same steps for every input. "
             f"Give a fixed grid, such as solver=Solver('rk4_38', step=0.25), of {', '.join(FIXED_METHODS)}."
         )
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.columns import Columns, as_columns, places_of
 from ..core.ops import transforms_active
 from ..core.regularizers import Weighted
 from ..core.trace_estimators import TraceEstimator, get_estimator
@@ -28,7 +29,7 @@ class Follow:
 
     weighted: dict[str, Weighted]
     penalized: tuple[int, ...]
-    columns: slice | Tensor | None
+    columns: Columns | None
     batch_dim: int | None
     estimator: TraceEstimator
     sampled: bool
@@ -61,20 +62,14 @@ def follow(
     return Follow(weighted, indices, columns, batch_dim, get_estimator(trace_noise), sampled)
 
 
-def _chosen(penalized: Any) -> tuple[tuple[int, ...], slice | Tensor | None]:
+def _chosen(penalized: Any) -> tuple[tuple[int, ...], Columns | None]:
     """The tensors of a state and the columns, None for all, that ``penalized`` names."""
-    if penalized is None or isinstance(penalized, slice):
-        return (0,), penalized
-    if isinstance(penalized, int):
-        return (penalized,), None
-    if isinstance(penalized, Tensor):
-        if penalized.dtype == torch.bool and penalized.ndim > 0:
-            return (0,), penalized
-    elif isinstance(penalized, (list, tuple)) and penalized:
-        if all(isinstance(i, bool) for i in penalized):
-            return (0,), torch.tensor(penalized)
-        if all(isinstance(i, int) for i in penalized):
-            return tuple(penalized), None
+    columns = as_columns(penalized)
+    if penalized is None or columns is not None:
+        return (0,), columns
+    indices = penalized if isinstance(penalized, (list, tuple)) else [penalized]
+    if indices and all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+        return tuple(indices), None
     raise ConfigError(
         "penalized must be an index of the state's tuple or several, or a slice or a mask of booleans for columns "
         f"of one tensor, not {penalized!r}."
@@ -126,7 +121,8 @@ class Layout:
             raise ConfigError(f"the penalized tensors have different numbers of samples: {sizes}.")
         if wanted.columns is None:
             return whole
-        return replace(whole, columns=_columns(wanted.columns, firsts[0]))
+        index, ndim = places_of(wanted.columns, firsts[0].shape[1:])
+        return replace(whole, columns=(index.to(firsts[0].device), ndim))
 
     @property
     def is_whole(self) -> bool:
@@ -195,17 +191,3 @@ def _equal(start: Tensor, end: Tensor) -> bool:
     """Whether they are equal up to rounding: the interpolation of a constant may differ from it by a little."""
     start, end = start.detach().to(end), end.detach()
     return torch.allclose(start, end, rtol=100 * torch.finfo(end.dtype).eps, atol=0)
-
-
-def _columns(chosen: slice | Tensor, z: Tensor) -> tuple[Tensor, int]:
-    """The chosen entries of the samples ``z (B, *event)`` as :class:`Layout` has them."""
-    event = z.shape[1:]
-    if isinstance(chosen, Tensor):
-        mask = chosen
-    else:
-        size = event[0] if event else 0
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[list(range(*chosen.indices(size)))] = True
-    if mask.shape != event[: mask.ndim] or not mask.any():
-        raise ConfigError(f"penalized={chosen} selects nothing of a sample of shape {tuple(event)}.")
-    return mask.flatten().nonzero().flatten().to(z.device), mask.ndim

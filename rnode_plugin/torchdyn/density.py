@@ -23,11 +23,10 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Solver, gradient_of, solve
-from ..solvers.config import FIXED_METHODS
 from ..solvers.integrate import check_steps
 from .cnf import check_shape
 from .field import NetDynamics
-from .solver_names import SolverObjects, method_from_torchdyn, solver_of
+from .solver_names import resolve_solver, solver_of
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
@@ -101,10 +100,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self._penalties = Penalties(resolve_regularizers(regularizers))
         self._keep_regularizers(entry.regularizer for entry in self._penalties.weighted.values())
-        self.solver, objects = solver_of(solver, **options)
-        self.objects: SolverObjects | None = objects
+        self.objects, self.solver = _objects_and_solver(solver, **options)
         steps = [regularizer for regularizer in self.regularizers if regularizer.kind == "step"]
-        check_steps(steps, method_from_torchdyn(objects.solver))
+        check_steps(steps, self.solver.method)
         gradient_of(self.solver).check_penalties(steps)
         if isinstance(net, nn.Module):
             gradient_of(self.solver).check_field(net)
@@ -152,20 +150,6 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         net = time_first(net, call=call, time_shape=time_shape)
         return cls(net, t_span=torch.linspace(data_time, noise_time, steps + 1), **options)
 
-    def on_grid(self, solver: str, *, step: float | None = None) -> RegularizedCNF:
-        """The same density with the same parameters, solved by a fixed-step ``solver``; it follows no penalties.
-
-        Args:
-            solver: ``"euler"``, ``"midpoint"``, ``"rk4"`` or ``"rk4_38"``.
-            step: longest step; the solve is divided evenly. None: the times of this model's ``t_span``.
-
-        Raises:
-            ConfigError: for a solver that chooses its steps, and a step that is not a positive number.
-        """
-        if solver not in FIXED_METHODS:
-            raise ConfigError(f"{solver!r} has no grid of its own: use one of {', '.join(FIXED_METHODS)}.")
-        return self.solved_with(solver=dataclasses.replace(self.solver, method=solver, step=step))
-
     def solved_with(
         self,
         *,
@@ -177,17 +161,19 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
 
         Args:
             solver: a :class:`~rnode_plugin.Solver`; None: the model's. A fixed grid without a step has the times of
-                this model's ``t_span``. A solver object of torchdyn stays while the method does.
+                this model's ``t_span``. One with the same method keeps torchdyn's steps.
             estimator: of the trace; None: the model's.
             regularizers: the penalties that the copy follows. An end time that is learned stays.
         """
-        solver = None if solver is None else dataclasses.replace(solver, quadrature="full")
+        if solver is not None:
+            same = solver.method == self.solver.name
+            solver = dataclasses.replace(
+                solver, quadrature="full", method=self.solver.method if same else solver.method
+            )
         twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
         twin._penalties = Penalties(resolve_regularizers(twin.regularizers))
-        if solver is not None:
-            twin.objects = self.objects if solver.method == self.solver.method else None
-            if solver.adaptive or solver.step is not None:
-                twin.t_span = self.t_span[[0, -1]]
+        if solver is not None and (solver.adaptive or solver.step is not None):
+            twin.t_span = self.t_span[[0, -1]]
         return twin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -273,7 +259,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
-            solution = solve(bound, x.clone(), times, self._solver(x, times)).check()
+            solution = solve(bound, x.clone(), times, self.solver).check()
             assert solution.logdet is not None
             integrals = dict(solution.penalties)
             if left.policy is not None and penalties:
@@ -288,12 +274,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._check(x)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
             dynamics = NetDynamics(self.net, x, rows, self.solver, divergence=False)
-            solution = solve(dynamics.bind(None), x.clone(), times, self._solver(x, times)).check()
+            solution = solve(dynamics.bind(None), x.clone(), times, self.solver).check()
             self.nfe = solution.stats.nfe
             return solution.z
-
-    def _solver(self, z: Tensor, times: Tensor) -> Solver:
-        return self.solver if self.objects is None else self.objects.at(self.solver, z, times)
 
     def _times(self, like: Tensor, *, backward: bool = False, training: bool = False) -> Tensor:
         policy = self._penalties.policy
@@ -306,6 +289,32 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ConfigError(f"samples must be a tensor (B, *{tuple(self.event_shape)}), not {got}.")
         check_floating(x, "samples")
+
+
+def _objects_and_solver(
+    solver: str | nn.Module,
+    *,
+    atol: float = 1e-5,
+    rtol: float = 1e-5,
+    sensitivity: str = "autograd",
+    solver_adjoint: str | nn.Module | None = None,
+    atol_adjoint: float = 1e-4,
+    rtol_adjoint: float = 1e-4,
+    max_nfe: int | None = None,
+    **others: Any,
+) -> tuple[nn.ModuleDict, Solver]:
+    """torchdyn's solver objects, whose parameters belong to the model, and the solver that steps by them."""
+    for name in others:
+        raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
+    forward = resolve_solver(solver)
+    backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
+    given = (solver, solver if solver_adjoint is None else solver_adjoint)
+    names = [each if isinstance(each, str) else None for each in given]
+    made = solver_of(
+        forward, backward, sensitivity, atol, rtol, atol_adjoint, rtol_adjoint, names=(names[0], names[1]),
+        max_nfe=max_nfe,
+    )  # fmt: skip
+    return nn.ModuleDict({"solver": forward, "adjoint": backward}), made
 
 
 def _base_and_shape(

@@ -1,32 +1,43 @@
-"""A user's vector field, torchdyn's layers included, as the field of one solve; and the dynamics of a net."""
+"""A user's vector field, torchdyn's layers included, as the system of one solve."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
 from inspect import isfunction
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchdyn.core.defunc import DEFunc, DEFuncBase
+from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
+from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.derivatives import AutogradField, Field
-from ..core.dynamics import Dynamics
+from ..core.columns import Columns, places_of
+from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, without_graph
+from ..core.dynamics import BoundDynamics, Dynamics, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer, needs_of
-from ..core.signature import call_of, original
-from ..core.trace_estimators import Exact, TraceEstimator
+from ..core.signature import Takes, call_of, field_takes, original
+from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator
+from ..errors import ConfigError
 from ..fields.recognise import PARTS, recognise
 from ..solvers import Solver, gradient_of
-from .cnf import first_order_system, noise_of
+from .cnf import CNF, first_order_system, noise_of
 
 CONTROL = "_control"
 """torchdyn's private name for the initial state that a layer reads; a test fails by name when it goes."""
 
 # A private name of torch. A test fails by name when it goes.
 _COMPILED_IN_PLACE = "_compiled_call_impl"
+
+INTEGRAL_LOSS = "<integral_loss>"
+"""Key under which the rate of a hidden ``integral_loss`` travels; no regularizer can have this name."""
+
+Cost = Callable[[Tensor, Tensor], Tensor]
 
 PARTS[DepthCat] = lambda module: ("t" if module.idx_cat in (1, -1) else "?", None)
 
@@ -134,7 +145,7 @@ class TorchdynField(AutogradField):
     ) -> None:
         super().__init__(function, aux=aux)
         self._extra, self._keywords = extra, keywords
-        self._slots, self.plain = slots, plain
+        self._slots, self.plain, self.aux = slots, plain, aux
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         self._slots.fill(t)
@@ -150,6 +161,7 @@ def field_of(
     slots: Slots,
     args: Any,
     *,
+    takes: Takes,
     order: int = 1,
     needs: Set[str] = frozenset(),
 ) -> TorchdynField:
@@ -160,10 +172,11 @@ def field_of(
         modules: all of the field, with those around the net.
         slots: their placeholders.
         args: handed to a net that takes ``args``.
+        takes: how the net is called.
         order: order of the differential equation.
         needs: what is read of an evaluation; see :class:`~rnode_plugin.core.regularizers.Regularizer`.
     """
-    function, extra, keywords = call_of(net, args)
+    function, extra, keywords = call_of(net, args, takes)
     plain = function is net and order == 1 and not (extra or keywords or slots.found)
     if order > 1:
         function, extra, keywords = first_order_system(function, extra, keywords, order), (), {}
@@ -200,7 +213,7 @@ class NetDynamics(Dynamics):
         modules = list(net.modules()) if isinstance(net, nn.Module) else []
         slots, needs = Slots(modules, z), needs_of(regularizers) | ({"vjp"} if divergence else set())
         if context is None:
-            field: Any = field_of(net, modules, slots, None, needs=needs)
+            field: Any = field_of(net, modules, slots, None, takes=field_takes(net), needs=needs)
         else:
             function = originals(net, modules) if divergence else net
             field = TorchdynField(function, (context,), {}, slots=slots, aux=aux_of(modules, needs))
@@ -213,6 +226,236 @@ class NetDynamics(Dynamics):
 
     def repeating(self) -> contextlib.AbstractContextManager[None]:
         return buffers_kept(self._net)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a solve of a NeuralODE follows in addition to the state, and which part of the state it is about.
+
+    Attributes:
+        regularizers: the penalties.
+        estimator: of products that no CNF makes.
+        penalized: the columns of the state that are ``z``; None: all but the columns of a cost and a trace.
+        batch_dim: None: all of ``z`` is one sample, and the penalties see it as ``(1, B, ...)``.
+    """
+
+    regularizers: Sequence[Regularizer]
+    estimator: TraceEstimator
+    penalized: Columns | None = None
+    batch_dim: int | None = 0
+
+    def columns(self, x: Tensor, state: Tensor, traces: int) -> Tensor | slice:
+        """The columns that are ``z``.
+
+        Args:
+            x: the initial state.
+            state: the same without the column of a cost.
+            traces: number of CNFs, whose traces are in front of ``z``.
+
+        Raises:
+            ConfigError: for a state that cannot carry the penalties.
+        """
+        if self.batch_dim is None and traces:
+            raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
+        if not self.regularizers:
+            return slice(traces, None)
+        if x.ndim == 0:
+            raise ConfigError("penalties need a state with a batch dimension, (B, ...), not a single number.")
+        if x.is_complex():
+            raise ConfigError("penalties need a real state: give a complex one as torch.view_as_real(x).")
+        if self.penalized is not None:
+            return places_of(self.penalized, state.shape[1:])[0].to(x.device)
+        if traces > 1:
+            raise ConfigError(
+                f"the vector field holds {traces} CNF modules; penalties need one, to tell z from the trace, or "
+                "penalized=, the columns of the state that they are about."
+            )
+        return slice(traces, None)
+
+
+@dataclass(eq=False, kw_only=True)
+class TorchdynSystem(BoundDynamics):
+    """The right-hand side of one solve of a NeuralODE: the velocity of the whole state, and rates of penalties.
+
+    Attributes:
+        module: torchdyn's wrapped field, whose buffers evaluations may change.
+        args: arguments of the field.
+        dynamics: the velocity and the penalties of the state, or of a part of it.
+        part: the field of that part; None where it is the whole state.
+        event_shape: shape of ``z`` where the state holds a lone CNF's trace in front of it. Its net is evaluated,
+            so that trace and penalties share the products with its Jacobian.
+        cost: ``integral_loss`` in the first column of the state, as torchdyn has it with gradients through the
+            steps.
+        hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it. Its rate, summed over the
+            batch, is the penalty :data:`INTEGRAL_LOSS`.
+        dims: number of dimensions of a sample that the penalties are about.
+    """
+
+    module: Any
+    args: Any
+    dynamics: Dynamics
+    part: PartField | None
+    event_shape: Sequence[int] | None
+    cost: Cost | None
+    hidden_cost: Cost | None
+    dims: int
+
+    def __post_init__(self) -> None:
+        self.path = self.dynamics.path
+        wrappers = [self.module, getattr(self.module, "vf", None)]
+        self._counters = [vars(part) for part in wrappers if type(part) in (DEFunc, DEFuncBase)]
+
+    def parameters(self) -> Sequence[Tensor]:
+        return tensors_of((self.module, *self.dynamics.regularizers, self.hidden_cost), self.args)
+
+    def repeating(self) -> contextlib.AbstractContextManager[None]:
+        """Around evaluations that repeat others: running statistics take each only once."""
+        return buffers_kept(self.module)
+
+    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
+        for counter in self._counters:
+            counter["nfe"] += 1
+        state = z if self.cost is None else z[:, 1:]
+        if self.event_shape is not None:  # the products of a trace are always made
+            events = state[:, 1:].reshape(state.shape[0], *self.event_shape)
+            dz, divergence, penalties = self.dynamics.evaluate(t, events)
+            assert divergence is not None
+            dx = torch.cat([-divergence[:, None], dz.flatten(1)], 1)
+        elif self.part is not None:
+            self.part.state = state
+            penalties = self.dynamics.evaluate(t, self.part.part(state), ask).penalties
+            dx = self.part.velocity.to(state.dtype)
+            dx = dx if torch.is_grad_enabled() else without_graph(dx)
+        else:
+            dx, _, penalties = self.dynamics.evaluate(t, state, ask)
+        if self.cost is not None:
+            running = self.cost(t, state)
+            dx = torch.cat([running[:, None] if running.ndim == 1 else running, dx], 1).to(dx)
+        elif self.hidden_cost is not None:
+            penalties = {**penalties, INTEGRAL_LOSS: self.hidden_cost(t, state).sum()}
+        return Rates(dx, None, penalties)
+
+
+def system_of(
+    vf: Any,
+    x: Tensor,
+    args: Any,
+    followed: Followed,
+    *,
+    takes: Callable[[Any], Takes] = field_takes,
+    one_graph: bool,
+    hidden_cost: Cost | None = None,
+) -> TorchdynSystem:
+    """The right-hand side of one solve of torchdyn's wrapped field ``vf`` that starts at ``x (B, ...)``.
+
+    Args:
+        vf, x: the field and the initial state: the column of a cost, the traces of CNFs, and ``z``.
+        args: handed to fields that take ``args``.
+        followed: the penalties.
+        takes: gives how a field is called.
+        one_graph: whether evaluations may share one graph of what depends on the parameters alone.
+        hidden_cost: see :class:`TorchdynSystem`.
+
+    Raises:
+        ConfigError: for a state that cannot carry the penalties.
+    """
+    cost = vf.integral_loss if type(vf) is DEFunc and vf.sensitivity == "autograd" else None
+    state = x if cost is None else x[:, 1:]
+    modules = list(vf.modules())
+    cnfs = [module for module in modules if is_cnf(module)]
+    columns = followed.columns(x, state, len(cnfs))
+    net, order = _unwrapped(vf)
+    traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
+    slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
+    regularizers, estimator = followed.regularizers, followed.estimator
+    needs = needs_of(regularizers) | ({"vjp"} if cnfs else set())
+
+    def seen(x: Tensor) -> Tensor:
+        z = x if x.ndim == 1 else x[:, columns]
+        return z if followed.batch_dim == 0 else z.unsqueeze(0)
+
+    noise = event_shape = part = None
+    if traced:
+        z = net.event(state) if type(net) is CNF else state[:, 1:]
+        noise = vars(net)["noise"] = noise_of(net, z)
+        estimator, event_shape = _estimator_of(net) or estimator, z.shape[1:]
+        net, order = net.net, net.order
+    else:
+        z = seen(state) if regularizers else state
+        if cnfs and followed.penalized is None:
+            estimator = _estimator_of(cnfs[0]) or estimator
+    field: Any = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
+    if regularizers and not traced and (cnfs or followed.penalized is not None or followed.batch_dim is None):
+        field = part = _part_of(field, state, columns, seen, followed.batch_dim)
+    elif (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
+        exact = one_graph and order == 1 and type(estimator) is Exact and "vjp" in needs
+        field = fastest(field, net, z, one_graph=exact)
+    dynamics = Dynamics(
+        field, regularizers=regularizers, estimator=estimator, divergence=traced,
+        event=seen if cost is None else lambda x: seen(x[:, 1:]),
+    )  # fmt: skip
+    return TorchdynSystem(
+        module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)), part=part,
+        event_shape=event_shape, cost=cost, hidden_cost=hidden_cost, dims=z.shape[1:].numel(),
+    )  # fmt: skip
+
+
+def _part_of(
+    field: TorchdynField, state: Tensor, columns: Tensor | slice, seen: Any, batch_dim: int | None
+) -> PartField:
+    """The field of the part of the state that the penalties see."""
+    index = torch.arange(state.shape[1], device=state.device)[columns] if state.ndim > 1 else None
+
+    def replaced(x: Tensor, z: Tensor) -> Tensor:
+        z = z if batch_dim == 0 else z.squeeze(0)
+        return z if index is None or z.shape == x.shape else x.index_copy(1, index, z)
+
+    return PartField(field, part=seen, replaced=replaced, aux=None if batch_dim == 0 else lambda t, z: {})
+
+
+class _AutogradTrace(Exact):
+    """The exact trace, summed as torchdyn does, to the bit."""
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        total = products[0][:, 0]
+        for i, row in enumerate(products[1:], start=1):
+            total = total + row[:, i]
+        return total
+
+
+class _HutchTrace(Hutchinson):
+    """Hutchinson's estimate, summed as torchdyn does, to the bit."""
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        return torch.einsum("bi,bi->b", products, noise)
+
+
+def _estimator_of(cnf: Any) -> TraceEstimator | None:
+    """The estimator of a CNF's trace; None for a function that its author wrote."""
+    estimator = cnf.trace_estimator
+    if isinstance(estimator, TraceEstimator):
+        return estimator
+    return _AutogradTrace() if estimator is autograd_trace else _HutchTrace() if estimator is hutch_trace else None
+
+
+def _unwrapped(vf: Any) -> tuple[Any, int]:
+    """The user's field inside torchdyn's wrappers, or the lone CNF in an nn.Sequential, and the order."""
+    if type(vf) is not DEFunc:
+        return vf, 1
+    wrapped: Any = vf.vf
+    field = wrapped.vf if type(wrapped) is DEFuncBase else wrapped
+    inner: Any = field
+    while type(inner) is nn.Sequential and len(inner) == 1 and not has_hooks(inner):
+        inner = inner[0]
+    return (inner if isinstance(inner, nn.Module) and is_cnf(inner) else field), vf.order
+
+
+def _is_transparent(field: Any, state: Tensor) -> bool:
+    """Whether ``field`` is a CNF whose trace and velocity follow from its net and a known estimator."""
+    if type(field) not in (CNF, TorchdynCNF) or has_hooks(field) or _estimator_of(field) is None:
+        return False
+    return type(field) is CNF or (field.order == 1 and state.ndim == 2)
 
 
 def fastest(field: TorchdynField, net: Any, z: Tensor, *, one_graph: bool) -> Field:
@@ -263,16 +506,25 @@ def buffers_kept(module: Any) -> Iterator[None]:
             setattr(part, name, buffer)
 
 
-def originals(function: Callable[..., Any], modules: Iterable[nn.Module]) -> Callable[..., Any]:
-    """``function`` with the originals of all that is compiled inside: torch.compile has no double backward."""
-    return _run_original(function) if _has_compiled_parts(modules) else function
-
-
 def aux_of(modules: Iterable[nn.Module], needs: Set[str]) -> Any:
     """The method ``aux`` of the module that has one, if it is needed."""
     if "aux" not in needs:
         return None
     return next((module.aux for module in modules if callable(getattr(type(module), "aux", None))), None)
+
+
+def originals(function: Callable[..., Any], modules: Iterable[nn.Module]) -> Callable[..., Any]:
+    """``function`` with the originals of all that is compiled inside: torch.compile has no double backward."""
+    if not _has_compiled_parts(modules):
+        return function
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        # inside a compiled region the stance cannot change; the caller's compiler decides there
+        inside = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if inside else torch.compiler.set_stance("force_eager"):
+            return function(*args, **kwargs)
+
+    return evaluate
 
 
 def _has_compiled_parts(modules: Iterable[nn.Module]) -> bool:
@@ -284,15 +536,3 @@ def _has_compiled_parts(modules: Iterable[nn.Module]) -> bool:
             if isfunction(value) and original(value) is not value:
                 return True
     return False
-
-
-def _run_original(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with the originals of all that is compiled inside: torch.compile has no double backward."""
-
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        # inside a compiled region the stance cannot change; the caller's compiler decides there
-        inside = torch.compiler.is_compiling()
-        with contextlib.nullcontext() if inside else torch.compiler.set_stance("force_eager"):
-            return function(*args, **kwargs)
-
-    return evaluate

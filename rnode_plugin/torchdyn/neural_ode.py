@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable
@@ -16,36 +17,27 @@ import torchsde
 from torch import Tensor, nn
 from torchdyn.core import neuralde as torchdyn_neuralde
 from torchdyn.core.defunc import SDEFunc
-from torchdyn.numerics.interpolators import INTERP_DICT, str_to_interp
-from torchdyn.numerics.solvers.ode import Tsitouras45
+from torchdyn.core.problems import ODEProblem
+from torchdyn.numerics.interpolators import INTERP_DICT
 
 from ..core.citations import citation
+from ..core.columns import as_columns
 from ..core.ops import OneProcessADevice, check_count, on_host, outside_inference
 from ..core.penalties import Penalties, attach
 from ..core.regularizers import check_batch_dim, needs_of, warn_of_flat_state
-from ..core.signature import refuse_state_first
-from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.signature import Takes, field_takes, refuse_state_first
+from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, Solver, get_method, solve
+from ..solvers.config import check_tolerance
 from ..solvers.integrate import check_steps
 from ..solvers.solution import Solution
-from .solver_names import (
-    StepwiseAdjoint,
-    gradient_from_torchdyn,
-    interpolate_by,
-    kept_times,
-    method_from_torchdyn,
-    resolve_solver,
-    solver_name,
-    step_method,
-)
-from .system import INTEGRAL_LOSS, Followed, TorchdynSystem, check_penalized, system_of
+from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of
+from .solver_names import StepwiseAdjoint, kept_times, resolve_solver, solver_name, solver_of
 
-# kept from before install() can replace them
-_torchdyn_class = torchdyn_neuralde.NeuralODE
-_torchdyn_init = torchdyn_neuralde.NeuralODE.__init__
-_torchdyn_odeint = torchdyn_neuralde.NeuralODE.odeint
+_Torchdyn = torchdyn_neuralde.NeuralODE
+_THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
 
 
 class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
@@ -117,13 +109,15 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     integral_loss: Any
     interpolator: Any
 
-    # defaults for objects that an older process pickled, or that were made before install()
-    _penalties: Penalties | None = None
+    # defaults of objects that torchdyn's class made before install(), which have no penalties
+    _penalties: Penalties = Penalties()
     _adds_gradient: bool = False
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str], ...] = ()
-    _followed: Followed = Followed()
+    _followed: Followed = Followed((), Hutchinson("gaussian"))
     _quadrature: str = "full"
+    _made: tuple[tuple[Any, ...], Any] = ((), None)
+    _known: tuple[Any, Any] = (None, None)
 
     def __init__(
         self,
@@ -151,7 +145,6 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     ) -> None:
         added = regularizers is None and _installed_regularizers is not None
         weighted = resolve_regularizers(_installed_regularizers if added else regularizers)
-        estimator = get_estimator(trace_noise)
         order = check_count(order, "order")
         if isinstance(interpolator, str) and interpolator not in INTERP_DICT:
             raise ConfigError(suggest(interpolator, ("4th",), "interpolator"))
@@ -160,40 +153,39 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 "this vector field belongs to an SDE, and NeuralODE solves ordinary differential equations."
             )
         refuse_state_first(vector_field, "NeuralODE")
-        forward = resolve_solver(solver)
+        check_batch_dim(batch_dim)
+        columns = as_columns(penalized)
+        if penalized is not None and (columns is None or (isinstance(columns, Tensor) and columns.ndim > 1)):
+            raise ConfigError(
+                f"penalized= must be a slice of the state's columns or a mask of booleans (D,), not {penalized!r}."
+            )
         tolerances: dict[str, Any] = {
             "atol": atol, "rtol": rtol, "atol_adjoint": atol_adjoint, "rtol_adjoint": rtol_adjoint,
         }  # fmt: skip
-        least: dict[str, Any] = {
-            name: float(value.min()) if isinstance(value, Tensor) else value for name, value in tolerances.items()
-        }
-        Solver(  # checks the numbers and names
-            solver_name(forward), gradient=sensitivity, max_nfe=max_nfe, quadrature=quadrature, step=None,
-            atol=least["atol"], rtol=least["rtol"],
-        )  # fmt: skip
-        gradient = gradient_from_torchdyn(sensitivity, atol=least["atol_adjoint"], rtol=least["rtol_adjoint"])
-        gradient.check_quadrature(quadrature)
+        for name, value in tolerances.items():
+            check_tolerance(float(value.min()) if isinstance(value, Tensor) else value, name)
+        forward = resolve_solver(solver)
         backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
-        steps = [w.regularizer for w in weighted.values() if w.regularizer.kind == "step"]
-        check_steps(steps, method_from_torchdyn(forward))
-        gradient.check_penalties(steps)
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints about fields without time or weights
-            _torchdyn_init(
+            _THEIRS["__init__"](
                 self, vector_field, solver=forward, order=order, sensitivity=sensitivity,
                 interpolator=interpolator, integral_loss=integral_loss, seminorm=seminorm,
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint = backward
-        check_batch_dim(batch_dim)
         self._penalties, self._adds_gradient = Penalties(weighted), added
-        self._followed = Followed((), estimator, check_penalized(penalized), batch_dim)
+        self._followed = Followed((), get_estimator(trace_noise), columns, batch_dim)
         self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name) for made, name in built if isinstance(name, str))
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
-        gradient.check_field(self.vf)
+        made = self._solver({})  # checks what it is made of
+        steps = [w.regularizer for w in weighted.values() if w.regularizer.kind == "step"]
+        check_steps(steps, made.method)
+        made.gradient.check_penalties(steps)
+        made.gradient.check_field(self.vf)
         if sensitivity == "checkpointed":
             self.vf.sensitivity = "autograd"  # decides whether integral_loss is a column of the state
 
@@ -223,7 +215,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 ``save_at`` that is not among them, and a regularizer that the solver or the state cannot have.
             SolverError: non-finite state, step-size underflow, ``max_nfe`` used up.
         """
-        t_eval, sol = self._solve(x, t_span, save_at, args, penalties=penalties)
+        t_eval, sol = self.odeint(x, t_span, save_at, args, penalties=penalties)
         return (t_eval, sol) if self.return_t_eval else sol
 
     def odeint(
@@ -236,7 +228,43 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         penalties: bool | None = None,
     ) -> tuple[Tensor, Any]:
         """``(t_eval, solution)``; see :meth:`forward`."""
-        return self._solve(x, t_span, save_at, args, penalties=penalties)
+        left, training = self._penalties, torch.is_grad_enabled() and self.training
+        left.begin()
+        if t_span is None:
+            t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
+        if isinstance(x, dict):
+            if left.weighted:
+                raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
+            return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
+        penalties = training if penalties is None else penalties
+        followed = replace(self._followed, regularizers=left.regularizers if penalties else ())
+        with outside_inference(x, t_span, args) as (x, t_span, args):
+            x, t_span = self._start(x, t_span, training=penalties and training)
+            if penalties and x.ndim == 1 and followed.batch_dim == 0:
+                warn_of_flat_state(x, left.regularizers)
+            solver, kept = self._solver(args), None
+            if solver.method.adaptive:
+                if len(save_at) > 0:
+                    warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=3)
+                if x.ndim > 0 and x.shape[0] == 0:  # no sample has an error to choose steps by
+                    euler = get_method("euler")
+                    solver = replace(solver, method=euler, gradient=solver.gradient.with_method(euler))
+            else:
+                if (self.atol, self.rtol) != (1e-3, 1e-3):  # torchdyn's defaults
+                    warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=3)
+                kept = kept_times(t_span, save_at) if len(save_at) > 0 else None
+            through_steps, hidden = solver.gradient.through_steps, None
+            if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
+                hidden = self.integral_loss
+            system = system_of(
+                self.vf, x, args, followed, takes=self._takes, one_graph=through_steps, hidden_cost=hidden
+            )
+            nfe = self.vf.nfe
+            solution = solve(system, x, t_span, solver).check()
+            self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
+            if kept is not None:
+                solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
+            return solution.t, self._record(x, t_span, system, solution, penalties=penalties)
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
         """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties.
@@ -245,7 +273,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         """
         with outside_inference(x, t_span) as (x, t_span):
             x, t_span = self._start(x, t_span, training=False)
-            solver, _ = self._plan(x, t_span, (), {})
+            solver = self._solver({})
             solver = replace(solver, method=replace(solver.method, interpolate=None), gradient=Autograd())
             system = system_of(self.vf, x, {}, replace(self._followed, regularizers=()), one_graph=True)
             return solve(system, x, t_span, solver).check().z
@@ -260,7 +288,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
         The sum stands until the next call after the block. Such blocks cannot be nested (ConfigError).
         """
-        return self._last_penalties().collecting()
+        return self._penalties.collecting()
 
     @property
     def regularization(self) -> dict[str, Tensor]:
@@ -271,7 +299,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         Raises:
             ConfigError: if there is none: no call yet, or one that did not follow penalties.
         """
-        return self._last_penalties().as_dict()
+        return self._penalties.as_dict()
 
     def reg_loss(self, *, step: int | None = None, **lambdas: float) -> Tensor:
         """Sum over penalties of lambda * mean over the batch / dimensions of ``z`` (eq. 17): a scalar in nats/dim.
@@ -287,11 +315,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             ConfigError: if there is nothing to sum (see :attr:`regularization`), for an unknown name, and for a
                 strength that is negative or not finite.
         """
-        return self._last_penalties().loss(step=step, **lambdas)
+        return self._penalties.loss(step=step, **lambdas)
 
     def citation(self) -> str:
         """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
-        given = [each.regularizer for each in self._last_penalties().weighted.values()]
+        given = [each.regularizer for each in self._penalties.weighted.values()]
         estimator = self._followed.estimator if "vjp" in needs_of(given) else None
         return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
 
@@ -307,42 +335,16 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def vf_params(self, value: Tensor) -> None:
         """torchdyn's constructor and solves assign it; there is nothing to keep."""
 
-    def _last_penalties(self) -> Penalties:
-        if self._penalties is None:
-            self._penalties = Penalties()
-        return self._penalties
-
-    def _solve(self, x: Any, t_span: Any, save_at: Any, args: Any, *, penalties: bool | None) -> tuple[Tensor, Any]:
-        """Times and states of a call of the model, which leaves its penalties; see :meth:`forward`."""
-        left, training = self._last_penalties(), torch.is_grad_enabled() and self.training
-        left.begin()
-        if t_span is None:
-            t_span = torch.linspace(0, 1, 2) if self.t_span is None else self.t_span
-        if isinstance(x, dict):
-            if left.weighted:
-                raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
-            return _torchdyn_odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
-        penalties = training if penalties is None else penalties
-        with outside_inference(x, t_span, args) as (x, t_span, args):
-            x, t_span = self._start(x, t_span, training=penalties and training)
-            if penalties and x.ndim == 1 and self._followed.batch_dim == 0:
-                warn_of_flat_state(x, left.regularizers)
-            solver, kept = self._plan(x, t_span, save_at, args)
-            through_steps, hidden = solver.gradient.through_steps, None
-            if torch.is_grad_enabled() and not through_steps and self.vf.sensitivity != "autograd":
-                hidden = self.integral_loss
-            followed = replace(self._followed, regularizers=left.regularizers if penalties else ())
-            system = system_of(self.vf, x, args, followed, one_graph=through_steps, hidden_cost=hidden)
-            nfe = self.vf.nfe
-            solution = solve(system, x, t_span, solver).check()
-            self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
-            if kept is not None:
-                solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
-            return solution.t, self._record(x, t_span, system, solution, penalties=penalties)
-
     def _start(self, x: Any, t_span: Any, *, training: bool) -> tuple[Tensor, Tensor]:
         """The checked state and times of a solve, which a field or a penalty may mark or write into."""
-        x, policy = _checked_state(x).clone(), self._last_penalties().policy
+        if not isinstance(x, Tensor):
+            raise ConfigError(
+                f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF follows a "
+                "log-density beside z, penalized= chooses the columns that penalties see, and "
+                "rnode_plugin.torchdiffeq.odeint takes tuples."
+            )
+        x = x.clone() if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
+        policy = self._penalties.policy
         with on_host():
             t_span = _checked_times(t_span, x, adaptive=self.solver.stepping_class == "adaptive")
             return x, t_span if policy is None else policy.times(t_span, training=training)
@@ -351,7 +353,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, *, penalties: bool
     ) -> Tensor:
         """The states of a solution, tied to its penalties, which stay for :meth:`reg_loss`."""
-        left, integrals = self._last_penalties(), dict(solution.penalties)
+        left, integrals = self._penalties, dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
@@ -365,50 +367,33 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         left.add(integrals, system.dims)
         return sol
 
-    def _plan(self, x: Tensor, t_span: Tensor, save_at: Any, args: Any) -> tuple[Solver, list[int] | None]:
-        """Solver and places of kept times of one solve; options without an effect warn, as in torchdyn."""
-        method = step_method(self.solver, self._named, x, t_span, args)
-        backward = step_method(self.solver_adjoint, self._named, x, t_span, args, backward=True)
-        kept = inside = None
-        if method.adaptive:
-            if len(save_at) > 0:
-                warnings.warn("Setting save_at has no effect on adaptive-step methods", stacklevel=4)
-            if self.interpolator is not None and not isinstance(self.solver, Tsitouras45):
-                interpolator = self.interpolator  # torchdyn's tsit5 has none
-                if isinstance(interpolator, str):
-                    interpolator = str_to_interp(interpolator, x.dtype)
-                interpolator.sync_device_dtype(x, t_span)
-                inside = interpolate_by(interpolator)
-        else:
-            if (self.atol, self.rtol) != (1e-3, 1e-3):  # torchdyn's defaults
-                warnings.warn("Setting tolerances has no effect on fixed-step methods", stacklevel=4)
-            if len(save_at) > 0:
-                kept = kept_times(t_span, save_at)
-        if x.ndim > 0 and x.shape[0] == 0:  # a batch without samples has no error to choose steps by
-            method, backward = (get_method("euler") if m.adaptive else m for m in (method, backward))
-        gradient = gradient_from_torchdyn(
-            self.sensalg, atol=self.atol_adjoint, rtol=self.rtol_adjoint, interpolated=StepwiseAdjoint
-        ).with_method(backward)
-        solver = Solver(
-            replace(method, interpolate=inside), step=None, atol=self.atol, rtol=self.rtol,
-            max_nfe=self._max_nfe, gradient=gradient, quadrature=self._quadrature,
+    def _takes(self, net: Any) -> Takes:
+        """How ``net`` is called, found out once."""
+        if self._known[0] is not net:
+            self._known = net, field_takes(net)
+        return self._known[1]
+
+    def _solver(self, args: Any) -> Solver:
+        """The solver that the attributes describe, made again only after one of them has changed."""
+        parts = (
+            self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
+            self.rtol_adjoint, self.interpolator,
         )  # fmt: skip
-        return solver, kept
-
-
-def _checked_state(x: Any) -> Tensor:
-    """The initial state; one of integers becomes one of torch's default floating-point type."""
-    if not isinstance(x, Tensor):
-        raise ConfigError(
-            f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF follows a "
-            "log-density beside z, penalized= chooses the columns that penalties see, and "
-            "rnode_plugin.torchdiffeq.odeint takes tuples."
-        )
-    return x if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
+        with_args = not (isinstance(args, dict) and not args)
+        if not with_args and self._made[0] and all(map(operator.is_, parts, self._made[0])):
+            return self._made[1]
+        names = [next((name for made, name in self._named if made is each), None) for each in parts[:2]]
+        solver = solver_of(
+            *parts[:-1], names=(names[0], names[1]), max_nfe=self._max_nfe, quadrature=self._quadrature,
+            interpolator=self.interpolator, args=args, interpolated=StepwiseAdjoint,
+        )  # fmt: skip
+        if not with_args:
+            self._made = parts, solver
+        return solver
 
 
 def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
-    """``t_span``, a tensor or a sequence of numbers or tensors, as a tensor of its own on the device of ``x``.
+    """``t_span``, a tensor or a sequence of numbers or tensors, as a separate tensor on the device of ``x``.
 
     Whole numbers become times of the state's precision. So do more precise times with adaptive steps, whose size
     would raise the state to their own.
@@ -417,7 +402,11 @@ def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
         ConfigError: for anything but a row of real numbers; ``solve`` checks that they run one way.
     """
     try:
-        times = t_span if isinstance(t_span, Tensor) else _times_of(t_span, x.real.dtype)
+        times = t_span
+        if not isinstance(t_span, Tensor):
+            entries = list(t_span)
+            row = bool(entries) and all(isinstance(t, Tensor) for t in entries)
+            times = torch.cat([t.reshape(1) for t in entries]) if row else torch.tensor(entries, dtype=x.real.dtype)
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
     if times.is_complex() or times.dtype == torch.bool:
@@ -429,13 +418,6 @@ def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
     return times.to(x.device, copy=True)
 
 
-def _times_of(t_span: Any, dtype: torch.dtype) -> Tensor:
-    entries = list(t_span)
-    if entries and all(isinstance(t, Tensor) for t in entries):
-        return torch.cat([t.reshape(1) for t in entries])
-    return torch.tensor(entries, dtype=dtype)
-
-
 # The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
 # and pickle all keep working. It gets all attributes of our class but those that Python puts into every class.
 _BEHAVIOUR = {
@@ -444,9 +426,7 @@ _BEHAVIOUR = {
     if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
-_replaced: dict[str, Any] = {}
-_ABSENT = object()
-_installed_regularizers: Any = None  # names: each model resolves them to objects of its own
+_installed_regularizers: Any = None  # names: each model resolves them to its own objects
 
 
 def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
@@ -487,11 +467,8 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
 
         face.install(regularizers)
     _installed_regularizers = regularizers
-    if _replaced:
-        return
     for name, value in _BEHAVIOUR.items():
-        _replaced[name] = vars(_torchdyn_class).get(name, _ABSENT)
-        setattr(_torchdyn_class, name, value)
+        setattr(_Torchdyn, name, value)
 
 
 def uninstall() -> None:
@@ -509,12 +486,11 @@ def uninstall() -> None:
         False
     """
     global _installed_regularizers
-    for name, value in _replaced.items():
-        if value is _ABSENT:
-            delattr(_torchdyn_class, name)
+    for name in _BEHAVIOUR.keys() & vars(_Torchdyn).keys():
+        if name in _THEIRS:
+            setattr(_Torchdyn, name, _THEIRS[name])
         else:
-            setattr(_torchdyn_class, name, value)
-    _replaced.clear()
+            delattr(_Torchdyn, name)
     _installed_regularizers = None
     face = sys.modules.get("rnode_plugin.torchdiffeq")
     if face is not None:
