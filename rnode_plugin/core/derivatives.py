@@ -293,7 +293,7 @@ def _double_reverse(
         if not dz.requires_grad:
             return zero()
         u = torch.zeros_like(dz).requires_grad_()
-        u = _Variables.apply(z, u)[1] if keep else u  # pyright: ignore[reportOptionalSubscript]
+        u = _Variables.apply(z, u)[1] if keep else u
         inputs, tangents = ((z,), (v,)) if dt == 0 else ((z, t), (v, torch.full_like(t, dt)))
         pulled = torch.autograd.grad(dz, inputs, u, create_graph=True, allow_unused=True)
         if pulled[0] is None:
@@ -382,7 +382,7 @@ def _as_variable(x: Tensor, *, keep: bool) -> Tensor:
 def _as_variables(t: Tensor, z: Tensor, *, keep: bool) -> tuple[Tensor, Tensor]:
     """Time and state as new variables; see :func:`_as_variable`."""
     if keep and (t.requires_grad or z.requires_grad):
-        return _Variables.apply(_usable(t), _usable(z))  # pyright: ignore[reportReturnType]
+        return _Variables.apply(_usable(t), _usable(z))
     return _as_variable(t, keep=keep), _as_variable(z, keep=keep)
 
 
@@ -394,13 +394,13 @@ class _Variables(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         return gradients
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.view_as(x) for x in tangents)

@@ -379,7 +379,7 @@ class FlowDistribution(Distribution):
         super().__init__(model.context_batch_shape(context), model.event_shape, validate_args)
 
     @property
-    def support(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:

@@ -183,7 +183,7 @@ def attach(
     # nested forward mode would silently take the derivative of an autograd Function for zero
     if hidden_cost is None and (not integrals or transforms_active()):
         return sol, dict(integrals)
-    tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())  # pyright: ignore[reportGeneralTypeIssues]
+    tied, *values = _Tie.apply(sol, hidden_cost, *integrals.values())
     return tied, dict(zip(integrals, values, strict=True))
 
 
@@ -191,12 +191,12 @@ class _Tie(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(sol: Tensor, cost: Tensor | None, *integrals: Tensor) -> tuple[Tensor, ...]:
         # copies, not views: the caller may change the solution in place
         return sol.clone(), *map(torch.clone, integrals)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         cost = inputs[1]
         ctx.set_materialize_grads(False)
         ctx.unit_cost = None if cost is None else torch.ones_like(cost)

@@ -170,7 +170,7 @@ def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None 
         dz, product, kept = _compiled(stack, t, z, pulled)
     else:
         parameters = (stack.bias, stack.response, *stack.weights)
-        dz, product, *kept = _Evaluation.apply(stack, t, z, pulled, *parameters)  # pyright: ignore[reportGeneralTypeIssues]
+        dz, product, *kept = _Evaluation.apply(stack, t, z, pulled, *parameters)
         kept = kept[: stack.hidden]
     return Linearization(dz, product, lambda v, dt=0.0: _along(stack, kept, v, dt))
 
@@ -182,7 +182,7 @@ def _along(stack: Stack, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) 
     if stack.maps is None or _transformed(stack, v, turn, *kept):
         with _without_autocast(v):
             return _direction(stack, stack.plain_maps(), stack.response, kept, v, turn)[0].to(v.dtype)
-    return _Direction.apply(stack, turn, v, stack.response, *stack.weights, *kept)[0]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+    return _Direction.apply(stack, turn, v, stack.response, *stack.weights, *kept)[0]
 
 
 def _autocast_enabled(device: str) -> bool:
@@ -358,7 +358,7 @@ class _Evaluation(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output[2:])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         stack: Stack = ctx.stack
         if all(each is None for each in cotangents):
             return (None,) * len(ctx.needs_input_grad)
@@ -397,7 +397,7 @@ class _Direction(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         stack: Stack = ctx.stack
         q = cotangents[0]
         if q is None:
@@ -415,7 +415,7 @@ class _Direction(torch.autograd.Function):
 
 
 for each in (_Evaluation, _Direction):  # Function.apply asks for the signature at every call: 40 us
-    each.forward.__signature__ = inspect.signature(each.forward)  # pyright: ignore[reportFunctionMemberAccess]
+    each.forward.__signature__ = inspect.signature(each.forward)
 
 
 def _ends(inputs: Sequence[Tensor | None]) -> list[Any]:

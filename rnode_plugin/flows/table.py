@@ -146,4 +146,4 @@ class TableFlow(BlockFlow):
         if given is None:
             return list(self.fields)
         given = (given - self.mean[self.dims :]) / self.scale[self.dims :]
-        return [AtContext(field, given) for field in self.fields]  # pyright: ignore[reportArgumentType]
+        return [AtContext(field, given) for field in self.fields]

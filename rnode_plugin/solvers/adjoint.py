@@ -59,7 +59,7 @@ def solve_adjoint(call: AdjointCall, z0: Tensor, t_span: Tensor) -> Solution:
     Gradients reach ``z0``, ``t_span`` and the parameters of the dynamics that require one.
     """
     wanted = [p for p in call.dynamics.parameters() if p.requires_grad]
-    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)  # pyright: ignore[reportGeneralTypeIssues]
+    times, z, logdet, *integrals = _Adjoint.apply(call, z0, t_span, *wanted)
     solution, call.solution = call.solution, None  # the backward pass has its tensors saved
     assert solution is not None
     penalties = dict(zip(solution.penalties, integrals, strict=True))
@@ -95,9 +95,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @_repeating
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True, as in a Hessian, whose entries would be zero
             raise ConfigError(
                 "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "

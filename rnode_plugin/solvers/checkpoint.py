@@ -148,7 +148,7 @@ class _Replay(torch.autograd.Function):
         return tuple(x.view_as(x) if id(x) in inputs else x for x in call.run(values[:count]))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         count, needed = ctx.count, ctx.needs_input_grad[2:]
         values = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         leaves = values[count:]

@@ -210,13 +210,13 @@ class _ToEvent(torch.autograd.Function):
     """Integrals whose end moves with the value of an event function."""
 
     @staticmethod
-    def forward(ctx: Any, slopes: Callable[[], Any], change: Tensor, *integrals: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, slopes: Callable[[], Any], change: Tensor, *integrals: Tensor) -> tuple[Tensor, ...]:
         ctx.slopes = slopes
         ctx.save_for_backward(change)
         return tuple(value.clone() for value in integrals)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slope, rates = ctx.slopes()
         moved = sum((g * rate).sum() for g, rate in zip(gradients, rates, strict=True))
         return None, _Once.apply(ctx.saved_tensors[0], -moved / slope), *gradients
@@ -226,9 +226,9 @@ class _Once(torch.autograd.Function):
     """The gradient by a value, which cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, value: Tensor, gradient: Tensor) -> Tensor:
         return gradient.clone()
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *_: Any) -> Any:
         raise ConfigError("penalties up to an event have no second derivatives: differentiate them once.")

@@ -376,7 +376,7 @@ def _read(path: Path) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:  # pyright: ignore[reportArgumentType]
+    with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if (header := metadata.get(_KEY)) is None:

@@ -161,7 +161,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             DataError: the data set is missing or does not fit the recipe.
         """
         if self._data is None:
-            self._data = self.recipe.load_data()  # pyright: ignore[reportAttributeAccessIssue]  (of the recipe's kind)
+            self._data = self.recipe.load_data()
         return self._data  # pyright: ignore[reportReturnType]
 
     def prepare_data(self) -> None:

@@ -276,7 +276,7 @@ class RnodeModule(L.LightningModule):
     def _sum_over_devices(self, values: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return values
-        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")  # pyright: ignore[reportReturnType]
+        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
 
     # hooks of Lightning ----------------------------------------------------------------------------------------
 
