@@ -163,7 +163,7 @@ def test_what_is_wrong_with_a_name_is_said_at_its_first_use(install):
     ):
         with pytest.raises(PluginError, match=message):
             registry.get("regularizers", name)
-    assert registry.get("regularizers", "mnist") is len  # a recipe of that name is no clash
+    assert registry.get("regularizers", "mnist") is len  # a recipe of that name does not clash
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def example(install, tmp_path, monkeypatch) -> Registry:
     registry = Registry()
     found = row(registry, "example")
     assert (found.status, found.errors) == ("loaded", [])
-    for name in ("get", "names", "guard"):
+    for name in ("get", "names", "call"):
         monkeypatch.setattr(plugins, name, getattr(registry, name))
     return registry
 

@@ -13,6 +13,7 @@ from ..core.schedules import LinearWarmup, WrittenStrength, strength_text
 from ..errors import ConfigError, suggest
 from ..plugins import registry
 from ..plugins.registry import resolve_regularizers
+from ..recipes.fields import refused
 from ..recipes.recipe import Recipe, read_strength
 
 _NONE, _FFJORD, _ALL = "none", "ffjord", "rnode"
@@ -42,7 +43,8 @@ def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, se
     chosen: dict[str, Recipe] = {}
     for name, one in itertools.chain.from_iterable(_read(recipe, each) for each in configurations):
         # the colon of an option is no part of a file name
-        one = dataclasses.replace(one, name=f"{recipe.name}-{name}".replace(":", "-"))
+        with refused():
+            one = dataclasses.replace(one, name=f"{recipe.name}-{name}".replace(":", "-"))
         for other, its in chosen.items():
             if its.name == one.name or dataclasses.replace(its, name=one.name) == one:
                 raise ConfigError(

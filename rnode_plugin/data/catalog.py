@@ -1,4 +1,4 @@
-"""``get_dataset`` and ``get_table``: data sets of images and tables by name, ours and those of plugins."""
+"""``get_dataset`` and ``get_table``: data sets of images and tables by name, also from plugins."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def get_dataset(
     Args:
         name: one that ``rnode-cli data list`` shows.
         root: the folder that holds the data; None for ``data`` in the working directory.
-        download: fetch it if it is missing or damaged and may be fetched. If several processes want it at the same
-            time, one of them fetches it. Nothing is written if it is there already.
+        download: fetch it if it is missing or damaged. If several processes want it at the same time, one of them
+            fetches it. Nothing is written if it is there already.
         size: height and width in pixels, for data sets that can be scaled; None for the native ones.
         **options: further options of this data set, such as ``bits`` for ``folder``.
 
@@ -35,7 +35,7 @@ def get_dataset(
 
     Raises:
         ConfigError: an unknown name, or an option that the data set does not take.
-        DataError: it is missing (the message says where to get it) or cannot be read.
+        DataError: it is missing or cannot be read. The message names the place to get it.
         PluginError: the plugin that offers it failed, or returned something else.
     """
     wanted = options if size is None else {**options, "size": size}
@@ -72,9 +72,8 @@ def image_shape(name: str, *, root: str | None, size: int | None = None) -> tupl
 
 
 def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, Any], download: bool) -> D:
-    """Call the loader with the options, and with those common arguments that it takes."""
-    load = registry.get("datasets", name)
-    signature = inspect.signature(load)
+    """Call the loader with the options, and with the common arguments that it takes."""
+    signature = inspect.signature(registry.get("datasets", name))
     arguments = taken_by(name, {**common, "download": False}) | options
     try:
         signature.bind(**arguments)
@@ -82,8 +81,7 @@ def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, A
         raise ConfigError(f"data set {name!r}: {error}. It takes: {', '.join(signature.parameters)}.") from error
 
     def loaded() -> D:
-        with registry.guard("datasets", name):
-            data = load(**arguments)
+        data = registry.call("datasets", name, **arguments)
         if isinstance(data, kind):
             return data
         if isinstance(data, (ImageData, Table)):
@@ -93,7 +91,7 @@ def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, A
 
     try:
         return loaded()
-    except Exception as error:  # it is missing; a plugin may raise anything then
+    except Exception as error:  # it is missing, and a plugin may raise anything then
         if isinstance(error, ConfigError) or not download or "download" not in arguments:
             raise
         arguments["download"] = True

@@ -1,4 +1,4 @@
-"""The hooks by which a plugin registers its objects. docs/plugins.md has an example of each.
+"""The hooks by which a plugin registers its objects. docs/plugins.md has an example for each.
 
 A plugin is a module, or any object, whose functions are marked by :data:`hookimpl`. Its package lists the module
 under the entry-point group ``rnode_plugin``. Each hook takes no argument and returns a mapping from names to
@@ -58,11 +58,12 @@ def rnode_register_models() -> Mapping[str, Any]:
 def rnode_register_datasets() -> Mapping[str, Any]:
     """Data sets, images or tables, for ``rnode-cli train --data NAME``.
 
-    A set of images is a function ``(*, root, size)`` that returns an :class:`~rnode_plugin.data.ImageData`. If it
-    has the parameters ``channels`` and ``bits``, or ``**options``, it gets the recipe's. If it has the parameter
-    ``download``, it is called with ``download=False`` first. If that fails and a download is allowed, it is called
-    with ``download=True``, in one process at a time. A table is a function ``(*, root)`` that returns a ``Table``
-    with its split. It may also take ``columns``, ``validation``, ``held_out`` and ``split_seed`` of the recipe.
+    A set of images is a function ``(*, root)`` that returns an :class:`~rnode_plugin.data.ImageData`. The
+    parameters ``size``, ``channels`` and ``bits``, if it has them, get the values of the recipe. If it has the
+    parameter ``download``, it is called with ``download=False`` first. If that fails and a download is allowed, it
+    is called with ``download=True``, in one process at a time. A table is a function ``(*, root)`` that returns a
+    ``Table`` with its split. It may also take ``columns``, ``validation``, ``held_out`` and ``split_seed`` of the
+    recipe.
     """
     ...
 

@@ -10,6 +10,7 @@ Two environment variables exclude plugins of other packages: ``RNODE_DISABLE_PLU
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import pkgutil
@@ -151,9 +152,8 @@ class Registry:
             )
         return owners[0]
 
-    @contextmanager
-    def guard(self, kind: str, name: str) -> Iterator[None]:
-        """A context in which to call an object of :meth:`get`, so that an exception in it names the plugin.
+    def call(self, kind: str, name: str, /, *arguments: Any, **options: Any) -> Any:
+        """Call the object that is registered as ``name``, so that an exception in it names the plugin.
 
         All errors of this package's own registrations pass, because they are bugs. A RnodeError also passes, except
         in a recipe, which takes no argument that could be wrong.
@@ -161,10 +161,10 @@ class Registry:
         Raises:
             PluginError: the object raised something else.
         """
-        owner = self.check_name(kind, name)
+        owner, found = self.check_name(kind, name), self.get(kind, name)
         passing = Exception if owner.distribution == "rnode-plugin" else RnodeError if kind != "recipes" else ()
         with owner.guarded(f"the {KINDS[kind]} {name!r} of {owner} failed", passing=passing):
-            yield
+            return found(*arguments, **options)
 
     def names(self, kind: str) -> list[str]:
         """All names of one kind, sorted; a ConfigError for a kind that does not exist."""
@@ -233,7 +233,7 @@ def _normal(name: str) -> str:
 _shared = Registry()
 get = _shared.get
 check_name = _shared.check_name
-guard = _shared.guard
+call = _shared.call
 names = _shared.names
 report = _shared.report
 register = _shared.register
@@ -277,13 +277,13 @@ def get_regularizer(name: str) -> Any:
                 named[key.strip()] = number
             else:
                 positional.append(number)
-        with guard("regularizers", base):
-            try:
-                return found(*positional, **named, name=name)
-            except TypeError as error:
-                raise ConfigError(
-                    f"the regularizer {base!r} does not take the options {options!r}: {error}."
-                ) from error
+        try:
+            inspect.signature(found).bind(*positional, **named, name=name)
+        except TypeError as error:
+            raise ConfigError(
+                f"the regularizer {base!r} does not take the options {options!r}: {error}."
+            ) from error
+        return call("regularizers", base, *positional, **named, name=name)
     if base != name:
         raise ConfigError(f"the regularizer {base!r} takes no options: write {base!r}, not {name!r}.")
     if (own := getattr(found, "name", None)) != name:  # it is the key of the penalty in every result

@@ -1,4 +1,4 @@
-"""Recipe: one frozen tree of settings for an experiment; ``presets`` holds those of the paper.
+"""``Recipe``, one frozen tree of settings for an experiment. ``presets`` holds the recipes of the paper.
 
 A recipe decides all numbers of a run. It is written next to the run and into every checkpoint as plain JSON, and a
 flow is rebuilt from that alone.
@@ -75,13 +75,13 @@ class Recipe:
     Attributes:
         name: names the folder of its runs.
         description: one line for the list of recipes.
-        data, model: of images, or both of a table.
+        data, model: settings for images, or both for a table.
         solver: the integrator while training.
         test_solver: the integrator of validation, evaluation and sampling.
-        start: other settings of the first training steps.
-        regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``; a penalty with lambda 0
+        start: settings of the first training steps.
+        regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``. A penalty with lambda 0
             is measured and not trained on.
-        paper: the paper's own figures, where it has them.
+        paper: the figures of the paper, where it has them.
 
     Raises:
         ValidationError: settings that cannot work, by themselves or together. It is pydantic's, and a ValueError;
@@ -160,7 +160,7 @@ class Recipe:
         return changed
 
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:
-        """The texts by group and key, for settings that there are and that may change; None for ``none``."""
+        """The texts by group and key, for known settings that may change; None for ``none``."""
         changes: dict[str, dict[str, str | None]] = {}
         known = [path for path, _ in self.settings() if not path.startswith("paper.")]
         for assignment in assignments:
@@ -182,7 +182,7 @@ class Recipe:
         return changes
 
     def ffjord(self) -> Recipe:
-        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, all steps alike."""
+        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, no other start."""
         solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
@@ -219,28 +219,28 @@ class Recipe:
 
     @property
     def task(self) -> Task:
-        """What the recipe models, images or a table: inputs and scores of its flow, words and units."""
+        """The task, images or a table: inputs and scores of the flow, words and units."""
         return self.data.task
 
     @property
     def dims(self) -> int:
-        """Number of dimensions d of one sample: C*H*W of an image, the columns of a table that are modelled."""
+        """Number of dimensions d of one sample: C*H*W of an image, or the modelled columns of a table."""
         return self.task.dims
 
     @property
     def images(self) -> Data:
         """The data settings of a recipe of images."""
-        assert isinstance(self.data, Data), f"the recipe {self.name} is one of a table"
+        assert isinstance(self.data, Data), f"the recipe {self.name} is for a table"
         return self.data
 
     @property
     def table(self) -> TableData:
         """The data settings of a recipe of a table."""
-        assert isinstance(self.data, TableData), f"the recipe {self.name} is one of images"
+        assert isinstance(self.data, TableData), f"the recipe {self.name} is for images"
         return self.data
 
     def load_data(self, *, download: bool = False, all_val: bool = False) -> ImageData | Table:
-        """The images or the table, with as many samples as the recipe asks for.
+        """The images or the table, with the numbers of samples that the recipe has.
 
         Args:
             download: fetch them if they are missing.
@@ -252,7 +252,7 @@ class Recipe:
         return self.data.load(download=download, val_images=None if all_val else self.training.val_images)
 
     def at_root(self, root: str | None) -> Recipe:
-        """The recipe with its data at another place; a table keeps its columns, and may be another table."""
+        """The recipe with its data at another place. A table keeps its columns, and may be another table."""
         if root is None or os.path.abspath(root) == self.data.root:
             return self
         data = dataclasses.replace(self.data.for_new_run(), root=os.path.abspath(root))
@@ -260,12 +260,12 @@ class Recipe:
 
     @property
     def lambdas(self) -> dict[str, float]:
-        """Lambda by name, that at which a warm-up ends."""
+        """Lambda by name, at the end of a warm-up."""
         return {name: final_strength(strength) for name, strength in self.regularizers.items()}
 
     @property
     def matching(self) -> int:
-        """Steps of flow matching at the start of a run: ``start.matching``, and none where weights are given."""
+        """Steps of flow matching at the start of a run: ``start.matching``, or 0 for a run from weights."""
         return 0 if self.training.weights else self.start.matching
 
     @property
@@ -274,7 +274,7 @@ class Recipe:
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
 
     def build_flow(self) -> BlockFlow:
-        """A fresh flow, whose solver is ``test_solver``; the training step brings its own.
+        """A fresh flow, whose solver is ``test_solver``. A training step passes its solver.
 
         Returns:
             A :class:`~rnode_plugin.MultiscaleFlow` for images, a :class:`~rnode_plugin.TableFlow` for a table, or
@@ -283,15 +283,15 @@ class Recipe:
         Raises:
             PluginError: the plugin that offers the model failed, or returned something else.
         """
-        model = registry.get("models", self.model.name)
-        with registry.guard("models", self.model.name):
-            flow = model(
-                self.task.event,
-                **self.model.options,
-                **self.task.model_options,
-                solver=self.test_solver,
-                regularizers=self.measured,
-            )
+        flow = registry.call(
+            "models",
+            self.model.name,
+            self.task.event,
+            **self.model.options,
+            **self.task.model_options,
+            solver=self.test_solver,
+            regularizers=self.measured,
+        )
         if not callable(getattr(flow, "log_prob", None)):
             raise PluginError(
                 f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a flow with `log_prob`."
@@ -322,9 +322,7 @@ def get_recipe(name: str) -> Recipe:
         >>> tuple(recipe.build_flow().sample(2).shape)
         (2, 1, 8, 8)
     """
-    build = registry.get("recipes", name)
-    with registry.guard("recipes", name):
-        recipe = build()
+    recipe = registry.call("recipes", name)
     if not isinstance(recipe, Recipe):
         raise PluginError(f"recipe {name!r}: its plugin returned {type(recipe).__name__}, not a Recipe.")
     return recipe
@@ -338,7 +336,7 @@ def is_recipe_file(name: str) -> bool:
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """The recipe in a JSON file that :meth:`Recipe.to_plain` describes, such as the ``recipe.json`` of a run.
 
-    It is for a new run: of a table, the number and the checksum of the rows that were trained on are left out.
+    It is for a new run, so the number and the checksum of the rows of a table are left out.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, or does not hold a recipe; or one of its regularizers is
