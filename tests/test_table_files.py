@@ -205,7 +205,7 @@ def test_the_split_is_a_function_of_its_seed() -> None:
     assert sorted(together[:, 0]) == rows[:, 0].tolist()
     assert np.array_equal(one.held_out, same.held_out)
     assert not np.array_equal(one.held_out, other.held_out)
-    with pytest.raises(DataError, match="t has 19 rows: a density needs 20 at least"):
+    with pytest.raises(DataError, match="t has 19 rows, but a density needs at least 20"):
         split_rows("t", ["a"], rows[:19], validation=0.1, held_out=0.1, seed=0)
 
 

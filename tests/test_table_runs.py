@@ -1,4 +1,4 @@
-"""Runs on tables, from a file to a density, samples and a report; resumed to the bit; beside a Gaussian."""
+"""Runs on tables, from a file to a density, samples and a report; resumed to the bit; compared with a Gaussian."""
 
 from __future__ import annotations
 
@@ -293,8 +293,8 @@ def test_an_evaluation_of_a_table_without_its_baseline() -> None:
     samples = np.zeros((3, 2), np.float32)
     result = evaluate(_flow(2), samples, measure=measure)
     assert list(result.means) == ["nll"]
-    beside = result.with_baselines(measure, Table("t", ("a", "b"), np.eye(4, 2), samples, samples))
-    assert list(beside.means) == ["nll", "gaussian"]
+    compared = result.with_baselines(measure, Table("t", ("a", "b"), np.eye(4, 2), samples, samples))
+    assert list(compared.means) == ["nll", "gaussian"]
     with pytest.raises(ConfigError, match="at least one row"):
         evaluate(_flow(2), samples[:0], measure=measure)
 

@@ -1,4 +1,4 @@
-"""Image data sets, uint8: by name, as batches, and packed into arrays that are mapped into memory; and tables."""
+"""Data sets of images (uint8) and tables: loaded by name, read in batches, packed into arrays."""
 
 from .catalog import get_dataset, get_table
 from .folders import celebahq256, folder, imagenet64

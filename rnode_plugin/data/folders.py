@@ -34,19 +34,19 @@ def folder(
     channels: int | None = None,
     bits: int = 8,
 ) -> ImageData:
-    """Pictures of your own: a folder (--data-root FOLDER), or arrays that `data prepare` made.
+    """Your pictures: a folder (--data-root FOLDER), or arrays that `data prepare` made.
 
     Args:
         root: the folder. Subfolders for training and for validation (``train`` and ``val`` or ``test``) make the
-            split; without them about a tenth is held out, chosen by the names. ``train.npy`` and ``val.npy`` come
-            before pictures.
-        size: height and width that pictures are scaled to; None: all have the same already.
-        channels: 3 or 1; None: 3 for pictures, those that packed images have.
-        bits: per value, 1 to 8; 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
+            split. Without them about a tenth is held out, chosen by the names. If there are ``train.npy`` and
+            ``val.npy``, these are read and not the pictures.
+        size: height and width that pictures are scaled to; None if all have the same size already.
+        channels: 3 or 1; None for 3 with pictures, and for the number that packed images have.
+        bits: bits per value, 1 to 8. The 8 bits ``x`` become ``floor(x / 2**(8 - bits))``.
 
     Raises:
         ConfigError: an option that cannot work.
-        DataError: nothing there, or not readable.
+        DataError: the images are missing or cannot be read.
     """
     if root is None:
         raise ConfigError("the data set 'folder' needs the folder of your pictures: --data-root DIRECTORY.")
@@ -69,7 +69,7 @@ def celebahq256(*, root: str | None = None) -> ImageData:
 
 
 def _brought(name: str, root: str | None, source: str, *, size: int, bits: int) -> ImageData:
-    """A set that the user brings, in the folder of its name below the root."""
+    """A set that users bring themselves, in the folder of its name below the root."""
     where = (Path(root) if root is not None else DEFAULT_ROOT) / name
     if not where.is_dir():
         raise DataError(
@@ -110,7 +110,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
 
     Args:
         root: the folder.
-        size: height and width that the pictures are scaled to; None: all have the same already.
+        size: height and width that the pictures are scaled to; None if all have the same size already.
 
     Raises:
         DataError: no pictures, one that cannot be read, or different sizes without a ``size``.
@@ -184,9 +184,9 @@ _HELD_OUT = 0.1
 def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) -> list[str | None]:
     """``"train"``, ``"val"`` or None (left out) for each picture, from its :func:`split_named`.
 
-    With folders for both, these count, and ``test`` only if there is no ``val``. Without, about a tenth of the
-    pictures is held out. A picture's name decides, so another picture moves none that a run has trained on.
-    ``where`` is for messages.
+    If there are folders for both, they decide, and ``test`` counts only if there is no ``val``. Otherwise about a
+    tenth of the pictures is held out. The name of a picture decides, so a new picture moves none that a run has
+    trained on. ``where`` is for messages.
     """
     found = Counter(splits)
     held_out = "val" if found["val"] else "test"
@@ -212,19 +212,19 @@ def assign(splits: Sequence[str | None], names: Sequence[str], *, where: str) ->
 
 # Picture files --------------------------------------------------------------------------------------------------
 
-# JPEG covers the multi-picture files of cameras; formats whose readers start other programs are left out
+# JPEG covers the multi-picture files of cameras. Formats whose readers start other programs are left out
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file's suffix is that of a picture."""
+    """Whether a file has the suffix of a picture."""
     return PurePosixPath(name).suffix.lower() in _SUFFIXES
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Names of the files below a folder, relative, with ``/``, sorted folder by folder; links are followed once."""
+    """Names of the files below a folder, relative, with ``/``, sorted folder by folder. Links are followed once."""
 
     def refuse(error: OSError) -> None:  # os.walk would pass over a folder that it may not read
         raise DataError(f"the folder {error.filename} cannot be read: {(error.strerror or '').lower()}.") from error
@@ -240,14 +240,14 @@ def files_in(folder: Path) -> Iterator[str]:
         for file in sorted(files):
             path = Path(here, file)
             name = path.relative_to(folder).as_posix()
-            # file managers and archivers leave hidden files; reading a pipe could wait for ever
+            # file managers and archivers leave hidden files, and reading a pipe could wait for ever
             if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
                 yield name
 
 
 @contextmanager
 def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded yet; what is wrong with it is a DataError, also inside."""
+    """A picture whose pixels are not decoded yet. A fault in it is a DataError, also inside the context."""
     from PIL import Image
 
     with naming(name), Image.open(file, formats=_FORMATS) as image:
@@ -257,9 +257,9 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
 
 
 def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np.ndarray:
-    """One picture as ``(C, H, W)``, uint8; transparency is dropped.
+    """One picture as ``(C, H, W)``, uint8, without its transparency.
 
-    With a ``size`` the shorter side is scaled to it, and the longer one cut around the middle.
+    The shorter side is scaled to a ``size``, and the longer one is cut around the middle.
     """
     from PIL import Image, ImageOps
 
@@ -276,9 +276,9 @@ class ImageFiles:
 
     Args:
         folder, names: the files.
-        size: height and width that they are scaled to; None: all have the size of the first.
+        size: height and width that they are scaled to; None if all have the size of the first.
         channels: 1 or 3.
-        shift: bits to drop from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
+        shift: number of bits to drop from each value. The 8 bits ``x`` become ``floor(x / 2**shift)``.
     """
 
     def __init__(
@@ -321,8 +321,8 @@ _PROBED = 64  # images that are checked for fewer than 8 bits
 class PackedImages:
     """A ``.npy`` file of images ``(N, C, H, W)``, uint8, that is read when it is indexed.
 
-    It is pickled by its path, so that worker processes map the file instead of being sent its content. ``shift``
-    bits are dropped from each value: 8 bits ``x`` become ``floor(x / 2**shift)``.
+    It is pickled by its path, so that worker processes map the file instead of receiving its content. ``shift``
+    bits are dropped from each value, as in :class:`ImageFiles`.
     """
 
     def __init__(self, path: Path, *, shift: int = 0) -> None:
@@ -347,7 +347,7 @@ class PackedImages:
         return len(self._array)
 
     def __getitem__(self, index: Any, /) -> np.ndarray:
-        # without bits to drop this still copies: a map of a file cannot be written to, a tensor can
+        # without bits to drop this still copies, because a tensor can be written to and a mapped file cannot
         return np.right_shift(self._array[index], self._shift)
 
     def __reduce__(self) -> tuple[Any, ...]:

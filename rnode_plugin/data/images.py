@@ -1,4 +1,4 @@
-"""``ImageData``: two sets of uint8 images, in memory or on disk; ``ArrayDataset`` makes batches of them."""
+"""``ImageData``, two sets of uint8 images in memory or on disk, and ``ArrayDataset``, which makes batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataError, RnodeError
 
 @contextmanager
 def naming(what: object, advice: str = "") -> Iterator[None]:
-    """Turn any exception of a file's reader into a DataError that names the file and the cause in our words."""
+    """Turn any exception of a file's reader into a DataError that names the file and the cause."""
     try:
         yield
     except (RnodeError, MemoryError):
@@ -70,10 +70,10 @@ class ImageData:
     """A data set for density estimation.
 
     Attributes:
-        name: for messages and runs.
+        name: the name in messages and runs.
         train, val: images ``(N, C, H, W)``, uint8, values ``0 .. levels - 1``.
-        shape: (C, H, W) of each of them.
-        levels: number of values a pixel can take: 256 for 8 bits.
+        shape: (C, H, W) of each image.
+        levels: number of values that a pixel can take, 256 for 8 bits.
 
     Raises:
         DataError: the arrays are not such images. Values of arrays on disk are not checked.
@@ -102,7 +102,7 @@ class ImageData:
 
     @property
     def held_out(self) -> ImageArray:
-        """The images that measure the result: those of ``val``."""
+        """The images that measure the result, which are the ones of ``val``."""
         return self.val
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> ImageData:
@@ -120,14 +120,14 @@ class ImageData:
 def shuffled(n: int) -> np.ndarray:
     """A fixed permutation of ``range(n)``.
 
-    NumPy promises the stream of RandomState for good, that of its newer generators only within a version; a split
-    that changes with an update would leak training images into the held-out ones.
+    NumPy keeps the stream of RandomState in all versions, and the streams of its newer generators only within one.
+    A split that changes with an update would move training images to the held-out ones.
     """
     return np.random.RandomState(0).permutation(n)
 
 
 def limited(samples: Any, n: int | None) -> Any:
-    """At most ``n`` of the images or rows, drawn from all of them; always the same ones."""
+    """At most ``n`` of the images or rows, drawn from all of them, the same ones each time."""
     if n is None or n >= len(samples):
         return samples
     if n < 1:
@@ -139,12 +139,12 @@ def limited(samples: Any, n: int | None) -> Any:
 class ArrayDataset(Dataset[Tensor]):
     """Images, or rows of a table, as a PyTorch data set that returns whole batches.
 
-    A ``DataLoader`` calls ``__getitems__`` with the indices of a batch; give it ``collate_fn=keep_batch``, because
-    its default would split the batch. With ``batch_size=None`` and a sampler of lists, it asks for
-    ``dataset[list]``.
+    A ``DataLoader`` calls ``__getitems__`` with the indices of a batch. Give it ``collate_fn=keep_batch``, because
+    its default would split the batch. With ``batch_size=None`` and a sampler of lists, it calls ``dataset[list]``.
 
     Args:
-        images: ``(N, C, H, W)``, uint8; in memory, mapped from disk, or read from files. Or rows ``(N, C)``, float.
+        images: images ``(N, C, H, W)``, uint8, in memory, mapped from disk, or read from files; or rows ``(N, C)``,
+            float.
     """
 
     def __init__(self, images: ImageArray) -> None:
@@ -154,13 +154,13 @@ class ArrayDataset(Dataset[Tensor]):
         return len(self._images)
 
     def __getitem__(self, index: int | Sequence[int]) -> Tensor:
-        """One image ``(C, H, W)``, or those of a list, ``(B, C, H, W)``; uint8."""
+        """One image ``(C, H, W)``, or the images of a list ``(B, C, H, W)``, uint8."""
         return self.__getitems__([index])[0] if isinstance(index, int) else self.__getitems__(index)
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
         """The samples of a batch in the order of ``indices``, as a copy."""
         wanted = np.asarray(indices, dtype=np.int64)
-        # ascending positions: a mapped file is then read in one sweep
+        # in ascending order, so that a mapped file is read in one sweep
         order = np.argsort(wanted, kind="stable")
         batch = np.empty((len(wanted), *self._images.shape[1:]), dtype=self._images.dtype)
         batch[order] = self._images[wanted[order]]

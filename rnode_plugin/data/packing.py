@@ -1,4 +1,4 @@
-"""``pack``: folders of pictures, or the published ImageNet 64x64 batches, become two arrays."""
+"""``pack`` writes folders of pictures, or the published ImageNet 64x64 batches, as two arrays."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def pack(
     overwrite: bool = False,
     progress: Callable[[Sequence[_Source]], Iterable[_Source]] = iter,
 ) -> ImageData:
-    """Write ``train.npy`` and ``val.npy``: ``(N, C, H, W)``, uint8, 8 bits. Both appear complete, or neither.
+    """Write the arrays ``(N, C, H, W)`` of uint8 ``train.npy`` and ``val.npy``. Both appear complete, or neither.
 
     Args:
         sources: folders of pictures, or folders of the published ImageNet batches (``train_data_batch_1.npz`` to
-            ``_10``, ``val_data.npz``). Several make one data set. Folders for training and validation
-            (``train`` and ``val`` or ``test``) make the split; without them about a tenth is held out, by name.
-        target: folder for the two files; made if missing.
-        size: height and width that pictures are scaled to (the shorter side; the longer one is cut around the
-            middle); None: all have the same.
+            ``_10``, ``val_data.npz``). Several make one data set. Other files are ignored. The split is the one of
+            :func:`~rnode_plugin.data.folder`.
+        target: folder for the two files, which is made if it is missing.
+        size: height and width that pictures are scaled to (the shorter side, and the longer one is cut around the
+            middle); None if all have the same size already.
         channels: 3 for colour, 1 for grey.
         overwrite: replace packed files.
-        progress: wraps the files to show how far it is.
+        progress: wraps the files, to show the progress.
 
     Returns:
-        the images of the two files.
+        The images of the two files.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -117,7 +117,7 @@ def _images(path: Path, size: int | None, channels: int) -> np.ndarray:
 
 
 class _Writer(Draft):
-    """Writes a ``.npy`` file image by image; it appears under its name when it is published."""
+    """Writes a ``.npy`` file image by image. The file gets its name when it is published."""
 
     shape: tuple[int, ...] = ()
 

@@ -43,9 +43,9 @@ class _Published(NamedTuple):
     """A data set that torchvision reads.
 
     Attributes:
-        cls: torchvision's class.
-        folder: below the root, where its files lie.
-        files: names of the files as they are published, and their address, for messages.
+        cls: the class of torchvision.
+        folder: the folder of its files, below the root.
+        files: names of the published files and their address, for messages.
     """
 
     name: str
@@ -89,7 +89,7 @@ def _load(source: _Published, root: str | None, download: bool) -> ImageData:
     place = base / source.folder
     try:
         return _read(source, base, download=False)
-    except Exception as error:  # missing, or damaged: then torchvision raises anything
+    except Exception as error:  # if it is missing or damaged, torchvision may raise anything
         if not download:
             raise DataError(
                 f"the data set {source.name} is missing or damaged in the folder {place}. Leave out --no-download "
@@ -124,13 +124,13 @@ def _read(source: _Published, base: Path, *, download: bool) -> ImageData:
 
 @contextmanager
 def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Let one process after the other into the folder of the data sets: the first downloads, the others find.
+    """Let one process after the other into the folder of the data sets, so that only the first one downloads.
 
     Args:
-        root: the folder; None for ``data`` in the working directory. It is made.
+        root: the folder, which is made if it is missing; None for ``data`` in the working directory.
 
     Yields:
-        the folder.
+        The folder.
 
     Raises:
         DataError: the folder cannot be written, or another process holds it for an hour.

@@ -45,8 +45,8 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str]) -> np.ndar
     """The columns ``wanted`` of a table, ``(N, len(wanted))``, float64 and finite.
 
     Raises:
-        DataError, ConfigError: as :func:`column_names`; a column is not there or not numeric, or a value is missing
-            or infinite.
+        DataError, ConfigError: as for :func:`column_names`. Also if a column is missing or not numeric, or if a
+            value is missing or infinite.
     """
     frame = _frame(Path(path))
     for name in wanted:
@@ -80,7 +80,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
-    """A table with checked names; ``rows``: not more than so many are needed."""
+    """A table with checked names, of which at least the first ``rows`` are read."""
     read = _format_of(path).read
     with naming(path):
         frame = read(path, rows)
@@ -174,7 +174,7 @@ def check_written(path: str | os.PathLike[str]) -> None:
 
 
 def write_rows(path: str | os.PathLike[str], names: Sequence[str], rows: np.ndarray) -> None:
-    """Write rows ``(N, len(names))`` as a table; whole or not at all.
+    """Write rows ``(N, len(names))`` as a table, whole or not at all.
 
     Raises:
         ConfigError: another ending, or a writer that is not installed.

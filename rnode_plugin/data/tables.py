@@ -1,4 +1,4 @@
-"""Tables: :class:`Table` with its split, the user's file as a table, and checks of the columns."""
+"""``Table``, rows of numbers with a split, the user's file as a table, and checks of the columns."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Table:
     """A table of real numbers for density estimation.
 
     Attributes:
-        name: for messages and runs.
-        columns: their names.
+        name: the name in messages and runs.
+        columns: names of the columns.
         train: rows ``(N, len(columns))``, float.
         val: rows whose likelihood chooses the best weights.
         held_out: rows that measure the result.
-        rows, checksum: number of rows in all parts, and a hash of their values and of the split, also after
-            :meth:`limit`; they are found if they are not given.
+        rows, checksum: number of rows in all parts, and a hash of their values and of the split. They are computed
+            if they are not given, and :meth:`limit` keeps them.
 
     Raises:
         DataError: the arrays are not such rows.
@@ -69,7 +69,7 @@ class Table:
         """The same rows with these columns, in this order.
 
         Raises:
-            DataError: one of them is not there; those that are get listed.
+            DataError: the table does not have one of them.
         """
         for name in columns:
             if name not in self.columns:
@@ -79,7 +79,7 @@ class Table:
         return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
-        """The same table with at most so many rows to train on and to choose weights by, always the same ones."""
+        """The same table with at most so many training and validation rows, the same ones each time."""
         return dataclasses.replace(self, train=limited(self.train, n_train), val=limited(self.val, n_val))
 
     def single(self) -> Table:
@@ -115,13 +115,13 @@ def split_rows(
 ) -> Table:
     """Draw the parts of a table of ``rows (N, C)`` at random.
 
-    ``validation`` and ``held_out`` are shares of the rows; each part has one row at least.
+    ``validation`` and ``held_out`` are shares of the rows. Each part has at least one row.
 
     Raises:
         DataError: too few rows, or shares that leave none to train on.
     """
     if len(rows) < _FEWEST:
-        raise DataError(f"{name} has {len(rows)} rows: a density needs {_FEWEST} at least, and better hundreds.")
+        raise DataError(f"{name} has {len(rows)} rows, but a density needs at least {_FEWEST}, better hundreds.")
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
     parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
@@ -139,14 +139,14 @@ def table(
     """Your own file (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.
 
     Args:
-        root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy`` or ``.parquet`` file; None for scikit-learn's table
+        root: a ``.csv``, ``.tsv``, ``.txt``, ``.npy`` or ``.parquet`` file; None for the table of scikit-learn
             (Wisconsin Diagnostic, 8 columns that are real numbers without repeated zeros).
-        columns: names of those to read; none for all.
+        columns: names of the columns to read; empty for all.
         validation, held_out: shares of the rows, see :class:`~rnode_plugin.data.tables.Table`.
-        split_seed: of their draw.
+        split_seed: seed of the split.
 
     Raises:
-        DataError: see :func:`~rnode_plugin.data.table_files.read_columns`; too few rows.
+        DataError: the file cannot be read, or has too few rows.
     """
     columns = tuple(columns) or table_columns(root)
     if root is None:
@@ -172,15 +172,15 @@ def _cells() -> np.ndarray:
 
 
 def gaussian_scores(train: np.ndarray, held_out: np.ndarray, dims: int) -> np.ndarray:
-    """NLL in nats ``(N,)`` of held-out rows under a Gaussian with the training rows' mean and covariance.
+    """NLL in nats ``(N,)`` of held-out rows under a Gaussian with the mean and covariance of the training rows.
 
-    The density is one of the first ``dims`` columns, given the others.
+    It is the density of the first ``dims`` columns, given the others.
     """
     values, rows = (np.asarray(each, dtype=np.float64) for each in (train, held_out))
     mean, deviation = values.mean(0), values.std(0)
     # in deviations, so that columns of very different sizes leave the covariance well conditioned
     values, rows = (values - mean) / deviation, (rows - mean) / deviation
-    # the mean is linear in the given columns, which may determine each other as the columns of a one-hot code do
+    # the mean is linear in the given columns, which may determine each other, as in a one-hot code
     weights = np.linalg.lstsq(values[:, dims:], values[:, :dims], rcond=1e-6)[0]
     values, rows = (each[:, :dims] - each[:, dims:] @ weights for each in (values, rows))
     factor = np.linalg.cholesky(values.T @ values / len(values))
@@ -191,7 +191,7 @@ def gaussian_scores(train: np.ndarray, held_out: np.ndarray, dims: int) -> np.nd
 
 # Columns without a density -------------------------------------------------------------------------------------
 
-_RESOLVED = 1e-5  # deviation over size: 32-bit numbers have seven digits, of which two are left for the values
+_RESOLVED = 1e-5  # deviation over size; two of the seven digits of 32-bit numbers are left for the values
 _DEPENDENT = 1e-6  # share of a column's deviation that the other columns do not determine
 _ROWS = 100_000  # enough to find a dependent column
 
@@ -199,7 +199,7 @@ _ROWS = 100_000  # enough to find a dependent column
 def check_columns(table: Table, modelled: int) -> None:
     """Refuse a table whose rows have no density that 32-bit numbers could show.
 
-    Its first ``modelled`` columns are the density's, the rest are given.
+    Its first ``modelled`` columns are modelled, the others are given.
 
     Raises:
         DataError: a column that is constant or whose values differ by too little, one that is a linear function of
@@ -218,7 +218,7 @@ def check_columns(table: Table, modelled: int) -> None:
                 f"{LEAVE_OUT}."
             )
     standard = (scaled - scaled.mean(0)) / scaled.std(0)
-    # the given columns first: one that they determine has no conditional density either
+    # the given columns first, because a column that they determine has no conditional density either
     order = [*range(modelled, rows.shape[1]), *range(modelled)]
     alone = np.abs(np.diag(np.linalg.qr(standard[:, order], mode="r"))) / np.sqrt(len(rows))
     for place, share in zip(order, alone, strict=True):

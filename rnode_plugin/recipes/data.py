@@ -1,4 +1,4 @@
-"""The data of a recipe, images or a table: the settings, what follows from them, and loading."""
+"""The data settings of a recipe, for images or for a table."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=CONFIG)
 class Data:
-    """Which images, and how they are fed.
+    """Which images a run uses, and in which batches.
 
     Attributes:
         name: a data set that ``rnode-cli data list`` shows.
         shape: (channels, height, width) of one image.
-        levels: number of values a pixel can take; 256 for 8 bits.
+        levels: number of values that a pixel can take, 256 for 8 bits.
         batch_size: images per device and step.
-        val_batch_size: images per device while evaluating. An adaptive solver chooses its steps for the batch
-            as a whole, so it changes the result within the tolerance.
+        val_batch_size: images per device and batch of an evaluation. An adaptive solver chooses its steps for the
+            batch as a whole, so the size changes the result within the tolerance.
         flip: mirror each training image left-right with probability 1/2.
-        root: folder that holds the data set; None for the default one.
-        workers: processes that read batches; 0 reads them in the training process.
-        train_images: train on so many images only, drawn from all of them; None for all.
-        size: height and width that the pictures of a folder are scaled to; None: they have the shape already.
+        root: folder of the data set; None for the default one.
+        workers: number of processes that read batches; 0 to read them in the training process.
+        train_images: number of training images to use, drawn from all of them; None for all.
+        size: height and width that the pictures of a folder are scaled to; None if they have the shape already.
     """
 
     kind = "images"
@@ -89,7 +89,7 @@ class Data:
         from ..data.catalog import get_dataset, taken_by
         from ..data.images import shown
 
-        # pictures of a folder are read with the channels and bits that are asked for; other sets have their own
+        # pictures of a folder are read with the channels and bits of the recipe, and other sets have fixed ones
         asked = {"channels": self.shape[0], "bits": (self.levels - 1).bit_length()}
         options = taken_by(self.name, asked)
         data = get_dataset(self.name, root=self.root, download=download, size=self.size, **options)
@@ -103,7 +103,7 @@ class Data:
         return data.limit(self.train_images, val_images)
 
     def trained_on(self, data: Any) -> Data:
-        """These settings with what a run records of its ``data``: nothing of images."""
+        """These settings with what a run records of its ``data``, which is nothing for images."""
         return self
 
     def for_new_run(self) -> Data:
@@ -113,24 +113,23 @@ class Data:
 
 @dataclass(frozen=True, config=CONFIG)
 class TableData:
-    """Which table, which of its columns, and how its rows are fed.
+    """Which table and columns a run uses, and in which batches.
 
     Attributes:
         name: a data set that ``rnode-cli data list`` shows; ``table`` is your file.
-        columns: names of the columns that are used; the others of the file are not read.
-        given: columns that a conditional density is given; it is the density of the others.
+        columns: names of the columns that are used. The other columns of the file are not read.
+        given: columns that a conditional density is given. It is the density of the other columns.
         root: the file of ``table``, or the folder of another data set; None for the table that comes with
             scikit-learn, or for the default folder.
-        validation: share of the rows whose likelihood says which weights are the best.
-        held_out: share of the rows that measure the result, seen neither by training nor by that choice.
-        split_seed: seed of the draw of both.
+        validation: share of the rows whose likelihood chooses the best weights.
+        held_out: share of the rows that measure the result, and take part in neither training nor that choice.
+        split_seed: seed of the split.
         batch_size: rows per device and step.
-        val_batch_size: rows per device while evaluating; see :class:`Data`.
-        train_rows: train on so many rows only, drawn from all of them; None for all.
-        workers: processes that read batches; 0 reads them in the training process.
-        rows, checksum: number of rows and checksum of the table that was trained on, which training fills in. In
-            the new split of a table that has changed, rows that were trained on could be held out. None: not known,
-            or not compared.
+        val_batch_size: rows per device and batch of an evaluation; see :class:`Data`.
+        train_rows: number of training rows to use, drawn from all of them; None for all.
+        workers: number of processes that read batches; 0 to read them in the training process.
+        rows, checksum: number of rows and checksum of the table that a run was trained on, which training fills in.
+            If a table changes, its new split could hold out rows that were trained on. None for no comparison.
         kind: marks the settings of a table.
     """
 
@@ -201,7 +200,7 @@ class TableData:
             val_images: at most so many rows to choose weights by; None for all.
 
         Raises:
-            DataError: it is missing, or its columns have no density; the message says what to do.
+            DataError: it is missing, or its columns have no density.
             ConfigError: there is no table of that name, or it has a fixed split and these settings ask for another.
         """
         from ..data.catalog import get_table, taken_by
@@ -225,12 +224,12 @@ class TableData:
         return table
 
     def trained_on(self, data: Any) -> TableData:
-        """These settings with what a run records of its ``data``; a table smaller than a batch is one batch."""
+        """These settings with what a run records of its ``data``. A table smaller than a batch is one batch."""
         batch_size = min(self.batch_size, len(data.train))
         return dataclasses.replace(self, batch_size=batch_size, rows=data.rows, checksum=data.checksum)
 
     def for_new_run(self) -> TableData:
-        """These settings without what a run has recorded: a new one may train on a table that has changed."""
+        """These settings without what a run has recorded, so that a new run may train on a changed table."""
         return dataclasses.replace(self, rows=None, checksum=None)
 
 
@@ -238,6 +237,6 @@ _SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "s
 
 
 def _at_absolute_root(assigned: Mapping[str, Any]) -> dict[str, Any]:
-    """Assigned settings whose ``root`` a command in another folder finds."""
+    """Assigned settings with an absolute ``root``, which a command in another folder finds."""
     root = assigned.get("root")
     return {**assigned, "root": os.path.abspath(root)} if root else dict(assigned)

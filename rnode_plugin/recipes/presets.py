@@ -1,7 +1,7 @@
 """The recipes of this package: the paper's four data sets (Table 1), two of them fast, digits, pictures, tables.
 
-Numbers that the paper does not give are those of the authors' public training scripts: the logit margins, the
-warm-up, the flips, the first step of the adaptive solver, the seed and the epochs of the two large sets. Our own
+Numbers that the paper does not give are taken from the authors' public training scripts: the logit margins, the
+warm-up, the flips, the first step of the adaptive solver, the seed and the epochs of the two large sets. Our
 choices are the number of held-out images of a validation while training, logs and samples, and all of
 ``digits``, ``pictures``, ``mnist-fast`` and ``cifar10-fast``, which have the paper's models and objective.
 """

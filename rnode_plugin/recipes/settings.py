@@ -90,9 +90,9 @@ class Optimizer:
             ``cooldown``, constant and then a linear fall to zero. A limit on time does not change it.
         cooldown: share of the steps in which the rate of ``cooldown`` falls, the last ones.
         beta1, beta2: decay rates of Adam's moments.
-        weight_decay: L2 coefficient that ``adam`` adds to the gradient; ``muon`` shrinks what it trains by it times
-            the rate instead.
-        momentum: decay rate of the mean of gradients in ``muon``.
+        weight_decay: L2 coefficient that ``adam`` adds to the gradient. ``muon`` shrinks its weights by the rate
+            times it instead.
+        momentum: decay rate of the mean of the gradients in ``muon``.
         vector_lr: learning rate of the biases in ``muon``.
     """
 
@@ -114,12 +114,12 @@ class Start:
 
     Attributes:
         steps: optimizer steps of the start; 0 for none.
-        batch_size: images per device and step until then, if ``data.batch_size`` is not smaller; None for that.
-        step: of the training solver, a fixed grid, until then; None for ``solver.step``.
-        matching: optimizer steps of flow matching, the first of the run: all fields learn at once to carry data
-            straight to noise, with one evaluation each and no likelihood
+        batch_size: images per device and step until then, unless ``data.batch_size`` is smaller; None for it.
+        step: step size of the training solver, a fixed grid, until then; None for ``solver.step``.
+        matching: optimizer steps of flow matching, the first ones of the run: all fields learn at once to carry
+            data straight to noise, with one evaluation each and no likelihood
             (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``training.max_steps``, and
-            optimizer and schedule start again after them. None where ``training.weights`` are given.
+            optimizer and schedule start again after them. A run from ``training.weights`` makes none.
     """
 
     steps: NonNegativeInt = 0
@@ -135,11 +135,11 @@ class Start:
             )
 
     def size_at(self, step: int, batch_size: int) -> int:
-        """Images per device and batch of a step, counted from 0, where ``batch_size`` are those after the start."""
+        """Images per device and batch of a step, counted from 0; ``batch_size`` is the number after the start."""
         return min(self.batch_size or batch_size, batch_size) if step < self.steps else batch_size
 
     def solver_at(self, step: int, solver: Solver) -> Solver:
-        """The training solver of a step, counted from 0, where ``solver`` is that after the start."""
+        """The training solver of a step, counted from 0; ``solver`` is the one after the start."""
         return dataclasses.replace(solver, step=self.step) if self.gives_step_at(step) else solver
 
     def described(self, batch_size: int) -> str:
@@ -150,20 +150,20 @@ class Start:
         return f"{batch_size} ({' and '.join(other)} in the first {self.steps} steps)" if other else str(batch_size)
 
     def gives_step_at(self, step: int) -> bool:
-        """Whether a step, counted from 0, takes the solver's step size from here."""
+        """Whether a step, counted from 0, has the step size of the start."""
         return step < self.steps and self.step is not None
 
 
 @dataclass(frozen=True, config=CONFIG)
 class Training:
-    """How long, how often to look, and the seed.
+    """How long a run trains, how often it validates and saves, and its seed.
 
     Attributes:
-        max_epochs: passes over the training samples, images or rows; None where ``max_steps`` decides alone.
-        max_steps: optimizer steps; None where ``max_epochs`` decides alone. The first limit that is met stops.
-        seed: of the weights, the data order and all noise.
-        weights: of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or weights of
-            the package; None for fresh ones.
+        max_epochs: passes over the training samples, images or rows; None if ``max_steps`` decides alone.
+        max_steps: optimizer steps; None if ``max_epochs`` decides alone. The first limit that is met stops.
+        seed: seed of the weights, the data order and all noise.
+        weights: weights of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a name of weights
+            in the package; None for fresh ones.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the faster of these two,
             measured before the first step.
         compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: if
@@ -171,16 +171,15 @@ class Training:
         tune_every: steps between two measurements of ``solver.step=auto``.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
-        val_images: images, or rows, of the validation set that a validation uses; None for all. ``rnode-cli eval``
-            uses all.
+        val_images: number of images or rows that a validation uses; None for all. ``rnode-cli eval`` uses all.
         log_every: steps between two rows of the metrics.
         accumulate: batches whose gradients are averaged for one step. One device with ``accumulate`` 4 makes the
-            steps of four devices with 1, to rounding: the same images and the same noise.
-        ema: decay of an exponential moving average of the weights, such as 0.999, which validations, checkpoints,
-            evaluation and sampling then use; None for the weights as they are trained.
+            same steps as four devices with 1, up to rounding.
+        ema: decay of an exponential moving average of the weights, such as 0.999, for validations, checkpoints,
+            evaluation and sampling; None for the trained weights themselves.
         max_skipped: steps in a row without a usable gradient after which training stops.
-        save_every: steps between two checkpoints, besides the one after each validation.
-        sample_temperatures: standard deviations of the latent in the grids, one row of images each; of a table one
+        save_every: steps between two checkpoints. Each validation saves one, too.
+        sample_temperatures: standard deviations of the latent in the grids, one row of images each. A table has one
             temperature.
         sample_images: images per temperature in the grids, or held-out rows and samples in a table's corner plot;
             0 for none.
@@ -211,13 +210,13 @@ class Training:
 
 @dataclass(frozen=True, config=CONFIG)
 class Paper:
-    """The paper's figures for this data set (Tables 1 and 2); nothing here was measured by this package.
+    """The figures of the paper for this data set (Tables 1 and 2). None of them was measured by this package.
 
     Attributes:
         bits_dirty, bits_clean: bits/dim of RNODE with uniform noise and at the bins' centres.
-        hours, gpus: time of the RNODE run and the devices it took.
-        parameters: of the model, to the three digits that Table 2 gives.
-        vanilla_bits, vanilla_hours: the same for FFJORD; None where the paper did not run it or it did not train.
+        hours, gpus: time of the RNODE run, and its number of devices.
+        parameters: number of parameters of the model, to the three digits of Table 2.
+        vanilla_bits, vanilla_hours: bits/dim with noise and time of FFJORD; None if the paper has no such run.
     """
 
     bits_dirty: float

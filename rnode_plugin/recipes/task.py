@@ -27,7 +27,7 @@ class Quantity(NamedTuple):
     """A likelihood that an evaluation measures.
 
     Attributes:
-        name: of it in ``result.json``, and of its column in the file of all samples.
+        name: its name in ``result.json``, and the name of its column in the file of all samples.
         heading, meaning: its row in the terminal and in a report.
     """
 
@@ -37,22 +37,22 @@ class Quantity(NamedTuple):
 
 
 class Task(ABC):
-    """What a recipe models. ``recipe.task`` is chosen once, and callers ask it. Lower scores are better.
+    """What a recipe models. ``recipe.task`` is chosen once, and callers use its methods. Lower scores are better.
 
     Attributes:
         metric: name of the score in the logs: ``train/METRIC``, ``val/METRIC``.
-        unit: of a score.
+        unit: the unit of a score.
         samples: what the samples are called, ``images`` or ``rows``.
         quantities: the means of an evaluation; validations and comparisons use the first.
         baselines: means of other densities, for comparison.
-        max_gap: a validation warns of a training solver whose error is larger, in the unit.
+        max_gap: the error of a training solver, in the unit, above which a validation warns.
         step_gap, step_round_trip: tolerances of ``solver.step=auto``, in the unit and in ``step_unit``.
-        step_unit: of the error of a round trip.
+        step_unit: the unit of the error of a round trip.
         exact_dims: largest number of dimensions for which an evaluation takes the whole Jacobian.
         noisy: whether the scores of one sample differ between draws even if the trace is exact.
-        event: the shape of one sample, or the number of its columns, which a model is made for.
+        event: the shape of one sample, or the number of modelled columns.
         model_options: further arguments of a model that follow from the data.
-        columns: names of the modelled and of the given columns of a table; images have none.
+        columns: names of the modelled and of the given columns of a table; empty for images.
     """
 
     metric: ClassVar[str]
@@ -103,7 +103,7 @@ class Task(ABC):
 
     @abstractmethod
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        """A batch of the data as input of a flow, for one of :attr:`quantities`; noise from torch's generator."""
+        """A batch of data as input of a flow, for one of :attr:`quantities`, with noise from torch's generator."""
 
     def training_inputs(self, batch: Tensor) -> FlowInput:
         """A batch of the data as input of a training step."""
@@ -184,7 +184,7 @@ class ImageTask(Task):
 
 
 class TableTask(Task):
-    """Nats per row of float rows ``(B, C)``: the modelled columns first, then the given ones.
+    """Nats per row of rows ``(B, C)``, float: the modelled columns first, then the given ones.
 
     Args:
         columns: names of the modelled columns.
