@@ -20,7 +20,6 @@ CELLS = (
 """Columns of the table that comes along: means over the cell nuclei in an image, in the units of the file."""
 
 _FEWEST = 20  # rows: with fewer, the parts of a split are too small to measure anything
-_PARTS = ("train", "val", "held_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +48,7 @@ class Table:
     checksum: str = ""
 
     def __post_init__(self) -> None:
-        for part in _PARTS:
-            rows = getattr(self, part)
+        for part, rows in self._parts.items():
             if rows.ndim != 2 or rows.shape[1] != len(self.columns) or rows.dtype.kind != "f" or len(rows) == 0:
                 raise DataError(
                     f"{self.name}: the {part} rows are {rows.dtype} {rows.shape}; they must be floating-point "
@@ -58,12 +56,16 @@ class Table:
                 )
         if not self.checksum:
             found = hashlib.sha256()
-            for part in _PARTS:
-                rows = np.ascontiguousarray(getattr(self, part), dtype="<f8")
+            for part in self._parts.values():
+                rows = np.ascontiguousarray(part, dtype="<f8")
                 found.update(f"{rows.shape}".encode())
                 found.update(rows.data)
             object.__setattr__(self, "checksum", found.hexdigest()[:16])
-            object.__setattr__(self, "rows", sum(len(getattr(self, part)) for part in _PARTS))
+            object.__setattr__(self, "rows", sum(map(len, self._parts.values())))
+
+    @property
+    def _parts(self) -> dict[str, np.ndarray]:
+        return {"train": self.train, "val": self.val, "held_out": self.held_out}
 
     def select(self, columns: Sequence[str]) -> Table:
         """The same rows with these columns, in this order.
@@ -75,7 +77,7 @@ class Table:
             if name not in self.columns:
                 raise DataError(f"{self.name}: {suggest(name, self.columns, 'column')}")
         at = [self.columns.index(name) for name in columns]
-        parts = {part: np.ascontiguousarray(getattr(self, part)[:, at]) for part in _PARTS}
+        parts = {part: np.ascontiguousarray(rows[:, at]) for part, rows in self._parts.items()}
         return dataclasses.replace(self, columns=tuple(columns), rows=0, checksum="", **parts)
 
     def limit(self, n_train: int | None = None, n_val: int | None = None) -> Table:
@@ -89,7 +91,7 @@ class Table:
             DataError: a value is outside of their range.
         """
         with np.errstate(over="ignore"):
-            parts = {part: getattr(self, part).astype(np.float32) for part in _PARTS}
+            parts = {part: rows.astype(np.float32) for part, rows in self._parts.items()}
         for place, name in enumerate(self.columns):
             if not all(np.isfinite(rows[:, place]).all() for rows in parts.values()):
                 raise DataError(

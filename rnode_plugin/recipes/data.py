@@ -189,7 +189,7 @@ class TableData:
         if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
             assigned["columns"] = table_columns(name, root=root)
         new = dataclasses.replace(self, **assigned)
-        same = all(getattr(new, key) == getattr(self, key) for key in ("name", "root", "columns", "given", *_SPLIT))
+        same = all(vars(new)[key] == vars(self)[key] for key in ("name", "root", "columns", "given", *_SPLIT))
         return new if same else new.for_new_run()
 
     def load(self, *, download: bool = False, val_images: int | None = None) -> Table:
@@ -207,9 +207,9 @@ class TableData:
         from ..data.tables import check_columns
 
         columns = (*self.modelled, *self.given)
-        options = taken_by(self.name, {"columns": columns, **{name: getattr(self, name) for name in _SPLIT}})
+        options = taken_by(self.name, {"columns": columns, **{name: vars(self)[name] for name in _SPLIT}})
         for name, default in _SPLIT.items():
-            if name not in options and getattr(self, name) != default:
+            if name not in options and vars(self)[name] != default:
                 raise ConfigError(f"the table {self.name} has a fixed split: leave data.{name} at {default}.")
         table = get_table(self.name, root=self.root, download=download, **options).select(columns)
         if self.checksum not in (None, table.checksum):

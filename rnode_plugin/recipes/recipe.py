@@ -149,7 +149,7 @@ class Recipe:
             if new["data"].name != self.data.name:
                 new["paper"] = None
         for group, values in changes.items():
-            old = getattr(self, group)
+            old = vars(self)[group]
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
         with refused():
             changed = dataclasses.replace(self, **new)
@@ -195,10 +195,9 @@ class Recipe:
 
     def settings(self) -> list[tuple[str, Any]]:
         """Every setting as ``("group.key", value)``."""
-        groups = [(each.name, getattr(self, each.name)) for each in dataclasses.fields(self)]  # pyright: ignore
         return [
             (f"{group}.{key}", entry)
-            for group, value in groups
+            for group, value in vars(self).items()
             if not (value is None or isinstance(value, str))
             for key, entry in (value if isinstance(value, Mapping) else vars(value)).items()
         ]
