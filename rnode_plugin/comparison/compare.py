@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -10,22 +11,27 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from ..errors import ConfigError, TrainingError
+from ..core.schedules import strength_text
+from ..errors import ConfigError, TrainingError, suggest
 from ..evaluation.loading import load_for_training
+from ..plugins import registry
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.runs import read_run
 from ..training.runs import training_lock
-from .configurations import configured_recipes
 
 _TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
+_VALIDATIONS = 20  # of a run whose recipe has a number of steps and does not say how often it is validated
+_EXAMPLE = '{"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}'
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,12 @@ class Comparison:
 def compare(
     recipe: Recipe,
     *,
-    configurations: tuple[str, ...] = (),
+    configurations: Sequence[str] = (),
     seeds: int = 1,
-    validations: int = 20,
     max_time: float | None = None,
     out: str | os.PathLike[str] = "comparison",
     accelerator: str = "auto",
-    devices: str = "auto",
+    devices: int | None = None,
     download: bool = False,
     progress: bool = True,
     announce: Callable[[str], object] = print,
@@ -65,13 +70,11 @@ def compare(
 
     Args:
         recipe: the settings that the configurations share.
-        configurations, seeds: see :func:`~rnode_plugin.comparison.configurations.configured_recipes`.
-        validations: number of validations of each run, evenly spread over its steps. They are the marks of the
-            figures. Used if the recipe has ``max_steps`` and no ``val_every_steps``.
+        configurations, seeds: see :func:`configured_recipes`.
         max_time: seconds for the training of each run, validations included.
         out: folder for ``runs/``, ``logs/`` and the report.
         accelerator: as Lightning's Trainer takes it.
-        devices: see :func:`places_of`; each run has one. Processes on a CPU share its threads.
+        devices: number of runs that train at the same time; None for one on each GPU, or on each core of a CPU.
         download: fetch the data set if it is missing.
         progress: show the progress of runs that are trained one after another. Other output is in the logs.
         announce: called with a line at the beginning of each run and for each failure.
@@ -85,11 +88,11 @@ def compare(
     recipe, _ = load_for_training(recipe, download=download)
     training = recipe.training
     if training.max_steps is not None and training.val_every_steps is None:
-        every = max(1, training.max_steps // validations)
+        every = max(1, training.max_steps // _VALIDATIONS)
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(training, val_every_steps=every))
     planned = configured_recipes(recipe, configurations, seeds=seeds)
+    places = _places(accelerator, devices)[: len(planned)]
     free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    places = places_of(accelerator, devices, len(planned))
     for place in places:
         free.put(place)
     threads = str(max(1, torch.get_num_threads() // len(places)))
@@ -104,19 +107,17 @@ def compare(
     folders = {out / "runs" / one.name / str(one.training.seed): one for one in planned}
     (out / "logs").mkdir(parents=True, exist_ok=True)
 
-    def train(title: str, one: Recipe, begin: list[str]) -> str | None:
+    def train(title: str, one: Recipe, begin: Sequence[str]) -> str | None:
         announce(title)
         log, file = (out / "logs" / f"{one.name}-{one.training.seed}.{suffix}" for suffix in ("log", "json"))
         file.write_text(json.dumps(one.to_plain()), encoding="utf-8")
         place = free.get()
-        try:
-            command = [*_TRAIN, str(file), *begin, "--device", accelerator, "--devices", place, *limit]
-            with log.open("wb") as output:
-                shown = None if progress and len(places) == 1 else output
-                code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=shown, stderr=output,
-                                      env=environment).returncode  # fmt: skip
-        finally:
-            free.put(place)
+        command = [*_TRAIN, str(file), *begin, "--device", accelerator, "--devices", place, *limit]
+        with log.open("wb") as output:
+            shown = None if progress and len(places) == 1 else output
+            code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=shown, stderr=output,
+                                  env=environment).returncode  # fmt: skip
+        free.put(place)
         if code == 0:
             return None
         failure = f"{one.name}, seed {one.training.seed}: {_reason(code, log)}"
@@ -127,8 +128,7 @@ def compare(
         jobs = []
         for number, (folder, one) in enumerate(folders.items(), 1):
             title = f"run {number} of {len(planned)}: {one.name}, seed {one.training.seed}"
-            begin = _begin(folder, one)
-            if begin is None:
+            if (begin := _begin(folder, one)) is None:
                 announce(f"{title}: done, in {folder}")
             else:
                 jobs.append((title, one, begin))
@@ -167,33 +167,12 @@ def _begin(folder: Path, recipe: Recipe) -> list[str] | None:
     return ["--run-folder", str(folder)]
 
 
-def places_of(accelerator: str, devices: str, runs: int) -> list[str]:
-    """The places for runs that are trained at the same time, each as Lightning's Trainer takes its ``devices``.
-
-    Args:
-        accelerator: as Lightning's Trainer takes it.
-        devices: ``auto``: all GPUs, or on a CPU as many processes as it has cores; a number of them; or a list of
-            GPUs such as ``0,2``. There are at most as many places as runs.
-        runs: number of runs.
-
-    Raises:
-        ConfigError: another text, or GPUs that this machine does not have.
-    """
+def _places(accelerator: str, devices: int | None) -> list[str]:
+    """The ``--devices`` of runs that train at the same time: GPUs by turns, or one process of a CPU each."""
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
-    if devices == "auto":
-        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available())
-        places = [f"{gpu}," for gpu in range(gpus)] or ["1"] * (torch.get_num_threads() if on_cpu else 1)
-    elif re.fullmatch(r"[1-9]\d*", devices):
-        places = [f"{gpu}," for gpu in range(int(devices))] if gpus else ["1"] * int(devices)
-    elif re.fullmatch(r"\d+(,\d+)*,?", devices) and "," in devices:
-        places = [f"{gpu}," for gpu in devices.strip(",").split(",")]
-    else:
-        raise ConfigError(
-            f"devices: expected auto, a number of runs at a time or GPUs such as 0,2; got {devices!r}."
-        )
-    if (len(set(places)) < len(places) and gpus) or any(p != "1" and int(p[:-1]) >= gpus for p in places):
-        raise ConfigError(f"the devices {devices} are not different ones of the {gpus} GPUs of this machine.")
-    return places[:runs]
+    on_mps = accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available())
+    count = devices or gpus or (1 if on_mps else torch.get_num_threads())
+    return [f"{number % gpus}," if gpus else "1" for number in range(count)]
 
 
 def _reason(code: int, log: Path) -> str:
@@ -202,3 +181,80 @@ def _reason(code: int, log: Path) -> str:
         return " ".join(message[1].split())
     hint = " The memory may not have sufficed. --devices 1 trains one run at a time." if code == -9 else ""
     return f"its process ended with exit code {code}, see {log}.{hint}"
+
+
+def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, seeds: int = 1) -> list[Recipe]:
+    """The recipe of each run: for each seed, all configurations.
+
+    Args:
+        recipe: the settings that the configurations share. Weights, data order and noise are functions of its seed.
+        configurations: each is ``none`` (no penalty, the recipe's solver, as in the paper's ablation), ``ffjord``
+            (no penalty, Dormand-Prince at 1e-5, as in the paper's comparison of times), ``rnode`` (all penalties
+            of the recipe), a penalty such as ``kinetic`` or ``taylor:3`` with the recipe's lambda or its default,
+            or a JSON file. The file maps names to penalties with their lambdas,
+            ``{"weak": {"kinetic": 0.001, "jacfrob": 0.001}}``. A list of lambdas is a sweep,
+            ``{"sweep": {"kinetic": [0.001, 0.01, 0.1]}}``, and several lists form a grid. Without configurations:
+            ``none``, each penalty of the recipe alone and ``rnode``.
+        seeds: runs of each configuration; the first has the recipe's seed, the others the next ones.
+
+    Raises:
+        ConfigError: an unknown penalty, a bad lambda, a file that cannot be read, or two configurations that train
+            the same.
+    """
+    alone = list(recipe.regularizers)  # the paper's ablation, figure 5
+    chosen: dict[str, Recipe] = {}
+    for text in configurations or ["none", *alone, *(["rnode"] if len(alone) > 1 else [])]:
+        for name, one in _read(recipe, text):
+            # the colon of an option is no part of a file name
+            one = dataclasses.replace(one, name=f"{recipe.name}-{name}".replace(":", "-"))
+            for other, its in chosen.items():
+                if its.name == one.name or dataclasses.replace(its, name=one.name) == one:
+                    same = "name" if its.name == one.name else "settings"
+                    raise ConfigError(f"{other} and {name} have the same {same}: give each configuration once.")
+            chosen[name] = one
+    first = recipe.training.seed
+    return [
+        dataclasses.replace(one, training=dataclasses.replace(one.training, seed=seed))
+        for seed in range(first, first + seeds)
+        for one in chosen.values()
+    ]
+
+
+def _read(recipe: Recipe, text: str) -> Iterator[tuple[str, Recipe]]:
+    """Name and recipe of a configuration, or of each one in a file."""
+    named = {
+        "none": lambda: dataclasses.replace(recipe, regularizers={}),
+        "ffjord": recipe.ffjord,
+        "rnode": lambda: recipe,
+    }
+    known = [*named, *registry.names("regularizers")]
+    if text.endswith(".json"):
+        yield from _read_file(recipe, Path(text))
+    elif text in named:
+        yield text, named[text]()
+    elif text.partition(":")[0] in known:
+        (found,) = registry.resolve_regularizers([text]).values()
+        strengths: Any = {text: recipe.regularizers.get(text, found.strength)}
+        yield text, dataclasses.replace(recipe, regularizers=strengths)
+    else:
+        raise ConfigError(suggest(text, known, "configuration"))
+
+
+def _read_file(recipe: Recipe, file: Path) -> Iterator[tuple[str, Recipe]]:
+    try:
+        entries = TypeAdapter(dict[str, dict[str, Any]]).validate_json(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
+    except ValueError:
+        raise ConfigError(f"{file} must be JSON that maps names to penalties, such as {_EXAMPLE}.") from None
+    for entry, penalties in entries.items():
+        lists = [value if isinstance(value, list) else [value] for value in penalties.values()]
+        for values in itertools.product(*lists):
+            try:
+                one = dataclasses.replace(recipe, regularizers=dict(zip(penalties, values, strict=True)))
+                registry.resolve_regularizers(one.regularizers)
+            except ConfigError as error:
+                raise ConfigError(f"{file}, {entry}: {error}") from None
+            swept = [name for name, value in penalties.items() if isinstance(value, list)]
+            terms = [f"{name}={strength_text(one.regularizers[name])}" for name in swept]
+            yield "-".join([entry, *terms]), one
