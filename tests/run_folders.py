@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,23 +48,17 @@ def write_run(
     (path / "metrics.csv").write_text("\n".join(rows) + "\n")
     if finished:
         evaluation = {
-            "dirty": {"mean": bits, "stderr_images": 0.02, "stderr_noise": None},
-            "clean": {"mean": bits - 0.1, "stderr_images": 0.03, "stderr_noise": None},
-            "nfe_mean": nfe,
-            "nfe_batch_size": 100,
+            "samples": 297,
+            "means": {
+                "dirty": {"mean": bits, "stderr": 0.02, "stderr_noise": None},
+                "clean": {"mean": bits - 0.1, "stderr": 0.03, "stderr_noise": None},
+            },
+            **{"draws": 1, "nfe_mean": nfe, "nfe_min": nfe, "nfe_max": nfe, "nfe_batches": 2},
+            **{"nfe_batch_size": 100, "undivided": [], "gap": -0.002, "seconds": 1.0},
             "penalties": {"kinetic": 0.4, "jacfrob": jacfrob},
-            "undivided": [],
-            "gap": -0.002,
-            "images": 297,
         }
-        ended: dict[str, Any] = {
-            "stopped": stopped,
-            "steps": steps,
-            "planned": steps,
-            "training_seconds": steps / 2,
-        }
-        ended["evaluation"] = evaluation
-        (path / "result.json").write_text(json.dumps(ended))
+        ended = {"stopped": stopped, "steps": steps, "planned": steps, "training_seconds": steps / 2}
+        (path / "result.json").write_text(json.dumps({**ended, "evaluation": evaluation}))
         if images:
             lines = [f"{number},{each},{each - 0.1}" for number, each in enumerate(images)]
             (path / "images.csv").write_text("\n".join(["image,dirty,clean", *lines]) + "\n")

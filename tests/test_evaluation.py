@@ -53,9 +53,10 @@ def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2))
 
 
 def test_means_and_standard_errors_are_over_images_not_batches() -> None:
-    flow = Known(lambda x: x.flatten(1).sum(1))
+    flow = Known(lambda x: x.flatten(1).sum(1), nfe=[*[7, 9] * 9, 20])
     result = evaluate(flow, images(10), batch_size=4, draws=3, seed=5)  # pyright: ignore
     assert [len(x) for x in flow.seen] == [*[4, 4, 2] * 6, 10]  # and once more for NFE
+    assert (result.nfe_mean, result.nfe_batches, result.nfe_batch_size) == (20, 1, 10)
     # draws alternate dirty and clean, three batches each
     x = torch.cat(flow.seen[:-1]).reshape(3, 2, 10, -1).double()
     bits = 2 - x.sum(3) / (4 * math.log(2))
@@ -112,7 +113,7 @@ def test_the_trace_is_exact_in_few_dimensions_and_by_rademacher_probes_in_many(
     side: int, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape, draw = (1, side, side), Hutchinson.draw
-    flow, pictures = active_flow(shape, "gaussian"), images(8, 17, shape)
+    flow, pictures = active_flow(shape, "gaussian"), images(4, 17, shape)
     probes: list[Tensor] = []
 
     def recorded(self: Hutchinson, z: Tensor, **options: Any) -> Tensor:
@@ -194,23 +195,12 @@ def test_a_grid_shows_each_image_in_its_bin(tmp_path: Path) -> None:
 
 def test_nfe_is_that_of_separate_solves_of_the_same_batches() -> None:
     """One checkpoint has one NFE, for all draws and batch sizes."""
-    flow, pictures = active_flow((1, 4, 4), "gaussian"), images(350, 17, (1, 4, 4))
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.mul_(0.3)
+    flow, pictures = active_flow((1, 2, 2), "gaussian"), images(350, 17, (1, 2, 2))
     solver = Solver(method="dopri5", atol=1e-3, rtol=1e-3)
     settings: tuple[dict[str, Any], ...] = ({"draws": 1}, {"draws": 3}, {"draws": 1, "batch_size": 50})
     found = [evaluate(flow, pictures, solver=solver, **{"batch_size": 350, **options}) for options in settings]
     assert len({(each.nfe_mean, each.nfe_min, each.nfe_max) for each in found}) == 1
     assert (found[0].nfe_batches, found[0].nfe_batch_size) == (3, 100)
-
-
-def test_the_mean_and_the_range_of_nfe_are_those_of_the_solves_that_stand_alone() -> None:
-    dirty_and_clean, alone = [7, 9, 7, 9], [20, 26, 44]
-    flow = Known(lambda x: x.flatten(1).sum(1), nfe=[*dirty_and_clean, *alone])
-    found = evaluate(flow, images(350), batch_size=350, draws=2)  # pyright: ignore
-    assert (found.nfe_mean, found.nfe_min, found.nfe_max) == (30.0, 20, 44)
-    np.testing.assert_array_equal(torch.cat(flow.seen[4:]) * 4 // 1, images(350)[:300])
 
 
 @pytest.mark.parametrize(
@@ -233,7 +223,7 @@ def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
         for parameter in flow.parameters():
             parameter.copy_(0.5 * torch.randn_like(parameter))
     flow = flow.double()
-    pictures = images(3, 17, (1, 2, 2))
+    pictures = images(2, 17, (1, 2, 2))
 
     def rates(t: float, y: np.ndarray, field: nn.Module) -> np.ndarray:
         """Velocity, divergence, squared speed and squared Jacobian norm of ``y (7,)``."""
@@ -252,7 +242,7 @@ def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
         p = 0.05 + 0.9 * (picture.reshape(-1) + 0.5) / 17
         y = np.concatenate([np.log(p / (1 - p)), [0.0, 0.0, 0.0]])
         for field in flow.fields:
-            y = solve_ivp(rates, (0, 1), y, args=(field,), rtol=1e-9, atol=1e-10).y[:, -1]
+            y = solve_ivp(rates, (0, 1), y, args=(field,), rtol=1e-7, atol=1e-8).y[:, -1]
         log_prob = (-0.5 * (y[:4] ** 2 + np.log(2 * np.pi)) + np.log(0.9 / (p * (1 - p)))).sum() + y[4]
         bits.append(np.log2(17) - log_prob / (4 * np.log(2)))
         penalties.append(y[5:] / 4)
@@ -266,7 +256,7 @@ def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
     found = evaluate(flow, pictures, measure=Clean((1, 2, 2), 17), draws=1)
     assert found.clean.samples == pytest.approx(bits, abs=1e-5)
     assert found.clean.mean == pytest.approx(np.mean(bits), abs=1e-5)
-    assert found.clean.stderr == pytest.approx(np.std(bits, ddof=1) / 3**0.5, abs=1e-5)
+    assert found.clean.stderr == pytest.approx(np.std(bits, ddof=1) / 2**0.5, abs=1e-5)
     assert list(found.penalties.values()) == pytest.approx(np.mean(penalties, 0).tolist(), rel=1e-4)
 
 
@@ -328,11 +318,11 @@ def test_the_plain_numbers_of_a_table_by_scipy() -> None:
     flow.standardize(torch.from_numpy(train))
     measure = TableTask(("a", "b", "c"))
     table = Table("t", ("a", "b", "c"), train, train, held_out)
-    plain = evaluate(flow, held_out, measure=measure).with_baselines(measure, table).to_plain(measure, samples=True)
+    plain = evaluate(flow, held_out, measure=measure).with_baselines(measure, table).to_plain(samples=True)["means"]
     back = np.diag(train.std(0)) @ expm(-a)
     for name, covariance in (("nll", back @ back.T), ("gaussian", np.cov(train.T, ddof=0))):
         normal: Any = stats.multivariate_normal  # scipy's stubs take a number as the covariance
         wanted = -normal(train.mean(0), covariance).logpdf(held_out)
-        np.testing.assert_allclose(plain[name]["rows"], wanted, rtol=1e-3)
+        np.testing.assert_allclose(plain[name]["samples"], wanted, rtol=1e-3)
         assert plain[name]["mean"] == pytest.approx(wanted.mean(), rel=1e-4)
-        assert plain[name]["stderr_rows"] == pytest.approx(wanted.std(ddof=1) / 10**0.5, rel=1e-3)
+        assert plain[name]["stderr"] == pytest.approx(wanted.std(ddof=1) / 10**0.5, rel=1e-3)

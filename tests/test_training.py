@@ -84,7 +84,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
         "samples",
     ]  # fmt: skip
     assert result.evaluation is not None
-    measured = json.loads((folder / "result.json").read_text())["evaluation"]
+    measured = json.loads((folder / "result.json").read_text())["evaluation"]["means"]
     bits = {kind: result.evaluation.means[kind].samples for kind in ("dirty", "clean")}
     with (folder / "images.csv").open() as file:
         of_images = list(csv.DictReader(file))
@@ -92,7 +92,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     for kind, values in bits.items():
         assert [float(row[kind]) for row in of_images] == pytest.approx(values, rel=1e-6)
         assert np.mean(values) == pytest.approx(measured[kind]["mean"])
-        assert np.std(values, ddof=1) / len(values) ** 0.5 == pytest.approx(measured[kind]["stderr_images"])
+        assert np.std(values, ddof=1) / len(values) ** 0.5 == pytest.approx(measured[kind]["stderr"])
     found = rows(result)
     assert [int(row["step"]) for row in found] == [1, 2, 3, 4, 4, 5, 6, 6]
     train = {"epoch", "lr", "step", "train/bpd", "train/grad_norm", "train/jacfrob", "train/kinetic", "train/loss",

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +20,7 @@ from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError
 from ..flows.base import BlockFlow
 from ..recipes.task import ImageTask, Task
-from .measures import Evaluation, Mean, batch_of
-from .solver_gap import measure_solver_gap
+from .measures import Evaluation, Mean, batch_of, measure_solver_gap
 
 if TYPE_CHECKING:
     from ..solvers import Solver
@@ -75,25 +74,35 @@ def evaluate(
     """
     if not len(samples):
         raise ConfigError("an evaluation needs at least one row or image.")
-    measure = measure or ImageTask(flow.image_shape, flow.levels)
     start = time.monotonic()
-    measuring = _Measuring(measure, flow, samples, batch_size, solver, seed, progress)
-    if draws is None:
-        draws = measuring.choose_draws()
-    measuring.finish(draws)
+    measure = measure or ImageTask(flow.image_shape, flow.levels)
+    solves = _Solves(measure, flow, samples, batch_size, solver, seed, progress)
+    draws = draws or solves.choose_draws()
+    solves.take(range(draws), len(solves.batches))
     batches = nfe_batches(len(samples), measure.dims)
-    nfe = [measuring.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
+    nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
+    whole = undivided(getattr(flow, "regularizers", ()))
+    gap = None
+    if training_solver is not None and not training_solver.adaptive and training_solver.step != "auto":
+        accurate = solves.scores[0, 0, 0]
+        gap = measure_solver_gap(
+            lambda each: solves.encode(each, solves.batches[0]), solves.scores_of, training_solver, accurate
+        ).mean
     return Evaluation(
-        means={quantity.name: measuring.mean(draws, k) for k, quantity in enumerate(measure.quantities)},
+        samples=len(samples),
+        means={quantity.name: solves.mean(draws, kind) for kind, quantity in enumerate(measure.quantities)},
         draws=draws,
         nfe_mean=float(np.mean(nfe)),
         nfe_min=min(nfe),
         nfe_max=max(nfe),
         nfe_batches=len(batches),
         nfe_batch_size=batches[0].stop,
-        penalties=measuring.penalties(draws),
-        undivided=tuple(sorted(measuring.whole)),
-        gap=measuring.gap(training_solver),
+        penalties={
+            name: integral if name in whole else integral / measure.dims
+            for name, integral in solves.integrals(draws).items()
+        },
+        undivided=tuple(sorted(whole)),
+        gap=gap,
         seconds=time.monotonic() - start,
     )
 
@@ -109,11 +118,12 @@ def nfe_batches(samples: int, dims: int) -> list[slice]:
     return [slice(k * size, (k + 1) * size) for k in range(min(_NFE_BATCHES, samples // size))]
 
 
-class _Measuring:
-    """The solves of an evaluation: each batch of samples, draw of noise and quantity once.
+class _Solves:
+    """The solves of an evaluation: each draw of noise, quantity and batch of samples once.
 
     Attributes:
-        whole: names of the penalties that the objective does not divide by the dimensions.
+        batches: places of the samples of each.
+        scores: ``(B,)`` in double precision, by draw, quantity and batch.
     """
 
     def __init__(
@@ -127,100 +137,53 @@ class _Measuring:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._measure, self._flow = measure, _with_least_noise(flow, measure)
-        self._samples, self._solver, self._seed = samples, solver, seed
-        self._batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
-        self._pilot = min(len(self._batches), math.ceil(_PILOT / batch_size))
-        # penalties of steps and trajectories may take evaluations of their own: they get a solve apart
-        regularizers = getattr(flow, "regularizers", ())
-        self._apart = any(each.kind != "rate" for each in regularizers)
-        self.whole = undivided(regularizers)
+        self._samples, self._solver, self._seed, self._progress = samples, solver, seed, progress
+        self.batches = [slice(first, first + batch_size) for first in range(0, len(samples), batch_size)]
+        self.scores: dict[tuple[int, int, int], Tensor] = {}
+        self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
+        # penalties of steps and trajectories may evaluate the field, which counts in no other solve
+        self._apart = any(each.kind != "rate" for each in getattr(flow, "regularizers", ()))
         self._kinds = range(len(measure.quantities))
-        self._device = next(flow.parameters()).device
-        self._progress, self._done = progress, 0
-        self._total = len(self._kinds) * (len(self._batches) + self._pilot)
-        self._first_steps: tuple[float | None, ...] | None = () if isinstance(flow, BlockFlow) else None
-        self._scores: dict[tuple[int, int, int], Tensor] = {}  # by quantity, draw and batch
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
+        self._device = next(flow.parameters()).device
+        self._total = len(self._kinds) * (len(self.batches) + self._pilot)
+        self._first_steps: tuple[float | None, ...] | None = () if isinstance(flow, BlockFlow) else None
 
     def choose_draws(self) -> int:
         """Draw the first samples twice; the number of draws that makes the noise small enough."""
         if not self._measure.noisy and isinstance(getattr(self._flow, "estimator", None), Exact):
             return 1
-        for draw, kind, index in itertools.product((0, 1), self._kinds, range(self._pilot)):
-            self._take(kind, draw, index)
-        return max(_draws_needed(self._pilot_rows(kind)) for kind in self._kinds)
+        self.take(range(2), self._pilot, total=self._total)
+        return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in self._kinds)
 
-    def finish(self, draws: int) -> None:
-        """Solve the rest of ``draws`` draws of all samples."""
-        every = itertools.product(range(draws), self._kinds, range(len(self._batches)))
-        todo = [key for draw, kind, index in every if (key := (kind, draw, index)) not in self._scores]
-        self._total = self._done + len(todo)
-        for key in todo:
-            self._take(*key)
-
-    def mean(self, draws: int, kind: int) -> Mean:
-        """Mean and errors of all samples."""
-        scores = self._rows(kind, range(draws), len(self._batches))
-        count = scores.shape[1]
-        several = scores if draws > 1 else self._pilot_rows(kind)
-        noise = None if len(several) < 2 else math.sqrt(float(several.var(0).mean()) / (draws * count))
-        of_samples = float(scores.mean(0).std() / count**0.5) if count > 1 else None
-        return Mean(float(scores.mean()), of_samples, noise, tuple(scores.mean(0).tolist()))
-
-    def penalties(self, draws: int) -> dict[str, float]:
-        """Mean integral of each penalty, first quantity, divided by the dimensions where the objective is."""
-        found: dict[str, float] = {}
-        for each in itertools.product(range(draws), range(len(self._batches))):
-            for name, integral in self._integrals[each].items():
-                share = integral / (len(self._samples) * draws)
-                share = share if name in self.whole else share / self._measure.dims
-                found[name] = found.get(name, 0.0) + share
-        return found
-
-    def gap(self, training_solver: Solver | None) -> float | None:
-        """Mean score by the training solver less the one of this evaluation, first batch, same noise."""
-        if training_solver is None or training_solver.adaptive or training_solver.step == "auto":
-            return None
-        return measure_solver_gap(
-            lambda solver: self.encode(solver, self._batches[0]),
-            self._scores_of,
-            training_solver,
-            self._scores[0, 0, 0],
-        ).mean
-
-    def _pilot_rows(self, kind: int) -> Tensor:
-        """Scores ``(draws, samples)`` of the first samples, drawn once or twice."""
-        return self._rows(kind, [draw for draw in (0, 1) if (kind, draw, 0) in self._scores], self._pilot)
-
-    def _rows(self, kind: int, draws: Iterable[int], batches: int) -> Tensor:
-        return torch.stack([torch.cat([self._scores[kind, draw, b] for b in range(batches)]) for draw in draws])
-
-    def _take(self, kind: int, draw: int, index: int) -> None:
-        along = kind == 0 and not self._apart
-        options: dict[str, Any] = {"kind": kind, "draw": draw, "index": index}
-        output = self.encode(self._solver, self._batches[index], **options, penalties=along)
-        self._scores[kind, draw, index] = self._scores_of(output)
-        if kind == 0:  # the samples as training sees them
-            if self._apart:
-                output = self.encode(self._solver, self._batches[index], **options, penalties=True)
-            sums = {name: float(each.cpu().double().sum()) for name, each in output.regularization.items()}
-            self._integrals[draw, index] = sums
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
+    def take(self, draws: range, batches: int, *, total: int | None = None) -> None:
+        """Solve these draws of the first batches, as far as they are not solved."""
+        keys = [key for key in itertools.product(draws, self._kinds, range(batches)) if key not in self.scores]
+        total = total or len(self.scores) + len(keys)
+        for draw, kind, index in keys:
+            batch, along = self.batches[index], kind == 0 and not self._apart
+            output = self.encode(self._solver, batch, draw, kind, index, penalties=along)
+            self.scores[draw, kind, index] = self.scores_of(output)
+            if kind == 0:  # the samples as training sees them
+                if self._apart:
+                    output = self.encode(self._solver, batch, draw, kind, index, penalties=True)
+                sums = {name: float(each.cpu().double().sum()) for name, each in output.regularization.items()}
+                self._integrals[draw, index] = sums
+            if self._progress is not None:
+                self._progress(len(self.scores), total)
 
     def encode(
         self,
         solver: Solver | None,
         batch: slice,
-        *,
-        kind: int = 0,
         draw: int = 0,
+        kind: int = 0,
         index: int = 0,
+        *,
         penalties: bool = False,
         alone: bool = False,
     ) -> FlowOutput:
-        """Solve a batch with the noise of this quantity, draw and index; ``alone`` without another solve's step."""
+        """Solve a batch with the noise of this draw, quantity and index; ``alone`` without another solve's step."""
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
             x, given = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
             known = {} if alone or self._first_steps is None else {"first_steps": self._first_steps}
@@ -229,8 +192,32 @@ class _Measuring:
             self._first_steps = output.next_steps
         return output
 
-    def _scores_of(self, output: FlowOutput) -> Tensor:
+    def scores_of(self, output: FlowOutput) -> Tensor:
+        """The scores ``(B,)`` of a solve."""
         return self._measure.scores(output_log_prob(output)).cpu().double()
+
+    def mean(self, draws: int, kind: int) -> Mean:
+        """Mean and errors of all samples."""
+        scores = self._rows(range(draws), kind, len(self.batches))
+        count = scores.shape[1]
+        several, noise = scores, None
+        if draws == 1 and (1, kind, 0) in self.scores:
+            several = self._rows(range(2), kind, self._pilot)
+        if len(several) > 1:
+            noise = math.sqrt(float(several.var(0).mean()) / (draws * count))
+        of_samples = float(scores.mean(0).std() / count**0.5) if count > 1 else None
+        return Mean(float(scores.mean()), of_samples, noise, tuple(scores.mean(0).tolist()))
+
+    def integrals(self, draws: int) -> dict[str, float]:
+        """The mean integral of each penalty over samples and draws."""
+        solves = [self._integrals[each] for each in itertools.product(range(draws), range(len(self.batches)))]
+        count = len(self._samples) * draws
+        return {name: sum(each[name] for each in solves) / count for name in solves[0]}
+
+    def _rows(self, draws: range, kind: int, batches: int) -> Tensor:
+        """Scores ``(draws, samples)``."""
+        rows = [torch.cat([self.scores[draw, kind, index] for index in range(batches)]) for draw in draws]
+        return torch.stack(rows)
 
 
 def _with_least_noise(flow: Any, measure: Task) -> Any:

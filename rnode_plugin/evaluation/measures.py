@@ -1,17 +1,23 @@
-"""The result of an evaluation: Mean and Evaluation."""
+"""The results of an evaluation: Mean and Evaluation, and the solver gap: a coarse solver minus an accurate one."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import SolverError
 from ..recipes.task import Task
+from ..solvers import Solver
 from ..text import duration, signed, significant
+
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,13 @@ class Mean:
         stderr_noise: the part from the noise alone, as between two evaluations of the same samples; None if
             nothing was drawn twice.
         samples: the value of each sample, its mean over draws. Two models are best compared sample by sample.
+            ``result.json`` has them in a file of its folder.
     """
 
     mean: float
     stderr: float | None
-    stderr_noise: float | None
-    samples: tuple[float, ...] = field(repr=False)
+    stderr_noise: float | None = None
+    samples: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,7 @@ class Evaluation:
     ``evaluation.nll`` and ``evaluation.gaussian`` of tables.
 
     Attributes:
+        samples: number of held-out samples.
         means: by the name of their :class:`~rnode_plugin.recipes.task.Quantity`, in the unit of the task.
         draws: noise draws of each sample.
         nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in a separate solve, all blocks together, over
@@ -54,6 +62,7 @@ class Evaluation:
             noise; infinite if the training solver fails there, None if it is not a fixed grid with a known step.
     """
 
+    samples: int
     means: dict[str, Mean]
     draws: int
     nfe_mean: float
@@ -74,8 +83,7 @@ class Evaluation:
 
     def with_baselines(self, task: Task, data: Any) -> Evaluation:
         """This evaluation with the means of the task's baselines, which follow from the training data."""
-        count = len(next(iter(self.means.values())).samples)
-        means = {name: _mean_of(scores) for name, scores in task.baseline_scores(data, count).items()}
+        means = {name: _mean_of(scores) for name, scores in task.baseline_scores(data, self.samples).items()}
         return dataclasses.replace(self, means={**self.means, **means})
 
     def rows(self, task: Task) -> list[tuple[str, str]]:
@@ -84,7 +92,7 @@ class Evaluation:
         draws = f", {self.draws} draws of noise" if self.draws > 1 else ""
         solves = f"{self.nfe_batches} of {self.nfe_batch_size} {task.samples}"
         known = [each for each in (*task.quantities, *task.baselines) if each.name in self.means]
-        rows = [(f"held-out {task.samples}", f"{len(next(iter(self.means.values())).samples):,}{draws}")]
+        rows = [(f"held-out {task.samples}", f"{self.samples:,}{draws}")]
         rows += [(each.heading, f"{_with_errors(self.means[each.name], task)}  {each.meaning}") for each in known]
         rows += [("NFE", f"{self.nfe_mean:.1f}{spread}  test solver, all blocks, batches solved alone: {solves}")]
         if self.gap is not None:
@@ -93,16 +101,12 @@ class Evaluation:
             rows.append((name if name in self.undivided else f"{name} / dim", f"{value:.5f}"))
         return [*rows, ("evaluation", duration(self.seconds))]
 
-    def to_plain(self, task: Task, *, samples: bool = False) -> dict[str, Any]:
-        """For JSON: the means by name and the other numbers; ``samples`` adds the values of all samples."""
+    def to_plain(self, *, samples: bool = False) -> dict[str, Any]:
+        """For JSON. ``samples`` adds the values of all samples to the means."""
         plain = dataclasses.asdict(self)
-        means: dict[str, dict[str, Any]] = plain.pop("means")
-        for mean in means.values():
-            mean[f"stderr_{task.samples}"], mean[task.samples] = mean.pop("stderr"), mean.pop("samples")
-        count = len(next(iter(means.values()))[task.samples])
-        for mean in means.values() if not samples else ():
-            del mean[task.samples]
-        return {**plain, task.samples: count, **means}
+        for mean in plain["means"].values() if not samples else ():
+            del mean["samples"]
+        return plain
 
 
 def _with_errors(mean: Mean, task: Task) -> str:
@@ -120,3 +124,59 @@ def batch_of(samples: Any, part: slice) -> Tensor:
     """Some of the samples of an array, in memory or on disk, as a tensor."""
     chosen = samples[part]
     return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))  # files are read-only
+
+
+class SolverGap(NamedTuple, Generic[Output]):
+    """The solver gap of some samples.
+
+    Attributes:
+        values: of each sample, ``(B,)``, in double precision on the CPU; infinite if the solver fails.
+        output: what the solve returned; None if the solver fails.
+        failure: the error of a solver that fails.
+    """
+
+    values: Tensor
+    output: Output | None
+    failure: SolverError | None
+
+    @property
+    def mean(self) -> float:
+        """The mean over the samples."""
+        return float(self.values.mean())
+
+    @property
+    def typical(self) -> float:
+        """The mean of the absolute values."""
+        return float(self.values.abs().mean())
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return standard_error(self.values)
+
+
+def standard_error(values: Tensor) -> float:
+    """The standard error of the mean of ``values (B,)``; NaN for a single one."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+
+def measure_solver_gap(
+    solve: Callable[[Solver], Output],
+    scores: Callable[[Output], Tensor],
+    solver: Solver,
+    accurate: Tensor,
+) -> SolverGap[Output]:
+    """Scores by ``solver`` minus ``accurate`` ones.
+
+    Args:
+        solve: solves the samples with a solver, with the same noise at each call.
+        scores: the score of each sample ``(B,)`` from what ``solve`` returns, such as bits/dim.
+        solver: the solver in question. It is measured with all products of its quadrature, because the noise of a
+            sampled quadrature is no error of the solver.
+        accurate: the scores ``(B,)`` by the accurate solver.
+    """
+    try:
+        output = solve(dataclasses.replace(solver, quadrature="full"))
+    except SolverError as error:
+        return SolverGap(torch.full((len(accurate),), math.inf, dtype=torch.float64), None, error)
+    return SolverGap(scores(output).cpu().double() - accurate.cpu().double(), output, None)

@@ -11,7 +11,7 @@ from typing import Any
 from ..files import write_atomically
 from ..text import table as text_table
 from .configurations import group_runs
-from .page import Content
+from .page import make_page
 from .runs import read_runs
 from .table import Table
 
@@ -56,15 +56,8 @@ def write_report(
         CheckpointError: the report cannot be written.
     """
     found, left_out = read_runs(runs)
-    out = Path(out)
-    content = Content(group_runs(found), title, left_out)
-    figures, names = out / "figures", []
-    for name, drawing in content.pictures:
-        drawing.save(figures, name)
-        names.append(name)
-    for grid in content.grids:
-        write_atomically(figures / f"{grid.name}.png", lambda file, grid=grid: file.write(grid.png))
-        names.append(grid.name)
-    html = out / "report.html"
-    write_atomically(html, lambda file: file.write(content.as_html().encode()))
-    return Report(html, tuple(figures / f"{name}.png" for name in names), content.table, tuple(left_out))
+    html, table, pictures = make_page(group_runs(found), title, left_out)
+    files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
+    for path, contents in {**files, (place := Path(out) / "report.html"): html.encode()}.items():
+        write_atomically(path, lambda file, contents=contents: file.write(contents))
+    return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))

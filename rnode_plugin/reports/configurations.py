@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,25 +98,21 @@ class Configuration:
             return None
         if len(values) > 1 and name not in [each.name for each in self.task.baselines]:
             return float(np.std(values, ddof=1) / len(values) ** 0.5)
-        score = result.evaluation.scores.get(name)
+        score = result.evaluation.means.get(name)
         return None if score is None else score.stderr
-
-
-def settings_of(recipe: Recipe, **changes: Any) -> str:
-    """A text of all settings but the seed, with some of them changed: equal for equal recipes."""
-    training = dataclasses.replace(recipe.training, seed=0)
-    return repr(dataclasses.replace(recipe, training=training, **changes).to_plain())
 
 
 def group_runs(runs: Sequence[Run]) -> list[Configuration]:
     """The configurations of some runs: the paper's first, the others in their order, a sweep by its lambdas."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(settings_of(run.recipe), []).append(run)
+        training = dataclasses.replace(run.recipe.training, seed=0)
+        settings = dataclasses.replace(run.recipe, training=training).to_plain()
+        groups.setdefault(repr(settings), []).append(run)
     order = list(dict.fromkeys([*_ORDER, *(penalties_of(group[0].recipe) for group in groups.values())]))
     members = sorted(
         groups.values(),
-        key=lambda group: (order.index(penalties_of(group[0].recipe)), by_strength(group[0].recipe)),
+        key=lambda group: (order.index(penalties_of(group[0].recipe)), _by_strength(group[0].recipe)),
     )
     labels = _labels([group[0] for group in members])
     return [
@@ -125,7 +121,7 @@ def group_runs(runs: Sequence[Run]) -> list[Configuration]:
     ]
 
 
-def by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
+def _by_strength(recipe: Recipe) -> list[tuple[str, float, str]]:
     """A key that sorts recipes with the same penalties by their lambdas, schedules by their last value."""
     return sorted((name, final_strength(each), str(each)) for name, each in recipe.regularizers.items())
 

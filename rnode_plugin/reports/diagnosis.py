@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..evaluation.diagnostics import texts
-from ..evaluation.diagnostics.result import Check
+from ..evaluation.diagnostics.checks import LOST
+from ..evaluation.diagnostics.result import Check, Diagnosis
+from ..files import write_atomically
+from ..training.runs import DIAGNOSIS, write_json
 from .figures import Drawing, draw, finish, legend
 
 _GREY = "0.5"
+
+
+def save_diagnosis(diagnosis: Diagnosis, folder: Path, **head: str) -> Path:
+    """Write ``diagnosis.json``, with ``head`` in front, and the figures; the path of the former."""
+    for check in diagnosis.checks:
+        name = check.name.replace(" ", "-")
+        drawing = draw_check(check, name)
+        for file, contents in ({} if drawing is None else drawing.files(name)).items():
+            write_atomically(folder / "diagnosis" / file, lambda out, contents=contents: out.write(contents))
+    write_json(folder / DIAGNOSIS, {**head, **diagnosis.to_plain()})
+    return folder / DIAGNOSIS
 
 
 def draw_check(check: Check, name: str) -> Drawing | None:
@@ -40,9 +55,9 @@ def _tolerance(axes: Any, check: Check) -> None:
 
 def _invertibility(axes: Any, check: Check) -> None:
     error = np.maximum(check.curves["error"], 1e-12)
-    axes.step(error, 100 * np.array(check.curves["share"]), where="post", color="C0")
+    axes.step(error, np.linspace(0, 100, len(error) + 1)[1:], where="post", color="C0")
     axes.set_xscale("log")
-    for place, text, colour in ((1e-3, "warning", _GREY), (1e-2, "failed", "C1")):
+    for place, text, colour in zip(LOST, ("warning", "failed"), (_GREY, "C1"), strict=True):
         axes.axvline(place, color=colour, linestyle=":", label=f"{text}, if the mean error is larger")
     finish(axes, "error after the round trip / spread of the data", "samples with a smaller error [%]")
 

@@ -16,20 +16,12 @@ from typing import Any
 import numpy as np
 import pandas
 from numpy.typing import NDArray
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import TypeAdapter, ValidationError
 
 from ..core.schedules import final_strength
 from ..errors import ConfigError
 from ..evaluation.diagnostics.result import Diagnosis
+from ..evaluation.measures import Evaluation
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
 
@@ -38,64 +30,18 @@ Columns = Mapping[str, NDArray[np.float64]]
 _AXES = ("step", "epoch", "train_seconds")
 
 
-class Score(BaseModel):
-    """A mean over the held-out samples, and its standard error over them; None for a single sample."""
-
-    model_config = ConfigDict(frozen=True)
-
-    mean: float
-    stderr: float | None = Field(default=None, validation_alias=AliasChoices("stderr_images", "stderr_rows"))
-
-    @field_validator("stderr")
-    @classmethod
-    def _not_negative(cls, value: float | None) -> float | None:
-        if value is not None and value < 0:  # one that is not a number is what an evaluation may give
-            raise ValueError("a standard error is not negative")
-        return value
-
-
-class Evaluated(BaseModel):
-    """The evaluation of the best weights, as ``result.json`` has it; see ``Evaluation``.
-
-    Attributes:
-        scores: by the name of their quantity.
-        samples: number of held-out samples.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    scores: dict[str, Score]
-    nfe_mean: float
-    nfe_batch_size: int
-    penalties: dict[str, float]
-    undivided: frozenset[str]
-    gap: float | None
-    samples: int = Field(validation_alias=AliasChoices("images", "rows"))
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather(cls, plain: Any) -> Any:
-        """Put the means, which stand in the file next to the other numbers, into ``scores``."""
-        if not isinstance(plain, Mapping):
-            return plain
-        others = {"penalties"}
-        means = {name: value for name, value in plain.items() if isinstance(value, Mapping) and name not in others}
-        return {**plain, "scores": means}
-
-
-class Result(BaseModel):
-    """The end of a run, as ``result.json`` has it."""
-
-    model_config = ConfigDict(frozen=True)
+@dataclass(frozen=True)
+class Result:
+    """The end of a run, and the evaluation of its best weights, as ``result.json`` has them."""
 
     stopped: str
     steps: int
     planned: int
     training_seconds: float
-    evaluation: Evaluated
+    evaluation: Evaluation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """The contents of a run folder.
 
@@ -129,21 +75,14 @@ class Run:
         return self.recipe.task
 
     @property
-    def has_steps(self) -> bool:
-        """Whether a training step has been logged."""
-        return len(self.steps["step"]) > 0
-
-    @property
     def has_begun(self) -> bool:
         """Whether there is something to report: a logged step or a result."""
-        return self.has_steps or self.result is not None
+        return self.result is not None or len(self.steps["step"]) > 0
 
     @property
     def done(self) -> int:
         """Training steps so far."""
-        if self.has_steps:
-            return int(self.steps["step"][-1])
-        return 0 if self.result is None else self.result.steps
+        return int(max(self.steps["step"], default=0 if self.result is None else self.result.steps))
 
     @property
     def state(self) -> str:
@@ -153,27 +92,13 @@ class Run:
         limit = ", stopped by its time limit" if self.result.stopped == "max_time" else ""
         return f"step {self.result.steps:,} of {self.result.planned:,}{limit}"
 
-    @functools.cached_property
-    def parameters(self) -> int:
-        """Number of trained numbers of the model.
-
-        Raises:
-            RnodeError: the model is from a plugin that is not installed here.
-        """
-        return sum(each.numel() for each in self.recipe.build_flow().parameters())
-
     @property
-    def penalties(self) -> dict[str, float]:
+    def penalties(self) -> Mapping[str, float]:
         """Mean integrals of the best weights, or at the last validation of a run without a result."""
         if self.result is not None:
             return self.result.evaluation.penalties
-        followed = dict.fromkeys(["kinetic", "jacfrob", *self.recipe.regularizers])
-        return {name: _last(self.checks[f"val/{name}"]) for name in followed if f"val/{name}" in self.checks}
-
-    @property
-    def step_size(self) -> float:
-        """The last step of ``solver.step=auto``; NaN of other solvers."""
-        return _last(self.steps.get("train/step_size"))
+        known = (name for name in self.recipe.measured if f"val/{name}" in self.checks)
+        return {name: _last(self.checks[f"val/{name}"]) for name in known}
 
     @functools.cached_property
     def numbers(self) -> Mapping[str, float]:
@@ -183,11 +108,11 @@ class Run:
         """
         if self.result is not None:
             evaluation = self.result.evaluation
-            scores = {name: score.mean for name, score in evaluation.scores.items()}
+            scores = {name: score.mean for name, score in evaluation.means.items()}
             gap, nfe_test, seconds = evaluation.gap, evaluation.nfe_mean, self.result.training_seconds
         else:
             scores = {self.task.quantities[0].name: _last(self.checks[f"val/{self.task.metric}"])}
-            gap, nfe_test = _last(self.checks.get("val/gap")), _last(self.checks.get("val/nfe"))
+            gap, nfe_test = (_last(self.checks.get(f"val/{name}")) for name in ("gap", "nfe"))
             seconds = _last(self.steps["train_seconds"])
         nfe, times = (self.steps.get(name, np.array([])) for name in ("train/nfe", "seconds_per_step"))
         return {
@@ -198,6 +123,7 @@ class Run:
             "nfe_train": float(np.mean(nfe[-max(1, len(nfe) // 10) :])) if len(nfe) else math.nan,
             "training_seconds": seconds,
             "seconds_per_step": float(np.median(times)) if len(times) else math.nan,
+            "step_size": _last(self.steps.get("train/step_size")),
             "steps": self.done,
         }
 
@@ -250,16 +176,12 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
         raise ConfigError(
             f"runs on images and on tables have no unit in common, such as {paths}: make a report of each kind."
         )
-    # a repetition is not a second seed and would shrink the error
-    repeated: dict[str, list[Run]] = {}
-    for run in runs.values():
-        repeated.setdefault(repr(run.recipe.to_plain()), []).append(run)
-    kept = [max(same, key=lambda run: (run.result is not None, run.done)) for same in repeated.values()]
-    for one, same in zip(kept, repeated.values(), strict=True):
-        for run in same:
-            if run is not one:
-                left_out[f"{run.path} has the settings and the seed of {one.path}."] = None
-    return kept, list(left_out)
+    kept: dict[str, Run] = {}  # a repetition is not a second seed and would shrink the error
+    for run in sorted(runs.values(), key=lambda run: (run.result is None, -run.done)):
+        one = kept.setdefault(repr(run.recipe.to_plain()), run)
+        if one is not run:
+            left_out[f"{run.path} has the settings and the seed of {one.path}."] = None
+    return [run for run in runs.values() if run in kept.values()], list(left_out)
 
 
 def read_run(path: Path) -> Run:
@@ -271,25 +193,22 @@ def read_run(path: Path) -> Run:
     with _reading(path / "recipe.json") as text:
         recipe = Recipe.from_plain(json.loads(text or ""))
     task = recipe.task
-    names = [quantity.name for quantity in task.quantities]
     with _reading(path / "environment.json") as text:
         environment = TypeAdapter(dict[str, Any]).validate_python(json.loads(text or "{}"))
     with _reading(path / "result.json") as text:
-        result = None if text is None else Result.model_validate(json.loads(text))
-        if result is not None and (missing := [each for each in names if each not in result.evaluation.scores]):
-            raise ValueError(f"evaluation.{missing[0]} is missing")
+        result = None if text is None else TypeAdapter(Result).validate_python(json.loads(text))
     with _reading(path / "diagnosis.json") as text:
         diagnosis = None if text is None else Diagnosis.from_plain(json.loads(text))
     with _reading(path / task.file) as text:
-        scores = _rows(_table(text), known=[task.sample], columns=names)
-    steps, checks = read_metrics(path / "metrics.csv", task.metric)
+        scores = _rows(_table(text), known=[task.sample], columns=[each.name for each in task.quantities])
+    steps, checks = _metrics(path / "metrics.csv", task.metric)
     grid = path / "samples" / "best.png"
     if not grid.is_file():
         grid = max(grid.parent.glob("step-*.png"), default=None)
     return Run(path, recipe, environment, steps, checks, result, scores, grid, diagnosis)
 
 
-def read_metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
+def _metrics(path: Path, metric: str) -> tuple[Columns, Columns]:
     """Training steps and validations of a ``metrics.csv``; empty if missing, a ConfigError if unreadable."""
     with _reading(path) as text:
         table = _table(text)
@@ -312,16 +231,14 @@ def _reading(file: Path) -> Iterator[str | None]:
     """The text of a file, None if it is not there; an error in the block becomes a ConfigError with its name."""
     try:
         yield file.read_text(encoding="utf-8") if file.exists() else None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-        raise ConfigError(f"{file} does not hold what a run writes: {found}.") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
-    except RecursionError:
-        raise ConfigError(f"{file} does not hold what a run writes: it is nested too deeply.") from None
-    except ValueError as error:  # text that is not UTF-8, JSON or CSV, and a ConfigError of a recipe
-        raise ConfigError(f"{file} does not hold what a run writes: {str(error).rstrip('.')}.") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, JSON, CSV, or not what is expected there
+        found = str(error).rstrip(".")
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        raise ConfigError(f"{file} does not hold what a run writes: {found}.") from None
 
 
 def _table(text: str | None) -> pandas.DataFrame:

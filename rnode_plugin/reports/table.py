@@ -1,4 +1,4 @@
-"""The table of a report: a column for each configuration and for the paper, and the sentences around it."""
+"""The table of a report, a column for each configuration and for the paper, and the sentences around it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Table:
     notes: tuple[str, ...]
 
 
-_Line = tuple[str, str, Callable[[Configuration], str]]
+_Cell = Callable[[Configuration], str]
+_Line = tuple[str, str, _Cell]
 """A row's name and meaning, and the text of the cell of a configuration."""
 
 
@@ -76,33 +77,31 @@ def _main_lines(configurations: Sequence[Configuration], base: Configuration) ->
     batches = f", batches of {' or '.join(map(str, sorted(sizes)))} {task.samples}" if sizes else ""
     yield "NFE, test", f"evaluations of all blocks by the test solver{batches}", _known("nfe_test")
     yield "training time", "without validation", _known("training_seconds", duration)
-    yield "λ", "weights of the penalties", lambda one: lambdas_text(one)
+    yield "λ", "weights of the penalties", lambdas_text
 
 
 def _detail_lines(configurations: Sequence[Configuration], base: Configuration) -> Iterator[_Line]:
     """The other rows."""
-    task = base.task
+    task, runs = base.task, [run for one in configurations for run in one.runs]
     yield "time per step", "median", _known("seconds_per_step", lambda seconds: f"{significant(seconds)} s")
     yield "NFE, training", "per step, all blocks, last tenth of the steps", _known("nfe_train")
-    runs = [run for one in configurations for run in one.runs]
     undivided = {name for run in runs if run.result for name in run.result.evaluation.undivided}
-    names = dict.fromkeys(["jacfrob", "kinetic", *(name for run in runs for name in run.penalties)])
-    for name in names:
+    for name in dict.fromkeys(["jacfrob", "kinetic", *(name for run in runs for name in run.penalties)]):
         heading, meaning = _PENALTIES.get(name, (name, "penalty" if name in undivided else "penalty / dim"))
         yield heading, f"{meaning}, test solver", _known(name)
-    yield (
-        "solver gap",
-        f"{task.likelihood} by the training solver minus {task.likelihood} by the test solver",
-        _known("gap", signed),
-    )
-    yield "steps", "", lambda one: f"{one.mean('steps'):,.0f}"
+    likelihood = task.likelihood
+    meaning = f"{likelihood} by the training solver minus {likelihood} by the test solver"
+    yield "solver gap", meaning, _known("gap", signed)
+    yield "steps", "", _known("steps", lambda steps: f"{steps:,.0f}")
     yield "parameters", "", _parameters
-    yield "training solver", "", _training_solver
+    yield "training solver", "", lambda one: solver_text(one.recipe.solver)
+    yield "last step", "of solver.step=auto", _known("step_size", "{:g}".format)
     yield "test solver", "", lambda one: solver_text(one.recipe.test_solver)
     yield "seeds", "", lambda one: ", ".join(str(run.recipe.training.seed) for run in one.counted)
     yield f"held-out {task.samples}", "measured for the scores and penalties", _held_out
-    yield "device", "of each run", _devices
-    yield "state", "", lambda one: "; ".join(dict.fromkeys(run.state for run in one.runs))
+    yield "device", "of each run", _each(lambda run: run.environment.get("device", ""))
+    yield "threads", "of each run", _each(lambda run: run.environment.get("threads", ""))
+    yield "state", "", _each(lambda run: run.state)
 
 
 _PENALTIES = {
@@ -111,37 +110,40 @@ _PENALTIES = {
 }
 
 
-def paper_of(configurations: Sequence[Configuration]) -> Paper | None:
+def _paper_of(configurations: Sequence[Configuration]) -> Paper | None:
     """The figures of the paper, if the recipes of all configurations carry the same ones."""
     paper, *others = {one.recipe.paper for one in configurations}
     return None if others else paper
 
 
-def paper_time(hours: float, gpus: int) -> str:
+def _paper_time(hours: float, gpus: int) -> str:
     """``24.4 h on 1 GPU``."""
     return f"{hours:g} h on {gpus} GPU" + ("s" if gpus > 1 else "")
 
 
 def _paper_columns(configurations: Sequence[Configuration]) -> Mapping[str, Mapping[str, str]]:
     """The cells by row of the two runs for which the paper gives figures (its tables 1 and 2)."""
-    paper = paper_of(configurations)
+    paper = _paper_of(configurations)
     if paper is None:
         return {}
     rnode = {
         "bits/dim, dirty": f"{paper.bits_dirty:g}",
         "bits/dim, clean": f"{paper.bits_clean:g}",
-        "training time": paper_time(paper.hours, paper.gpus),
+        "training time": _paper_time(paper.hours, paper.gpus),
         "parameters": f"{paper.parameters:.2e}".replace("e+0", "e"),  # as the paper writes it
     }
     columns = {"RNODE, Finlay et al. 2020": rnode}
     if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
-        vanilla_time = paper_time(paper.vanilla_hours, paper.gpus)
+        vanilla_time = _paper_time(paper.vanilla_hours, paper.gpus)
         vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g}", "training time": vanilla_time}
         columns["FFJORD, Finlay et al. 2020"] = vanilla
     return columns
 
 
-def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[Configuration], str]:
+# cells ---------------------------------------------------------------------------------------------------------
+
+
+def _known(name: str, text: Callable[[float], str] = significant) -> _Cell:
     """The mean of a quantity as text; empty if it was not measured."""
 
     def cell(one: Configuration) -> str:
@@ -151,7 +153,7 @@ def _known(name: str, text: Callable[[float], str] = significant) -> Callable[[C
     return cell
 
 
-def _score(name: str) -> Callable[[Configuration], str]:
+def _score(name: str) -> _Cell:
     return lambda one: _known(name, lambda value: with_error(value, one.error(name)))(one)
 
 
@@ -162,6 +164,11 @@ def _difference(one: Configuration, base: Configuration) -> str:
     return f"{change_with_error(difference.mean, difference.error)}: {difference.verdict}"
 
 
+def _each(text: Callable[..., object]) -> _Cell:
+    """What ``text`` gives for each run, each once."""
+    return lambda one: "; ".join(dict.fromkeys(str(text(run)) for run in one.runs))
+
+
 def _held_out(one: Configuration) -> str:
     known = [run.result.evaluation.samples for run in one.counted if run.result is not None]
     return " or ".join(dict.fromkeys(f"{count:,}" for count in known))
@@ -169,14 +176,9 @@ def _held_out(one: Configuration) -> str:
 
 def _parameters(one: Configuration) -> str:
     try:
-        return f"{one.runs[0].parameters:,}"
+        return f"{sum(each.numel() for each in one.recipe.build_flow().parameters()):,}"
     except RnodeError:  # a plugin that is not installed here
         return ""
-
-
-def _training_solver(one: Configuration) -> str:
-    ends = dict.fromkeys(f"{run.step_size:g}" for run in one.counted if not math.isnan(run.step_size))
-    return solver_text(one.recipe.solver) + (f" ({', '.join(ends)} at the end)" if ends else "")
 
 
 def lambdas_text(one: Configuration) -> str:
@@ -185,44 +187,24 @@ def lambdas_text(one: Configuration) -> str:
     return ", ".join(terms) or "none"
 
 
-def _devices(one: Configuration) -> str:
-    """The devices of the runs, on a CPU with the number of threads; each once."""
-    found = {}
-    for environment in (run.environment for run in one.runs if run.environment.get("device")):
-        threads = environment.get("threads")
-        on_cpu = environment.get("cuda") is None and threads is not None
-        found[str(environment["device"]) + (f", {threads} thread{'s' * (threads != 1)}" if on_cpu else "")] = None
-    return "; ".join(found)
-
-
-# ---- sentences around the table ----
+# sentences around the table ------------------------------------------------------------------------------------
 
 
 def _notes(configurations: Sequence[Configuration], base: Configuration, *, paper: bool) -> Iterator[str]:
     """The notes below the table."""
-    task = base.task
-    several = any(len(one.runs) > 1 for one in configurations)
-    over = f"over the seeds, or over the {task.samples} if there is one seed" if several else ""
+    task, samples = base.task, base.task.samples
     yield (
-        f"± is the standard error {over or f'over the held-out {task.samples}'}. Scores, test NFE and penalties "
-        f"are measured with the weights that have the lowest validation {task.likelihood}. Lower is better."
+        f"± is the standard error over the seeds, or over the held-out {samples} if there is one seed. Scores, "
+        f"test NFE and penalties are measured with the weights that have the lowest validation {task.likelihood}. "
+        "A run that is not finished counts only if its configuration has no finished one, with its last validation "
+        "and without an error. Lower is better."
     )
-    differences = (paired_difference(one, base) for one in configurations if one is not base)
-    if units := {difference.unit for difference in differences if difference is not None}:
+    if any(_difference(one, base) for one in configurations):
         yield (
-            f"The row “against {base.label}” compares two configurations {task.sample} by {task.sample}. "
-            "Errors that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
-            "difference excludes zero."
-        )
-        if task.samples in units:
-            yield (
-                f"With one seed the interval covers the choice of the {task.samples}, but not the luck of a "
-                "training run. Train several seeds (--seeds 3) to cover both."
-            )
-    if not all(one.finished for one in configurations):
-        yield (
-            "Runs that are not finished are left out of the means of a configuration that has finished ones. "
-            "Otherwise the table shows their last validation, without a standard error."
+            f"The row “against {base.label}” compares two configurations {task.sample} by {task.sample}. Errors "
+            "that both share drop out of it. It reads “better” or “worse” if the 95 % interval of the mean "
+            f"difference excludes zero. With one seed the interval covers the choice of the {samples}, but not the "
+            "luck of a training run. Train several seeds (--seeds 3) to cover both."
         )
     if paper:
         yield (
@@ -231,58 +213,24 @@ def _notes(configurations: Sequence[Configuration], base: Configuration, *, pape
         )
 
 
-def against_base(configurations: Sequence[Configuration]) -> list[str]:
-    """A sentence for each finished configuration: its difference from the one without penalties, or the first."""
-    base = base_of(configurations)
-    others = [one for one in configurations if one is not base and one.recipe.data.name == base.recipe.data.name]
-    return [_sentence(one, base) for one in others if one.finished and base.finished]
-
-
-def _sentence(one: Configuration, base: Configuration) -> str:
-    difference = paired_difference(one, base)
-    parts = []
-    if difference is not None:
-        change = change_with_error(difference.mean, difference.error)
-        unit = f"{difference.count} {difference.unit}"
-        parts = [f"{one.task.likelihood} {change} over {unit} ({difference.verdict})"]
-    for name, text in (
-        ("nfe_test", "test NFE"),
-        ("jacfrob", "Jacobian norm"),
-        ("kinetic", "kinetic energy"),
-        ("seconds_per_step", "time per step"),
-    ):
-        before = base.mean(name)
-        ratio = one.mean(name) / before if before else math.nan
-        if not math.isnan(ratio):
-            parts.append(f"{text} × {significant(ratio)}")
-    return f"{one.label} against {base.label}: {', '.join(parts)}."
-
-
 def summary(configurations: Sequence[Configuration]) -> list[str]:
-    """What came out, in a sentence or two for a single configuration, else in one for each comparison."""
-    base = base_of(configurations)
-    sentences = against_base(configurations) or [_outcome(base)]
-    paper = paper_of(configurations)
+    """A sentence on what came out of each configuration, and one on the paper."""
+    base, paper = base_of(configurations), _paper_of(configurations)
+    sentences = [_sentence(one, base) for one in configurations]
     if paper is not None:
-        sentences.append(
-            f"Finlay et al. (2020) report {paper.bits_dirty:g} {base.task.unit} after "
-            f"{paper_time(paper.hours, paper.gpus)}."
-        )
+        hours = _paper_time(paper.hours, paper.gpus)
+        sentences.append(f"Finlay et al. (2020) report {paper.bits_dirty:g} {base.task.unit} after {hours}.")
     return sentences
 
 
-def _outcome(one: Configuration) -> str:
+def _sentence(one: Configuration, base: Configuration) -> str:
     task = one.task
-    score = _score(task.quantities[0].name)(one) or "an unknown number of"
-    if not one.finished:
-        return f"The run is {one.runs[0].state}. The last validation measured {score} {task.unit}."
+    if not (score := _score(task.quantities[0].name)(one)):
+        return f"{one.label} has not been validated yet ({one.runs[0].state})."
     text = (
-        f"The model has {score} {task.unit} on {_held_out(one)} held-out {task.samples} and needs "
-        f"{_known('nfe_test')(one)} evaluations of its vector field for a solve."
+        f"{one.label} reaches {score} {task.unit} on held-out {task.samples} with {_known('nfe_test')(one)} "
+        f"evaluations for a solve, after {_known('training_seconds', duration)(one)} of training"
     )
-    if time := _known("training_seconds", duration)(one):
-        text += f" It trained for {time}."
-    for each in task.baselines:
-        if known := _score(each.name)(one):
-            text += f" {each.heading}: {known} {task.unit}."
-    return text
+    if difference := _difference(one, base):
+        text += f", {difference.replace(':', ' against ' + base.label + ':')}"
+    return f"{text}."

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..core.objective import FlowOutput, output_log_prob
 from ..core.random_streams import Stream, seeded
 from ..errors import SolverError
-from ..evaluation.measures import batch_of
-from ..evaluation.solver_gap import measure_solver_gap
+from ..evaluation.measures import batch_of, measure_solver_gap
 from ..recipes.task import FlowInput, Task
 from ..solvers import Solver
 

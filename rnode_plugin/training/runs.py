@@ -192,7 +192,7 @@ class RunFolder:
         scores = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
         text = scores.to_csv(index_label=measure.sample, float_format="%.8g", na_rep="nan", lineterminator="\n")
         write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
-        write_json(self.result, {**ended, "evaluation": evaluation.to_plain(measure)})
+        write_json(self.result, {**ended, "evaluation": evaluation.to_plain()})
         (self.path / DIAGNOSIS).unlink(missing_ok=True)  # one that was made in the meantime is of other weights
 
 

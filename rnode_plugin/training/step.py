@@ -18,7 +18,7 @@ from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.schedules import final_strength, strength_at
 from ..errors import SolverError
-from ..evaluation.solver_gap import measure_solver_gap
+from ..evaluation.measures import measure_solver_gap
 from ..recipes.task import FlowInput, Task
 from ..solvers import HealthCheck, Solver, all_finite, check_all
 
