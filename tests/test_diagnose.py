@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
-from rnode_plugin.core.regularizers import LearnedEndTime
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics import checks, texts
-from rnode_plugin.evaluation.diagnostics.diagnose import as_check, compared_for, samples_for
+from rnode_plugin.evaluation.diagnostics.diagnose import compared_for, samples_for
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.diagnostics.subject import HeldOut, Subject
 
@@ -50,10 +49,10 @@ def of(name: str, model: nn.Module, x: Tensor = X, context: Tensor | None = None
     """The check of this name alone."""
     subject, data = Subject(model), HeldOut(x, context, options.pop("seed", 0))
     if name == texts.GAUSSIAN:
-        return as_check(name, checks.gaussian(subject, data.first(256), data))
+        return checks.gaussian(subject, data.first(256), data)
     if name == texts.SOLVER_GAP:
-        return as_check(name, checks.solver_gap(subject, data, options.get("training")))
-    return as_check(name, getattr(checks, name)(subject, data))
+        return checks.solver_gap(subject, data, options.get("training"))
+    return getattr(checks, name)(subject, data)
 
 
 def image_flow(**options: Any) -> MultiscaleFlow:
@@ -100,13 +99,12 @@ def test_a_posterior_in_closed_form_passes() -> None:
 
 def test_every_number_of_a_sentence_is_one_of_the_check() -> None:
     """Each figure in a sentence is a measured number of that check, by its name, as it was rounded."""
-    models = [density(), density(solver="euler"), WrongInverse(Linear(), event_shape=2), density(Blows())]
-    found = [check for model in models for check in diagnose(model, X).checks]
-    found += diagnose(TableFlow(extra=1.0), TableFlow().data(60)).checks
-    assert {check.verdict for check in found} >= {"ok", "cannot tell", "failed"}
+    models = [density(solver="euler"), WrongInverse(Linear(), event_shape=2)]
+    found = [of(name, model) for model in models for name in NAMES if name != texts.SAMPLES]
+    found += [of("tolerance", density(Blows()), torch.full((10, 2), 3.0)), of("samples", density(), 2 * X[:30])]
+    found += [of("normalisation", TableFlow(extra=1.0), TableFlow().data(20)), of("gaussian", density(), X[:19])]
+    assert {check.verdict for check in found} >= {"ok", "cannot tell", "failed", "left out"}
     for check in found:
-        if check.sentence.startswith("A solver fails"):
-            continue
         # the sentence again, from the numbers that are stored
         outcomes = [key for key in {**texts.MEANING, **texts.INSTEAD} if key[0] == check.name]
         written = [_written(texts.text_of(*key), check) for key in outcomes]
@@ -140,7 +138,6 @@ def test_a_diagnosis_as_plain_data_and_back() -> None:
     back = Diagnosis.from_plain(plain)
     assert back.checks[0] == checks[0]
     assert math.isnan(back.checks[1].numbers["nll"])
-    assert (back.samples, back.dims, back.solver, back.seed) == (2, 3, "rk4", 1)
     plain["checks"][0]["verdict"] = "good"
     with pytest.raises(ConfigError, match=r"diagnosis\.checks: input should be"):
         Diagnosis.from_plain(plain)
@@ -163,11 +160,9 @@ def test_the_model_and_the_generator_are_left_as_they_were() -> None:
     [
         (nn.Linear(2, 2), X, {}, "Linear cannot be diagnosed: give a RegularizedCNF"),
         (density(), X[:1], {}, "at least two held-out samples"),
-        (density(), X, {"samples": 1}, "at least two held-out samples"),
         (density(), X, {"context": X}, "takes no context"),
         (density(), X / 0, {}, "not finite: leave those samples out"),
         (posterior(), X, {}, r"is conditional: context="),
-        (posterior(), X, {"context": X[:5]}, r"has shape \(5, 2\) for 200 samples"),
     ],
 )
 def test_what_is_refused(model: nn.Module, x: Tensor, options: dict[str, Any], message: str) -> None:
@@ -305,7 +300,7 @@ def test_samples_of_many_columns_with_different_units() -> None:
     x = scale * torch.randn(80, 70, generator=torch.Generator().manual_seed(0))
     x[:, 40:] += 3
     check = of("samples", model, x)
-    assert (check.verdict, check.numbers["features"]) == ("failed", 70)
+    assert check.verdict == "failed"
 
 
 # Gaussian ------------------------------------------------------------------------------------------------------
@@ -372,20 +367,3 @@ def test_a_flow_of_another_class(conditional: bool) -> None:
     x = wrong.data(120, context)
     assert of("invertibility", wrong, x, context).verdict == "failed"
     assert of("solver gap", wrong, x, context).verdict == "failed"
-
-
-# the same density, solved otherwise ----------------------------------------------------------------------------
-
-
-def test_solved_with_shares_parameters_and_leaves_the_model_alone() -> None:
-    policy = LearnedEndTime(1.0)
-    options: dict[str, Any] = {"solver": "rk4", "t_span": torch.linspace(0, 1, 3), "trace_estimator": "exact"}
-    model = RegularizedCNF(Linear(), event_shape=2, regularizers=(policy,), **options)
-    before = model.log_prob(X)
-    twin = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
-    torch.testing.assert_close(twin.log_prob(X), gaussian_log_prob(MATRIX, X), rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.log_prob(X), before)
-    assert [id(p) for p in twin.parameters()] == [id(p) for p in model.parameters()]
-    assert model.solved_with(solver=Solver("euler", step=0.25)).encode(X).nfe == 4
-    policy.end.data.fill_(0.5)  # a learned end time stays
-    torch.testing.assert_close(twin.transform(X)[0], model.transform(X)[0], rtol=1e-3, atol=1e-3)

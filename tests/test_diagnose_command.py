@@ -9,16 +9,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
 from PIL import Image
 from tiny_runs import rnode, run, tiny_recipe
 
+from rnode_plugin import get_recipe
 from rnode_plugin.cli.runs import CHECK_FAILED
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.evaluation.diagnostics.diagnose import held_out_samples
 from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
-from rnode_plugin.evaluation.loading import held_out_samples
 from rnode_plugin.reports.diagnosis import draw_check
 from rnode_plugin.reports.runs import read_run
 from rnode_plugin.text import wrapped_table
@@ -29,10 +31,16 @@ NAMES = ["solver gap", "tolerance", "invertibility", "normalisation", "samples",
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps: its samples are noise."""
-    runs = tmp_path_factory.mktemp("runs")
-    run(tiny_recipe("training.max_steps=4", "test_solver.method=dopri5", "test_solver.first_step=0.5"), runs)
-    return runs / "digits" / "0"
+    """A run of four steps of a conditional density: its samples are noise."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = np.random.default_rng(0).normal(size=(200, 3)).cumsum(1)
+    rows[:, 1:] = np.exp(3 * rows[:, 1:])
+    np.savetxt(folder / "rows.csv", rows, delimiter=",", header="a,b,c", comments="")
+    recipe = get_recipe("table").override([
+        f"data.root={folder / 'rows.csv'}", "data.given=a", "model.hidden=8", "solver.step=0.5",
+        "data.batch_size=40", "training.max_steps=4", "training.val_every_steps=4", "training.sample_images=0",
+    ])  # fmt: skip
+    return run(recipe, folder).folder.path
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +54,13 @@ def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
     lines = [line for line in diagnosed.stdout.splitlines() if not line.startswith("checking: ")]
     assert all(any(line.startswith(f"{name}  ") for line in lines) for name in NAMES)
     assert any(line.startswith("samples ") and " failed " in line for line in lines)
-    assert "24 held-out images" in diagnosed.stdout
+    assert "24 held-out rows" in diagnosed.stdout
     assert str(trained / "diagnosis.json") in diagnosed.stdout
     assert max(map(len, lines[:-4])) <= 80
     plain = json.loads((trained / "diagnosis.json").read_text())
     assert [check["name"] for check in plain["checks"]] == NAMES
-    assert (plain["samples"], plain["recipe"], plain["weights"]) == (24, "digits", "as trained")
+    assert plain["checks"][2]["verdict"] == "ok"
+    assert (plain["samples"], plain["recipe"], plain["weights"]) == (24, "table", "as trained")
     assert plain["checkpoint"].endswith("best.ckpt")
     figures = {path.stem for path in (trained / "diagnosis").glob("*.png")}
     assert figures == {name.replace(" ", "-") for name in NAMES}
@@ -93,8 +102,8 @@ def test_weights_outside_of_a_run(
     assert result.exit_code == 0, result.output
     assert (tmp_path / "diagnosis" / "diagnosis.json").is_file()
     assert str(Path("diagnosis") / "diagnosis.json") in result.stdout
-    assert (canned["images"], canned["samples"], canned["seed"]) == (297, None, 3)
-    assert canned["training_solver"].method == "rk4_38"
+    assert (canned["images"], canned["samples"], canned["seed"]) == (40, None, 3)
+    assert canned["training_solver"].step == 0.5
 
 
 def test_the_report_shows_it(trained: Path, diagnosed: Result, tmp_path: Path) -> None:

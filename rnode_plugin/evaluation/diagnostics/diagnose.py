@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...core.random_streams import Stream, seeded
 from ...errors import ConfigError, SolverError
+from ...recipes.recipe import Recipe
+from ...recipes.task import FlowInput
 from ...solvers import Solver
 from . import checks
-from .checks import Finding
 from .result import Check, Diagnosis
 from .subject import HeldOut, Subject
-from .texts import FAILED, GAUSSIAN, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE, text_of
+from .texts import FAILED, GAUSSIAN, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE
 
 
 def samples_for(dims: int) -> int:
@@ -27,6 +29,20 @@ def samples_for(dims: int) -> int:
 def compared_for(dims: int) -> int:
     """Number of held-out samples that are compared with the model's: 10,000, in more than 25 dimensions fewer."""
     return max(samples_for(dims), min(10_000, 250_000 // dims))
+
+
+def held_out_samples(recipe: Recipe, count: int, *, seed: int = 0, download: bool = False) -> FlowInput:
+    """At most ``count`` held-out samples of a recipe in random order, as a flow takes them.
+
+    Images are dequantised; the rows of a conditional density come with contexts. ``seed`` is the seed of the order
+    and of the noise.
+    """
+    held_out = recipe.load_data(download=download, all_val=True).held_out
+    with seeded(seed, Stream.DIAGNOSE):
+        chosen = torch.randperm(len(held_out))[:count]
+        # a mapped file is read in one sweep
+        batch = torch.from_numpy(np.ascontiguousarray(held_out[chosen.sort().values.numpy()]))
+        return recipe.task.inputs(batch[torch.randperm(len(batch))])
 
 
 @torch.no_grad()
@@ -48,7 +64,8 @@ def diagnose(
         x: held-out data as ``model.log_prob`` takes them, ``(N, *event)``: images in [0, 1], dequantised. They must
             be in random order.
         context: ``(N, *context_shape)`` of a conditional model, one for each sample.
-        training_solver: the solver that the model was trained with; None for the solver of the model.
+        training_solver: the solver that the model was trained with; None, or one whose step is ``auto``, for the
+            solver of the model.
         samples: number of samples of ``x``; None: for solves 256, in many dimensions fewer (50000 / dims, at least
             8); for the comparison with the model's samples and with a Gaussian all, at most 10000 (250000 / dims).
         seed: of all noise.
@@ -75,6 +92,8 @@ def diagnose(
     """
     start = time.monotonic()
     subject = Subject(model)
+    if training_solver is not None and training_solver.step == "auto" and not training_solver.adaptive:
+        training_solver = None
     if min(len(x), samples or 2) < 2:
         raise ConfigError("a diagnosis needs at least two held-out samples.")
     context = model.context_rows(context, x)
@@ -82,7 +101,7 @@ def diagnose(
         raise ConfigError("the held-out data contain values that are not finite: leave those samples out.")
     everything = HeldOut(x, context, seed).first(samples or compared_for(subject.dims))
     data = everything.first(samples or samples_for(subject.dims))
-    measurements: dict[str, Callable[[], Finding]] = {
+    measurements: dict[str, Callable[[], Check]] = {
         SOLVER_GAP: lambda: checks.solver_gap(subject, data, training_solver),
         TOLERANCE: lambda: checks.tolerance(subject, data),
         INVERTIBILITY: lambda: checks.invertibility(subject, data),
@@ -91,32 +110,19 @@ def diagnose(
         GAUSSIAN: lambda: checks.gaussian(subject, data, everything),
     }
     found: list[Check] = []
-    with _evaluation_mode(model):
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
         for name, measure in measurements.items():
             if progress is not None:
                 progress(name)
             try:
                 with data.noise():
-                    found.append(as_check(name, measure()))
+                    found.append(measure())
             except SolverError as error:
                 found.append(Check(name, "failed", FAILED.format(failure=error)))
-    seconds = time.monotonic() - start
-    return Diagnosis(tuple(found), len(data.x), subject.dims, subject.solver_text, seed, seconds)
-
-
-def as_check(name: str, finding: Finding) -> Check:
-    """The verdict and the sentence of a finding."""
-    sentence = text_of(name, finding.outcome).format(**finding.numbers, **finding.words)
-    return Check(name, finding.verdict, sentence, finding.numbers, finding.curves)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and each of its modules in its former mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
     finally:
         for module, training in modes:
             module.training = training
+    seconds = time.monotonic() - start
+    return Diagnosis(tuple(found), len(data.x), subject.dims, subject.solver_text, seed, seconds)
