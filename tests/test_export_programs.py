@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from tiny_runs import rnode
 from torch import Tensor, nn
-from torch.distributions import Independent, MixtureSameFamily, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.export import ExportedProgram
 from torchdyn.nn import DepthCat
 
@@ -26,7 +26,6 @@ from rnode_plugin import (
     load_flow,
     save_program,
 )
-from rnode_plugin.cli import main
 from rnode_plugin.core.regularizers import LearnedEndTime
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.programs import Which
@@ -36,17 +35,13 @@ from rnode_plugin.flows.table import TableFlow
 from rnode_plugin.training.checkpoints import save_flow
 
 GRID = Solver("midpoint", step=1.0)
-BATCHES = (1, 3, 7)
-slow = pytest.mark.slow  # recording takes seconds
 
 ALONE = """
 import sys
 sys.modules["rnode_plugin"] = None  # an import of it fails
 import torch
-calls = torch.load(sys.argv[1])
-for name, inputs in calls.items():
-    program = torch.export.load(name).module()
-    torch.save([program(*each) for each in inputs], name + ".out")
+for name, inputs in torch.load(sys.argv[1]).items():
+    torch.save(torch.export.load(name).module()(*inputs), name + ".out")
 assert not any(name.startswith(("rnode_plugin.", "torchdyn")) for name in sys.modules)
 """
 
@@ -63,8 +58,18 @@ def shaken(model: Any) -> Any:
     return model.eval()
 
 
-def tiny_flow(**options: Any) -> MultiscaleFlow:
+def images(**options: Any) -> MultiscaleFlow:
     return shaken(MultiscaleFlow((1, 4, 4), **{"hidden": 4, "layers": 2, "alpha": 0.05, "solver": GRID, **options}))
+
+
+def table(**options: Any) -> TableFlow:
+    flow = shaken(TableFlow(3, hidden=6, solver=GRID, **options))
+    flow.standardize(torch.randn(50, 3 + flow.context) * 2 + 1)
+    return flow
+
+
+def density(net: nn.Module, trace: str = "exact", **options: Any) -> RegularizedCNF:
+    return shaken(RegularizedCNF(net, event_shape=2, trace_estimator=trace, solver="midpoint", **options))
 
 
 class Conditional(nn.Module):
@@ -76,32 +81,54 @@ class Conditional(nn.Module):
         return self.net(torch.cat([z, t * torch.ones_like(z[:, :1]), context], 1))
 
 
-def density(net: nn.Module, trace: str = "exact", **options: Any) -> RegularizedCNF:
-    times = torch.linspace(0, 1, 3)
-    return shaken(RegularizedCNF(net, **{"event_shape": 2, "trace_estimator": trace, "t_span": times,
-                                         "solver": "rk4_38", **options}))  # fmt: skip
+def conditional() -> RegularizedCNF:
+    """In double precision, with an end time that was learned."""
+    policy = LearnedEndTime()
+    model = density(Conditional(), "gaussian", context_shape=2, regularizers=[policy]).double()
+    policy.end.data.fill_(0.7)
+    return model
 
 
-def sequential() -> nn.Sequential:
-    return nn.Sequential(DepthCat(1), nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+def mixture() -> RegularizedCNF:
+    parts = Independent(Normal(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.ones(2, 2)), 1)
+    base = MixtureSameFamily(Categorical(torch.ones(2)), parts)
+    return density(nn.Sequential(DepthCat(1), nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)), base=base)
 
 
-def check(model: Any, **options: Any) -> None:
-    """Both programs equal the model on the grid, to rounding, for several batch sizes and without a gradient."""
-    options = {"solver": GRID, **options}
-    twin = model.solved_with(solver=options["solver"])
-    sampler, log_prob = (export_program(model, which, **options) for which in ("sampler", "log_prob"))
+QUICK: dict[str, Callable[[], Any]] = {
+    "images": images,
+    "table, context": lambda: table(context=1),
+    "linear, probes": lambda: density(linear_field(2, hidden=6), "rademacher:2"),
+    "conditional": conditional,
+}
+SLOW: dict[str, Callable[[], Any]] = {
+    "images, exact": lambda: images(trace_noise="exact"),
+    "images, plain pass": lambda: images(fused=False, trace_noise="rademacher:2"),
+    "table, potential": lambda: table(context=2, field="potential"),
+    "mixture": mixture,
+    "hutch++": lambda: density(linear_field(2, hidden=6), "hutch++:1"),
+    "potential, exact": lambda: density(PotentialField(2, hidden=6)),
+    "potential, probes": lambda: density(PotentialField(2, hidden=6), "gaussian"),
+}
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_program_equals_its_model_for_any_batch_size(name: str) -> None:
+    model = {**QUICK, **SLOW}[name]()
+    grid = Solver("rk4_38", step=0.5)
+    twin = model.solved_with(solver=grid)
+    sampler, log_prob = (export_program(model, which, solver=grid).module() for which in ("sampler", "log_prob"))
     like = next(model.parameters())
-    for batch in BATCHES:
+    for batch in (1, 3, 7):
         context = [] if model.context_shape is None else [torch.randn(batch, *model.context_shape).to(like)]
         named = dict(zip(("context",), context, strict=False))
         z = model.base.sample(torch.Size([batch])).to(like)
         x = twin.inverse(z, **named).detach()
         x = x.clamp(0, 1) if isinstance(model, MultiscaleFlow) else x
-        assert_same(sampler.module()(z, *context), x)
+        assert_same(sampler(z, *context), x)
         noise = model.draw_noise(batch)
         drawn = [each for each in noise if each is not None]
-        found = log_prob.module()(x.requires_grad_(), *context, *drawn)
+        found = log_prob(x.requires_grad_(), *context, *drawn)
         assert_same(found, twin.log_prob(x, noise=noise if drawn else None, **named))
         assert not found.requires_grad  # a gradient through recorded derivatives would be wrong
 
@@ -114,44 +141,6 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) <= 300 * torch.finfo(expected.dtype).eps * size
 
 
-@pytest.mark.parametrize("options", [{}, *(pytest.param(each, marks=slow) for each in (
-    {"trace_noise": "exact"}, {"fused": False}, {"solver": Solver("rk4_38", step=0.5)},
-    {"trace_noise": "rademacher:2"},
-))])  # fmt: skip
-def test_an_image_flow(options: dict[str, Any]) -> None:
-    check(tiny_flow(**options), solver=options.get("solver", GRID))
-
-
-@pytest.mark.parametrize(
-    ("net", "trace"),
-    [
-        (partial(linear_field, 2, hidden=6), "rademacher:2"),
-        *(pytest.param(net, trace, marks=slow) for net, trace in (
-            (sequential, "exact"), (sequential, "gaussian"), (sequential, "hutch++:1"),
-            (partial(PotentialField, 2, hidden=6), "exact"), (partial(PotentialField, 2, hidden=6), "gaussian"),
-        )),
-    ],
-)  # fmt: skip
-def test_a_density(net: Any, trace: str) -> None:
-    check(density(net(), trace), solver=Solver("rk4_38", step=0.5))
-
-
-@pytest.mark.parametrize("options", [{"context": 1}, *(pytest.param(each, marks=slow) for each in (
-    {"context": 2, "field": "potential"}, {"context": 1, "trace_noise": "rademacher"},
-))])  # fmt: skip
-def test_the_flow_of_a_table(options: dict[str, Any]) -> None:
-    flow = shaken(TableFlow(3, hidden=6, solver=GRID, **options))
-    flow.standardize(torch.randn(50, 3 + flow.context) * 2 + 1)
-    check(flow)
-
-
-def test_a_context_in_double_precision_and_a_learned_end_time() -> None:
-    policy = LearnedEndTime()
-    model = density(Conditional(), "gaussian", context_shape=2, regularizers=[policy]).double()
-    policy.end.data.fill_(0.7)
-    check(model)
-
-
 def test_contexts_that_are_labels() -> None:
     class Labelled(nn.Module):
         def __init__(self) -> None:
@@ -162,15 +151,9 @@ def test_contexts_that_are_labels() -> None:
             return self.net(t, z) + self.embedding(context[:, 0])
 
     model = density(Labelled(), context_shape=1)
-    program = export_program(model, "sampler", solver=GRID, context=torch.tensor([3]))
+    program = export_program(model, "sampler", context=torch.tensor([3]))
     z, labels = torch.randn(4, 2), torch.tensor([[0], [9], [1], [1]])
-    assert_same(program.module()(z, labels), model.solved_with(solver=GRID).inverse(z, context=labels))
-
-
-def test_another_base_distribution() -> None:
-    parts = Independent(Normal(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.ones(2, 2)), 1)
-    base = MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), parts)
-    check(density(linear_field(2, hidden=6), base=base))
+    assert_same(program.module()(z, labels), model.inverse(z, context=labels))
 
 
 @pytest.mark.parametrize(
@@ -195,61 +178,40 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not of Linear"):
         export_program(nn.Linear(2, 2), "sampler")
     with pytest.raises(ConfigError, match="did you mean 'sampler'"):
-        export_program(tiny_flow(), cast("Which", "sample"))
+        export_program(images(), cast("Which", "sample"))
     with pytest.raises(ConfigError, match="takes no context"):
-        export_program(tiny_flow(), "sampler", context=torch.zeros(1))
+        export_program(images(), "sampler", context=torch.zeros(1))
     with pytest.raises(ConfigError, match=r"chooses its steps while it runs.*Solver\('rk4_38', step=0\.25\)"):
-        export_program(tiny_flow(solver=Solver("dopri5")), "log_prob")
+        export_program(images(solver=Solver("dopri5")), "log_prob")
     with pytest.raises(ConfigError, match=r"must end in \.pt2"):
         save_program(cast("ExportedProgram", None), tmp_path / "model.pt")
 
 
-def test_files_run_without_the_package_and_hold_the_weights_once(tmp_path: Path) -> None:
-    flow = tiny_flow(hidden=128, layers=3).train()
-    before = {name: x.clone() for name, x in flow.state_dict().items()}
-    inputs, expected = {}, {}
-    for which in ("sampler", "log_prob"):
-        program = export_program(flow, which)
-        assert {name for name in program.state_dict if not name.startswith("constants.")} == set(flow.state_dict())
-        file = str(save_program(program, tmp_path / f"{which}.pt2"))
-        noise = [] if which == "sampler" else flow.draw_noise(3)
-        inputs[file] = [[torch.rand(3, *((16,) if which == "sampler" else (1, 4, 4))), *noise]]
-        expected[file] = [program.module()(*each) for each in inputs[file]]
-        weights = sum(p.numel() * p.element_size() for p in flow.parameters())
-        assert weights < Path(file).stat().st_size < 1.5 * weights
-    assert flow.training
-    assert all(p.requires_grad for p in flow.parameters())
-    assert all(torch.equal(x, before[name]) for name, x in flow.state_dict().items())
-    torch.save(inputs, tmp_path / "calls")
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "calls")],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for file, values in expected.items():
-        for found, value in zip(torch.load(file + ".out"), values, strict=True):
-            assert torch.equal(found, value)
-
-
-def test_the_command(tmp_path: Path) -> None:
-    recipe = get_recipe("digits").override(["data.shape=1,4,4", "model.hidden=2", "model.layers=2"])
+def test_the_command_writes_files_that_run_without_the_package(tmp_path: Path) -> None:
+    recipe = get_recipe("digits").override(["data.shape=1,4,4", "model.hidden=64", "model.layers=2"])
     save_flow(shaken(recipe.build_flow()), tmp_path / "run.ckpt", recipe=recipe)
-    run, file = str(tmp_path / "run.ckpt"), str(tmp_path / "digits.pt2")
-
-    def call(*words: str) -> Any:
-        return CliRunner().invoke(main, ["export", run, *words])
-
-    done = call(file, "--format", "torch-export", "--step", "1", "--method", "euler")
+    run, file = tmp_path / "run.ckpt", tmp_path / "digits.pt2"
+    done = rnode("export", run, file, "--format", "torch-export", "--step", "1", "--method", "euler")
     assert done.exit_code == 0, done.output
-    assert sorted(p.name for p in tmp_path.glob("*.pt2")) == ["digits-log_prob.pt2", "digits-sampler.pt2"]
-    z = torch.randn(5, 16)
-    expected = load_flow(run).solved_with(solver=Solver("euler", step=1.0)).inverse(z).clamp(0, 1)
-    assert_same(torch.export.load(tmp_path / "digits-sampler.pt2").module()(z), expected)
+    flow = load_flow(run).solved_with(solver=Solver("euler", step=1.0))
+    z, noise = torch.randn(3, 16), flow.draw_noise(3)
+    x = flow.inverse(z).clamp(0, 1)
+    expected = {"digits-sampler.pt2": x, "digits-log_prob.pt2": flow.log_prob(x, noise=noise)}
+    assert {path.name for path in tmp_path.glob("*.pt2")} == set(expected)
+    torch.save({"digits-sampler.pt2": [z], "digits-log_prob.pt2": [x.detach(), *noise]}, tmp_path / "inputs")
+    alone = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, "inputs"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert alone.returncode == 0, alone.stderr
+    weights = sum(p.numel() * p.element_size() for p in flow.parameters())
+    for name, value in expected.items():
+        assert_same(torch.load(tmp_path / f"{name}.out"), value)
+        assert weights < (tmp_path / name).stat().st_size < 1.6 * weights, "each weight is there once"
     for words, message in (
-        ([str(tmp_path / "b.pt2"), "--format", "torch-export"], "add --step 0.5"),
+        ([tmp_path / "b.pt2", "--format", "torch-export"], "Give a fixed grid: --step 0.25"),
         ([file, "--step", "1"], "must end in .safetensors"),
-        ([str(tmp_path / "m.safetensors"), "--step", "1"], "--format torch-export"),
+        ([tmp_path / "m.safetensors", "--step", "1"], "--format torch-export"),
+        ([file, "--format", "torch-export", "--method", "rk4"], "--method needs a --step"),
     ):
-        refused = call(*words)
-        assert refused.exit_code == 2
-        assert message in refused.output
+        refused = rnode("export", run, *words)
+        assert (refused.exit_code, message in refused.output) == (2, True), refused.output

@@ -20,7 +20,7 @@ from ..core.distribution import DensityModel
 from ..core.ops import recording
 from ..errors import ConfigError, first_line, suggest
 from ..files import write_atomically
-from ..solvers.config import FIXED_METHODS, Solver
+from ..solvers import Solver
 
 Which = Literal["sampler", "log_prob"]
 
@@ -109,11 +109,7 @@ def export_program(
 def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     """Write a program of :func:`export_program` for ``torch.export.load``, and return the path.
 
-    The file holds the weights once, and nothing else is needed to run it.
-
-    Args:
-        program: the program to write.
-        path: the file, which ends in ``.pt2``.
+    The file, which ends in ``.pt2``, holds the weights once, and nothing else is needed to run it.
 
     Raises:
         ConfigError: for another suffix than ``.pt2``.
@@ -126,8 +122,7 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
         >>> flow = MultiscaleFlow((1, 4, 4), hidden=4)
         >>> program = export_program(flow, "sampler", solver=Solver("euler", step=1.0))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = save_program(program, f"{folder}/sampler.pt2")
-        ...     sampler = torch.export.load(file).module()  # needs torch alone
+        ...     sampler = torch.export.load(save_program(program, f"{folder}/sampler.pt2")).module()
         >>> tuple(sampler(torch.randn(2, 16)).shape)
         (2, 1, 4, 4)
     """
@@ -138,30 +133,13 @@ def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path
     return path
 
 
-def program_grid(tested: Solver, trained: Solver, *, step: float | None, method: str | None) -> Solver:
-    """The grid of a run's programs: of a step and a method, or else its test solver's.
-
-    Raises:
-        ConfigError: there is no step, and the test solver chooses its own.
-    """
-    if step is not None:
-        return Solver(method or "rk4_38", step=step)
-    if not tested.adaptive:
-        return Solver(method or tested.method, step=tested.step)
-    good = trained.step if isinstance(trained.step, float) and not trained.adaptive else 0.25
-    raise ConfigError(
-        f"this run is evaluated and sampled with {tested.method}, which chooses its steps while it runs, and a "
-        f"program takes the same steps for every input: add --step {good:g}, or another step of a fixed grid."
-    )
-
-
 def _on_grid(model: Any, chosen: Solver | None) -> Any:
     """A copy of a density for the CPU, without gradients and checks of values, with another solver."""
     solver: Solver = chosen or model.solver
     if solver.adaptive:
         raise ConfigError(
             f"{solver.name} chooses its steps while it runs, and a program takes the same steps for every input. "
-            f"Give a fixed grid, such as solver=Solver('rk4_38', step=0.25), of {', '.join(FIXED_METHODS)}."
+            "Give a fixed grid: --step 0.25 to the command, or solver=Solver('rk4_38', step=0.25)."
         )
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for parameter in model.parameters():
