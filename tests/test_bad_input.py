@@ -41,7 +41,7 @@ def folder(name: str) -> list[str]:
 COMMANDS: list[tuple[list[str], int, str]] = [
     (["trian", "digits"], 2, r"unknown command 'trian'; did you mean 'train'"),
     (["train"], 2, r"name a RECIPE; `rnode-cli recipes` lists them"),
-    (["train", "digtis"], 2, r"unknown recipe 'digtis'\. Try: rnode-cli train digits"),
+    (["train", "digtis"], 2, r"unknown recipe 'digtis'; did you mean 'digits'"),
     (["train", "digits", "--devices", "9999"], 2, r"--devices 9999 is more than the \d+ cores? of this machine"),
     (["train", "digits", "--device", "cuda:1", "--devices", "2"], 2, r"--device cuda:1 names one device"),
     (["train", "digits", "--regularizer", "kinetik=1"], 2, r"did you mean 'kinetic'"),

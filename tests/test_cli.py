@@ -9,16 +9,19 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import click
 import pytest
 import torch
+from click.shell_completion import ShellComplete
 from click.testing import Result
 from PIL import Image
 from tiny_runs import as_options, rnode
 
-from rnode_plugin import get_recipe
+from rnode_plugin import __version__, get_recipe, hookimpl
+from rnode_plugin.cli import main
 from rnode_plugin.cli.options import Duration
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.text import duration, table
@@ -76,9 +79,9 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 
 REFUSED = {
-    "train digit": "unknown recipe 'digit'. Try: rnode-cli train digits",
-    "compare digit": "Try: rnode-cli compare digits",
-    "recipes show digit": "Try: rnode-cli recipes show digits",
+    "train digit": "unknown recipe 'digit'; did you mean 'digits'",
+    "compare digit": "did you mean 'digits'",
+    "recipes show digit": "did you mean 'digits'",
     "train digits --max-step 3": "No such option",
     "train digits --max-time soon": "not a span of time",
     "train digits --set optimizer.rl=1": "Did you mean optimizer.lr",
@@ -105,12 +108,11 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
 
 
 def test_the_help_of_train_begins_with_what_most_need() -> None:
-    main_part, rare_part = rnode("train", "--help").output.split("More options:")
-    assert "rnode-cli train table --data-root measurements.csv" in main_part
-    for option in ("--max-steps", "--regularizer", "--set", "--resume", "--device "):
-        assert option in main_part
-    for option in ("--num-nodes", "--callback", "--keep-denormals"):
-        assert option in rare_part
+    text = rnode("train", "--help").output
+    assert "rnode-cli train table --data-root measurements.csv" in text
+    options = "--max-steps", "--set", "--resume", "--callback", "--download"
+    places = [text.index(f"\n  {option}") for option in options]
+    assert places == sorted(places)
 
 
 # recipes -------------------------------------------------------------------------------------------------------
@@ -127,6 +129,48 @@ def test_recipes_are_listed_and_shown() -> None:
     vanilla = json.loads(rnode("recipes", "show", "mnist", "--ffjord", "--json").output)
     assert vanilla["regularizers"] == {}
     assert vanilla["solver"]["method"] == "dopri5"
+
+
+def test_info_has_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch, register: Any) -> None:
+    class Second:
+        @hookimpl
+        def rnode_register_regularizers(self) -> dict[str, str]:
+            return {"second": "somewhere.else:kinetic"}
+
+    monkeypatch.setenv("RNODE_PLUGINS_BLOCK", "nobody")
+    register(Second(), "second")
+    facts = json.loads(rnode("info", "--json").stdout)
+    assert (facts["rnode-plugin"], facts["torch"]) == (__version__, torch.__version__)
+    assert {"torchdyn", "pytorch-lightning", "numpy", "python", "platform", "device"} <= facts.keys()
+    assert (facts["threads"], facts["gpus"]) == (torch.get_num_threads(), torch.cuda.device_count())
+    assert facts["RNODE_PLUGINS_BLOCK"] == "nobody"
+    assert facts["plugins"]["builtin"].endswith(", loaded")
+    assert "second" in facts["plugins"]
+    text = rnode("info").stdout
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", text, re.M)
+    assert re.search(r"^plugin builtin .*loaded$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "expected"),
+    [
+        ([], "tr", {"train"}),
+        (["train", "digits"], "--max-s", {"--max-steps"}),
+        (["recipes"], "sh", {"show"}),
+        (["train"], "mni", {"mnist", "mnist-fast"}),
+        (["recipes", "show"], "cel", {"celebahq256"}),
+        (["train", "digits", "--regularizer"], "kin", {"kinetic="}),
+        (["exec", "--regularizer"], "st", {"stiffness=", "steer=", "straightness=", "strain="}),
+        (["train", "table", "--set"], "data.held", {"data.held_out="}),
+        (["train", "digits", "--data"], "fash", {"fashion-mnist"}),
+        (["train", "digits", "--device"], "c", {"cpu", "cuda"}),
+        (["sample"], "mnist-", {"mnist-pretrained"}),
+        (["train", "digits", "--weights"], "mnist-", {"mnist-pretrained"}),
+    ],
+)
+def test_a_shell_completes(words: list[str], begun: str, expected: set[str]) -> None:
+    found = ShellComplete(main, {}, "rnode-cli", "_RNODE_CLI_COMPLETE").get_completions(words, begun)
+    assert {each.value for each in found} == expected
 
 
 # train, eval, sample -------------------------------------------------------------------------------------------
@@ -155,11 +199,11 @@ def test_eval(trained: Path) -> None:
     assert re.search(r"^bits/dim, dirty +\d\.\d{4} ± \d\.\d+ \(images\) ± [\d.e-]+ \(noise\)", text, re.M)
     assert "30, 2 draws of noise" in text
     finer = json.loads(rnode("eval", str(trained), *options, "--solver", "step=0.25", "--json").output)
-    assert (finer["images"], len(finer["dirty"]["images"]), finer["nfe_max"]) == (30, 30, 96)
+    assert (finer["samples"], len(finer["means"]["dirty"]["samples"]), finer["nfe_max"]) == (30, 30, 96)
     done = rnode("eval", str(trained), "--draws", "1", "--quiet", "--json", "--summary")
     found = json.loads(done.stdout)
-    assert found["images"] == 297, "training validated on 40"
-    assert "images" not in found["dirty"]
+    assert found["samples"] == 297, "training validated on 40"
+    assert "samples" not in found["means"]["dirty"]
     assert done.stderr == ""
 
 
@@ -167,7 +211,7 @@ def test_eval_repeats_the_numbers_of_train(tmp_path: Path) -> None:
     options = [*TINY, "--limit-val", "297", "--max-steps", "2", "--runs", str(tmp_path), "--json"]
     ended = json.loads(rnode("train", "digits", *options).stdout)
     measured = json.loads(rnode("eval", ended["folder"], "--json", "--summary").stdout)
-    for name in ("dirty", "clean", "nfe_mean", "penalties", "draws"):
+    for name in ("means", "nfe_mean", "penalties", "draws"):
         assert measured[name] == ended["evaluation"][name]
     assert (ended["steps"], ended["stopped"]) == (2, "finished")
 
@@ -236,8 +280,8 @@ def test_as_a_module_in_a_dumb_terminal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 90), ("1.5", 1.5), ("20m", 1200), ("1h30m", 5400), ("2d", 172800), ("01:30:05", 5405)]
-    + [(text, None) for text in ("", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "1:2:3")],
+    [("90", 90), ("1.5", 1.5), ("20m", 1200), ("1h30m", 5400), ("1h30m05s", 5405)]
+    + [(text, None) for text in ("", "m", "1x", "-3", "1h-2m", "nan", "inf", "0:20", "0")],
 )
 def test_spans_of_time(text: str, seconds: float | None) -> None:
     if seconds is not None:

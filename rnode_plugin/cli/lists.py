@@ -18,16 +18,12 @@ from .options import (
     as_json,
     complete,
     loaded,
-    named_recipe,
     print_json,
     read_regularizers,
     settings,
 )
 
-_VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "TORCHINDUCTOR_CACHE_DIR",
-    "RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK",
-)  # fmt: skip
+_VARIABLES = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK"
 
 
 @click.group(invoke_without_command=True)
@@ -46,12 +42,11 @@ def recipes(ctx: click.Context) -> None:
 @click.option("--ffjord", is_flag=True, help="Show the FFJORD baseline of the recipe.")
 @settings
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, as in the recipe.json of a run.")
-@click.pass_context
-def show(ctx: click.Context, *, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
+def show(*, name: str, ffjord: bool, assignments: tuple[str, ...], as_json: bool) -> None:
     """Print every setting of the recipe NAME, as --set takes it, its parameters and the cost of a training step."""
-    from ..recipes.recipe import as_text
+    from ..recipes.recipe import as_text, get_recipe
 
-    recipe = named_recipe(name, ctx)
+    recipe = get_recipe(name)
     recipe = (recipe.ffjord() if ffjord else recipe).override(assignments)
     if as_json:
         print_json(recipe.to_plain())
@@ -122,24 +117,21 @@ def regularizers(*, as_json: bool) -> None:
     Names can have options: taylor:3, steer:0.25, trajectory_polynomial:2,points=3. LAMBDA is a number, or
     linear_warmup(STEPS)*NUMBER.
     """
-    from ..core.regularizers import KINDS
-
     rows: list[dict[str, str]] = []
     for plugin in registry.report():
         for name in sorted(plugin.registers["regularizers"]):
             try:
                 found = registry.get("regularizers", name)
                 cost = found.cost or ", ".join(sorted(found.needs)) or "none"
-                row = {"name": name, "kind": found.kind, "formula": found.formula, "cost": cost}
-                row["source"] = str(found.source) or "its plugin"
+                row = {"kind": found.kind, "formula": found.formula, "cost": cost, "source": str(found.source)}
             except RnodeError as error:
-                row = {"name": name, "kind": "?", "formula": str(error), "cost": "?", "source": "?"}
+                row = {"kind": "?", "formula": str(error), "cost": "?", "source": "?"}
             source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"
-            rows.append({**row, "installed_from": source})
+            rows.append({"name": name, **row, "installed_from": source})
+    rows.sort(key=lambda row: row["kind"])
     if as_json:
         print_json(rows)
         return
-    rows.sort(key=lambda row: (*KINDS, "?").index(row["kind"]))
     header = ("name", "kind", "what it penalizes", "cost", "source", "installed from")
     click.echo(table([header, *(tuple(row.values()) for row in rows)]))
 
@@ -179,36 +171,20 @@ def info(*, as_json: bool) -> None:
     It shows none of your paths or names, unless one of the listed environment variables holds it.
     """
     import torch
-    from torch.utils import collect_env
 
-    from ..evaluation.loading import pick_device
     from ..training.runs import environment
 
-    facts = environment(pick_device("auto"))
-    facts["interop-threads"] = torch.get_num_interop_threads()
-    facts["compiler"] = collect_env.get_gcc_version(collect_env.run) or collect_env.get_clang_version(
-        collect_env.run
-    )
-    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    facts["devices"] = [f"cuda:{n} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for n, gpu in enumerate(gpus)]
-    facts["devices"] += ["mps"] if torch.backends.mps.is_available() else []
-    facts["variables"] = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    facts["plugins"] = [
-        {
-            "name": each.name,
-            "distribution": f"{each.distribution} {each.version}",
-            "status": each.status,
-            **({"errors": each.errors} if each.errors else {}),
-        }
-        for each in registry.report()
-    ]
+    facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts["gpus"] = torch.cuda.device_count()
+    facts |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    facts["plugins"] = {
+        each.name: f"{each.distribution} {each.version}, {each.status}" for each in registry.report()
+    }
     if as_json:
         print_json(facts)
         return
-    rows = [(name, value) for name, value in facts.items() if not isinstance(value, (list, dict))]
-    rows += [("device", each) for each in facts["devices"]]
-    rows += list(facts["variables"].items())
-    rows += [(f"plugin {each.pop('name')}", ", ".join(map(str, each.values()))) for each in facts["plugins"]]
+    rows = [(name, value) for name, value in facts.items() if name != "plugins"]
+    rows += [(f"plugin {name}", state) for name, state in facts["plugins"].items()]
     click.echo(table((name, "none" if value is None else str(value)) for name, value in rows))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,50 +18,25 @@ from ..plugins import registry
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
 
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
-_LONGEST = 1e10  # seconds, three centuries
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
 
 class Duration(click.ParamType):
-    """Seconds, from ``90``, ``20m``, ``1h30m`` or ``HH:MM:SS``."""
+    """Seconds, from ``90``, ``20m`` or ``1h30m``."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        text = str(value).strip().lower()
-        seconds = 0.0
-        if re.fullmatch(r"\d+(\.\d+)?", text):
-            seconds = float(text)
-        elif re.fullmatch(r"\d{1,9}:\d\d:\d\d", text):
-            hours, minutes, rest = map(int, text.split(":"))
-            seconds = 3600.0 * hours + 60 * minutes + rest
-        elif re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
-            seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", text))
-        if not 0 < seconds < _LONGEST:
-            self.fail(f"{value!r} is not a span of time: write 90 (seconds), 20m, 1h30m or HH:MM:SS.", param, ctx)
+        text = str(value).strip()
+        parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text)
+        hours, minutes, rest = (float(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
+        if not (seconds := 3600 * hours + 60 * minutes + rest):
+            self.fail(f"{value!r} is not a span of time: write 90 (seconds), 20m or 1h30m.", param, ctx)
         return seconds
 
 
-class Command(click.Command):
-    """A command whose help lists the :class:`RareOption` ones last."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
-        for title, rare in (("Options", False), ("More options", True)):
-            records = [each.get_help_record(ctx) for each in options if isinstance(each, RareOption) is rare]
-            if rows := [record for record in records if record is not None]:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
-
-
-class RareOption(click.Option):
-    """An option that few need."""
+# completion ----------------------------------------------------------------------------------------------------
 
 
 def _items(values: Iterable[str], incomplete: str) -> list[CompletionItem]:
@@ -85,13 +58,6 @@ def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str
     return _items((f"{path}=" for path, _ in recipe.settings() if not path.startswith("paper.")), incomplete)
 
 
-def complete_solver(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The settings of a solver."""
-    from ..solvers.config import Solver
-
-    return _items((f"{field.name}=" for field in dataclasses.fields(Solver)), incomplete)
-
-
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Packaged weights and run folders; any file or folder if none of them begins like that."""
     from ..recipes.pretrained import PRETRAINED
@@ -100,46 +66,29 @@ def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) ->
     return _items([*PRETRAINED, *runs], incomplete) or [CompletionItem(incomplete, type="file")]
 
 
-def complete_configuration(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Names of configurations; any file if none of them begins like that."""
-    names = ["none", "ffjord", "rnode", *registry.names("regularizers")]
-    return _items(names, incomplete) or [CompletionItem(incomplete, type="file")]
-
+# options -------------------------------------------------------------------------------------------------------
 
 run_argument = click.argument("run", shell_complete=complete_run)
-recipe_argument = click.argument("recipe", shell_complete=complete("recipes"))
 settings = click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="GROUP.KEY=VALUE",
-    shell_complete=complete_setting,
+    "--set", "assignments", multiple=True, metavar="GROUP.KEY=VALUE", shell_complete=complete_setting,
     help="Change a setting of the recipe. `rnode-cli recipes show NAME` lists them. May be repeated.",
-)
+)  # fmt: skip
 regularizers_option = click.option(
-    "--regularizer",
-    "regularizers",
-    multiple=True,
-    metavar="NAME=LAMBDA",
+    "--regularizer", "regularizers", multiple=True, metavar="NAME=LAMBDA",
     shell_complete=complete("regularizers", "="),
     help="Penalize with this strength, as kinetic=0.01. `rnode-cli regularizers` lists the names. May be repeated.",
-)
-
-
-def read_regularizers(texts: Iterable[str]) -> dict[str, str | None]:
-    """Lambdas by name from ``NAME=LAMBDA``, where a name may have options; None for a ``NAME`` alone."""
-    parts = (each.rpartition("=") for each in texts)
-    return {name or last: last if name else None for name, _, last in parts}
-
-
-def named_recipe(name: str, ctx: click.Context) -> Recipe:
-    """The recipe of a name; a ConfigError with the command to give instead of a misspelt one."""
-    from ..recipes.recipe import get_recipe
-
-    known = registry.names("recipes")
-    if name not in known and (near := difflib.get_close_matches(name, known, n=1)):
-        raise ConfigError(f"unknown recipe {name!r}. Try: {ctx.command_path} {near[0]}")
-    return get_recipe(name)
+)  # fmt: skip
+download = click.option(
+    "--download/--no-download", default=True, show_default=True,
+    help="Fetch the data set if it is missing or damaged.",
+)  # fmt: skip
+device = click.option(
+    "--device", default="auto", show_default=True, help="Device to use: cpu, cuda, cuda:1, mps or auto.",
+    shell_complete=lambda ctx, param, incomplete: _items(("auto", "cpu", "cuda", "mps"), incomplete),
+)  # fmt: skip
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet = click.option("--quiet", is_flag=True, help="Show results only, no progress.")
+force = click.option("--force", is_flag=True, help="Overwrite what is there.")
 
 
 # options that are a shorter form of a setting of the recipe, which checks their values
@@ -156,37 +105,28 @@ _SHORT: dict[str, tuple[str, str, str]] = {
     "max-epochs": ("training.max_epochs", "N", "Stop after N epochs of the run."),
     "val-every": ("training.val_every_steps", "N", "Validate every N steps instead of by epochs."),
     "seed": ("training.seed", "N", "Seed of the weights, the data order and all noise."),
-    "weights": (
-        "training.weights",
-        "RUN",
-        "Start from the weights of a run, a file or a packaged flow. Everything else starts fresh.",
-    ),
-    "precision": (
-        "training.precision",
-        "NAME",
-        "Precision, as Lightning names it: 32-true, bf16-mixed or auto.",
-    ),
-}
-_COMPLETE: Mapping[str, _Completer] = {"data": complete("datasets"), "weights": complete_run}
+    "weights": ("training.weights", "RUN", "Start from the weights of a run, a file or a packaged flow. Everything "
+                "else starts fresh."),
+    "precision": ("training.precision", "NAME", "Precision, as Lightning names it: 32-true, bf16-mixed or auto."),
+}  # fmt: skip
+_COMPLETE: dict[str, _Completer] = {"data": complete("datasets"), "weights": complete_run}
 
 
-def short(*names: str, rare: bool = False) -> Callable[[_F], _F]:
+def short(*names: str) -> Callable[[_F], _F]:
     """Options that are a shorter form of a setting. :func:`changed` applies them."""
 
     def add(command: _F) -> _F:
         for name in reversed(names):
             _, metavar, text = _SHORT[name]
-            command = click.option(
-                f"--{name}", cls=RareOption if rare else click.Option, metavar=metavar, help=text,
-                shell_complete=_COMPLETE.get(name),
-            )(command)  # fmt: skip
+            option = click.option(f"--{name}", metavar=metavar, help=text, shell_complete=_COMPLETE.get(name))
+            command = option(command)
         return command
 
     return add
 
 
 def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
-    """The recipe with what ``options`` change, which are taken out, those of ``--set`` last."""
+    """The recipe with what ``options`` change. They are taken out, and ``--set`` is applied last."""
     from ..core.schedules import DEFAULT_LAMBDA
 
     lambdas = read_regularizers(options.pop("regularizers", ()))
@@ -204,23 +144,13 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     return recipe.override([*changes, *options.pop("assignments")])
 
 
-download = click.option(
-    "--download/--no-download",
-    cls=RareOption,
-    default=True,
-    show_default=True,
-    help="Fetch the data set if it is missing or damaged.",
-)
-device = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    shell_complete=lambda ctx, param, incomplete: _items(("auto", "cpu", "cuda", "mps"), incomplete),
-    help="Device to use: cpu, cuda, cuda:1, mps or auto.",
-)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-quiet = click.option("--quiet", is_flag=True, help="Show results only, no progress.")
-force = click.option("--force", is_flag=True, help="Overwrite what is there.")
+# values --------------------------------------------------------------------------------------------------------
+
+
+def read_regularizers(texts: Iterable[str]) -> dict[str, str | None]:
+    """Lambdas by name from ``NAME=LAMBDA``, where a name may have options; None for a ``NAME`` alone."""
+    parts = (each.rpartition("=") for each in texts)
+    return {name or last: last if name else None for name, _, last in parts}
 
 
 def free_path(named: str | None, default: str, *, force: bool) -> Path:
@@ -234,27 +164,12 @@ def free_path(named: str | None, default: str, *, force: bool) -> Path:
     return next(each for each in numbered if not each.exists())
 
 
-def print_json(value: Any) -> None:
-    """One JSON value on the standard output."""
-    click.echo(json.dumps(value, indent=2, default=str))
-
-
-keep_denormals = click.option(
-    "--keep-denormals",
-    cls=RareOption,
-    is_flag=True,
-    help="Calculate with numbers too small for full precision, which can take several times as long.",
-)
-
-
-def flush_denormals(options: dict[str, Any]) -> None:
-    """Calculate without numbers too small for full precision during a command, unless they are kept.
+def flush_denormals() -> None:
+    """Calculate without numbers too small for full precision during a command.
 
     A denormal, below 1e-38 in float32, is smaller than the rounding of all that it is added to, but processors are
     slow on it: softplus of pre-activations near -95 takes 26 times as long as elsewhere.
     """
-    if options.pop("keep_denormals"):
-        return
     import numpy as np
     import torch
 
@@ -262,6 +177,11 @@ def flush_denormals(options: dict[str, Any]) -> None:
         np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
     if torch.set_flush_denormal(True):  # a program that calls a command as a function gets its arithmetic back
         click.get_current_context().call_on_close(lambda: torch.set_flush_denormal(False))
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on the standard output."""
+    click.echo(json.dumps(value, indent=2, default=str))
 
 
 def loaded(kind: str, describe: Callable[[str], str]) -> list[tuple[str, str]]:

@@ -4,57 +4,65 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 
 import click
 
 from ..errors import ConfigError
-from ..solvers.config import FIXED_METHODS
+from ..solvers.config import FIXED_METHODS, Solver, solver_text
 from ..text import batch_counter, counted, duration, table, wrapped_table
 from .options import (
-    Command,
-    RareOption,
     as_json,
     complete_run,
-    complete_solver,
     device,
     download,
     flush_denormals,
     force,
     free_path,
-    keep_denormals,
     print_json,
     quiet,
     run_argument,
     short,
 )
 
-if TYPE_CHECKING:
-    from ..evaluation.programs import Which
-
 CHECK_FAILED = 3
 """Exit code of a diagnosis in which a check has failed."""
 
 
-@click.command(cls=Command)
+class Values(click.ParamType):
+    """Numbers by column, from ``COLUMN=VALUE,...``."""
+
+    name = "values"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for part in value.split(","):
+            name, _, number = part.rpartition("=")
+            try:
+                found[name.strip()] = float(number)
+            except ValueError:
+                self.fail(f"it needs a number for each column, as in {name or part}=1.5.", param, ctx)
+        return found
+
+
+@click.command()
 @run_argument
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Use N of the held-out images or rows.")
-@click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE", shell_complete=complete_solver,
+@click.option("--solver", "solver_settings", multiple=True, metavar="KEY=VALUE",
               help="Change the test solver: method=rk4, step=0.05, atol=1e-6, ... May be repeated.")  # fmt: skip
 @short("data-root")
 @device
 @quiet
 @as_json
 @click.option("--summary", is_flag=True, help="Leave the value of each image or row out of the JSON.")
-@click.option("--draws", cls=RareOption, type=click.IntRange(1), metavar="N",
+@click.option("--draws", type=click.IntRange(1), metavar="N",
               help="Draws of noise per sample. [default: as many as make the error of the noise at most half of "
                    "the error of the samples]")  # fmt: skip
-@click.option("--batch-size", cls=RareOption, type=click.IntRange(1), metavar="N",
+@click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: the recipe's]")  # fmt: skip
-@click.option("--seed", cls=RareOption, type=click.IntRange(0), metavar="N",
+@click.option("--seed", type=click.IntRange(0), metavar="N",
               help="Seed of the noise. [default: the run's, which reproduces the numbers at its end]")  # fmt: skip
 @download
-@keep_denormals
 def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: A001 - the command's name
     """Measure RUN, a run folder or a checkpoint, on held-out data: bits/dim of images, NLL of a table, NFE.
 
@@ -71,35 +79,31 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     from ..evaluation.loading import pick_device
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
 
-    flush_denormals(options)
+    flush_denormals()
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
     recipe = recipe.override([f"test_solver.{change}" for change in options["solver_settings"]])
     recipe = recipe.at_root(options["data_root"])
-    measure = recipe.task
     data = recipe.load_data(download=options["download"], all_val=True).limit(None, options["limit"])
-    seed = options["seed"]
     result = evaluate(
         flow,
         data.held_out[: options["limit"]],
-        measure=measure,
+        measure=recipe.task,
         batch_size=options["batch_size"] or recipe.data.val_batch_size,
         draws=options["draws"],
         solver=recipe.test_solver,
         training_solver=training_solver(path),
-        seed=recipe.training.seed if seed is None else seed,
+        seed=recipe.training.seed if options["seed"] is None else options["seed"],
         progress=None if quiet else batch_counter("evaluating"),
-    )
-    result = result.with_baselines(measure, data)
+    ).with_baselines(recipe.task, data)
+    head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     if as_json:
-        head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
-        print_json({**head, **result.to_plain(measure, samples=not options["summary"])})
+        print_json({**head, **result.to_plain(samples=not options["summary"])})
     else:
-        head = [("checkpoint", str(path)), ("weights", recipe.weights)]
-        click.echo(table([*head, *result.rows(measure)]))
+        click.echo(table([*head.items(), *result.rows(recipe.task)]))
 
 
-@click.command(cls=Command)
+@click.command()
 @run_argument
 @click.option("--samples", type=click.IntRange(2), metavar="N",
               help="Held-out samples to use. [default: 256 for solves, fewer for large images; all, at most 10000, "
@@ -111,10 +115,9 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
 @click.option("--out", metavar="FOLDER",
               help="Folder of diagnosis.json and the figures. [default: the run's folder, or the folder diagnosis "
                    "for other weights than its best]")  # fmt: skip
-@click.option("--seed", cls=RareOption, type=click.IntRange(0), default=0, show_default=True,
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Seed of all noise.")  # fmt: skip
 @download
-@keep_denormals
 @click.pass_context
 def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Check whether the densities and samples of RUN, a run folder or a checkpoint, can be trusted.
@@ -130,56 +133,44 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
-    from ..evaluation.diagnostics.diagnose import compared_for, diagnose, samples_for
-    from ..evaluation.loading import held_out_samples, pick_device
-    from ..reports.diagnosis import draw_check
+    from ..evaluation.diagnostics.diagnose import compared_for, diagnose, held_out_samples
+    from ..evaluation.loading import pick_device
+    from ..reports.diagnosis import save_diagnosis
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
-    from ..training.runs import DIAGNOSIS, RunFolder, write_json
+    from ..training.runs import RunFolder
 
-    flush_denormals(options)
-    path, place, seed = find_checkpoint(run), pick_device(options["device"]), options["seed"]
+    flush_denormals()
+    path, place = find_checkpoint(run), pick_device(options["device"])
     flow, recipe = load_with_recipe(path, map_location=place)
-    recipe, samples = recipe.at_root(options["data_root"]), options["samples"]
+    recipe, samples, seed = recipe.at_root(options["data_root"]), options["samples"], options["seed"]
     count = samples or compared_for(recipe.dims)
     held_out = held_out_samples(recipe, count, seed=seed, download=options["download"])
-    measure, own = recipe.task, RunFolder.of_checkpoint(path)
-    trained_with = training_solver(path)
-    known = trained_with.adaptive or trained_with.step != "auto"
     diagnosis = diagnose(
         flow,
         held_out.x.to(place),
         **{name: value.to(place) for name, value in held_out.options.items()},
-        training_solver=trained_with if known else None,
+        training_solver=training_solver(path),
         samples=samples,
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),
     )
-    summary = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights, **diagnosis.to_plain()}
+    head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
+    own = RunFolder.of_checkpoint(path)
+    folder = Path(options["out"] or ("diagnosis" if own is None or path != own.best else own.path))
+    file = save_diagnosis(diagnosis, folder, **head)
     if as_json:
-        print_json(summary)
+        print_json({**head, **diagnosis.to_plain()})
     else:
         rows = [(check.name, check.verdict, check.sentence) for check in diagnosis.checks]
         width = min(120, shutil.get_terminal_size().columns)
         click.echo(wrapped_table([("check", "verdict", "finding"), *rows], width=width))
-        fewer = samples is None and diagnosis.samples < samples_for(1)
-        note = " (few, because they are large or there are no more; --samples N)" if fewer else ""
-        used = f"{diagnosis.samples} held-out {measure.samples}{note}"
-        if len(held_out.x) > diagnosis.samples:
-            used += f", {len(held_out.x)} to compare with samples"
-        click.echo(f"\n{used}, {duration(diagnosis.seconds)}")
-    folder = Path(options["out"] or ("diagnosis" if own is None or path != own.best else own.path))
-    write_json(folder / DIAGNOSIS, summary)
-    for check in diagnosis.checks:
-        name = check.name.replace(" ", "-")
-        if (drawing := draw_check(check, name)) is not None:
-            drawing.save(folder / "diagnosis", name)
-    if not as_json:
-        click.echo(f"{folder / DIAGNOSIS}\n{folder / 'diagnosis'}")
+        used = f"{diagnosis.samples} held-out {recipe.task.samples} (--samples N changes that)"
+        click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{file}\n{folder / 'diagnosis'}")
     if diagnosis.failed:
         ctx.exit(CHECK_FAILED)
 
 
-@click.command(cls=Command)
+@click.command()
 @run_argument
 @click.option("--count", "-n", type=click.IntRange(1), metavar="N",
               help="Images per temperature, or rows (of each context of a file). [default: 64 images, 1000 rows, "
@@ -190,18 +181,17 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
 @click.option("--out", metavar="FILE",
               help="File to write, for rows .csv, .tsv, .npy or .parquet. [default: samples.png, samples.csv, or "
                    "samples-1.png, ... if that is there]")  # fmt: skip
-@click.option("--given-values", metavar="COLUMN=VALUE,...",
+@click.option("--given-values", type=Values(), metavar="COLUMN=VALUE,...",
               help="Values of the given columns of a conditional density, the same for all rows.")  # fmt: skip
 @click.option("--given-file", metavar="FILE",
               help="Table with the given columns of a conditional density, a context in each row.")  # fmt: skip
 @force
 @device
-@click.option("--seed", cls=RareOption, type=click.IntRange(0), default=0, show_default=True,
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Seed of the latents.")  # fmt: skip
-@click.option("--columns", cls=RareOption, type=click.IntRange(1), metavar="N", help="Images in a row of the grid.")
-@click.option("--batch-size", cls=RareOption, type=click.IntRange(1), metavar="N",
+@click.option("--columns", type=click.IntRange(1), metavar="N", help="Images in a row of the grid.")
+@click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: 256, 10000]")  # fmt: skip
-@keep_denormals
 def sample(*, run: str, **options: Any) -> None:
     """Draw images from RUN, a run folder or a checkpoint, into one PNG, or rows of a table into a file.
 
@@ -213,50 +203,24 @@ def sample(*, run: str, **options: Any) -> None:
     have the given columns in addition to the drawn ones.
     """
     from ..evaluation.loading import pick_device
-    from ..evaluation.samples import sample_images, sample_table, save_grid
-    from ..recipes.recipe import TableData
+    from ..evaluation.samples import write_samples
     from ..training.checkpoints import load_with_recipe
 
-    flush_denormals(options)
-    flow, recipe = load_with_recipe(run, map_location=pick_device(options["device"]))
-    averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
-    given, temperatures, count = _given(options), options["temperatures"], options["count"]
-    drawn = {"seed": options["seed"], **({"batch_size": size} if (size := options["batch_size"]) else {})}
-    if not isinstance(recipe.data, TableData):
-        if given:
-            raise ConfigError("--given-values and --given-file are for tables that were trained with --given.")
-        place = free_path(options["out"], "samples.png", force=options["force"])
-        images = sample_images(flow, count or 64, temperatures=temperatures, **drawn)
-        save_grid(place, images, levels=recipe.images.levels, columns=options["columns"])
-        shown = f"{counted(count or 64, 'image')} at temperature {', '.join(f'{each:g}' for each in images)}"
-    else:
-        if len(temperatures) > 1 or options["columns"]:
-            raise ConfigError("rows of a table are drawn at one temperature, and in no grid: leave --columns out.")
-        place = free_path(options["out"], "samples.csv", force=options["force"])
-        (temperature,) = temperatures
-        rows = sample_table(flow, recipe.table, place, count, given=given, temperature=temperature, **drawn)
-        shown = f"{counted(rows, 'row')} at temperature {temperature:g}"
-    click.echo(f"{shown}{averaged}: {place}")
-
-
-def _given(options: dict[str, Any]) -> dict[str, float] | str | None:
-    """The values of ``--given-values`` by column, or the file of ``--given-file``."""
-    values, file = options["given_values"], options["given_file"]
+    flush_denormals()
+    flow, recipe = load_with_recipe(run, map_location=pick_device(options.pop("device")))
+    values, file = options.pop("given_values"), options.pop("given_file")
     if values and file:
         raise ConfigError("give the context with --given-values or with --given-file, not both.")
-    if not values:
-        return file
-    given: dict[str, float] = {}
-    for part in values.split(","):
-        name, _, value = part.rpartition("=")
-        try:
-            given[name.strip()] = float(value)
-        except ValueError:
-            raise ConfigError(f"--given-values needs a number for each column, as in {name or part}=1.5.") from None
-    return given
+    default = "samples.png" if recipe.task.samples == "images" else "samples.csv"
+    place = free_path(options.pop("out"), default, force=options.pop("force"))
+    chosen = {name: value for name, value in options.items() if value is not None and name != "count"}
+    drawn = write_samples(recipe.task, flow, place, options["count"], given=values or file, **chosen)
+    averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
+    temperatures = ", ".join(f"{each:g}" for each in options["temperatures"])
+    click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {temperatures}{averaged}: {place}")
 
 
-@click.command(cls=Command)
+@click.command()
 @run_argument
 @click.argument("file", metavar="FILE")
 @click.option("--format", "kind", type=click.Choice(["safetensors", "torch-export"]), default="safetensors",
@@ -265,10 +229,8 @@ def _given(options: dict[str, Any]) -> dict[str, float] | str | None:
               help="Longest step of a program's grid. A block of a flow takes one unit of time.")  # fmt: skip
 @click.option("--method", type=click.Choice(FIXED_METHODS),
               help="Method of a program's steps. [default: rk4_38]")  # fmt: skip
-@click.option("--last", is_flag=True, help="Export the newest checkpoint of a run folder instead of the best.")
 @force
-@quiet
-def export(*, run: str, file: str, kind: str, last: bool, force: bool, **options: Any) -> None:
+def export(*, run: str, file: str, kind: str, force: bool, step: float | None, method: str | None) -> None:
     """Write the weights of RUN, a run folder or a checkpoint, as FILE.safetensors, or as programs that run alone.
 
     \b
@@ -281,38 +243,34 @@ def export(*, run: str, file: str, kind: str, last: bool, force: bool, **options
     With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
     torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
-    from ..evaluation.programs import SUFFIX, export_program, program_grid, save_program
-    from ..training.checkpoints import BEST, LAST, SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
+    from ..evaluation.programs import SUFFIX, Which, export_program, save_program
+    from ..training.checkpoints import SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
 
-    source, path = find_checkpoint(run, prefer=LAST if last else BEST), Path(file)
+    source, path = find_checkpoint(run), Path(file)
     suffix = SAFETENSORS if kind == "safetensors" else SUFFIX
     if path.suffix != suffix:
         raise ConfigError(f"a file of --format {kind} must end in {suffix}, not {file!r}.")
-    step, method = options["step"], options["method"]
     if kind == "safetensors" and (step or method):
         raise ConfigError("--step and --method are options of programs: give --format torch-export too.")
-    programs: dict[Which, Path] = {}
-    if kind != "safetensors":
-        programs = {which: path.with_stem(f"{path.stem}-{which}") for which in ("sampler", "log_prob")}
+    if method is not None and step is None:
+        raise ConfigError("--method needs a --step.")
+    programs = {} if kind == "safetensors" else {w: path.with_stem(f"{path.stem}-{w}") for w in get_args(Which)}
     for target in programs.values() or [path]:
         free_path(str(target), "", force=force)
     flow, recipe = load_with_recipe(source)
     averaged = "" if recipe.training.ema is None else f" ({recipe.weights})"
-    head = f"{recipe.name}, weights of {source}{averaged}"
+    click.echo(f"{recipe.name}, weights of {source}{averaged}:")
     if not programs:
         save_flow(flow, path, recipe=recipe)
-        click.echo(f"{head}: {file}")
+        click.echo(file)
         return
-    grid = program_grid(flow.solver, recipe.solver, step=step, method=method)
-    click.echo(f"{head}, {grid.method}, {'one step' if grid.step is None else f'step {grid.step:g}'}:")
-    for number, (which, target) in enumerate(programs.items(), 1):
-        if not options["quiet"]:
-            click.echo(f"recording and writing program {number} of 2, {which}", err=True)
+    grid = flow.solver if step is None else Solver(method or "rk4_38", step=step)
+    for which, target in programs.items():
         save_program(export_program(flow, which, solver=grid), target)
-        click.echo(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+        click.echo(f"{target} ({solver_text(grid)}, {target.stat().st_size / 1e6:.1f} MB)")
 
 
-@click.command(cls=Command)
+@click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", shell_complete=complete_run)
 @click.option("--out", metavar="FOLDER",
               help="Folder of the report. [default: report, or report-1, ... if that is there]")  # fmt: skip
@@ -340,7 +298,7 @@ def report(*, runs: tuple[str, ...], out: str | None, title: str | None, force: 
         click.echo(f"{written.as_text()}\n\n{written.html}")
 
 
-@click.command(cls=Command)
+@click.command()
 @click.argument("run", required=False, shell_complete=complete_run)
 def cite(*, run: str | None) -> None:
     """Print BibTeX of the papers behind the penalties, the trace estimator and the solver of RUN.

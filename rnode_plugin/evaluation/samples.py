@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
@@ -18,45 +17,36 @@ from ..core.random_streams import Stream, seeded
 from ..data.table_files import check_written, read_columns, write_rows
 from ..errors import ConfigError, suggest
 from ..files import write_atomically
-from ..recipes.task import ImageTask, TableTask, Task
+from ..recipes.task import ImageTask, Task
 
 if TYPE_CHECKING:
     from ..flows.base import BlockFlow
     from ..flows.table import TableFlow
-    from ..recipes.recipe import TableData
     from ..recipes.settings import Training
 
 _SHOWN = 64  # pixels: smaller images are enlarged by a whole factor
 
 
-@functools.singledispatch
 def save_samples(task: Task, flow: Any, data: Any, training: Training, path: Path) -> None:
     """Draw samples of a flow of a task into one PNG, by the settings of a training.
+
+    Images form a grid, one row for each temperature, from the same latents. Rows of a table form a corner plot with
+    the held-out rows of ``data``, whose contexts the samples of a conditional density have.
 
     Raises:
         SolverError: a latent cannot be integrated.
         CheckpointError: the file cannot be written.
     """
-    raise NotImplementedError(type(task))
-
-
-@save_samples.register
-def _(task: ImageTask, flow: Any, data: Any, training: Any, path: Path) -> None:
-    """A grid: one row of images for each temperature, from the same latents."""
-    count = training.sample_images
-    drawn = sample_images(flow, count, temperatures=training.sample_temperatures, seed=training.seed)
-    save_grid(path, drawn, levels=task.levels, columns=count)
-
-
-@save_samples.register
-def _(task: TableTask, flow: Any, data: Any, training: Any, path: Path) -> None:
-    """A corner plot: the held-out rows and samples, for a conditional density at the same contexts."""
-    held_out = data.held_out[: training.sample_images]
-    (temperature,) = training.sample_temperatures
-    context = task.context(held_out)
-    count = training.sample_images if context is None else len(held_out)
-    drawn = sample_rows(flow, count, context=context, temperature=temperature, seed=training.seed)
-    save_corner(path, task.columns[0], held_out[:, : task.dims], drawn)
+    count, temperatures, seed = training.sample_images, training.sample_temperatures, training.seed
+    if isinstance(task, ImageTask):
+        drawn = sample_images(flow, count, temperatures=temperatures, seed=seed)
+        save_grid(path, drawn, levels=task.levels, columns=count)
+        return
+    held_out = data.held_out[:count]
+    context = held_out[:, task.dims :] if task.columns[1] else None
+    count = count if context is None else len(held_out)
+    rows = sample_rows(flow, count, context=context, temperature=temperatures[0], seed=seed)
+    save_corner(path, task.columns[0], held_out[:, : task.dims], rows)
 
 
 def sample_images(
@@ -149,56 +139,74 @@ def sample_rows(
     return _drawn(flow, count, temperature, seed, batch_size, given).numpy()
 
 
-def sample_table(
+def write_samples(
+    task: Task,
     flow: Any,
-    data: TableData,
-    path: str | os.PathLike[str],
-    count: int | None = None,
+    path: Path,
+    count: int | None,
     *,
+    temperatures: Sequence[float] = (1.0,),
     given: Mapping[str, float] | str | None = None,
+    columns: int | None = None,
     **options: Any,
 ) -> int:
-    """Draw rows of a table into a file, the given columns included, and return their number.
+    """Draw samples of a task into a file, and return how many: a grid of images, or rows of a table.
+
+    The rows of a conditional density begin with the given columns.
 
     Args:
+        task: of the recipe.
         flow: the model.
-        data: the columns of the table.
         path: the file to write.
-        count: number of rows, by default 1000; for a ``given`` file the rows of each context, by default 1.
+        count: 64 images for each temperature, or 1000 rows, unless it is given; for a ``given`` file the rows of
+            each context, by default 1.
+        temperatures: standard deviations of the latent; of rows only one.
         given: the context of a conditional density, as values of the given columns or as a file that has them.
-        options: further arguments of :func:`sample_rows`.
+        columns: images in a row of the grid.
+        options: ``seed`` and ``batch_size`` of :func:`sample_images` or :func:`sample_rows`.
 
     Raises:
-        ConfigError: for columns that are missing or that the density is not given, and a file of another kind.
+        ConfigError: for columns that are missing or that the density is not given, a file of another kind, and
+            options of the other task.
     """
+    if isinstance(task, ImageTask):
+        if given is not None:
+            raise ConfigError("--given-values and --given-file are for tables that were trained with --given.")
+        images = sample_images(flow, count or 64, temperatures=temperatures, **options)
+        save_grid(path, images, levels=task.levels, columns=columns)
+        return count or 64
+    if len(temperatures) > 1 or columns:
+        raise ConfigError("rows of a table are drawn at one temperature, and in no grid: leave --columns out.")
     check_written(path)
-    if isinstance(given, str) and data.given:
-        context = np.repeat(read_columns(given, data.given).astype(np.float32), count or 1, axis=0)
-    else:
-        values = given if isinstance(given, Mapping) else {}
-        if unknown := [name for name in values if name not in data.given]:
-            raise ConfigError(suggest(unknown[0], data.given, "given column"))
-        if not data.given and given is not None:
-            raise ConfigError("this density is given no columns, so it takes no context.")
-        if missing := [name for name in data.given if not math.isfinite(values.get(name, math.nan))]:
-            example = ",".join(f"{name}=VALUE" for name in data.given)
-            raise ConfigError(
-                f"this density is given {', '.join(data.given)}, and {missing[0]} has no value. Name the values "
-                f"with --given-values {example!r}, or a file that has these columns with --given-file FILE."
-            )
-        row = np.array([[values[name] for name in data.given]], dtype=np.float32)
-        context = np.repeat(row, count or 1000, axis=0)
-    rows = sample_rows(flow, len(context), context=context if data.given else None, **options)
-    places = [(*data.modelled, *data.given).index(name) for name in data.columns]
-    write_rows(path, data.columns, np.concatenate([rows, context], axis=1)[:, places])
+    modelled, names = task.columns
+    context = _contexts(names, given, count)
+    options["context"] = context if names else None
+    rows = sample_rows(flow, len(context), temperature=temperatures[0], **options)
+    write_rows(path, (*names, *modelled), np.concatenate([context, rows], axis=1))
     return len(rows)
+
+
+def _contexts(names: Sequence[str], given: Mapping[str, float] | str | None, count: int | None) -> np.ndarray:
+    """The given columns of each row to draw, ``(rows, len(names))``."""
+    if isinstance(given, str) and names:
+        return np.repeat(read_columns(given, names).astype(np.float32), count or 1, axis=0)
+    if given is not None and not names:
+        raise ConfigError("this density is given no columns, so it takes no context.")
+    values = given if isinstance(given, Mapping) else {}
+    if unknown := [name for name in values if name not in names]:
+        raise ConfigError(suggest(unknown[0], names, "given column"))
+    if missing := [name for name in names if not math.isfinite(values.get(name, math.nan))]:
+        example = ",".join(f"{name}=VALUE" for name in names)
+        raise ConfigError(
+            f"this density is given {', '.join(names)}, and {missing[0]} has no value. Name the values with "
+            f"--given-values {example!r}, or a file that has these columns with --given-file FILE."
+        )
+    return np.tile(np.array([values[name] for name in names], dtype=np.float32), (count or 1000, 1))
 
 
 _MOST = 8  # columns
 _DATA, _SAMPLES = "C1", "C0"  # of the style sheet
-_BINS = 10, 40  # fewest and most
 _INSIDE = 0.5, 99.5  # percentiles of the data that a panel shows, and a margin around them
-_DPI = 110
 
 
 def save_corner(
@@ -213,34 +221,44 @@ def save_corner(
     """
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     shown = min(len(columns), _MOST)
+    names = [name.replace("$", r"\$") for name in columns]
+    ranges = [_range(data[:, k], samples[:, k]) for k in range(shown)]
     side = max(3.5, 1.45 * shown + 0.6)
     look: dict[Any, Any] = {"font.size": 8, "axes.labelsize": 8, "axes.linewidth": 0.6, "axes.grid": False}
     with style.context("rnode_plugin.plots"), rc_context(look):
         figure = Figure(figsize=(side, side), layout="constrained")
-        grid = figure.subplots(shown, shown, squeeze=False)
-        ranges = [_range(data[:, k], samples[:, k]) for k in range(shown)]
-        for row in range(shown):
-            for column in range(shown):
-                axes = grid[row, column]
-                if column > row:
-                    axes.set_axis_off()
-                elif column == row:
-                    _paint_one(axes, data[:, row], samples[:, row], ranges[row])
-                else:
-                    _paint_pair(axes, data[:, [column, row]], samples[:, [column, row]])
-                    axes.set_ylim(*ranges[row])
-                _label(axes, columns, row, column, shown)
-                axes.set_xlim(*ranges[column])
-        rest = f" (the first {shown} of {len(columns)} columns)" if shown < len(columns) else ""
-        handles = [
-            figure.axes[0].plot([], [], color=colour, label=label)[0]
-            for colour, label in ((_DATA, f"{len(data):,} held-out rows"), (_SAMPLES, f"{len(samples):,} samples"))
-        ]
+        grid = figure.subplots(shown, shown, squeeze=False, sharex="col")
+        for row, column in np.ndindex(shown, shown):
+            axes: Any = grid[row, column]
+            low, high = ranges[column]
+            if column > row:
+                axes.set_axis_off()
+                continue
+            if column == row:
+                bins = np.linspace(low, high, min(40, max(10, round(1.5 * len(data) ** 0.5)))).tolist()
+                axes.hist(samples[:, row], bins, density=True, color=_SAMPLES, alpha=0.35)
+                axes.hist(data[:, row], bins, density=True, color=_DATA, histtype="step", linewidth=1)
+                axes.set_yticks([])
+            else:
+                for points, colour, alpha in ((samples, _SAMPLES, 0.35), (data, _DATA, 0.8)):
+                    axes.plot(points[:, column], points[:, row], ".", color=colour, alpha=alpha, markersize=2.7,
+                              markeredgewidth=0, rasterized=True)  # fmt: skip
+                axes.set_ylim(*ranges[row])
+                axes.yaxis.set_major_locator(MaxNLocator(3))
+                axes.set_ylabel(names[row] if column == 0 else "")
+                axes.tick_params(labelleft=column == 0)
+            axes.set_xlim(low, high)
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+            axes.set_xlabel(names[column] if row == shown - 1 else "")
+        counts = (_DATA, f"{len(data):,} held-out rows"), (_SAMPLES, f"{len(samples):,} samples")
+        handles = [figure.axes[0].plot([], [], color=colour, label=label)[0] for colour, label in counts]
+        title = f"the first {shown} of {len(columns)} columns" if shown < len(columns) else None
         place = "upper right" if shown > 1 else "outside upper center"
-        figure.legend(handles=handles, loc=place, frameon=False, fontsize=9, title=rest.strip(" ()") or None)
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
+        figure.legend(handles=handles, loc=place, frameon=False, fontsize=9, title=title)
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def _range(data: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
@@ -250,39 +268,3 @@ def _range(data: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
     low, high = min(low, inner[0]), max(high, inner[1])
     margin = 0.08 * (high - low) or 1.0
     return float(low - margin), float(high + margin)
-
-
-def _paint_one(axes: Any, data: np.ndarray, samples: np.ndarray, limits: tuple[float, float]) -> None:
-    bins = np.linspace(*limits, int(np.clip(1.5 * len(data) ** 0.5, *_BINS)) + 1).tolist()
-    axes.hist(samples, bins, density=True, color=_SAMPLES, alpha=0.35)
-    axes.hist(data, bins, density=True, color=_DATA, histtype="step", linewidth=1)
-
-
-def _paint_pair(axes: Any, data: np.ndarray, samples: np.ndarray) -> None:
-    axes.plot(*samples.T, ".", color=_SAMPLES, markersize=2.4, alpha=0.35, markeredgewidth=0, rasterized=True)
-    axes.plot(*data.T, ".", color=_DATA, markersize=3, alpha=0.8, markeredgewidth=0, rasterized=True)
-
-
-def _label(axes: Any, columns: Sequence[str], row: int, column: int, shown: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(3))
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.tick_params(length=2)
-    if row == shown - 1:
-        axes.set_xlabel(_plain(columns[column]))
-        axes.tick_params(axis="x", rotation=45)
-    else:
-        axes.set_xticklabels([])
-    if column == row:
-        axes.set_yticks([])
-    elif column == 0:
-        axes.set_ylabel(_plain(columns[row]))
-    else:
-        axes.set_yticklabels([])
-
-
-def _plain(name: str) -> str:
-    """A name for matplotlib, without mathematics, cut if it is long."""
-    name = name if len(name) <= 22 else f"{name[:21]}…"
-    return name.replace("$", r"\$")
