@@ -188,7 +188,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_files_that_run_without_the_package(tmp_path: Path) -> None:
-    recipe = get_recipe("digits").override(["data.shape=1,4,4", "model.hidden=64", "model.layers=2"])
+    recipe = get_recipe("digits").override(["data.shape=1,4,4", "model.hidden=96", "model.layers=3"])
     save_flow(shaken(recipe.build_flow()), tmp_path / "run.ckpt", recipe=recipe)
     run, file = tmp_path / "run.ckpt", tmp_path / "digits.pt2"
     done = rnode("export", run, file, "--format", "torch-export", "--step", "1", "--method", "euler")

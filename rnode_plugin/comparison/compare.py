@@ -24,6 +24,7 @@ from ..core.schedules import strength_text
 from ..errors import ConfigError, TrainingError, suggest
 from ..evaluation.loading import load_for_training
 from ..plugins import registry
+from ..recipes.fields import refused
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
 from ..reports.runs import read_run
@@ -205,8 +206,8 @@ def configured_recipes(recipe: Recipe, configurations: Sequence[str] = (), *, se
     chosen: dict[str, Recipe] = {}
     for text in configurations or ["none", *alone, *(["rnode"] if len(alone) > 1 else [])]:
         for name, one in _read(recipe, text):
-            # the colon of an option is no part of a file name
-            one = dataclasses.replace(one, name=f"{recipe.name}-{name}".replace(":", "-"))
+            with refused():  # the colon of an option cannot be in the name of a file
+                one = dataclasses.replace(one, name=f"{recipe.name}-{name}".replace(":", "-"))
             for other, its in chosen.items():
                 if its.name == one.name or dataclasses.replace(its, name=one.name) == one:
                     same = "name" if its.name == one.name else "settings"
@@ -251,7 +252,8 @@ def _read_file(recipe: Recipe, file: Path) -> Iterator[tuple[str, Recipe]]:
         lists = [value if isinstance(value, list) else [value] for value in penalties.values()]
         for values in itertools.product(*lists):
             try:
-                one = dataclasses.replace(recipe, regularizers=dict(zip(penalties, values, strict=True)))
+                with refused():
+                    one = dataclasses.replace(recipe, regularizers=dict(zip(penalties, values, strict=True)))
                 registry.resolve_regularizers(one.regularizers)
             except ConfigError as error:
                 raise ConfigError(f"{file}, {entry}: {error}") from None
