@@ -161,14 +161,29 @@ class AutogradField:
         return Linearization(dz, products, jvp, divergence, aux)
 
     def _zero(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
-        """The product with the Jacobian of a field whose graph does not reach its state.
+        """The product with the Jacobian of a field whose graph does not reach its state: zero.
+
+        That is right for a field that ignores its state. A second evaluation at another state shows whether it
+        does.
 
         Raises:
-            ConfigError: if the field depends on its state all the same.
+            ConfigError: if the velocity is different there.
         """
-        if not self._ignores_state and not z.is_meta:
-            _refuse_lost_graph(copy.copy(self), t, z, dz)  # a copy: this evaluation is not the solve's
-            self._ignores_state = bool(dz.any())  # where all is zero nothing can be seen
+        if self._ignores_state or z.is_meta:
+            return torch.zeros_like(z)
+        with torch.no_grad():
+            state = z.detach()
+            # another value in each entry, so that no symmetry of the field hides the change
+            shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
+            moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
+            there = copy.copy(self)(t.detach(), moved)  # a copy: this evaluation is not the solve's
+        if not torch.equal(there, dz):
+            raise ConfigError(
+                "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would "
+                "count as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties "
+                "that need no Jacobian, such as kinetic."
+            )
+        self._ignores_state = bool(dz.any())  # where all is zero nothing can be seen
         return torch.zeros_like(z)
 
     def _in_transform(
@@ -335,29 +350,6 @@ def _refuse_mixed_samples(z: Tensor, dz: Tensor) -> None:
             "Jacobian of one sample does not exist. Give batch_dim=None, which makes the whole state one sample, "
             "to NeuralODE, odeint, regularize or penalties_at, or estimate by a random trace_noise."
         )
-
-
-def _refuse_lost_graph(function: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> None:
-    """Refuse a field that depends on its state and gives a velocity ``dz`` without a graph.
-
-    Without a graph a velocity has a Jacobian of zero, which is right for a field that ignores its state. A second
-    evaluation at another state distinguishes the two cases.
-
-    Raises:
-        ConfigError: if the velocity is different there.
-    """
-    with torch.no_grad():
-        state = z.detach()
-        # another value in each entry, so that no symmetry of the field hides the change
-        shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
-        moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
-        if torch.equal(function(t.detach(), moved), dz):
-            return
-    raise ConfigError(
-        "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would count "
-        "as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties that need no "
-        "Jacobian, such as kinetic."
-    )
 
 
 def _usable(x: Tensor) -> Tensor:

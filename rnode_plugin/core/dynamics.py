@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PluginError, RnodeError
 from .derivatives import RATES, VELOCITY, Ask, AutogradField, Velocity, as_field
 from .field_evaluation import FieldEvaluation
-from .regularizers.base import Regularizer, StepRecord, Trajectory
+from .regularizers.base import Regularizer, StepRecord, Trajectory, needs_of
 from .trace_estimators import Exact, Hutchinson, HutchPlusPlus, Linearize, TraceEstimator, get_estimator
 
 
@@ -194,7 +194,7 @@ class Dynamics(BoundDynamics):
         event: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.field = as_field(field)
-        self.estimator = get_estimator(estimator)
+        self.estimator = estimator if isinstance(estimator, TraceEstimator) else get_estimator(estimator)
         self.regularizers = tuple(regularizers)
         self.divergence = divergence
         self.noise: Tensor | None = None
@@ -207,7 +207,9 @@ class Dynamics(BoundDynamics):
                 f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
-        self.rates: dict[str, Any] = {rate.name: rate for rate in kinds["rate"]}
+        self.rates: dict[str, Any] = {}
+        for rate in kinds["rate"]:
+            self.rates[rate.name] = rate
         hidden: dict[str, Any] = {}  # rates that trajectory penalties alone read, by names that no other rate has
         for penalty in kinds["trajectory"]:
             known = [*self.rates.values(), *hidden.values()]
@@ -223,9 +225,7 @@ class Dynamics(BoundDynamics):
                 rates=self.rates,
                 hidden=frozenset(hidden),
             )
-        self.needs: frozenset[str] = frozenset()
-        for rate in self.rates.values():
-            self.needs |= frozenset(rate.needs)
+        self.needs = needs_of(self.rates.values())
         self.needs_products = divergence or "vjp" in self.needs
         self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus))
         by_autograd = isinstance(self.field, AutogradField)

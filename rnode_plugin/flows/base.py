@@ -15,7 +15,7 @@ from ..core.distribution import DensityModel
 from ..core.dynamics import Dynamics
 from ..core.objective import FlowOutput, standard_normal_log_prob
 from ..core.ops import OneProcessADevice, on_host
-from ..core.regularizers import span_policy, weigh_regularizers
+from ..core.regularizers import weigh_regularizers
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
@@ -88,7 +88,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
     def _fields_at(self, context: Tensor | None, like: Tensor) -> Sequence[nn.Module]:
         """The fields of the blocks as functions of time and state, for samples ``like``."""
-        self.context_rows(context, like)
+        if context is not None:
+            self.context_rows(context, like)  # which refuses it
         return list(self.fields)
 
     def forward(
@@ -266,9 +267,15 @@ class _Pass:
         penalties: bool = False,
     ) -> None:
         self._blocks, self._solver, self._first_steps = enumerate(blocks), solver, first_steps
-        self._backward, self._policy = backward, span_policy(flow.regularizers)
+        self._backward = backward
         self._training = penalties and flow.training and torch.is_grad_enabled()
-        self._followed = [r for r in flow.regularizers if r.kind != "span"] if penalties else []
+        self._policy: Any = None
+        self._followed: list[Any] = []
+        for each in flow.regularizers:
+            if each.kind == "span":
+                self._policy = each
+            elif penalties:
+                self._followed.append(each)
         self._options = {"divergence": divergence, "estimator": flow.estimator, "regularizers": self._followed}
         self._penalized = penalties
         self._logdets: list[Tensor] = []

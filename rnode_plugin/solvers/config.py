@@ -77,7 +77,8 @@ class Solver:
                 raise ConfigError(suggest(str(value), known, kind))
         for name in ("step", "first_step", "max_nfe"):
             value = getattr(self, name)
-            if value is not None and not _is_number(value, above=0.0) and (name, value) != ("step", "auto"):
+            positive = _is_number(value) and value > 0
+            if value is not None and not positive and (name, value) != ("step", "auto"):
                 raise ConfigError(f"{name} must be a number > 0 or None, not {value!r}.")
         for name in ("atol", "rtol"):
             check_tolerance(getattr(self, name), name)
@@ -130,11 +131,10 @@ def check_tolerance(value: Any, name: str) -> None:
     """Refuse a tolerance that is not a number >= 0."""
     # a tensor of tolerances is checked where it is given: a check here would make each solve wait
     tensor = hasattr(value, "dtype") and not isinstance(value, float)
-    if not (tensor or _is_number(value)):
+    if not (tensor or (_is_number(value) and value >= 0)):
         raise ConfigError(f"{name} must be a number >= 0, not {value!r}.")
 
 
-def _is_number(value: Any, above: float = -math.ulp(0.0)) -> bool:
-    """Whether ``value`` is a finite number, not a truth value, above a bound: as a default, at least 0."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > above
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number, not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -51,8 +51,8 @@ class Gradient:
         """This gradient with another method of its backward solve, if it has one."""
         return self
 
-    def check_quadrature(self, quadrature: str) -> None:
-        """Refuse a quadrature that this gradient cannot have."""
+    def check_sampling(self) -> None:
+        """Refuse a sampled quadrature if this gradient cannot have it."""
 
     def check_penalties(self, penalties: Sequence[Any]) -> None:
         """Refuse step penalties that this gradient cannot give, and name what works."""
@@ -140,12 +140,11 @@ class Adjoint(Gradient):
         """The times and states of a solve that are its outputs."""
         return solution.t, solution.z
 
-    def check_quadrature(self, quadrature: str) -> None:
-        if quadrature == "sampled":
-            raise ConfigError(
-                "quadrature='sampled' needs the gradient of the steps that were drawn, which a continuous "
-                "adjoint does not take: use the gradient 'autograd' or 'checkpointed', or quadrature='full'."
-            )
+    def check_sampling(self) -> None:
+        raise ConfigError(
+            "quadrature='sampled' needs the gradient of the steps that were drawn, which a continuous adjoint does "
+            "not take: use the gradient 'autograd' or 'checkpointed', or quadrature='full'."
+        )
 
     def check_penalties(self, penalties: Sequence[Any]) -> None:
         for penalty in penalties:
@@ -173,8 +172,9 @@ def gradient_of(solver: Solver) -> Gradient:
     """The gradient of a solver.
 
     Raises:
-        ConfigError: where it cannot have the solver's quadrature.
+        ConfigError: for an adjoint with a sampled quadrature.
     """
     gradient = _NAMED[solver.gradient] if isinstance(solver.gradient, str) else solver.gradient
-    gradient.check_quadrature(solver.quadrature)
+    if solver.quadrature == "sampled":
+        gradient.check_sampling()
     return gradient

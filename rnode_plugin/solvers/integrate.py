@@ -62,7 +62,7 @@ def solve(
             "solver.step='auto' is found while a recipe trains. Give a number everywhere else: the log of a "
             "run with solver.step=auto has one."
         )
-    if dynamics.divergence:
+    if dynamics.divergence and solver.quadrature == "sampled":
         refuse_sampled_density(solver)
     _check_times(t_span)
     times, asked, inner = t_span, None, []

@@ -265,8 +265,11 @@ class Weighted(NamedTuple):
 
 def needs_of(regularizers: Iterable[Regularizer]) -> frozenset[str]:
     """What the rates among them read of an evaluation, and the rates that trajectory penalties read."""
-    rates = [rate for each in regularizers for rate in (each, *each.rates)]
-    return frozenset().union(*(rate.needs for rate in rates))
+    needs: frozenset[str] = frozenset()
+    for each in regularizers:
+        for rate in (each, *each.rates):
+            needs |= frozenset(rate.needs)
+    return needs
 
 
 def check_batch_dim(batch_dim: Any) -> None:
