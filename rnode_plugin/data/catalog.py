@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..errors import ConfigError, PluginError
+from ..errors import ConfigError, DataError, PluginError
 from ..plugins import registry
 from . import tables
 from .folders import folder_shape
@@ -91,8 +91,8 @@ def _load(kind: type[D], name: str, common: dict[str, Any], options: dict[str, A
 
     try:
         return loaded()
-    except Exception as error:  # it is missing, and a plugin may raise anything then
-        if isinstance(error, ConfigError) or not download or "download" not in arguments:
+    except (DataError, PluginError):  # it is missing
+        if not download or "download" not in arguments:
             raise
         arguments["download"] = True
     with one_download(common["root"]):

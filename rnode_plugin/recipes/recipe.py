@@ -104,7 +104,7 @@ class Recipe:
         check_path_name(self.name, "recipe")
         if self.data.kind != self.model.kind:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
-        self.task.check_temperatures(self.training.sample_temperatures)
+        self.task.grid_rows(self.training.sample_temperatures)  # refuses several for a table
         precision = self.training.precision
         if precision in ("16-true", "bf16-true"):
             raise ConfigError(

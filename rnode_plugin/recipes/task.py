@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import ConfigError
@@ -93,13 +92,13 @@ class Task(ABC):
         """The axis of a figure: ``dirty [bits/dim]`` or ``NLL [nats per row]``."""
         return f"{self.quantities[0].heading.rpartition(', ')[2]} [{self.unit}]"
 
-    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        """Temperatures of the rows in a picture of samples; none for a corner plot."""
-        return ()
-
     @abstractmethod
-    def check_temperatures(self, temperatures: Sequence[float]) -> None:
-        """Refuse temperatures of samples that cannot be drawn, with a ConfigError."""
+    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        """Temperatures of the rows in a picture of samples, none for a corner plot.
+
+        Raises:
+            ConfigError: samples cannot be drawn at these temperatures.
+        """
 
     @abstractmethod
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
@@ -152,9 +151,6 @@ class ImageTask(Task):
         self.model_options = {"levels": levels}
         self.levels, self._flip = levels, flip
 
-    def check_temperatures(self, temperatures: Sequence[float]) -> None:
-        pass
-
     def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
         return temperatures
 
@@ -206,9 +202,10 @@ class TableTask(Task):
         self.model_options = {"context": len(given)}
         self.columns = columns, given
 
-    def check_temperatures(self, temperatures: Sequence[float]) -> None:
+    def grid_rows(self, temperatures: tuple[float, ...]) -> tuple[float, ...]:
         if len(temperatures) > 1:
             raise ConfigError("training.sample_temperatures: samples of a table have one temperature, such as 1.")
+        return ()
 
     def context(self, batch: Any) -> Any:
         """The given columns of rows; None for a density without any."""
