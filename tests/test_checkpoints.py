@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,15 @@ from safetensors.torch import save_file
 from tiny_runs import run, tiny_recipe
 
 from rnode_plugin import get_recipe, load_flow
-from rnode_plugin.errors import CheckpointError, ConfigError, RnodeError
+from rnode_plugin.errors import CheckpointError, RnodeError
 from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.training.checkpoints import (
     checksum,
     find_checkpoint,
-    from_pretrained,
     header_with,
     load_with_recipe,
     read_checkpoint,
     save_flow,
-    save_pretrained,
 )
 
 
@@ -110,37 +107,6 @@ def test_export_holds_weights_and_recipe(file: Path, recipe: Recipe, tmp_path: P
         assert json.loads(stranger.metadata()["rnode_plugin"])["recipe"] == recipe.to_plain()
 
 
-def test_a_folder_of_the_hub_there_and_back(file: Path, recipe: Recipe, tmp_path: Path) -> None:
-    folder, flow = tmp_path / "hub", load_flow(file)
-    folder.mkdir()
-    (folder / "README.md").write_text("my card")
-    save_pretrained(flow, folder, recipe=recipe.at_root(str(tmp_path)))
-    for found in (from_pretrained(folder), load_flow(folder)):
-        torch.testing.assert_close(found.state_dict(), flow.state_dict(), rtol=0, atol=0)
-    assert str(tmp_path).encode() not in (folder / "model.safetensors").read_bytes()
-    assert {each.name for each in folder.iterdir()} == {"README.md", "model.safetensors"}
-    assert (folder / "README.md").read_text() == "my card"
-
-
-def test_a_repository_of_the_hub_is_read_from_its_cache(file: Path, recipe: Recipe, tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
-    repository, options = tmp_path / "models--me--digits", {"cache_dir": tmp_path, "local_files_only": True}
-    with pytest.raises(CheckpointError, match="me/digits is no folder, and the hub did not give it"):
-        from_pretrained("me/digits", **options)
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0" * 40)
-    save_pretrained(load_flow(file), repository / "snapshots" / ("0" * 40), recipe=recipe)
-    assert from_pretrained("me/digits", **options).dims == 64
-    with pytest.raises(CheckpointError, match="did not give it"):
-        from_pretrained("no name of a repository", **options)
-
-
-def test_the_hub_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"rnode-plugin\[hub\]"):
-        from_pretrained("me/digits")
-
-
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], header: str | None) -> None:
     """A file with any header and its checksum."""
     metadata = None if header is None else {"rnode_plugin": header, "sha256": checksum(tensors, header)}
@@ -148,10 +114,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], header: str 
     save_file(tensors, path, metadata=metadata)
 
 
-@pytest.mark.parametrize(
-    ("name", "setting"),
-    [("digits", "hidden"), ("digits", "layers"), ("table", "hidden"), ("table", "layers"), ("table", "blocks")],
-)
+@pytest.mark.parametrize(("name", "setting"), [("digits", "hidden"), ("digits", "layers"), ("table", "blocks")])
 @pytest.mark.parametrize("value", [10**9, 10**30])
 def test_a_small_file_cannot_ask_for_a_huge_model(tmp_path: Path, name: str, setting: str, value: int) -> None:
     recipe = get_recipe(name)
@@ -183,7 +146,7 @@ def test_complex_weights_are_refused(file: Path, recipe: Recipe, tmp_path: Path)
     state = {**flow.state_dict(), name: tensor.to(torch.complex64)}
     header = json.dumps(header_with(recipe)["rnode_plugin"])
     write_safetensors(tmp_path / "x.safetensors", state, header)
-    with pytest.raises(CheckpointError, match=f"{name} is complex"):
+    with pytest.raises(CheckpointError, match=f"{name} is complex .* there and .* in the model"):
         load_flow(tmp_path / "x.safetensors")
 
 

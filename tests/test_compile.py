@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import train_digits
-from tiny_runs import SETTINGS, as_options, run, tiny_recipe
+from tiny_runs import SETTINGS, as_options, run, tiny_recipe, train_digits
 from torch._dynamo.exc import TorchDynamoException
 
 from rnode_plugin import get_recipe

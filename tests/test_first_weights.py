@@ -19,7 +19,7 @@ from rnode_plugin.training.module import RnodeModule
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tiny_recipe("training.ema=0.5"), tmp_path_factory.mktemp("runs")).folder.path
+    return run(tiny_recipe("training.ema=0.5", "training.max_steps=2"), tmp_path_factory.mktemp("runs")).folder.path
 
 
 def weights_at_first_step(recipe: Recipe, runs: Path) -> dict[str, torch.Tensor]:
@@ -65,16 +65,16 @@ def test_a_table_keeps_the_scale_of_the_weights(tmp_path: Path) -> None:
 def test_resumed_to_the_bit_without_the_source(trained: Path, tmp_path: Path) -> None:
     moved = tmp_path / "source"
     moved.symlink_to(trained)
-    recipe = tiny_recipe(f"training.weights={moved}")
+    recipe = tiny_recipe(f"training.weights={moved}", "training.max_steps=4", "training.val_every_steps=2")
     whole = run(recipe, tmp_path / "runs").folder.path
-    half = run(recipe.override(["training.max_steps=4"]), tmp_path / "runs").folder.path
+    half = run(recipe.override(["training.max_steps=2"]), tmp_path / "runs").folder.path
     moved.unlink()
     run(recipe, tmp_path / "runs", resume=half)
     assert rows(half) == rows(whole)
 
 
 def test_other_weights_on_resume_are_refused(trained: Path, tmp_path: Path) -> None:
-    half = run(tiny_recipe("training.max_steps=4"), tmp_path).folder.path
+    half = run(tiny_recipe("training.max_steps=1"), tmp_path).folder.path
     with pytest.raises(CheckpointError, match=r"continue with other settings: training\.weights is None there"):
         run(tiny_recipe(f"training.weights={trained}"), tmp_path, resume=half)
 

@@ -119,9 +119,9 @@ def test_the_run_says_which_steps_matched(tmp_path: Path) -> None:
     )
     assert {row["train/nfe"] for row in steps[:4]} == {"6.0"}  # one evaluation per block
     rates = [float(row["lr"]) for row in steps]
-    assert rates[:4] == pytest.approx(rates[4:])  # the schedule begins anew
+    assert rates[:4] == pytest.approx(rates[4:])  # the schedule begins again
     assert rates[3] < rates[1]
-    # the optimizer begins anew behind step 4, also if the run was cut there
+    # the optimizer begins again after step 4, also if the run was cut there
     part = run(recipe, tmp_path / "cut", callbacks=[signal_at(4)])
     rest = run(recipe, tmp_path, resume=part.folder.path)
     assert torch.equal(weights(rest.folder.path), weights(whole.folder.path))

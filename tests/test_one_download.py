@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from child_runs import CONTEXT
 from image_files import random_images
 from published_sets import publish, serve
+from tiny_runs import CONTEXT
 
 from rnode_plugin.data import get_dataset, one_download, sets
 from rnode_plugin.errors import DataError

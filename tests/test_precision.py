@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import rows, run, tiny_recipe
+from tiny_runs import BeforeStep, rows, run, tiny_recipe
 
 from rnode_plugin import Solver, get_recipe, load_flow
 from rnode_plugin.core.dynamics import Dynamics
@@ -17,7 +17,7 @@ from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.solvers import solve
 from rnode_plugin.training import trainer
 from rnode_plugin.training.checkpoints import load_with_recipe
-from rnode_plugin.training.trainer import computes_bf16, decided
+from rnode_plugin.training.trainer import computes_bf16, decided_compile, decided_precision
 
 
 def test_bits_per_dim_of_a_field_in_bfloat16() -> None:
@@ -57,7 +57,7 @@ def test_integrals_are_the_same_sums_under_autocast() -> None:
 def test_validation_of_a_run_in_bfloat16_is_in_float32(tmp_path: Path) -> None:
     """An adaptive solve of a field in bfloat16 takes many more evaluations, if it ends."""
     recipe = tiny_recipe(
-        "training.precision=bf16-mixed", "training.max_steps=4", "data.val_batch_size=31", "optimizer.lr=2e-2",
+        "training.precision=bf16-mixed", "training.max_steps=2", "data.val_batch_size=15", "optimizer.lr=2e-2",
         "test_solver.method=dopri5", "test_solver.max_nfe=300",
     )  # fmt: skip
     result = run(recipe, tmp_path)
@@ -91,8 +91,8 @@ def test_what_auto_means(
 ) -> None:
     monkeypatch.setattr(trainer, "computes_bf16", lambda device: native)
     recipe = tiny_recipe("training.precision=auto", "training.compile=auto", *settings)
-    found = decided(recipe, torch.device(kind)).training
-    assert (found.precision, found.compile) == (precision, compiles)
+    device = torch.device(kind)
+    assert (decided_precision(recipe, device), decided_compile(recipe, device)) == (precision, compiles)
 
 
 @pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
@@ -111,7 +111,8 @@ def test_a_processor_computes_bf16_by_its_flags(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_run_takes_the_precision_that_auto_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "computes_bf16", lambda device: True)
-    found = run(tiny_recipe("training.precision=auto", "training.max_steps=2"), tmp_path / "a")
-    named = run(tiny_recipe("training.precision=bf16-mixed", "training.max_steps=2"), tmp_path / "b")
-    assert rows(found.folder.path) == rows(named.folder.path)
-    assert load_with_recipe(found.folder.last)[1].training.precision == "auto"
+    seen: list[str] = []
+    look = BeforeStep(lambda module, step: seen.append(module.trainer.precision))
+    result = run(tiny_recipe("training.precision=auto", "training.max_steps=1"), tmp_path, callbacks=[look])
+    assert seen == ["bf16-mixed"]
+    assert load_with_recipe(result.folder.last)[1].training.precision == "auto"

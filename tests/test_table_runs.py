@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as L
 import torch
-from child_runs import assert_same
 from scipy import stats
-from tiny_runs import as_options, rnode, rows, run, signal_at
+from tiny_runs import as_options, assert_same, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
 from rnode_plugin.data.table_files import column_names, read_columns

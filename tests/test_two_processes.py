@@ -1,4 +1,4 @@
-"""Two processes over gloo: the numbers of one, one writer, and one message."""
+"""Two processes over gloo: the gradients and numbers of one, one writer, and one message."""
 
 from __future__ import annotations
 
@@ -9,18 +9,144 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from programs import train_digits
-from tiny_runs import SETTINGS, as_options, rows, weights
+from tiny_runs import SETTINGS, as_options, rows, train_digits, weights
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
-from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
+from rnode_plugin.core.objective import objective, output_log_prob
+from rnode_plugin.core.regularizers import Regularizer
+from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
 
 pytestmark = pytest.mark.ddp
 
+BATCH = 6
+BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
+
+
+def gradient(model: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+class Given(Hutchinson):
+    """Noise that is a function of the sample, so that half of a batch gets what it gets in the whole."""
+
+    rows = slice(None)
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        seeds = torch.Generator().manual_seed(1)
+        return torch.randn(BATCH, *z.shape[1:], dtype=z.dtype, generator=seeds)[Given.rows]
+
+
+class Field(nn.Module):
+    """``f(t, z)`` in three dimensions; ``unused`` adds parameters that no value depends on."""
+
+    def __init__(self, *, unused: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        if unused:
+            self.unused = nn.Linear(8, 5)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(torch.cat([z, t * torch.ones_like(z[:, :1])], 1))))
+
+
+class Learned(nn.Module, Regularizer):
+    """A penalty with its own parameter, which the states do not depend on."""
+
+    name = "learned"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, evaluation: Any) -> Tensor:
+        return (evaluation.dz * self.scale).square().sum(1)
+
+
+def ode(field: nn.Module, mode: str, **options: Any) -> NeuralODE:
+    return NeuralODE(field, "rk4_38", sensitivity=mode, **{"regularizers": BOTH, **options})
+
+
+def density(field: nn.Module, mode: str, **options: Any) -> RegularizedCNF:
+    return RegularizedCNF(
+        field, trace_estimator=Given(), solver="rk4_38", sensitivity=mode, regularizers=BOTH, **options
+    )
+
+
+MODELS: dict[str, tuple[Callable[[str, bool], Any], tuple[int, ...]]] = {
+    "NeuralODE": (lambda mode, unused: ode(Field(unused=unused), mode, trace_noise=Given()), (3,)),
+    "learned": (lambda mode, unused: ode(Field(unused=unused), mode, regularizers={Learned(): 0.3}), (3,)),
+    "of a CNF": (lambda mode, unused: ode(CNF(Field(unused=unused), Given()), mode), (4,)),
+    "density": (lambda mode, unused: density(Field(unused=unused), mode, event_shape=3, t_span=[0, 0.5, 1]), (3,)),
+}
+
+
+def _work(rank: int, address: str, result: str) -> None:
+    """Gradients of half a batch in each of two processes and of the whole in one, saved by the first process."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    store = f"file://{address}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    half, found = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2), {}
+    for name, mode, unused in product(MODELS, GRADIENTS, (False, True)):
+        make, shape = MODELS[name]
+        torch.manual_seed(0)
+        model = make(mode, unused).double()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.4)
+        x = torch.randn(BATCH, *shape, dtype=torch.float64)
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+        pair = []
+        for each, mine in ((parallel, half), (model, slice(None))):
+            Given.rows = mine
+            for _ in range(2):  # a reduction that is not complete is noticed at the next forward pass
+                model.zero_grad()
+                output = each(x[mine])
+                states = output[1][-1] if isinstance(output, tuple) else output
+                (states.square().mean() + model.reg_loss()).backward()
+            pair.append(gradient(model))
+        found[f"{name}, {mode}, {unused}"] = pair
+    recipe = get_recipe("cifar10").override(["data.shape=3,8,8", "model.hidden=8"])
+    torch.manual_seed(0)
+    flow: Any = recipe.build_flow().double()
+    for field in flow.fields:
+        field.layers[-1].reset_parameters()  # f = 0 would leave most gradients at zero
+    x = torch.rand(BATCH, 3, 8, 8, dtype=torch.float64)
+    noise, pair = flow.draw_noise(BATCH), []
+    for model, mine in ((nn.parallel.DistributedDataParallel(flow), half), (flow, slice(None))):
+        flow.zero_grad()
+        output = model(x[mine], noise=[eps[mine] for eps in noise], solver=recipe.solver)
+        log_prob = output_log_prob(output)
+        objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims).loss.backward()
+        pair.append(gradient(flow))
+    found["flow of images"] = pair
+    if rank == 0:
+        torch.save(found, result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_half_a_batch_in_each_process_gives_the_gradient_of_the_whole(tmp_path: Path) -> None:
+    """Each model by each gradient, with and without parameters that no value depends on, given the noise."""
+    result = tmp_path / "result.pt"
+    spawn(_work, (str(tmp_path / "rendezvous"), str(result)), nprocs=2)
+    for name, (of_two, of_one) in torch.load(result).items():
+        assert of_one.norm() > 1e-3, name
+        assert torch.allclose(of_two, of_one, rtol=1e-10, atol=1e-12), name
+
+
+# runs ------------------------------------------------------------------------------------------------------------
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMAND = [*train_digits(*as_options(*SETTINGS)), "--runs"]
@@ -33,11 +159,12 @@ def train(runs: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
 
 def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     """The same images, noise and objective: the same metrics and weights to rounding; each image counts once."""
-    two = train(tmp_path / "two", "--devices", "2", *as_options("data.batch_size=10", "training.max_steps=5"))
+    # of a field that has hardly moved: the noise of a validation, which is drawn by process, hardly counts
+    settings = as_options("data.batch_size=10", "training.max_steps=5", "training.val_images=31", "model.layers=4")
+    two = train(tmp_path / "two", "--devices", "2", *settings)
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("held-out images  31") == 1  # one process reports
-    one = train(tmp_path / "one", "--devices", "1", "--accumulate", "2",
-                *as_options("data.batch_size=10", "training.max_steps=5"))  # fmt: skip
+    one = train(tmp_path / "one", "--devices", "1", "--accumulate", "2", *settings)
     assert one.returncode == 0, one.stderr
     a, b = tmp_path / "two" / "digits" / "0", tmp_path / "one" / "digits" / "0"
     torch.testing.assert_close(weights(a), weights(b), rtol=1e-4, atol=1e-6)

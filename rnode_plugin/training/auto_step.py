@@ -58,7 +58,7 @@ def tune_step(
     flow: Any,
     inputs: FlowInput,
     *,
-    measure: Task,
+    task: Task,
     solver: Solver,
     smallest: float = 1 / 32,
     reference: Solver = REFERENCE,
@@ -69,7 +69,7 @@ def tune_step(
         flow: the model; a fresh one (f = 0) agrees at any step. torch's generator draws the noise of its
             divergence, once for all solves.
         inputs: held-out samples on the flow's device.
-        measure: of the kind of data, with the tolerances ``step_gap`` and ``step_round_trip``.
+        task: has the tolerances ``step_gap`` and ``step_round_trip``.
         solver: the fixed grid.
         smallest: no step below it is tried.
         reference: the adaptive solve.
@@ -88,29 +88,27 @@ def tune_step(
         return flow(x, **given, noise=None if exact else noise, solver=solver, penalties=False)
 
     def scores(output: FlowOutput) -> Tensor:
-        return measure.scores(output_log_prob(output)).cpu().double()
+        return task.scores(output_log_prob(output)).cpu().double()
 
     def there_and_back(solver: Solver) -> tuple[FlowOutput, Tensor]:
         output = encode(solver)
         return output, flow.solved_with(solver=reference).inverse(output.z, **given)
 
     accurate = scores(encode(reference))
-
-    def row_at(step: float) -> StepRow:
-        grid = dataclasses.replace(solver, step=step)
-        found = measure_solver_gap(there_and_back, lambda both: scores(both[0]), grid, accurate)
-        if found.failure is not None:  # this step is too coarse for these dynamics: they blow up
-            return StepRow(step, found.failure.nfe, math.inf, math.inf, math.inf, agrees=False)
-        assert found.output is not None
-        output, back = found.output
-        trip = measure.distance(flow, back, x)
-        agrees = found.typical <= measure.step_gap and trip <= measure.step_round_trip
-        return StepRow(step, output.nfe, float(scores(output).mean()), found.typical, trip, agrees)
-
     rows: list[StepRow] = []
     step = FIRST_STEP
     while step >= smallest and not (rows and rows[-1].agrees):
-        rows.append(row_at(step))
+        grid = dataclasses.replace(solver, step=step)
+        found = measure_solver_gap(there_and_back, lambda both: scores(both[0]), grid, accurate)
+        if found.failure is not None:  # this step is too coarse for these dynamics: they blow up
+            rows.append(StepRow(step, found.failure.nfe, math.inf, math.inf, math.inf, agrees=False))
+        else:
+            assert found.output is not None
+            output, back = found.output
+            trip = task.distance(flow, back, x)
+            agrees = found.typical <= task.step_gap and trip <= task.step_round_trip
+            score = float(scores(output).mean())
+            rows.append(StepRow(step, output.nfe, score, found.typical, trip, agrees))
         step /= 2
     return tuple(rows)
 
@@ -125,9 +123,9 @@ class AutoStep:
         step: the result of the last check; None before the first one.
     """
 
-    def __init__(self, solver: Solver, measure: Task, *, seed: int) -> None:
+    def __init__(self, solver: Solver, task: Task, *, seed: int) -> None:
         self.step: float | None = None
-        self._solver, self._measure, self._seed = solver, measure, seed
+        self._solver, self._task, self._seed = solver, task, seed
 
     @property
     def solver(self) -> Solver:
@@ -143,10 +141,10 @@ class AutoStep:
         flow.eval()
         try:
             with seeded(self._seed, Stream.TUNE):
-                x, given = self._measure.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
+                x, given = self._task.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
                 kind = next(flow.parameters(), x).dtype  # of 64-true
                 inputs = FlowInput(x.to(kind), {name: each.to(kind) for name, each in given.items()})
-                return tune_step(flow, inputs, measure=self._measure, solver=self._solver)
+                return tune_step(flow, inputs, task=self._task, solver=self._solver)
         except SolverError:
             return None
         finally:
@@ -154,19 +152,20 @@ class AutoStep:
 
     def take(self, rows: tuple[StepRow, ...] | None, at: int) -> str | None:
         """Switch to the step that was found at training step ``at``; lines for the user if something changed."""
-        old, measure = self.step or FIRST_STEP, self._measure
+        old, task = self.step or FIRST_STEP, self._task
         if rows is None:
             self.step = old
             return f"solver.step stays {old:g} at step {at}: the adaptive solve that it is compared with fails."
         best = rows[-1]
-        calm = best.gap <= _CALM * measure.step_gap and best.round_trip <= _CALM * measure.step_round_trip
+        calm = best.gap <= _CALM * task.step_gap and best.round_trip <= _CALM * task.step_round_trip
         self.step = new = best.step if best.step <= old or calm else max(old, best.step / 2)
         if new == old:
             return None
-        advice = "" if best.agrees else "No step agrees with an adaptive solve: raise the lambdas."
-        table = [
-            f"  step {row.step:g}: NFE {row.nfe}, gap {row.gap:.2g} {measure.unit}, "
-            f"round trip {row.round_trip:.2g} {measure.step_unit}"
+        lines = [f"solver.step {old:g} -> {new:g} at step {at}:"]
+        lines += [
+            f"  step {row.step:g}: NFE {row.nfe}, gap {row.gap:.2g} {task.unit}, "
+            f"round trip {row.round_trip:.2g} {task.step_unit}"
             for row in rows
         ]
-        return "\n".join(filter(None, [f"solver.step {old:g} -> {new:g} at step {at}:", *table, advice]))
+        lines += [] if best.agrees else ["No step agrees with an adaptive solve: raise the lambdas."]
+        return "\n".join(lines)

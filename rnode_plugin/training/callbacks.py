@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback, Checkpoint
@@ -27,34 +27,32 @@ from .runs import RunFolder, RunPlan
 
 _TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
 _INTERVAL = 10.0  # least seconds between two lines of progress
-_FIRST_LINE = 20  # step after which the first line is printed
+_FIRST_LINE = 20  # steps after which the first line is printed
 _SHOWN = {
     "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
     "val/bpd": "val bits/dim", "val/nll": "val NLL",
 }  # fmt: skip
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """Raised with a signal's name between two steps, after the checkpoint."""
+class Stopped(BaseException):
+    """Raised with the name of a signal between two steps, after the checkpoint, or at once for a second signal."""
 
-
-class StoppedAtOnce(BaseException):
-    """Raised with a signal's name in the middle of a step when a second one comes; nothing is saved."""
+    def __init__(self, signal_name: str, *, at_once: bool = False) -> None:
+        super().__init__(signal_name)
+        self.signal_name, self.at_once = signal_name, at_once
 
 
 class RunControl(Checkpoint):
     """Writes the metrics and checkpoints of a run, and ends it between two steps, on all devices at the same one.
 
     After a step its row of ``metrics.csv`` is written, if it is logged, then ``last.ckpt``, every few steps and
-    after each validation, and ``best.ckpt`` after the best one. With
-    :class:`~rnode_plugin.training.trainer.AtomicCheckpointIO` among the Trainer's plugins checkpoints are written
-    all or not at all, and the ``last.ckpt`` from before stays as ``previous.ckpt``.
+    after each validation, and ``best.ckpt`` after the best one.
 
     SIGINT (Ctrl-C), SIGTERM and SIGHUP end the run after the step, or the validation, in which they come, by
-    raising :class:`Interrupted`. A second one ends it at once by raising :class:`StoppedAtOnce`, but for a SIGTERM
-    within a second. When the time is up, and after the last step, Lightning validates once more and stops. Only the
-    main thread of a program can handle signals, and in another one they are left alone. A signal that is ignored,
-    such as SIGHUP under nohup, stays ignored. Lightning puts the handlers from before back at the end.
+    raising :class:`Stopped`. A second one ends it at once, but for a SIGTERM within a second. When the time is up,
+    and after the last step, Lightning validates once more and stops. Only the main thread of a program can handle
+    signals. A signal that is ignored, such as SIGHUP under nohup, stays ignored. Lightning puts the handlers from
+    before back at the end.
 
     Args:
         recipe: of the run.
@@ -66,8 +64,9 @@ class RunControl(Checkpoint):
     Attributes:
         folder: of the run, set before the training starts.
         table: of the metrics, in the first process; None in the others.
-        best: the lowest value of the validations so far.
+        best: the lowest score of the validations so far.
         out_of_time: whether the limit ended the training.
+        training_seconds: time of all steps of the run with the wait for their batches, without validations.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class RunControl(Checkpoint):
         recipe: Recipe,
         plan: RunPlan,
         *,
-        metric: str,
         folder: RunFolder | None = None,
         max_time: float | None = None,
         progress: bool = False,
@@ -83,21 +81,29 @@ class RunControl(Checkpoint):
         self.folder = folder
         self.table: MetricsTable | None = None
         self.best, self.out_of_time = math.inf, False
-        self._recipe, self._plan, self._metric = recipe, plan, metric
+        self.training_seconds = self._step_seconds = self._seconds_before = 0.0
+        self._recipe, self._plan = recipe, plan
         self._continues = folder is not None  # else best.ckpt of the checkpoint's run is in another folder
-        self._end = None if max_time is None else time.monotonic() + max_time
+        self._began = self._step_began = self._printed = time.monotonic()
+        self._end = None if max_time is None else self._began + max_time
         self._received, self._since = None, 0.0  # signal of this process, and when
-        self._agreed: str | None = None  # of all processes
+        self._agreed: str | None = None  # signal of all processes
         self._step = self._written = 0  # the last step that was made, and the last one in the table
-        self._progress, self._printed = progress, time.monotonic()
+        self._progress = progress
         self._mark, self._pace = (0, 0.0), 0.0  # step and training seconds of a line, seconds per step before it
 
-    # the lowest value of other validations does not count
+    @property
+    def run_seconds(self) -> float:
+        """Wall-clock time of the run so far, with the parts before it was resumed."""
+        return self._seconds_before + time.monotonic() - self._began
+
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "validation": self._validation}
+        seconds = {"run_seconds": self.run_seconds, "training_seconds": self.training_seconds}
+        return {"best": self.best, "validation": self._validation, **seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._continues and state_dict["validation"] == self._validation:
+        self._seconds_before, self.training_seconds = state_dict["run_seconds"], state_dict["training_seconds"]
+        if self._continues and state_dict["validation"] == self._validation:  # others have other lowest scores
             self.best = state_dict["best"]
 
     @property
@@ -108,9 +114,9 @@ class RunControl(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.folder = trainer.strategy.broadcast(self.folder)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = self._written = trainer.global_step
-        self._mark = (trainer.global_step, pl_module.clock.training)
+        self._mark = (trainer.global_step, self.training_seconds)
         if _any(trainer, (first := trainer.strategy.broadcast(self._step)) != self._step):
             raise TrainingError(
                 f"this process continues from step {self._step}, the first one from step {first}, and others may "
@@ -121,14 +127,14 @@ class RunControl(Checkpoint):
         for signum in _TO_STOP if main else ():
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, self._on_signal)
+        self._step_began = time.monotonic()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._received is not None:
-            if signum == signal.SIGTERM and now - self._since < 1.0:
-                return  # a system stops all processes of a group, and a comparison hands its own on
-            raise StoppedAtOnce(signal.Signals(signum).name)
-        self._received, self._since = signal.Signals(signum).name, now
+        now, name = time.monotonic(), signal.Signals(signum).name
+        if self._received is None:
+            self._received, self._since = name, now
+        elif signum != signal.SIGTERM or now - self._since >= 1.0:  # a system may send it to a group and to each
+            raise Stopped(name, at_once=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -136,22 +142,23 @@ class RunControl(Checkpoint):
         step = trainer.global_step
         if step == self._step:
             return  # in the middle of a step
-        self._step = step
+        now = time.monotonic()
+        self._step, self._step_seconds, self._step_began = step, now - self._step_began, now
+        self.training_seconds += self._step_seconds
         if pl_module.is_logged(step):
-            self._write_row(trainer, pl_module)
-        self._print_progress(trainer, pl_module)
+            self._write_row(step, pl_module)
+        self._print_progress(trainer)
         if self._end is not None:
-            self.out_of_time = _any(trainer, time.monotonic() >= self._end)
+            self.out_of_time = _any(trainer, now >= self._end)
         if self.out_of_time or step == self._plan.total:
             trainer.should_stop = True  # Lightning validates once more before it stops
         self._agree(trainer)
         if trainer.should_stop or step % self._plan.val_every == 0:
             return  # a validation follows, which a checkpoint of this moment would skip
-        if self._agreed is not None or (
-            step % self._recipe.training.save_every == 0 and not pl_module.record.in_row
-        ):
-            self._save(trainer, "last")
-            pl_module.clock.start_step()  # the time of a write is not the time of a step
+        due = step % self._recipe.training.save_every == 0 and not pl_module.skipped_in_row
+        if due or self._agreed is not None:
+            trainer.save_checkpoint(self._run.last)
+            self._step_began = time.monotonic()  # the time of a write is not the time of a step
         self._stop_if_agreed()
 
     def on_validation_batch_end(
@@ -163,21 +170,23 @@ class RunControl(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
-        if trainer.should_stop and self._written < trainer.global_step:  # a time limit: the step was the last one
-            self._write_row(trainer, pl_module)
+        step = trainer.global_step
+        if trainer.should_stop and self._written < step:  # a time limit: the step was the last one
+            self._write_row(step, pl_module)
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if self.table is not None:
-            self.table.add({**row, "seconds": pl_module.clock.run}, trainer.global_step)
-        self._print_progress(trainer, pl_module)
+            self.table.add({**row, "seconds": self.run_seconds}, step)
+        self._print_progress(trainer)
         self._agree(trainer)
-        value = row[f"val/{self._metric}"]
-        if not math.isfinite(value):
-            raise TrainingError(f"the validation {self._metric} is {value}.")
-        if value < self.best:
-            self.best = value
-            self._save(trainer, "best")
-        self._save(trainer, "last")
+        metric = self._recipe.task.metric
+        if not math.isfinite(score := row[f"val/{metric}"]):
+            raise TrainingError(f"the validation {metric} is {score}.")
+        if score < self.best:
+            self.best = score
+            trainer.save_checkpoint(self._run.best)
+        trainer.save_checkpoint(self._run.last)
         self._stop_if_agreed()
+        self._step_began = time.monotonic()
 
     def _agree(self, trainer: L.Trainer) -> None:
         if _any(trainer, self._received is not None):
@@ -185,36 +194,37 @@ class RunControl(Checkpoint):
 
     def _stop_if_agreed(self) -> None:
         if self._agreed is not None:
-            raise Interrupted(self._agreed)
+            raise Stopped(self._agreed)
 
-    def _write_row(self, trainer: L.Trainer, pl_module: Any) -> None:
-        step = self._written = trainer.global_step
+    def _write_row(self, step: int, pl_module: Any) -> None:
+        self._written = step
         row = pl_module.row()  # a mean over the devices, for which all of them are here
         if self.table is not None:
-            clock = pl_module.clock
-            times = {"seconds_per_step": clock.last, "train_seconds": clock.training, "seconds": clock.run}
-            self.table.add({"epoch": step / self._plan.steps_per_epoch, **row, **times}, step)
+            times = {"seconds_per_step": self._step_seconds, "train_seconds": self.training_seconds}
+            epoch = step / self._plan.steps_per_epoch
+            self.table.add({"epoch": epoch, **row, **times, "seconds": self.run_seconds}, step)
 
-    def _save(self, trainer: L.Trainer, name: Literal["best", "last"]) -> None:
+    @property
+    def _run(self) -> RunFolder:
         assert self.folder is not None  # the first process has sent it in setup
-        trainer.save_checkpoint(getattr(self.folder, name))
+        return self.folder
 
-    def _is_time_to_print(self, trainer: L.Trainer) -> bool:
-        if not (self._progress and trainer.is_global_zero) or time.monotonic() - self._printed < _INTERVAL:
-            return False
-        self._printed = time.monotonic()
-        return True
+    def _is_time_to_print(self, trainer: L.Trainer, *, at_once: bool = False) -> bool:
+        now = time.monotonic()
+        due = self._progress and trainer.is_global_zero and (at_once or now - self._printed >= _INTERVAL)
+        if due:
+            self._printed = now
+        return due
 
-    def _print_progress(self, trainer: L.Trainer, module: Any) -> None:
+    def _print_progress(self, trainer: L.Trainer) -> None:
         """Print the step, its figures and the time that is left."""
         step, (done, spent) = trainer.global_step, self._mark
         first = step - done == _FIRST_LINE and self._pace == 0
-        wanted = self._progress and trainer.is_global_zero and (first or step == self._plan.total)
-        if not (self._is_time_to_print(trainer) or wanted):
+        if not self._is_time_to_print(trainer, at_once=first or step == self._plan.total):
             return
         if step > done:
-            self._mark = (step, module.clock.training)
-            self._pace = (module.clock.training - spent) / (step - done)
+            self._mark = (step, self.training_seconds)
+            self._pace = (self.training_seconds - spent) / (step - done)
         figures = {_SHOWN[name]: value for name, value in trainer.progress_bar_metrics.items() if name in _SHOWN}
         # the time of a step of flow matching is not the time of one of likelihood
         left = self._plan.total - step if step > self._recipe.matching else 0
@@ -279,6 +289,6 @@ class SampleGrids(Callback):
             return
         picture = folder.samples / f"step-{trainer.global_step:07d}.png"
         try:
-            save_samples(pl_module.measure, pl_module.flow, None, pl_module.recipe.training, picture)
+            save_samples(pl_module.task, pl_module.flow, None, pl_module.recipe.training, picture)
         except SolverError as error:  # training may continue if a latent far out cannot be integrated
             print(f"no grid of samples at step {trainer.global_step}: {error}", file=sys.stderr)

@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 SAFETENSORS = ".safetensors"
-_HUB_WEIGHTS = "model.safetensors"  # the name that the libraries of the hub use
 _FORMAT = 1
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."
-_HARMLESS = 1000  # layers that are built in no time, whatever a file holds
+_HARMLESS = 1000  # layers that are built in no time, whatever a file contains
 
 
 def header_with(recipe: Recipe) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def save_flow(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Re
     if Path(path).suffix == SAFETENSORS:
         from safetensors.torch import save
 
-        # copies: the format refuses tensors that share memory or have strides of their own
+        # copies: the format refuses tensors that share memory or have unusual strides
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in flow.state_dict().items()}
         header = json.dumps(header_with(recipe)[_KEY])
         metadata = {"format": "pt", _KEY: header, _CHECKSUM: checksum(tensors, header)}
@@ -75,91 +74,6 @@ def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def save_pretrained(flow: torch.nn.Module, folder: str | os.PathLike[str], *, recipe: Recipe) -> Path:
-    """Write a folder that the Hugging Face hub takes: ``model.safetensors``, and a card if there is none.
-
-    The recipe is in the metadata of the weights, without the place of the data on this machine. ``hf upload
-    OWNER/NAME FOLDER`` publishes the folder; :func:`from_pretrained` and :func:`load_flow` read it.
-
-    Args:
-        flow: the model.
-        folder: to write; it is made if it is missing.
-        recipe: builds the model again.
-
-    Returns:
-        The file of the weights.
-
-    Raises:
-        CheckpointError: a file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> from rnode_plugin import get_recipe
-        >>> from rnode_plugin.training.checkpoints import from_pretrained, save_pretrained
-        >>> recipe = get_recipe("digits")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = save_pretrained(recipe.build_flow(), folder, recipe=recipe)
-        ...     flow = from_pretrained(folder)
-        >>> file.name, flow.dims
-        ('model.safetensors', 64)
-    """
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=None))
-    save_flow(flow, file := Path(folder, _HUB_WEIGHTS), recipe=recipe)
-    card = Path(folder, "README.md")
-    if not card.exists():
-        text = _CARD.format(description=recipe.description or recipe.name)
-        write_atomically(card, lambda file: file.write(text.encode()))
-    return file
-
-
-_CARD = """---
-library_name: rnode-plugin
-tags: [neural-ode, normalizing-flow]
----
-{description}
-
-```python
-from rnode_plugin.training.checkpoints import from_pretrained
-
-flow = from_pretrained("OWNER/NAME")
-samples = flow.sample(16)
-```
-"""
-
-
-def from_pretrained(
-    name: str | os.PathLike[str], *, map_location: str | torch.device = "cpu", **download: Any
-) -> BlockFlow:
-    """The flow of a folder that :func:`save_pretrained` wrote, or of a repository of the Hugging Face hub.
-
-    A repository needs the extra ``rnode-plugin[hub]``. One file is downloaded, ``model.safetensors``, and nothing
-    in it is executed.
-
-    Args:
-        name: a folder, or ``"OWNER/NAME"`` if there is no such folder.
-        map_location: device of the flow.
-        download: options of ``huggingface_hub.hf_hub_download``: ``revision``, ``token``, ``cache_dir``,
-            ``force_download``, ``local_files_only``.
-
-    Raises:
-        CheckpointError: it cannot be downloaded, or :func:`load_flow` refuses it.
-        ConfigError: a repository without the extra.
-    """
-    if os.path.isdir(name):
-        return load_flow(name, map_location=map_location)
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ConfigError(
-            f"there is no folder {name}, and a repository of the hub needs pip install 'rnode-plugin[hub]'."
-        ) from None
-    try:
-        file = hf_hub_download(os.fspath(name), _HUB_WEIGHTS, **download)
-    except (OSError, ValueError) as error:  # its own errors are among them
-        raise CheckpointError(f"{name} is no folder, and the hub did not give it: {first_line(error)}") from None
-    return load_flow(file, map_location=map_location)
 
 
 def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> BlockFlow:
@@ -193,38 +107,42 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
 ) -> tuple[BlockFlow, Recipe]:
-    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are those."""
+    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same."""
+    import torch
+
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
-    recipe = recipe_of(contents, file)
-    state = _state_in(contents)
+    recipe, state = recipe_of(contents, file), _state_in(contents)
     problem = f"{file} does not fit the model of its recipe"
-    _check_size(recipe, state, problem)
+    # a model that is larger than the tensors of its file is refused before it takes time and memory
+    options = recipe.model.options
+    if (layers := options.get("blocks", 1) * options["layers"]) > max(len(state), _HARMLESS):
+        raise CheckpointError(f"{problem}: the recipe has {layers:,} layers, the file {len(state)} tensors.")
+    try:
+        with torch.device("meta"):  # shapes without values
+            _compare(recipe.build_flow(), state, problem)
+    except PluginError:  # a plugin's model may need values, and what is wrong with it is found when it is built
+        pass
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
+        raise CheckpointError(f"{problem}: {first_line(error)}") from None
     flow = recipe.build_flow()
-    _put_into(flow, state, problem)
+    put_weights(flow, contents, problem)
     return flow.to(map_location).eval(), recipe
 
 
-def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe | None = None) -> None:
-    """Give ``flow`` the weights of a run, a file, or the package, as :func:`load_flow` finds them.
-
-    Args:
-        flow: the model.
-        path: of the weights.
-        recipe: of ``flow``; if it is of a table, its columns must be the columns of the weights.
+def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe: Recipe) -> None:
+    """Give ``flow``, which ``recipe`` has built, the weights of a run, a file, or the package.
 
     Raises:
         CheckpointError: missing, truncated, not ours, or of a model of another shape or of other columns.
     """
-
     file = find_checkpoint(path)
     contents = read_checkpoint(file)
-    theirs = recipe_of(contents, file)
-    if recipe is not None and recipe.task.columns != theirs.task.columns:
-        # the weights hold means and deviations of their columns
-        here, there = ("; ".join(", ".join(part) for part in each.task.columns) for each in (recipe, theirs))
+    columns = [each.task.columns for each in (recipe_of(contents, file), recipe)]
+    if columns[0] != columns[1]:  # the weights hold means and deviations of their columns
+        there, here = ("; ".join(", ".join(part) for part in each) for each in columns)
         raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
-    _put_into(flow, _state_in(contents), f"the weights of {file} do not fit this model")
+    put_weights(flow, contents, f"the weights of {file} do not fit this model")
 
 
 def _state_in(contents: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,65 +150,41 @@ def _state_in(contents: Mapping[str, Any]) -> dict[str, Any]:
     return {str(name).removeprefix(_PREFIX): state[name] for name in state} if isinstance(state, Mapping) else {}
 
 
-def _check_size(recipe: Recipe, state: Mapping[str, Any], problem: str) -> None:
-    """Refuse a model that is larger than the tensors of its file before it takes time and memory.
-
-    Raises:
-        CheckpointError: it does not fit.
-    """
-    import torch
-
-    options = recipe.model.options
-    layers = options.get("blocks", 1) * options["layers"]
-    if layers > max(len(state), _HARMLESS):
-        raise CheckpointError(f"{problem}: the recipe has {layers:,} layers, the file {len(state)} tensors.")
-    try:
-        with torch.device("meta"):  # shapes without values
-            flow = recipe.build_flow()
-    except PluginError:  # a plugin's model may need values, and what is wrong with it is found when it is built
-        return
-    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes that no tensor can have
-        raise CheckpointError(f"{problem}: {first_line(error)}") from None
+def put_weights(flow: torch.nn.Module, contents: Mapping[str, Any], problem: str) -> None:
+    """Give ``flow`` the weights in the contents of a checkpoint; a CheckpointError if they do not fit."""
+    state = _state_in(contents)
     _compare(flow, state, problem)
+    flow.load_state_dict(state)
 
 
 def _compare(flow: torch.nn.Module, state: Mapping[str, Any], problem: str) -> None:
     """Compare names, shapes and kinds of numbers; a CheckpointError names the first tensor that differs."""
+    here, there = _shapes(flow.state_dict()), _shapes(state)
+    if differ := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
+        name, more = differ[0], f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
+        shapes = f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in the model"
+        raise CheckpointError(f"{problem}: {name} is {shapes}{more}.")
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
     from torch import Tensor
 
-    found = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    wanted = flow.state_dict()
-    differ = [
-        *(f"{name} is missing in it" for name in wanted if name not in found),
-        *(f"the model has no {name}" for name in state if name not in wanted),
-    ]
-    for name in wanted.keys() & found.keys():
-        here, there = wanted[name], found[name]
-        if here.shape != there.shape:
-            differ.append(f"{name} is {_shape(there)} there and {_shape(here)} in the model")
-        elif there.is_complex() and not here.is_complex():
-            differ.append(f"{name} is complex there and real in the model")
-    if differ:
-        more = f" (and {len(differ) - 1} more)" if len(differ) > 1 else ""
-        raise CheckpointError(f"{problem}: {differ[0]}{more}.")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"
-
-
-def _put_into(flow: torch.nn.Module, state: Mapping[str, Any], problem: str) -> None:
-    _compare(flow, state, problem)
-    flow.load_state_dict(state)
+    return {
+        name: ("complex " if each.is_complex() else "") + ("x".join(map(str, each.shape)) or "a number")
+        for name, each in state.items()
+        if isinstance(each, Tensor)
+    }
 
 
 def training_solver(path: Path) -> Solver:
     """The solver that the weights of a checkpoint file were last trained with, at the step that ``auto`` found."""
     contents = read_checkpoint(path)
-    recipe, progress = recipe_of(contents, path), contents.get("progress", {})
-    found = progress.get("step_size")
-    solver = recipe.solver if found is None else dataclasses.replace(recipe.solver, step=found)
-    return solver if "batches" not in progress else recipe.start.solver_at(progress["batches"] - 1, solver)
+    recipe = recipe_of(contents, path)
+    solver = recipe.solver
+    if (found := contents.get("progress", {}).get("step_size")) is not None:
+        solver = dataclasses.replace(solver, step=found)
+    done = contents.get("global_step", 0)
+    return recipe.start.solver_at(done - 1, solver) if done else solver
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:
@@ -299,13 +193,7 @@ def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path
     Raises:
         CheckpointError: there is none.
     """
-    found = _files(Path(path), prefer, BEST, LAST, PREVIOUS, _HUB_WEIGHTS)
-    if not found:
-        raise CheckpointError(
-            f"no checkpoint at {path}: give a run folder, with checkpoints/{prefer}, a .ckpt or .safetensors file, "
-            f"or {' or '.join(PRETRAINED)}."
-        )
-    return found[0]
+    return _files(Path(path), prefer)[0]
 
 
 def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
@@ -314,25 +202,30 @@ def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     Raises:
         CheckpointError: there is none.
     """
-    find_checkpoint(path, prefer=LAST)  # there is one
     errors: list[CheckpointError] = []
-    for file in _files(Path(path), LAST, PREVIOUS, BEST, _HUB_WEIGHTS):
+    for file in _files(Path(path), LAST):
         try:
             contents = read_checkpoint(file)
         except CheckpointError as error:
             errors.append(error)
             continue
         for error in errors:
-            print(f"{error} Going on from {file.name}.", file=sys.stderr)
+            print(f"{error} Continuing from {file.name}.", file=sys.stderr)
         return file, contents
     raise errors[0]
 
 
-def _files(path: Path, *names: str) -> list[Path]:
-    """The files that ``path`` can mean: itself, weights of the package, then the checkpoints of a run folder."""
-    packaged = [] if path.exists() else [pretrained_file(str(path))]
-    inside = (path / folder / name for name in names for folder in ("checkpoints", "."))
-    return [file for file in (*packaged, path, *inside) if file is not None and file.is_file()]
+def _files(path: Path, prefer: str) -> list[Path]:
+    """The files that ``path`` can mean; the preferred one of a run folder, then the others from the newest on."""
+    packaged = None if path.exists() else pretrained_file(str(path))
+    names = dict.fromkeys((prefer, LAST, PREVIOUS, BEST))
+    files = [file for file in (path, *(path / "checkpoints" / name for name in names)) if file.is_file()]
+    if packaged is None and not files:
+        raise CheckpointError(
+            f"no checkpoint at {path}: give a run folder, with checkpoints/{prefer}, a .ckpt or .safetensors file, "
+            f"or {' or '.join(PRETRAINED)}."
+        )
+    return files if packaged is None else [packaged]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -376,7 +269,7 @@ def _read(path: Path) -> Any:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
+    with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if (header := metadata.get(_KEY)) is None:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as L
 import torch
+from pytorch_lightning.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -24,14 +25,13 @@ D = TypeVar("D", ImageData, Table)
 class StepOrder(DistributedSampler[list[int]]):
     """The batches of one device in the order in which it takes them, each a list of training samples.
 
-    The samples of a step are a function of the seed and the number of the step. A run passes through the samples
-    again and again, each time in another order. A step takes the next samples of that order, and each device its
-    part of them: two devices with half the batch see the samples of one device with the whole batch, at the same
-    time or one after the other. Samples left over from a pass are reused in a later order.
+    The samples of a step are a function of the seed and the number of the step. Each pass through the samples has
+    another order. A step takes the next samples of that order, and each device its part of them: two devices with
+    half the batch see the samples of one device with the whole batch. Samples left over from a pass are reused in a
+    later one.
 
     An iteration begins at ``next_step()`` and ends with the epoch in which that step lies, or never. An epoch is
-    as many steps as make a pass with full batches. With smaller batches in the first steps, a pass begins in the
-    middle of an epoch.
+    as many steps as make a pass with full batches.
 
     Args:
         samples: number of training samples.
@@ -58,7 +58,8 @@ class StepOrder(DistributedSampler[list[int]]):
         endless: bool = False,
     ) -> None:
         # Lightning leaves a sampler of this class alone
-        super().__init__(range(samples), num_replicas=world, rank=rank, seed=seed, drop_last=True)  # pyright: ignore[reportArgumentType]
+        numbers: Any = range(samples)
+        super().__init__(numbers, num_replicas=world, rank=rank, seed=seed, drop_last=True)
         self._samples, self._batch_size, self._start = samples, batch_size, start or Start()
         self._next_step, self._endless = next_step, endless
         batches = samples // (batch_size * world)
@@ -88,39 +89,24 @@ class StepOrder(DistributedSampler[list[int]]):
 
     def _place(self, step: int) -> tuple[int, int]:
         """The pass in which a step lies, and how many samples of it are used by the steps before."""
-        of_one = self.num_replicas * self._accumulate
-        at_start, later = self._start.size_at(0, self._batch_size) * of_one, self._batch_size * of_one
-        if step < self._start.steps:
-            number, steps = divmod(step, self._samples // at_start)
-            return number, steps * at_start
-        number, steps = divmod(self._start.steps, self._samples // at_start)
-        used = steps * at_start
-        left = (self._samples - used) // later  # steps that the pass still holds when the start is over
-        after = step - self._start.steps
-        if after < left:
-            return number, used + after * later
-        more, steps = divmod(after - left, self._samples // later)
-        return number + 1 + more, steps * later
+        in_start = min(step, self._start.steps)
+        place = self._after(0, 0, in_start, self._start.size_at(0, self._batch_size))
+        return self._after(*place, step - in_start, self._batch_size) if step >= self._start.steps else place
+
+    def _after(self, number: int, used: int, steps: int, size: int) -> tuple[int, int]:
+        """The place so many steps of batches of ``size`` after a place."""
+        of_step = size * self.num_replicas * self._accumulate
+        left = (self._samples - used) // of_step  # steps that the pass still has
+        if steps < left:
+            return number, used + steps * of_step
+        more, steps = divmod(steps - left, self._samples // of_step)
+        return number + 1 + more, steps * of_step
 
     def _order(self, number: int) -> torch.Tensor:
         if self._known is None or self._known[0] != number:
             generator = torch.Generator().manual_seed(stream_seed(self.seed, Stream.ORDER, number))
             self._known = number, torch.randperm(self._samples, generator=generator)
         return self._known[1]
-
-
-class EvenShare(DistributedSampler[int]):
-    """Every ``world``-th sample, each sample on exactly one device, so that means count each sample once."""
-
-    def __init__(self, samples: int, *, world: int, rank: int) -> None:
-        super().__init__(range(samples), num_replicas=world, rank=rank, shuffle=False)  # pyright: ignore[reportArgumentType]
-        self._mine = range(rank, samples, world)
-
-    def __len__(self) -> int:
-        return len(self._mine)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._mine)
 
 
 class _Resumable(DataLoader[Tensor]):
@@ -151,7 +137,8 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
     ) -> None:
         super().__init__()
         self.recipe = recipe
-        self._data, self._download, self._endless = data, download, endless
+        self._data: Any = data  # of the recipe's kind
+        self._download, self._endless = download, endless
 
     @property
     def data(self) -> D:
@@ -162,7 +149,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         """
         if self._data is None:
             self._data = self.recipe.load_data()
-        return self._data  # pyright: ignore[reportReturnType]
+        return self._data
 
     def prepare_data(self) -> None:
         """Download what is missing, once per machine."""
@@ -181,14 +168,10 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         return self._loader(self.data.train, None, self._order())  # an order of whole batches
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the held-out samples, each sample on one device."""
+        """Batches of the held-out samples, each sample on exactly one device, so that means count each once."""
         world, rank, _ = self._share
-        share = EvenShare(len(self.data.val), world=world, rank=rank)
+        share = UnrepeatedDistributedSampler(self.data.val, num_replicas=world, rank=rank, shuffle=False)
         return self._loader(self.data.val, self.recipe.data.val_batch_size, share)
-
-    def samples_of_step(self, step: int) -> list[int]:
-        """Numbers of the training samples that this device takes at ``step``, counted from 0."""
-        return list(itertools.chain.from_iterable(self._order().batches_of(step)))
 
     def _order(self) -> StepOrder:
         world, rank, accumulate = self._share
@@ -205,7 +188,7 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
         )
 
     def _loader(
-        self, samples: ImageArray, batch_size: int | None, sampler: StepOrder | EvenShare
+        self, samples: ImageArray, batch_size: int | None, sampler: DistributedSampler[Any]
     ) -> DataLoader[Tensor]:
         workers = self.recipe.data.workers
         return _Resumable(

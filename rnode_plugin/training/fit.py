@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
@@ -35,8 +34,8 @@ from ..evaluation.loading import load_for_training
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..text import batch_counter
-from .callbacks import Interrupted, MetricsTable, RunControl, SampleGrids, StoppedAtOnce
-from .checkpoints import load_flow, load_weights, newest_intact, read_checkpoint, training_solver
+from .callbacks import MetricsTable, RunControl, SampleGrids, Stopped
+from .checkpoints import load_flow, newest_intact, put_weights, training_solver
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .runs import RunFolder, RunOptions, RunPlan, checkpoint_to_resume, training_lock
@@ -78,7 +77,7 @@ class FitResult:
     def ended(self) -> dict[str, Any]:
         """How the run ended, for ``result.json``."""
         names = ("stopped", "steps", "planned", "training_seconds", "run_seconds", "step_size")
-        return {name: getattr(self, name) for name in names}
+        return {name: vars(self)[name] for name in names}
 
 
 def fit(
@@ -117,14 +116,20 @@ def fit(
     options = options or RunOptions()
     check_loggers(each for each in loggers if isinstance(each, str))
     recipe, data = load_for_training(recipe, download=options.download)
-    checkpoint, done = (None, 0) if options.resume is None else checkpoint_to_resume(options.resume, recipe)
-    before = None if checkpoint is None else RunFolder.of_checkpoint(checkpoint)  # of the run that continues
+    checkpoint = before = contents = None
+    if options.resume is not None:
+        checkpoint, contents = checkpoint_to_resume(options.resume, recipe)
+        before = RunFolder.of_checkpoint(checkpoint)  # of the run that continues
+    done = contents["global_step"] if contents else 0
     with quiet(), explained(), ExitStack() as stack:
         place = find_place(trainer_options)
         plan = RunPlan.of(recipe, len(data.train), place.world)
+        if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
+            raise ConfigError(
+                f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
+            )
         control = RunControl(
-            recipe, plan, metric=recipe.task.metric, folder=before, max_time=options.max_time,
-            progress=options.progress,
+            recipe, plan, folder=before, max_time=options.max_time, progress=options.progress
         )  # fmt: skip
         trainer = make_trainer(
             recipe,
@@ -134,18 +139,12 @@ def fit(
             loggers=[logger for logger in loggers if isinstance(logger, Logger)],
             options=trainer_options,
         )
-        samples = RecipeDataModule[Any](recipe, data=data, endless=True)
-        samples.trainer = trainer
-        samples.setup("fit")  # refuses too few samples before there is a folder
-        if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
-            raise ConfigError(
-                f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
-            )
         module = RnodeModule(recipe)
-        if checkpoint is None:
-            module.load_weights()  # again when it starts; here weights that do not fit leave no folder
+        # Lightning loads them again, but here weights that do not fit leave no folder and cost no result
+        if contents is None:
+            module.load_weights()
         else:
-            load_weights(module.flow, checkpoint)  # here a checkpoint that does not fit costs no result
+            put_weights(module.flow, contents, f"the weights of {checkpoint} do not fit this model")
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             folder = before or _new_folder(recipe, options)
             stack.enter_context(training_lock(folder.path))
@@ -154,12 +153,10 @@ def fit(
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if options.progress:
                 _announce(module, data, plan, trainer, folder, done)
+        samples = RecipeDataModule[Any](recipe, data=data, endless=True)
         with _errors_with_advice(control, trainer, is_new=before is None), explained():
-            if checkpoint is not None and done == plan.total:  # killed while its best weights were evaluated
-                module.on_load_checkpoint(read_checkpoint(checkpoint))
-                stopped = "finished"
-            else:
-                stopped = _train(module, samples, trainer, control, checkpoint)
+            # a run that was killed while its best weights were evaluated has no step left
+            stopped = _train(module, samples, trainer, control, checkpoint)
         assert control.folder is not None  # all processes have it once training has begun
         folder = control.folder
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -167,11 +164,11 @@ def fit(
         by_signal = stopped in signal.Signals.__members__
         result = FitResult(
             folder=folder,
-            steps=_saved_steps(folder) if by_signal else max(trainer.global_step, done),
+            steps=_saved_steps(folder) if by_signal else trainer.global_step,
             planned=plan.total,
             stopped=stopped,
-            training_seconds=module.clock.training,
-            run_seconds=module.clock.run,
+            training_seconds=control.training_seconds,
+            run_seconds=control.run_seconds,
             step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
         )
@@ -211,11 +208,10 @@ def _train(
     """Train; the reason of its end, as in :class:`FitResult`."""
     try:
         trainer.fit(module, samples, ckpt_path=checkpoint)
-    except Interrupted as interruption:
-        return str(interruption)
-    except StoppedAtOnce as interruption:
-        end_other_processes(trainer, signal.SIGKILL)
-        return str(interruption)
+    except Stopped as stop:
+        if stop.at_once:
+            end_other_processes(trainer, signal.SIGKILL)
+        return stop.signal_name
     if control.out_of_time:
         return "max_time"
     return "finished" if trainer.global_step >= trainer.max_steps else "early"
@@ -223,7 +219,7 @@ def _train(
 
 def _saved_steps(folder: RunFolder) -> int:
     try:
-        return newest_intact(folder.path)[1]["progress"]["batches"]
+        return newest_intact(folder.path)[1]["global_step"]
     except CheckpointError:  # it was stopped before the first one
         return 0
 
@@ -231,51 +227,50 @@ def _saved_steps(folder: RunFolder) -> int:
 def _announce(
     module: RnodeModule, data: ImageData | Table, plan: RunPlan, trainer: L.Trainer, folder: RunFolder, done: int
 ) -> None:
+    recipe, task = module.recipe, module.task
     parameters = sum(p.numel() for p in module.flow.parameters())
-    counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {module.measure.samples}"
+    counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {task.samples}"
     if data.held_out is not data.val:
         counts += f", {len(data.val):,} to choose the weights by"
-    print(f"{module.recipe.name}: {parameters:,} parameters, {counts}")
-    print(data.described())
+    batch = recipe.start.described(recipe.data.batch_size)
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
-    batch = module.recipe.start.described(module.recipe.data.batch_size)
+    print(f"{recipe.name}: {parameters:,} parameters, {counts}")
+    print(data.described())
     print(
         f"steps {done} to {plan.total}, batch {batch}, {trainer.precision}, {where}, in {folder.path}", flush=True
     )
-    if done < module.recipe.matching:
-        unit = module.measure.likelihood
-        print(f"steps to {module.recipe.matching} are flow matching: {unit} only at validations")
-    if module.recipe.training.ema is not None:
-        print(f"validations and checkpoints use the {module.recipe.weights}")
+    if done < recipe.matching:
+        print(f"steps to {recipe.matching} are flow matching: {task.likelihood} only at validations")
+    if recipe.training.ema is not None:
+        print(f"validations and checkpoints use the {recipe.weights}")
 
 
 def _conclude(
     result: FitResult, recipe: Recipe, data: ImageData | Table, device: torch.device, *, progress: bool
 ) -> FitResult:
     """Evaluate the best weights, draw samples, write ``result.json``; a TrainingError if a solve fails."""
-    folder, measure = result.folder, recipe.task
+    folder, task = result.folder, recipe.task
     flow = load_flow(folder.best, map_location=device)
     try:
         evaluation = evaluate(
             flow,
             data.held_out,
-            measure=measure,
+            measure=task,
             batch_size=recipe.data.val_batch_size,
             seed=recipe.training.seed,
             training_solver=training_solver(folder.best),
             progress=batch_counter("evaluating the best weights") if progress else None,
-        )
-        evaluation = evaluation.with_baselines(measure, data)
+        ).with_baselines(task, data)
         samples = None
         if recipe.training.sample_images:
             samples = folder.samples / "best.png"
-            save_samples(measure, flow, data, recipe.training, samples)
+            save_samples(task, flow, data, recipe.training, samples)
     except SolverError as error:
         raise TrainingError(
             f"training is done, but its best weights could not be evaluated: {error} They are in {folder.best}; "
             f"rnode-cli eval {folder.path} tries again, with another solver by --solver KEY=VALUE."
         ) from error
-    folder.conclude(result.ended, evaluation, measure)
+    folder.conclude(result.ended, evaluation, task)
     return dataclasses.replace(result, evaluation=evaluation, samples=samples)
 
 
@@ -313,24 +308,23 @@ def explained() -> Iterator[None]:
     except DataError as error:  # a worker sends its whole traceback along
         last = str(error).strip().splitlines()[-1]
         raise DataError(last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")) from error
-    except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise LocalError(f"the system refused: {reason}{place}.") from error
+    except RnodeError:
+        raise
     except MisconfigurationException as error:
         raise ConfigError(f"these devices cannot be used: {' '.join(str(error).split())}") from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise LocalError(
-            f"there is no more memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
-            "by the same factor, or --set solver.gradient=checkpointed."
-        ) from error
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise LocalError(f"the system refused: {error.strerror or error}{place}.") from error
     except torch.distributed.DistError as error:
         raise TrainingError(
             f"the processes of this run cannot reach each other ({first_line(error).rstrip('.')}). If one has "
             "ended, its message has the reason, unless the system killed it, for example because memory ran out."
         ) from error
-    except RnodeError:
-        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise LocalError(
+            f"there is no more memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
+            "by the same factor, or --set solver.gradient=checkpointed."
+        ) from error
     except RuntimeError as error:  # of PyTorch: memory of a CPU, a worker or a process that died, a bug
         raise LocalError(
             f"PyTorch failed: {first_line(error).rstrip('.')}. `rnode-cli --debug ...` shows where."

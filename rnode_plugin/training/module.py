@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..core.random_streams import Stream, seed_everything, seeded
-from ..core.schedules import strength_at
 from ..errors import ConfigError, LocalError, SolverError, TrainingError
 from ..fields import compile_fields
 from ..flows.base import BlockFlow
@@ -23,10 +23,8 @@ from .auto_step import AutoStep
 from .checkpoints import header_with, load_weights
 from .datamodule import RecipeDataModule
 from .optimizers import learning_rate_factor, make_optimizer
-from .step import StepClock, StepObjective, StepRecord, ValidationSums, gap_warning
-from .trainer import decided
-
-_LONG = 10  # logged steps
+from .step import StepObjective, StepTerms, measure_batch
+from .trainer import decided_compile
 
 
 class RnodeModule(L.LightningModule):
@@ -51,10 +49,10 @@ class RnodeModule(L.LightningModule):
 
     Attributes:
         flow: the model.
-        measure: of the recipe's kind of data.
+        task: of the recipe.
 
     Raises:
-        ConfigError: the recipe asks for compiling or flow matching, and the model has no fields for it.
+        ConfigError: the recipe has steps of flow matching, and the model has no blocks to match.
 
     Example:
         >>> from rnode_plugin import get_recipe
@@ -68,7 +66,7 @@ class RnodeModule(L.LightningModule):
         if not isinstance(recipe, Recipe):
             recipe = Recipe.from_plain(recipe)
         self.save_hyperparameters({"recipe": recipe.to_plain()})
-        self.recipe = recipe
+        self.recipe, self.task = recipe, recipe.task
         with seeded(recipe.training.seed, Stream.WEIGHTS):
             self.flow = recipe.build_flow()
         if recipe.matching:
@@ -78,18 +76,16 @@ class RnodeModule(L.LightningModule):
                     "start.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
                     "parameters, which it gives no gradient."
                 )
-        if recipe.training.compile is True:
-            self._compile_fields()
         self.objective = StepObjective(self.flow, recipe)
-        self.measure = self.objective.measure
         automatic = recipe.solver.step == "auto"
-        self.auto = AutoStep(recipe.solver, self.measure, seed=recipe.training.seed) if automatic else None
-        self.record, self.clock = StepRecord(self.measure.metric), StepClock()
-        self._row: dict[str, float] | None = None
+        self.auto = AutoStep(recipe.solver, self.task, seed=recipe.training.seed) if automatic else None
+        self.skipped = self.skipped_in_row = 0  # steps without a usable gradient: of the run, and the last ones
         self._batches = self._world = 1  # of a step: per device, and devices
+        self._terms: list[StepTerms] = []  # of the batches of this step
+        self._values: dict[str, Any] = {}  # of the last step, to log: tensors of this device
+        self._row: dict[str, float] | None = None  # the same as numbers and means over the devices
         self._groups: list[dict[str, Any]] = []  # of the optimizer; none if a subclass makes its own
         self._warned = False
-        self._heavy = 0.0  # logged steps in a row whose penalties outweigh the likelihood
 
     @property
     def solver(self) -> Solver:
@@ -97,74 +93,63 @@ class RnodeModule(L.LightningModule):
         solver = self.recipe.solver if self.auto is None else self.auto.solver
         return self.recipe.start.solver_at(self.global_step, solver)
 
+    @property
+    def matches(self) -> bool:
+        """Whether this step is one of flow matching."""
+        return self.global_step < self.recipe.matching
+
     # a training step -------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Equation 17 on a batch as the data come, in nats per dimension."""
-        solver, part = self.solver, batch_idx % self._batches
-        matching = self.global_step < self.recipe.matching
-        if part == 0:
-            known = self.auto is not None and not matching
-            self.record.begin(self._batches, step_size=float(solver.step or 0) if known else None)
+        part = batch_idx % self._batches
         # a device that takes the batches of several in turn draws the noise of each
         device = part * self._world + self.global_rank
         seed_everything(self.recipe.training.seed, Stream.TRAIN, device, self.global_step)
-        inputs = self.measure.training_inputs(batch)
-        try:
-            if matching:
-                terms = self.objective.matching(inputs)
-            else:
-                terms = self.objective(inputs, solver, step=self.global_step - self.recipe.matching)
-        except SolverError as error:
-            self.record.problem = f"the solver failed ({error})"
-            terms = self.objective.unusable(error.nfe)
-        self.record.add(terms)
+        inputs = self.task.training_inputs(batch)
+        if self.matches:
+            terms = self.objective.matching(inputs)
+        else:
+            terms = self.objective(inputs, self.solver, step=self.global_step - self.recipe.matching)
+        detached = dataclasses.replace(terms, loss=terms.loss.detach())
+        self._terms = [*(self._terms if part else ()), detached]
         return terms.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Read the record of the step; a step without a usable gradient changes nothing."""
+        """Log the step; one without a usable gradient changes nothing, and too many in a row end the training."""
         # an infinite bound measures the norm and leaves the gradient alone
-        if not self.record.read(torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)):
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf)
+        if norm.isfinite():  # the one value of a step that is read from the device
+            self.skipped_in_row = 0
+        else:
             optimizer.zero_grad()  # without gradients an optimizer changes neither weights nor its own state
-            if self.record.in_row >= self.recipe.training.max_skipped:
-                raise TrainingError(self.record.message(self.global_step + 1))
+            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            if self.skipped_in_row >= self.recipe.training.max_skipped:
+                raise TrainingError(self._why_skipped())
+        rows = [terms.row for terms in self._terms]
+        self._values = {f"train/{name}": sum(row[name] / len(rows) for row in rows) for name in rows[0]}
+        if self.auto is not None and not self.matches:
+            self._values["train/step_size"] = float(self.solver.step or 0)
+        self._values |= {"train/grad_norm": norm, "train/skipped": float(self.skipped)}
+        self._values["lr"] = optimizer.param_groups[0]["lr"]
         self._row = None
-        values = self.record.values
-        values["lr"] = optimizer.param_groups[0]["lr"]
         # tensors come from a device one by one, and devices wait for each other: not at each step
-        if self.is_logged(self.global_step + 1):
-            values = self.row()
-            if "train/loss" in values:
-                self._weigh_penalties(values)
+        values = self.row() if self.is_logged(self.global_step + 1) else self._values
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in (f"train/{self.measure.metric}", "train/matching", "train/nfe"))
+            self.log(name, value, prog_bar=name in (f"train/{self.task.metric}", "train/matching", "train/nfe"))
 
-    def _weigh_penalties(self, row: Mapping[str, float]) -> None:
-        """Warn once if the penalties have outweighed the likelihood, and a nat per dimension, for long."""
-        step = self.global_step - self.recipe.matching
-        lambdas = {name: strength_at(name, each, step) for name, each in self.objective.lambdas.items()}
-        weight = sum(each * row.get(f"train/{name}", 0.0) for name, each in lambdas.items())
-        self._heavy = self._heavy + 1 if weight > max(abs(row["train/loss"] - weight), 1.0) else min(self._heavy, 0)
-        if self._heavy == _LONG:
-            self._heavy = -math.inf
-            self._tell(
-                f"warning: the penalties are {weight:.3g} nats/dim, more than the likelihood: lower the lambdas."
-            )
-
-    def _tell(self, line: str | None) -> None:
-        if line and self.global_rank == 0:
-            print(line, file=sys.stderr, flush=True)
-
-    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        super().optimizer_step(*arguments, **options)
-        self.clock.end_step()
+    def _why_skipped(self) -> str:
+        why = [problem for terms in self._terms if (problem := terms.why_unusable()) is not None]
+        step, row = self.global_step + 1, self.skipped_in_row
+        return (
+            f"{why[0] if why else 'the gradient is not finite'} at training step {step}, and {row} steps in a row "
+            "were skipped. Raise regularizers.jacfrob, or lower solver.step or optimizer.lr."
+        )
 
     def row(self) -> dict[str, float]:
-        """The record of the last step, as means over its batches and over the devices, all of which have to ask."""
+        """The values of the last step as means over the devices, all of which have to call this."""
         if self._row is None:
-            self._row = {}
-            for name, value in self.record.values.items():
-                self._row[name] = float(value)
+            self._row = {name: float(value) for name, value in self._values.items()}
             if self._world > 1:
                 values = torch.tensor(list(self._row.values()), dtype=torch.float64, device=self.device)
                 means: Any = self.trainer.strategy.reduce(values, reduce_op="mean")
@@ -201,10 +186,11 @@ class RnodeModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is None:  # else the checkpoint has them, and more steps
             self.load_weights()
-        if decided(self.recipe, self.device).training.compile:
-            if self.recipe.training.compile == "auto":
-                self._compile_fields()
-            self._tell("the fields are compiled: the first step takes longer")
+        if decided_compile(self.recipe, self.device):
+            if not compile_fields(self.flow):
+                name = self.recipe.model.name
+                raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
+            self._print("the fields are compiled: the first step takes longer")
 
     def on_train_start(self) -> None:
         if self._groups:  # a checkpoint has replaced them by the settings of its recipe
@@ -213,84 +199,89 @@ class RnodeModule(L.LightningModule):
             scheduler.base_lrs = [own["initial_lr"] for own in self._groups]
             for group, own, factor in zip(optimizer.param_groups, self._groups, scheduler.lr_lambdas, strict=True):
                 group.update(own, lr=own["initial_lr"] * factor(scheduler.last_epoch))
-        self.clock.start_step()
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self._batches, self._world = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if batch_idx % self._batches == 0:
             if 0 < self.global_step == self.recipe.matching:
-                self.optimizers(use_pl_optimizer=False).state.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                optimizer: Any = self.optimizers(use_pl_optimizer=False)
+                optimizer.state.clear()
             self._tune()
-
-    def on_validation_end(self) -> None:
-        self.clock.start_step()
-
-    def _compile_fields(self) -> None:
-        if not compile_fields(self.flow):
-            name = self.recipe.model.name
-            raise ConfigError(f"the model {name} has no field that can be compiled: train without.")
 
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes take the result of the first one."""
-        auto = self.auto
-        step, recipe = self.global_step, self.recipe
-        if auto is None or step < recipe.matching or recipe.start.gives_step_at(step):
+        auto, step = self.auto, self.global_step
+        if auto is None or self.matches or self.recipe.start.gives_step_at(step):
             return
-        if auto.step is not None and self.global_step % self.recipe.training.tune_every:
+        if auto.step is not None and step % self.recipe.training.tune_every:
             return
         if (data := self._data()) is None:
-            kind = "TableDataModule" if self.measure.samples == "rows" else "ImageDataModule"
-            raise ConfigError(f"solver.step=auto measures on held-out {self.measure.samples}: train with {kind}.")
+            kind = "TableDataModule" if self.task.samples == "rows" else "ImageDataModule"
+            raise ConfigError(f"solver.step=auto measures on held-out {self.task.samples}: train with {kind}.")
         found = self.trainer.strategy.broadcast(auto.measure(self.flow, data.data.val, self.device))
-        self._tell(auto.take(found, self.global_step))
+        self._print(auto.take(found, step))
+
+    def _print(self, line: str | None) -> None:
+        if line and self.global_rank == 0:
+            print(line, file=sys.stderr, flush=True)
 
     # a validation ----------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = ValidationSums(self.flow, self.recipe, rank=self.global_rank)
+        self._sums: dict[str, Any] = {}  # of each value times its samples, and of the samples
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """The score with the test solver; the noise is the same at each validation."""
         try:
             # a field without a product needs autograd inside, which inference mode does not allow
             with torch.inference_mode(False), torch.no_grad():
-                self._sums.add(batch.clone(), batch_idx, training_solver=self.solver)
+                row = measure_batch(
+                    self.flow, self.recipe, batch.clone(),
+                    index=batch_idx, rank=self.global_rank, training_solver=self.solver,
+                )  # fmt: skip
         except SolverError as error:
             where = f"in the validation at training step {self.global_step}"
-            raise LocalError(f"the solver failed {where}: {error} {self.record.trend()}") from error
+            raise LocalError(f"the solver failed {where}: {error}") from error
+        for name, value in row.items():
+            here = torch.tensor([float(value) * len(batch), len(batch)], dtype=torch.float64)
+            self._sums[name] = self._sums.get(name, 0.0) + here
 
     def on_validation_epoch_end(self) -> None:
-        # Lightning would take the mean of the batches' means; these are over all samples of all devices already
-        means = self._sums.means(self._sum_over_devices)
-        for name, value in means.items():
-            self.log(
-                f"val/{name}", value, prog_bar=name == self.measure.metric, sync_dist=self.trainer.world_size > 1
-            )
-        matching = self.global_step <= self.recipe.matching != 0  # no solver was trained with yet
-        if not (self.trainer.sanity_checking or self._warned or matching):
-            gap = means.get("gap", 0.0)
-            warning = gap_warning(gap, self.measure, at=self.global_step, automatic=self.auto is not None)
-            self._warned = warning is not None
-            self._tell(warning)
+        """Log the means over all samples of all devices, whose shares may be of different size."""
+        sums = torch.stack(list(self._sums.values()))
+        several = self.trainer.world_size > 1
+        if several:  # Lightning's own mean rounds the number of samples per device down
+            reduced: Any = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+            sums = reduced
+        for name, (total, samples) in zip(self._sums, sums.tolist(), strict=True):
+            self.log(f"val/{name}", total / samples, prog_bar=name == self.task.metric, sync_dist=several)
 
-    def _sum_over_devices(self, values: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return values
-        return self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+    def on_validation_end(self) -> None:
+        """Warn once if the training solver is off by more than the task allows."""
+        gap = float(self.trainer.callback_metrics.get("val/gap", 0.0))
+        matched = self.global_step <= self.recipe.matching != 0  # no solver was trained with yet
+        if abs(gap) <= self.task.max_gap or self._warned or matched or self.trainer.sanity_checking:
+            return
+        self._warned = True
+        finer = "training.tune_every" if self.auto is not None else "solver.step (or --set solver.step=auto)"
+        self._print(
+            f"warning: at step {self.global_step} the training solver is off by {gap:+.3f} {self.task.unit} from "
+            f"the accurate one (val/gap), so the model learns its errors: lower {finer}, or raise the lambdas."
+        )
 
     # hooks of Lightning ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.flow, self.recipe.optimizer)
-        matching = self.recipe.matching
-        factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps, matching=matching)
+        factor = learning_rate_factor(
+            self.recipe.optimizer, self._planned_steps, matching=self.recipe.matching
+        )  # fmt: skip
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _planned_steps(self) -> float:
-        total = self.trainer.estimated_stepping_batches
-        if total == math.inf:
+        if (total := self.trainer.estimated_stepping_batches) == math.inf:
             raise ConfigError(
                 f"optimizer.schedule={self.recipe.optimizer.schedule} ends at the last step: give the Trainer "
                 "max_steps or max_epochs, or --set optimizer.schedule=constant."
@@ -298,16 +289,12 @@ class RnodeModule(L.LightningModule):
         return total
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        times = {"seconds": self.clock.run, "train_seconds": self.clock.training}
-        skipped = {"skipped": self.record.skipped, "skipped_in_row": self.record.in_row}
+        progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row}
         step = {} if self.auto is None else {"step_size": self.auto.step}
-        checkpoint.update(
-            header_with(self.recipe), progress={"batches": self.global_step, **times, **skipped, **step}
-        )
+        checkpoint.update(header_with(self.recipe), progress={**progress, **step})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint["progress"]
-        self.clock.resume(run=progress["seconds"], training=progress["train_seconds"])
-        self.record.skipped, self.record.in_row = progress["skipped"], progress["skipped_in_row"]
+        self.skipped, self.skipped_in_row = progress["skipped"], progress["skipped_in_row"]
         if self.auto is not None:
             self.auto.step = progress.get("step_size")

@@ -129,10 +129,10 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
         for kernel in kernels:  # all kernels of one shape in one batched product
             by_shape[kernel.shape, kernel.dtype].append(kernel)
-        for alike in by_shape.values():
-            directions = torch.stack([self._nesterov(kernel, momentum).flatten(1) for kernel in alike])
+        for same_shape in by_shape.values():
+            directions = torch.stack([self._nesterov(kernel, momentum).flatten(1) for kernel in same_shape])
             scale = lr * 0.2 * max(directions.shape[1:]) ** 0.5
-            for kernel, direction in zip(alike, orthogonalized(directions), strict=True):
+            for kernel, direction in zip(same_shape, orthogonalized(directions), strict=True):
                 kernel.add_(direction.reshape(kernel.shape), alpha=-scale)
 
     def _nesterov(self, kernel: Tensor, momentum: float) -> Tensor:

@@ -42,8 +42,6 @@ _FIXED = (
     "optimizer.name", "training.weights", "training.accumulate", "start.matching",
 )  # fmt: skip
 
-_OF_TRAINING = ("progress", "optimizer_states", "lr_schedulers", "loops", "callbacks")  # of a checkpoint
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -187,11 +185,11 @@ class RunFolder:
         write_json(self.path / "recipe.json", recipe.to_plain())
         write_json(self.path / "environment.json", environment(device))
 
-    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, measure: Task) -> None:
+    def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, task: Task) -> None:
         """Write ``result.json`` and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
         scores = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
-        text = scores.to_csv(index_label=measure.sample, float_format="%.8g", na_rep="nan", lineterminator="\n")
-        write_atomically(self.path / measure.file, lambda file: file.write(text.encode()))
+        text = scores.to_csv(index_label=task.sample, float_format="%.8g", na_rep="nan", lineterminator="\n")
+        write_atomically(self.path / task.file, lambda file: file.write(text.encode()))
         write_json(self.result, {**ended, "evaluation": evaluation.to_plain()})
         (self.path / DIAGNOSIS).unlink(missing_ok=True)  # one that was made in the meantime is of other weights
 
@@ -246,20 +244,15 @@ def training_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-# from which checkpoint a run continues --------------------------------------------------------------------------
-
-
-def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, int]:
-    """The checkpoint file and its number of steps, after comparing its recipe with the one to train.
+def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint file and its contents, after comparing its recipe with the one to train.
 
     Raises:
         CheckpointError: there is none, or it holds another model or was trained on other images.
     """
     path, contents = newest_intact(resume)
-    if missing := [name for name in _OF_TRAINING if name not in contents]:
-        raise CheckpointError(
-            f"{path} has no {missing[0]}: it holds weights only, from which no training continues."
-        )
+    if "optimizer_states" not in contents:
+        raise CheckpointError(f"{path} has weights only, from which no training continues.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
     differ = [name for name in _FIXED if old.get(name) != new.get(name)]
     if old.get("data.checksum") not in (None, new.get("data.checksum")):  # of the rows of a table
@@ -271,4 +264,4 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(
             f"{path} cannot continue with other settings: {what}. --weights {path} starts a new run from it."
         )
-    return path, contents["progress"]["batches"]
+    return path, contents

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +31,7 @@ _UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")
 
 
 class Place(NamedTuple):
-    """The devices of a run.
-
-    Attributes:
-        options: of Lightning's Trainer, which name them.
-        device: the one of this process.
-        world: number of devices, of all machines.
-    """
+    """The devices of a run: Lightning's options that name them, the one of this process, and how many there are."""
 
     options: dict[str, Any]
     device: torch.device
@@ -73,15 +66,8 @@ def make_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer for a run; the recipe decides its steps, precision, validations and logs.
 
-    Args:
-        recipe: all settings.
-        plan: the steps of the run.
-        place: its devices.
-        callbacks, loggers: of Lightning.
-        options: other options of the Trainer.
-
     Raises:
-        ConfigError: an option that the recipe decides, or a precision that does not work here.
+        ConfigError: one of ``options`` that the recipe decides, or a precision that does not work here.
     """
     settings = recipe.training
     ours = {
@@ -93,7 +79,7 @@ def make_trainer(
         "check_val_every_n_epoch": None,
         "accumulate_grad_batches": settings.accumulate,
         "log_every_n_steps": settings.log_every,
-        "precision": decided(recipe, place.device).training.precision,
+        "precision": decided_precision(recipe, place.device),
     }
     if refused := sorted(options.keys() & {*ours, *_UNSEEN}):
         raise ConfigError(f"fit does not take Lightning's {refused[0]}: the settings of the recipe decide that.")
@@ -129,19 +115,16 @@ def _refusing() -> Iterator[None]:
 # what `auto` means ---------------------------------------------------------------------------------------------
 
 
-def decided(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with a precision and a choice about compiling in place of ``auto``.
+def decided_precision(recipe: Recipe, device: torch.device) -> str:
+    """``auto`` is bfloat16 for a fixed grid where the device computes it natively, else 32 bits."""
+    if (precision := recipe.training.precision) != "auto":
+        return precision
+    return "bf16-mixed" if computes_bf16(device) and not recipe.solver.adaptive else "32-true"
 
-    A fixed grid trains in bfloat16 where the device computes it natively, an adaptive solver in 32 bits. Fields are
-    compiled on CUDA only.
-    """
-    training, changes = recipe.training, dict[str, Any]()
-    if training.precision == "auto":
-        low = computes_bf16(device) and not recipe.solver.adaptive
-        changes["precision"] = "bf16-mixed" if low else "32-true"
-    if training.compile == "auto":
-        changes["compile"] = device.type == "cuda"
-    return dataclasses.replace(recipe, training=dataclasses.replace(training, **changes)) if changes else recipe
+
+def decided_compile(recipe: Recipe, device: torch.device) -> bool:
+    """Whether the fields are compiled: ``auto`` does so on CUDA only."""
+    return device.type == "cuda" if (choice := recipe.training.compile) == "auto" else choice
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -169,17 +152,13 @@ _KNOWN_WARNINGS = (
 def quiet() -> Iterator[None]:
     """Keep Lightning's notes at level INFO and the known warnings off the terminal."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         for message in _KNOWN_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        for logger in loggers:
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
+        yield
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -196,22 +175,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-# name -> modules of which one must be installed, and the logger for a run's folder and RECIPE-VERSION
-_LOGGERS: dict[str, tuple[tuple[str, ...], Callable[[Path, str], Logger]]] = {
-    "csv": ((), lambda folder, run: CSVLogger(folder, name="", version="csv")),
-    "tensorboard": (
-        ("tensorboard", "tensorboardX"),
-        lambda folder, run: TensorBoardLogger(folder, name="", version="tensorboard"),
-    ),
-    "wandb": (("wandb",), lambda folder, run: WandbLogger(name=run, project="rnode", save_dir=folder)),
-    "mlflow": (
-        ("mlflow",),
-        lambda folder, run: MLFlowLogger(
-            experiment_name="rnode",
-            run_name=run,
-            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI"),
-            save_dir=str(folder / "mlflow"),
-        ),
+# the logger of a name for a run's folder and RECIPE-VERSION
+_LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
+    "csv": lambda folder, run: CSVLogger(folder, name="", version="csv"),
+    "tensorboard": lambda folder, run: TensorBoardLogger(folder, name="", version="tensorboard"),
+    "wandb": lambda folder, run: WandbLogger(name=run, project="rnode", save_dir=folder),
+    "mlflow": lambda folder, run: MLFlowLogger(
+        experiment_name="rnode",
+        run_name=run,
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI"),
+        save_dir=str(folder / "mlflow"),
     ),
 }
 
@@ -221,14 +194,13 @@ def check_loggers(names: Iterable[str]) -> None:
     for name in names:
         if name not in _LOGGERS:
             raise ConfigError(suggest(name, _LOGGERS, "logger"))
-        modules = _LOGGERS[name][0]
-        if modules and not any(map(importlib.util.find_spec, modules)):
+        if name != "csv" and importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
 
 
 def make_logger(name: str, folder: Path) -> Logger:
     """The logger of that name for a run's folder."""
-    return _LOGGERS[name][1](folder, "-".join(folder.parts[-2:]))  # RECIPE-VERSION
+    return _LOGGERS[name](folder, "-".join(folder.parts[-2:]))  # RECIPE-VERSION
 
 
 def end_other_processes(trainer: L.Trainer, signum: int) -> None:
