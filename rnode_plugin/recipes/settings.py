@@ -164,10 +164,10 @@ class Training:
         seed: seed of the weights, the data order and all noise.
         weights: weights of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a name of weights
             in the package; None for fresh ones.
-        precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the faster of these two,
-            measured before the first step.
-        compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: if
-            that is faster and the run wins back the time of compiling.
+        precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the latter for a fixed grid
+            where the device computes bfloat16 natively.
+        compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: on
+            CUDA only.
         tune_every: steps between two measurements of ``solver.step=auto``.
         val_every: epochs between two validations, each with a grid of samples if the data are images.
         val_every_steps: steps between two validations instead; None for epochs.
