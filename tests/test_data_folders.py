@@ -70,7 +70,7 @@ def test_size_scales_the_shorter_side_and_cuts_the_middle(tmp_path):
 
     noise = random_images(1, (3, 16, 48))[0]
     with io.BytesIO(picture_bytes(noise)) as file:
-        small = decode(file, "noise", size=8, channels=3)
+        small = decode(file, size=8, channels=3)
     whole = Image.fromarray(noise.transpose(1, 2, 0)).resize((24, 8), Image.Resampling.LANCZOS)
     assert np.array_equal(small, np.asarray(whole).transpose(2, 0, 1)[:, :, 8:16])
 
@@ -95,7 +95,7 @@ def test_kinds_of_pixels_become_rgb_and_upright(mode):
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     file = io.BytesIO()
     Image.new("L", (4, 8), value).convert(mode).save(file, "PNG", exif=exif)
-    assert np.array_equal(decode(file, "a.png", size=None, channels=3), np.full((3, 4, 8), value))
+    assert np.array_equal(decode(file, size=None, channels=3), np.full((3, 4, 8), value))
 
 
 @pytest.mark.parametrize(

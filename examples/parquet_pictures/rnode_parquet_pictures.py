@@ -57,4 +57,4 @@ def _images(file: Path, size: int | None, channels: int) -> Iterator[np.ndarray]
         for batch in table.iter_batches(batch_size=64, columns=[column]):
             for cell in batch.column(0).to_pylist():
                 content = cell["bytes"] if isinstance(cell, dict) else cell
-                yield decode(io.BytesIO(content), f"a picture of {file}", size=size, channels=channels)
+                yield decode(io.BytesIO(content), size=size, channels=channels, name=f"a picture of {file}")

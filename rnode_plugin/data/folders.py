@@ -122,8 +122,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
     grey = True
     first: tuple[str, tuple[int, int]] | None = None
     for name in _pictures(where):
-        path = where / name
-        with naming(path), path.open("rb") as file, _opened(file, str(path)) as image:
+        with _opened(where / name, where / name) as image:
             turned = image.getexif().get(0x0112, 1) > 4  # to be shown upright
             found = (image.width, image.height) if turned else (image.height, image.width)
             grey = grey and image.mode in ("1", "L", "LA")
@@ -246,7 +245,7 @@ def files_in(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
+def _opened(file: Path | IO[bytes], name: object) -> Iterator[Image.Image]:
     """A picture whose pixels are not decoded yet. A fault in it is a DataError, also inside the context."""
     from PIL import Image
 
@@ -256,14 +255,14 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
         yield image
 
 
-def decode(file: IO[bytes], name: str, *, size: int | None, channels: int) -> np.ndarray:
-    """One picture as ``(C, H, W)``, uint8, without its transparency.
+def decode(file: Path | IO[bytes], *, size: int | None, channels: int, name: str | None = None) -> np.ndarray:
+    """One picture as ``(C, H, W)``, uint8, without its transparency. ``name`` is for messages.
 
     The shorter side is scaled to a ``size``, and the longer one is cut around the middle.
     """
     from PIL import Image, ImageOps
 
-    with _opened(file, name) as opened:
+    with _opened(file, name or file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB" if channels == 3 else "L")
         if size is not None and image.size != (size, size):
             image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
@@ -306,9 +305,7 @@ class ImageFiles:
         return images
 
     def _read(self, position: int) -> np.ndarray:
-        path = self._folder / self._names[position]
-        with naming(path), open(path, "rb") as file:
-            return decode(file, str(path), size=self._size, channels=self._channels)
+        return decode(self._folder / self._names[position], size=self._size, channels=self._channels)
 
 
 # Packed arrays --------------------------------------------------------------------------------------------------

@@ -103,8 +103,7 @@ def _plan(sources: Sequence[Path]) -> list[_Source]:
 def _images(path: Path, size: int | None, channels: int) -> np.ndarray:
     """The images of a file, ``(n, C, H, W)``, uint8: one of a picture, all of a batch."""
     if path.suffix != _BATCH:
-        with naming(path), path.open("rb") as file:
-            return decode(file, str(path), size=size, channels=channels)[None]
+        return decode(path, size=size, channels=channels)[None]
     with naming(path, " Download it again."), np.load(path, allow_pickle=False) as arrays:
         rows = arrays["data"]  # a row is the red plane, then green, then blue, each row by row
         side = math.isqrt(rows.shape[1] // 3)
