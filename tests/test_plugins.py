@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -336,7 +337,12 @@ class Wrong:
 
     @hookimpl
     def rnode_register_recipes(self):
-        return {"wrong-recipe": dict, "old-recipe": lambda: get_recipe("digits").override(["optimizer.rate=1"])}
+        old = get_recipe("digits")
+        return {
+            "wrong-recipe": dict,
+            "old-recipe": lambda: old.override(["optimizer.rate=1"]),
+            "bad-recipe": lambda: dataclasses.replace(old, name=""),
+        }
 
     @hookimpl
     def rnode_register_datasets(self):
@@ -359,6 +365,10 @@ def wrong(register):
         (
             ["recipes", "show", "old-recipe"],
             "the recipe 'old-recipe' of plugin 'wrong' .*'optimizer.rate'",
+        ),
+        (
+            ["recipes", "show", "bad-recipe"],
+            "the recipe 'bad-recipe' of .*name '' cannot name a folder",
         ),
         (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
         (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),

@@ -15,6 +15,7 @@ import logging
 import os
 import pkgutil
 import re
+import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from .._version import __version__
-from ..errors import ConfigError, PluginError, RnodeError, first_line, suggest
+from ..errors import ConfigError, PluginError, RnodeError, suggest
 from . import builtin, hookspecs
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Plugin:
         except passing:
             raise
         except (Exception, SystemExit) as error:
-            text = first_line(error).rstrip(".")
+            text = textwrap.shorten(str(error), 300, placeholder="...").rstrip(".")
             if not isinstance(error, RnodeError):
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 text = f"{type(error).__name__}: {text} ({os.path.basename(frame.filename)}, line {frame.lineno})"
