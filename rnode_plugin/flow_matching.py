@@ -76,7 +76,7 @@ def penalties_at(
     if t.shape not in ((), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape {tuple(z.shape[:1])}, not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
-    field, _, _ = call_of(time_first(field))
+    field = call_of(time_first(field))
     if batch_dim is None:
         field = PartField(
             field, part=lambda v: v.unsqueeze(0), replaced=lambda _, z: z.squeeze(0), aux=lambda t, z: {}
@@ -220,7 +220,7 @@ class ODESolver:
         """The velocity as a function of time and state."""
         model = self.velocity_model
         model = functools.partial(model, **extras) if extras else model
-        return call_of(time_first(model, time_shape=self.time_shape))[0]
+        return call_of(time_first(model, time_shape=self.time_shape))
 
 
 def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> Solver:

@@ -1,10 +1,11 @@
-"""The contract of all densities: inverse, log-determinant, samples, gradients, distributions, copies, weights."""
+"""Densities: one contract of all models, known answers, contexts, distributions and importance sampling."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,27 @@ import pytest
 import torch
 from problems import Wave
 from torch import Tensor, nn
+from torch.distributions import (
+    AffineTransform,
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
+from torchdyn_fields import mlp
 
-from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, TableFlow
-from rnode_plugin.core.distribution import DensityModel
+from rnode_plugin import Hutchinson, MultiscaleFlow, NeuralODE, RegularizedCNF, Solver, TableFlow
+from rnode_plugin.core.distribution import DensityModel, FlowDistribution
+from rnode_plugin.core.regularizers import LearnedEndTime, Steer
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.solvers import GRADIENTS
 
-TIGHT = Solver("dopri5", atol=1e-8, rtol=1e-8)
+ACCURATE = Solver("dopri5", atol=1e-8, rtol=1e-8)
 
 
 class Conditional(nn.Module):
@@ -47,8 +63,8 @@ MODELS: dict[str, Callable[[], DensityModel]] = {
 }
 
 
-def make(name: str, solver: Solver = TIGHT) -> tuple[DensityModel, Tensor, dict[str, Any]]:
-    """A model in double precision that is no identity, three samples, and a context for each."""
+def make(name: str, solver: Solver = ACCURATE) -> tuple[DensityModel, Tensor, dict[str, Any]]:
+    """A model in double precision that is not the identity, three samples, and a context for each."""
     torch.manual_seed(0)
     model = MODELS[name]().double()
     for parameter in model.parameters():
@@ -80,7 +96,7 @@ def test_latents_and_their_density(name: str) -> None:
     encoded, decoded = model.encode(x, **given, penalties=True), model.decode(z, **given, penalties=True)
     torch.testing.assert_close(decoded.logdet, -encoded.logdet, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(decoded.regularization, encoded.regularization, rtol=1e-4, atol=1e-6)
-    if given:  # one context for all is that of each, and matters
+    if given:  # one context for all counts for each sample, and matters
         one = given["context"][0]
         torch.testing.assert_close(model.log_prob(x, context=one), model.log_prob(x, context=one.expand(3, 2)))
         assert not torch.allclose(model.log_prob(x, context=one + 1), model.log_prob(x, context=one))
@@ -91,7 +107,7 @@ def test_latents_and_their_density(name: str) -> None:
 def test_gradients_are_those_of_autograd_in_every_mode(name: str, gradient: str) -> None:
     found = []
     for mode in ("autograd", gradient):
-        model, x, given = make(name, dataclasses.replace(TIGHT, gradient=mode))
+        model, x, given = make(name, dataclasses.replace(ACCURATE, gradient=mode))
         variables = [x, *given.values(), *model.parameters()]
         for variable in variables:
             variable.requires_grad_()
@@ -135,7 +151,7 @@ def test_another_solver_shares_the_parameters(name: str) -> None:
     with torch.no_grad():
         next(other.parameters()).mul_(2)
     assert not torch.allclose(model.log_prob(x, **given), before)
-    assert model.solver is TIGHT
+    assert model.solver is ACCURATE
 
 
 def saved(model: nn.Module) -> Any:
@@ -156,3 +172,459 @@ def test_copies_are_independent(name: str, copied: Callable[[Any], Any]) -> None
             parameter.zero_()
     assert torch.equal(twin.log_prob(x, **given), before)
     assert not torch.equal(model.log_prob(x, **given), before)
+
+
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
+
+
+def linear(matrix: Tensor) -> nn.Module:
+    net = nn.Linear(len(matrix), len(matrix), bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(matrix)
+    return net
+
+
+@pytest.mark.parametrize("trace_estimator", ["exact", "rademacher"])
+def test_density_of_a_linear_flow_is_the_gaussian_that_it_should_be(trace_estimator: str) -> None:
+    """z = exp(A) x is standard normal exactly where x has the covariance exp(-A) exp(-A)^T."""
+    a = torch.diag(torch.tensor([0.3, -0.7, 0.5], dtype=torch.float64))  # for a diagonal one signs estimate exactly
+    model = RegularizedCNF(linear(a), event_shape=3, trace_estimator=trace_estimator, **TIGHT).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    back = torch.linalg.matrix_exp(-a)
+    exact = MultivariateNormal(torch.zeros(3, dtype=torch.float64), back @ back.T).log_prob(x)
+    torch.testing.assert_close(model.log_prob(x), exact, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(model(x), exact, rtol=1e-8, atol=1e-8)
+    z, logdet = model.transform(x)
+    torch.testing.assert_close(model.inverse(z), x, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(logdet, a.trace().expand(6))
+
+
+def test_samples_and_temperature() -> None:
+    """Temperature shrinks the spread around the mean of the base."""
+    torch.manual_seed(0)
+    a = torch.tensor([[0.3, 0.4], [-0.2, 0.1]], dtype=torch.float64)
+    mean = torch.tensor([5.0, -3.0], dtype=torch.float64)
+    model = RegularizedCNF(linear(a), Independent(Normal(mean, 1.0), 1), **TIGHT).double()
+    back = torch.linalg.matrix_exp(-a)
+    for temperature in (1.0, 0.5):
+        x = model.sample(20000, temperature)
+        torch.testing.assert_close(x.mean(0), back @ mean, rtol=0, atol=0.05)
+        torch.testing.assert_close(x.T.cov(), temperature**2 * back @ back.T, rtol=0.05, atol=0.02)
+        assert not x.requires_grad
+
+
+BASES = {
+    "normal": lambda: Independent(Normal(torch.zeros(2), torch.ones(2)), 1),
+    "multivariate": lambda: MultivariateNormal(torch.zeros(2), torch.eye(2)),
+    "mixture": lambda: MixtureSameFamily(
+        Categorical(torch.tensor([0.3, 0.7])), Independent(Normal(torch.randn(2, 2), torch.ones(2, 2)), 1)
+    ),
+    "transformed": lambda: TransformedDistribution(
+        Independent(Normal(torch.zeros(2), torch.ones(2)), 1),
+        [AffineTransform(torch.ones(2), torch.ones(2) * 2, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_base_follows_the_model(name: str) -> None:
+    torch.manual_seed(0)
+    base = BASES[name]()
+    model = RegularizedCNF(nn.Linear(2, 2), base)
+    x = torch.randn(5, 2)
+    z = model.transform(x)[0]
+    before = base.log_prob(z)
+    model.double()
+    torch.testing.assert_close(model.base.log_prob(z.double()), before.double(), rtol=1e-5, atol=1e-5)
+    assert model.log_prob(x.double()).dtype == torch.float64
+    assert model.sample(3).dtype == torch.float64
+    assert base.sample().dtype == torch.float32  # the caller's stays
+    model.float()  # after solves too, in which transforms remember their inverses
+    torch.testing.assert_close(model.base.log_prob(z), before)
+
+
+@pytest.mark.parametrize("policy", [LearnedEndTime(2.0), Steer(0.5)], ids=["learned", "steer"])
+def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any) -> None:
+    torch.manual_seed(0)
+    model = RegularizedCNF(linear(0.3 * torch.randn(2, 2)), event_shape=2, regularizers=[policy], **TIGHT).double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    model.eval()
+    z, _ = model.transform(x)
+    for training in (False, True):  # a random end is for the penalized solves of training alone
+        model.train(training)
+        torch.testing.assert_close(model.inverse(z), x, rtol=1e-7, atol=1e-7)
+    if isinstance(policy, LearnedEndTime):
+        torch.testing.assert_close(copy.deepcopy(model).inverse(z), x, rtol=1e-7, atol=1e-7)
+        model.inverse(z).sum().backward()
+        assert policy.end.grad is not None
+
+
+# --- contexts ---
+
+
+class Affine(nn.Module):
+    """``f(t, z, c) = s(c) z + m(c)``: its flow is known, and so is the density, a Gaussian for each context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Linear(3, 2).double()
+        self.shift = nn.Linear(3, 2).double()
+
+    def parts(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.rate(context)), self.shift(context)
+
+    def forward(self, t: Tensor, z: Tensor, context: Tensor) -> Tensor:
+        rate, shift = self.parts(context)
+        return rate * z + shift
+
+    def exact(self, context: Tensor) -> Independent:
+        """``z = e^s x + m (e^s - 1) / s`` is standard normal."""
+        rate, shift = self.parts(context)
+        return Independent(Normal(-shift * (1 - torch.exp(-rate)) / rate, torch.exp(-rate)), 1)
+
+
+def model_of(net: nn.Module, **options: object) -> RegularizedCNF:
+    merged = {"event_shape": 2, "context_shape": 3, "trace_estimator": "exact", **TIGHT, **options}
+    return RegularizedCNF(net, **merged).double()
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_density_and_its_gradients_are_those_of_the_closed_form(sensitivity: str) -> None:
+    """Signs are exact: the Jacobian is diagonal."""
+    torch.manual_seed(0)
+    net = Affine()
+    adjoint = {"atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+    model = model_of(net, trace_estimator="rademacher", sensitivity=sensitivity, **adjoint)
+    x, context = torch.randn(6, 2).double(), torch.randn(6, 3).double().requires_grad_()
+    found, exact = model.log_prob(x, context=context), net.exact(context).log_prob(x)
+    torch.testing.assert_close(found, exact, rtol=1e-7, atol=1e-7)
+    weights = torch.linspace(1, 2, 6).double()
+    inputs = [context, *net.parameters()]
+    for ours, true in zip(
+        torch.autograd.grad((weights * found).sum(), inputs),
+        torch.autograd.grad((weights * exact).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_tensors_in_args_have_gradients_in_every_mode(sensitivity: str) -> None:
+    """x' = k x with k given as an argument of the solve: d/dk of x(1) is x(1)."""
+    k = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    model = NeuralODE(
+        lambda t, x, args: 2 * args["half"] * x, "dopri5", sensitivity=sensitivity, regularizers=["kinetic"],
+        atol_adjoint=1e-9, rtol_adjoint=1e-9, **TIGHT,
+    )  # fmt: skip
+    end = model(x, torch.tensor([0.0, 1.0]).double(), args={"half": k / 2})[1][-1]
+    (found,) = torch.autograd.grad(end.sum(), k)
+    torch.testing.assert_close(found, (x * torch.exp(k)).sum().detach(), rtol=1e-6, atol=0)
+
+
+def test_the_jacobian_of_penalties_is_that_of_the_state_alone() -> None:
+    torch.manual_seed(0)
+    net, x, context = Affine(), torch.randn(4, 2).double(), torch.randn(4, 3).double()
+    model = model_of(net, regularizers=["jacfrob"])
+    model.log_prob(x, context=context)
+    exact = net.parts(context)[0].square().sum(1)
+    torch.testing.assert_close(model.regularization["jacfrob"], exact)
+
+
+def conditional() -> RegularizedCNF:
+    return RegularizedCNF(Affine(), event_shape=2, context_shape=3).double()
+
+
+def unconditional() -> RegularizedCNF:
+    return RegularizedCNF(nn.Linear(2, 2), event_shape=2)
+
+
+X = torch.zeros(4, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: conditional().log_prob(X), r"density is conditional"),
+        (lambda: conditional().sample(3), r"density is conditional"),
+        (lambda: conditional().distribution(), r"density is conditional"),
+        (lambda: conditional().log_prob(X, context=torch.zeros(4, 2)), r"must be a tensor of shape \(3,\)"),
+        (lambda: conditional().log_prob(X, context=torch.zeros(5, 3)), r"for 4 samples"),
+        (lambda: conditional().sample(3, context=torch.zeros(2, 3)), r"for 3 samples"),
+        (lambda: unconditional().log_prob(X.float(), context=torch.zeros(4, 3)), r"takes no context"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, context_shape=3), r"net\(t, z, context\)"),
+        (lambda: RegularizedCNF(Affine(), event_shape=2, context_shape=0), r"context_shape"),
+        (lambda: RegularizedCNF.from_velocity(mlp(2, 4, 2), 0.5, event_shape=2).sample(1), r"stands still"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
+        (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), BASES["normal"](), event_shape=3), "differ"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "order="),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, solver="rk4", regularizers=["error"]), "dopri5"),
+        (lambda: unconditional().log_prob(X.float(), noise=X.float()), "list of 1"),
+        (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).log_prob(torch.zeros(4, 3)), "must be a tensor"),
+        (lambda: unconditional().sample(2, 0.0), "temperature"),
+        (lambda: unconditional().sample(2, float("inf")), "temperature"),
+        (lambda: unconditional().sample(-1), "whole number"),
+        (lambda: TableFlow(2).sample(1.5), "whole number"),  # pyright: ignore[reportArgumentType]
+        (lambda: unconditional().log_prob(X.long()), "floating-point"),
+        (lambda: unconditional().inverse(X.long()), "floating-point"),
+        (lambda: unconditional().distribution().log_prob(X.long()), "floating-point"),
+        (lambda: TableFlow(2).log_prob(X.long()), "float32"),
+        (lambda: ODESolver(mlp(2, 4, 2)).sample(X.long(), step_size=0.5), "floating-point"),
+        (lambda: ODESolver(mlp(2, 4, 2)).compute_likelihood(X.long(), torch.sum), "floating-point"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2.5), "event_shape"),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_mistakes(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+# --- densities of flow-matching models ---
+
+MEAN = torch.tensor([1.0, -0.5], dtype=torch.float64)
+COVARIANCE = torch.tensor([[1.2, 0.4], [0.4, 0.5]], dtype=torch.float64)
+
+
+class GaussianToGaussian(nn.Module):
+    """The velocity of flow matching from N(0, I) at t = 0 to N(MEAN, COVARIANCE) at 1 by independent pairs.
+
+    Points on the lines ``(1 - t) x0 + t x1`` are Gaussian at each time, and the velocity is the conditional mean of
+    ``x1 - x0``.
+    """
+
+    def __init__(self, *, reverse: bool = False) -> None:
+        super().__init__()
+        self.reverse = reverse
+
+    def forward(self, t: Tensor, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        t = 1 - t if self.reverse else t
+        eye = torch.eye(2, dtype=x.dtype)
+        spread = (1 - t) ** 2 * eye + t**2 * COVARIANCE
+        gain = torch.linalg.solve(spread, t * COVARIANCE - (1 - t) * eye, left=False)
+        velocity = MEAN + (x - t * MEAN) @ gain.T
+        return -velocity if self.reverse else velocity
+
+
+@pytest.mark.parametrize("data_time", [1.0, 0.0])
+def test_density_of_a_flow_matching_model(data_time: float) -> None:
+    torch.manual_seed(0)
+    net = GaussianToGaussian(reverse=data_time == 0)
+    target = MultivariateNormal(MEAN, COVARIANCE)
+    model = RegularizedCNF.from_velocity(
+        net, data_time, event_shape=2, trace_estimator="exact", atol=1e-9, rtol=1e-9
+    ).double()
+    x = target.sample((6,))
+    torch.testing.assert_close(model.log_prob(x), target.log_prob(x), rtol=1e-6, atol=1e-6)
+    many = model.sample(20000)
+    torch.testing.assert_close(many.mean(0), MEAN, rtol=0, atol=0.04)
+    torch.testing.assert_close(many.T.cov(), COVARIANCE, rtol=0, atol=0.05)
+    # the other direction: the same paths from the noise, with their log-density
+    sample, log_prob = model.inverse_and_log_prob(torch.randn(6, 2).double())
+    torch.testing.assert_close(log_prob, target.log_prob(sample), rtol=1e-6, atol=1e-6)
+    fixed = RegularizedCNF.from_velocity(
+        net, data_time, event_shape=2, trace_estimator="exact", solver="rk4_38", steps=40
+    ).double()
+    torch.testing.assert_close(fixed.log_prob(x), target.log_prob(x), rtol=1e-5, atol=1e-5)
+    assert fixed.regularization == {}
+
+
+# --- distribution() ---
+
+
+def plain() -> RegularizedCNF:
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    return RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver="rk4_38").double()
+
+
+def images() -> RegularizedCNF:
+    return RegularizedCNF(nn.Conv2d(1, 1, 3, padding=1), event_shape=(1, 2, 2), solver="rk4_38").double()
+
+
+def fast() -> RegularizedCNF:
+    return RegularizedCNF(
+        Affine(), event_shape=2, context_shape=3, trace_estimator="exact", solver="rk4_38"
+    ).double()
+
+
+def cases() -> dict[str, FlowDistribution]:
+    torch.manual_seed(0)
+    context = torch.randn(4, 3, 3).double()
+    return {
+        "no context": plain().distribution(),
+        "image": images().distribution(),
+        "one context": fast().distribution(context[0, 0]),
+        "contexts": fast().distribution(context[0]),
+        "grid of contexts": fast().distribution(context),
+    }
+
+
+BATCH = {"no context": (), "image": (), "one context": (), "contexts": (3,), "grid of contexts": (4, 3)}
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_shapes(name: str) -> None:
+    d, batch = cases()[name], BATCH[name]
+    event = tuple(d.event_shape)
+    assert isinstance(d, Distribution)
+    assert d.batch_shape == batch
+    assert d.has_rsample
+    repr(d)
+    for shape in ((), (5,), (2, 5), (0,)):
+        for draw in (d.sample, d.rsample):
+            assert draw(torch.Size(shape)).shape == (*shape, *batch, *event)
+        x, log_prob = d.rsample_and_log_prob(torch.Size(shape))
+        assert x.shape == (*shape, *batch, *event)
+        assert log_prob.shape == d.log_prob(x).shape == (*shape, *batch)
+    assert d.log_prob(torch.zeros(event).double()).shape == batch
+    assert not d.sample().requires_grad
+    assert d.rsample().requires_grad
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_expand(name: str) -> None:
+    d = cases()[name]
+    wider = d.expand((2, *d.batch_shape))
+    assert wider.batch_shape == (2, *d.batch_shape)
+    assert wider.event_shape == d.event_shape
+    assert wider.sample((3,)).shape == (3, 2, *d.batch_shape, *d.event_shape)
+    x = d.sample()
+    if name != "image":  # which estimates its density
+        torch.testing.assert_close(wider.log_prob(x), d.log_prob(x).expand(wider.batch_shape))
+        torch.testing.assert_close(wider.expand((5, *wider.batch_shape)).log_prob(x)[4], wider.log_prob(x))
+    assert wider.sample((2,)).unique().numel() == wider.sample((2,)).numel()  # each has a separate draw
+    if d.batch_shape:
+        with pytest.raises(RuntimeError):
+            d.expand((7,))
+
+
+def test_values_are_checked_as_torch_checks_them() -> None:
+    d = FlowDistribution(plain(), validate_args=True)  # torch's compiler turns the default off
+    for value in (torch.tensor([float("nan"), 0.0]).double(), torch.zeros(3).double()):
+        with pytest.raises(ValueError, match=r"(?i)value|support|event"):
+            d.log_prob(value)
+    unchecked = FlowDistribution(plain(), validate_args=False)
+    assert unchecked.expand((2,))._validate_args is False
+    assert d.support.event_dim == 1
+    with pytest.raises(NotImplementedError):
+        _ = d.mean
+    with pytest.raises(NotImplementedError):
+        d.entropy()
+
+
+def test_rsample_has_the_gradient_of_the_closed_form() -> None:
+    """``x = e^-s z - m (1 - e^-s) / s`` of the same noise; and of KL(model || target) with a single sample each."""
+    torch.manual_seed(0)
+    net, context = Affine(), torch.randn(3, 3).double().requires_grad_()
+    d, exact = model_of(net).distribution(context), net.exact(context)
+    inputs = [context, *net.parameters()]
+    torch.manual_seed(5)
+    x, log_prob = d.rsample_and_log_prob((2,))
+    torch.manual_seed(5)
+    z = torch.randn(6, 2).double().reshape(2, 3, 2)
+    expected = exact.base_dist.loc + exact.base_dist.scale * z
+    torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+    torch.manual_seed(5)
+    torch.testing.assert_close(d.rsample((2,)), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_prob, exact.log_prob(expected), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(d.log_prob(expected.detach()), log_prob, rtol=1e-6, atol=1e-6)
+    target = Independent(Normal(torch.zeros(2).double(), 2.0), 1)
+    losses = ((log_prob - target.log_prob(x)).sum(), (exact.log_prob(expected) - target.log_prob(expected)).sum())
+    for ours, true in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-6)
+    assert kl_divergence(exact, target.expand((3,))).shape == (3,)
+
+
+def test_penalties_of_what_a_distribution_solves() -> None:
+    model = plain()
+    d = model.distribution()
+    d.log_prob(torch.zeros(3, 2).double())
+    assert float(model.reg_loss().detach()) > 0
+    d.rsample_and_log_prob((3,))
+    assert model.regularization["kinetic"].shape == (3,)
+
+
+def test_a_base_that_cannot_be_reparametrized() -> None:
+    d = RegularizedCNF(nn.Linear(2, 2), BASES["mixture"](), solver="rk4_38").distribution()
+    assert not d.has_rsample
+    assert d.sample((3,)).shape == (3, 2)
+    with pytest.raises(NotImplementedError):
+        d.rsample()
+
+
+def test_inside_of_torchs_own_machinery() -> None:
+    """As a component, with transforms on top, and as a base of another flow."""
+    torch.manual_seed(0)
+    d = plain().distribution()
+    scaled = torch.distributions.TransformedDistribution(d, [torch.distributions.AffineTransform(1.0, 2.0)])
+    x: Tensor = scaled.rsample((4,))
+    scale = torch.log(torch.tensor(2.0)).double()
+    torch.testing.assert_close(scaled.log_prob(x), d.log_prob((x - 1) / 2) - 2 * scale)
+    outer = Independent(d.expand((3,)), 1)
+    assert outer.event_shape == (3, 2)
+    assert outer.log_prob(outer.sample((5,))).shape == (5,)
+
+
+@pytest.mark.parametrize("span", [[0, 1], [0.0, 0.5, 1.0]])
+def test_times_as_a_list_and_noise_of_the_nets_precision(span: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    model = RegularizedCNF(net, event_shape=2, t_span=span, trace_estimator="rademacher")
+    x = torch.randn(3, 2, dtype=torch.float64)
+    assert model.log_prob(x, noise=model.draw_noise(3)).dtype == torch.float64
+
+
+def test_without_an_absolute_tolerance() -> None:
+    """The trace and the log-determinant of f = 0 are zero, which no relative tolerance allows an error of."""
+    net = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(net.weight)
+    model, x = RegularizedCNF(net, event_shape=2, solver="dopri5", atol=0.0, rtol=1e-5), torch.randn(3, 2)
+    torch.testing.assert_close(model.log_prob(x), model.base.log_prob(x))
+
+
+# --- importance sampling ---
+
+
+class Mixing(nn.Module):
+    """``f(t, z) = tanh(B z)``: an off-diagonal Jacobian, so that the trace of one probe is noisy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[0.0, 0.5], [0.5, 0.0]]).double())
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(z @ self.matrix.T)
+
+
+def test_weights_of_a_known_ratio() -> None:
+    """The density is N(0, e^-2a) and the target 3 N(0, s^2): each weight and log Z = log 3 are known."""
+    a = torch.diag(torch.tensor([0.2, -0.3], dtype=torch.float64))
+    model = RegularizedCNF(linear(a), event_shape=2, trace_estimator="exact", **TIGHT).double()
+    own = Independent(Normal(torch.zeros(2).double(), torch.exp(-a.diagonal())), 1)
+    target = Independent(Normal(torch.zeros(2).double(), 0.8), 1)
+    torch.manual_seed(0)
+    found = model.importance_sample(lambda x: target.log_prob(x) + math.log(3), 4000)
+    expected = target.log_prob(found.x) + math.log(3) - own.log_prob(found.x)
+    torch.testing.assert_close(found.log_weights, expected, rtol=1e-6, atol=1e-6)
+    w = expected.exp()
+    torch.testing.assert_close(found.ess, w.sum() ** 2 / w.square().sum())
+    torch.testing.assert_close(found.log_z_error, w.std() / (w.mean() * 4000**0.5), rtol=1e-3, atol=0)
+    assert abs(float(found.log_z) - math.log(3)) < 4 * float(found.log_z_error)
+    second = (found.weights[:, None] * found.x.square()).sum(0)
+    torch.testing.assert_close(second, torch.full((2,), 0.64).double(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("probes", [1, 4, 16])
+def test_log_z_is_not_biased_by_the_noise_of_the_probes(probes: int) -> None:
+    """The target is the density itself, log Z = 0; the mean of ``exp(log p - noisy log p)`` is off."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"event_shape": 2, "solver": "rk4_38", "t_span": torch.linspace(0, 1, 5)}
+    exact = RegularizedCNF(Mixing(), trace_estimator="exact", **options).double()
+    model = exact.solved_with(estimator=Hutchinson("rademacher", probes=probes))
+    found = model.importance_sample(exact.log_prob, 6000)
+    bound = 4 * float(found.log_z_error)
+    assert abs(float(found.log_z)) < bound
+    x, noisy = model.inverse_and_log_prob(torch.randn(6000, 2).double())
+    naive = (exact.log_prob(x) - noisy).logsumexp(0) - math.log(6000)
+    assert float(naive.detach()) > 1.5 * bound

@@ -11,7 +11,7 @@ from dense_rates import dense_rates
 from problems import difference, directions, slope
 from torch import Tensor, nn
 
-from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
+from rnode_plugin import RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.stack import linear_field
 from rnode_plugin.flow_matching import ODESolver
@@ -78,16 +78,16 @@ def test_an_estimate_at_points_is_unbiased() -> None:
 
 @pytest.mark.parametrize(
     ("t", "names", "words"),
-    [(torch.zeros(4), ["kinetic"], "shape"), (0.5, ["straightness"], "rate"), (0.5, ["kinetik"], "kinetic")],
+    [
+        (torch.zeros(4), ["kinetic"], "shape"),
+        (0.5, ["straightness"], "rate"),
+        (0.5, ["kinetik"], "kinetic"),
+        (0.5, {"kinetic": 0.01}, "applies no lambda"),
+    ],
 )
-def test_bad_points_are_refused(t: Any, names: list[str], words: str) -> None:
+def test_bad_points_are_refused(t: Any, names: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         penalties_at(Velocity(), t, points(5, 3), names)
-
-
-def test_a_lambda_that_would_not_count_is_refused() -> None:
-    with pytest.raises(ConfigError, match="applies no lambda"):
-        penalties_at(Velocity(), 0.5, points(5, 3), {"kinetic": 0.01})
 
 
 @pytest.mark.parametrize("step", [None, 0.125])
@@ -133,34 +133,25 @@ def test_states_of_a_likelihood_are_at_the_times_of_the_grid() -> None:
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_the_solver_counts_the_evaluations_of_the_velocity(method: str) -> None:
+def test_evaluations_of_the_velocity_are_counted(method: str) -> None:
     model, calls = Velocity(), []
 
     def counted(x: Tensor, t: Tensor) -> Tensor:
         calls.append(t)
         return model(x, t)
 
-    solver = ODESolver(counted)
-    arguments: dict[str, Any] = {"method": method, "step_size": 0.25 if method == "rk4" else None}
-    solver.sample(points(4, 3), **arguments)
-    assert solver.nfe == len(calls) > 0
-    calls.clear()
-    solver.compute_likelihood(points(4, 3), normal, **arguments)
-    assert solver.nfe == len(calls) > 0
-
-
-def test_a_density_counts_the_evaluations_of_its_net() -> None:
-    model, calls = Velocity(), []
-
-    def counted(x: Tensor, t: Tensor) -> Tensor:
-        calls.append(t)
-        return model(x, t)
-
+    solver, x = ODESolver(counted), points(4, 3)
     density = RegularizedCNF.from_velocity(model, event_shape=3, call=lambda net, t, x: counted(x, t)).double()
-    for act in (lambda: density.sample(4), lambda: density.log_prob(points(4, 3))):
+    given: dict[str, Any] = {"method": method, "step_size": 0.25 if method == "rk4" else None}
+    for counter, act in (
+        (solver, lambda: solver.sample(x, **given)),
+        (solver, lambda: solver.compute_likelihood(x, normal, **given)),
+        (density, lambda: density.sample(4)),
+        (density, lambda: density.log_prob(x)),
+    ):
         calls.clear()
         act()
-        assert density.nfe == len(calls) > 0
+        assert counter.nfe == len(calls) > 0
 
 
 class Estimator(nn.Module):
@@ -206,13 +197,6 @@ def test_wrong_arguments_are_one_sentence() -> None:
     for act in (ODESolver(linear).sample, lambda x: ODESolver(linear).compute_likelihood(x, normal)):
         with pytest.raises(ConfigError, match="euler would take one step"):
             act(points(2, 3))
-
-
-def test_the_order_of_the_names_decides() -> None:
-    solver = ODESolver(lambda x, t: 3 * t * torch.ones_like(x))  # u = 3t: 1.5 at t = 1
-    assert solver.sample(torch.zeros(1, 1), method="midpoint", step_size=0.1).item() == pytest.approx(1.5)
-    with pytest.raises(ConfigError, match="time_first"):
-        NeuralODE(lambda x, t: 3 * t * torch.ones_like(x))
 
 
 def test_velocities_of_this_package_take_one_time_for_all() -> None:

@@ -67,7 +67,7 @@ def rates(field: nn.Module, name: str, batch_dim: int | None = 0) -> Tensor:
 MAKERS: list[type[nn.Module]] = [Graph, Stacked, Normed]
 
 
-@pytest.mark.parametrize("name", PENALTIES[:4])
+@pytest.mark.parametrize("name", ["jacfrob", "jacdiag"])
 @pytest.mark.parametrize("make", MAKERS)
 def test_an_exact_jacobian_of_a_field_that_mixes_samples_is_refused(make: type[nn.Module], name: str) -> None:
     with pytest.raises(ConfigError, match="batch_dim=None"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,11 +82,11 @@ def loss_and_gradient(ode: Any, field: Field, t: Tensor, method: str, spec: Any)
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("regularizer", ["kinetic", "jacfrob", "straightness"])
-def test_the_adjoints_gradient_is_that_of_the_steps(regularizer: str, backward: bool) -> None:
+def test_the_adjoints_gradient_is_that_of_the_steps(backward: bool) -> None:
     t = SPAN.flip(0) if backward else SPAN
-    steps = loss_and_gradient(odeint, Field(), t, "rk4", {regularizer: 1.0})
-    adjoint = loss_and_gradient(odeint_adjoint, Field(), t, "dopri5", {regularizer: 1.0})
+    spec = {"kinetic": 1.0, "jacfrob": 2.0, "straightness": 4.0}
+    steps = loss_and_gradient(odeint, Field(), t, "rk4", spec)
+    adjoint = loss_and_gradient(odeint_adjoint, Field(), t, "dopri5", spec)
     for a, b in zip(steps, adjoint, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -114,7 +113,7 @@ def test_a_tuple_state(name: str, tolerance: Any) -> None:
     found, penalties = BOTH[name](func, state, SPAN, **arguments, regularizers={"kinetic": 1.0}, penalized=1)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert field.nfe == nfe
-    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    grid = torch.linspace(0, 1, 201, dtype=torch.float64)
     fine = theirs.odeint(func, state, grid, rtol=1e-8, atol=1e-8)
     integral = torch.trapezoid(
         fine[0].square().sum(2), grid, dim=0
@@ -184,18 +183,6 @@ def test_a_mask_chooses_entries_of_several_dimensions() -> None:
     _, whole = odeint(field, y0, SPAN, regularizers=["kinetic"], batch_dim=1)
     torch.testing.assert_close(masked["kinetic"], whole["kinetic"])
     torch.testing.assert_close(masked.loss(kinetic=1.0), 2 * whole.loss(kinetic=1.0))  # 6 entries for 12
-
-
-def test_a_state_may_be_one_sample() -> None:
-    """Nodes of a graph are not samples: the Jacobian between them counts."""
-    torch.manual_seed(0)
-    graph, weight, y0 = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 5), (2, 2), (5, 2)))
-    arguments: dict[str, Any] = {"method": "euler", "batch_dim": None, "trace_noise": "exact"}
-    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    _, found = odeint(lambda t, y: graph @ y @ weight, y0, times, **arguments, regularizers={"jacfrob": 1.0})
-    norm = torch.kron(graph, weight.T.contiguous()).square().sum()
-    torch.testing.assert_close(found["jacfrob"], norm[None])
-    torch.testing.assert_close(found.loss(), norm / 10)
 
 
 def test_a_penalized_tensor_that_stays_is_a_warning() -> None:
@@ -368,12 +355,6 @@ def test_the_gradient_of_a_fall_is_its_closed_form(name: str, backward: bool) ->
     finally:
         uninstall()
     assert added.item() == pytest.approx(expected, rel=1e-7)
-
-
-def test_a_trajectory_or_its_end_is_not_penalized_up_to_an_event() -> None:
-    for name in ("straightness", "learned_end_time"):
-        with pytest.raises(ConfigError, match="event_fn"):
-            odeint(Field(), start(), SPAN[[0, -1]], event_fn=lambda t, y: t - 0.5, regularizers=[name])
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -555,15 +536,6 @@ def test_a_block_measures_an_evaluation(their_code: ModuleType) -> None:
     assert not outside.loss().requires_grad
 
 
-def test_solves_with_batches_of_different_sizes(their_code: ModuleType) -> None:
-    with regularize({"kinetic": 1.0}) as penalties:
-        for size in (2, 3):
-            their_code.odeint(Field(), start(size, 2), SPAN)
-    assert penalties.loss() > 0
-    with pytest.raises(ConfigError, match="batches of 2 and 3"):
-        penalties["kinetic"]
-
-
 def test_a_block_without_a_solve_names_the_causes() -> None:
     with regularize("kinetic") as penalties:
         pass
@@ -588,7 +560,7 @@ def test_an_exception_ends_a_block(their_code: ModuleType) -> None:
 
 
 def test_names_are_bound_once_and_put_back(their_code: ModuleType) -> None:
-    """So a block costs no walk through the modules; code that is loaded later has the names too."""
+    """So code that is loaded later has the names too."""
     with regularize("kinetic"):
         pass
     bound = their_code.odeint
@@ -599,11 +571,6 @@ def test_names_are_bound_once_and_put_back(their_code: ModuleType) -> None:
     with regularize("kinetic") as penalties:
         later.odeint(Field(), start(), SPAN)
     penalties.loss(kinetic=1.0)
-    begin = time.process_time()
-    for _ in range(200):
-        with regularize("kinetic"):
-            pass
-    assert time.process_time() - begin < 0.2  # 1 ms each; a walk took 20
     uninstall()
     assert their_code.odeint is PLAIN["odeint"]
     assert theirs.odeint_adjoint is PLAIN["odeint_adjoint"]

@@ -1,10 +1,13 @@
-"""What goes wrong in torchdyn 1.0.6, shown there, and right here. Each test names one trap."""
+"""What goes wrong in torchdyn 1.0.6 and works here, and bad input, which works or is refused in one sentence."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,13 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 from torchdyn.core import NeuralODE as Torchdyn
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import DepthCat, Fourier, GalLinear
 from torchdyn.numerics.solvers.ode import DormandPrince45
+from torchdyn_fields import WithTime, mlp
 
-from rnode_plugin import CNF, NeuralODE, SolverError
+from rnode_plugin import CNF, Exact, NeuralODE, RegularizedCNF, Solver, SolverError, penalties_at
+from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS, solve
 from rnode_plugin.torchdiffeq import odeint
 
 TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
@@ -97,7 +104,7 @@ def test_models_and_galerkin_layers_that_have_run_cannot_be_copied() -> None:
 
 
 def test_nan_never_ends_the_adaptive_loop() -> None:
-    """torchdyn would go on for ever: here it is stopped from inside of the field."""
+    """torchdyn never returns. The field stops it here."""
 
     class StopError(Exception):
         pass
@@ -138,7 +145,7 @@ def test_traces_on_images() -> None:
 
 
 class Damped(nn.Module):
-    """A layer with attributes of its own that torchdyn takes for its placeholders."""
+    """A layer whose attributes torchdyn takes for its placeholders."""
 
     def __init__(self, name: str, value: object) -> None:
         super().__init__()
@@ -304,7 +311,7 @@ def test_step_control_and_tableaus_are_torchdyns_to_the_bit() -> None:
                 assert torch.equal(ours, adapt_step(step, of, safety, low, high, 5))
 
 
-def test_a_state_without_a_batch_axis_and_a_tuple_are_told() -> None:
+def test_a_state_without_a_batch_axis_and_a_tuple() -> None:
     model = NeuralODE(torch.nn.Linear(2, 2), solver="rk4", regularizers=["jacfrob"])
     with pytest.raises(ConfigError, match=r"CNF .*penalized= .*rnode_plugin\.torchdiffeq"):
         model((torch.ones(3, 2), torch.zeros(3)))
@@ -320,3 +327,433 @@ def test_a_state_without_a_batch_axis_and_a_tuple_are_told() -> None:
         flat(torch.ones(2))
         assert flat.regularization["error"].shape == (2,)
         model(torch.ones(1, 2))
+
+
+BOTH = {"kinetic": 0.3, "jacfrob": 0.2}
+OTHERS = ["total_derivative", "taylor:3", "curl", "directional_vjp", "jacdiag", "straightness"]
+MANY = {**BOTH, **dict.fromkeys(OTHERS, 0.1)}
+
+
+# --- times and states ---
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4", "dopri5"])
+@pytest.mark.parametrize("span", [torch.arange(0, 4), torch.arange(4, 0, -1), [0, 1, 2], range(3)], ids=str)
+def test_whole_numbers_are_times(span: Any, solver: str) -> None:
+    torch.manual_seed(0)
+    field, x = WithTime(), torch.randn(3, 4)
+    t, sol = NeuralODE(field, solver)(x, span)
+    floats = torch.tensor(list(span), dtype=torch.float32)
+    assert torch.equal(t, floats)
+    assert torch.equal(sol, NeuralODE(field, solver)(x, floats)[1])
+
+
+def test_times_more_precise_than_the_state_do_not_raise_it() -> None:
+    sol = NeuralODE(mlp(4, 8, 4), "dopri5")(torch.randn(3, 4), torch.linspace(0, 1, 3, dtype=torch.float64))[1]
+    assert sol.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [
+        ([0.0, 1.0, 0.5], "turns back"),
+        ([0.0, 0.5, 0.5, 1.0], "stands still"),
+        ([0.0, float("nan")], "finite"),
+        (torch.tensor([0.0]), "at least two"),
+        ([], "at least two"),
+        (3.0, "row of times"),
+        ("ab", "row of times"),
+        (torch.tensor([0.0, 1.0j]), "real times"),
+    ],
+)
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_times_that_cannot_be_walked(span: Any, message: str, solver: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NeuralODE(WithTime(), solver)(torch.randn(3, 4), span)
+
+
+def test_states_that_are_no_tensors() -> None:
+    states: list[Any] = [[1.0, 2.0], torch.ones(2, 4).numpy(), 3.0, None]
+    model, flow = NeuralODE(WithTime(), "rk4"), RegularizedCNF(mlp(2, 4, 2), event_shape=2)
+    for state in states:
+        for call in (model, lambda x: model.trajectory(x, torch.linspace(0, 1, 2)), flow.log_prob):
+            with pytest.raises(ConfigError, match="must be a tensor"):
+                call(state)
+
+
+def test_states_of_integers_and_without_a_batch() -> None:
+    decay = lambda t, x, args=None: -x  # noqa: E731
+    whole = torch.ones(3, 2, dtype=torch.long)
+    # torchdyn rounds its coefficients to whole numbers here, and x stays where it is
+    assert torch.equal(NeuralODE(decay, "rk4")(whole)[1], NeuralODE(decay, "rk4")(whole.float())[1])
+    row = NeuralODE(decay, "rk4", regularizers=["kinetic"])
+    row(torch.ones(3))  # the entries of a row are samples with one dimension each
+    assert row.regularization["kinetic"].shape == (3,)
+    number = torch.tensor(1.0)
+    assert torch.equal(NeuralODE(decay, "euler")(number)[1], TorchdynNeuralODE(decay, "euler")(number)[1])
+    with pytest.raises(ConfigError, match="batch dimension"):
+        row(number)
+
+
+def test_complex_states_carry_no_penalties() -> None:
+    z, span = torch.randn(3, 2, dtype=torch.complex128), torch.linspace(0, 1, 50)
+    end = z * torch.exp(torch.tensor(2j))
+    for solver, name in (("rk4_38", "kinetic"), ("dopri5", "jacfrob")):
+        model = NeuralODE(lambda t, x: 2j * x, solver, regularizers=[name])
+        with pytest.raises(ConfigError, match="view_as_real"):
+            model(z)
+        torch.testing.assert_close(model.eval()(z, span)[1][-1], end, rtol=1e-5, atol=1e-6)
+    # |dz|^2 of the same motion on real pairs
+    real = NeuralODE(lambda t, x: torch.view_as_real(2j * torch.view_as_complex(x)), regularizers=["kinetic"])
+    real(torch.view_as_real(z), span)
+    torch.testing.assert_close(real.regularization["kinetic"], 4 * z.abs().square().sum(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize(("solver", "noise"), [("rk4", "exact"), ("dopri5", "gaussian")])
+def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> None:
+    net = mlp(2, 4, 2)
+    for field, x in ((net, torch.zeros(0, 2)), (CNF(net, noise), torch.zeros(0, 3))):
+        model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=BOTH, trace_noise=noise)
+        _, sol = model(x, torch.linspace(0, 1, 3))
+        assert sol.shape == (3, *x.shape)
+        assert model.regularization["jacfrob"].shape == (0,)
+        (sol.sum() + model.reg_loss()).backward()
+    flow = RegularizedCNF(net, event_shape=2, solver=solver, trace_estimator=noise, sensitivity=sensitivity)
+    assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
+    assert float(flow.reg_loss().detach()) == 0
+    assert flow.sample(0).shape == flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_works_on_a_fixed_grid_and_is_refused_with_adaptive_steps(dtype: torch.dtype) -> None:
+    model = NeuralODE(mlp(2, 4, 2), "rk4", regularizers=BOTH).to(dtype)
+    _, sol = model(torch.ones(3, 2, dtype=dtype))
+    (sol.float().sum() + model.reg_loss()).backward()
+    assert sol.dtype == dtype
+    with pytest.raises(ConfigError, match="float32 or float64"):
+        NeuralODE(mlp(2, 4, 2).to(dtype), "dopri5")(torch.ones(3, 2, dtype=dtype))
+
+
+# --- columns ---
+
+
+class Wrapper(nn.Module):
+    """A CNF written by a user, its divergence in the last column, as torchcfm has it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = x[:, :-1].requires_grad_()
+            dz = self.net(z)
+            trace: Any = sum(torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(2))
+        return torch.cat([dz, trace[:, None]], 1)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize(
+    ("trace_noise", "penalized"), [("exact", slice(None, -1)), ("rademacher:2", torch.tensor([True, True, False]))]
+)
+def test_penalized_columns_leave_out_a_divergence(penalized: Any, trace_noise: str, sensitivity: str) -> None:
+    torch.manual_seed(0)
+    net, x = mlp(2, 8, 2), torch.randn(5, 2)
+    span, found = torch.linspace(0, 1, 3), []
+    for field, state, columns in (
+        (net, x, None),
+        (Wrapper(net), torch.cat([x, torch.zeros(5, 1)], 1), penalized),
+    ):
+        torch.manual_seed(1)
+        model = NeuralODE(
+            field, "rk4", sensitivity=sensitivity, regularizers=MANY, trace_noise=trace_noise, penalized=columns
+        )
+        model(state, span)
+        loss = model.reg_loss()
+        found.append([*model.regularization.values(), loss, *torch.autograd.grad(loss, list(net.parameters()))])
+    # columns that an adjoint interpolates next to others differ by its own error
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize(("name", "trace_noise"), [("jacfrob", "hutch++:2"), ("total_derivative", "gaussian")])
+def test_penalized_columns_leave_the_solutions_gradient_as_it_is(
+    name: str, trace_noise: str, sensitivity: str
+) -> None:
+    torch.manual_seed(0)
+    net, x, span, found = mlp(4, 8, 4).double(), torch.randn(5, 4).double(), torch.linspace(0, 1, 4), []
+    for options in ({}, {"regularizers": [name], "trace_noise": trace_noise, "penalized": slice(0, 3)}):
+        model: Any = NeuralODE(net, "rk4", sensitivity=sensitivity, **options)
+        start = x.clone().requires_grad_()
+        found.append(torch.autograd.grad(model(start, span)[1][-1].square().sum(), [start, *net.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
+
+
+def test_penalties_are_those_of_z_alone() -> None:
+    """Neither a CNF's trace nor an integral loss counts, nor the columns that penalized= leaves out."""
+    torch.manual_seed(0)
+    net, x, zero = mlp(2, 8, 2), torch.randn(5, 2), torch.zeros(5, 1)
+    options: dict[str, Any] = {"regularizers": MANY, "trace_noise": "exact"}
+    plain = NeuralODE(net, "rk4", **options)
+    plain(x)
+    cost: dict[str, Any] = {"integral_loss": lambda t, x: x.square().sum(1)}
+    cases: list[tuple[nn.Module, list[Tensor], dict[str, Any]]] = [
+        (TorchdynCNF(net), [zero, x], {}),
+        (CNF(net, "exact"), [zero, x], {}),
+        (nn.Sequential(TorchdynCNF(net)), [zero, x], {"penalized": slice(1, None)}),
+        (net, [zero, x], cost),
+        (Wrapper(net), [zero, x, zero], {"penalized": slice(None, -1), **cost}),
+    ]
+    for field, state, more in cases:
+        model = NeuralODE(field, "rk4", **options, **more)
+        model(torch.cat(state, 1))
+        torch.testing.assert_close(model.regularization, plain.regularization)
+        torch.testing.assert_close(model.reg_loss(), plain.reg_loss())
+
+
+@pytest.mark.parametrize("penalized", [slice(5, 9), [True, False], [False] * 4], ids=str)
+def test_penalized_columns_that_are_not_there(penalized: Any) -> None:
+    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"], penalized=penalized)
+    with pytest.raises(ConfigError, match="selects nothing"):
+        model(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("noise", ["exact", "rademacher"])
+def test_penalties_of_a_row_are_those_of_its_column(noise: str) -> None:
+    """Each entry is a sample of one dimension, whose Jacobian ``-2 x`` is a number."""
+    names, x = ["jacfrob", "jacdiag", "jacoffdiag", "curl", "strain"], torch.tensor([1.0, 2.0])
+    model = NeuralODE(lambda t, x: -(x**2), "rk4", regularizers=names, trace_noise=noise)
+    model(x[:, None])
+    column = model.regularization
+    with pytest.warns(UserWarning, match="2 samples of one dimension"):
+        model(x)
+    torch.testing.assert_close(model.regularization, column)
+    rows = torch.stack([-2 * x])  # (D, B)
+    torch.testing.assert_close(Exact().divergence(rows, None), -2 * x)
+
+
+def test_a_cnf_whose_trace_estimator_has_arguments_of_its_own() -> None:
+    """A public project's class: named as torchdyn's, called with the model, the batch and a device."""
+
+    class Project(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.noise_dist, self.noise = net, None, None
+            self.trace_estimator = lambda model, batch, device: model.weight.trace().expand(len(batch)).to(device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            trace = self.trace_estimator(self.net, x[:, 1:], x.device)
+            return torch.cat([-trace[:, None], self.net(x[:, 1:])], 1)
+
+    net, x = nn.Linear(2, 2), torch.randn(5, 3)
+    model = NeuralODE(Project(net), "euler", regularizers=["jacfrob", "kinetic"], trace_noise="exact")
+    model(x)
+    torch.testing.assert_close(model.regularization["jacfrob"], net.weight.square().sum().expand(5))
+    torch.testing.assert_close(model.regularization["kinetic"], net(x[:, 1:]).square().sum(1))
+
+
+# --- penalties ---
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_a_penalty_that_writes_never_reaches_the_callers_tensors(sensitivity: str) -> None:
+    def erase(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+        with torch.no_grad():
+            z.zero_()
+            t.zero_()
+        return dz.square().sum(1)
+
+    x, span = torch.ones(3, 4), torch.linspace(1, 2, 3)
+    model = NeuralODE(WithTime(), "rk4", sensitivity=sensitivity, regularizers=[erase])
+    try:  # noqa: SIM105
+        model(x, span)
+    except (ConfigError, RuntimeError):
+        pass
+    assert torch.equal(x, torch.ones(3, 4))
+    assert torch.equal(span, torch.linspace(1, 2, 3))
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_the_solution_may_be_changed_in_place(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    field, x, found = mlp(2, 8, 2), torch.randn(3, 2), []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        model = NeuralODE(field, "rk4", sensitivity=sensitivity, regularizers=BOTH)
+        _, sol = model(x, torch.linspace(0, 1, 3))
+        penalties = model.regularization["kinetic"]
+        sol = sol.mul_(2) if in_place else sol * 2
+        penalties = penalties.mul_(3) if in_place else penalties * 3
+        loss = sol.sum() + penalties.sum()
+        found.append([loss, *torch.autograd.grad(loss, list(field.parameters()))])
+    torch.testing.assert_close(*found)
+
+
+class Cut(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(2, 2), how
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        if self.how == "detach":
+            return self.linear(x).detach()
+        if self.how == "detached state":
+            return self.linear(x.detach())
+        with torch.no_grad():
+            return self.linear(x)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "detach", "detached state"])
+def test_a_field_without_a_graph_has_no_jacobian_to_estimate(how: str) -> None:
+    x = torch.randn(3, 2)
+    state = torch.cat([torch.zeros(3, 1), x], 1)
+    NeuralODE(Cut(how), "rk4", regularizers=["kinetic"])(x)
+    both: list[dict[str, Any]] = [{}, {"penalized": slice(0, 1)}]
+    for options in both:
+        for sensitivity in GRADIENTS:
+            with pytest.raises(ConfigError, match="without a graph"):
+                NeuralODE(Cut(how), "rk4", sensitivity=sensitivity, regularizers=["jacfrob"], **options)(x)
+    with pytest.raises(ConfigError, match="without a graph"):
+        NeuralODE(CNF(Cut(how)), "rk4")(state)
+    with torch.no_grad(), pytest.raises(ConfigError, match="without a graph"):
+        NeuralODE(CNF(Cut(how)), "rk4")(state)
+    cut, times = Cut(how), torch.tensor([0.0, 1.0])
+    with pytest.raises(ConfigError, match="without a graph"):
+        odeint(cut, x, times, method="rk4", regularizers=["jacfrob"])
+    for name in ("jacfrob", "total_derivative"):
+        with pytest.raises(ConfigError, match="without a graph"):
+            penalties_at(cut, times[0], x, [name])
+    with pytest.raises(ConfigError, match="without a graph"):
+        solve(Dynamics(cut, estimator="exact").bind(None), x, times, Solver())
+
+
+def test_a_field_that_ignores_its_state_has_a_jacobian_of_zero() -> None:
+    model = NeuralODE(lambda t, x: torch.ones_like(x) * t, "rk4", regularizers=["jacfrob"])
+    model(torch.randn(3, 2))
+    assert torch.equal(model.regularization["jacfrob"], torch.zeros(3))
+
+
+def test_a_trajectory_leaves_the_penalties_of_the_last_call() -> None:
+    torch.manual_seed(0)
+    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
+    model(x)
+    before = model.reg_loss()
+    model.trajectory(x + 5, torch.linspace(0, 1, 3))
+    assert torch.equal(model.reg_loss(), before)
+
+
+@pytest.mark.parametrize("regularizers", [None, ["jacfrob"]])
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_running_statistics_see_each_evaluation_once_with_checkpoints_too(solver: str, regularizers: Any) -> None:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    x, found = torch.randn(6, 2), []
+    for sensitivity in ("autograd", "checkpointed"):
+        field = copy.deepcopy(first)
+        model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=regularizers)
+        torch.manual_seed(1)
+        _, sol = model(x, torch.linspace(0, 1, 3))
+        norm = field[1]
+        assert isinstance(norm, nn.BatchNorm1d)
+        assert norm.num_batches_tracked is not None
+        assert int(norm.num_batches_tracked) == model.vf.nfe
+        (sol[-1].square().sum() + model.reg_loss()).backward()
+        found.append([*field.state_dict().values(), *(p.grad for p in field.parameters())])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+def test_the_backward_pass_of_an_adjoint_leaves_running_statistics_as_they_are(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    _, sol = NeuralODE(field, "rk4", sensitivity=sensitivity)(torch.randn(6, 2), torch.linspace(0, 1, 3))
+    before = copy.deepcopy(dict(field.named_buffers()))
+    assert int(before["1.num_batches_tracked"]) > 0
+    sol[-1].square().sum().backward()
+    torch.testing.assert_close(dict(field.named_buffers()), before)
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("make", [
+    lambda field, mode: NeuralODE(field, "rk4", sensitivity=mode),
+    lambda field, mode: RegularizedCNF(field, event_shape=2, solver="rk4", sensitivity=mode),
+], ids=["NeuralODE", "RegularizedCNF"])  # fmt: skip
+def test_dropout_under_an_adjoint_is_warned_of(make: Callable[..., object], sensitivity: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), sensitivity)
+        assert not caught
+        make(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3)), sensitivity)
+    assert ["another mask" in str(each.message) for each in caught] == [True] * sensitivity.endswith("adjoint")
+
+
+def test_threads_that_call_one_model_have_their_own_penalties() -> None:
+    """Both calls begin before either ends."""
+    both, x = threading.Barrier(2, timeout=60), torch.randn(2, 4, 2)
+
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        if float(t) == 0:
+            both.wait()
+        return -z
+
+    model = NeuralODE(field, "euler", regularizers={"kinetic": 1.0})
+
+    def loss(z: Tensor) -> Tensor:
+        model(z, torch.tensor([0.0, 1.0]))
+        both.wait()
+        return model.reg_loss()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = torch.stack(list(pool.map(loss, x)))
+    torch.testing.assert_close(found, x.square().mean((1, 2)))
+
+
+# --- several solves per loss ---
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_collected_penalties_are_the_sum_over_calls(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    model = NeuralODE(mlp(2, 8, 2), "rk4", sensitivity=sensitivity, regularizers=BOTH, trace_noise="exact")
+    batches = [torch.randn(3, 2) for _ in range(3)]
+    with model.collect_penalties():
+        end = torch.stack([model(x)[1][-1] for x in batches]).sum()
+    total, integral = model.reg_loss(kinetic=0.5), model.regularization["kinetic"]
+    found = [total, integral, *torch.autograd.grad(total + end, list(model.parameters()))]
+    end, total, integral = torch.zeros(()), torch.zeros(()), torch.zeros(3)
+    for x in batches:
+        end = end + model(x)[1][-1].sum()
+        total = total + model.reg_loss(kinetic=0.5)
+        integral = integral + model.regularization["kinetic"]
+    expected = [total, integral, *torch.autograd.grad(total + end, list(model.parameters()))]
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_a_collection_holds_and_for_how_long() -> None:
+    torch.manual_seed(0)
+    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
+    with pytest.raises(ConfigError, match="call the model"), model.collect_penalties():
+        model.reg_loss()
+    with model.collect_penalties():
+        model(torch.randn(3, 4))
+        model(torch.randn(5, 4))
+        with pytest.raises(ConfigError, match="already collecting"), model.collect_penalties():
+            pass
+    assert float(model.reg_loss().detach()) > 0
+    with pytest.raises(ConfigError, match="no sum per sample"):
+        _ = model.regularization
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with pytest.raises(ConfigError, match="call the model"):
+        other.reg_loss()
+    model.reg_loss().backward()
+    x = torch.randn(3, 4)
+    model(x)  # a call after the block stands alone again
+    alone = model.reg_loss()
+    model(x)
+    assert torch.equal(model.reg_loss(), alone)
+    with model.collect_penalties():
+        model(x)
+        model(x, penalties=False)
+    with pytest.raises(ConfigError, match="did not integrate"):
+        model.reg_loss()

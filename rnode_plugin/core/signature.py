@@ -18,9 +18,10 @@ STATE_NAMES = frozenset({"x", "z", "y", "u", "h", "state", "sample"})
 TIME_SHAPES = {"()": 0, "(B,)": 1, "(B, 1)": 2}
 """Shapes of the time that a field may take, and their dimensions."""
 
-# Private names of torch, here and nowhere else. A test fails by name when one of them goes.
-_COMPILED_MODULE = "_orig_mod"
-_COMPILED_FUNCTION = "_torchdynamo_orig_callable"
+# private names of torch for what it has compiled: a wrapper's module, a function, a module in place
+COMPILED_MODULE = "_orig_mod"
+COMPILED_FUNCTION = "_torchdynamo_orig_callable"
+COMPILED_IN_PLACE = "_compiled_call_impl"
 
 _Parameter = inspect.Parameter
 _POSITIONAL = (_Parameter.POSITIONAL_ONLY, _Parameter.POSITIONAL_OR_KEYWORD)
@@ -78,26 +79,24 @@ def accepts(field: Any, *positional: object) -> bool:
     return True
 
 
-def call_of(
-    field: Any, args: Any = None, takes: Takes | None = None
-) -> tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]:
-    """How ``field`` is called: ``(function, extra, keywords)`` for ``function(t, x, *extra, **keywords)``.
+def call_of(field: Any, args: Any = None, takes: Takes | None = None) -> Callable[..., Tensor]:
+    """``field`` as a function of time and state.
 
     Args:
-        field: the field. A field of time and state alone is the function itself.
+        field: the field. One that is called ``(t, x)`` is the function itself.
         args: passed to a field that takes ``args``.
         takes: what :func:`field_takes` gives, if it is known.
     """
     takes = takes or field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
     if takes.order != "t, x":
-        return lambda t, x: field(x, **keywords), (), {}
-    return field, (), keywords
+        return lambda t, x: field(x, **keywords)
+    return functools.partial(field, **keywords) if keywords else field
 
 
 def original(field: Any) -> Any:
     """The module or function that ``torch.compile`` was given; ``field`` itself if it is not compiled."""
-    for name in (_COMPILED_MODULE, _COMPILED_FUNCTION):
+    for name in (COMPILED_MODULE, COMPILED_FUNCTION):
         found = getattr(field, name, None)
         if found is not None:
             return original(found)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from pathlib import Path
-
 import torchdiffeq
 
 try:
@@ -13,12 +10,9 @@ try:
 except ImportError as error:
     if not (error.name or "").startswith("torchdiffeq"):
         raise
-    found, version = Path(torchdiffeq.__file__).parent, getattr(torchdiffeq, "__version__", "of unknown version")
-    installed = importlib.metadata.distribution("torchdiffeq")
-    folder = installed.locate_file("torchdiffeq")
     raise ImportError(
-        f"Python imports torchdiffeq {version} from {found}, but rnode_plugin needs 0.2.3 or newer. Version "
-        f"{installed.version} is installed in {folder}: rename or remove the other copy."
+        f"Python imports torchdiffeq from {torchdiffeq.__file__}, but rnode_plugin needs 0.2.3 or newer: rename or "
+        "remove that copy."
     ) from None
 
 __all__ = ["install", "odeint", "odeint_adjoint", "regularize", "uninstall"]

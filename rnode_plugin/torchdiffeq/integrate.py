@@ -187,7 +187,9 @@ def solve(
     system = Augmented(func, layout, wanted, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     if event_fn is not None and (path is not None or policy is not None):
-        raise ConfigError("a penalty of the trajectory or its times needs to know the end, which event_fn decides.")
+        raise ConfigError(
+            "a penalty of the trajectory or its times needs the end of the solve, which event_fn decides."
+        )
     times, rows, inner = (t, None, []) if path is None else path.stops(t)
     state = (*layout.tensors(y0), *(z0.new_zeros(len(z0)) for _ in rates))
     grid = t if len(times) > len(t) else None

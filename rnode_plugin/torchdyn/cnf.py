@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
-from ..core.derivatives import Field
 from ..core.dynamics import Dynamics
 from ..core.ops import check_count, is_count
 from ..core.signature import call_of, field_takes, refuse_state_first
-from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
 from ..errors import ConfigError
 
 
@@ -28,7 +27,7 @@ class CNF(torchdyn_cnf.CNF):
         net: ``net(t, z)`` or ``net(z)``, of the shape of ``z``.
         trace_estimator: None or ``"exact"`` for the exact divergence, ``"gaussian"`` or ``"rademacher"`` for
             Hutchinson's estimator, a :class:`~rnode_plugin.core.trace_estimators.TraceEstimator`, one of torchdyn's
-            two functions, or a function of your own ``(x_out, x_in, noise=...) -> (B,)``.
+            two functions, or a custom function ``(x_out, x_in, noise=...) -> (B,)``.
         noise_dist: distribution of the noise ``(D,)`` with ``sample(shape)``; None: the estimator draws its own.
         order: order of the differential equation; ``z`` then holds position, velocity, ... along its first
             dimension.
@@ -95,13 +94,9 @@ class CNF(torchdyn_cnf.CNF):
             return z
         return z.reshape(z.shape[0], *self.event_shape)
 
-    def _velocity(self, args: Any) -> Any:
-        function, extra, keywords = call_of(self.net, args)
-        if self.order > 1:
-            function, extra, keywords = first_order_system(function, extra, keywords, self.order), (), {}
-        if isinstance(function, Field) and not (extra or keywords):
-            return function  # it makes its products without autograd
-        return lambda t, z: function(t, z, *extra, **keywords)
+    def _velocity(self, args: Any) -> Callable[..., Tensor]:
+        function = call_of(self.net, args)
+        return function if self.order == 1 else first_order_system(function, self.order)
 
 
 def noise_of(cnf: Any, z: Tensor) -> Tensor | None:
@@ -111,14 +106,40 @@ def noise_of(cnf: Any, z: Tensor) -> Tensor | None:
     return cnf.noise_dist.sample((z.shape[0],)).to(z).reshape(z.shape)
 
 
-def first_order_system(
-    function: Callable[..., Tensor], extra: tuple[Any, ...], keywords: dict[str, Any], order: int
-) -> Callable[[Tensor, Tensor], Tensor]:
+class _AutogradTrace(Exact):
+    """The exact trace, summed as torchdyn does, to the bit."""
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        total = products[0][:, 0]
+        for i, row in enumerate(products[1:], start=1):
+            total = total + row[:, i]
+        return total
+
+
+class _HutchTrace(Hutchinson):
+    """Hutchinson's estimate, summed as torchdyn does, to the bit."""
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        return torch.einsum("bi,bi->b", products, noise)
+
+
+def estimator_of(cnf: Any) -> TraceEstimator | None:
+    """The estimator of a CNF's trace; None for a function that its author wrote."""
+    estimator = cnf.trace_estimator
+    if isinstance(estimator, TraceEstimator):
+        return estimator
+    if estimator is torchdyn_cnf.autograd_trace:
+        return _AutogradTrace()
+    return _HutchTrace() if estimator is torchdyn_cnf.hutch_trace else None
+
+
+def first_order_system(function: Callable[..., Tensor], order: int) -> Callable[[Tensor, Tensor], Tensor]:
     """``x = (position, velocity, ...)`` along dimension 1; the function gives the highest derivative."""
 
     def system(t: Tensor, x: Tensor) -> Tensor:
         size = x.size(1) // order
-        highest = function(t, x, *extra, **keywords)
+        highest = function(t, x)
         return torch.cat([x[:, size : size * order], highest], dim=1).to(x)
 
     return system

@@ -130,7 +130,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         Args:
             net: the velocity; its third argument is the context if there is a ``context_shape``. It is called by
                 the names of its parameters: ``t``, ``time``, ``timestep`` or ``timesteps`` is the time, ``x``,
-                ``z``, ``y``, ``u``, ``h``, ``state`` or ``sample`` the state. If they say nothing, it is
+                ``z``, ``y``, ``u``, ``h``, ``state`` or ``sample`` the state. Where these are others, it is
                 ``net(t, x)``.
             data_time: the time at which its paths arrive at the data: 1 for flow matching, 0 in diffusion's order.
             noise_time: the time at which they are the base's; None: ``1 - data_time``.
@@ -206,7 +206,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
     def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
         """The samples of latents ``z``, without a product with the Jacobian; errors as for :meth:`encode`.
 
-        It follows no penalties and leaves those of the last solve alone, as :meth:`sample` does.
+        It follows no penalties, and the penalties of the last solve stay, as after :meth:`sample`.
         """
         return self._states(z, self._times(z, backward=True), context)[-1]
 
@@ -349,7 +349,7 @@ def _moved(part: Any, fn: Callable[[Tensor], Tensor], done: dict[int, Any]) -> A
         return part
     if id(part) not in done:
         done[id(part)] = twin = copy.copy(part)
-        # in older versions of torch a transform has a weak reference to its inverse, which has the old tensors
+        # a weak reference is one to a transform's inverse, which has the old tensors
         values = {k: None if isinstance(v, weakref.ref) else _moved(v, fn, done) for k, v in part.__dict__.items()}
         twin.__dict__.update(values)
     return done[id(part)]

@@ -12,27 +12,23 @@ import torch
 from torch import Tensor, nn
 from torchdyn.core.defunc import DEFunc, DEFuncBase
 from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
-from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.columns import Columns, places_of
 from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, without_graph
-from ..core.dynamics import BoundDynamics, Dynamics, Rates
+from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer, needs_of
-from ..core.signature import Takes, call_of, field_takes, original
-from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator
+from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODULE, Takes, call_of, field_takes
+from ..core.trace_estimators import Exact, TraceEstimator
 from ..errors import ConfigError
 from ..fields.recognise import PARTS, recognise
 from ..solvers import Solver, gradient_of
-from .cnf import CNF, first_order_system, noise_of
+from .cnf import CNF, estimator_of, first_order_system, noise_of
 
 CONTROL = "_control"
-"""torchdyn's private name for the initial state that a layer reads; a test fails by name when it goes."""
-
-# A private name of torch. A test fails by name when it goes.
-_COMPILED_IN_PLACE = "_compiled_call_impl"
+"""torchdyn's private name for the initial state that a layer reads."""
 
 INTEGRAL_LOSS = "<integral_loss>"
 """Key under which the rate of a hidden ``integral_loss`` travels; no regularizer can have this name."""
@@ -127,7 +123,7 @@ class TorchdynField(AutogradField):
     pass repeats: another solve in between changes nothing.
 
     Args:
-        function, extra, keywords: called as ``function(t, z, *extra, **keywords)``.
+        function, extra: called as ``function(t, z, *extra)``.
         slots: the placeholders of the modules inside.
         aux: ``(t, z)`` to values that the field offers by name.
         plain: whether a call of it is a call of the user's net and nothing else.
@@ -136,21 +132,18 @@ class TorchdynField(AutogradField):
     def __init__(
         self,
         function: Callable[..., Tensor],
-        extra: tuple[Any, ...],
-        keywords: dict[str, Any],
-        *,
+        *extra: Tensor,
         slots: Slots,
         aux: Any,
         plain: bool = False,
     ) -> None:
         super().__init__(function, aux=aux)
-        self._extra, self._keywords = extra, keywords
-        self._slots, self.plain, self.aux = slots, plain, aux
+        self._extra, self._slots, self.plain, self.aux = extra, slots, plain, aux
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         self._slots.fill(t)
         try:
-            return self._field(t, z, *self._extra, **self._keywords)
+            return self._field(t, z, *self._extra)
         finally:
             self._slots.clear(t)
 
@@ -176,13 +169,14 @@ def field_of(
         order: order of the differential equation.
         needs: what is read of an evaluation; see :class:`~rnode_plugin.core.regularizers.Regularizer`.
     """
-    function, extra, keywords = call_of(net, args, takes)
-    plain = function is net and order == 1 and not (extra or keywords or slots.found)
+    is_plain = takes.order == "t, x" and not takes.args
+    function = net if is_plain else call_of(net, args, takes)
+    plain = is_plain and order == 1 and not slots.found
     if order > 1:
-        function, extra, keywords = first_order_system(function, extra, keywords, order), (), {}
+        function = first_order_system(function, order)
     if not needs.isdisjoint(("vjp", "jvp")):
         function = originals(function, modules)
-    return TorchdynField(function, extra, keywords, slots=slots, aux=aux_of(modules, needs), plain=plain)
+    return TorchdynField(function, slots=slots, aux=aux_of(modules, needs), plain=plain)
 
 
 class NetDynamics(Dynamics):
@@ -216,7 +210,7 @@ class NetDynamics(Dynamics):
             field: Any = field_of(net, modules, slots, None, takes=field_takes(net), needs=needs)
         else:
             function = originals(net, modules) if divergence else net
-            field = TorchdynField(function, (context,), {}, slots=slots, aux=aux_of(modules, needs))
+            field = TorchdynField(function, context, slots=slots, aux=aux_of(modules, needs))
         if divergence:
             field = fastest(field, net, z, one_graph=type(estimator) is Exact and gradient_of(solver).through_steps)
         super().__init__(field, regularizers=regularizers, estimator=estimator, divergence=divergence)
@@ -267,7 +261,7 @@ class Followed:
             return places_of(self.penalized, state.shape[1:])[0].to(x.device)
         if traces > 1:
             raise ConfigError(
-                f"the vector field holds {traces} CNF modules; penalties need one, to tell z from the trace, or "
+                f"the vector field holds {traces} CNF modules; penalties need one, to find z after the trace, or "
                 "penalized=, the columns of the state that they are about."
             )
         return slice(traces, None)
@@ -288,6 +282,7 @@ class TorchdynSystem(BoundDynamics):
             steps.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it. Its rate, summed over the
             batch, is the penalty :data:`INTEGRAL_LOSS`.
+        counters: attributes of torchdyn's wrappers, whose ``nfe`` counts evaluations.
         dims: number of dimensions of a sample that the penalties are about.
     """
 
@@ -298,12 +293,9 @@ class TorchdynSystem(BoundDynamics):
     event_shape: Sequence[int] | None
     cost: Cost | None
     hidden_cost: Cost | None
+    counters: Sequence[dict[str, Any]]
     dims: int
-
-    def __post_init__(self) -> None:
-        self.path = self.dynamics.path
-        wrappers = [self.module, getattr(self.module, "vf", None)]
-        self._counters = [vars(part) for part in wrappers if type(part) in (DEFunc, DEFuncBase)]
+    path: PathPenalties | None = None
 
     def parameters(self) -> Sequence[Tensor]:
         return tensors_of((self.module, *self.dynamics.regularizers, self.hidden_cost), self.args)
@@ -313,7 +305,7 @@ class TorchdynSystem(BoundDynamics):
         return buffers_kept(self.module)
 
     def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
-        for counter in self._counters:
+        for counter in self.counters:
             counter["nfe"] += 1
         state = z if self.cost is None else z[:, 1:]
         if self.event_shape is not None:  # the products of a trace are always made
@@ -362,9 +354,9 @@ def system_of(
     cost = vf.integral_loss if type(vf) is DEFunc and vf.sensitivity == "autograd" else None
     state = x if cost is None else x[:, 1:]
     modules = list(vf.modules())
-    cnfs = [module for module in modules if is_cnf(module)]
+    cnfs = list(filter(is_cnf, modules))
     columns = followed.columns(x, state, len(cnfs))
-    net, order = _unwrapped(vf)
+    net, order, counters = _unwrapped(vf)
     traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
     regularizers, estimator = followed.regularizers, followed.estimator
@@ -378,12 +370,12 @@ def system_of(
     if traced:
         z = net.event(state) if type(net) is CNF else state[:, 1:]
         noise = vars(net)["noise"] = noise_of(net, z)
-        estimator, event_shape = _estimator_of(net) or estimator, z.shape[1:]
+        estimator, event_shape = estimator_of(net) or estimator, z.shape[1:]
         net, order = net.net, net.order
     else:
         z = seen(state) if regularizers else state
         if cnfs and followed.penalized is None:
-            estimator = _estimator_of(cnfs[0]) or estimator
+            estimator = estimator_of(cnfs[0]) or estimator
     field: Any = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
     if regularizers and not traced and (cnfs or followed.penalized is not None or followed.batch_dim is None):
         field = part = _part_of(field, state, columns, seen, followed.batch_dim)
@@ -396,7 +388,8 @@ def system_of(
     )  # fmt: skip
     return TorchdynSystem(
         module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)), part=part,
-        event_shape=event_shape, cost=cost, hidden_cost=hidden_cost, dims=z.shape[1:].numel(),
+        event_shape=event_shape, cost=cost, hidden_cost=hidden_cost, counters=counters, dims=z.shape[1:].numel(),
+        path=dynamics.path,
     )  # fmt: skip
 
 
@@ -413,47 +406,23 @@ def _part_of(
     return PartField(field, part=seen, replaced=replaced, aux=None if batch_dim == 0 else lambda t, z: {})
 
 
-class _AutogradTrace(Exact):
-    """The exact trace, summed as torchdyn does, to the bit."""
-
-    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        total = products[0][:, 0]
-        for i, row in enumerate(products[1:], start=1):
-            total = total + row[:, i]
-        return total
-
-
-class _HutchTrace(Hutchinson):
-    """Hutchinson's estimate, summed as torchdyn does, to the bit."""
-
-    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
-        assert noise is not None
-        return torch.einsum("bi,bi->b", products, noise)
-
-
-def _estimator_of(cnf: Any) -> TraceEstimator | None:
-    """The estimator of a CNF's trace; None for a function that its author wrote."""
-    estimator = cnf.trace_estimator
-    if isinstance(estimator, TraceEstimator):
-        return estimator
-    return _AutogradTrace() if estimator is autograd_trace else _HutchTrace() if estimator is hutch_trace else None
-
-
-def _unwrapped(vf: Any) -> tuple[Any, int]:
-    """The user's field inside torchdyn's wrappers, or the lone CNF in an nn.Sequential, and the order."""
+def _unwrapped(vf: Any) -> tuple[Any, int, Sequence[dict[str, Any]]]:
+    """The user's field or lone CNF inside torchdyn's wrappers, its order, and the attributes of the wrappers."""
     if type(vf) is not DEFunc:
-        return vf, 1
-    wrapped: Any = vf.vf
-    field = wrapped.vf if type(wrapped) is DEFuncBase else wrapped
+        return vf, 1, [vars(vf)] if type(vf) is DEFuncBase else []
+    field, counters = vf.vf, [vars(vf)]
+    if type(field) is DEFuncBase:
+        counters.append(vars(field))
+        field = field.vf
     inner: Any = field
     while type(inner) is nn.Sequential and len(inner) == 1 and not has_hooks(inner):
         inner = inner[0]
-    return (inner if isinstance(inner, nn.Module) and is_cnf(inner) else field), vf.order
+    return (inner if isinstance(inner, nn.Module) and is_cnf(inner) else field), vf.order, counters
 
 
 def _is_transparent(field: Any, state: Tensor) -> bool:
     """Whether ``field`` is a CNF whose trace and velocity follow from its net and a known estimator."""
-    if type(field) not in (CNF, TorchdynCNF) or has_hooks(field) or _estimator_of(field) is None:
+    if type(field) not in (CNF, TorchdynCNF) or has_hooks(field) or estimator_of(field) is None:
         return False
     return type(field) is CNF or (field.order == 1 and state.ndim == 2)
 
@@ -515,24 +484,21 @@ def aux_of(modules: Iterable[nn.Module], needs: Set[str]) -> Any:
 
 def originals(function: Callable[..., Any], modules: Iterable[nn.Module]) -> Callable[..., Any]:
     """``function`` with the originals of all that is compiled inside: torch.compile has no double backward."""
-    if not _has_compiled_parts(modules):
-        return function
+    for module in modules:
+        held = vars(module)
+        if COMPILED_MODULE in module._modules or held.get(COMPILED_IN_PLACE) is not None:
+            return _without_compiler(function)
+        for value in held.values():
+            if isfunction(value) and hasattr(value, COMPILED_FUNCTION):
+                return _without_compiler(function)
+    return function
 
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
+
+def _without_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+    def evaluate(*args: Any) -> Any:
         # inside a compiled region the stance cannot change; the caller's compiler decides there
         inside = torch.compiler.is_compiling()
         with contextlib.nullcontext() if inside else torch.compiler.set_stance("force_eager"):
-            return function(*args, **kwargs)
+            return function(*args)
 
     return evaluate
-
-
-def _has_compiled_parts(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of the modules, or a function that it holds, is compiled."""
-    for module in modules:
-        if original(module) is not module or getattr(module, _COMPILED_IN_PLACE, None) is not None:
-            return True
-        for value in vars(module).values():
-            if isfunction(value) and original(value) is not value:
-                return True
-    return False

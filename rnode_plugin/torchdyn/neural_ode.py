@@ -44,8 +44,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     """torchdyn's neural ODE with penalties on its vector field (sections 4 and 5).
 
     Without new arguments it returns what torchdyn's class returns, to the bit if the coefficients of the solver are
-    the same: torchdyn rounds those of a solver given by name to single precision, this class does so only for a
-    state in single precision.
+    the same. torchdyn rounds the coefficients of a solver given by name to single precision. This class does so
+    only for a state in single precision.
 
     The arguments before ``regularizers`` are torchdyn's, in its order. ``seminorm`` changes nothing, here as there:
     a continuous adjoint never controls the error of the parameters' gradient.
@@ -62,19 +62,19 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         solver_adjoint: solver of a continuous adjoint; None: the forward one.
         atol_adjoint, rtol_adjoint: its tolerances.
         interpolator: ``"4th"`` or None; with ``"dopri5"``, output times then cost no steps.
-        integral_loss: a running cost ``(t, x) -> (B,)``, integrated beside the state.
+        integral_loss: a running cost ``(t, x) -> (B,)``, integrated with the state.
         seminorm: torchdyn's; it changes nothing.
         return_t_eval: whether a call returns ``(t_eval, trajectory)`` or the trajectory alone.
-        optimizable_params: parameters of an adjoint for a field that has none of its own, as in torchdyn.
-        regularizers: names (``"kinetic"``, ``"jacfrob"``, those of plugins), regularizer objects or functions
+        optimizable_params: parameters of an adjoint for a field without any, as in torchdyn.
+        regularizers: names (``"kinetic"``, ``"jacfrob"``, names of plugins), regularizer objects or functions
             ``rate(t, z, dz) -> (B,)``, or a mapping from these to lambda.
         trace_noise: noise of the product that ``jacfrob`` needs if no CNF makes one: ``"gaussian"``,
             ``"rademacher"``, ``"exact"`` for the whole Jacobian, or an estimator.
         max_nfe: most evaluations of the field that one solve may use; None: 100,000 for an adaptive solver, no
             limit for fixed steps.
         penalized: the columns (dimension 1) of the state that the penalties are about, a slice or a mask ``(D,)``
-            of booleans: for a field of your own that keeps a divergence or a cost in the state. They count without
-            the column of an ``integral_loss``. None: all columns, but for those of an ``integral_loss`` and of a
+            of booleans: for a custom field that keeps a divergence or a cost in the state. They count without
+            the column of an ``integral_loss``. None: all columns except the columns of an ``integral_loss`` and a
             CNF's trace, which are recognised (a module with an attribute ``noise_dist`` counts as a CNF).
         batch_dim: 0, the dimension of the samples. None: the whole state is one sample, as for a field that mixes
             the rows of its state; the nodes of a graph are not samples.
@@ -82,15 +82,15 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             like need, see :class:`~rnode_plugin.Solver`. With a CNF, whose trace makes it anyway, it stays full.
 
     After a call :attr:`regularization` holds the integral of each penalty along the trajectory and
-    :meth:`reg_loss` their weighted sum. :meth:`trajectory` follows no penalties and leaves those of the last call
-    as they are. For ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...) and the field that
-    of its first-order system.
+    :meth:`reg_loss` gives their weighted sum. :meth:`trajectory` follows no penalties and keeps the last ones. For
+    ``order`` 2 and higher, ``z`` is the whole state (position, velocity, ...), and penalties see the field of its
+    first-order system.
 
     ``integral_loss`` with an adjoint is added to the loss by itself, as in torchdyn, with its whole gradient.
 
     Raises:
         ConfigError: for an unknown solver, sensitivity, regularizer, noise or interpolator, a number out of range,
-            for multiple shooting and SDEs, which carry no penalties; a call raises those of :meth:`forward`.
+            for multiple shooting and SDEs, which carry no penalties. A call raises the errors of :meth:`forward`.
 
     Example:
         >>> import torch
@@ -269,7 +269,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
         """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties.
 
-        :meth:`reg_loss` and :attr:`regularization` stay those of the last call of the model itself.
+        :meth:`reg_loss` and :attr:`regularization` still belong to the last call of the model itself.
         """
         with outside_inference(x, t_span) as (x, t_span):
             x, t_span = self._start(x, t_span, training=False)
@@ -340,14 +340,34 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if not isinstance(x, Tensor):
             raise ConfigError(
                 f"the initial state must be a tensor (B, ...), not {type(x).__name__}. For a tuple: CNF follows a "
-                "log-density beside z, penalized= chooses the columns that penalties see, and "
+                "log-density with z, penalized= chooses the columns that penalties see, and "
                 "rnode_plugin.torchdiffeq.odeint takes tuples."
             )
         x = x.clone() if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
-        policy = self._penalties.policy
+        policy, precision = self._penalties.policy, x.real.dtype
         with on_host():
-            t_span = _checked_times(t_span, x, adaptive=self.solver.stepping_class == "adaptive")
-            return x, t_span if policy is None else policy.times(t_span, training=training)
+            try:
+                times = t_span
+                if not isinstance(t_span, Tensor):
+                    entries = list(t_span)
+                    row = bool(entries) and all(isinstance(t, Tensor) for t in entries)
+                    times = (
+                        torch.cat([t.reshape(1) for t in entries])
+                        if row
+                        else torch.tensor(entries, dtype=precision)
+                    )
+            except (TypeError, ValueError, RuntimeError):
+                raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
+            if times.is_complex() or times.dtype == torch.bool:
+                raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
+            # steps of more precise times would raise an adaptive solve to their precision
+            raises = (
+                self.solver.stepping_class == "adaptive"
+                and torch.promote_types(times.dtype, precision) != precision
+            )
+            times = times.to(precision) if raises or not times.is_floating_point() else times
+            times = times.to(x.device, copy=True)
+            return x, times if policy is None else policy.times(times, training=training)
 
     def _record(
         self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, *, penalties: bool
@@ -390,32 +410,6 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if not with_args:
             self._made = parts, solver
         return solver
-
-
-def _checked_times(t_span: Any, x: Tensor, *, adaptive: bool) -> Tensor:
-    """``t_span``, a tensor or a sequence of numbers or tensors, as a separate tensor on the device of ``x``.
-
-    Whole numbers become times of the state's precision. So do more precise times with adaptive steps, whose size
-    would raise the state to their own.
-
-    Raises:
-        ConfigError: for anything but a row of real numbers; ``solve`` checks that they run one way.
-    """
-    try:
-        times = t_span
-        if not isinstance(t_span, Tensor):
-            entries = list(t_span)
-            row = bool(entries) and all(isinstance(t, Tensor) for t in entries)
-            times = torch.cat([t.reshape(1) for t in entries]) if row else torch.tensor(entries, dtype=x.real.dtype)
-    except (TypeError, ValueError, RuntimeError):
-        raise ConfigError(f"t_span must be a row of times, not {t_span!r}.") from None
-    if times.is_complex() or times.dtype == torch.bool:
-        raise ConfigError(f"t_span must hold real times, not {times.dtype}.")
-    precision = x.real.dtype
-    if not times.is_floating_point() or (adaptive and torch.promote_types(times.dtype, precision) != precision):
-        times = times.to(precision)
-    # a penalty or a field that changes its time in place must not reach the caller's tensor
-    return times.to(x.device, copy=True)
 
 
 # The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
@@ -475,7 +469,7 @@ def uninstall() -> None:
     """Undo all that :func:`install` did; without an install, do nothing.
 
     Objects stay usable. Arguments beyond torchdyn's no longer have an effect. Those with
-    ``sensitivity="checkpointed"``, which torchdyn does not know, must be made again.
+    ``sensitivity="checkpointed"``, which torchdyn does not have, must be made again.
 
     Example:
         >>> import inspect

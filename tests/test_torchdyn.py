@@ -1,0 +1,819 @@
+"""NeuralODE and CNF: torchdyn's values and evaluations, penalties, gradients in every mode, copies, refusals."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import Linear, Wave, counted_products, linear_closed_form
+from torch import Tensor, nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
+from torchdyn.models import HNN
+from torchdyn.models.cnf import autograd_trace, hutch_trace
+from torchdyn.nn import DataControl, DepthCat, Fourier, GalLinear
+from torchdyn.numerics.solvers.hyper import HyperEuler
+from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeKutta4
+from torchdyn_fields import WithTime, mlp
+
+from rnode_plugin import CNF, Exact, NeuralODE, RegularizedCNF, SolverError
+from rnode_plugin.core.regularizers import Regularizer
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.solvers import GRADIENTS
+from rnode_plugin.torchdiffeq import odeint
+
+BOTH = ["kinetic", "jacfrob"]
+
+
+def hutchinson_cnf() -> nn.Module:
+    return TorchdynCNF(mlp(3, 16, 3), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3)))
+
+
+FIELDS = {
+    "mlp": (lambda: mlp(4, 16, 4), {}),
+    "time": (WithTime, {}),
+    "depthcat": (
+        lambda: nn.Sequential(DepthCat(1), nn.Linear(5, 16), nn.Tanh(), DepthCat(1), nn.Linear(17, 4)),
+        {},
+    ),
+    "control": (lambda: nn.Sequential(DataControl(), mlp(8, 16, 4)), {}),
+    "galerkin": (lambda: nn.Sequential(DepthCat(1), GalLinear(4, 8, expfunc=Fourier(3)), nn.Linear(8, 4)), {}),
+    "cnf": (lambda: TorchdynCNF(mlp(3, 16, 3)), {}),
+    "cnf_hutchinson": (hutchinson_cnf, {}),
+    "cnf_in_sequential": (lambda: nn.Sequential(hutchinson_cnf()), {}),
+    "cnf_with_control": (lambda: TorchdynCNF(nn.Sequential(DataControl(), mlp(6, 16, 3))), {}),
+    "own_cnf": (lambda: CNF(mlp(3, 16, 3), hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3))), {}),
+    "hamiltonian": (lambda: HNN(mlp(4, 16, 1)), {}),
+    "second_order": (lambda: mlp(4, 16, 2), {"order": 2}),
+    "fourth_order": (lambda: mlp(4, 16, 1), {"order": 4}),
+    "integral_loss": (lambda: mlp(3, 16, 3), {"integral_loss": lambda t, x: x.square().sum(1)}),
+    "function": (lambda: lambda t, x, args=None: -x * t, {}),
+}
+
+
+def solve_both(
+    field: Any, span: Tensor, x: Tensor, *, regularizers: Any = None, sensitivity: str = "autograd", **options: Any
+) -> tuple[Any, NeuralODE, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    known = "autograd" if sensitivity == "checkpointed" else sensitivity
+    theirs = TorchdynNeuralODE(field, sensitivity=known, **options)
+    ours = NeuralODE(field, sensitivity=sensitivity, regularizers=regularizers, **options)
+    torch.manual_seed(1)
+    expected = theirs(x, span)
+    torch.manual_seed(1)
+    return theirs, ours, expected, ours(x, span)
+
+
+@pytest.mark.parametrize("regularizers", [None, BOTH], ids=["plain", "both"])
+@pytest.mark.parametrize(
+    ("name", "solver", "sensitivity"),
+    [
+        *((name, solver, "autograd") for name in FIELDS for solver in ("rk4", "dopri5")),
+        *(
+            (name, "dopri5", mode)
+            for name in ("control", "cnf_hutchinson", "second_order")
+            for mode in ("adjoint", "interpolated_adjoint", "checkpointed")
+        ),
+    ],
+)
+def test_same_values_and_evaluations_as_torchdyn(
+    name: str, solver: str, sensitivity: str, regularizers: list[str] | None
+) -> None:
+    make_field, options = FIELDS[name]
+    for span in (torch.linspace(0, 1, 2), torch.linspace(0, 1, 5), torch.linspace(1, 0, 4)):
+        torch.manual_seed(0)
+        theirs, ours, (t, sol), (our_t, our_sol) = solve_both(
+            make_field(), span, torch.randn(6, 4),
+            regularizers=regularizers, solver=solver, sensitivity=sensitivity, **options,
+        )  # fmt: skip
+        # with products, a recognised stack is evaluated by operations of our own: equal to rounding
+        tolerance = 1e-5 if name == "depthcat" and regularizers else 0.0
+        torch.testing.assert_close(our_sol, sol, rtol=tolerance, atol=tolerance)
+        # torchdyn forgets to turn the mirrored times of a reversed solve back
+        assert torch.equal(our_t, t if span[0] == 0 else -t)
+        assert ours.vf.nfe == theirs.vf.nfe
+        assert set(ours.regularization) == set(regularizers or [])
+        assert all(bool((value >= 0).all()) for value in ours.regularization.values())
+
+
+class Twice(Euler):
+    """A user's solver: two half steps of Euler's method."""
+
+    def step(self, f, x, t, dt, k1=None, args=None):
+        half = x + dt / 2 * f(t, x)
+        return None, half + dt / 2 * f(t + dt / 2, half), None
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["hyper", "user", "object", "double", "interpolated"])
+def test_solver_objects(kind: str, reverse: bool) -> None:
+    torch.manual_seed(0)
+
+    class Correction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 4)
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.net(x) + t
+
+    solvers: dict[str, Callable[[], Any]] = {
+        "hyper": lambda: HyperEuler(Correction()),
+        "user": Twice,
+        "double": lambda: RungeKutta4(torch.float64),
+    }
+    solver = solvers.get(kind, DormandPrince45)()
+    dtype = torch.float64 if kind == "double" else torch.float32
+    span = (torch.linspace(1, 0, 9) if reverse else torch.linspace(0, 1, 9)).to(dtype)
+    _, ours, (t, sol), (our_t, our_sol) = solve_both(
+        WithTime().to(dtype), span, torch.randn(6, 4, dtype=dtype), solver=solver, regularizers=BOTH,
+        interpolator="4th" if kind == "interpolated" else None,
+    )  # fmt: skip
+    assert torch.equal(our_sol, sol)
+    assert torch.equal(our_t, -t if reverse else t)
+    (our_sol[-1].sum() + ours.reg_loss()).backward()
+
+
+def test_save_at_return_t_eval_and_default_times() -> None:
+    torch.manual_seed(0)
+    field, x, span = WithTime(), torch.randn(6, 4), torch.linspace(0, 1, 11)
+    theirs, ours = TorchdynNeuralODE(field, "euler"), NeuralODE(field, "euler", regularizers=["kinetic"])
+    for save_at in (span[[3, 7]], [0.0, 0.5], span[-1:]):
+        t, sol = theirs(x, span, save_at)
+        our_t, our_sol = ours(x, span, save_at)
+        assert torch.equal(our_sol, sol)
+        torch.testing.assert_close(our_t, torch.as_tensor(t))
+    with pytest.raises(ConfigError, match="once and only once"):
+        ours(x, span, [0.55])
+    assert torch.equal(NeuralODE(field, return_t_eval=False)(x), theirs.__class__(field, return_t_eval=False)(x))
+    ours.t_span = torch.linspace(0, 2, 5)  # pyright: ignore[reportAttributeAccessIssue]
+    assert ours(x)[1].shape == (5, 6, 4)
+    assert torch.equal(ours.trajectory(x, span), theirs.trajectory(x, span))
+
+
+def test_options_without_effect_warn_as_torchdyns_do() -> None:
+    with pytest.warns(UserWarning, match="tolerances"):
+        NeuralODE(WithTime(), "rk4", atol=1e-5)(torch.randn(2, 4))
+    with pytest.warns(UserWarning, match="save_at"):
+        NeuralODE(WithTime(), "dopri5")(torch.randn(2, 4), torch.linspace(0, 1, 3), [1.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"regularizers": ["kinetics"]}, "did you mean 'kinetic'"),
+        ({"regularizers": ["kinetic", "kinetic"]}, "twice"),
+        ({"regularizers": {"kinetic": -1.0}}, "lambda"),
+        ({"solver": "dopri6"}, "did you mean 'dopri5'"),
+        ({"solver": MSZero()}, "multiple-shooting"),
+        ({"solver": 3}, "not a solver"),
+        ({"solver_adjoint": "rk5"}, "solver_adjoint"),
+        ({"sensitivity": "adjiont"}, "did you mean 'adjoint'"),
+        ({"trace_noise": "normal"}, "trace estimator"),
+        ({"max_nfe": 0}, "max_nfe"),
+        ({"atol": -1}, "atol"),
+        ({"rtol": torch.tensor([1e-3, float("nan")])}, "rtol"),
+        ({"rtol_adjoint": float("inf")}, "rtol_adjoint"),
+        *[({"order": value}, "order must be a whole number") for value in (0, 1.5)],
+        ({"interpolator": "5th"}, "did you mean '4th'"),
+        ({"penalized": 3}, "penalized="),
+        ({"penalized": [1, 0]}, "penalized="),
+    ],
+)
+def test_mistakes_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NeuralODE(WithTime(), **options)
+
+
+def test_more_mistakes() -> None:
+    from torchdyn.core.defunc import SDEFunc
+
+    with pytest.raises(ConfigError, match="SDE"):
+        NeuralODE(SDEFunc(lambda t, x: x, lambda t, x: x))
+    with pytest.raises(TypeError, match="regularisers"):
+        NeuralODE(WithTime(), regularisers=["kinetic"])  # pyright: ignore[reportCallIssue]
+    model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
+    model(torch.randn(2, 4))
+    with pytest.raises(ConfigError, match="unknown penalty 'jacfrob'"):
+        model.reg_loss(jacfrob=1.0)
+    with pytest.raises(ConfigError, match="one tensor"):
+        model({"a": torch.randn(2, 4)})
+    with pytest.raises(ConfigError, match="2 CNF modules"):
+        NeuralODE(
+            nn.Sequential(TorchdynCNF(mlp(3, 4, 3)), TorchdynCNF(mlp(3, 4, 3))), "rk4", regularizers=["kinetic"]
+        )(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_max_nfe_and_explosions_end_in_an_error(solver: str) -> None:
+    x = torch.ones(2, 2)
+    with pytest.raises(SolverError, match="budget of 5"):
+        NeuralODE(lambda t, x: -x, solver, max_nfe=5)(x, torch.linspace(0, 1, 50))
+    with pytest.raises(SolverError, match=r"no longer finite|underflow"):
+        NeuralODE(lambda t, x: x**3 * 100, solver)(x, torch.linspace(0, 9, 10))
+    with pytest.raises(SolverError):
+        NeuralODE(lambda t, x: x**3 * 100, solver).trajectory(x, torch.linspace(0, 9, 10))
+
+
+def test_dict_states_go_to_torchdyns_own_loop() -> None:
+    class Whole(Euler):
+        def step(self, f, x, t, dt, k1=None, args=None):
+            dx = f(t, x)
+            return None, {k: x[k] + dt * dx[k] for k in x}, None
+
+    def field(t: Tensor, x: dict[str, Tensor], args: object = None) -> dict[str, Tensor]:
+        return {"a": x["b"], "b": -x["a"]}
+
+    x = {"a": torch.ones(1, 1), "b": torch.zeros(1, 1)}
+    span = torch.linspace(0, 1, 4)
+    expected = TorchdynNeuralODE(field, Whole())(x, span)[1]
+    sol = NeuralODE(field, Whole())(x, span)[1]
+    assert torch.equal(sol["a"], expected["a"])
+
+
+def test_inference_mode() -> None:
+    """Lightning validates in it; fields that differentiate could not run there."""
+    torch.manual_seed(0)
+    for make_field in (lambda: HNN(mlp(4, 8, 1)), lambda: TorchdynCNF(mlp(3, 8, 3)), WithTime):
+        model, x = NeuralODE(make_field(), "rk4", regularizers=BOTH), torch.randn(3, 4)
+        expected = model(x)[1].detach()
+        assert not x.requires_grad  # HNN marks what it is given
+        with torch.inference_mode():
+            assert torch.equal(model(x)[1], expected)
+            model(torch.randn(3, 4), torch.linspace(0, 1, 3), penalties=True)
+        assert float(model.reg_loss()) > 0
+
+
+def _solve_of(kind: str, x: Tensor, net: nn.Module) -> Tensor:
+    if kind == "odeint":
+        y, found = odeint(lambda t, z: net(z), x, torch.tensor([0.0, 1.0]), regularizers=BOTH)
+        return y.sum() + found.loss()
+    if kind == "cnf":
+        return RegularizedCNF(net, event_shape=(2,), regularizers=BOTH).log_prob(x).sum()
+    model = NeuralODE(net, sensitivity=kind, regularizers=BOTH)
+    return model(x, torch.linspace(0, 1, 3))[1].sum() + model.reg_loss()
+
+
+@pytest.mark.parametrize("kind", ["autograd", "adjoint", "odeint", "cnf"])
+def test_a_solve_leaves_no_reference_cycle(kind: str) -> None:
+    """A cycle per solve would keep its graph until the garbage collector runs."""
+    net, x = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(4, 2)
+    _solve_of(kind, x, net).backward()
+    gc.collect()
+    gc.disable()
+    try:
+        _solve_of(kind, x, net).backward()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+# --- copies, files, precision ---
+
+
+def speed(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    return dz.abs().sum(1)
+
+
+def layers() -> nn.Module:
+    return nn.Sequential(DepthCat(1), nn.Linear(4, 3), nn.Tanh(), DataControl(), nn.Linear(6, 3))
+
+
+def galerkin() -> nn.Module:
+    return nn.Sequential(DepthCat(1), GalLinear(3, 3, expfunc=Fourier(2)), DataControl(), nn.Linear(6, 3))
+
+
+def hutchinson() -> nn.Module:
+    return TorchdynCNF(nn.Linear(2, 2), hutch_trace, MultivariateNormal(torch.zeros(2), torch.eye(2)))
+
+
+COPIED = {"galerkin": galerkin, "torchdyn_cnf": hutchinson, "cnf": lambda: CNF(nn.Linear(2, 2), "gaussian")}
+
+
+def called(field: nn.Module, **options: Any) -> NeuralODE:
+    model = NeuralODE(field, "rk4", regularizers=["kinetic", "jacfrob", speed], **options)
+    _, sol = model(torch.randn(4, 3), torch.linspace(0, 1, 3))
+    (sol[-1].sum() + model.reg_loss()).backward()
+    model.zero_grad()
+    model(torch.randn(4, 3))
+    return model
+
+
+def solution(model: nn.Module) -> Tensor:
+    torch.manual_seed(9)
+    return model(torch.ones(4, 3))[1]
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("name", COPIED)
+def test_deepcopy_and_pickle_after_use(name: str, sensitivity: str) -> None:
+    torch.manual_seed(0)
+    model = called(COPIED[name](), sensitivity=sensitivity)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(solution(other), solution(model))
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(1)
+        assert not torch.equal(solution(other), solution(model))
+        other.reg_loss().backward()
+
+
+@pytest.mark.parametrize("regularizers", [None, ["kinetic", "jacfrob"]])
+def test_state_dict_has_torchdyns_keys_and_moves_between_the_two(regularizers: list[str] | None) -> None:
+    for field in (galerkin(), hutchinson(), nn.Linear(3, 3)):
+        theirs, ours = TorchdynNeuralODE(copy.deepcopy(field)), NeuralODE(field, regularizers=regularizers)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        with torch.no_grad():
+            for p in theirs.parameters():
+                p.normal_()
+        ours.load_state_dict(theirs.state_dict())
+        torch.manual_seed(9)
+        expected = theirs(torch.ones(4, 3))[1]
+        assert torch.equal(solution(ours), expected)
+
+
+def test_vf_params_are_those_of_now() -> None:
+    model = NeuralODE(nn.Linear(3, 3))
+    with torch.no_grad():
+        model.vf.vf.vf.weight.fill_(2)
+    assert torch.equal(model.vf_params[:9], torch.full((9,), 2.0))
+    assert model.double().vf_params.dtype == torch.float64
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_double_after_construction(sensitivity: str) -> None:
+    torch.manual_seed(0)
+    # torchdyn's Galerkin layers make their weights in single precision
+    model = called(layers(), sensitivity=sensitivity).double()
+    _, sol = model(torch.ones(4, 3, dtype=torch.float64), torch.linspace(0, 1, 3, dtype=torch.float64))
+    (sol[-1].sum() + model.reg_loss()).backward()
+    assert sol.dtype == torch.float64
+    assert all(p.grad.dtype == torch.float64 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_to_cuda_after_construction(sensitivity: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for make in COPIED.values():
+        model = called(make(), sensitivity=sensitivity).to("cuda")
+        _, sol = model(torch.ones(4, 3, device="cuda"), torch.linspace(0, 1, 3))
+        (sol[-1].sum() + model.reg_loss()).backward()
+        assert sol.is_cuda
+        assert all(p.grad is None or p.grad.is_cuda for p in model.parameters())
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed"])
+@pytest.mark.parametrize("solver", ["midpoint", "rk4", "dopri5"])
+def test_sampled_penalties(solver: str, sensitivity: str) -> None:
+    """The Jacobian of a linear field is constant, so every draw is exact; other draws differ by the seed."""
+    z = torch.randn(5, 3, dtype=torch.float64)
+    t = torch.cat([torch.zeros(1), torch.linspace(0.7, 1, 8)]).double()
+
+    def penalties(field: nn.Module, quadrature: str, seed: int = 0) -> dict[str, Tensor]:
+        model = NeuralODE(
+            field, solver, trace_noise="exact", quadrature=quadrature, sensitivity=sensitivity,
+            regularizers=["kinetic", "jacfrob"],
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        model(z, t)
+        return model.regularization
+
+    close: Any = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=0)
+    close(penalties(Linear(3), "sampled"), penalties(Linear(3), "full"))
+    full = penalties(Wave(), "full")
+    first, again, other = (penalties(Wave(), "sampled", seed) for seed in (0, 0, 1))
+    close(first["kinetic"], full["kinetic"])
+    assert torch.equal(first["jacfrob"], again["jacfrob"])
+    assert not torch.equal(first["jacfrob"], other["jacfrob"])
+    assert not torch.equal(first["jacfrob"], full["jacfrob"])
+    with pytest.raises(ConfigError, match="did you mean 'sampled'"):
+        NeuralODE(Wave(), quadrature="sample")
+
+
+def test_penalties_of_a_second_order_field_are_those_of_its_first_order_system() -> None:
+    """x'' = -x: the state (x, v) moves with (v, -x), of constant norm, and a Jacobian of squared norm 2."""
+    x = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+    model = NeuralODE(
+        lambda t, s: -s[:, :1], "dopri5", order=2, atol=1e-9, rtol=1e-9, regularizers=["kinetic", "jacfrob"],
+        trace_noise="exact",
+    )  # fmt: skip
+    model(x, torch.tensor([0.0, 2.0], dtype=torch.float64))
+    both = torch.full((2,), 2.0, dtype=torch.float64)
+    torch.testing.assert_close(model.regularization["kinetic"], both * 1)
+    torch.testing.assert_close(model.regularization["jacfrob"], both * 2)
+
+
+def test_nothing_is_computed_without_gradients_or_in_eval_unless_asked() -> None:
+    torch.manual_seed(0)
+    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(ConfigError, match="did not integrate kinetic"):
+        model.reg_loss()
+    model.eval()
+    model(x)
+    with pytest.raises(ConfigError, match="penalties=True"):
+        _ = model.regularization
+    with torch.no_grad():
+        model(x, penalties=True)
+    asked = model.reg_loss()
+    model.train()
+    model(x)
+    torch.testing.assert_close(model.reg_loss(), asked)
+    model(x, penalties=False)
+    with pytest.raises(ConfigError):
+        model.reg_loss()
+    plain = NeuralODE(WithTime())
+    plain(x)
+    assert float(plain.reg_loss()) == 0
+    assert plain.regularization == {}
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed", "adjoint", "interpolated_adjoint"])
+def test_stale_penalties_are_refused(sensitivity: str) -> None:
+    model = NeuralODE(WithTime(), "rk4", sensitivity=sensitivity, regularizers=["kinetic"])
+    with pytest.raises(ConfigError, match="call the model"):
+        model.reg_loss()
+    x = torch.randn(3, 4)
+    _, sol = model(x)
+    torch.testing.assert_close(model.reg_loss(), model.reg_loss())  # twice before backward is fine
+    (sol[-1].sum() + model.reg_loss()).backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        model.reg_loss().backward()
+    assert model.regularization["kinetic"].shape == (3,)  # to be logged
+    _, sol = model(x)
+    sol[-1].sum().backward()  # through the solution alone
+    with pytest.raises(RuntimeError, match="second time"):
+        model.reg_loss().backward()
+    model(x)
+    model.reg_loss().backward(retain_graph=True)
+    model.reg_loss().backward()
+
+
+def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
+    class Learned(nn.Module, Regularizer):
+        name = "learned"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, evaluation):
+            return self.scale * evaluation.z.square().sum(1)
+
+    z = torch.randn(3, 2, dtype=torch.float64)
+    for sensitivity in ("autograd", "checkpointed", "adjoint", "interpolated_adjoint"):
+        penalty = Learned()
+        tight: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
+        model = NeuralODE(Linear(2), "dopri5", sensitivity=sensitivity, regularizers=[penalty], **tight)
+        assert any(p is penalty.scale for p in model.parameters())
+        model(z)
+        loss = model.reg_loss()
+        loss.backward()
+        torch.testing.assert_close(penalty.scale.grad, loss.detach() / 2)
+
+
+# --- gradients ---
+
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10, "atol_adjoint": 1e-10, "rtol_adjoint": 1e-10}
+LAMBDAS = {"kinetic": 0.3, "jacfrob": 0.2}
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def weighted(states: Tensor) -> Tensor:
+    """A loss that reads every output time, each with its own weight."""
+    weights = torch.linspace(0.5, 1.5, len(states), dtype=states.dtype)
+    return (weights[:, None] * states.flatten(1).sin()).sum() / len(states)
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.2)], ids=["forward", "reversed"])
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tuple[float, float]) -> None:
+    """Gradients of states at all output times and of both penalties, for state, parameters and times."""
+    adaptive = solver == "dopri5"
+    field = Linear(3)
+    z0 = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    t = torch.linspace(*span, 4 if adaptive else 31, dtype=torch.float64).requires_grad_()
+    options = TIGHT if adaptive else {}
+    model = NeuralODE(field, solver, sensitivity=sensitivity, regularizers=LAMBDAS, trace_noise="exact", **options)
+    t_eval, sol = model(z0, t)
+    at_span = [int((t_eval - time).abs().argmin()) for time in t.detach()]
+    torch.testing.assert_close(t_eval[at_span], t, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(weighted(sol[at_span]) + model.reg_loss(), [z0, t, field.a])
+    exact = linear_closed_form(field.a, z0, t)
+    loss = weighted(exact.z) + 0.3 * exact.kinetic.mean() / 3 + 0.2 * exact.jacfrob.mean() / 3
+    for ours, true in zip(found, torch.autograd.grad(loss, [z0, t, field.a]), strict=True):
+        assert relative(ours, true) < (1e-6 if sensitivity != "interpolated_adjoint" else 1e-5)
+
+
+class WithNumpy(nn.Module):
+    """Reads the time as numbers, which a time that requires a gradient would refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 2).double()
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.net(x) * float(t.numpy().sum())
+
+
+def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
+    """Its net is no module of the model, so an adjoint gives it no gradient; the steps do."""
+    net, x = nn.Linear(2, 2), torch.ones(3, 2)
+    for sensitivity in ("adjoint", "interpolated_adjoint"):
+        with pytest.warns(UserWarning, match="not a parameter of it"):
+            NeuralODE(lambda t, x: net(x), "dopri5", sensitivity=sensitivity)(x)[1][-1].sum().backward()
+    assert net.weight.grad is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoded = nn.Linear(2, 2)(x)  # the result of another computation, handed over as the solve's argument
+        field: Any = lambda t, x, args: net(x) * args["scale"]  # noqa: E731
+        node = NeuralODE(field, "dopri5", sensitivity="adjoint", optimizable_params=net.parameters())
+        node(x, args={"scale": encoded})[1][-1].sum().backward()
+        for field, name in ((WithNumpy(), "kinetic"), (Wave(2), "total_derivative")):
+            forced = NeuralODE(field, "dopri5", sensitivity="adjoint", regularizers=[name])
+            (forced(x.double())[1][-1].sum() + forced.reg_loss()).backward()
+    assert net.weight.grad is not None
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("kind", ["control", "noise"])
+def test_a_second_forward_before_backward_changes_nothing(kind: str, sensitivity: str) -> None:
+    torch.manual_seed(0)
+    if kind == "control":
+        field: nn.Module = nn.Sequential(DataControl(), nn.Linear(6, 3), nn.Tanh())
+    else:
+        field = TorchdynCNF(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)), hutch_trace,
+                            Independent(Normal(torch.zeros(2), torch.ones(2)), 1))  # fmt: skip
+    model = NeuralODE(field, "rk4", sensitivity=sensitivity, regularizers=LAMBDAS)
+    x, other = torch.randn(4, 3), torch.randn(4, 3)
+    gradients = []
+    for disturbed in (False, True):
+        torch.manual_seed(7)
+        _, sol = model(x)
+        loss = sol[-1].square().sum() + model.reg_loss()
+        if disturbed:
+            model(other)
+            model.trajectory(other, torch.linspace(0, 1, 3))
+        gradients.append(torch.autograd.grad(loss, list(field.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "reversed"])
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+def test_integral_loss_has_its_whole_gradient(sensitivity: str, span: tuple[float, float]) -> None:
+    """``a = |f|^2`` of ``f = k x`` depends on the parameter directly; torchdyn's adjoint leaves that part out."""
+    k = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    class Field(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = k
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.k * x
+
+    field = Field()
+    energy = lambda t, x: field(t, x).square().sum(1, keepdim=True)  # noqa: E731
+    x = torch.tensor([[1.0, 2.0], [0.5, -1.0]], dtype=torch.float64)
+    model = NeuralODE(field, "dopri5", sensitivity=sensitivity, integral_loss=energy, **TIGHT)
+    state = torch.cat([torch.zeros(2, 1, dtype=torch.float64), x], 1) if "adjoint" not in sensitivity else x
+    _, sol = model(state, torch.tensor(span, dtype=torch.float64))
+    (sol[-1, :, 0].sum() if "adjoint" not in sensitivity else 0 * sol.sum()).backward()
+    # the integral of k^2 |x|^2 exp(2 k (t - t0)) over time, signed
+    length = span[1] - span[0]
+    exact = x.square().sum() * k / 2 * (torch.exp(2 * k * length) - 1)
+    (true,) = torch.autograd.grad(exact, k)
+    assert k.grad is not None
+    assert abs(float(k.grad - true)) < 1e-6 * abs(float(true))
+
+
+class Images(nn.Module):
+    """A field of any event shape that depends on time."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x)) * torch.cos(t)
+
+
+def torchdyn_hutchinson(net: nn.Module) -> nn.Module:
+    return TorchdynCNF(net, hutch_trace, MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [TorchdynCNF, torchdyn_hutchinson, CNF, lambda net: CNF(net, "rademacher"), Images],
+    ids=["torchdyn", "torchdyn_hutchinson", "exact", "rademacher", "images"],
+)
+def test_the_parameters_gradient_is_the_same_in_all_modes(make: Callable[[nn.Module], nn.Module]) -> None:
+    """A nonlinear field, a trace in the state, penalties and a loss of all output times."""
+    torch.manual_seed(0)
+    net: nn.Module = nn.Sequential(nn.Linear(2, 8), nn.Softplus(), nn.Linear(8, 2)).double()
+    x = torch.randn(3, 3, dtype=torch.float64)
+    if make is Images:
+        net, x = nn.Conv2d(2, 2, 3, padding=1).double(), torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    t = torch.linspace(0, 1, 3, dtype=torch.float64)
+    gradients = []
+    for mode in GRADIENTS:
+        torch.manual_seed(5)
+        model = NeuralODE(make(net), "dopri5", sensitivity=mode, regularizers=LAMBDAS, **TIGHT)
+        t_eval, sol = model(x, t)
+        loss = weighted(sol[[int((t_eval - s).abs().argmin()) for s in t]]) + model.reg_loss()
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert relative(b, a) < 1e-6
+
+
+class ConvWithTime(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1).double()
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        time = torch.ones_like(z[:, :1]) * t
+        return torch.tanh(self.conv(torch.cat([z, time], 1)))
+
+
+def dense(field: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """Trace and squared Frobenius norm of the Jacobian, sample by sample."""
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda s: field(s[None])[0], each).reshape(each.numel(), -1)
+        for each in z
+    ]
+    return torch.stack([j.trace() for j in jacobians]), torch.stack([j.square().sum() for j in jacobians])
+
+
+@pytest.mark.parametrize("estimator", [None, "exact", autograd_trace, Exact()])
+def test_exact_trace_of_flat_and_image_shaped_events(estimator: Any) -> None:
+    torch.manual_seed(0)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    net, conv = mlp(3, 8, 3).double(), ConvWithTime()
+    flat, images = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    for cnf, z, field in (
+        (CNF(net, estimator), flat, net),
+        (CNF(conv, estimator, event_shape=(2, 4, 4)), images, lambda z: conv(t, z)),
+    ):
+        out = cnf(t, torch.cat([torch.zeros(2, 1, dtype=torch.float64), z.flatten(1)], 1))
+        torch.testing.assert_close(out[:, 0], -dense(field, z)[0])
+        torch.testing.assert_close(out[:, 1:], field(z).flatten(1))
+
+
+@pytest.mark.parametrize("estimator", ["gaussian", "rademacher", hutch_trace])
+def test_hutchinson_trace_is_unbiased_on_images(estimator: Any) -> None:
+    torch.manual_seed(0)
+    many, t, conv = 4000, torch.tensor(0.3, dtype=torch.float64), ConvWithTime()
+    z = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    cnf: Any = CNF(conv, estimator, event_shape=(2, 3, 3))
+    cnf.noise = cnf.trace_estimator.draw(z.expand(many, -1, -1, -1))
+    with torch.no_grad():
+        trace = -cnf(t, torch.cat([torch.zeros(many, 1), z.flatten(1).expand(many, -1)], 1))[:, 0]
+    exact = dense(lambda z: conv(t, z), z)[0]
+    assert abs(float(trace.mean() - exact)) < 4 * float(trace.std()) / many**0.5
+
+
+class TimesState(nn.Module):
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return t * z
+
+
+def test_net_that_depends_on_time_gets_it() -> None:
+    x = torch.cat([torch.zeros(3, 1), torch.randn(3, 2)], 1).double()
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    sol = NeuralODE(CNF(TimesState()), "dopri5", atol=1e-10, rtol=1e-10)(x, t)[1][-1]
+    torch.testing.assert_close(sol[:, 1:], x[:, 1:] * torch.exp(torch.tensor(0.5).double()))
+    torch.testing.assert_close(sol[:, 0], -torch.ones(3).double())
+
+
+def test_second_order_flow() -> None:
+    """x'' = -x - v/2 as a flow of (x, v): its divergence is -1/2 everywhere."""
+    net = nn.Linear(4, 2, bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(torch.cat([-torch.eye(2), -0.5 * torch.eye(2)], 1))
+    x = torch.cat([torch.zeros(3, 1), torch.randn(3, 4)], 1).double()
+    sol = NeuralODE(CNF(net, order=2), "rk4")(x, torch.linspace(0, 2, 9).double())[1]
+    torch.testing.assert_close(sol[-1, :, 0], torch.full((3,), 2.0).double())
+
+
+class Affine(nn.Module):
+    """A field of autograd's: a bare nn.Linear would be recognised and bring products of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(z)
+
+
+NOISE = MultivariateNormal(torch.zeros(3), torch.eye(3))
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize("regularizers", [None, ["kinetic"], ["jacfrob"], ["kinetic", "jacfrob"]])
+@pytest.mark.parametrize("make", [
+    lambda: TorchdynCNF(Affine(), hutch_trace, NOISE),
+    lambda: CNF(Affine(), "gaussian"),
+    lambda: CNF(Affine(), "rademacher", event_shape=(3,)),
+    lambda: CNF(Affine(), hutch_trace, NOISE),
+    lambda: nn.Sequential(CNF(Affine(), "gaussian")),
+    Affine,
+], ids=["torchdyn", "gaussian", "rademacher", "hutch_trace", "sequential", "no_cnf"])  # fmt: skip
+def test_exactly_one_product_an_evaluation(
+    make: Callable[[], nn.Module], solver: str, regularizers: list[str] | None
+) -> None:
+    traced = make is not Affine
+    model = NeuralODE(make(), solver, regularizers=regularizers)
+    with counted_products() as calls:
+        model(torch.randn(4, 3 + traced), torch.linspace(0, 1, 4))
+    if traced:
+        assert len(calls) == model.vf.nfe
+    else:  # the guess of the first step needs no product
+        assert len(calls) == (model.vf.nfe - (solver == "dopri5") if "jacfrob" in (regularizers or []) else 0)
+
+
+class Tutorial(nn.Module):
+    """The class of torchdyn's tutorial, whose first column is a trace as well."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.trace_estimator, self.noise_dist, self.noise = net, autograd_trace, None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(True):
+            x_in = x[:, 1:].requires_grad_(True)
+            x_out = self.net(x_in)
+            trace: Any = self.trace_estimator(x_out, x_in, noise=self.noise)
+        return torch.cat([-trace[:, None], x_out], 1) + 0 * x
+
+
+@pytest.mark.parametrize("make", [TorchdynCNF, CNF, Tutorial])
+def test_exact_products_give_the_exact_frobenius_norm(make: type) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(3, 3).double()
+    model = NeuralODE(make(net), "dopri5", regularizers=["jacfrob"])
+    model(torch.randn(4, 4).double())
+    torch.testing.assert_close(model.regularization["jacfrob"], net.weight.square().sum().expand(4))
+
+
+@pytest.mark.parametrize("make", [TorchdynCNF, CNF], ids=["torchdyn", "ours"])
+def test_jacfrob_reads_the_products_of_the_trace(make: type) -> None:
+    """With Hutchinson's estimator on a linear field both are functions of one and the same noise vector."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 3)
+    cnf = make(net, hutch_trace, MultivariateNormal(torch.zeros(3), torch.eye(3)))
+    model = NeuralODE(cnf, "euler", regularizers=["jacfrob"])
+    _, sol = model(torch.zeros(4, 4))
+    products = cnf.noise @ net.weight
+    torch.testing.assert_close(model.regularization["jacfrob"], products.square().sum(1))
+    torch.testing.assert_close(-sol[-1, :, 0], (products * cnf.noise).sum(1))
+
+
+def test_estimators_of_a_users_own_stay_theirs() -> None:
+    def estimator(x_out: Tensor, x_in: Tensor, noise: Tensor | None = None) -> Tensor:
+        trace: Any = autograd_trace(x_out, x_in)
+        return 3 * trace
+
+    torch.manual_seed(0)
+    net = nn.Linear(2, 2)
+    x = torch.randn(5, 3)
+    for make in (TorchdynCNF, CNF):
+        model = NeuralODE(make(net, estimator), "euler", regularizers=["kinetic", "jacfrob"])
+        _, sol = model(x)
+        torch.testing.assert_close(sol[-1, :, 0], x[:, 0] - 3 * net.weight.trace())
+        assert model.regularization["jacfrob"].shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
+        (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
+        (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "needs noise"),
+        (lambda: CNF(TimesState())(torch.zeros(4, 3)), "no time"),
+    ],
+)
+def test_mistakes(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
