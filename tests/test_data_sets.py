@@ -1,9 +1,13 @@
-"""Data sets by name: scikit-learn's, torchvision's, a plugin's."""
+"""Data sets by name: scikit-learn's and torchvision's, downloaded once and by one process."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,9 @@ import numpy as np
 import pytest
 from image_files import random_images, real_data
 from published_sets import publish, serve
+from tiny_runs import CONTEXT, as_options, rnode
 
-from rnode_plugin.data import ImageData, get_dataset, get_table
+from rnode_plugin.data import ImageData, catalog, get_dataset, get_table, one_download, sets
 from rnode_plugin.errors import ConfigError, DataError
 
 
@@ -88,7 +93,7 @@ def assert_right(name: str, data: ImageData) -> None:
     assert (data.name, data.shape, data.levels) == (name, train.shape[1:], 256)
 
 
-def test_a_published_set_is_downloaded_once_and_whole(published, tmp_path):
+def test_a_published_set_is_downloaded_once_and_whole(published, tmp_path, monkeypatch):
     name, files, _, asked = published
     root = tmp_path / "new" / "data"
     with pytest.raises(
@@ -102,6 +107,7 @@ def test_a_published_set_is_downloaded_once_and_whole(published, tmp_path):
     assert set(FILES[name]) <= set(below(root))
     assert set(asked) == set(files)
     before = dict(asked)
+    monkeypatch.setattr(catalog, "one_download", None)  # what is there needs no lock, as on a read-only disk
     assert_right(name, get_dataset(name, root=str(root), download=True))
     assert_right(name, get_dataset(name, root=str(root)))
     assert asked == before
@@ -207,3 +213,96 @@ def test_limit_draws_the_same_images_from_the_whole_set():
     assert data.limit(1000).train is images
     with pytest.raises(ConfigError, match="at least 1"):
         data.limit(0)
+
+
+# one process downloads
+
+IMAGES = random_images(20, (1, 28, 28), 1), random_images(10, (1, 28, 28), 2)
+
+
+def fetch(root: Path, url: str, barrier: Any, result: Path) -> None:
+    publish(None, "mnist", *IMAGES, url)
+    barrier.wait(60)
+    data = get_dataset("mnist", root=str(root), download=True)
+    np.savez(result, train=np.asarray(data.train), val=np.asarray(data.val))
+
+
+@pytest.mark.ddp
+def test_one_downloads_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    files = publish(monkeypatch, "mnist", *IMAGES, "unused")
+    # so slow that the other process is there before it is done
+    with serve(files, delay=0.3) as (url, asked):
+        publish(monkeypatch, "mnist", *IMAGES, url)
+        barrier = CONTEXT.Barrier(2)
+        child = CONTEXT.Process(target=fetch, args=(tmp_path / "data", url, barrier, tmp_path / "child.npz"))
+        child.start()
+        fetch(tmp_path / "data", url, barrier, tmp_path / "parent.npz")
+        child.join(100)
+        assert child.exitcode == 0
+        together = Counter(asked)
+        get_dataset("mnist", root=str(tmp_path / "alone"), download=True)
+        assert asked == together + together
+    for name in ("child", "parent"):
+        for part, images in zip(("train", "val"), IMAGES, strict=True):
+            assert np.array_equal(np.load(tmp_path / f"{name}.npz")[part], images)
+
+
+def test_a_process_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys, time\nfrom filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n    print('holds', flush=True)\n    time.sleep(60)"
+    )
+    lock = str(tmp_path / ".download.lock")
+    holder = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds\n"
+        monkeypatch.setattr(sets, "_WAIT_SECONDS", 0.2)
+        with pytest.raises(DataError, match="has been downloading for an hour"), one_download(tmp_path):
+            pytest.fail("two hold it")
+    finally:
+        holder.kill()
+        holder.wait()
+    with one_download(tmp_path), one_download(str(tmp_path)):  # free again; and a data set may call another
+        pass
+
+
+@pytest.mark.parametrize("place", ["/proc", "FILE/below"])
+def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    root = place.replace("FILE", str(tmp_path / "file"))
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"nothing can be downloaded to .*--data-root names another folder"):
+        get_dataset("mnist", root=root, download=True)
+    assert time.monotonic() - start < 5
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+# ``rnode-cli train cifar10`` as written, from the publisher's archive to the run folder
+
+# the recipe's flow with fewer channels and longer steps, so that two steps take seconds on a CPU
+SMALL = [
+    "--batch-size", "4", "--limit-val", "4", "--max-steps", "2", "--device", "cpu", "--devices", "1",
+    *as_options("model.hidden=8", "solver.step=1", "test_solver.method=rk4_38", "test_solver.step=1",
+                "training.sample_images=1", "data.val_batch_size=4"),
+]  # fmt: skip
+
+
+def test_the_command_downloads_trains_and_evaluates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    train, val = random_images(25, (3, 32, 32), 1), random_images(6, (3, 32, 32), 2)
+    files: dict[str, bytes] = {}
+    with serve(files) as (url, asked):
+        files |= publish(monkeypatch, "cifar10", train, val, url)
+        done = rnode("train", "cifar10", *SMALL)
+        assert done.exit_code == 0, done.output
+        assert set(asked) == {"cifar-10-python.tar.gz"}
+        assert re.search(r"^steps +2 of 2$", done.output, re.MULTILINE), done.output
+        assert "25 training and 6 held-out images" in done.output or "25 training and 4 held-out" in done.output
+    # the data lies where torchvision looks for it
+    assert (tmp_path / "data" / "cifar-10-batches-py").is_dir()
+    data = get_dataset("cifar10")
+    assert np.array_equal(data.train[:], train)
+    assert np.array_equal(data.val[:], val)
