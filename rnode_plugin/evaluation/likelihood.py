@@ -81,7 +81,7 @@ def evaluate(
     solves.take(range(draws), len(solves.batches))
     batches = nfe_batches(len(samples), measure.dims)
     nfe = [solves.encode(solver, batch, index=index, alone=True).nfe for index, batch in enumerate(batches)]
-    whole = undivided(getattr(flow, "regularizers", ()))
+    whole = undivided(flow.regularizers)
     gap = None
     if training_solver is not None and not training_solver.adaptive and training_solver.step != "auto":
         accurate = solves.scores[0, 0, 0]
@@ -142,7 +142,7 @@ class _Solves:
         self.scores: dict[tuple[int, int, int], Tensor] = {}
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
         # penalties of steps and trajectories may evaluate the field, which counts in no other solve
-        self._apart = any(each.kind != "rate" for each in getattr(flow, "regularizers", ()))
+        self._apart = any(each.kind != "rate" for each in flow.regularizers)
         self._kinds = range(len(measure.quantities))
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device
@@ -151,7 +151,7 @@ class _Solves:
 
     def choose_draws(self) -> int:
         """Draw the first samples twice; the number of draws that makes the noise small enough."""
-        if not self._measure.noisy and isinstance(getattr(self._flow, "estimator", None), Exact):
+        if not self._measure.noisy and isinstance(self._flow.estimator, Exact):
             return 1
         self.take(range(2), self._pilot, total=self._total)
         return max(_draws_needed(self._rows(range(2), kind, self._pilot)) for kind in self._kinds)
@@ -222,8 +222,7 @@ class _Solves:
 
 def _with_least_noise(flow: Any, measure: Task) -> Any:
     """The same flow, the same parameters, with the trace estimator of an evaluation."""
-    estimator = getattr(flow, "estimator", None)
-    if estimator is None or isinstance(estimator, Exact):
+    if isinstance(flow.estimator, Exact):
         return flow
     quiet = copy.copy(flow)
     quiet.estimator = Exact() if flow.dims <= measure.exact_dims else Hutchinson("rademacher")

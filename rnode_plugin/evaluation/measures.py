@@ -172,7 +172,7 @@ def measure_solver_gap(
         solve: solves the samples with a solver, with the same noise at each call.
         scores: the score of each sample ``(B,)`` from what ``solve`` returns, such as bits/dim.
         solver: the solver in question. It is measured with all products of its quadrature, because the noise of a
-            sampled quadrature is no error of the solver.
+            sampled quadrature is not an error of the solver.
         accurate: the scores ``(B,)`` by the accurate solver.
     """
     try:

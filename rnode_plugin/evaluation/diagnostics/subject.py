@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +19,8 @@ _BATCH_NUMBERS = 400_000  # of the state in one solve: 510 images of MNIST
 _MAX_BATCH = 4096
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The data of a diagnosis.
-
-    Attributes:
-        x: samples ``(N, *event)``.
-        context: ``(N, *context_shape)``; None for a model without.
-        seed: of all noise.
-    """
+class HeldOut(NamedTuple):
+    """The data of a diagnosis: samples ``x (N, *event)``, their contexts or None, and the seed of all noise."""
 
     x: Tensor
     context: Tensor | None
@@ -36,15 +28,14 @@ class HeldOut:
 
     def first(self, n: int) -> HeldOut:
         """The first ``n`` samples."""
-        return replace(self, x=self.x[:n], context=None if self.context is None else self.context[:n])
+        return self._replace(x=self.x[:n], context=None if self.context is None else self.context[:n])
 
     def noise(self) -> AbstractContextManager[None]:
         """A block that draws the same noise each time."""
         return seeded(self.seed, Stream.DIAGNOSE)
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Data pushed to the latent.
 
     Attributes:
@@ -88,10 +79,7 @@ class Subject:
     def encode(
         self, data: HeldOut, *, solver: Solver | None = None, estimator: TraceEstimator | None = None
     ) -> Encoded:
-        """Push the data to the latent, batch by batch, with the same noise at each call.
-
-        ``solver`` and ``estimator`` of the trace are those of the model if None.
-        """
+        """Push the data to the latent, batch by batch, with the same noise at each call."""
         model = self.model.solved_with(solver=solver, estimator=estimator)
         with data.noise():
             outputs = [model.encode(part, context=given) for part, given in self._batches(data.x, data.context)]
