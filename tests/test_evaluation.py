@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rnode_plugin import MultiscaleFlow, Solver
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
-from rnode_plugin.core.trace_estimators import Hutchinson
+from rnode_plugin.core.trace_estimators import Exact, Hutchinson
 from rnode_plugin.data.tables import Table
 from rnode_plugin.evaluation.likelihood import evaluate, nfe_batches
 from rnode_plugin.evaluation.samples import sample_images, save_grid
@@ -33,7 +33,7 @@ RK4 = Solver(method="rk4", step=0.5)
 class Known(nn.Module):
     """A stand-in whose density, penalties and cost are chosen: log p(x) = log-density of the image's mean."""
 
-    image_shape, levels = (1, 2, 2), 4
+    image_shape, levels, regularizers, estimator = (1, 2, 2), 4, (), Exact()
 
     def __init__(self, log_prob: Any, nfe: list[int] | None = None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2))
 
 def test_means_and_standard_errors_are_over_images_not_batches() -> None:
     flow = Known(lambda x: x.flatten(1).sum(1), nfe=[*[7, 9] * 9, 20])
-    result = evaluate(flow, images(10), batch_size=4, draws=3, seed=5)  # pyright: ignore
+    result = evaluate(flow, images(10), batch_size=4, draws=3, seed=5)
     assert [len(x) for x in flow.seen] == [*[4, 4, 2] * 6, 10]  # and once more for NFE
     assert (result.nfe_mean, result.nfe_batches, result.nfe_batch_size) == (20, 1, 10)
     # draws alternate dirty and clean, three batches each
@@ -83,7 +83,7 @@ class Noisy(Known):
 def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int) -> None:
     """Levels 0 to 3 have variance 1.25. The noise may have a quarter of it: noise² / 0.3125 draws, at most 8."""
     pictures = images(4000)
-    found = evaluate(Noisy(1.0, noise), pictures, batch_size=4000)  # pyright: ignore
+    found = evaluate(Noisy(1.0, noise), pictures, batch_size=4000)
     assert found.draws == draws, found.draws
     own = np.var(pictures[:, 0, 0, 0])
     for bits in (found.dirty, found.clean):
@@ -94,7 +94,7 @@ def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int)
 def test_the_first_images_are_drawn_twice_and_the_others_once() -> None:
     flow = Noisy(1.0, 0.3)
     calls: list[tuple[int, int]] = []
-    evaluate(flow, images(100), batch_size=20, progress=lambda *counts: calls.append(counts))  # pyright: ignore
+    evaluate(flow, images(100), batch_size=20, progress=lambda *counts: calls.append(counts))
     assert len(flow.seen) == 2 * (5 + 2) + 1  # clean and dirty, five batches, two of them twice; NFE
     assert calls == [(done, 14) for done in range(1, 15)]
 
@@ -150,7 +150,8 @@ def test_evaluation_leaves_generators_and_gradients_alone() -> None:
     torch.manual_seed(3)
     evaluate(flow, images(2, 17, (1, 8, 8)), draws=1)
     assert torch.equal(torch.rand(4), wanted)
-    assert flow.estimator.noise == "gaussian"  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(flow.estimator, Hutchinson)
+    assert flow.estimator.noise == "gaussian"
     assert all(parameter.grad is None for parameter in flow.parameters())
 
 
@@ -248,7 +249,7 @@ def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
         penalties.append(y[5:] / 4)
 
     class Clean(ImageTask):
-        """Penalties are those of the first quantity: here the bins' centres."""
+        """Penalties belong to the first quantity, which is here the bins' centres."""
 
         def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
             return FlowInput(super().inputs(batch, 1).x.double(), {})

@@ -23,7 +23,7 @@ from rnode_plugin.recipes.recipe import Recipe
 from rnode_plugin.reports import page, write_report
 from rnode_plugin.reports.configurations import Configuration, Difference, Look, base_of, group_runs
 from rnode_plugin.reports.configurations import paired_difference as paired
-from rnode_plugin.reports.figures import draw, smooth, trade_off
+from rnode_plugin.reports.figures import draw, trade_off
 from rnode_plugin.reports.runs import penalties_of, read_run, read_runs
 from rnode_plugin.reports.table import Table, make_table
 from rnode_plugin.solvers import Solver
@@ -331,7 +331,7 @@ def test_the_papers_figures_are_marked(tmp_path: Path, no_figures: None) -> None
 
 
 def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
-    """A Gaussian does not depend on the seed, so its deviation over the seeds is no error."""
+    """A Gaussian does not depend on the seed, so its deviation over the seeds is not an error."""
     for seed in (1, 2):
         path = write_run(
             tmp_path / str(seed), get_recipe("table").override(["data.columns=a,b", f"training.seed={seed}"])
@@ -371,12 +371,6 @@ def test_numbers_as_text() -> None:
 
 
 # figures and the page ------------------------------------------------------------------------------------------
-
-
-def test_a_smooth_curve_is_the_mean_of_the_finite_values_around() -> None:
-    values = np.array([1.0, 2.0, np.inf, 4.0, 9.0])
-    np.testing.assert_allclose(smooth(values, 3), [1.5, 1.5, 3.0, 6.5, 6.5])
-    np.testing.assert_array_equal(smooth(values[:2], 1), values[:2])
 
 
 def test_configurations_against_nfe(runs: list[Path]) -> None:

@@ -24,7 +24,10 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND",
 ]  # fmt: skip
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)"),
+]
 
 # A window cannot be as narrow as a phone, a frame can; what it measures is left as text in the page around it.
 FRAME = """<!DOCTYPE html><html style="color-scheme: light dark"><body style="margin:0">
