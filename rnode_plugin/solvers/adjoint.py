@@ -10,7 +10,6 @@ integrals of the penalties, which does not enter the error norm.
 from __future__ import annotations
 
 import bisect
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -71,17 +70,6 @@ def _solve(dynamics: BoundDynamics, z: Tensor, t_span: Tensor, solver: Solver) -
     return engine(dynamics, z, t_span, solver).check()
 
 
-def _repeating(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass whose evaluations leave the running statistics of the field as they are."""
-
-    @functools.wraps(backward)
-    def kept(ctx: Any, *gradients: Any) -> Any:
-        with ctx.call.dynamics.repeating():
-            return backward(ctx, *gradients)
-
-    return kept
-
-
 class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: AdjointCall, z0: Tensor, t_span: Tensor, *params: Tensor) -> tuple[Any, ...]:
@@ -94,40 +82,45 @@ class _Adjoint(torch.autograd.Function):
         return t, z, solution.logdet, *solution.penalties.values()
 
     @staticmethod
-    @_repeating
     def backward(ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True, as in a Hessian, whose entries would be zero
             raise ConfigError(
                 "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
-        t_span, t, z, *params = ctx.saved_tensors
-        pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
-        wants_times, last = ctx.needs_input_grad[2], len(t) - 1
-        span_index = _positions(t_span, t) if wants_times else {}
-        dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
-        dl = None if dlogdet is None else torch.zeros_like(dlogdet[0])
-        k = last
-        while True:
-            if k > 0 and k in span_index:
-                # moving an output time moves its own output; moving the last one also moves the end of the path
-                mine = None if dlogdet is None else dlogdet[k]
-                dt[span_index[k]] = pass_.hamiltonian(t[k], z[k], dz[k], mine, penalties=k == last)
-            if k == 0:
-                break
-            a = a + dz[k]
-            if dl is not None and dlogdet is not None:
-                dl = dl + dlogdet[k]
-            before = k - 1
-            if pass_.may_skip:
-                while before > 0 and not _any(dz[before], None if dlogdet is None else dlogdet[before]):
-                    before -= 1
-            if bool(t[k] != t[before]):
-                a = pass_.interval(t[k], t[before], z[k], a, dl)
-            k = before
-        if wants_times:
-            dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
-        return None, a + dz[0], dt if wants_times else None, *pass_.gradients
+        with ctx.call.dynamics.repeating():  # which leaves the running statistics of the field as they are
+            return _sweep(ctx, dz, dlogdet, dpenalties)
+
+
+def _sweep(ctx: Any, dz: Tensor, dlogdet: Tensor | None, dpenalties: Sequence[Tensor]) -> tuple[Any, ...]:
+    """The gradients of all inputs, from the last output back to the first."""
+    t_span, t, z, *params = ctx.saved_tensors
+    pass_ = _Backward(ctx.call, t, z, params, dict(zip(ctx.names, dpenalties, strict=True)))
+    wants_times, last = ctx.needs_input_grad[2], len(t) - 1
+    span_index = _positions(t_span, t) if wants_times else {}
+    dt, a = torch.zeros_like(t_span), torch.zeros_like(z[0])
+    dl = None if dlogdet is None else torch.zeros_like(dlogdet[0])
+    k = last
+    while True:
+        if k > 0 and k in span_index:
+            # moving an output time moves its own output; moving the last one also moves the end of the path
+            mine = None if dlogdet is None else dlogdet[k]
+            dt[span_index[k]] = pass_.hamiltonian(t[k], z[k], dz[k], mine, penalties=k == last)
+        if k == 0:
+            break
+        a = a + dz[k]
+        if dl is not None and dlogdet is not None:
+            dl = dl + dlogdet[k]
+        before = k - 1
+        if pass_.may_skip:
+            while before > 0 and not _any(dz[before], None if dlogdet is None else dlogdet[before]):
+                before -= 1
+        if bool(t[k] != t[before]):
+            a = pass_.interval(t[k], t[before], z[k], a, dl)
+        k = before
+    if wants_times:
+        dt[0] = -pass_.hamiltonian(t[0], z[0], a, dl, penalties=True)
+    return None, a + dz[0], dt if wants_times else None, *pass_.gradients
 
 
 def _positions(t_span: Tensor, t: Tensor) -> dict[int, int]:
