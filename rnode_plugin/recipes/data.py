@@ -219,9 +219,9 @@ class TableData:
                 "In a new split, rows that were trained on could be held out. Put the old file back, name it with "
                 "--data-root, or train a new run on this one."
             )
-        table = table.limit(self.train_rows, val_images).single()
+        table = table.limit(self.train_rows, val_images)
         check_columns(table, len(self.modelled))
-        return table
+        return table.single()
 
     def trained_on(self, data: Any) -> TableData:
         """These settings with what a run records of its ``data``. A table smaller than a batch is one batch."""
