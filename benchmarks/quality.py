@@ -115,7 +115,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], final: Sequence[Mapping[
     import matplotlib.pyplot as plt
 
     plt.style.use("rnode_plugin.plots")
-    plt.rcParams["font.size"] = 12
+    plt.rcParams.update({"font.size": 12, "axes.labelsize": 12, "axes.titlesize": 13})
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     for colour, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         curves = []
@@ -127,7 +127,8 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], final: Sequence[Mapping[
             bits, nfe = (
                 statistics.mean(float(row[key]) for row in final if row["method"] == name) for key in QUANTITIES[:2]
             )
-            label = f"{name}: {bits:.3f} bits/dim, NFE {nfe:.0f}"
+            penalties = ", both penalties" if METHODS[name].penalties else ""
+            label = f"{name}{penalties}: {bits:.3f} bits/dim, NFE {nfe:.0f}"
             axes.plot(*np.mean(curves, axis=0), color=f"C{colour}", linewidth=2.5, label=label)
     lowest = min(float(row["bits_per_dim"]) for row in rows)
     axes.set(xlabel="processor time of training, seconds", ylabel="held-out bits/dim", title=title)
