@@ -114,11 +114,13 @@ def compare(
         file.write_text(json.dumps(one.to_plain()), encoding="utf-8")
         place = free.get()
         command = [*_TRAIN, str(file), *begin, "--device", accelerator, "--devices", place, *limit]
-        with log.open("wb") as output:
-            shown = None if progress and len(places) == 1 else output
-            code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=shown, stderr=output,
-                                  env=environment).returncode  # fmt: skip
-        free.put(place)
+        try:
+            with log.open("wb") as output:
+                shown = None if progress and len(places) == 1 else output
+                code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=shown, stderr=output,
+                                      env=environment).returncode  # fmt: skip
+        finally:
+            free.put(place)
         if code == 0:
             return None
         failure = f"{one.name}, seed {one.training.seed}: {_reason(code, log)}"
