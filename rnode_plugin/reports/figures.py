@@ -89,7 +89,9 @@ def make_panels(configurations: Sequence[Configuration]) -> list[Panel]:
 def _panels(configurations: Sequence[Configuration]) -> Iterator[Panel]:
     task = configurations[0].task
     likelihood, samples = task.likelihood, task.samples
-    if len(points := trade_off(configurations)) > 1:
+    both = task.quantities[0].name, "nfe_test"
+    points = [one for one in configurations if all(math.isfinite(one.mean(name)) for name in both)]
+    if len(points) > 1:
         caption = (
             f"Each mark is a configuration, measured with the test solver on the held-out {samples}. Marks further "
             f"down have the better {likelihood}, marks further left need fewer evaluations. Bars are standard "
@@ -183,33 +185,13 @@ def _plain_text(label: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-class Point(NamedTuple):
-    """A configuration in the plane of NFE and score; None for an error that is not known."""
-
-    configuration: Configuration
-    nfe: float
-    nfe_error: float | None
-    score: float
-    score_error: float | None
-
-
-def trade_off(configurations: Sequence[Configuration]) -> list[Point]:
-    """The configurations that have measured both, in their order."""
-    points = []
-    for each in configurations:
-        name = each.task.quantities[0].name
-        nfe, score = each.mean("nfe_test"), each.mean(name)
-        if math.isfinite(nfe) and math.isfinite(score):
-            points.append(Point(each, nfe, each.error("nfe_test"), score, each.error(name)))
-    return points
-
-
-def _trade_off(axes: Any, points: Sequence[Point]) -> None:
-    """Draw the points with their errors."""
-    for point in points:
-        look = point.configuration.look
-        axes.errorbar(point.nfe, point.score, xerr=point.nfe_error, yerr=point.score_error, color=look.colour,
-                      linestyle="none", marker=look.marker, markersize=6, markeredgewidth=0, elinewidth=1,
-                      capsize=2, label=_plain_text(point.configuration.label))  # fmt: skip
+def _trade_off(axes: Any, configurations: Sequence[Configuration]) -> None:
+    """A mark for each configuration, with its errors."""
+    task = configurations[0].task
+    name = task.quantities[0].name
+    for one in configurations:
+        axes.errorbar(one.mean("nfe_test"), one.mean(name), xerr=one.error("nfe_test"), yerr=one.error(name),
+                      color=one.look.colour, linestyle="none", marker=one.look.marker, markersize=6,
+                      markeredgewidth=0, elinewidth=1, capsize=2, label=_plain_text(one.label))  # fmt: skip
     axes.xaxis.get_major_locator().set_params(integer=True)
-    finish(axes, _NFE, f"held-out, {points[0].configuration.task.score}")
+    finish(axes, _NFE, f"held-out, {task.score}")
