@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # torch has no public names for these
 from torch.utils._python_dispatch import _disable_current_modes
@@ -19,6 +21,9 @@ from torch.utils._pytree import tree_map_only as tree_map_only
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 from ..errors import ConfigError
+from . import chains
+from .chains import Chain
+from .chains import transforms_active as transforms_active
 
 _recording: ContextVar[bool] = ContextVar("_recording", default=False)
 
@@ -56,10 +61,25 @@ def on_host() -> AbstractContextManager[object]:
     return _disable_current_modes() if exporting() else nullcontext()
 
 
-def transforms_active() -> bool:
-    """Whether a transform of torch.func is active."""
-    # torch has no public name for this; autograd.Function calls the same function
-    return torch._C._are_functorch_transforms_active()
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward mode."""
+    given = (x for x in tensors if x is not None)
+    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+def one_kernel(*tensors: Tensor) -> bool:
+    """Whether a node of the graph whose passes are single kernels can take these tensors."""
+    return chains.single_kernels(tensors[0]) and not (torch.compiler.is_compiling() or traced(*tensors))
+
+
+@lru_cache(maxsize=512)
+def constant(values: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor, made once, because every step needs them. Not to be written into."""
+    # a tensor made in inference mode could not serve a later backward pass
+    with on_host(), torch.inference_mode(False):
+        if isinstance(values, float):  # without a copy, for which the host would wait
+            return torch.full((), values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def read(x: Tensor) -> Any:
@@ -83,17 +103,54 @@ def read(x: Tensor) -> Any:
 
 def sum_event(x: Tensor) -> Tensor:
     """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
-    return x.flatten(1).sum(1) if x.ndim > 1 else x
+    if x.ndim == 1:
+        return x
+    return x.flatten(1).sum(1) if x.is_cpu else x.sum(tuple(range(1, x.ndim)))
 
 
 def sum_products(x: Tensor, y: Tensor) -> Tensor:
     """``sum x y`` over all but the first dimension: two ``(B, *event)`` to ``(B,)``."""
-    return sum_event(x * y)
+    return _sums(x, y) if one_kernel(x, y) else sum_event(x * y)
 
 
 def sum_squares(x: Tensor) -> Tensor:
     """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
-    return sum_event(x.square())
+    return _sums(x, None) if one_kernel(x) else sum_event(x.square())
+
+
+def _sums(x: Tensor, y: Tensor | None) -> Tensor:
+    sums: Any = _Sums.apply(x, y)
+    return sums
+
+
+class _Sums(torch.autograd.Function):
+    """``sum x y`` over an event, of squares if there is no ``y``."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.save_for_backward(*args)
+        x, y = args
+        return _SUM(x, x if y is None else y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, y = ctx.saved_tensors
+        g = grad_outputs[0].reshape(-1, *[1] * (x.ndim - 1))
+        if y is None:
+            return _TWICE(x, g), None
+        return g * y if ctx.needs_input_grad[0] else None, g * x if ctx.needs_input_grad[1] else None
+
+
+def summed(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(tuple(range(1, x.ndim)))
+
+
+def twice(x: Tensor, g: Tensor) -> Tensor:
+    return 2 * g * x
+
+
+_SUM = Chain(summed, "(Tensor x, Tensor y) -> Tensor")
+_TWICE = Chain(twice, "(Tensor x, Tensor g) -> Tensor")
 
 
 @contextmanager

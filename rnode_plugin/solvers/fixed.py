@@ -66,7 +66,9 @@ def solve_fixed(
         states.append(z)
         logdets.append(totals.logdet)
     # an integral that is not finite stays so: one look at the end is enough
-    finite[-1] = health(z, totals.logdet, *totals.penalties.values())
+    integrals = [x for x in (totals.logdet, *totals.penalties.values()) if x is not None]
+    if integrals:
+        finite[-1] = health(torch.cat([finite[-1].reshape(1), *(x.flatten() for x in integrals)]))
 
     def fail(bad: int) -> NoReturn:
         t = float(grid[bad][0].detach())

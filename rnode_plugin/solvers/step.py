@@ -7,7 +7,6 @@ the quadrature of the step's stages: it costs no evaluation, and no penalty ente
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import HealthCheck
-from ..core.ops import on_host, transforms_active
+from ..core.ops import constant, read, transforms_active
 from ..core.regularizers import StepRecord
 from ..errors import SolverError
 from .config import Solver
@@ -83,16 +82,20 @@ def stepper(dynamics: BoundDynamics, solver: Solver, *, local: bool = False) -> 
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
         nfe = len(rates) - (first is not None)
-        source, dlogdet, dlogdet_error = rates[min(draw) if draw else 0], None, None
+        # the integral of every penalty: along the path, whichever way time runs
+        source, length = rates[min(draw) if draw else 0], dt.abs()
+        rows: dict[str, list[Any]] = {name: [r.penalties.get(name) for r in rates] for name in source.penalties}
+        dlogdet = dlogdet_error = None
         if source.dlogdet is not None:
             traces = [r.dlogdet for r in rates]
-            dlogdet = _weigh(traces, weights, dt, draw)
+            if dt.is_cpu and (read(dt.reshape(())) or -1) > 0:
+                rows[_LOGDET] = traces  # in the same operations
+            else:
+                dlogdet = _weigh({_LOGDET: traces}, weights, dt, draw)[_LOGDET]
             if error is not None and method.error_weights is not None:
-                dlogdet_error = _weigh(traces, method.error_weights, dt.detach())
-        # the integral of every penalty: along the path, whichever way time runs
-        length, penalties = dt.abs(), {}
-        for name in source.penalties:
-            penalties[name] = _weigh([r.penalties.get(name) for r in rates], weights, length, draw)
+                dlogdet_error = _weigh({_LOGDET: traces}, method.error_weights, dt.detach())[_LOGDET]
+        penalties = _weigh(rows, weights, length, draw)
+        dlogdet = penalties.pop(_LOGDET, dlogdet)
         last = None
         for each in rates:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
@@ -118,39 +121,51 @@ def draw_stage(method: Method) -> Draw | None:
     """One stage that stands for its step, drawn by the weights of a quadrature; None if they are not known."""
     if method.draws is None:
         return None
-    weights = _weight_row(method.draws, torch.float64, _CPU)
+    weights = constant(method.draws, torch.float64, _CPU)
     return {int(torch.multinomial(weights, 1)): 1.0}
 
 
-def _weigh(values: list[Any], weights: Sequence[float], dt: Tensor, draw: Draw | None = None) -> Tensor:
-    """``dt`` times the weighted sum of the stages. If some have no value, the drawn ones stand for all."""
-    values = values[: len(weights)]
-    if draw is not None and any(value is None for value in values):
-        parts = [values[stage] * (dt * share) for stage, share in draw.items()]
-        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    first = values[0]
+_LOGDET = "<log-determinant>"
+
+
+def _weigh(
+    rows: Mapping[str, Sequence[Any]], weights: Sequence[float], dt: Tensor, draw: Draw | None = None
+) -> dict[str, Tensor]:
+    """``dt`` times the weighted sum of each row of stages. If some have no value, the drawn ones stand for all."""
+    found: dict[str, Tensor] = {}
+    together: list[str] = []
+    first = None
+    for name, values in rows.items():
+        if draw is not None and any(value is None for value in values[: len(weights)]):
+            parts = [values[stage] * (dt * share) for stage, share in draw.items()]
+            found[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        elif values[0].ndim == 1 and (
+            first is None or (values[0].dtype, values[0].shape) == (first.dtype, first.shape)
+        ):
+            together.append(name)
+            first = values[0]
+        else:
+            found[name] = _weigh_row(values, weights, dt)
     # launching operations dominates the time of small problems, so use few. torch.compile fuses them anyway
-    if first.ndim == 1 and not torch.compiler.is_compiling():
+    if first is not None and not torch.compiler.is_compiling():
+        count = min(len(weights), len(rows[together[0]]))
+        table = torch.stack([rows[name][k] for k in range(count) for name in together])
         # a tensor that is made inside a transform belongs to it, and no later call may find it
-        make = _weight_row.__wrapped__ if transforms_active() else _weight_row
-        row = make(tuple(weights[: len(values)]), first.dtype, first.device)
-        product = (row * dt.to(first.dtype)) @ torch.stack(values)
+        make = constant.__wrapped__ if transforms_active() else constant
+        row = make(tuple(weights[:count]), first.dtype, first.device) * dt.to(first.dtype)
+        product = row @ table.view(count, len(together) * first.shape[0])
         if product.dtype is first.dtype:  # else autocast has rounded it
-            return product
+            found |= zip(together, product.view(len(together), first.shape[0]).unbind(), strict=True)
+    return {name: found[name] if name in found else _weigh_row(rows[name], weights, dt) for name in rows}
+
+
+def _weigh_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -> Tensor:
     total: Tensor | None = None
     for value, weight in zip(values, weights, strict=False):
         if weight:
             total = value * weight if total is None else total.add(value, alpha=weight)
     assert total is not None
     return total * dt.to(total.dtype)
-
-
-@cache
-def _weight_row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The weights as a tensor, made once: every step needs them. Not to be written into."""
-    # a tensor made in inference mode could not serve a later backward pass
-    with on_host(), torch.inference_mode(False):
-        return torch.tensor(weights, dtype=dtype, device=device)
 
 
 class Totals:

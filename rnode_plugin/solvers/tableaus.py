@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.chains import Chain
+from ..core.ops import constant, one_kernel
 from ..errors import ConfigError, suggest
 from .config import METHODS, count_steps
 
@@ -108,13 +110,66 @@ def _explicit(
         stages = [f(t, x) if k1 is None else k1]
         argument = x
         for node, row in zip(nodes, a, strict=True):
-            argument = _combine(x, dt, row, stages)
+            argument, x, stages = _argument(x, dt, row, stages)
             stages.append(f(t + node * dt, argument))
-        new = argument if fsal else _combine(x, dt, b, stages)
+        new = argument if fsal else _argument(x, dt, b, stages)[0]
         estimate = None if error is None else _combine(None, dt, error, stages)
         return (stages[-1] if fsal else None), new, estimate, stages
 
     return Method(name, advance, order, error is not None, b, error, draws or b, nodes=(0.0, *nodes))
+
+
+def _argument(
+    x: Tensor, dt: Tensor, row: Sequence[float], stages: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``x + dt sum_j row_j stages_j``, and state and stages for the next combination."""
+    used = [k for k, weight in enumerate(row) if weight]
+    if dt.requires_grad or not one_kernel(x, *stages):
+        return _combine(x, dt, row, stages), x, stages
+    length = dt if dt.device == x.device else constant(float(dt), x.dtype, x.device)
+    weights = constant(tuple(row[k] for k in used), x.dtype, x.device)
+    outputs: Any = _Combination.apply(weights, length, x, *(stages[k] for k in used))
+    new, x, *passed = outputs
+    again = dict(zip(used, passed, strict=True))
+    return new, x, [again.get(k, stage) for k, stage in enumerate(stages)]
+
+
+class _Combination(torch.autograd.Function):
+    """``x + dt sum_j row_j stages_j``, and its arguments.
+
+    The next combination of a step takes the arguments from here, so that their gradients add up in one kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        row, dt, x, *stages = args
+        ctx.row, ctx.dt = row, dt
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if last else torch.contiguous_format
+        ctx.set_materialize_grads(False)
+        return _COMBINE(x, stages, row, dt), x, *stages
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        g, *more = grad_outputs
+        if g is None:
+            return None, None, *more
+        return None, None, *_SPREAD(g.contiguous(memory_format=ctx.layout), more, ctx.row, ctx.dt)
+
+
+def combine(x: Tensor, stages: list[Tensor], row: Tensor, dt: Tensor) -> Tensor:
+    for stage, weight in zip(stages, (row * dt).to(x.dtype).unbind(), strict=True):
+        x = x + weight * stage
+    return x
+
+
+def spread(g: Tensor, more: list[Tensor | None], row: Tensor, dt: Tensor) -> list[Tensor]:
+    parts = [g.clone(), *(weight * g for weight in (row * dt).to(g.dtype).unbind())]
+    return [part if each is None else each + part for part, each in zip(parts, more, strict=True)]
+
+
+_COMBINE = Chain(combine, "(Tensor x, Tensor[] stages, Tensor row, Tensor dt) -> Tensor")
+_SPREAD = Chain(spread, "(Tensor g, Tensor?[] more, Tensor row, Tensor dt) -> Tensor[]")
 
 
 def _combine(x: Tensor | None, dt: Tensor, row: Sequence[float], stages: Sequence[Tensor]) -> Tensor:
