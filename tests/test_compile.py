@@ -53,6 +53,44 @@ def assert_same_compiled(field: Any, z: torch.Tensor, *, rtol: float = 1e-5, ato
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
+_FUSED_CHAINS = """
+from unittest import mock
+
+import torch
+from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin.core import chains
+from rnode_plugin.core.objective import output_log_prob
+
+
+def numbers(flow, x, solver, amp):
+    torch.manual_seed(0)
+    noise = [torch.randn(len(x), *shape) for shape in flow.block_shapes]
+    flow.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        out = flow(x, noise=noise, solver=solver)
+    penalties = 0.3 * out.regularization["kinetic"] + 0.2 * out.regularization["jacfrob"]
+    (penalties - output_log_prob(out)).sum().backward()
+    return [out.z, out.logdet, *out.regularization.values(), *(p.grad.clone() for p in flow.parameters())]
+
+
+torch.manual_seed(1)
+x, sampled = torch.rand(3, 1, 4, 4), Solver("rk4_38", step=0.5, quadrature="sampled")
+for activation, solver, amp, tolerance in (
+    ("softplus", Solver("rk4_38", step=0.5), False, 1e-5),
+    ("silu", sampled, False, 1e-5),
+    ("tanh", sampled, True, 3e-2),
+):
+    flow = MultiscaleFlow((1, 4, 4), hidden=4, layers=3, activation=activation)
+    for field in flow.fields:
+        field.layers[-1].reset_parameters()
+    plain = numbers(flow, x, solver, amp)
+    with mock.patch.object(chains, "single_kernels", lambda x: True):
+        fused = numbers(flow, x, solver, amp)
+    for one, other in zip(plain, fused, strict=True):
+        assert (one - other).norm() <= tolerance * (1e-3 + one.norm()), (activation, one, other)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5
+"""
+
 _TWO_FIELDS = """
 import torch
 from rnode_plugin.fields import conv_field, linear_field
@@ -68,10 +106,11 @@ assert_same_compiled(conv_field(1, hidden=4, layers=3, activation="tanh"), torch
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_compiled_values_and_gradients_are_the_plain_ones() -> None:
-    """In a process of its own: torch's compiler may not start where something has imported distutils before."""
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", _TWO_FIELDS]
+@pytest.mark.parametrize("script", [_TWO_FIELDS, _FUSED_CHAINS], ids=["fields", "chains"])
+def test_compiled_values_and_gradients_are_the_plain_ones(script: str) -> None:
+    """In a separate process: torch's compiler may not start where something has imported distutils before."""
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
     assert done.returncode == 0, done.stderr
 

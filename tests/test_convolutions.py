@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rnode_plugin.fields.kernels import Columns, Convolution, LayerMap, convolution
+from rnode_plugin.fields.kernels import Columns, Convolution, LayerMap
 
 # batch, in, out, H, W: one channel, a single pixel, sizes that differ
 SHAPES = [(2, 5, 3, 8, 12), (3, 4, 7, 14, 13), (2, 9, 2, 3, 5), (1, 2, 2, 1, 1), (2, 1, 6, 9, 4)]
@@ -69,5 +69,5 @@ def test_few_channels_take_a_product_of_matrices(
     channels: tuple[int, int], dtype: torch.dtype, wanted: type[LayerMap]
 ) -> None:
     weight = torch.zeros(*channels, 3, 3, dtype=dtype)
-    assert isinstance(convolution(weight), wanted)
-    assert isinstance(convolution(weight.to("meta")), Convolution)
+    assert type(Convolution.prepared(weight)) is wanted
+    assert type(Convolution.prepared(weight.to("meta"))) is Convolution

@@ -103,7 +103,6 @@ QUICK: dict[str, Callable[[], Any]] = {
 }
 SLOW: dict[str, Callable[[], Any]] = {
     "images, exact": lambda: images(trace_noise="exact"),
-    "images, plain pass": lambda: images(fused=False, trace_noise="rademacher:2"),
     "table, potential": lambda: table(context=2, field="potential"),
     "mixture": mixture,
     "hutch++": lambda: density(linear_field(2, hidden=6), "hutch++:1"),

@@ -10,30 +10,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Wave
+from problems import Plain, Wave
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torchdyn.nn import DepthCat
 
-import rnode_plugin.torchdyn  # noqa: F401  # whose layers are recognised too
-from rnode_plugin.core.derivatives import Ask, Field, as_field
+from rnode_plugin.core.derivatives import Ask, AutogradField, Field, as_field
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.fields import ConcatConv2d, ConcatLinear, FusedStackField, StackField, conv_field, linear_field
+from rnode_plugin.fields import ConcatConv2d, ConcatLinear, StackField, conv_field, linear_field
 from rnode_plugin.fields.activations import ACTIVATIONS
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.fields.recognise import recognise
 from rnode_plugin.fields.stack import AtContext
+from rnode_plugin.torchdyn.field import adds_time
 
 SHAPES = {"conv": (3, 2, 5, 4), "linear": (3, 4)}
 
 
-def make_field(kind: str, activation: str = "softplus", *, dtype: torch.dtype = torch.float64) -> FusedStackField:
+def make_field(kind: str, activation: str = "softplus", *, dtype: torch.dtype = torch.float64) -> StackField:
     torch.manual_seed(0)
     build = conv_field if kind == "conv" else linear_field
     field = build(SHAPES[kind][1], hidden=6, layers=4, activation=activation)
     for p in field.parameters():
         nn.init.normal_(p, std=0.5)
-    return field.to(dtype)  # pyright: ignore[reportReturnType]
+    return field.to(dtype)
 
 
 def make_inputs(kind: str, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +109,7 @@ MODULES: dict[str, Callable[[], Any]] = {
     **{f"linear {name}": lambda name=name: make_field("linear", name) for name in ACTIVATIONS},
     "conv of one layer": lambda: active(conv_field(2, layers=1)),
     "linear of one layer": lambda: active(linear_field(4, layers=1)),
-    "conv, not fused": lambda: active(conv_field(2, hidden=6, fused=False)),
+    "conv by autograd": lambda: Plain(make_field("conv")),
     "linear at a context": lambda: at_context(linear_field(4, hidden=6, activation="tanh", context=2)),
     **{f"potential of {k}": lambda k=k: active(PotentialField(4, hidden=6, layers=k, rank=3)) for k in (1, 2, 3)},
     "potential at a context": lambda: at_context(PotentialField(4, hidden=6, context=2)),
@@ -123,7 +123,7 @@ MODULES: dict[str, Callable[[], Any]] = {
 def field_of(module: Any, z: Tensor) -> Any:
     """The field of one solve, as a solve finds it."""
     if isinstance(module, nn.Sequential):
-        return recognise(module, z)
+        return recognise(module, z, adds_time=adds_time)
     return module.prepare(z) if hasattr(module, "prepare") else as_field(module)
 
 
@@ -220,15 +220,6 @@ def test_fresh_field_is_zero(field: StackField) -> None:
     assert torch.equal(field(torch.tensor(0.5), z), torch.zeros_like(z))
 
 
-def test_plain_and_fused_fields_share_weights_and_numbers() -> None:
-    fused, other = make_field("conv"), conv_field(2, hidden=6, fused=False).double()
-    assert isinstance(fused, FusedStackField)
-    assert not hasattr(other, "linearize")
-    other.load_state_dict(fused.state_dict())
-    t, z, _ = make_inputs("conv")
-    assert torch.equal(fused(t, z), other(t, z))
-
-
 def test_weights_are_never_stale() -> None:
     field = make_field("conv")
     t, z, noise = make_inputs("conv")
@@ -315,7 +306,7 @@ def hidden_tensors_saved(prepared: Field, t: Tensor, z: Tensor) -> int:
 def test_a_velocity_saves_half_of_what_autograd_saves() -> None:
     t, z, _ = make_inputs("conv")
     assert hidden_tensors_saved(make_field("conv").prepare(z), t, z) == 3
-    assert hidden_tensors_saved(conv_field(2, hidden=6, fused=False).double().prepare(z), t, z) == 6
+    assert hidden_tensors_saved(AutogradField(make_field("conv").prepare(z)), t, z) == 6
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -342,7 +333,7 @@ def test_a_first_call_inside_nested_transforms_leaves_nothing_behind() -> None:
 # --- products along directions ---
 
 
-def expected(field: FusedStackField, t: Tensor, z: Tensor, noise: Tensor, dt: Any = -1.3) -> tuple[Tensor, ...]:
+def expected(field: StackField, t: Tensor, z: Tensor, noise: Tensor, dt: Any = -1.3) -> tuple[Tensor, ...]:
     """Velocity, product, and products along the velocity, the velocity and time, and the noise."""
     dz, product = plain(field, t, z, noise)
     dt = torch.as_tensor(dt, dtype=z.dtype)

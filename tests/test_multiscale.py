@@ -126,7 +126,7 @@ def test_penalties_and_products_are_left_out_on_request(monkeypatch: pytest.Monk
     def refuse(*_: Any) -> None:
         raise AssertionError("a product was computed")
 
-    monkeypatch.setattr("rnode_plugin.fields.stack.pull_noise", refuse)
+    monkeypatch.setattr("rnode_plugin.fields.fused.Stack._pull", refuse)
     flow.inverse(with_them.z)
     flow.sample(2)
 

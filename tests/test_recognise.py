@@ -14,6 +14,7 @@ from torchdyn.nn import DepthCat
 
 from rnode_plugin import CNF, NeuralODE
 from rnode_plugin.fields.recognise import recognise
+from rnode_plugin.torchdyn.field import adds_time
 
 
 def softplus() -> nn.Softplus:
@@ -105,9 +106,9 @@ def test_adaptive_steps_of_a_recognised_field() -> None:
 
 def test_a_module_with_hooks_is_left_alone() -> None:
     net, x = perceptron(timed=True), torch.zeros(4, 3, dtype=torch.float64)
-    assert recognise(net, x) is not None
+    assert recognise(net, x, adds_time=adds_time) is not None
     net[0].register_forward_hook(lambda *args: None)
-    assert recognise(net, x) is None
+    assert recognise(net, x, adds_time=adds_time) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_a_module_with_hooks_is_left_alone() -> None:
     ],
 )
 def test_what_is_no_such_stack_is_left_alone(module: Any) -> None:
-    assert recognise(module, torch.zeros(4, 2)) is None
+    assert recognise(module, torch.zeros(4, 2), adds_time=adds_time) is None
 
 
 def test_a_recognised_stack_fits_the_state_and_has_the_weights_of_the_moment() -> None:

@@ -1,12 +1,11 @@
 """Vector fields with time as an input, and their products with the Jacobian."""
 
 from .layers import ConcatConv2d, ConcatLinear
-from .stack import FusedStackField, StackField, compile_fields, conv_field, linear_field
+from .stack import StackField, compile_fields, conv_field, linear_field
 
 __all__ = [
     "ConcatConv2d",
     "ConcatLinear",
-    "FusedStackField",
     "StackField",
     "compile_fields",
     "conv_field",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,7 @@ class Activation(ABC):
 
     A pass keeps one tensor of each activation: its output ``s(a)`` if the slope is cheap to get from that,
     otherwise its input ``a``. The derivatives take what was kept. ``value`` and ``times_slope`` can be
-    differentiated and transformed; ``slope`` and ``slope_derivative`` are for passes without a graph, and give new
-    tensors.
+    differentiated and transformed. The other methods are for passes without a graph.
 
     Attributes:
         name: what a user calls it.
@@ -47,7 +46,7 @@ class Activation(ABC):
         return x * self.slope(kept)
 
     def times_slope_at(self, x: Tensor, a: Tensor, kept: Tensor) -> Tensor:
-        """``s'(a) x`` while ``a`` is still at hand, without a graph; may overwrite ``a``, if not kept."""
+        """``s'(a) x`` while ``a`` is still at hand; may overwrite ``a``, if not kept."""
         return self.times_slope(x, kept)
 
     @abstractmethod
@@ -57,6 +56,34 @@ class Activation(ABC):
     def output(self, kept: Tensor) -> Tensor:
         """``s(a)`` from what was kept."""
         return kept if self.keeps_output else self.value(kept)
+
+    # between two layers, the first two with a graph too ----------------------------------------------------------
+
+    def add(self, layer: Any, x: Tensor, shift: Any) -> Tensor:
+        """``W x + shift``."""
+        return layer.apply(x, shift)
+
+    def enter(self, layer: Any, x: Tensor, shift: Any) -> tuple[Tensor | None, Tensor, Tensor]:
+        """``a = W x + shift`` if it is at hand, ``s(a)``, and what is kept."""
+        a = self.add(layer, x, shift)
+        u = self.value(a)
+        return a, u, u if self.keeps_output else a
+
+    def scale(self, x: Tensor, slope: Tensor) -> Tensor:
+        """``slope x``."""
+        return slope * x
+
+    def bend(
+        self, p: Tensor, slope: Tensor, kept: Tensor, x: Tensor, *, scratch: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x p`` times the slope's derivative, summed over several noises, and ``slope p``; overwrites ``p``."""
+        x = torch.mul(x, p, out=scratch)
+        x = x.sum(0) if x.dim() > kept.dim() else x
+        return x.mul_(self.slope_derivative(kept, slope)), p.mul_(slope)
+
+    def pull(self, below: Tensor, slope: Tensor, added: Tensor) -> Tensor:
+        """``slope below + added``; overwrites ``added``."""
+        return added.addcmul_(below, slope)
 
 
 class _Softplus(Activation):

@@ -17,172 +17,231 @@ An evaluation keeps one tensor of each activation (:class:`~rnode_plugin.fields.
 product one more, but for the last; a product along a direction keeps one. The velocity and its gradient take three
 times the convolutions of a forward pass, each product as many more, without a double backward. Gradients that are
 to be differentiated again are computed by automatic differentiation.
+
+All parameters of a stack lie in one row, ``theta``, so that the evaluations of a solve add up one gradient.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..core.derivatives import Linearization
-from ..core.ops import exporting, transforms_active
+from ..core.derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
+from ..core.ops import traced
 from ..errors import ConfigError
 from .activations import Activation
-from .kernels import LayerMap
-from .layers import Products
+from .chains import chained
+from .kernels import Dense, LayerMap
 
 
-@dataclass(frozen=True, eq=False)
 class Stack:
-    """A stack for states of one shape, with the weights of the moment.
+    """A stack as the field of one solve, for states of one shape, with the weights of the moment.
 
-    It is made for one solve, with a graph that leads to the parameters: nothing in it can go stale, and what is
-    done here is not done again at each evaluation.
+    It is a :class:`~rnode_plugin.core.derivatives.Field`. It has a graph that leads to the parameters, so nothing
+    in it can go stale, and what is done here is not done again at each evaluation. Another noise than the given one
+    takes longer. Products and derivatives are those by ``z`` alone.
 
-    Attributes:
-        products: the kind of its layers.
+    Args:
+        kind: of its layers.
         activation: the function between them.
-        dtype: what the layers compute in.
-        event: spatial shape of the state, ``(H, W)`` for images, ``()`` for flat states.
-        weights: of the state, for each layer.
-        bias, response: what is added to the pre-activations of all layers, one behind the other in the order of
-            memory, and what a unit of time adds; a response of None: time is not an input of any layer.
-        maps: the layers for the passes with a backward by hand, without a graph; None if there are no such passes.
+        layers: each layer's weights of time and state, and its bias.
+        z: a state. The layers compute in autocast's dtype if it is float32, else in its dtype.
+        noise: of the solve.
+        context: ``(B, C)``, for layers that take it behind the state.
+        fast: whether there are passes with a backward by hand.
         compiled: whether evaluations go through torch.compile, which makes their backward itself.
     """
 
-    products: Products
-    activation: Activation
-    dtype: torch.dtype
-    event: tuple[int, ...]
-    weights: tuple[Tensor, ...]
-    bias: Tensor
-    response: Tensor | None
-    maps: tuple[LayerMap, ...] | None
-    compiled: bool = False
-
-    @classmethod
-    def make(
-        cls,
-        products: Products,
+    def __init__(
+        self,
+        kind: type[LayerMap],
         activation: Activation,
         layers: Sequence[tuple[Tensor | None, Tensor, Tensor | None]],
         z: Tensor,
         *,
+        noise: Tensor | None = None,
+        context: Tensor | None = None,
         fast: bool = False,
         compiled: bool = False,
-    ) -> Stack:
-        """A stack for states like ``z`` from each layer's weights of time and state, and its bias.
-
-        It computes in autocast's dtype for float32 states, else in the state's own.
-        ``fast`` makes it one for the passes with a backward by hand, ``compiled`` one for torch.compile.
-        """
-        event, device = tuple(z.shape[2:]), z.device.type
-        dtype, rows = z.dtype, list[Tensor]()
-        if dtype is torch.float32 and _autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+    ) -> None:
+        self.kind, self.activation, self.event = kind, activation, tuple(z.shape[2:])
+        self._context, self._compiled = context, compiled
+        self.dtype = z.dtype
+        if z.dtype is torch.float32 and _autocast_enabled(z.device.type):
+            self.dtype = torch.get_autocast_dtype(z.device.type)
+        self._timed = any(time is not None for time, _, _ in layers)
+        rows = list[Tensor]()
         with _without_autocast(z):
             for time, weight, bias in layers:
                 time = weight.new_zeros(weight.shape[0], 1, *weight.shape[2:]) if time is None else time
                 bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-                rows.append(products.shift_rows(time, bias, event))
-        bias, response = torch.cat(rows, 1).unbind()
-        timed = any(time is not None for time, _, _ in layers)
-        weights = tuple(weight for _, weight, _ in layers)
-        maps = tuple(products.prepare(weight.to(dtype)) for weight in weights) if fast else None
-        return cls(products, activation, dtype, event, weights, bias, response if timed else None, maps, compiled)
+                rows.append(kind.shift_rows(time, bias, self.event))
+        both = torch.cat(rows, 1)
+        flat = [kind.flat(weight) for _, weight, _ in layers]
+        self.theta = torch.cat([(both if self._timed else both[0]).reshape(-1), *flat])
+        self.shapes = [weight.shape for _, weight, _ in layers]
+        self.start = both.shape[1] * (1 + self._timed)  # of the weights in theta
+        self._sizes = [both.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
+        self._last = kind.unflat(flat[-1], self.shapes[-1])
+        self.fast: Layers | None = None
+        if fast:
+            bias, response, weights = self._pieces(self.theta.detach())
+            maps = [kind.prepared(weight.to(self.dtype)) for weight in weights]
+            self.fast = Layers(maps, chained(activation, z), bias, response)
+            if self.fast.activation is not activation:  # a kernel adds bias and time before it takes the value
+                rows = [self.maps_of(x, bias.dtype) for x in (bias, response) if x is not None]
+                self.fast = self.fast._replace(shifts=list(zip(*rows, strict=True)))
+        several = noise is not None and noise.ndim > 2 + len(self.event)
+        self._noise = None if several and kind is not Dense else noise
+        self._pulled = None if self._noise is None else self._pull(self._noise)
+
+    @cached_property
+    def plain(self) -> Layers:
+        """The layers with a graph."""
+        return self.layers_of(self.theta)
 
     @property
     def hidden(self) -> int:
         """The number of activations."""
-        return len(self.weights) - 1
+        return len(self.shapes) - 1
 
-    def plain_maps(self, weights: Sequence[Tensor] | None = None) -> tuple[_PlainMap, ...]:
-        """The layers in operations that autograd and torch.func know."""
-        weights = self.weights if weights is None else weights
-        return tuple(_PlainMap(self.products, weight.to(self.dtype)) for weight in weights)
+    def layers_of(self, theta: Tensor) -> Layers:
+        """The layers in operations that autograd and torch.func know, with the parameters ``theta``."""
+        bias, response, weights = self._pieces(theta)
+        return Layers(
+            [_PlainMap(self.kind, weight.to(self.dtype)) for weight in weights], self.activation, bias, response
+        )
 
-    def maps_of(self, row: Tensor) -> list[Tensor]:
+    def maps_of(self, row: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         """What a row adds to the pre-activations of each layer, ``(1, out, ...)``; views."""
-        outputs = [len(weight) for weight in self.weights]
         pixels = torch.Size(self.event).numel()
-        rows = row.to(self.dtype).split([n * pixels for n in outputs])
-        return [self.products.as_map(r, n, self.event) for r, n in zip(rows, outputs, strict=True)]
+        outputs = [shape[0] for shape in self.shapes]
+        rows = row.to(dtype or self.dtype).split([n * pixels for n in outputs])
+        return [self.kind.as_map(r, n, self.event) for r, n in zip(rows, outputs, strict=True)]
 
     def enter(self, x: Tensor) -> Tensor:
         """``x (B, *event)`` in the dtype and the layout in which the layers compute."""
-        return self.products.layout(x.to(self.dtype))
+        return self.kind.layout(x.to(self.dtype))
+
+    def __call__(self, t: Tensor | float, z: Tensor) -> Tensor:
+        """The velocity ``(B, *event)``, differentiable any number of times."""
+        z = self._with_context(z)
+        return _plain(self, _as_time(t, z), z, None)[0]
+
+    def linearize(
+        self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
+    ) -> Linearization:
+        """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        flat, rows = self.kind is Dense, ask.products == "rows" or ask.divergence
+        if rows and not flat:
+            noise = unit_vectors(z).expand(-1, *z.shape)
+        if not flat and noise is not None and noise.ndim > z.ndim:
+            return self._several(t, z, noise, ask)
+        pulled = None
+        if rows:
+            pulled = self._last.unsqueeze(1)
+        elif ask.products:
+            assert noise is not None
+            pulled = self._pulled if noise is self._noise and self._pulled is not None else self._pull(noise)
+        dz, products, jvp = self._pass(t, self._with_context(z), pulled)
+        if self._context is not None:
+            products = None if products is None else products[..., : z.shape[1]]
+            still, whole = torch.zeros_like(self._context), jvp
+            jvp = lambda v, dt=0.0: whole(torch.cat([v, still.to(v.dtype)], 1), dt)  # noqa: E731
+        divergence = trace_of_rows(products) if ask.divergence and products is not None else None
+        return Linearization(dz, products, jvp, divergence, {})
+
+    def _several(self, t: Tensor | float, z: Tensor, vectors: Tensor, ask: Ask) -> Linearization:
+        """Several products of convolutions, as one batch."""
+        count, batch = len(vectors), z.shape[0]
+        repeated = z.unsqueeze(0).expand(count, *z.shape).flatten(0, 1)
+        dz, products, _ = self._pass(t, repeated, self._pull(vectors.flatten(0, 1)))
+        assert products is not None
+        rows = products.unflatten(0, (count, batch))
+        jvp = self._pass(t, z, None)[2] if ask.jvp else None
+        return Linearization(dz[:batch], rows, jvp, trace_of_rows(rows) if ask.divergence else None, {})
+
+    def _pass(
+        self, t: Tensor | float, z: Tensor, pulled: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Callable[..., Tensor]]:
+        """The velocity, its products with noises, and its products along any direction to come, from one pass.
+
+        First-order gradients cost no double backward, also where a direction is the velocity itself. ``pulled`` is
+        a noise as :meth:`_pull` made it; for ``(K, B, ...)`` or ``(K, 1, ...)`` of linear layers there are K
+        products, ``(K, B, ...)``.
+        """
+        t = _as_time(t, z)
+        # the product of a single layer is constant: nothing to do by hand
+        if self.fast is None or (pulled is not None and not self.hidden) or traced(t, z, pulled, self.theta):
+            dz, product, kept = _plain(self, t, z, pulled)
+        elif self._compiled:
+            dz, product, kept = _run_compiled(self, t, z, pulled)
+        else:
+            outputs: Any = _Evaluation.apply(self, t, z, pulled, self.theta)
+            dz, product, kept = *outputs[:2], outputs[2 : 2 + self.hidden]
+        return dz, product, lambda v, dt=0.0: self._along(kept, v, dt)
+
+    def _along(self, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) -> Tensor:
+        """``df/dz v + df/dt dt`` of the shape and dtype of ``v``, where an evaluation ``kept`` its activations."""
+        turn = dt if isinstance(dt, Tensor) else v.new_tensor(dt) if dt else None
+        turn = turn if self._timed else None
+        if self.fast is None or traced(v, turn, self.theta, *kept):
+            with _without_autocast(v):
+                return _direction(self, self.plain, kept, v, turn)[0].to(v.dtype)
+        outputs: Any = _Direction.apply(self, turn, v, self.theta, *kept)
+        return outputs[0]
+
+    def _pull(self, noise: Tensor) -> Tensor:
+        """``W_L^T noise``, from which products start: the same at all times of a solve.
+
+        It has the noise's dtype, not the layers': the gradients of many evaluations add up in it.
+        """
+        with _without_autocast(noise):
+            pulled = self.kind.transposed(self.enter(noise), self._last.to(self.dtype))
+            return self.kind.layout(pulled).to(noise.dtype)
+
+    def _with_context(self, z: Tensor) -> Tensor:
+        return z if self._context is None else torch.cat([z, self._context.to(z.dtype)], 1)
+
+    def _pieces(self, theta: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """What is added to the pre-activations of all layers, what a unit of time adds, the weights; views."""
+        bias, *rest = theta.split(self._sizes)
+        response = rest.pop(0) if self._timed else None
+        return bias, response, [self.kind.unflat(row, shape) for row, shape in zip(rest, self.shapes, strict=True)]
 
 
 @dataclass(frozen=True)
 class _PlainMap:
     """A layer with a graph."""
 
-    products: Products
+    kind: type[LayerMap]
     weight: Tensor
 
     def apply(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        y = self.products.apply(x, self.weight)
+        y = self.kind.product(x, self.weight)
         return y if shift is None else y + shift
 
     def transpose(self, v: Tensor) -> Tensor:
-        return self.products.transpose(self.products.layout(v), self.weight)
+        return self.kind.transposed(v, self.weight)
 
 
-_Maps = Sequence[LayerMap] | Sequence[_PlainMap]
+class Layers(NamedTuple):
+    """The layers of a stack as a sweep takes them; bias and response are rows in the order of memory.
 
-
-def run_stack(stack: Stack, t: Tensor | float, z: Tensor) -> Tensor:
-    """The velocity ``(B, *event)``, differentiable any number of times."""
-    return _plain(stack, _as_time(t, z), z, None)[0]
-
-
-def pull_noise(stack: Stack, noise: Tensor) -> Tensor:
-    """``W_L^T noise``, from which :func:`linearize` starts its products: the same at all times of a solve.
-
-    It has the noise's dtype, not the layers': the gradients of many evaluations add up in it.
+    ``shifts`` are the maps of both for each layer, where a kernel adds them.
     """
-    with _without_autocast(noise):
-        (last,) = stack.plain_maps(stack.weights[-1:])
-        return stack.products.layout(last.transpose(stack.enter(noise))).to(noise.dtype)
 
-
-def linearize(stack: Stack, t: Tensor | float, z: Tensor, pulled: Tensor | None = None) -> Linearization:
-    """The velocity, its products with noises, and its products along any direction to come, from one pass.
-
-    First-order gradients cost no double backward, also where a direction is the velocity itself. ``pulled`` is a
-    noise as :func:`pull_noise` made it; for ``(K, B, ...)`` or ``(K, 1, ...)`` of linear layers there are K
-    products, ``(K, B, ...)``.
-    """
-    t = _as_time(t, z)
-    # the product of a single layer is constant: nothing to do by hand
-    if stack.maps is None or (pulled is not None and not stack.hidden) or _transformed(stack, t, z, pulled):
-        dz, product, kept = _plain(stack, t, z, pulled)
-    elif stack.compiled:
-        dz, product, kept = _compiled(stack, t, z, pulled)
-    else:
-        parameters = (stack.bias, stack.response, *stack.weights)
-        dz, product, *kept = _Evaluation.apply(stack, t, z, pulled, *parameters)
-        kept = kept[: stack.hidden]
-    return Linearization(dz, product, lambda v, dt=0.0: _along(stack, kept, v, dt))
-
-
-def _along(stack: Stack, kept: Sequence[Tensor], v: Tensor, dt: Tensor | float) -> Tensor:
-    """``df/dz v + df/dt dt`` of the shape and the dtype of ``v``, where an evaluation ``kept`` its activations."""
-    turn = dt if isinstance(dt, Tensor) else v.new_tensor(dt) if dt else None
-    turn = None if stack.response is None else turn
-    if stack.maps is None or _transformed(stack, v, turn, *kept):
-        with _without_autocast(v):
-            return _direction(stack, stack.plain_maps(), stack.response, kept, v, turn)[0].to(v.dtype)
-    return _Direction.apply(stack, turn, v, stack.response, *stack.weights, *kept)[0]
+    maps: Sequence[Any]
+    activation: Activation
+    bias: Tensor
+    response: Tensor | None
+    shifts: Sequence[tuple[Tensor, ...]] | None = None
 
 
 def _autocast_enabled(device: str) -> bool:
@@ -204,33 +263,28 @@ def _as_time(t: Tensor | float, z: Tensor) -> Tensor:
     return t
 
 
-def _transformed(stack: Stack, *tensors: Tensor | None) -> bool:
-    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward mode."""
-    given = [x for x in (*tensors, stack.bias, stack.response, *stack.weights) if x is not None]
-    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in given)
-
-
 def _plain(
     stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
     """Velocity, product, and what is kept of each activation, in operations that autograd and torch.func know."""
     with _without_autocast(z):
-        maps = stack.plain_maps()
-        a, kept = _velocity(stack, maps, stack.bias, stack.response, t, z)
+        a, kept = _velocity(stack, stack.plain, t, z)
         if pulled is None:
             return a.to(z.dtype), None, kept
-        product = _product(stack, maps, kept, pulled)[0].to(z.dtype)
+        product = _product(stack, stack.plain, kept, pulled)[0].to(z.dtype)
         return a.to(z.dtype), product.expand(*pulled.shape[: pulled.dim() - z.dim()], *z.shape), kept
 
 
-def _compiled(
+def _run_compiled(
     stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor]]:
     """The same as one graph of torch.compile for each shape."""
+    from torch._dynamo.config import patch
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        return _compiler()(stack, t, z, pulled)
+        with patch(cache_size_limit=64):  # shapes, times kinds of evaluations
+            return _compiler()(stack, t, z, pulled)
     except TorchDynamoException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "Error" in line or "ompiler" in line), type(error).__name__)
@@ -239,183 +293,129 @@ def _compiled(
 
 @cache
 def _compiler() -> Callable[..., Any]:
-    import torch._dynamo.config as settings
-
-    settings.cache_size_limit = max(settings.cache_size_limit, 64)  # shapes, times kinds of evaluations
     return torch.compile(_plain, dynamic=False, fullgraph=True)
 
 
-# the three sweeps forward, for maps of either kind --------------------------------------------------------------
+# the three sweeps forward ---------------------------------------------------------------------------------------
 
 
 def _velocity(
-    stack: Stack, maps: _Maps, bias: Tensor, response: Tensor | None, t: Tensor, z: Tensor,
-    pre: list[Tensor] | None = None,
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    stack: Stack, layers: Layers, t: Tensor, z: Tensor, pre: list[Tensor | None] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """The velocity, and what is kept of each activation; the pre-activations are added to ``pre``."""
-    activation, kept = stack.activation, []
-    row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
-    u, shifts = stack.enter(z), stack.maps_of(row)
+    maps, activation, bias, response, pairs = layers
+    u, kept = stack.enter(z), list[Tensor]()
+    if pairs is None:
+        row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
+        shifts: list[Any] = stack.maps_of(row)
+    else:
+        shifts = [(t, *pair) for pair in pairs]
     for layer, shift in zip(maps[:-1], shifts[:-1], strict=True):
-        a = layer.apply(u, shift)
-        u = activation.value(a)
-        kept.append(u if activation.keeps_output else a)
+        a, u, keep = activation.enter(layer, u, shift)
+        kept.append(keep)
         if pre is not None:
             pre.append(a)
-    return maps[-1].apply(u, shifts[-1]), kept
+    return activation.add(maps[-1], u, shifts[-1]), kept
 
 
 def _product(
-    stack: Stack, maps: _Maps, kept: Sequence[Tensor], pulled: Tensor, pre: list[Tensor] | None = None
+    stack: Stack, layers: Layers, kept: Sequence[Tensor], pulled: Tensor, pre: list[Tensor | None] | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """The product with the Jacobian, and in it the cotangent of each activation but the last, ``pulled``.
 
     Without a graph it may take the pre-activations, ``pre``, which it uses up.
     """
-    activation, g, cotangents = stack.activation, pulled.to(stack.dtype), []
-    for layer, c in zip(maps[-2::-1], kept[::-1], strict=True):
+    activation, g, cotangents = layers.activation, pulled.to(stack.dtype), []
+    for layer, c in zip(layers.maps[-2::-1], kept[::-1], strict=True):
         cotangents.append(g)
-        v = activation.times_slope_at(g, pre.pop(), c) if pre else activation.times_slope(g, c)
-        g = layer.transpose(v)
+        a = pre.pop() if pre else None
+        g = layer.transpose(activation.times_slope(g, c) if a is None else activation.times_slope_at(g, a, c))
     return g, cotangents[:0:-1]
 
 
 def _direction(
-    stack: Stack, maps: _Maps, response: Tensor | None, kept: Sequence[Tensor], v: Tensor, dt: Tensor | None
+    stack: Stack, layers: Layers, kept: Sequence[Tensor], v: Tensor, dt: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """The product along a direction, and what comes to each activation in it."""
-    x, inner = stack.enter(v), []
-    shifts = (
-        [None] * len(maps) if dt is None or response is None else stack.maps_of(response * dt.to(response.dtype))
-    )
+    maps, activation, _, response, _ = layers
+    x, inner, shifts = stack.enter(v), list[Tensor](), [None] * len(maps)
+    if dt is not None and response is not None:
+        shifts = stack.maps_of(response * dt.to(response.dtype))
     for layer, shift, c in zip(maps[:-1], shifts[:-1], kept, strict=True):
         inner.append(layer.apply(x, shift))
-        x = stack.activation.times_slope(inner[-1], c)
+        x = activation.times_slope(inner[-1], c)
     return maps[-1].apply(x, shifts[-1]), inner
 
 
 # their graph nodes ----------------------------------------------------------------------------------------------
 
 
-class _Inputs(NamedTuple):
-    """The tensors that an evaluation is a function of; or of each its gradient, or whether it needs one."""
-
-    t: Any
-    z: Any
-    pulled: Any
-    bias: Any
-    response: Any
-    weights: Sequence[Any]
-
-    @classmethod
-    def of(cls, row: Sequence[Any]) -> _Inputs:
-        t, z, pulled, bias, response, *weights = row
-        return cls(t, z, pulled, bias, response, weights)
-
-    def row(self) -> tuple[Any, ...]:
-        return (*self[:5], *self.weights)
-
-
-class _DirectionInputs(NamedTuple):
-    """The same of a product along a direction; ``kept`` is what the evaluation kept of its activations."""
-
-    dt: Any
-    v: Any
-    response: Any
-    weights: Sequence[Any]
-    kept: Sequence[Any]
-
-    @classmethod
-    def of(cls, row: Sequence[Any], hidden: int) -> _DirectionInputs:
-        dt, v, response, *rest = row
-        return cls(dt, v, response, rest[: hidden + 1], rest[hidden + 1 :])
-
-    def row(self) -> tuple[Any, ...]:
-        return (*self[:3], *self.weights, *self.kept)
-
-
 class _Evaluation(torch.autograd.Function):
     """Velocity, product (None without a noise), what is kept of each activation and of the product."""
 
     @staticmethod
-    def forward(
-        stack: Stack, t: Tensor, z: Tensor, pulled: Tensor | None, bias: Tensor, response: Tensor | None, *_: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        assert stack.maps is not None
+    def forward(ctx: Any, *args: Any) -> Any:
+        stack, t, z, pulled, _ = ctx.stack, *tensors = args
         with _without_autocast(z):
-            pre = None if pulled is None else list[Tensor]()
-            a, kept = _velocity(stack, stack.maps, bias, response, t, z, pre)
-            if pulled is None:
-                return a.to(z.dtype), None, *kept
-            product, cotangents = _product(stack, stack.maps, kept, pulled, pre)
-        return a.to(z.dtype), product.to(z.dtype), *kept, *cotangents
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.stack, *tensors = inputs
-        ctx.mark_non_differentiable(*output[2 + ctx.stack.hidden :])
+            pre = None if pulled is None else list[Tensor | None]()
+            a, kept = _velocity(stack, stack.fast, t, z, pre)
+            product, inner = None, list[Tensor]()
+            if pulled is not None:
+                product, inner = _product(stack, stack.fast, kept, pulled, pre)
+                product = product.to(z.dtype)
+        ctx.mark_non_differentiable(*inner)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.save_for_backward(*tensors, *kept, *inner)
+        return a.to(z.dtype), product, *kept, *inner
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         stack: Stack = ctx.stack
+        cotangents = grad_outputs[: 2 + stack.hidden]
         if all(each is None for each in cotangents):
-            return (None,) * len(ctx.needs_input_grad)
-        needs, tensors = ctx.needs_input_grad[1:], ctx.saved_tensors  # a checkpoint unpacks them once
-        row, outputs = tensors[: len(needs)], tensors[len(needs) :]
-        cotangents = cotangents[: 2 + stack.hidden]
-        with _without_autocast(_Inputs.of(row).z):
+            return (None,) * 5
+        saved = ctx.saved_tensors  # a checkpoint unpacks them once
+        inputs, rest = saved[:4], saved[4:]
+        with _without_autocast(inputs[1]):
             if torch.is_grad_enabled():  # the gradient is to be differentiated: autograd must see it
-                inputs = _Inputs.of(_ends(row))
-                maps, z = stack.plain_maps(inputs.weights), inputs.z
-                a, kept = _velocity(stack, maps, inputs.bias, inputs.response, inputs.t, z)
-                pulled = inputs.pulled
-                product = None if pulled is None else _product(stack, maps, kept, pulled)[0].to(z.dtype)
-                return None, *_by_autograd((a.to(z.dtype), product, *kept), cotangents, inputs.row())
-            kept, inner = outputs[: stack.hidden], outputs[stack.hidden :]
-            return None, *_pull_back(stack, _Inputs.of(row), _Inputs.of(needs), cotangents, kept, inner).row()
+                t, z, pulled, theta = inputs = _ends(inputs)
+                layers = stack.layers_of(theta)
+                a, kept = _velocity(stack, layers, t, z)
+                product = None if pulled is None else _product(stack, layers, kept, pulled)[0].to(z.dtype)
+                return None, *_by_autograd((a.to(z.dtype), product, *kept), cotangents, inputs)
+            kept, inner = rest[: stack.hidden], rest[stack.hidden :]
+            t, z, pulled, _ = inputs
+            return None, *_pull_back(stack, t, z, pulled, ctx.needs_input_grad[1:], cotangents, kept, inner)
 
 
 class _Direction(torch.autograd.Function):
     """Product along a direction, and what comes to each activation in it."""
 
     @staticmethod
-    def forward(
-        stack: Stack, dt: Tensor | None, v: Tensor, response: Tensor | None, *rest: Tensor
-    ) -> tuple[Tensor, ...]:
-        assert stack.maps is not None
+    def forward(ctx: Any, *args: Any) -> Any:
+        stack, dt, v, _, *kept = ctx.stack, *tensors = args
         with _without_autocast(v):
-            y, inner = _direction(stack, stack.maps, response, rest[stack.hidden + 1 :], v, dt)
+            y, inner = _direction(stack, stack.fast, kept, v, dt)
+        ctx.mark_non_differentiable(*inner)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *inner)
         return y.to(v.dtype), *inner
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.stack, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         stack: Stack = ctx.stack
-        q = cotangents[0]
+        q, needs = grad_outputs[0], ctx.needs_input_grad[1:]
         if q is None:
-            return (None,) * len(ctx.needs_input_grad)
-        needs, tensors = ctx.needs_input_grad[1:], ctx.saved_tensors
-        row, inner = tensors[: len(needs)], tensors[len(needs) :]
-        inputs = _DirectionInputs.of(row, stack.hidden)
-        with _without_autocast(inputs.v):
+            return (None,) * (1 + len(needs))
+        saved = ctx.saved_tensors
+        inputs, inner = saved[: len(needs)], saved[len(needs) :]
+        with _without_autocast(inputs[1]):
             if torch.is_grad_enabled():
-                dt, v, response, weights, kept = inputs = _DirectionInputs.of(_ends(row), stack.hidden)
-                y = _direction(stack, stack.plain_maps(weights), response, kept, v, dt)[0].to(v.dtype)
-                return None, *_by_autograd((y,), (q,), inputs.row())
-            of_needs = _DirectionInputs.of(needs, stack.hidden)
-            return None, *_pull_back_direction(stack, inputs, of_needs, q, inner).row()
-
-
-for each in (_Evaluation, _Direction):  # Function.apply asks for the signature at every call: 40 us
-    each.forward.__signature__ = inspect.signature(each.forward)
+                dt, v, theta, *kept = inputs = _ends(inputs)
+                y = _direction(stack, stack.layers_of(theta), kept, v, dt)[0].to(v.dtype)
+                return None, *_by_autograd((y,), (q,), inputs)
+            dt, v, _, *kept = inputs
+            return None, *_pull_back_direction(stack, dt, v, kept, needs, q, inner)
 
 
 def _ends(inputs: Sequence[Tensor | None]) -> list[Any]:
@@ -447,26 +447,29 @@ class _Upward(NamedTuple):
 
     added: list[Tensor]  # s'' g p
     slopes: list[Tensor]
-    gradients: list[Tensor | None]
+    gradients: list[Tensor]  # of the weights, as rows
     end: Tensor
 
 
 def _pull_back(
     stack: Stack,
-    inputs: _Inputs,
-    needs: _Inputs,
+    t: Tensor,
+    z: Tensor,
+    pulled: Tensor | None,
+    needs: Sequence[bool],
     cotangents: Sequence[Tensor | None],
     kept: Sequence[Tensor],
     inner: Sequence[Tensor],
-) -> _Inputs:
+) -> tuple[Tensor | None, ...]:
     """Gradients of an evaluation's inputs from the cotangents of velocity, product and what was kept."""
-    t, z, pulled, _, response, _ = inputs
+    assert stack.fast is not None
     dz, product, *turned = cotangents
-    activation, wanted = stack.activation, needs.weights
+    activation = stack.fast.activation
+    needs_t, needs_z, needs_pulled, needs_theta = needs
     up = pulled_grad = None
     if product is not None and pulled is not None:
-        up = _upward(stack, stack.enter(product), kept, [*inner, pulled.to(stack.dtype)], wanted)
-        pulled_grad = up.end.sum_to_size(pulled.shape).to(pulled.dtype) if needs.pulled else None
+        up = _upward(stack, stack.enter(product), kept, [*inner, pulled.to(stack.dtype)], needs_theta)
+        pulled_grad = up.end.sum_to_size(pulled.shape).to(pulled.dtype) if needs_pulled else None
 
     def entry(k: int) -> Tensor:
         return activation.output(kept[k - 1]) if k else stack.enter(z)
@@ -475,64 +478,65 @@ def _pull_back(
         more = turned[k]
         if more is not None and activation.keeps_output:
             below = below.add_(more)
-        a = activation.times_slope(below, kept[k]) if up is None else up.added[k].addcmul_(below, up.slopes[k])
+        if up is None:
+            a = activation.times_slope(below, kept[k])
+        else:
+            a = activation.pull(below, up.slopes[k], up.added[k])
         return a if more is None or activation.keeps_output else a.add_(more)
 
-    dz = z.new_zeros(len(z), len(stack.weights[-1]), *stack.event) if dz is None else dz
-    row, below, gradients = _downward(
-        stack, stack.enter(dz), entry, through, shifts=needs.t or needs.bias or needs.response, z=needs.z,
-        weights=wanted,
-    )  # fmt: skip
-    for gradient, more in zip(gradients, [] if up is None else up.gradients, strict=False):
-        if gradient is not None and more is not None:
-            gradient.add_(more)
-    t_grad, response_grad = _time_gradients(row, t, response)
-    z_grad = None if below is None else below.to(z.dtype)
-    return _Inputs(t_grad, z_grad, pulled_grad, row, response_grad, gradients)
+    dz = z.new_zeros(len(z), stack.shapes[-1][0], *stack.event) if dz is None else dz
+    t_grad, z_grad, theta_grad = _downward(
+        stack, stack.enter(dz), entry, through, t, (needs_t, needs_z, needs_theta)
+    )
+    if theta_grad is not None and up is not None and up.gradients:
+        more = torch.cat(up.gradients)
+        theta_grad[stack.start :][: len(more)].add_(more)
+    return t_grad, None if z_grad is None else z_grad.to(z.dtype), pulled_grad, theta_grad
 
 
 def _pull_back_direction(
-    stack: Stack, inputs: _DirectionInputs, needs: _DirectionInputs, q: Tensor, inner: Sequence[Tensor]
-) -> _DirectionInputs:
+    stack: Stack,
+    dt: Tensor | None,
+    v: Tensor,
+    kept: Sequence[Tensor],
+    needs: Sequence[bool],
+    q: Tensor,
+    inner: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
     """Gradients of the inputs of a product along a direction, from its cotangent."""
-    dt, v, response, _, kept = inputs
-    activation, turned = stack.activation, list[Tensor]()
+    assert stack.fast is not None
+    activation, turned = stack.fast.activation, list[Tensor]()
 
     def entry(k: int) -> Tensor:
         return activation.times_slope(inner[k - 1], kept[k - 1]) if k else stack.enter(v)
 
     def through(k: int, p: Tensor) -> Tensor:
-        slope = activation.slope(kept[k])
-        turned.append(activation.slope_derivative(kept[k], slope).mul_(inner[k]).mul_(p))
-        return p.mul_(slope)
+        bent, q = activation.bend(p, activation.slope(kept[k]), kept[k], inner[k])
+        turned.append(bent)
+        return q
 
-    shifts = dt is not None and (needs.dt or needs.response)
-    row, below, gradients = _downward(
-        stack, stack.enter(q), entry, through, shifts=shifts, z=needs.v, weights=needs.weights
-    )
-    dt_grad, response_grad = _time_gradients(row, dt, response)
-    v_grad = None if below is None else below.to(v.dtype)
-    return _DirectionInputs(dt_grad, v_grad, response_grad, gradients, turned[::-1])
+    dt_grad, v_grad, theta_grad = _downward(stack, stack.enter(q), entry, through, dt, needs[:3])
+    if theta_grad is not None:
+        theta_grad[: len(stack.fast.bias)].zero_()
+    return dt_grad, None if v_grad is None else v_grad.to(v.dtype), theta_grad, *turned[::-1]
 
 
 def _upward(
-    stack: Stack, h: Tensor, kept: Sequence[Tensor], cotangents: Sequence[Tensor], wanted: Sequence[bool]
+    stack: Stack, h: Tensor, kept: Sequence[Tensor], cotangents: Sequence[Tensor], weights: bool
 ) -> _Upward:
     """The transpose of the product, from its cotangent ``h``; ``cotangents`` are those of the activations in it."""
-    assert stack.maps is not None
-    activation = stack.activation
-    added, slopes, gradients = list[Tensor](), list[Tensor](), list[Tensor | None]()
-    for layer, c, g, wants in zip(stack.maps, kept, cotangents, wanted, strict=False):
+    assert stack.fast is not None
+    activation = stack.fast.activation
+    added, slopes, gradients = list[Tensor](), list[Tensor](), list[Tensor]()
+    for layer, c, g in zip(stack.fast.maps, kept, cotangents, strict=False):
         slope = activation.slope(c)
-        v = slope * g
-        gradients.append(layer.gradient(h, v) if wants else None)
-        p = layer.apply(h)
+        v = activation.scale(g, slope)
+        if weights:
+            gradients.append(stack.kind.flat(layer.gradient(h, v)))
         # s'' is the derivative of s' with respect to the output, times s'
-        x = v.mul_(p) if activation.keeps_output else torch.mul(g, p, out=v)
-        x = x.sum(0) if x.dim() > c.dim() else x  # of several noises
-        added.append(x.mul_(activation.slope_derivative(c, slope)))
+        bent, h = activation.bend(layer.apply(h), slope, c, v if activation.keeps_output else g, scratch=v)
+        added.append(bent)
         slopes.append(slope)
-        h = p.mul_(slope)
     return _Upward(added, slopes, gradients, h)
 
 
@@ -541,36 +545,39 @@ def _downward(
     q: Tensor,
     entry: Callable[[int], Tensor],
     through: Callable[[int, Tensor], Tensor],
-    *,
-    shifts: bool,
-    z: bool,
-    weights: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    t: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Backpropagation from ``q``, the cotangent of the last layer, through all layers.
 
     ``entry`` gives what comes to a layer, ``through`` takes the cotangent of a layer's input to that of the
-    output of the layer below. The gradients are of what is added to the layers, of the first layer's input and of
-    each weight; None where ``shifts``, ``z`` and ``weights`` do not ask for them.
+    output of the layer below. The gradients are of the time, of the first layer's input and of ``theta``.
     """
-    assert stack.maps is not None
-    sums, gradients = list[Tensor](), list[Tensor | None]()
+    assert stack.fast is not None
+    needs_t, needs_z, needs_theta = needs
+    bias, response = stack.fast.bias, stack.fast.response
+    sums, gradients = list[Tensor](), list[Tensor]()
     below: Tensor | None = None
     for k in range(stack.hidden, -1, -1):
-        layer = stack.maps[k]
-        if shifts:
-            sums.append(stack.products.sum_batch(q))
-        gradients.append(layer.gradient(entry(k), q).to(stack.weights[k].dtype) if weights[k] else None)
-        below = layer.transpose(q) if k or z else None
+        layer = stack.fast.maps[k]
+        if needs_t or needs_theta:
+            sums.append(stack.kind.sum_batch(q))
+        if needs_theta:
+            gradients.append(stack.kind.flat(layer.gradient(entry(k), q)))
+        below = layer.transpose(q) if k or needs_z else None
         if k and below is not None:
             q = through(k - 1, below)
-    row = torch.cat(sums[::-1]).to(stack.bias.dtype) if shifts else None
-    return row, below, gradients[::-1]
-
-
-def _time_gradients(
-    row: Tensor | None, t: Tensor | None, response: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``t`` and the response from that of ``t response``."""
-    if row is None or t is None or response is None:
-        return None, None
-    return (row * response).sum().to(t.dtype).reshape(t.shape), row * t.to(row.dtype)
+    if not sums:
+        return None, below, None
+    # the gradient of t times the response, once it is known, goes into the place of the response
+    room = [] if response is None or not needs_theta else [response]
+    grad = torch.cat([*sums[::-1], *room, *gradients[::-1]]).to(stack.theta.dtype)
+    row, of_response = grad[: len(bias)], grad[len(bias) :][: len(bias)]
+    if room and t is not None:
+        torch.mul(row, t.to(row.dtype).reshape(()), out=of_response)
+    elif room:
+        of_response.zero_()
+    t_grad = None
+    if needs_t and t is not None and response is not None:
+        t_grad = (row * response).sum().to(t.dtype).reshape(t.shape)
+    return t_grad, below, grad if needs_theta else None

@@ -1,4 +1,4 @@
-"""recognise: a user's own multilayer perceptron as a stack with fast products.
+"""recognise: a user's multilayer perceptron as a stack with fast products.
 
 A stack is linear layers with one kind of activation between them, each with or without time as its last input.
 """
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..core.ops import exporting
 from .activations import get_activation
 from .fused import Stack
-from .layers import LINEAR
-from .stack import PreparedStack
+from .kernels import Dense
 
 _SETTINGS = {
     nn.Tanh: ("tanh", {}),
@@ -28,19 +27,19 @@ _SETTINGS = {
 Part = tuple[str, Any]
 """``"L"`` with a linear layer, ``"a"`` with an activation, ``"t"`` for time as one more input of the next layer."""
 
-PARTS: dict[type[nn.Module], Callable[[Any], Part]] = {nn.Linear: lambda module: ("L", module)}
-"""By type of module; another subpackage adds those that it knows."""
-
 _UNKNOWN: Part = ("?", None)
 
 
-def recognise(module: Any, z: Tensor) -> PreparedStack | None:
+def recognise(
+    module: Any, z: Tensor, *, adds_time: Callable[[nn.Module], bool] = lambda module: False
+) -> Stack | None:
     """``module`` as the field of one solve from a state like ``z``; None if it is no stack for such states.
 
     A stack is a linear layer, or nested ``nn.Sequential`` of linear layers and one kind of activation. A module
-    with hooks is left alone: what they do is not known.
+    with hooks is left alone, because what they do is unknown. ``adds_time`` tells of a module whether it appends
+    the time to its input as the last column.
     """
-    parts = list(_parts(module))
+    parts = list(_parts(module, adds_time))
     kinds = "".join(kind for kind, _ in parts)
     activations = {activation for kind, activation in parts if kind == "a"}
     if len(activations) > 1 or not re.fullmatch("(t?La)*t?L", kinds):
@@ -52,8 +51,7 @@ def recognise(module: Any, z: Tensor) -> PreparedStack | None:
         return None
     parameters = [(*_split(each.weight, last), each.bias) for each, last in zip(linear, timed, strict=True)]
     activation = activations.pop() if activations else get_activation("tanh")
-    # a program has no backward pass
-    return PreparedStack(Stack.make(LINEAR, activation, parameters, z, fast=not exporting()))
+    return Stack(Dense, activation, parameters, z, fast=not exporting())  # a program has no backward pass
 
 
 def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:
@@ -64,20 +62,22 @@ def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:
     return time, state
 
 
-def _parts(module: Any) -> Iterator[Part]:
+def _parts(module: Any, adds_time: Callable[[nn.Module], bool]) -> Iterator[Part]:
     """The layers of nested ``nn.Sequential`` in a row."""
     if not isinstance(module, nn.Module) or _has_hooks(module):
         yield _UNKNOWN
     elif type(module) is nn.Sequential:
         for child in module:
-            yield from _parts(child)
+            yield from _parts(child, adds_time)
     elif type(module) in _SETTINGS:
         name, wanted = _SETTINGS[type(module)]
         known = all(getattr(module, key) == value for key, value in wanted.items())
         known = known and getattr(module, "threshold", 20) >= 20  # ours is without softplus' kink there: 2e-9 at 20
         yield ("a", get_activation(name)) if known else _UNKNOWN
+    elif type(module) is nn.Linear:
+        yield "L", module
     else:
-        yield PARTS.get(type(module), lambda module: _UNKNOWN)(module)
+        yield ("t", None) if adds_time(module) else _UNKNOWN
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -134,8 +134,6 @@ class MultiscaleFlow(BlockFlow):
         solver: the integrator where a call brings none; also an attribute, :attr:`solver`.
         regularizers: penalties to integrate: names, objects or functions.
         trace_noise: ``"gaussian"`` (the paper's), ``"rademacher"`` or ``"exact"``, for tiny images.
-        fused: whether the fields bring their own product with the Jacobian, or leave it to autograd: the same
-            numbers, slower.
         field: makes the field of a block from the shape of its state, in place of the paper's.
 
     A fresh flow has f = 0: it is the logit map, and its penalties are zero. The blocks' fields are in
@@ -172,7 +170,6 @@ class MultiscaleFlow(BlockFlow):
         solver: Solver | None = None,
         regularizers: Any = (kinetic, jacfrob),
         trace_noise: str | TraceEstimator = "gaussian",
-        fused: bool = True,
         field: Callable[[Shape], nn.Module] | None = None,
     ) -> None:
         super().__init__(solver=solver, regularizers=regularizers, trace_noise=trace_noise)
@@ -190,7 +187,7 @@ class MultiscaleFlow(BlockFlow):
         self.stages = plan_stages(self.image_shape)
 
         def default(shape: Shape) -> nn.Module:
-            return conv_field(shape[0], hidden=hidden, layers=layers, activation=activation, fused=fused)
+            return conv_field(shape[0], hidden=hidden, layers=layers, activation=activation)
 
         self.fields = nn.ModuleList(map(field or default, self.block_shapes))
 

@@ -23,7 +23,7 @@ from ..core.regularizers import Regularizer, needs_of
 from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODULE, Takes, call_of, field_takes
 from ..core.trace_estimators import Exact, TraceEstimator
 from ..errors import ConfigError
-from ..fields.recognise import PARTS, recognise
+from ..fields.recognise import recognise
 from ..solvers import Solver, gradient_of
 from .cnf import CNF, estimator_of, first_order_system, noise_of
 
@@ -34,8 +34,6 @@ INTEGRAL_LOSS = "<integral_loss>"
 """Key under which the rate of a hidden ``integral_loss`` travels; no regularizer can have this name."""
 
 Cost = Callable[[Tensor, Tensor], Tensor]
-
-PARTS[DepthCat] = lambda module: ("t" if module.idx_cat in (1, -1) else "?", None)
 
 
 # --- the attributes through which torchdyn hands time, control and noise to layers ---
@@ -437,10 +435,15 @@ def fastest(field: TorchdynField, net: Any, z: Tensor, *, one_graph: bool) -> Fi
         one_graph: whether evaluations may share one graph of what depends on the parameters alone, for a stack of
             layers that is recognised.
     """
-    stack = recognise(net, z) if one_graph else None
+    stack = recognise(net, z, adds_time=adds_time) if one_graph else None
     if stack is not None:
         return stack
     return net if field.plain and isinstance(net, Field) else field
+
+
+def adds_time(module: nn.Module) -> bool:
+    """Whether a layer appends the time to its input as the last column."""
+    return type(module) is DepthCat and module.idx_cat in (1, -1)
 
 
 def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:
