@@ -18,15 +18,15 @@ import click
 import torch
 from device_work import work_of_step
 from measure import alternate, environment, peak_memory, set_up, table
-from step_time import BASELINE, EXACT, build, build_run, gradient_of
+from step_time import BASELINE, CHAINS, EXACT, build, build_run, gradient_of
 
 from rnode_plugin import get_recipe
 
 STACK = (
-    BASELINE, EXACT, "compiled", "bf16", "compiled, bf16", "sampled, step 0.5", "sampled, bf16, step 0.5",
+    BASELINE, EXACT, CHAINS, "compiled", "bf16", "compiled, bf16", "sampled, step 0.5", "sampled, bf16, step 0.5",
     "compiled, sampled, bf16, step 0.5",
 )  # fmt: skip
-PARITY = (EXACT, "without the fused product", "checkpointed", "adjoint", "sampled", "compiled")
+PARITY = (EXACT, CHAINS, "without the fused product", "checkpointed", "adjoint", "sampled", "compiled")
 
 
 def parity(recipe: str, device: torch.device, *, batch: int) -> list[list[str]]:
@@ -67,10 +67,11 @@ def stacked(recipe: str, device: torch.device, *, batch: int, repeats: int) -> l
     rows: list[list[object]] = []
     cases: dict[str, Callable[[], object]] = {name: step.run for name, step in steps.items()}
     if cuda:
-        try:
-            cases["exact, CUDA graph"] = graphed(steps[EXACT].run)
-        except RuntimeError as error:
-            rows.append([recipe, "exact, CUDA graph", str(error).strip().splitlines()[0]])
+        for name in (EXACT, CHAINS):
+            try:
+                cases[f"{name}, CUDA graph"] = graphed(steps[name].run)
+            except RuntimeError as error:
+                rows.append([recipe, f"{name}, CUDA graph", str(error).strip().splitlines()[0]])
     times = alternate(cases, repeats=repeats, device=device)
     for name, time in times.items():
         difference, memory = "", ""
@@ -85,7 +86,7 @@ def stacked(recipe: str, device: torch.device, *, batch: int, repeats: int) -> l
 
 def waits(recipe: str, device: torch.device, *, batch: int) -> str:
     """Whether a step makes the host wait for the device."""
-    step = build(recipe, EXACT, batch, device.type).run
+    step = build(recipe, CHAINS, batch, device.type).run
     step()
     if device.type != "cuda":
         return "not measured: this device has no asynchronous launches."

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -26,14 +27,15 @@ from measure import (
     table,
     threads_option,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
+from rnode_plugin.core import chains
 from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.fields import compile_fields
 
-BASELINE, EXACT = "usual formulation", "exact"
+BASELINE, EXACT, CHAINS = "usual formulation", "exact", "+ fused chains"
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Path:
         solver: the integrator.
         bf16: whether the field computes in bfloat16.
         fused: whether the field brings its own product with the Jacobian.
+        chains: whether chains of pointwise operations are single kernels on a device.
         compiled: whether torch.compile has a share in it.
     """
 
     solver: Solver = Solver(method="rk4_38", step=0.25)  # noqa: RUF009  (frozen)
     bf16: bool = False
     fused: bool = True
+    chains: bool = True
     compiled: bool = False
 
 
@@ -58,7 +62,8 @@ def _rk4(**changes: object) -> Solver:
 
 
 PATHS = {
-    EXACT: Path(),
+    EXACT: Path(chains=False),
+    CHAINS: Path(),
     "checkpointed": Path(_rk4(gradient="checkpointed")),
     "adjoint": Path(_rk4(gradient="adjoint")),
     "without the fused product": Path(fused=False),
@@ -71,6 +76,17 @@ PATHS = {
     "compiled, bf16": Path(bf16=True, compiled=True),
     "compiled, sampled, bf16, step 0.5": Path(_rk4(quadrature="sampled", step=0.5), bf16=True, compiled=True),
 }
+
+
+class Plain(nn.Module):
+    """A field whose products are left to automatic differentiation."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.field(t, z)
 
 
 @dataclass
@@ -93,11 +109,12 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
         layers=model.layers,
         alpha=model.options["alpha"],
         levels=data.levels,
-        fused=path.fused,
     )
     fields: list[Any] = list(flow.fields)
     for field in fields:
         field.layers[-1].reset_parameters()  # a fresh flow is zero, and so are its products
+    if not path.fused:
+        flow.fields = nn.ModuleList(map(Plain, fields))
     flow.to(device, dtype)
     x = torch.rand(batch, *data.shape).to(device, dtype)
     noise = [torch.randn(batch, *block).to(device, dtype) for block in flow.block_shapes]
@@ -110,10 +127,13 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
 
     def run() -> Tensor:
         step.zero_grad()
-        with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
-            output = step(x, noise=noise, **options)
-        goal = objective(output_log_prob(output), output.regularization, lambdas=recipe.lambdas, dims=recipe.dims)
-        goal.loss.backward()
+        kernels = nullcontext() if path.chains else mock.patch.object(chains, "single_kernels", return_value=False)
+        with kernels:
+            with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
+                output = step(x, noise=noise, **options)
+            log_prob = output_log_prob(output)
+            goal = objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims)
+            goal.loss.backward()
         return goal.loss.detach()
 
     return Step(step, run)

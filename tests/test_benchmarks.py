@@ -34,6 +34,36 @@ def test_probes_are_independent_of_the_pixels_noise() -> None:
     assert max(abs(float(c)) for c in correlations) < 5 / 32_000**0.5
 
 
+# kernels and bytes at most; before chains were single kernels: 18,208 and 300 GB, 6,395 and 84, 25,652 and 415
+BOUNDS = {
+    "mnist, exact": (10_500, 227e9),
+    "mnist, sampled, step 0.5": (3_850, 61e9),
+    "cifar10, exact": (14_800, 313e9),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ("mnist, exact", 4),  # a quarter of the steps
+        pytest.param("mnist, exact", 1, marks=pytest.mark.slow),
+        pytest.param("mnist, sampled, step 0.5", 1, marks=pytest.mark.slow),
+        pytest.param("cifar10, exact", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_asks_little_of_a_device(case: str, parts: int) -> None:
+    from device_work import CASES, work_of_step
+
+    name, settings = CASES[case]
+    if parts > 1:
+        settings = (*settings, f"solver.step={0.25 * parts}")
+    work = work_of_step(get_recipe(name).override(list(settings)), batch=200)
+    kernels, size = BOUNDS[case]
+    rest = 450 * (1 - 1 / parts)  # what a solve costs once
+    assert work.kernels <= kernels / parts + rest
+    assert work.bytes <= size / parts
+
+
 @pytest.mark.slow
 def test_the_day_of_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
@@ -41,5 +71,5 @@ def test_the_day_of_a_gpu_is_rehearsed(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--out", str(page)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"^\| digits \| ([^|]*) \| ([-+.e0-9]+) \| ([-+.e0-9]+) \|$", page.read_text(), re.MULTILINE)
-    assert {"exact", "checkpointed", "adjoint", "sampled"} <= {path for path, *_ in rows}
+    assert {"exact", "+ fused chains", "checkpointed", "adjoint", "sampled"} <= {path for path, *_ in rows}
     assert all(abs(float(loss)) < 1e-4 and float(gradient) < 1e-3 for _, loss, gradient in rows)
