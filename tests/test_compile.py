@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
+def fresh_compiler() -> Iterator[None]:
     fused._compiler.cache_clear()
     yield
     fused._compiler.cache_clear()

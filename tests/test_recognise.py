@@ -1,4 +1,4 @@
-"""Recognised stacks: values and gradients of NeuralODE and CNF equal to those of the generic path, in float64."""
+"""Recognised stacks: NeuralODE and CNF give the values and gradients of the generic path, in float64."""
 
 from __future__ import annotations
 

@@ -524,7 +524,7 @@ def _pull_back_direction(
 def _upward(
     stack: Stack, h: Tensor, kept: Sequence[Tensor], cotangents: Sequence[Tensor], weights: bool
 ) -> _Upward:
-    """The transpose of the product, from its cotangent ``h``; ``cotangents`` are those of the activations in it."""
+    """The transpose of the product, from its cotangent ``h``; ``cotangents`` belong to the activations in it."""
     assert stack.fast is not None
     activation = stack.fast.activation
     added, slopes, gradients = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -550,8 +550,9 @@ def _downward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Backpropagation from ``q``, the cotangent of the last layer, through all layers.
 
-    ``entry`` gives what comes to a layer, ``through`` takes the cotangent of a layer's input to that of the
-    output of the layer below. The gradients are of the time, of the first layer's input and of ``theta``.
+    ``entry`` gives what comes to a layer. ``through`` takes the cotangent of a layer's input and gives the
+    cotangent of the output of the layer below. The gradients are of the time, of the first layer's input and of
+    ``theta``.
     """
     assert stack.fast is not None
     needs_t, needs_z, needs_theta = needs

@@ -170,7 +170,7 @@ class Convolution(LayerMap):
     def layout(x: Tensor) -> Tensor:
         if x.shape[1] > 1:
             return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # vmap knows no other way to say it
-        # one channel is in both layouts, but torch goes by strides: give it those of the fast one
+        # one channel is in both layouts, but torch reads the strides, so take the strides of the fast layout
         batch, _, h, w = x.shape
         return x.reshape(batch, h, w, 1).permute(0, 3, 1, 2)
 
@@ -269,7 +269,7 @@ def _channels_last(y: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _shift_basis(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``(2 H W, 10)``: the maps that a bias of 1 makes, then those of each tap of a constant image of 1."""
+    """``(2 H W, 10)``: the maps that a bias of 1 makes, then the maps of each tap of a constant image."""
     with on_host(), torch.inference_mode(False), torch.no_grad():
         patches = F.unfold(torch.ones(1, 1, h, w, dtype=dtype, device=device), 3, padding=1)[0].t()
         one, zero = torch.ones_like(patches[:, :1]), torch.zeros_like(patches)

@@ -56,7 +56,7 @@ class ConcatConv2d(_Concat):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__((out_channels, 1 + in_channels, 3, 3))
-        # the layout in which torch convolves fastest; a checkpoint knows nothing of it
+        # the layout in which torch convolves fastest, which a checkpoint does not store
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
 

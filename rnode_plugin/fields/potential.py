@@ -35,7 +35,7 @@ class PotentialField(nn.Module):
         hidden: width of the network.
         layers: its layers, at least 1.
         rank: rows of ``A``.
-        context: numbers that the potential is given besides, ``s = (z, t, c)``; the methods then take
+        context: more numbers that the potential depends on, ``s = (z, t, c)``; the methods then take
             ``context (B, context)``.
 
     Raises:

@@ -33,11 +33,11 @@ _UNKNOWN: Part = ("?", None)
 def recognise(
     module: Any, z: Tensor, *, adds_time: Callable[[nn.Module], bool] = lambda module: False
 ) -> Stack | None:
-    """``module`` as the field of one solve from a state like ``z``; None if it is no stack for such states.
+    """``module`` as the field of one solve from a state like ``z``; None if it is not a stack for such states.
 
     A stack is a linear layer, or nested ``nn.Sequential`` of linear layers and one kind of activation. A module
-    with hooks is left alone, because what they do is unknown. ``adds_time`` tells of a module whether it appends
-    the time to its input as the last column.
+    with hooks is left alone, because what they do is unknown. ``adds_time`` finds the modules that
+    append the time to their input as the last column.
     """
     parts = list(_parts(module, adds_time))
     kinds = "".join(kind for kind, _ in parts)
