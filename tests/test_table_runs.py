@@ -224,7 +224,7 @@ def test_a_comparison_of_penalties(file: Path, tmp_path: Path, monkeypatch: pyte
     assert compared.exit_code == 0, compared.output
     report = (tmp_path / "comparison" / "table" / "report.html").read_text()
     assert "NLL, row by row" in report
-    assert report.count(" against none: ") == 2
+    assert report.count(" against none (") == 2
     assert (tmp_path / "comparison" / "table" / "figures" / "score-nfe.png").exists()
     again = rnode("compare", "table", *options, *settings,
                   "--device", "cpu", "--devices", "1")  # fmt: skip

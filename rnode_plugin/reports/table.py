@@ -232,5 +232,6 @@ def _sentence(one: Configuration, base: Configuration) -> str:
         f"evaluations for a solve, after {_known('training_seconds', duration)(one)} of training"
     )
     if difference := _difference(one, base):
-        text += f", {difference.replace(':', ' against ' + base.label + ':')}"
+        change, _, verdict = difference.partition(": ")
+        text += f", {change} against {base.label} ({verdict})"
     return f"{text}."
