@@ -82,13 +82,14 @@ class _Adjoint(torch.autograd.Function):
         return t, z, solution.logdet, *solution.penalties.values()
 
     @staticmethod
-    def backward(ctx: Any, _: Any, dz: Tensor, dlogdet: Tensor | None, *dpenalties: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # create_graph=True, as in a Hessian, whose entries would be zero
             raise ConfigError(
                 "a continuous adjoint gives first derivatives only, and this gradient is to be differentiated "
                 "again (create_graph=True): use the gradient mode 'autograd' or 'checkpointed'."
             )
         with ctx.call.dynamics.repeating():  # which leaves the running statistics of the field as they are
+            _, dz, dlogdet, *dpenalties = gradients
             return _sweep(ctx, dz, dlogdet, dpenalties)
 
 
