@@ -139,6 +139,9 @@ def fit(
             loggers=[logger for logger in loggers if isinstance(logger, Logger)],
             options=trainer_options,
         )
+        samples = RecipeDataModule[Any](recipe, data=data, endless=True)
+        samples.trainer = trainer
+        samples.setup("fit")  # refuses too few samples before other processes start and a folder is made
         module = RnodeModule(recipe)
         # Lightning loads them again, but here weights that do not fit leave no folder and cost no result
         if contents is None:
@@ -153,7 +156,6 @@ def fit(
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if options.progress:
                 _announce(module, data, plan, trainer, folder, done)
-        samples = RecipeDataModule[Any](recipe, data=data, endless=True)
         with _errors_with_advice(control, trainer, is_new=before is None), explained():
             # a run that was killed while its best weights were evaluated has no step left
             stopped = _train(module, samples, trainer, control, checkpoint)
