@@ -316,8 +316,12 @@ class TorchdynSystem(BoundDynamics):
             penalties = self.dynamics.evaluate(t, self.part.part(state), ask).penalties
             dx = self.part.velocity.to(state.dtype)
             dx = dx if torch.is_grad_enabled() else without_graph(dx)
-        else:
+        elif self.dynamics.rates:
             dx, _, penalties = self.dynamics.evaluate(t, state, ask)
+        else:
+            dx, penalties = self.dynamics.field(t, state), {}
+            if dx.dtype is not state.dtype and torch.promote_types(dx.dtype, state.dtype) is state.dtype:
+                dx = dx.to(state.dtype)  # autocast gives low precision, and sums of many steps need the state's
         if self.cost is not None:
             running = self.cost(t, state)
             dx = torch.cat([running[:, None] if running.ndim == 1 else running, dx], 1).to(dx)
@@ -408,7 +412,8 @@ def _unwrapped(vf: Any) -> tuple[Any, int, Sequence[dict[str, Any]]]:
     """The user's field or lone CNF inside torchdyn's wrappers, its order, and the attributes of the wrappers."""
     if type(vf) is not DEFunc:
         return vf, 1, [vars(vf)] if type(vf) is DEFuncBase else []
-    field, counters = vf.vf, [vars(vf)]
+    field: Any = vf.vf
+    counters = [vars(vf)]
     if type(field) is DEFuncBase:
         counters.append(vars(field))
         field = field.vf
