@@ -172,9 +172,12 @@ class DensityModel(nn.Module, ABC):
             >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
             (True, True)
         """
-        model, probes = self.solved_with(), 1
+        model, probes = self, 1
         if isinstance(self.estimator, Hutchinson):
-            probes, model.estimator = max(4, self.estimator.count), Hutchinson(self.estimator.noise)
+            probes, model = (
+                max(4, self.estimator.count),
+                self.solved_with(estimator=Hutchinson(self.estimator.noise)),
+            )
         elif not isinstance(self.estimator, Exact):
             probes = 4
         z = self._draw_latents(check_count(n, "the number of samples"), None)
