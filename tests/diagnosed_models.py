@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import MultivariateNormal
 
-from rnode_plugin import Dynamics, RegularizedCNF, Solver
+from rnode_plugin import RegularizedCNF
 from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
-from rnode_plugin.core.distribution import DensityModel
 from rnode_plugin.core.objective import FlowOutput
-from rnode_plugin.core.trace_estimators import Hutchinson
-from rnode_plugin.solvers import solve
 
 MATRIX = torch.tensor([[0.5, 0.8], [-0.6, -0.4]])
 
@@ -63,6 +60,16 @@ class WrongInverse(RegularizedCNF):
         return super().inverse(z, context=context) + 0.05
 
 
+class WrongLogdet(RegularizedCNF):
+    """A density whose log-determinant has a term too many."""
+
+    extra = 1.0
+
+    def encode(self, x: Tensor, **options: Any) -> FlowOutput:
+        output = super().encode(x, **options)
+        return replace(output, logdet=output.logdet + self.extra)
+
+
 class Rotation(nn.Module):
     """``f(t, z)`` turns by ``angle`` in one unit of time."""
 
@@ -103,50 +110,3 @@ def posterior_pairs(n: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def posterior() -> RegularizedCNF:
     return RegularizedCNF(Shift(), event_shape=2, context_shape=2, trace_estimator="exact", regularizers=())
-
-
-class TableFlow(DensityModel):
-    """A flow of another class, with standardised columns and, if ``conditional``, a context that shifts them.
-
-    ``off`` shifts its samples alone; ``extra`` is added to its log-determinant alone.
-    """
-
-    def __init__(
-        self, *, conditional: bool = False, solver: Solver | None = None, off: float = 0.0, extra: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.field, self.off, self.extra = Linear(), off, extra
-        self.solver = solver or Solver(method="dopri5")
-        self.estimator = Hutchinson("gaussian")
-        self.event_shape = torch.Size([2])
-        self.context_shape = torch.Size([2]) if conditional else None
-        self.base = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
-        self.scale = torch.tensor([10.0, 0.1])
-
-    def encode(
-        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
-    ) -> FlowOutput:
-        output = self._solve(x / self.scale - self._shift(context), [0.0, 1.0], noise, penalties)
-        return replace(output, logdet=output.logdet - self.scale.log().sum() + self.extra)
-
-    def decode(
-        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
-    ) -> FlowOutput:
-        output = self._solve(z, [1.0, 0.0], noise, penalties)
-        x = (output.z + self._shift(context) + self.off) * self.scale
-        return replace(output, z=x, logdet=output.logdet + self.scale.log().sum() - self.extra)
-
-    def _solve(self, z: Tensor, times: list[float], noise: Any, penalties: bool | None) -> FlowOutput:
-        followed = self.regularizers if penalties else ()
-        dynamics = Dynamics(self.field, regularizers=followed, estimator=self.estimator)
-        bound = dynamics.bind(dynamics.draw(z) if noise is None else noise[0])
-        solution = solve(bound, z, torch.tensor(times), self.solver)
-        assert solution.logdet is not None
-        return FlowOutput(solution.z[-1], solution.logdet[-1], solution.penalties, solution.stats.nfe)
-
-    def data(self, n: int, context: Tensor | None = None) -> Tensor:
-        """Samples of its density in closed form."""
-        return (gaussian(MATRIX, n, seed=5) + self._shift(context)) * self.scale
-
-    def _shift(self, context: Tensor | None) -> Tensor | float:
-        return 0.0 if context is None else context
