@@ -214,53 +214,6 @@ def test_the_batches_of_nfe_depend_on_the_data_alone(samples: int, dims: int, si
     assert [each.start for each in batches] == [k * sizes[0] for k in range(len(sizes))]
 
 
-def test_the_numbers_of_an_evaluation_by_scipy_and_autograd() -> None:
-    """Clean bits/dim, its error and the penalties of a flow of small images, from its fields alone."""
-    from scipy.integrate import solve_ivp
-
-    torch.manual_seed(1)
-    flow = MultiscaleFlow((1, 2, 2), hidden=3, levels=17, alpha=0.05, solver=Solver("dopri5", atol=1e-7, rtol=1e-7))
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.copy_(0.5 * torch.randn_like(parameter))
-    flow = flow.double()
-    pictures = images(2, 17, (1, 2, 2))
-
-    def rates(t: float, y: np.ndarray, field: nn.Module) -> np.ndarray:
-        """Velocity, divergence, squared speed and squared Jacobian norm of ``y (7,)``."""
-
-        def velocity(z: Tensor) -> Tensor:
-            return field(torch.tensor(t, dtype=torch.float64), z.reshape(1, 1, 2, 2)).flatten()
-
-        z = torch.from_numpy(y[:4])
-        jacobian = torch.func.jacrev(velocity)(z)
-        f = velocity(z)
-        found = torch.cat([f, torch.stack([jacobian.trace(), f.square().sum(), jacobian.square().sum()])])
-        return found.detach().numpy()
-
-    bits, penalties = [], []
-    for picture in pictures:
-        p = 0.05 + 0.9 * (picture.reshape(-1) + 0.5) / 17
-        y = np.concatenate([np.log(p / (1 - p)), [0.0, 0.0, 0.0]])
-        for field in flow.fields:
-            y = solve_ivp(rates, (0, 1), y, args=(field,), rtol=1e-7, atol=1e-8).y[:, -1]
-        log_prob = (-0.5 * (y[:4] ** 2 + np.log(2 * np.pi)) + np.log(0.9 / (p * (1 - p)))).sum() + y[4]
-        bits.append(np.log2(17) - log_prob / (4 * np.log(2)))
-        penalties.append(y[5:] / 4)
-
-    class Clean(ImageTask):
-        """Penalties belong to the first quantity, which is here the bins' centres."""
-
-        def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-            return FlowInput(super().inputs(batch, 1).x.double(), {})
-
-    found = evaluate(flow, pictures, measure=Clean((1, 2, 2), 17), draws=1)
-    assert found.clean.samples == pytest.approx(bits, abs=1e-5)
-    assert found.clean.mean == pytest.approx(np.mean(bits), abs=1e-5)
-    assert found.clean.stderr == pytest.approx(np.std(bits, ddof=1) / 2**0.5, abs=1e-5)
-    assert list(found.penalties.values()) == pytest.approx(np.mean(penalties, 0).tolist(), rel=1e-4)
-
-
 class Scaling(nn.Module):
     """``f(t, z) = 0.8 z``, which counts its calls."""
 
@@ -280,7 +233,7 @@ class Doubles(ImageTask):
         return FlowInput(super().inputs(batch, quantity).x.double(), {})
 
 
-def test_dirty_bits_the_solver_gap_and_nfe_in_closed_form() -> None:
+def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form() -> None:
     field = Scaling()
     flow = MultiscaleFlow((1, 2, 2), alpha=0.05, levels=17, trace_noise="exact", field=lambda shape: field).double()
     blocks, pictures = len(flow.fields), images(5, 17, (1, 2, 2))
@@ -291,9 +244,13 @@ def test_dirty_bits_the_solver_gap_and_nfe_in_closed_form() -> None:
     found = evaluate(flow, pictures, measure=Doubles((1, 2, 2), 17), batch_size=3, draws=1, solver=tight,
                      training_solver=euler)  # fmt: skip
 
-    def bits(x: np.ndarray, growth: float) -> np.ndarray:
+    def latent(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p = 0.05 + 0.9 * x.reshape(-1, 4)
-        z = np.log(p / (1 - p)) * growth**blocks
+        return p, np.log(p / (1 - p))
+
+    def bits(x: np.ndarray, growth: float) -> np.ndarray:
+        p, z = latent(x)
+        z = z * growth**blocks
         each = -0.5 * (z**2 + np.log(2 * np.pi)) + np.log(0.9 / (p * (1 - p))) + 0.8 * blocks
         return np.log2(17) - each.sum(1) / (4 * np.log(2))
 
@@ -304,6 +261,12 @@ def test_dirty_bits_the_solver_gap_and_nfe_in_closed_form() -> None:
     dirty = bits(np.concatenate(drawn), np.exp(0.8))
     assert found.dirty.samples == pytest.approx(dirty, abs=1e-7)
     assert found.dirty.mean == pytest.approx(dirty.mean(), abs=1e-7)
+    assert found.clean.samples == pytest.approx(bits((pictures + 0.5) / 17, np.exp(0.8)), abs=1e-5)  # float32
+    assert found.clean.stderr == pytest.approx(np.std(found.clean.samples, ddof=1) / 5**0.5)
+    # a block moves z to e^0.8 z, so its kinetic energy is 0.64 |z|^2 (e^1.6 - 1) / 1.6
+    squares = np.square(latent(np.concatenate(drawn))[1]).mean() * sum(np.exp(1.6 * k) for k in range(blocks))
+    kinetic = 0.64 * squares * (np.exp(1.6) - 1) / 1.6
+    assert found.penalties == {"kinetic": pytest.approx(kinetic), "jacfrob": pytest.approx(0.64 * blocks)}
     assert found.gap == pytest.approx((bits(drawn[0], 1.4**2) - dirty[:3]).mean(), abs=1e-7)
     # at last all five images alone, and the first three by the training solver
     assert calls[-2:] == [found.nfe_mean, 2 * blocks]
