@@ -15,8 +15,8 @@ from .derivatives import Field
 
 TIME_NAMES = frozenset({"t", "time", "timestep", "timesteps"})
 STATE_NAMES = frozenset({"x", "z", "y", "u", "h", "state", "sample"})
-TIME_SHAPES = {"()": 0, "(B,)": 1, "(B, 1)": 2}
-"""Shapes of the time that a field may take, and their dimensions."""
+TIME_SHAPES = {"(B,)": 1, "(B, 1)": 2}
+"""Shapes of the time that a field may take instead of a scalar, and their dimensions."""
 
 # private names of torch for what it has compiled: a wrapper's module, a function, a module in place
 COMPILED_MODULE = "_orig_mod"
@@ -122,8 +122,8 @@ def time_first(field: Any, *, call: Callable[..., Tensor] | None = None, time_sh
     Args:
         field: the velocity: a module, or another callable.
         call: calls it instead, as ``call(field, t, x)`` or ``call(field, t, x, context)``.
-        time_shape: the shape of the time that it takes for states ``(B, ...)``: ``"()"``, ``"(B,)"`` or
-            ``"(B, 1)"``; None: ``"()"``.
+        time_shape: the shape of the time that it takes for states ``(B, ...)``, ``"(B,)"`` or ``"(B, 1)"``. None: a
+            scalar.
 
     Raises:
         ConfigError: for another ``time_shape``, and for a time that is neither the first nor the second parameter;
@@ -154,7 +154,7 @@ class _TimeFirst(nn.Module):
             self.aux = field.aux
 
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
-        if self.time_shape in ("(B,)", "(B, 1)"):
+        if self.time_shape is not None:
             shape = (len(x), 1)[: TIME_SHAPES[self.time_shape]]
             t = t.reshape(-1, *shape[1:]).expand(shape)
         if self.call is not None:
