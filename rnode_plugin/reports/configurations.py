@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,26 +20,6 @@ _RESOLUTION = 1e-5  # bits/dim, nats: single precision does not resolve smaller 
 _OF_TRAINING = ("batch_size", "workers", "flip", "train_images", "train_rows")  # settings of the data
 _ORDER = ("none", "ffjord", "kinetic", "jacfrob", "rnode")  # of the paper's ablation
 
-# six colours of the style sheet and seven each of these: 42 configurations look different
-_COLOURS = 6
-_LINES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
-    "-", "--", "-.", ":", (0, (4, 1, 1, 1)), (0, (8, 2, 2, 2)), (0, (1, 1)),
-)  # fmt: skip
-_MARKERS = "oDs^vPX"
-
-
-class Look(NamedTuple):
-    """How a configuration is drawn; the colour is one of the style sheet's cycle."""
-
-    colour: str
-    line: str | tuple[int, tuple[int, ...]]
-    marker: str
-
-    @staticmethod
-    def of(number: int) -> Look:
-        """The look of configuration ``number`` of a report."""
-        return Look(f"C{number % _COLOURS}", _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
-
 
 @dataclass(frozen=True)
 class Configuration:
@@ -47,15 +27,28 @@ class Configuration:
 
     Attributes:
         label: differs from the labels of the other configurations of a report.
-        penalties: their name, see :func:`~rnode_plugin.reports.runs.penalties_of`.
         runs: one for each seed.
-        look: how it is drawn.
+        number: its place in the report, from 0.
     """
 
     label: str
-    penalties: str
     runs: tuple[Run, ...]
-    look: Look
+    number: int
+
+    @property
+    def penalties(self) -> str:
+        """Their name, see :func:`~rnode_plugin.reports.runs.penalties_of`."""
+        return penalties_of(self.recipe)
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """How it is drawn. Six colours of the style sheet and seven markers give 42 looks."""
+        lines = "-", "--", "-.", ":"
+        return {
+            "color": f"C{self.number % 6}",
+            "marker": "oDs^vPX"[self.number % 7],
+            "linestyle": lines[self.number % 4],
+        }
 
     @property
     def task(self) -> Task:
@@ -116,7 +109,7 @@ def group_runs(runs: Sequence[Run]) -> list[Configuration]:
     )
     labels = _labels([group[0] for group in members])
     return [
-        Configuration(label, penalties_of(group[0].recipe), tuple(group), Look.of(number))
+        Configuration(label, tuple(group), number)
         for number, (label, group) in enumerate(zip(labels, members, strict=True))
     ]
 

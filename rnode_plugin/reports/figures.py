@@ -156,11 +156,13 @@ class _Curve(NamedTuple):
         late = [np.array([])]
         for one in configurations:
             label = _plain_text(one.label) if len(configurations) > 1 else None
-            line = "none" if self.x.startswith("val/") else one.look.line
+            look = one.look
+            if self.x.startswith("val/"):  # marks without an order in time
+                look["linestyle"] = "none"
+            if not self.y.startswith("val/"):
+                look["marker"] = None
             for x, y in self.points(one):
-                axes.plot(x, y, label=label, color=one.look.colour, linestyle=line, linewidth=1.8, markersize=4.5,
-                          marker=one.look.marker if self.y.startswith("val/") else None,
-                          markeredgewidth=0)  # fmt: skip
+                axes.plot(x, y, label=label, linewidth=1.8, markersize=4.5, markeredgewidth=0, **look)
                 late += [y[x >= x.max() / 10]] if self.x == "train_seconds" and len(x) > 5 else []
                 label = None
         values = np.concatenate(late)
@@ -191,7 +193,7 @@ def _trade_off(axes: Any, configurations: Sequence[Configuration]) -> None:
     name = task.quantities[0].name
     for one in configurations:
         axes.errorbar(one.mean("nfe_test"), one.mean(name), xerr=one.error("nfe_test"), yerr=one.error(name),
-                      color=one.look.colour, linestyle="none", marker=one.look.marker, markersize=6,
-                      markeredgewidth=0, elinewidth=1, capsize=2, label=_plain_text(one.label))  # fmt: skip
+                      markersize=6, markeredgewidth=0, elinewidth=1, capsize=2, label=_plain_text(one.label),
+                      **{**one.look, "linestyle": "none"})  # fmt: skip
     axes.xaxis.get_major_locator().set_params(integer=True)
     finish(axes, _NFE, f"held-out, {task.score}")
