@@ -82,10 +82,10 @@ class Still(nn.Module):
 
 
 def test_a_density_in_closed_form_passes() -> None:
-    asked: list[str] = []
+    shown: list[str] = []
     x = gaussian(MATRIX, 300)
-    found = diagnose(density(), x, progress=asked.append)
-    assert asked == NAMES
+    found = diagnose(density(), x, progress=shown.append)
+    assert shown == NAMES
     verdicts = {check.name: check.verdict for check in found.checks}
     # the data are Gaussian, so no model is better than a Gaussian
     assert verdicts == {**dict.fromkeys(NAMES, "ok"), texts.GAUSSIAN: "cannot tell"}

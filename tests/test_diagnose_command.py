@@ -72,15 +72,15 @@ def test_what_it_prints_and_writes(trained: Path, diagnosed: Result) -> None:
 
 @pytest.fixture
 def canned(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """In place of the checks: a diagnosis without failures. What was asked of it."""
-    asked: dict[str, Any] = {}
+    """Replaces the checks by a diagnosis without failures, and records the arguments of the call."""
+    called: dict[str, Any] = {}
 
     def diagnose(model: Any, x: Any, **options: Any) -> Diagnosis:
-        asked.update(options, images=len(x))
+        called.update(options, images=len(x))
         return _diagnosis((Check("tolerance", "ok", "fine", {"nll": math.nan}),))
 
     monkeypatch.setattr("rnode_plugin.evaluation.diagnostics.diagnose.diagnose", diagnose)
-    return asked
+    return called
 
 
 def test_json_and_another_folder(trained: Path, tmp_path: Path, canned: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def _command(name: str) -> click.Command:
 
 
 class _Commands(click.Group):
-    """Commands by name from the registry; the module of one is imported when it is asked for."""
+    """Commands by name from the registry. The module of a command is imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return registry.names("commands")

@@ -244,7 +244,7 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     try:
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:  # shown here, since the command line would turn an RnodeError into a message
-        # the frames of this function and of runpy say nothing about the script
+        # without the frames of this function and of runpy
         frames = error.__traceback__
         while frames is not None and Path(frames.tb_frame.f_code.co_filename) != script:
             frames = frames.tb_next

@@ -90,7 +90,7 @@ def train(
         first = all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
         if first or type(error) not in (ConfigError, TrainingError):  # it may be the only one that failed
             raise
-        # the first process says the same. Lightning kills it at sight of another exit code, maybe before it could
+        # the first process reports the same, and Lightning may kill it first if another exits with an error
         ctx.exit(0)
     if not result.first_process:
         return

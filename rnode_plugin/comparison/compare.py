@@ -31,7 +31,7 @@ from ..reports.runs import read_run
 from ..training.runs import training_lock
 
 _TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
-_VALIDATIONS = 20  # of a run whose recipe has a number of steps and does not say how often it is validated
+_VALIDATIONS = 20  # of a run whose recipe has a number of steps and no interval of validations
 _EXAMPLE = '{"weak": {"kinetic": 0.001}, "sweep": {"kinetic": [0.01, 0.1]}}'
 
 

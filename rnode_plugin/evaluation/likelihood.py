@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PILOT = 32  # samples: at least so many are drawn twice to measure the noise
 _FEWEST_TO_JUDGE = 8  # samples: with fewer the noise is not compared with the samples' error
 _MAX_DRAWS = 8
-_NOISE_SHARE = 0.5  # of the samples' error: the noise may be that large
+_NOISE_SHARE = 0.5  # largest error of the noise over the error of the samples
 _NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # batches, and samples and numbers of one
 
 
@@ -233,8 +233,10 @@ def _draws_needed(rows: Tensor) -> int:
     """The number of draws that makes the noise small against the samples, from two draws, ``rows (2, samples)``."""
     if rows.shape[1] < _FEWEST_TO_JUDGE:
         return len(rows)
-    noise = float(rows.var(0).mean())  # of one draw of one sample
-    own = max(float(rows.mean(0).var()) - noise / 2, 0.0)  # of the samples, without the noise of their means
+    noise = float(rows.var(0).mean())  # variance of one draw of one sample
+    own = max(
+        float(rows.mean(0).var()) - noise / 2, 0.0
+    )  # variance of the samples, without the noise of their means
     if noise <= _NOISE_SHARE**2 * own:
         return 1
     return min(_MAX_DRAWS, math.ceil(noise / (_NOISE_SHARE**2 * own))) if own > 0 else _MAX_DRAWS

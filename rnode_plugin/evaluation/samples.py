@@ -205,7 +205,7 @@ def _contexts(names: Sequence[str], given: Mapping[str, float] | str | None, cou
 
 
 _MOST = 8  # columns
-_DATA, _SAMPLES = "C1", "C0"  # of the style sheet
+_DATA, _SAMPLES = "C1", "C0"  # colours of the style sheet
 _INSIDE = 0.5, 99.5  # percentiles of the data that a panel shows, and a margin around them
 
 

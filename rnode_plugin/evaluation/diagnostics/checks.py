@@ -24,12 +24,12 @@ GAP = 0.005, 0.05  # nats per dimension
 LOST = 1e-3, 1e-2  # of the data's spread
 UNEXPLAINED = 1e-3  # nats per dimension: more than rounding
 VISIBLE, SEPARATED = 0.6, 0.9  # accuracies of the classifier
-FALSE_ALARM = 1e-3  # of each check that is statistical
+FALSE_ALARM = 1e-3  # probability in each check that is statistical
 # sizes
 BUDGET = 20_000  # evaluations of one solve
 MAX_JACOBIAN = 256  # dimensions: the Jacobian of the map takes a backward pass through a whole solve for each
 FEWEST, MOST = 20, 2000  # samples of the classifier, fewest also of a Gaussian
-COMPONENTS = 32  # of a principal component analysis, for more dimensions than twice that
+COMPONENTS = 32  # principal components, for more dimensions than twice that
 FOLDS = 5
 
 
