@@ -204,7 +204,7 @@ def test_the_step_follows_the_field() -> None:
     assert float(coarser.split("gap ")[1].split()[0]) <= 0.00125
 
 
-def test_where_no_step_agrees_the_smallest_is_taken_and_said_once(short: None) -> None:
+def test_where_no_step_agrees_the_smallest_is_taken_and_printed_once(short: None) -> None:
     flow, auto = flow_of(Scaling(1.0)), AutoStep(Solver(method="euler"), TASK, seed=0)
     first, second = (auto.take(auto.measure(flow, IMAGES, CPU), at) for at in (10, 20))
     assert first is not None

@@ -33,7 +33,7 @@ def train(*arguments: object) -> Result:
 # callbacks, loggers, Trainer options --------------------------------------------------------------------------
 
 
-def test_callbacks_and_loggers_of_ones_own(tmp_path: Path) -> None:
+def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
     seen: list[int] = []
     logger = CSVLogger(tmp_path, name="mine", version="0")
     early = EarlyStopping("val/bpd", stopping_threshold=100.0)
@@ -90,19 +90,19 @@ def test_loggers_by_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPa
 def test_a_callback_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_callbacks.py").write_text(
         "import pytorch_lightning as L\n"
-        "class Says(L.Callback):\n"
-        "    def on_train_end(self, trainer, module): print('said', trainer.global_step)\n"
-        "made = Says()\n"
+        "class Prints(L.Callback):\n"
+        "    def on_train_end(self, trainer, module): print('ended', trainer.global_step)\n"
+        "made = Prints()\n"
         "def broken(): raise OSError('no such thing')\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     options = ["--runs", tmp_path / "runs", "--set", "training.max_steps=2"]
-    done = train("digits", "--callback", "my_callbacks:Says", "--callback", "my_callbacks:made", *options)
+    done = train("digits", "--callback", "my_callbacks:Prints", "--callback", "my_callbacks:made", *options)
     assert done.exit_code == 0, done.output
-    assert done.output.count("said 2") == 2
+    assert done.output.count("ended 2") == 2
     for name, words in (
-        ("no_module:Says", "No module named"),
+        ("no_module:Prints", "No module named"),
         ("my_callbacks", "Write MODULE:NAME"),
         ("my_callbacks:broken", "OSError: no such thing"),
         ("builtins:dict", "makes a dict, not a callback"),
@@ -186,7 +186,7 @@ def test_the_command_flushes_denormals_and_the_library_does_not(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_the_command_says_what_ctrl_c_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+def test_the_command_after_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The first signal lets a step end, the second does not."""
     (tmp_path / f"signals_{times}.py").write_text(
         "import os, signal, pytorch_lightning as L\n"

@@ -1,4 +1,4 @@
-"""Real processes, killed, starved and robbed of their files: a run ends as if nothing had happened, or says why."""
+"""Real processes, killed, starved and robbed of their files: a run ends with the same result, or with a message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Child:
         self._process.start()
 
     def end(self) -> tuple[int | None, str]:
-        self._process.join(120)
+        self._process.join(280)
         assert not self._process.is_alive(), "it hangs"
         return self._process.exitcode, self._output.read_text()
 

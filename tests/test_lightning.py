@@ -139,7 +139,7 @@ def test_validation_in_inference_mode(tmp_path: Path) -> None:
     assert found["val/jacfrob"] > 0
 
 
-def test_what_cannot_work_is_said(tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="80 training images do not fill one batch of 100"):
         train(tiny_recipe("data.batch_size=100"), tmp_path, max_steps=1)
     recipe = tiny_recipe("solver.step=auto")

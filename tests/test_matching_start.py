@@ -105,7 +105,7 @@ def test_a_gradient_reaches_every_parameter_but_of_wrong_images_none() -> None:
         flow.matching_loss(torch.full((5, 1, 8, 8), 2.0))
 
 
-def test_the_run_says_which_steps_matched(tmp_path: Path) -> None:
+def test_a_run_with_steps_of_matching(tmp_path: Path) -> None:
     recipe = tiny_recipe(
         "start.matching=4", "training.log_every=1", "optimizer.name=muon", "optimizer.schedule=cosine",
         "optimizer.lr=1e-2", "optimizer.vector_lr=1e-2", "optimizer.warmup=1",

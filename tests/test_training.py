@@ -110,7 +110,7 @@ def test_a_run_and_what_it_leaves(recipe: Recipe, whole: FitResult) -> None:
     assert result.run_seconds > 0
 
 
-def test_the_numbers_of_a_row_are_what_their_columns_say(whole: FitResult) -> None:
+def test_the_numbers_of_a_row(whole: FitResult) -> None:
     """The loss is eq. 17 of the other columns; a validation has all held-out images and the weights of its step."""
     found = rows(whole)
     for row in found:

@@ -176,7 +176,8 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
             assert float(value) == pytest.approx(float(of_one[name]), rel=tolerance, abs=1e-6), name
 
 
-def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_example_on_two_devices(tmp_path: Path) -> None:
     """The example on two devices: each trains on its part, each held-out image counts once, one process reports."""
     example = Path(__file__).parents[1] / "examples" / "lightning_trainer.py"
     environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}

@@ -31,11 +31,11 @@ SAFETENSORS = ".safetensors"
 _FORMAT = 1
 _KEY, _CHECKSUM = "rnode_plugin", "sha256"
 _PREFIX = "flow."
-_HARMLESS = 1000  # layers that are built in no time, whatever a file contains
+_HARMLESS = 1000  # layers that are quick to build, whatever a file contains
 
 
 def header_with(recipe: Recipe) -> dict[str, Any]:
-    """The header of a file of ours: its format, the version that wrote it, the recipe. Plain data only."""
+    """The header of a file as plain data: its format, the version that wrote it, and the recipe."""
     return {_KEY: {"format": _FORMAT, "version": __version__, "recipe": recipe.to_plain()}}
 
 
@@ -229,7 +229,7 @@ def _files(path: Path, prefer: str) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of one file of ours: tensors of the CPU and plain values, nothing that runs.
+    """The contents of a checkpoint file: tensors on the CPU and plain values. No code in it is run.
 
     Raises:
         CheckpointError: unreadable, damaged, or written by another program.

@@ -50,7 +50,7 @@ class FitResult:
         folder: of the run.
         steps: optimizer steps of the whole run so far; after a second signal, which ends the call in the middle of
             a step, the steps of the last checkpoint.
-        planned: steps that the recipe asks for.
+        planned: steps of the recipe.
         stopped: why the call ended: ``"finished"``, ``"max_time"``, ``"early"`` if a callback ended it, or the name
             of a signal.
         training_seconds: time of all steps of the run, without validations.

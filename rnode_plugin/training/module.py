@@ -170,7 +170,7 @@ class RnodeModule(L.LightningModule):
             self.flow.standardize(torch.from_numpy(data.data.train))
 
     def _data(self) -> RecipeDataModule[Any] | None:
-        """The data module of ours that the Trainer was given; None if it got others, or loaders."""
+        """The data module of this package that the Trainer was given; None for another one, or loaders."""
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, RecipeDataModule) else None
 

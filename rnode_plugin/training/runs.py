@@ -206,7 +206,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "rnode-plugin": __version__,
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        "torch": torch.__version__,  # with its build: a wheel does not say in its metadata for which CUDA it is
+        "torch": torch.__version__,  # with its build, which names its CUDA
         "plugins": {
             each.name: f"{each.distribution} {each.version}"
             for each in registry.report()

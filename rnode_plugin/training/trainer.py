@@ -27,7 +27,7 @@ from .checkpoints import LAST, PREVIOUS, read_checkpoint
 from .runs import RunPlan
 
 _UNSEEN = ("fast_dev_run", "limit_val_batches", "overfit_batches")
-"""Options of Lightning's Trainer with which the numbers of a run would not be what the recipe says."""
+"""Options of Lightning's Trainer that would change the numbers of a run in silence."""
 
 
 class Place(NamedTuple):
