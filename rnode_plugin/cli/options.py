@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,7 +32,7 @@ class Duration(click.ParamType):
         text = str(value).strip()
         parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text)
         hours, minutes, rest = (float(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
-        if not (seconds := 3600 * hours + 60 * minutes + rest):
+        if not 0 < (seconds := 3600 * hours + 60 * minutes + rest) < math.inf:
             self.fail(f"{value!r} is not a span of time: write 90 (seconds), 20m or 1h30m.", param, ctx)
         return seconds
 
