@@ -37,6 +37,8 @@ TABLES = {
     "train_images": (2, ["steps +2 ", "bits/dim dirty", "bits/dim clean", "NFE", "kinetic / dim", "jacfrob / dim"]),
 }
 
+SLOW = {"figure_1", "lightning_trainer", "ot_flow_matching", "train_images"}  # five seconds or more
+
 
 def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.chdir(folder)  # where the files appear
@@ -45,7 +47,7 @@ def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SCRIPTS])
 def test_it_runs_prints_its_table_and_writes_its_file(name, monkeypatch, tmp_path, capsys):
     steps, rows = TABLES[name]
     with warnings.catch_warnings():
