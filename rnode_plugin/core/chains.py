@@ -24,7 +24,9 @@ def transforms_active() -> bool:
 
 def single_kernels(x: Tensor) -> bool:
     """Whether chains are single kernels where ``x`` is: on ``meta`` and on a device for which torch can compile."""
-    return not x.is_cpu and (x.is_meta or _compiler_works(x.device.type))
+    if x.is_cpu or torch.compiler.is_compiling():  # a program that is compiled as a whole fuses more
+        return False
+    return x.is_meta or _compiler_works(x.device.type)
 
 
 @cache
@@ -59,8 +61,7 @@ class Chain:
         self._operator.register_fake(function)
 
     def __call__(self, x: Tensor, *rest: Any) -> Any:
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active()
-        if recorded or not single_kernels(x):
+        if not single_kernels(x) or torch.is_grad_enabled() or transforms_active():
             return self._function(x, *rest)
         # on a real device the operator would double what a call costs the host
         return (self._operator if x.is_meta else _compiled(self._function))(x, *rest)

@@ -69,7 +69,7 @@ def traced(*tensors: Tensor | None) -> bool:
 
 def one_kernel(*tensors: Tensor) -> bool:
     """Whether a node of the graph whose passes are single kernels can take these tensors."""
-    return chains.single_kernels(tensors[0]) and not (torch.compiler.is_compiling() or traced(*tensors))
+    return chains.single_kernels(tensors[0]) and not traced(*tensors)
 
 
 @lru_cache(maxsize=512)
