@@ -153,9 +153,11 @@ def _weigh(
         # a tensor that is made inside a transform belongs to it, and no later call may find it
         make = constant.__wrapped__ if transforms_active() else constant
         row = make(tuple(weights[:count]), first.dtype, first.device) * dt.to(first.dtype)
-        product = row @ table.view(count, len(together) * first.shape[0])
+        alone = len(together) == 1
+        product = row @ (table if alone else table.view(count, len(together) * first.shape[0]))
         if product.dtype is first.dtype:  # else autocast has rounded it
-            found |= zip(together, product.view(len(together), first.shape[0]).unbind(), strict=True)
+            parts = (product,) if alone else product.view(len(together), first.shape[0]).unbind()
+            found |= zip(together, parts, strict=True)
     return {name: found[name] if name in found else _weigh_row(rows[name], weights, dt) for name in rows}
 
 

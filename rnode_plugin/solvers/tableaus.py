@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.chains import Chain
-from ..core.ops import constant, one_kernel
+from ..core.ops import constant, one_kernel, traced
 from ..errors import ConfigError, suggest
 from .config import METHODS, count_steps
 
@@ -108,24 +108,29 @@ def _explicit(
 
     def advance(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         stages = [f(t, x) if k1 is None else k1]
-        argument = x
+        argument, add = x, _in_one_kernel if one_kernel(x, dt) and not dt.requires_grad else _one_by_one
         for node, row in zip(nodes, a, strict=True):
-            argument, x, stages = _argument(x, dt, row, stages)
+            argument, x, stages = add(x, dt, row, stages)
             stages.append(f(t + node * dt, argument))
-        new = argument if fsal else _argument(x, dt, b, stages)[0]
+        new = argument if fsal else add(x, dt, b, stages)[0]
         estimate = None if error is None else _combine(None, dt, error, stages)
         return (stages[-1] if fsal else None), new, estimate, stages
 
     return Method(name, advance, order, error is not None, b, error, draws or b, nodes=(0.0, *nodes))
 
 
-def _argument(
-    x: Tensor, dt: Tensor, row: Sequence[float], stages: list[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+_Arguments = tuple[Tensor, Tensor, list[Tensor]]
+
+
+def _one_by_one(x: Tensor, dt: Tensor, row: Sequence[float], stages: list[Tensor]) -> _Arguments:
+    return _combine(x, dt, row, stages), x, stages
+
+
+def _in_one_kernel(x: Tensor, dt: Tensor, row: Sequence[float], stages: list[Tensor]) -> _Arguments:
     """``x + dt sum_j row_j stages_j``, and state and stages for the next combination."""
+    if traced(*stages):
+        return _one_by_one(x, dt, row, stages)
     used = [k for k, weight in enumerate(row) if weight]
-    if dt.requires_grad or not one_kernel(x, *stages):
-        return _combine(x, dt, row, stages), x, stages
     length = dt if dt.device == x.device else constant(float(dt), x.dtype, x.device)
     weights = constant(tuple(row[k] for k in used), x.dtype, x.device)
     outputs: Any = _Combination.apply(weights, length, x, *(stages[k] for k in used))
