@@ -109,7 +109,11 @@ def export_program(
 def save_program(program: ExportedProgram, path: str | os.PathLike[str]) -> Path:
     """Write a program of :func:`export_program` for ``torch.export.load``, and return the path.
 
-    The file, which ends in ``.pt2``, holds the weights once, and nothing else is needed to run it.
+    The file holds the weights once, and nothing else is needed to run it.
+
+    Args:
+        program: the program to write.
+        path: the file, which ends in ``.pt2``.
 
     Raises:
         ConfigError: for another suffix than ``.pt2``.
