@@ -78,6 +78,10 @@ class Method:
     fit: FitStep = evenly
     interpolate: Interpolate | None = None
 
+    def __reduce__(self) -> Any:
+        """One of the package is copied and pickled by its name: its step is a local function."""
+        return (get_method, (self.name,)) if _BY_NAME.get(self.name) is self else super().__reduce__()
+
     @property
     def stages(self) -> int:
         """Evaluations that a step needs at most."""
