@@ -150,14 +150,11 @@ def table(
     Raises:
         DataError: the file cannot be read, or has too few rows.
     """
-    columns = tuple(columns) or table_columns(root)
+    split = {"validation": validation, "held_out": held_out, "seed": split_seed}
     if root is None:
-        name, rows = "table", _cells()
-        rows = Table(name, CELLS, rows, rows, rows).select(columns).train
-    else:
-        name = str(root)
-        rows = read_columns(root, columns)
-    return split_rows(name, columns, rows, validation=validation, held_out=held_out, seed=split_seed)
+        return split_rows("table", CELLS, _cells(), **split).select(columns or CELLS)
+    columns = columns or column_names(root)
+    return split_rows(str(root), columns, read_columns(root, columns), **split)
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:

@@ -13,8 +13,15 @@ from ..solvers.config import Solver
 from .fields import CONFIG, Decay, Fraction, Listed, Text
 
 
+class _Options:
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the model is made with."""
+        return {name: value for name, value in vars(self).items() if name not in ("name", "kind")}
+
+
 @dataclass(frozen=True, config=CONFIG)
-class Model:
+class Model(_Options):
     """The flow.
 
     Attributes:
@@ -33,14 +40,9 @@ class Model:
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     trace_noise: Literal["gaussian", "rademacher"] = "gaussian"
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that the model is made with."""
-        return _options(self)
-
 
 @dataclass(frozen=True, config=CONFIG)
-class TableModel:
+class TableModel(_Options):
     """The flow of a table.
 
     Attributes:
@@ -67,15 +69,6 @@ class TableModel:
     def __post_init__(self) -> None:
         if self.field == "potential" and self.activation != "softplus":
             raise ConfigError("model.activation is for the perceptron: model.field=potential has a fixed one.")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that the model is made with."""
-        return _options(self)
-
-
-def _options(model: Model | TableModel) -> dict[str, Any]:
-    return {name: value for name, value in vars(model).items() if name not in ("name", "kind")}
 
 
 @dataclass(frozen=True, config=CONFIG)
