@@ -98,10 +98,10 @@ def mixture() -> RegularizedCNF:
 QUICK: dict[str, Callable[[], Any]] = {
     "images": images,
     "table, context": lambda: table(context=1),
-    "linear, probes": lambda: density(linear_field(2, hidden=6), "rademacher:2"),
     "conditional": conditional,
 }
 SLOW: dict[str, Callable[[], Any]] = {
+    "linear, probes": lambda: density(linear_field(2, hidden=6), "rademacher:2"),
     "images, exact": lambda: images(trace_noise="exact"),
     "table, potential": lambda: table(context=2, field="potential"),
     "mixture": mixture,

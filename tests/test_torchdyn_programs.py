@@ -349,6 +349,7 @@ def test_exec_takes_the_penalized_tensor_and_its_columns(tmp_path: Path, monkeyp
         assert rnode("exec", option, script).exit_code == 2
 
 
+@pytest.mark.slow
 def test_an_old_copy_of_torchdiffeq_is_named(tmp_path: Path) -> None:
     """Old projects carry one in their folder, and python imports that one."""
     copy = tmp_path / "torchdiffeq"
