@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ class Activation(ABC):
         keeps_output: whether ``s(a)`` is kept.
     """
 
-    name: ClassVar[str]
-    keeps_output: ClassVar[bool] = False
+    name: str
+    keeps_output: bool = False
 
     def __repr__(self) -> str:
         return f"Activation({self.name!r})"

@@ -22,7 +22,7 @@ class _Chained(Activation):
 
     def __init__(self, activation: Activation) -> None:
         self._activation = activation
-        self.name, self.keeps_output = activation.name, activation.keeps_output  # pyright: ignore[reportAttributeAccessIssue]
+        self.name, self.keeps_output = activation.name, activation.keeps_output
 
     def value(self, a: Tensor) -> Tensor:
         return self._activation.value(a)
