@@ -26,7 +26,7 @@ from ..solvers import Solver, gradient_of, solve
 from ..solvers.integrate import check_steps
 from .cnf import check_shape
 from .field import NetDynamics
-from .solver_names import resolve_solver, solver_of
+from .solver_names import gradient_from_torchdyn, method_from_torchdyn, resolve_solver
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
@@ -294,26 +294,21 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
 def _objects_and_solver(
     solver: str | nn.Module,
     *,
-    atol: float = 1e-5,
-    rtol: float = 1e-5,
     sensitivity: str = "autograd",
     solver_adjoint: str | nn.Module | None = None,
     atol_adjoint: float = 1e-4,
     rtol_adjoint: float = 1e-4,
-    max_nfe: int | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[nn.ModuleDict, Solver]:
     """torchdyn's solver objects, whose parameters belong to the model, and the solver that steps by them."""
-    for name in others:
+    for name in options.keys() - {"atol", "rtol", "max_nfe"}:
         raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
     forward = resolve_solver(solver)
     backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
     given = (solver, solver if solver_adjoint is None else solver_adjoint)
     names = [each if isinstance(each, str) else None for each in given]
-    made = solver_of(
-        forward, backward, sensitivity, atol, rtol, atol_adjoint, rtol_adjoint, names=(names[0], names[1]),
-        max_nfe=max_nfe,
-    )  # fmt: skip
+    gradient = gradient_from_torchdyn(sensitivity, backward, names[1], atol=atol_adjoint, rtol=rtol_adjoint)
+    made = Solver(method_from_torchdyn(forward, names[0]), step=None, gradient=gradient, **options)
     return nn.ModuleDict({"solver": forward, "adjoint": backward}), made
 
 

@@ -34,7 +34,14 @@ from ..solvers.config import check_tolerance
 from ..solvers.integrate import check_steps
 from ..solvers.solution import Solution
 from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of
-from .solver_names import StepwiseAdjoint, kept_times, resolve_solver, solver_name, solver_of
+from .solver_names import (
+    StepwiseAdjoint,
+    gradient_from_torchdyn,
+    kept_times,
+    method_from_torchdyn,
+    resolve_solver,
+    solver_name,
+)
 
 _Torchdyn = torchdyn_neuralde.NeuralODE
 _THEIRS = dict(vars(_Torchdyn))  # from before install() can replace them
@@ -403,9 +410,14 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         if not with_args and self._made[0] and all(map(operator.is_, parts, self._made[0])):
             return self._made[1]
         names = [next((name for made, name in self._named if made is each), None) for each in parts[:2]]
-        solver = solver_of(
-            *parts[:-1], names=(names[0], names[1]), max_nfe=self._max_nfe, quadrature=self._quadrature,
-            interpolator=self.interpolator, args=args, interpolated=StepwiseAdjoint,
+        method = method_from_torchdyn(self.solver, names[0], args, interpolator=self.interpolator)
+        gradient = gradient_from_torchdyn(
+            self.sensalg, self.solver_adjoint, names[1], atol=self.atol_adjoint, rtol=self.rtol_adjoint, args=args,
+            interpolated=StepwiseAdjoint,
+        )  # fmt: skip
+        solver = Solver(
+            method, step=None, atol=self.atol, rtol=self.rtol, max_nfe=self._max_nfe, gradient=gradient,
+            quadrature=self._quadrature,
         )  # fmt: skip
         if not with_args:
             self._made = parts, solver

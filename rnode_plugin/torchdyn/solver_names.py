@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,52 +110,40 @@ def kept_times(t_span: Tensor, save_at: Any) -> list[int]:
 # --- the solver of a solve ---
 
 
-def solver_of(
-    solver: nn.Module,
-    adjoint: nn.Module,
+def gradient_from_torchdyn(
     sensitivity: str,
+    adjoint: nn.Module,
+    name: str | None = None,
+    *,
     atol: Any,
     rtol: Any,
-    atol_adjoint: Any,
-    rtol_adjoint: Any,
-    *,
-    names: tuple[str | None, str | None],
-    max_nfe: int | None,
-    quadrature: str = "full",
-    interpolator: Any = None,
     args: Any = None,
     interpolated: type[Adjoint] = Adjoint,
-) -> Solver:
-    """The solver that these options of torchdyn's classes describe.
+) -> Gradient:
+    """The gradient of a ``sensitivity`` of torchdyn's classes, or of ours.
 
     Args:
-        solver, adjoint: the solver objects of the solve and of a continuous adjoint. The adjoint depends on time if
-            the path is interpolated, and need not match torchdyn's values, so its ``rk4`` evaluates at the right
-            times.
-        sensitivity, atol, rtol, atol_adjoint, rtol_adjoint, max_nfe, quadrature: as in
-            :class:`~rnode_plugin.NeuralODE`.
-        names: the names from which the two objects were made; None for a user's object.
-        interpolator: torchdyn's, for output times inside of a step. Its own tsit5 ignores it.
-        args: for the ``step`` of an object.
+        sensitivity: as in :class:`~rnode_plugin.NeuralODE`.
+        adjoint: the solver object of a continuous adjoint. The adjoint depends on time if the path is interpolated,
+            and need not match torchdyn's values, so its ``rk4`` evaluates at the right times.
+        name, args: of this object, as in :func:`method_from_torchdyn`.
+        atol, rtol: tolerances of the adjoint.
         interpolated: the class of an interpolated adjoint.
 
     Raises:
-        ConfigError: for an unknown sensitivity and a number out of range.
+        ConfigError: for an unknown sensitivity and a tolerance out of range.
     """
     gradient: Gradient = gradient_of(Solver(gradient=sensitivity))
-    if isinstance(gradient, Adjoint):
-        right: Any = "rk4" if type(adjoint) is RungeKutta4 else method_from_torchdyn(adjoint, names[1], args)
-        kind = interpolated if gradient.interpolated else Adjoint
-        gradient = kind(atol_adjoint, rtol_adjoint, interpolated=gradient.interpolated, method=right)
-    method = method_from_torchdyn(solver, names[0], args)
-    if method.adaptive and interpolator is not None and not isinstance(solver, Tsitouras45):
-        method = replace(method, interpolate=_Interpolate(interpolator))
-    return Solver(
-        method, step=None, atol=atol, rtol=rtol, max_nfe=max_nfe, gradient=gradient, quadrature=quadrature
-    )
+    if not isinstance(gradient, Adjoint):
+        return gradient
+    method: Any = "rk4" if type(adjoint) is RungeKutta4 else method_from_torchdyn(adjoint, name, args)
+    kind = interpolated if gradient.interpolated else Adjoint
+    return kind(atol, rtol, interpolated=gradient.interpolated, method=method)
 
 
-def method_from_torchdyn(solver: Any, name: str | None = None, args: Any = None) -> Method:
+def method_from_torchdyn(
+    solver: Any, name: str | None = None, args: Any = None, *, interpolator: Any = None
+) -> Method:
     """The steps of a torchdyn solver object, hypersolvers and a user's solver included, exactly as torchdyn's.
 
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) has that
@@ -167,6 +154,7 @@ def method_from_torchdyn(solver: Any, name: str | None = None, args: Any = None)
         solver: the object.
         name: the name from which it was made, if any.
         args: for its ``step``.
+        interpolator: torchdyn's, for output times inside of a step of an adaptive solver. Its own tsit5 ignores it.
     """
     if type(solver) is RungeKutta38:
         return get_method("rk4_38")
@@ -176,11 +164,13 @@ def method_from_torchdyn(solver: Any, name: str | None = None, args: Any = None)
     draws = family.draws if family else None
     if draws is None and weights is not None and min(weights) >= 0 and solver.stepping_class == "fixed":
         draws = weights
+    adaptive = solver.stepping_class == "adaptive"
+    interpolates = adaptive and interpolator is not None and not isinstance(solver, Tsitouras45)
     return Method(
         family.name if family else type(solver).__name__,
         _Step(solver, name, {} if args is None else args),
         getattr(solver, "order", 1),
-        solver.stepping_class == "adaptive",
+        adaptive,
         weights,
         error_weights=family.error_weights if family else None,
         draws=draws,
@@ -189,6 +179,7 @@ def method_from_torchdyn(solver: Any, name: str | None = None, args: Any = None)
         max_factor=float(getattr(solver, "max_factor", 10.0)),
         nodes=_RK4_NODES if type(solver) is RungeKutta4 else family.nodes if family else None,
         fit=_as_it_is,
+        interpolate=_Interpolate(interpolator) if interpolates else None,
     )
 
 
