@@ -29,6 +29,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     fused._compiler.cache_clear()
+    torch.manual_seed(0)
     yield
     fused._compiler.cache_clear()
 
@@ -122,6 +123,14 @@ def test_compiled_on_a_gpu() -> None:
     field, z = conv_field(2, hidden=6).cuda(), torch.randn(3, 2, 8, 8, device="cuda")
     with torch.device("cuda"):
         assert_same_compiled(field, z, rtol=1e-3, atol=1e-4)  # TF32
+
+
+def test_an_evaluation_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler: Any = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compiler(function, backend="eager", **options)
+    )
+    assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
 
 
 def test_in_training_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:

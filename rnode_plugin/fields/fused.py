@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +89,7 @@ class Stack:
         self.start = both.shape[1] * (1 + self._timed)  # of the weights in theta
         self._sizes = [both.shape[1]] * (1 + self._timed) + [each.numel() for each in flat]
         self._last = kind.unflat(flat[-1], self.shapes[-1])
+        self._plain = self.layers_of(self.theta) if compiled else None
         self.fast: Layers | None = None
         if fast:
             bias, response, weights = self._pieces(self.theta.detach())
@@ -101,10 +102,12 @@ class Stack:
         self._noise = None if several and kind is not Dense else noise
         self._pulled = None if self._noise is None else self._pull(self._noise)
 
-    @cached_property
+    @property
     def plain(self) -> Layers:
         """The layers with a graph."""
-        return self.layers_of(self.theta)
+        if self._plain is None:  # not cached_property, whose lock torch.compile cannot trace
+            self._plain = self.layers_of(self.theta)
+        return self._plain
 
     @property
     def hidden(self) -> int:
@@ -304,7 +307,8 @@ def _velocity(
 ) -> tuple[Tensor, list[Tensor]]:
     """The velocity, and what is kept of each activation; the pre-activations are added to ``pre``."""
     maps, activation, bias, response, pairs = layers
-    u, kept = stack.enter(z), list[Tensor]()
+    u = stack.enter(z)
+    kept: list[Tensor] = []  # torch.compile cannot trace list[Tensor]()
     if pairs is None:
         row = bias if response is None else torch.addcmul(bias, response, t.to(bias.dtype))
         shifts: list[Any] = stack.maps_of(row)
@@ -338,7 +342,8 @@ def _direction(
 ) -> tuple[Tensor, list[Tensor]]:
     """The product along a direction, and what comes to each activation in it."""
     maps, activation, _, response, _ = layers
-    x, inner, shifts = stack.enter(v), list[Tensor](), [None] * len(maps)
+    x, shifts = stack.enter(v), [None] * len(maps)
+    inner: list[Tensor] = []
     if dt is not None and response is not None:
         shifts = stack.maps_of(response * dt.to(response.dtype))
     for layer, shift, c in zip(maps[:-1], shifts[:-1], kept, strict=True):
