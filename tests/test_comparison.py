@@ -175,7 +175,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
 
 def run(recipe: Recipe, out: Path, **options: Any) -> Comparison:
     options = {"configurations": ("none", "rnode"), "announce": lambda line: None, **options}
-    return compare(recipe, out=out, accelerator="cpu", **{"devices": 1, "progress": False, **options})
+    return compare(recipe, out=out, **{"accelerator": "cpu", "devices": 1, "progress": False, **options})
 
 
 def folders(result: Comparison) -> list[str]:
@@ -255,6 +255,8 @@ def test_places(recipe: Recipe, training: Training, tmp_path: Path, monkeypatch:
         compare(recipe, configurations=("none", "rnode", "kinetic"), out=tmp_path / f"{accelerator}{devices}",
                 accelerator=accelerator, devices=devices, announce=lambda line: None)  # fmt: skip
         assert {call["--devices"] for call in training.calls()} == places
+    run(recipe, tmp_path / "one", accelerator="cuda:1", devices=None)  # which `train` takes without --devices
+    assert {(call["--device"], call.get("--devices")) for call in training.calls()} == {("cuda:1", None)}
 
 
 def test_the_command(training: Training, tmp_path: Path) -> None:

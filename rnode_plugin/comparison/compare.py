@@ -74,7 +74,7 @@ def compare(
         configurations, seeds: see :func:`configured_recipes`.
         max_time: seconds for the training of each run, validations included.
         out: folder for ``runs/``, ``logs/`` and the report.
-        accelerator: as Lightning's Trainer takes it.
+        accelerator: as Lightning's Trainer takes it, or one GPU, such as ``cuda:1``.
         devices: number of runs that train at the same time; None for one on each GPU, or on each core of a CPU.
         download: fetch the data set if it is missing.
         progress: show the progress of runs that are trained one after another. Other output is in the logs.
@@ -93,7 +93,7 @@ def compare(
         recipe = dataclasses.replace(recipe, training=dataclasses.replace(training, val_every_steps=every))
     planned = configured_recipes(recipe, configurations, seeds=seeds)
     places = _places(accelerator, devices)[: len(planned)]
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    free: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
     for place in places:
         free.put(place)
     threads = str(max(1, torch.get_num_threads() // len(places)))
@@ -113,7 +113,7 @@ def compare(
         log, file = (out / "logs" / f"{one.name}-{one.training.seed}.{suffix}" for suffix in ("log", "json"))
         file.write_text(json.dumps(one.to_plain()), encoding="utf-8")
         place = free.get()
-        command = [*_TRAIN, str(file), *begin, "--device", accelerator, "--devices", place, *limit]
+        command = [*_TRAIN, str(file), *begin, *place, *limit]
         try:
             with log.open("wb") as output:
                 shown = None if progress and len(places) == 1 else output
@@ -170,12 +170,14 @@ def _begin(folder: Path, recipe: Recipe) -> list[str] | None:
     return ["--run-folder", str(folder)]
 
 
-def _places(accelerator: str, devices: int | None) -> list[str]:
-    """The ``--devices`` of runs that train at the same time: GPUs by turns, or one process of a CPU each."""
+def _places(accelerator: str, devices: int | None) -> list[tuple[str, ...]]:
+    """Options of runs that train at the same time: GPUs by turns, the GPU that is named, or a process of a CPU."""
+    if ":" in accelerator:
+        return [("--device", accelerator)] * (devices or 1)
     gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
     on_mps = accelerator == "mps" or (accelerator == "auto" and torch.backends.mps.is_available())
     count = devices or gpus or (1 if on_mps else torch.get_num_threads())
-    return [f"{number % gpus}," if gpus else "1" for number in range(count)]
+    return [("--device", accelerator, "--devices", f"{number % gpus}," if gpus else "1") for number in range(count)]
 
 
 def _reason(code: int, log: Path) -> str:
