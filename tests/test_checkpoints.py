@@ -196,5 +196,5 @@ def test_contents_that_do_not_fit_are_one_message(
 
 def test_a_model_that_no_memory_holds(tmp_path: Path) -> None:
     with pytest.raises(RnodeError, match=r"PyTorch failed: .*allocate"):
-        run(tiny_recipe("model.hidden=2000000"), tmp_path / "runs")
+        run(tiny_recipe("model.hidden=2000000", "model.layers=3"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
