@@ -110,3 +110,13 @@ def test_a_fixed_grid_and_its_backward_pass_read_nothing_from_the_device(gradien
     assert z.grad.is_meta
     with pytest.raises(ConfigError, match="device meta"):
         solve(bound, z, T, Solver("dopri5"))
+
+
+def test_samples_of_one_number_keep_their_rates_apart_on_a_device() -> None:
+    z = torch.empty(5, device="meta", requires_grad=True)
+    dynamics = Dynamics(lambda t, z: -z * t, regularizers=[kinetic, jacfrob]).bind(torch.empty_like(z))
+    rates = dynamics.evaluate(torch.zeros((), device="meta"), z)
+    assert rates.dlogdet is not None
+    assert [rate.shape for rate in (rates.dlogdet, *rates.penalties.values())] == [z.shape] * 3
+    (slope,) = torch.autograd.grad(rates.penalties["kinetic"].sum(), z)
+    assert slope.shape == z.shape
