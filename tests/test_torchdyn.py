@@ -142,6 +142,16 @@ def test_solver_objects(kind: str, reverse: bool) -> None:
     (our_sol[-1].sum() + ours.reg_loss()).backward()
 
 
+@pytest.mark.parametrize("solver", ["dopri5", DormandPrince45()])
+def test_a_solver_object_may_be_changed_between_solves(solver: Any) -> None:
+    model, x, span = NeuralODE(lambda x: -x, solver), torch.ones(2, 3), torch.linspace(0, 5, 2)
+    model(x, span)
+    before = model.vf.nfe
+    model.solver.max_factor = torch.tensor([1.01])
+    model(x, span)
+    assert model.vf.nfe > 2 * before
+
+
 def test_save_at_return_t_eval_and_default_times() -> None:
     torch.manual_seed(0)
     field, x, span = WithTime(), torch.randn(6, 4), torch.linspace(0, 1, 11)

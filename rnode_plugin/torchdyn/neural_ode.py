@@ -36,6 +36,7 @@ from ..solvers.solution import Solution
 from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of
 from .solver_names import (
     StepwiseAdjoint,
+    constants_of,
     gradient_from_torchdyn,
     kept_times,
     method_from_torchdyn,
@@ -401,10 +402,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         return self._known[1]
 
     def _solver(self, args: Any) -> Solver:
-        """The solver that the attributes describe, made again only after one of them has changed."""
+        """The solver that the attributes describe, made again after one, or a solver object's constant, changed."""
         parts = (
             self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
-            self.rtol_adjoint, self.interpolator,
+            self.rtol_adjoint, self.interpolator, *constants_of(self.solver), *constants_of(self.solver_adjoint),
         )  # fmt: skip
         with_args = not (isinstance(args, dict) and not args)
         if not with_args and self._made[0] and all(map(operator.is_, parts, self._made[0])):

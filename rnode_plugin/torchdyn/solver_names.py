@@ -183,6 +183,12 @@ def method_from_torchdyn(
     )
 
 
+def constants_of(solver: Any) -> tuple[Any, ...]:
+    """What :func:`method_from_torchdyn` reads of a solver object, which a user may change between two solves."""
+    names = ("order", "stepping_class", "weights", "safety", "min_factor", "max_factor")
+    return tuple(getattr(solver, name, None) for name in names)
+
+
 def _as_it_is(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
     """torchdyn divides no interval evenly."""
     return dt
