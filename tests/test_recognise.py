@@ -104,6 +104,14 @@ def test_adaptive_steps_of_a_recognised_field() -> None:
     both_ways(net, cnf=None, noise="exact", sensitivity="autograd", solver="dopri5")
 
 
+def test_the_time_of_a_field_without_time_has_no_second_derivative() -> None:
+    net, x = perceptron().requires_grad_(False), torch.ones(4, 3, dtype=torch.float64)
+    t, stack = torch.zeros((), dtype=torch.float64, requires_grad=True), recognise(net, x)
+    assert stack is not None
+    (slope,) = torch.autograd.grad(stack.linearize(t, x).dz.sum(), t, create_graph=True, allow_unused=True)
+    assert slope is None
+
+
 def test_a_module_with_hooks_is_left_alone() -> None:
     net, x = perceptron(timed=True), torch.zeros(4, 3, dtype=torch.float64)
     assert recognise(net, x, adds_time=adds_time) is not None

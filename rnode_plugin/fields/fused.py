@@ -439,6 +439,8 @@ def _by_autograd(
     pairs = zip(outputs, cotangents, strict=True)
     given = [(x, c) for x, c in pairs if x is not None and c is not None and x.requires_grad]
     inputs = [x for x in arguments if x is not None and x.requires_grad]
+    if not given:  # of the inputs only the time has a gradient, and no layer takes it
+        return [None] * len(arguments)
     ends, seeds = zip(*given, strict=True)
     found = iter(torch.autograd.grad(ends, inputs, seeds, create_graph=True, allow_unused=True))
     return [None if x is None or not x.requires_grad else next(found) for x in arguments]
