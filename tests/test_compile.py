@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import pytest
 import torch
 from tiny_runs import SETTINGS, as_options, run, tiny_recipe, train_digits
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._config_module import ConfigModule
 
 from rnode_plugin import get_recipe
+from rnode_plugin.core import chains
 from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import compile_fields, conv_field, fused, linear_field
@@ -131,6 +135,27 @@ def test_an_evaluation_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         torch, "compile", lambda function, **options: compiler(function, backend="eager", **options)
     )
     assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
+
+
+def test_two_threads_may_run_one_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Patch:
+        """Of torch's configuration; older versions of torch enter one only once at the same time."""
+
+        inside = False
+
+        def __enter__(self) -> None:
+            assert not self.inside
+            self.inside = True
+
+        def __exit__(self, *_: object) -> None:
+            self.inside = False
+
+    both = threading.Barrier(2)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(ConfigModule, "patch", lambda config, **changes: Patch())
+    run = chains._compiled.__wrapped__(lambda x: (both.wait(5), x)[1])
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(run, (1, 2))) == [1, 2]
 
 
 def test_in_training_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ is written, operation by operation. On a device it goes through torch.compile, w
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -67,14 +68,22 @@ class Chain:
         return (self._operator if x.is_meta else _compiled(self._function))(x, *rest)
 
 
+class _OfThread(threading.local):
+    """A patch of torch's configuration for each thread: older versions of torch let only one enter it at a time."""
+
+    limit: Any = None
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     from torch._dynamo.config import patch
 
-    compiled, limit = torch.compile(function, dynamic=True), patch(cache_size_limit=64)
+    compiled, of_thread = torch.compile(function, dynamic=True), _OfThread()
 
     def run(*args: Any) -> Any:
-        with limit:  # names, numbers of tensors and layouts
+        if of_thread.limit is None:  # names, numbers of tensors and layouts
+            of_thread.limit = patch(cache_size_limit=64)
+        with of_thread.limit:
             return compiled(*args)
 
     return run
