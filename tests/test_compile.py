@@ -137,6 +137,15 @@ def test_an_evaluation_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
 
 
+def test_chains_do_without_a_compiler_that_refuses_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("torch.compile is not supported on this version of Python")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(UserWarning, match="does not work on cpu .* operations run one by one"):
+        assert not chains._compiler_works.__wrapped__("cpu")
+
+
 def test_two_threads_may_run_one_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     class Patch:
         """Of torch's configuration; older versions of torch enter one only once at the same time."""

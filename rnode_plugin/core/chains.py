@@ -32,11 +32,9 @@ def single_kernels(x: Tensor) -> bool:
 
 @cache
 def _compiler_works(device: str) -> bool:
-    from torch._dynamo.exc import TorchDynamoException
-
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
-    except TorchDynamoException as error:
+    except RuntimeError as error:  # torch's own errors of its compiler are of this kind too
         warnings.warn(
             f"torch.compile does not work on {device} ({type(error).__name__}), so pointwise operations run one by "
             "one. The numbers are the same, and a step takes longer.",
