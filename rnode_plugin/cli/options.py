@@ -19,6 +19,8 @@ from ..plugins import registry
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
 
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -29,10 +31,10 @@ class Duration(click.ParamType):
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip()
-        parts = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text)
-        hours, minutes, rest = (float(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
-        if not 0 < (seconds := 3600 * hours + 60 * minutes + rest) < math.inf:
+        text, seconds = str(value).strip().lower(), 0.0
+        if re.fullmatch(r"\d+(\.\d+)?|(\d+(\.\d+)?[smhd])+", text):  # not 1h30, whose 30 may be minutes
+            seconds = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd]?)", text))
+        if not 0 < seconds < math.inf:
             self.fail(f"{value!r} is not a span of time: write 90 (seconds), 20m or 1h30m.", param, ctx)
         return seconds
 
