@@ -99,7 +99,7 @@ def _work(rank: int, address: str, result: str) -> None:
     store = f"file://{address}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     half, found = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2), {}
-    for name, mode, unused in product(MODELS, GRADIENTS, (False, True)):
+    for name, mode, unused in [*product(MODELS, GRADIENTS, [True]), *product(MODELS, ["autograd"], [False])]:
         make, shape = MODELS[name]
         torch.manual_seed(0)
         model = make(mode, unused).double()
