@@ -176,6 +176,7 @@ AT = ["--given-values", "temperature=3,dose=1"]
         ([], "given temperature, dose, and temperature has no value. Name the values with --given-values"),
         (["--given-values", "temperature=300,dosis=1"], "unknown given column 'dosis'; did you mean 'dose'"),
         (["--given-values", "temperature=300,dose=much"], "needs a number for each column, as in dose=1.5"),
+        (["--given-values", "dose=1,temperature=3, dose=2"], "it has the column 'dose' twice"),
         ([*AT, "--given-file", "x.csv"], "with --given-file, not both."),
         (["--given-file", "missing.csv"], "missing.csv does not exist"),
         ([*AT, "-t", "0.5", "-t", "1"], "drawn at one temperature"),
@@ -342,6 +343,8 @@ def test_weights_of_other_columns_are_refused(tmp_path: Path, file: Path, condit
     settings = ["data.given=yield,pressure", f"training.weights={conditional}"]
     with pytest.raises(CheckpointError, match=r"of other columns: .*yield"):
         run(recipe_of(file, *settings), tmp_path)
+    with pytest.raises(CheckpointError, match=r"of other columns: images there and .* given yield, pressure here"):
+        run(recipe_of(file, settings[0], "training.weights=mnist-pretrained"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

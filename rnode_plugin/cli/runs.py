@@ -38,8 +38,10 @@ class Values(click.ParamType):
         found: dict[str, float] = {}
         for part in value.split(","):
             name, _, number = part.rpartition("=")
+            if (name := name.strip()) in found:
+                self.fail(f"it has the column {name!r} twice.", param, ctx)
             try:
-                found[name.strip()] = float(number)
+                found[name] = float(number)
             except ValueError:
                 self.fail(f"it needs a number for each column, as in {name or part}=1.5.", param, ctx)
         return found

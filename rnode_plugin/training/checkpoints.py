@@ -140,7 +140,7 @@ def load_weights(flow: torch.nn.Module, path: str | os.PathLike[str], *, recipe:
     contents = read_checkpoint(file)
     columns = [each.task.columns for each in (recipe_of(contents, file), recipe)]
     if columns[0] != columns[1]:  # the weights hold means and deviations of their columns
-        there, here = ("; ".join(", ".join(part) for part in each) for each in columns)
+        there, here = (" given ".join(", ".join(part) for part in each if part) or "images" for each in columns)
         raise CheckpointError(f"the weights of {file} are of other columns: {there} there and {here} here.")
     put_weights(flow, contents, f"the weights of {file} do not fit this model")
 
