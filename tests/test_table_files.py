@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "3 cells, but .* 2 names",
     ),
     "a separator in a name": ("a;b,c\n" + text_of(PAIRS, ";"), "',' and ';' in its first line may both separate"),
-    "a name with spaces": ("temp (K)\n" + text_of(PAIRS[:, :1]), "1 cells, but there are 2 names"),
+    "a name with spaces": ("temp (K)\n" + text_of(PAIRS[:, :1]), "row 1 has 1 cell for 2 names"),
     "a later row with more": ("a,b\n1,2\n3,4\n4,5,6\n", "row 3 has 3 cells, but"),
     "a row with fewer, of columns that are not read": ("a,b,c\n1,2,3\n4,5\n6,7,8\n", "row 2 has 2 cells, but"),
     "an open quotation mark": ('a,b\n1,"2\n3,4\n', "quotation marks"),
@@ -207,6 +207,8 @@ def test_the_split_is_a_function_of_its_seed() -> None:
     assert not np.array_equal(one.held_out, other.held_out)
     with pytest.raises(DataError, match="t has 19 rows, but a density needs at least 20"):
         split_rows("t", ["a"], rows[:19], validation=0.1, held_out=0.1, seed=0)
+    with pytest.raises(DataError, match="t has 1 row, but"):
+        split_rows("t", ["a"], rows[:1], validation=0.1, held_out=0.1, seed=0)
 
 
 def _table(*columns: np.ndarray) -> Table:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, suggest
 from ..files import write_atomically
+from ..text import counted
 from .images import naming
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
             split = map(str.split, file) if separator == r"\s+" else csv.reader(file, delimiter=separator)
             for row, cells in enumerate(filter(None, split)):
                 if row and len(cells) != len(names):
-                    raise _refused(path, f"row {row} has {len(cells)} cells, but there are {len(names)} names")
+                    raise _refused(
+                        path, f"row {row} has {counted(len(cells), 'cell')} for {counted(len(names), 'name')}"
+                    )
         if frame.shape[1] != len(names):
             raise _refused(path, "its quotation marks do not enclose cells")
     return frame.set_axis(names, axis=1)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, suggest
+from ..text import counted
 from .images import limited
 from .table_files import LEAVE_OUT, column_names, read_columns
 
@@ -123,7 +124,8 @@ def split_rows(
         DataError: too few rows, or shares that leave none to train on.
     """
     if len(rows) < _FEWEST:
-        raise DataError(f"{name} has {len(rows)} rows, but a density needs at least {_FEWEST}, better hundreds.")
+        there = counted(len(rows), "row")
+        raise DataError(f"{name} has {there}, but a density needs at least {_FEWEST}, better hundreds.")
     order = np.random.RandomState(seed).permutation(len(rows))  # a stream that NumPy keeps for good
     n_held_out, n_val = (max(1, round(share * len(rows))) for share in (held_out, validation))
     parts = np.split(rows[order], [n_held_out, n_held_out + n_val])
