@@ -104,7 +104,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "3 cells, but .* 2 names",
     ),
     "a separator in a name": ("a;b,c\n" + text_of(PAIRS, ";"), "',' and ';' in its first line may both separate"),
-    "a name with spaces": ("temp (K)\n" + text_of(PAIRS[:, :1]), "row 1 has 1 cell for 2 names"),
+    "a name with spaces": ("temp (K)\n" + text_of(PAIRS[:, :1]), "row 1 has 1 cell, but there are 2 names"),
     "a later row with more": ("a,b\n1,2\n3,4\n4,5,6\n", "row 3 has 3 cells, but"),
     "a row with fewer, of columns that are not read": ("a,b,c\n1,2,3\n4,5\n6,7,8\n", "row 2 has 2 cells, but"),
     "an open quotation mark": ('a,b\n1,"2\n3,4\n', "quotation marks"),

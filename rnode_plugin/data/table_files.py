@@ -127,9 +127,8 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
             split = map(str.split, file) if separator == r"\s+" else csv.reader(file, delimiter=separator)
             for row, cells in enumerate(filter(None, split)):
                 if row and len(cells) != len(names):
-                    raise _refused(
-                        path, f"row {row} has {counted(len(cells), 'cell')} for {counted(len(names), 'name')}"
-                    )
+                    there = counted(len(cells), "cell")
+                    raise _refused(path, f"row {row} has {there}, but there are {len(names)} names")
         if frame.shape[1] != len(names):
             raise _refused(path, "its quotation marks do not enclose cells")
     return frame.set_axis(names, axis=1)
