@@ -47,5 +47,5 @@ def npz_batch(images: np.ndarray, *, compressed: bool = False, **arrays: np.ndar
     """Images as a published batch of ImageNet 64x64."""
     file = io.BytesIO()
     save = np.savez_compressed if compressed else np.savez
-    save(file, **({"data": images.reshape(len(images), -1), "labels": np.arange(len(images))} | arrays))
+    save(file, **({"data": images.reshape(len(images), -1), "labels": np.arange(len(images))} | arrays))  # pyright: ignore[reportArgumentType]
     return file.getvalue()

@@ -153,7 +153,7 @@ def test_notebooks_run(path, tmp_path):
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     nfe = [int(count) for count in re.findall(r"NFE (\d+)", printed)]
     assert len(nfe) >= 2 or path.stem in ("image_flow", "table_density")
-    assert all(count < nfe[0] for count in nfe[1:]), "the page says that the penalties save evaluations"
+    assert all(count < nfe[0] for count in nfe[1:]), "the page promises fewer evaluations"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.name for path in NOTEBOOKS])
@@ -240,7 +240,7 @@ WITH_EXAMPLES = [path for path in sorted((ROOT / "rnode_plugin").rglob("*.py")) 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=[str(path.relative_to(ROOT)) for path in WITH_EXAMPLES])
 def test_examples_in_docstrings_run(path):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    # with the public names alone: what an example needs besides, it imports
+    # with the public names alone. An example imports everything else.
     result = doctest.testmod(importlib.import_module(name), globs=dict(PUBLIC))
     assert result.attempted > 0
     assert result.failed == 0

@@ -556,7 +556,7 @@ class WithNumpy(nn.Module):
 
 
 def test_a_closure_that_an_adjoint_cannot_differentiate_is_warned_of() -> None:
-    """Its net is no module of the model, so an adjoint gives it no gradient; the steps do."""
+    """Its net is not a module of the model, so only a solve through the steps gives it a gradient."""
     net, x = nn.Linear(2, 2), torch.ones(3, 2)
     for sensitivity in ("adjoint", "interpolated_adjoint"):
         with pytest.warns(UserWarning, match="not a parameter of it"):
@@ -738,7 +738,7 @@ def test_second_order_flow() -> None:
 
 
 class Affine(nn.Module):
-    """A field of autograd's: a bare nn.Linear would be recognised and bring products of its own."""
+    """A field differentiated by autograd. A bare nn.Linear would be recognised and make its products by hand."""
 
     def __init__(self) -> None:
         super().__init__()
