@@ -103,6 +103,8 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
         ("[" * 100_000, "must be JSON that maps names to penalties"),
         ("[1]", "must be JSON that maps names to penalties"),
         ('{"a": 1}', "must be JSON that maps names to penalties"),
+        ("{}", "a.json has no configuration"),
+        ('{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}', "a sweep without a lambda"),
         ('{"a": {"kinetic": -1}}', "a.json, a: regularizers.kinetic: expected a finite number"),
         ('{"a": {"kinetic": [1, "x"]}}', "a.json, a: regularizers.kinetic: expected a finite number"),
         ('{"a:b": {"kinetic": 1}, "a-b": {"kinetic": 2}}', "a:b and a-b have the same name"),

@@ -252,6 +252,8 @@ def _read_file(recipe: Recipe, file: Path) -> Iterator[tuple[str, Recipe]]:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
     except ValueError:
         raise ConfigError(f"{file} must be JSON that maps names to penalties, such as {_EXAMPLE}.") from None
+    if not entries or [] in itertools.chain.from_iterable(each.values() for each in entries.values()):
+        raise ConfigError(f"{file} has no configuration, or a sweep without a lambda: write it as {_EXAMPLE}.")
     for entry, penalties in entries.items():
         lists = [value if isinstance(value, list) else [value] for value in penalties.values()]
         for values in itertools.product(*lists):
