@@ -11,7 +11,7 @@ import torch
 from problems import Linear, Wave, linear_closed_form
 from torch import Tensor, nn
 
-from rnode_plugin.core.derivatives import RATES, VELOCITY, Ask
+from rnode_plugin.core.derivatives import RATES, VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
 from rnode_plugin.core.regularizers import Regularizer, jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
@@ -362,6 +362,22 @@ def test_what_cannot_be_sampled(gradient: Any) -> None:
         solve(bound, torch.ones(2, 3), torch.tensor([0.0, 1.0]), Solver("dopri5", quadrature="sampled"))
     with pytest.raises(ConfigError, match="rtol of the adjoint must be a number >= 0"):
         Adjoint(rtol=float("nan"))
+
+
+def test_a_field_is_told_what_is_asked_each_time() -> None:
+    class Told(nn.Module):
+        def forward(self, t: Tensor, z: Tensor) -> Tensor:
+            return -z
+
+        def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask) -> Linearization:
+            asked.append(ask)
+            return AutogradField(self).linearize(t, z, noise, ask=ask)
+
+    asked = list[Ask]()
+    bound = Dynamics(Told(), estimator="exact").bind(None)
+    for ask in (RATES, VELOCITY):
+        bound.evaluate(torch.tensor(0.5), torch.ones(2, 3), ask)
+    assert asked == [Ask(divergence=True), VELOCITY]
 
 
 @pytest.mark.parametrize("estimator", ["exact", "gaussian"])

@@ -274,8 +274,8 @@ class Dynamics(BoundDynamics):
                 "the trace needs noise: solve with dynamics.bind(dynamics.draw(z)); a CNF draws it in "
                 "rnode_plugin.NeuralODE, or has a noise_dist."
             )
-        linearize = self._pass if ask == RATES else self.field.linearize
-        dz, rows, jvp, known, aux = linearize(t, z, noise)
+        found = self._pass(t, z, noise) if ask == RATES else self.field.linearize(t, z, noise, ask=VELOCITY)
+        dz, rows, jvp, known, aux = found
         if dz.shape != z.shape:
             raise ConfigError(
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
