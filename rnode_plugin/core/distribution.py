@@ -174,10 +174,8 @@ class DensityModel(nn.Module, ABC):
         """
         model, probes = self, 1
         if isinstance(self.estimator, Hutchinson):
-            probes, model = (
-                max(4, self.estimator.count),
-                self.solved_with(estimator=Hutchinson(self.estimator.noise)),
-            )
+            probes = max(4, self.estimator.count)
+            model = self.solved_with(estimator=Hutchinson(self.estimator.noise))
         elif not isinstance(self.estimator, Exact):
             probes = 4
         z = self._draw_latents(check_count(n, "the number of samples"), None)
