@@ -200,6 +200,8 @@ def test_each_run_is_a_call_of_train(recipe: Recipe, training: Training, tmp_pat
 def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: Path) -> None:
     first = run(recipe, tmp_path / "c")
     assert len(training.calls()) == 2
+    (first.runs[0] / "checkpoints").mkdir(exist_ok=True)
+    (first.runs[0] / "checkpoints" / "last.ckpt").touch()
     lines: list[str] = []
     more = run(recipe, tmp_path / "c", configurations=("none", "kinetic"), seeds=2, announce=lines.append)
     assert [call["name"] for call in training.calls()] == ["digits-kinetic", "digits-kinetic", "digits-none"]
@@ -209,6 +211,10 @@ def test_the_same_call_continues(recipe: Recipe, training: Training, tmp_path: P
     assert more.runs[0] == first.runs[0]
     with pytest.raises(ConfigError, match=r"other settings \(optimizer.lr is .* there and 0.0001 here\)"):
         run(recipe.override(["optimizer.lr=1e-4"]), tmp_path / "c")
+    (first.runs[0] / "recipe.json").unlink()
+    with pytest.raises(ConfigError, match=r"has checkpoints, but no recipe\.json"):
+        run(recipe, tmp_path / "c")
+    assert (first.runs[0] / "checkpoints" / "last.ckpt").exists()
 
 
 def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from rnode_plugin import NeuralODE, Solver, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.regularizers import (
+    Regularizer,
     StepRecord,
     error,
     local_error,
     local_stiffness,
+    regularizer,
     stiffness,
 )
 from rnode_plugin.errors import ConfigError
@@ -32,6 +34,12 @@ OTHERS = [
     "jacoffdiag", "curl", "strain", "local_error", "local_stiffness", "straightness", "trajectory_polynomial",
     "learned_end_time",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "divided"), [({"kind": "step"}, False), ({}, True)])
+def test_a_function_is_divided_by_the_dimensions_if_it_is_a_rate(options: dict[str, str], divided: bool) -> None:
+    made: Regularizer = regularizer("mine", **options)(lambda record: record)
+    assert made.divided_by_dims is divided
 
 
 def states(batch: int = 3) -> Tensor:

@@ -118,6 +118,8 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "units below the names": ("a,b\nK,m\n" + text_of(PAIRS), "'a' .*not numeric: row 1 holds 'K'"),
     "a header alone": ("a,b\n", "no rows"),
     "two columns of one name": ("a,b,a\n1,2,3\n", "2 columns have the name 'a'"),
+    "a comment": ("# a,b\n1,2\n", "begins with #"),
+    "an empty row of one column": ("a\n1\n\n3\n", "missing or infinite in 1 of 3 rows.* row 2"),
     "nothing": ("", "first line is empty"),
     "Latin-1": (b"a,b\n1,\xff\n", "not text in UTF-8"),
 }

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchdiffeq
@@ -159,7 +160,12 @@ class WithContext(Field):
 
 
 @pytest.mark.parametrize(
-    ("name", "penalized"), [("odeint", slice(-4, -2)), ("odeint_adjoint", [True, True, False, False])]
+    ("name", "penalized"),
+    [
+        ("odeint", slice(-4, -2)),
+        ("odeint_adjoint", [True, True, False, False]),
+        ("odeint", [*np.array([True, True, False, False])]),
+    ],
 )
 def test_columns_of_one_tensor_are_penalized(name: str, penalized: Any) -> None:
     """Context counts neither in the integrals nor in the dimensions."""

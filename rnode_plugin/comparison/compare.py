@@ -164,6 +164,8 @@ def _begin(folder: Path, recipe: Recipe) -> list[str] | None:
             return None
         if any((folder / "checkpoints").glob("*.ckpt")):
             return ["--resume", str(folder)]
+    elif any((folder / "checkpoints").glob("*.ckpt")):
+        raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
     if folder.exists():  # a run that ended before its first checkpoint
         with training_lock(folder):
             shutil.rmtree(folder)

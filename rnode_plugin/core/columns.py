@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,11 @@ def as_columns(penalized: Any) -> Columns | None:
     """``penalized`` as a slice or a mask, on the CPU; None if it is neither."""
     if isinstance(penalized, slice):
         return penalized
-    if isinstance(penalized, (list, tuple)) and penalized and all(isinstance(x, bool) for x in penalized):
+    if (
+        isinstance(penalized, (list, tuple))
+        and penalized
+        and all(isinstance(x, (bool, np.bool_)) for x in penalized)
+    ):
         return torch.tensor(penalized)
     if isinstance(penalized, Tensor) and penalized.dtype == torch.bool and penalized.ndim > 0:
         return penalized.detach().clone().cpu()

@@ -113,7 +113,13 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
             try:
                 # with a header, pandas would cut rows that are too long, or take the first column for row names
                 frame = pandas.read_csv(
-                    file, sep=separator, header=None, nrows=rows, skipinitialspace=True, low_memory=False
+                    file,
+                    sep=separator,
+                    header=None,
+                    nrows=rows,
+                    skipinitialspace=True,
+                    low_memory=False,
+                    skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
                 )
             except pandas.errors.EmptyDataError:
                 frame = pandas.DataFrame(columns=range(len(names)))
@@ -145,6 +151,8 @@ def _header(path: Path, line: str) -> tuple[list[str], str]:
     names = [cell.strip() for cell in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
     if numbers := [name for name in names if _is_number(name) and not name.isalpha()]:
         raise _refused(path, f"its first line holds the number {numbers[0]}")
+    if names[0].startswith("#"):
+        raise _refused(path, "its first line begins with #, like a comment")
     return names, r"\s+" if separator == " " else separator
 
 

@@ -42,7 +42,7 @@ class Configuration:
 
     @property
     def look(self) -> dict[str, Any]:
-        """How it is drawn. Six colours of the style sheet and seven markers give 42 looks."""
+        """How it is drawn: one of six colours, of seven markers and of four lines."""
         lines = "-", "--", "-.", ":"
         return {
             "color": f"C{self.number % 6}",

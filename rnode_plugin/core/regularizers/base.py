@@ -240,7 +240,8 @@ def regularizer(name: str, *, kind: str = "rate", **attributes: Any) -> Callable
     Args:
         name: the key of its penalty in every result.
         kind: one of :data:`KINDS`.
-        attributes: further attributes of :class:`Regularizer`.
+        attributes: further attributes of :class:`Regularizer`. The objective does not divide a step penalty of a
+            function by the number of dimensions, unless ``divided_by_dims=True`` is given.
     """
 
     def declare(value: Any) -> Any:
@@ -248,7 +249,7 @@ def regularizer(name: str, *, kind: str = "rate", **attributes: Any) -> Callable
             for attribute, choice in {"kind": kind, **attributes}.items():
                 setattr(value, attribute, choice)
             return value
-        made = FunctionRegularizer(name, value, kind, **attributes)
+        made = FunctionRegularizer(name, value, kind, **{"divided_by_dims": kind != "step", **attributes})
         object.__setattr__(made, "__module__", value.__module__)
         object.__setattr__(made, "__doc__", value.__doc__)
         return made
