@@ -227,6 +227,7 @@ def fetch(root: Path, url: str, barrier: Any, result: Path) -> None:
     np.savez(result, train=np.asarray(data.train), val=np.asarray(data.val))
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_one_downloads_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")

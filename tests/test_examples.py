@@ -37,7 +37,8 @@ TABLES = {
     "train_images": (2, ["steps +2 ", "bits/dim dirty", "bits/dim clean", "NFE", "kinetic / dim", "jacfrob / dim"]),
 }
 
-SLOW = {"figure_1", "lightning_trainer", "ot_flow_matching", "train_images"}  # five seconds or more
+# the others start a solver, a table and a picture each as these do
+QUICK = {"density_2d", "torchdiffeq_moons", "drop_in_classifier"}
 
 
 def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -47,7 +48,7 @@ def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SCRIPTS])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCRIPTS])
 def test_it_runs_prints_its_table_and_writes_its_file(name, monkeypatch, tmp_path, capsys):
     steps, rows = TABLES[name]
     with warnings.catch_warnings():

@@ -95,12 +95,10 @@ def mixture() -> RegularizedCNF:
     return density(nn.Sequential(DepthCat(1), nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)), base=base)
 
 
-QUICK: dict[str, Callable[[], Any]] = {
+QUICK: dict[str, Callable[[], Any]] = {"conditional": conditional}
+SLOW: dict[str, Callable[[], Any]] = {
     "images": images,
     "table, context": lambda: table(context=1),
-    "conditional": conditional,
-}
-SLOW: dict[str, Callable[[], Any]] = {
     "linear, probes": lambda: density(linear_field(2, hidden=6), "rademacher:2"),
     "images, exact": lambda: images(trace_noise="exact"),
     "table, potential": lambda: table(context=2, field="potential"),

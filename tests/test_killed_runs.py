@@ -147,6 +147,7 @@ def pictures(folder: Path) -> list[str]:
     return [*STEPS, "data.name=folder", f"data.root={folder}", "data.levels=256"]
 
 
+@pytest.mark.slow
 def test_data_that_vanish(tmp_path: Path) -> None:
     settings = [*pictures(tmp_path / "pictures"), "data.workers=1"]
     vanish = f"import shutil; shutil.rmtree({str(tmp_path / 'pictures')!r}, ignore_errors=True)"
@@ -158,6 +159,7 @@ def test_data_that_vanish(tmp_path: Path) -> None:
     assert read_checkpoint(one_run(tmp_path / "runs") / "checkpoints" / "last.ckpt")["global_step"] >= 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies(tmp_path: Path) -> None:
     kill_children = (
         "import glob; me = os.getpid(); "

@@ -157,6 +157,7 @@ def train(runs: Path, *arguments: str, env: dict[str, str] | None = None) -> sub
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**ENVIRONMENT, **(env or {})})
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_that_accumulates(tmp_path: Path) -> None:
     """The same images, noise and objective: the same metrics and weights to rounding; each image counts once."""
     # of a field that has hardly moved: the noise of a validation, which is drawn by process, hardly counts
