@@ -1,4 +1,4 @@
-"""``start.matching``: flow matching through all blocks at once, before maximum likelihood."""
+"""``training.matching``: flow matching through all blocks at once, before maximum likelihood."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_gradient_reaches_every_parameter_but_of_wrong_images_none() -> None:
 
 def test_a_run_with_steps_of_matching(tmp_path: Path) -> None:
     recipe = tiny_recipe(
-        "start.matching=4", "training.log_every=1", "optimizer.name=muon", "optimizer.schedule=cosine",
+        "training.matching=4", "training.log_every=1", "optimizer.name=muon", "optimizer.schedule=cosine",
         "optimizer.lr=1e-2", "optimizer.vector_lr=1e-2", "optimizer.warmup=1",
     )  # fmt: skip
     whole = run(recipe, tmp_path)
@@ -149,12 +149,12 @@ def test_a_field_gets_the_time_as_in_a_solve() -> None:
 
 
 def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"start\.matching=8 leaves none of 8 steps"):
-        run(tiny_recipe("start.matching=8"), tmp_path)
+    with pytest.raises(ConfigError, match=r"training\.matching=8 leaves none of 8 steps"):
+        run(tiny_recipe("training.matching=8"), tmp_path)
     with pytest.raises(ConfigError, match="regularizers without parameters"):
-        RnodeModule(tiny_recipe("start.matching=1", "regularizers.learned_end_time=0.01"))
-    assert tiny_recipe("start.matching=1", "training.weights=mnist-pretrained").matching == 0
-    recipe = tiny_recipe("start.matching=1")
+        RnodeModule(tiny_recipe("training.matching=1", "regularizers.learned_end_time=0.01"))
+    assert tiny_recipe("training.matching=1", "training.weights=mnist-pretrained").matching == 0
+    recipe = tiny_recipe("training.matching=1")
     monkeypatch.setattr(type(recipe), "build_flow", lambda self: nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match=r"start\.matching needs a flow of blocks"):
+    with pytest.raises(ConfigError, match=r"training\.matching needs a flow of blocks"):
         RnodeModule(recipe)

@@ -48,7 +48,7 @@ def test_fast_recipes_have_model_and_objective_of_the_papers(name: str) -> None:
         assert getattr(recipe, group) == getattr(papers, group)
     assert dataclasses.replace(recipe.data, batch_size=200) == papers.data
     assert recipe.solver == dataclasses.replace(get_recipe("digits").solver, step="auto")
-    assert bool(recipe.start.matching) is (name == "mnist-fast") is (not recipe.start.steps)
+    assert recipe.training.matching
     assert (recipe.training.precision, recipe.training.compile) == ("auto", "auto")
     assert recipe.paper is None, "its figures belong to another training"
 

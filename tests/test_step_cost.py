@@ -29,7 +29,7 @@ def test_a_step_of_a_fixed_grid(quadrature: str) -> None:
 def test_a_solver_that_chooses_its_steps_has_the_cost_of_an_evaluation(change: str) -> None:
     recipe = get_recipe("digits").override([*SMALL, "solver.quadrature=full"])
     fixed = recipe.override(["solver.method=euler", "solver.step=1"])
-    chosen = recipe.override(["start.steps=0", change])
+    chosen = recipe.override([change])
     found, expected = step_cost(chosen), step_cost(fixed)
     assert expected.nfe is not None
     assert (found.nfe, found.flops) == (None, expected.flops / expected.nfe)

@@ -151,15 +151,12 @@ def test_the_same_seed_gives_the_same_numbers_with_more_validations(
     assert steps[0] == steps[1]
 
 
-START = ("start.steps=4", "start.batch_size=10", "start.step=1", "solver.step=0.5")
-
-
 @pytest.mark.parametrize(
     ("settings", "stops"),
     [
-        # inside of the start, at its last step, which is right before a validation, and after it
-        (("training.ema=0.9", "optimizer.name=muon", *START), [2, 4, 6]),
-        pytest.param((*START, "data.workers=1"), [3], marks=pytest.mark.slow),
+        # inside of the flow matching, at its last step, which is right before a validation, and after it
+        (("training.ema=0.9", "optimizer.name=muon", "training.matching=4"), [2, 4, 6]),
+        pytest.param(("data.workers=1",), [3], marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -245,7 +242,7 @@ def test_the_step_is_equation_17(recipe: Recipe) -> None:
 
 def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path) -> None:
     recipe = tiny_recipe(
-        "start.matching=3", "training.max_steps=7", "training.accumulate=2",
+        "training.matching=3", "training.max_steps=7", "training.accumulate=2",
         "regularizers.kinetic=0", "regularizers.jacfrob=0", "regularizers.l1=linear_warmup(2)*30",
         "solver.quadrature=full", "training.log_every=1",
     )  # fmt: skip
@@ -377,7 +374,12 @@ def test_learning_rate() -> None:
 
 
 def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(tmp_path: Path) -> None:
-    cooldown = ("start.matching=2", "optimizer.warmup=1", "optimizer.schedule=cooldown", "optimizer.cooldown=0.3")
+    cooldown = (
+        "training.matching=2",
+        "optimizer.warmup=1",
+        "optimizer.schedule=cooldown",
+        "optimizer.cooldown=0.3",
+    )
     planned = run(tiny_recipe(*cooldown, "training.max_steps=10"), tmp_path / "a")
     part = run(tiny_recipe(*cooldown), tmp_path / "b", callbacks=[signal_at(5)])
     longer = run(tiny_recipe(*cooldown, "training.max_steps=10"), tmp_path / "b", resume=part.folder.path)

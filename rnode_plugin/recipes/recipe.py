@@ -27,14 +27,14 @@ from ..solvers.config import Solver, refuse_sampled_density
 from ..solvers.gradients import gradient_of
 from .data import Data, TableData
 from .fields import CONFIG, listed, refused
-from .settings import Model, Optimizer, Paper, Start, TableModel, Training
+from .settings import Model, Optimizer, Paper, TableModel, Training
 from .task import Task
 
 if TYPE_CHECKING:
     from ..data import ImageData, Table
     from ..flows.base import BlockFlow
 
-__all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "Start", "TableData", "TableModel", "Training",
+__all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "TableData", "TableModel", "Training",
            "as_text", "get_recipe", "is_recipe_file", "read_recipe", "read_strength"]  # fmt: skip
 
 
@@ -78,7 +78,6 @@ class Recipe:
         data, model: settings for images, or both for a table.
         solver: the integrator while training.
         test_solver: the integrator of validation, evaluation and sampling.
-        start: settings of the first training steps.
         regularizers: lambda by name (eq. 17), a number or ``linear_warmup(STEPS)*LAMBDA``. A penalty with lambda 0
             is measured and not trained on.
         paper: the figures of the paper, where it has them.
@@ -95,7 +94,6 @@ class Recipe:
     solver: Solver
     test_solver: Solver
     optimizer: Optimizer = Field(default_factory=Optimizer)
-    start: Start = Field(default_factory=Start)
     regularizers: Mapping[str, _Strength] = Field(default_factory=lambda: {"kinetic": 0.01, "jacfrob": 0.01})
     training: Training = Field(default_factory=Training)
     paper: Paper | None = None
@@ -118,11 +116,6 @@ class Recipe:
             refuse_sampled_density(solver, name)
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: the training solver is compared with this solver.")
-        if self.start.step is not None and self.solver.adaptive:
-            raise ConfigError(
-                f"start.step needs a fixed grid, but {self.solver.method} chooses its own steps: set "
-                "start.step=none, or solver.method=rk4_38."
-            )
         rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
         if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
             raise ConfigError(
@@ -182,11 +175,12 @@ class Recipe:
         return changes
 
     def ffjord(self) -> Recipe:
-        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, no other start."""
+        """The FFJORD baseline (section 6): no penalties, Dormand-Prince at 1e-5, no flow matching."""
         solver = Solver(method="dopri5", atol=1e-5, rtol=1e-5, first_step=1 / 6, gradient=self.solver.gradient)
         name = self.name if self.name.endswith("-ffjord") else f"{self.name}-ffjord"
         with refused():
-            return dataclasses.replace(self, name=name, solver=solver, start=Start(), regularizers={})
+            training = dataclasses.replace(self.training, matching=0)
+            return dataclasses.replace(self, name=name, solver=solver, training=training, regularizers={})
 
     @property
     def weights(self) -> str:
@@ -264,8 +258,8 @@ class Recipe:
 
     @property
     def matching(self) -> int:
-        """Steps of flow matching at the start of a run: ``start.matching``, or 0 for a run from weights."""
-        return 0 if self.training.weights else self.start.matching
+        """Steps of flow matching at the start of a run: ``training.matching``, or 0 for a run from weights."""
+        return 0 if self.training.weights else self.training.matching
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -1,15 +1,13 @@
-"""The groups of settings of a recipe: model, optimizer, start, training, and the paper's figures."""
+"""The groups of settings of a recipe: model, optimizer, training, and the paper's figures."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..solvers.config import Solver
 from .fields import CONFIG, Decay, Fraction, Listed, Text
 
 
@@ -102,52 +100,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True, config=CONFIG)
-class Start:
-    """Other settings of the first training steps: a fresh flow is smooth, so an inexact gradient suffices.
-
-    Attributes:
-        steps: optimizer steps of the start; 0 for none.
-        batch_size: images per device and step until then, unless ``data.batch_size`` is smaller; None for it.
-        step: step size of the training solver, a fixed grid, until then; None for ``solver.step``.
-        matching: optimizer steps of flow matching, the first ones of the run: all fields learn at once to carry
-            data straight to noise, with one evaluation each and no likelihood
-            (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``training.max_steps``, and
-            optimizer and schedule start again after them. A run from ``training.weights`` makes none.
-    """
-
-    steps: NonNegativeInt = 0
-    batch_size: PositiveInt | None = None
-    step: PositiveFloat | None = None
-    matching: NonNegativeInt = 0
-
-    def __post_init__(self) -> None:
-        if bool(self.steps) != ((self.batch_size, self.step) != (None, None)):
-            raise ConfigError(
-                "start.steps goes with start.batch_size or start.step, or both: give them together, or "
-                "start.steps=0 and the others none."
-            )
-
-    def size_at(self, step: int, batch_size: int) -> int:
-        """Images per device and batch of a step, counted from 0; ``batch_size`` is the number after the start."""
-        return min(self.batch_size or batch_size, batch_size) if step < self.steps else batch_size
-
-    def solver_at(self, step: int, solver: Solver) -> Solver:
-        """The training solver of a step, counted from 0; ``solver`` is the one after the start."""
-        return dataclasses.replace(solver, step=self.step) if self.gives_step_at(step) else solver
-
-    def described(self, batch_size: int) -> str:
-        """The batches of a run in words: ``50``, or ``50 (25 and solver.step 1 in the first 50 steps)``."""
-        size = self.size_at(0, batch_size)
-        other = [str(size)] if size != batch_size else []
-        other += [] if self.step is None else [f"solver.step {self.step:g}"]
-        return f"{batch_size} ({' and '.join(other)} in the first {self.steps} steps)" if other else str(batch_size)
-
-    def gives_step_at(self, step: int) -> bool:
-        """Whether a step, counted from 0, has the step size of the start."""
-        return step < self.steps and self.step is not None
-
-
-@dataclass(frozen=True, config=CONFIG)
 class Training:
     """How long a run trains, how often it validates and saves, and its seed.
 
@@ -155,6 +107,10 @@ class Training:
         max_epochs: passes over the training samples, images or rows; None if ``max_steps`` decides alone.
         max_steps: optimizer steps; None if ``max_epochs`` decides alone. The first limit that is met stops.
         seed: seed of the weights, the data order and all noise.
+        matching: optimizer steps of flow matching, the first ones of the run: all fields learn at once to carry
+            data straight to noise, with one evaluation each and no likelihood
+            (:meth:`~rnode_plugin.flows.base.BlockFlow.matching_loss`). They count among ``max_steps``, and the
+            optimizer and its schedule begin again after them. A run from ``weights`` makes none.
         weights: weights of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a name of weights
             in the package; None for fresh ones.
         precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the latter for a fixed grid
@@ -181,6 +137,7 @@ class Training:
     max_epochs: PositiveInt | None = 100
     max_steps: PositiveInt | None = None
     seed: NonNegativeInt = 42
+    matching: NonNegativeInt = 0
     weights: Text | None = None
     precision: Text = "32-true"
     compile: bool | Literal["auto"] = False

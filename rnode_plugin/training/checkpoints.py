@@ -179,12 +179,9 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
 def training_solver(path: Path) -> Solver:
     """The solver that the weights of a checkpoint file were last trained with, at the step that ``auto`` found."""
     contents = read_checkpoint(path)
-    recipe = recipe_of(contents, path)
-    solver = recipe.solver
-    if (found := contents.get("progress", {}).get("step_size")) is not None:
-        solver = dataclasses.replace(solver, step=found)
-    done = contents.get("global_step", 0)
-    return recipe.start.solver_at(done - 1, solver) if done else solver
+    solver = recipe_of(contents, path).solver
+    found = contents.get("progress", {}).get("step_size")
+    return solver if found is None else dataclasses.replace(solver, step=found)
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:

@@ -16,7 +16,7 @@ from ..core.random_streams import Stream, stream_seed
 from ..data import ArrayDataset, ImageArray, ImageData, Table
 from ..data.images import keep_batch
 from ..errors import ConfigError
-from ..recipes.recipe import Recipe, Start
+from ..recipes.recipe import Recipe
 from .runs import RunPlan
 
 D = TypeVar("D", ImageData, Table)
@@ -39,7 +39,6 @@ class StepOrder(DistributedSampler[list[int]]):
         seed: of the orders.
         accumulate: batches per device and step.
         world, rank: number of devices, and which of them this one is.
-        start: settings of the first steps, which may take batches of another size.
         next_step: number of the step at which an iteration begins, counted from 0.
         endless: whether an iteration never ends, and so has no length.
     """
@@ -53,14 +52,13 @@ class StepOrder(DistributedSampler[list[int]]):
         accumulate: int = 1,
         world: int = 1,
         rank: int = 0,
-        start: Start | None = None,
         next_step: Callable[[], int] = int,
         endless: bool = False,
     ) -> None:
         # Lightning leaves a sampler of this class alone
         numbers: Any = range(samples)
         super().__init__(numbers, num_replicas=world, rank=rank, seed=seed, drop_last=True)
-        self._samples, self._batch_size, self._start = samples, batch_size, start or Start()
+        self._samples, self._batch_size = samples, batch_size
         self._next_step, self._endless = next_step, endless
         batches = samples // (batch_size * world)
         # with fewer samples than a step needs, Lightning makes its step at the end of the epoch
@@ -81,26 +79,12 @@ class StepOrder(DistributedSampler[list[int]]):
 
     def batches_of(self, step: int) -> list[list[int]]:
         """The samples of each batch that this device takes at ``step``, counted from 0."""
-        size = self._start.size_at(step, self._batch_size)
-        number, used = self._place(step)
-        of_all = self._order(number)[used : used + self._accumulate * self.num_replicas * size].tolist()
+        size = self._batch_size
+        of_step = self._accumulate * self.num_replicas * size
+        number, place = divmod(step, self._steps)
+        of_all = self._order(number)[place * of_step : (place + 1) * of_step].tolist()
         firsts = ((part * self.num_replicas + self.rank) * size for part in range(self._accumulate))
         return [of_all[first : first + size] for first in firsts]
-
-    def _place(self, step: int) -> tuple[int, int]:
-        """The pass in which a step lies, and how many samples of it are used by the steps before."""
-        in_start = min(step, self._start.steps)
-        place = self._after(0, 0, in_start, self._start.size_at(0, self._batch_size))
-        return self._after(*place, step - in_start, self._batch_size) if step >= self._start.steps else place
-
-    def _after(self, number: int, used: int, steps: int, size: int) -> tuple[int, int]:
-        """The place so many steps of batches of ``size`` after a place."""
-        of_step = size * self.num_replicas * self._accumulate
-        left = (self._samples - used) // of_step  # steps that the pass still has
-        if steps < left:
-            return number, used + steps * of_step
-        more, steps = divmod(steps - left, self._samples // of_step)
-        return number + 1 + more, steps * of_step
 
     def _order(self, number: int) -> torch.Tensor:
         if self._known is None or self._known[0] != number:
@@ -182,7 +166,6 @@ class RecipeDataModule(L.LightningDataModule, Generic[D]):
             accumulate=accumulate,
             world=world,
             rank=rank,
-            start=self.recipe.start,
             next_step=lambda: 0 if self.trainer is None else self.trainer.global_step,
             endless=self._endless,
         )

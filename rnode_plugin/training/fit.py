@@ -234,13 +234,11 @@ def _announce(
     counts = f"{len(data.train):,} training and {len(data.held_out):,} held-out {task.samples}"
     if data.held_out is not data.val:
         counts += f", {len(data.val):,} to choose the weights by"
-    batch = recipe.start.described(recipe.data.batch_size)
     where = f"{trainer.world_size} x {trainer.strategy.root_device}"
     print(f"{recipe.name}: {parameters:,} parameters, {counts}")
     print(data.described())
-    print(
-        f"steps {done} to {plan.total}, batch {batch}, {trainer.precision}, {where}, in {folder.path}", flush=True
-    )
+    steps = f"steps {done} to {plan.total}, batch {recipe.data.batch_size}"
+    print(f"{steps}, {trainer.precision}, {where}, in {folder.path}", flush=True)
     if done < recipe.matching:
         print(f"steps to {recipe.matching} are flow matching: {task.likelihood} only at validations")
     if recipe.training.ema is not None:

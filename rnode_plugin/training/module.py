@@ -73,7 +73,7 @@ class RnodeModule(L.LightningModule):
             learned = any(name.startswith("regularizer_modules.") for name, _ in self.flow.named_parameters())
             if learned or not isinstance(self.flow, BlockFlow):
                 raise ConfigError(
-                    "start.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
+                    "training.matching needs a flow of blocks, such as MultiscaleFlow, and regularizers without "
                     "parameters, which it gives no gradient."
                 )
         self.objective = StepObjective(self.flow, recipe)
@@ -90,8 +90,7 @@ class RnodeModule(L.LightningModule):
     @property
     def solver(self) -> Solver:
         """The integrator of the training steps at the moment."""
-        solver = self.recipe.solver if self.auto is None else self.auto.solver
-        return self.recipe.start.solver_at(self.global_step, solver)
+        return self.recipe.solver if self.auto is None else self.auto.solver
 
     @property
     def matches(self) -> bool:
@@ -211,7 +210,7 @@ class RnodeModule(L.LightningModule):
     def _tune(self) -> None:
         """Measure the step again if that is due; all processes take the result of the first one."""
         auto, step = self.auto, self.global_step
-        if auto is None or self.matches or self.recipe.start.gives_step_at(step):
+        if auto is None or self.matches:
             return
         if auto.step is not None and step % self.recipe.training.tune_every:
             return

@@ -39,7 +39,7 @@ _FIXED = (
     "data.train_rows",
     "model.name", "model.hidden", "model.layers", "model.alpha",
     "model.field", "model.activation", "model.blocks",
-    "optimizer.name", "training.weights", "training.accumulate", "start.matching",
+    "optimizer.name", "training.weights", "training.accumulate", "training.matching",
 )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ class RunPlan:
         total = min(limit for limit in limits if limit is not None)
         if total <= recipe.matching:
             raise ConfigError(
-                f"start.matching={recipe.matching} leaves none of {total} steps for maximum likelihood: "
+                f"training.matching={recipe.matching} leaves none of {total} steps for maximum likelihood: "
                 "raise --max-steps, or lower it."
             )
         check = training.val_every_steps or training.val_every * per_epoch
