@@ -75,7 +75,8 @@ def train(
     from there on, and a recipe.json changes all of them.
     """
     try:
-        chosen = changed(_chosen(recipe, resume, ctx, ffjord=options.pop("ffjord")), options)
+        found, resume = _chosen(recipe, resume, ctx, ffjord=options.pop("ffjord"))
+        chosen = changed(found, options)
         options |= _place(options.pop("device"), options["devices"])
         flush_denormals()
         # seconds of imports, which a wrong name or setting does not wait for
@@ -104,8 +105,10 @@ def train(
         ctx.exit(128 + signal.Signals[result.stopped])
 
 
-def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool) -> Recipe:
-    """The recipe to train: of a name, a file, or the run to continue."""
+def _chosen(
+    name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool
+) -> tuple[Recipe, str | None]:
+    """The recipe of a name, of a file, or of the run to continue, and that run or the checkpoint that was read."""
     from ..recipes.recipe import get_recipe, is_recipe_file, read_recipe
 
     if resume is not None and ffjord:
@@ -119,11 +122,12 @@ def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord:
         found = recipe_of(contents, path)
         if name not in (None, found.name):
             raise click.UsageError(f"{resume} is a run of {found.name}, not of {name}. Leave the recipe out.", ctx)
+        resume = str(path)
     elif name is not None:
         found = get_recipe(name)
     else:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
-    return found.ffjord() if ffjord else found
+    return found.ffjord() if ffjord else found, resume
 
 
 def _place(device: str, devices: str) -> dict[str, str]:

@@ -27,7 +27,7 @@ from .runs import RunFolder, RunPlan
 
 _TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
 _INTERVAL = 10.0  # least seconds between two lines of progress
-_FIRST_LINE = 20  # steps after which the first line is printed
+_FIRST_LINE = 20  # steps after the first one of this call, when a line is printed at once
 _SHOWN = {
     "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
     "val/bpd": "val bits/dim", "val/nll": "val NLL",
@@ -89,6 +89,7 @@ class RunControl(Checkpoint):
         self._received, self._since = None, 0.0  # signal of this process, and when
         self._agreed: str | None = None  # signal of all processes
         self._step = self._written = 0  # the last step that was made, and the last one in the table
+        self._first = 1  # step of this call
         self._progress = progress
         self._mark, self._pace = (0, 0.0), 0.0  # step and training seconds of a line, seconds per step before it
 
@@ -116,7 +117,7 @@ class RunControl(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = self._written = trainer.global_step
-        self._mark = (trainer.global_step, self.training_seconds)
+        self._first = trainer.global_step + 1
         if _any(trainer, (first := trainer.strategy.broadcast(self._step)) != self._step):
             raise TrainingError(
                 f"this process continues from step {self._step}, the first one from step {first}, and others may "
@@ -145,6 +146,8 @@ class RunControl(Checkpoint):
         now = time.monotonic()
         self._step, self._step_seconds, self._step_began = step, now - self._step_began, now
         self.training_seconds += self._step_seconds
+        if step == self._first:
+            self._mark = (step, self.training_seconds)  # the first step also measures, compiles and opens files
         if pl_module.is_logged(step):
             self._write_row(step, pl_module)
         self._print_progress(trainer)
@@ -231,8 +234,9 @@ class RunControl(Checkpoint):
         if step > self._recipe.matching:
             figures.pop("matching error", None)
         shown = "  ".join(f"{each} {float(value):.{0 if each == 'NFE' else 4}f}" for each, value in figures.items())
-        rest = f", about {duration(self._pace * left)} left" if left > 0 else ""
-        print(f"step {step}/{self._plan.total}  {shown}  {self._pace:.2f} s/step{rest}", flush=True)
+        pace = f"  {self._pace:.2f} s/step" if self._pace else ""
+        rest = f", about {duration(self._pace * left)} left" if pace and left > 0 else ""
+        print(f"step {step}/{self._plan.total}  {shown}{pace}{rest}", flush=True)
 
 
 def _any(trainer: L.Trainer, decision: bool) -> bool:
