@@ -105,12 +105,14 @@ def test_a_gradient_reaches_every_parameter_but_of_wrong_images_none() -> None:
         flow.matching_loss(torch.full((5, 1, 8, 8), 2.0))
 
 
-def test_a_run_with_steps_of_matching(tmp_path: Path) -> None:
+def test_a_run_with_steps_of_matching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(
-        "training.matching=4", "training.log_every=1", "optimizer.name=muon", "optimizer.schedule=cosine",
+        "training.matching=4", "training.log_every=1", "optimizer.name=muon", "optimizer.schedule=cooldown",
         "optimizer.lr=1e-2", "optimizer.vector_lr=1e-2", "optimizer.warmup=1",
+        "optimizer.cooldown=0.5",
     )  # fmt: skip
-    whole = run(recipe, tmp_path)
+    whole = run(recipe, tmp_path, progress=True)
+    printed = capsys.readouterr().out
     with whole.folder.metrics.open() as file:
         every = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     steps = [row for row in every if "lr" in row]
@@ -120,7 +122,13 @@ def test_a_run_with_steps_of_matching(tmp_path: Path) -> None:
     assert {row["train/nfe"] for row in steps[:4]} == {"6.0"}  # one evaluation per block
     rates = [float(row["lr"]) for row in steps]
     assert rates[:4] == pytest.approx(rates[4:])  # the schedule begins again
-    assert rates[3] < rates[1]
+    assert rates[:3] == [1e-2] * 3 > [rates[3]]
+    stages = [(0, "flow matching"), (2, "the learning rate falls until step 4"), (4, "maximum likelihood"),
+              (6, "the learning rate falls until step 8")]  # fmt: skip
+    assert [line for line in printed.splitlines() if line.startswith("after step")] == [
+        f"after step {step}: {what}" for step, what in stages
+    ]
+    assert printed.index("\nstep 2: the learning rate falls") < printed.index("\nstep 4: maximum likelihood")
     # the optimizer begins again after step 4, also if the run was cut there
     part = run(recipe, tmp_path / "cut", callbacks=[signal_at(4)])
     rest = run(recipe, tmp_path, resume=part.folder.path)

@@ -105,9 +105,7 @@ def train(
         ctx.exit(128 + signal.Signals[result.stopped])
 
 
-def _chosen(
-    name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool
-) -> tuple[Recipe, str | None]:
+def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord: bool) -> tuple[Recipe, str | None]:
     """The recipe of a name, of a file, or of the run to continue, and that run or the checkpoint that was read."""
     from ..recipes.recipe import get_recipe, is_recipe_file, read_recipe
 

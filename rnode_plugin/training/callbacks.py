@@ -83,6 +83,7 @@ class RunControl(Checkpoint):
         self.best, self.out_of_time = math.inf, False
         self.training_seconds = self._step_seconds = self._seconds_before = 0.0
         self._recipe, self._plan = recipe, plan
+        self._stages = plan.stages(recipe)
         self._continues = folder is not None  # else best.ckpt of the checkpoint's run is in another folder
         self._began = self._step_began = self._printed = time.monotonic()
         self._end = None if max_time is None else self._began + max_time
@@ -151,6 +152,8 @@ class RunControl(Checkpoint):
         if pl_module.is_logged(step):
             self._write_row(step, pl_module)
         self._print_progress(trainer)
+        if (stage := self._stages.get(step)) and self._progress and trainer.is_global_zero:
+            print(f"step {step}: {stage}", flush=True)
         if self._end is not None:
             self.out_of_time = _any(trainer, now >= self._end)
         if self.out_of_time or step == self._plan.total:

@@ -239,8 +239,8 @@ def _announce(
     print(data.described())
     steps = f"steps {done} to {plan.total}, batch {recipe.data.batch_size}"
     print(f"{steps}, {trainer.precision}, {where}, in {folder.path}", flush=True)
-    if done < recipe.matching:
-        print(f"steps to {recipe.matching} are flow matching: {task.likelihood} only at validations")
+    for first, what in plan.stages(recipe).items():
+        print(f"after step {first}: {what}")
     if recipe.training.ema is not None:
         print(f"validations and checkpoints use the {recipe.weights}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -112,6 +113,16 @@ class RunPlan:
             )
         check = training.val_every_steps or training.val_every * per_epoch
         return RunPlan(per_epoch, total, min(check, total))
+
+    def stages(self, recipe: Recipe) -> dict[int, str]:
+        """What begins after so many steps, in words; empty for a run whose steps are all alike."""
+        matching, optimizer = recipe.matching, recipe.optimizer
+        found = {0: "flow matching", matching: "maximum likelihood"} if matching else {}
+        if optimizer.schedule == "cooldown":
+            for first, end in {(0, matching or self.total), (matching, self.total)}:
+                fall = end - math.floor(optimizer.cooldown * (end - first))
+                found[fall] = f"the learning rate falls until step {end}"
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
