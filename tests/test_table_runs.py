@@ -96,22 +96,8 @@ def test_the_nll_of_a_run_is_that_of_its_flow_in_the_unit_of_the_file(file: Path
     assert evaluation["means"]["nll"]["mean"] == pytest.approx(float(nll.mean()), abs=1e-4)
 
 
-def test_training_learns_more_than_the_columns_alone(file: Path, tmp_path: Path) -> None:
-    settings = ["training.max_steps=80", "training.val_every_steps=80", "optimizer.lr=2e-2"]
-    result = run(recipe_of(file, *settings), tmp_path).evaluation
-    assert result.nll.mean < result.gaussian.mean - 0.1
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("data.given=dose", "training.ema=0.9", "solver.step=auto", "training.tune_every=3"),
-        ("solver.quadrature=sampled", "regularizers.directional=0.01"),
-    ],
-    ids=["tuned", "sampled"],
-)
-def test_a_resumed_run_is_the_same_to_the_bit(file: Path, settings: tuple[str, ...], tmp_path: Path) -> None:
-    recipe = recipe_of(file, *settings)
+def test_a_resumed_run_is_the_same_to_the_bit(file: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(file, "data.given=dose", "training.ema=0.9", "solver.step=auto", "training.tune_every=3")
     whole = run(recipe, tmp_path / "whole")
     part = run(recipe, tmp_path / "part", callbacks=[signal_at(5)])
     assert (part.stopped, part.steps) == ("SIGTERM", 5)

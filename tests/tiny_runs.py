@@ -25,8 +25,8 @@ from rnode_plugin.training.fit import FitResult, fit
 from rnode_plugin.training.runs import RunOptions
 
 SETTINGS = [
-    "model.hidden=8", "model.layers=2", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
-    "data.batch_size=20", "data.train_images=80", "training.val_images=15", "data.val_batch_size=10",
+    "model.hidden=8", "model.layers=2", "solver.step=none", "test_solver.method=midpoint", "test_solver.step=none",
+    "data.batch_size=20", "data.train_images=80", "training.val_images=15", "data.val_batch_size=15",
     "training.max_steps=8", "training.val_every_steps=4", "training.sample_images=0",
     "training.save_every=1", "optimizer.name=adam", "optimizer.schedule=constant", "optimizer.warmup=3",
     "optimizer.lr=2e-3",
