@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny_runs import SETTINGS, as_options, rows, train_digits, weights
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob
@@ -107,10 +107,11 @@ def _work(rank: int, address: str, result: str) -> None:
             nn.init.normal_(parameter, std=0.4)
         x = torch.randn(BATCH, *shape, dtype=torch.float64)
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
-        pair = []
-        for each, mine in ((parallel, half), (model, slice(None))):
+        pair, whole = [], [(model, slice(None), 1)]
+        # a reduction that is not complete is noticed at the next forward pass
+        for each, mine, times in [(parallel, half, 2), *(whole if rank == 0 else [])]:
             Given.rows = mine
-            for _ in range(2):  # a reduction that is not complete is noticed at the next forward pass
+            for _ in range(times):
                 model.zero_grad()
                 output = each(x[mine])
                 states = output[1][-1] if isinstance(output, tuple) else output
@@ -140,7 +141,8 @@ def _work(rank: int, address: str, result: str) -> None:
 def test_half_a_batch_in_each_process_gives_the_gradient_of_the_whole(tmp_path: Path) -> None:
     """Each model by each gradient, with and without parameters that no value depends on, given the noise."""
     result = tmp_path / "result.pt"
-    spawn(_work, (str(tmp_path / "rendezvous"), str(result)), nprocs=2)
+    arguments = str(tmp_path / "rendezvous"), str(result)
+    start_processes(_work, arguments, nprocs=2, start_method="forkserver")  # of tiny_runs, which has imported all
     for name, (of_two, of_one) in torch.load(result).items():
         assert of_one.norm() > 1e-3, name
         assert torch.allclose(of_two, of_one, rtol=1e-10, atol=1e-12), name
