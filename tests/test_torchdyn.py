@@ -88,7 +88,7 @@ def test_same_values_and_evaluations_as_torchdyn(
     name: str, solver: str, sensitivity: str, regularizers: list[str] | None
 ) -> None:
     make_field, options = FIELDS[name]
-    for span in (torch.linspace(0, 1, 2), torch.linspace(0, 1, 5), torch.linspace(1, 0, 4)):
+    for span in (torch.linspace(0, 1, 5), torch.linspace(1, 0, 4)):
         torch.manual_seed(0)
         theirs, ours, (t, sol), (our_t, our_sol) = solve_both(
             make_field(), span, torch.randn(6, 4),
@@ -524,8 +524,9 @@ def weighted(states: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.2)], ids=["forward", "reversed"])
-@pytest.mark.parametrize("sensitivity", GRADIENTS)
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize(
+    ("solver", "sensitivity"), [("rk4", "autograd"), *(("dopri5", mode) for mode in GRADIENTS)]
+)
 def test_closed_form_of_a_linear_field(solver: str, sensitivity: str, span: tuple[float, float]) -> None:
     """Gradients of states at all output times and of both penalties, for state, parameters and times."""
     adaptive = solver == "dopri5"
