@@ -185,9 +185,9 @@ def test_a_run_says_that_it_compiles_and_changes_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled: list[Any] = []
-    plain = run(tiny_recipe(), tmp_path / "plain")
+    plain = run(tiny_recipe("training.max_steps=2"), tmp_path / "plain")
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
-    fast = run(tiny_recipe("training.compile=true"), tmp_path / "fast")
+    fast = run(tiny_recipe("training.max_steps=2", "training.compile=true"), tmp_path / "fast")
     assert capsys.readouterr().err.count("the fields are compiled: the first step takes longer") == 1
     assert len(compiled) == 1
     a, b = (read_checkpoint(each.folder.last)["state_dict"] for each in (plain, fast))

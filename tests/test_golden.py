@@ -153,8 +153,6 @@ def test_eight_steps_of_the_digits_are_as_stored(whole: Path) -> None:
 
 def test_eval_in_json(whole: Path) -> None:
     found = json.loads(cli("eval", whole, "--limit", 20, "--draws", 1, "--seed", 0, "--json", "--device", "cpu"))
-    again = json.loads(cli("eval", whole, "--limit", 20, "--draws", 1, "--seed", 0, "--json", "--device", "cpu"))
-    assert again["means"] == found["means"]
     assert found["means"]["dirty"]["mean"] == pytest.approx(stored()["eval"]["dirty"], abs=2e-4)
     assert found["means"]["clean"]["mean"] == pytest.approx(stored()["eval"]["clean"], abs=2e-4)
 

@@ -420,6 +420,7 @@ print(json.dumps([names, found.distribution, found.version, arc.abs().max().item
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")),
     reason="building the example offline needs pip and setuptools in this environment",
