@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import CONTEXT, assert_same, train
+from tiny_runs import CONTEXT, assert_same, rows, train
 
 from rnode_plugin.errors import CheckpointError
 from rnode_plugin.training.checkpoints import newest_intact, read_checkpoint
@@ -98,6 +99,17 @@ def test_killed_in_a_step_with_a_truncated_newest_checkpoint(
         os.truncate(run / "checkpoints" / f"{name}.ckpt", 0)
     with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read"):
         newest_intact(run)
+
+
+def test_an_earlier_checkpoint_becomes_the_newest_one(whole: Path, tmp_path: Path) -> None:
+    """A run that continues from it and is killed soon has no later checkpoint, to which steps would be missing."""
+    run = tmp_path / "runs" / "digits" / "0"
+    shutil.copytree(whole, run)
+    die = at(8, "os.kill(os.getpid(), signal.SIGKILL)")
+    resumed = Child(tmp_path / "runs", STEPS, die, resume=run / "checkpoints" / "previous.ckpt")
+    assert resumed.end()[0] == -signal.SIGKILL
+    assert newest_intact(run)[1]["global_step"] == int(rows(run)[-1]["step"]) == 7
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 7
 
 
 # what the machine takes away -----------------------------------------------------------------------------------

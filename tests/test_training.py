@@ -254,6 +254,8 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     learned = recipe.override(["regularizers.learned_end_time=0.01", "training.max_steps=9"])
     with pytest.raises(CheckpointError, match="do not fit this model"):
         run(learned, tmp_path, resume=result.folder.path)
+    with pytest.raises(CheckpointError, match=r"data\.name is digits there and mnist here"):  # before a download
+        run(recipe.override(["data.name=mnist"]), tmp_path, resume=result.folder.path, download=True)
     assert result.folder.result.exists()
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
 

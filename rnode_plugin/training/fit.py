@@ -115,11 +115,11 @@ def fit(
     """
     options = options or RunOptions()
     check_loggers(each for each in loggers if isinstance(each, str))
-    recipe, data = load_for_training(recipe, download=options.download)
     checkpoint = before = contents = None
-    if options.resume is not None:
-        checkpoint, contents = checkpoint_to_resume(options.resume, recipe)
+    if options.resume is not None:  # refuses other settings before data are downloaded for them
+        checkpoint, contents, recipe = checkpoint_to_resume(options.resume, recipe)
         before = RunFolder.of_checkpoint(checkpoint)  # of the run that continues
+    recipe, data = load_for_training(recipe, download=options.download)
     done = contents["global_step"] if contents else 0
     with quiet(), explained(), ExitStack() as stack:
         place = find_place(trainer_options)
@@ -152,6 +152,8 @@ def fit(
             folder = before or _new_folder(recipe, options)
             stack.enter_context(training_lock(folder.path))
             folder.describe(recipe, trainer.strategy.root_device)
+            if checkpoint is not None and before is not None:
+                before.continue_from(checkpoint)
             control.folder, control.table = folder, MetricsTable(folder.metrics, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if options.progress:

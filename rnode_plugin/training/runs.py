@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -25,7 +26,7 @@ from ..files import write_atomically
 from ..plugins import registry
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
-from .checkpoints import BEST, LAST, newest_intact, recipe_of
+from .checkpoints import BEST, LAST, PREVIOUS, newest_intact, recipe_of
 
 LOCK = ".lock"  # held while a run is trained
 DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
@@ -196,6 +197,17 @@ class RunFolder:
         write_json(self.path / "recipe.json", recipe.to_plain())
         write_json(self.path / "environment.json", environment(device))
 
+    def continue_from(self, checkpoint: Path) -> None:
+        """Make a checkpoint of this run the newest one.
+
+        If the newest one had more steps, a run that is killed soon would continue from it, and ``metrics.csv``
+        would lack the steps in between.
+        """
+        if checkpoint.name != LAST:
+            contents = checkpoint.read_bytes()
+            keep = None if checkpoint.name == PREVIOUS else self.last.with_name(PREVIOUS)
+            write_atomically(self.last, lambda file: file.write(contents), keep=keep)
+
     def conclude(self, ended: Mapping[str, Any], evaluation: Evaluation, task: Task) -> None:
         """Write ``result.json`` and, before it, the scores by held-out sample (``images.csv``, ``rows.csv``)."""
         scores = pandas.DataFrame({name: mean.samples for name, mean in evaluation.means.items()})
@@ -255,8 +267,8 @@ def training_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint file and its contents, after comparing its recipe with the one to train.
+def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tuple[Path, dict[str, Any], Recipe]:
+    """The checkpoint file, its contents, and the recipe to train with what the run has recorded of its table.
 
     Raises:
         CheckpointError: there is none, or it holds another model or was trained on other images.
@@ -266,8 +278,6 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(f"{path} has weights only, from which no training continues.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
     differ = [name for name in _FIXED if old.get(name) != new.get(name)]
-    if old.get("data.checksum") not in (None, new.get("data.checksum")):  # of the rows of a table
-        differ.append("data.checksum")
     if new["training.ema"] is None and old["training.ema"] is not None:  # its weights are the average
         differ.append("training.ema")
     if differ:
@@ -275,4 +285,5 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(
             f"{path} cannot continue with other settings: {what}. --weights {path} starts a new run from it."
         )
-    return path, contents
+    recorded = {name: old[f"data.{name}"] for name in ("rows", "checksum") if f"data.{name}" in old}
+    return path, contents, dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **recorded))
