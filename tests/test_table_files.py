@@ -116,6 +116,8 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "dates": ("day,a\n2020-01-01,1.5\n2020-01-02,2.5\n", "'day'.*not numeric: row 1 holds '2020-01-01'"),
     "labels": ("a,b\n1,2\n2,female\n", "'b' .*not numeric: row 2 holds 'female'.*--set data.columns="),
     "units below the names": ("a,b\nK,m\n" + text_of(PAIRS), "'a' .*not numeric: row 1 holds 'K'"),
+    "underscores": ("a,b\n1,2\n1_000,2\n", "'a' .*not numeric: row 2 holds '1_000'"),
+    "other digits": ("a,b\n1,2\n١٢,2\n", "'a' .*not numeric: row 2 holds '١٢'"),
     "a header alone": ("a,b\n", "no rows"),
     "two columns of one name": ("a,b,a\n1,2,3\n", "2 columns have the name 'a'"),
     "a comment": ("# a,b\n1,2\n", "begins with #"),

@@ -57,12 +57,17 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str]) -> np.ndar
 
 
 def _values(what: str, column: pd.Series) -> np.ndarray:
+    import pandas
+
     if column.dtype.kind not in "fiub":
-        texts = (
-            f"row {row} holds {str(cell)[:40]!r}" for row, cell in enumerate(column, 1) if not _is_number(cell)
-        )
-        found = next(texts, f"it is {column.dtype}")
-        raise DataError(f"{what} is not numeric: {found}. Write plain numbers with a point, or {LEAVE_OUT}.")
+        found = f"it is {column.dtype}"
+        if column.dtype.kind == "O":  # texts, also of whole numbers that have more than 64 bits
+            texts = column
+            column = pandas.Series(pandas.to_numeric(texts, errors="coerce"))
+            wrong = np.flatnonzero(column.isna() & texts.notna())
+            found = f"row {wrong[0] + 1} holds {str(texts.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
+        if found:
+            raise DataError(f"{what} is not numeric: {found}. Write plain numbers with a point, or {LEAVE_OUT}.")
     values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     if len(gaps := np.flatnonzero(~np.isfinite(values))):
         raise DataError(
