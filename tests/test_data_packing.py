@@ -39,7 +39,7 @@ def assert_packed(target: Path, train: np.ndarray = TRAIN, val: np.ndarray = VAL
 def assert_refused(message: str, *sources: Path, target: Path, **options: Any) -> None:
     with pytest.raises((DataError, ConfigError), match=message):
         pack(sources, target, **options)
-    assert not target.exists() or list(target.iterdir()) == []
+    assert not target.exists()
 
 
 def test_the_command_packs_folders_of_the_split(tmp_path: Path) -> None:
@@ -53,6 +53,7 @@ def test_the_command_packs_folders_of_the_split(tmp_path: Path) -> None:
     result = CliRunner().invoke(data_group, ["prepare", str(source), str(out), "--size", "8"])
     assert result.exit_code == 0, result.output
     assert f"6 images to train on and 3 held out, 3x8x8, in {out}" in result.stdout
+    assert f"{source}: left out 1 file without a known suffix of pictures, such as labels.csv" in result.stderr
     assert_packed(out)
     data = get_dataset("folder", root=str(out))
     assert np.array_equal(data.train[:], TRAIN)
@@ -149,6 +150,12 @@ def _tall() -> bytes:
 def test_sources_that_are_refused(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     assert_refused(message, write(tmp_path / "in", files), target=tmp_path / "out")
     assert_refused("nowhere cannot be read: no such", tmp_path / "nowhere", target=tmp_path / "out")
+
+
+def test_a_folder_that_is_given_twice_would_train_on_held_out_pictures(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", PICTURES)
+    for other in (source, source / "set"):
+        assert_refused("is given twice", source, other, target=tmp_path / "out")
 
 
 def test_pictures_of_different_sizes_are_scaled(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..text import counted
 from .images import ImageArray, ImageData, naming, shown
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def _read(name: str, where: Path, *, size: int | None, channels: int | None, bit
     if _is_packed(where):
         parts = [PackedImages(where / file, shift=8 - bits) for file in (TRAIN_FILE, VAL_FILE)]
     else:
-        names = _pictures(where)
+        names = _pictures(where, notice=True)
         splits = assign([split_named(n) for n in names], names, where=str(where))
         chosen = [[n for n, split in zip(names, splits, strict=True) if split == part] for part in ("train", "val")]
         options = {"size": size, "channels": channels or 3, "shift": 8 - bits}
@@ -138,8 +140,10 @@ def _is_packed(where: Path) -> bool:
     return any((where / file).exists() for file in (TRAIN_FILE, VAL_FILE))
 
 
-def _pictures(where: Path) -> list[str]:
-    names = [file for file in files_in(where) if is_picture(file)]
+def _pictures(where: Path, *, notice: bool = False) -> list[str]:
+    names, others = separated(where, is_picture)
+    if notice:
+        notice_left_out(where, others)
     if not names:
         raise DataError(
             f"the folder {where} holds neither pictures (png, jpg, webp, ...) nor {TRAIN_FILE}. Unpack an archive, "
@@ -242,6 +246,21 @@ def files_in(folder: Path) -> Iterator[str]:
             # file managers and archivers leave hidden files, and reading a pipe could wait for ever
             if path.is_file() and not any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
                 yield name
+
+
+def separated(folder: Path, wanted: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """The names in :func:`files_in` that are wanted, and the others."""
+    names: tuple[list[str], list[str]] = [], []
+    for name in files_in(folder):
+        names[not wanted(name)].append(name)
+    return names
+
+
+def notice_left_out(where: object, others: Sequence[object]) -> None:
+    """Print that files are left out: a folder may hold pictures in a format that is not read."""
+    if others:
+        left_out = f"{counted(len(others), 'file')} without a known suffix of pictures, such as {others[0]}"
+        print(f"{where}: left out {left_out}", file=sys.stderr)
 
 
 @contextmanager

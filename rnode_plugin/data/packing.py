@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +13,18 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..files import Draft
-from .folders import TRAIN_FILE, VAL_FILE, assign, decode, different, files_in, folder, is_picture, split_named
+from .folders import (
+    TRAIN_FILE,
+    VAL_FILE,
+    assign,
+    decode,
+    different,
+    folder,
+    is_picture,
+    notice_left_out,
+    separated,
+    split_named,
+)
 from .images import ImageData, naming, shown
 
 _BATCH = ".npz"
@@ -37,8 +50,8 @@ def pack(
 
     Args:
         sources: folders of pictures, or folders of the published ImageNet batches (``train_data_batch_1.npz`` to
-            ``_10``, ``val_data.npz``). Several make one data set. Other files are ignored. The split is the one of
-            :func:`~rnode_plugin.data.folder`.
+            ``_10``, ``val_data.npz``). Several make one data set. Other files are left out, with a line on standard
+            error. The split is the one of :func:`~rnode_plugin.data.folder`.
         target: folder for the two files, which is made if it is missing.
         size: height and width that pictures are scaled to (the shorter side, and the longer one is cut around the
             middle); None if all have the same size already.
@@ -61,6 +74,7 @@ def pack(
         raise DataError(f"{' and '.join(there)} exist already. Pass --overwrite to replace them.")
     files = _plan(sources)
     first: tuple[str, tuple[int, ...]] | None = None
+    is_new = not target.exists()
     try:
         with _Writer(target / TRAIN_FILE) as train, _Writer(target / VAL_FILE) as val:
             for path, split in progress(files):
@@ -74,6 +88,10 @@ def pack(
                     step(writer)
     except OSError as error:
         raise DataError(f"{target} cannot be written: {(error.strerror or str(error)).lower()}.") from error
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds the two files
+                target.rmdir()
     return folder(root=str(target))
 
 
@@ -81,12 +99,16 @@ def _plan(sources: Sequence[Path]) -> list[_Source]:
     """The files to read with their split."""
     found: list[tuple[Path, str]] = []
     splits: list[str | None] = []
+    for one, other in itertools.permutations([source.resolve() for source in sources], 2):
+        if one.is_relative_to(other):  # each picture would count twice, perhaps in both parts
+            raise ConfigError(f"{one} is given twice, as it lies in {other}: give each folder once.")
     for source in sources:
         own = split_named(f"{source.name}/file")  # a folder `train` need not hold another one
-        for name in files_in(source):
-            if is_picture(name) or name.endswith(_BATCH):
-                found.append((source / name, name))
-                splits.append(split_named(name) or own)
+        names, others = separated(source, lambda name: is_picture(name) or name.endswith(_BATCH))
+        notice_left_out(source, others)
+        for name in names:
+            found.append((source / name, name))
+            splits.append(split_named(name) or own)
     where = ", ".join(map(str, sources))
     if not found:
         raise DataError(f"{where} has neither pictures nor ImageNet batches. Unpack archives first.")
