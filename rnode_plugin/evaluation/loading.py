@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 
 import torch
 
@@ -30,6 +31,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # the device meta has no values
     except (RuntimeError, AssertionError) as error:  # an AssertionError if torch was built without CUDA
-        raise ConfigError(f"the device {name!r} cannot be used: {first_line(error)}") from None
+        reason = textwrap.shorten(first_line(error), 200, placeholder="...")
+        raise ConfigError(f"the device {name!r} cannot be used: {reason}") from None
+    return probe.device

@@ -172,6 +172,8 @@ def write_samples(
     if isinstance(task, ImageTask):
         if given is not None:
             raise ConfigError("--given-values and --given-file are for tables that were trained with --given.")
+        if path.suffix.lower() != ".png":
+            raise ConfigError(f"{path} is not a picture: its name must end in .png.")
         images = sample_images(flow, count or 64, temperatures=temperatures, **options)
         save_grid(path, images, levels=task.levels, columns=columns)
         return count or 64

@@ -146,6 +146,13 @@ class Recipe:
             new[group] = {**(old if isinstance(old, Mapping) else vars(old)), **values}
         with refused():
             changed = dataclasses.replace(self, **new)
+        for group in ("solver", "test_solver"):
+            was, solver = vars(self)[group], vars(changed)[group]
+            if solver.adaptive and solver.step not in (None, was.step):
+                raise ConfigError(
+                    f"{group}.step has no effect, because {solver.name} chooses its own steps: give "
+                    f"{group}.method=rk4_38 too, or atol and rtol."
+                )
         old = self.regularizers
         # an unknown name is refused here, not after the data is loaded
         new_ones = {name: each for name, each in changed.regularizers.items() if old.get(name) != each}
