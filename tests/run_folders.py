@@ -48,7 +48,7 @@ def write_run(
     (path / "metrics.csv").write_text("\n".join(rows) + "\n")
     if finished:
         evaluation = {
-            "samples": 297,
+            "samples": len(images) or 297,
             "means": {
                 "dirty": {"mean": bits, "stderr": 0.02, "stderr_noise": None},
                 "clean": {"mean": bits - 0.1, "stderr": 0.03, "stderr_noise": None},

@@ -99,6 +99,15 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
     assert "bits/dim, clean" not in found
 
 
+@pytest.mark.parametrize(("file", "where"), [("metrics.csv", "step 40 of 41"), ("images.csv", "image 3 of 297")])
+def test_a_file_of_a_finished_run_that_is_cut_off(tmp_path: Path, file: str, where: str) -> None:
+    path = write_run(tmp_path / "0", digits(), steps=41 if file == "metrics.csv" else 40, images=[2.0] * 297)
+    lines = (path / file).read_text().splitlines()
+    (path / file).write_text("\n".join(lines[:-1] if file == "metrics.csv" else lines[:4]) + "\n")
+    with pytest.raises(ConfigError, match=f"{file} is cut off: it ends with {where}"):
+        read_run(path)
+
+
 def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
     assert [run.path for run in read_runs([runs[1], tmp_path / "r"])[0]] == runs[1:]  # each once
     with pytest.raises(ConfigError, match=r"no run at .*nothing: give a run folder"):

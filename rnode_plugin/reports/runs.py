@@ -202,6 +202,14 @@ def read_run(path: Path) -> Run:
     with _reading(path / task.file) as text:
         scores = _rows(_table(text), known=[task.sample], columns=[each.name for each in task.quantities])
     steps, checks = _metrics(path / "metrics.csv", task.metric)
+    if result is not None:
+        last = max(*steps["step"], *checks["step"], 0, 0)
+        for file, there, what, whole in (
+            (task.file, len(scores[task.sample]), task.sample, result.evaluation.samples),
+            ("metrics.csv", last, "step", result.steps),
+        ):
+            if 0 < there < whole:
+                raise ConfigError(f"{path / file} is cut off: it ends with {what} {there:g} of {whole}.")
     grid = path / "samples" / "best.png"
     if not grid.is_file():
         grid = max(grid.parent.glob("step-*.png"), default=None)
