@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +107,8 @@ def test_penalties_by_name_and_in_a_file(recipe: Recipe, tmp_path: Path) -> None
         ("[" * 100_000, "must be JSON that maps names to penalties"),
         ("[1]", "must be JSON that maps names to penalties"),
         ('{"a": 1}', "must be JSON that maps names to penalties"),
+        ('{"a": {"kinetic": 1}, "a": {"kinetic": 2}}', "a.json has the name 'a' twice"),
+        ('{"a": {"kinetic": 1, "kinetic": 2}}', "a.json has the name 'kinetic' twice"),
         ("{}", "a.json has no configuration"),
         ('{"a": {"kinetic": 1}, "b": {"kinetic": [], "l1": [1]}}', "a sweep without a lambda"),
         ('{"a": {"kinetic": -1}}', "a.json, a: regularizers.kinetic: expected a finite number"),
@@ -290,6 +296,28 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     failed = rnode("compare", "digits", "--configuration", "ffjord", "--configuration", "l1", *options)
     assert failed.exit_code == 1
     assert "Error: digits-l1, seed 42: training stopped: the gradient is nan." in failed.output
+
+
+def test_its_end_is_the_end_of_its_runs(training: Training, tmp_path: Path) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    (training.folder / "train.py").write_text(
+        "import signal, sys, time; from pathlib import Path\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (Path({str(ended)!r}).touch(), sys.exit(1)))\n"
+        f"Path({str(begun)!r}).touch(); time.sleep(60)\n"
+    )
+
+    def terminate() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    options = ["--device", "cpu", "--devices", "1", "--out", tmp_path / "c"]
+    result = rnode("compare", "digits", "--configuration", "none", "--configuration", "kinetic", *options)
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert ended.exists()
+    assert [file.name for file in (tmp_path / "c" / "logs").glob("*.log")] == ["digits-none-42.log"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # real training -------------------------------------------------------------------------------------------------

@@ -224,6 +224,9 @@ def compare(*, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
     chosen = changed(get_recipe(recipe), options)
     from ..comparison.compare import compare  # seconds of imports, which a wrong name does not wait for
 
+    # it would end this process and leave its runs alone
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
     result = compare(
         chosen,
         accelerator=options.pop("device"),

@@ -105,6 +105,7 @@ def compare(
     }
     limit = [] if max_time is None else ["--max-time", f"{max_time:.3f}"]
     out = Path(out)
+    running: set[subprocess.Popen[bytes]] = set()
     folders = {out / "runs" / one.name / str(one.training.seed): one for one in planned}
     (out / "logs").mkdir(parents=True, exist_ok=True)
 
@@ -117,8 +118,11 @@ def compare(
         try:
             with log.open("wb") as output:
                 shown = None if progress and len(places) == 1 else output
-                code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=shown, stderr=output,
-                                      env=environment).returncode  # fmt: skip
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=shown, stderr=output,
+                                           env=environment)  # fmt: skip
+                running.add(process)
+                code = process.wait()
+                running.discard(process)
         finally:
             free.put(place)
         if code == 0:
@@ -138,8 +142,13 @@ def compare(
         pool = ThreadPoolExecutor(len(places))
         try:
             failures = [each for each in pool.map(lambda job: train(*job), jobs) if each is not None]
-        finally:  # Ctrl-C also reaches the processes, which end with a checkpoint
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # a signal, which Ctrl-C also sends to the processes
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()  # it ends with a checkpoint
+            raise
+        finally:
+            pool.shutdown()
         runs = [folder for folder in folders if (folder / "recipe.json").is_file()]
         if not any(read_run(folder).has_begun for folder in runs):
             raise TrainingError(" ".join(failures) or "the runs ended before a step was logged.")
@@ -248,11 +257,20 @@ def _read(recipe: Recipe, text: str) -> Iterator[tuple[str, Recipe]]:
 
 
 def _read_file(recipe: Recipe, file: Path) -> Iterator[tuple[str, Recipe]]:
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, _ in pairs:
+            if [key for key, _ in pairs].count(name) > 1:
+                raise ConfigError(f"{file} has the name {name!r} twice: give each name once.")
+        return dict(pairs)
+
     try:
-        entries = TypeAdapter(dict[str, dict[str, Any]]).validate_json(file.read_bytes())
+        plain = json.loads(file.read_bytes(), object_pairs_hook=each_once)
+        entries = TypeAdapter(dict[str, dict[str, Any]]).validate_python(plain)
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{file} must be JSON that maps names to penalties, such as {_EXAMPLE}.") from None
     if not entries or [] in itertools.chain.from_iterable(each.values() for each in entries.values()):
         raise ConfigError(f"{file} has no configuration, or a sweep without a lambda: write it as {_EXAMPLE}.")
