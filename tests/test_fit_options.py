@@ -37,18 +37,17 @@ def test_given_callbacks_and_loggers(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="mine", version="0")
     early = EarlyStopping("val/bpd", stopping_threshold=100.0)
     callbacks = [BeforeStep(lambda module, step: seen.append(step)), early]
-    result = run(tiny_recipe(), tmp_path / "runs", callbacks=callbacks, loggers=[logger, "csv"], profiler="simple")
+    result = run(tiny_recipe(), tmp_path / "runs", callbacks=callbacks, loggers=[logger], profiler="simple")
     assert (result.stopped, result.steps, result.planned) == ("early", 4, 8)
     assert seen == [1, 2, 3, 4]
     assert result.evaluation is not None
     assert json.loads(result.folder.result.read_text())["stopped"] == "early"
-    for file in (tmp_path / "mine" / "0" / "metrics.csv", result.folder.path / "csv" / "metrics.csv"):
-        with file.open() as opened:
-            found = [row for row in csv.DictReader(opened) if row["train/loss"]]
-        assert len(found) == 4
-        ours = [row for row in rows(result.folder.path) if "train/loss" in row]
-        for theirs, mine in zip(found, ours, strict=True):
-            assert float(theirs["train/bpd"]) == pytest.approx(float(mine["train/bpd"]), rel=1e-6)
+    with (tmp_path / "mine" / "0" / "metrics.csv").open() as opened:
+        found = [row for row in csv.DictReader(opened) if row["train/loss"]]
+    assert len(found) == 4
+    ours = [row for row in rows(result.folder.path) if "train/loss" in row]
+    for theirs, mine in zip(found, ours, strict=True):
+        assert float(theirs["train/bpd"]) == pytest.approx(float(mine["train/bpd"]), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes a minute at first.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
-@click.option("--logger", "loggers", multiple=True, metavar="csv|tensorboard|wandb|mlflow",
+@click.option("--logger", "loggers", multiple=True, metavar="tensorboard|wandb|mlflow",
               help="Log there too, in addition to metrics.csv. May be repeated.")  # fmt: skip
 @click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip

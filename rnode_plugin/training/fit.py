@@ -100,8 +100,8 @@ def fit(
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
         options: folders, resuming and limits of this call; None for the defaults.
         callbacks: of Lightning, before ours.
-        loggers: of Lightning, or names of them: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``. They get what the
-            module logs, in addition to ``metrics.csv``.
+        loggers: of Lightning, or names of them: ``tensorboard``, ``wandb``, ``mlflow``. They get what the module
+            logs, in addition to ``metrics.csv``.
         trainer_options: options of Lightning's Trainer, such as ``accelerator``, ``devices``, ``num_nodes``,
             ``strategy`` or ``profiler``.
 

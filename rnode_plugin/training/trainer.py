@@ -17,7 +17,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ..errors import ConfigError, suggest
@@ -177,7 +177,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 # the logger of a name for a run's folder and RECIPE-VERSION
 _LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
-    "csv": lambda folder, run: CSVLogger(folder, name="", version="csv"),
     "tensorboard": lambda folder, run: TensorBoardLogger(folder, name="", version="tensorboard"),
     "wandb": lambda folder, run: WandbLogger(name=run, project="rnode", save_dir=folder),
     "mlflow": lambda folder, run: MLFlowLogger(
@@ -194,7 +193,7 @@ def check_loggers(names: Iterable[str]) -> None:
     for name in names:
         if name not in _LOGGERS:
             raise ConfigError(suggest(name, _LOGGERS, "logger"))
-        if name != "csv" and importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
 
 
