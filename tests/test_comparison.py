@@ -233,9 +233,10 @@ def test_an_interrupted_run_is_resumed(recipe: Recipe, training: Training, tmp_p
     for locked in (none, tmp_path / "c"):
         with training_lock(locked), pytest.raises(ConfigError, match="is being trained by another process"):
             run(recipe, tmp_path / "c")
-    run(recipe, tmp_path / "c")
+    run(recipe, tmp_path / "c", max_time=90)
     begins, resumes = training.calls()
-    assert (begins["--run-folder"], resumes["--resume"]) == (str(none), str(rnode))
+    assert (begins["--run-folder"], begins["--max-time"]) == (str(none), "90.000")
+    assert (resumes["--resume"], resumes["--max-time"]) == (str(rnode), "70.000")  # all runs have the same time
 
 
 def test_a_run_that_fails_leaves_the_others_alone(recipe: Recipe, training: Training, tmp_path: Path) -> None:

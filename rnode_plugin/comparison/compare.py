@@ -103,7 +103,6 @@ def compare(
         "MKL_NUM_THREADS": threads,
         "PYTHONIOENCODING": "utf-8",
     }
-    limit = [] if max_time is None else ["--max-time", f"{max_time:.3f}"]
     out = Path(out)
     running: set[subprocess.Popen[bytes]] = set()
     folders = {out / "runs" / one.name / str(one.training.seed): one for one in planned}
@@ -114,7 +113,7 @@ def compare(
         log, file = (out / "logs" / f"{one.name}-{one.training.seed}.{suffix}" for suffix in ("log", "json"))
         file.write_text(json.dumps(one.to_plain()), encoding="utf-8")
         place = free.get()
-        command = [*_TRAIN, str(file), *begin, *place, *limit]
+        command = [*_TRAIN, str(file), *begin, *place]
         try:
             with log.open("wb") as output:
                 shown = None if progress and len(places) == 1 else output
@@ -135,7 +134,7 @@ def compare(
         jobs = []
         for number, (folder, one) in enumerate(folders.items(), 1):
             title = f"run {number} of {len(planned)}: {one.name}, seed {one.training.seed}"
-            if (begin := _begin(folder, one)) is None:
+            if (begin := _begin(folder, one, max_time)) is None:
                 announce(f"{title}: done, in {folder}")
             else:
                 jobs.append((title, one, begin))
@@ -156,7 +155,7 @@ def compare(
     return Comparison(tuple(runs), report, tuple(failures))
 
 
-def _begin(folder: Path, recipe: Recipe) -> list[str] | None:
+def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | None:
     """The options of ``train`` that begin or resume a run; None for a run that is done.
 
     Raises:
@@ -172,13 +171,19 @@ def _begin(folder: Path, recipe: Recipe) -> list[str] | None:
         if run.result is not None:
             return None
         if any((folder / "checkpoints").glob("*.ckpt")):
-            return ["--resume", str(folder)]
+            spent = float(run.steps["seconds"][-1]) if run.has_begun and "seconds" in run.steps else 0.0
+            return ["--resume", str(folder), *_limit(max_time, spent)]
     elif any((folder / "checkpoints").glob("*.ckpt")):
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
     if folder.exists():  # a run that ended before its first checkpoint
         with training_lock(folder):
             shutil.rmtree(folder)
-    return ["--run-folder", str(folder)]
+    return ["--run-folder", str(folder), *_limit(max_time)]
+
+
+def _limit(max_time: float | None, spent: float = 0.0) -> list[str]:
+    """The time that is left for a run; with more than the others it would be compared unfairly."""
+    return [] if max_time is None else ["--max-time", f"{max(max_time - spent, 0.001):.3f}"]
 
 
 def _places(accelerator: str, devices: int | None) -> list[tuple[str, ...]]:
