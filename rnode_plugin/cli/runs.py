@@ -78,15 +78,15 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
     from ..evaluation.likelihood import evaluate
-    from ..evaluation.loading import pick_device
+    from ..evaluation.loading import load_for_evaluation, pick_device
     from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
 
     flush_denormals()
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
     recipe = recipe.override([f"test_solver.{change}" for change in options["solver_settings"]])
-    recipe = recipe.at_root(options["data_root"])
-    data = recipe.load_data(download=options["download"], all_val=True).limit(None, options["limit"])
+    data = load_for_evaluation(recipe, root=options["data_root"], download=options["download"])
+    data = data.limit(None, options["limit"])
     result = evaluate(
         flow,
         data.held_out[: options["limit"]],
@@ -144,9 +144,9 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     flush_denormals()
     path, place = find_checkpoint(run), pick_device(options["device"])
     flow, recipe = load_with_recipe(path, map_location=place)
-    recipe, samples, seed = recipe.at_root(options["data_root"]), options["samples"], options["seed"]
-    count = samples or compared_for(recipe.dims)
-    held_out = held_out_samples(recipe, count, seed=seed, download=options["download"])
+    samples, seed = options["samples"], options["seed"]
+    place_of_data = {"root": options["data_root"], "download": options["download"]}
+    held_out = held_out_samples(recipe, samples or compared_for(recipe.dims), seed=seed, **place_of_data)
     diagnosis = diagnose(
         flow,
         held_out.x.to(place),

@@ -1,8 +1,9 @@
-"""load_for_training and pick_device: the data of a recipe, and the device of a name."""
+"""The data of a recipe for a training or an evaluation, and ``pick_device``: the device of a name."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import textwrap
 
 import torch
@@ -20,6 +21,24 @@ def load_for_training(recipe: Recipe, *, download: bool = False) -> tuple[Recipe
     """
     data = recipe.load_data(download=download)
     return dataclasses.replace(recipe, data=recipe.data.trained_on(data)), data
+
+
+def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bool = False) -> ImageData | Table:
+    """The data of a recipe, perhaps at another place, with all samples of a validation.
+
+    Another table than the one of the training may hold out rows that were trained on, which is printed.
+
+    Raises:
+        DataError, ConfigError: see :meth:`~rnode_plugin.recipes.recipe.Recipe.load_data`.
+    """
+    data = recipe.at_root(root).load_data(download=download, all_val=True)
+    if isinstance(data, Table) and recipe.table.checksum not in (None, data.checksum):
+        print(
+            f"{data.name} is another table than the one of the training. If they share rows, some that were "
+            "trained on may be held out now.",
+            file=sys.stderr,
+        )
+    return data
 
 
 def pick_device(name: str) -> torch.device:

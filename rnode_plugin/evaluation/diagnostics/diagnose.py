@@ -15,6 +15,7 @@ from ...errors import ConfigError, SolverError
 from ...recipes.recipe import Recipe
 from ...recipes.task import FlowInput
 from ...solvers import Solver
+from ..loading import load_for_evaluation
 from . import checks
 from .result import Check, Diagnosis
 from .subject import HeldOut, Subject
@@ -31,13 +32,15 @@ def compared_for(dims: int) -> int:
     return max(samples_for(dims), min(10_000, 250_000 // dims))
 
 
-def held_out_samples(recipe: Recipe, count: int, *, seed: int = 0, download: bool = False) -> FlowInput:
+def held_out_samples(
+    recipe: Recipe, count: int, *, root: str | None = None, seed: int = 0, download: bool = False
+) -> FlowInput:
     """At most ``count`` held-out samples of a recipe in random order, as a flow takes them.
 
-    Images are dequantised; the rows of a conditional density come with contexts. ``seed`` is the seed of the order
-    and of the noise.
+    Images are dequantised; the rows of a conditional density come with contexts. ``root`` is another place of the
+    data, and ``seed`` the seed of the order and of the noise.
     """
-    held_out = recipe.load_data(download=download, all_val=True).held_out
+    held_out = load_for_evaluation(recipe, root=root, download=download).held_out
     with seeded(seed, Stream.DIAGNOSE):
         chosen = torch.randperm(len(held_out))[:count]
         # a mapped file is read in one sweep
