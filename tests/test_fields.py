@@ -104,6 +104,20 @@ def perceptron(*layers: nn.Module) -> nn.Module:
     return active(nn.Sequential(*layers))
 
 
+def hooked(field: Any, module: nn.Module | None = None) -> Any:
+    """The field with a hook on it, or on a module in it, that changes what is returned."""
+    (field if module is None else module).register_forward_hook(lambda module, given, result: 1.5 * result)
+    return field
+
+
+def with_weight_norm() -> Any:
+    field = make_field("linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(field.layers[1])
+    return field
+
+
 MODULES: dict[str, Callable[[], Any]] = {
     **{f"conv {name}": lambda name=name: make_field("conv", name) for name in ACTIVATIONS},
     **{f"linear {name}": lambda name=name: make_field("linear", name) for name in ACTIVATIONS},
@@ -117,6 +131,10 @@ MODULES: dict[str, Callable[[], Any]] = {
     "recognised": lambda: perceptron(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4, bias=False)),
     "recognised with time": lambda: perceptron(DepthCat(1), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 4)),
     "any function": lambda: Wave(4),
+    "linear with a hook": lambda: hooked(make_field("linear")),
+    "conv with a hook on a layer": lambda: hooked(field := make_field("conv"), field.layers[1]),
+    "linear with weight norm": with_weight_norm,
+    "potential with a hook": lambda: hooked(active(PotentialField(4, hidden=6))),
 }
 
 
@@ -133,10 +151,12 @@ def by_linearize(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, T
     dz, rows, jvp, divergence, _ = field.linearize(t, z, ask=ask_all)
     with_noise, alone = field.linearize(t, z, noise, ask=ask_noise), field.linearize(t, z, ask=ask_jvp)
     several = field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products
+    both = field.linearize(t, z, noise, ask=Ask("noise", divergence=True)).products
     return {
         "velocity": dz, "rows": rows, "divergence": divergence, "along itself and time": jvp(dz, 1.0),
         "product": with_noise.products, "along the noise": with_noise.jvp(noise, 0.0), "two products": several,
         "along alone": alone.jvp(alone.dz, -1.3), "velocity alone": field.linearize(t, z).dz,
+        "product with the divergence": both,
     }  # fmt: skip
 
 
@@ -150,6 +170,7 @@ def by_autograd(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Te
         "velocity": dz, "rows": rows, "divergence": rows.flatten(2).diagonal(dim1=0, dim2=2).sum(1),
         "along itself and time": push(dz, 1.0), "product": pull(noise), "along the noise": push(noise, 0.0),
         "two products": torch.stack([pull(noise), pull(z)]), "along alone": push(dz, -1.3), "velocity alone": dz,
+        "product with the divergence": pull(noise),
     }  # fmt: skip
 
 
@@ -164,7 +185,8 @@ def test_what_a_field_gives_is_that_of_its_dense_jacobian(name: str) -> None:
     """Values of everything, and the first-order gradients of each alone by time, state, noise and parameters."""
     module, inputs = MODULES[name](), make_inputs("conv" if "conv" in name else "linear")
     field = field_of(module, inputs[1])
-    found, wanted = by_linearize(field, *inputs), by_autograd(field, *inputs)
+    called = field if isinstance(module, nn.Sequential) else module
+    found, wanted = by_linearize(field, *inputs), by_autograd(called, *inputs)
     variables = [*inputs, *module.parameters()]
     for each, exact in wanted.items():
         assert_close(found[each], exact, 1e-11, each)

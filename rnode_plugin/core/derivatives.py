@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError
@@ -92,6 +92,13 @@ class Field(Protocol):
 def as_field(field: Velocity) -> Field:
     """``field`` itself if it implements the protocol, else an :class:`AutogradField` of it."""
     return field if isinstance(field, Field) else AutogradField(field)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of ``module`` may do more than its class does: it has hooks, or another forward method."""
+    own = vars(module)
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(own[name] for name in names) or "forward" in own
 
 
 class AutogradField:

@@ -141,6 +141,9 @@ class Stack:
         self, t: Tensor | float, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY
     ) -> Linearization:
         """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        if ask.products == "noise" and ask.divergence:
+            products = self.linearize(t, z, noise, ask=Ask("noise")).products
+            return self.linearize(t, z, ask=ask._replace(products=""))._replace(products=products)
         flat, rows = self.kind is Dense, ask.products == "rows" or ask.divergence
         if rows and not flat:
             noise = unit_vectors(z).expand(-1, *z.shape)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.derivatives import VELOCITY, Ask, Linearization
+from ..core.derivatives import VELOCITY, Ask, AutogradField, Linearization, has_hooks
 from ..core.ops import check_count
 from ..errors import ConfigError
 
@@ -77,8 +77,12 @@ class PotentialField(nn.Module):
     ) -> Linearization:
         """``-grad Phi`` and what ``ask`` names, in closed form; the Jacobian, ``-Hess Phi``, is symmetric.
 
-        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``.
+        ``aux`` is ``{"potential_rate": dPhi/dt (B,)}``. A field with hooks is called, and automatic differentiation
+        gives its products.
         """
+        if has_hooks(self):
+            field = AutogradField(lambda t, z: self(t, z, context), aux=lambda t, z: self.aux(t, z, context))
+            return field.linearize(t, z, noise, ask=ask)
         s = self._joined(t, z, context)
         layers, _ = self._run(s)
         gradient, pulled = self._gradient(s, layers)

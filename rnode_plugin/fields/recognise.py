@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.derivatives import has_hooks
 from ..core.ops import exporting
 from .activations import get_activation
 from .fused import Stack
@@ -64,7 +65,7 @@ def _split(weight: Tensor, timed: bool) -> tuple[Tensor | None, Tensor]:
 
 def _parts(module: Any, adds_time: Callable[[nn.Module], bool]) -> Iterator[Part]:
     """The layers of nested ``nn.Sequential`` in a row."""
-    if not isinstance(module, nn.Module) or _has_hooks(module):
+    if not isinstance(module, nn.Module) or has_hooks(module):
         yield _UNKNOWN
     elif type(module) is nn.Sequential:
         for child in module:
@@ -78,9 +79,3 @@ def _parts(module: Any, adds_time: Callable[[nn.Module], bool]) -> Iterator[Part
         yield "L", module
     else:
         yield ("t", None) if adds_time(module) else _UNKNOWN
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    own = vars(module)
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(own.get(name) for name in names) or "forward" in own

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..core.derivatives import VELOCITY, Ask, Field, Linearization
+from ..core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization, has_hooks
 from ..core.ops import check_count, exporting
 from ..errors import ConfigError
 from .activations import get_activation
@@ -34,7 +35,9 @@ class StackField(nn.Module):
     :class:`AtContext`.
 
     The layers keep the weights that they come with; :func:`conv_field` and :func:`linear_field` start from f = 0.
-    Under ``torch.autocast`` the layers compute in its dtype; the result has the state's.
+    Under ``torch.autocast`` the layers compute in its dtype; the result has the state's. If the field
+    or a layer has hooks, such as those of ``torch.nn.utils.weight_norm``, automatic differentiation gives the
+    products, which takes longer.
 
     Raises:
         ConfigError: for another kind of layer or an unknown activation.
@@ -52,12 +55,14 @@ class StackField(nn.Module):
             raise ConfigError("a stack needs ConcatConv2d or ConcatLinear layers, all of one kind.")
         self._kind: type[LayerMap] = kinds.pop().kind
 
-    def prepare(self, z: Tensor, noise: Tensor | None = None, *, context: Tensor | None = None) -> Stack:
+    def prepare(self, z: Tensor, noise: Tensor | None = None, *, context: Tensor | None = None) -> Field:
         """This field for the evaluations of one solve, from a state like ``z (B, *event)``.
 
         All that depends only on the weights and the ``noise`` of the solve is computed here, once, with its graph;
         do not keep the result for longer than the weights.
         """
+        if any(map(has_hooks, (self, *self.layers))):
+            return AutogradField(lambda t, z: self(t, z, context))
         # not where shapes come and go, as in validation and sampling: each would be compiled again
         compiled = self.compiled and self.training
         return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
@@ -72,6 +77,7 @@ class StackField(nn.Module):
         context: Tensor | None = None,
     ) -> Linearization:
         """As :meth:`Field.linearize <rnode_plugin.core.derivatives.Field.linearize>`."""
+        t = t if isinstance(t, Tensor) else z.new_tensor(t)
         return self.prepare(z, context=context).linearize(t, z, noise, ask=ask)
 
     def layout(self, x: Tensor) -> Tensor:
@@ -80,7 +86,13 @@ class StackField(nn.Module):
 
     def forward(self, t: Tensor | float, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Velocity ``(B, *event)`` at time ``t``, a scalar, and state ``z (B, *event)``."""
-        return self._stack(z, context=context)(t, z)
+        if not any(map(has_hooks, self.layers)):
+            return self._stack(z, context=context)(t, z)
+        x = z if context is None else torch.cat([z, context.to(z.dtype)], 1)
+        *layers, last = self.layers
+        for layer in layers:
+            x = self._activation.value(layer(t, x))
+        return last(t, x).to(z.dtype)
 
     def extra_repr(self) -> str:
         return f"activation={self._activation.name!r}"

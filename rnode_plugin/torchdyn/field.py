@@ -16,7 +16,7 @@ from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
 from ..core.columns import Columns, places_of
-from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, without_graph
+from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, has_hooks, without_graph
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
 from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer, needs_of
@@ -461,10 +461,6 @@ def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:
 def is_cnf(module: nn.Module) -> bool:
     """Whether ``module`` keeps a trace in front of ``z``: torchdyn's CNF, ours, or one with a ``noise_dist``."""
     return hasattr(module, "noise_dist")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @contextlib.contextmanager
