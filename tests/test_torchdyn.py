@@ -152,6 +152,24 @@ def test_a_solver_object_may_be_changed_between_solves(solver: Any) -> None:
     assert model.vf.nfe > 2 * before
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_changed_tableau_is_the_one_that_steps_and_integrates(by_name: bool) -> None:
+    """Kutta's method becomes Euler's, for a state and a penalty in double precision."""
+    weights = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    euler = (torch.zeros(4), [torch.zeros(k) for k in (1, 2, 3)], weights, torch.zeros(1))
+    x, span, field = torch.ones(2, 3, dtype=torch.float64), torch.linspace(0, 1, 5), Wave()
+    expected, model = (
+        NeuralODE(field, solver, regularizers=["kinetic"])
+        for solver in ("euler", "rk4" if by_name else RungeKutta4(torch.float64))
+    )
+    before = model(x, span)[1]
+    model.solver.tableau = euler
+    assert torch.allclose(model(x, span)[1], expected(x, span)[1], rtol=1e-12)
+    assert torch.allclose(model.regularization["kinetic"], expected.regularization["kinetic"], rtol=1e-12)
+    model.solver.tableau = RungeKutta4(torch.float64).tableau
+    assert torch.allclose(model(x, span)[1], before, rtol=1e-12)
+
+
 def test_save_at_return_t_eval_and_default_times() -> None:
     torch.manual_seed(0)
     field, x, span = WithTime(), torch.randn(6, 4), torch.linspace(0, 1, 11)

@@ -42,6 +42,7 @@ from .solver_names import (
     method_from_torchdyn,
     resolve_solver,
     solver_name,
+    tableau_of,
 )
 
 _Torchdyn = torchdyn_neuralde.NeuralODE
@@ -121,7 +122,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _penalties: Penalties = Penalties()
     _adds_gradient: bool = False
     _max_nfe: int | None = None
-    _named: tuple[tuple[nn.Module, str], ...] = ()
+    _named: tuple[tuple[nn.Module, str, list[Any]], ...] = ()
     _followed: Followed = Followed((), Hutchinson("gaussian"))
     _quadrature: str = "full"
     _made: tuple[tuple[Any, ...], Any] = ((), None)
@@ -185,7 +186,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self._followed = Followed((), get_estimator(trace_noise), columns, batch_dim)
         self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
-        self._named = tuple((made, name) for made, name in built if isinstance(name, str))
+        self._named = tuple((made, name, tableau_of(made)) for made, name in built if isinstance(name, str))
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
@@ -401,16 +402,21 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             self._known = net, field_takes(net)
         return self._known[1]
 
+    def _name_of(self, solver: Any) -> str | None:
+        """The name that a solver object was made from; None for a user's object or a changed tableau."""
+        found = (name for made, name, tableau in self._named if made is solver and tableau_of(made) == tableau)
+        return next(found, None)
+
     def _solver(self, args: Any) -> Solver:
         """The solver that the attributes describe, made again after one, or a solver object's constant, changed."""
+        names = [self._name_of(each) for each in (self.solver, self.solver_adjoint)]
         parts = (
-            self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
+            *names, self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
             self.rtol_adjoint, self.interpolator, *constants_of(self.solver), *constants_of(self.solver_adjoint),
         )  # fmt: skip
         with_args = not (isinstance(args, dict) and not args)
         if not with_args and self._made[0] and all(map(operator.is_, parts, self._made[0])):
             return self._made[1]
-        names = [next((name for made, name in self._named if made is each), None) for each in parts[:2]]
         method = method_from_torchdyn(self.solver, names[0], args, interpolator=self.interpolator)
         gradient = gradient_from_torchdyn(
             self.sensalg, self.solver_adjoint, names[1], atol=self.atol_adjoint, rtol=self.rtol_adjoint, args=args,

@@ -88,6 +88,14 @@ def _build(name: str, dtype: torch.dtype, role: str = "solver") -> nn.Module:
     return str_to_solver(name, dtype)
 
 
+def tableau_of(solver: Any) -> list[Any]:
+    """The numbers in a solver object's tableau: nodes, rows, weights, and weights of the error."""
+    if getattr(solver, "tableau", None) is None:
+        return []
+    nodes, rows, weights, errors = solver.tableau
+    return [x.tolist() for x in (nodes, *rows, weights, errors)]
+
+
 def solver_name(solver: Any) -> str:
     """The name of a solver object's family; for a user's solver, ``"dopri5"`` or ``"euler"``."""
     for kind, name in _FAMILIES.items():
@@ -147,21 +155,27 @@ def method_from_torchdyn(
     """The steps of a torchdyn solver object, hypersolvers and a user's solver included, exactly as torchdyn's.
 
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) has that
-    family's quadrature weights. Another solver may have an attribute ``weights``, one number per evaluation in a
-    step. Without it, a penalty's rate counts with its value at the start of each step.
+    family's quadrature weights, unless its tableau was changed. Another solver may have an attribute ``weights``,
+    one number per evaluation in a step. Without it, a penalty's rate counts with its value at the start of each
+    step.
 
     Args:
         solver: the object.
-        name: the name from which it was made, if any.
+        name: the name from which it was made, if any, and if its tableau was not changed.
         args: for its ``step``.
         interpolator: torchdyn's, for output times inside of a step of an adaptive solver. Its own tsit5 ignores it.
     """
     if type(solver) is RungeKutta38:
         return get_method("rk4_38")
     family = get_method(solver_name(solver)) if isinstance(solver, tuple(_FAMILIES)) else None
-    weights = getattr(solver, "weights", family.weights if family else None)
+    weights, error_weights, draws = None, None, None
+    if family is not None:
+        weights, error_weights, draws = family.weights, family.error_weights, family.draws
+        changed = _changed_weights(solver, family)
+        if changed is not None:
+            (weights, error_weights), draws = changed, None
+    weights = getattr(solver, "weights", weights)
     weights = None if weights is None else tuple(map(float, weights))
-    draws = family.draws if family else None
     if draws is None and weights is not None and min(weights) >= 0 and solver.stepping_class == "fixed":
         draws = weights
     adaptive = solver.stepping_class == "adaptive"
@@ -172,7 +186,7 @@ def method_from_torchdyn(
         getattr(solver, "order", 1),
         adaptive,
         weights,
-        error_weights=family.error_weights if family else None,
+        error_weights=error_weights,
         draws=draws,
         safety=float(getattr(solver, "safety", 0.9)),
         min_factor=float(getattr(solver, "min_factor", 0.2)),
@@ -183,9 +197,19 @@ def method_from_torchdyn(
     )
 
 
+def _changed_weights(solver: Any, family: Method) -> Any:
+    """The weights of a tableau that a user changed, and those of its error; None for the family's own."""
+    *_, weights, errors = tableau_of(solver) or [None, None]
+    if weights is None or family.weights is None:
+        return None
+    rounding = 1e-6  # a tableau may be one of single precision
+    same = all(abs(a - b) < rounding for a, b in zip(weights, family.weights, strict=True))
+    return None if same else (tuple(weights), tuple(errors) if family.adaptive else None)
+
+
 def constants_of(solver: Any) -> tuple[Any, ...]:
     """What :func:`method_from_torchdyn` reads of a solver object, which a user may change between two solves."""
-    names = ("order", "stepping_class", "weights", "safety", "min_factor", "max_factor")
+    names = ("order", "stepping_class", "weights", "safety", "min_factor", "max_factor", "tableau")
     return tuple(getattr(solver, name, None) for name in names)
 
 
