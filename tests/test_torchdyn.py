@@ -170,6 +170,14 @@ def test_a_changed_tableau_is_the_one_that_steps_and_integrates(by_name: bool) -
     assert torch.allclose(model(x, span)[1], before, rtol=1e-12)
 
 
+def test_another_forward_method_may_be_put_in_place() -> None:
+    net, x, span = nn.Linear(2, 2), torch.ones(3, 2), torch.linspace(0, 1, 5)
+    model = NeuralODE(net, "rk4")
+    model(x, span)
+    net.forward = lambda t, x: -t * x  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(model(x, span)[1], NeuralODE(lambda t, x: -t * x, "rk4")(x, span)[1])
+
+
 def test_save_at_return_t_eval_and_default_times() -> None:
     torch.manual_seed(0)
     field, x, span = WithTime(), torch.randn(6, 4), torch.linspace(0, 1, 11)

@@ -397,9 +397,10 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         return sol
 
     def _takes(self, net: Any) -> Takes:
-        """How ``net`` is called, found out once."""
-        if self._known[0] is not net:
-            self._known = net, field_takes(net)
+        """How ``net`` is called, found out once for each forward method: another one may be put in its place."""
+        known = net, getattr(net, "forward", None)
+        if self._known[0] != known:
+            self._known = known, field_takes(net)
         return self._known[1]
 
     def _name_of(self, solver: Any) -> str | None:
