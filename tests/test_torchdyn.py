@@ -178,6 +178,17 @@ def test_another_forward_method_may_be_put_in_place() -> None:
     assert torch.equal(model(x, span)[1], NeuralODE(lambda t, x: -t * x, "rk4")(x, span)[1])
 
 
+@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed"])
+def test_steps_of_implicit_euler_have_no_gradient(sensitivity: str) -> None:
+    net, x, span = Linear().double(), torch.randn(4, 3, dtype=torch.float64), torch.linspace(0, 1, 33)
+    model = NeuralODE(net, "ieuler", sensitivity=sensitivity, regularizers=["jacfrob"])
+    with pytest.raises(ConfigError, match="sensitivity='adjoint'"):
+        model(x, span)[1].sum().backward()
+    with torch.no_grad():
+        exact = linear_closed_form(net.a, x, span)
+        assert torch.allclose(model(x, span)[1][-1], exact.z[-1], rtol=0.1, atol=0.05)
+
+
 def test_save_at_return_t_eval_and_default_times() -> None:
     torch.manual_seed(0)
     field, x, span = WithTime(), torch.randn(6, 4), torch.linspace(0, 1, 11)
@@ -210,6 +221,7 @@ def test_options_without_effect_warn_as_torchdyns_do() -> None:
         ({"regularizers": {"kinetic": -1.0}}, "lambda"),
         ({"solver": "dopri6"}, "did you mean 'dopri5'"),
         ({"solver": MSZero()}, "multiple-shooting"),
+        ({"solver": "alf", "regularizers": ["kinetic"]}, "half of the state"),
         ({"solver": 3}, "not a solver"),
         ({"solver_adjoint": "rk5"}, "solver_adjoint"),
         ({"sensitivity": "adjiont"}, "did you mean 'adjoint'"),

@@ -26,7 +26,7 @@ from ..solvers import Solver, gradient_of, solve
 from ..solvers.integrate import check_steps
 from .cnf import check_shape
 from .field import NetDynamics
-from .solver_names import gradient_from_torchdyn, method_from_torchdyn, resolve_solver
+from .solver_names import gradient_from_torchdyn, method_from_torchdyn, refuse_leapfrog, resolve_solver
 
 
 class RegularizedCNF(OneProcessADevice, DensityModel):
@@ -304,6 +304,7 @@ def _objects_and_solver(
     for name in options.keys() - {"atol", "rtol", "max_nfe"}:
         raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
     forward = resolve_solver(solver)
+    refuse_leapfrog(forward)
     backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
     given = (solver, solver if solver_adjoint is None else solver_adjoint)
     names = [each if isinstance(each, str) else None for each in given]

@@ -40,6 +40,7 @@ from .solver_names import (
     gradient_from_torchdyn,
     kept_times,
     method_from_torchdyn,
+    refuse_leapfrog,
     resolve_solver,
     solver_name,
     tableau_of,
@@ -187,6 +188,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
         self._named = tuple((made, name, tableau_of(made)) for made, name in built if isinstance(name, str))
+        if weighted:
+            refuse_leapfrog(forward)
         with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)

@@ -11,8 +11,10 @@ from torchdyn.numerics.interpolators import str_to_interp
 from torchdyn.numerics.solvers.ode import (
     MS_SOLVER_DICT,
     SOLVER_DICT,
+    AsynchronousLeapfrog,
     DormandPrince45,
     Euler,
+    ImplicitEuler,
     Midpoint,
     RungeKutta4,
     Tsitouras45,
@@ -86,6 +88,15 @@ def _build(name: str, dtype: torch.dtype, role: str = "solver") -> nn.Module:
     if name not in SOLVER_DICT:
         raise ConfigError(suggest(name, (*SOLVER_DICT, "rk4_38"), role))
     return str_to_solver(name, dtype)
+
+
+def refuse_leapfrog(solver: Any) -> None:
+    """Refuse a solver that evaluates the field on one half of the state's columns, the positions."""
+    if isinstance(solver, AsynchronousLeapfrog):
+        raise ConfigError(
+            "torchdyn's leapfrog evaluates the field on half of the state, so that neither penalties nor a density "
+            "can be followed: use a Runge-Kutta method such as 'dopri5' or 'rk4'."
+        )
 
 
 def tableau_of(solver: Any) -> list[Any]:
@@ -232,6 +243,11 @@ class _Step:
 
     def __call__(self, f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         solver = self._like(x, t)
+        if isinstance(solver, ImplicitEuler) and torch.is_grad_enabled():
+            raise ConfigError(
+                "the steps of torchdyn's implicit Euler have no gradient, because an optimizer finds each new "
+                "state: use sensitivity='adjoint', or torch.no_grad() for values alone."
+            )
         if not self._known:
             with on_host():
                 backward = not bool(dt > 0)
