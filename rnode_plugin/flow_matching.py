@@ -40,7 +40,7 @@ def penalties_at(
 
     Args:
         field: the velocity, called by the names of its parameters, as ``(t, x)`` if these are not informative.
-        t: a number, or one time per sample, ``(B,)``.
+        t: a number, or one time per sample, ``(B,)`` or ``(B, 1)``, as the field takes it.
         z: states ``(B, *event)``.
         regularizers: names, objects or functions of rates, as for :class:`~rnode_plugin.NeuralODE`, but without
             lambdas, which you apply to the result.
@@ -73,8 +73,8 @@ def penalties_at(
         if entry.regularizer.kind != "rate":
             raise ConfigError(f"{name!r} is not a rate: it needs a solve, which penalties_at does not make.")
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
-    if t.shape not in ((), z.shape[:1]):
-        raise ConfigError(f"t must be a number or of shape {tuple(z.shape[:1])}, not {tuple(t.shape)}.")
+    if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
+        raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
     field = call_of(time_first(field))
     if batch_dim is None:

@@ -67,6 +67,13 @@ def test_penalties_at_points_are_dense_derivatives(t: Any) -> None:
     assert all(p.grad is not None for p in field.parameters())
 
 
+def test_times_at_points_may_have_the_shape_that_the_network_takes() -> None:
+    field, z, t = Velocity(), points(5, 3), torch.linspace(0, 1, 5, dtype=torch.float64)
+    names = ["kinetic", "jacfrob", "total_derivative", "finite_difference:0.1"]
+    found = penalties_at(lambda t, x: field(x, t.squeeze(1)), t[:, None], z, names, trace_noise="exact")
+    torch.testing.assert_close(found, penalties_at(field, t, z, names, trace_noise="exact"))
+
+
 def test_an_estimate_at_points_is_unbiased() -> None:
     field, z = Velocity(), points(1, 3).expand(20_000, 3)
     exact = penalties_at(field, 0.5, z[:1], ["jacfrob"], trace_noise="exact")["jacfrob"]
@@ -80,6 +87,7 @@ def test_an_estimate_at_points_is_unbiased() -> None:
     ("t", "names", "words"),
     [
         (torch.zeros(4), ["kinetic"], "shape"),
+        (torch.zeros(5, 2), ["kinetic"], "shape"),
         (0.5, ["straightness"], "rate"),
         (0.5, ["kinetik"], "kinetic"),
         (0.5, {"kinetic": 0.01}, "applies no lambda"),
