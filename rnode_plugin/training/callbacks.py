@@ -135,6 +135,8 @@ class RunControl(Checkpoint):
         now, name = time.monotonic(), signal.Signals(signum).name
         if self._received is None:
             self._received, self._since = name, now
+            if self._progress and self.table is not None and signum == signal.SIGINT:
+                os.write(2, b"\nStopping after this step. Press Ctrl-C again to stop at once.\n")
         elif signum != signal.SIGTERM or now - self._since >= 1.0:  # a system may send it to a group and to each
             raise Stopped(name, at_once=True)
 
@@ -238,7 +240,10 @@ class RunControl(Checkpoint):
             figures.pop("matching error", None)
         shown = "  ".join(f"{each} {float(value):.{0 if each == 'NFE' else 4}f}" for each, value in figures.items())
         pace = f"  {self._pace:.2f} s/step" if self._pace else ""
-        rest = f", about {duration(self._pace * left)} left" if pace and left > 0 else ""
+        seconds = self._pace * left
+        if self._end is not None:
+            seconds = min(seconds, max(self._end - time.monotonic(), 0.0))
+        rest = f", about {duration(seconds)} left" if pace and left > 0 else ""
         print(f"step {step}/{self._plan.total}  {shown}{pace}{rest}", flush=True)
 
 
