@@ -179,6 +179,13 @@ def test_colours_and_sizes_are_those_of_all_pictures(tmp_path):
     assert get_dataset("folder", root=str(tmp_path), size=8).train.shape == (4, 3, 8, 8)
 
 
+def test_pictures_of_a_camera_need_a_size(tmp_path):
+    write_picture(tmp_path / "a.png", random_images(1, (3, 300, 200))[0])
+    with pytest.raises(DataError, match=r"300x200, too large .*--size 32"):
+        get_recipe("pictures").override([f"data.root={tmp_path}"])
+    assert get_recipe("pictures").override([f"data.root={tmp_path}", "data.size=32"]).images.shape == (3, 32, 32)
+
+
 def test_a_recipe_for_another_shape_says_what_to_add():
     with pytest.raises(DataError, match=r"1x8x8 with 17 levels.*--set data\.shape=1,8,8 --set data\.levels=17"):
         get_recipe("mnist").override(["data.name=digits"]).load_data()

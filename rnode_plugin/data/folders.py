@@ -27,6 +27,7 @@ DEFAULT_ROOT = Path("data")
 
 # pictures that fit are decoded once; more than that are decoded batch by batch, which workers and packing speed up
 _IN_MEMORY_BYTES = 2**30
+_LARGEST = 256  # height or width of pictures that are trained on without a size
 
 
 def folder(
@@ -115,7 +116,7 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
         size: height and width that the pictures are scaled to; None if all have the same size already.
 
     Raises:
-        DataError: no pictures, one that cannot be read, or different sizes without a ``size``.
+        DataError: no pictures, one that cannot be read, or different or large sizes without a ``size``.
     """
     where = Path(root)
     if _is_packed(where):
@@ -133,6 +134,11 @@ def folder_shape(root: str | Path, *, size: int | None = None) -> tuple[int, int
             raise different(name, found, *first)
     assert first is not None  # there are pictures
     h, w = first[1] if size is None else (size, size)
+    if size is None and max(h, w) > _LARGEST:
+        raise DataError(
+            f"the pictures are {shown((h, w))}, too large to train on: the largest of the paper are 256x256. Give "
+            "the height and width that all of them are scaled to, such as --size 32."
+        )
     return (1 if grey else 3), h, w
 
 
@@ -156,7 +162,7 @@ def different(name: str, found: tuple[int, ...], other: str, size: tuple[int, ..
     """The error for pictures of different sizes."""
     return DataError(
         f"the pictures differ in size: {name} is {shown(found)}, {other} is {shown(size)}. Give the height and "
-        "width that all of them are scaled to, such as --size 64."
+        "width that all of them are scaled to, such as --size 32."
     )
 
 
