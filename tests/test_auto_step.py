@@ -109,15 +109,6 @@ def test_every_figure_of_a_linear_field(method: str, x: Tensor) -> None:
     assert not found[-1].agrees
 
 
-def test_stops_at_the_coarsest_step_that_agrees(x: Tensor) -> None:
-    flow = flow_of(Scaling(0.8))
-    options: dict[str, Any] = {"solver": Solver(method="midpoint"), "reference": TIGHT}
-    fine = tune_step(flow, x, max_gap=1e-12, **options)
-    found = tune_step(flow, x, max_gap=math.sqrt(fine[1].gap * fine[2].gap), max_round_trip=1e9, **options)
-    assert [row.step for row in found] == [0.5, 0.25, 0.125]
-    assert [row.agrees for row in found] == [False, False, True]
-
-
 def test_both_tolerances_count(x: Tensor) -> None:
     flow = flow_of(Scaling(0.8))
     options: dict[str, Any] = {"solver": Solver(method="midpoint"), "reference": TIGHT, "smallest": 0.5}

@@ -13,9 +13,8 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from tiny_runs import tiny_recipe
-from torch import Tensor, nn
 
-from rnode_plugin import ImageDataModule, MultiscaleFlow, RnodeModule, load_flow
+from rnode_plugin import ImageDataModule, RnodeModule, load_flow
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe
 
@@ -109,27 +108,6 @@ def test_what_fills_no_step_waits_for_another_epoch(tmp_path: Path) -> None:
     few = tiny_recipe("data.batch_size=20")
     odd, _ = train(few, tmp_path, max_epochs=2, accumulate_grad_batches=3, limit_val_batches=0)
     assert (odd.num_training_batches, odd.global_step) == (3, 2)
-
-
-class Plain(nn.Module):
-    """A field without its own product, which has to be differentiated."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.net = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.net(z).tanh()
-
-
-def test_validation_in_inference_mode(tmp_path: Path) -> None:
-    recipe = tiny_recipe()
-    module = RnodeModule(recipe)
-    options = {"solver": recipe.test_solver, "regularizers": recipe.measured}
-    module.flow = MultiscaleFlow((1, 8, 8), levels=17, field=lambda shape: Plain(shape[0]), **options)
-    (found,) = trainer(tmp_path, inference_mode=True).validate(module, ImageDataModule(recipe), verbose=False)
-    assert math.isfinite(found["val/bpd"])
-    assert found["val/jacfrob"] > 0
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import pytorch_lightning as L
 import torch
 from scipy import stats
 from tiny_runs import as_options, assert_same, rnode, rows, run, signal_at
@@ -24,10 +23,8 @@ from rnode_plugin.errors import CheckpointError, ConfigError
 from rnode_plugin.evaluation.likelihood import evaluate
 from rnode_plugin.evaluation.samples import sample_rows
 from rnode_plugin.flows.table import TableFlow
-from rnode_plugin.recipes.recipe import Recipe, TableData, read_recipe
+from rnode_plugin.recipes.recipe import Recipe, read_recipe
 from rnode_plugin.recipes.task import TableTask
-from rnode_plugin.training.datamodule import TableDataModule
-from rnode_plugin.training.module import RnodeModule
 
 SETTINGS = [
     "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=0.5", "data.batch_size=40",
@@ -342,22 +339,6 @@ def test_a_potential_and_its_penalties(file: Path, tmp_path: Path) -> None:
     result = run(recipe_of(file, *settings), tmp_path)
     assert set(result.evaluation.penalties) == {"kinetic", "jacfrob", "hjb"}
     assert "PotentialField" in repr(load_flow(result.folder.path))
-
-
-@pytest.fixture
-def trainer(tmp_path: Path) -> L.Trainer:
-    return L.Trainer(max_steps=3, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-                    enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
-
-
-def test_a_trainer_of_ones_own(file: Path, trainer: L.Trainer) -> None:
-    recipe = recipe_of(file)
-    assert isinstance(recipe.data, TableData)
-    module, data = RnodeModule(recipe), TableDataModule(recipe)
-    trainer.fit(module, data)
-    np.testing.assert_allclose(module.flow.mean, data.data.train.mean(0), rtol=1e-5)  # pyright: ignore
-    assert "val/nll" in trainer.callback_metrics or "train/nll" in trainer.callback_metrics
-    assert recipe.task.metric == "nll"
 
 
 def test_the_baseline_of_columns_that_determine_each_other() -> None:
