@@ -195,14 +195,6 @@ def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
         call(make_flow())
 
 
-def test_solver_is_an_attribute_and_an_argument() -> None:
-    flow = make_flow()
-    assert flow(images(1)).nfe == 6 * 8
-    flow.solver = Solver(step=1.0)
-    assert flow(images(1)).nfe == 6 * 4
-    assert flow(images(1), solver=Solver(method="euler", step=1.0)).nfe == 6
-
-
 # --- transforms of images ---
 
 

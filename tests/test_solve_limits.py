@@ -100,20 +100,6 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
     assert 0.3 < caught.value.t < 0.65
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("method", ["rk4_38", "dopri5"])
-def test_an_empty_batch_stays_empty(method: str, gradient: str) -> None:
-    z, field = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True), Wave()
-    bound = Dynamics(field, regularizers=[kinetic, jacfrob]).bind(torch.zeros_like(z))
-    s = solve(bound, z, torch.tensor([1.0, 0.3, 0.0]).double(), Solver(method, gradient=gradient))
-    assert s.logdet is not None
-    assert (s.z.shape, s.logdet.shape, s.penalties["jacfrob"].shape) == ((3, 0, 3), (3, 0), (0,))
-    (s.z.sum() + s.logdet.sum() + s.penalties["jacfrob"].sum()).backward()
-    assert z.grad is not None
-    assert z.grad.shape == (0, 3)
-    assert field.a.grad is None or not field.a.grad.any()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", ["autograd", "adjoint"])
 def test_half_precision(gradient: str, dtype: torch.dtype) -> None:

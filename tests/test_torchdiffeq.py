@@ -236,22 +236,6 @@ def test_norms_of_the_user_see_the_users_state() -> None:
     assert shapes == {(4, 2)} or shapes == {(4, 2), (8,)}
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_an_event_ends_the_solve_and_the_integrals(name: str) -> None:
-    field, y0 = Field(), start()
-
-    def event(t: Tensor, y: Tensor) -> Tensor:
-        assert y.shape == y0.shape
-        return t - 0.37
-
-    when, expected = PLAIN[name](field, y0, SPAN[[0, -1]], event_fn=event)
-    t, found, penalties = BOTH[name](field, y0, SPAN[[0, -1]], event_fn=event, regularizers=["kinetic"])
-    assert torch.equal(t, when)
-    assert torch.equal(found, expected)
-    _, expected = odeint(field, y0, torch.tensor([0.0, 0.37]).double(), regularizers=["kinetic"])
-    torch.testing.assert_close(penalties["kinetic"], expected["kinetic"], rtol=1e-5, atol=1e-7)
-
-
 class Ball(nn.Module):
     """A ball that falls to a floor, after torchdiffeq's bouncing_ball.py; the state holds the floor's height."""
 

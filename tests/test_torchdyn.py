@@ -391,17 +391,6 @@ def test_state_dict_has_torchdyns_keys_and_moves_between_the_two(regularizers: l
         assert torch.equal(solution(ours), expected)
 
 
-@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint"])
-@pytest.mark.parametrize("solver", ["rk4", "rk4_38", "tsit5"])
-def test_solvers_by_name_are_copied_and_pickled(solver: str, sensitivity: str) -> None:
-    x = torch.randn(4, 2)
-    density = RegularizedCNF(nn.Linear(2, 2), event_shape=2, solver=solver, sensitivity=sensitivity)
-    for model in (NeuralODE(nn.Linear(2, 2), solver, sensitivity=sensitivity), density):
-        expected = model.trajectory(x, torch.linspace(0, 1, 3))
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert torch.equal(other.trajectory(x, torch.linspace(0, 1, 3)), expected)
-
-
 def test_vf_params_are_those_of_now() -> None:
     model = NeuralODE(nn.Linear(3, 3))
     with torch.no_grad():

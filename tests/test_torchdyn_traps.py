@@ -425,16 +425,6 @@ def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> N
     assert flow.sample(0).shape == flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_works_on_a_fixed_grid_and_is_refused_with_adaptive_steps(dtype: torch.dtype) -> None:
-    model = NeuralODE(mlp(2, 4, 2), "rk4", regularizers=BOTH).to(dtype)
-    _, sol = model(torch.ones(3, 2, dtype=dtype))
-    (sol.float().sum() + model.reg_loss()).backward()
-    assert sol.dtype == dtype
-    with pytest.raises(ConfigError, match="float32 or float64"):
-        NeuralODE(mlp(2, 4, 2).to(dtype), "dopri5")(torch.ones(3, 2, dtype=dtype))
-
-
 # --- columns ---
 
 
