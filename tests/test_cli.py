@@ -103,14 +103,6 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
     assert not imported
 
 
-def test_the_help_of_train_begins_with_what_most_need() -> None:
-    text = rnode("train", "--help").output
-    assert "rnode-cli train table --data-root measurements.csv" in text
-    options = "--max-steps", "--set", "--resume", "--callback", "--download"
-    places = [text.index(f"\n  {option}") for option in options]
-    assert places == sorted(places)
-
-
 # recipes -------------------------------------------------------------------------------------------------------
 
 

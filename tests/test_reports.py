@@ -24,7 +24,7 @@ from rnode_plugin.reports import page, write_report
 from rnode_plugin.reports.configurations import Configuration, Difference, base_of, group_runs
 from rnode_plugin.reports.configurations import paired_difference as paired
 from rnode_plugin.reports.figures import draw
-from rnode_plugin.reports.runs import penalties_of, read_run, read_runs
+from rnode_plugin.reports.runs import read_run, read_runs
 from rnode_plugin.reports.table import Table, make_table
 from rnode_plugin.solvers import Solver
 from rnode_plugin.text import change_with_error, significant, with_error
@@ -190,11 +190,6 @@ def test_seeds_are_one_configuration_and_other_settings_another(runs: list[Path]
     assert [one.label for one in configurations] == [f"none ({method})", "none (dopri5)", "rnode"]
     looks = [dataclasses.replace(configurations[0], number=number).look for number in range(42)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 42
-
-
-def test_names_of_penalties() -> None:
-    penalties = ((), ("kinetic",), ("jacfrob", "kinetic"), ("jacfrob", "x"))
-    assert [penalties_of(digits(penalties=each)) for each in penalties] == ["none", "kinetic", "rnode", "jacfrob+x"]
 
 
 def test_a_sweep_is_in_the_order_of_its_lambdas(tmp_path: Path) -> None:
@@ -380,14 +375,6 @@ def test_numbers_as_text() -> None:
 
 
 # figures and the page ------------------------------------------------------------------------------------------
-
-
-def test_the_errors_of_the_marks(runs: list[Path]) -> None:
-    none, ours = configurations_of(*runs)
-    assert (none.mean("nfe_test"), none.error("nfe_test")) == (120, None)
-    assert (none.mean("dirty"), none.error("dirty")) == (2.1, 0.02)  # over the images
-    assert ours.mean("nfe_test") == 85
-    assert ours.error("nfe_test") == pytest.approx(5)  # over two seeds: half of their distance
 
 
 def test_a_figure_is_the_same_bytes_again() -> None:
