@@ -124,6 +124,12 @@ def test_half_precision(gradient: str, dtype: torch.dtype) -> None:
         solve(bound, noise, T.float(), Solver("dopri5", gradient=gradient))
 
 
+def test_a_large_batch_in_half_precision_is_finite() -> None:
+    still = Dynamics(lambda t, z: torch.zeros_like(z), divergence=False).bind(None)
+    z = torch.full((64, 2048), 2.0, dtype=torch.float16)
+    assert torch.equal(solve(still, z, T.float(), Solver("rk4")).check().z[-1], z)
+
+
 def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
     """1.1 - 0.8 is a little more than 0.3: three steps of 0.1, not four. What is longer by 1e-4 takes a fourth."""
     for end, steps in ((1.1, 3), (1.10001, 4)):

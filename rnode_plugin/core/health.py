@@ -49,7 +49,8 @@ def health(*tensors: Tensor | None) -> Tensor:
     total: Tensor | None = None
     for x in tensors:
         if x is not None:
-            part = x.detach().sum()
+            # float16 ends at 65504
+            part = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
             total = part if total is None else total + part.to(total.dtype)
     assert total is not None
     return total
