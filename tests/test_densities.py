@@ -566,13 +566,15 @@ def test_inside_of_torchs_own_machinery() -> None:
     assert outer.log_prob(outer.sample((5,))).shape == (5,)
 
 
-@pytest.mark.parametrize("span", [[0, 1], [0.0, 0.5, 1.0]])
+@pytest.mark.parametrize("span", [[0, 1], [0.0, 0.5, 1.0], [0.0, 0.3]])
 def test_times_as_a_list_and_noise_of_the_nets_precision(span: Any) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2)).double()
     model = RegularizedCNF(net, event_shape=2, t_span=span, trace_estimator="rademacher")
     x = torch.randn(3, 2, dtype=torch.float64)
     assert model.log_prob(x, noise=model.draw_noise(3)).dtype == torch.float64
+    assert model.t_span.tolist() == span
+    assert RegularizedCNF.from_velocity(net, 0.3, noise_time=0.0, event_shape=2).t_span.tolist() == [0.3, 0.0]
 
 
 def test_without_an_absolute_tolerance() -> None:

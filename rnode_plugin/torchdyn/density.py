@@ -106,9 +106,10 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         gradient_of(self.solver).check_penalties(steps)
         if isinstance(net, nn.Module):
             gradient_of(self.solver).check_field(net)
-        times = torch.tensor([0.0, 1.0]) if t_span is None else torch.as_tensor(t_span)
-        times = times if times.is_floating_point() else times.to(torch.get_default_dtype())
-        self.register_buffer("t_span", times, persistent=False)
+        given = (0.0, 1.0) if t_span is None else t_span
+        if not (isinstance(given, Tensor) and given.is_floating_point()):
+            given = torch.as_tensor(given, dtype=_precision(net))
+        self.register_buffer("t_span", given, persistent=False)
 
     @classmethod
     def from_velocity(
@@ -148,7 +149,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         options = {"regularizers": (), **options}
         net = time_first(net, call=call, time_shape=time_shape)
-        return cls(net, t_span=torch.linspace(data_time, noise_time, steps + 1), **options)
+        times = torch.linspace(data_time, noise_time, steps + 1, dtype=_precision(net))
+        return cls(net, t_span=times, **options)
 
     def solved_with(
         self,
@@ -311,6 +313,13 @@ def _objects_and_solver(
     gradient = gradient_from_torchdyn(sensitivity, backward, names[1], atol=atol_adjoint, rtol=rtol_adjoint)
     made = Solver(method_from_torchdyn(forward, names[0]), step=None, gradient=gradient, **options)
     return nn.ModuleDict({"solver": forward, "adjoint": backward}), made
+
+
+def _precision(net: Any) -> torch.dtype:
+    """The precision of times for a net: of its parameters, and no less than torch's default."""
+    parameters = net.parameters() if isinstance(net, nn.Module) else ()
+    dtypes = [p.dtype for p in parameters if p.is_floating_point()]
+    return torch.promote_types(dtypes[0] if dtypes else torch.float16, torch.get_default_dtype())
 
 
 def _base_and_shape(
