@@ -200,22 +200,9 @@ class ImageDataModule(RecipeDataModule[ImageData]):
     Example:
         >>> from rnode_plugin import ImageDataModule, get_recipe
         >>> data = ImageDataModule(get_recipe("digits"))
-        >>> data.images.train.shape, next(iter(data.train_dataloader())).shape
+        >>> data.data.train.shape, next(iter(data.train_dataloader())).shape
         ((1500, 1, 8, 8), torch.Size([50, 1, 8, 8]))
-
-    Args:
-        recipe: names the data set, how many of its images to use, the batch sizes and the workers.
-        images: the images themselves, if they are loaded already.
-        download: fetch the data set if it is missing.
     """
-
-    def __init__(self, recipe: Recipe, *, images: ImageData | None = None, download: bool = False) -> None:
-        super().__init__(recipe, data=images, download=download)
-
-    @property
-    def images(self) -> ImageData:
-        """All images, which ``data`` are too."""
-        return self.data
 
 
 class TableDataModule(RecipeDataModule[Table]):
@@ -223,12 +210,6 @@ class TableDataModule(RecipeDataModule[Table]):
 
     Batches are float32 ``(B, C)``: the columns that are modelled, then those that are given. The Trainer validates
     on the rows that choose the weights; the rows of ``data.held_out`` are left for an evaluation.
-
-    Args:
-        recipe: names the table, its columns and the batch size.
-        data: the table, if it is loaded already.
-        download: fetch a table that is missing.
-        endless: whether the training rows never end; see :class:`RecipeDataModule`.
 
     Example:
         >>> from rnode_plugin import get_recipe
