@@ -79,7 +79,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     """
     from ..evaluation.likelihood import evaluate
     from ..evaluation.loading import load_for_evaluation, pick_device
-    from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
+    from ..training.checkpoints import find_checkpoint, load_with_recipe
 
     flush_denormals()
     path = find_checkpoint(run)
@@ -94,7 +94,7 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
         batch_size=options["batch_size"] or recipe.data.val_batch_size,
         draws=options["draws"],
         solver=recipe.test_solver,
-        training_solver=training_solver(path),
+        training_solver=recipe.solver,
         seed=recipe.training.seed if options["seed"] is None else options["seed"],
         progress=None if quiet else batch_counter("evaluating"),
     ).with_baselines(recipe.task, data)
@@ -138,7 +138,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     from ..evaluation.diagnostics.diagnose import compared_for, diagnose, held_out_samples
     from ..evaluation.loading import pick_device
     from ..reports.diagnosis import save_diagnosis
-    from ..training.checkpoints import find_checkpoint, load_with_recipe, training_solver
+    from ..training.checkpoints import find_checkpoint, load_with_recipe
     from ..training.runs import RunFolder
 
     flush_denormals()
@@ -151,7 +151,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
         flow,
         held_out.x.to(place),
         **{name: value.to(place) for name, value in held_out.options.items()},
-        training_solver=training_solver(path),
+        training_solver=recipe.solver,
         samples=samples,
         seed=seed,
         progress=None if quiet else lambda name: click.echo(f"checking: {name}", err=True),

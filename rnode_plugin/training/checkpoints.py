@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from ..flows.base import BlockFlow
     from ..recipes.recipe import Recipe
-    from ..solvers.config import Solver
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 SAFETENSORS = ".safetensors"
@@ -107,7 +106,10 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
 ) -> tuple[BlockFlow, Recipe]:
-    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same."""
+    """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same.
+
+    ``recipe.solver`` has the step that ``auto`` found last.
+    """
     import torch
 
     file = find_checkpoint(path)
@@ -127,6 +129,8 @@ def load_with_recipe(
         raise CheckpointError(f"{problem}: {first_line(error)}") from None
     flow = recipe.build_flow()
     put_weights(flow, contents, problem)
+    if (found := contents.get("progress", {}).get("step_size")) is not None:
+        recipe = dataclasses.replace(recipe, solver=dataclasses.replace(recipe.solver, step=found))
     return flow.to(map_location).eval(), recipe
 
 
@@ -174,14 +178,6 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
         for name, each in state.items()
         if isinstance(each, Tensor)
     }
-
-
-def training_solver(path: Path) -> Solver:
-    """The solver that the weights of a checkpoint file were last trained with, at the step that ``auto`` found."""
-    contents = read_checkpoint(path)
-    solver = recipe_of(contents, path).solver
-    found = contents.get("progress", {}).get("step_size")
-    return solver if found is None else dataclasses.replace(solver, step=found)
 
 
 def find_checkpoint(path: str | os.PathLike[str], *, prefer: str = BEST) -> Path:

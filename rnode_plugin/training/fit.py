@@ -35,7 +35,7 @@ from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..text import batch_counter
 from .callbacks import MetricsTable, RunControl, SampleGrids, Stopped
-from .checkpoints import load_flow, newest_intact, put_weights, training_solver
+from .checkpoints import load_with_recipe, newest_intact, put_weights
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .runs import RunFolder, RunOptions, RunPlan, checkpoint_to_resume, training_lock
@@ -252,7 +252,7 @@ def _conclude(
 ) -> FitResult:
     """Evaluate the best weights, draw samples, write ``result.json``; a TrainingError if a solve fails."""
     folder, task = result.folder, recipe.task
-    flow = load_flow(folder.best, map_location=device)
+    flow, trained_by = load_with_recipe(folder.best, map_location=device)
     try:
         evaluation = evaluate(
             flow,
@@ -260,7 +260,7 @@ def _conclude(
             measure=task,
             batch_size=recipe.data.val_batch_size,
             seed=recipe.training.seed,
-            training_solver=training_solver(folder.best),
+            training_solver=trained_by.solver,
             progress=batch_counter("evaluating the best weights") if progress else None,
         ).with_baselines(task, data)
         samples = None
