@@ -61,11 +61,6 @@ class Configuration:
         return self.runs[0].recipe
 
     @property
-    def finished(self) -> bool:
-        """Whether all of its runs have a result."""
-        return all(run.result is not None for run in self.runs)
-
-    @property
     def counted(self) -> tuple[Run, ...]:
         """The runs whose figures are shown: those with a result, or all if none has one."""
         return tuple(run for run in self.runs if run.result is not None) or self.runs
