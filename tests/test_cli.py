@@ -127,16 +127,13 @@ def test_info_has_what_a_bug_report_needs(monkeypatch: pytest.MonkeyPatch, regis
 
     monkeypatch.setenv("RNODE_PLUGINS_BLOCK", "nobody")
     register(Second(), "second")
-    facts = json.loads(rnode("info", "--json").stdout)
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in rnode("info").stdout.splitlines())
     assert (facts["rnode-plugin"], facts["torch"]) == (__version__, torch.__version__)
     assert {"torchdyn", "pytorch-lightning", "numpy", "python", "platform", "device"} <= facts.keys()
-    assert (facts["threads"], facts["gpus"]) == (torch.get_num_threads(), torch.cuda.device_count())
+    assert (facts["threads"], facts["gpus"]) == (str(torch.get_num_threads()), str(torch.cuda.device_count()))
     assert facts["RNODE_PLUGINS_BLOCK"] == "nobody"
-    assert facts["plugins"]["builtin"].endswith(", loaded")
-    assert "second" in facts["plugins"]
-    text = rnode("info").stdout
-    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", text, re.M)
-    assert re.search(r"^plugin builtin .*loaded$", text, re.M)
+    assert facts["plugin builtin"].endswith(", loaded")
+    assert "plugin second" in facts
 
 
 @pytest.mark.parametrize(

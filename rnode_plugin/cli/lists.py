@@ -23,7 +23,7 @@ from .options import (
     settings,
 )
 
-_VARIABLES = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "RNODE_DISABLE_PLUGINS", "RNODE_PLUGINS_BLOCK"
+_VARIABLES = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "RNODE_PLUGINS_BLOCK"
 
 
 @click.group(invoke_without_command=True)
@@ -137,35 +137,25 @@ def regularizers(*, as_json: bool) -> None:
 
 
 @click.command()
-@as_json
-def plugins(*, as_json: bool) -> None:
+def plugins() -> None:
     """List the plugins: distribution, version, what each registers, and errors.
 
-    RNODE_DISABLE_PLUGINS=1 excludes all plugins of other packages, RNODE_PLUGINS_BLOCK="NAME,..." the ones whose
-    distribution or entry point has one of the names.
+    RNODE_PLUGINS_BLOCK="NAME,..." excludes plugins of other packages whose distribution or entry point has one of
+    the names, and "*" all of them.
     """
-    reports = registry.report()
-    if as_json:
-        print_json([{**vars(each), "registers": _names(each)} for each in reports])
-        return
-    for each in reports:
+    for each in registry.report():
         click.echo(f"{each.name} ({each.distribution} {each.version})")
-        if each.status in ("blocked", "disabled"):
-            click.echo(f"  not loaded: {each.status}")
-        for kind, names in _names(each).items():
-            click.echo(f"  {kind}: {', '.join(names)}")
+        if each.status == "blocked":
+            click.echo("  not loaded: blocked")
+        for kind, values in each.registers.items():
+            if values:
+                click.echo(f"  {kind}: {', '.join(sorted(values))}")
         for error in each.errors:
             click.echo(f"  error: {error}")
 
 
-def _names(plugin: registry.Plugin) -> dict[str, list[str]]:
-    """The names that a plugin registers, by kind."""
-    return {kind: sorted(values) for kind, values in plugin.registers.items() if values}
-
-
 @click.command()
-@as_json
-def info(*, as_json: bool) -> None:
+def info() -> None:
     """Show versions, devices, threads and plugins, for a bug report.
 
     It shows none of your paths or names, unless one of the listed environment variables holds it.
@@ -177,15 +167,10 @@ def info(*, as_json: bool) -> None:
     facts = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts["gpus"] = torch.cuda.device_count()
     facts |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    facts["plugins"] = {
-        each.name: f"{each.distribution} {each.version}, {each.status}" for each in registry.report()
-    }
-    if as_json:
-        print_json(facts)
-        return
-    rows = [(name, value) for name, value in facts.items() if name != "plugins"]
-    rows += [(f"plugin {name}", state) for name, state in facts["plugins"].items()]
-    click.echo(table((name, "none" if value is None else str(value)) for name, value in rows))
+    del facts["plugins"]
+    for each in registry.report():
+        facts[f"plugin {each.name}"] = f"{each.distribution} {each.version}, {each.status}"
+    click.echo(table((name, "none" if value is None else str(value)) for name, value in facts.items()))
 
 
 def _penalized(text: str) -> slice | tuple[int, ...]:

@@ -3,8 +3,8 @@
 All plugins are loaded at the first look-up, never at import. A plugin that cannot be loaded, or that misuses a
 hook, is named and skipped, and everything else works. docs/plugins.md shows how to write one.
 
-Two environment variables exclude plugins of other packages: ``RNODE_DISABLE_PLUGINS=1`` all of them, and
-``RNODE_PLUGINS_BLOCK="name,..."`` those whose distribution or entry point has one of the names.
+The environment variable ``RNODE_PLUGINS_BLOCK="name,..."`` excludes plugins of other packages whose distribution or
+entry point has one of the names, and ``"*"`` all of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Plugin:
     Attributes:
         name: the name of its entry point, or the one given to :func:`register`.
         distribution, version: the package that brought it, or None for an object registered in this process.
-        status: ``"loaded"``, ``"failed"``, ``"blocked"`` or ``"disabled"``.
+        status: ``"loaded"``, ``"failed"`` or ``"blocked"``.
         registers: the registered objects, or their places, by kind and name.
         errors: one line each. A loaded plugin can have some, such as a hook that failed.
     """
@@ -214,7 +214,6 @@ class Registry:
 
 def _installed() -> Iterator[tuple[Plugin, metadata.EntryPoint]]:
     """The entry points of other packages, by distribution and name."""
-    disabled = os.environ.get("RNODE_DISABLE_PLUGINS", "") not in ("", "0")
     blocked = {_normal(part) for part in os.environ.get("RNODE_PLUGINS_BLOCK", "").split(",")}
     found = {
         (_normal(each.dist.name), _normal(each.name)): (each.dist, each)
@@ -222,7 +221,7 @@ def _installed() -> Iterator[tuple[Plugin, metadata.EntryPoint]]:
         if each.dist is not None and each.value != builtin.__name__
     }
     for keys, (distribution, each) in sorted(found.items(), key=lambda item: item[0]):
-        status = "disabled" if disabled else "blocked" if blocked & {*keys} else "loaded"
+        status = "blocked" if blocked & {*keys, "*"} else "loaded"
         yield Plugin(each.name, distribution.name, distribution.version, status), each
 
 
