@@ -119,22 +119,6 @@ def test_gradients_are_those_of_autograd_in_every_mode(name: str, gradient: str)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_samples_and_distributions(name: str) -> None:
-    model, x, given = make(name, Solver("rk4_38", step=0.5))
-    event = tuple(model.event_shape)
-    assert model.sample(3, **given).shape == (3, *event)
-    assert not model.sample(3, **given).requires_grad
-    distribution = model.distribution(*given.values())
-    batch = (3,) if given else ()
-    assert (distribution.batch_shape, distribution.event_shape) == (batch, event)
-    drawn = distribution.rsample((5,))
-    assert drawn.shape == (5, *batch, *event)
-    assert drawn.requires_grad
-    assert distribution.log_prob(drawn).shape == (5, *batch)
-    torch.testing.assert_close(distribution.log_prob(x), model.log_prob(x, **given))
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_the_weights_of_its_own_density_are_one(name: str) -> None:
     model, _, given = make(name)
     found = model.importance_sample(lambda x: model.log_prob(x, **given), 3, **given)
@@ -433,45 +417,33 @@ def test_density_of_a_flow_matching_model(data_time: float) -> None:
 # --- distribution() ---
 
 
-def plain() -> RegularizedCNF:
-    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
-    return RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver="rk4_38").double()
+QUICK = Solver("rk4_38", step=0.5)
 
 
-def images() -> RegularizedCNF:
-    return RegularizedCNF(nn.Conv2d(1, 1, 3, padding=1), event_shape=(1, 2, 2), solver="rk4_38").double()
+def plain() -> Any:
+    return make("cnf", QUICK)[0]
 
 
-def fast() -> RegularizedCNF:
-    return RegularizedCNF(
-        Affine(), event_shape=2, context_shape=3, trace_estimator="exact", solver="rk4_38"
-    ).double()
+OF_CONTEXTS = [("cnf with contexts", ()), ("cnf with contexts", (4, 3))]
 
 
-def cases() -> dict[str, FlowDistribution]:
-    torch.manual_seed(0)
-    context = torch.randn(4, 3, 3).double()
-    return {
-        "no context": plain().distribution(),
-        "image": images().distribution(),
-        "one context": fast().distribution(context[0, 0]),
-        "contexts": fast().distribution(context[0]),
-        "grid of contexts": fast().distribution(context),
-    }
-
-
-BATCH = {"no context": (), "image": (), "one context": (), "contexts": (3,), "grid of contexts": (4, 3)}
-
-
-@pytest.mark.parametrize("name", BATCH)
-def test_shapes(name: str) -> None:
-    d, batch = cases()[name], BATCH[name]
-    event = tuple(d.event_shape)
+@pytest.mark.parametrize(("name", "batch"), [*((name, None) for name in MODELS), *OF_CONTEXTS])
+def test_samples_and_distributions(name: str, batch: tuple[int, ...] | None) -> None:
+    model, x, given = make(name, QUICK)
+    assert model.sample(3, **given).shape == x.shape
+    assert not model.sample(3, **given).requires_grad
+    if batch is None:
+        batch = (3,) if given else ()
+        d = model.distribution(*given.values())
+        torch.testing.assert_close(d.log_prob(x), model.log_prob(x, **given))
+    else:
+        d = model.distribution(torch.randn(*batch, 2).double())
+    event = tuple(model.event_shape)
     assert isinstance(d, Distribution)
-    assert d.batch_shape == batch
     assert d.has_rsample
+    assert (d.batch_shape, d.event_shape) == (batch, event)
     repr(d)
-    for shape in ((), (5,), (2, 5), (0,)):
+    for shape in ((), (2, 5), *([(0,)] if "cnf" in name else [])):  # blocks refuse no samples
         for draw in (d.sample, d.rsample):
             assert draw(torch.Size(shape)).shape == (*shape, *batch, *event)
         x, log_prob = d.rsample_and_log_prob(torch.Size(shape))
@@ -480,19 +452,12 @@ def test_shapes(name: str) -> None:
     assert d.log_prob(torch.zeros(event).double()).shape == batch
     assert not d.sample().requires_grad
     assert d.rsample().requires_grad
-
-
-@pytest.mark.parametrize("name", BATCH)
-def test_expand(name: str) -> None:
-    d = cases()[name]
-    wider = d.expand((2, *d.batch_shape))
-    assert wider.batch_shape == (2, *d.batch_shape)
-    assert wider.event_shape == d.event_shape
-    assert wider.sample((3,)).shape == (3, 2, *d.batch_shape, *d.event_shape)
+    wider = d.expand((2, *batch))
+    assert (wider.batch_shape, wider.event_shape) == ((2, *batch), event)
+    assert wider.sample((3,)).shape == (3, 2, *batch, *event)
     x = d.sample()
-    if name != "image":  # which estimates its density
-        torch.testing.assert_close(wider.log_prob(x), d.log_prob(x).expand(wider.batch_shape))
-        torch.testing.assert_close(wider.expand((5, *wider.batch_shape)).log_prob(x)[4], wider.log_prob(x))
+    torch.testing.assert_close(wider.log_prob(x), d.log_prob(x).expand(wider.batch_shape))
+    torch.testing.assert_close(wider.expand((5, 2, *batch)).log_prob(x)[4], wider.log_prob(x))
     assert wider.sample((2,)).unique().numel() == wider.sample((2,)).numel()  # each has a separate draw
     if d.batch_shape:
         with pytest.raises(RuntimeError):
