@@ -17,6 +17,7 @@ from problems import Linear, Wave, counted_products, linear_closed_form
 from torch import Tensor, nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.core.defunc import SDEFunc
 from torchdyn.models import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.models import HNN
 from torchdyn.models.cnf import autograd_trace, hutch_trace
@@ -241,23 +242,32 @@ def test_mistakes_are_refused_at_construction(options: dict[str, Any], message: 
         NeuralODE(WithTime(), **options)
 
 
-def test_more_mistakes() -> None:
-    from torchdyn.core.defunc import SDEFunc
-
-    with pytest.raises(ConfigError, match="SDE"):
-        NeuralODE(SDEFunc(lambda t, x: x, lambda t, x: x))
-    with pytest.raises(TypeError, match="regularisers"):
-        NeuralODE(WithTime(), regularisers=["kinetic"])  # pyright: ignore[reportCallIssue]
+def called_model() -> NeuralODE:
     model = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"])
     model(torch.randn(2, 4))
-    with pytest.raises(ConfigError, match="unknown penalty 'jacfrob'"):
-        model.reg_loss(jacfrob=1.0)
-    with pytest.raises(ConfigError, match="one tensor"):
-        model({"a": torch.randn(2, 4)})
-    with pytest.raises(ConfigError, match="2 CNF modules"):
-        NeuralODE(
-            nn.Sequential(TorchdynCNF(mlp(3, 4, 3)), TorchdynCNF(mlp(3, 4, 3))), "rk4", regularizers=["kinetic"]
-        )(torch.randn(2, 4))
+    return model
+
+
+def two_cnfs() -> nn.Module:
+    return nn.Sequential(TorchdynCNF(mlp(3, 4, 3)), TorchdynCNF(mlp(3, 4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NeuralODE(SDEFunc(lambda t, x: x, lambda t, x: x)), "SDE"),
+        (lambda: called_model().reg_loss(jacfrob=1.0), "unknown penalty 'jacfrob'"),
+        (lambda: called_model()({"a": torch.randn(2, 4)}), "one tensor"),
+        (lambda: NeuralODE(two_cnfs(), regularizers=["kinetic"])(torch.randn(2, 4)), "2 CNF modules"),
+        (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
+        (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
+        (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "needs noise"),
+        (lambda: CNF(TimesState())(torch.zeros(4, 3)), "no time"),
+    ],
+)
+def test_mistakes(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
@@ -852,17 +862,3 @@ def test_estimators_of_a_users_own_stay_theirs() -> None:
         _, sol = model(x)
         torch.testing.assert_close(sol[-1, :, 0], x[:, 0] - 3 * net.weight.trace())
         assert model.regularization["jacfrob"].shape == (5,)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: CNF(nn.Linear(2, 2), "hutch"), "trace estimator"),
-        (lambda: CNF(nn.Linear(2, 2), order=0), "order"),
-        (lambda: CNF(nn.Linear(2, 2), "gaussian")(torch.zeros(()), torch.zeros(4, 3)), "needs noise"),
-        (lambda: CNF(TimesState())(torch.zeros(4, 3)), "no time"),
-    ],
-)
-def test_mistakes(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
