@@ -85,7 +85,8 @@ def saves(folder: Path, **when: Any) -> ModelCheckpoint:
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """From the end of an epoch, by a worker, from a validation in an epoch, and twice."""
-    recipe, options = tiny_recipe(), {"max_steps": 9, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    recipe = tiny_recipe()
+    options: dict[str, Any] = {"max_steps": 9, "val_check_interval": 2, "num_sanity_val_steps": 0}
     keep = [
         saves(tmp_path / "epochs", every_n_epochs=1, save_on_train_epoch_end=True),
         saves(tmp_path / "validations", mode="max", every_n_epochs=1, save_on_train_epoch_end=False),
