@@ -38,7 +38,6 @@ def test_probes_are_independent_of_the_pixels_noise() -> None:
 BOUNDS = {
     "mnist, exact": (10_500, 227e9),
     "mnist, sampled, step 0.5": (3_850, 61e9),
-    "cifar10, exact": (14_800, 313e9),
 }
 
 
@@ -46,9 +45,7 @@ BOUNDS = {
     ("case", "parts"),
     [
         ("mnist, exact", 4),  # a quarter of the steps
-        pytest.param("mnist, exact", 1, marks=pytest.mark.slow),
         pytest.param("mnist, sampled, step 0.5", 1, marks=pytest.mark.slow),
-        pytest.param("cifar10, exact", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_asks_little_of_a_device(case: str, parts: int) -> None:

@@ -236,12 +236,6 @@ def test_time_channel_feels_the_padding(height: int, width: int) -> None:
     assert relative(layer(0.3, x), expected) < 1e-13
 
 
-@pytest.mark.parametrize("field", [conv_field(2), linear_field(2)])
-def test_fresh_field_is_zero(field: StackField) -> None:
-    z = torch.randn(2, 2, 6, 6) if isinstance(field.layers[0], ConcatConv2d) else torch.randn(2, 2)
-    assert torch.equal(field(torch.tensor(0.5), z), torch.zeros_like(z))
-
-
 def test_weights_are_never_stale() -> None:
     field = make_field("conv")
     t, z, noise = make_inputs("conv")

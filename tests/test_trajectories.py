@@ -6,9 +6,7 @@ import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diagnosed_models import Linear, Rotation
@@ -49,23 +47,3 @@ def test_the_densities() -> None:
     assert float(torch.trapezoid(density, grid[:, 0])) == pytest.approx(1, abs=1e-5)
     second = float(torch.trapezoid(density * grid[:, 0] ** 2, grid[:, 0]))
     assert float(figure_1.mixture(40_000).square().mean()) == pytest.approx(second, rel=0.02)
-
-
-@pytest.mark.parametrize("name", figure_1.PLANE)
-def test_data_of_the_plane(name: str) -> None:
-    generator: Any = np.random
-    before = generator.get_state()[1].copy()
-    x = figure_1.plane_data(name, 350, seed=5)
-    assert np.array_equal(generator.get_state()[1], before)  # the caller's generator is left alone
-    torch.testing.assert_close(x.mean(0), torch.zeros(2), rtol=0, atol=1e-5)
-    torch.testing.assert_close(x.std(0), torch.ones(2))
-    assert torch.equal(x, figure_1.plane_data(name, 350, seed=5))
-    assert float((x[:175].mean(0) - x[175:].mean(0)).abs().max()) < 0.5  # in no order
-
-
-def test_data_of_the_plane_are_whole() -> None:
-    """Both arms of the spirals, and all Gaussians of the ring: torchdyn gives more points than it is asked for."""
-    ring = figure_1.plane_data("gaussians", 1000)
-    assert float((ring.norm(dim=1) < 0.5).float().mean()) < 0.03  # of a single Gaussian it is 0.12
-    arms = figure_1.plane_data("spirals", 1000, noise=0.0)
-    assert float(torch.cdist(-arms, arms).min(1).values.mean()) < 0.07  # one arm turned by 180 degrees is the other
