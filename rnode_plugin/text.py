@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -55,19 +54,6 @@ def table(rows: Iterable[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
-
-
-def wrapped_table(rows: Iterable[Sequence[str]], *, width: int) -> str:
-    """Aligned columns whose last one is wrapped, in at most ``width`` characters; an empty line between rows."""
-    cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)][:-1]
-    indent = sum(widths) + 2 * len(widths)
-    blocks = []
-    for *heads, last in cells:
-        lines = textwrap.wrap(last, max(20, width - indent)) or [""]
-        first = "".join(head.ljust(size + 2) for head, size in zip(heads, widths, strict=True))
-        blocks.append("\n".join([first + lines[0], *(" " * indent + line for line in lines[1:])]))
-    return "\n\n".join(blocks)
 
 
 def _with_sign(text: str) -> str:

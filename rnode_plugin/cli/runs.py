@@ -10,7 +10,7 @@ import click
 
 from ..errors import ConfigError
 from ..solvers.config import FIXED_METHODS, Solver, solver_text
-from ..text import batch_counter, counted, duration, table, wrapped_table
+from ..text import batch_counter, counted, duration, table
 from .options import (
     as_json,
     complete_run,
@@ -163,9 +163,9 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     if as_json:
         print_json({**head, **diagnosis.to_plain()})
     else:
-        rows = [(check.name, check.verdict, check.sentence) for check in diagnosis.checks]
-        width = min(120, shutil.get_terminal_size().columns)
-        click.echo(wrapped_table([("check", "verdict", "finding"), *rows], width=width))
+        text = click.HelpFormatter(width=min(120, shutil.get_terminal_size().columns))
+        text.write_dl([(f"{check.name}: {check.verdict}", check.sentence) for check in diagnosis.checks])
+        click.echo(text.getvalue().rstrip())
         used = f"{diagnosis.samples} held-out {recipe.task.samples} (--samples N changes that)"
         click.echo(f"\n{used}, {duration(diagnosis.seconds)}\n{file}\n{folder / 'diagnosis'}")
     if diagnosis.failed:
