@@ -249,7 +249,9 @@ def test_one_downloads_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.M
             assert np.array_equal(np.load(tmp_path / f"{name}.npz")[part], images)
 
 
-def test_a_process_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = (
         "import sys, time\nfrom filelock import FileLock\n"
         "with FileLock(sys.argv[1]):\n    print('holds', flush=True)\n    time.sleep(60)"
@@ -262,6 +264,7 @@ def test_a_process_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(sets, "_WAIT_SECONDS", 0.2)
         with pytest.raises(DataError, match="has been downloading for an hour"), one_download(tmp_path):
             pytest.fail("two hold it")
+        assert f"Waiting for another process that downloads to {tmp_path}" in capsys.readouterr().err
     finally:
         holder.kill()
         holder.wait()

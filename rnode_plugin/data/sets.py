@@ -7,6 +7,7 @@ torchvision has the addresses and checksums, and downloads. Arguments, result an
 from __future__ import annotations
 
 import os
+import sys
 import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,7 +141,11 @@ def one_download(root: str | os.PathLike[str] | None) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _LOCK).touch()  # FileLock would wait for ever where no file can be made
-        lock.acquire(timeout=_WAIT_SECONDS)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Waiting for another process that downloads to {folder}", file=sys.stderr)
+            lock.acquire(timeout=_WAIT_SECONDS)
     except NotImplementedError:  # a file system without locks
         pass
     except OSError as error:  # Timeout is one
