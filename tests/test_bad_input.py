@@ -70,6 +70,8 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train", "--resume", "SHELF/good.ckpt", "--ffjord"], 2, r"cannot go with --resume"),
     (["eval", "SHELF/code.ckpt"], 1, r"code\.ckpt cannot be read"),
     (["eval", "SHELF/good.ckpt", "--device", "cuda:77"], 2, r"the device 'cuda:77' cannot be used"),
+    (["eval", "SHELF/good.ckpt", "--data-root", "\udcff"], 2, r"data\.root: input should be a valid string"),
+    (["eval", "SHELF/good.ckpt", "--data-root", ""], 2, r"data\.root: .*at least 1 character"),
     (["eval", "SHELF/good.ckpt", "--device", "meta"], 2, r"the device 'meta' cannot be used"),
     (["eval", "SHELF/good.ckpt", "--solver", "method=dopri5", "--solver", "step=0.1"], 2, r"step has no effect"),
     (["eval", "SHELF/good.ckpt", "--solver", "methd=rk4"], 2, r"unknown setting 'test_solver\.methd'"),

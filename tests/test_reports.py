@@ -119,6 +119,11 @@ def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
     assert left_out == [f"{again} has the settings and the seed of {runs[2]}."]
 
 
+def test_a_folder_whose_name_is_no_text(tmp_path: Path, no_figures: None) -> None:
+    path = write_run(tmp_path / "a\udcff", digits())
+    assert "a?" in write_report([path], tmp_path / "out").html.read_text("utf-8")
+
+
 def test_a_run_without_a_logged_step_is_left_out_by_name(
     runs: list[Path], tmp_path: Path, no_figures: None
 ) -> None:

@@ -255,7 +255,8 @@ class Recipe:
         """The recipe with its data at another place. A table keeps its columns, and may be another table."""
         if root is None or os.path.abspath(root) == self.data.root:
             return self
-        data = dataclasses.replace(self.data.for_new_run(), root=os.path.abspath(root))
+        with refused("data"):
+            data = dataclasses.replace(self.data.for_new_run(), root=root and os.path.abspath(root))
         return dataclasses.replace(self, data=data)
 
     @property

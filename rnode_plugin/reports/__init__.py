@@ -58,6 +58,8 @@ def write_report(
     found, left_out = read_runs(runs)
     html, table, pictures = make_page(group_runs(found), title, left_out)
     files = {Path(out) / "figures" / name: contents for name, contents in pictures.items()}
-    for path, contents in {**files, (place := Path(out) / "report.html"): html.encode()}.items():
+    place = Path(out) / "report.html"
+    # the name of a folder need not be text
+    for path, contents in {**files, place: html.encode(errors="replace")}.items():
         write_atomically(path, lambda file, contents=contents: file.write(contents))
     return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))
