@@ -128,29 +128,3 @@ def test_the_actions_with_growth_are_the_closed_forms():
     assert torch.allclose(action(lambda t: (shift[:1].expand(2), mass.log())), steady, rtol=1e-4)
     assert torch.allclose(action(geodesic), least, rtol=1e-4)
     assert bool((least < steady).all())
-
-
-def test_the_own_penalties_are_what_they_say():
-    example = part_of("own_regularizer")
-    z = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
-    assert torch.allclose(example["slow"](torch.tensor(0.0), z, z), torch.tensor([0.0, 1.0]))
-    from rnode_plugin import Dynamics
-
-    dynamics = Dynamics(lambda t, z: z * torch.tensor([3.0, -1.0]), regularizers=[example["incompressible"]],
-                        estimator="exact", divergence=False)  # fmt: skip
-    rates = dynamics.evaluate(torch.tensor(0.0), z)
-    assert torch.allclose(rates.penalties["incompressible"], torch.full((2,), 4.0))  # (3 - 1)^2
-
-
-def test_the_pendulum_keeps_its_energy_but_for_the_friction():
-    example = part_of("time_series")
-    torch.manual_seed(0)
-    angles = example["pendulums"](8).double()
-    t = example["TIMES"].double()
-    assert angles.shape == (8, len(t))
-    h = t[1] - t[0]
-    # central differences of the printed motion obey its equation, up to O(h^2)
-    acceleration = (angles[:, 2:] - 2 * angles[:, 1:-1] + angles[:, :-2]) / h**2
-    speed = (angles[:, 2:] - angles[:, :-2]) / (2 * h)
-    residual = acceleration + 0.1 * speed + 4 * torch.sin(angles[:, 1:-1])
-    assert residual.abs().max() < 0.1 * acceleration.abs().max()
