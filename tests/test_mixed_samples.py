@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
-from rnode_plugin.torchdiffeq import odeint, regularize
+from rnode_plugin.torchdiffeq import odeint
 
 DOUBLE = torch.float64
 X = torch.linspace(-1, 1, 12, dtype=DOUBLE).reshape(4, 3)
@@ -131,15 +131,7 @@ def by_tuple(field: nn.Module) -> dict[str, Tensor]:
     return dict(penalties)
 
 
-def by_block(field: nn.Module) -> dict[str, Tensor]:
-    import torchdiffeq
-
-    with regularize(*PENALTIES, trace_noise="exact", batch_dim=None) as penalties:
-        torchdiffeq.odeint(field, X, SPAN)
-    return dict(penalties)
-
-
-@pytest.mark.parametrize("integrals", [by_neural_ode, by_adjoint, by_odeint, by_tuple, by_block])
+@pytest.mark.parametrize("integrals", [by_neural_ode, by_adjoint, by_odeint, by_tuple])
 def test_the_whole_state_as_one_sample(integrals: Callable[[nn.Module], dict[str, Tensor]]) -> None:
     field = Graph()
     found = integrals(field)
