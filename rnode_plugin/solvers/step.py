@@ -82,20 +82,20 @@ def stepper(dynamics: BoundDynamics, solver: Solver, *, local: bool = False) -> 
 
         new_velocity, new, error, *more = method.advance(f, z, t, dt, None if first is None else first.dz)
         nfe = len(rates) - (first is not None)
-        # the integral of every penalty: along the path, whichever way time runs
-        source, length = rates[min(draw) if draw else 0], dt.abs()
-        rows: dict[str, list[Any]] = {name: [r.penalties.get(name) for r in rates] for name in source.penalties}
+        source = rates[min(draw) if draw else 0]
+        rows: list[Sequence[Any]] = [[r.penalties.get(name) for r in rates] for name in source.penalties]
         dlogdet = dlogdet_error = None
         if source.dlogdet is not None:
             traces = [r.dlogdet for r in rates]
-            if dt.is_cpu and (read(dt.reshape(())) or -1) > 0:
-                rows[_LOGDET] = traces  # in the same operations
-            else:
-                dlogdet = _weigh({_LOGDET: traces}, weights, dt, draw)[_LOGDET]
+            rows.append(traces)  # in the same operations
             if error is not None and method.error_weights is not None:
-                dlogdet_error = _weigh({_LOGDET: traces}, method.error_weights, dt.detach())[_LOGDET]
-        penalties = _weigh(rows, weights, length, draw)
-        dlogdet = penalties.pop(_LOGDET, dlogdet)
+                dlogdet_error = _weigh([traces], method.error_weights, dt.detach())[0]
+        # the integral of every penalty is along the path, whichever way time runs
+        integrals = _weigh(rows, weights, dt.abs(), draw)
+        if source.dlogdet is not None:
+            forward = dt.is_cpu and (read(dt.reshape(())) or -1) > 0
+            dlogdet = integrals.pop() if forward else integrals.pop() * dt.sign().to(source.dlogdet.dtype)
+        penalties = dict(zip(source.penalties, integrals, strict=True))
         last = None
         for each in rates:  # torch.compile of torch 2.6 cannot trace next()
             last = each if each.dz is new_velocity else last
@@ -125,40 +125,37 @@ def draw_stage(method: Method) -> Draw | None:
     return {int(torch.multinomial(weights, 1)): 1.0}
 
 
-_LOGDET = "<log-determinant>"
-
-
 def _weigh(
-    rows: Mapping[str, Sequence[Any]], weights: Sequence[float], dt: Tensor, draw: Draw | None = None
-) -> dict[str, Tensor]:
+    rows: Sequence[Sequence[Any]], weights: Sequence[float], dt: Tensor, draw: Draw | None = None
+) -> list[Tensor]:
     """``dt`` times the weighted sum of each row of stages. If some have no value, the drawn ones stand for all."""
-    found: dict[str, Tensor] = {}
-    together: list[str] = []
-    first = None
-    for name, values in rows.items():
+    found: dict[int, Tensor] = {}
+    together: list[int] = []
+    like: Tensor | None = None
+    for place, values in enumerate(rows):
         if draw is not None and any(value is None for value in values[: len(weights)]):
             parts = [values[stage] * (dt * share) for stage, share in draw.items()]
-            found[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        elif values[0].ndim == 1 and (
-            first is None or (values[0].dtype, values[0].shape) == (first.dtype, first.shape)
-        ):
-            together.append(name)
-            first = values[0]
-        else:
-            found[name] = _weigh_row(values, weights, dt)
+            found[place] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        elif values[0].ndim == 1 and (like is None or _alike(values[0], like)):
+            together.append(place)
+            like = values[0]
     # launching operations dominates the time of small problems, so use few. torch.compile fuses them anyway
-    if first is not None and not torch.compiler.is_compiling():
+    if like is not None and not torch.compiler.is_compiling():
         count = min(len(weights), len(rows[together[0]]))
-        table = torch.stack([rows[name][k] for k in range(count) for name in together])
+        table = torch.stack([rows[place][k] for k in range(count) for place in together])
         # a tensor that is made inside a transform belongs to it, and no later call may find it
         make = constant.__wrapped__ if transforms_active() else constant
-        row = make(tuple(weights[:count]), first.dtype, first.device) * dt.to(first.dtype)
+        row = make(tuple(weights[:count]), like.dtype, like.device) * dt.to(like.dtype)
         alone = len(together) == 1
-        product = row @ (table if alone else table.view(count, len(together) * first.shape[0]))
-        if product.dtype is first.dtype:  # else autocast has rounded it
-            parts = (product,) if alone else product.view(len(together), first.shape[0]).unbind()
+        product = row @ (table if alone else table.view(count, len(together) * like.shape[0]))
+        if product.dtype is like.dtype:  # else autocast has rounded it
+            parts = (product,) if alone else product.view(len(together), like.shape[0]).unbind()
             found |= zip(together, parts, strict=True)
-    return {name: found[name] if name in found else _weigh_row(rows[name], weights, dt) for name in rows}
+    return [found[k] if k in found else _weigh_row(values, weights, dt) for k, values in enumerate(rows)]
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return (x.dtype, x.shape) == (y.dtype, y.shape)
 
 
 def _weigh_row(values: Sequence[Tensor], weights: Sequence[float], dt: Tensor) -> Tensor:
