@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class RnodeError(Exception):
@@ -99,3 +101,15 @@ def suggest(name: str, known: Iterable[str], kind: str) -> str:
     hint = f"; did you mean {near[0]!r}?" if near else "."
     listed = ", ".join(options) if options else "none"
     return f"unknown {kind} {name!r}{hint} Known: {listed}."
+
+
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number of at least 1; True is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def check_count(value: Any, what: str) -> int:
+    """``value``, a whole number of at least 1, or a ConfigError that calls it ``what``."""
+    if not is_count(value):
+        raise ConfigError(f"{what} must be a whole number of at least 1, not {value!r}.")
+    return int(value)

@@ -1,4 +1,4 @@
-"""Chains of operations that run as one kernel on a device, where launches and bytes are what a step costs.
+"""Chains of operations that run as one kernel on a device, where launches and bytes are what a step costs; sums.
 
 A chain is a small pure function of tensors. On a CPU, inside transforms and where a graph is recorded it runs as it
 is written, operation by operation. On a device it goes through torch.compile, which makes one kernel of it. On
@@ -16,11 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def transforms_active() -> bool:
-    """Whether a transform of torch.func is active."""
-    # torch has no public name for this; autograd.Function calls the same function
-    return torch._C._are_functorch_transforms_active()
+from .modes import traced, transforms_active
 
 
 def single_kernels(x: Tensor) -> bool:
@@ -85,3 +81,63 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             return compiled(*args)
 
     return run
+
+
+# sums over an event ---------------------------------------------------------------------------------------------
+
+
+def one_kernel(*tensors: Tensor) -> bool:
+    """Whether a node of the graph whose passes are single kernels can take these tensors."""
+    return single_kernels(tensors[0]) and not traced(*tensors)
+
+
+def sum_event(x: Tensor) -> Tensor:
+    """Sum over all but the first dimension: ``(B, *event)`` to ``(B,)``; of ``(B,)`` each entry is its own sum."""
+    if x.ndim == 1:
+        return x
+    return x.flatten(1).sum(1) if x.is_cpu else x.sum(tuple(range(1, x.ndim)))
+
+
+def sum_products(x: Tensor, y: Tensor) -> Tensor:
+    """``sum x y`` over all but the first dimension: two ``(B, *event)`` to ``(B,)``."""
+    return _sums(x, y) if one_kernel(x, y) else sum_event(x * y)
+
+
+def sum_squares(x: Tensor) -> Tensor:
+    """``sum x^2`` over all but the first dimension: ``(B, *event)`` to ``(B,)``."""
+    return _sums(x, None) if one_kernel(x) else sum_event(x.square())
+
+
+def _sums(x: Tensor, y: Tensor | None) -> Tensor:
+    sums: Any = _Sums.apply(x, y)
+    return sums
+
+
+class _Sums(torch.autograd.Function):
+    """``sum x y`` over an event, of squares if there is no ``y``."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.save_for_backward(*args)
+        x, y = args
+        return _SUM(x, x if y is None else y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        x, y = ctx.saved_tensors
+        g = grad_outputs[0].reshape(-1, *[1] * (x.ndim - 1))
+        if y is None:
+            return _TWICE(x, g), None
+        return g * y if ctx.needs_input_grad[0] else None, g * x if ctx.needs_input_grad[1] else None
+
+
+def summed(x: Tensor, y: Tensor) -> Tensor:
+    return sum_event(x * y)
+
+
+def twice(x: Tensor, g: Tensor) -> Tensor:
+    return 2 * g * x
+
+
+_SUM = Chain(summed, "(Tensor x, Tensor y) -> Tensor")
+_TWICE = Chain(twice, "(Tensor x, Tensor g) -> Tensor")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError
-from .ops import exporting, transforms_active
+from .modes import exporting, transforms_active
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``: time, a scalar tensor, and state ``(B, *event)`` to velocity ``(B, *event)``."""

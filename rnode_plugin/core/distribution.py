@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_count
 from .citations import citation
-from .ops import check_count
 from .regularizers import span_policy
 from .trace_estimators import Exact, Hutchinson, TraceEstimator
 

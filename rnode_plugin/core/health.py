@@ -8,7 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .ops import read
+from .modes import read
 
 
 class HealthCheck(NamedTuple):

@@ -6,14 +6,14 @@ import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
+from .modes import transforms_active
 from .objective import penalty
-from .ops import transforms_active
 from .regularizers import Weighted, span_policy, undivided
 from .schedules import check_lambda, strength_at
 
@@ -210,3 +210,13 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dsol: Tensor | None, dcost: Tensor | None, *dintegrals: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return tuple(None if tangent is None else tangent.clone() for tangent in (dsol, *dintegrals))
+
+
+class OneProcessADevice:
+    """A module that refuses DataParallel: its copies would lose penalties and NFE with the thread they ran in."""
+
+    def _replicate_for_data_parallel(self) -> NoReturn:  # torch's DataParallel calls it for each module inside
+        raise ConfigError(
+            f"{type(self).__name__} does not work under DataParallel. Use one process a device: "
+            "DistributedDataParallel, Lightning's strategy='ddp', or rnode-cli train --devices N."
+        )

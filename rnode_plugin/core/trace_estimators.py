@@ -15,9 +15,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, check_count, suggest
+from .chains import sum_products, sum_squares
 from .derivatives import VELOCITY, Ask, Linearization, Velocity, as_field, trace_of_rows, unit_vectors
-from .ops import check_count, sum_products, sum_squares
 
 Linearize = Callable[[Tensor, Tensor, "Tensor | None"], Linearization]
 """One pass over a field: time, state and noise to what was asked for."""

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..core.distribution import DensityModel
-from ..core.ops import recording
+from ..core.modes import recording
 from ..errors import ConfigError, first_line, suggest
 from ..files import write_atomically
 from ..solvers import Solver

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..core.derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
-from ..core.ops import traced
+from ..core.modes import traced
 from ..errors import ConfigError
 from .activations import Activation
 from .chains import chained

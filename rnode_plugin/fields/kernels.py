@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.ops import on_host, transforms_active
+from ..core.modes import on_host, transforms_active
 
 # channels up to which a convolution is faster as one product of matrices
 _FEW = {torch.float64: 8, torch.float32: 8, torch.bfloat16: 3}

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY, Ask, AutogradField, Linearization, has_hooks
-from ..core.ops import check_count
-from ..errors import ConfigError
+from ..errors import ConfigError, check_count
 
 
 class _Layer(NamedTuple):

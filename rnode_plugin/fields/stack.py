@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization, has_hooks
-from ..core.ops import check_count, exporting
-from ..errors import ConfigError
+from ..core.modes import exporting
+from ..errors import ConfigError, check_count
 from .activations import get_activation
 from .fused import Stack
 from .kernels import LayerMap

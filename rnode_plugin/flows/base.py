@@ -13,8 +13,9 @@ from torch.distributions import Distribution, Independent, Normal
 
 from ..core.distribution import DensityModel
 from ..core.dynamics import Dynamics
+from ..core.modes import on_host
 from ..core.objective import FlowOutput, standard_normal_log_prob
-from ..core.ops import OneProcessADevice, on_host
+from ..core.penalties import OneProcessADevice
 from ..core.regularizers import weigh_regularizers
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError

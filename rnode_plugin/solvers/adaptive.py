@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import health
-from ..core.ops import read
+from ..core.modes import read
 from ..errors import ConfigError, SolverError
 from .config import DEFAULT_MAX_NFE, FIXED_METHODS, Solver
 from .solution import Solution

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # torch has no public name for it
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from ..core.dynamics import BoundDynamics
-from ..core.ops import transforms_active, tree_flatten, tree_leaves, tree_unflatten
+from ..core.modes import transforms_active
 from ..errors import ConfigError
 
 

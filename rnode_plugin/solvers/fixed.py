@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.dynamics import BoundDynamics
 from ..core.health import HealthCheck, health
-from ..core.ops import on_host, read
+from ..core.modes import on_host, read
 from .config import Solver, count_steps
 from .solution import Solution
 from .step import Draw, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite, stepper

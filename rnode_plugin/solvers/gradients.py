@@ -109,7 +109,7 @@ class Adjoint(Gradient):
     ) -> Solution:
         import torch
 
-        from ..core.ops import transforms_active
+        from ..core.modes import transforms_active
         from .adjoint import AdjointCall, solve_adjoint
         from .tableaus import get_method
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, PathPenalties
 from ..core.health import HealthCheck, health
-from ..core.ops import on_host
+from ..core.modes import on_host
 from ..errors import ConfigError
 from .adaptive import solve_adaptive
 from .config import Solver, refuse_sampled_density

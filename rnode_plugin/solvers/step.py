@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import HealthCheck
-from ..core.ops import constant, read, transforms_active
+from ..core.modes import constant, read, transforms_active
 from ..core.regularizers import StepRecord
 from ..errors import SolverError
 from .config import Solver

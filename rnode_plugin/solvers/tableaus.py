@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.chains import Chain
-from ..core.ops import constant, one_kernel, traced
+from ..core.chains import Chain, one_kernel
+from ..core.modes import constant, traced
 from ..errors import ConfigError, suggest
 from .config import METHODS, count_steps
 

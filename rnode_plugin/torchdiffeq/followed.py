@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.columns import Columns, as_columns, places_of
-from ..core.ops import transforms_active
+from ..core.modes import transforms_active
 from ..core.regularizers import Weighted
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError, suggest

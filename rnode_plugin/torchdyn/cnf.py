@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torchdyn.models import cnf as torchdyn_cnf
 
 from ..core.dynamics import Dynamics
-from ..core.ops import check_count, is_count
 from ..core.signature import call_of, field_takes, refuse_state_first
 from ..core.trace_estimators import Exact, Hutchinson, TraceEstimator, get_estimator
-from ..errors import ConfigError
+from ..errors import ConfigError, check_count, is_count
 
 
 class CNF(torchdyn_cnf.CNF):

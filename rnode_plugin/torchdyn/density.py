@@ -15,9 +15,9 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel, check_floating
+from ..core.modes import on_host, outside_inference
 from ..core.objective import FlowOutput
-from ..core.ops import OneProcessADevice, on_host, outside_inference
-from ..core.penalties import Penalties, attach
+from ..core.penalties import OneProcessADevice, Penalties, attach
 from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves  # torch has no public name for it
 from torchdyn.core.defunc import DEFunc, DEFuncBase
 from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl, DepthCat
@@ -18,7 +19,6 @@ from torchdyn.nn.galerkin import GalLayer
 from ..core.columns import Columns, places_of
 from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, has_hooks, without_graph
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
-from ..core.ops import tree_leaves
 from ..core.regularizers import Regularizer, needs_of
 from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODULE, Takes, call_of, field_takes
 from ..core.trace_estimators import Exact, TraceEstimator

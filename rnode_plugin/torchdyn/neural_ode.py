@@ -22,12 +22,12 @@ from torchdyn.numerics.interpolators import INTERP_DICT
 
 from ..core.citations import citation
 from ..core.columns import as_columns
-from ..core.ops import OneProcessADevice, check_count, on_host, outside_inference
-from ..core.penalties import Penalties, attach
+from ..core.modes import on_host, outside_inference
+from ..core.penalties import OneProcessADevice, Penalties, attach
 from ..core.regularizers import check_batch_dim, needs_of, warn_of_flat_state
 from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, Solver, get_method, solve
 from ..solvers.config import check_tolerance

@@ -22,7 +22,7 @@ from torchdyn.numerics.solvers.ode import (
 )
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
-from ..core.ops import on_host, transforms_active
+from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
 from ..solvers import Adjoint, Gradient, Method, Solution, Solver, get_method, gradient_of
 from ..solvers.tableaus import Field, StepResult
@@ -209,7 +209,7 @@ def method_from_torchdyn(
 
 
 def _changed_weights(solver: Any, family: Method) -> Any:
-    """The weights of a tableau that a user changed, and those of its error; None for the family's own."""
+    """The weights in a tableau that a user changed, and the weights of its error; None for unchanged weights."""
     *_, weights, errors = tableau_of(solver) or [None, None]
     if weights is None or family.weights is None:
         return None

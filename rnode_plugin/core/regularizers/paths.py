@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
-from ..ops import check_count, sum_squares
+from ...errors import ConfigError, check_count
+from ..chains import sum_squares
 from .base import Regularizer, Source, StepRecord, Trajectory, regularizer
 from .rates import kinetic
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..ops import sum_event, sum_squares
+from ..chains import sum_event, sum_squares
 from .base import Regularizer, Source, regularizer
 
 if TYPE_CHECKING:

@@ -1,0 +1,95 @@
+"""What torch does with the operations of this thread: transforms, programs and inference mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# torch has no public names for these
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+_recording: ContextVar[bool] = ContextVar("_recording", default=False)
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func is active."""
+    # torch has no public name for this; autograd.Function calls the same function
+    return torch._C._are_functorch_transforms_active()
+
+
+def exporting() -> bool:
+    """Whether the operations of this thread become a program: values of its inputs are unknown."""
+    # torch.compile cannot trace a context variable, and what it compiles is never recorded
+    return not torch.compiler.is_compiling() and _recording.get()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Around operations that become a program."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def on_host() -> AbstractContextManager[object]:
+    """Around operations that a program does not repeat: their results are constants of it, with known values."""
+    return _disable_current_modes() if exporting() else nullcontext()
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether a transform of torch.func or an export is active, or a tensor has a tangent of forward mode."""
+    given = (x for x in tensors if x is not None)
+    return transforms_active() or exporting() or any(forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
+@lru_cache(maxsize=512)
+def constant(values: float | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor, made once, because every step needs them. Not to be written into."""
+    # a tensor made in inference mode could not serve a later backward pass
+    with on_host(), torch.inference_mode(False):
+        if isinstance(values, float):  # without a copy, for which the host would wait
+            return torch.full((), values, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def read(x: Tensor) -> Any:
+    """The numbers in ``x``, as ``x.tolist()`` gives them, for which the host waits; None if they do not exist.
+
+    That is so on the device ``meta``, in an export, and inside ``torch.func.vmap``, where they differ from sample
+    to sample.
+    """
+    if x.is_meta or exporting():
+        return None
+    try:
+        return x.detach().tolist()
+    except RuntimeError:
+        if not transforms_active():
+            raise
+    try:  # in torch 2.6 `tolist` does not know the tensors of torch.func.grad
+        return x.item() if x.ndim == 0 else [row.item() for row in x]
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
+    """A block outside of inference mode, for solves of fields that differentiate; it gives what it was given.
+
+    Where inference mode was enabled, gradients stay disabled, and tensors are clones: those made in inference mode
+    cannot be differentiated.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield values
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield tree_map_only(Tensor, Tensor.clone, values)
