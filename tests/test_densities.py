@@ -88,8 +88,7 @@ def test_latents_and_their_density(name: str) -> None:
     torch.testing.assert_close(output.logdet, exact, rtol=1e-6, atol=1e-6)
     log_prob = model.base.log_prob(output.z) + exact
     torch.testing.assert_close(model.log_prob(x, **given), log_prob, rtol=1e-6, atol=1e-6)
-    z, logdet = model.transform(x, **given)
-    torch.testing.assert_close((z, logdet), (output.z, output.logdet))
+    z = output.z
     torch.testing.assert_close(model.inverse(z, **given), x, rtol=1e-6, atol=1e-6)
     back, of_back = model.inverse_and_log_prob(z, **given)
     torch.testing.assert_close((back, of_back), (x, log_prob), rtol=1e-6, atol=1e-6)
@@ -178,9 +177,9 @@ def test_density_of_a_linear_flow_is_the_gaussian_that_it_should_be(trace_estima
     exact = MultivariateNormal(torch.zeros(3, dtype=torch.float64), back @ back.T).log_prob(x)
     torch.testing.assert_close(model.log_prob(x), exact, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(model(x), exact, rtol=1e-8, atol=1e-8)
-    z, logdet = model.transform(x)
-    torch.testing.assert_close(model.inverse(z), x, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(logdet, a.trace().expand(6))
+    output = model.encode(x)
+    torch.testing.assert_close(model.inverse(output.z), x, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(output.logdet, a.trace().expand(6))
 
 
 def test_samples_and_temperature() -> None:
@@ -216,7 +215,7 @@ def test_base_follows_the_model(name: str) -> None:
     base = BASES[name]()
     model = RegularizedCNF(nn.Linear(2, 2), base)
     x = torch.randn(5, 2)
-    z = model.transform(x)[0]
+    z = model.encode(x).z
     before = base.log_prob(z)
     model.double()
     torch.testing.assert_close(model.base.log_prob(z.double()), before.double(), rtol=1e-5, atol=1e-5)
@@ -233,7 +232,7 @@ def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any)
     model = RegularizedCNF(linear(0.3 * torch.randn(2, 2)), event_shape=2, regularizers=[policy], **TIGHT).double()
     x = torch.randn(3, 2, dtype=torch.float64)
     model.eval()
-    z, _ = model.transform(x)
+    z = model.encode(x).z
     for training in (False, True):  # a random end is for the penalized solves of training alone
         model.train(training)
         torch.testing.assert_close(model.inverse(z), x, rtol=1e-7, atol=1e-7)

@@ -86,16 +86,6 @@ class DensityModel(nn.Module, ABC):
         output = self.encode(x, context=context, noise=noise, penalties=penalties)
         return self.latent_log_prob(output.z) + output.logdet
 
-    def transform(
-        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The latents of samples ``x``, and the log-determinant ``(B,)`` in nats of the map to them.
-
-        Arguments and errors as for :meth:`encode`.
-        """
-        output = self.encode(x, context=context, noise=noise, penalties=penalties)
-        return output.z, output.logdet
-
     def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
         """The samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
         return self.decode(z, context=context, penalties=False).z
