@@ -284,6 +284,7 @@ def test_the_table_that_comes_along() -> None:
         (["data.columns=dose", "data.given=dose"], "at least one column that is not given"),
         (["data.held_out=0.6", "data.validation=0.5"], "must leave rows to train on"),
         (["data.validation=0"], "data.validation: .*greater than 0"),
+        (["data.split_seed=4294967296"], "data.split_seed: .*less than 4294967296"),
         (["data.shape=1,2,3"], "unknown setting 'data.shape'"),
         (["model.field=potential", "model.activation=tanh"], "model.field=potential has a fixed one"),
         (["training.sample_temperatures=0.5,1"], "have one temperature"),

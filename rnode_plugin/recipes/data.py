@@ -139,7 +139,7 @@ class TableData:
     root: Text | None = None
     validation: Fraction = 0.1
     held_out: Fraction = 0.2
-    split_seed: NonNegativeInt = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 1000
     train_rows: PositiveInt | None = None
