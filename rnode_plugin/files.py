@@ -91,7 +91,7 @@ def write_atomically(
     """Call ``write`` on a :class:`Draft` of ``path`` and publish it: never half a file.
 
     Args:
-        path: of the file.
+        path: the file.
         write: writes its contents.
         keep: name that the file which was there before gets; None to replace it.
 

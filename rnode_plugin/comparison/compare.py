@@ -41,7 +41,7 @@ class Comparison:
 
     Attributes:
         runs: the folder of each run that has begun, in the order of the configurations.
-        report: of all of them.
+        report: the report of all runs.
         failed: one message for each run that failed; the report has it as far as it came.
     """
 
@@ -74,7 +74,7 @@ def compare(
         configurations, seeds: see :func:`configured_recipes`.
         max_time: seconds for the training of each run, validations included.
         out: folder for ``runs/``, ``logs/`` and the report.
-        accelerator: as Lightning's Trainer takes it, or one GPU, such as ``cuda:1``.
+        accelerator: an accelerator of Lightning's Trainer, or one GPU, such as ``cuda:1``.
         devices: number of runs that train at the same time; None for one on each GPU, or on each core of a CPU.
         download: fetch the data set if it is missing.
         progress: show the progress of runs that are trained one after another. Other output is in the logs.

@@ -48,7 +48,7 @@ def get_table(name: str, *, root: str | None = None, download: bool = False, **o
     Args:
         name: one that ``rnode-cli data list`` shows.
         root: the file or folder of the data; None for the table's own default.
-        download: as for :func:`get_dataset`.
+        download: see :func:`get_dataset`.
         **options: further options of this table, such as ``columns`` for ``table``.
     """
     return _load(Table, name, {"root": root}, options, download)

@@ -51,7 +51,7 @@ def evaluate(
         flow: the model; it stays on its device and in its mode. Its trace estimator is replaced: the trace is exact
             or, above 16 dimensions of images and 64 columns of tables, estimated with Rademacher probes, which have
             the smallest variance among independent ones.
-        samples: as the data come, array or tensor ``(N, ...)``: images uint8 ``(N, C, H, W)`` with values in
+        samples: the data as they come, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
         measure: the task of a recipe; None for images of the flow's shape and levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
@@ -59,7 +59,7 @@ def evaluate(
         draws: draws of noise per sample. None for as many as make the error from the noise at most half of the
             error from the samples, one to eight. To measure it the first samples are drawn twice.
         solver: the integrator; None for the flow's own.
-        seed: of the noise.
+        seed: the seed of the noise.
         training_solver: a fixed grid of known step to be compared with ``solver``; others are not compared.
         progress: called with batches done and batches in all.
 

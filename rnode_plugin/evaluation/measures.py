@@ -49,7 +49,8 @@ class Evaluation:
 
     Attributes:
         samples: number of held-out samples.
-        means: by the name of their :class:`~rnode_plugin.recipes.task.Quantity`, in the unit of the task.
+        means: the mean scores in the unit of the task, by the name of their
+            :class:`~rnode_plugin.recipes.task.Quantity`.
         draws: noise draws of each sample.
         nfe_mean, nfe_min, nfe_max: evaluations of the vector fields in a separate solve, all blocks together, over
             ``nfe_batches`` batches of ``nfe_batch_size`` samples, the first of the data, with the first draw of the
@@ -130,7 +131,7 @@ class SolverGap(NamedTuple, Generic[Output]):
     """The solver gap of some samples.
 
     Attributes:
-        values: of each sample, ``(B,)``, in double precision on the CPU; infinite if the solver fails.
+        values: the gap of each sample, ``(B,)``, in double precision on the CPU; infinite if the solver fails.
         output: what the solve returned; None if the solver fails.
         failure: the error of a solver that fails.
     """

@@ -63,7 +63,7 @@ def sample_images(
         flow: the model.
         count: images per temperature.
         temperatures: standard deviations of the latent.
-        seed: of the latents.
+        seed: the seed of the latents.
         batch_size: images per solve.
 
     Returns:
@@ -96,7 +96,7 @@ def save_grid(
     """Write one PNG: a block of rows for each temperature, in the order of ``samples``.
 
     Args:
-        path: of the PNG; written atomically.
+        path: the PNG, which is written whole or not at all.
         samples: images ``(N, C, H, W)`` in [0, 1] by temperature, as :func:`sample_images` returns them.
         levels: number of grey levels of the data; a sample is shown as the level of its bin.
         columns: images in a row; None makes the blocks about square, or one row each if there are several.
@@ -155,7 +155,7 @@ def write_samples(
     The rows of a conditional density begin with the given columns.
 
     Args:
-        task: of the recipe.
+        task: the task of the recipe.
         flow: the model.
         path: the file to write.
         count: 64 images for each temperature, or 1000 rows, unless it is given; for a ``given`` file the rows of

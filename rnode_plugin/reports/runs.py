@@ -53,7 +53,7 @@ class Run:
         checks: one entry for each validation: the same three axes and ``val/bpd``, ``val/nfe``, ...; of a table
             ``nll`` in place of ``bpd``.
         result: None for a run that has not ended.
-        scores: of each held-out sample in that result, such as ``dirty`` and ``clean`` of an image, with the number
+        scores: the scores of each held-out sample, such as ``dirty`` and ``clean`` of an image, with the number
             of the sample; empty if unknown.
         grid: the newest picture of samples as PNG; None if there is none.
         diagnosis: the result of ``rnode-cli diagnose``; None for a run that was not diagnosed.

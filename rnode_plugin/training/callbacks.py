@@ -55,15 +55,15 @@ class RunControl(Checkpoint):
     before back at the end.
 
     Args:
-        recipe: of the run.
+        recipe: the recipe of the run.
         plan: its steps.
-        folder: of a run that is resumed; only the first process needs it.
+        folder: the folder of a run that is resumed; only the first process needs it.
         max_time: seconds from now; None for no limit.
         progress: whether the first process prints a line every ten seconds.
 
     Attributes:
-        folder: of the run, set before the training starts.
-        table: of the metrics, in the first process; None in the others.
+        folder: the folder of the run, set before the training starts.
+        table: the metrics, in the first process; None in the others.
         best: the lowest score of the validations so far.
         out_of_time: whether the limit ended the training.
         training_seconds: time of all steps of the run with the wait for their batches, without validations.

@@ -84,7 +84,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
     recipe.
 
     Args:
-        path: of the folder or file, or the name of weights of the package.
+        path: a folder or file, or the name of weights in the package.
         map_location: device of the flow.
 
     Raises:

@@ -36,7 +36,7 @@ class StepOrder(DistributedSampler[list[int]]):
     Args:
         samples: number of training samples.
         batch_size: samples per device and batch.
-        seed: of the orders.
+        seed: the seed of the orders.
         accumulate: batches per device and step.
         world, rank: number of devices, and which of them this one is.
         next_step: number of the step at which an iteration begins, counted from 0.

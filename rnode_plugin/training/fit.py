@@ -47,7 +47,7 @@ class FitResult:
     """The end of a call of :func:`fit`.
 
     Attributes:
-        folder: of the run.
+        folder: the folder of the run.
         steps: optimizer steps of the whole run so far; after a second signal, which ends the call in the middle of
             a step, the steps of the last checkpoint.
         planned: steps of the recipe.
@@ -57,7 +57,7 @@ class FitResult:
         run_seconds: wall-clock time of the whole run so far, without the final evaluation.
         step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
-        evaluation: of the best weights on the held-out samples, an
+        evaluation: the result of the best weights on the held-out samples, an
             :class:`~rnode_plugin.evaluation.measures.Evaluation`; None after a signal.
         samples: the last picture of samples; None if there is none.
     """
@@ -99,9 +99,9 @@ def fit(
     Args:
         recipe: all settings; see :func:`rnode_plugin.get_recipe`.
         options: folders, resuming and limits of this call; None for the defaults.
-        callbacks: of Lightning, before ours.
-        loggers: of Lightning, or names of them: ``tensorboard``, ``wandb``, ``mlflow``. They get what the module
-            logs, in addition to ``metrics.csv``.
+        callbacks: Lightning's callbacks, which are called before ours.
+        loggers: Lightning's loggers, or ``tensorboard``, ``wandb`` or ``mlflow``. They get the values of
+            ``metrics.csv`` too.
         trainer_options: options of Lightning's Trainer, such as ``accelerator``, ``devices``, ``num_nodes``,
             ``strategy`` or ``profiler``.
 

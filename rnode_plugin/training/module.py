@@ -49,7 +49,7 @@ class RnodeModule(L.LightningModule):
 
     Attributes:
         flow: the model.
-        task: of the recipe.
+        task: the task of the recipe.
 
     Raises:
         ConfigError: the recipe has steps of flow matching, and the model has no blocks to match.

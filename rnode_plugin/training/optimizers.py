@@ -82,7 +82,7 @@ class Muon(torch.optim.Optimizer):
     A parameter without a gradient stays as it is, and so does its state.
 
     Args:
-        parameters: of the model.
+        parameters: the parameters of the model.
         lr: learning rate of the kernels.
         momentum: decay rate of the mean of their gradients.
         vector_lr: learning rate of the others.

@@ -71,7 +71,7 @@ def diagnose(
             solver of the model.
         samples: number of samples of ``x``; None: for solves 256, in many dimensions fewer (50000 / dims, at least
             8); for the comparison with the model's samples and with a Gaussian all, at most 10000 (250000 / dims).
-        seed: of all noise.
+        seed: the seed of all noise.
         progress: called with the name of each check before it is made.
 
     Returns:

@@ -24,7 +24,7 @@ class Check:
     """The result of one check.
 
     Attributes:
-        name: of the check, such as ``invertibility``.
+        name: the name of the check, such as ``invertibility``.
         verdict: ``ok``, ``warning``, ``failed``, ``cannot tell`` if the data are too few to see a difference that
             matters, or ``left out`` for a check that could not be made.
         sentence: the finding, its meaning and advice.
@@ -44,11 +44,11 @@ class Diagnosis:
     """All checks of one model.
 
     Attributes:
-        checks: in the order in which they were made.
+        checks: all checks in the order in which they were made.
         samples: held-out samples that were used.
         dims: number of dimensions of one sample.
         solver: the model's own, in words.
-        seed: of all noise.
+        seed: the seed of all noise.
         seconds: wall-clock time.
     """
 

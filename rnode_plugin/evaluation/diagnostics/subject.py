@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         z: latent ``(B, D)``.
-        log_prob: of the data, ``(B,)`` in nats, double precision, on the CPU.
+        log_prob: the log-density of the data, ``(B,)`` in nats, double precision, on the CPU.
         nll: its negative in nats per dimension.
         nfe: evaluations of the vector fields, mean over the batches, each solved alone.
     """
