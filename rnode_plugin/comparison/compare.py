@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
 
@@ -171,8 +172,8 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
         if run.result is not None:
             return None
         if any((folder / "checkpoints").glob("*.ckpt")):
-            spent = float(run.steps["seconds"][-1]) if run.has_begun and "seconds" in run.steps else 0.0
-            return ["--resume", str(folder), *_limit(max_time, spent)]
+            seconds = [0.0, *run.steps.get("seconds", ()), *run.checks.get("seconds", ())]
+            return ["--resume", str(folder), *_limit(max_time, spent=np.nanmax(seconds))]
     elif any((folder / "checkpoints").glob("*.ckpt")):
         raise ConfigError(f"{folder} has checkpoints, but no recipe.json: choose another --out.")
     if folder.exists():  # a run that ended before its first checkpoint
@@ -181,7 +182,7 @@ def _begin(folder: Path, recipe: Recipe, max_time: float | None) -> list[str] | 
     return ["--run-folder", str(folder), *_limit(max_time)]
 
 
-def _limit(max_time: float | None, spent: float = 0.0) -> list[str]:
+def _limit(max_time: float | None, *, spent: float = 0.0) -> list[str]:
     """The time that is left for a run; with more than the others it would be compared unfairly."""
     return [] if max_time is None else ["--max-time", f"{max(max_time - spent, 0.001):.3f}"]
 
