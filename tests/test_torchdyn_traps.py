@@ -409,6 +409,32 @@ def test_complex_states_carry_no_penalties() -> None:
     torch.testing.assert_close(real.regularization["kinetic"], 4 * z.abs().square().sum(1), rtol=1e-5, atol=0)
 
 
+class Rotation(nn.Module):
+    """``f(t, z) = A z`` with a complex ``A``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([[0.3 + 1j, -0.2], [0.5j, -0.4 - 2j]], dtype=torch.complex128))
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return z @ self.a.T
+
+
+@pytest.mark.parametrize("sensitivity", GRADIENTS)
+@pytest.mark.parametrize("solver", ["rk4_38", "dopri5"])
+def test_complex_states_have_gradients_in_every_mode(solver: str, sensitivity: str) -> None:
+    tight = {} if solver == "rk4_38" else dict.fromkeys(("atol", "rtol", "atol_adjoint", "rtol_adjoint"), 1e-9)
+    field, z = Rotation(), torch.tensor([[1 + 2j, -1j]], dtype=torch.complex128, requires_grad=True)
+    end = NeuralODE(field, solver, sensitivity=sensitivity, **tight)(z, torch.linspace(0, 1, 65))[1][-1]
+    exact = z @ torch.linalg.matrix_exp(field.a).T
+    found, expected = (
+        torch.autograd.grad(x.abs().square().sum() + x.real.sum() - 2 * x.imag.sum(), [z, field.a])
+        for x in (end, exact)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sensitivity", GRADIENTS)
 @pytest.mark.parametrize(("solver", "noise"), [("rk4", "exact"), ("dopri5", "gaussian")])
 def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> None:

@@ -123,7 +123,7 @@ def solve_adaptive(
             length = rest if bool(t + rest != t) else uncut
         dt = next_step(method, length, ratio)
         dt = method.fit(dt, span[-1 if method.interpolate is not None else upcoming] - t, sign)
-    if totals.penalties and not math.isfinite(read(health(*totals.penalties.values()))):
+    if totals.penalties and not read(torch.isfinite(health(*totals.penalties.values()))):
         fail_integrals(z, None, totals.penalties, float(t.detach()), totals.steps, totals.nfe)
     return totals.solution(times, states, logdets, next_step=shortest, passed=passed if save_steps else ())
 

@@ -176,7 +176,7 @@ class _Backward:
         return self._hamiltonian(self.dynamics.evaluate(t, z), a, dl, penalties=penalties)
 
     def _hamiltonian(self, rates: Rates, a: Tensor, dl: Tensor | None, *, penalties: bool = True) -> Tensor:
-        total = (a * rates.dz).sum()
+        total = (a.conj() * rates.dz).sum().real  # a complex state counts as its two parts
         if dl is not None and rates.dlogdet is not None:
             total = total + (dl * rates.dlogdet).sum()
         if penalties:

@@ -187,7 +187,8 @@ def _variable(x: Any) -> Any:
 
     All of them do, so that nothing inside makes another leaf from one that does not.
     """
-    return x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+    differentiable = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    return x.detach().requires_grad_() if differentiable else x
 
 
 def is_complete(outputs: Sequence[Tensor], known: Sequence[Any], start: int) -> bool:
