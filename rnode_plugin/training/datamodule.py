@@ -197,6 +197,9 @@ class ImageDataModule(RecipeDataModule[ImageData]):
 
     Batches are uint8 ``(B, C, H, W)``.
 
+    Args:
+        recipe, data, download, endless: see :class:`RecipeDataModule`.
+
     Example:
         >>> from rnode_plugin import ImageDataModule, get_recipe
         >>> data = ImageDataModule(get_recipe("digits"))
@@ -210,6 +213,9 @@ class TableDataModule(RecipeDataModule[Table]):
 
     Batches are float32 ``(B, C)``: the columns that are modelled, then those that are given. The Trainer validates
     on the rows that choose the weights; the rows of ``data.held_out`` are left for an evaluation.
+
+    Args:
+        recipe, data, download, endless: see :class:`RecipeDataModule`.
 
     Example:
         >>> from rnode_plugin import get_recipe

@@ -116,7 +116,7 @@ class RunPlan:
         return RunPlan(per_epoch, total, min(check, total))
 
     def stages(self, recipe: Recipe) -> dict[int, str]:
-        """What begins after so many steps, in words; empty for a run whose steps are all alike."""
+        """What begins after so many steps, in words; empty for a run with steps of one kind."""
         matching, optimizer = recipe.matching, recipe.optimizer
         found = {0: "flow matching", matching: "maximum likelihood"} if matching else {}
         if optimizer.schedule == "cooldown":
