@@ -103,6 +103,10 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
     assert not imported
 
 
+def test_pictures_need_a_folder() -> None:
+    assert "name the folder of your pictures: --data-root FOLDER" in rnode("train", "pictures").output
+
+
 # recipes -------------------------------------------------------------------------------------------------------
 
 

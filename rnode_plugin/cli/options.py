@@ -144,7 +144,10 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
         if name == "given" and not recipe.task.columns:
             raise ConfigError(f"--given is for tables, and {recipe.name} is a recipe of images.")
         changes.append(f"{setting.format(samples=recipe.task.samples)}={value}")
-    return recipe.override([*changes, *options.pop("assignments")])
+    new = recipe.override([*changes, *options.pop("assignments")])
+    if new.data.name == "folder" and new.data.root is None:
+        raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
+    return new
 
 
 # values --------------------------------------------------------------------------------------------------------
