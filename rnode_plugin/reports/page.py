@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -85,11 +86,17 @@ def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
     """What was trained, for the head of the page."""
     facts: dict[str, Any] = {
         "recipe": dict.fromkeys(one.recipe.name for one in configurations),
-        "data": dict.fromkeys(one.recipe.data.name for one in configurations),
+        "data": dict.fromkeys(_data(one) for one in configurations),
         "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
         "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.counted}),
     }
     return {name: ", ".join(values) for name, values in facts.items() if values}
+
+
+def _data(configuration: Configuration) -> str:
+    """The name of a data set, or of the user's file or folder."""
+    data = configuration.recipe.data
+    return Path(data.root).name if data.root is not None and data.name in ("table", "folder") else data.name
 
 
 def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:
