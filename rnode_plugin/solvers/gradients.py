@@ -143,7 +143,7 @@ class Adjoint(Gradient):
     def check_sampling(self) -> None:
         raise ConfigError(
             "quadrature='sampled' needs the gradient of the steps that were drawn, which a continuous adjoint does "
-            "not take: use the gradient 'autograd' or 'checkpointed', or quadrature='full'."
+            "not take: use 'autograd' or 'checkpointed' (sensitivity= of a NeuralODE), or quadrature='full'."
         )
 
     def check_penalties(self, penalties: Sequence[Any]) -> None:
