@@ -8,6 +8,8 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+
 import rnode_plugin
 
 DOCS = Path(__file__).parent
@@ -44,6 +46,9 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+default_role = "literal"  # `name` of a docstring is code
+smartquotes = False  # --option and {"name": 1} of docstrings stay as they are typed
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_title = f"rnode-plugin {release}"
 html_static_path = ["_static"]
@@ -200,6 +205,26 @@ def mend_back_links(app: Any, error: Exception | None) -> None:
         page.write_text(text)
 
 
+def show_examples_as_code(app: Any, context: Any, lines: list[str]) -> None:
+    """Make code of the commands in a command's help."""
+    text = re.sub(r"(?:^\| .*\n?)+", lambda found: f"::\n\n{found[0]}\n", "\n".join(lines), flags=re.MULTILINE)
+    lines[:] = [f"    {line[2:]}" if line.startswith("| ") else line for line in text.split("\n")]
+
+
+def is_left_out(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, which the docstring of the class describes."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
+def draw_dashes(app: Any, doctree: Any, page: str) -> None:
+    """Draw the dash between a parameter and its description, which smartquotes would draw."""
+    for text in [each for each in doctree.findall(nodes.Text) if each.astext() == " -- "]:
+        text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Any) -> None:
+    app.connect("doctree-resolved", draw_dashes)
+    app.connect("sphinx-click-process-description", show_examples_as_code)
+    app.connect("autodoc-skip-member", is_left_out)
     app.connect("source-read", show_files_from_outside)
     app.connect("build-finished", mend_back_links)
