@@ -1,13 +1,13 @@
 """Small fields: a training step of NeuralODE, our odeint and a CNF, with and without penalties, and of peers.
 
     python benchmarks/peers.py --threads 1 --repeats 11
-    python benchmarks/peers.py --field 2-64 --solve dopri5 --threads 1
+    python benchmarks/peers.py --field 2-50 --batch-size 256 --threads 1 --repeats 11
 
-The field is a multilayer perceptron with two hidden layers. Three groups of cases solve the same problem from the
-same weights and starts, with the same method and tolerances: a plain field by torchdyn's and our NeuralODE, the
-same by torchdiffeq's and our odeint, and a density with the exact trace. Only ours, diffrax and the case by hand
-follow penalties. Times are processor time, and ratios are to the first case of a group. "memory" is what one
-training step adds to the process.
+The field is a multilayer perceptron with two hidden layers (2-50 with one). Three groups of cases solve the same
+problem from the same weights and starts, with the same method and tolerances: a plain field by torchdyn's and our
+NeuralODE, the same by torchdiffeq's and our odeint, and a density with the exact trace. Only ours, diffrax and the
+case by hand follow penalties. Times are processor time, and ratios are to the first case of a group. "memory" is
+what one training step adds to the process.
 
 The optional peers are zuko and diffrax: ``pip install zuko diffrax``.
 """
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -41,7 +42,7 @@ from torchdyn.nn import DepthCat
 from rnode_plugin import CNF, NeuralODE
 from rnode_plugin.torchdiffeq import odeint
 
-FIELDS = {"2-64": (2, 64), "8-128": (8, 128), "16-128": (16, 128), "64-256": (64, 256)}
+FIELDS = {"2-50": (2, 50, 1), "2-64": (2, 64, 2), "16-128": (16, 128, 2), "64-256": (64, 256, 2)}
 SOLVES = {"rk4": {"solver": "rk4"}, "dopri5": {"solver": "dopri5", "atol": TOLERANCE, "rtol": TOLERANCE}}
 BOTH = ["kinetic", "jacfrob"]
 
@@ -87,12 +88,12 @@ class Plain(nn.Module):
         return self.net(x)
 
 
-def perceptron(dims: int, hidden: int, *, first: int = 0) -> nn.Sequential:
+def perceptron(dims: int, hidden: int, layers: int, *, first: int = 0) -> nn.Sequential:
     """A perceptron with the same weights at every call, whose first layer has ``first`` inputs more."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(dims + first, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, dims)
-    )
+    widths = [dims + first, *[hidden] * layers]
+    inner = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*inner, nn.Linear(hidden, dims))
 
 
 def cases_of(group: dict[str, Any], solve: str) -> list[str]:
@@ -156,15 +157,14 @@ def density_case(net: nn.Module, case: str, solve: str, steps: int, x: Tensor) -
 
 def training_step(group: int, field: str, solve: str, steps: int, batch: int, case: str) -> Step:
     """A training step of one case without its optimizer."""
-    dims, hidden = FIELDS[field]
-    net: nn.Module = perceptron(dims, hidden)
+    net: nn.Module = perceptron(*FIELDS[field])
     torch.manual_seed(1)
-    x = torch.randn(batch, dims)
+    x = torch.randn(batch, FIELDS[field][0])
     if "diffrax" in case:
         return diffrax_step(net, "tanh", solve, steps, x, DENSITIES[case]["lambdas"])  # pyright: ignore[reportArgumentType]
     if group == 2:
         if "CNF" in case:  # with a layer that sees the time
-            net = nn.Sequential(DepthCat(1), *perceptron(dims, hidden, first=1))
+            net = nn.Sequential(DepthCat(1), *perceptron(*FIELDS[field], first=1))
         run = density_case(net, case, solve, steps, x)
     else:
         net = Plain(net)
