@@ -43,6 +43,8 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["train"], 2, r"name a RECIPE; `rnode-cli recipes` lists them"),
     (["train", "digits", "--devices", "9999"], 2, r"--devices 9999 is more than the \d+ cores? of this machine"),
     (["train", "digits", "--device", "cuda:1", "--devices", "2"], 2, r"--device cuda:1 names one device"),
+    (["train", "pictures", "--data-root", "SHELF/not_pictures", "--size", "64000"], 2, r"data\.size: .*8192"),
+    (["data", "prepare", "SHELF/not_pictures", "SHELF/out", "--size", "64000"], 2, r"64000 is not in the range"),
     (["train", "digits", "--max-steps", "0"], 2, r"training\.max_steps: "),
     (["train", "digits", "--batch-size", "1501"], 2, r"1500 training images do not fill one batch of 1501"),
     (["train", "digits", "--batch-size", "800", "--accumulate", "2"], 2, r"of 800, 2 times: use a smaller"),

@@ -119,6 +119,13 @@ def test_finding_runs(runs: list[Path], tmp_path: Path) -> None:
     assert left_out == [f"{again} has the settings and the seed of {runs[2]}."]
 
 
+def test_a_label_that_is_too_long_for_a_file(tmp_path: Path, no_figures: None) -> None:
+    long = [
+        write_run(tmp_path / ("x" * 200) / name, digits(f"optimizer.lr={lr}")) for name, lr in (("a", 1), ("b", 2))
+    ]
+    assert write_report(long, tmp_path / "out").html.is_file()
+
+
 def test_a_folder_whose_name_is_no_text(tmp_path: Path, no_figures: None) -> None:
     path = write_run(tmp_path / "a\udcff", digits())
     assert "a?" in write_report([path], tmp_path / "out").html.read_text("utf-8")

@@ -79,7 +79,7 @@ def list_datasets() -> None:
 @data.command("prepare", short_help="Pack folders of pictures.")
 @click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--size", type=click.IntRange(min=1), help="Height and width in pixels. [default: as they are]")
+@click.option("--size", type=click.IntRange(1, 8192), help="Height and width in pixels. [default: as they are]")
 @click.option(
     "--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Write grey or colour."
 )

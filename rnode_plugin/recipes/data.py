@@ -47,7 +47,7 @@ class Data:
     root: Text | None = None
     workers: NonNegativeInt = 0
     train_images: PositiveInt | None = None
-    size: PositiveInt | None = None
+    size: Annotated[int, Field(ge=1, le=8192)] | None = None  # a typing error may not fill the memory
 
     @property
     def task(self) -> ImageTask:

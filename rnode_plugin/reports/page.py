@@ -117,6 +117,6 @@ def _grids(configurations: Sequence[Configuration]) -> Iterator[_Grid]:
         if found is None:
             continue
         origin = f"weights of step {int(found.stem[5:])}" if found.stem.startswith("step-") else "best weights"
-        label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower()).strip("-.")
+        label = re.sub(r"[^a-z0-9._]+", "-", one.label.lower())[:60].strip("-.")  # file systems limit names
         temperatures = one.task.grid_rows(one.recipe.training.sample_temperatures)
         yield _Grid(f"samples-{number}-{label}", one.label, found.read_bytes(), temperatures, origin)
