@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_fields import assert_same_compiled, numbers
 from tiny_runs import SETTINGS, as_options, run, tiny_recipe, train_digits
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._config_module import ConfigModule
 
 from rnode_plugin import get_recipe
 from rnode_plugin.core import chains
-from rnode_plugin.core.derivatives import Ask
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields import compile_fields, conv_field, fused, linear_field
 from rnode_plugin.training.checkpoints import read_checkpoint
@@ -36,26 +36,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     fused._compiler.cache_clear()
-
-
-def numbers(field: Any, z: torch.Tensor) -> list[torch.Tensor]:
-    """Velocity, product and a direction, and their gradients by the state, the noise and all parameters."""
-    noise = torch.linspace(-1, 1, z.numel()).reshape(z.shape).requires_grad_()
-    z = z.clone().requires_grad_()
-    dz, product, jvp = field.prepare(z, noise).linearize(torch.tensor(0.3), z, noise, ask=Ask("noise", jvp=True))[
-        :3
-    ]
-    outputs = [dz, product, jvp(dz, 1.0)]
-    loss: Any = sum(x.sin().sum() * (k + 1) for k, x in enumerate(outputs))
-    return [*outputs, *torch.autograd.grad(loss, [z, noise, *field.parameters()])]
-
-
-def assert_same_compiled(field: Any, z: torch.Tensor, *, rtol: float = 1e-5, atol: float = 1e-6) -> None:
-    field.layers[-1].reset_parameters()
-    plain = numbers(field, z)
-    assert compile_fields(field) == 1
-    for one, other in zip(plain, numbers(field, z), strict=True):
-        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
 _FUSED_CHAINS = """
@@ -99,7 +79,7 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 5
 _TWO_FIELDS = """
 import torch
 from rnode_plugin.fields import conv_field, linear_field
-from test_compile import assert_same_compiled
+from compiled_fields import assert_same_compiled
 
 torch.manual_seed(0)
 assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
@@ -108,12 +88,30 @@ assert_same_compiled(conv_field(1, hidden=4, layers=3, activation="tanh"), torch
 """
 
 
-@needs_compiler
-@pytest.mark.slow
+_ONE_GRAPH = """
+import torch
+from compiled_fields import assert_same_compiled
+from rnode_plugin.fields import linear_field
+
+compiler = torch.compile
+torch.compile = lambda function, **options: compiler(function, **{**options, "backend": "eager"})
+torch.manual_seed(0)
+assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+"""
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("script", [_TWO_FIELDS, _FUSED_CHAINS], ids=["fields", "chains"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(_ONE_GRAPH, id="one graph"),
+        pytest.param(_TWO_FIELDS, id="fields", marks=[needs_compiler, pytest.mark.slow]),
+        pytest.param(_FUSED_CHAINS, id="chains", marks=[needs_compiler, pytest.mark.slow]),
+    ],
+)
 def test_compiled_values_and_gradients_are_the_plain_ones(script: str) -> None:
-    """In a separate process: torch's compiler may not start where something has imported distutils before."""
+    """In a separate process, without what has imported distutils or puts probes of coverage into functions."""
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
@@ -127,14 +125,6 @@ def test_compiled_on_a_gpu() -> None:
     field, z = conv_field(2, hidden=6).cuda(), torch.randn(3, 2, 8, 8, device="cuda")
     with torch.device("cuda"):
         assert_same_compiled(field, z, rtol=1e-3, atol=1e-4)  # TF32
-
-
-def test_an_evaluation_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler: Any = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **options: compiler(function, backend="eager", **options)
-    )
-    assert_same_compiled(linear_field(3, hidden=5, layers=2), torch.randn(4, 3))
 
 
 def test_chains_do_without_a_compiler_that_refuses_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
