@@ -380,7 +380,7 @@ def test_a_bad_gradient_changes_neither_weights_nor_moments(tmp_path: Path) -> N
     train = [row for row in rows(result) if "train/loss" in row]
     assert [float(row["train/skipped"]) for row in train] == [0, 1]
     assert not math.isfinite(float(train[-1]["train/grad_norm"]))
-    assert read_checkpoint(result.folder.last)["progress"]["skipped"] == 1
+    assert read_checkpoint(result.folder.last)["progress"]["skipped"] == result.skipped == 1
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
@@ -404,6 +404,10 @@ def test_an_adaptive_solver_at_its_budget(tmp_path: Path) -> None:
     recipe = tiny_recipe("solver.quadrature=full").ffjord().override(["solver.max_nfe=3"])
     with pytest.raises(TrainingError, match=r"solver failed \(the budget of 3 evaluations.* 5 steps in a row"):
         run(recipe, tmp_path)
+    failing = ["solver.method=dopri5", "solver.quadrature=full", "solver.max_nfe=3", "training.max_steps=2"]
+    place = ["--device", "cpu", "--run-folder", tmp_path / "short"]
+    shown = tiny_runs.rnode("train", "digits", *tiny_runs.as_options(*tiny_runs.SETTINGS, *failing), *place)
+    assert "2 of 2, 2 of them without a usable gradient" in shown.output
 
 
 def test_a_failed_solve_is_skipped(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class FitResult:
             of a signal.
         training_seconds: time of all steps of the run, without validations.
         run_seconds: wall-clock time of the whole run so far, without the final evaluation.
+        skipped: steps of the run without a usable gradient, which changed nothing.
         step_size: the last one of ``solver.step=auto``; None for any other solver.
         first_process: whether this is the process of a distributed run that reports; the others evaluate nothing.
         evaluation: the result of the best weights on the held-out samples, an
@@ -68,6 +69,7 @@ class FitResult:
     stopped: str
     training_seconds: float
     run_seconds: float
+    skipped: int = 0
     step_size: float | None = None
     first_process: bool = True
     evaluation: Any = None
@@ -76,7 +78,7 @@ class FitResult:
     @property
     def ended(self) -> dict[str, Any]:
         """How the run ended, for ``result.json``."""
-        names = ("stopped", "steps", "planned", "training_seconds", "run_seconds", "step_size")
+        names = ("stopped", "steps", "planned", "training_seconds", "run_seconds", "skipped", "step_size")
         return {name: vars(self)[name] for name in names}
 
 
@@ -151,9 +153,9 @@ def fit(
         if trainer.is_global_zero:  # one process makes the folder and writes into it
             folder = before or _new_folder(recipe, options)
             stack.enter_context(training_lock(folder.path))
-            folder.describe(recipe, trainer.strategy.root_device)
             if checkpoint is not None and before is not None:
                 before.continue_from(checkpoint)
+            folder.describe(recipe, trainer.strategy.root_device)
             control.folder, control.table = folder, MetricsTable(folder.metrics, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
             if options.progress:
@@ -173,6 +175,7 @@ def fit(
             stopped=stopped,
             training_seconds=control.training_seconds,
             run_seconds=control.run_seconds,
+            skipped=module.skipped,
             step_size=module.auto.step if module.auto is not None else None,
             first_process=trainer.is_global_zero,
         )
