@@ -210,11 +210,13 @@ def method_from_torchdyn(
 
 def _changed_weights(solver: Any, family: Method) -> Any:
     """The weights in a tableau that a user changed, and the weights of its error; None for unchanged weights."""
-    *_, weights, errors = tableau_of(solver) or [None, None]
-    if weights is None or family.weights is None:
+    tableau = tableau_of(solver) if type(solver) in _FAMILIES else []  # a subclass may keep anything there
+    if not tableau or family.weights is None:
         return None
+    weights, errors = tableau[-2:]
     rounding = 1e-6  # a tableau may be one of single precision
-    same = all(abs(a - b) < rounding for a, b in zip(weights, family.weights, strict=True))
+    close = (abs(a - b) < rounding for a, b in zip(weights, family.weights, strict=False))
+    same = len(weights) == len(family.weights) and all(close)
     return None if same else (tuple(weights), tuple(errors) if family.adaptive else None)
 
 
