@@ -28,7 +28,7 @@ from rnode_plugin.text import duration, table
 TINY = [
     "--batch-size", "50", "--limit-train", "200", "--limit-val", "40", "--device", "cpu", "--devices", "1",
     *as_options(
-        "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
+        "model.hidden=8", "model.layers=2", "solver.step=none", "test_solver.method=rk4", "test_solver.step=none",
         "training.sample_images=2", "training.val_every_steps=none", "training.val_every=1",
     ),
 ]  # fmt: skip
