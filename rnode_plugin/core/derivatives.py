@@ -98,7 +98,7 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether a call of ``module`` may do more than its class does: it has hooks, or another forward method."""
     own = vars(module)
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(own[name] for name in names) or "forward" in own
+    return any(own.get(name) for name in names) or "forward" in own
 
 
 class AutogradField:
