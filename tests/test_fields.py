@@ -135,6 +135,8 @@ MODULES: dict[str, Callable[[], Any]] = {
     "conv with a hook on a layer": lambda: hooked(field := make_field("conv"), field.layers[1]),
     "linear with weight norm": with_weight_norm,
     "potential with a hook": lambda: hooked(active(PotentialField(4, hidden=6))),
+    "linear with a hook at a context": lambda: at_context(hooked(linear_field(4, hidden=6, context=2))),
+    "potential with a hook at a context": lambda: at_context(hooked(PotentialField(4, hidden=6, context=2))),
 }
 
 
