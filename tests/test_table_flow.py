@@ -90,3 +90,19 @@ def test_an_exact_trace_up_to_16_columns_and_for_the_potential() -> None:
 def test_refusals(act: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         act()
+
+
+@pytest.mark.parametrize("columns_given", [0, 2])
+def test_penalties_in_inference_mode(columns_given: int) -> None:
+    torch.manual_seed(0)
+    names = ["taylor:3", "total_derivative", "curl", "jacfrob"]
+    solver = Solver("rk4", step=0.5)
+    flow = TableFlow(3, context=columns_given, hidden=4, regularizers=names, solver=solver).double()
+    for parameter in flow.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, context = rows(4, 3), rows(4, columns_given) if columns_given else None
+    expected = flow(x, context=context).regularization
+    with torch.inference_mode():
+        found = flow(x + 0, context=context).regularization
+    for name in names:
+        torch.testing.assert_close(found[name].clone(), expected[name].detach(), msg=name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY, Ask, AutogradField, Field, Linearization, has_hooks
-from ..core.modes import exporting
+from ..core.modes import exporting, outside_inference
 from ..errors import ConfigError, check_count
 from .activations import get_activation
 from .fused import Stack
@@ -65,7 +65,8 @@ class StackField(nn.Module):
             return AutogradField(lambda t, z: self(t, z, context))
         # not where shapes come and go, as in validation and sampling: each would be compiled again
         compiled = self.compiled and self.training
-        return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
+        with outside_inference():  # a penalty may differentiate by the state, through weights as they are here
+            return self._stack(z, noise=noise, context=context, fast=not exporting(), compiled=compiled)
 
     def linearize(
         self,
