@@ -16,7 +16,7 @@ from rnode_plugin import NeuralODE, RegularizedCNF, get_recipe
 
 PACKAGE = Path(__file__).parents[1] / "rnode_plugin"
 # round numbers above where the package stands: lower them when it shrinks
-LINES, FILES, SHORT_FILES, LONG_SIGNATURES = 21_300, 120, 5, 14
+LINES, FILES, SHORT_FILES, LONG_SIGNATURES = 21_400, 120, 5, 14
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

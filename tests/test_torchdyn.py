@@ -163,8 +163,12 @@ def test_a_changed_tableau_is_the_one_that_steps_and_integrates(by_name: bool) -
     model.solver.tableau = euler
     assert torch.allclose(model(x, span)[1], expected(x, span)[1], rtol=1e-12)
     assert torch.allclose(model.regularization["kinetic"], expected.regularization["kinetic"], rtol=1e-12)
-    model.solver.tableau = RungeKutta4(torch.float64).tableau
+    nodes, rows, fractions, _ = model.solver.tableau = RungeKutta4(torch.float64).tableau
     assert torch.allclose(model(x, span)[1], before, rtol=1e-12)
+    for part, zero in zip((nodes, *rows, fractions), (euler[0], *euler[1], weights), strict=True):
+        part.copy_(zero)  # in place
+    assert torch.allclose(model(x, span)[1], expected(x, span)[1], rtol=1e-12)
+    assert torch.allclose(model.regularization["kinetic"], expected.regularization["kinetic"], rtol=1e-12)
 
 
 def test_another_forward_method_may_be_put_in_place() -> None:

@@ -413,14 +413,14 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     def _solver(self, args: Any) -> Solver:
         """The solver that the attributes describe, made again after one, or a solver object's constant, changed."""
-        names = [self._name_of(each) for each in (self.solver, self.solver_adjoint)]
         parts = (
-            *names, self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
+            self.solver, self.solver_adjoint, self.sensalg, self.atol, self.rtol, self.atol_adjoint,
             self.rtol_adjoint, self.interpolator, *constants_of(self.solver), *constants_of(self.solver_adjoint),
         )  # fmt: skip
         with_args = not (isinstance(args, dict) and not args)
         if not with_args and self._made[0] and all(map(operator.is_, parts, self._made[0])):
             return self._made[1]
+        names = [self._name_of(each) for each in parts[:2]]
         method = method_from_torchdyn(self.solver, names[0], args, interpolator=self.interpolator)
         gradient = gradient_from_torchdyn(
             self.sensalg, self.solver_adjoint, names[1], atol=self.atol_adjoint, rtol=self.rtol_adjoint, args=args,

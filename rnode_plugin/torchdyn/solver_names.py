@@ -220,10 +220,15 @@ def _changed_weights(solver: Any, family: Method) -> Any:
     return None if same else (tuple(weights), tuple(errors) if family.adaptive else None)
 
 
-def constants_of(solver: Any) -> tuple[Any, ...]:
+def constants_of(solver: Any) -> list[Any]:
     """What :func:`method_from_torchdyn` reads of a solver object, which a user may change between two solves."""
     names = ("order", "stepping_class", "weights", "safety", "min_factor", "max_factor", "tableau")
-    return tuple(getattr(solver, name, None) for name in names)
+    found = [getattr(solver, name, None) for name in names]
+    if type(solver) in _FAMILIES and found[-1] is not None:
+        nodes, rows, weights, errors = found[-1]
+        for x in (nodes, *rows, weights, errors):  # an entry may be changed in place
+            found.append(None if x.is_inference() else x._version)
+    return found
 
 
 def _as_it_is(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
