@@ -68,7 +68,7 @@ def main():
         with torch.no_grad():
             divergence = (P.log_prob(x) - model.log_prob(x, penalties=True)).mean()
             energy = model.regularization["kinetic"].mean()
-            arrived, _ = model.transform(x)
+            arrived = model.encode(x).z
         error = (arrived - goal).square().sum(1).mean().sqrt()  # root mean square distance
         print(f"{strength:>6} {energy:>15.3f} {error:>17.3f} {divergence:>21.4f}")
         axes.plot(*torch.stack([goal[:80], arrived[:80]]).permute(2, 0, 1), color="C1", linewidth=1.2)
