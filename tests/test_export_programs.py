@@ -171,6 +171,7 @@ def test_refusals(tmp_path: Path) -> None:
         save_program(cast("ExportedProgram", None), tmp_path / "model.pt")
 
 
+@pytest.mark.slow
 def test_the_command_writes_files_that_run_without_the_package(tmp_path: Path) -> None:
     recipe = get_recipe("digits").override(["data.shape=1,4,4", "model.hidden=96", "model.layers=3"])
     save_flow(shaken(recipe.build_flow()), tmp_path / "run.ckpt", recipe=recipe)
