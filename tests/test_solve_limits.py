@@ -139,6 +139,11 @@ def test_the_number_of_steps_forgives_rounding_and_nothing_more() -> None:
         assert solve(FunctionDynamics(decay), one, t, Solver("rk4", step=0.1)).stats.steps == steps
 
 
+def test_a_step_that_would_not_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="step=1e-09 divides the times of this solve into 1,000,000,000 steps"):
+        solve(FunctionDynamics(decay), torch.ones(1, 1), T.float(), Solver("rk4", step=1e-9))
+
+
 class Watched(Tensor):
     """A tensor that counts what is read from it and from all that is computed from it."""
 

@@ -13,10 +13,13 @@ from torch import Tensor
 from ..core.dynamics import BoundDynamics
 from ..core.health import HealthCheck, health
 from ..core.modes import on_host, read
+from ..errors import ConfigError
 from .config import Solver, count_steps
 from .solution import Solution
 from .step import Draw, StepTaker, Totals, draw_stage, fail_integrals, fail_max_nfe, fail_nonfinite, stepper
 from .tableaus import Method, get_method
+
+_MOST_STEPS = 1_000_000
 
 
 def solve_fixed(
@@ -39,6 +42,11 @@ def solve_fixed(
     sampled = solver.quadrature == "sampled"
     if solver.step is not None:
         counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(t_span.tolist())]
+        if sum(counts) > _MOST_STEPS:
+            raise ConfigError(
+                f"step={solver.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
+                f"{_MOST_STEPS:,} would hardly end: choose a longer step."
+            )
     if sampled and not dynamics.divergence:
         intervals = itertools.pairwise(read(t_span) or range(len(t_span)))
         lengths = [abs(b - a) / n for (a, b), n in zip(intervals, counts, strict=True) for _ in range(n)]
