@@ -321,6 +321,12 @@ def test_plan(recipe: Recipe) -> None:
     assert RunPlan.of(by_epochs, 230, world=2).steps_per_epoch == 2
     assert RunPlan.of(by_epochs.override(["training.max_epochs=1"]), 230).total == 4  # the first limit stops
     assert RunPlan.of(by_epochs, 2000).val_every == 9  # never longer than the run
+    short = recipe.override([
+        "training.matching=2", "training.max_steps=12", "optimizer.schedule=cooldown", "optimizer.cooldown=0.3",
+    ])  # fmt: skip
+    # three tenths of two steps are none
+    stages = {0: "flow matching", 2: "maximum likelihood", 9: "the learning rate falls until step 12"}
+    assert RunPlan.of(short, 230).stages(short) == stages
 
 
 def test_learning_rate() -> None:

@@ -121,8 +121,8 @@ class RunPlan:
         found = {0: "flow matching", matching: "maximum likelihood"} if matching else {}
         if optimizer.schedule == "cooldown":
             for first, end in {(0, matching or self.total), (matching, self.total)}:
-                fall = end - math.floor(optimizer.cooldown * (end - first))
-                found[fall] = f"the learning rate falls until step {end}"
+                if steps := math.floor(optimizer.cooldown * (end - first)):
+                    found[end - steps] = f"the learning rate falls until step {end}"
         return dict(sorted(found.items()))
 
 
