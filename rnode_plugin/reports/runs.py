@@ -203,7 +203,7 @@ def read_run(path: Path) -> Run:
         scores = _rows(_table(text), known=[task.sample], columns=[each.name for each in task.quantities])
     steps, checks = _metrics(path / "metrics.csv", task.metric)
     if result is not None:
-        last = max(*steps["step"], *checks["step"], 0, 0)
+        last = max([0, *steps["step"], *checks["step"]])
         for file, there, what, whole in (
             (task.file, len(scores[task.sample]), task.sample, result.evaluation.samples),
             ("metrics.csv", last, "step", result.steps),

@@ -90,9 +90,10 @@ class RunControl(Checkpoint):
         self._received, self._since = None, 0.0  # signal of this process, and when
         self._agreed: str | None = None  # signal of all processes
         self._step = self._written = 0  # the last step that was made, and the last one in the table
-        self._first = 1  # step of this call
         self._progress = progress
-        self._mark, self._pace = (0, 0.0), 0.0  # step and training seconds of a line, seconds per step before it
+        # step and training seconds of a line, or of the first step of this call; and seconds per step before it
+        self._mark: tuple[int, float] | None = None
+        self._pace = 0.0
 
     @property
     def run_seconds(self) -> float:
@@ -118,7 +119,6 @@ class RunControl(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = self._written = trainer.global_step
-        self._first = trainer.global_step + 1
         if _any(trainer, (first := trainer.strategy.broadcast(self._step)) != self._step):
             raise TrainingError(
                 f"this process continues from step {self._step}, the first one from step {first}, and others may "
@@ -149,8 +149,8 @@ class RunControl(Checkpoint):
         now = time.monotonic()
         self._step, self._step_seconds, self._step_began = step, now - self._step_began, now
         self.training_seconds += self._step_seconds
-        if step == self._first:
-            self._mark = (step, self.training_seconds)  # the first step also measures, compiles and opens files
+        if self._mark is None:  # the pace leaves out the first step, which also measures, compiles and opens files
+            self._mark = step, self.training_seconds
         if pl_module.is_logged(step):
             self._write_row(step, pl_module)
         self._print_progress(trainer)
@@ -226,7 +226,8 @@ class RunControl(Checkpoint):
 
     def _print_progress(self, trainer: L.Trainer) -> None:
         """Print the step, its figures and the time that is left."""
-        step, (done, spent) = trainer.global_step, self._mark
+        step = trainer.global_step
+        done, spent = self._mark or (step, 0.0)
         first = step - done == _FIRST_LINE and self._pace == 0
         if not self._is_time_to_print(trainer, at_once=first or step == self._plan.total):
             return
