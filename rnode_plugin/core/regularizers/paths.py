@@ -256,7 +256,7 @@ class LearnedEndTime(nn.Module, Regularizer):
     def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
         if bool(self.end.detach() <= t_span.detach().min()):
             raise ConfigError(
-                f"learned_end_time: the end time has fallen to {float(self.end):.6g}, the start of the solve; "
+                f"learned_end_time: the end time has fallen to {self.end.item():.6g}, the start of the solve; "
                 "lower its lambda or its learning rate."
             )
         return with_end_time(t_span, self.end)
