@@ -344,14 +344,29 @@ def test_learning_rate() -> None:
     assert [both(step) for step in range(4)] == [0.5, 1, 1, 0.5]
 
 
-def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (("training.max_steps=4",), ("training.max_steps=6",)),
+        (("training.matching=4", "training.max_steps=6"), ("training.matching=6", "training.max_steps=8")),
+    ],
+)
+def test_a_run_whose_cooldown_has_not_begun_can_be_made_longer(
+    short: tuple[str, ...], long: tuple[str, ...], tmp_path: Path
+) -> None:
     cooldown = ("optimizer.warmup=1", "optimizer.schedule=cooldown", "optimizer.cooldown=0.5")
-    planned = run(tiny_recipe(*cooldown, "training.max_steps=6"), tmp_path / "a")
-    part = run(tiny_recipe(*cooldown, "training.max_steps=4"), tmp_path / "b", callbacks=[signal_at(2)])
-    longer = run(tiny_recipe(*cooldown, "training.max_steps=6"), tmp_path / "b", resume=part.folder.path)
+    planned = run(tiny_recipe(*cooldown, *long), tmp_path / "a")
+    part = run(tiny_recipe(*cooldown, *short), tmp_path / "b", callbacks=[signal_at(2)])
+    longer = run(tiny_recipe(*cooldown, *long), tmp_path / "b", resume=part.folder.path)
     assert_same(planned.folder.path, longer.folder.path)
     rates = [float(row["lr"]) / 2e-3 for row in rows(longer) if "lr" in row]
-    assert rates == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3])
+    assert rates[:6] == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3])
+
+
+def test_flow_matching_that_has_ended_keeps_its_steps(tmp_path: Path) -> None:
+    done = run(tiny_recipe("training.matching=1", "training.max_steps=2"), tmp_path).folder.path
+    with pytest.raises(CheckpointError, match=r"settings: training\.matching is 1 there and 3 here"):
+        run(tiny_recipe("training.matching=3", "training.max_steps=4"), tmp_path, resume=done)
 
 
 def test_the_last_step_is_logged(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ _FIXED = (
     "data.train_rows",
     "model.name", "model.hidden", "model.layers", "model.alpha",
     "model.field", "model.activation", "model.blocks",
-    "optimizer.name", "training.weights", "training.accumulate", "training.matching",
+    "optimizer.name", "training.weights", "training.accumulate",
 )  # fmt: skip
 
 
@@ -278,6 +278,9 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         raise CheckpointError(f"{path} has weights only, from which no training continues.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
     differ = [name for name in _FIXED if old.get(name) != new.get(name)]
+    ends = {settings["training.matching"] for settings in (old, new)}
+    if len(ends) > 1 and contents["global_step"] >= min(ends):  # maximum likelihood began, in one of the two
+        differ.append("training.matching")
     if new["training.ema"] is None and old["training.ema"] is not None:  # its weights are the average
         differ.append("training.ema")
     if differ:
