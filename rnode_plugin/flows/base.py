@@ -22,6 +22,10 @@ from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import HealthCheck, Solver, check_all, gradient_of, solve
 
+# Photographs fill few of their dimensions. Fields that are trained on the paths alone carry states that lie beside
+# them away: after 600 steps on 32x32 pictures, a quarter of the held-out ones left every bound.
+_WIDTH = 0.05
+
 _Through = Callable[[Tensor], Tensor]  # a state to the state after the next block
 
 
@@ -191,7 +195,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
 
         A coordinate that leaves the flow after block k goes from its value y to noise e in k blocks,
         ``(1 - s / k) y + (s / k) e`` at time s, so that each block's field should be ``(e - y) / k``. It is
-        compared at one uniformly random time per block and batch. The noise and the times come from torch's global
+        compared at one uniformly random time per block and batch, at states with Gaussian noise of standard
+        deviation 0.05 around the path (sigma in arXiv 2302.00482). The noise and the times come from torch's global
         generator.
 
         Args:
@@ -213,7 +218,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
         for index, field in enumerate(self._fields_at(context, x)):
             y, e, k = data.seen[index], noise.seen[-1 - index], blocks.seen[-1 - index]
             share = (index + times[index]) / k
-            velocity = field(times[index], y + share * (e - y))
+            beside = _WIDTH * torch.randn_like(y)
+            velocity = field(times[index], y + share * (e - y) + beside)
             error = error + (velocity - (e - y) / k).square().flatten(1).sum(1)
         return error
 
