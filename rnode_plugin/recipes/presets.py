@@ -108,12 +108,11 @@ def pictures() -> Recipe:
 
 
 def mnist_fast() -> Recipe:
-    # 40 epochs of flow matching, which take about as long as the 3 epochs of likelihood after them
-    return _fast(mnist(), matching=48_000, likelihood=3_600)
+    return _fast(mnist())
 
 
 def cifar10_fast() -> Recipe:
-    return _fast(cifar10(), matching=4_000, likelihood=6_000)
+    return _fast(cifar10())
 
 
 def table() -> Recipe:
@@ -139,13 +138,16 @@ def table() -> Recipe:
     )
 
 
-def _fast(recipe: Recipe, *, matching: int, likelihood: int) -> Recipe:
+def _fast(recipe: Recipe) -> Recipe:
     """The model and the objective of a recipe of the paper, with all that makes training faster."""
+    matching, likelihood = 24_000, 2_400  # on a CPU the likelihood takes somewhat longer
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}-fast",
         description=f"the model of {recipe.name}, trained fast: Muon, sampled products, a start by flow matching",
-        data=dataclasses.replace(recipe.data, batch_size=50),
+        # matching learns from many small steps: on 14x14 MNIST the same images in batches of 100, 50 and 25 ended
+        # at 1.833, 1.820 and 1.804 bits/dim after 120 steps of likelihood
+        data=dataclasses.replace(recipe.data, batch_size=25),
         solver=_SAMPLED_AUTO,
         optimizer=_MUON_LARGE,
         training=dataclasses.replace(
@@ -153,6 +155,7 @@ def _fast(recipe: Recipe, *, matching: int, likelihood: int) -> Recipe:
             max_epochs=None,
             max_steps=matching + likelihood,
             matching=matching,
+            val_images=200,
             precision="auto",
             compile="auto",
         ),
