@@ -20,14 +20,14 @@ from rnode_plugin.training.checkpoints import read_checkpoint
 from rnode_plugin.training.module import RnodeModule
 
 SIGMA, BLOCKS = 1.7, 3
-WIDTH = 0.05  # of the noise around the paths
+VARIANCE = 0.1**2 / 3  # of the noise around the paths, over samples
 
 
 class _Best(nn.Module):
     """The field of block ``index`` of BLOCKS for samples of N(0, SIGMA^2), times ``factor``.
 
-    It is E[(e - y) / K | x] at x = (1 - u) y + u e + WIDTH n with u = (index + t) / K, and carries
-    N(0, SIGMA^2 + WIDTH^2) to N(0, 1 + WIDTH^2).
+    It is the linear function of x = (1 - u) y + u e + n nearest to (e - y) / K, with u = (index + t) / K, and
+    carries N(0, SIGMA^2 + VARIANCE) to N(0, 1 + VARIANCE).
     """
 
     def __init__(self, index: int, factor: float = 1.0) -> None:
@@ -37,7 +37,7 @@ class _Best(nn.Module):
 
     def slope(self, t: Any) -> Any:
         u = (self.index + t) / BLOCKS
-        return (u - (1 - u) * SIGMA**2) / ((1 - u) ** 2 * SIGMA**2 + u**2 + WIDTH**2) / BLOCKS
+        return (u - (1 - u) * SIGMA**2) / ((1 - u) ** 2 * SIGMA**2 + u**2 + VARIANCE) / BLOCKS
 
     def forward(self, t: Any, z: Tensor) -> Tensor:
         factor: Any = self.factor
@@ -53,7 +53,7 @@ def best(factor: float = 1.0) -> TableFlow:
 def test_the_best_fields_carry_a_gaussian_to_the_latent() -> None:
     x = torch.linspace(-3, 3, 7, dtype=torch.float64)[:, None]
     flow = best()
-    scale = ((1 + WIDTH**2) / (SIGMA**2 + WIDTH**2)) ** 0.5
+    scale = ((1 + VARIANCE) / (SIGMA**2 + VARIANCE)) ** 0.5
     assert torch.allclose(flow(x, penalties=False).z, x * scale, atol=1e-6)
     exact = torch.distributions.Normal(0, 1 / scale).log_prob(x[:, 0])
     assert torch.allclose(flow.log_prob(x), exact.double(), atol=1e-6)
@@ -77,7 +77,7 @@ def test_its_minimum_is_at_those_fields() -> None:
         wanted = 0.0
         for field in map(_Best, range(BLOCKS)):
             u = (field.index + t) / BLOCKS
-            square = (1 - u) ** 2 * SIGMA**2 + u**2 + WIDTH**2
+            square = (1 - u) ** 2 * SIGMA**2 + u**2 + VARIANCE
             wanted += c**2 * float(torch.trapezoid(field.slope(t) ** 2 * square, t))
         error = float(found.std()) / len(found) ** 0.5
         assert abs(float(found.mean()) - wanted) < 5 * error
@@ -85,23 +85,23 @@ def test_its_minimum_is_at_those_fields() -> None:
 
 
 class _Early(nn.Module):
-    """100 z until time 0.05, then 0."""
+    """30 z until time 0.1, then 0."""
 
     def forward(self, t: Any, z: Tensor) -> Tensor:
-        return 100 * z * (t < 0.05)
+        return 30 * z * (t < 0.1)
 
 
 def test_the_states_lie_around_the_path() -> None:
-    """Of y = 0, E (100 (t e + WIDTH n) - e)^2 until 0.05 and E e^2 from there on: five standard errors."""
+    """Of y = 0, E (30 (t e + n) - e)^2 until 0.1 and E e^2 from there on: five standard errors."""
     torch.manual_seed(0)
     flow = TableFlow(1, blocks=1).double()
     flow.fields = nn.ModuleList([_Early()])
     x = torch.zeros(8, 1, dtype=torch.float64)
     found = torch.stack([flow.matching_loss(x).mean() for _ in range(3000)])
-    wanted = ((100 * 0.05 - 1) ** 3 + 1) / 300 + 0.05 * (100 * WIDTH) ** 2 + 0.95
+    wanted = ((30 * 0.1 - 1) ** 3 + 1) / 90 + 0.1 * 30**2 * VARIANCE + 0.9
     error = float(found.std()) / len(found) ** 0.5
     assert abs(float(found.mean()) - wanted) < 5 * error
-    assert error < 0.1 * 0.05 * (100 * WIDTH) ** 2
+    assert error < 0.1 * 0.1 * 30**2 * VARIANCE
 
 
 def test_each_coordinate_has_until_its_own_block() -> None:
