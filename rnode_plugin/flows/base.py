@@ -22,9 +22,9 @@ from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import HealthCheck, Solver, check_all, gradient_of, solve
 
-# Photographs fill few of their dimensions. Fields that are trained on the paths alone carry states that lie beside
-# them away: after 600 steps on 32x32 pictures, a quarter of the held-out ones left every bound. Noise of one width
-# keeps them, but blurs the data, while a field can see how wide the noise of a sample is.
+# Photographs fill few of their dimensions, and fields that are trained on the paths alone carry other states away:
+# after 600 steps on 32x32 pictures, a quarter of the held-out ones left every bound. Noise of one width keeps them,
+# but blurs the data. With random widths a field can see how far off the path a sample is.
 _WIDTH = 0.1
 
 _Through = Callable[[Tensor], Tensor]  # a state to the state after the next block
@@ -219,8 +219,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
         for index, field in enumerate(self._fields_at(context, x)):
             y, e, k = data.seen[index], noise.seen[-1 - index], blocks.seen[-1 - index]
             share = (index + times[index]) / k
-            beside = width.view(-1, *[1] * (y.ndim - 1)) * torch.randn_like(y)
-            velocity = field(times[index], y + share * (e - y) + beside)
+            offset = width.view(-1, *[1] * (y.ndim - 1)) * torch.randn_like(y)
+            velocity = field(times[index], y + share * (e - y) + offset)
             error = error + (velocity - (e - y) / k).square().flatten(1).sum(1)
         return error
 
