@@ -24,7 +24,7 @@ from ..solvers import HealthCheck, Solver, check_all, gradient_of, solve
 
 # Photographs fill few of their dimensions, and fields that are trained on the paths alone carry other states away:
 # after 600 steps on 32x32 pictures, a quarter of the held-out ones left every bound. Noise of one width keeps them,
-# but blurs the data. With random widths a field can see how far off the path a sample is.
+# but blurs the data. With random widths a state shows how far off the path it is.
 _WIDTH = 0.1
 
 _Through = Callable[[Tensor], Tensor]  # a state to the state after the next block
