@@ -119,6 +119,7 @@ class Trainer:
         if method.solver is None:
             self.model = UsualFlow(self.flow, penalties=method.penalties, **method.usual)
         self.steps, self.planned, self.seconds, self.seen = 0, round(steps * method.share), 0.0, 0
+        self._drawn = 0  # batches, of matching and of the likelihood: each has new pixel noise
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
         factor = learning_rate_factor(recipe.optimizer, lambda: self.planned)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
@@ -132,7 +133,8 @@ class Trainer:
 
     def images(self) -> Tensor:
         """The next batch, dequantised; the same for all methods."""
-        seed = stream_seed(self.recipe.training.seed, Stream.TRAIN, _PIXELS, self.steps)
+        seed = stream_seed(self.recipe.training.seed, Stream.TRAIN, _PIXELS, self._drawn)
+        self._drawn += 1
         generator = torch.Generator(self.device).manual_seed(seed)
         batch = torch.from_numpy(self.data.train[next(self._batches)]).to(self.device)
         self.seen += len(batch)
