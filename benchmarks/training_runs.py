@@ -180,6 +180,8 @@ class Trainer:
             loss = self.loss(x, self.draw_noise(len(x), self.steps))
             self.optimizer.zero_grad()
             loss.backward()
+            if (clip := self.recipe.optimizer.clip) is not None:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
             self.optimizer.step()
             self.schedule.step()
             self.steps += 1

@@ -404,6 +404,29 @@ def test_a_bad_gradient_changes_neither_weights_nor_moments(tmp_path: Path) -> N
     assert read_checkpoint(result.folder.last)["progress"]["skipped"] == result.skipped == 1
 
 
+class _FirstMoments(L.Callback):
+    """Norm of Adam's first moment after each step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        moments = [state["exp_avg"].flatten() for state in trainer.optimizers[0].state.values()]
+        self.norms.append(float(torch.cat(moments).norm()))
+
+
+def test_the_gradient_of_the_likelihood_is_clipped(tmp_path: Path) -> None:
+    """The first moment of an optimizer is a tenth of the gradient. Matching and likelihood have one each."""
+    settings = ("training.matching=1", "training.max_steps=2", "training.log_every=1")
+    plain, clipped = _FirstMoments(), _FirstMoments()
+    run(tiny_recipe(*settings), tmp_path / "plain", callbacks=[plain])
+    result = run(tiny_recipe(*settings, "optimizer.clip=0.5"), tmp_path / "clipped", callbacks=[clipped])
+    assert clipped.norms == pytest.approx([plain.norms[0], 0.05], rel=1e-5)
+    logged = [float(row["train/grad_norm"]) for row in rows(result) if "train/grad_norm" in row]
+    assert logged == pytest.approx([10 * norm for norm in plain.norms], rel=1e-5)  # before it is clipped
+    assert min(plain.norms) > 0.05
+
+
 def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     """A good step in between starts the count again."""
     recipe = tiny_recipe("training.max_skipped=2")

@@ -85,6 +85,9 @@ class Optimizer:
             times it instead.
         momentum: decay rate of the mean of the gradients in ``muon``.
         vector_lr: learning rate of the biases in ``muon``.
+        clip: bound of the gradient's norm in a step of maximum likelihood; None for no bound. One image that leaves
+            the range of the data can outweigh the gradients of many steps. Flow matching has no solves, so its
+            gradients are not clipped.
     """
 
     name: Literal["adam", "muon"] = "adam"
@@ -97,6 +100,7 @@ class Optimizer:
     weight_decay: NonNegativeFloat = 0.0
     momentum: Decay = 0.9
     vector_lr: PositiveFloat = 1e-2
+    clip: PositiveFloat | None = None
 
 
 @dataclass(frozen=True, config=CONFIG)
