@@ -116,9 +116,8 @@ class RnodeModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step; one without a usable gradient changes nothing, and too many in a row end the training."""
-        clip = None if self.matches else self.recipe.optimizer.clip
-        # the norm before it is clipped; an infinite bound leaves the gradient alone
-        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), math.inf if clip is None else clip)
+        bound = math.inf if self.matches else self.recipe.optimizer.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), bound)  # before it is clipped
         if norm.isfinite():  # the one value of a step that is read from the device
             self.skipped_in_row = 0
         else:
