@@ -85,9 +85,8 @@ class Optimizer:
             times it instead.
         momentum: decay rate of the mean of the gradients in ``muon``.
         vector_lr: learning rate of the biases in ``muon``.
-        clip: bound of the gradient's norm in a step of maximum likelihood; None for no bound. One image that leaves
-            the range of the data can outweigh the gradients of many steps. Flow matching has no solves, so its
-            gradients are not clipped.
+        clip: bound of the gradient's norm in a step of maximum likelihood; None for no bound. One step's gradient
+            can outweigh the gradients of many steps. Flow matching has no solves, so its gradients are not clipped.
     """
 
     name: Literal["adam", "muon"] = "adam"
