@@ -42,6 +42,7 @@ def settings(data: str, root: str, assignments: Sequence[str]) -> Recipe:
     if data == "digits":
         return get_recipe("digits").override(list(assignments))
     changes = ["training.matching=0", "optimizer.schedule=cosine", "optimizer.clip=none", f"data.root={root}"]
+    changes += ["optimizer.matching_factor=1"]
     if data == "mnist14":
         changes += ["data.shape=1,14,14", "model.hidden=32", "optimizer.lr=1e-2", "optimizer.vector_lr=5e-3"]
         changes += ["data.batch_size=50"]

@@ -162,7 +162,7 @@ class Trainer:
     def match(self, steps: int) -> None:
         """Steps of flow matching, with a separate optimizer and schedule."""
         optimizer = make_optimizer(self.flow, self.recipe.optimizer)
-        factor = learning_rate_factor(self.recipe.optimizer, lambda: steps)
+        factor = learning_rate_factor(self.recipe.optimizer, lambda: steps, matching=steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         torch.manual_seed(self.recipe.training.seed)
         for _ in range(steps):

@@ -342,6 +342,8 @@ def test_learning_rate() -> None:
     both = learning_rate_factor(settings, lambda: 12, matching=4)
     assert [both(step) for step in range(4, 13)] == [falling(step) for step in range(9)]
     assert [both(step) for step in range(4)] == [0.5, 1, 1, 0.5]
+    faster = learning_rate_factor(dataclasses.replace(settings, matching_factor=2), lambda: 12, matching=4)
+    assert [faster(step) for step in range(13)] == [1, 2, 2, 1, *(both(step) for step in range(4, 13))]
 
 
 @pytest.mark.parametrize(

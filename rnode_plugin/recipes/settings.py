@@ -85,6 +85,8 @@ class Optimizer:
             times it instead.
         momentum: decay rate of the mean of the gradients in ``muon``.
         vector_lr: learning rate of the biases in ``muon``.
+        matching_factor: the learning rates of flow matching are this multiple of ``lr`` and ``vector_lr``. Its loss
+            has no solves, so it stays stable at higher rates.
         clip: bound of the gradient's norm in a step of maximum likelihood; None for no bound. One step's gradient
             can outweigh the gradients of many steps. Flow matching has no solves, so its gradients are not clipped.
     """
@@ -99,6 +101,7 @@ class Optimizer:
     weight_decay: NonNegativeFloat = 0.0
     momentum: Decay = 0.9
     vector_lr: PositiveFloat = 1e-2
+    matching_factor: PositiveFloat = 1.0
     clip: PositiveFloat | None = None
 
 

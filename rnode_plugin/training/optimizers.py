@@ -37,12 +37,13 @@ def learning_rate_factor(
     """The factor on ``settings.lr`` at each step, by ``settings.schedule`` after a linear warm-up.
 
     ``total`` gives the steps of the whole run; a constant schedule does not call it. The first ``matching`` steps
-    have their own warm-up and schedule.
+    have their own warm-up and schedule, times ``settings.matching_factor``.
     """
     if matching:
         first = learning_rate_factor(settings, lambda: matching)
         then = learning_rate_factor(settings, lambda: total() - matching)
-        return lambda step: first(step) if step < matching else then(step - matching)
+        rate = settings.matching_factor
+        return lambda step: rate * first(step) if step < matching else then(step - matching)
 
     def factor(step: int) -> float:
         warmup = min(1.0, (step + 1) / settings.warmup) if settings.warmup else 1.0
