@@ -47,7 +47,7 @@ def settings(data: str, root: str, assignments: Sequence[str]) -> Recipe:
         changes += ["data.shape=1,14,14", "model.hidden=32", "optimizer.lr=1e-2", "optimizer.vector_lr=5e-3"]
         changes += ["data.batch_size=50"]
     else:
-        changes += ["data.batch_size=32"]
+        changes += ["data.batch_size=32", "optimizer.lr=5e-3", "optimizer.vector_lr=2.5e-3"]
     return get_recipe("mnist-fast").override([*changes, *assignments])
 
 

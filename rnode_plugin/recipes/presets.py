@@ -151,8 +151,8 @@ def _fast(recipe: Recipe) -> Recipe:
         # at 1.871, 1.819 and 1.795 bits/dim (three seeds)
         data=dataclasses.replace(recipe.data, batch_size=25),
         solver=_SAMPLED_AUTO,
-        # likelihood at 5e-3 was no longer solved by its steps after 40 of them: the training bits/dim fell below 0,
-        # and jacfrob rose from 0.5 to 8.8. At 2e-3 the accurate bits/dim fell from 1.77 to 1.07 in 50 steps
+        # at 5e-3 the likelihood of MNIST left what its steps resolve after 40 of them: the training bits/dim fell
+        # below 0, and jacfrob rose from 0.5 to 8.8. At 2e-3 the accurate ones fell from 1.77 to 1.07 in 50 steps
         optimizer=dataclasses.replace(_MUON_LARGE, lr=2e-3, vector_lr=1e-3, matching_factor=2.5),
         training=dataclasses.replace(
             recipe.training,
