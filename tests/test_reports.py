@@ -405,7 +405,13 @@ def test_the_command(runs: list[Path], tmp_path: Path, no_figures: None) -> None
     refused = rnode("report", runs[0], "--out", out)
     assert (refused.exit_code, "--force" in refused.output) == (2, True)
     assert (out / "report.html").read_text() == made
+    (out / "figures").mkdir(exist_ok=True)
+    (out / "figures" / "samples-3-rnode.png").write_bytes(b"of an earlier report")
+    (out / "figures" / "notes.txt").write_text("of the user")
     plain = json.loads(rnode("report", runs[0], "--out", out, "--force", "--json").stdout)
+    kept = {each.name for each in (out / "figures").iterdir()}
+    assert "samples-3-rnode.png" not in kept
+    assert "notes.txt" in kept
     assert plain["table"]["bits/dim, dirty"] == {"digits": "2.100 ± 0.020"}
 
 

@@ -48,7 +48,7 @@ def write_report(
         runs: run folders, or folders with run folders below them. Runs below a folder that cannot be read, runs
             without a logged step and repetitions are left out and named in the report.
         out: folder for ``report.html`` (one file with everything in it, nothing is fetched) and ``figures/`` (PNG
-            and SVG).
+            and SVG). A report that is there is replaced with all of its figures.
         title: None for one that names the recipe or the data sets.
 
     Raises:
@@ -62,4 +62,7 @@ def write_report(
     # the name of a folder need not be text
     for path, contents in {**files, place: html.encode(errors="replace")}.items():
         write_atomically(path, lambda file, contents=contents: file.write(contents))
+    for figure in (Path(out) / "figures").glob("*.[ps][nv]g"):
+        if figure not in files:  # a figure of other runs, which would look like one of these
+            figure.unlink()
     return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))
