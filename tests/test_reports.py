@@ -408,10 +408,11 @@ def test_the_command(runs: list[Path], tmp_path: Path, no_figures: None) -> None
     (out / "figures").mkdir(exist_ok=True)
     (out / "figures" / "samples-3-rnode.png").write_bytes(b"of an earlier report")
     (out / "figures" / "notes.txt").write_text("of the user")
+    (out / "figures" / "photograph.png").write_bytes(b"of the user")
     plain = json.loads(rnode("report", runs[0], "--out", out, "--force", "--json").stdout)
     kept = {each.name for each in (out / "figures").iterdir()}
     assert "samples-3-rnode.png" not in kept
-    assert "notes.txt" in kept
+    assert kept >= {"notes.txt", "photograph.png"}
     assert plain["table"]["bits/dim, dirty"] == {"digits": "2.100 ± 0.020"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_report(
         runs: run folders, or folders with run folders below them. Runs below a folder that cannot be read, runs
             without a logged step and repetitions are left out and named in the report.
         out: folder for ``report.html`` (one file with everything in it, nothing is fetched) and ``figures/`` (PNG
-            and SVG). A report that is there is replaced with all of its figures.
+            and SVG). Samples and diagnoses of a report that is there are removed.
         title: None for one that names the recipe or the data sets.
 
     Raises:
@@ -62,7 +63,8 @@ def write_report(
     # the name of a folder need not be text
     for path, contents in {**files, place: html.encode(errors="replace")}.items():
         write_atomically(path, lambda file, contents=contents: file.write(contents))
-    for figure in (Path(out) / "figures").glob("*.[ps][nv]g"):
-        if figure not in files:  # a figure of other runs, which would look like one of these
-            figure.unlink()
+    for figure in (Path(out) / "figures").iterdir() if files else ():
+        # only names that carry the number of a run or a configuration: a user may keep other pictures here
+        if figure not in files and re.fullmatch(r"(samples|diagnosis)-\d+-.+\.(png|svg)", figure.name):
+            figure.unlink()  # it would look like one of these runs
     return Report(place, tuple(path for path in files if path.suffix == ".png"), table, tuple(left_out))
