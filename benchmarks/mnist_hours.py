@@ -1,0 +1,61 @@
+"""Draw the bits/dim of held-out images against the hours of a core, beside the two points of the paper.
+
+    python benchmarks/mnist_hours.py runs/mnist-fast/0 --out mnist-hours.png
+
+Several runs are one curve: each starts from the weights at the end of the one before it. The hours are without
+validations, and the axis leaves out what is above 1.3 bits/dim.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import click
+
+__all__ = ["held_out"]
+
+# hours and dirty bits/dim of all test images, of the paper by its Table 1
+POINTS = {"mnist-pretrained": (6.0, 1.021), "RNODE, one GPU": (24.4, 0.97), "FFJORD, one GPU": (68.5, 0.97)}
+
+
+def held_out(run: Path) -> list[tuple[float, float]]:
+    """Hours since the start of a run, without validations, and bits/dim of each of its validations."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found, seconds = [], 0.0
+    for row in rows:
+        seconds = float(row["train_seconds"] or seconds)
+        if row["val/bpd"]:
+            found.append((seconds / 3600, float(row["val/bpd"])))
+    return found
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--cores", default=1, show_default=True, help="Cores that trained RUNS.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+def main(runs: tuple[Path, ...], cores: int, out: Path) -> None:
+    """Draw the curve of RUNS, which continue one another."""
+    import matplotlib.pyplot as plt
+
+    plt.style.use("rnode_plugin.plots")
+    points: list[tuple[float, float]] = []
+    for run in runs:
+        offset = points[-1][0] if points else 0.0
+        points += [(offset + cores * hours, bits) for hours, bits in held_out(run)]
+    for hours, bits in points:
+        click.echo(f"{hours:8.3f} h  {bits:.4f} bits/dim")
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    axes.plot(*zip(*points, strict=True), "o-", markersize=3, label="mnist-fast")
+    for (label, (hours, bits)), marker in zip(POINTS.items(), "sD^", strict=True):
+        axes.plot(hours, bits, marker, label=label)
+    axes.set(xscale="log", xlabel="hours of one CPU core, or of one GPU")
+    axes.set(ylim=(0.95, 1.3), ylabel="bits/dim, MNIST, held out")
+    axes.legend()
+    figure.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
