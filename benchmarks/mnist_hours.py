@@ -1,4 +1,4 @@
-"""Draw the bits/dim of held-out images against the hours of a core, beside the two points of the paper.
+"""Draw the bits/dim of held-out images against the hours of a core, with the two results of the paper.
 
     python benchmarks/mnist_hours.py runs/mnist-fast/0 --out mnist-hours.png
 
