@@ -8,27 +8,14 @@ validations, and the axis leaves out what is above 1.3 bits/dim.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import click
 
-__all__ = ["held_out"]
+from rnode_plugin.reports.runs import read_run
 
 # hours and dirty bits/dim of all test images, of the paper by its Table 1
 POINTS = {"mnist-pretrained": (6.0, 1.021), "RNODE, one GPU": (24.4, 0.97), "FFJORD, one GPU": (68.5, 0.97)}
-
-
-def held_out(run: Path) -> list[tuple[float, float]]:
-    """Hours since the start of a run, without validations, and bits/dim of each of its validations."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    found, seconds = [], 0.0
-    for row in rows:
-        seconds = float(row["train_seconds"] or seconds)
-        if row["val/bpd"]:
-            found.append((seconds / 3600, float(row["val/bpd"])))
-    return found
 
 
 @click.command()
@@ -41,9 +28,10 @@ def main(runs: tuple[Path, ...], cores: int, out: Path) -> None:
 
     plt.style.use("rnode_plugin.plots")
     points: list[tuple[float, float]] = []
-    for run in runs:
+    for run in map(read_run, runs):
         offset = points[-1][0] if points else 0.0
-        points += [(offset + cores * hours, bits) for hours, bits in held_out(run)]
+        hours = offset + cores * run.checks["train_seconds"] / 3600
+        points += zip(hours, run.checks["val/bpd"], strict=True)
     for hours, bits in points:
         click.echo(f"{hours:8.3f} h  {bits:.4f} bits/dim")
 

@@ -111,7 +111,7 @@ def pictures() -> Recipe:
 
 
 def mnist_fast() -> Recipe:
-    return _fast(mnist(), dataclasses.replace(_SAMPLED, step=0.25))
+    return _fast(mnist(), dataclasses.replace(_RK4, quadrature="sampled"))
 
 
 def cifar10_fast() -> Recipe:
