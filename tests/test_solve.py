@@ -406,6 +406,16 @@ def test_explosion_in_finite_time_ends(method: str) -> None:
     assert abs(caught.value.t - 1) < 1e-3
 
 
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+@pytest.mark.parametrize("times", [[0.0, 1.0], [1.0, 0.0]])
+def test_a_first_step_of_no_length_ends(method: str, times: list[float]) -> None:
+    """The speed of z' = 1e30 z overflows in the norm that the first step is chosen by."""
+    field = FunctionDynamics(lambda t, z: Rates(1e30 * z, None, {}))
+    with pytest.raises(SolverError) as caught:
+        solve(field, torch.full((1, 1), 1e4), torch.tensor(times), Solver(method))
+    assert caught.value.reason in ("underflow", "nonfinite")
+
+
 @pytest.mark.parametrize("times", [[0.0], [0.0, 1.0, 0.5], [0.0, 0.0], [0, 1], [0.0, torch.nan], [[0.0, 1.0]]])
 def test_bad_times_are_refused(times: Any) -> None:
     with pytest.raises(ConfigError, match="t_span"):

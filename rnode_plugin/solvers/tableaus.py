@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ..core.chains import Chain, one_kernel
+from ..core.derivatives import Velocity
 from ..core.modes import constant, traced
 from ..errors import ConfigError, suggest
 from .config import METHODS, count_steps
 
-Field = Callable[[Tensor, Tensor], Tensor]
 # f at the new state or None, the new state, its error estimate or None, and, if shown, the stages' velocities
 StepResult = (
     tuple["Tensor | None", Tensor, "Tensor | None"]
     | tuple["Tensor | None", Tensor, "Tensor | None", "Sequence[Tensor] | None"]
 )
-StepFunction = Callable[[Field, Tensor, Tensor, Tensor, "Tensor | None"], StepResult]
+StepFunction = Callable[[Velocity, Tensor, Tensor, Tensor, "Tensor | None"], StepResult]
 """``(f, x, t, dt, k1) -> StepResult``; ``k1`` is ``f(t, x)`` if it is known already."""
 
 
@@ -37,10 +38,11 @@ def evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
     So no sliver is left, which would cost as many evaluations as any step.
     """
     rest = rest.detach()
-    if not bool(rest):
+    steps = float(rest / dt)
+    if not math.isfinite(steps):  # a step of no length or of none that is known, which ends the solve
         return dt
     # the last step is cut off at its end, which carries the gradient for the time
-    count = count_steps(float(rest / dt), 1.0)
+    count = count_steps(steps, 1.0)
     return rest / count if count > 1 else torch.maximum(dt * sign, 2 * rest * sign) * sign
 
 
@@ -110,7 +112,7 @@ def _explicit(
     # first same as last: the last stage is taken at the new state, so that its velocity is the next step's first
     fsal = len(a) == len(b) - 1 and a[-1:] == (b[:-1],) and b[-1] == 0
 
-    def advance(f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
+    def advance(f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         stages = [f(t, x) if k1 is None else k1]
         argument, add = x, _in_one_kernel if one_kernel(x, dt) and not dt.requires_grad else _one_by_one
         for node, row in zip(nodes, a, strict=True):

@@ -22,10 +22,11 @@ from torchdyn.numerics.solvers.ode import (
 )
 from torchdyn.numerics.solvers.templates import DiffEqSolver, MultipleShootingDiffeqSolver
 
+from ..core.derivatives import Velocity
 from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError, suggest
 from ..solvers import Adjoint, Gradient, Method, Solution, Solver, get_method, gradient_of
-from ..solvers.tableaus import Field, StepResult
+from ..solvers.tableaus import StepResult
 
 _FAMILIES = {
     Euler: "euler",
@@ -248,7 +249,7 @@ class _Step:
         self._known = type(solver) in _FAMILIES
         self._named: tuple[Any, Any] = (None, None)
 
-    def __call__(self, f: Field, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
+    def __call__(self, f: Velocity, x: Tensor, t: Tensor, dt: Tensor, k1: Tensor | None) -> StepResult:
         solver = self._like(x, t)
         if isinstance(solver, ImplicitEuler) and torch.is_grad_enabled():
             raise ConfigError(
@@ -284,7 +285,7 @@ class _Step:
 class _Mirrored:
     """A field with time reversed, ``-f(-t, x)``, which remembers the velocities whose sign it has changed."""
 
-    def __init__(self, field: Field) -> None:
+    def __init__(self, field: Velocity) -> None:
         self._field = field
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
