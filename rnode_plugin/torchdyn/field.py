@@ -24,6 +24,7 @@ from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODU
 from ..core.trace_estimators import Exact, TraceEstimator
 from ..errors import ConfigError
 from ..fields.recognise import recognise
+from ..fields.stack import AtContext, StackField
 from ..solvers import Solver, gradient_of
 from .cnf import CNF, estimator_of, first_order_system, noise_of
 
@@ -54,7 +55,7 @@ class Slots:
 
     A layer has a placeholder if it is torchdyn's own, or if the attribute is a plain one that holds None. A
     submodule's own ``t`` or ``_control`` is left alone. Noise is drawn and the control is taken in the order of the
-    modules, as in torchdyn: a layer behind a CNF has a control without the CNF's trace, in the shape of its event.
+    modules, as in torchdyn: a layer after a CNF has a control without the CNF's trace, in the shape of its event.
 
     Args:
         modules: of the field, in their order.
@@ -208,9 +209,11 @@ class NetDynamics(Dynamics):
             field: Any = field_of(net, modules, slots, None, takes=field_takes(net), needs=needs)
         else:
             function = originals(net, modules) if divergence else net
-            field = TorchdynField(function, context, slots=slots, aux=aux_of(modules, needs))
+            field = TorchdynField(function, context, slots=slots, aux=aux_of(modules, needs), plain=not slots.found)
         if divergence:
-            field = fastest(field, net, z, one_graph=type(estimator) is Exact and gradient_of(solver).through_steps)
+            field = fastest(
+                field, net, z, context, exact=type(estimator) is Exact, one_graph=gradient_of(solver).through_steps
+            )
         super().__init__(field, regularizers=regularizers, estimator=estimator, divergence=divergence)
 
     def parameters(self) -> Sequence[Tensor]:
@@ -382,8 +385,8 @@ def system_of(
     if regularizers and not traced and (cnfs or followed.penalized is not None or followed.batch_dim is None):
         field = part = _part_of(field, state, columns, seen, followed.batch_dim)
     elif (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
-        exact = one_graph and order == 1 and type(estimator) is Exact and "vjp" in needs
-        field = fastest(field, net, z, one_graph=exact)
+        exact = order == 1 and type(estimator) is Exact and "vjp" in needs
+        field = fastest(field, net, z, exact=exact, one_graph=one_graph)
     dynamics = Dynamics(
         field, regularizers=regularizers, estimator=estimator, divergence=traced,
         event=seen if cost is None else lambda x: seen(x[:, 1:]),
@@ -430,20 +433,26 @@ def _is_transparent(field: Any, state: Tensor) -> bool:
     return type(field) is CNF or (field.order == 1 and state.ndim == 2)
 
 
-def fastest(field: TorchdynField, net: Any, z: Tensor, *, one_graph: bool) -> Field:
+def fastest(
+    field: TorchdynField, net: Any, z: Tensor, context: Tensor | None = None, *, exact: bool, one_graph: bool
+) -> Field:
     """The net's own products where it has some, without a double backward; else ``field``.
 
     Args:
         field: the field of ``net``, whose products are autograd's.
         net: the user's module or function.
         z: a state.
-        one_graph: whether evaluations may share one graph of what depends on the parameters alone, for a stack of
-            layers that is recognised.
+        context: one row for each sample, for a net that takes one.
+        exact: whether the trace is exact. A stack of layers then makes its products faster.
+        one_graph: whether evaluations may share one graph of what depends on the parameters alone.
     """
-    stack = recognise(net, z, adds_time=adds_time) if one_graph else None
+    stack = recognise(net, z, adds_time=adds_time) if exact and one_graph and context is None else None
     if stack is not None:
         return stack
-    return net if field.plain and isinstance(net, Field) else field
+    if field.plain and isinstance(net, StackField):
+        own = net if context is None else AtContext(net, context)
+        return own.prepare(z) if one_graph else own
+    return net if field.plain and context is None and isinstance(net, Field) else field
 
 
 def adds_time(module: nn.Module) -> bool:
