@@ -571,6 +571,8 @@ def test_install_gives_torchdiffeqs_names_the_argument(their_code: ModuleType) -
     assert penalties["kinetic"].shape == (4,)
     uninstall()
     assert their_code.odeint is PLAIN["odeint"]
+    with pytest.raises(TypeError, match="penalised"):
+        install(None, penalised=1)
 
 
 class Pair(Field):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchdiffeq
 import torchdyn.core
 import torchdyn.models
 from click.testing import CliRunner
@@ -26,6 +27,7 @@ from torchdyn.models.cnf import hutch_trace
 from torchdyn.nn import Augmenter
 
 import rnode_plugin
+import rnode_plugin.torchdiffeq
 from rnode_plugin import SolverError
 from rnode_plugin.cli.lists import exec_script
 from rnode_plugin.errors import ConfigError
@@ -211,6 +213,26 @@ def test_misspelt_arguments_are_type_errors(is_installed: bool) -> None:
     rnode_plugin.uninstall()
     with pytest.raises(TypeError, match="regularizers"):
         ImportedBefore(nn.Linear(2, 2), regularizers=["kinetic"])
+
+
+def test_torchdiffeq_follows_the_last_install_and_stays_with_its_own() -> None:
+    def gradient() -> float:
+        rate = torch.tensor(1.0, requires_grad=True)
+        end: Any = torchdiffeq.odeint(lambda t, y: -rate * y, torch.ones(4, 2), torch.tensor([0.0, 1.0]))[-1]
+        end.mean().backward()
+        return float(rate.grad)  # pyright: ignore[reportArgumentType]
+
+    plain = gradient()
+    rnode_plugin.install(torchdiffeq=True, regularizers={"kinetic": 1.0})
+    weak = gradient() - plain
+    rnode_plugin.install(regularizers={"kinetic": 2.0})
+    assert gradient() - plain == pytest.approx(2 * weak, rel=1e-4)
+    rnode_plugin.uninstall()
+    assert gradient() == plain
+    rnode_plugin.torchdiffeq.install({"kinetic": 1.0})
+    rnode_plugin.uninstall()
+    assert gradient() - plain == pytest.approx(weak)
+    rnode_plugin.torchdiffeq.uninstall()
 
 
 def test_idempotent_and_exactly_reversible() -> None:

@@ -138,10 +138,10 @@ def install(regularizers: Any = None, **options: Any) -> None:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.
     """
     global _installed
-    wanted = None if regularizers is None else follow(regularizers, **options)
+    wanted = follow(regularizers, **options)
 
     def add_gradient(name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any]) -> Any:
-        if wanted is None or not torch.is_grad_enabled():
+        if not wanted.weighted or not torch.is_grad_enabled():
             return PLAIN[name](func, y0, t, **given)
         solution, integrals, dims = solve(name, func, y0, t, given, wanted)
         penalties = ReturnedPenalties(wanted.weighted)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
@@ -444,6 +443,7 @@ _BEHAVIOUR = {
 }
 
 _installed_regularizers: Any = None  # names: each model resolves them to its own objects
+_installed_torchdiffeq = False
 
 
 def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
@@ -451,8 +451,7 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
 
     From then on this package solves each of its objects, also those made before: with the same values, with
     correct gradients, and with ``regularizers=``, ``trace_noise=``, ``penalized=``, ``batch_dim=``,
-    ``quadrature=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call changes nothing but
-    ``regularizers``.
+    ``quadrature=``, ``max_nfe=`` and ``sensitivity="checkpointed"``. A second call replaces the ``regularizers``.
 
     It works in this process alone; ``rnode-cli exec SCRIPT`` calls it before a script that cannot be changed.
 
@@ -477,12 +476,13 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
         (8,)
         >>> uninstall()
     """
-    global _installed_regularizers
+    global _installed_regularizers, _installed_torchdiffeq
     resolve_regularizers(regularizers)
-    if torchdiffeq:
+    if torchdiffeq or _installed_torchdiffeq:
         from .. import torchdiffeq as face
 
         face.install(regularizers)
+        _installed_torchdiffeq = True
     _installed_regularizers = regularizers
     for name, value in _BEHAVIOUR.items():
         setattr(_Torchdyn, name, value)
@@ -502,13 +502,15 @@ def uninstall() -> None:
         >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
         False
     """
-    global _installed_regularizers
+    global _installed_regularizers, _installed_torchdiffeq
     for name in _BEHAVIOUR.keys() & vars(_Torchdyn).keys():
         if name in _THEIRS:
             setattr(_Torchdyn, name, _THEIRS[name])
         else:
             delattr(_Torchdyn, name)
     _installed_regularizers = None
-    face = sys.modules.get("rnode_plugin.torchdiffeq")
-    if face is not None:
+    if _installed_torchdiffeq:
+        from .. import torchdiffeq as face
+
         face.uninstall()
+        _installed_torchdiffeq = False
