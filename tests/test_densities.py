@@ -237,6 +237,7 @@ def test_samples_run_through_the_time_that_the_density_runs_through(policy: Any)
         torch.testing.assert_close(model.inverse(z), x, rtol=1e-7, atol=1e-7)
     if isinstance(policy, LearnedEndTime):
         torch.testing.assert_close(copy.deepcopy(model).inverse(z), x, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(model.trajectory(x, torch.tensor([0.0, 1.0]))[-1], z, rtol=1e-7, atol=1e-7)
         model.inverse(z).sum().backward()
         assert policy.end.grad is not None
 
@@ -321,6 +322,11 @@ def unconditional() -> RegularizedCNF:
     return RegularizedCNF(nn.Linear(2, 2), event_shape=2)
 
 
+def probing(probes: int) -> RegularizedCNF:
+    estimator = Hutchinson("gaussian", probes=probes)
+    return RegularizedCNF(nn.Linear(2, 2), event_shape=2, trace_estimator=estimator).double()
+
+
 X = torch.zeros(4, 2, dtype=torch.float64)
 
 
@@ -336,7 +342,9 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: unconditional().log_prob(X.float(), context=torch.zeros(4, 3)), r"takes no context"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, context_shape=3), r"net\(t, z, context\)"),
         (lambda: RegularizedCNF(Affine(), event_shape=2, context_shape=0), r"context_shape"),
-        (lambda: RegularizedCNF.from_velocity(mlp(2, 4, 2), 0.5, event_shape=2).sample(1), r"stands still"),
+        (lambda: RegularizedCNF.from_velocity(mlp(2, 4, 2), 0.5, event_shape=2), r"stands still"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, t_span=[0, 1, 0.5]), r"strictly increasing"),
+        (lambda: RegularizedCNF(mlp(2, 4, 2), event_shape=2, atol=torch.ones(2)), "atol of a density"),
         (lambda: RegularizedCNF(nn.Linear(2, 2)), "event_shape="),
         (lambda: unconditional().importance_sample(lambda x: x, 3), "one number per sample"),
         (lambda: RegularizedCNF(nn.Linear(2, 2), Normal(torch.zeros(2), 1.0)), "Independent"),
@@ -344,10 +352,19 @@ X = torch.zeros(4, 2, dtype=torch.float64)
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, order=2), "order="),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2, solver="rk4", regularizers=["error"]), "dopri5"),
         (lambda: unconditional().log_prob(X.float(), noise=X.float()), "list of 1"),
+        (
+            lambda: probing(1).log_prob(X, noise=probing(4).draw_noise(4)),
+            r"must be \(\(4, 2\), .*not \(\(4, 4, 2\)",
+        ),
+        (
+            lambda: probing(4).log_prob(X, noise=probing(1).draw_noise(4)),
+            r"must be \(\(4, 4, 2\), .*not \(\(4, 2\)",
+        ),
         (lambda: RegularizedCNF(nn.Linear(2, 2), event_shape=2).log_prob(torch.zeros(4, 3)), "must be a tensor"),
         (lambda: unconditional().sample(2, 0.0), "temperature"),
         (lambda: unconditional().sample(2, float("inf")), "temperature"),
         (lambda: unconditional().sample(-1), "whole number"),
+        (lambda: unconditional().sample(0), "whole number"),
         (lambda: TableFlow(2).sample(1.5), "whole number"),  # pyright: ignore[reportArgumentType]
         (lambda: unconditional().log_prob(X.long()), "floating-point"),
         (lambda: unconditional().inverse(X.long()), "floating-point"),

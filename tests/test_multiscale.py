@@ -179,7 +179,7 @@ def test_state_stays_float32_under_autocast() -> None:
         (lambda f: f(images(2), noise=f.draw_noise(2)[:-1]), "list of 6, one entry for each block"),
         (lambda f: f(images(2), noise=f.draw_noise(3)), r"noise of block 0 .*\(2, 1, 8, 8\)"),
         (lambda f: f.inverse(torch.zeros(2, 63).double()), r"shape \(B, 64\)"),
-        (lambda f: f.sample(0), "B >= 1"),
+        (lambda f: f.sample(0), "the number of samples must be"),
         (lambda f: f.sample(1, temperature=0.0), "temperature must be a positive number"),
         (
             lambda f: make_flow(trace_noise="exact")(images(2), noise=f.draw_noise(2)),

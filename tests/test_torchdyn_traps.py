@@ -448,7 +448,7 @@ def test_batches_without_samples(solver: str, noise: str, sensitivity: str) -> N
     flow = RegularizedCNF(net, event_shape=2, solver=solver, trace_estimator=noise, sensitivity=sensitivity)
     assert flow.log_prob(torch.zeros(0, 2)).shape == (0,)
     assert float(flow.reg_loss().detach()) == 0
-    assert flow.sample(0).shape == flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
+    assert flow.inverse(torch.zeros(0, 2)).shape == (0, 2)
 
 
 # --- columns ---

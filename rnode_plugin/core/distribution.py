@@ -81,7 +81,8 @@ class DensityModel(nn.Module, ABC):
     ) -> Tensor:
         """``log p(x) (B,)`` in nats (eq. 4), unbiased with Hutchinson's estimator.
 
-        Arguments and errors as for :meth:`encode`.
+        Arguments and errors as for :meth:`encode`. Of penalties that are followed, a
+        :class:`~rnode_plugin.RegularizedCNF` keeps its own; of another model only :meth:`encode` returns them.
         """
         output = self.encode(x, context=context, noise=noise, penalties=penalties)
         return self.latent_log_prob(output.z) + output.logdet
@@ -123,11 +124,10 @@ class DensityModel(nn.Module, ABC):
             NotImplementedError: for a temperature other than 1 with a base that has no mean.
             SolverError: from the solve.
         """
-        if n != 0:  # no samples of a batch without samples
-            check_count(n, "the number of samples")
+        check_count(n, "the number of samples")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ConfigError(f"temperature must be a positive number, not {temperature!r}.")
-        z = self._draw_latents(int(n), generator)
+        z = self._draw_latents(n, generator)
         if temperature != 1:
             z = self.base.mean + temperature * (z - self.base.mean)
         return self.inverse(z, context=context)
@@ -284,16 +284,17 @@ class DensityModel(nn.Module, ABC):
             self.regularizer_modules = nn.ModuleList(with_parameters)
 
     def _check_noise(self, noise: Any, x: Tensor) -> None:
-        """Refuse all but one entry for each block: a tensor of its shape, or None if the trace is exact."""
-        shapes, exact = self.block_shapes, isinstance(self.estimator, Exact)
+        """Refuse all but one entry for each block, as :meth:`draw_noise` gives it."""
+        shapes = self.block_shapes
         if isinstance(noise, Tensor) or len(noise) != len(shapes):
             raise ConfigError(
                 f"noise= must be a list of {len(shapes)}, one entry for each block, as draw_noise gives it, not "
                 f"{type(noise).__name__} of {len(noise)}."
             )
         for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
-            expected = None if exact else ((x.shape[0], *shape), x.dtype, x.device)
-            got = None if probe is None else (tuple(probe.shape)[-1 - len(shape) :], probe.dtype, probe.device)
+            drawn = self.estimator.draw(x.new_empty(len(x), *shape, device="meta"))
+            expected = None if drawn is None else (tuple(drawn.shape), x.dtype, x.device)
+            got = None if probe is None else (tuple(probe.shape), probe.dtype, probe.device)
             if got != expected:
                 raise ConfigError(
                     f"the noise of block {k} must be {expected}, not {got} (None: an exact trace takes none)."
@@ -404,7 +405,7 @@ class FlowDistribution(Distribution):
         return self.model.inverse(z, context=self._rows(shape)).reshape(shape + self.event_shape)
 
     def rsample_and_log_prob(self, sample_shape: Any = _ONE) -> tuple[Tensor, Tensor]:
-        """Samples as of :meth:`rsample` and their log-densities in nats, from one solve."""
+        """Samples as from :meth:`rsample` and their log-densities in nats, from one solve."""
         shape = torch.Size(sample_shape) + self.batch_shape
         z = self.model.base.rsample(torch.Size([shape.numel()]))
         x, log_prob = self.model.inverse_and_log_prob(z, context=self._rows(shape))

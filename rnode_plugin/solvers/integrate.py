@@ -64,7 +64,7 @@ def solve(
         )
     if dynamics.divergence and solver.quadrature == "sampled":
         refuse_sampled_density(solver)
-    _check_times(t_span)
+    check_times(t_span)
     times, asked, inner = t_span, None, []
     path = dynamics.path
     if path is not None:
@@ -84,7 +84,7 @@ def solve(
     return solution if save_steps or solution.steps is None else replace(solution, steps=None)
 
 
-def _check_times(t_span: Tensor) -> None:
+def check_times(t_span: Tensor) -> None:
     """Refuse times that are not a finite, strictly monotonic row of at least two."""
     good = t_span.ndim == 1 and len(t_span) >= 2 and t_span.is_floating_point()
     if good:

@@ -23,7 +23,7 @@ from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..errors import ConfigError
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Solver, gradient_of, solve
-from ..solvers.integrate import check_steps
+from ..solvers.integrate import check_steps, check_times
 from .cnf import check_shape
 from .field import NetDynamics
 from .solver_names import gradient_from_torchdyn, method_from_torchdyn, refuse_leapfrog, resolve_solver
@@ -109,6 +109,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         given = (0.0, 1.0) if t_span is None else t_span
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             given = torch.as_tensor(given, dtype=_precision(net))
+        check_times(given)
         self.register_buffer("t_span", given, persistent=False)
 
     @classmethod
@@ -144,7 +145,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 unless given.
 
         Raises:
-            ConfigError: for all that the class refuses; when called, for times that are not two different numbers.
+            ConfigError: for all that the class refuses.
         """
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         options = {"regularizers": (), **options}
@@ -220,7 +221,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             t_span: times of the output; None: the model's.
             context: as for :meth:`encode`.
         """
-        return self._states(x, self._times(x) if t_span is None else t_span.to(x), context)
+        return self._states(x, self._times(x, t_span), context)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
@@ -280,10 +281,13 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             self.nfe = solution.stats.nfe
             return solution.z
 
-    def _times(self, like: Tensor, *, backward: bool = False, training: bool = False) -> Tensor:
+    def _times(
+        self, like: Tensor, t_span: Tensor | None = None, *, backward: bool = False, training: bool = False
+    ) -> Tensor:
         policy = self._penalties.policy
         with on_host():
-            times = self.t_span.to(like).flip(0) if backward else self.t_span.to(like)
+            times = (self.t_span if t_span is None else t_span).to(like)
+            times = times.flip(0) if backward else times
             return times if policy is None else policy.times(times, training=training)
 
     def _check(self, x: Any) -> None:
@@ -305,6 +309,9 @@ def _objects_and_solver(
     """torchdyn's solver objects, whose parameters belong to the model, and the solver that steps by them."""
     for name in options.keys() - {"atol", "rtol", "max_nfe"}:
         raise ConfigError(f"{name}= has no meaning for a density: NeuralODE and CNF may take it.")
+    for name in ("atol", "rtol"):
+        if isinstance(options.get(name), Tensor):
+            raise ConfigError(f"{name} of a density must be a number, which bounds the log-density's error too.")
     forward = resolve_solver(solver)
     refuse_leapfrog(forward)
     backward = forward if solver_adjoint is None else resolve_solver(solver_adjoint, "solver_adjoint")
