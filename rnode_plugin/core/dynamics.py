@@ -241,7 +241,7 @@ class Dynamics(BoundDynamics):
             self._pass = functools.partial(self.field.linearize, ask=ask)
 
     def parameters(self) -> Iterable[Tensor]:
-        """The parameters of the field and of the regularizers, of those that are modules, each once."""
+        """The parameters of the field and of all regularizers that are modules, each once."""
         modules = [part for part in (self._given, *self.rates.values()) if isinstance(part, nn.Module)]
         return {id(p): p for module in modules for p in module.parameters()}.values()
 

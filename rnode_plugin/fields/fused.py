@@ -53,7 +53,7 @@ class Stack:
         layers: each layer's weights of time and state, and its bias.
         z: a state. The layers compute in autocast's dtype if it is float32, else in its dtype.
         noise: of the solve.
-        context: ``(B, C)``, for layers that take it behind the state.
+        context: ``(B, C)``, for layers that take it after the state.
         fast: whether there are passes with a backward by hand.
         compiled: whether evaluations go through torch.compile, which makes their backward itself.
     """

@@ -155,7 +155,9 @@ class PotentialField(nn.Module):
     def _joined(self, t: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         flat = z.flatten(1)
         if flat.shape[1] != self.dims:
-            raise ConfigError(f"this PotentialField has {self.dims} dimensions, a state {tuple(z.shape)} does not.")
+            raise ConfigError(
+                f"this PotentialField takes states of {self.dims} dimensions, not of shape {tuple(z.shape)}."
+            )
         given, expected = [] if context is None else [context.to(z)], (z.shape[0], self._given)
         if (context is None) != (self._given == 0) or any(each.shape != expected for each in given):
             got = "none" if context is None else f"{tuple(context.shape)}"

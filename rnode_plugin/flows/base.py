@@ -336,7 +336,7 @@ class _Pass:
             self._totals[penalty.name] = before + value
 
     def output(self, end: Tensor, logdet: Tensor, x: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
-        """The output for the samples ``x`` of a pass to ``end``; ``logdet`` and ``health`` are of the rest."""
+        """The output for the samples ``x`` of a pass to ``end``; ``logdet`` and ``health`` exclude the blocks."""
         for of_block in self._logdets:
             logdet = logdet + of_block
         if self._policy is not None and self._penalized:

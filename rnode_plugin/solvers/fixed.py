@@ -45,7 +45,7 @@ def solve_fixed(
         if sum(counts) > _MOST_STEPS:
             raise ConfigError(
                 f"step={solver.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
-                f"{_MOST_STEPS:,} would hardly end: choose a longer step."
+                f"{_MOST_STEPS:,} would take too long: choose a longer step."
             )
     if sampled and not dynamics.divergence:
         intervals = itertools.pairwise(read(t_span) or range(len(t_span)))

@@ -58,7 +58,7 @@ class Gradient:
         """Refuse step penalties that this gradient cannot give, and name what works."""
 
     def check_field(self, field: nn.Module) -> None:
-        """Warn of a vector field whose gradient this is not."""
+        """Warn if this gradient is wrong for the field."""
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def stiffness(step: StepRecord) -> Tensor:
     """The mean over the accepted steps, of all blocks of a flow, of an estimate of the Jacobian's norm.
 
     ``||f(b) - f(a)|| / ||b - a||`` of two stages a, b at one time (SRNODE; Pal et al., 2021): the last two of
-    dopri5 and tsit5, the two at the midpoint of rk4. Safe form: 0 with the gradient 0 where the stages coincide, as
-    at f = 0.
+    dopri5 and tsit5, the two at the midpoint of rk4. torchdyn's rk4 has its last two at its midpoint, so its value
+    differs. Safe form: 0 with the gradient 0 where the stages coincide, as at f = 0.
     """
     assert step.pair is not None
     a, b = step.pair
