@@ -239,7 +239,7 @@ def test_memory_that_is_used_up_is_one_message(trained: Path, error: Exception) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rnode_plugin.evaluation.likelihood.evaluate", Mock(side_effect=error))
         message = failure(rnode("eval", trained, "--device", "cpu"), 1)
-    assert f"no more memory ({str(error).splitlines()[0].rstrip('.')}). Use fewer samples" in message
+    assert f"out of memory ({str(error).splitlines()[0].rstrip('.')}). Use fewer samples" in message
 
 
 def test_an_explosion_is_one_message(tmp_path: Path) -> None:

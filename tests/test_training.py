@@ -219,6 +219,24 @@ def test_a_lambda_that_warms_up_follows_the_steps_of_likelihood(tmp_path: Path) 
     assert stored["regularizers"]["l1"] == "linear_warmup(2)*30.0"
 
 
+def test_going_back_discards_what_later_steps_have_left(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
+    """The score of a run is one of its steps, also where an abandoned continuation was better."""
+    folder = copy_of(whole, tmp_path).folder
+    assert read_checkpoint(folder.best)["global_step"] == 6
+    (folder.path / "diagnosis").mkdir()
+    worse = recipe.override(["training.max_steps=7", "optimizer.lr=0.12"])
+    copied = shutil.copy(folder.last.with_name("previous.ckpt"), tmp_path / "copied.ckpt")
+    result = run(worse, tmp_path, resume=folder.last.with_name("previous.ckpt"))
+    assert read_checkpoint(folder.best)["global_step"] == result.steps == 7
+    scores = [float(row["val/bpd"]) for row in rows(result) if "val/bpd" in row]
+    assert len(scores) == 2
+    assert scores[1] > scores[0]  # the best of the steps up to the checkpoint
+    assert not list(folder.samples.glob("step-0000006.png"))
+    assert not (folder.path / "diagnosis").exists()
+    elsewhere = run(worse, tmp_path, resume=copied)  # without the best weights of its steps
+    assert read_checkpoint(elsewhere.folder.best)["global_step"] == 7
+
+
 def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitResult, tmp_path: Path) -> None:
     result = copy_of(whole, tmp_path)
     with pytest.raises(ConfigError, match=r"has done 6 of 6 steps: raise --max-steps"):
@@ -241,22 +259,16 @@ def test_resume_is_refused_where_it_makes_no_sense(recipe: Recipe, whole: FitRes
     assert len(list((tmp_path / "digits").iterdir())) == 1  # nothing was begun
 
 
-def control(recipe: Recipe, folder: RunFolder | None = None) -> RunControl:
-    return RunControl(recipe, RunPlan.of(recipe, 200), folder=folder)
+def control(recipe: Recipe) -> RunControl:
+    return RunControl(recipe, RunPlan.of(recipe, 200))
 
 
 def test_another_validation_chooses_the_best_weights_again(recipe: Recipe) -> None:
     """The lowest value of easier images would keep weights that are no longer the best."""
     before = control(recipe)
     before.best = 1.0
-    folder = RunFolder(Path("run"))
-    for other, where, best in (
-        ([], folder, 1.0),
-        ([], None, math.inf),  # a copied checkpoint, whose best weights are elsewhere
-        (["training.val_images=30"], folder, math.inf),
-        (["test_solver.step=0.5"], folder, math.inf),
-    ):
-        later = control(recipe.override(other), where)
+    for other, best in (([], 1.0), (["training.val_images=30"], math.inf), (["test_solver.step=0.5"], math.inf)):
+        later = control(recipe.override(other))
         later.load_state_dict(before.state_dict())
         assert later.best == best
 

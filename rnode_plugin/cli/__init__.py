@@ -74,8 +74,7 @@ class _Commands(click.Group):
             if ctx.params.get("debug") or not re.search(NO_MEMORY, f"{type(error).__name__}: {error}".lower()):
                 raise
             raise click.ClickException(
-                f"there is no more memory ({first_line(error).rstrip('.')}). Use fewer samples at once, or another "
-                "--device."
+                f"out of memory ({first_line(error).rstrip('.')}). Use fewer samples at once, or another --device."
             ) from error
         except OSError as error:
             if error.errno == errno.EPIPE or ctx.params.get("debug"):  # click's own: the reader of a pipe is gone

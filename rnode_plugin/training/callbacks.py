@@ -84,7 +84,6 @@ class RunControl(Checkpoint):
         self.training_seconds = self._step_seconds = self._seconds_before = 0.0
         self._recipe, self._plan = recipe, plan
         self._stages = plan.stages(recipe)
-        self._continues = folder is not None  # else best.ckpt of the checkpoint's run is in another folder
         self._began = self._step_began = self._printed = time.monotonic()
         self._end = None if max_time is None else self._began + max_time
         self._received, self._since = None, 0.0  # signal of this process, and when
@@ -106,7 +105,7 @@ class RunControl(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds_before, self.training_seconds = state_dict["run_seconds"], state_dict["training_seconds"]
-        if self._continues and state_dict["validation"] == self._validation:  # others have other lowest scores
+        if state_dict["validation"] == self._validation:  # others have other lowest scores
             self.best = state_dict["best"]
 
     @property
@@ -124,6 +123,8 @@ class RunControl(Checkpoint):
                 f"this process continues from step {self._step}, the first one from step {first}, and others may "
                 "differ: copy the newest checkpoint to all machines."
             )
+        # best.ckpt may be in another folder, or have been of later steps
+        self.best = trainer.strategy.broadcast(self.best if self._run.best.is_file() else math.inf)
         # here Lightning has set its own, which would end a run between a step and its checkpoint
         main = threading.current_thread() is threading.main_thread()
         for signum in _TO_STOP if main else ():
@@ -136,7 +137,7 @@ class RunControl(Checkpoint):
         if self._received is None:
             self._received, self._since = name, now
             if self._progress and self.table is not None and signum == signal.SIGINT:
-                os.write(2, b"\nStopping after this step. Press Ctrl-C again to stop at once.\n")
+                os.write(2, b"\nStopping after this step or validation. Press Ctrl-C again to stop at once.\n")
         elif signum != signal.SIGTERM or now - self._since >= 1.0:  # a system may send it to a group and to each
             raise Stopped(name, at_once=True)
 

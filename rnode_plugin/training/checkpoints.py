@@ -237,7 +237,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
-            f"{path} cannot be read, it is truncated or no checkpoint: {first_line(error)}"
+            f"{path} cannot be read. It is truncated or not a checkpoint: {first_line(error)}"
         ) from None
     header = contents.get(_KEY) if isinstance(contents, Mapping) else None
     if not isinstance(header, Mapping) or "recipe" not in header or "state_dict" not in contents:

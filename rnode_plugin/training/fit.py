@@ -35,7 +35,7 @@ from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..text import batch_counter
 from .callbacks import MetricsTable, RunControl, SampleGrids, Stopped
-from .checkpoints import load_with_recipe, newest_intact, put_weights
+from .checkpoints import find_checkpoint, load_with_recipe, newest_intact, put_weights
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
 from .runs import RunFolder, RunOptions, RunPlan, checkpoint_to_resume, training_lock
@@ -121,18 +121,19 @@ def fit(
     if options.resume is not None:  # refuses other settings before data are downloaded for them
         checkpoint, contents, recipe = checkpoint_to_resume(options.resume, recipe)
         before = RunFolder.of_checkpoint(checkpoint)  # of the run that continues
+    if recipe.training.weights is not None:
+        find_checkpoint(recipe.training.weights)
+    with explained():
+        place = find_place(trainer_options)
     recipe, data = load_for_training(recipe, download=options.download)
     done = contents["global_step"] if contents else 0
     with quiet(), explained(), ExitStack() as stack:
-        place = find_place(trainer_options)
         plan = RunPlan.of(recipe, len(data.train), place.world)
         if done >= plan.total and (before is None or before.result.exists() or done > plan.total):
             raise ConfigError(
                 f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
             )
-        control = RunControl(
-            recipe, plan, folder=before, max_time=options.max_time, progress=options.progress
-        )  # fmt: skip
+        control = RunControl(recipe, plan, folder=before, max_time=options.max_time, progress=options.progress)
         trainer = make_trainer(
             recipe,
             plan,
@@ -154,7 +155,7 @@ def fit(
             folder = before or _new_folder(recipe, options)
             stack.enter_context(training_lock(folder.path))
             if checkpoint is not None and before is not None:
-                before.continue_from(checkpoint)
+                before.continue_from(checkpoint, done)
             folder.describe(recipe, trainer.strategy.root_device)
             control.folder, control.table = folder, MetricsTable(folder.metrics, keep=done)
             trainer.loggers += [make_logger(name, folder.path) for name in loggers if isinstance(name, str)]
@@ -327,7 +328,7 @@ def explained() -> Iterator[None]:
         ) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise LocalError(
-            f"there is no more memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
+            f"out of memory: {first_line(error).rstrip('.')}. Lower --batch-size and raise --accumulate "
             "by the same factor, or --set solver.gradient=checkpointed."
         ) from error
     except RuntimeError as error:  # of PyTorch: memory of a CPU, a worker or a process that died, a bug

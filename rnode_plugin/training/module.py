@@ -272,9 +272,7 @@ class RnodeModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.flow, self.recipe.optimizer)
-        factor = learning_rate_factor(
-            self.recipe.optimizer, self._planned_steps, matching=self.recipe.matching
-        )  # fmt: skip
+        factor = learning_rate_factor(self.recipe.optimizer, self._planned_steps, matching=self.recipe.matching)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         self._groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

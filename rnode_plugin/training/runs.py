@@ -8,9 +8,10 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..files import write_atomically
 from ..plugins import registry
 from ..recipes.recipe import Recipe
 from ..recipes.task import Task
-from .checkpoints import BEST, LAST, PREVIOUS, newest_intact, recipe_of
+from .checkpoints import BEST, LAST, PREVIOUS, newest_intact, read_checkpoint, recipe_of
 
 LOCK = ".lock"  # held while a run is trained
 DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
@@ -110,7 +111,7 @@ class RunPlan:
         if total <= recipe.matching:
             raise ConfigError(
                 f"training.matching={recipe.matching} leaves none of {total} steps for maximum likelihood: "
-                "raise --max-steps, or lower it."
+                "raise --max-steps or lower training.matching."
             )
         check = training.val_every_steps or training.val_every * per_epoch
         return RunPlan(per_epoch, total, min(check, total))
@@ -194,15 +195,21 @@ class RunFolder:
         """Write ``recipe.json`` and ``environment.json``; remove the results of an earlier part of the run."""
         for name in ("result.json", "samples/best.png", DIAGNOSIS, *_SCORES):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "diagnosis", ignore_errors=True)
         write_json(self.path / "recipe.json", recipe.to_plain())
         write_json(self.path / "environment.json", environment(device))
 
-    def continue_from(self, checkpoint: Path) -> None:
-        """Make a checkpoint of this run the newest one.
+    def continue_from(self, checkpoint: Path, step: int) -> None:
+        """Make a checkpoint of this run the newest one, and remove what later steps than its ``step`` have left.
 
         If the newest one had more steps, a run that is killed soon would continue from it, and ``metrics.csv``
         would lack the steps in between.
         """
+        with suppress(CheckpointError):  # from a file that is missing or damaged
+            if read_checkpoint(self.best)["global_step"] > step:
+                self.best.unlink()
+        for later in (each for each in self.samples.glob("step-*.png") if int(each.stem[5:]) > step):
+            later.unlink()
         if checkpoint.name != LAST:
             contents = checkpoint.read_bytes()
             keep = None if checkpoint.name == PREVIOUS else self.last.with_name(PREVIOUS)
@@ -275,7 +282,7 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
     """
     path, contents = newest_intact(resume)
     if "optimizer_states" not in contents:
-        raise CheckpointError(f"{path} has weights only, from which no training continues.")
+        raise CheckpointError(f"{path} has only weights, so a training cannot be resumed from it.")
     old, new = dict(recipe_of(contents, path).settings()), dict(recipe.settings())
     differ = [name for name in _FIXED if old.get(name) != new.get(name)]
     ends = {settings["training.matching"] for settings in (old, new)}

@@ -92,7 +92,7 @@ def make_trainer(
     with _refusing():
         trainer = L.Trainer(**{**defaults, **options, **place.options, **ours, "plugins": plugins})
     if trainer.world_size != place.world:
-        raise ConfigError("these plugins give another number of processes than devices and num_nodes.")
+        raise ConfigError("the plugins start another number of processes than devices times num_nodes.")
     if settings.precision.startswith("16") and str(trainer.precision).startswith("bf16"):
         raise ConfigError(
             f"training.precision={settings.precision} needs a GPU: on a CPU use 32-true or {trainer.precision}."
