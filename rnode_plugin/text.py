@@ -20,7 +20,7 @@ def duration(seconds: float) -> str:
 
 def significant(value: float, digits: int = 3) -> str:
     """``value`` with so many significant digits; a whole number from ten on without a point."""
-    if abs(value) >= 10 ** (digits - 1) or (value == round(value) and abs(value) >= 10):
+    if abs(value) >= 10 ** (digits - 1) or (abs(value) >= 10 and value == round(value)):
         return f"{value:,.0f}"
     return f"{value:#.{digits}g}".rstrip(".") if value else "0"  # 99.96 becomes 100
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -375,6 +376,7 @@ def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
 
 
 def test_numbers_as_text() -> None:
+    assert [significant(v) for v in (math.inf, math.nan)] == ["inf", "nan"]
     assert [significant(v) for v in (0.0, 0.00123456, 1234.6, 123456.0, 0.5, 1.0, 48.0, 78.5, 99.96, 114.0)] == [
         "0", "0.00123", "1,235", "123,456", "0.500", "1.00", "48", "78.5", "100", "114",
     ]  # fmt: skip

@@ -97,7 +97,7 @@ force = click.option("--force", is_flag=True, help="Overwrite what is there.")
 # options that are a shorter form of a setting of the recipe, which checks their values
 _SHORT: dict[str, tuple[str, str, str]] = {
     "data": ("data.name", "NAME", "Use another data set than the recipe's, such as folder."),
-    "data-root": ("data.root", "PATH", "Folder that holds the data set, or the file of a table. [default: data]"),
+    "data-root": ("data.root", "PATH", "Folder of the data set, or the file of a table. [default: the recipe's]"),
     "size": ("data.size", "N", "Scale the pictures of a folder to this height and width."),
     "given": ("data.given", "COLUMN,COLUMN", "Model the density of the other columns of a table, given these."),
     "batch-size": ("data.batch_size", "N", "Images, or rows, per device and step. [default: the recipe's]"),

@@ -63,7 +63,7 @@ class Values(click.ParamType):
 @click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: the recipe's]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="N",
-              help="Seed of the noise. [default: the run's, which reproduces the numbers at its end]")  # fmt: skip
+              help="Seed of the noise. [default: the run's, which repeats a final evaluation of all]")  # fmt: skip
 @download
 def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: A001 - the command's name
     """Measure RUN, a run folder or a checkpoint, on held-out data: bits/dim of images, NLL of a table, NFE.
@@ -158,7 +158,8 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     )
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     own = RunFolder.of_checkpoint(path)
-    folder = Path(options["out"] or ("diagnosis" if own is None or path != own.best else own.path))
+    own_path = own.path if own is not None and path == own.best else None
+    folder = Path(options["out"] or own_path or free_path(None, "diagnosis", force=False))
     file = save_diagnosis(diagnosis, folder, **head)
     if as_json:
         print_json({**head, **diagnosis.to_plain()})

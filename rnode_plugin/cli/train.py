@@ -70,7 +70,7 @@ def train(
     rnode-cli train mnist-fast --regularizer kinetic=0.05 --max-time 1h
     rnode-cli train --resume runs/mnist-fast/0
 
-    RECIPE is a name or a recipe.json of another run. The run's folder is printed first. It holds the recipe,
+    RECIPE is a name or a recipe.json of another run. The first lines name the run's folder. It holds the recipe,
     metrics, checkpoints and samples. With --resume, RECIPE may be left out. Settings that are given again change
     from there on, and a recipe.json changes all of them.
     """

@@ -87,6 +87,7 @@ def compare(
         DataError: the data set is missing or does not fit the recipe.
         TrainingError: no run can be reported.
     """
+    configured_recipes(recipe, configurations, seeds=seeds)  # refuses names before data are downloaded
     recipe, _ = load_for_training(recipe, download=download)
     training = recipe.training
     if training.max_steps is not None and training.val_every_steps is None:

@@ -101,7 +101,7 @@ def _plan(sources: Sequence[Path]) -> list[_Source]:
     splits: list[str | None] = []
     for one, other in itertools.permutations([source.resolve() for source in sources], 2):
         if one.is_relative_to(other):  # each picture would count twice, perhaps in both parts
-            raise ConfigError(f"{one} is given twice, as it lies in {other}: give each folder once.")
+            raise ConfigError(f"{one} is given twice, because it is inside {other}: give each folder once.")
     for source in sources:
         own = split_named(f"{source.name}/file")  # a folder `train` need not hold another one
         names, others = separated(source, lambda name: is_picture(name) or name.endswith(_BATCH))

@@ -15,9 +15,7 @@ from ..text import counted
 from .images import limited
 from .table_files import LEAVE_OUT, column_names, read_columns
 
-CELLS = (
-    "radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension",
-)  # fmt: skip
+CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
 """Columns of the table that comes along: means over the cell nuclei in an image, in the units of the file."""
 
 _FEWEST = 20  # rows: with fewer, the parts of a split are too small to measure anything
@@ -137,7 +135,7 @@ def table(
     root: str | None = None,
     columns: Sequence[str] = (),
     validation: float = 0.1,
-    held_out: float = 0.1,
+    held_out: float = 0.2,
     split_seed: int = 0,
 ) -> Table:
     """Your own file (--data-root), or 569 cell nuclei of scikit-learn's breast cancer data.

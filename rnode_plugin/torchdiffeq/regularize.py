@@ -96,10 +96,7 @@ def regularize(
     if here.following is not None:
         raise ConfigError("regularize() inside of another regularize() block: give all penalties to one of them.")
     spec = regularizers[0] if len(regularizers) == 1 else list(regularizers)
-    wanted = follow(
-        spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise,
-        quadrature=quadrature,
-    )  # fmt: skip
+    wanted = follow(spec, penalized=penalized, batch_dim=batch_dim, trace_noise=trace_noise, quadrature=quadrature)
     found = ReturnedPenalties(wanted.weighted, absent=_NOT_SEEN)
     trains = False
 
