@@ -158,8 +158,8 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     )
     head = {"checkpoint": str(path), "recipe": recipe.name, "weights": recipe.weights}
     own = RunFolder.of_checkpoint(path)
-    own_path = own.path if own is not None and path == own.best else None
-    folder = Path(options["out"] or own_path or free_path(None, "diagnosis", force=False))
+    default = own.path if own and path == own.best else free_path(None, "diagnosis", force=False)
+    folder = Path(options["out"] or default)
     file = save_diagnosis(diagnosis, folder, **head)
     if as_json:
         print_json({**head, **diagnosis.to_plain()})

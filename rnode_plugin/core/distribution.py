@@ -292,8 +292,9 @@ class DensityModel(nn.Module, ABC):
                 f"{type(noise).__name__} of {len(noise)}."
             )
         for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
-            drawn = self.estimator.draw(x.new_empty(len(x), *shape, device="meta"))
-            expected = None if drawn is None else (tuple(drawn.shape), x.dtype, x.device)
+            one = self.estimator.draw(x.new_empty(1, *shape, device="meta"))  # torch.export cannot draw a batch
+            many = None if one is None else (*one.shape[: -1 - len(shape)], x.shape[0], *shape)
+            expected = many and (many, x.dtype, x.device)
             got = None if probe is None else (tuple(probe.shape), probe.dtype, probe.device)
             if got != expected:
                 raise ConfigError(

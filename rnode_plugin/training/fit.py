@@ -121,7 +121,7 @@ def fit(
     if options.resume is not None:  # refuses other settings before data are downloaded for them
         checkpoint, contents, recipe = checkpoint_to_resume(options.resume, recipe)
         before = RunFolder.of_checkpoint(checkpoint)  # of the run that continues
-    if recipe.training.weights is not None:
+    if recipe.training.weights is not None and contents is None:
         find_checkpoint(recipe.training.weights)
     with explained():
         place = find_place(trainer_options)
