@@ -83,5 +83,5 @@ def test_what_cannot_work_is_refused() -> None:
         NeuralODE(nn.Linear(2, 2), "rk4", regularizers=["hjb"])(z)
     with pytest.raises(ConfigError, match="layers must be a whole number"):
         PotentialField(2, layers=0)
-    with pytest.raises(ConfigError, match="takes states of"):
+    with pytest.raises(ConfigError, match=r"takes states of 3 dimensions, not of shape \("):
         PotentialField(3)(torch.tensor(0.0), z)

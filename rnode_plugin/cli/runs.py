@@ -63,7 +63,7 @@ class Values(click.ParamType):
 @click.option("--batch-size", type=click.IntRange(1), metavar="N",
               help="Images or rows per solve. [default: the recipe's]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="N",
-              help="Seed of the noise. [default: the run's, which repeats a final evaluation of all]")  # fmt: skip
+              help="Seed of the noise. [default: the run's]")  # fmt: skip
 @download
 def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: A001 - the command's name
     """Measure RUN, a run folder or a checkpoint, on held-out data: bits/dim of images, NLL of a table, NFE.

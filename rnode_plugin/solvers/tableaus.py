@@ -39,7 +39,7 @@ def evenly(dt: Tensor, rest: Tensor, sign: float) -> Tensor:
     """
     rest = rest.detach()
     steps = float(rest / dt)
-    if not math.isfinite(steps):  # a step of no length or of none that is known, which ends the solve
+    if not math.isfinite(steps):  # dt is 0 or NaN, and the solve ends
         return dt
     # the last step is cut off at its end, which carries the gradient for the time
     count = count_steps(steps, 1.0)

@@ -57,7 +57,7 @@ class RunControl(Checkpoint):
     Args:
         recipe: the recipe of the run.
         plan: its steps.
-        folder: the folder of a run that is resumed; only the first process needs it.
+        folder: the folder of a run that is resumed, for the advice of an error before ``setup``.
         max_time: seconds from now; None for no limit.
         progress: whether the first process prints a line every ten seconds.
 
