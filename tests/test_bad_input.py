@@ -74,6 +74,7 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     ),
     (["train", "mnist", "--resume", "SHELF/good.ckpt"], 2, r"is a run of digits, not of mnist\. Leave"),
     (["train", "--resume", "SHELF/good.ckpt", "--ffjord"], 2, r"cannot go with --resume"),
+    (["eval", "SHELF/good.ckpt", "--summary"], 2, r"--summary shortens the JSON: add --json"),
     (["eval", "SHELF/code.ckpt"], 1, r"code\.ckpt cannot be read"),
     (["eval", "SHELF/good.ckpt", "--device", "cuda:77"], 2, r"the device 'cuda:77' cannot be used"),
     (["eval", "SHELF/good.ckpt", "--data-root", "\udcff"], 2, r"data\.root: input should be a valid string"),

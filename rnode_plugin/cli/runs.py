@@ -81,6 +81,8 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     from ..evaluation.loading import load_for_evaluation, pick_device
     from ..training.checkpoints import find_checkpoint, load_with_recipe
 
+    if options["summary"] and not as_json:
+        raise click.UsageError("--summary shortens the JSON: add --json.")
     flush_denormals()
     path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))

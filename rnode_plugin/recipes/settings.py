@@ -134,8 +134,7 @@ class Training:
             evaluation and sampling; None for the trained weights themselves.
         max_skipped: steps in a row without a usable gradient after which training stops.
         save_every: steps between two checkpoints. Each validation saves one, too.
-        sample_temperatures: standard deviations of the latent in the grids, one row of images each. A table has one
-            temperature.
+        sample_temperatures: standard deviations of latents in the grids, one row of images each. A table has one.
         sample_images: images per temperature in the grids, or held-out rows and samples in a table's corner plot;
             0 for none.
     """

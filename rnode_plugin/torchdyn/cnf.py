@@ -28,8 +28,7 @@ class CNF(torchdyn_cnf.CNF):
             Hutchinson's estimator, a :class:`~rnode_plugin.core.trace_estimators.TraceEstimator`, one of torchdyn's
             two functions, or a custom function ``(x_out, x_in, noise=...) -> (B,)``.
         noise_dist: distribution of the noise ``(D,)`` with ``sample(shape)``; None: the estimator draws its own.
-        order: order of the differential equation; ``z`` then holds position, velocity, ... along its first
-            dimension.
+        order: order of the differential equation; ``z`` then holds position, velocity, ... in its first dimension.
         event_shape: shape that ``net`` wants for ``z``; None: ``(D,)``.
 
     Raises:

@@ -279,8 +279,7 @@ class TorchdynSystem(BoundDynamics):
         part: the field of that part; None where it is the whole state.
         event_shape: shape of ``z`` where the state holds a lone CNF's trace in front of it. Its net is evaluated,
             so that trace and penalties share the products with its Jacobian.
-        cost: ``integral_loss`` in the first column of the state, as torchdyn has it with gradients through the
-            steps.
+        cost: ``integral_loss`` in the first column of the state, as torchdyn has it with gradients through steps.
         hidden_cost: ``integral_loss`` for an adjoint, whose state has no column for it. Its rate, summed over the
             batch, is the penalty :data:`INTEGRAL_LOSS`.
         counters: attributes of torchdyn's wrappers, whose ``nfe`` counts evaluations.

@@ -168,8 +168,7 @@ def method_from_torchdyn(
 
     A solver of a known family (or a subclass: a hypersolver adds its correction to the same stages) has that
     family's quadrature weights, unless its tableau was changed. Another solver may have an attribute ``weights``,
-    one number per evaluation in a step. Without it, a penalty's rate counts with its value at the start of each
-    step.
+    one number per evaluation in a step. Without it, a penalty's rate counts with its value at a step's start.
 
     Args:
         solver: the object.

@@ -80,8 +80,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
     ``"mnist-pretrained"`` are weights that come with the package.
 
-    Nothing in the file is executed: only tensors and plain values are read, and the model is built again from the
-    recipe.
+    Nothing in the file is executed: only tensors and plain values are read, and the recipe builds the model.
 
     Args:
         path: a folder or file, or the name of weights in the package.

@@ -128,8 +128,7 @@ def _lost(subject: Subject, data: HeldOut, solver: Solver | None) -> Tensor:
 def normalisation(subject: Subject, data: HeldOut) -> Check:
     """The log-density of the model, with exact traces, against the change of variables along the inverse map.
 
-    ``log p(x) = log q(z) - log |det dx/dz|``, with the Jacobian of the whole map from latent to sample by automatic
-    differentiation.
+    ``log p(x) = log q(z) - log |det dx/dz|``, with the Jacobian of the map from latent to sample by autograd.
     """
     if subject.dims > MAX_JACOBIAN:
         return _check(NORMALISATION, "left out", "too large", {}, {}, dims=subject.dims, limit=MAX_JACOBIAN)
