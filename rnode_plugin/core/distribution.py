@@ -294,7 +294,7 @@ class DensityModel(nn.Module, ABC):
         for k, (probe, shape) in enumerate(zip(noise, shapes, strict=True)):
             one = self.estimator.draw(x.new_empty(1, *shape, device="meta"))  # torch.export cannot draw a batch
             many = None if one is None else (*one.shape[: -1 - len(shape)], x.shape[0], *shape)
-            expected = many and (many, x.dtype, x.device)
+            expected = None if many is None else (many, x.dtype, x.device)
             got = None if probe is None else (tuple(probe.shape), probe.dtype, probe.device)
             if got != expected:
                 raise ConfigError(

@@ -286,7 +286,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
     ) -> Tensor:
         policy = self._penalties.policy
         with on_host():
-            times = (self.t_span if t_span is None else t_span).to(like).flip([0] if backward else [])
+            times = (self.t_span if t_span is None else t_span).to(like)
+            times = times.flip(0) if backward else times
             return times if policy is None else policy.times(times, training=training)
 
     def _check(self, x: Any) -> None:
