@@ -1,0 +1,214 @@
+"""Twelve calls of this checkout against another commit: processor time by turns, and whether values are equal.
+
+    python benchmarks/against.py b00e4e6
+
+The other commit is checked out into a temporary worktree. Each tree has a process, and the two take turns, so that
+both meet the same slow and fast moments of a machine. A ratio below 1 means that this checkout is faster. "equal"
+compares outputs and gradients to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parents[1]
+
+
+def cases() -> dict[str, Callable[[], list[object]]]:
+    """The calls by name; each returns tensors to compare."""
+    import torch
+    from torch import Tensor, nn
+
+    from rnode_plugin import NeuralODE, RegularizedCNF, TableFlow, get_recipe, objective
+    from rnode_plugin.torchdiffeq import odeint
+
+    class Field(nn.Module):
+        def __init__(self, dims: int, given: int = 0) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(dims + given + 1, 64), nn.Tanh(), nn.Linear(64, dims))
+
+        def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
+            return self.net(torch.cat([x, *context, t.expand(len(x), 1)], 1))
+
+    torch.manual_seed(0)
+    x, times = torch.randn(256, 2), torch.linspace(0, 1, 2)
+
+    def result(loss: Tensor, module: nn.Module, *more: Tensor) -> list[object]:
+        module.zero_grad()
+        loss.backward()
+        return [loss.detach(), *more, *(p.grad for p in module.parameters())]
+
+    def neural_ode(solver: str, sensitivity: str, names: list[str], **options: Any) -> Callable[[], list[object]]:
+        model = NeuralODE(Field(2), solver=solver, sensitivity=sensitivity, regularizers=names, **options)
+
+        def run() -> list[object]:
+            torch.manual_seed(1)
+            end = model(x, times)[1][-1]
+            return result(end.square().mean() + model.reg_loss(), model, end.detach())
+
+        return run
+
+    def density(estimator: str, context: Tensor | None = None) -> Callable[[], list[object]]:
+        given = 0 if context is None else context.shape[1]
+        model = RegularizedCNF(
+            Field(2, given), event_shape=2, context_shape=given or None, trace_estimator=estimator,
+            regularizers=["kinetic"],
+        )  # fmt: skip
+
+        def run() -> list[object]:
+            torch.manual_seed(1)
+            nll = -model.log_prob(x, context=context).mean()
+            return result(nll + model.reg_loss(), model)
+
+        return run
+
+    def torchdiffeq() -> list[object]:
+        field = Field(2)
+        torch.manual_seed(1)
+        y, penalties = odeint(field, x, times, rtol=1e-3, atol=1e-3, method="dopri5", options={"first_step": 0.1},
+                              regularizers=["kinetic", "jacfrob"])  # fmt: skip
+        return [y.detach(), *(value.detach() for value in penalties.values())]
+
+    def flow(name: str, batch: int, shape: tuple[int, ...], **changes: Any) -> Callable[[], list[object]]:
+        recipe = get_recipe(name)
+        settings = [f"{key}={value}" for key, value in changes.items()]
+        recipe = recipe.override(settings) if settings else recipe
+        torch.manual_seed(0)
+        model = recipe.build_flow()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        inputs = torch.rand(batch, *shape)
+
+        def run() -> list[object]:
+            torch.manual_seed(1)
+            noise = model.draw_noise(batch)
+            output = model(inputs, noise=noise, solver=recipe.solver, penalties=True)
+            latent = -0.5 * output.z.square().flatten(1).sum(1) + output.logdet
+            loss = objective(latent, output.regularization, lambdas=recipe.lambdas, dims=model.dims).loss
+            return result(loss, model)
+
+        return run
+
+    sampled = {"solver.quadrature": "sampled"}
+    full = {"solver.quadrature": "full"}
+    table = TableFlow(2, hidden=64)
+
+    def rows() -> list[object]:
+        torch.manual_seed(1)
+        return result(-table.log_prob(x).mean(), table)
+
+    return {
+        "tsit5, kinetic": neural_ode("tsit5", "autograd", ["kinetic"]),
+        "dopri5, both": neural_ode("dopri5", "autograd", ["kinetic", "jacfrob"]),
+        "dopri5, interpolated adjoint": neural_ode("dopri5", "interpolated_adjoint", ["kinetic", "jacfrob"]),
+        "rk4, adjoint": neural_ode("rk4", "adjoint", ["kinetic", "jacfrob"]),
+        "dopri5, checkpointed": neural_ode("dopri5", "checkpointed", ["kinetic", "jacfrob"]),
+        "density, exact": density("exact"),
+        "density, gaussian, context": density("gaussian", torch.randn(256, 3)),
+        "odeint": torchdiffeq,
+        "table": rows,
+        "digits": flow("digits", 32, (1, 8, 8)),
+        "mnist, sampled": flow("mnist", 2, (1, 28, 28), **sampled),
+        "mnist, full": flow("mnist", 2, (1, 28, 28), **full),
+    }
+
+
+def work() -> None:
+    """Answer each line, the name of a case, with its seconds and a digest of its values."""
+    import torch
+
+    torch.set_num_threads(1)
+    known = cases()
+    for line in sys.stdin:
+        started = time.process_time()
+        values = known[line.strip()]()
+        seconds = time.process_time() - started
+        digest = hashlib.sha256()
+        for value in values:
+            digest.update(value.detach().numpy().tobytes() if isinstance(value, torch.Tensor) else b"-")
+        print(json.dumps([seconds, digest.hexdigest()]), flush=True)
+
+
+class Worker:
+    """A process that runs the cases of one tree."""
+
+    def __init__(self, tree: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, str(Path(__file__).resolve()), "--work"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=tree)
+
+    def run(self, name: str) -> tuple[float, str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(name + "\n")
+        self._process.stdin.flush()
+        seconds, digest = json.loads(self._process.stdout.readline())
+        return seconds, digest
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+NAMES = (
+    "tsit5, kinetic", "dopri5, both", "dopri5, interpolated adjoint", "rk4, adjoint", "dopri5, checkpointed",
+    "density, exact", "density, gaussian, context", "odeint", "table", "digits", "mnist, sampled", "mnist, full",
+)  # fmt: skip
+
+
+def compare(mine: Worker, theirs: Worker, name: str, repeats: int) -> str:
+    """One row: the median ratio, its quartiles, and whether the values are equal."""
+    first = [worker.run(name)[1] for worker in (mine, theirs)]
+    for worker in (mine, theirs):
+        worker.run(name)
+    ratios: list[float] = []
+    for turn in range(repeats):
+        order: Iterable[Worker] = (mine, theirs) if turn % 2 else (theirs, mine)
+        seconds = {id(worker): worker.run(name)[0] for worker in order}
+        ratios.append(seconds[id(mine)] / seconds[id(theirs)])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return f"{name:30} {median:6.3f}  ({low:.3f} to {high:.3f})  {'equal' if len({*first}) == 1 else 'DIFFERENT'}"
+
+
+@click.command()
+@click.argument("commit", default="HEAD")
+@click.option("--repeats", default=15, show_default=True, help="Turns of each case.")
+@click.option("--case", "chosen", multiple=True, type=click.Choice(NAMES), help="Only this case.")
+@click.option("--work", "working", is_flag=True, hidden=True)
+def main(commit: str, repeats: int, chosen: tuple[str, ...], working: bool) -> None:
+    """Compare this checkout with COMMIT."""
+    if working:
+        work()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "--detach", "-q", str(tree), commit], cwd=ROOT, check=True)
+        try:
+            mine, theirs = Worker(ROOT), Worker(tree)
+            print(f"{'case':30}  ratio  (quartiles)        values, this checkout against {commit}")
+            for name in chosen or NAMES:
+                print(compare(mine, theirs, name, repeats), flush=True)
+            mine.close()
+            theirs.close()
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
