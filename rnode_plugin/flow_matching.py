@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, PartField, as_field
+from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_field
 from .core.distribution import check_floating
 from .core.dynamics import Dynamics
 from .core.regularizers import check_batch_dim
 from .core.signature import call_of, time_first
+from .core.surroundings import module_of
+from .core.view import View
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
 from .solvers import Solver, solve
@@ -76,31 +78,27 @@ def penalties_at(
     if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
-    field = call_of(time_first(field))
-    if batch_dim is None:
-        field = PartField(
-            field, part=lambda v: v.unsqueeze(0), replaced=lambda _, z: z.squeeze(0), aux=lambda t, z: {}
-        )
-        z, velocity = z.unsqueeze(0), None if velocity is None else velocity.unsqueeze(0)
+    net, field = module_of(field), call_of(time_first(field))
+    view = None if batch_dim == 0 else View(batch_dim=None)
     if velocity is not None:
-        field = _Evaluated(field, velocity)
-    dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False)
-    return dynamics.bind(dynamics.draw(z)).evaluate(t, z).penalties
+        field = _Evaluated(field, velocity, view)
+    dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net)
+    return dynamics.bind(dynamics.draw(dynamics.door.part(z))).evaluate(t, z).penalties
 
 
 class _Evaluated(AutogradField):
     """A field whose velocity at the points is known."""
 
-    def __init__(self, field: Callable[..., Tensor], velocity: Tensor) -> None:
-        super().__init__(field)
+    def __init__(self, field: Callable[..., Tensor], velocity: Tensor, view: View | None) -> None:
+        super().__init__(field, view=view)
         self._velocity = velocity
 
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
-        return (
-            Linearization(self._velocity)
-            if ask == VELOCITY
-            else as_field(self._field).linearize(t, z, noise, ask=ask)
-        )
+        if ask == VELOCITY:
+            return Linearization(self._velocity)
+        if self.view is None:
+            return as_field(self._field).linearize(t, z, noise, ask=ask)
+        return super().linearize(t, z, noise, ask=ask)
 
 
 class ODESolver:

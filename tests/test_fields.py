@@ -150,7 +150,7 @@ def field_of(module: Any, z: Tensor) -> Any:
 def by_linearize(field: Any, t: Tensor, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
     """All that a field gives, from passes that ask for it together and alone."""
     ask_all, ask_noise, ask_jvp = Ask("rows", jvp=True, divergence=True), Ask("noise", jvp=True), Ask(jvp=True)
-    dz, rows, jvp, divergence, _ = field.linearize(t, z, ask=ask_all)
+    dz, rows, jvp, divergence = field.linearize(t, z, ask=ask_all)[:4]
     with_noise, alone = field.linearize(t, z, noise, ask=ask_noise), field.linearize(t, z, ask=ask_jvp)
     several = field.linearize(t, z, torch.stack([noise, z]), ask=Ask("noise")).products
     both = field.linearize(t, z, noise, ask=Ask("noise", divergence=True)).products

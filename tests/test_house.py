@@ -62,7 +62,7 @@ def digits() -> Callable[[], object]:
 
 @pytest.mark.parametrize(
     ("make", "files", "functions"),
-    [(neural_ode, 19, 92), (log_prob, 20, 98), (digits, 24, 133)],
+    [(neural_ode, 23, 114), (log_prob, 23, 118), (digits, 26, 147)],
     ids=["NeuralODE", "log_prob", "digits"],
 )
 def test_a_call_is_short(make: Callable[[], Callable[[], object]], files: int, functions: int) -> None:

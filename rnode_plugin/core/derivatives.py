@@ -9,14 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..errors import ConfigError
-from .modes import exporting, transforms_active
+from .modes import exporting, next_number, transforms_active
+from .second_derivatives import check_second_derivative
+from .surroundings import Surroundings
+from .view import View
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """A vector field ``f(t, z)``: time, a scalar tensor, and state ``(B, *event)`` to velocity ``(B, *event)``."""
@@ -33,12 +39,14 @@ class Ask(NamedTuple):
         jvp: whether derivatives along directions are wanted.
         divergence: whether the exact divergence is wanted.
         aux: whether values that the field offers by name are wanted.
+        pull: whether products with further vectors are wanted.
     """
 
     products: Literal["", "noise", "rows"] = ""
     jvp: bool = False
     divergence: bool = False
     aux: bool = False
+    pull: bool = False
 
 
 VELOCITY = Ask()
@@ -57,6 +65,7 @@ class Linearization(NamedTuple):
         jvp: ``(v, dt)`` to ``df/dz v + dt df/dt``, ``v`` and the result of the shape of ``z``.
         divergence: exact ``div f``, ``(B,)``.
         aux: values by name, such as ``"potential_rate"``, the ``(B,)`` of a potential's d/dt that ``hjb`` reads.
+        pull: ``v`` to ``v^T df/dz``, ``v`` and the result of the shape of ``z``.
     """
 
     dz: Tensor
@@ -64,6 +73,7 @@ class Linearization(NamedTuple):
     jvp: DirectionalDerivative | None = None
     divergence: Tensor | None = None
     aux: Mapping[str, Tensor] | None = None
+    pull: Callable[[Tensor], Tensor] | None = None
 
 
 @runtime_checkable
@@ -89,16 +99,39 @@ class Field(Protocol):
         ...
 
 
-def as_field(field: Velocity) -> Field:
-    """``field`` itself if it implements the protocol, else an :class:`AutogradField` of it."""
-    return field if isinstance(field, Field) else AutogradField(field)
+def as_field(field: Velocity, view: View | None = None) -> Field:
+    """``field`` itself if it implements the protocol for all of the state, else an :class:`AutogradField` of it."""
+    if isinstance(field, AutogradField) and field.view is view:
+        return field
+    if view is None and isinstance(field, Field):
+        return field
+    return AutogradField(field, view=view)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of ``module`` may do more than its class does: it has hooks, or another forward method."""
+    """Whether a call of ``module`` may do more than its class does: it has hooks, or another forward method.
+
+    Hooks of all modules count too, except torch's own, which count operations and leave values.
+    """
     own = vars(module)
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(own.get(name) for name in names) or "forward" in own
+    return any(own.get(name) for name in names) or "forward" in own or _global_hooks()
+
+
+def _global_hooks() -> bool:
+    # torch has no public names for these
+    of_torch = nn.modules.module
+    hooks = (*of_torch._global_forward_hooks.values(), *of_torch._global_forward_pre_hooks.values())
+    return any(not getattr(hook, "__module__", "").startswith("torch.") for hook in hooks)
+
+
+class _Known:
+    """What is known about a field, so that no evaluation finds it out again."""
+
+    __slots__ = ("ignores_state", "samples_are_apart", "twice_differentiable")
+
+    def __init__(self) -> None:
+        self.ignores_state = self.samples_are_apart = self.twice_differentiable = False
 
 
 class AutogradField:
@@ -109,34 +142,74 @@ class AutogradField:
     is right for custom autograd Functions, for which nested forward mode silently gives zero. A field that cuts its
     graph is refused, and so is the exact Jacobian of a field that mixes samples.
 
-    A subclass overrides the call. If it passed a bound method as the function, each solve would make a reference
-    cycle.
+    Subclasses override ``__call__``. Do not pass ``self.method`` as the function: it would create a reference cycle
+    in every solve.
 
     Args:
         field: the function.
+        view: the part of the state to differentiate by, whose velocity is differentiated; None: all of it. The
+            ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the part.
         aux: maps ``(t, z)`` to values by name that the field offers. None takes the function's method ``aux``, if
             it has one.
+        around: what the function reads and changes beside its arguments.
     """
 
     def __init__(
-        self, field: Velocity, *, aux: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
+        self,
+        field: Velocity,
+        *,
+        view: View | None = None,
+        aux: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None,
+        around: Surroundings | None = None,
     ) -> None:
-        self._field = field
+        self._field, self.view = field, view
         self._aux = getattr(field, "aux", None) if aux is None else aux
-        self._ignores_state = False
-        self._samples_are_apart = False
+        self._around = Surroundings() if around is None else around
+        self._known = _Known()
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         return self._field(t, z)
+
+    def inside(self, around: Surroundings) -> Self:
+        """This field with other surroundings."""
+        twin = copy.copy(self)
+        twin._around = around
+        return twin
 
     def linearize(self, t: Tensor, z: Tensor, noise: Tensor | None = None, *, ask: Ask = VELOCITY) -> Linearization:
         aux = None
         if ask.aux:
             aux = {} if self._aux is None else self._aux(t, z)
-        if not (ask.products or ask.jvp or ask.divergence):
+        if not (ask.products or ask.jvp or ask.divergence or ask.pull):
             return Linearization(self(t, z), aux=aux)
+        view = self.view
+        if view is None:
+            return self._differentiate(self, t, z, noise, ask, aux)
+        velocities: list[Any] = []
+
+        def part(t: Tensor, x: Tensor) -> Tensor:
+            velocities.append(self(t, view.into(z, x)))
+            return view.of(velocities[-1])
+
+        found = self._differentiate(part, t, view.of(z), noise, ask, aux)
+        whole = velocities[0]
+        if not torch.is_grad_enabled():  # a product has made a graph
+            whole = tuple(map(without_graph, whole)) if view.is_tuple else without_graph(whole)
+        return found._replace(dz=whole)
+
+    def _differentiate(
+        self,
+        f: Velocity,
+        t: Tensor,
+        z: Tensor,
+        noise: Tensor | None,
+        ask: Ask,
+        aux: Mapping[str, Tensor] | None,
+    ) -> Linearization:
+        """Velocity and derivatives of ``f``, which is this field or the part of it that the view shows."""
         if transforms_active():
-            return self._in_transform(t, z, noise, ask, aux)
+            return _in_transform(f, t, z, noise, ask)._replace(aux=aux)
+        known = self._known
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         several = ask.products == "rows" or ask.divergence or (noise is not None and noise.ndim > z.ndim)
         with torch.inference_mode(False), torch.enable_grad():
@@ -144,30 +217,46 @@ class AutogradField:
                 t, z = _as_variables(t, z, keep=keep)
             else:
                 t, z = _usable(t), _as_variable(z, keep=keep)
-            dz = self(t, z)
+            looks = not known.twice_differentiable and (keep or ask.jvp)
+            start = next_number(z) if looks else 0
+            dz = f(t, z)
+            if looks:
+                known.twice_differentiable = check_second_derivative(
+                    dz, z, start, self._beside(f, t, z), t, net=self._around.net, jvp=ask.jvp
+                )
 
             def pull(v: Tensor) -> Tensor:
                 """``v^T d(dz)/dz``; zero for a field that ignores its state."""
                 vjp = None
                 if dz.requires_grad:
-                    retain = keep or several or ask.jvp
+                    retain = keep or several or ask.jvp or ask.pull
                     v = _usable(v).to(dz.dtype)
                     vjp = torch.autograd.grad(dz, z, v, retain, create_graph=keep, allow_unused=True)[0]
-                return self._zero(t, z, dz) if vjp is None else vjp
+                return self._zero(f, t, z, dz) if vjp is None else vjp
 
             products, divergence = _products(ask, z, noise, pull)
-            if (ask.products == "rows" or ask.divergence) and not self._samples_are_apart:
+            if (ask.products == "rows" or ask.divergence) and not known.samples_are_apart:
                 _refuse_mixed_samples(z, dz)
-                self._samples_are_apart = True
+                known.samples_are_apart = True
         jvp = None
         if ask.jvp:
-            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(t, z, dz))
+            jvp = _double_reverse(dz, t, z, keep=keep, zero=lambda: self._zero(f, t, z, dz))
+        found = dz
         if not keep:
-            dz = without_graph(dz)
+            found = without_graph(dz)
             products = None if products is None else without_graph(products)
-        return Linearization(dz, products, jvp, divergence, aux)
+        return Linearization(found, products, jvp, divergence, aux, _later(pull, keep=keep) if ask.pull else None)
 
-    def _zero(self, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+    def _beside(self, f: Velocity, t: Tensor, z: Tensor) -> Velocity:
+        """``f`` at other states, without a trace of the evaluation in the net or in the random numbers."""
+
+        def beside(time: Tensor, state: Tensor) -> Tensor:
+            with self._around.aside(z):
+                return f(time, state)
+
+        return beside
+
+    def _zero(self, f: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         """The product with the Jacobian of a field whose graph does not reach its state: zero.
 
         That is right for a field that ignores its state. A second evaluation at another state shows whether it
@@ -176,66 +265,53 @@ class AutogradField:
         Raises:
             ConfigError: if the velocity is different there.
         """
-        if self._ignores_state or z.is_meta:
+        if self._known.ignores_state or z.is_meta:
             return torch.zeros_like(z)
         with torch.no_grad():
             state = z.detach()
             # another value in each entry, so that no symmetry of the field hides the change
             shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
             moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
-            there = copy.copy(self)(t.detach(), moved)  # a copy: this evaluation is not the solve's
+            there = self._beside(f, t, z)(t.detach(), moved)
         if not torch.equal(there, dz):
             raise ConfigError(
                 "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would "
                 "count as zero in jacfrob and in a trace. Let the field run with gradients, or follow penalties "
                 "that need no Jacobian, such as kinetic."
             )
-        self._ignores_state = bool(dz.any())  # where all is zero nothing can be seen
+        self._known.ignores_state = bool(dz.any())  # where all is zero nothing can be seen
         return torch.zeros_like(z)
 
-    def _in_transform(
-        self, t: Tensor, z: Tensor, noise: Tensor | None, ask: Ask, aux: Mapping[str, Tensor] | None
-    ) -> Linearization:
-        """The same inside a transform of ``torch.func``, where autograd's own functions fail."""
-        if not ask.jvp:
-            dz, pull = torch.func.vjp(lambda z: self(t, z), z)[:2]
-            products, divergence = _products(ask, z, noise, lambda v: pull(v.to(dz.dtype))[0])
-            return Linearization(dz, products, None, divergence, aux)
-        dz, pull = torch.func.vjp(self, t, z)[:2]
-        products, divergence = _products(ask, z, noise, lambda v: pull(v.to(dz.dtype))[1])
 
-        def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
-            transpose = torch.func.vjp(pull, torch.zeros_like(dz))[1]
-            return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
+def _later(pull: Callable[[Tensor], Tensor], *, keep: bool) -> Callable[[Tensor], Tensor]:
+    """``pull`` for a call after its evaluation, in any grad mode."""
 
-        return Linearization(dz, products, jvp, divergence, aux)
+    def later(v: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            found = pull(v)
+        return found if keep else without_graph(found)
+
+    return later
 
 
-class PartField(AutogradField):
-    """The field of a part of the state. The rest of the state is constant at each evaluation.
+def _in_transform(f: Velocity, t: Tensor, z: Tensor, noise: Tensor | None, ask: Ask) -> Linearization:
+    """Velocity and derivatives inside a transform of ``torch.func``, where autograd's own functions fail."""
+    if not ask.jvp:
+        dz, pull_z = torch.func.vjp(lambda z: f(t, z), z)[:2]
 
-    Args:
-        field: the field of the whole state.
-        part: maps a state, or its velocity, to the part ``(B, *event)``.
-        replaced: maps ``(state, z)`` to the state with ``z`` as that part.
-        aux: as for :class:`AutogradField`.
+        def pull(v: Tensor) -> Tensor:
+            return pull_z(v.to(dz.dtype))[0]
 
-    Attributes:
-        state: the whole state of the evaluation.
-        velocity: the whole velocity, once the field was evaluated there.
-    """
+        products, divergence = _products(ask, z, noise, pull)
+        return Linearization(dz, products, None, divergence, pull=pull)
+    dz, pull_both = torch.func.vjp(f, t, z)[:2]
+    products, divergence = _products(ask, z, noise, lambda v: pull_both(v.to(dz.dtype))[1])
 
-    def __init__(
-        self, field: Any, *, part: Callable[[Any], Tensor], replaced: Callable[[Any, Tensor], Any], aux: Any = None
-    ) -> None:
-        super().__init__(field, aux=aux)
-        self.part, self._replaced = part, replaced
-        self.state: Any = None
-        self.velocity: Any = None
+    def jvp(v: Tensor, dt: float = 0.0) -> Tensor:
+        transpose = torch.func.vjp(pull_both, torch.zeros_like(dz))[1]
+        return transpose((torch.full_like(t, dt), v.to(z.dtype)))[0]
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        self.velocity = self._field(t, self._replaced(self.state, z))
-        return self.part(self.velocity)
+    return Linearization(dz, products, jvp, divergence, pull=lambda v: pull_both(v.to(dz.dtype))[1])
 
 
 def total_derivative(field: Velocity, t: Tensor, z: Tensor, order: int) -> Tensor:

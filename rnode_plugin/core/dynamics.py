@@ -2,14 +2,13 @@
 
 A solve integrates :class:`Dynamics`, whose noise is fixed by ``bind``. Each evaluation passes through the field
 once and makes one product with the Jacobian at most. Rates read a
-:class:`~rnode_plugin.core.dynamics.FieldEvaluation`; :class:`PathPenalties` holds the penalties of steps and
-trajectories, which the solver calls.
+:class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`; :class:`PathPenalties` holds the penalties of steps
+and trajectories, which the solver calls.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..errors import ConfigError, PluginError, RnodeError
 from .derivatives import RATES, VELOCITY, Ask, AutogradField, Velocity, as_field
-from .field_evaluation import FieldEvaluation
+from .door import Door
+from .field_evaluation import FieldEvaluation, Record
 from .regularizers.base import Regularizer, StepRecord, Trajectory, needs_of
-from .trace_estimators import Exact, Hutchinson, HutchPlusPlus, Linearize, TraceEstimator, get_estimator
+from .surroundings import module_of
+from .trace_estimators import Difference, Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
+from .view import View
 
 
 class Rates(NamedTuple):
@@ -47,8 +50,10 @@ class BoundDynamics(ABC):
         path: the penalties of steps and trajectories; None if there are none.
         divergence: whether a density is followed, so that rates have a log-determinant.
         inner_autograd: whether an evaluation differentiates inside, which a checkpoint must allow for.
+        held: names of the rates whose gradient by the times is wrong through the steps of a solve.
     """
 
+    held: Sequence[str] = ()
     path: PathPenalties | None = None
     divergence: bool = False
     inner_autograd: bool = True
@@ -68,8 +73,22 @@ class BoundDynamics(ABC):
         return ()
 
     def repeating(self) -> AbstractContextManager[Any]:
-        """Around evaluations that repeat others."""
+        """Context for evaluations that recompute earlier ones, as a backward pass does: they leave no trace."""
         return nullcontext()
+
+
+def refuse_held(held: Sequence[str], t: Tensor) -> None:
+    """Refuse times with a gradient through the steps of a solve, for penalties that hold a part of themselves.
+
+    Raises:
+        ConfigError: for the ``held`` penalties, if ``t`` has a graph or a tangent.
+    """
+    if held and (t.requires_grad or forward_ad.unpack_dual(t).tangent is not None):
+        raise ConfigError(
+            f"{held[0]!r} has no gradient by the times of a solve that is differentiated through its steps, and "
+            "these times require one (learned_end_time, or t_span with a graph): use the sensitivity 'adjoint' "
+            "(odeint_adjoint), the penalty 'total_derivative', or times without a gradient (t.detach())."
+        )
 
 
 class FunctionDynamics(BoundDynamics):
@@ -164,9 +183,12 @@ class Dynamics(BoundDynamics):
         estimator: ``"gaussian"``, ``"rademacher"``, ``"exact"``, see
             :func:`~rnode_plugin.core.trace_estimators.get_estimator`, or an object.
         divergence: whether a density is followed (a continuous normalizing flow) or the state alone.
-        event: takes from a state what step and trajectory penalties are about; None: all of it.
+        view: the part of the state that penalties measure; None: all of it.
+        event: takes from a state of the solve what step and trajectory penalties measure; None: the view's part.
+        net: the module that the field calls; None: the field, if it is one.
 
     Attributes:
+        door: evaluates the field.
         rates: the rates that are integrated, by the key of their integral.
         needs: what they read of an evaluation.
         needs_products: whether an evaluation makes products with the Jacobian.
@@ -191,9 +213,12 @@ class Dynamics(BoundDynamics):
         regularizers: Iterable[Regularizer] = (),
         estimator: str | TraceEstimator = "gaussian",
         divergence: bool = True,
+        view: View | None = None,
         event: Callable[[Tensor], Tensor] | None = None,
+        net: nn.Module | None = None,
     ) -> None:
-        self.field = as_field(field)
+        self.field = as_field(field, view)
+        self.net, self._view = module_of(field) if net is None else net, view
         self.estimator = estimator if isinstance(estimator, TraceEstimator) else get_estimator(estimator)
         self.regularizers = tuple(regularizers)
         self.divergence = divergence
@@ -221,24 +246,31 @@ class Dynamics(BoundDynamics):
                 [r for r in kinds["step"] if not r.local],
                 [r for r in kinds["step"] if r.local],
                 kinds["trajectory"],
-                event=event or (lambda state: state),
+                event=event or (view.of if view is not None else lambda state: state),
                 rates=self.rates,
                 hidden=frozenset(hidden),
             )
         self.needs = needs_of(self.rates.values())
+        self.held = [rate.name for rate in self.rates.values() if not rate.time_gradient]
         self.needs_products = divergence or "vjp" in self.needs
-        self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus))
-        by_autograd = isinstance(self.field, AutogradField)
+        self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus, Difference))
+        by_autograd = isinstance(self.field, AutogradField) and self.estimator.asks != ""
         self.inner_autograd = "jvp" in self.needs or (self.needs_products and by_autograd)
-        of_rates = Ask(jvp="jvp" in self.needs, aux="aux" in self.needs)
         # the exact divergence alone is asked for without its rows: some fields know it in closed form
         closed = "vjp" not in self.needs and type(self.estimator) is Exact
-        self._pass: Linearize
-        if self.needs_products and not closed:
-            self._pass = self.estimator.bind(self.field, of_rates)
-        else:
-            ask = of_rates._replace(divergence=divergence)
-            self._pass = functools.partial(self.field.linearize, ask=ask)
+        self._estimates = self.needs_products and not closed
+        self._ask = Ask(
+            jvp="jvp" in self.needs,
+            aux="aux" in self.needs,
+            divergence=divergence and not self._estimates,
+            pull="vjp" in self.needs,
+            products=self.estimator.asks if self._estimates else "",
+        )
+        self.door = self._open()
+
+    def _open(self) -> Door:
+        repeats = self.estimator.repeats or any(r.repeats or "field" in r.needs for r in self.rates.values())
+        return Door(self.field, self.net, view=self._view, repeats=repeats)
 
     def parameters(self) -> Iterable[Tensor]:
         """The parameters of the field and of all regularizers that are modules, each once."""
@@ -252,15 +284,18 @@ class Dynamics(BoundDynamics):
     def bind(self, noise: Tensor | None) -> Dynamics:
         """The system with its ``noise`` fixed, as :meth:`draw` gives it, ready to be integrated."""
         bound = copy.copy(self)
-        bound.noise = noise
+        bound.noise, bound.door = noise, self._open()
         return bound
 
-    def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
+    def repeating(self) -> AbstractContextManager[None]:
+        return self.door.repeating()
+
+    def evaluate(self, t: Tensor, z: Any, ask: Ask = RATES) -> Rates:
         """The right-hand side at one time.
 
         Args:
             t: the time, a scalar.
-            z: the state ``(B, *event)``.
+            z: the state ``(B, *event)``; with a view, what the view is one of, and so is the velocity.
             ask: ``RATES`` or ``VELOCITY``, see :meth:`BoundDynamics.evaluate`.
 
         Raises:
@@ -274,8 +309,17 @@ class Dynamics(BoundDynamics):
                 "the trace needs noise: solve with dynamics.bind(dynamics.draw(z)); a CNF draws it in "
                 "rnode_plugin.NeuralODE, or has a noise_dist."
             )
-        found = self._pass(t, z, noise) if ask == RATES else self.field.linearize(t, z, noise, ask=VELOCITY)
-        dz, rows, jvp, known, aux = found
+        door = self.door
+        if ask != RATES:
+            found = door.evaluate(t, z)
+        elif self._estimates:
+            found = self.estimator.linearize(door, t, z, noise, self._ask)
+        else:
+            found = door.evaluate(t, z, self._ask, noise)
+        whole, rows, jvp, known, aux, pull = found
+        state, dz = z, whole
+        if self._view is not None:
+            z, dz = self._view.of(state), self._view.of(whole)
         if dz.shape != z.shape:
             raise ConfigError(
                 f"the vector field returned shape {tuple(dz.shape)} for a state of shape {tuple(z.shape)}; f(t, z) "
@@ -283,18 +327,17 @@ class Dynamics(BoundDynamics):
             )
         # under autocast the field runs in low precision; everything that is summed does not
         dz = dz.to(z.dtype)
-        rows = None if rows is None else rows.to(z.dtype)
-        evaluation = FieldEvaluation(
-            t, z, dz, noise, rows, self.estimator, self.field if self.needs else None, jvp, aux
+        record = Record(
+            t, state, z, dz, noise, None if rows is None else rows.to(z.dtype), self.estimator, door, jvp, pull, aux
         )
         dlogdet = None
         if self.divergence and ask == RATES:
-            dlogdet = evaluation.divergence() if known is None else known.to(z.dtype)
+            dlogdet = record.divergence() if known is None else known.to(z.dtype)
         penalties: dict[str, Tensor] = {}
         for key, rate in self.rates.items():
             if not rate.needs or ask == RATES:
-                penalties[key] = _checked(rate, evaluation, (z, dz), z)
-        return Rates(dz, dlogdet, penalties)
+                penalties[key] = _checked(rate, FieldEvaluation(record, rate.needs), (z, dz), z)
+        return Rates(dz if self._view is None else whole, dlogdet, penalties)
 
 
 _WRITES = (
@@ -320,6 +363,11 @@ def _checked(regularizer: Any, record: Any, untouched: Sequence[Tensor], like: T
         if type(error).__module__ == "torch.utils.checkpoint":
             raise  # torch ends the second run of a checkpointed step by it
         text = " ".join(str(error).split())
+        if "appears to not have been used in the graph" in text or "does not require grad" in text:
+            text += (
+                ". If the regularizer differentiates dz by z, let it declare needs={'vjp'}, as in "
+                "FunctionRegularizer(name, function, needs={'vjp'}), and read evaluation.vjp(v)"
+            )
         raise PluginError(f"the regularizer {regularizer.name!r} raised {type(error).__name__}: {text}") from error
     for x, before in zip(untouched, versions, strict=True):
         if before is not None and x._version != before:

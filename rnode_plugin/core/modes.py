@@ -81,6 +81,15 @@ def read(x: Tensor) -> Any:
         return None
 
 
+def next_number(x: Tensor) -> int:
+    """The number that the next node of a graph gets; ``x`` is any tensor that requires a gradient.
+
+    torch numbers the nodes of its graphs in the order of their creation, but keeps the number private.
+    """
+    node: Any = (x * 1).grad_fn
+    return node._sequence_nr()
+
+
 @contextmanager
 def outside_inference(*values: Any) -> Iterator[tuple[Any, ...]]:
     """A block outside of inference mode, for solves of fields that differentiate; it gives what it was given.

@@ -6,21 +6,17 @@ Both come from the same products ``v^T J`` with ``J = df/dz``, taken for probe v
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, check_count, suggest
 from .chains import sum_products, sum_squares
-from .derivatives import VELOCITY, Ask, Linearization, Velocity, as_field, trace_of_rows, unit_vectors
-
-Linearize = Callable[[Tensor, Tensor, "Tensor | None"], Linearization]
-"""One pass over a field: time, state and noise to what was asked for."""
+from .derivatives import VELOCITY, Ask, Linearization, trace_of_rows, unit_vectors
+from .door import Door
 
 _NOISES = ("gaussian", "rademacher")
 
@@ -44,23 +40,35 @@ class Probes(NamedTuple):
 class TraceEstimator(ABC):
     """How to obtain the divergence and the Frobenius norm from products with the Jacobian.
 
-    :meth:`draw` is called once per solve, :meth:`bind` once per field. The function that :meth:`bind` returns is
-    called at every evaluation and gives the velocity and the products, which the other methods reduce.
+    :meth:`draw` is called once per solve. :meth:`linearize` is called at every evaluation and gives the velocity
+    and the products, which the other methods reduce.
 
     Attributes:
-        asks: the products that a field computes for it, ``"noise"`` or ``"rows"``; see
-            :class:`~rnode_plugin.core.derivatives.Ask`.
+        asks: the products that a field computes for it, ``"noise"`` or ``"rows"``, see
+            :class:`~rnode_plugin.core.derivatives.Ask`; ``""`` for one that needs none.
+        repeats: whether :meth:`linearize` evaluates the field more than once.
     """
 
-    asks: ClassVar[Literal["noise", "rows"]] = "noise"
+    asks: ClassVar[Literal["", "noise", "rows"]] = "noise"
+    repeats: ClassVar[bool] = False
 
     @abstractmethod
     def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor | None:
         """Noise for one solve from the state ``z (B, *event)``, from ``generator``; None if none is needed."""
 
-    def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
-        """The pass ``(t, z, noise) -> Linearization`` over a field: the products, and what ``ask`` names."""
-        return functools.partial(as_field(field).linearize, ask=ask._replace(products=self.asks))
+    def linearize(
+        self, door: Door, t: Tensor, state: Any, noise: Tensor | None = None, ask: Ask = VELOCITY
+    ) -> Linearization:
+        """One evaluation of a field: velocity, products, and what ``ask`` names.
+
+        Args:
+            door: evaluates the field.
+            t, state: where.
+            noise: as :meth:`draw` gives it.
+            ask: what is wanted in addition to the products, which it may name as :attr:`asks`.
+        """
+        ask = ask if ask.products == self.asks else ask._replace(products=self.asks)
+        return door.evaluate(t, state, ask, noise)
 
     @abstractmethod
     def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
@@ -93,11 +101,13 @@ class Hutchinson(TraceEstimator):
 
     Example:
         >>> import torch
+        >>> from rnode_plugin.core.derivatives import AutogradField
+        >>> from rnode_plugin.core.door import Door
         >>> estimator = Hutchinson("rademacher")
-        >>> evaluate = estimator.bind(lambda t, z: torch.tensor([1.0, 2.0]) * z)
+        >>> door = Door(AutogradField(lambda t, z: torch.tensor([1.0, 2.0]) * z))
         >>> z = torch.ones(3, 2)
         >>> noise = estimator.draw(z)
-        >>> found = evaluate(torch.tensor(0.0), z, noise)
+        >>> found = estimator.linearize(door, torch.tensor(0.0), z, noise)
         >>> estimator.divergence(found.products, noise)  # signs are exact if the Jacobian is diagonal
         tensor([3., 3., 3.])
     """
@@ -135,7 +145,8 @@ class HutchPlusPlus(TraceEstimator):
     ``S`` of ``rank`` columns, the trace is ``tr(Q^T J Q)`` plus Hutchinson's estimate of the rest with probes
     ``(I - Q Q^T) g``. ``Q`` is found again at each evaluation and detached. Value and gradient stay unbiased, as
     they are for any fixed ``Q``, and the gradient of the QR decomposition, not finite at ``J = 0``, is not needed.
-    An evaluation makes three products per rank, because there are as many probes ``g`` as columns of ``S``.
+    An evaluation makes three products per rank, because there are as many probes ``g`` as columns of ``S``, and
+    passes through the field twice.
 
     Args:
         rank: columns of ``S``; less than the number of dimensions.
@@ -147,6 +158,8 @@ class HutchPlusPlus(TraceEstimator):
         ConfigError: for another kind of noise or a rank below 1; when drawn, for a rank that is not smaller than
             the number of dimensions.
     """
+
+    repeats = True
 
     def __init__(self, rank: int = 2, *, noise: str = "rademacher") -> None:
         self.noise = _known(noise)
@@ -163,21 +176,18 @@ class HutchPlusPlus(TraceEstimator):
             )
         return _draw(self.noise, torch.Size([2 * self.rank, *z.shape]), z, generator)
 
-    def bind(self, field: Velocity, ask: Ask = VELOCITY) -> Linearize:
-        field, ask = as_field(field), ask._replace(products="noise")
-
-        def linearize(t: Tensor, z: Tensor, noise: Tensor | None) -> Linearization:
-            assert noise is not None
-            with torch.no_grad():
-                sketch = field.linearize(t, z.detach(), noise[: self.rank], ask=Ask("noise")).products
-                assert sketch is not None
-                vectors = self._directions(sketch, noise[self.rank :]).detach()  # forward mode sees no_grad
-            found = field.linearize(t, z, vectors, ask=ask)
-            rows = found.products
-            assert rows is not None
-            return found._replace(products=torch.stack([vectors.to(rows.dtype), rows]))
-
-        return linearize
+    def linearize(
+        self, door: Door, t: Tensor, state: Any, noise: Tensor | None = None, ask: Ask = VELOCITY
+    ) -> Linearization:
+        assert noise is not None
+        with torch.no_grad():
+            sketch = door.evaluate(t, state, Ask("noise"), noise[: self.rank]).products
+            assert sketch is not None
+            vectors = self._directions(sketch, noise[self.rank :]).detach()  # forward mode sees no_grad
+        found = door.again(t, state, ask._replace(products="noise"), vectors)
+        rows = found.products
+        assert rows is not None
+        return found._replace(products=torch.stack([vectors.to(rows.dtype), rows]))
 
     def _directions(self, sketch: Tensor, noise: Tensor) -> Tensor:
         """``Q`` and projected noise, ``(2 rank, B, *event)``, from ``J^T S`` and ``g``, ``(rank, B, *event)``."""
@@ -199,9 +209,11 @@ class Exact(TraceEstimator):
 
     Example:
         >>> import torch
+        >>> from rnode_plugin.core.derivatives import AutogradField
+        >>> from rnode_plugin.core.door import Door
         >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> evaluate = Exact().bind(lambda t, z: z @ matrix.T)
-        >>> rows = evaluate(torch.tensor(0.0), torch.ones(1, 2), None).products
+        >>> door = Door(AutogradField(lambda t, z: z @ matrix.T))
+        >>> rows = Exact().linearize(door, torch.tensor(0.0), torch.ones(1, 2)).products
         >>> Exact().divergence(rows, None), Exact().squared_frobenius(rows, None)
         (tensor([5.]), tensor([30.]))
     """
@@ -225,6 +237,89 @@ class Exact(TraceEstimator):
         return sum_squares(products.transpose(0, 1))
 
 
+class Difference(TraceEstimator):
+    """Hutchinson's estimator by differences of the velocity instead of products with the Jacobian.
+
+    With signs ``e`` and ``s`` a small length, ``d = (f(z + s e) - f(z - s e)) / (2 s)`` is ``J e`` up to an error
+    of order ``s^2``. ``e . d`` estimates the divergence and ``||d||^2`` the squared Frobenius norm, whose mean over
+    ``e`` is the mean of ``||e^T J||^2``. A gradient takes one backward pass through the field and no second
+    derivative. So it works for attention kernels, compiled nets and layers whose backward pass cannot be
+    differentiated.
+
+    ``s`` is ``2 eps^(1/3)`` times the root mean square of a sample's state, with ``eps`` the machine epsilon: 0.01
+    in single precision. There truncation and rounding are about equally large. Half precision is refused.
+
+    Args:
+        probes: number of probe vectors, two more evaluations each.
+
+    The noise is as for :class:`Hutchinson`. Penalties that compare ``e^T J`` with ``J e`` (``curl``, ``strain``)
+    need products and are refused.
+
+    Raises:
+        ConfigError: for a number below 1; at an evaluation, for a velocity in half precision.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.core.derivatives import AutogradField
+        >>> from rnode_plugin.core.door import Door
+        >>> from rnode_plugin.core.trace_estimators import Difference
+        >>> estimator, z = Difference(), torch.ones(3, 2)
+        >>> door = Door(AutogradField(lambda t, z: torch.tensor([1.0, 2.0]) * z))
+        >>> noise = estimator.draw(z)
+        >>> products = estimator.linearize(door, torch.tensor(0.0), z, noise).products
+        >>> bool(torch.allclose(estimator.divergence(products, noise), torch.full((3,), 3.0), atol=1e-4))
+        True
+    """
+
+    asks = ""
+    repeats = True
+
+    def __init__(self, *, probes: int = 1) -> None:
+        self.count = check_count(probes, "a trace estimator's probes")
+
+    def __repr__(self) -> str:
+        return f"Difference({f'probes={self.count}' if self.count > 1 else ''})"
+
+    def draw(self, z: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        shape = z.shape if self.count == 1 else torch.Size([self.count, *z.shape])
+        return _draw("rademacher", shape, z, generator)
+
+    def linearize(
+        self, door: Door, t: Tensor, state: Any, noise: Tensor | None = None, ask: Ask = VELOCITY
+    ) -> Linearization:
+        assert noise is not None
+        found, z = door.evaluate(t, state, ask._replace(pull=False)), door.part(state)
+        if door.part(found.dz).dtype.itemsize < 4:
+            raise ConfigError(
+                "the estimator 'difference' needs a velocity in float32 or float64: differences of a velocity in "
+                f"{door.part(found.dz).dtype} are mostly rounding. Leave autocast, or use a product ('rademacher')."
+            )
+        size = z.detach().flatten(1).square().mean(1).sqrt().clamp(min=0.1)
+        step = (2 * torch.finfo(z.dtype).eps ** (1 / 3) * size).reshape(-1, *(1 for _ in z.shape[1:]))
+
+        def along(e: Tensor) -> Tensor:
+            later, before = (door.part(door.again(t, state, z=z + sign * step * e).dz) for sign in (1, -1))
+            return (later - before) / (2 * step)
+
+        products = along(noise) if self.count == 1 else torch.stack([along(e) for e in noise])
+        return found._replace(products=products)
+
+    def probes(self, products: Tensor, noise: Tensor | None) -> Probes:
+        raise ConfigError(
+            "the estimator 'difference' has J e and no products e^T J, which 'curl' and 'strain' need: use "
+            "'gaussian' or 'rademacher' for them."
+        )
+
+    def divergence(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        if self.count == 1:
+            return sum_products(products, noise)
+        return torch.stack([sum_products(d, e) for d, e in zip(products, noise, strict=True)]).mean(0)
+
+    def squared_frobenius(self, products: Tensor, noise: Tensor | None) -> Tensor:
+        return sum_squares(products) if self.count == 1 else torch.stack(list(map(sum_squares, products))).mean(0)
+
+
 def _known(noise: str) -> str:
     if noise not in _NOISES:
         raise ConfigError(suggest(noise, _NOISES, "trace noise"))
@@ -242,7 +337,7 @@ def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
     """An estimator from its name.
 
     ``"gaussian"`` and ``"rademacher"`` are Hutchinson's, ``"rademacher:4"`` with 4 probes; ``"hutch++"`` or
-    ``"hutch++:3"`` of rank 3; ``"exact"``.
+    ``"hutch++:3"`` of rank 3; ``"difference"`` or ``"difference:4"``; ``"exact"``.
 
     Raises:
         ConfigError: for another name or a number below 1.
@@ -252,8 +347,10 @@ def get_estimator(spec: str | TraceEstimator) -> TraceEstimator:
     name, _, option = str(spec).partition(":")
     if name == "exact" and not option:
         return Exact()
-    if name in (*_NOISES, "hutch++") and (option.isdecimal() or ":" not in str(spec)):
+    if name in (*_NOISES, "hutch++", "difference") and (option.isdecimal() or ":" not in str(spec)):
         if name == "hutch++":
             return HutchPlusPlus(int(option or 2))
+        if name == "difference":
+            return Difference(probes=int(option or 1))
         return Hutchinson(name, probes=int(option or 1))
-    raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "hutch++"), "trace estimator"))
+    raise ConfigError(suggest(str(spec), ("exact", *_NOISES, "hutch++", "difference"), "trace estimator"))

@@ -167,7 +167,6 @@ def next_step(method: Method, dt: Tensor, error_ratio: Tensor) -> Tensor:
     return dt * torch.min(most, torch.max(safety / error_ratio**exponent, least))
 
 
-@torch.no_grad()
 def _first_step(
     dynamics: BoundDynamics,
     z: Tensor,
@@ -177,7 +176,10 @@ def _first_step(
     solver: Solver,
     totals: Totals,
 ) -> Tensor:
-    """The first step to try: the solver's, or a guess, whose evaluations are counted."""
+    """The first step to try, without a graph: the solver's, or a guess, whose evaluations are counted.
+
+    The evaluations are in the grad mode of the solve. A field may differentiate inside.
+    """
     z, velocity, t_span = z.detach(), velocity.detach(), t_span.detach()
     start, method = t_span[0], get_method(solver.method)
     if solver.first_step is not None:
@@ -190,7 +192,7 @@ def _first_step(
     # numbers. A guess of no use is made again with the mirror image.
     def field(t: Tensor, z: Tensor) -> Tensor:
         totals.nfe += 1
-        return dynamics.evaluate(t.to(z.device), z, VELOCITY).dz
+        return dynamics.evaluate(t.to(z.device), z, VELOCITY).dz.detach()
 
     guess = guess_first_step(field, sign * velocity, z, sign * start, **options)
     if sign < 0 and not (0 < float(guess) < math.inf):

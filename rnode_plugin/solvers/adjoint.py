@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..core.derivatives import VELOCITY
 from ..core.dynamics import BoundDynamics, FunctionDynamics, Rates
+from ..core.modes import next_number
 from ..errors import ConfigError
 from .adaptive import solve_adaptive
-from .checkpoint import is_complete, next_number
+from .checkpoint import is_complete
 from .config import Solver
 from .fixed import solve_fixed
 from .solution import Solution, Steps

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # tor
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from ..core.dynamics import BoundDynamics
-from ..core.modes import transforms_active
+from ..core.modes import next_number, transforms_active
+from ..core.second_derivatives import FUSED_ATTENTION
 from ..errors import ConfigError
 
 
@@ -97,15 +98,6 @@ def _find_leaves(outputs: Sequence[Tensor], start: int, known: Sequence[Any] = (
     return list(leaves.values())
 
 
-def next_number(x: Tensor) -> int:
-    """The number that the next node of a graph gets; ``x`` is any tensor that requires a gradient.
-
-    torch numbers the nodes of its graphs in the order of their creation, but keeps the number private.
-    """
-    node: Any = (x * 1).grad_fn
-    return node._sequence_nr()
-
-
 # the replay -----------------------------------------------------------------------------------------------------
 
 
@@ -170,9 +162,16 @@ class _Replay(torch.autograd.Function):
             sources = [x for x, need in zip(known, needed, strict=True) if need]
             found: Sequence[Tensor | None] = [None] * len(sources)
             if pairs and sources:
-                found = torch.autograd.grad(
-                    [x for x, _ in pairs], sources, [g for _, g in pairs], create_graph=again, allow_unused=True
-                )
+                try:
+                    found = torch.autograd.grad(
+                        [x for x, _ in pairs], sources, [g for _, g in pairs], create_graph=again, allow_unused=True
+                    )
+                except RuntimeError as error:
+                    if "scaled_dot_product" in str(
+                        error
+                    ):  # the kernel of the backward pass, not of the forward one
+                        raise ConfigError(FUSED_ATTENTION) from error
+                    raise
             rest = iter(found)
             return [next(rest) if need else None for need in needed]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.derivatives import VELOCITY
-from ..core.dynamics import BoundDynamics, PathPenalties
+from ..core.dynamics import BoundDynamics, PathPenalties, refuse_held
 from ..core.health import HealthCheck, health
-from ..core.modes import on_host
+from ..core.modes import on_host, transforms_active
 from ..errors import ConfigError
 from .adaptive import solve_adaptive
 from .config import Solver, refuse_sampled_density
@@ -65,6 +65,8 @@ def solve(
     if dynamics.divergence and solver.quadrature == "sampled":
         refuse_sampled_density(solver)
     check_times(t_span)
+    if gradient.through_steps or transforms_active():
+        refuse_held(dynamics.held, t_span)
     times, asked, inner = t_span, None, []
     path = dynamics.path
     if path is not None:

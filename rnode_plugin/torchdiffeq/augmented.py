@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchdiffeq._impl.adjoint import find_parameters
 from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
-from ..core.derivatives import RATES, VELOCITY, PartField, without_graph
+from ..core.derivatives import RATES, VELOCITY, AutogradField
 from ..core.dynamics import Dynamics
+from ..core.surroundings import module_of
 from ..errors import ConfigError
 from .followed import Follow, Layout
 
@@ -38,9 +39,13 @@ class Augmented:
     def __init__(self, func: Any, layout: Layout, wanted: Follow, z0: Tensor, t: Tensor) -> None:
         self.func, self.layout = func, layout
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
-        self._part = PartField(func, part=layout.penalized, replaced=layout.replaced, aux=lambda t, z: {})
         followed = [r for r in wanted.regularizers if r.kind != "span"]
-        self.dynamics = Dynamics(self._part, regularizers=followed, estimator=wanted.estimator, divergence=False)
+        lone = layout.view.is_whole and not layout.view.is_tuple
+        field = AutogradField(func) if lone else func
+        self.dynamics = Dynamics(
+            field, regularizers=followed, estimator=wanted.estimator, divergence=False,
+            view=None if lone else layout.view, net=module_of(func),
+        )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))
         self._factors = _one_in_eight() if wanted.sampled and self.dynamics.needs else itertools.repeat(1)
 
@@ -49,25 +54,21 @@ class Augmented:
 
     def evaluate(self, t: Tensor, state: Sequence[Tensor], factor: int = 1) -> tuple[Tensor, ...]:
         """Velocity and rates. Rates that need products are multiplied by ``factor``; 0 makes no products."""
-        part = self._part
-        part.state = state[: len(self.layout.shapes)]
-        z = self.layout.penalized(self.layout.of_user(state))
+        layout = self.layout
         before, here.evaluating = here.evaluating, True
         try:
-            found = self.dynamics.evaluate(t, z, RATES if factor else VELOCITY).penalties
+            velocity, _, found = self.dynamics.evaluate(t, layout.of_user(state), RATES if factor else VELOCITY)
         finally:
             here.evaluating = before
         if factor != 1:
+            z = layout.view.of(layout.of_user(state))
             zero = z.new_zeros(len(z))
             found = {
                 key: factor * found.get(key, zero) if rate.needs else found[key]
                 for key, rate in self.dynamics.rates.items()
             }
-        velocity, part.velocity, part.state = self.layout.tensors(part.velocity), None, None
-        if not torch.is_grad_enabled():  # a product has made a graph
-            velocity = tuple(map(without_graph, velocity))
         rates = found.values() if self._sign > 0 else [-rate for rate in found.values()]
-        return (*velocity, *rates)
+        return (*layout.tensors(velocity), *rates)
 
     def __getattr__(self, name: str) -> Any:
         found, layout = getattr(self.func, name), self.layout
@@ -93,8 +94,10 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
         grid: times at which a fixed method steps; None: the times of the solve.
     """
     changed, options = dict(given), dict(given["options"] or {})
-    norm = options.get("norm", _mixed_norm if layout.is_tuple else _rms_norm)
-    options["norm"] = lambda state: norm(layout.of_user(state))
+    norm = options.get("norm", _mixed_norm if layout.view.is_tuple else _rms_norm)
+    # torchdiffeq's step lengths follow from these norms. A gradient through them would be one of the step control,
+    # which a penalty that holds another evaluation fixed gets wrong
+    options["norm"] = lambda state: norm(layout.of_user(state)).detach()
     if constructor := options.get("grid_constructor"):
         options["grid_constructor"] = lambda func, y, t: constructor(func, layout.flat_of_user(y), t)
     elif grid is not None and "step_size" not in options and given["method"] in _FIXED:
@@ -116,13 +119,13 @@ def extended(given: Mapping[str, Any], layout: Layout, system: Augmented, *, gri
 
 def _tolerances(value: Any, layout: Layout, of_penalties: list[float]) -> Any:
     """A tolerance of the user's state, one for each of its tensors or entries, extended to the longer state."""
-    if layout.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
+    if layout.view.is_tuple and (isinstance(value, (tuple, list)) or torch.as_tensor(value).ndim > 0):
         rows = [torch.as_tensor(x) for x in value]  # float32 of a number, as in torchdiffeq
         if len(rows) != len(layout.shapes):
             return value  # torchdiffeq raises the error
     else:
         rows = [torch.as_tensor(value, dtype=torch.float64)] * len(layout.shapes)
-    if layout.is_tuple:
+    if layout.view.is_tuple:
         rows = [x.reshape(-1).expand(shape.numel()) for x, shape in zip(rows, layout.shapes, strict=True)]
     else:
         rows = [rows[0].expand(layout.shapes[0]).reshape(-1)]
@@ -183,6 +186,8 @@ def to_event(
     of_user = system.layout.of_user
     with torch.no_grad():
         signs = event_fn(start[0], start[1]).sign()
+    if not bool(signs.any()):  # the event is met at the start, where the integrals are zero
+        return integrals
 
     def value(t: Tensor, y: Sequence[Tensor]) -> Tensor:
         values = event_fn(t, of_user(y)) * signs

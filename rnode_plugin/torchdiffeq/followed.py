@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.columns import Columns, as_columns, places_of
 from ..core.modes import transforms_active
 from ..core.regularizers import Weighted
 from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.view import Columns, View, as_columns, places_of
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import QUADRATURES
@@ -78,26 +77,19 @@ def _chosen(penalized: Any) -> tuple[tuple[int, ...], Columns | None]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a state of torchdiffeq's holds the ``z (B, *event)`` that the penalties are about.
+    """The user's state in front of the penalties, as torchdiffeq integrates both.
 
     Attributes:
-        is_tuple: whether the user's state is a tuple.
-        shapes: shapes of its tensors.
-        places: the tensors that the penalties are about, rising.
-        columns: the places of ``z`` among the entries of a sample's first dimensions, and how many of these
-            dimensions are one; None: all entries.
-        batch_dim: the dimension of the samples in these; None: the state is one sample.
+        shapes: shapes of the tensors of the user's state.
+        view: the part of that state that the penalties measure.
     """
 
-    is_tuple: bool
     shapes: tuple[torch.Size, ...]
-    places: tuple[int, ...]
-    columns: tuple[Tensor, int] | None
-    batch_dim: int | None
+    view: View
 
     @classmethod
     def of(cls, y0: Any, wanted: Follow) -> Layout:
-        """The layout of ``y0``; a ConfigError for a state that penalties cannot be about."""
+        """The layout of ``y0``; a ConfigError for a state that penalties cannot measure."""
         tensors = (y0,) if isinstance(y0, Tensor) else y0
         if not isinstance(tensors, tuple) or not tensors or not all(isinstance(x, Tensor) for x in tensors):
             inner = f" of {', '.join(type(x).__name__ for x in y0) or 'nothing'}" if isinstance(y0, tuple) else ""
@@ -114,75 +106,39 @@ class Layout:
                     f"batch_dim={dim} is not a dimension of the state of shape {tuple(x.shape)}: penalties are per "
                     "sample. batch_dim=None takes the whole state as one sample."
                 )
-        whole = cls(tensors is y0, tuple(x.shape for x in tensors), places, None, dim)
-        firsts = [whole.samples_first(tensors[i]) for i in places]
+        view = View(tensors is y0, places, batch_dim=dim)
+        firsts = [view.samples_first(tensors[i]) for i in places]
         if len({len(x) for x in firsts}) > 1:
             sizes = sorted({len(x) for x in firsts})
             raise ConfigError(f"the penalized tensors have different numbers of samples: {sizes}.")
-        if wanted.columns is None:
-            return whole
-        index, ndim = places_of(wanted.columns, firsts[0].shape[1:])
-        return replace(whole, columns=(index.to(firsts[0].device), ndim))
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether ``z`` is one of the tensors as it is; views would cost an evaluation of a small net a tenth."""
-        return len(self.places) == 1 and self.batch_dim == 0 and self.columns is None
+        if wanted.columns is not None:
+            columns = places_of(wanted.columns, firsts[0].shape[1:], firsts[0].device)
+            view = View(view.is_tuple, places, columns, dim)
+        return cls(tuple(x.shape for x in tensors), view)
 
     def tensors(self, y: Any) -> tuple[Tensor, ...]:
-        return tuple(y) if self.is_tuple else (y,)
+        return self.view.tensors(y)
 
     def of_user(self, state: Sequence[Tensor]) -> Any:
         """The user's state, from a state that may have penalties after it."""
-        return tuple(state[: len(self.shapes)]) if self.is_tuple else state[0]
+        return tuple(state[: len(self.shapes)]) if self.view.is_tuple else state[0]
 
     def flat_of_user(self, flat: Tensor) -> Tensor:
         """The user's part of a flattened state, flat for a tuple as torchdiffeq has it."""
         own = flat[: sum(shape.numel() for shape in self.shapes)]
-        return own if self.is_tuple else own.view(self.shapes[0])
-
-    def samples_first(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(0) if self.batch_dim is None else x.movedim(self.batch_dim, 0)
-
-    def penalized(self, y: Any) -> Tensor:
-        """``z (B, *event)``; of several tensors ``(B, D)``."""
-        tensors = self.tensors(y)
-        if self.is_whole:
-            return tensors[self.places[0]]
-        parts = [self.samples_first(tensors[i]) for i in self.places]
-        if self.columns is not None:
-            index, ndim = self.columns
-            return parts[0].flatten(1, ndim).index_select(1, index)
-        return parts[0] if len(parts) == 1 else torch.cat([x.unsqueeze(-1).flatten(1) for x in parts], 1)
-
-    def replaced(self, state: Sequence[Tensor], z: Tensor) -> Any:
-        """The user's state with ``z`` in its place."""
-        tensors = list(state)
-        if self.is_whole:
-            tensors[self.places[0]] = z
-            return self.of_user(tensors)
-        firsts = [self.samples_first(tensors[i]) for i in self.places]
-        if self.columns is not None:
-            index, ndim = self.columns
-            parts: Sequence[Tensor] = (firsts[0].flatten(1, ndim).index_copy(1, index, z),)
-        else:
-            parts = (z,) if len(firsts) == 1 else z.split([math.prod(x.shape[1:]) for x in firsts], 1)
-        for i, first, part in zip(self.places, firsts, parts, strict=True):
-            part = part.reshape(first.shape)
-            tensors[i] = part.squeeze(0) if self.batch_dim is None else part.movedim(0, self.batch_dim)
-        return self.of_user(tensors)
+        return own if self.view.is_tuple else own.view(self.shapes[0])
 
     def warn_of_still(self, y0: Any, end: Sequence[Tensor]) -> None:
         """Warn if a solve from ``y0`` to ``end`` moved the state but nothing of what the penalties are about."""
-        others = self.columns is not None or len(self.shapes) > len(self.places)
+        others = self.view.columns is not None or len(self.shapes) > len(self.view.places)
         if not others or transforms_active():
             return
-        z0, z1 = self.penalized(y0), self.penalized(self.of_user(end))
+        z0, z1 = self.view.of(y0), self.view.of(self.of_user(end))
         pairs = zip(self.tensors(y0), end, strict=True)
         if _equal(z0, z1) and not all(_equal(*pair) for pair in pairs):
             warnings.warn(
-                f"what the penalties are about did not move in a solve (shape {tuple(z0.shape)}), "
-                "but other parts of the state did: choose the tensor or the columns that move by penalized=.",
+                f"the part of the state that the penalties measure (shape {tuple(z0.shape)}) stayed constant in "
+                "this solve, but other parts did move: choose the tensor or the columns that move by penalized=.",
                 stacklevel=5,
             )
 

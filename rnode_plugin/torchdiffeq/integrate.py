@@ -14,6 +14,7 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
+from ..core.dynamics import refuse_held
 from ..core.penalties import ReturnedPenalties, attach
 from ..core.regularizers import span_policy, warn_of_flat_state
 from ..errors import ConfigError
@@ -181,11 +182,13 @@ def solve(
     if policy is not None:
         training = torch.is_grad_enabled() and getattr(func, "training", True)
         t = policy.times(t, training=training)
-    z0 = layout.penalized(y0)
+    z0 = layout.view.of(y0)
     if z0.ndim == 1:
         warn_of_flat_state(z0, wanted.regularizers)
     system = Augmented(func, layout, wanted, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
+    if name == "odeint":
+        refuse_held(system.dynamics.held, t)
     if event_fn is not None and (path is not None or policy is not None):
         raise ConfigError(
             "a penalty of the trajectory or its times needs the end of the solve, which event_fn decides."
@@ -204,7 +207,7 @@ def solve(
         integrals = to_event(system, event_fn, (t[0], y0), (event_t, end), integrals)
     if path is not None:
         for number, places in enumerate(inner):
-            states = [layout.penalized(layout.of_user([x[i] for x in full])) for i in places.tolist()]
+            states = [layout.view.of(layout.of_user([x[i] for x in full])) for i in places.tolist()]
             key, value = path.of_trajectory(number, times[places], states, integrals)
             integrals[key] = value
         integrals = {key: value for key, value in integrals.items() if key not in path.hidden}

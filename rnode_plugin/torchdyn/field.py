@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+import warnings
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -16,13 +17,15 @@ from torchdyn.models.cnf import CNF as TorchdynCNF  # noqa: N811
 from torchdyn.nn import DataControl, DepthCat
 from torchdyn.nn.galerkin import GalLayer
 
-from ..core.columns import Columns, places_of
-from ..core.derivatives import RATES, Ask, AutogradField, Field, PartField, has_hooks, without_graph
+from ..core.derivatives import RATES, Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
+from ..core.modes import transforms_active
 from ..core.regularizers import Regularizer, needs_of
 from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODULE, Takes, call_of, field_takes
-from ..core.trace_estimators import Exact, TraceEstimator
-from ..errors import ConfigError
+from ..core.surroundings import lock_of
+from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
+from ..core.view import Columns, Places, View, places_of
+from ..errors import ConfigError, RnodeError
 from ..fields.recognise import recognise
 from ..fields.stack import AtContext, StackField
 from ..solvers import Solver, gradient_of
@@ -58,10 +61,13 @@ class Slots:
     modules, as in torchdyn: a layer after a CNF has a control without the CNF's trace, in the shape of its event.
 
     Args:
-        modules: of the field, in their order.
+        modules: of the field, in their order; the first one holds the others.
         x: the initial state.
         ahead: columns of ``x`` in front of the control: a cost.
         cnf: the CNF whose net the solve calls itself.
+
+    Attributes:
+        lock: held while the placeholders are filled, because two threads may solve one model.
     """
 
     def __init__(
@@ -93,6 +99,8 @@ class Slots:
             if isinstance(module, GalLayer):
                 self.results += [_Slot(own, name) for name in ("weight", "bias") if name in own]
         self.found = bool(self.times or self.values or self.results)
+        holder = next((module for module in modules if isinstance(module, (DepthCat, DataControl))), None)
+        self.lock = lock_of((holder or modules[0]) if self.found else None)
 
     def fill(self, t: Tensor) -> None:
         """Set all of them for an evaluation at ``t``."""
@@ -140,11 +148,15 @@ class TorchdynField(AutogradField):
         self._extra, self._slots, self.plain, self.aux = extra, slots, plain, aux
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        self._slots.fill(t)
-        try:
+        slots = self._slots
+        if not slots.found:
             return self._field(t, z, *self._extra)
-        finally:
-            self._slots.clear(t)
+        with slots.lock:
+            slots.fill(t)
+            try:
+                return self._field(t, z, *self._extra)
+            finally:
+                slots.clear(t)
 
 
 def field_of(
@@ -181,7 +193,7 @@ def field_of(
 class NetDynamics(Dynamics):
     """The dynamics of a user's net in one solve: state, log-determinant and penalties.
 
-    An adjoint differentiates by a context too, and evaluations that repeat others leave the net's buffers alone.
+    An adjoint differentiates by a context too.
 
     Args:
         net: ``net(z)``, ``net(t, z)``, or with a context ``net(t, z, context)``.
@@ -205,22 +217,31 @@ class NetDynamics(Dynamics):
         self._net, self._context = net, context
         modules = list(net.modules()) if isinstance(net, nn.Module) else []
         slots, needs = Slots(modules, z), needs_of(regularizers) | ({"vjp"} if divergence else set())
+        estimator = get_estimator(estimator)
+        differentiates = divergence and estimator.asks != ""
         if context is None:
-            field: Any = field_of(net, modules, slots, None, takes=field_takes(net), needs=needs)
+            field: Any = field_of(
+                net,
+                modules,
+                slots,
+                None,
+                takes=field_takes(net),
+                needs=needs if differentiates else needs - {"vjp"},
+            )
         else:
-            function = originals(net, modules) if divergence else net
+            function = originals(net, modules) if differentiates else net
             field = TorchdynField(function, context, slots=slots, aux=aux_of(modules, needs), plain=not slots.found)
         if divergence:
             field = fastest(
                 field, net, z, context, exact=type(estimator) is Exact, one_graph=gradient_of(solver).through_steps
             )
-        super().__init__(field, regularizers=regularizers, estimator=estimator, divergence=divergence)
+        super().__init__(
+            field, regularizers=regularizers, estimator=estimator, divergence=divergence,
+            net=net if isinstance(net, nn.Module) else None,
+        )  # fmt: skip
 
     def parameters(self) -> Sequence[Tensor]:
         return tensors_of((self._net, *self.rates.values()), self._context)
-
-    def repeating(self) -> contextlib.AbstractContextManager[None]:
-        return buffers_kept(self._net)
 
 
 @dataclass(frozen=True)
@@ -239,8 +260,8 @@ class Followed:
     penalized: Columns | None = None
     batch_dim: int | None = 0
 
-    def columns(self, x: Tensor, state: Tensor, traces: int) -> Tensor | slice:
-        """The columns that are ``z``.
+    def view(self, x: Tensor, state: Tensor, traces: int) -> View:
+        """Where ``z`` is in a state without the column of a cost.
 
         Args:
             x: the initial state.
@@ -253,19 +274,24 @@ class Followed:
         if self.batch_dim is None and traces:
             raise ConfigError("batch_dim=None has no meaning for a CNF: the density is one of each sample.")
         if not self.regularizers:
-            return slice(traces, None)
+            return View()
         if x.ndim == 0:
             raise ConfigError("penalties need a state with a batch dimension, (B, ...), not a single number.")
         if x.is_complex():
             raise ConfigError("penalties need a real state: give a complex one as torch.view_as_real(x).")
-        if self.penalized is not None:
-            return places_of(self.penalized, state.shape[1:])[0].to(x.device)
-        if traces > 1:
+        columns = self.penalized
+        if columns is None and traces > 1:
             raise ConfigError(
                 f"the vector field holds {traces} CNF modules; penalties need one, to find z after the trace, or "
-                "penalized=, the columns of the state that they are about."
+                "penalized=, the columns of the state that they measure."
             )
-        return slice(traces, None)
+        if columns is None and traces:
+            columns = slice(traces, None)
+        if columns is None:
+            return View(batch_dim=self.batch_dim)
+        entries, first, last = places_of(columns, state.shape[1:], x.device)
+        shift = 0 if self.batch_dim == 0 else 1  # a state that is one sample gets a dimension in front
+        return View(columns=Places(entries, first + shift, last + shift), batch_dim=self.batch_dim)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -273,10 +299,9 @@ class TorchdynSystem(BoundDynamics):
     """The right-hand side of one solve of a NeuralODE: the velocity of the whole state, and rates of penalties.
 
     Attributes:
-        module: torchdyn's wrapped field, whose buffers evaluations may change.
+        module: torchdyn's wrapped field.
         args: arguments of the field.
-        dynamics: the velocity and the penalties of the state, or of a part of it.
-        part: the field of that part; None where it is the whole state.
+        dynamics: the velocity of the state, and the penalties of the state or of a part of it.
         event_shape: shape of ``z`` where the state holds a lone CNF's trace in front of it. Its net is evaluated,
             so that trace and penalties share the products with its Jacobian.
         cost: ``integral_loss`` in the first column of the state, as torchdyn has it with gradients through steps.
@@ -289,7 +314,6 @@ class TorchdynSystem(BoundDynamics):
     module: Any
     args: Any
     dynamics: Dynamics
-    part: PartField | None
     event_shape: Sequence[int] | None
     cost: Cost | None
     hidden_cost: Cost | None
@@ -297,12 +321,14 @@ class TorchdynSystem(BoundDynamics):
     dims: int
     path: PathPenalties | None = None
 
+    def __post_init__(self) -> None:
+        self.held = self.dynamics.held
+
     def parameters(self) -> Sequence[Tensor]:
         return tensors_of((self.module, *self.dynamics.regularizers, self.hidden_cost), self.args)
 
     def repeating(self) -> contextlib.AbstractContextManager[None]:
-        """Around evaluations that repeat others: running statistics take each only once."""
-        return buffers_kept(self.module)
+        return self.dynamics.repeating()
 
     def evaluate(self, t: Tensor, z: Tensor, ask: Ask = RATES) -> Rates:
         for counter in self.counters:
@@ -313,15 +339,11 @@ class TorchdynSystem(BoundDynamics):
             dz, divergence, penalties = self.dynamics.evaluate(t, events)
             assert divergence is not None
             dx = torch.cat([-divergence[:, None], dz.flatten(1)], 1)
-        elif self.part is not None:
-            self.part.state = state
-            penalties = self.dynamics.evaluate(t, self.part.part(state), ask).penalties
-            dx = self.part.velocity.to(state.dtype)
-            dx = dx if torch.is_grad_enabled() else without_graph(dx)
         elif self.dynamics.rates:
             dx, _, penalties = self.dynamics.evaluate(t, state, ask)
+            dx = dx.to(state.dtype)
         else:
-            dx, penalties = self.dynamics.field(t, state), {}
+            dx, penalties = self.dynamics.door.evaluate(t, state).dz, {}
             if dx.dtype is not state.dtype and torch.promote_types(dx.dtype, state.dtype) is state.dtype:
                 dx = dx.to(state.dtype)  # autocast gives low precision, and sums of many steps need the state's
         if self.cost is not None:
@@ -330,6 +352,41 @@ class TorchdynSystem(BoundDynamics):
         elif self.hidden_cost is not None:
             penalties = {**penalties, INTEGRAL_LOSS: self.hidden_cost(t, state).sum()}
         return Rates(dx, None, penalties)
+
+
+def warn_of_unread_columns(system: TorchdynSystem, t: Tensor, x: Tensor) -> bool:
+    """Warn about columns that the field never reads but moves: a trace or a cost that it accumulates itself.
+
+    The penalties would count such columns as a part of ``z``. One product with random signs shows the columns of
+    the Jacobian that are zero.
+
+    Returns:
+        Whether the question is settled. A velocity of zero, with which a net may start, shows nothing.
+    """
+    state = x if system.cost is None else x[:, 1:]
+    if state.ndim != 2 or state.shape[1] < 2 or transforms_active() or state.is_meta:
+        return True
+    signs = torch.randint(2, state.shape, generator=torch.Generator().manual_seed(0)).to(state) * 2 - 1
+    try:
+        with torch.no_grad():
+            velocity, products, *_ = system.dynamics.door.again(t.to(state.device), state, Ask("noise"), signs)
+    except RnodeError:  # a field without a graph, which penalties without a derivative allow
+        return True
+    assert products is not None
+    unread = (products == 0).all(0)
+    if len(state) == 0 or bool(unread.all()):
+        return False
+    places = (unread & (velocity != 0).any(0)).nonzero().flatten().tolist()
+    if places:
+        ahead = places == list(range(len(places)))
+        choice = f"slice({len(places)}, None)" if ahead else "a mask of the other columns"
+        warnings.warn(
+            f"the vector field moves the columns {places} of the state but never reads them, so they look like a "
+            "trace or a cost that it accumulates. The penalties count them as a part of z: give "
+            f"penalized={choice}, or penalized=slice(None) if they are one.",
+            stacklevel=6,
+        )
+    return True
 
 
 def system_of(
@@ -359,55 +416,39 @@ def system_of(
     state = x if cost is None else x[:, 1:]
     modules = list(vf.modules())
     cnfs = list(filter(is_cnf, modules))
-    columns = followed.columns(x, state, len(cnfs))
+    view = followed.view(x, state, len(cnfs))
     net, order, counters = _unwrapped(vf)
     traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
     regularizers, estimator = followed.regularizers, followed.estimator
     needs = needs_of(regularizers) | ({"vjp"} if cnfs else set())
+    if estimator.asks == "" and not cnfs:  # differences of the velocity, which a compiled net can give
+        needs -= {"vjp"}
 
-    def seen(x: Tensor) -> Tensor:
-        z = x if x.ndim == 1 else x[:, columns]
-        return z if followed.batch_dim == 0 else z.unsqueeze(0)
-
-    noise = event_shape = part = None
+    noise = event_shape = None
     if traced:
         z = net.event(state) if type(net) is CNF else state[:, 1:]
         noise = vars(net)["noise"] = noise_of(net, z)
         estimator, event_shape = estimator_of(net) or estimator, z.shape[1:]
         net, order = net.net, net.order
     else:
-        z = seen(state) if regularizers else state
+        z = view.of(state)
         if cnfs and followed.penalized is None:
             estimator = estimator_of(cnfs[0]) or estimator
     field: Any = field_of(net, modules, slots, args, takes=takes(net), order=order, needs=needs)
-    if regularizers and not traced and (cnfs or followed.penalized is not None or followed.batch_dim is None):
-        field = part = _part_of(field, state, columns, seen, followed.batch_dim)
-    elif (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
+    whole = traced or view.is_whole
+    if whole and (traced or regularizers) and not needs.isdisjoint(("vjp", "jvp")):
         exact = order == 1 and type(estimator) is Exact and "vjp" in needs
         field = fastest(field, net, z, exact=exact, one_graph=one_graph)
     dynamics = Dynamics(
-        field, regularizers=regularizers, estimator=estimator, divergence=traced,
-        event=seen if cost is None else lambda x: seen(x[:, 1:]),
+        field, regularizers=regularizers, estimator=estimator, divergence=traced, view=None if whole else view,
+        event=view.of if cost is None else lambda x: view.of(x[:, 1:]), net=vf,
     )  # fmt: skip
     return TorchdynSystem(
-        module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)), part=part,
+        module=vf, args=args, dynamics=dynamics.bind(noise if traced else dynamics.draw(z)),
         event_shape=event_shape, cost=cost, hidden_cost=hidden_cost, counters=counters, dims=z.shape[1:].numel(),
         path=dynamics.path,
     )  # fmt: skip
-
-
-def _part_of(
-    field: TorchdynField, state: Tensor, columns: Tensor | slice, seen: Any, batch_dim: int | None
-) -> PartField:
-    """The field of the part of the state that the penalties see."""
-    index = torch.arange(state.shape[1], device=state.device)[columns] if state.ndim > 1 else None
-
-    def replaced(x: Tensor, z: Tensor) -> Tensor:
-        z = z if batch_dim == 0 else z.squeeze(0)
-        return z if index is None or z.shape == x.shape else x.index_copy(1, index, z)
-
-    return PartField(field, part=seen, replaced=replaced, aux=None if batch_dim == 0 else lambda t, z: {})
 
 
 def _unwrapped(vf: Any) -> tuple[Any, int, Sequence[dict[str, Any]]]:
@@ -469,22 +510,6 @@ def tensors_of(parts: Iterable[Any], args: Any) -> list[Tensor]:
 def is_cnf(module: nn.Module) -> bool:
     """Whether ``module`` keeps a trace in front of ``z``: torchdyn's CNF, ours, or one with a ``noise_dist``."""
     return hasattr(module, "noise_dist")
-
-
-@contextlib.contextmanager
-def buffers_kept(module: Any) -> Iterator[None]:
-    """Evaluations inside leave the buffers of ``module`` as they are: layers in training mode write into copies."""
-    kept: list[tuple[nn.Module, str, Tensor]] = []
-    for part in module.modules() if isinstance(module, nn.Module) else ():
-        if part.training:
-            kept += [(part, name, buffer) for name, buffer in part.named_buffers(recurse=False)]
-    for part, name, buffer in kept:
-        setattr(part, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for part, name, buffer in kept:
-            setattr(part, name, buffer)
 
 
 def aux_of(modules: Iterable[nn.Module], needs: Set[str]) -> Any:

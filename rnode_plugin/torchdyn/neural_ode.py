@@ -20,19 +20,19 @@ from torchdyn.core.problems import ODEProblem
 from torchdyn.numerics.interpolators import INTERP_DICT
 
 from ..core.citations import citation
-from ..core.columns import as_columns
 from ..core.modes import on_host, outside_inference
 from ..core.penalties import OneProcessADevice, Penalties, attach
 from ..core.regularizers import check_batch_dim, needs_of, warn_of_flat_state
 from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
+from ..core.view import as_columns
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, Solver, get_method, solve
 from ..solvers.config import check_tolerance
 from ..solvers.integrate import check_steps
 from ..solvers.solution import Solution
-from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of
+from .field import INTEGRAL_LOSS, Followed, TorchdynSystem, system_of, warn_of_unread_columns
 from .solver_names import (
     StepwiseAdjoint,
     constants_of,
@@ -127,6 +127,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     _quadrature: str = "full"
     _made: tuple[tuple[Any, ...], Any] = ((), None)
     _known: tuple[Any, Any] = (None, None)
+    _columns_known: bool = False
 
     def __init__(
         self,
@@ -270,6 +271,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             system = system_of(
                 self.vf, x, args, followed, takes=self._takes, one_graph=through_steps, hidden_cost=hidden
             )
+            if not self._columns_known and penalties and followed.regularizers and x.ndim == 2:
+                lone = system.event_shape is None and followed.penalized is None and followed.batch_dim == 0
+                self._columns_known = not lone or warn_of_unread_columns(system, t_span[0], x)
             nfe = self.vf.nfe
             solution = solve(system, x, t_span, solver).check()
             self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay

@@ -91,6 +91,11 @@ class Regularizer:
         kind: one of :data:`KINDS`.
         divided_by_dims: whether the objective divides the penalty by the number of dimensions, as every sum over
             the event.
+        time_gradient: whether a sum over the steps of a solve has the right gradient by the times of the solve. It
+            has not for a rate that holds a part of itself fixed.
+        repeats: whether a rate evaluates the field again beside :meth:`velocity
+            <rnode_plugin.core.field_evaluation.FieldEvaluation.velocity>`, for ``jacobian()`` with a random
+            estimator or a ``total_derivative()`` above order 2. Then each evaluation notes its random draws.
         needs: what a rate reads of an evaluation beyond ``t, z, dz, noise``: ``"vjp"``, ``"jvp"``, ``"aux"``,
             ``"field"``. Without a need, and without a density, an evaluation costs no product with the Jacobian.
         uses: what a step penalty reads that not every method has: ``"error"``, the embedded error estimate, and
@@ -118,6 +123,8 @@ class Regularizer:
     name: str
     kind: str = "rate"
     divided_by_dims: bool = True
+    time_gradient: bool = True
+    repeats: bool = False
     needs: Collection[str] = frozenset()
     uses: Collection[str] = frozenset()
     reduction: str = "sum"
@@ -194,7 +201,8 @@ class FunctionRegularizer(Regularizer):
         function: of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`, or of a :class:`StepRecord` for
             the kind ``"step"``, to ``(B,)``.
         formula: what is penalized; the first line of the function's docstring if it is left out.
-        kind, needs, uses, reduction, local, divided_by_dims, cost, source: see :class:`Regularizer`.
+        kind, needs, uses, reduction, local, divided_by_dims, time_gradient, repeats, cost, source: see
+            :class:`Regularizer`.
     """
 
     name: str
@@ -205,6 +213,8 @@ class FunctionRegularizer(Regularizer):
     reduction: str = "sum"
     local: bool = False
     divided_by_dims: bool = True
+    time_gradient: bool = True
+    repeats: bool = False
     formula: str = ""
     cost: str = ""
     source: str | Source = ""

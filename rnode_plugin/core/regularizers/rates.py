@@ -94,7 +94,8 @@ def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
 
 
 @regularizer(
-    "finite_difference", needs=frozenset({"field"}), cost="one evaluation without a gradient",
+    "finite_difference", needs=frozenset({"field"}), time_gradient=False,
+    cost="one evaluation without a gradient",
     formula="‖f(t, z) − sg[f(t + ε, z + ε f)]‖² / ε², sg without a gradient: `finite_difference:0.01`",
     source=Source("Iso-FM", "Khan", 2026, "khan2026isokinetic"),
 )  # fmt: skip
@@ -104,8 +105,12 @@ class FiniteDifference(Regularizer):
 
     Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is about
     ``-2 (d^2 z/dt^2)^T df / eps``, so lambda depends on eps. It needs one more evaluation and no product, so it
-    works where a field has no second derivative, such as a fused attention or a compiled network. Dropout and low
-    precision make two evaluations differ by more than the acceleration does.
+    works where a field has no second derivative, such as a fused attention or a compiled network. Both evaluations
+    have the same dropout mask. In low precision they differ by rounding: under bf16 autocast take eps 0.1, because
+    at 0.01 the rounding of the field counts more than the acceleration does.
+
+    Through the steps of a solve, a gradient by its times would be wrong, because a later evaluation is held fixed.
+    So times with a gradient and ``learned_end_time`` need a continuous adjoint.
 
     Args:
         eps: the step of the difference in time.
@@ -133,7 +138,7 @@ class FiniteDifference(Regularizer):
 @regularizer(
     "taylor", formula="‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`",
     cost="K − 1 nested jvps, each about three times the one before",
-    source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"), needs=frozenset({"jvp"}),
+    source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"), needs=frozenset({"jvp"}), repeats=True,
 )  # fmt: skip
 @dataclass(frozen=True)
 class Taylor(Regularizer):
@@ -170,7 +175,7 @@ def l1(evaluation: FieldEvaluation) -> Tensor:
     return sum_event(evaluation.dz.abs())
 
 
-@regularizer("jacdiag", formula="Σ J_ii²", cost=_EACH, source=_FFJORD, needs={"vjp"})
+@regularizer("jacdiag", formula="Σ J_ii²", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
 def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_i J_ii^2``. The exact Jacobian: D products, for small D.
 
@@ -179,7 +184,7 @@ def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
 
 
-@regularizer("jacoffdiag", formula="Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD, needs={"vjp"})
+@regularizer("jacoffdiag", formula="Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
 def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_{i != j} J_ij^2`` (FFJORD's code, which takes the mean). The exact Jacobian: D products."""
     squares = evaluation.jacobian().square()

@@ -1,0 +1,123 @@
+"""Door: the one place in which the field of a solve is evaluated."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .derivatives import VELOCITY, Ask, AutogradField, Field, Linearization
+from .surroundings import Surroundings
+from .view import View
+
+_NO_GRADIENTS = (
+    "the vector field differentiates inside (torch.autograd.grad), but gradients are disabled here: under no_grad, "
+    "and in the forward pass of 'adjoint', 'interpolated_adjoint' and 'checkpointed'. Compute the gradient inside "
+    "`with torch.enable_grad():` in the field."
+)
+_RUNS_ONCE = (
+    "a backward pass inside the vector field runs only once ({}), as in guided-diffusion's checkpoint, but this "
+    "evaluation needs it again: take one product with a random trace ('gaussian' or 'rademacher'), or run the "
+    "layer without it."
+)
+
+
+@final
+class Door:
+    """The field of one solve, and the only object that evaluates it.
+
+    :meth:`evaluate` is the solve's own evaluation: it moves running statistics and draws masks, as a call of the
+    net does. :meth:`again` gives the same function once more, for a penalty that needs it at another point or with
+    another product. It leaves running statistics as they are and repeats the draws of the last :meth:`evaluate`.
+
+    Args:
+        field: the field of the whole state.
+        net: the module that it calls; None: none is known.
+        view: the part of the state that penalties measure; None: all of it.
+        repeats: whether :meth:`again` may be called, for which the generators are read at each evaluation.
+    """
+
+    __slots__ = ("_around", "_field", "view")
+
+    def __init__(
+        self, field: Field, net: nn.Module | None = None, *, view: View | None = None, repeats: bool = False
+    ) -> None:
+        self._around = Surroundings(net, repeats=repeats)
+        self._field, self.view = field, view
+        if isinstance(field, AutogradField):
+            self._field = field.inside(self._around)
+
+    def evaluate(self, t: Tensor, state: Any, ask: Ask = VELOCITY, noise: Tensor | None = None) -> Linearization:
+        """The solve's own evaluation.
+
+        Args:
+            t: the time.
+            state: the whole state.
+            ask: what is wanted of the part that the view shows.
+            noise: of its products.
+
+        Returns:
+            Linearization: the velocity of the whole state, and derivatives of the part.
+
+        Raises:
+            ConfigError: for a field that differentiates inside where gradients are disabled.
+        """
+        around = self._around
+        if around.repeats:
+            around.mark(self.part(state))
+        try:
+            if around.exclusive is None:
+                return self._field.linearize(t, state, noise, ask=ask)
+            with around.exclusive:
+                return self._field.linearize(t, state, noise, ask=ask)
+        except (RuntimeError, AttributeError) as error:
+            explained = _explained(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def again(
+        self, t: Tensor, state: Any, ask: Ask = VELOCITY, noise: Tensor | None = None, *, z: Tensor | None = None
+    ) -> Linearization:
+        """The function of the last evaluation, without a trace of this one.
+
+        Args:
+            t, state, ask, noise: as for :meth:`evaluate`.
+            z: another value of the part that the view shows; None: the state's.
+
+        Returns:
+            Linearization: as of :meth:`evaluate`.
+        """
+        if z is not None:
+            state = z if self.view is None else self.view.into(state, z)
+        try:
+            with self._around.repeated(self.part(state)):
+                if ask == VELOCITY:
+                    return Linearization(self._field(t, state))
+                return self._field.linearize(t, state, noise, ask=ask)
+        except (RuntimeError, AttributeError) as error:
+            explained = _explained(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    def part(self, state: Any) -> Tensor:
+        """The part of a state or a velocity that the view shows."""
+        return state if self.view is None else self.view.of(state)
+
+    def repeating(self) -> AbstractContextManager[None]:
+        """Context for evaluations that recompute earlier ones, as a backward pass does: they leave the buffers."""
+        return self._around.kept()
+
+
+def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:
+    """An error that says what to do about a gradient inside a field; None for another error."""
+    text = str(error)
+    if isinstance(error, AttributeError):
+        return ConfigError(_RUNS_ONCE.format(text)) if "Backward' object has no attribute" in text else None
+    if not torch.is_grad_enabled() and "does not require grad" in text:
+        return ConfigError(_NO_GRADIENTS)
+    return None

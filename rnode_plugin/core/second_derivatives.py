@@ -1,0 +1,165 @@
+"""Whether the products of a field with its Jacobian can be differentiated: layers whose backward pass cannot.
+
+A ``torch.autograd.Function`` whose backward is a kernel, or which runs under ``no_grad``, gives right products. How
+these depend on the state and the parameters is lost without an error, and with it the gradient of ``jacfrob`` and
+of a log-determinant. So a field that holds such a function is compared with a difference quotient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction  # torch has no public name for it
+
+from ..errors import ConfigError
+from .modes import exporting
+
+_right: WeakKeyDictionary[nn.Module, set[type]] = WeakKeyDictionary()  # functions that were compared, by net
+
+_WAYS = (
+    "Use trace_noise='difference' (trace_estimator= of a density), which needs no product, the penalty "
+    "'finite_difference', or the layer without its kernel or checkpoint. Values under torch.no_grad() are right."
+)
+
+
+FUSED_ATTENTION = (
+    "torch's fused attention has no second derivative, which the gradient of a product with the Jacobian and a "
+    "derivative along a direction need. Run the forward pass, and also the backward pass of 'checkpointed' and of "
+    f"an adjoint, inside `with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):`. {_WAYS}"
+)
+
+
+def check_second_derivative(
+    dz: Tensor,
+    z: Tensor,
+    start: int,
+    beside: Callable[[Tensor, Tensor], Tensor],
+    t: Tensor,
+    *,
+    net: nn.Module | None,
+    jvp: bool,
+) -> bool:
+    """Refuse a field whose products lose their dependence on the state.
+
+    With ``v^T f`` as the function, the derivative of the product ``v^T J`` along ``w`` is a Hessian times ``w``,
+    which is symmetric. So reverse mode and a difference of products give the same tensor, entry by entry.
+
+    Args:
+        dz: the velocity at ``z``, a variable, with its graph.
+        start: number of the first node of that graph.
+        beside: the same field at other times and states.
+        t: the time.
+        net: the module of the field; its functions are compared once.
+        jvp: whether derivatives along directions are asked for, which take a second derivative for their value.
+
+    Returns:
+        Whether the question is settled. It is not where nothing can be seen, as for a velocity of zero.
+
+    Raises:
+        ConfigError: if the comparison fails, and for an attention kernel without a second derivative.
+    """
+    if dz.grad_fn is None or z.is_meta or exporting() or torch.compiler.is_compiling():
+        return dz.grad_fn is not None
+    foreign, depends = _functions(dz, z, start)
+    if not foreign or not (jvp or depends or z.grad_fn is not None):
+        return True
+    for name in foreign.values():
+        if name.startswith("ScaledDotProduct"):
+            raise ConfigError(FUSED_ATTENTION)
+    known = set[type]() if net is None else _right.setdefault(net, set())
+    half = dz.dtype.itemsize < 4 or torch.is_autocast_enabled(dz.device.type)
+    new = {function for function in foreign if function not in known}
+    if not new or half:
+        return True
+    found = _compare(dz, z, beside, t)
+    if found is False:
+        names = " and ".join(sorted({foreign[each] for each in new}))
+        raise ConfigError(
+            f"the backward pass of {names} cannot be differentiated: a derivative that autograd takes through it "
+            "differs from a difference quotient, so that the gradient of jacfrob or of a log-density, or the value "
+            f"of a derivative along a direction, would be wrong. {_WAYS}"
+        )
+    if found:
+        known |= new
+    return bool(found)
+
+
+def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[Any, str], bool]:
+    """Custom functions and fused attention between ``z`` and ``dz`` by name, and whether parameters are read.
+
+    Nodes older than ``start`` belong to other computations and cannot lead to ``z``.
+    """
+    end: Any = z.grad_fn
+    parents: dict[Any, list[Any]] = {}  # from an input of a node to the node
+    pending: list[Any] = [dz.grad_fn]
+    seen, suspects, ends = {dz.grad_fn}, dict[Any, tuple[Any, str]](), list[Any]()
+    depends = False
+    while pending:
+        node = pending.pop()
+        variable = getattr(node, "variable", None)
+        if node is end or variable is z:
+            ends.append(node)
+            continue
+        if variable is not None:
+            depends = True
+            continue
+        if node._sequence_nr() < start:
+            depends = True
+            continue
+        if isinstance(node, BackwardCFunction):
+            function = getattr(type(node), "_forward_cls", type(node))
+            if not function.__module__.startswith("rnode_plugin."):
+                suspects[node] = function, function.__name__
+        elif node.name().startswith("ScaledDotProduct") and "Math" not in node.name():
+            suspects[node] = node.name(), node.name()
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                parents.setdefault(parent, []).append(node)
+                if parent not in seen:
+                    seen.add(parent)
+                    pending.append(parent)
+    if not suspects:
+        return {}, depends
+    between = set[Any]()
+    while ends:
+        for node in parents.get(ends.pop(), ()):
+            if node not in between:
+                between.add(node)
+                ends.append(node)
+    return {function: name for node, (function, name) in suspects.items() if node in between}, depends
+
+
+def _compare(dz: Tensor, z: Tensor, beside: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> bool | None:
+    """Whether the second derivative by autograd is right; None where differences cannot show it, as at kinks."""
+    generator = torch.Generator().manual_seed(0)
+    v, w = (torch.randint(2, dz.shape, generator=generator).to(dz) * 2 - 1 for _ in range(2))
+    point, w, t = z.detach(), w.to(z.dtype), t.detach()
+    size = 0.01 * point.square().mean().sqrt().clamp(min=0.1)
+
+    def product(state: Tensor, *, again: bool = False) -> Tensor | None:
+        # a separate evaluation, because some backward passes run only once
+        velocity = beside(t, state)
+        return torch.autograd.grad(velocity, state, v, create_graph=again, allow_unused=True)[0]
+
+    def difference(step: Tensor) -> Tensor:
+        ends = (product((point + shift * w).requires_grad_()) for shift in (step, -step))
+        later, before = (torch.zeros_like(point) if end is None else end for end in ends)
+        return (later - before) / (2 * step)
+
+    fine, coarse = difference(size), difference(2 * size)
+    expected, doubt = float(fine.norm()), float((fine - coarse).norm())
+    if not expected > 0 or not doubt < 0.1 * expected:
+        return None
+    state = point.requires_grad_()
+    found, exact = product(state, again=True), None
+    if found is not None and found.requires_grad:
+        try:
+            exact = torch.autograd.grad(found, state, w, allow_unused=True)[0]
+        except RuntimeError:  # torch marks some backward passes as not differentiable
+            return False
+    exact = torch.zeros_like(point) if exact is None else exact
+    return float((exact - fine).norm()) <= 0.02 * expected + 3 * doubt

@@ -1,0 +1,121 @@
+"""View: the part of a solver's state that penalties measure, such as columns given by a slice or a mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+Columns = slice | Tensor
+"""A slice of the first dimension of a sample, or a mask of booleans over its first dimensions."""
+
+
+def as_columns(penalized: Any) -> Columns | None:
+    """``penalized`` as a slice or a mask, on the CPU; None if it is neither."""
+    if isinstance(penalized, slice):
+        return penalized
+    if (
+        isinstance(penalized, (list, tuple))
+        and penalized
+        and all(isinstance(x, (bool, np.bool_)) for x in penalized)
+    ):
+        return torch.tensor(penalized)
+    if isinstance(penalized, Tensor) and penalized.dtype == torch.bool and penalized.ndim > 0:
+        return penalized.detach().clone().cpu()
+    return None
+
+
+class Places(NamedTuple):
+    """Entries of a state whose samples are along dimension 0.
+
+    Attributes:
+        entries: where they are along the joined dimensions, rising.
+        first, last: the dimensions that are joined, both included.
+    """
+
+    entries: Tensor
+    first: int
+    last: int
+
+
+def places_of(columns: Columns, event: Sequence[int], device: torch.device) -> Places:
+    """The entries of a sample of shape ``event`` that ``columns`` selects.
+
+    Raises:
+        ConfigError: if they select nothing, or a mask has another shape.
+    """
+    if isinstance(columns, slice):
+        size = event[0] if event else 0
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[list(range(size)[columns])] = True
+    else:
+        mask = columns
+    if tuple(mask.shape) != tuple(event[: mask.ndim]) or not mask.any():
+        raise ConfigError(f"penalized={columns} selects nothing of a sample of shape {tuple(event)}.")
+    return Places(mask.flatten().nonzero().flatten().to(device), 1, mask.ndim)
+
+
+@dataclass(frozen=True)
+class View:
+    """Where the ``z (B, *event)`` of the penalties is in a state. The rest of the state counts as constant.
+
+    Attributes:
+        is_tuple: whether a state is a tuple of tensors.
+        places: the tensors of a tuple that ``z`` consists of, rising. Several are joined to ``(B, D)``.
+        columns: the entries of a sample that ``z`` consists of; None: all.
+        batch_dim: the dimension of the samples; None: the whole state is one sample.
+    """
+
+    is_tuple: bool = False
+    places: tuple[int, ...] = (0,)
+    columns: Places | None = None
+    batch_dim: int | None = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``z`` is one of the tensors. Views of it would cost an evaluation of a small net a tenth."""
+        return len(self.places) == 1 and self.batch_dim == 0 and self.columns is None
+
+    def tensors(self, state: Any) -> tuple[Tensor, ...]:
+        """The tensors of a state, or of its velocity."""
+        return tuple(state) if self.is_tuple else (state,)
+
+    def samples_first(self, x: Tensor) -> Tensor:
+        """``x`` with the samples along dimension 0."""
+        return x.unsqueeze(0) if self.batch_dim is None else x.movedim(self.batch_dim, 0)
+
+    def of(self, state: Any) -> Tensor:
+        """``z (B, *event)`` of a state, or the same part of its velocity."""
+        tensors = self.tensors(state)
+        if self.is_whole:
+            return tensors[self.places[0]]
+        parts = [self.samples_first(tensors[i]) for i in self.places]
+        if self.columns is not None:
+            index, first, last = self.columns
+            return parts[0].flatten(first, last).index_select(first, index)
+        return parts[0] if len(parts) == 1 else torch.cat([x.unsqueeze(-1).flatten(1) for x in parts], 1)
+
+    def into(self, state: Any, z: Tensor) -> Any:
+        """The state with ``z`` as its part."""
+        tensors = list(self.tensors(state))
+        if self.is_whole:
+            tensors[self.places[0]] = z
+            return tuple(tensors) if self.is_tuple else z
+        firsts = [self.samples_first(tensors[i]) for i in self.places]
+        parts: Sequence[Tensor]
+        if self.columns is not None:
+            index, first, last = self.columns
+            parts = (firsts[0].flatten(first, last).index_copy(first, index, z),)
+        else:
+            parts = (z,) if len(firsts) == 1 else z.split([math.prod(x.shape[1:]) for x in firsts], 1)
+        for i, whole, part in zip(self.places, firsts, parts, strict=True):
+            part = part.reshape(whole.shape)
+            tensors[i] = part.squeeze(0) if self.batch_dim is None else part.movedim(0, self.batch_dim)
+        return tuple(tensors) if self.is_tuple else tensors[0]

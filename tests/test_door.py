@@ -1,0 +1,557 @@
+"""What happens around an evaluation: draws, buffers, layers' attributes, times, second derivatives, grad modes."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torchdyn.core import NeuralODE as TorchdynNeuralODE
+from torchdyn.nn import DataControl, DepthCat
+
+from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
+from rnode_plugin.core.derivatives import AutogradField
+from rnode_plugin.core.door import Door
+from rnode_plugin.core.regularizers import FunctionRegularizer
+from rnode_plugin.core.trace_estimators import Difference, Exact
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.flow_matching import ODESolver
+from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
+
+SPAN = torch.tensor([0.0, 1.0])
+AGAIN = ["finite_difference:0.5", "directional_vjp", "total_derivative", "taylor:3", "jacdiag"]
+
+
+class Net(nn.Module):
+    """``tanh(W z + sin 2t)`` with a layer in the middle."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor] | None = None, dims: int = 2) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.first = nn.Parameter(0.7 * torch.randn(dims, 6, generator=generator))
+        self.second = nn.Parameter(0.7 * torch.randn(6, dims, generator=generator))
+        self.middle = middle or nn.Identity()
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(self.middle(z @ self.first) + torch.sin(2 * t)) @ self.second
+
+
+def states(n: int = 16, dims: int = 2) -> Tensor:
+    return torch.randn(n, dims, generator=torch.Generator().manual_seed(0))
+
+
+def gradient(loss: Tensor, net: nn.Module) -> Tensor:
+    parameters = list(net.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return torch.cat([g.flatten() for g in filled])
+
+
+# the times of a solve -------------------------------------------------------------------------------------------
+
+
+def penalty_to(end: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.autograd.grad(call(torch.linspace(0, 1, 5).double() * end), end)[0]
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+def test_finite_difference_by_the_end_is_the_rate_there_or_refused(solver: str) -> None:
+    net, z, end = Net().double(), states(5).double(), torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
+
+    def node(sensitivity: str) -> Callable[[Tensor], Tensor]:
+        model = NeuralODE(
+            net, solver=solver, sensitivity=sensitivity, regularizers=["finite_difference:0.05"],
+            atol=1e-8, rtol=1e-8, atol_adjoint=1e-8, rtol_adjoint=1e-8,
+        )  # fmt: skip
+
+        def call(times: Tensor) -> Tensor:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model(z, times)
+            return model.regularization["finite_difference:0.05"].sum()
+
+        return call
+
+    for mode in ("autograd", "checkpointed"):
+        with pytest.raises(ConfigError, match="no gradient by the times"):
+            penalty_to(end, node(mode))
+    with pytest.raises(ConfigError, match="odeint_adjoint"):
+        odeint(net, z, SPAN.double() * end, method=solver, regularizers=["finite_difference"])
+    model = NeuralODE(net, solver=solver, atol=1e-8, rtol=1e-8)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        last = model(z, torch.linspace(0, 1.2, 41).double())[1][-1]
+    rate = penalties_at(net, end.detach(), last, ["finite_difference:0.05"])["finite_difference:0.05"].sum()
+    found = penalty_to(end, node("adjoint"))
+    assert torch.allclose(found, rate, rtol=2e-3)
+
+
+def test_finite_difference_beside_a_learned_end_time_is_refused() -> None:
+    model = NeuralODE(Net(), solver="rk4", regularizers=["finite_difference", "learned_end_time"])
+    with pytest.raises(ConfigError, match="learned_end_time"):
+        model(states(), SPAN)
+
+
+def test_a_gradient_does_not_run_through_the_first_step_of_torchdiffeq() -> None:
+    net, z = Net().double(), states().double()
+    options: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-7, "method": "dopri5"}
+    options["regularizers"] = ["finite_difference:0.05"]
+    found, expected = (
+        gradient(solve(net, z, SPAN.double(), **options)[1]["finite_difference:0.05"].sum(), net)
+        for solve in (odeint, odeint_adjoint)
+    )
+    assert (found - expected).norm() < 3e-4 * expected.norm()  # 3e-3 with a graph of the first step
+
+
+# buffers and random numbers -------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A layer that counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return torch.sin(x)
+
+
+@pytest.mark.parametrize("sensitivity", ["autograd", "checkpointed", "adjoint"])
+@pytest.mark.parametrize("name", [*AGAIN, "kinetic", "jacfrob"])
+def test_each_evaluation_moves_the_buffers_once(name: str, sensitivity: str) -> None:
+    counting = Counting()
+    net = Net(counting)
+    model = NeuralODE(net, solver="rk4", sensitivity=sensitivity, regularizers=[name])
+    end = model(states(), torch.linspace(0, 1, 3))[1][-1]
+    assert counting.calls == 8
+    (end.sum() + model.reg_loss()).backward()
+    assert counting.calls == 8
+
+
+def test_running_statistics_of_a_net_inside_a_lambda_stay() -> None:
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    z = states()
+    velocity = net(z)
+    penalties_at(lambda t, x: net(x), 0.5, z, ["finite_difference"], velocity=velocity)
+    assert net[1].num_batches_tracked == 1
+
+
+def test_every_product_has_the_mask_of_its_evaluation() -> None:
+    """``f = s z`` with ``s`` 0 or 2: for one mask all of these are powers of ``s``."""
+    drop, z = nn.Dropout(0.5), torch.ones(1000, 1)
+    names = ["kinetic", *AGAIN, "directional", "jacfrob"]
+    found = penalties_at(lambda t, z: drop(z), 0.0, z, names, trace_noise="exact")
+    s = found["kinetic"].sqrt()
+    assert set(s.tolist()) == {0.0, 2.0}
+    for name, power in (("finite_difference:0.5", 4), ("directional_vjp", 4), ("total_derivative", 4),
+                        ("taylor:3", 6), ("jacdiag", 2), ("directional", 4), ("jacfrob", 2)):  # fmt: skip
+        assert torch.allclose(found[name], s**power), name
+
+
+@pytest.mark.parametrize("estimator", ["gaussian", "hutch++:1", "difference"])
+def test_probes_that_evaluate_again_have_the_mask_too(estimator: str) -> None:
+    drop, z = nn.Dropout(0.5), torch.ones(500, 2)
+    found = penalties_at(lambda t, z: drop(z[:, :1]) * z, 0.0, z, ["kinetic", "jacdiag", "jacfrob"],
+                         trace_noise=estimator)  # fmt: skip
+    dropped = found["kinetic"] == 0
+    assert 100 < int(dropped.sum()) < 400
+    assert torch.equal(found["jacdiag"] == 0, dropped)
+    assert torch.equal(found["jacfrob"] == 0, dropped)
+
+
+def test_a_penalty_in_odeint_belongs_to_the_step_that_was_taken() -> None:
+    drop, z = nn.Dropout(0.5), torch.ones(200, 1)
+    y, found = odeint(lambda t, z: drop(z), z, SPAN, method="euler", regularizers=["kinetic", *AGAIN[:2]])
+    assert torch.allclose(found["kinetic"], (y[-1] - 1).square()[:, 0])
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_penalty_leaves_the_random_numbers_of_the_solve(name: str) -> None:
+    net = Net(nn.Dropout(0.3))
+
+    def after(names: list[str] | None) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(5)
+        model = NeuralODE(net, solver="rk4", regularizers=names, trace_noise="exact")
+        return model(states(), torch.linspace(0, 1, 3))[1], torch.rand(3)
+
+    for found, expected in zip(after([name]), after(None), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_regularizer_that_evaluates_a_random_field_again_must_say_so() -> None:
+    rate = FunctionRegularizer("trace", lambda e: e.jacobian().diagonal(dim1=1, dim2=2).sum(1), needs={"vjp"})
+    with pytest.raises(ConfigError, match="repeats = True"):
+        penalties_at(Net(nn.Dropout(0.5)), 0.0, states(), [rate])
+    penalties_at(Net(), 0.0, states(), [rate])
+
+
+@pytest.mark.parametrize("layer", [DataControl, DepthCat])
+def test_threads_that_solve_one_model_keep_their_control_and_time(layer: Any) -> None:
+    control = layer is DataControl
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 4), layer() if control else layer(1), nn.Linear(8 if control else 5, 16), nn.Tanh(),
+        nn.Linear(16, 4),
+    )  # fmt: skip
+    model = NeuralODE(net, solver="rk4", return_t_eval=False)
+    starts = [torch.randn(200, 4) for _ in range(4)]
+    spans = [torch.linspace(0, 0.2 + k, 9) for k in range(4)]
+    with torch.no_grad():
+        expected = [model(x, t)[-1] for x, t in zip(starts, spans, strict=True)]
+    wrong: list[int] = []
+
+    def solve(k: int) -> None:
+        with torch.no_grad():
+            for _ in range(10):
+                if not torch.equal(model(starts[k], spans[k])[-1], expected[k]):
+                    wrong.append(k)
+
+    threads = [threading.Thread(target=solve, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# layers without a second derivative -----------------------------------------------------------------------------
+
+
+class Kernel(torch.autograd.Function):
+    """SiLU whose backward pass is a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            s = x.sigmoid()
+            return g * (s + x * s * (1 - s))
+
+
+class Once(Kernel):
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Kernel.backward(ctx, g)
+
+
+class Twice(Kernel):
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return g * (s + x * s * (1 - s))
+
+
+class Kinked(torch.autograd.Function):
+    """ReLU, whose second derivative is zero and whose differences see kinks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x > 0)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return g * ctx.saved_tensors[0]
+
+
+def by_points(name: str) -> Callable[[nn.Module], Tensor]:
+    return lambda net: penalties_at(net, 0.3, states(), [name])[name].mean()
+
+
+def by_solve(sensitivity: str) -> Callable[[nn.Module], Tensor]:
+    def call(net: nn.Module) -> Tensor:
+        model = NeuralODE(net, solver="rk4", sensitivity=sensitivity, regularizers=["jacfrob"])
+        model(states(), SPAN)
+        return model.reg_loss()
+
+    return call
+
+
+def by_density(net: nn.Module) -> Tensor:
+    return RegularizedCNF(net, event_shape=2, trace_estimator="exact", regularizers=()).log_prob(states()).mean()
+
+
+def by_flow_matching(net: nn.Module) -> Tensor:
+    solver = ODESolver(net)
+    return solver.compute_likelihood(
+        states(), lambda z: -z.square().sum(1), method="rk4", step_size=0.5, exact_divergence=True, enable_grad=True
+    )[1].mean()  # fmt: skip
+
+
+def by_odeint(net: nn.Module) -> Tensor:
+    return odeint(net, states(), SPAN, method="rk4", regularizers=["jacfrob"])[1]["jacfrob"].mean()
+
+
+PRODUCTS: dict[str, Callable[[nn.Module], Tensor]] = {
+    **{name: by_points(name) for name in ("jacfrob", "total_derivative", "curl", "directional_vjp", "jacdiag")},
+    "NeuralODE": by_solve("autograd"), "checkpointed": by_solve("checkpointed"), "adjoint": by_solve("adjoint"),
+    "density": by_density, "ODESolver": by_flow_matching, "odeint": by_odeint,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", PRODUCTS.values(), ids=PRODUCTS)
+@pytest.mark.parametrize("kernel", [Kernel, Once])
+def test_a_product_through_a_kernel_is_refused_where_it_is_differentiated(kernel: Any, call: Any) -> None:
+    net = Net(kernel.apply)
+    with pytest.raises(ConfigError, match=f"{kernel.__name__} cannot be differentiated"):
+        call(net).backward()
+
+
+@pytest.mark.parametrize("call", PRODUCTS.values(), ids=PRODUCTS)
+@pytest.mark.parametrize("function", [Twice, Kinked])
+def test_a_function_that_can_be_differentiated_is_no_false_alarm(function: Any, call: Any) -> None:
+    plain = {Twice: nn.functional.silu, Kinked: nn.functional.relu}[function]
+    nets = Net(function.apply), Net(plain)
+    found, expected = ((torch.manual_seed(1), gradient(call(net), net))[1] for net in nets)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["jacfrob", "directional_vjp", "jacdiag"])
+def test_values_through_a_kernel_are_right_without_gradients(name: str) -> None:
+    with torch.no_grad():
+        found, expected = (
+            penalties_at(Net(f), 0.3, states(), [name], trace_noise="exact")[name]
+            for f in (Kernel.apply, nn.functional.silu)
+        )
+    assert torch.allclose(found, expected)
+
+
+def test_kinetic_and_finite_difference_need_no_second_derivative() -> None:
+    for name in ("kinetic", "finite_difference"):
+        found, expected = (
+            gradient(by_points(name)(net), net) for net in (Net(Kernel.apply), Net(nn.functional.silu))
+        )
+        assert torch.allclose(found, expected, rtol=1e-4)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 12, generator=torch.Generator().manual_seed(0)) / 2)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        q, k, v = (z @ self.weight + t).unsqueeze(1).unflatten(-1, (3, 4)).movedim(-2, 0)
+        return nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+
+
+@pytest.mark.parametrize("name", ["jacfrob", "total_derivative"])
+def test_fused_attention_names_the_kernel_that_works(name: str) -> None:
+    net, z = Attention(), torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match=r"SDPBackend\.MATH"):
+        penalties_at(net, 0.0, z, [name])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        penalties_at(net, 0.0, z, [name])[name].sum().backward()
+    assert net.weight.grad is not None
+
+
+# the estimator by differences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_differences_over_all_signs_give_trace_and_norm(dtype: torch.dtype) -> None:
+    """The mean over all sign vectors is exact for every field up to the truncation of the difference."""
+    net, z = Net(torch.sin, dims=3).to(dtype), states(4, 3).to(dtype)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=dtype)
+    estimator, door = Difference(probes=8), Door(AutogradField(net), net, repeats=True)
+    noise = signs[:, None].expand(8, 4, 3)
+    t = torch.tensor(0.2, dtype=dtype)
+    products = estimator.linearize(door, t, z, noise).products
+    rows = Exact().linearize(door, t, z).products
+    assert products is not None
+    assert rows is not None
+    bound = {torch.float32: 2e-3, torch.float64: 1e-8}[dtype]  # of order s^2, with s about 0.01 and 1e-5
+    traces = estimator.divergence(products, noise), Exact().divergence(rows, None)
+    norms = estimator.squared_frobenius(products, noise), Exact().squared_frobenius(rows, None)
+    for pair in (traces, norms):
+        assert torch.allclose(*pair, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("kernel", [Kernel, Once])
+def test_differences_train_through_a_kernel(kernel: Any) -> None:
+    def loss(net: nn.Module) -> Tensor:
+        torch.manual_seed(0)
+        model = RegularizedCNF(
+            net, event_shape=2, trace_estimator="difference:2", solver="rk4", regularizers=["jacfrob"]
+        )
+        nll = -model.log_prob(states()).mean()
+        return nll + model.reg_loss()
+
+    found, expected = (gradient(loss(net), net) for net in (Net(kernel.apply), Net(nn.functional.silu)))
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_net_stays_compiled() -> None:
+    runs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def run(*args: Tensor) -> Any:
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    net = Net(torch.sin)
+    compiled = torch.compile(net, backend=backend, dynamic=False)
+    model = NeuralODE(compiled, solver="rk4", regularizers=["jacfrob"], trace_noise="difference")
+    model(states(), SPAN)  # this call also looks for columns that the net never reads
+    before = len(runs)
+    model(states(), SPAN)
+    assert len(runs) - before == 4 * 3  # each stage and its two differences
+
+
+def test_differences_refuse_half_precision_and_the_transposed_product() -> None:
+    z = states().bfloat16()
+    with pytest.raises(ConfigError, match="float32 or float64"):
+        penalties_at(Net().bfloat16(), 0.0, z, ["jacfrob"], trace_noise="difference")
+    with pytest.raises(ConfigError, match=r"'curl' and 'strain'"):
+        penalties_at(Net(), 0.0, states(), ["curl"], trace_noise="difference")
+
+
+# grad modes, events, hooks, columns, needs ----------------------------------------------------------------------
+
+
+class Energy(nn.Module):
+    """A velocity that is the gradient of an energy, computed where gradients happen to be enabled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, t: Tensor, x: Tensor, args: object = None) -> Tensor:
+        x = x.requires_grad_()
+        return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "tsit5", "rk4"])
+def test_a_field_that_is_a_gradient_works_where_torchdyn_runs_it(solver: str) -> None:
+    torch.manual_seed(0)
+    net = Energy()
+    ours, theirs = (cls(net, solver=solver)(states(), SPAN)[1][-1] for cls in (NeuralODE, TorchdynNeuralODE))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    model = NeuralODE(net, solver=solver, regularizers=["kinetic", "jacfrob"])
+    model(states(), SPAN)
+    model.reg_loss().backward()
+    RegularizedCNF(net, event_shape=2, regularizers=()).log_prob(states()).mean().backward()
+
+
+@pytest.mark.parametrize("sensitivity", ["checkpointed", "adjoint"])
+def test_a_field_that_needs_gradients_names_what_to_do_without(sensitivity: str) -> None:
+    model = NeuralODE(Energy(), solver="dopri5", sensitivity=sensitivity)
+    with pytest.raises(ConfigError, match=r"torch\.enable_grad"):
+        model(states(), SPAN)
+
+
+def test_an_event_that_is_met_at_the_start_has_no_penalty() -> None:
+    t, _, found = odeint(
+        lambda t, y: -torch.ones_like(y),
+        torch.zeros(1, 1),
+        SPAN,
+        event_fn=lambda t, y: y[0, 0],
+        regularizers=["kinetic"],
+    )
+    assert float(t) == 0.0
+    assert float(found["kinetic"]) == 0.0
+
+
+@contextmanager
+def global_hook(hook: Callable[..., Any]) -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_hooks_of_all_modules_are_seen_in_a_recognised_stack() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+    model = RegularizedCNF(net, event_shape=2, trace_estimator="exact", solver="rk4", regularizers=())
+    z = states()
+    plain = model.log_prob(z)
+    with global_hook(lambda module, given, result: 2 * result if isinstance(module, nn.Tanh) else None):
+        doubled = model.log_prob(z)
+    last: Any = net[2]
+    last.weight.data *= 2
+    assert not torch.allclose(doubled, plain, atol=1e-3)
+    assert torch.allclose(doubled, model.log_prob(z), atol=1e-5)
+
+
+class Accumulating(nn.Module):
+    """A field that keeps penalties of its own in the first columns."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.net, self.columns = Net(), columns
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        dz = self.net(t, x[:, self.columns :])
+        cost = dz.square().sum(1, keepdim=True).expand(-1, self.columns)
+        return torch.cat([cost, dz], 1)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_columns_that_the_field_never_reads_are_named_once(columns: int) -> None:
+    x = torch.cat([torch.zeros(16, columns), states()], 1)
+    model = NeuralODE(Accumulating(columns), solver="rk4", regularizers=["kinetic"])
+    with pytest.warns(UserWarning, match=rf"penalized=slice\({columns}, None\)"):
+        model(x, SPAN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x, SPAN)
+        NeuralODE(Accumulating(columns), solver="rk4", regularizers=["kinetic"], penalized=slice(columns, None))(
+            x, SPAN
+        )
+        NeuralODE(Net(), solver="rk4", regularizers=["kinetic"])(states(), SPAN)
+
+
+@pytest.mark.parametrize("beside", [[], ["jacfrob"]])
+def test_a_rate_sees_what_it_declared_and_nothing_else(beside: list[str]) -> None:
+    rate = FunctionRegularizer("undeclared", lambda evaluation: evaluation.squared_frobenius())
+    with pytest.raises(ConfigError, match=r'needs = \{"vjp"\}'):
+        penalties_at(Net(), 0.0, states(), [*beside, rate])
+    declared = FunctionRegularizer("declared", lambda evaluation: evaluation.squared_frobenius(), needs={"vjp"})
+    penalties_at(Net(), 0.0, states(), [*beside, declared])
+
+
+def test_a_rate_that_differentiates_the_velocity_is_told_what_to_declare() -> None:
+    def rate(t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
+        return torch.autograd.grad(dz.sum(), z, create_graph=True)[0].square().sum(1)
+
+    with pytest.raises(Exception, match=r"needs=\{'vjp'\}"):
+        penalties_at(Net(), 0.0, states(), [rate])
+
+
+class Offering(nn.Module):
+    """A field that offers a value that its velocity does not show."""
+
+    def forward(self, t: Tensor, y: Any) -> Any:
+        return (-y[0], y[1]) if isinstance(y, tuple) else -y
+
+    def aux(self, t: Tensor, y: Any) -> dict[str, Tensor]:
+        x = y[0] if isinstance(y, tuple) else y
+        return {"energy": x.square().sum(1)}
+
+
+@pytest.mark.parametrize("is_tuple", [False, True])
+def test_a_field_offers_values_under_torchdiffeq_too(is_tuple: bool) -> None:
+    rate = FunctionRegularizer("energy", lambda evaluation: evaluation.aux("energy"), needs={"aux"})
+    y0: Any = (torch.ones(3, 2), torch.ones(3, 1)) if is_tuple else torch.ones(3, 2)
+    found = odeint(Offering(), y0, SPAN, regularizers=[rate])[1]["energy"]
+    assert torch.allclose(found, torch.full((3,), 1 - float(torch.exp(torch.tensor(-2.0)))), atol=1e-5)
