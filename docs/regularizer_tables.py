@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rnode_plugin.core.regularizers import KINDS
-from rnode_plugin.plugins import builtin
+from rnode_plugin.core.regularizers import BUILTIN, KINDS
 from rnode_plugin.plugins.registry import get
 
 PAGE = Path(__file__).with_name("regularizers.md")
@@ -20,7 +19,7 @@ _HEADERS = {
 
 def with_tables(page: str) -> str:
     """``page`` with each table, between ``<!-- table: KIND -->`` and ``<!-- end -->``, made again."""
-    found = {name: get("regularizers", name) for name in builtin.rnode_register_regularizers()}
+    found = {name: get("regularizers", name) for name in BUILTIN}
     for kind in KINDS:
         rows = [
             f"| `{name}` | {each.formula} | {each.cost or 'none'} | {each.source} |"
@@ -39,3 +38,4 @@ def with_tables(page: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(with_tables(PAGE.read_text("utf-8")), "utf-8")
+    print(f"The tables of {PAGE.name} list {len(BUILTIN)} regularizers.")

@@ -51,7 +51,7 @@ LIGHT = [
         ("import rnode_plugin", {"pluggy"}),
         (
             "from rnode_plugin.plugins import registry\n"
-            "for kind in ('commands', 'recipes', 'datasets', 'models'): registry.names(kind)",
+            "for kind in registry.KINDS: registry.names(kind)",
             {"torch", "numpy", "torchdyn", "pytorch_lightning"},
         ),
         (

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 
 from rnode_plugin import hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.core.regularizers import FunctionRegularizer, Regularizer, kinetic, local_error, regularizer
-from rnode_plugin.plugins import builtin
+from rnode_plugin.core import regularizers
+from rnode_plugin.core.regularizers import (
+    BUILTIN,
+    FunctionRegularizer,
+    Regularizer,
+    kinetic,
+    local_error,
+    paths,
+    rates,
+    regularizer,
+)
 from rnode_plugin.plugins.registry import get, get_regularizer, register, unregister
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -31,9 +40,6 @@ def tables() -> ModuleType:
     return module
 
 
-NAMES = list(builtin.rnode_register_regularizers())
-
-
 def listed() -> dict[str, dict[str, str]]:
     found = CliRunner().invoke(main, ["regularizers", "--json"])
     return {row["name"]: row for row in json.loads(found.output)}
@@ -41,7 +47,7 @@ def listed() -> dict[str, dict[str, str]]:
 
 def test_what_is_declared_is_registered_and_listed() -> None:
     rows = listed()
-    for name in NAMES:
+    for name in BUILTIN:
         declared = get("regularizers", name)
         assert get_regularizer(name).name == name
         assert isinstance(get_regularizer(name), Regularizer)
@@ -50,11 +56,33 @@ def test_what_is_declared_is_registered_and_listed() -> None:
         assert rows[name]["source"] == str(declared.source)
 
 
+@pytest.mark.parametrize("module", [rates, paths])
+def test_every_declared_regularizer_has_its_line_in_the_list(module: ModuleType) -> None:
+    """If this fails, correct ``BUILTIN`` in ``rnode_plugin/core/regularizers/__init__.py``."""
+    room = module.__name__.rpartition(".")[2]
+    declared = {f"{room}:{attribute}" for attribute, value in vars(module).items() if is_declared(value, module)}
+    assert declared == {place for place in BUILTIN.values() if place.startswith(room)}
+
+
+def is_declared(value: object, module: ModuleType) -> bool:
+    made = value if isinstance(value, type) else type(value)
+    return issubclass(made, Regularizer) and getattr(value, "__module__", "") == module.__name__
+
+
+def test_the_package_exports_every_regularizer_of_the_list() -> None:
+    for place in BUILTIN.values():
+        module, _, attribute = place.partition(":")
+        assert getattr(regularizers, attribute) is getattr({"rates": rates, "paths": paths}[module], attribute)
+        assert attribute in regularizers.__all__
+        assert attribute in dir(regularizers), "the reference documents it"
+    assert not hasattr(regularizers, "kinetik")
+
+
 def test_the_tables_of_the_docs_are_those_of_the_declarations() -> None:
     """If this fails, run ``python docs/regularizer_tables.py``."""
     page = (DOCS / "regularizers.md").read_text("utf-8")
     assert tables().with_tables(page) == page
-    assert all(f"| `{name}` |" in page for name in NAMES)
+    assert all(f"| `{name}` |" in page for name in BUILTIN)
 
 
 @pytest.mark.parametrize("declared", [kinetic, local_error])
@@ -94,7 +122,8 @@ def test_a_plugins_regularizer_is_listed_as_it_declares_itself() -> None:
         rows = listed()
     finally:
         unregister("of strangers")
-    shown = {name: [rows[name][key] for key in ("formula", "cost", "source")] for name in rows if name not in NAMES}
+    strange = rows.keys() - BUILTIN.keys()
+    shown = {name: [rows[name][key] for key in ("formula", "cost", "source")] for name in strange}
     assert shown["speed"] == ["", "jvp", ""]  # not torch's docstring of nn.Module
     assert shown["described"] == ["The speed.", "jvp", ""]
     assert shown["length"] == ["the length", "nothing", "a thesis"]

@@ -51,7 +51,7 @@ def pack(
     Args:
         sources: folders of pictures, or folders of the published ImageNet batches (``train_data_batch_1.npz`` to
             ``_10``, ``val_data.npz``). Several make one data set. Other files are left out, with a line on standard
-            error. The split is the one of :func:`~rnode_plugin.data.folder`.
+            error. The split is the one of :func:`~rnode_plugin.data.folders.folder`.
         target: folder for the two files, which is made if it is missing.
         size: height and width that pictures are scaled to (the shorter side, and the longer one is cut around the
             middle); None if all have the same size already.

@@ -1,60 +1,74 @@
-"""The registrations of this package, by the same hooks as a plugin's.
+"""The registrations of this package, by the same hooks as a plugin's: one line for each object.
 
 Each object is given by its place, because the names are listed without an import of torch.
 """
 
 from __future__ import annotations
 
+from ..core.regularizers import BUILTIN
 from .hookspecs import hookimpl
 
 __all__: list[str] = []
 
-_REGULARIZERS = {
-    "rates": "kinetic jacfrob total_derivative directional directional_vjp finite_difference:FiniteDifference "
-    "taylor:Taylor l1 jacdiag jacoffdiag curl strain hjb",
-    "paths": "error stiffness local_error local_stiffness straightness:Straightness "
-    "trajectory_polynomial:TrajectoryPolynomial steer:Steer learned_end_time:LearnedEndTime",
-}
-_COMMANDS = {
-    "train": "train compare",
-    "runs": "eval diagnose sample export report cite",
-    "lists": "recipes data plugins regularizers info exec:exec_script",
-}
-_RECIPES = "digits mnist mnist-fast cifar10 cifar10-fast imagenet64 celebahq256 pictures table"
-_IMAGES = "digits mnist fashion-mnist cifar10 svhn imagenet64 celebahq256 folder"
-
-
-def _places(module: str, entries: str) -> dict[str, str]:
-    """Places by name, from ``name`` or ``name:attribute`` where the attribute of the module is called otherwise."""
-    pairs = (entry.partition(":") for entry in entries.split())
-    return {name: f"rnode_plugin.{module}:{attribute or name.replace('-', '_')}" for name, _, attribute in pairs}
-
 
 @hookimpl
 def rnode_register_regularizers() -> dict[str, str]:
-    places = [_places(f"core.regularizers.{module}", entries) for module, entries in _REGULARIZERS.items()]
-    return places[0] | places[1]
+    return {name: f"rnode_plugin.core.regularizers.{place}" for name, place in BUILTIN.items()}
 
 
 @hookimpl
 def rnode_register_models() -> dict[str, str]:
-    return _places("flows.multiscale", "MultiscaleFlow") | _places("flows.table", "TableFlow")
+    return {
+        "MultiscaleFlow": "rnode_plugin.flows.multiscale:MultiscaleFlow",
+        "TableFlow": "rnode_plugin.flows.table:TableFlow",
+    }
 
 
 @hookimpl
 def rnode_register_datasets() -> dict[str, str]:
-    return _places("data", _IMAGES) | _places("data.tables", "table")
+    return {
+        "digits": "rnode_plugin.data.sets:digits",
+        "mnist": "rnode_plugin.data.sets:mnist",
+        "fashion-mnist": "rnode_plugin.data.sets:fashion_mnist",
+        "cifar10": "rnode_plugin.data.sets:cifar10",
+        "svhn": "rnode_plugin.data.sets:svhn",
+        "imagenet64": "rnode_plugin.data.folders:imagenet64",
+        "celebahq256": "rnode_plugin.data.folders:celebahq256",
+        "folder": "rnode_plugin.data.folders:folder",
+        "table": "rnode_plugin.data.tables:table",
+    }
 
 
 @hookimpl
 def rnode_register_recipes() -> dict[str, str]:
-    return _places("recipes.presets", _RECIPES)
+    return {
+        "digits": "rnode_plugin.recipes.presets:digits",
+        "mnist": "rnode_plugin.recipes.presets:mnist",
+        "mnist-fast": "rnode_plugin.recipes.presets:mnist_fast",
+        "cifar10": "rnode_plugin.recipes.presets:cifar10",
+        "cifar10-fast": "rnode_plugin.recipes.presets:cifar10_fast",
+        "imagenet64": "rnode_plugin.recipes.presets:imagenet64",
+        "celebahq256": "rnode_plugin.recipes.presets:celebahq256",
+        "pictures": "rnode_plugin.recipes.presets:pictures",
+        "table": "rnode_plugin.recipes.presets:table",
+    }
 
 
 @hookimpl
 def rnode_register_commands() -> dict[str, str]:
     return {
-        name: place
-        for module, entries in _COMMANDS.items()
-        for name, place in _places(f"cli.{module}", entries).items()
+        "train": "rnode_plugin.cli.train:train",
+        "compare": "rnode_plugin.cli.train:compare",
+        "eval": "rnode_plugin.cli.runs:eval",
+        "diagnose": "rnode_plugin.cli.runs:diagnose",
+        "sample": "rnode_plugin.cli.runs:sample",
+        "export": "rnode_plugin.cli.runs:export",
+        "report": "rnode_plugin.cli.runs:report",
+        "cite": "rnode_plugin.cli.runs:cite",
+        "recipes": "rnode_plugin.cli.lists:recipes",
+        "data": "rnode_plugin.cli.lists:data",
+        "plugins": "rnode_plugin.cli.lists:plugins",
+        "regularizers": "rnode_plugin.cli.lists:regularizers",
+        "info": "rnode_plugin.cli.lists:info",
+        "exec": "rnode_plugin.cli.lists:exec_script",
     }

@@ -1,12 +1,58 @@
-"""Regularizers: rates, step penalties, trajectory penalties and span policies."""
+"""Regularizers: rates, step penalties, trajectory penalties and span policies.
+
+``BUILTIN`` is the one list of them. Their names are listed without torch, so each object is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ..schedules import linear_warmup
-from . import base, paths, rates
+from . import base
 from .base import *  # noqa: F403
-from .paths import *  # noqa: F403
-from .rates import *  # noqa: F403
 
-__all__ = ["linear_warmup"]
+if TYPE_CHECKING:
+    from .paths import *  # noqa: F403
+    from .rates import *  # noqa: F403
+
+# name -> "module:attribute", in the order of the tables in docs/regularizers.md
+BUILTIN = {
+    "kinetic": "rates:kinetic",
+    "jacfrob": "rates:jacfrob",
+    "total_derivative": "rates:total_derivative",
+    "directional": "rates:directional",
+    "directional_vjp": "rates:directional_vjp",
+    "finite_difference": "rates:FiniteDifference",
+    "taylor": "rates:Taylor",
+    "l1": "rates:l1",
+    "jacdiag": "rates:jacdiag",
+    "jacoffdiag": "rates:jacoffdiag",
+    "curl": "rates:curl",
+    "strain": "rates:strain",
+    "hjb": "rates:hjb",
+    "error": "paths:error",
+    "stiffness": "paths:stiffness",
+    "local_error": "paths:local_error",
+    "local_stiffness": "paths:local_stiffness",
+    "straightness": "paths:Straightness",
+    "trajectory_polynomial": "paths:TrajectoryPolynomial",
+    "steer": "paths:Steer",
+    "learned_end_time": "paths:LearnedEndTime",
+}
+_MODULES = {attribute: module for module, _, attribute in (place.partition(":") for place in BUILTIN.values())}
+
+__all__ = ["BUILTIN", "linear_warmup", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 __all__ += base.__all__
-__all__ += paths.__all__
-__all__ += rates.__all__
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
 from ...errors import ConfigError
 from ..schedules import DEFAULT_LAMBDA, Strength, check_lambda
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..field_evaluation import FieldEvaluation
 
 __all__ = [

@@ -18,17 +18,6 @@ from ..chains import sum_squares
 from .base import Regularizer, Source, StepRecord, Trajectory, regularizer
 from .rates import kinetic
 
-__all__ = [
-    "LearnedEndTime",
-    "Steer",
-    "Straightness",
-    "TrajectoryPolynomial",
-    "error",
-    "local_error",
-    "local_stiffness",
-    "stiffness",
-]
-
 _PAL = Source("", "Pal et al.", 2021, "pal2021opening")
 _LOCAL = Source("", "Pal et al.", 2023, "pal2023locally")
 _EXTRA = "one extra step of `tsit5`"

@@ -20,22 +20,6 @@ from .base import Regularizer, Source, regularizer
 if TYPE_CHECKING:
     from ..field_evaluation import FieldEvaluation
 
-__all__ = [
-    "FiniteDifference",
-    "Taylor",
-    "curl",
-    "directional",
-    "directional_vjp",
-    "hjb",
-    "jacdiag",
-    "jacfrob",
-    "jacoffdiag",
-    "kinetic",
-    "l1",
-    "strain",
-    "total_derivative",
-]
-
 _RNODE = Source("RNODE", "Finlay et al.", 2020, "finlay2020how")
 _FFJORD = Source("FFJORD", "Grathwohl et al.", 2019, "grathwohl2019ffjord", "code")
 _TAO = Source("", "Tao and Choi", 2026, "tao2026strain")
