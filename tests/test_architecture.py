@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -88,3 +89,11 @@ def test_what_is_light_stays_light(steps: list[tuple[str, set[str]]]) -> None:
 def test_no_path_of_a_machine_in_the_package() -> None:
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
         assert not re.search(r"/(work|root|tmp)/", path.read_text()), path
+
+
+def test_named_tuples_have_no_other_base() -> None:
+    """Before Python 3.11 such a class cannot be made, so that its module cannot be imported."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef) and "NamedTuple" in map(ast.unparse, node.bases):
+                assert len(node.bases) == 1, f"{path.name}: {node.name}"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -127,7 +127,8 @@ def batch_of(samples: Any, part: slice) -> Tensor:
     return chosen if isinstance(chosen, Tensor) else torch.from_numpy(np.array(chosen))  # files are read-only
 
 
-class SolverGap(NamedTuple, Generic[Output]):
+@dataclass(frozen=True)
+class SolverGap(Generic[Output]):
     """The solver gap of some samples.
 
     Attributes:
