@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import random
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,13 @@ def test_numbers_are_read_to_the_last_bit(tmp_path: Path) -> None:
     rows = np.random.default_rng(1).normal(size=(2000, 2)) * 10.0 ** np.arange(-100, 100).repeat(10)[:, None]
     path = write(tmp_path / "data.csv", rows, ("nan", "NA"))
     assert np.array_equal(read_columns(path, column_names(path)), rows)
+
+
+def test_whole_numbers_of_many_digits_are_read_to_the_last_bit(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    texts = [str(draw.randrange(10**24, 10**25)) for _ in range(200)]
+    (path := tmp_path / "data.csv").write_text("\n".join(["a", *texts]))
+    assert read_columns(path, ["a"])[:, 0].tolist() == list(map(float, texts))
 
 
 # texts of other programs

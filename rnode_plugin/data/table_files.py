@@ -62,10 +62,10 @@ def _values(what: str, column: pd.Series) -> np.ndarray:
     if column.dtype.kind not in "fiub":
         found = f"it is {column.dtype}"
         if column.dtype.kind == "O":  # texts, also of whole numbers that have more than 64 bits
-            texts = column
-            column = pandas.Series(pandas.to_numeric(texts, errors="coerce"))
-            wrong = np.flatnonzero(column.isna() & texts.notna())
-            found = f"row {wrong[0] + 1} holds {str(texts.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
+            # this only finds what cannot be read: the texts are converted below, to the last bit
+            numbers = pandas.Series(pandas.to_numeric(column, errors="coerce"))
+            wrong = np.flatnonzero(numbers.isna() & column.notna())
+            found = f"row {wrong[0] + 1} holds {str(column.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
         if found:
             raise DataError(f"{what} is not numeric: {found}. Write plain numbers with a point, or {LEAVE_OUT}.")
     values = column.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -115,6 +115,9 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
         with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             names, separator = _header(path, file.readline().strip("\n "))
+            # before 3.1 pandas rounds some last bits wrongly by default; since then it deprecates the choice
+            old = tuple(map(int, pandas.__version__.split(".")[:2])) < (3, 1)
+            exact: dict[str, Any] = {"float_precision": "round_trip"} if old else {}
             try:
                 # with a header, pandas would cut rows that are too long, or take the first column for row names
                 frame = pandas.read_csv(
@@ -124,6 +127,7 @@ def _read_text(path: Path, rows: int | None) -> pd.DataFrame:
                     nrows=rows,
                     skipinitialspace=True,
                     low_memory=False,
+                    **exact,
                     skip_blank_lines=len(names) > 1,  # with one column an empty line is an empty cell
                 )
             except pandas.errors.EmptyDataError:
