@@ -41,7 +41,8 @@ def solve_fixed(
     counts, draws = [1] * (len(t_span) - 1), None
     sampled = solver.quadrature == "sampled"
     if solver.step is not None:
-        counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(t_span.tolist())]
+        times = read(t_span) or t_span.tolist()  # constants of a program can be listed, and `read` gives none there
+        counts = [count_steps(b - a, float(solver.step)) for a, b in itertools.pairwise(times)]
         if sum(counts) > _MOST_STEPS:
             raise ConfigError(
                 f"step={solver.step:g} divides the times of this solve into {sum(counts):,} steps, and more than "
