@@ -145,7 +145,10 @@ def test_complex_weights_are_refused(file: Path, recipe: Recipe, tmp_path: Path)
     name, tensor = next(iter(flow.state_dict().items()))
     state = {**flow.state_dict(), name: tensor.to(torch.complex64)}
     header = json.dumps(header_with(recipe)["rnode_plugin"])
-    write_safetensors(tmp_path / "x.safetensors", state, header)
+    try:
+        write_safetensors(tmp_path / "x.safetensors", state, header)
+    except KeyError:
+        pytest.skip("safetensors before 0.7 knows no complex numbers")
     with pytest.raises(CheckpointError, match=f"{name} is complex .* there and .* in the model"):
         load_flow(tmp_path / "x.safetensors")
 

@@ -193,7 +193,7 @@ def test_eval(trained: Path) -> None:
     found = json.loads(done.stdout)
     assert found["samples"] == 297, "training validated on 40"
     assert "samples" not in found["means"]["dirty"]
-    assert done.stderr == ""
+    assert done.output == done.stdout, "nothing on standard error"
 
 
 def test_eval_repeats_the_numbers_of_train(trained: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_command_packs_folders_of_the_split(tmp_path: Path) -> None:
     result = CliRunner().invoke(data_group, ["prepare", str(source), str(out), "--size", "8"])
     assert result.exit_code == 0, result.output
     assert f"6 images to train on and 3 held out, 3x8x8, in {out}" in result.stdout
-    assert f"{source}: left out 1 file without a known suffix of pictures, such as labels.csv" in result.stderr
+    assert f"{source}: left out 1 file without a known suffix of pictures, such as labels.csv" in result.output
     assert_packed(out)
     data = get_dataset("folder", root=str(out))
     assert np.array_equal(data.train[:], TRAIN)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchdiffeq
 from torch import Tensor, nn
+from torchdiffeq._impl.odeint import SOLVERS
 
 from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.errors import ConfigError
@@ -24,8 +25,8 @@ from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize
 theirs: Any = torchdiffeq  # its functions have no annotations
 
 METHODS = [
-    "dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2", "euler", "midpoint", "heun2", "heun3", "rk4",
-    "explicit_adams", "implicit_adams",
+    "dopri5", "dopri8", "bosh3", "adaptive_heun", "fehlberg2", "euler", "midpoint", "rk4", "explicit_adams",
+    "implicit_adams", *(name for name in ("heun2", "heun3") if name in SOLVERS),
 ]  # fmt: skip
 BOTH = {"odeint": odeint, "odeint_adjoint": odeint_adjoint}
 PLAIN = {"odeint": theirs.odeint, "odeint_adjoint": theirs.odeint_adjoint}
@@ -408,9 +409,12 @@ def test_callbacks_see_the_users_state() -> None:
             seen.append(tuple(y.shape))
 
     func = Watched()
+    theirs.odeint(func, start(), SPAN)
+    expected = seen.copy()
+    seen.clear()
     odeint(func, start(), SPAN, regularizers=["kinetic"])
-    assert seen
-    assert set(seen) == {(4, 2)}
+    assert seen == expected
+    assert expected or "heun3" not in SOLVERS  # torchdiffeq 0.2.3 calls none
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
