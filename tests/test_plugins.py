@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from rnode_plugin import NeuralODE, get_recipe, hookimpl
 from rnode_plugin.cli import main
 from rnode_plugin.core.regularizers import Regularizer
-from rnode_plugin.data import get_dataset
+from rnode_plugin.data import ImageData, Table, get_dataset
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins import builtin
 from rnode_plugin.plugins import registry as plugins
@@ -269,7 +269,7 @@ def example(install, tmp_path, monkeypatch) -> Registry:
     """A registry with the page's examples of hooks installed as one package."""
     page = (ROOT / "docs" / "plugins.md").read_text()
     files = re.findall(r"^```python\n# my_package/(\w+\.py)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(files) == 4
+    assert len(files) == 5
     install("example", "", entry_points="[rnode_plugin]\nexample = t_example\n")
     (tmp_path / "example" / "t_example.py").unlink()
     package = tmp_path / "example" / "t_example"
@@ -292,6 +292,11 @@ def test_the_examples_of_the_hooks_work(example):
     assert flow.log_prob(x).shape == (2,)
     data = get_dataset("noise", size=4)
     assert (data.train.shape, data.val.shape) == ((500, 1, 4, 4), (100, 1, 4, 4))
+    named = ["data.name=noise", "data.shape=1,8,8", "data.levels=256"]
+    assert isinstance(get_recipe("pictures").override(named).data.load(), ImageData)
+    table = get_recipe("table").override(["data.name=ring"]).data.load()
+    assert isinstance(table, Table)
+    assert (table.columns, table.train.shape, len(table.held_out)) == (("x", "y"), (700, 2), 200)
     recipe = get_recipe("mnist-kinetic")
     assert recipe.name == "mnist-kinetic"
     assert recipe.regularizers == {"kinetic": 0.01, "jacfrob": 0.0}
