@@ -78,7 +78,7 @@ def penalties_at(
     if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
-    net, field = module_of(field), call_of(time_first(field))
+    net, field = module_of(field), call_of(time_first(field, with_context=False))
     view = None if batch_dim == 0 else View(batch_dim=None)
     if velocity is not None:
         field = _Evaluated(field, velocity, view)
@@ -218,7 +218,7 @@ class ODESolver:
         """The velocity as a function of time and state."""
         model = self.velocity_model
         model = functools.partial(model, **extras) if extras else model
-        return call_of(time_first(model, time_shape=self.time_shape))
+        return call_of(time_first(model, time_shape=self.time_shape, with_context=False))
 
 
 def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> Solver:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchdyn.core import NeuralODE as TorchdynNeuralODE
 
 import rnode_plugin
-from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin import CNF, NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.signature import Takes, field_takes, time_first
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
@@ -41,6 +42,10 @@ class KeywordArgs(Timed):
         return super().forward(t, x)
 
 
+def with_default(x: Tensor, factor: float = 2.0) -> Tensor:
+    return factor * x
+
+
 def compile_lightly(module: nn.Module) -> nn.Module:
     """What torch.compile makes of it, double backward refused included, without the time for machine code."""
     return torch.compile(module, backend="aot_eager")  # pyright: ignore[reportReturnType]
@@ -58,9 +63,14 @@ def compile_lightly(module: nn.Module) -> nn.Module:
         (functools.partial(lambda t, x, scale: x, scale=2), Takes("t, x", False, "t")),
         (torch.sin, Takes("?")),
         (lambda time, sample: sample, Takes("t, x", False, "time")),
-        (lambda x, mask: x, Takes("x")),
+        (lambda x, mask: x, Takes("x", rest=("mask",))),
+        (lambda x, args: x, Takes("x", True)),
+        (lambda x, t, cond, *, scale, flip=False: x, Takes("x, t", False, "t", ("cond", "scale"))),
+        (lambda t, x, context: x, Takes("t, x", False, "t", ("context",))),
+        (lambda a, b, c: b, Takes("?", rest=("c",))),
+        (torch.jit.script(with_default), Takes("x")),
         (lambda x, *, t: x, Takes("x, *, t", False, "t")),
-        (lambda x, condition, t: x, Takes("..., t", False, "t")),
+        (lambda x, condition, t: x, Takes("..., t", False, "t", ("condition",))),
         (compile_lightly(Timed()), Takes("t, x", False, "t")),
         (compile_lightly(nn.Linear(2, 2)), Takes("x")),
         (torch.compile(lambda t, x, args: x, backend="aot_eager"), Takes("t, x", True, "t")),
@@ -220,7 +230,7 @@ STATE_FIRST = ("(x, t, **extras)", "(x, *, t)", "(sample, timestep)", "partial",
 def test_a_velocity_is_called_by_the_names_of_its_parameters(name: str) -> None:
     z = torch.zeros(5, 2)
     model = RegularizedCNF.from_velocity(
-        VELOCITIES[name](), 0.0, event_shape=2, solver="midpoint", time_shape=SHAPES.get(name)
+        VELOCITIES[name](), 0.0, event_shape=2, solver="midpoint", steps=1, time_shape=SHAPES.get(name)
     )
     torch.testing.assert_close(model.encode(z).z, z + 1.5)
     torch.testing.assert_close(model.inverse(z), z - 1.5)
@@ -260,7 +270,7 @@ def test_a_call_of_ones_own_and_contexts() -> None:
         def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             return 3 * t[:, None] * self.embed(y[:, 0]).expand_as(x)
 
-    z, options = torch.zeros(5, 2), {"event_shape": 2, "solver": "midpoint"}
+    z, options = torch.zeros(5, 2), {"event_shape": 2, "solver": "midpoint", "steps": 1}
     own = RegularizedCNF.from_velocity(Noised(), 0.0, call=lambda net, t, x: net(x, sigma=1 - t), **options)
     torch.testing.assert_close(own.encode(z).z, z + 1.5)
     given = RegularizedCNF.from_velocity(Conditional(), 0.0, context_shape=2, time_shape="(B,)", **options)
@@ -271,8 +281,10 @@ def test_a_call_of_ones_own_and_contexts() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_absence_of_a_time_shape_ends_in_a_sentence(name: str) -> None:
-    model = RegularizedCNF.from_velocity(VELOCITIES[name](), event_shape=2, solver="midpoint")
-    with pytest.raises(ConfigError, match=r"failed with a scalar time .* time_shape='\(B,\)'"):
+    model = RegularizedCNF.from_velocity(VELOCITIES[name](), event_shape=2, solver="midpoint", steps=1)
+    with pytest.raises(
+        ConfigError, match=rf"failed with a scalar time .* give time_shape='{re.escape(SHAPES[name])}', or"
+    ):
         model.log_prob(torch.zeros(5, 2))
     with pytest.raises(ConfigError, match="time_shape"):
         ODESolver(VELOCITIES[name]()).sample(torch.zeros(5, 2), step_size=0.5)
@@ -295,6 +307,122 @@ def test_what_names_cannot_decide_is_refused_at_construction() -> None:
         RegularizedCNF.from_velocity(StateFirst(), event_shape=2, time_shape="(N,)")
     condition = torch.ones(2)
     model = RegularizedCNF.from_velocity(
-        OfSbi(), 0.0, event_shape=2, solver="midpoint", call=lambda net, t, x: net(x, condition, t)
+        OfSbi(), 0.0, event_shape=2, solver="midpoint", steps=1, call=lambda net, t, x: net(x, condition, t)
     )
     torch.testing.assert_close(model.encode(torch.zeros(5, 2)).z, torch.full((5, 2), 1.5))
+
+
+def of_noise(x: Tensor, noise_level: Tensor) -> Tensor:
+    return 3 * noise_level * torch.ones_like(x)
+
+
+def of_class(x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    return 3 * t * cond * torch.ones_like(x)
+
+
+def of_keyword(x: Tensor, t: Tensor, *, cond: Tensor) -> Tensor:
+    return 3 * t * cond * torch.ones_like(x)
+
+
+@pytest.mark.parametrize(
+    ("velocity", "sentence", "call"),
+    [
+        (of_noise, r"'noise_level', .* is not known as a time: .* net\(x, t\)", lambda net, t, x: net(x, t)),
+        (of_class, r"needs 'cond': .* net\(x, t, cond=cond\)", lambda net, t, x: net(x, t, torch.ones(2))),
+        (of_keyword, r"needs 'cond': .* cond=cond\)", lambda net, t, x: net(x, t, cond=torch.ones(2))),
+    ],
+)
+def test_a_parameter_that_nothing_fills_is_named_at_every_door_of_flow_matching(
+    velocity: Callable[..., Tensor], sentence: str, call: Callable[..., Tensor]
+) -> None:
+    z = torch.zeros(5, 2)
+    for act in (
+        lambda: RegularizedCNF.from_velocity(velocity, event_shape=2),  # pyright: ignore[reportArgumentType]
+        lambda: ODESolver(velocity).sample(z, 0.5, "midpoint"),
+        lambda: ODESolver(velocity).compute_likelihood(z, lambda x: x.sum(1), 0.5, "midpoint"),
+        lambda: penalties_at(velocity, 0.5, z, ["kinetic"]),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            act()
+    options: dict[str, Any] = {"event_shape": 2, "solver": "midpoint", "steps": 1}
+    model: Any = RegularizedCNF.from_velocity(velocity, 0.0, call=call, **options)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(model.encode(z).z, z + 1.5)
+    rates = penalties_at(lambda t, x: call(velocity, t, x), 0.5, z, ["kinetic"])
+    torch.testing.assert_close(rates["kinetic"], torch.full((5,), 4.5))
+
+
+def test_a_parameter_that_nothing_fills_is_named_where_the_contract_is_time_first() -> None:
+    for make in (NeuralODE, CNF, lambda net: RegularizedCNF(net, event_shape=2)):
+        with pytest.raises(ConfigError, match=r"also takes 'noise_level', .* net\(x, t\)\)"):
+            make(of_noise)  # pyright: ignore[reportArgumentType]
+    model = NeuralODE(time_first(of_noise, call=lambda net, t, x: net(x, t)), "midpoint")
+    torch.testing.assert_close(model(torch.zeros(5, 2))[1][-1], torch.full((5, 2), 1.5))
+
+
+class Perceptron(nn.Module):
+    """As torchcfm's tutorial has it: called with the time as the last column of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Wrapped(nn.Module):
+    """As torchcfm's torch_wrapper: for a solver, with one time for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Perceptron()
+
+    def forward(self, t: Tensor, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return self.net(torch.cat([x, t.repeat(len(x))[:, None]], 1))
+
+
+@pytest.mark.parametrize("make", [Perceptron, lambda: Perceptron().net])
+def test_a_velocity_with_the_time_as_a_column_is_told_how_to_write_it(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net, z, t = make(), torch.randn(5, 2), torch.rand(5)
+    sentence = r"works with the time as one more column: .*torch\.cat\(\[x, t\.expand\(len\(x\), 1\)\], 1\)"
+    for act in (
+        lambda: penalties_at(net, t, z, ["jacfrob"]),
+        lambda: penalties_at(net, 0.5, z, ["kinetic"]),
+        lambda: ODESolver(net).sample(z, method="dopri5"),
+        lambda: RegularizedCNF.from_velocity(net, event_shape=2, trace_estimator="exact").log_prob(z),
+        lambda: RegularizedCNF.from_velocity(net, event_shape=2).log_prob(z),
+        lambda: NeuralODE(net)(z),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            act()
+    model = RegularizedCNF.from_velocity(
+        net, event_shape=2, trace_estimator="exact", atol=1e-8, rtol=1e-8,
+        call=lambda net, t, x: net(torch.cat([x, t.expand(len(x), 1)], 1)),
+    ).double()  # fmt: skip
+    assert model.log_prob(z.double()).isfinite().all()
+    net.float()
+    rates = penalties_at(lambda t, x: net(torch.cat([x, t[:, None]], 1)), t, z, ["kinetic"])
+    torch.testing.assert_close(rates["kinetic"], net(torch.cat([z, t[:, None]], 1)).square().sum(1))
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as caught:  # no column helps
+        penalties_at(net, 0.5, torch.randn(5, 4), ["kinetic"])
+    assert not isinstance(caught.value, ConfigError)
+
+
+def test_a_velocity_for_a_solver_is_told_that_it_takes_one_time() -> None:
+    net, z = Wrapped(), torch.randn(5, 2)
+    with pytest.raises(ConfigError, match=r"times of shape \(5,\) .* takes one time for all samples"):
+        penalties_at(net, torch.rand(5), z, ["jacfrob"])
+    assert penalties_at(net, 0.5, z, ["jacfrob"])["jacfrob"].shape == (5,)
+
+
+def test_an_error_that_no_shape_of_the_time_avoids_is_the_networks() -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        raise RuntimeError("a fault inside")
+
+    for act in (
+        lambda: penalties_at(velocity, torch.rand(5), torch.randn(5, 2), ["kinetic"]),
+        lambda: ODESolver(velocity).sample(torch.randn(5, 2), method="dopri5"),
+    ):
+        with pytest.raises(RuntimeError, match=r"^a fault inside$"):
+            act()

@@ -36,11 +36,13 @@ class Takes(NamedTuple):
         args: whether it takes ``args=...`` as well: a parameter of that name, or ``**kwargs``. A ``*args`` is not
             one.
         time: the name of the time.
+        rest: names of further parameters without a default, which a call with time and state leaves out.
     """
 
     order: str
     args: bool = False
     time: str = ""
+    rest: tuple[str, ...] = ()
 
 
 def field_takes(field: Any) -> Takes:
@@ -52,20 +54,25 @@ def field_takes(field: Any) -> Takes:
     function = _function(field)
     parameters = _parameters(function)
     positional = [p.name for p in parameters if p.kind in _POSITIONAL]
-    required = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
+    required = [p.name for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
     starred = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     args = any(p.kind is p.VAR_KEYWORD for p in parameters) or any(
         p.name == "args" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters
     )
     given = function.keywords if isinstance(function, functools.partial) else {}
     time = next((p.name for p in parameters if p.name in TIME_NAMES and p.name not in given), "")
-    if not time:
+    if time in positional:
+        order = {0: "t, x", 1: "x, t"}.get(positional.index(time), "..., t")
+    elif time:
+        order = "x, *, t"
+    else:
         named = positional[:1] and positional[0] in STATE_NAMES
         unnamed = (starred and not positional) or (len(required) > 1 and not named) or not parameters
-        return Takes("?" if unnamed else "x", args)
-    if time not in positional:
-        return Takes("x, *, t", args, time)
-    return Takes({0: "t, x", 1: "x, t"}.get(positional.index(time), "..., t"), args, time)
+        order = "?" if unnamed else "x"
+    filled = {time, "args", *positional[: 2 if order in ("t, x", "x, t", "?") else 1]}
+    only_keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    rest = (name for name in (*required, *only_keywords) if name not in filled)
+    return Takes(order, args, time, tuple(rest))
 
 
 def accepts(field: Any, *positional: object) -> bool:
@@ -90,8 +97,40 @@ def call_of(field: Any, args: Any = None, takes: Takes | None = None) -> Callabl
     takes = takes or field_takes(field)
     keywords = {"args": {} if args is None else args} if takes.args else {}
     if takes.order != "t, x":
-        return lambda t, x: field(x, **keywords)
+        return _without_time(functools.partial(field, **keywords) if keywords else field)
     return functools.partial(field, **keywords) if keywords else field
+
+
+def _without_time(field: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A field of the state alone as a function of time and state.
+
+    Raises:
+        ConfigError: when called, for a field that fails and would work with the time as one more column.
+    """
+
+    def evaluate(t: Tensor, x: Tensor) -> Tensor:
+        try:
+            return field(x)
+        except (IndexError, RuntimeError) as error:
+            if not _takes_time_as_column(field, t, x):
+                raise
+            written = _write("net(torch.cat([x, t.expand(len(x), 1)], 1))")
+            raise ConfigError(
+                f"the velocity failed with the state alone ({_in_one_line(error)}). It works with the time as one "
+                f"more column: {written}, with t[:, None] instead of t.expand(len(x), 1) for one time per sample."
+            ) from error
+
+    return evaluate
+
+
+@torch.no_grad()
+def _takes_time_as_column(field: Callable[[Tensor], Tensor], t: Tensor, x: Tensor) -> bool:
+    """Whether ``field`` gives a velocity for a state that has the time in one more column."""
+    try:
+        column = t.reshape(-1, *[1] * (x.ndim - 1)).to(x).expand(len(x), 1, *x.shape[2:])
+        return field(torch.cat([x, column], 1)).shape == x.shape
+    except Exception:  # this was a guess; the caller's error counts
+        return False
 
 
 def original(field: Any) -> Any:
@@ -105,14 +144,26 @@ def original(field: Any) -> Any:
 
 def refuse_state_first(field: Any, caller: str) -> None:
     """Refuse a field whose names put the time elsewhere than first, for a caller that calls it as ``(t, x)``."""
-    if field_takes(field).order in ("x, t", "x, *, t", "..., t"):
+    takes = field_takes(field)
+    if takes.order == "x" and takes.rest:
+        raise ConfigError(
+            f"{caller} would call this field as (x), but it also takes {takes.rest[0]!r}, which is not known as a "
+            "time: give time_first(field, call=lambda net, t, x: net(x, t)), from rnode_plugin.core.signature."
+        )
+    if takes.order in ("x, t", "x, *, t", "..., t"):
         raise ConfigError(
             f"{caller} calls a field as (t, x), but the time is not the first parameter of this one: give "
             "time_first(field), from rnode_plugin.core.signature."
         )
 
 
-def time_first(field: Any, *, call: Callable[..., Tensor] | None = None, time_shape: str | None = None) -> Any:
+def time_first(
+    field: Any,
+    *,
+    call: Callable[..., Tensor] | None = None,
+    time_shape: str | None = None,
+    with_context: bool = True,
+) -> Any:
     """``field`` as something that is called ``(t, x)``, or ``(t, x, context)``, with a scalar time.
 
     The names of its parameters decide which is which: :data:`TIME_NAMES`, :data:`STATE_NAMES`. If they are not
@@ -124,22 +175,58 @@ def time_first(field: Any, *, call: Callable[..., Tensor] | None = None, time_sh
         call: calls it instead, as ``call(field, t, x)`` or ``call(field, t, x, context)``.
         time_shape: the shape of the time that it takes for states ``(B, ...)``, ``"(B,)"`` or ``"(B, 1)"``. None: a
             scalar.
+        with_context: whether it is called with a context as well, so that it may need a third argument.
 
     Raises:
-        ConfigError: for another ``time_shape``, and for a time that is neither the first nor the second parameter;
-            when called, for a field that fails with a scalar time, if no ``time_shape`` was given.
+        ConfigError: for another ``time_shape``, for a time that is neither the first nor the second parameter, for
+            a second parameter whose name is not a time's after a state, and for further parameters without a
+            default; when called, for a field that fails with the time and works in another shape of it.
     """
     if time_shape is not None and time_shape not in TIME_SHAPES:
         raise ConfigError(f"time_shape must be one of {', '.join(map(repr, TIME_SHAPES))}, not {time_shape!r}.")
     takes = field_takes(field)
-    if call is None and takes.order == "..., t":
-        raise ConfigError(
-            f"{takes.time!r} is neither the first nor the second parameter of this velocity: give call=, such "
-            "as RegularizedCNF.from_velocity(net, call=lambda net, t, x: net(x, condition, t))."
-        )
-    if call is None and (takes.order == "x" or isinstance(field, Field)):
-        return field
+    if call is None:
+        if isinstance(field, Field):
+            return field
+        _refuse_unclear(takes, with_context=with_context)
+        if takes.order == "x":
+            return field
     return _TimeFirst(field, takes, call, time_shape)
+
+
+def _refuse_unclear(takes: Takes, *, with_context: bool) -> None:
+    """Refuse a velocity whose names do not say how it is called."""
+    if takes.order == "..., t":
+        raise ConfigError(
+            f"{takes.time!r} is neither the first nor the second parameter of this velocity: "
+            f"{_write('net(x, condition, t)')}."
+        )
+    if takes.order == "x" and takes.rest:
+        raise ConfigError(
+            f"{takes.rest[0]!r}, the parameter of this velocity after the state, is not known as a time: "
+            f"{_write('net(x, t)')}."
+        )
+    rest = takes.rest[1:] if with_context else takes.rest
+    if rest:
+        first = {"x, t": "x, t", "x, *, t": f"x, {takes.time}=t"}.get(takes.order, "t, x")
+        names = " and ".join(map(repr, rest))
+        given = ", ".join(f"{name}={name}" for name in rest)
+        raise ConfigError(
+            f"this velocity also needs {names}: {_write(f'net({first}, {given})')}. The methods of ODESolver take "
+            "further arguments by keyword, and from_velocity a context_shape= for one that belongs to each sample."
+        )
+
+
+def _write(call: str) -> str:
+    """What to do where names do not say how a velocity is called."""
+    return (
+        f"give call=, such as RegularizedCNF.from_velocity(net, call=lambda net, t, x: {call}), or elsewhere the "
+        f"function lambda t, x: {call}"
+    )
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 class _TimeFirst(nn.Module):
@@ -155,21 +242,47 @@ class _TimeFirst(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
         if self.time_shape is not None:
-            shape = (len(x), 1)[: TIME_SHAPES[self.time_shape]]
-            t = t.reshape(-1, *shape[1:]).expand(shape)
+            t = _in_shape(t, x, self.time_shape)
         if self.call is not None:
             return self.call(self.field, t, x, *context)
         try:
-            if self.takes.order == "x, *, t":
-                return self.field(x, *context, **{self.takes.time: t})
-            return self.field(x, t, *context) if self.takes.order == "x, t" else self.field(t, x, *context)
+            return self._evaluate(t, x, *context)
         except (IndexError, RuntimeError) as error:
-            if self.time_shape is not None or t.ndim > 0 or isinstance(error, torch.OutOfMemoryError):
+            if self.time_shape is not None or isinstance(error, torch.OutOfMemoryError):
                 raise
+            if t.ndim > 0 and self._works(t.flatten()[0], x, *context):
+                raise ConfigError(
+                    f"the velocity failed with times of shape {tuple(t.shape)} ({_in_one_line(error)}), since it "
+                    "takes one time for all samples. Give it a number, or the network that takes one time for each."
+                ) from error
+            shapes = [name for name in TIME_SHAPES if self._works(_in_shape(t, x, name), x, *context)]
+            if not shapes:
+                raise
+            what = f"times of shape {tuple(t.shape)}" if t.ndim > 0 else "a scalar time"
+            fitting = " or ".join(f"time_shape={name!r}" for name in shapes)
             raise ConfigError(
-                f"the velocity failed with a scalar time ({' '.join(str(error).split())}). If it takes one time "
-                "for each sample, give time_shape='(B,)' or time_shape='(B, 1)', or times of that shape."
+                f"the velocity failed with {what} ({_in_one_line(error)}). It takes one time for each sample: give "
+                f"{fitting}, or times of that shape."
             ) from error
+
+    def _evaluate(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
+        if self.takes.order == "x, *, t":
+            return self.field(x, *context, **{self.takes.time: t})
+        return self.field(x, t, *context) if self.takes.order == "x, t" else self.field(t, x, *context)
+
+    @torch.no_grad()
+    def _works(self, t: Tensor, x: Tensor, *context: Tensor) -> bool:
+        """Whether the velocity can be evaluated with this time."""
+        try:
+            return self._evaluate(t, x, *context).shape == x.shape
+        except Exception:  # this was a guess; the caller's error counts
+            return False
+
+
+def _in_shape(t: Tensor, x: Tensor, name: str) -> Tensor:
+    """A time, or one for each sample of ``x``, in a shape of :data:`TIME_SHAPES`."""
+    shape = (len(x), 1)[: TIME_SHAPES[name]]
+    return t.reshape(-1, *shape[1:]).expand(shape)
 
 
 def _function(field: Any) -> Any:
@@ -193,5 +306,11 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
         return list(inspect.signature(function).parameters.values())
     except ValueError:
         schema = getattr(function, "schema", None)  # of a scripted or traced function
-        names = [] if schema is None else [argument.name for argument in schema.arguments]
-        return [_Parameter(name, _Parameter.POSITIONAL_OR_KEYWORD) for name in names if name != "self"]
+        return [
+            _Parameter(
+                argument.name, _Parameter.POSITIONAL_OR_KEYWORD,
+                default=argument.default_value if argument.has_default_value() else _Parameter.empty,
+            )
+            for argument in ([] if schema is None else schema.arguments)
+            if argument.name != "self"
+        ]  # fmt: skip

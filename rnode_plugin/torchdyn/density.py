@@ -94,9 +94,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self.base, self.event_shape = _base_and_shape(base, event_shape)
         self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
         self.dims = self.event_shape.numel()
-        refuse_state_first(net, "RegularizedCNF")
         if self.context_shape is not None and not accepts(net, None, None, None):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
+        refuse_state_first(net, "RegularizedCNF")
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self._penalties = Penalties(resolve_regularizers(regularizers))
         self._keep_regularizers(entry.regularizer for entry in self._penalties.weighted.values())
@@ -145,11 +145,12 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 unless given.
 
         Raises:
-            ConfigError: for all that the class refuses.
+            ConfigError: for all that the class refuses, and for a velocity whose names do not say how it is called.
         """
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         options = {"regularizers": (), **options}
-        net = time_first(net, call=call, time_shape=time_shape)
+        context = options.get("context_shape") is not None
+        net = time_first(net, call=call, time_shape=time_shape, with_context=context)
         times = torch.linspace(data_time, noise_time, steps + 1, dtype=_precision(net))
         return cls(net, t_span=times, **options)
 
