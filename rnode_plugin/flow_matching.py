@@ -228,5 +228,7 @@ def _solver(method: str, step_size: float | None, atol: float, rtol: float) -> S
 
 def _grid(ends: tuple[float, float], time_grid: Tensor | None, method: str, step_size: float | None) -> Tensor:
     if time_grid is None and step_size is None and method in FIXED_METHODS:
-        raise ConfigError(f"{method} would take one step: give step_size=, or a time_grid of its steps.")
+        raise ConfigError(
+            f"{method} would take one step: give step_size=, a time_grid of its steps, or method='dopri5'."
+        )
     return torch.tensor(ends) if time_grid is None else time_grid

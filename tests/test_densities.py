@@ -25,6 +25,7 @@ from torch.distributions import (
     TransformedDistribution,
     kl_divergence,
 )
+from torchdyn.numerics.solvers.ode import Euler
 from torchdyn_fields import mlp
 
 from rnode_plugin import Hutchinson, MultiscaleFlow, NeuralODE, RegularizedCNF, Solver, TableFlow
@@ -427,6 +428,22 @@ def test_density_of_a_flow_matching_model(data_time: float) -> None:
     ).double()
     torch.testing.assert_close(fixed.log_prob(x), target.log_prob(x), rtol=1e-5, atol=1e-5)
     assert fixed.regularization == {}
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4", "rk4_38", Euler()])
+def test_a_fixed_grid_between_data_and_noise_needs_its_steps(solver: Any) -> None:
+    """One step gives a log-density that is wrong, and that training exploits."""
+    given: dict[str, Any] = {"event_shape": 2, "solver": solver}
+    with pytest.raises(ConfigError, match=r"would take one step .* give steps=, or solver='dopri5'"):
+        RegularizedCNF.from_velocity(GaussianToGaussian(), **given)
+    assert len(RegularizedCNF.from_velocity(GaussianToGaussian(), steps=1, **given).t_span) == 2
+    with pytest.raises(ConfigError, match="steps must be a whole number of at least 1, not 0"):
+        RegularizedCNF.from_velocity(GaussianToGaussian(), steps=0, **given)
+
+
+def test_the_times_of_a_velocity_are_named_by_what_makes_them() -> None:
+    with pytest.raises(ConfigError, match=r"data_time= and noise_time=.* steps="):
+        RegularizedCNF.from_velocity(GaussianToGaussian(), event_shape=2, t_span=torch.linspace(1, 0, 5))
 
 
 # --- distribution() ---

@@ -20,7 +20,7 @@ from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice, Penalties, attach
 from ..core.signature import accepts, refuse_state_first, time_first
 from ..core.trace_estimators import TraceEstimator, get_estimator
-from ..errors import ConfigError
+from ..errors import ConfigError, check_count
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Solver, gradient_of, solve
 from ..solvers.integrate import check_steps, check_times
@@ -119,7 +119,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         data_time: float = 1.0,
         *,
         noise_time: float | None = None,
-        steps: int = 1,
+        steps: int | None = None,
         call: Callable[..., Tensor] | None = None,
         time_shape: str | None = None,
         **options: Any,
@@ -136,7 +136,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 ``net(t, x)``.
             data_time: the time at which its paths arrive at the data: 1 for flow matching, 0 in diffusion's order.
             noise_time: the time at which they are the base's; None: ``1 - data_time``.
-            steps: steps of a fixed-step solver between the two.
+            steps: steps of a fixed-step solver between the two, which needs them; an adaptive one also stops at
+                the times between them.
             call: calls it instead, as ``call(net, t, x)`` or ``call(net, t, x, context)`` with a scalar ``t``, such
                 as ``lambda net, t, x: net(x, sigma=1 - t)``.
             time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a net that takes one time for each sample in this shape;
@@ -145,14 +146,28 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 unless given.
 
         Raises:
-            ConfigError: for all that the class refuses, and for a velocity whose names do not say how it is called.
+            ConfigError: for all that the class refuses, for a fixed-step solver without ``steps``, for ``t_span``,
+                which ``data_time``, ``noise_time`` and ``steps`` make, and for a velocity whose names do not say
+                how it is called.
         """
+        if "t_span" in options:
+            raise ConfigError(
+                "from_velocity makes t_span itself: give data_time= and noise_time=, the ends of the solve, and "
+                "steps=, the steps of a fixed-step solver between them."
+            )
         noise_time = 1.0 - data_time if noise_time is None else noise_time
         options = {"regularizers": (), **options}
         context = options.get("context_shape") is not None
         net = time_first(net, call=call, time_shape=time_shape, with_context=context)
-        times = torch.linspace(data_time, noise_time, steps + 1, dtype=_precision(net))
-        return cls(net, t_span=times, **options)
+        count = 1 if steps is None else check_count(steps, "steps")
+        times = torch.linspace(data_time, noise_time, count + 1, dtype=_precision(net))
+        model = cls(net, t_span=times, **options)
+        if steps is None and not model.solver.adaptive:
+            raise ConfigError(
+                f"{model.solver.name} would take one step from the data to the noise: give steps=, or "
+                "solver='dopri5', which chooses its steps."
+            )
+        return model
 
     def solved_with(
         self,
