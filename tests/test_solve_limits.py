@@ -100,6 +100,25 @@ def test_a_state_that_explodes_is_reported_with_its_time_and_not_blamed_on_the_p
     assert 0.3 < caught.value.t < 0.65
 
 
+@pytest.mark.parametrize(
+    ("method", "backward"),
+    [*((method, False) for method in METHODS), *((method, True) for method in ("rk4", "dopri5", "tsit5"))],
+)
+def test_a_field_that_is_singular_at_an_end_of_the_times_gets_advice_about_the_times(
+    method: str, backward: bool
+) -> None:
+    def rates(t: Tensor, z: Tensor) -> Rates:
+        return Rates((z - 1) / t, None, {})  # 0 / 0 at the time 0, and 0 at all others
+
+    times = torch.tensor([1.0, 0.0] if backward else [0.0, 1.0])
+    with pytest.raises(SolverError, match=r"data_time=1e-3 or noise_time=0\.999") as caught:
+        solve(FunctionDynamics(rates), torch.ones(2, 2), times, Solver(method, step=0.5)).check()
+    if not backward:
+        assert caught.value.step == 0
+        assert "exploded" not in str(caught.value)
+        assert "lambda" not in str(caught.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", ["autograd", "adjoint"])
 def test_half_precision(gradient: str, dtype: torch.dtype) -> None:

@@ -220,12 +220,26 @@ class Totals:
 # the errors a solve can end in -----------------------------------------------------------------------------------
 
 
+_SINGULAR = "give times a little inside, such as data_time=1e-3 or noise_time=0.999 of RegularizedCNF.from_velocity"
+
+
 def fail_nonfinite(t: float, step: int, nfe: int) -> NoReturn:
+    advice = (
+        "The dynamics have exploded: lower the learning rate, raise lambda of 'jacfrob' or 'kinetic', shorten the "
+        "step or tighten the tolerances. If the field is singular at an end of the times, as a diffusion's can be, "
+        f"{_SINGULAR}."
+    )
+    if step == 0:  # nothing can have exploded on the way
+        advice = (
+            "The solve failed in its first step. Check the input and the parameters for NaN, and the field at this "
+            f"time: if it is singular there, as a diffusion's can be at an end of its schedule, {_SINGULAR}. If "
+            "all are finite, the step is too long for this field: shorten it, tighten the tolerances, or train "
+            "with a lower learning rate."
+        )
     raise SolverError(
         "nonfinite",
         "the state or its log-determinant is no longer finite",
-        "The dynamics have exploded: lower the learning rate, raise lambda of 'jacfrob' or 'kinetic', shorten the "
-        "step or tighten the tolerances; check the input for NaN.",
+        advice,
         t=t, step=step, nfe=nfe,
     )  # fmt: skip
 
