@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torchdyn_fields import mlp
 
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF
+from rnode_plugin.errors import ConfigError
 
 SPAN = torch.linspace(0, 1, 4, dtype=torch.float64)
 
@@ -34,6 +35,24 @@ def make(kind: str, solver: str = "rk4") -> tuple[nn.Module, Callable[[Tensor], 
 
 
 KINDS = ["plain", "both", "cnf", "density"]
+
+
+@pytest.mark.parametrize("transform", [vmap, lambda f: vmap(grad(f))])
+@pytest.mark.parametrize("kind", ["both", "density"])
+def test_penalties_that_ended_with_their_vmap_are_refused_in_one_sentence(
+    kind: str, transform: Callable[[Any], Callable[[Tensor], Tensor]]
+) -> None:
+    model, loss = make(kind)
+    face: Any = model
+    transform(loss)(torch.randn(3, 4, 2, dtype=torch.float64))
+    for read in (face.reg_loss, lambda: face.regularization):
+        with pytest.raises(ConfigError, match=r"inside a torch\.func\.vmap that has ended"):
+            read()
+    x = torch.randn(4, 2, dtype=torch.float64)
+    expected = loss(x)
+    grad(loss)(x)  # nothing ended here: the penalties of the one call can be read
+    assert face.reg_loss().isfinite()
+    torch.testing.assert_close(loss(x), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -773,3 +773,52 @@ def test_what_a_collection_holds_and_for_how_long() -> None:
         model(x, penalties=False)
     with pytest.raises(ConfigError, match="did not integrate"):
         model.reg_loss()
+
+
+def test_a_call_for_a_log_line_leaves_a_collection_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, x = NeuralODE(WithTime(), "rk4", regularizers=["kinetic"]), torch.randn(3, 4)
+    with model.collect_penalties():
+        model(x)
+    alone = model.reg_loss()
+    with model.collect_penalties():
+        with torch.no_grad():
+            model(torch.randn(5, 4))
+        model(x)
+        with torch.inference_mode():
+            model(x)
+    torch.testing.assert_close(model.reg_loss(), alone)
+    assert model.regularization["kinetic"].shape == (3,)
+    with model.collect_penalties(), torch.no_grad():
+        model(x)
+        model(x, penalties=True)  # one that was asked for counts
+    torch.testing.assert_close(model.reg_loss(), alone.detach())
+    with model.collect_penalties(), torch.no_grad():
+        model(x)
+    with pytest.raises(ConfigError, match="did not integrate kinetic"):
+        model.reg_loss()
+
+
+def test_why_there_are_no_penalties() -> None:
+    x, broken = torch.randn(3, 2), [False]
+
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        return z * torch.nan if broken[0] else -z
+
+    density = RegularizedCNF(nn.Linear(2, 2), event_shape=2, regularizers=[])
+    for model in (NeuralODE(field, "dopri5"), density):
+        with pytest.raises(ConfigError, match=r"none were asked for\. Give regularizers="):
+            model.reg_loss()
+    model = NeuralODE(field, "dopri5", regularizers=["kinetic"])
+    with pytest.raises(ConfigError, match="no penalties yet: call the model first"):
+        model.reg_loss()
+    model(x)
+    broken[0] = True
+    with pytest.raises(SolverError):
+        model(x)
+    for read in (model.reg_loss, lambda: model.regularization):
+        with pytest.raises(ConfigError, match="the last call ended in an error"):
+            read()
+    broken[0] = False
+    model(x)
+    assert float(model.reg_loss().detach()) > 0

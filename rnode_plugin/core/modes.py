@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-# torch has no public names for these
+# torch has no public names for these and for what comes from torch.utils
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_current_level,
+    maybe_get_level,
+)
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -23,6 +30,16 @@ def transforms_active() -> bool:
     """Whether a transform of torch.func is active."""
     # torch has no public name for this; autograd.Function calls the same function
     return torch._C._are_functorch_transforms_active()
+
+
+def escaped(x: Tensor) -> bool:
+    """Whether ``x`` was made inside a ``torch.func.vmap`` that has ended, so that no operation takes it."""
+    current = maybe_current_level() or 0
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x) and (maybe_get_level(x) or 0) > current:
+            return True
+        x = get_unwrapped(x)
+    return False
 
 
 def exporting() -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, suggest
-from .modes import transforms_active
+from .modes import escaped, transforms_active
 from .objective import penalty
 from .regularizers import Weighted, span_policy, undivided
 from .schedules import check_lambda, strength_at
@@ -21,14 +21,16 @@ from .schedules import check_lambda, strength_at
 class _Solve(NamedTuple):
     integrals: dict[str, Tensor]
     dims: int
+    with_gradients: bool
+    transformed: bool  # made inside a transform of torch.func
 
 
 class _Followed:
-    """The solves that were followed, and whether they are collected."""
+    """The solves that were followed, whether they are collected, and whether one has begun and not ended."""
 
     def __init__(self) -> None:
         self.solves: list[_Solve] = []
-        self.collecting = False
+        self.collecting = self.begun = False
 
 
 class _FollowedByThread(threading.local, _Followed):
@@ -77,6 +79,8 @@ class Penalties(Mapping[str, Tensor]):
     def collecting(self) -> Iterator[Penalties]:
         """Keep the penalties of every solve of the block, and after it until the next solve.
 
+        A solve under ``torch.no_grad()`` that integrated no penalties, such as one for a log line, does not count.
+
         Raises:
             ConfigError: inside another such block.
         """
@@ -91,12 +95,15 @@ class Penalties(Mapping[str, Tensor]):
 
     def begin(self) -> None:
         """Start a new solve and discard the previous one, which a ``collecting`` block keeps."""
+        self._followed.begun = True
         if not self._followed.collecting:
             self._followed.solves = []
 
     def add(self, integrals: dict[str, Tensor], dims: int) -> None:
         """Add what a solve left: integrals ``(B,)`` by name, from :func:`attach`, and the dimensions of a state."""
-        self._followed.solves.append(_Solve(integrals, dims))
+        self._followed.begun = False
+        solve = _Solve(integrals, dims, torch.is_grad_enabled(), transforms_active())
+        self._followed.solves.append(solve)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.as_dict()[name]
@@ -111,7 +118,8 @@ class Penalties(Mapping[str, Tensor]):
         """The integrals ``(B,)``, summed over solves, whose batches must be of one size.
 
         Raises:
-            ConfigError: if there are none, and for solves with batches of several sizes.
+            ConfigError: if there are none, after the end of the ``torch.func.vmap`` that they were made in, and for
+                solves with batches of several sizes.
         """
         rows = [solve.integrals for solve in self._solves()]
         if not rows[1:]:
@@ -135,8 +143,8 @@ class Penalties(Mapping[str, Tensor]):
             lambdas: strengths to use instead of the given ones, by name of the penalty.
 
         Raises:
-            ConfigError: if there are no penalties, for an unknown name, and for a strength that is negative or not
-                finite.
+            ConfigError: if there are no penalties, after the end of the ``torch.func.vmap`` that they were made in,
+                for an unknown name, and for a strength that is negative or not finite.
         """
         strengths = {name: w.strength for name, w in self.weighted.items()}
         for name, strength in lambdas.items():
@@ -146,7 +154,7 @@ class Penalties(Mapping[str, Tensor]):
         numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
         whole = undivided([w.regularizer for w in self.weighted.values()])
         losses: list[Tensor] = []
-        for integrals, dims in self._solves():
+        for integrals, dims, *_ in self._solves():
             if any(len(value) == 0 for value in integrals.values()):
                 losses += [value.sum() for value in integrals.values()]
             else:
@@ -154,16 +162,35 @@ class Penalties(Mapping[str, Tensor]):
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
     def _solves(self) -> list[_Solve]:
-        if not self._followed.solves:
+        mine = self._followed
+        if not mine.solves:
+            if not self.weighted:
+                raise ConfigError(
+                    "there are no penalties: none were asked for. Give regularizers=, such as "
+                    "regularizers={'kinetic': 0.01}."
+                )
+            if mine.begun:
+                raise ConfigError(
+                    "there are no penalties: the last call ended in an error before they were complete. Its error "
+                    "names the cause. Call the model again."
+                )
             raise ConfigError(f"there are no penalties yet: {self._absent}")
-        for integrals, _ in self._followed.solves:
-            missing = [name for name in self.weighted if name not in integrals]
-            if missing:
+        asked = [solve for solve in mine.solves if solve.with_gradients or self._missing(solve) == []]
+        for solve in asked or mine.solves:
+            if missing := self._missing(solve):
                 raise ConfigError(
                     f"the last call did not integrate {', '.join(missing)}: that happens in training mode with "
                     "gradients enabled, or if you ask for it, model(x, t_span, penalties=True)."
                 )
-        return self._followed.solves
+            if solve.transformed and any(map(escaped, solve.integrals.values())):
+                raise ConfigError(
+                    "the last call was inside a torch.func.vmap that has ended, and its penalties ended with it: "
+                    "read them, for example by reg_loss(), in the function that vmap maps, and return the result."
+                )
+        return asked or mine.solves
+
+    def _missing(self, solve: _Solve) -> list[str]:
+        return [name for name in self.weighted if name not in solve.integrals]
 
 
 class ReturnedPenalties(Penalties):

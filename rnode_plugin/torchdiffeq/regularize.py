@@ -26,9 +26,9 @@ Following = Callable[[str, Any, Any, Tensor, dict[str, Any]], Any]
 _OURS = ("regularizers", "penalized", "batch_dim", "trace_noise", "quadrature")
 
 _NOT_SEEN = (
-    "this regularize() block saw no solve by torchdiffeq. It sees calls of odeint, odeint_adjoint and odeint_event "
-    "in its own thread and process. A model that kept the function before the first block (self.odeint = odeint, "
-    "functools.partial) has to be made after rnode_plugin.torchdiffeq.install()."
+    "this regularize() block saw no solve by torchdiffeq that came to its end. It sees calls of odeint, "
+    "odeint_adjoint and odeint_event in its own thread and process. A model that kept the function before the "
+    "first block (self.odeint = odeint, functools.partial) has to be made after rnode_plugin.torchdiffeq.install()."
 )
 
 _installed: Following | None = None

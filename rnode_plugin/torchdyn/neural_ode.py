@@ -301,7 +301,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                     h = model(jump(x, h))[1][-1]
             (loss(h) + model.reg_loss()).backward()
 
-        The sum stands until the next call after the block. Such blocks cannot be nested (ConfigError).
+        The sum stands until the next call after the block. A call under ``torch.no_grad()``, for a log line, counts
+        only if it integrates penalties (``penalties=True``). Such blocks cannot be nested (ConfigError).
         """
         return self._penalties.collecting()
 
@@ -312,7 +313,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         After :meth:`collect_penalties` it is the sum over the collected calls.
 
         Raises:
-            ConfigError: if there is none: no call yet, or one that did not follow penalties.
+            ConfigError: if there is none: no call yet, one that did not follow penalties or ended in an error, or
+                one inside a ``torch.func.vmap`` that has ended.
         """
         return self._penalties.as_dict()
 
