@@ -19,7 +19,9 @@ import torch
 from tiny_runs import SETTINGS, as_options, rows, train_digits, weights
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import start_processes
+from torchdyn.core.neuralde import NeuralODE as TorchdynNeuralODE
 
+import rnode_plugin
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective, output_log_prob
 from rnode_plugin.core.regularizers import Regularizer
@@ -242,7 +244,21 @@ def _wait_for(run: Path, step: int) -> None:
     lambda: get_recipe("digits").build_flow(),
 ])  # fmt: skip
 def test_data_parallel_is_refused(make: Callable[[], torch.nn.Module]) -> None:
-    model = make()
+    refuse_data_parallel(make())
+
+
+def test_data_parallel_is_refused_for_torchdyns_own_class_after_install() -> None:
+    made_before = TorchdynNeuralODE(torch.nn.Linear(2, 2))
+    rnode_plugin.install()
+    try:
+        refuse_data_parallel(made_before)
+        refuse_data_parallel(TorchdynNeuralODE(torch.nn.Linear(2, 2), regularizers=["kinetic"]))  # pyright: ignore
+    finally:
+        rnode_plugin.uninstall()
+    [module._replicate_for_data_parallel() for module in made_before.modules()]
+
+
+def refuse_data_parallel(model: torch.nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"does not work under DataParallel\. Use one process a device"):
         # as torch.nn.parallel.replicate does before it copies to the devices
         [module._replicate_for_data_parallel() for module in model.modules()]

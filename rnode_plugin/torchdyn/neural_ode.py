@@ -441,10 +441,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
 
 # The class itself is changed, not the names that refer to it: modules that imported it, subclasses, isinstance
-# and pickle all keep working. It gets all attributes of our class but those that Python puts into every class.
+# and pickle all keep working. It gets all attributes of our class and of the one that guards it, but those that
+# Python puts into every class.
 _BEHAVIOUR = {
     name: value
-    for name, value in vars(NeuralODE).items()
+    for name, value in {**vars(OneProcessADevice), **vars(NeuralODE)}.items()
     if name == "__init__" or not name.startswith(("__", "_abc_"))
 }
 
