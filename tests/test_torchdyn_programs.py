@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -321,6 +322,78 @@ def test_installed_regularizers_add_their_gradient(sensitivity: str) -> None:
     assert set(named.regularization) == {"l1"}
     assert torch.equal(printed, loss)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("face", ["autograd", "adjoint", "odeint"])
+def test_the_weight_of_installed_regularizers_where_a_script_scales_its_loss(face: str) -> None:
+    """What docs/torchdyn.md says: each backward pass through a solution adds the penalties' gradient once."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, times, weights = torch.randn(5, 2).double(), torch.linspace(0, 1, 5).double(), list(net.parameters())
+    model: Any = None
+
+    def loss(x: Tensor = x) -> Tensor:
+        if face == "odeint":
+            end: Any = torchdiffeq.odeint(lambda t, y: net(y), x, times, method="rk4")[-1]
+        else:
+            end = model(x, times)[1][-1]
+        return end.square().mean()
+
+    def gradient(run: Callable[[], object], of: list[Any] = weights) -> Tensor:
+        for each in of:
+            each.grad = None
+        run()
+        return torch.cat([each.grad.flatten() for each in of])
+
+    def install(strength: float) -> None:
+        nonlocal model
+        rnode_plugin.install(torchdiffeq=True, regularizers={"kinetic": strength})
+        model = ImportedBefore(net, "rk4", sensitivity="autograd" if face == "odeint" else face)
+
+    penalized = rnode_plugin.NeuralODE(net, "rk4_38", regularizers={"kinetic": 1.0})
+    leaf = x.clone().requires_grad_()
+    model = ImportedBefore(net, "rk4")
+    plain, plain_by_input = gradient(lambda: loss().backward()), gradient(lambda: loss(leaf).backward(), [leaf])
+
+    def penalty(x: Tensor) -> Tensor:
+        penalized(x, times)
+        return penalized.reg_loss()
+
+    term = gradient(lambda: penalty(x).backward())
+    term_by_input = gradient(lambda: penalty(leaf).backward(), [leaf])
+
+    def weight(run: Callable[[], object], scale: float = 1.0) -> float:
+        return float((gradient(run) / scale - plain) @ term / (term @ term))
+
+    def accumulated() -> None:
+        for _ in range(4):
+            (loss() / 4).backward()
+
+    def twice() -> None:
+        value = loss()
+        (value / 2).backward(retain_graph=True)
+        (value / 2).backward()
+
+    def scaled() -> None:
+        (loss() * 1024).backward()
+
+    close: Any = functools.partial(pytest.approx, rel=2e-2 if face == "adjoint" else 1e-3)
+    install(1.0)
+    assert weight(lambda: loss().backward()) == close(1)
+    assert weight(accumulated) == close(4)
+    assert weight(scaled, 1024) == close(1 / 1024)
+    assert weight(twice) == close(2)
+    by_input = gradient(lambda: loss(leaf).backward(), [leaf])
+    torch.testing.assert_close(by_input, plain_by_input + term_by_input, rtol=2e-2, atol=1e-4)
+    if face != "odeint":  # a NeuralODE in eval() adds nothing
+        model.eval()
+        torch.testing.assert_close(gradient(lambda: loss(leaf).backward(), [leaf]), plain_by_input)
+    install(1 / 4)
+    assert weight(accumulated) == close(1)
+    install(1024.0)
+    assert weight(scaled, 1024) == close(1)
+    install(1 / 2)
+    assert weight(twice) == close(1)
 
 
 OF_A_TUPLE = """

@@ -210,8 +210,10 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     """Run SCRIPT with ARGS as `python SCRIPT ARGS...` would, after rnode_plugin.install(torchdiffeq=True).
 
     torchdyn's own NeuralODE and torchdiffeq's odeint then accept regularizers=. With --regularizer the gradient of
-    the penalties is added to the gradient of the script's loss, which it prints without them. The exit code and the
-    traceback are the script's. Processes that the script starts run without this, unless they are forked.
+    the penalties is added to the gradient of the script's loss, which it prints without them. Each backward pass
+    through a solution adds it once: a script that accumulates the gradients of k batches needs LAMBDA / k, and one
+    with a GradScaler needs bf16 instead. The exit code and the traceback are the script's. Processes that the
+    script starts run without this, unless they are forked.
     """
     import runpy
 

@@ -127,6 +127,12 @@ def install(regularizers: Any = None, **options: Any) -> None:
     whenever backward goes through its solution: the loss that the code prints has no penalties, its gradient has.
     Blocks of :func:`regularize` take precedence.
 
+    Each backward pass adds it once, so lambda follows how the code scales its loss: k accumulated batches of
+    ``loss / k`` count as k lambda (give lambda / k), two backward passes through one solution as 2 lambda, and a
+    loss that is multiplied by s, as by a ``GradScaler``, as lambda / s (use bf16, or add ``penalties.loss()`` to
+    the loss). A gradient with respect to the input that goes through a solution contains their gradient
+    too.
+
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
         options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature`` of the same.

@@ -467,7 +467,11 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
             their names, become those of :mod:`rnode_plugin.torchdiffeq`.
         regularizers: penalties for code that names none, as for ``NeuralODE``: of each ``NeuralODE`` that is made
             from now on, and of each solve by torchdiffeq. Their gradient (eq. 17) is added whenever backward goes
-            through a solution; the losses that the code computes and prints stay without them.
+            through a solution; the losses that the code computes and prints stay without them. So lambda follows
+            how the code scales its loss: k accumulated batches of ``loss / k`` count as k lambda (give lambda / k),
+            two backward passes through one solution as 2 lambda, and a loss that is multiplied by s, as by a
+            ``GradScaler``, as lambda / s (use bf16, or add ``reg_loss()`` to the loss). A gradient with respect to
+            the input that goes through a solution contains the penalties' gradient too.
 
     Raises:
         ConfigError: for ``regularizers`` that ``NeuralODE`` refuses.
