@@ -42,9 +42,10 @@ class Solver:
         quadrature: ``full``, or ``sampled``: few evaluations make products with the Jacobian. Where a density is
             followed, one stage of each step of a fixed grid makes them, for trace and penalties. Elsewhere
             about one evaluation in eight of a fixed grid, or one in each adaptive step, makes them for the
-            penalties. They are drawn by their weights in the step's quadrature (some of dopri5's and tsit5's are
-            negative, so these have others, of order 3). Unbiased in value and gradient, up to the error of the
-            quadrature that is drawn from. Penalties that need no product stay full. It needs a gradient through the
+            penalties. On a fixed grid they are drawn by their weights in the step's quadrature, which is unbiased
+            in value and gradient. Some weights of dopri5 and tsit5 are negative, so these draw by others, of order
+            3: the mean over draws is another quadrature, which differs from the full one where the tolerances are
+            loose. Penalties that need no product stay full. It needs a gradient through the
             steps, and an adaptive method may not follow a density, whose error it controls.
 
     Raises:
