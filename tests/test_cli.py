@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import resource
 import subprocess
@@ -180,6 +181,25 @@ def test_train_ends_with_a_table(trained: Path) -> None:
     assert "Warning" not in result.output
     assert result.output.startswith("digits: ")
     assert str(trained) in result.output
+
+
+def test_no_other_product_speaks_in_a_run(tmp_path: Path) -> None:
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear = Ear()
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).addHandler(ear)
+    result = rnode("train", "digits", *TINY, "--max-steps", "1", "--quiet", "--runs", tmp_path / "runs")
+    refused = rnode("train", "digits", *TINY, "--batch-size", "5000", "--runs", tmp_path / "runs")
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).removeHandler(ear)
+    assert (result.exit_code, result.stderr, refused.exit_code) == (0, "", 2)
+    assert result.stdout.splitlines()[1].startswith("steps")
+    assert heard == []
 
 
 def test_eval(trained: Path) -> None:

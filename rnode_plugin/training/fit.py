@@ -123,7 +123,7 @@ def fit(
         before = RunFolder.of_checkpoint(checkpoint)  # of the run that continues
     if recipe.training.weights is not None and contents is None:
         find_checkpoint(recipe.training.weights)
-    with explained():
+    with quiet(), explained():
         place = find_place(trainer_options)
     recipe, data = load_for_training(recipe, download=options.download)
     done = contents["global_step"] if contents else 0

@@ -144,6 +144,7 @@ def computes_bf16(device: torch.device) -> bool:
 _KNOWN_WARNINGS = (
     ".*does not have many workers.*",
     ".*GPU available but not used.*",
+    ".*AMP with fp16 is not supported on CPU.*",  # which is refused
     ".*treespec, LeafSpec.*is deprecated.*",
 )
 
