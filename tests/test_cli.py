@@ -48,7 +48,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["--regularizer", "l1=0.5", "--regularizer", "kinetic"]
     result = rnode("train", "digits", *TINY, *words, "--max-steps", "3", "--runs", str(runs))
     assert result.exit_code == 0, result.output
-    assert "step 3/3" in result.output
+    assert result.output.count("step 3/3") == 1
+    assert re.search(r"^step 3/3 .* val bits/dim ", result.output, re.M)
     assert "\r" not in result.output
     recipe = json.loads((runs / "digits" / "0" / "recipe.json").read_text())
     assert recipe["regularizers"] == {"kinetic": 0.01, "jacfrob": 0.01, "l1": 0.5}

@@ -154,16 +154,18 @@ class RunControl(Checkpoint):
             self._mark = step, self.training_seconds
         if pl_module.is_logged(step):
             self._write_row(step, pl_module)
-        self._print_progress(trainer)
-        if (stage := self._stages.get(step)) and self._progress and trainer.is_global_zero:
-            print(f"step {step}: {stage}", flush=True)
         if self._end is not None:
             self.out_of_time = _any(trainer, now >= self._end)
         if self.out_of_time or step == self._plan.total:
             trainer.should_stop = True  # Lightning validates once more before it stops
+        validates = trainer.should_stop or step % self._plan.val_every == 0
+        if not validates:  # else the line of this step follows with its scores
+            self._print_progress(trainer)
+        if (stage := self._stages.get(step)) and self._progress and trainer.is_global_zero:
+            print(f"step {step}: {stage}", flush=True)
         self._agree(trainer)
-        if trainer.should_stop or step % self._plan.val_every == 0:
-            return  # a validation follows, which a checkpoint of this moment would skip
+        if validates:
+            return  # a checkpoint of this moment would skip the validation
         due = step % self._recipe.training.save_every == 0 and not pl_module.skipped_in_row
         if due or self._agreed is not None:
             trainer.save_checkpoint(self._run.last)
@@ -230,7 +232,7 @@ class RunControl(Checkpoint):
         step = trainer.global_step
         done, spent = self._mark or (step, 0.0)
         first = step - done == _FIRST_LINE and self._pace == 0
-        if not self._is_time_to_print(trainer, at_once=first or step == self._plan.total):
+        if not self._is_time_to_print(trainer, at_once=first or self.out_of_time or step == self._plan.total):
             return
         if step > done:
             self._mark = (step, self.training_seconds)
