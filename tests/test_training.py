@@ -304,6 +304,50 @@ def test_progress_has_the_time_that_is_left(
     assert re.fullmatch(r"step 3/4  bits/dim \d\.\d{4}  NFE 24  \d+\.\d\d s/step, about \d.* left", line)
 
 
+@pytest.mark.parametrize(
+    ("computed", "threads", "world", "device", "said"),
+    [(0.3, 2, 1, "cpu", True), (0.9, 2, 1, "cpu", False), (0.3, 1, 1, "cpu", False), (0.3, 2, 2, "cpu", False),
+     (0.3, 2, 1, "cuda", False)],
+)  # fmt: skip
+def test_a_busy_processor_is_named_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    computed: float,
+    threads: int,
+    world: int,
+    device: str,
+    said: bool,
+) -> None:
+    now = {"clock": 0.0, "thread": 0.0}
+    clock = SimpleNamespace(monotonic=lambda: now["clock"], thread_time=lambda: now["thread"])
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    trainer: Any = SimpleNamespace(world_size=world, strategy=strategy)
+    control: Any = SimpleNamespace(folder=RunFolder(Path("runs/digits/0")))
+    watch = callbacks.BusyProcessor(control)
+
+    def step(seconds: float, share: float) -> None:
+        watch.on_train_batch_start(trainer, None, None, 0)
+        now["clock"] += seconds
+        now["thread"] += seconds * share
+        watch.on_train_batch_end(trainer, None, None, None, 0)
+
+    step(100.0, 0.0)  # the first one, in which this thread waits for a compiler
+    for _ in range(9):
+        step(1.0, 1.0)
+        now["clock"] += 100.0  # a validation
+    step(11.0, 0.9)
+    assert capsys.readouterr().out == ""
+    for _ in range(50):
+        step(1.0, computed)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == said
+    if said:
+        assert "the steps had a core for 30% of their time, and their 2 threads wait for each other" in lines[0]
+        assert lines[0].endswith("OMP_NUM_THREADS=1 rnode-cli train --resume runs/digits/0")
+
+
 def test_the_time_of_training_has_the_wait_for_batches_and_no_validation(tmp_path: Path) -> None:
     class Slow(L.Callback):
         def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

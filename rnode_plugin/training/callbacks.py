@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as L
+import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from ..errors import SolverError, TrainingError
@@ -27,6 +28,8 @@ from .runs import RunFolder, RunPlan
 
 _TO_STOP = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]  # Windows has two
 _INTERVAL = 10.0  # least seconds between two lines of progress
+_BUSY = 0.6  # share of its time in which a step has a core, below which the machine counts as busy
+_LOOKED_AT = 20.0  # seconds of steps for this share
 _FIRST_LINE = 20  # steps after the first one of this call, when a line is printed at once
 _SHOWN = {
     "train/bpd": "bits/dim", "train/nll": "NLL", "train/matching": "matching error", "train/nfe": "NFE",
@@ -239,7 +242,7 @@ class RunControl(Checkpoint):
             self._pace = (self.training_seconds - spent) / (step - done)
         figures = {_SHOWN[name]: value for name, value in trainer.progress_bar_metrics.items() if name in _SHOWN}
         # the time of a step of flow matching is not the time of one of likelihood
-        left = self._plan.total - step if step > self._recipe.matching else 0
+        left = self._plan.total - step if step > self._recipe.matching and not self.out_of_time else 0
         if step > self._recipe.matching:
             figures.pop("matching error", None)
         shown = "  ".join(f"{each} {float(value):.{0 if each == 'NFE' else 4}f}" for each, value in figures.items())
@@ -291,6 +294,49 @@ class MetricsTable:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self._path, lambda file: file.write(text.getvalue().encode()))
+
+
+class BusyProcessor(Callback):
+    """Prints one line if the threads of a CPU wait for each other because other programs need its cores too.
+
+    On an idle machine the thread that computes a step has a core all the time. On a busy one, this thread sleeps
+    until another thread, which waits for a core, has done its part.
+    """
+
+    def __init__(self, control: RunControl) -> None:
+        self._control = control
+        self._began: tuple[float, float] | None = None  # clock and processor time of this thread
+        self._seconds = self._computed = 0.0
+        self._is_first = True  # step, in which compilers work and this thread waits for them
+        self._said = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not (self._said or self._is_first):
+            self._began = time.monotonic(), time.thread_time()
+
+    # the wait for a batch and all that is done between two steps are not counted
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._is_first = False
+        if self._began is None:
+            return
+        self._seconds += time.monotonic() - self._began[0]
+        self._computed += time.thread_time() - self._began[1]
+        self._began = None
+        if self._seconds < _LOOKED_AT:
+            return
+        share, self._seconds, self._computed = self._computed / self._seconds, 0.0, 0.0
+        threads, folder = torch.get_num_threads(), self._control.folder
+        alone = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
+        if share < _BUSY and threads > 1 and alone and folder is not None:
+            self._said = True
+            print(
+                f"other programs keep the processor busy: the steps had a core for {share:.0%} of their time, and "
+                f"their {threads} threads wait for each other. One thread is usually faster then, after Ctrl-C by "
+                f"OMP_NUM_THREADS=1 rnode-cli train --resume {folder.path}",
+                flush=True,
+            )
 
 
 class SampleGrids(Callback):

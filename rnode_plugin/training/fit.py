@@ -34,7 +34,7 @@ from ..evaluation.loading import load_for_training
 from ..evaluation.samples import save_samples
 from ..recipes.recipe import Recipe
 from ..text import batch_counter
-from .callbacks import MetricsTable, RunControl, SampleGrids, Stopped
+from .callbacks import BusyProcessor, MetricsTable, RunControl, SampleGrids, Stopped
 from .checkpoints import find_checkpoint, load_with_recipe, newest_intact, put_weights
 from .datamodule import RecipeDataModule
 from .module import RnodeModule
@@ -134,11 +134,12 @@ def fit(
                 f"{options.resume} has done {done} of {plan.total} steps: raise --max-steps or --max-epochs."
             )
         control = RunControl(recipe, plan, folder=before, max_time=options.max_time, progress=options.progress)
+        busy = [BusyProcessor(control)] if options.progress else []  # first, so that it times no other callback
         trainer = make_trainer(
             recipe,
             plan,
             place,
-            callbacks=[*callbacks, *_own_callbacks(recipe, data, control), control],
+            callbacks=[*busy, *callbacks, *_own_callbacks(recipe, data, control), control],
             loggers=[logger for logger in loggers if isinstance(logger, Logger)],
             options=trainer_options,
         )
