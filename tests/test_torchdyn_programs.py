@@ -443,6 +443,74 @@ def test_exec_takes_the_penalized_tensor_and_its_columns(tmp_path: Path, monkeyp
         assert rnode("exec", option, script).exit_code == 2
 
 
+SOLVES = """
+import torch
+from torchdiffeq import odeint
+from torchdyn.core import NeuralODE
+a = torch.nn.Parameter(torch.tensor(1.0))
+def decay(t, y):
+    return -a * y
+t = torch.tensor([0.0, 1.0])
+for _ in range(3):
+    odeint(decay, torch.ones(4, 2), t)[-1].sum().backward()
+odeint(decay, torch.ones(4, 2), t)  # no gradient goes through this one
+with torch.no_grad():
+    odeint(decay, 9 * torch.ones(4, 2), t)
+field = torch.nn.Linear(2, 2, bias=False)
+torch.nn.init.eye_(field.weight)
+loss = NeuralODE(field, "dopri5", atol=1e-6, rtol=1e-6)(torch.ones(6, 2), t)[1][-1].sum()
+loss.backward(retain_graph=True)
+loss.backward()  # the same solve
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "script", "code", "line"),
+    [
+        # over a sample ∫ 2 e^(-2t) dt = 1 - e^-2 three times, with 4 samples, and ∫ 2 e^(2t) dt = e^2 - 1 with 6
+        (["kinetic=0.1"], SOLVES, 0,
+         f"4 solves penalized. Mean integrals per sample: kinetic {(12 * 0.864665 + 6 * 6.389056) / 18:.2f}."),
+        (["kinetic=0", "jacfrob=1"], SOLVES, 0, "4 solves penalized. Mean integrals per sample: kinetic 2.71, j"),
+        (["kinetic=0.1"], SOLVES + "raise SystemExit(7)", 7, "4 solves penalized."),
+        (["kinetic=0.1"], "import torch\nloss = torch.ones(1)", 0, "no solve was penalized: in this process no "),
+        (["kinetic=0.1"], "raise ValueError('broken')", 1, "no solve was penalized: in this process no gradient"),
+        ([], SOLVES, 0, "no penalty was added to a gradient, since no --regularizer was given."),
+    ],
+)  # fmt: skip
+def test_exec_ends_with_the_number_of_penalized_solves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], script: str, code: int, line: str
+) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [word for option in options for word in ("--regularizer", option)]
+    done = CliRunner().invoke(exec_script, [*words, str(path)])
+    rnode_plugin.uninstall()
+    assert done.exit_code == code, done.output
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith(f"rnode: {line}")
+    if "no solve" in line:
+        assert "rnode_plugin.penalties_at" in done.stderr
+
+
+def test_copies_of_a_model_count_their_solves_with_it() -> None:
+    tally = rnode_plugin.install(regularizers={"kinetic": 0.5})
+    try:
+        model = ImportedBefore(nn.Linear(2, 2), "euler")
+        twin = copy.deepcopy(model)
+        stored = pickle.loads(pickle.dumps(model))
+        for each in (model, twin, stored):
+            each(torch.randn(5, 2))[1][-1].sum().backward()
+        assert tally.solves == 2
+        torch.func.grad(lambda x: twin(x)[1][-1].sum())(torch.randn(5, 2))
+        frozen = ImportedBefore(nn.Linear(2, 2).requires_grad_(False), "euler")
+        frozen(torch.randn(5, 2))
+        assert tally.solves == 2
+    finally:
+        rnode_plugin.uninstall()
+
+
 @pytest.mark.slow
 def test_an_old_copy_of_torchdiffeq_is_named(tmp_path: Path) -> None:
     """Old projects carry one in their folder, and python imports that one."""

@@ -7,13 +7,13 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
-from ..text import counted, table
+from ..text import counted, significant, table
 from .options import (
     as_json,
     complete,
@@ -23,7 +23,13 @@ from .options import (
     settings,
 )
 
-_VARIABLES = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CXX", "RNODE_PLUGINS_BLOCK"
+_VARIABLES = (
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "CUDA_VISIBLE_DEVICES", "CXX",
+    "RNODE_PLUGINS_BLOCK",
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from ..core.tally import Tally
 
 
 @click.group(invoke_without_command=True)
@@ -212,7 +218,8 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     torchdyn's own NeuralODE and torchdiffeq's odeint then accept regularizers=. With --regularizer the gradient of
     the penalties is added to the gradient of the script's loss, which it prints without them. Each backward pass
     through a solution adds it once: a script that accumulates the gradients of k batches needs LAMBDA / k, and one
-    with a GradScaler needs bf16 instead. The exit code and the traceback are the script's. Processes that the
+    with a GradScaler needs bf16 instead. At the end, one line on standard error has the number of solves that were
+    penalized and the mean of each penalty. The exit code and the traceback are the script's. Processes that the
     script starts run without this, unless they are forked.
     """
     import runpy
@@ -225,8 +232,8 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
     spec = read_regularizers(regularizers) or None
     if spec is None and of_torchdiffeq != {"penalized": None, "batch_dim": 0, "trace_noise": "gaussian"}:
         raise click.UsageError("--penalized, --batch-dim and --trace-noise need a --regularizer.")
-    install(torchdiffeq=True, regularizers=spec)
-    torchdiffeq.install(spec, **of_torchdiffeq)
+    tally = install(torchdiffeq=True, regularizers=spec)
+    torchdiffeq.install(spec, tally=tally, **of_torchdiffeq)
     sys.argv = [str(script), *args]
     try:
         runpy.run_path(str(script), run_name="__main__")
@@ -238,3 +245,20 @@ def exec_script(script: Path, args: tuple[str, ...], regularizers: tuple[str, ..
         error = error.with_traceback(frames or error.__traceback__)
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(1)
+    finally:
+        click.echo(f"rnode: {_penalized_solves(tally) if spec else _NOT_ASKED}", err=True)
+
+
+_NOT_ASKED = "no penalty was added to a gradient, since no --regularizer was given."
+
+
+def _penalized_solves(tally: Tally) -> str:
+    """How many solves a script's penalties took part in; for none, why that may be and what to do."""
+    if not tally.solves:
+        return (
+            "no solve was penalized: in this process no gradient went through a solve by torchdiffeq, or by a "
+            "torchdyn NeuralODE without regularizers=. Flow matching trains without solves: add "
+            "rnode_plugin.penalties_at to its loss."
+        )
+    means = ", ".join(f"{name} {significant(mean)}" for name, mean in tally.means.items())
+    return f"{counted(tally.solves, 'solve')} penalized. Mean integrals per sample: {means}."

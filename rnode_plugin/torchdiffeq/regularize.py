@@ -14,6 +14,7 @@ import torchdiffeq
 from torch import Tensor
 
 from ..core.penalties import Penalties, ReturnedPenalties, attach
+from ..core.tally import Tally
 from ..errors import ConfigError
 from . import integrate
 from .augmented import here
@@ -120,7 +121,7 @@ def regularize(
         here.following = None
 
 
-def install(regularizers: Any = None, **options: Any) -> None:
+def install(regularizers: Any = None, *, tally: Tally | None = None, **options: Any) -> Tally:
     """Give torchdiffeq's ``odeint`` and ``odeint_adjoint`` the arguments of the functions in this package.
 
     With ``regularizers`` every solve with gradients enabled follows them, and the gradient of eq. 17's sum is added
@@ -135,13 +136,17 @@ def install(regularizers: Any = None, **options: Any) -> None:
 
     Args:
         regularizers: as for :func:`~rnode_plugin.torchdiffeq.odeint`; None: only the arguments are added.
+        tally: counts the solves; None for a new one.
         options: ``penalized``, ``batch_dim``, ``trace_noise`` and ``quadrature`` of the same.
+
+    Returns:
+        The tally: how many solves were penalized so far, and the mean of each penalty.
 
     Raises:
         ConfigError: for a regularizer or an option that :func:`~rnode_plugin.torchdiffeq.odeint` refuses.
     """
     global _installed
-    wanted = follow(regularizers, **options)
+    wanted, counted = follow(regularizers, **options), tally or Tally()
 
     def add_gradient(name: str, func: Any, y0: Any, t: Tensor, given: dict[str, Any]) -> Any:
         if not wanted.weighted or not torch.is_grad_enabled():
@@ -149,10 +154,12 @@ def install(regularizers: Any = None, **options: Any) -> None:
         solution, integrals, dims = solve(name, func, y0, t, given, wanted)
         penalties = ReturnedPenalties(wanted.weighted)
         penalties.add(integrals, dims)
-        return _with_cost(solution, penalties.loss())
+        counted.watch(cost := penalties.loss(), integrals)
+        return _with_cost(solution, cost)
 
     _bind()
     _installed = add_gradient
+    return counted
 
 
 def uninstall() -> None:

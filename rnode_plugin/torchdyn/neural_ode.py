@@ -24,6 +24,7 @@ from ..core.modes import on_host, outside_inference
 from ..core.penalties import OneProcessADevice, Penalties, attach
 from ..core.regularizers import check_batch_dim, needs_of, warn_of_flat_state
 from ..core.signature import Takes, field_takes, refuse_state_first
+from ..core.tally import Tally
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
 from ..core.view import as_columns
 from ..errors import ConfigError, check_count, suggest
@@ -120,7 +121,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     # defaults of objects that torchdyn's class made before install(), which have no penalties
     _penalties: Penalties = Penalties()
-    _adds_gradient: bool = False
+    _tally: Tally | None = None
     _max_nfe: int | None = None
     _named: tuple[tuple[nn.Module, str, list[Any]], ...] = ()
     _followed: Followed = Followed((), Hutchinson("gaussian"))
@@ -183,7 +184,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 return_t_eval=return_t_eval, optimizable_params=optimizable_params, **tolerances,
             )  # fmt: skip
         self.solver_adjoint = backward
-        self._penalties, self._adds_gradient = Penalties(weighted), added
+        self._penalties, self._tally = Penalties(weighted), _installed_tally if added else None
         self._followed = Followed((), get_estimator(trace_noise), columns, batch_dim)
         self._max_nfe, self._quadrature = max_nfe, quadrature
         built = ((forward, solver), (backward, solver_adjoint))
@@ -396,10 +397,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
         if left.policy is not None and penalties:
             integrals[left.policy.name] = left.policy(x if self._followed.batch_dim == 0 else x.unsqueeze(0))
-        if self._adds_gradient and integrals:
-            added = Penalties(left.weighted)
-            added.add(integrals, system.dims)
-            cost = added.loss() if cost is None else cost.sum() + added.loss()
+        if self._tally is not None and integrals:
+            penalties_of_all = Penalties(left.weighted)
+            penalties_of_all.add(integrals, system.dims)
+            self._tally.watch(added := penalties_of_all.loss(), integrals)
+            cost = added if cost is None else cost.sum() + added
         sol, integrals = attach(solution.z, integrals, cost)
         left.add(integrals, system.dims)
         return sol
@@ -450,10 +452,11 @@ _BEHAVIOUR = {
 }
 
 _installed_regularizers: Any = None  # names: each model resolves them to its own objects
+_installed_tally = Tally()
 _installed_torchdiffeq = False
 
 
-def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
+def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> Tally:
     """Give torchdyn's ``NeuralODE`` the arguments and the behaviour of :class:`~rnode_plugin.NeuralODE`.
 
     From then on this package solves each of its objects, also those made before: with the same values, with
@@ -473,13 +476,16 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
             ``GradScaler``, as lambda / s (use bf16, or add ``reg_loss()`` to the loss). A gradient with respect to
             the input that goes through a solution contains the penalties' gradient too.
 
+    Returns:
+        How many solves these ``regularizers`` have penalized so far, and the mean of each penalty.
+
     Raises:
         ConfigError: for ``regularizers`` that ``NeuralODE`` refuses.
 
     Example:
         >>> import torch
         >>> from torchdyn.core import NeuralODE
-        >>> install()
+        >>> _ = install()
         >>> from rnode_plugin.fields import linear_field
         >>> model = NeuralODE(linear_field(2), solver="rk4", regularizers=["kinetic"])
         >>> _ = model(torch.randn(8, 2), torch.linspace(0, 1, 5))
@@ -487,16 +493,18 @@ def install(*, torchdiffeq: bool = False, regularizers: Any = None) -> None:
         (8,)
         >>> uninstall()
     """
-    global _installed_regularizers, _installed_torchdiffeq
+    global _installed_regularizers, _installed_tally, _installed_torchdiffeq
     resolve_regularizers(regularizers)
+    tally = Tally()
     if torchdiffeq or _installed_torchdiffeq:
         from .. import torchdiffeq as face
 
-        face.install(regularizers)
+        face.install(regularizers, tally=tally)
         _installed_torchdiffeq = True
-    _installed_regularizers = regularizers
+    _installed_regularizers, _installed_tally = regularizers, tally
     for name, value in _BEHAVIOUR.items():
         setattr(_Torchdyn, name, value)
+    return tally
 
 
 def uninstall() -> None:
@@ -508,7 +516,7 @@ def uninstall() -> None:
     Example:
         >>> import inspect
         >>> from torchdyn.core import NeuralODE
-        >>> install()
+        >>> _ = install()
         >>> uninstall()
         >>> "regularizers" in inspect.signature(NeuralODE.__init__).parameters
         False
