@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import resource
 import subprocess
@@ -20,7 +21,7 @@ from click.testing import Result
 from PIL import Image
 from tiny_runs import as_options, rnode
 
-from rnode_plugin import __version__, get_recipe, hookimpl
+from rnode_plugin import __version__, cli, get_recipe, hookimpl
 from rnode_plugin.cli import main
 from rnode_plugin.cli.options import Duration
 from rnode_plugin.plugins import registry as plugins
@@ -103,6 +104,32 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
         assert found[words][0] == 2, found[words]
         assert message in " ".join(found[words][1].split())
     assert not imported
+
+
+@pytest.mark.parametrize(
+    ("chosen", "imported", "expected"),
+    [
+        ({}, False, "30000"),
+        ({}, True, None),
+        ({"GOMP_SPINCOUNT": "7"}, False, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, False, None),
+        ({"KMP_BLOCKTIME": "0"}, False, None),
+        ({"OMP_NUM_THREADS": "2"}, False, "30000"),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], imported: bool, expected: str | None
+) -> None:
+    for name in (*cli._WAITING, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        if not imported:
+            patch.delitem(sys.modules, "torch")
+        assert rnode("plugins").exit_code == 0
+    found = os.environ.pop("GOMP_SPINCOUNT", None)  # the command sets it for its process
+    assert found == expected
 
 
 def test_pictures_need_a_folder() -> None:

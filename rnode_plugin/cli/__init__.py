@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import sys
 import traceback
 from typing import Any
 
@@ -22,6 +24,8 @@ _TASKS = {
     "Look up": ("recipes", "regularizers", "data", "plugins", "info"),
     "Run a program": ("exec",),
 }
+
+_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # how a thread of OpenMP waits for the others
 
 
 class _Misuse(click.ClickException):
@@ -86,5 +90,18 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rnode-cli")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(*, debug: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, *, debug: bool) -> None:
     """Train, evaluate and sample regularized neural ODE flows (RNODE)."""
+    if ctx.invoked_subcommand != "exec":  # a script runs as it would without us
+        _wait_briefly()
+
+
+def _wait_briefly() -> None:
+    """Let OpenMP's threads that wait for each other sleep after a tenth of the time that libgomp would spin.
+
+    On a busy machine the thread that they wait for needs their core. libgomp reads the variable when torch loads
+    it. A variable by which the user has chosen how to wait stays.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
+        os.environ["GOMP_SPINCOUNT"] = "30000"
