@@ -21,7 +21,7 @@ from rnode_plugin import get_recipe
 from rnode_plugin.core.schedules import linear_warmup
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.recipes.recipe import Recipe
-from rnode_plugin.reports import page, write_report
+from rnode_plugin.reports import figures, page, write_report
 from rnode_plugin.reports.configurations import Configuration, Difference, base_of, group_runs
 from rnode_plugin.reports.configurations import paired_difference as paired
 from rnode_plugin.reports.figures import draw
@@ -94,7 +94,7 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
         assert run.done == 24
         np.testing.assert_array_equal(run.steps["train_seconds"], whole.steps["train_seconds"][:24])
     found = cells(make_table(configurations_of(path)), "digits")
-    assert found["bits/dim, dirty"] == "2.4000"  # of the last validation, without an error
+    assert found["bits/dim, dirty"] == "2.4000 bits/dim"  # of the last validation, without an error
     assert found["NFE, test"] == "110"
     assert found["state"] == "not finished: step 24"
     assert "bits/dim, clean" not in found
@@ -148,7 +148,7 @@ def test_a_run_without_a_logged_step_is_left_out_by_name(
     assert report.left_out == tuple(f"{each} has no logged step of likelihood." for each in (begun, early))
     assert "Left out:" in report.html.read_text()
     found = cells(report.table, "rnode")
-    assert (found["seeds"], found["bits/dim, dirty"]) == ("42, 43", "2.020 ± 0.020")
+    assert (found["seeds"], found["bits/dim, dirty"]) == ("42, 43", "2.020 ± 0.020 bits/dim")
 
 
 def test_runs_without_logged_steps(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_configurations_are_compared_image_by_image(tmp_path: Path) -> None:
     assert found.error == pytest.approx(0.01 / 3**0.5)
     assert (found.count, found.unit, found.verdict) == (4, "images", "better")
     table = make_table(list(configurations.values()))
-    assert cells(table, "rnode")["against none"] == "−0.1100 ± 0.0058: better"
+    assert cells(table, "rnode")["against none"] == "−0.1100 ± 0.0058 bits/dim: better"
     assert "against none" not in cells(table, "none")
     assert cells(table, "kinetic")["against none"].endswith(": no difference shown")
     assert cells(table, "jacfrob")["against none"].endswith(": worse")
@@ -294,15 +294,16 @@ def test_the_table(runs: list[Path]) -> None:
     assert [(column.label, column.paper) for column in table.columns] == [("none", False), ("rnode", False)]
     none, rnode_cells = cells(table, "none"), cells(table, "rnode")
     for name, one, other in (
-        ("bits/dim, dirty", "2.100 ± 0.020", "2.020 ± 0.020"),  # over the images of one run, over two seeds
-        ("bits/dim, clean", "2.000 ± 0.030", "1.920 ± 0.020"),
+        # over the images of one run, over two seeds
+        ("bits/dim, dirty", "2.100 ± 0.020 bits/dim", "2.020 ± 0.020 bits/dim"),
+        ("bits/dim, clean", "2.000 ± 0.030 bits/dim", "1.920 ± 0.020 bits/dim"),
         ("NFE, test", "120", "85"),
         ("NFE, training", "78.5", "78.5"),  # of the last four steps: 77, 78, 79, 80
         ("Jacobian norm", "4.00", "1.50"),
         ("kinetic energy", "0.400", "0.400"),
         ("training time", "20.0 s", "20.0 s"),
         ("time per step", "0.500 s", "0.500 s"),
-        ("solver gap", "−0.0020", "−0.0020"),
+        ("solver gap", "−0.0020 bits/dim", "−0.0020 bits/dim"),
         ("training solver", "rk4_38, step 0.5", "rk4_38, step 0.5"),
         ("held-out images", "297", "297"),
         ("λ", "none", "kinetic 0.01, jacfrob 0.01"),
@@ -316,7 +317,7 @@ def test_the_table(runs: list[Path]) -> None:
 def test_a_run_that_is_not_finished_does_not_count_beside_finished_ones(runs: list[Path], tmp_path: Path) -> None:
     running = write_run(tmp_path / "r" / "2", digits(seed=44), steps=10, checks=(10,), finished=False)
     found = cells(make_table(configurations_of(*runs, running)), "rnode")
-    assert (found["bits/dim, dirty"], found["seeds"]) == ("2.020 ± 0.020", "42, 43")
+    assert (found["bits/dim, dirty"], found["seeds"]) == ("2.020 ± 0.020 bits/dim", "42, 43")
     assert found["state"] == "step 40 of 40; not finished: step 10"
     alone = [write_run(tmp_path / f"u{seed}", digits(seed=seed), finished=False) for seed in (1, 2)]
     assert "±" not in cells(make_table(configurations_of(*alone)), "digits")["bits/dim, dirty"]
@@ -337,13 +338,13 @@ def test_the_papers_figures_are_marked(tmp_path: Path, no_figures: None) -> None
     report = write_report([write_run(tmp_path / "0", recipe)], tmp_path / "out")
     ours, ffjord = (column.label for column in report.table.columns if column.paper)
     paper = {
-        "bits/dim, dirty": "0.97", "bits/dim, clean": "0.92", "training time": "24.4 h on 1 GPU",
+        "bits/dim, dirty": "0.97 bits/dim", "bits/dim, clean": "0.92 bits/dim", "training time": "24.4 h on 1 GPU",
         "parameters": "8.00e5",
     }  # fmt: skip
     assert cells(report.table, ours) == paper
     assert cells(report.table, ffjord)["training time"] == "68.5 h on 1 GPU"
     text = report.html.read_text()
-    assert '<td class="paper">0.97</td>' in text
+    assert '<td class="paper">0.97 bits/dim</td>' in text
     assert "report 0.97 bits/dim after 24.4 h on 1 GPU" in text  # next to the run's own score
 
 
@@ -358,7 +359,7 @@ def test_the_error_of_a_baseline_is_over_the_rows(tmp_path: Path) -> None:
         result["evaluation"]["means"] = means
         (path / "result.json").write_text(json.dumps(result))
     found = cells(make_table(group_runs(read_runs([tmp_path])[0])), "table")
-    assert (found["NLL"], found["NLL of a Gaussian"]) == ("2.50 ± 0.50", "2.50 ± 0.49")
+    assert (found["NLL"], found["NLL of a Gaussian"]) == ("2.50 ± 0.50 nats", "2.50 ± 0.49 nats")
 
 
 def test_other_penalties_have_their_rows(tmp_path: Path) -> None:
@@ -415,7 +416,7 @@ def test_the_command(runs: list[Path], tmp_path: Path, no_figures: None) -> None
     kept = {each.name for each in (out / "figures").iterdir()}
     assert "samples-3-rnode.png" not in kept
     assert kept >= {"notes.txt", "photograph.png"}
-    assert plain["table"]["bits/dim, dirty"] == {"digits": "2.100 ± 0.020"}
+    assert plain["table"]["bits/dim, dirty"] == {"digits": "2.100 ± 0.020 bits/dim"}
 
 
 def test_the_page_needs_nothing_but_itself_and_escapes_texts(runs: list[Path], tmp_path: Path) -> None:
@@ -462,3 +463,44 @@ def test_a_single_run_has_no_sections_that_compare(runs: list[Path], tmp_path: P
         assert part in head
     for absent in ("What the penalties", "against NFE", "Diagnosis"):
         assert absent not in text
+
+
+def test_the_title_names_the_file_or_the_recipe(tmp_path: Path, no_figures: None) -> None:
+    def titled(name: str, *recipes: Recipe) -> str:
+        paths = [write_run(tmp_path / name / str(number), each) for number, each in enumerate(recipes)]
+        html = write_report(paths, tmp_path / name / "out").html.read_text()
+        (title,), (heading,) = (re.findall(rf"<{tag}>(.*)</{tag}>", html) for tag in ("title", "h1"))
+        assert title == heading
+        return title
+
+    pictures = dataclasses.replace(
+        digits(), data=dataclasses.replace(digits().data, name="folder", root="/my/cats")
+    )
+    assert titled("own", pictures) == "cats, recipe digits"
+    assert titled("set", digits()) == "Recipe digits"
+    assert titled("two", pictures, dataclasses.replace(pictures, regularizers={})) == "2 configurations on cats"
+
+
+def test_the_recipe_of_a_comparison_has_no_configuration(tmp_path: Path, no_figures: None) -> None:
+    base = get_recipe("mnist-fast").override(["model.hidden=2"])
+    recipes = [dataclasses.replace(base, name=f"mnist-fast-{name}", regularizers=dict.fromkeys(penalties, 0.1))
+               for name, penalties in (("none", ()), ("rnode", ("kinetic", "jacfrob")))]  # fmt: skip
+    paths = [write_run(tmp_path / each.name, each) for each in recipes]
+    text = write_report(paths, tmp_path / "out").html.read_text()
+    assert "<dt>recipe</dt><dd>mnist-fast</dd>" in text
+    other = write_run(tmp_path / "mine", dataclasses.replace(base, name="mine-none"))  # not known here
+    assert "<dt>recipe</dt><dd>mine-none</dd>" in write_report([other], tmp_path / "out").html.read_text()
+
+
+@pytest.mark.parametrize(("name", "of_paper"), [("mnist", True), ("digits", False)])
+def test_figures_of_the_paper_are_named_for_its_recipes(tmp_path: Path, name: str, of_paper: bool) -> None:
+    recipe = get_recipe(name).override(["model.hidden=2"])
+    recipes = (recipe, dataclasses.replace(recipe, regularizers={}))
+    configurations = configurations_of(*(write_run(tmp_path / str(k), each) for k, each in enumerate(recipes)))
+    sections = {panel.section for panel in figures.make_panels(configurations)}
+    endings = (" (figure 2 of the paper)", " (figures 3 and 5 of the paper)") if of_paper else ("", "")
+    assert sections == {
+        "What the penalties buy",
+        f"Bits/dim during training{endings[0]}",
+        f"What the penalties do during training{endings[1]}",
+    }

@@ -28,7 +28,7 @@ from ..plugins import registry
 from ..recipes.fields import refused
 from ..recipes.recipe import Recipe
 from ..reports import Report, write_report
-from ..reports.runs import read_run
+from ..reports.runs import own_data, read_run
 from ..training.runs import training_lock
 
 _TRAIN = (sys.executable, "-m", "rnode_plugin", "train")
@@ -153,7 +153,9 @@ def compare(
         runs = [folder for folder in folders if (folder / "recipe.json").is_file()]
         if not any(read_run(folder).has_begun for folder in runs):
             raise TrainingError(" ".join(failures) or "the runs ended before a step was logged.")
-        report = write_report(runs, out, title=f"{recipe.name}: what the penalties change")
+        own = own_data(recipe)
+        subject = recipe.name if own is None else f"{own}, recipe {recipe.name}"
+        report = write_report(runs, out, title=f"{subject}: what the penalties change")
     return Comparison(tuple(runs), report, tuple(failures))
 
 

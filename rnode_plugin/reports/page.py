@@ -7,16 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..evaluation.diagnostics.result import VERDICTS, Check
+from ..plugins import registry
 from ..recipes.recipe import as_text
 from .configurations import Configuration
 from .diagnosis import draw_check
 from .figures import Drawing, make_panels
+from .runs import own_data
 from .table import Table, lambdas_text, make_table, summary
 
 
@@ -56,14 +57,12 @@ def make_page(configurations: Sequence[Configuration], title: str | None, left_o
     """The page of some configurations; everything is in it, nothing is fetched."""
     facts, table, panels = _facts(configurations), make_table(configurations), make_panels(configurations)
     grids, diagnoses = list(_grids(configurations)), list(_diagnoses(configurations))
-    several = len(configurations) > 1
-    default = f"{len(configurations)} configurations on {facts['data']}" if several else f"Recipe {facts['recipe']}"
     environment = Environment(
         loader=PackageLoader("rnode_plugin.reports"), undefined=StrictUndefined, autoescape=True
     )
     environment.filters |= {"base64": lambda contents: base64.b64encode(contents).decode(), "as_text": as_text}
     html = environment.get_template("page.html").render(
-        title=title or default,
+        title=title or _title(configurations, facts),
         summary=summary(configurations),
         facts=facts,
         diagnoses=diagnoses,
@@ -85,18 +84,26 @@ def make_page(configurations: Sequence[Configuration], title: str | None, left_o
 def _facts(configurations: Sequence[Configuration]) -> dict[str, str]:
     """What was trained, for the head of the page."""
     facts: dict[str, Any] = {
-        "recipe": dict.fromkeys(one.recipe.name for one in configurations),
-        "data": dict.fromkeys(_data(one) for one in configurations),
+        "recipe": dict.fromkeys(_recipe_name(one.recipe.name) for one in configurations),
+        "data": dict.fromkeys(own_data(one.recipe) or one.recipe.data.name for one in configurations),
         "λ": [lambdas_text(one) for one in configurations] if len(configurations) == 1 else [],
         "seed": sorted({str(run.recipe.training.seed) for one in configurations for run in one.counted}),
     }
     return {name: ", ".join(values) for name, values in facts.items() if values}
 
 
-def _data(configuration: Configuration) -> str:
-    """The name of a data set, or of the user's file or folder."""
-    data = configuration.recipe.data
-    return Path(data.root).name if data.root is not None and data.name in ("table", "folder") else data.name
+def _title(configurations: Sequence[Configuration], facts: Mapping[str, str]) -> str:
+    if len(configurations) > 1:
+        return f"{len(configurations)} configurations on {facts['data']}"
+    recipe = configurations[0].recipe
+    own = own_data(recipe)
+    return f"Recipe {recipe.name}" if own is None else f"{own}, recipe {recipe.name}"
+
+
+def _recipe_name(name: str) -> str:
+    """The recipe that a run's name begins with. ``compare`` adds the configuration to it: ``digits-rnode``."""
+    known = [each for each in registry.names("recipes") if name == each or name.startswith(f"{each}-")]
+    return max(known, key=len, default=name)
 
 
 def _diagnoses(configurations: Sequence[Configuration]) -> Iterator[_Diagnosed]:

@@ -140,6 +140,12 @@ def penalties_of(recipe: Recipe) -> str:
     return "+".join(names) or ("ffjord" if recipe.solver == recipe.ffjord().solver else "none")
 
 
+def own_data(recipe: Recipe) -> str | None:
+    """The name of the user's file or folder that a recipe is for; None for a data set with a name."""
+    data = recipe.data
+    return Path(data.root).name if data.root is not None and data.name in ("table", "folder") else None
+
+
 def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
     """The runs at ``paths`` and below those that are not runs, and a message for each one that is left out.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..core.schedules import strength_text
 from ..errors import RnodeError
 from ..recipes.settings import Paper
+from ..recipes.task import Task
 from ..solvers.config import solver_text
 from ..text import change_with_error, duration, signed, significant, with_error
 from .configurations import Configuration, base_of, paired_difference
@@ -91,7 +92,7 @@ def _detail_lines(configurations: Sequence[Configuration], base: Configuration) 
         yield heading, f"{meaning}, test solver", _known(name)
     likelihood = task.likelihood
     meaning = f"{likelihood} by the training solver minus {likelihood} by the test solver"
-    yield "solver gap", meaning, _known("gap", signed)
+    yield "solver gap", meaning, _known("gap", lambda gap: f"{signed(gap)} {_unit(task)}")
     yield "steps", "", _known("steps", lambda steps: f"{steps:,.0f}")
     yield "parameters", "", _parameters
     yield "training solver", "", lambda one: solver_text(one.recipe.solver)
@@ -127,15 +128,15 @@ def _paper_columns(configurations: Sequence[Configuration]) -> Mapping[str, Mapp
     if paper is None:
         return {}
     rnode = {
-        "bits/dim, dirty": f"{paper.bits_dirty:g}",
-        "bits/dim, clean": f"{paper.bits_clean:g}",
+        "bits/dim, dirty": f"{paper.bits_dirty:g} bits/dim",
+        "bits/dim, clean": f"{paper.bits_clean:g} bits/dim",
         "training time": _paper_time(paper.hours, paper.gpus),
         "parameters": f"{paper.parameters:.2e}".replace("e+0", "e"),  # as the paper writes it
     }
     columns = {"RNODE, Finlay et al. 2020": rnode}
     if paper.vanilla_bits is not None and paper.vanilla_hours is not None:
         vanilla_time = _paper_time(paper.vanilla_hours, paper.gpus)
-        vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g}", "training time": vanilla_time}
+        vanilla = {"bits/dim, dirty": f"{paper.vanilla_bits:g} bits/dim", "training time": vanilla_time}
         columns["FFJORD, Finlay et al. 2020"] = vanilla
     return columns
 
@@ -154,14 +155,19 @@ def _known(name: str, text: Callable[[float], str] = significant) -> _Cell:
 
 
 def _score(name: str) -> _Cell:
-    return lambda one: _known(name, lambda value: with_error(value, one.error(name)))(one)
+    return lambda one: _known(name, lambda value: f"{with_error(value, one.error(name))} {_unit(one.task)}")(one)
+
+
+def _unit(task: Task) -> str:
+    """The unit beside a number: ``bits/dim`` or ``nats``; the meaning of a row has what it counts per."""
+    return task.unit.partition(" ")[0]
 
 
 def _difference(one: Configuration, base: Configuration) -> str:
     difference = None if one is base else paired_difference(one, base)
     if difference is None:
         return ""
-    return f"{change_with_error(difference.mean, difference.error)}: {difference.verdict}"
+    return f"{change_with_error(difference.mean, difference.error)} {_unit(one.task)}: {difference.verdict}"
 
 
 def _each(text: Callable[..., object]) -> _Cell:
@@ -227,8 +233,9 @@ def _sentence(one: Configuration, base: Configuration) -> str:
     task = one.task
     if not (score := _score(task.quantities[0].name)(one)):
         return f"{one.label} has not been validated yet ({one.runs[0].state})."
+    per = task.unit.removeprefix(_unit(task))
     text = (
-        f"{one.label} reaches {score} {task.unit} on held-out {task.samples} with {_known('nfe_test')(one)} "
+        f"{one.label} reaches {score}{per} on held-out {task.samples} with {_known('nfe_test')(one)} "
         f"evaluations for a solve, after {_known('training_seconds', duration)(one)} of training"
     )
     if difference := _difference(one, base):
