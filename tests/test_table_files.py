@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import random
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a row of the word nan": ("a,b\n1,2\nnan,nan\n3,4\n", "'a'.*missing or infinite in 1 of 3 rows.* row 2"),
     "infinite": ("a,b\n1,2\ninf,2\n", "'a'.*missing or infinite in 1 of 2 rows"),
     "dates": ("day,a\n2020-01-01,1.5\n2020-01-02,2.5\n", "'day'.*not numeric: row 1 holds '2020-01-01'"),
-    "labels": ("a,b\n1,2\n2,female\n", "'b' .*not numeric: row 2 holds 'female'.*--set data.columns="),
+    "labels": ("a,b\n1,2\n2,female\n", "'b' .*not numeric: row 2 holds 'female'"),
     "units below the names": ("a,b\nK,m\n" + text_of(PAIRS), "'a' .*not numeric: row 1 holds 'K'"),
     "underscores": ("a,b\n1,2\n1_000,2\n", "'a' .*not numeric: row 2 holds '1_000'"),
     "other digits": ("a,b\n1,2\n١٢,2\n", "'a' .*not numeric: row 2 holds '١٢'"),
@@ -253,6 +254,23 @@ X, Y = np.random.default_rng(0).normal(size=(2, 50))
 def test_columns_without_a_density(columns: tuple[np.ndarray, ...], modelled: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         _accept(_table(*columns), modelled)
+
+
+def test_the_advice_to_leave_columns_out_can_be_pasted(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text('a,sex,"b, mean",c,kind\n' + "".join(f"{k},f,{k % 7},{k * k % 11},x\n" for k in range(40)))
+    recipe = get_recipe("table").override([f"data.root={path}"])
+    with pytest.raises(
+        DataError, match=r"'sex' of .* is not numeric: row 1 holds 'f'.*, or leave it out"
+    ) as refused:
+        recipe.table.load()
+    (setting,) = shlex.split(str(refused.value).rpartition("--set ")[2].removesuffix("."))
+    loaded = recipe.override([setting]).table.load()  # also without the other column of texts
+    assert loaded.columns == ("a", "b, mean", "c")
+    with pytest.raises(DataError, match=r"leave it out with --set data\.columns=a,b\.$"):
+        _accept(_table(X, Y, 0 * X), 3)
+    with pytest.raises(DataError, match=r"'sex' .*not numeric: [^,]*Write plain numbers with a point\.$"):
+        read_columns(path, ["a", "sex"])  # given columns, which sampling needs
 
 
 def test_columns_that_are_only_close() -> None:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scipy import stats
 from tiny_runs import as_options, assert_same, rnode, rows, run, signal_at
 
 from rnode_plugin import get_recipe, hookimpl, load_flow
+from rnode_plugin.cli.runs import Values
 from rnode_plugin.data.table_files import column_names, read_columns
 from rnode_plugin.data.tables import Table, gaussian_scores
 from rnode_plugin.errors import CheckpointError, ConfigError
@@ -172,6 +174,56 @@ def test_samples_that_cannot_be_drawn(conditional: Path, options: list[str], mes
     assert outcome.exit_code in (1, 2)
     assert message in outcome.output
     assert "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a=1,b=2.5", {"a": 1.0, "b": 2.5}),
+        ("temp, mean=3, b=-1e3", {"temp, mean": 3.0, "b": -1000.0}),
+        ("a==1", {"a=": 1.0}),
+        ("a=1,b", "as in b=1.5, or --given-file FILE"),
+        ("a, b", "as in 'a, b=1.5', or --given-file FILE"),
+        ("a, b=x", "as in 'a, b=1.5'."),
+    ],
+)
+def test_given_values(text: str, found: dict[str, float] | str) -> None:
+    if isinstance(found, dict):
+        assert Values().convert(text, None, None) == found
+        return
+    with pytest.raises(click.UsageError, match=re.escape(found)):
+        Values().convert(text, None, None)
+
+
+def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional: Path, tmp_path: Path) -> None:
+    recorded = json.loads((conditional / "recipe.json").read_text())["data"]["given_ranges"]
+    train = recipe_of(file, "data.given=temperature,dose").table.load().train[:, 2:]
+    assert recorded == np.stack([train.min(0), train.max(0)], 1).tolist()
+    (low, high), dose = recorded[0], recorded[1][1]
+    place = tmp_path / "values.csv"
+
+    def said(*options: object) -> str:
+        done = rnode("sample", conditional, *options, "-n", "2", "--out", place, "--force")
+        assert done.exit_code == 0, done.output
+        return done.stderr
+
+    assert said("--given-values", f"temperature={low!r},dose={dose!r}") == ""
+    assert said("--given-values", f"temperature=3000,dose={dose!r}") == (
+        f"warning: temperature=3000 is outside of the training rows ({low:g} to {high:g}), where the density is an "
+        "extrapolation.\n"
+    )
+    contexts = tmp_path / "contexts.csv"
+    contexts.write_text(f"dose,temperature\n{dose!r},300\n{dose!r},3000\n-5,300\n")
+    first, second = said("--given-file", contexts).splitlines()
+    assert "2 of 6 values of temperature, such as 3000, are outside" in first
+    assert "2 of 6 values of dose, such as -5, are outside" in second
+
+
+def test_a_run_without_given_columns_takes_no_values(file: Path, tmp_path: Path) -> None:
+    made = run(recipe_of(file, "training.max_steps=1"), tmp_path).folder.path
+    outcome = rnode("sample", made, "--given-values", "dose=1", "--out", tmp_path / "x.csv")
+    assert outcome.exit_code == 2
+    assert "this run was trained without --given, so its density takes no context" in outcome.output
 
 
 def test_samples_at_contexts(file: Path, conditional: Path, tmp_path: Path) -> None:

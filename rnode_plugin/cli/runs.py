@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -30,20 +31,27 @@ CHECK_FAILED = 3
 
 
 class Values(click.ParamType):
-    """Numbers by column, from ``COLUMN=VALUE,...``."""
+    """Numbers by column, from ``COLUMN=VALUE,...``. The name of a column may have commas."""
 
     name = "values"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
         found: dict[str, float] = {}
+        begun = ""  # of a name that has commas
         for part in value.split(","):
-            name, _, number = part.rpartition("=")
+            name, equals, number = f"{begun}{part}".rpartition("=")
+            begun = "" if equals else f"{begun}{part},"
+            if begun:
+                continue
             if (name := name.strip()) in found:
                 self.fail(f"it has the column {name!r} twice.", param, ctx)
             try:
                 found[name] = float(number)
             except ValueError:
-                self.fail(f"it needs a number for each column, as in {name or part}=1.5.", param, ctx)
+                self.fail(f"it needs a number for each column, as in {shlex.quote(f'{name}=1.5')}.", param, ctx)
+        if begun:
+            example = shlex.quote(f"{begun.strip(', ')}=1.5")
+            self.fail(f"it needs a number for each column, as in {example}, or --given-file FILE.", param, ctx)
         return found
 
 
@@ -219,7 +227,8 @@ def sample(*, run: str, **options: Any) -> None:
     default = "samples.png" if recipe.task.samples == "images" else "samples.csv"
     place = free_path(options.pop("out"), default, force=options.pop("force"))
     chosen = {name: value for name, value in options.items() if value is not None and name != "count"}
-    drawn = write_samples(recipe.task, flow, place, options["count"], given=values or file, **chosen)
+    ranges = recipe.table.given_ranges if recipe.task.columns else None
+    drawn = write_samples(recipe.task, flow, place, options["count"], given=values or file, ranges=ranges, **chosen)
     averaged = "" if recipe.training.ema is None else f", weights: {recipe.weights}"
     temperatures = ", ".join(f"{each:g}" for each in options["temperatures"])
     click.echo(f"{counted(drawn, recipe.task.sample)} at temperature {temperatures}{averaged}: {place}")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,8 +25,7 @@ from .images import naming
 if TYPE_CHECKING:
     import pandas as pd
 
-LEAVE_OUT = "leave it out with --set data.columns=NAME,NAME,..."
-"""How to use the other columns of a table."""
+_MOST_NAMES = 50  # in an advice
 
 _FORM = (
     "Write UTF-8 text with a first line of column names, all different and no numbers, one cell for each name in "
@@ -42,8 +43,23 @@ def column_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(_frame(Path(path), rows=1).columns)
 
 
-def read_columns(path: str | os.PathLike[str], wanted: Sequence[str]) -> np.ndarray:
+def leave_out(others: Sequence[str]) -> str:
+    """How to use the other columns of a table, as the end of a sentence."""
+    names = ",".join(others)
+    if len(others) > _MOST_NAMES:
+        names = "NAME,NAME,..."
+    elif any("," in name or name != name.strip() for name in others):
+        names = json.dumps(list(others), ensure_ascii=False)
+    return f"leave it out with --set {shlex.quote(f'data.columns={names}')}"
+
+
+def read_columns(path: str | os.PathLike[str], wanted: Sequence[str], *, optional: bool = False) -> np.ndarray:
     """The columns ``wanted`` of a table, ``(N, len(wanted))``, float64 and finite.
+
+    Args:
+        path: the file.
+        wanted: names of the columns.
+        optional: whether a column can be left out, which the message of an error then advises.
 
     Raises:
         DataError, ConfigError: as for :func:`column_names`. Also if a column is missing or not numeric, or if a
@@ -53,21 +69,35 @@ def read_columns(path: str | os.PathLike[str], wanted: Sequence[str]) -> np.ndar
     for name in wanted:
         if name not in frame.columns:
             raise DataError(f"{path}: {suggest(name, frame.columns, 'column')}")
-    return np.stack([_values(f"the column {name!r} of {path}", frame[name]) for name in wanted], axis=1)
+    columns = {name: _as_numbers(frame[name]) for name in wanted}
+    numeric = [name for name, (_, fault) in columns.items() if not fault]
+    for name, (_, fault) in columns.items():
+        if fault:
+            advice = f", or {leave_out(numeric)}" if optional and numeric else ""
+            raise DataError(
+                f"the column {name!r} of {path} is not numeric: {fault}. Write plain numbers with a point{advice}."
+            )
+    return np.stack(
+        [_finite(f"the column {name!r} of {path}", each) for name, (each, _) in columns.items()], axis=1
+    )
 
 
-def _values(what: str, column: pd.Series) -> np.ndarray:
+def _as_numbers(column: pd.Series) -> tuple[pd.Series, str]:
+    """A column as numbers, and the first fault for which it is not numeric; empty if it is."""
     import pandas
 
-    if column.dtype.kind not in "fiub":
-        found = f"it is {column.dtype}"
-        if column.dtype.kind == "O":  # texts, also of whole numbers that have more than 64 bits
-            # this only finds what cannot be read: the texts are converted below, to the last bit
-            numbers = pandas.Series(pandas.to_numeric(column, errors="coerce"))
-            wrong = np.flatnonzero(numbers.isna() & column.notna())
-            found = f"row {wrong[0] + 1} holds {str(column.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
-        if found:
-            raise DataError(f"{what} is not numeric: {found}. Write plain numbers with a point, or {LEAVE_OUT}.")
+    if column.dtype.kind in "fiub":
+        return column, ""
+    if column.dtype.kind != "O":
+        return column, f"it is {column.dtype}"
+    # texts, also of whole numbers that have more than 64 bits. This only finds what cannot be read: the texts are
+    # converted below, to the last bit
+    numbers = pandas.Series(pandas.to_numeric(column, errors="coerce"))
+    wrong = np.flatnonzero(numbers.isna() & column.notna())
+    return column, f"row {wrong[0] + 1} holds {str(column.iloc[wrong[0]])[:40]!r}" if len(wrong) else ""
+
+
+def _finite(what: str, column: pd.Series) -> np.ndarray:
     values = column.to_numpy(dtype=np.float64, na_value=np.nan)
     if len(gaps := np.flatnonzero(~np.isfinite(values))):
         raise DataError(

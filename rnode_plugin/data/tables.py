@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import DataError, suggest
 from ..text import counted
 from .images import limited
-from .table_files import LEAVE_OUT, column_names, read_columns
+from .table_files import column_names, leave_out, read_columns
 
 CELLS = ("radius", "texture", "perimeter", "area", "smoothness", "compactness", "symmetry", "fractal dimension")
 """Columns of the table that comes along: means over the cell nuclei in an image, in the units of the file."""
@@ -154,7 +154,7 @@ def table(
     if root is None:
         return split_rows("table", CELLS, _cells(), **split).select(columns or CELLS)
     columns = columns or column_names(root)
-    return split_rows(str(root), columns, read_columns(root, columns), **split)
+    return split_rows(str(root), columns, read_columns(root, columns, optional=True), **split)
 
 
 def table_columns(root: str | None) -> tuple[str, ...]:
@@ -214,7 +214,7 @@ def check_columns(table: Table, modelled: int) -> None:
             raise DataError(
                 f"the column {name!r} of {table.name} is {size * column.mean():.10g} ± {size * column.std():.2g}, "
                 "constant or nearly so for 32-bit numbers. Subtract its mean, which changes no likelihood, or "
-                f"{LEAVE_OUT}."
+                f"{_leave_out(name, table)}."
             )
     standard = (scaled - scaled.mean(0)) / scaled.std(0)
     # the given columns first, because a column that they determine has no conditional density either
@@ -224,5 +224,9 @@ def check_columns(table: Table, modelled: int) -> None:
         if share < _DEPENDENT and place < modelled:
             raise DataError(
                 f"the column {table.columns[place]!r} of {table.name} is a linear function of the others, so the "
-                f"rows have no density together: {LEAVE_OUT}."
+                f"rows have no density together: {_leave_out(table.columns[place], table)}."
             )
+
+
+def _leave_out(name: str, table: Table) -> str:
+    return leave_out([each for each in table.columns if each != name])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,7 @@ def write_samples(
     *,
     temperatures: Sequence[float] = (1.0,),
     given: Mapping[str, float] | str | None = None,
+    ranges: Sequence[tuple[float, float]] | None = None,
     columns: int | None = None,
     **options: Any,
 ) -> int:
@@ -162,6 +164,8 @@ def write_samples(
             each context, by default 1.
         temperatures: standard deviations of the latent; of rows only one.
         given: the context of a conditional density, as values of the given columns or as a file that has them.
+        ranges: the smallest and the largest value of each given column in the training; a value outside of them is
+            named on the standard error. None for no comparison.
         columns: images in a row of the grid.
         options: ``seed`` and ``batch_size`` of :func:`sample_images` or :func:`sample_rows`.
 
@@ -182,6 +186,8 @@ def write_samples(
     check_written(path)
     modelled, names = task.columns
     context = _contexts(names, given, count)
+    if ranges is not None:
+        _warn_of_extrapolation(names, context, ranges)
     options["context"] = context if names else None
     rows = sample_rows(flow, len(context), temperature=temperatures[0], **options)
     write_rows(path, (*names, *modelled), np.concatenate([context, rows], axis=1))
@@ -193,7 +199,10 @@ def _contexts(names: Sequence[str], given: Mapping[str, float] | str | None, cou
     if isinstance(given, str) and names:
         return np.repeat(read_columns(given, names).astype(np.float32), count or 1, axis=0)
     if given is not None and not names:
-        raise ConfigError("this density is given no columns, so it takes no context.")
+        raise ConfigError(
+            "this run was trained without --given, so its density takes no context: leave --given-values and "
+            "--given-file out."
+        )
     values = given if isinstance(given, Mapping) else {}
     if unknown := [name for name in values if name not in names]:
         raise ConfigError(suggest(unknown[0], names, "given column"))
@@ -204,6 +213,23 @@ def _contexts(names: Sequence[str], given: Mapping[str, float] | str | None, cou
             f"--given-values {example!r}, or a file that has these columns with --given-file FILE."
         )
     return np.tile(np.array([values[name] for name in names], dtype=np.float32), (count or 1000, 1))
+
+
+def _warn_of_extrapolation(
+    names: Sequence[str], context: np.ndarray, ranges: Sequence[tuple[float, float]]
+) -> None:
+    for name, values, (low, high) in zip(names, context.T, ranges, strict=True):
+        outside = values[(values < low) | (values > high)]
+        if not len(outside):
+            continue
+        what = f"{name}={outside[0]:g} is"
+        if (outside != outside[0]).any() or len(outside) < len(values):
+            what = f"{len(outside):,} of {len(values):,} values of {name}, such as {outside[0]:g}, are"
+        print(
+            f"warning: {what} outside of the training rows ({low:g} to {high:g}), where the density is an "
+            "extrapolation.",
+            file=sys.stderr,
+        )
 
 
 _MOST = 8  # columns

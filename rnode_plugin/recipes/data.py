@@ -111,6 +111,9 @@ class Data:
         return self
 
 
+_Range = Annotated[tuple[float, float], Listed]
+
+
 @dataclass(frozen=True, config=CONFIG)
 class TableData:
     """Which table and columns a run uses, and in which batches.
@@ -130,6 +133,8 @@ class TableData:
         workers: number of processes that read batches; 0 to read them in the training process.
         rows, checksum: number of rows and checksum of the table that a run was trained on, which training fills in.
             If a table changes, its new split could hold out rows that were trained on. None for no comparison.
+        given_ranges: the smallest and the largest value of each given column in the training rows, which training
+            fills in, so that sampling can warn of an extrapolation. None if they are not known.
         kind: marks the settings of a table.
     """
 
@@ -146,6 +151,7 @@ class TableData:
     workers: NonNegativeInt = 0
     rows: PositiveInt | None = None
     checksum: Text | None = None
+    given_ranges: Annotated[tuple[_Range, ...], Listed] | None = None
     kind: Literal["table"] = "table"
 
     def __post_init__(self) -> None:
@@ -225,12 +231,16 @@ class TableData:
 
     def trained_on(self, data: Any) -> TableData:
         """These settings with what a run records of its ``data``. A table smaller than a batch is one batch."""
+        given = data.train[:, len(self.modelled) :]
+        ranges = tuple(zip(given.min(0).tolist(), given.max(0).tolist(), strict=True))
         batch_size = min(self.batch_size, len(data.train))
-        return dataclasses.replace(self, batch_size=batch_size, rows=data.rows, checksum=data.checksum)
+        return dataclasses.replace(
+            self, batch_size=batch_size, rows=data.rows, checksum=data.checksum, given_ranges=ranges or None
+        )
 
     def for_new_run(self) -> TableData:
         """These settings without what a run has recorded, so that a new run may train on a changed table."""
-        return dataclasses.replace(self, rows=None, checksum=None)
+        return dataclasses.replace(self, rows=None, checksum=None, given_ranges=None)
 
 
 _SPLIT = {"validation": TableData.validation, "held_out": TableData.held_out, "split_seed": TableData.split_seed}

@@ -76,7 +76,10 @@ MEANING = {
         "a scale or a logit, for its sign, and for an error in the products that the field computes."
     ),
     (SAMPLES, "same"): "No difference is seen.",
-    (SAMPLES, "too few"): "Smaller differences cannot be seen. Take more held-out data.",
+    (SAMPLES, "too few"): (
+        "Smaller differences cannot be seen. Take more held-out data (in a run, by a larger data.held_out of a "
+        "table, or by more pictures in the folder val)."
+    ),
     (SAMPLES, "different"): (
         "Samples differ from the data. Compare them by eye, and train longer or with a larger field."
     ),
