@@ -23,6 +23,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shelf = tmp_path_factory.mktemp("shelf")
     (shelf / "empty").mkdir()
     (shelf / "text").write_text("not what you think")
+    (shelf / "rows.csv").write_text("a,b\n1,2\n")
     save_flow(RECIPE.build_flow(), shelf / "good.ckpt", recipe=RECIPE)
     good = (shelf / "good.ckpt").read_bytes()
     (shelf / "half.ckpt").write_bytes(good[: len(good) // 2])
@@ -65,7 +66,11 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (folder("nowhere"), 1, r"nowhere cannot be read: no such file"),
     (folder("not_pictures"), 1, r"4\.png cannot be read: the file is damaged"),
     (["train", "digits", "--runs", "SHELF/text"], 1, r"the system refused: .*text"),
-    (["train", "--resume", "SHELF/empty"], 1, r"no checkpoint at .*last\.ckpt"),
+    (["train", "--resume", "SHELF/empty"], 1, r"no checkpoint at .*last\.ckpt, or one of its \.ckpt files\.$"),
+    (["train", "SHELF/empty"], 2, r"empty' is not a recipe: a folder of pictures is trained on by .*--data-root"),
+    (["train", "SHELF/good.ckpt"], 2, r"is not a recipe: a new run starts from its weights by --weights"),
+    (["train", "SHELF/nowhere/0"], 2, r"is not a recipe: a run is continued by rnode-cli train --resume"),
+    (["compare", "SHELF/rows.csv"], 2, r"is not a recipe: a table is trained on by rnode-cli train table --da"),
     (["train", "--resume", "SHELF/good.ckpt"], 1, r"has only weights, so a training cannot be resumed from it"),
     (
         ["train", "--resume", "SHELF/half.ckpt"],

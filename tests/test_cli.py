@@ -230,6 +230,23 @@ def test_no_other_product_speaks_in_a_run(tmp_path: Path) -> None:
     assert heard == []
 
 
+def test_the_next_steps_of_a_run(tmp_path: Path) -> None:
+    stopped = rnode("train", "digits", *TINY, "--max-steps", "9", "--max-time", "0.01", "--runs", tmp_path)
+    run = tmp_path / "digits" / "0"
+    names = ("train --resume", "sample", "diagnose", "report")
+    expected = "Next: " + "\n      ".join(f"rnode-cli {name} {run}" for name in names)
+    assert stopped.output.rstrip().endswith(expected)
+    assert "time limit" in stopped.output
+    options = ["--device", "cpu", "--devices", "1"]
+    model = failure(rnode("train", "--resume", run, "--set", "model.hidden=16", *options), 1)
+    assert "model.hidden is 8 there and 16 here. Leave these settings out, or train a new run without" in model
+    assert "--weights" not in model
+    other = failure(rnode("train", "--resume", run, "--accumulate", "2", *options), 1)
+    assert "last.ckpt in place of --resume starts a new run from it." in other
+    within = rnode("train", "--resume", run, "--max-steps", "2", "--no-next", *options)
+    assert (within.exit_code, "Next:" in within.output) == (0, False), within.output
+
+
 def test_eval(trained: Path) -> None:
     options = ["--draws", "2", "--limit", "30", "--device", "cpu"]
     text = rnode("eval", str(trained / "checkpoints" / "last.ckpt"), *options).output

@@ -134,6 +134,7 @@ import json, os, shutil, sys
 from pathlib import Path
 
 here = Path(HERE)
+assert sys.argv.pop() == "--no-next"  # the end of the comparison has the next steps
 options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 recipe = json.loads(Path(sys.argv[1]).read_text())
 with (here / "calls").open("a") as file:
@@ -282,7 +283,10 @@ def test_the_command(training: Training, tmp_path: Path) -> None:
     result = rnode("compare", "digits", *chosen, *options)
     assert result.exit_code == 0, result.output
     assert "run 3 of 3: digits-k-kinetic=0.2, seed 42" in result.output
-    assert str(tmp_path / "c" / "report.html") in result.output
+    report = tmp_path / "c" / "report.html"
+    last = tmp_path / "c" / "runs" / "digits-k-kinetic=0.2" / "42"
+    assert result.output.count("Next:") == 1
+    assert result.output.rstrip().endswith(f"Next: open {report} in a browser\n      rnode-cli diagnose {last}")
     assert "dopri5, tolerance 1e-05" in result.output
     for arguments, message in (
         (["digitz"], "did you mean 'digits'"),

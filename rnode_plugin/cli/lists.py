@@ -43,7 +43,7 @@ def recipes(ctx: click.Context) -> None:
     click.echo(table(loaded("recipes", lambda name: get_recipe(name).description)))
 
 
-@recipes.command()
+@recipes.command(short_help="Show every setting of a recipe.")
 @click.argument("name", shell_complete=complete("recipes"))
 @click.option("--ffjord", is_flag=True, help="Show the FFJORD baseline of the recipe.")
 @settings

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,9 +66,9 @@ def complete_setting(ctx: click.Context, param: click.Parameter, incomplete: str
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Packaged weights and run folders; any file or folder if none of them begins like that."""
     from ..recipes.pretrained import PRETRAINED
+    from ..training.checkpoints import runs_here
 
-    runs = sorted(str(path.parent) for path in Path().glob("runs/*/*/recipe.json"))
-    return _items([*PRETRAINED, *runs], incomplete) or [CompletionItem(incomplete, type="file")]
+    return _items([*PRETRAINED, *runs_here()], incomplete) or [CompletionItem(incomplete, type="file")]
 
 
 # options -------------------------------------------------------------------------------------------------------
@@ -150,6 +152,27 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     return new
 
 
+def refuse_place(name: str) -> None:
+    """Refuse a run, a checkpoint, a table or a folder of pictures in the place of a recipe's name."""
+    path = Path(name)
+    if name in registry.names("recipes") or not (path.exists() or os.sep in name):
+        return
+    from ..data.table_files import is_table  # numpy, for what exists only
+
+    place = shlex.quote(name)
+    if not path.exists() or (path / "recipe.json").is_file() or (path / "checkpoints").is_dir():
+        advice = f"a run is continued by rnode-cli train --resume {place}"
+    elif path.suffix in (".ckpt", ".safetensors"):
+        advice = f"a new run starts from its weights by --weights {place}"
+    elif path.is_dir():
+        advice = f"a folder of pictures is trained on by rnode-cli train pictures --data-root {place}"
+    elif is_table(path):
+        advice = f"a table is trained on by rnode-cli train table --data-root {place}"
+    else:
+        return
+    raise ConfigError(f"{name!r} is not a recipe: {advice}. `rnode-cli recipes` lists the recipes.")
+
+
 # values --------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +206,11 @@ def flush_denormals() -> None:
         np.finfo(kind)  # numpy before 2 looks once, and would warn then that its smallest number is zero
     if torch.set_flush_denormal(True):  # a program that calls a command as a function gets its arithmetic back
         click.get_current_context().call_on_close(lambda: torch.set_flush_denormal(False))
+
+
+def show_next(*steps: str) -> None:
+    """What can be done with a result, one line each."""
+    click.echo("\nNext: " + "\n      ".join(steps))
 
 
 def print_json(value: Any) -> None:

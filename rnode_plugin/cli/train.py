@@ -24,9 +24,11 @@ from .options import (
     flush_denormals,
     print_json,
     quiet,
+    refuse_place,
     regularizers_option,
     settings,
     short,
+    show_next,
 )
 
 if TYPE_CHECKING:
@@ -57,9 +59,17 @@ if TYPE_CHECKING:
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
 @click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")
 @download
+@click.option("--next/--no-next", "next_steps", default=True, hidden=True)  # of a run that `compare` reports on
 @click.pass_context
 def train(
-    ctx: click.Context, *, recipe: str | None, resume: str | None, quiet: bool, as_json: bool, **options: Any
+    ctx: click.Context,
+    *,
+    recipe: str | None,
+    resume: str | None,
+    quiet: bool,
+    as_json: bool,
+    next_steps: bool,
+    **options: Any,
 ) -> None:
     """Train the flow of RECIPE on its data set, and measure its best weights.
 
@@ -100,7 +110,7 @@ def train(
         places = {"folder": result.folder.path, "checkpoint": result.folder.best, "samples": result.samples}
         print_json({**result.ended, **places, "evaluation": measured})
     else:
-        _print_result(result, chosen)
+        _print_result(result, chosen, next_steps=next_steps)
     if result.stopped in signal.Signals.__members__:
         ctx.exit(128 + signal.Signals[result.stopped])
 
@@ -122,6 +132,7 @@ def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord:
             raise click.UsageError(f"{resume} is a run of {found.name}, not of {name}. Leave the recipe out.", ctx)
         resume = str(path)
     elif name is not None:
+        refuse_place(name)
         found = get_recipe(name)
     else:
         raise click.UsageError("name a RECIPE; `rnode-cli recipes` lists them.", ctx)
@@ -159,7 +170,7 @@ def _callback(name: str) -> Any:
     return made
 
 
-def _print_result(result: FitResult, recipe: Recipe) -> None:
+def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> None:
     folder, run = result.folder, shlex.quote(str(result.folder.path))
     if result.evaluation is None:
         click.echo(f"\nStopped by {result.stopped} after step {result.steps} of {result.planned}.")
@@ -178,8 +189,11 @@ def _print_result(result: FitResult, recipe: Recipe) -> None:
         ("metrics", str(folder.metrics)),
         *([] if result.samples is None else [("samples", str(result.samples))]),
     ]
-    commands = "\n      ".join(f"rnode-cli {name} {run}" for name in ("sample", "diagnose", "report"))
-    click.echo(f"\n{table(rows)}\n\nNext: {commands}")
+    click.echo(f"\n{table(rows)}")
+    if next_steps:
+        left = result.stopped == "max_time" and result.steps < result.planned
+        names = [*(["train --resume"] if left else []), "sample", "diagnose", "report"]
+        show_next(*(f"rnode-cli {name} {run}" for name in names))
 
 
 @click.command()
@@ -219,6 +233,7 @@ def compare(*, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """
     from ..recipes.recipe import get_recipe
 
+    refuse_place(recipe)
     chosen = changed(get_recipe(recipe), options)
     from ..comparison.compare import compare  # seconds of imports, which a wrong name does not wait for
 
@@ -237,6 +252,8 @@ def compare(*, recipe: str, quiet: bool, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json({"runs": result.runs, "failed": result.failed, **report.to_plain()})
     else:
-        click.echo(f"\n{report.as_text()}\n\n{report.html}")
+        click.echo(f"\n{report.as_text()}")
+        diagnoses = [f"rnode-cli diagnose {shlex.quote(str(run))}" for run in result.runs[-1:]]
+        show_next(f"open {report.html} in a browser", *diagnoses)
     if result.failed:
         raise TrainingError(" ".join(result.failed))

@@ -115,7 +115,7 @@ def compare(
         log, file = (out / "logs" / f"{one.name}-{one.training.seed}.{suffix}" for suffix in ("log", "json"))
         file.write_text(json.dumps(one.to_plain()), encoding="utf-8")
         place = free.get()
-        command = [*_TRAIN, str(file), *begin, *place]
+        command = [*_TRAIN, str(file), *begin, *place, "--no-next"]  # the end of the comparison has the next steps
         try:
             with log.open("wb") as output:
                 shown = None if progress and len(places) == 1 else output

@@ -259,6 +259,11 @@ _FORMATS = {
 }
 
 
+def is_table(path: Path) -> bool:
+    """Whether the name of a file ends as the name of a table does."""
+    return path.suffix.lower() in _FORMATS
+
+
 def _format_of(path: Path) -> _Format:
     found = _FORMATS.get(path.suffix.lower())
     if found is None:

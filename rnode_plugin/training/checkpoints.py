@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -207,16 +208,22 @@ def newest_intact(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     raise errors[0]
 
 
+def runs_here() -> list[str]:
+    """The folders of runs below ``runs`` in the working directory."""
+    return sorted(str(path.parent) for path in Path().glob("runs/*/*/recipe.json"))
+
+
 def _files(path: Path, prefer: str) -> list[Path]:
     """The files that ``path`` can mean; the preferred one of a run folder, then the others from the newest on."""
     packaged = None if path.exists() else pretrained_file(str(path))
     names = dict.fromkeys((prefer, LAST, PREVIOUS, BEST))
     files = [file for file in (path, *(path / "checkpoints" / name for name in names)) if file.is_file()]
     if packaged is None and not files:
-        raise CheckpointError(
-            f"no checkpoint at {path}: give a run folder, with checkpoints/{prefer}, a .ckpt or .safetensors file, "
-            f"or {' or '.join(PRETRAINED)}."
-        )
+        to_resume = prefer == LAST  # which needs more than weights
+        near = difflib.get_close_matches(str(path), [*([] if to_resume else PRETRAINED), *runs_here()], n=1)
+        hint = f"; did you mean {near[0]!r}? Give" if near and not path.exists() else ": give"
+        others = "or one of its .ckpt files" if to_resume else f"a .ckpt or .safetensors file, or {PRETRAINED[0]}"
+        raise CheckpointError(f"no checkpoint at {path}{hint} a run folder, with checkpoints/{prefer}, {others}.")
     return files if packaged is None else [packaged]
 
 

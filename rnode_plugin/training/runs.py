@@ -35,14 +35,14 @@ DIAGNOSIS = "diagnosis.json"  # the result of `rnode-cli diagnose`
 _SCORES = ("images.csv", "rows.csv")
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdyn", "torchdiffeq", "numpy")
 
-# settings that a run keeps, of images and of tables
+# settings that a run keeps, of images and of tables: the ones that its weights depend on, and others
+_OF_THE_WEIGHTS = (
+    "data.kind", "data.shape", "data.columns", "data.given",
+    "model.name", "model.hidden", "model.layers", "model.field", "model.activation", "model.blocks",
+)  # fmt: skip
 _FIXED = (
-    "data.name", "data.shape", "data.levels",
-    "data.kind", "data.columns", "data.given", "data.validation", "data.held_out", "data.split_seed",
-    "data.train_rows",
-    "model.name", "model.hidden", "model.layers", "model.alpha",
-    "model.field", "model.activation", "model.blocks",
-    "optimizer.name", "training.weights", "training.accumulate",
+    *_OF_THE_WEIGHTS, "data.name", "data.levels", "data.validation", "data.held_out", "data.split_seed",
+    "data.train_rows", "model.alpha", "optimizer.name", "training.weights", "training.accumulate",
 )  # fmt: skip
 
 
@@ -292,8 +292,9 @@ def checkpoint_to_resume(resume: str | os.PathLike[str], recipe: Recipe) -> tupl
         differ.append("training.ema")
     if differ:
         what = ", ".join(f"{name} is {old.get(name)} there and {new.get(name)} here" for name in differ)
-        raise CheckpointError(
-            f"{path} cannot continue with other settings: {what}. --weights {path} starts a new run from it."
-        )
+        advice = f"--weights {path} in place of --resume starts a new run from it"
+        if set(differ) & set(_OF_THE_WEIGHTS):  # which do not fit another model
+            advice = "Leave these settings out, or train a new run without --resume"
+        raise CheckpointError(f"{path} cannot continue with other settings: {what}. {advice}.")
     recorded = {name: old[f"data.{name}"] for name in ("rows", "checksum") if f"data.{name}" in old}
     return path, contents, dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **recorded))
