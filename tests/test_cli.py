@@ -88,6 +88,30 @@ REFUSED = {
     "train digits --regularizer kinetik=1": "did you mean 'kinetic'",
     "train digits --regularizer kinetic=-1": "kinetic",
     "train digits --data digitz": "did you mean 'digits'",
+    "train digits --device gpu": "'gpu' is not a device: write auto, cpu, cuda, cuda:1 or mps.",
+    "compare digits --device tpu": "'tpu' is not a device",
+    "train digits --devices 99999 --device cpu": "--devices 99999 is more than the",
+    "train digits --devices x": "'x' names no devices: write how many, as 4, which, as 0,2, or auto.",
+    "train digits --num-nodes 0": "0 is not in the range x>=1",
+    "train digits --precision fp8": "unknown precision 'fp8'. Known: 16-mixed, 32-true, 64-true, auto, bf16-mixed.",
+    "train digits --precision bf16-true": "use 32-true or bf16-mixed",
+    "train digits --logger tb": "unknown logger 'tb'. Known: mlflow, tensorboard, wandb.",
+    "train digits --set data.shape=1,2": "data.shape: an image has three numbers C,H,W (channels, height, width), "
+    "as in 1,28,28, got '1,2'.",
+    "train digits --batch-size 0": "data.batch_size: input should be greater than 0, got '0'",
+    "train runs/table/0": "is not a recipe: a run is continued by rnode-cli train --resume runs/table/0.",
+}
+ABSENT = {
+    "train table --data-root nothing.csv": "nothing.csv does not exist",
+    "train pictures --data-root nowhere": "nowhere cannot be read: no such file or directory",
+    "train digits --weights mnist-pretraned": "did you mean 'mnist-pretrained'?",
+    "train --resume runs/none": "give a run folder, with checkpoints/last.ckpt, or one of its .ckpt files.",
+    "sample mnist-pretraned": "no checkpoint at mnist-pretraned; did you mean 'mnist-pretrained'? Give a run",
+    "sample mnist-pretrained --given-file nothing.csv": "nothing.csv does not exist",
+    "eval mnist-pretraned": "did you mean 'mnist-pretrained'?",
+    "diagnose mnist-pretraned": "did you mean 'mnist-pretrained'?",
+    "export mnist-pretraned a.safetensors": "did you mean 'mnist-pretrained'?",
+    "cite mnist-pretraned": "did you mean 'mnist-pretrained'?",
 }
 
 
@@ -98,10 +122,10 @@ def test_a_wrong_name_or_setting_is_refused_before_torch_is_imported() -> None:
         "done = {words: run(main, words.split(), prog_name='rnode-cli') for words in json.loads(sys.argv[1])}\n"
         "print(json.dumps([{w: [d.exit_code, d.output] for w, d in done.items()}, 'torch' in sys.modules]))"
     )
-    command = [sys.executable, "-c", code, json.dumps(list(REFUSED))]
+    command = [sys.executable, "-c", code, json.dumps([*REFUSED, *ABSENT])]
     found, imported = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    for words, message in REFUSED.items():
-        assert found[words][0] == 2, found[words]
+    for words, message in {**REFUSED, **ABSENT}.items():
+        assert found[words][0] == (2 if words in REFUSED else 1), found[words]
         assert message in " ".join(found[words][1].split())
     assert not imported
 

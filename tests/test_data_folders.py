@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from rnode_plugin import get_recipe
 from rnode_plugin.data import ArrayDataset, folders, get_dataset
+from rnode_plugin.data.batches import keep_batch
 from rnode_plugin.data.folders import ImageFiles, PackedImages, decode
-from rnode_plugin.data.images import Selection, keep_batch
+from rnode_plugin.data.images import Selection
 from rnode_plugin.errors import ConfigError, DataError
 
 

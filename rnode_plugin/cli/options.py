@@ -41,11 +41,38 @@ class Duration(click.ParamType):
         return seconds
 
 
+class DeviceName(click.ParamType):
+    """A device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text := str(value)):
+            self.fail(f"{text!r} is not a device: write auto, cpu, cuda, cuda:1 or mps.", param, ctx)
+        return text
+
+
+class Devices(click.ParamType):
+    """How many devices, or which: ``auto``, ``4`` or ``0,2``."""
+
+    name = "devices"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"auto|[1-9]\d*|\d+(,\d+)+|\d+,", text := str(value)):
+            self.fail(f"{text!r} names no devices: write how many, as 4, which, as 0,2, or auto.", param, ctx)
+        return text
+
+
 # completion ----------------------------------------------------------------------------------------------------
 
 
 def _items(values: Iterable[str], incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(value) for value in values if value.startswith(incomplete)]
+
+
+def complete_one_of(*values: str) -> _Completer:
+    """A completion of these values."""
+    return lambda ctx, param, incomplete: _items(values, incomplete)
 
 
 def complete(kind: str, suffix: str = "") -> _Completer:
@@ -88,8 +115,9 @@ download = click.option(
     help="Fetch the data set if it is missing or damaged.",
 )  # fmt: skip
 device = click.option(
-    "--device", default="auto", show_default=True, help="Device to use: cpu, cuda, cuda:1, mps or auto.",
-    shell_complete=lambda ctx, param, incomplete: _items(("auto", "cpu", "cuda", "mps"), incomplete),
+    "--device", type=DeviceName(), default="auto", show_default=True, metavar="NAME",
+    shell_complete=complete_one_of("auto", "cpu", "cuda", "mps"),
+    help="Device to use: cpu, cuda, cuda:1, mps or auto.",
 )  # fmt: skip
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet = click.option("--quiet", is_flag=True, help="Show results only, no progress.")

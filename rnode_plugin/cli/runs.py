@@ -85,14 +85,15 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
     The trace is exact in up to 16 dimensions (64 for a table), and estimated with Rademacher probes in more. The
     NLL of a table, in nats per row, is shown with the NLL of a Gaussian.
     """
-    from ..evaluation.likelihood import evaluate
-    from ..evaluation.loading import load_for_evaluation, pick_device
     from ..training.checkpoints import find_checkpoint, load_with_recipe
 
     if options["summary"] and not as_json:
         raise click.UsageError("--summary shortens the JSON: add --json.")
+    path = find_checkpoint(run)  # before torch is imported
+    from ..evaluation.likelihood import evaluate
+    from ..evaluation.loading import load_for_evaluation, pick_device
+
     flush_denormals()
-    path = find_checkpoint(run)
     flow, recipe = load_with_recipe(path, map_location=pick_device(options["device"]))
     recipe = recipe.override([f"test_solver.{change}" for change in options["solver_settings"]])
     data = load_for_evaluation(recipe, root=options["data_root"], download=options["download"])
@@ -145,14 +146,16 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.
     """
+    from ..training.checkpoints import find_checkpoint, load_with_recipe
+
+    path = find_checkpoint(run)  # before torch is imported
     from ..evaluation.diagnostics.diagnose import compared_for, diagnose, held_out_samples
     from ..evaluation.loading import pick_device
     from ..reports.diagnosis import save_diagnosis
-    from ..training.checkpoints import find_checkpoint, load_with_recipe
     from ..training.runs import RunFolder
 
     flush_denormals()
-    path, place = find_checkpoint(run), pick_device(options["device"])
+    place = pick_device(options["device"])
     flow, recipe = load_with_recipe(path, map_location=place)
     samples, seed = options["samples"], options["seed"]
     place_of_data = {"root": options["data_root"], "download": options["download"]}
@@ -215,15 +218,20 @@ def sample(*, run: str, **options: Any) -> None:
     Each temperature is a block of rows of images, made from the same latents. The rows of a conditional density
     have the given columns in addition to the drawn ones.
     """
-    from ..evaluation.loading import pick_device
-    from ..evaluation.samples import write_samples
-    from ..training.checkpoints import load_with_recipe
+    from ..data.table_files import column_names
+    from ..training.checkpoints import find_checkpoint, load_with_recipe
 
-    flush_denormals()
-    flow, recipe = load_with_recipe(run, map_location=pick_device(options.pop("device")))
     values, file = options.pop("given_values"), options.pop("given_file")
     if values and file:
         raise ConfigError("give the context with --given-values or with --given-file, not both.")
+    checkpoint = find_checkpoint(run)
+    if file is not None:
+        column_names(file)  # a file that cannot be read is refused before torch is imported
+    from ..evaluation.loading import pick_device
+    from ..evaluation.samples import write_samples
+
+    flush_denormals()
+    flow, recipe = load_with_recipe(checkpoint, map_location=pick_device(options.pop("device")))
     default = "samples.png" if recipe.task.samples == "images" else "samples.csv"
     place = free_path(options.pop("out"), default, force=options.pop("force"))
     chosen = {name: value for name, value in options.items() if value is not None and name != "count"}
@@ -257,10 +265,11 @@ def export(*, run: str, file: str, kind: str, force: bool, step: float | None, m
     With `--format torch-export`, write the sampler and the log-density as two programs on a fixed grid, which need
     torch alone: FILE-sampler.pt2 and FILE-log_prob.pt2 for FILE.pt2.
     """
-    from ..evaluation.programs import SUFFIX, Which, export_program, save_program
     from ..training.checkpoints import SAFETENSORS, find_checkpoint, load_with_recipe, save_flow
 
-    source, path = find_checkpoint(run), Path(file)
+    source, path = find_checkpoint(run), Path(file)  # before torch is imported
+    from ..evaluation.programs import SUFFIX, Which, export_program, save_program
+
     suffix = SAFETENSORS if kind == "safetensors" else SUFFIX
     if path.suffix != suffix:
         raise ConfigError(f"a file of --format {kind} must end in {suffix}, not {file!r}.")
@@ -319,15 +328,16 @@ def cite(*, run: str | None) -> None:
 
     RUN is a run folder or a checkpoint. Without it, the papers of the method of this package are printed.
     """
+    from ..training.checkpoints import find_checkpoint, load_with_recipe
+
+    checkpoint = None if run is None else find_checkpoint(run)  # before torch is imported
     from ..core.citations import citation
     from ..core.regularizers import jacfrob, kinetic
 
-    if run is None:
+    if checkpoint is None:
         click.echo(citation([kinetic, jacfrob]))
         return
-    from ..training.checkpoints import load_with_recipe
-
-    flow, recipe = load_with_recipe(run)
+    flow, recipe = load_with_recipe(checkpoint)
     used = [each for each in flow.regularizers if recipe.lambdas.get(each.name, 0) > 0]
     methods = recipe.solver.method, recipe.test_solver.method
     click.echo(citation(used, estimator=flow.estimator, methods=methods, density=True))

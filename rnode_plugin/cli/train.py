@@ -13,11 +13,14 @@ import click
 
 from ..errors import ConfigError, RnodeError, TrainingError
 from ..text import counted, duration, table
+from ..training.loggers import LOGGERS, check_loggers
 from .options import (
+    Devices,
     Duration,
     as_json,
     changed,
     complete,
+    complete_one_of,
     complete_run,
     device,
     download,
@@ -36,6 +39,12 @@ if TYPE_CHECKING:
     from ..training.fit import FitResult
 
 
+def _installed(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of loggers, or an error before anything heavy is imported."""
+    check_loggers(names)
+    return names
+
+
 @click.command()
 @click.argument("recipe", required=False, shell_complete=complete("recipes"))
 @short("data", "data-root", "size", "max-steps", "max-epochs")
@@ -45,7 +54,8 @@ if TYPE_CHECKING:
 @short("batch-size", "seed")
 @click.option("--resume", metavar="RUN", shell_complete=complete_run, help="Continue a run or a checkpoint.")
 @device
-@click.option("--devices", default="auto", show_default=True, help="How many devices, or which: 4, or 0,2.")
+@click.option("--devices", type=Devices(), default="auto", show_default=True, metavar="N",
+              help="How many devices, or which: 4, or 0,2.")  # fmt: skip
 @quiet
 @as_json
 @click.option("--ffjord", is_flag=True, help="Train the FFJORD baseline: no penalties, dopri5 at 1e-5.")
@@ -53,11 +63,14 @@ if TYPE_CHECKING:
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes a minute at first.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
-@click.option("--logger", "loggers", multiple=True, metavar="tensorboard|wandb|mlflow",
+@click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS), callback=_installed,
+              shell_complete=complete_one_of(*LOGGERS),
               help="Log there too, in addition to metrics.csv. May be repeated.")  # fmt: skip
 @click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
-@click.option("--num-nodes", type=int, default=1, show_default=True, help="Machines of a distributed run.")
+@click.option(
+    "--num-nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines of a distributed run."
+)
 @download
 @click.option("--next/--no-next", "next_steps", default=True, hidden=True)  # of a run that `compare` reports on
 @click.pass_context
@@ -87,6 +100,10 @@ def train(
     try:
         found, resume = _chosen(recipe, resume, ctx, ffjord=options.pop("ffjord"))
         chosen = changed(found, options)
+        if resume is None and chosen.training.weights is not None:
+            from ..training.checkpoints import find_checkpoint
+
+            find_checkpoint(chosen.training.weights)
         options |= _place(options.pop("device"), options["devices"])
         flush_denormals()
         # seconds of imports, which a wrong name or setting does not wait for
@@ -141,16 +158,23 @@ def _chosen(name: str | None, resume: str | None, ctx: click.Context, *, ffjord:
 
 def _place(device: str, devices: str) -> dict[str, str]:
     """``accelerator`` and ``devices`` as Lightning's Trainer takes them; a ConfigError for more than there are."""
-    import torch
-
     name, colon, index = device.partition(":")
     if colon and devices != "auto":
         raise ConfigError(f"--device {device} names one device: leave --devices out, or give --device {name}.")
     cores = os.cpu_count() or 1
-    on_cpu = name == "cpu" or (name == "auto" and not torch.accelerator.is_available())
-    if on_cpu and devices.isdecimal() and int(devices) > cores:
+    if devices.isdecimal() and int(devices) > cores and (name == "cpu" or (name == "auto" and not _has_gpu())):
         raise ConfigError(f"--devices {devices} is more than the {counted(cores, 'core')} of this machine.")
+    if name not in ("auto", "cpu"):
+        from ..evaluation.loading import check_device
+
+        check_device(device)
     return {"accelerator": name, "devices": f"{index}," if colon else devices}
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
 
 
 def _callback(name: str) -> Any:

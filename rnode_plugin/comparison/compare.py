@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 
 from ..core.schedules import strength_text
 from ..errors import ConfigError, TrainingError, suggest
-from ..evaluation.loading import load_for_training
+from ..evaluation.loading import check_device, load_for_training
 from ..plugins import registry
 from ..recipes.fields import refused
 from ..recipes.recipe import Recipe
@@ -88,6 +88,7 @@ def compare(
         TrainingError: no run can be reported.
     """
     configured_recipes(recipe, configurations, seeds=seeds)  # refuses names before data are downloaded
+    check_device(accelerator)
     recipe, _ = load_for_training(recipe, download=download)
     training = recipe.training
     if training.max_steps is not None and training.val_every_steps is None:

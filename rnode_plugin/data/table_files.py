@@ -119,6 +119,7 @@ def _frame(path: Path, rows: int | None = None) -> pd.DataFrame:
     """A table with checked names, of which at least the first ``rows`` are read."""
     read = _format_of(path).read
     with naming(path):
+        path.stat()  # a missing file is refused before pandas is imported
         frame = read(path, rows)
     names = list(frame.columns)
     for name in names:

@@ -1,4 +1,4 @@
-"""The data of a recipe for a training or an evaluation, and ``pick_device``: the device of a name."""
+"""The data of a recipe for a training or an evaluation, and the device of a name."""
 
 from __future__ import annotations
 
@@ -41,6 +41,23 @@ def load_for_evaluation(recipe: Recipe, *, root: str | None = None, download: bo
     return data
 
 
+def check_device(name: str) -> None:
+    """Refuse a CUDA or MPS device that PyTorch does not find. None is put to use for that.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    kind, _, index = name.partition(":")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind)
+    if count is None or (int(index) if index.isdecimal() else 0) < count:
+        return
+    there = "none" if count == 0 else f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+    raise ConfigError(
+        f"the device {name!r} cannot be used: PyTorch {torch.__version__} finds {there} here. Leave --device out, "
+        "or give --device cpu."
+    )
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; ``auto`` is the first GPU, or the CPU.
 
@@ -49,6 +66,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # the device meta has no values

@@ -7,15 +7,23 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from ..errors import ConfigError, DataError, suggest
-from .fields import CONFIG, Fraction, Listed, Names, Text
+from .fields import CONFIG, Fraction, Listed, Names, Text, listed
 from .task import ImageTask, TableTask
 
 if TYPE_CHECKING:
     from ..data import ImageData, Table
+
+
+def _of_an_image(value: Any) -> Any:
+    """The entries of a shape. A number that is missing or too many has no place that pydantic could name well."""
+    entries = listed(value)
+    if isinstance(entries, (list, tuple)) and len(entries) != 3:
+        raise ValueError("an image has three numbers C,H,W (channels, height, width), as in 1,28,28")
+    return entries
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -39,7 +47,7 @@ class Data:
     kind = "images"
 
     name: Text
-    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Listed]
+    shape: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_of_an_image)]
     levels: Annotated[int, Field(ge=2)] = 256
     batch_size: PositiveInt = 200
     val_batch_size: PositiveInt = 200
@@ -64,12 +72,12 @@ class Data:
             ValidationError: a bad value.
             DataError: the pictures of a folder cannot be read.
         """
-        from ..data.catalog import image_shape
-
         follows = {} if assigned.get("name", self.name) == self.name else {"flip": False}
         new = dataclasses.replace(self, **{**follows, **_at_absolute_root(assigned)})
         if "shape" in assigned or not assigned.keys() & {"name", "root", "size"}:
             return new
+        from ..data.catalog import image_shape  # numpy, which a bad value does not wait for
+
         shape = image_shape(new.name, root=new.root, size=new.size)
         if shape is None and new.size is not None:
             shape = (new.shape[0], new.size, new.size)
@@ -187,12 +195,12 @@ class TableData:
             DataError: the table cannot be read.
             ValidationError: a bad value, or a given column that is not in the table.
         """
-        from ..data.catalog import table_columns
-
         assigned = _at_absolute_root(assigned)
         name, root = assigned.get("name", self.name), assigned.get("root", self.root)
         published = name == self.name != "table"  # the same table at another place
         if (name, root) != (self.name, self.root) and "columns" not in assigned and not published:
+            from ..data.catalog import table_columns  # numpy, which a bad value does not wait for
+
             assigned["columns"] = table_columns(name, root=root)
         new = dataclasses.replace(self, **assigned)
         same = all(vars(new)[key] == vars(self)[key] for key in ("name", "root", "columns", "given", *_SPLIT))

@@ -103,12 +103,6 @@ class Recipe:
         if self.data.kind != self.model.kind:
             raise ConfigError("the data and the model of a recipe must both be of images or both of a table.")
         self.task.grid_rows(self.training.sample_temperatures)  # refuses several for a table
-        precision = self.training.precision
-        if precision in ("16-true", "bf16-true"):
-            raise ConfigError(
-                f"training.precision={precision} would round the data themselves: use 32-true or "
-                f"{precision.replace('true', 'mixed')}."
-            )
         for name, solver in (("solver", self.solver), ("test_solver", self.test_solver)):
             if not (isinstance(solver.method, str) and isinstance(solver.gradient, str)):
                 raise ConfigError(f"{name} of a recipe must name its method and its gradient, to be plain data.")
@@ -116,6 +110,7 @@ class Recipe:
             refuse_sampled_density(solver, name)
         if self.test_solver.step == "auto":
             raise ConfigError("test_solver.step cannot be auto: the training solver is compared with this solver.")
+        precision = self.training.precision
         rounding = next((eps for name, eps in _ROUNDING.items() if precision.startswith(name)), 0.0)
         if self.solver.adaptive and min(self.solver.atol, self.solver.rtol) < rounding:
             raise ConfigError(
@@ -156,7 +151,8 @@ class Recipe:
         old = self.regularizers
         # an unknown name is refused here, not after the data is loaded
         new_ones = {name: each for name, each in changed.regularizers.items() if old.get(name) != each}
-        registry.resolve_regularizers(new_ones)
+        if new_ones:  # it imports torch
+            registry.resolve_regularizers(new_ones)
         return changed
 
     def _changes(self, assignments: Iterable[str]) -> dict[str, dict[str, str | None]]:

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from ..errors import ConfigError
+from ..errors import ConfigError, suggest
 from .fields import CONFIG, Decay, Fraction, Listed, Text
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
+_SHORT = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}  # Lightning's
+
+
+def _known_precision(name: str) -> str:
+    name = _SHORT.get(name, name)
+    if name in ("16-true", "bf16-true"):
+        raise ConfigError(
+            f"training.precision={name} would round the data themselves: use 32-true or "
+            f"{name.replace('true', 'mixed')}."
+        )
+    if name not in _PRECISIONS:
+        raise ConfigError(suggest(name, _PRECISIONS, "precision"))
+    return name
 
 
 class _Options:
@@ -119,8 +134,8 @@ class Training:
             optimizer and its schedule begin again after them. A run from ``weights`` makes none.
         weights: weights of the first step: a run folder, a ``.ckpt`` or ``.safetensors`` file, or a name of weights
             in the package; None for fresh ones.
-        precision: Lightning's name, such as ``32-true`` or ``bf16-mixed``; or ``auto``: the latter for a fixed grid
-            where the device computes bfloat16 natively.
+        precision: ``32-true``, ``bf16-mixed``, ``16-mixed`` or ``64-true``, as Lightning names them; or ``auto``:
+            ``bf16-mixed`` for a fixed grid where the device computes bfloat16 natively, else ``32-true``.
         compile: send the evaluations of the stack fields through torch.compile while training; or ``auto``: on
             CUDA only.
         tune_every: steps between two measurements of ``solver.step=auto``.
@@ -144,7 +159,7 @@ class Training:
     seed: NonNegativeInt = 42
     matching: NonNegativeInt = 0
     weights: Text | None = None
-    precision: Text = "32-true"
+    precision: Annotated[str, AfterValidator(_known_precision)] = "32-true"
     compile: bool | Literal["auto"] = False
     tune_every: PositiveInt = 100
     val_every: PositiveInt = 1

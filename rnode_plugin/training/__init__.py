@@ -1,6 +1,7 @@
 """Training. A step is ``RnodeModule.training_step`` in ``module``; these are the pieces around it.
 
-- ``fit`` makes a run: the data, Lightning's Trainer (``trainer``), the run's folder (``runs``), the evaluation.
+- ``fit`` makes a run: the data, Lightning's Trainer (``trainer``, ``loggers``), the run's folder (``runs``), the
+  evaluation.
 - ``module`` is what Lightning trains: the step, its optimizer (``optimizers``), the validation.
 - ``step`` has the objective of a batch (eq. 17), the record of a step and the sums of a validation.
 - ``auto_step`` finds the step of the solver while training.

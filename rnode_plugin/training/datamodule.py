@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from ..core.random_streams import Stream, stream_seed
-from ..data import ArrayDataset, ImageArray, ImageData, Table
-from ..data.images import keep_batch
+from ..data import ImageArray, ImageData, Table
+from ..data.batches import ArrayDataset, keep_batch
 from ..errors import ConfigError
 from ..recipes.recipe import Recipe
 from .runs import RunPlan

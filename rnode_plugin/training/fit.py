@@ -37,9 +37,10 @@ from ..text import batch_counter
 from .callbacks import BusyProcessor, MetricsTable, RunControl, SampleGrids, Stopped
 from .checkpoints import find_checkpoint, load_with_recipe, newest_intact, put_weights
 from .datamodule import RecipeDataModule
+from .loggers import check_loggers, make_logger
 from .module import RnodeModule
 from .runs import RunFolder, RunOptions, RunPlan, checkpoint_to_resume, training_lock
-from .trainer import check_loggers, end_other_processes, find_place, make_logger, make_trainer, quiet
+from .trainer import end_other_processes, find_place, make_trainer, quiet
 
 
 @dataclass(frozen=True)

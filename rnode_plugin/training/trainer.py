@@ -1,12 +1,11 @@
-"""Lightning's Trainer for a run: devices and precision, the options that pass through, loggers and checkpoints."""
+"""Lightning's Trainer for a run: devices and precision, the options that pass through, its notes, checkpoints."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,10 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError
 from ..files import write_atomically
 from ..recipes.recipe import Recipe
 from .checkpoints import LAST, PREVIOUS, read_checkpoint
@@ -138,7 +137,7 @@ def computes_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
 
 
-# terminal, checkpoints, loggers --------------------------------------------------------------------------------
+# terminal, checkpoints -----------------------------------------------------------------------------------------
 
 # Lightning's notes about choices that are made on purpose
 _KNOWN_WARNINGS = (
@@ -174,33 +173,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         return read_checkpoint(Path(path))
-
-
-# the logger of a name for a run's folder and RECIPE-VERSION
-_LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
-    "tensorboard": lambda folder, run: TensorBoardLogger(folder, name="", version="tensorboard"),
-    "wandb": lambda folder, run: WandbLogger(name=run, project="rnode", save_dir=folder),
-    "mlflow": lambda folder, run: MLFlowLogger(
-        experiment_name="rnode",
-        run_name=run,
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI"),
-        save_dir=str(folder / "mlflow"),
-    ),
-}
-
-
-def check_loggers(names: Iterable[str]) -> None:
-    """Refuse the name of a logger that is not known or not installed, as a ConfigError."""
-    for name in names:
-        if name not in _LOGGERS:
-            raise ConfigError(suggest(name, _LOGGERS, "logger"))
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'rnode-plugin[{name}]'.")
-
-
-def make_logger(name: str, folder: Path) -> Logger:
-    """The logger of that name for a run's folder."""
-    return _LOGGERS[name](folder, "-".join(folder.parts[-2:]))  # RECIPE-VERSION
 
 
 def end_other_processes(trainer: L.Trainer, signum: int) -> None:

@@ -1,0 +1,49 @@
+"""``ArrayDataset``, which makes batches of images or rows for PyTorch. The rest of this folder needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .images import ImageArray
+
+
+class ArrayDataset(Dataset[Tensor]):
+    """Images, or rows of a table, as a PyTorch data set that returns whole batches.
+
+    A ``DataLoader`` calls ``__getitems__`` with the indices of a batch. Give it ``collate_fn=keep_batch``, because
+    its default would split the batch. With ``batch_size=None`` and a sampler of lists, it calls ``dataset[list]``.
+
+    Args:
+        images: images ``(N, C, H, W)``, uint8, in memory, mapped from disk, or read from files; or rows ``(N, C)``,
+            float.
+    """
+
+    def __init__(self, images: ImageArray) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int | Sequence[int]) -> Tensor:
+        """One image ``(C, H, W)``, or the images of a list ``(B, C, H, W)``, uint8."""
+        return self.__getitems__([index])[0] if isinstance(index, int) else self.__getitems__(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """The samples of a batch in the order of ``indices``, as a copy."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        # in ascending order, so that a mapped file is read in one sweep
+        order = np.argsort(wanted, kind="stable")
+        batch = np.empty((len(wanted), *self._images.shape[1:]), dtype=self._images.dtype)
+        batch[order] = self._images[wanted[order]]
+        return torch.from_numpy(batch)
+
+
+def keep_batch(batch: Any) -> Any:
+    """The collate function of data sets that return whole batches."""
+    return batch
