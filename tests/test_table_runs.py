@@ -219,6 +219,12 @@ def test_contexts_outside_of_the_training_rows_are_named(file: Path, conditional
     assert "2 of 6 values of dose, such as -5, are outside" in second
 
 
+def test_the_next_step_of_a_conditional_run_names_its_columns(file: Path, tmp_path: Path) -> None:
+    settings = as_options(f"data.root={file}", "data.given=temperature,dose", *SETTINGS, "training.max_steps=1")
+    trained = rnode("train", "table", *settings, "--device", "cpu", "--runs", tmp_path)
+    assert f"rnode-cli sample {tmp_path}/table/0 --given-values temperature=VALUE,dose=VALUE\n" in trained.output
+
+
 def test_a_run_without_given_columns_takes_no_values(file: Path, tmp_path: Path) -> None:
     made = run(recipe_of(file, "training.max_steps=1"), tmp_path).folder.path
     outcome = rnode("sample", made, "--given-values", "dose=1", "--out", tmp_path / "x.csv")

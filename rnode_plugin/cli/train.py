@@ -216,8 +216,13 @@ def _print_result(result: FitResult, recipe: Recipe, *, next_steps: bool) -> Non
     click.echo(f"\n{table(rows)}")
     if next_steps:
         left = result.stopped == "max_time" and result.steps < result.planned
-        names = [*(["train --resume"] if left else []), "sample", "diagnose", "report"]
-        show_next(*(f"rnode-cli {name} {run}" for name in names))
+        given = ",".join(f"{name}=VALUE" for name in recipe.task.columns[1]) if recipe.task.columns else ""
+        show_next(
+            *([f"rnode-cli train --resume {run}"] if left else []),
+            f"rnode-cli sample {run}" + (f" --given-values {shlex.quote(given)}" if given else ""),
+            f"rnode-cli diagnose {run}",
+            f"rnode-cli report {run}",
+        )
 
 
 @click.command()
