@@ -87,6 +87,8 @@ COMMANDS: list[tuple[list[str], int, str]] = [
     (["eval", "SHELF/good.ckpt", "--data-root", ""], 2, r"data\.root: .*at least 1 character"),
     (["eval", "SHELF/good.ckpt", "--device", "meta"], 2, r"'meta' is not a device: write auto"),
     (["eval", "SHELF/good.ckpt", "--solver", "method=dopri5", "--solver", "step=0.1"], 2, r"step has no effect"),
+    (["train", "digits", "--data-root", "SHELF/empty"], 2, r"has no effect.*train pictures --data-root .*empty"),
+    (["eval", "SHELF/good.ckpt", "--solver", "rk4"], 2, r"takes KEY=VALUE, as in --solver method=rk4, not 'rk4'"),
     (["eval", "SHELF/good.ckpt", "--solver", "methd=rk4"], 2, r"unknown setting 'test_solver\.methd'"),
     (["sample", "SHELF/good.ckpt", "-n", "1", "--out", "SHELF/text/x.png"], 1, r"cannot write .*x\.png"),
     (["sample", "SHELF/good.ckpt", "-n", "1", "--out", "x.jpg"], 2, r"x\.jpg is not a picture: .*\.png"),

@@ -177,6 +177,11 @@ def changed(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     new = recipe.override([*changes, *options.pop("assignments")])
     if new.data.name == "folder" and new.data.root is None:
         raise ConfigError("name the folder of your pictures: --data-root FOLDER.")
+    if new.data.name == "digits" and new.data.root is not None:
+        raise ConfigError(
+            "the digits come with scikit-learn, so --data-root has no effect. To train on your pictures: rnode-cli "
+            f"train pictures --data-root {shlex.quote(os.path.relpath(new.data.root))}"
+        )
     return new
 
 

@@ -89,6 +89,8 @@ def eval(*, run: str, quiet: bool, as_json: bool, **options: Any) -> None:  # no
 
     if options["summary"] and not as_json:
         raise click.UsageError("--summary shortens the JSON: add --json.")
+    if wrong := [each for each in options["solver_settings"] if "=" not in each]:
+        raise click.UsageError(f"--solver takes KEY=VALUE, as in --solver method=rk4, not {wrong[0]!r}.")
     path = find_checkpoint(run)  # before torch is imported
     from ..evaluation.likelihood import evaluate
     from ..evaluation.loading import load_for_evaluation, pick_device
