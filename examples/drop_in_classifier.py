@@ -70,7 +70,7 @@ def main():
         nfe, count, accuracy = train(regularizers, data, steps=options.steps, seed=options.seed)
         axes.plot(nfe, label=f"regularizers = {name}")
         print(f"{name:<30} {count:>12.0f} {accuracy:>14.1%}", flush=True)
-    axes.set(xlabel="training step", ylabel="evaluations of the field a solve", ylim=(0, None))
+    axes.set(xlabel="training step", ylabel="evaluations per solve", ylim=(0, None))
     axes.legend()
     plt.savefig(options.output, dpi=150)
 
