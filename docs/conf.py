@@ -70,10 +70,11 @@ if not os.environ.get("DOCS_ONLINE"):
 
 # The sidebar: the pages of the first level, and the pages below each. Here, so that GitHub shows plain Markdown.
 SIDEBAR = {
-    "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching start/samples",
+    "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching",
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
-    "which_penalty": "regularizers choosing mathematics benchmarks comparison",
+    "which_penalty": "regularizers mathematics comparison",
+    "benchmarks": "measured/speed measured/penalties measured/likelihood",
     "torchdyn": "diagnose export",
     "images": "tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",
@@ -117,14 +118,13 @@ SHOWN = {
     "third_party_plugin": ROOT / "examples" / "third_party_regularizer" / "README.md",
 }
 LINKED = {**SHOWN, "index": ROOT / "README.md"}
-SHOWS = re.compile(r"^The site shows \[.*\]\(.*\) here\.$", re.MULTILINE)
+SHOWS = re.compile(r"^This page is \[.*\]\(.*\)\.$", re.MULTILINE)
 OPTIONS = re.compile(r"^The site shows every command .*$", re.MULTILINE)
 CLICK = """```{eval-rst}
 .. click:: rnode_plugin.cli:main
    :prog: rnode-cli
    :nested: full
 ```"""
-PART = re.compile(r"^The site shows the part `(\w+)` of \[README.md\]\(.*\) here\.$", re.MULTILINE)
 CODE = re.compile(r"`(rnode_plugin[\w.]*)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -147,13 +147,8 @@ def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
     text = mended(source[0], (DOCS / page).parent)
     if page in SHOWN:
         app.env.note_dependency(str(SHOWN[page]))  # so that a change of the file rebuilds the page
-        shown = SHOWN[page].read_text()
-        if text.startswith("# "):  # the page has its own title
-            shown = shown.split("\n", 1)[1]
-        text = SHOWS.sub(lambda _: mended(shown, SHOWN[page].parent), text)
-    readme = ROOT / "README.md"
-    app.env.note_dependency(str(readme))
-    text = PART.sub(lambda found: mended(part(readme.read_text(), found[1]), ROOT), text)
+        shown = mended(SHOWN[page].read_text(), SHOWN[page].parent)
+        text = SHOWS.sub(lambda _: shown, text)
     text = CODE.sub(reference, text) if page == "mathematics" else text
     text = OPTIONS.sub(CLICK, text)
     source[0] = text + toctree(page)
@@ -164,11 +159,6 @@ def toctree(page: str) -> str:
     below = list(SIDEBAR) if page == "index" else SIDEBAR.get(page, "").split()
     lines = [f"{TITLES[name]} </{name}>" if name in TITLES else f"/{name}" for name in below]
     return "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(lines) + "\n```\n" if lines else ""
-
-
-def part(text: str, name: str) -> str:
-    """The lines between ``<!-- part: name -->`` and ``<!-- end -->``."""
-    return text.split(f"<!-- part: {name} -->\n")[1].split("<!-- end -->")[0]
 
 
 def reference(found: re.Match[str]) -> str:
