@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import doctest
 import importlib
 import inspect
@@ -100,16 +101,32 @@ def parse(words: list[str]) -> dict[str, Any]:
     return command.make_context(command.name, words, parent=context.parent).params
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/which_penalty.md"])
+MEASURED = [ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs" / "measured").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/which_penalty.md", "benchmarks/README.md"])
 def test_figures_that_a_page_repeats_are_those_of_the_benchmarks(page: str) -> None:
-    """Every "without → with" of these pages stands on the page of benchmarks, and so does the MNIST figure."""
-    source = (ROOT / "benchmarks" / "README.md").read_text().replace("**", "").replace(" bits/dim", "")
+    """Every "without → with" of these pages stands on another page of benchmarks, and so do the MNIST figures."""
+    pages = [path for path in MEASURED if path != ROOT / page]
+    source = "".join(path.read_text() for path in pages).replace("**", "").replace(" bits/dim", "")
     text = (ROOT / page).read_text().replace("**", "").replace(" bits/dim", "")
     single = re.findall(r"(?<!, )\b[\d.]+ → [\d.]*\d", text)
     found = single + re.findall(r"[\d.]+, [\d.]+, [\d.]+ → [\d.]+, [\d.]+, [\d.]*\d", text)
     assert len(found) >= 6
     assert [each for each in found if each not in source] == []
-    assert all(figure in source for figure in re.findall(r"1\.021|0\.010", text))
+    assert all(figure in source for figure in re.findall(r"0\.999|1\.053|9\.4 hours|0\.0023", text))
+
+
+def test_the_landing_page_has_the_picture_of_its_notebook() -> None:
+    notebook = json.loads((ROOT / "docs" / "start" / "two_moons.ipynb").read_text())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert base64.b64decode("".join(pictures)) == (ROOT / "docs" / "images" / "two-moons.png").read_bytes()
+    printed = "".join("".join(output.get("text", "")) for output in outputs)
+    figures = re.findall(r"([\d.]+) nats/dim, NFE (\d+)", printed)
+    page = (ROOT / "docs" / "index.md").read_text()
+    assert len(figures) == 2
+    assert all(each in page for pair in figures for each in pair)
 
 
 @pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])
