@@ -128,6 +128,45 @@ CLICK = """```{eval-rst}
 CODE = re.compile(r"`(rnode_plugin[\w.]*)(?::([\w.]+))?`")
 LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
+# What the reference shows for parameters that are annotated with Any, because torchdyn's and torchdiffeq's are or
+# because the types are imported late: by the start of the name, the longest last.
+NAMES = "str | Regularizer | Callable"
+TYPES = {
+    "rnode_plugin": {
+        "regularizers": f"{NAMES} | Sequence | Mapping[{NAMES}, float]",
+        "solver": "Solver | None",
+        "context": "Tensor | None",
+        "method": "str | Method",
+        "gradient": "str | Gradient",
+    },
+    "rnode_plugin.NeuralODE": {
+        "solver": "str | nn.Module",
+        "solver_adjoint": "str | nn.Module | None",
+        "interpolator": "str | None",
+        "integral_loss": "Callable | None",
+        "x": "Tensor | dict[str, Tensor]",
+        "t_span": "Tensor | None",
+        "save_at": "Sequence[float] | Tensor",
+    },
+    "rnode_plugin.CNF": {"noise_dist": "torch.distributions.Distribution | None"},
+    "rnode_plugin.RegularizedCNF": {"net": "nn.Module | Callable"},
+    "rnode_plugin.diagnose": {"model": "DensityModel"},
+    "rnode_plugin.evaluation": {"flow": "DensityModel", "samples": "Tensor | np.ndarray"},
+    "rnode_plugin.solvers.Adjoint": {
+        "atol": "float | None",
+        "rtol": "float | None",
+        "method": "str | Method | None",
+    },
+    "rnode_plugin.torchdiffeq": {
+        "y0": "Tensor | tuple[Tensor, ...]",
+        "rtol": "float | Tensor | tuple",
+        "atol": "float | Tensor | tuple",
+        "adjoint_rtol": "float | Tensor | tuple | None",
+        "adjoint_atol": "float | Tensor | tuple | None",
+        "adjoint_params": "Iterable[Tensor] | None",
+    },
+}
+
 
 def show_files_from_outside(app: Any, page: str, source: list[str]) -> None:
     """Put the file that a page shows in the place of the line that names it, and mend the links."""
@@ -206,6 +245,19 @@ def is_left_out(app: Any, what: str, name: str, obj: Any, skip: bool, options: A
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def show_types(app: Any, what: str, name: str, *_: Any) -> None:
+    """Show the types of TYPES in the place of Any, and no type for other parameters that take anything."""
+    document = getattr(app.env, "current_document", None)  # Sphinx 8.2 and later
+    kept = app.env.temp_data.get("annotations", {}) if document is None else document.autodoc_annotations
+    types = {key: each for module, table in TYPES.items() if name.startswith(module) for key, each in table.items()}
+    for parameter, shown in list(kept.get(name, {}).items()):
+        plain = re.sub(r"\b(typing|collections\.abc)\.", "", shown.replace("~", ""))
+        if plain in ("Any", "Sequence[Any]"):
+            del kept[name][parameter]
+            if parameter in types:
+                kept[name][parameter] = types[parameter]
+
+
 def draw_dashes(app: Any, doctree: Any, page: str) -> None:
     """Draw the dash between a parameter and its description, which smartquotes would draw."""
     for text in [each for each in doctree.findall(nodes.Text) if each.astext() == " -- "]:
@@ -213,6 +265,7 @@ def draw_dashes(app: Any, doctree: Any, page: str) -> None:
 
 
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", show_types, priority=900)  # after autodoc has read the annotations
     app.connect("doctree-resolved", draw_dashes)
     app.connect("sphinx-click-process-description", show_examples_as_code)
     app.connect("autodoc-skip-member", is_left_out)
