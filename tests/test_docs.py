@@ -116,16 +116,23 @@ def test_figures_that_a_page_repeats_are_those_of_the_benchmarks(page: str) -> N
     assert all(figure in source for figure in re.findall(r"0\.999|1\.053|9\.4 hours|0\.0023", text))
 
 
-def test_the_landing_page_has_the_picture_of_its_notebook() -> None:
-    notebook = json.loads((ROOT / "docs" / "start" / "two_moons.ipynb").read_text())
-    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+@pytest.mark.parametrize(("notebook", "picture", "page", "figure"), [
+    ("start/two_moons.ipynb", "two-moons.png", "docs/index.md", r"([\d.]+) nats/dim, NFE (\d+)"),
+    ("notebooks/classifier.ipynb", "classifier.png", "README.md", r"NFE (\d+), accuracy 0\.(\d\d)(\d)"),
+])  # fmt: skip
+def test_a_page_has_the_picture_and_the_figures_of_its_notebook(
+    notebook: str, picture: str, page: str, figure: str
+) -> None:
+    cells = json.loads((ROOT / "docs" / notebook).read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-    assert base64.b64decode("".join(pictures)) == (ROOT / "docs" / "images" / "two-moons.png").read_bytes()
+    assert base64.b64decode("".join(pictures)) == (ROOT / "docs" / "images" / picture).read_bytes()
     printed = "".join("".join(output.get("text", "")) for output in outputs)
-    figures = re.findall(r"([\d.]+) nats/dim, NFE (\d+)", printed)
-    page = (ROOT / "docs" / "index.md").read_text()
-    assert len(figures) == 2
-    assert all(each in page for pair in figures for each in pair)
+    figures = re.findall(figure, printed)
+    text = (ROOT / page).read_text()
+    assert len(figures) >= 2
+    assert all(number in text for number, *_ in figures)
+    assert all(".".join(rest) in text for _, *rest in figures)
 
 
 @pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])
