@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from rnode_plugin import get_recipe, objective
-from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.recipes.recipe import Recipe
 
 __all__ = ["CASES", "DeviceWork", "work_of_step"]
@@ -84,7 +83,7 @@ def work_of_step(recipe: Recipe, *, batch: int) -> DeviceWork:
     with DeviceWork() as work:
         output = flow(x, solver=recipe.solver)
         lambdas = recipe.lambdas
-        log_prob = output_log_prob(output)
+        log_prob = flow.log_prob_of(output)
         objective(log_prob, output.regularization, lambdas=lambdas, dims=recipe.dims).loss.backward()
     return work
 

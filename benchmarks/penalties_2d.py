@@ -85,7 +85,7 @@ def measure(field: TimeField, points: Tensor) -> Found:
     found = model.encode(points)
     path = model.trajectory(points, torch.linspace(0, 1, 65))
     length, distance = path.diff(dim=0).norm(dim=2).sum(), (path[-1] - path[0]).norm(dim=1).sum()
-    return Found(-(model.latent_log_prob(found.z) + found.logdet), found.nfe, float(length / distance))
+    return Found(-model.log_prob_of(found), found.nfe, float(length / distance))
 
 
 def all_cases(data: str, *, cases: Sequence[Case], steps: int, seed: int, threads: int) -> dict[Case, Found]:

@@ -27,7 +27,7 @@ from measure import print_environment, set_up, table, threads_option
 from training_runs import METHODS, Point, Trainer, rk4
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe
-from rnode_plugin.core.objective import bits_per_dim, output_log_prob
+from rnode_plugin.core.objective import bits_per_dim
 from rnode_plugin.data import ImageData
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.recipes.recipe import Recipe
@@ -76,8 +76,8 @@ def measured(flow: MultiscaleFlow, images: Any, levels: int, coarse: Solver) -> 
         torch.manual_seed(first)
         x = dequantize(torch.from_numpy(images[first : first + 100]), levels)
         noise = flow.draw_noise(len(x))
-        output = flow(x, noise=noise, solver=accurate)
-        bits = bits_per_dim(output_log_prob(output), dims=flow.dims, levels=levels).mean()
+        output = flow.encode(x, noise=noise, solver=accurate, penalties=True)
+        bits = bits_per_dim(flow.log_prob_of(output), dims=flow.dims, levels=levels).mean()
         penalties = {name: value.mean() / flow.dims for name, value in output.regularization.items()}
         for key, value in {"dirty": bits, "nfe": output.nfe, **penalties}.items():
             sums[key] += float(value) * len(x) / len(images)

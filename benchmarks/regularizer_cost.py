@@ -19,7 +19,6 @@ from measure import alternate, device_option, print_environment, repeats_option,
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, Solver, objective
-from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.regularizers import undivided
 from rnode_plugin.core.schedules import strength_at
 from rnode_plugin.fields.potential import PotentialField
@@ -84,7 +83,7 @@ def digits_step(name: str, where: torch.device, *, penalized: bool = True) -> Ca
     def step() -> None:
         flow.zero_grad()
         output = flow(x)
-        objective(output_log_prob(output), output.regularization, **options).loss.backward()
+        objective(flow.log_prob_of(output), output.regularization, **options).loss.backward()
 
     return step
 

@@ -32,7 +32,6 @@ from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, Solver, get_recipe, objective
 from rnode_plugin.core import chains
-from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.fields import compile_fields
 
 BASELINE, EXACT, CHAINS = "usual formulation", "exact", "+ fused chains"
@@ -131,7 +130,7 @@ def build(recipe_name: str, case: str, batch: int, device: str, *, dtype: torch.
         with kernels:
             with torch.autocast(device, torch.bfloat16) if path.bf16 else nullcontext():
                 output = step(x, noise=noise, **options)
-            log_prob = output_log_prob(output)
+            log_prob = flow.log_prob_of(output)
             goal = objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims)
             goal.loss.backward()
         return goal.loss.detach()

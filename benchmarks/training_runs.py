@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from usual import UsualFlow
 
 from rnode_plugin import MultiscaleFlow, SolverError, objective
-from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.core.random_streams import Stream, stream_seed
 from rnode_plugin.data import ImageData
 from rnode_plugin.flows.multiscale import dequantize, random_flip
@@ -156,7 +155,7 @@ class Trainer:
         options = {} if solver is None else {"solver": solver}
         output = self.model(x, noise=noise, **options)
         lambdas = self.recipe.lambdas if self.method.penalties else {}
-        log_prob = output_log_prob(output)
+        log_prob = self.flow.log_prob_of(output)
         return objective(log_prob, output.regularization, lambdas=lambdas, dims=self.recipe.dims).loss
 
     def match(self, steps: int) -> None:

@@ -96,7 +96,8 @@ class UsualFlow(nn.Module):
         trace, *penalties = integrals
         names = ("kinetic", "jacfrob") if self.penalties else ()
         regularization: dict[str, Tensor] = dict(zip(names, penalties, strict=True))
-        return FlowOutput(torch.cat(leaving, dim=1), logdet + trace, regularization, nfe)
+        latent = torch.cat(leaving, dim=1)
+        return FlowOutput(x=x, z=latent, logdet=logdet + trace, regularization=regularization, nfe=nfe)
 
     def copy_weights_to(self, flow: MultiscaleFlow) -> None:
         """Give the weights back, to evaluate them."""

@@ -60,7 +60,7 @@ def main():
         model = RegularizedCNF(field, event_shape=2, trace_estimator="exact", solver="dopri5")
         with torch.no_grad():
             found = model.encode(held_out, penalties=True)
-            nll = -(model.latent_log_prob(found.z) + found.logdet).mean()
+            nll = -model.log_prob_of(found).mean()
             kinetic, jacfrob = (found.regularization[name].mean() for name in ("kinetic", "jacfrob"))
             density = model.log_prob(grid).exp().reshape(100, 100).T
         name = ", ".join(regularizers) or "none"

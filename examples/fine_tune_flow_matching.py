@@ -70,7 +70,7 @@ def main():
         model = density(velocity, ["kinetic", "jacfrob"])
         with torch.no_grad():
             found = model.encode(test, penalties=True)
-            nll = -(model.latent_log_prob(found.z) + found.logdet).mean()
+            nll = -model.log_prob_of(found).mean()
             nfe, (kinetic, jacfrob) = found.nfe, [cost.mean() for cost in found.regularization.values()]
             paths = NeuralODE(velocity).trajectory(test[:100], torch.linspace(1, 0, 50))
         print(f"{name:<27} {nfe:>4} {nll:>10.3f} {kinetic:>8.2f} {jacfrob:>8.2f}")

@@ -17,6 +17,7 @@ _PUBLIC = {
     "RegularizedCNF": "torchdyn.density",
     "MultiscaleFlow": "flows.multiscale",
     "TableFlow": "flows.table",
+    "DensityModel": "core.distribution",
     "FlowOutput": "core.objective",
     "Solution": "solvers.solution",
     "Solver": "solvers",
@@ -45,6 +46,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from .core.distribution import DensityModel
     from .core.dynamics import Dynamics
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.regularizers import Regularizer

@@ -56,8 +56,8 @@ class WrongProduct(Linear):
 class WrongInverse(RegularizedCNF):
     """A density whose inverse leads to other places."""
 
-    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
-        return super().inverse(z, context=context) + 0.05
+    def inverse(self, z: Tensor, **options: Any) -> Tensor:
+        return super().inverse(z, **options) + 0.05
 
 
 class WrongLogdet(RegularizedCNF):

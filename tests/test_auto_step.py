@@ -67,7 +67,7 @@ def tune_step(
 ) -> tuple[StepRow, ...]:
     tolerances = {"step_gap": max_gap, "step_round_trip": max_round_trip}
     task = type("Tolerant", (ImageTask,), tolerances)(SHAPE, LEVELS)
-    return auto_step.tune_step(flow, FlowInput(x, {}), task=task, **{"solver": Solver(), **options})
+    return auto_step.tune_step(flow, FlowInput(x), task=task, **{"solver": Solver(), **options})
 
 
 @pytest.fixture
@@ -254,14 +254,14 @@ def test_a_large_gap_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_training_solver_that_fails_on_held_out_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe("training.max_steps=1")
-    original = MultiscaleFlow.forward
+    original = MultiscaleFlow.encode
 
-    def forward(self: MultiscaleFlow, x: torch.Tensor, **options: Any) -> Any:
+    def encode(self: MultiscaleFlow, x: torch.Tensor, **options: Any) -> Any:
         if not self.training and options.get("solver") is not None:
             options["solver"] = dataclasses.replace(options["solver"], max_nfe=2)
         return original(self, x, **options)
 
-    monkeypatch.setattr(MultiscaleFlow, "forward", forward)
+    monkeypatch.setattr(MultiscaleFlow, "encode", encode)
     result = run(recipe, tmp_path)
     assert gaps(result) == [math.inf]
     assert result.evaluation is not None

@@ -44,7 +44,6 @@ from unittest import mock
 import torch
 from rnode_plugin import MultiscaleFlow, Solver
 from rnode_plugin.core import chains
-from rnode_plugin.core.objective import output_log_prob
 
 
 def numbers(flow, x, solver, amp):
@@ -54,7 +53,7 @@ def numbers(flow, x, solver, amp):
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         out = flow(x, noise=noise, solver=solver)
     penalties = 0.3 * out.regularization["kinetic"] + 0.2 * out.regularization["jacfrob"]
-    (penalties - output_log_prob(out)).sum().backward()
+    (penalties - flow.log_prob_of(out)).sum().backward()
     return [out.z, out.logdet, *out.regularization.values(), *(p.grad.clone() for p in flow.parameters())]
 
 

@@ -16,6 +16,7 @@ from scipy.linalg import expm
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, Solver
+from rnode_plugin.core.distribution import DensityModel, StandardNormal
 from rnode_plugin.core.objective import FlowOutput
 from rnode_plugin.core.random_streams import Stream, seeded, stream_seed
 from rnode_plugin.core.trace_estimators import Exact, Hutchinson
@@ -30,22 +31,28 @@ from rnode_plugin.recipes.task import FlowInput, ImageTask, TableTask
 RK4 = Solver(method="rk4", step=0.5)
 
 
-class Known(nn.Module):
+class Known(DensityModel):
     """A stand-in whose density, penalties and cost are chosen: log p(x) = log-density of the image's mean."""
 
-    image_shape, levels, regularizers, estimator = (1, 2, 2), 4, (), Exact()
+    event_shape, base, solver, estimator = torch.Size((1, 2, 2)), StandardNormal.like(torch.zeros(4)), RK4, Exact()
 
-    def __init__(self, log_prob: Any, nfe: list[int] | None = None) -> None:
+    def __init__(self, log_prob: Any, costs: list[int] | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.density, self.nfe, self.seen = log_prob, nfe or [7], []
+        self.density, self.costs, self.seen = log_prob, costs or [7], []
 
-    def forward(self, x: Tensor, *, solver: Any = None, penalties: bool = True) -> FlowOutput:
+    def encode(self, x: Tensor, *, penalties: bool | None = None, **options: Any) -> FlowOutput:
         self.seen.append(x)
-        z = torch.zeros(len(x), 4)
         logdet = self.density(x) + 2 * math.log(2 * math.pi)  # takes the normal's constant away again
         found = {"kinetic": 4 * x.flatten(1).mean(1)} if penalties else {}
-        return FlowOutput(z, logdet, found, self.nfe[(len(self.seen) - 1) % len(self.nfe)])
+        nfe = self.costs[(len(self.seen) - 1) % len(self.costs)]
+        return FlowOutput(x=x, z=torch.zeros(len(x), 4), logdet=logdet, regularization=found, nfe=nfe)
+
+    def decode(self, z: Tensor, **options: Any) -> FlowOutput:
+        raise NotImplementedError
+
+
+KNOWN = ImageTask((1, 2, 2), 4)
 
 
 def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2)) -> np.ndarray:
@@ -53,8 +60,8 @@ def images(count: int, levels: int = 4, shape: tuple[int, int, int] = (1, 2, 2))
 
 
 def test_means_and_standard_errors_are_over_images_not_batches() -> None:
-    flow = Known(lambda x: x.flatten(1).sum(1), nfe=[*[7, 9] * 9, 20])
-    result = evaluate(flow, images(10), batch_size=4, draws=3, seed=5)
+    flow = Known(lambda x: x.flatten(1).sum(1), [*[7, 9] * 9, 20])
+    result = evaluate(flow, images(10), measure=KNOWN, batch_size=4, draws=3, seed=5)
     assert [len(x) for x in flow.seen] == [*[4, 4, 2] * 6, 10]  # and once more for NFE
     assert (result.nfe_mean, result.nfe_batches, result.nfe_batch_size) == (20, 1, 10)
     # draws alternate dirty and clean, three batches each
@@ -83,7 +90,7 @@ class Noisy(Known):
 def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int) -> None:
     """Levels 0 to 3 have variance 1.25. The noise may have a quarter of it: noise² / 0.3125 draws, at most 8."""
     pictures = images(4000)
-    found = evaluate(Noisy(1.0, noise), pictures, batch_size=4000)
+    found = evaluate(Noisy(1.0, noise), pictures, measure=KNOWN, batch_size=4000)
     assert found.draws == draws, found.draws
     own = np.var(pictures[:, 0, 0, 0])
     for bits in (found.dirty, found.clean):
@@ -94,7 +101,7 @@ def test_draws_make_the_noise_small_against_the_images(noise: float, draws: int)
 def test_the_first_images_are_drawn_twice_and_the_others_once() -> None:
     flow = Noisy(1.0, 0.3)
     calls: list[tuple[int, int]] = []
-    evaluate(flow, images(100), batch_size=20, progress=lambda *counts: calls.append(counts))
+    evaluate(flow, images(100), measure=KNOWN, batch_size=20, progress=lambda *done: calls.append(done))
     assert len(flow.seen) == 2 * (5 + 2) + 1  # clean and dirty, five batches, two of them twice; NFE
     assert calls == [(done, 14) for done in range(1, 15)]
 
@@ -230,17 +237,24 @@ class Doubles(ImageTask):
     """Images in double precision."""
 
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        return FlowInput(super().inputs(batch, quantity).x.double(), {})
+        return FlowInput(super().inputs(batch, quantity).x.double())
 
 
-def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form() -> None:
+def test_bits_penalties_the_solver_gap_and_nfe_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
     field = Scaling()
     flow = MultiscaleFlow((1, 2, 2), alpha=0.05, levels=17, trace_noise="exact", field=lambda shape: field).double()
     blocks, pictures = len(flow.fields), images(5, 17, (1, 2, 2))
     euler, tight = Solver("euler", step=0.5), Solver("dopri5", atol=1e-10, rtol=1e-10)
     calls: list[int] = []
-    flow.register_forward_pre_hook(lambda *_: setattr(field, "calls", 0))
-    flow.register_forward_hook(lambda *_: calls.append(field.calls))
+    encode = flow.encode
+
+    def counted(*args: Any, **options: Any) -> FlowOutput:
+        field.calls = 0
+        output = encode(*args, **options)
+        calls.append(field.calls)
+        return output
+
+    monkeypatch.setattr(flow, "encode", counted)
     found = evaluate(flow, pictures, measure=Doubles((1, 2, 2), 17), batch_size=3, draws=1, solver=tight,
                      training_solver=euler)  # fmt: skip
 

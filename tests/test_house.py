@@ -57,7 +57,7 @@ def log_prob() -> Callable[[], object]:
 def digits() -> Callable[[], object]:
     recipe, images = get_recipe("digits"), torch.rand(4, 1, 8, 8)
     flow = recipe.build_flow()
-    return lambda: flow(images, solver=recipe.solver)
+    return lambda: flow.encode(images, solver=recipe.solver)
 
 
 @pytest.mark.parametrize(

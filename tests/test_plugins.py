@@ -375,7 +375,7 @@ def wrong(register):
         ),
         (["train", "digits", "--data", "wrong-data"], "'wrong-data': its plugin returned list, not ImageData"),
         (["train", "digits", "--data", "failing-data"], "the data set 'failing-data' of plugin 'wrong'.* not here"),
-        (["train", "digits", "--set", "model.name=nothing"], "'nothing': its plugin returned NoneType, not a flow"),
+        (["train", "digits", "--set", "model.name=nothing"], "its plugin returned NoneType, not a DensityModel"),
         (["train", "digits", "--set", "model.name=unbuilt"], "the model 'unbuilt' of plugin 'wrong'.* not here"),
     ],
 )

@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rnode_plugin import get_recipe
-from rnode_plugin.core.objective import output_log_prob
 from rnode_plugin.evaluation.cost import step_cost
 
 SMALL = ["data.shape=1,4,4", "model.hidden=2", "model.layers=2", "data.batch_size=3"]
@@ -19,7 +18,7 @@ def test_a_step_of_a_fixed_grid(quadrature: str) -> None:
     flow, x = recipe.build_flow(), torch.rand(3, 1, 4, 4)
     with FlopCounterMode(display=False) as counter:
         output = flow(x, solver=recipe.solver)
-        output_log_prob(output).sum().backward()
+        flow.log_prob_of(output).sum().backward()
     cost = step_cost(recipe)
     assert cost[:2] == (sum(p.numel() for p in flow.parameters()), output.nfe)
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.1)

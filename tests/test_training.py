@@ -125,7 +125,8 @@ def test_the_numbers_of_a_row(whole: FitResult) -> None:
     for index, batch in enumerate((held_out[:40], held_out[40:])):
         for solver in (None, coarse):
             with torch.no_grad(), seeded(recipe.training.seed, Stream.VALIDATE, 0, index):
-                output = flow(dequantize(torch.from_numpy(np.array(batch)), 17), solver=solver)
+                x = dequantize(torch.from_numpy(np.array(batch)), 17)
+                output = flow.encode(x, solver=solver, penalties=True)
             log_prob = output.logdet - (output.z**2 + math.log(2 * math.pi)).sum(1) / 2
             (gaps if solver else bits).extend((math.log2(17) - log_prob / (64 * math.log(2))).tolist())
             if solver is None:
@@ -517,9 +518,9 @@ def test_a_failed_solve_is_skipped(tmp_path: Path) -> None:
         raise SolverError("underflow", "it stopped", "Do something.", t=0.5, step=3, nfe=77)
 
     def at(module: Any, step: int) -> None:
-        module.flow.__dict__.pop("forward", None)
+        module.flow.__dict__.pop("encode", None)
         if step == 2:
-            module.flow.forward = fail
+            module.flow.encode = fail
 
     result = run(tiny_recipe("training.max_steps=3"), tmp_path, callbacks=[BeforeStep(at)])
     train = [row for row in rows(result) if "train/loss" in row]
@@ -562,5 +563,5 @@ def test_a_step_copies_nothing_to_the_device(quadrature: str) -> None:
     images = torch.zeros(2, 1, 4, 4, device="meta")
     with Copies() as copies:
         torch.zeros(3).to("meta")  # shows that copies are seen
-        StepObjective(flow, recipe)(FlowInput(images, {}), recipe.solver).loss.backward()
+        StepObjective(flow, recipe)(FlowInput(images), recipe.solver).loss.backward()
     assert copies.shapes == [(3,)]

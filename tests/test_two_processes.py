@@ -23,7 +23,7 @@ from torchdyn.core.neuralde import NeuralODE as TorchdynNeuralODE
 
 import rnode_plugin
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
-from rnode_plugin.core.objective import objective, output_log_prob
+from rnode_plugin.core.objective import objective
 from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
@@ -130,7 +130,7 @@ def _work(rank: int, address: str, result: str) -> None:
     for model, mine in ((nn.parallel.DistributedDataParallel(flow), half), (flow, slice(None))):
         flow.zero_grad()
         output = model(x[mine], noise=[eps[mine] for eps in noise], solver=recipe.solver)
-        log_prob = output_log_prob(output)
+        log_prob = flow.log_prob_of(output)
         objective(log_prob, output.regularization, lambdas=recipe.lambdas, dims=recipe.dims).loss.backward()
         pair.append(gradient(flow))
     found["flow of images"] = pair

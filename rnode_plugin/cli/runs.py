@@ -165,7 +165,7 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     diagnosis = diagnose(
         flow,
         held_out.x.to(place),
-        **{name: value.to(place) for name, value in held_out.options.items()},
+        context=None if held_out.context is None else held_out.context.to(place),
         training_solver=recipe.solver,
         samples=samples,
         seed=seed,

@@ -3,43 +3,78 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..errors import ConfigError, check_count
 from .citations import citation
-from .regularizers import span_policy
+from .objective import FlowOutput, standard_normal_log_prob
+from .regularizers import Weighted, span_policy
 from .trace_estimators import Exact, Hutchinson, TraceEstimator
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .objective import FlowOutput
-
 
 _ONE = torch.Size()
+
+
+class StandardNormal(Independent):
+    """The standard normal of vectors, whose draws may come from a generator.
+
+    Its log-density is one sum of squares, without the scale and the place that torch's has.
+    """
+
+    @classmethod
+    def like(cls, z: Tensor) -> StandardNormal:
+        """The standard normal of vectors like ``z (D,)``, of its dtype and on its device."""
+        zeros = torch.zeros_like(z)
+        return cls(Normal(zeros, zeros + 1, validate_args=False), 1, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``log N(value; 0, I)`` in nats, of the shape in front of the last dimension."""
+        found = standard_normal_log_prob(value)
+        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape)) if self.batch_shape else found
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        """``n`` draws ``(n, D)`` from ``generator``, of the distribution's device; None: torch's global one."""
+        like = self.mean
+        return torch.randn(n, *self.event_shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
 class DensityModel(nn.Module, ABC):
     """A density ``p(x)`` or ``p(x | context)`` that a flow carries to a base distribution.
 
-    All models of this package are of this class. Your own one sets the attributes and writes :meth:`encode` and
-    :meth:`decode`; the other methods follow from these two. A cheaper :meth:`inverse` may be written as well.
+    All models of this package are of this class. Training, evaluation, diagnosis, importance sampling and export
+    call what is documented here and nothing else. Your own model sets the attributes and writes :meth:`encode` and
+    :meth:`decode`; the other methods follow from these two. The page "Write a model" has an example.
 
     Attributes:
         event_shape: shape of one sample.
         context_shape: shape of one context; None if the density takes none.
-        base: distribution of the latents.
-        solver: the :class:`~rnode_plugin.Solver` of :meth:`encode` and :meth:`decode`.
+        base: distribution of the latents, with an empty batch shape.
+        solver: the :class:`~rnode_plugin.Solver` of a call that brings none.
         estimator: of the trace.
-        regularizers: the penalties that a solve can follow.
+        regularizers: the penalties that a solve can follow; :meth:`keep_regularizers` sets them.
+        nfe: evaluations of the vector fields in the last solve, also of :meth:`sample`.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin import TableFlow
+        >>> flow, x = TableFlow(2), torch.zeros(3, 2)
+        >>> isinstance(flow, DensityModel)
+        True
+        >>> output = flow.encode(x)
+        >>> torch.equal(flow.log_prob_of(output), flow.base.log_prob(output.z) + output.logdet)
+        True
     """
 
     event_shape: torch.Size
@@ -48,19 +83,33 @@ class DensityModel(nn.Module, ABC):
     solver: Any
     estimator: TraceEstimator
     regularizers: Sequence[Any] = ()
+    nfe: int = 0
 
     @abstractmethod
     def encode(
-        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
+        solver: Any = None,
+        check: bool = True,
     ) -> FlowOutput:
-        """Carry samples ``x (B, *event_shape)`` to their latents, with the log-determinant of that map.
+        """Carry samples to their latents, with the log-determinant of that map.
 
         Args:
-            x: samples.
+            x: samples ``(B, *event_shape)``.
             context: ``context_shape`` for all samples or ``(B, *context_shape)``; only for a conditional density.
             noise: probe vectors of the trace as :meth:`draw_noise` gives them; None draws them.
-            penalties: whether to follow the penalties; None: only where the model itself keeps them, see
-                :class:`~rnode_plugin.RegularizedCNF`.
+            penalties: whether to follow the penalties; None: in training mode with gradients enabled, which
+                :meth:`follows_penalties` decides.
+            solver: the integrator, with its quadrature; None: :attr:`solver`.
+            check: whether to wait for the device and raise the error of a solve that failed. False: the caller
+                reads the output's ``health``.
+
+        Returns:
+            FlowOutput: ``x`` as given, the latents ``z``, and ``logdet`` of the map from ``x`` to ``z``.
 
         Raises:
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
@@ -69,37 +118,72 @@ class DensityModel(nn.Module, ABC):
 
     @abstractmethod
     def decode(
-        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+        self,
+        z: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
+        solver: Any = None,
+        check: bool = True,
     ) -> FlowOutput:
-        """Carry latents ``z`` to samples, the ``z`` of the output, with the log-determinant of that map.
+        """Carry latents to samples, with the log-determinant of the map from these samples to the latents.
 
         Arguments and errors as for :meth:`encode`.
+
+        Returns:
+            FlowOutput: the samples ``x``, ``z`` as given, and ``logdet`` of the map from ``x`` to ``z``.
         """
 
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """:meth:`encode`."""
+        return self.encode(*args, **options)
+
+    def log_prob_of(self, output: FlowOutput) -> Tensor:
+        """``log p(x) (B,)`` in nats of the samples of an output (eq. 4), with its graph.
+
+        Raises:
+            ConfigError: for a base, or an output, that does not give one number for each sample.
+        """
+        z, logdet = output.z, output.logdet
+        # torch's Independent fails for a batch without samples
+        base = self.base.log_prob(z) if z.shape[0] > 0 else z.flatten(1).sum(1)
+        if not base.shape == logdet.shape == z.shape[:1]:  # others could be broadcast to a wrong density
+            raise ConfigError(
+                f"a density needs one number for each of {z.shape[0]} samples, but the log-density of the base has "
+                f"shape {tuple(base.shape)} and the log-determinant {tuple(logdet.shape)}. A base with a "
+                "batch shape becomes one of whole samples by torch.distributions.Independent."
+            )
+        return base + logdet
+
     def log_prob(
-        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+        self, x: Tensor, *, context: Tensor | None = None, noise: Sequence[Tensor | None] | None = None
     ) -> Tensor:
         """``log p(x) (B,)`` in nats (eq. 4), unbiased with Hutchinson's estimator.
 
-        Arguments and errors as for :meth:`encode`. Of penalties that are followed, a
-        :class:`~rnode_plugin.RegularizedCNF` keeps its own; of another model only :meth:`encode` returns them.
+        The trace is taken at every evaluation, also by a solver whose quadrature is sampled. Arguments and errors
+        as for :meth:`encode`.
         """
-        output = self.encode(x, context=context, noise=noise, penalties=penalties)
-        return self.latent_log_prob(output.z) + output.logdet
+        solver = self.full_quadrature()
+        return self.log_prob_of(self.encode(x, context=context, noise=noise, penalties=False, solver=solver))
 
-    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
-        """The samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
-        return self.decode(z, context=context, penalties=False).z
+    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Any = None) -> Tensor:
+        """The samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`.
+
+        A subclass may write a cheaper one, which follows no trace.
+        """
+        return self.decode(z, context=context, penalties=False, solver=solver).x
 
     def inverse_and_log_prob(
-        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+        self, z: Tensor, *, context: Tensor | None = None, noise: Sequence[Tensor | None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve.
 
         Arguments and errors as for :meth:`encode`.
         """
-        output = self.decode(z, context=context, noise=noise, penalties=penalties)
-        return output.z, self.latent_log_prob(z) - output.logdet
+        solver = self.full_quadrature()
+        output = self.decode(z, context=context, noise=noise, penalties=False, solver=solver)
+        return output.x, self.log_prob_of(output)
 
     @torch.no_grad()
     def sample(
@@ -130,7 +214,7 @@ class DensityModel(nn.Module, ABC):
         z = self._draw_latents(n, generator)
         if temperature != 1:
             z = self.base.mean + temperature * (z - self.base.mean)
-        return self.inverse(z, context=context)
+        return self.in_range(self.inverse(z, context=context))
 
     @torch.no_grad()
     def importance_sample(
@@ -170,7 +254,7 @@ class DensityModel(nn.Module, ABC):
         z = self._draw_latents(check_count(n, "the number of samples"), None)
         rows = self.context_rows(context, z)
         rows = None if rows is None else rows.repeat_interleave(probes, 0)
-        x, log_prob = model.inverse_and_log_prob(z.repeat_interleave(probes, 0), context=rows, penalties=False)
+        x, log_prob = model.inverse_and_log_prob(z.repeat_interleave(probes, 0), context=rows)
         x, log_prob = x[::probes], log_prob.double().reshape(n, probes)
         log_target_x = log_target(x)
         if log_target_x.shape != (n,):
@@ -215,6 +299,11 @@ class DensityModel(nn.Module, ABC):
         return citation(self.regularizers, estimator=self.estimator, methods=[self.solver.name], density=True)
 
     @property
+    def dims(self) -> int:
+        """Number of dimensions of one sample."""
+        return self.event_shape.numel()
+
+    @property
     def block_shapes(self) -> Sequence[tuple[int, ...]]:
         """Shape of one state of each neural ODE of the model, in order."""
         return [tuple(self.event_shape)]
@@ -229,10 +318,27 @@ class DensityModel(nn.Module, ABC):
             self.estimator.draw(like.new_empty(batch, *shape), generator=generator) for shape in self.block_shapes
         ]
 
-    def latent_log_prob(self, z: Tensor) -> Tensor:
-        """``log q(z) (B,)`` in nats of latents under the base."""
-        # torch's Independent fails for a batch without samples
-        return self.base.log_prob(z) if z.shape[0] > 0 else z.flatten(1).sum(1)
+    def follows_penalties(self, penalties: bool | None) -> bool:
+        """The argument ``penalties`` of a call, decided: None means in training mode with gradients enabled."""
+        return self.training and torch.is_grad_enabled() if penalties is None else penalties
+
+    def full_quadrature(self, solver: Any = None) -> Any:
+        """``solver``, or None for :attr:`solver`, with the trace at every evaluation, as the argument of a call.
+
+        It is None where :attr:`solver` itself is such a solver.
+        """
+        chosen = self.solver if solver is None else solver
+        return solver if chosen.quadrature == "full" else dataclasses.replace(chosen, quadrature="full")
+
+    def standardize(self, rows: Tensor) -> None:
+        """Called before training with all training rows of a table ``(N, columns + context)``, contexts last.
+
+        A model of tables may take their mean and deviation; this one takes nothing.
+        """
+
+    def in_range(self, x: Tensor) -> Tensor:
+        """Samples moved into the range of the data by :meth:`sample`; a model of images clamps them to [0, 1]."""
+        return x
 
     def context_rows(self, context: Any, like: Tensor) -> Tensor | None:
         """``context`` with one row for each sample of ``like``; None for a density without contexts.
@@ -272,19 +378,26 @@ class DensityModel(nn.Module, ABC):
         return context.shape[: -len(shape)]
 
     def _draw_latents(self, n: int, generator: torch.Generator | None) -> Tensor:
+        base = self.base
+        if isinstance(base, StandardNormal):
+            return base.draw(n, generator)
         if generator is not None:
             raise ConfigError("the base of this density draws from torch's global generator: seed it instead.")
-        return self.base.sample(torch.Size([n]))
+        return base.sample(torch.Size([n]))
 
-    def _keep_regularizers(self, regularizers: Iterable[Any]) -> None:
-        """Set :attr:`regularizers`; those with parameters become modules of this one."""
-        self.regularizers = tuple(regularizers)
+    def keep_regularizers(self, weighted: Mapping[str, Weighted]) -> None:
+        """Set :attr:`regularizers`; those with parameters become modules of this one.
+
+        Args:
+            weighted: by name, as ``rnode_plugin.plugins.registry.resolve_regularizers`` gives them.
+        """
+        self.regularizers = tuple(each.regularizer for each in weighted.values())
         with_parameters = [r for r in self.regularizers if isinstance(r, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
 
-    def _check_noise(self, noise: Any, x: Tensor) -> None:
-        """Refuse all but one entry for each block, as :meth:`draw_noise` gives it."""
+    def check_noise(self, noise: Sequence[Tensor | None], x: Tensor) -> None:
+        """Refuse noise for samples ``x`` unless it is as :meth:`draw_noise` gives it (ConfigError)."""
         shapes = self.block_shapes
         if isinstance(noise, Tensor) or len(noise) != len(shapes):
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,19 +13,25 @@ from ..errors import ConfigError, suggest
 from .health import HealthCheck, check_all
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FlowOutput:
-    """The result of pushing data through a flow.
+    """Samples and their latents, with the log-determinant of the map from the ones to the others.
+
+    :meth:`DensityModel.encode` computes ``z`` from ``x``, and :meth:`DensityModel.decode` computes ``x`` from
+    ``z``. The other attributes have the same meaning in both, so :meth:`DensityModel.log_prob_of` takes either.
 
     Attributes:
-        z: latent ``(B, D)``: factored-out parts flattened in the order in which they leave, the last scale last.
-        logdet: ``(B,)`` in nats, the logit transform included.
-        regularization: raw integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
+        x: samples ``(B, *event_shape)``.
+        z: latents, which the base is the distribution of. A flow of blocks has ``(B, D)``: parts that leave early
+            are flattened in the order in which they leave, and the last scale is last.
+        logdet: ``log |det dz/dx| (B,)`` in nats, a logit transform or a standardization included.
+        regularization: integral of each penalty over all blocks by name, ``(B,)``, not divided by D.
         nfe: evaluations of the vector fields, summed over blocks.
         health: checks, on the device, that the solves stayed finite and the samples were in range. :meth:`check`
             reads them.
         next_steps: for each block the step that its adaptive solve would try next, see
-            :class:`~rnode_plugin.Solution`; None for a fixed grid.
+            :class:`~rnode_plugin.Solution`; None for a fixed grid. Where it is not empty, the model's ``encode``
+            takes it as ``first_steps=`` for the next batch.
 
     Example:
         >>> import torch
@@ -35,10 +41,11 @@ class FlowOutput:
         ((2, 64), (2,), ['jacfrob', 'kinetic'])
     """
 
+    x: Tensor
     z: Tensor
     logdet: Tensor
-    regularization: dict[str, Tensor]
-    nfe: int
+    regularization: dict[str, Tensor] = field(default_factory=dict)
+    nfe: int = 0
     health: tuple[HealthCheck, ...] = ()
     next_steps: tuple[float | None, ...] = ()
 
@@ -143,10 +150,5 @@ def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int = 1) -> Tensor:
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """``log N(z; 0, I)`` of ``z (B, D)``, ``(B,)`` in nats."""
-    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
-
-
-def output_log_prob(output: FlowOutput) -> Tensor:
-    """Log-density of the images that a flow was given, with respect to [0, 1], ``(B,)`` in nats (eq. 4)."""
-    return standard_normal_log_prob(output.z) + output.logdet
+    """``log N(z; 0, I)`` of ``z (..., D)``, ``(...)`` in nats."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core.objective import output_log_prob
 from ..recipes.recipe import Recipe
 from ..solvers.config import count_steps
 
@@ -42,8 +41,8 @@ def step_cost(recipe: Recipe) -> StepCost:
         flow = recipe.build_flow()
         given = recipe.task.random_inputs(recipe.data.batch_size)
     with FlopCounterMode(display=False) as counter:
-        output = flow(given.x, solver=one, **given.options)
-        output_log_prob(output).sum().backward()
+        output = flow.encode(given.x, context=given.context, solver=one)
+        flow.log_prob_of(output).sum().backward()
     blocks = 1 if fixed else output.nfe
     return StepCost(
         parameters=sum(parameter.numel() for parameter in flow.parameters()),

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.objective import FlowOutput, output_log_prob
+from ..core.distribution import DensityModel
+from ..core.objective import FlowOutput
 from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.trace_estimators import Exact, Hutchinson
 from ..errors import ConfigError
-from ..flows.base import BlockFlow
+from ..flows.multiscale import MultiscaleFlow
 from ..recipes.task import ImageTask, Task
 from .measures import Evaluation, Mean, batch_of, measure_solver_gap
 
@@ -34,7 +35,7 @@ _NFE_BATCHES, _NFE_BATCH, _NFE_NUMBERS = 4, 100, 400_000  # batches, and samples
 
 @torch.no_grad()
 def evaluate(
-    flow: Any,
+    flow: DensityModel,
     samples: Any,
     *,
     measure: Task | None = None,
@@ -53,7 +54,8 @@ def evaluate(
             the smallest variance among independent ones.
         samples: the data as they come, array or tensor ``(N, ...)``: uint8 images ``(N, C, H, W)`` with values in
             0..levels-1, or rows of a table.
-        measure: the task of a recipe; None for images of the flow's shape and levels.
+        measure: the task of a recipe; None for a :class:`~rnode_plugin.MultiscaleFlow`, images of its shape and
+            levels.
         batch_size: samples per solve. An adaptive solver chooses its steps for a whole batch, and begins with the
             last step of the batch before.
         draws: draws of noise per sample. None for as many as make the error from the noise at most half of the
@@ -69,13 +71,16 @@ def evaluate(
         :func:`nfe_batches`.
 
     Raises:
-        ConfigError: for no samples.
+        ConfigError: for no samples, and for a model without images and without a ``measure``.
         SolverError: if the integration fails.
     """
     if not len(samples):
         raise ConfigError("an evaluation needs at least one row or image.")
     start = time.monotonic()
-    measure = measure or ImageTask(flow.image_shape, flow.levels)
+    if measure is None:
+        if not isinstance(flow, MultiscaleFlow):
+            raise ConfigError(f"give measure=, the task of {type(flow).__name__}: only images have a default.")
+        measure = ImageTask(flow.image_shape, flow.levels)
     solves = _Solves(measure, flow, samples, batch_size, solver, seed, progress)
     draws = draws or solves.choose_draws()
     solves.take(range(draws), len(solves.batches))
@@ -129,7 +134,7 @@ class _Solves:
     def __init__(
         self,
         measure: Task,
-        flow: Any,
+        flow: DensityModel,
         samples: Any,
         batch_size: int,
         solver: Solver | None,
@@ -147,7 +152,7 @@ class _Solves:
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device
         self._total = len(self._kinds) * (len(self.batches) + self._pilot)
-        self._first_steps: tuple[float | None, ...] | None = () if isinstance(flow, BlockFlow) else None
+        self._next_steps: tuple[float | None, ...] = ()
 
     def choose_draws(self) -> int:
         """Draw the first samples twice; the number of draws that makes the noise small enough."""
@@ -185,16 +190,17 @@ class _Solves:
     ) -> FlowOutput:
         """Solve a batch with the noise of this draw, quantity and index; ``alone`` without another solve's step."""
         with seeded(self._seed, Stream.VALIDATE, draw, kind, index):
-            x, given = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
-            known = {} if alone or self._first_steps is None else {"first_steps": self._first_steps}
-            output = self._flow(x, **given, solver=solver, penalties=penalties, **known)
-        if known:
-            self._first_steps = output.next_steps
+            x, context = self._measure.inputs(batch_of(self._samples, batch).to(self._device), kind)
+            known: dict[str, Any] = {"first_steps": self._next_steps} if self._next_steps and not alone else {}
+            full = self._flow.full_quadrature(solver)
+            output = self._flow.encode(x, context=context, solver=full, penalties=penalties, **known)
+        if not alone:
+            self._next_steps = output.next_steps
         return output
 
     def scores_of(self, output: FlowOutput) -> Tensor:
         """The scores ``(B,)`` of a solve."""
-        return self._measure.scores(output_log_prob(output)).cpu().double()
+        return self._measure.scores(self._flow.log_prob_of(output)).cpu().double()
 
     def mean(self, draws: int, kind: int) -> Mean:
         """Mean and errors of all samples."""
@@ -220,7 +226,7 @@ class _Solves:
         return torch.stack(rows)
 
 
-def _with_least_noise(flow: Any, measure: Task) -> Any:
+def _with_least_noise(flow: DensityModel, measure: Task) -> DensityModel:
     """The same flow, the same parameters, with the trace estimator of an evaluation."""
     if isinstance(flow.estimator, Exact):
         return flow

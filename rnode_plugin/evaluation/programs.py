@@ -76,7 +76,7 @@ def export_program(
         x, *rest = (each.detach() for each in given)
         options: dict[str, Any] = {"context": rest.pop(0)} if conditional else {}
         if which == "sampler":
-            return _inverse(flow, x, **options)
+            return flow.in_range(flow.inverse(x, **options))
         return flow.log_prob(x, noise=rest or None, **options)
 
     with torch.no_grad():
@@ -169,15 +169,9 @@ def _inputs(model: Any, which: Which, context: Tensor | None, batch: int) -> tup
     elif model.context_shape is not None:
         inputs.append(torch.randn(batch, *model.context_shape).to(like))
     if which == "log_prob":
-        inputs[0] = _inverse(model, z, **dict(zip(("context",), inputs[1:], strict=False)))
+        inputs[0] = model.in_range(model.inverse(z, **dict(zip(("context",), inputs[1:], strict=False))))
         inputs += [noise for noise in model.draw_noise(batch) if noise is not None]
     return tuple(x.clone() for x in inputs)  # in a view the recorder would see the tensor behind it
-
-
-def _inverse(model: Any, z: Tensor, **options: Tensor) -> Tensor:
-    """The samples of latents, as ``model.sample`` gives them."""
-    x = model.inverse(z, **options)
-    return x.clamp(0, 1) if hasattr(model, "image_shape") else x
 
 
 def _with_named_weights(graph: GraphModule, model: nn.Module) -> GraphModule:

@@ -21,7 +21,7 @@ from ..files import write_atomically
 from ..recipes.task import ImageTask, Task
 
 if TYPE_CHECKING:
-    from ..flows.base import BlockFlow
+    from ..core.distribution import DensityModel
     from ..flows.table import TableFlow
     from ..recipes.settings import Training
 
@@ -51,7 +51,7 @@ def save_samples(task: Task, flow: Any, data: Any, training: Training, path: Pat
 
 
 def sample_images(
-    flow: BlockFlow,
+    flow: DensityModel,
     count: int,
     *,
     temperatures: Sequence[float] = (1.0,),
@@ -79,7 +79,7 @@ def sample_images(
 
 @torch.no_grad()
 def _drawn(
-    flow: BlockFlow, count: int, temperature: float, seed: int, batch_size: int, context: Tensor | None = None
+    flow: DensityModel, count: int, temperature: float, seed: int, batch_size: int, context: Tensor | None = None
 ) -> Tensor:
     """``(count, *event_shape)`` on the CPU; the latents of a batch are a function of the seed and its place."""
     contexts = itertools.repeat(None) if context is None else context.split(batch_size)

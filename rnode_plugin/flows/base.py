@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
-from ..core.distribution import DensityModel
+from ..core.distribution import DensityModel, StandardNormal
 from ..core.dynamics import Dynamics
 from ..core.modes import on_host
-from ..core.objective import FlowOutput, standard_normal_log_prob
+from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice
 from ..core.regularizers import weigh_regularizers
 from ..core.trace_estimators import TraceEstimator, get_estimator
@@ -34,7 +33,8 @@ class BlockFlow(OneProcessADevice, DensityModel):
     """Base of the flows whose blocks are neural ODEs, one after the other, from data to a standard normal latent.
 
     A subclass sets :attr:`event_shape`, and :attr:`context_shape` if it has contexts, makes :attr:`fields`, one for
-    each block, and writes :attr:`block_shapes`, :meth:`_enter`, :meth:`_leave`, :meth:`_push` and :meth:`_pull`.
+    each block, and writes :attr:`block_shapes`, :meth:`_enter`, :meth:`_leave`, :meth:`_push` and :meth:`_pull`. It
+    may have another :attr:`base`, of vectors ``(D,)``.
 
     Args:
         solver: the integrator; also an attribute, :attr:`solver`.
@@ -52,8 +52,7 @@ class BlockFlow(OneProcessADevice, DensityModel):
         self.estimator = get_estimator(trace_noise)
         if isinstance(regularizers, Mapping) and any(each is not None for each in regularizers.values()):
             raise ConfigError("a flow applies no lambda: name the regularizers, and give lambdas= to objective().")
-        weighted = weigh_regularizers(regularizers, by_name=_registered)
-        self._keep_regularizers(entry.regularizer for entry in weighted.values())
+        self.keep_regularizers(weigh_regularizers(regularizers, by_name=_registered))
 
     @property
     @abstractmethod
@@ -66,15 +65,9 @@ class BlockFlow(OneProcessADevice, DensityModel):
         return [len(self.fields)] * self.dims
 
     @property
-    def dims(self) -> int:
-        """Number of dimensions of one sample."""
-        return self.event_shape.numel()
-
-    @property
     def base(self) -> Distribution:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The standard normal of the latents ``(D,)``."""
-        zeros = self._like().new_zeros(self.dims)
-        return Independent(Normal(zeros, zeros + 1), 1)
+        return StandardNormal.like(self._like().new_zeros(self.dims))
 
     @abstractmethod
     def _enter(self, x: Tensor, solver: Solver) -> tuple[Tensor, Tensor, tuple[HealthCheck, ...]]:
@@ -98,17 +91,16 @@ class BlockFlow(OneProcessADevice, DensityModel):
             self.context_rows(context, like)  # which refuses it
         return list(self.fields)
 
-    def forward(
+    def encode(
         self,
         x: Tensor,
         *,
         context: Tensor | None = None,
         noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
         solver: Solver | None = None,
-        penalties: bool = True,
-        generator: torch.Generator | None = None,
-        first_steps: Sequence[float | None] = (),
         check: bool = True,
+        first_steps: Sequence[float | None] = (),
     ) -> FlowOutput:
         """Push samples through the flow, with the log-determinant and the penalties: a step of training.
 
@@ -118,17 +110,16 @@ class BlockFlow(OneProcessADevice, DensityModel):
                 a conditional density.
             noise: probe vectors of the divergence, one for each block, ``(B, *shape)`` with the shapes of
                 :attr:`block_shapes`; None draws them.
+            penalties: whether to integrate the penalties; None: in training mode with gradients enabled.
             solver: the integrator; None for :attr:`solver`.
-            penalties: whether to integrate the penalties.
-            generator: draws the noise; of the samples' device.
-            first_steps: first step of an adaptive solver for each block, such as the ``next_steps`` of the batch
-                before; empty: each block finds one.
             check: whether to wait for the device, and fail if a solve did or a sample is out of range. False: the
                 caller reads the output's ``health``.
+            first_steps: first step of an adaptive solver for each block, such as the ``next_steps`` of the batch
+                before; empty: each block finds one.
 
         Returns:
             FlowOutput: latent ``(B, D)``, log-determinant ``(B,)`` in nats, the logit or the standardisation
-            included, raw integrals of the penalties over all blocks ``(B,)``, and the evaluations of all blocks.
+            included, integrals of the penalties over all blocks ``(B,)``, and the evaluations of all blocks.
 
         Raises:
             ConfigError: for samples, contexts or noise of the wrong shape, type or range.
@@ -139,23 +130,25 @@ class BlockFlow(OneProcessADevice, DensityModel):
         fields = self._fields_at(context, x)
         y, logdet, health = self._enter(x, solver)
         if noise is None:
-            noise = self.draw_noise(x.shape[0], generator=generator)
+            noise = self.draw_noise(x.shape[0])
         else:
-            self._check_noise(noise, x)
+            self.check_noise(noise, x)
         blocks = zip(fields, noise, strict=True)
+        penalties = self.follows_penalties(penalties)
         through = _Pass(self, blocks, solver, first_steps=first_steps, penalties=penalties)
-        output = through.output(self._push(y, through), logdet, x, health)
+        output = through.output(x, self._push(y, through), logdet, health)
+        self.nfe = output.nfe
         return output.check() if check else output
 
-    def encode(
-        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
-    ) -> FlowOutput:
-        """:meth:`forward` with the divergence in full, even with a solver that samples it; errors as there."""
-        solver = dataclasses.replace(self.solver, quadrature="full")
-        return self(x, context=context, noise=noise, solver=solver, penalties=bool(penalties))
-
     def decode(
-        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+        self,
+        z: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
+        solver: Solver | None = None,
+        check: bool = True,
     ) -> FlowOutput:
         """Pull latents ``z (B, D)`` back to samples; see :meth:`DensityModel.decode`.
 
@@ -167,14 +160,17 @@ class BlockFlow(OneProcessADevice, DensityModel):
         if noise is None:
             noise = self.draw_noise(z.shape[0])
         else:
-            self._check_noise(noise, z)
-        solver = dataclasses.replace(self.solver, quadrature="full")
+            self.check_noise(noise, z)
         blocks = reversed(list(zip(self._fields_at(context, z), noise, strict=True)))
-        through = _Pass(self, blocks, solver, backward=True, penalties=bool(penalties))
+        solver = self.solver if solver is None else solver
+        penalties = self.follows_penalties(penalties)
+        through = _Pass(self, blocks, solver, backward=True, penalties=penalties)
         x, logdet = self._leave(self._pull(z, through))
-        return through.output(x, logdet, x).check()
+        output = through.output(x, z, logdet)
+        self.nfe = output.nfe
+        return output.check() if check else output
 
-    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
+    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
         """The samples ``(B, *event_shape)`` of latents ``z (B, D)``; images are in [0, 1] for the latent of one.
 
         The state is integrated alone, backward in time: no products with the Jacobian. Errors as for
@@ -182,14 +178,12 @@ class BlockFlow(OneProcessADevice, DensityModel):
         """
         self._check(z, (self.dims,), "latents")
         blocks = ((field, None) for field in reversed(self._fields_at(context, z)))
-        through = _Pass(self, blocks, self.solver, backward=True, divergence=False)
+        solver = self.solver if solver is None else solver
+        through = _Pass(self, blocks, solver, backward=True, divergence=False)
         y = self._pull(z, through)
         check_all(through.health)
+        self.nfe = through.nfe
         return self._leave(y)[0]
-
-    def latent_log_prob(self, z: Tensor) -> Tensor:
-        """``log N(z; 0, I) (B,)`` in nats of latents ``z (B, D)``."""
-        return standard_normal_log_prob(z)
 
     def matching_loss(self, x: Tensor, *, context: Tensor | None = None) -> Tensor:
         """Error of all fields against straight paths from data to noise: flow matching through all blocks at once.
@@ -223,10 +217,6 @@ class BlockFlow(OneProcessADevice, DensityModel):
             velocity = field(times[index], y + share * (e - y) + offset)
             error = error + (velocity - (e - y) / k).square().flatten(1).sum(1)
         return error
-
-    def _draw_latents(self, n: int, generator: torch.Generator | None) -> Tensor:
-        like = self._like()
-        return torch.randn(n, self.dims, dtype=like.dtype, device=like.device, generator=generator)
 
     def _check(self, x: Tensor, shape: Sequence[int], what: str) -> None:
         """Refuse tensors of another shape, dtype or device than this flow works with."""
@@ -289,7 +279,8 @@ class _Pass:
         self._logdets: list[Tensor] = []
         self._totals: dict[str, Tensor] = {}
         self._next_steps: list[float | None] = []
-        self._nfe = self._steps = 0
+        self._steps = 0
+        self.nfe = 0
         self.health: list[HealthCheck] = []  # that the solves stayed finite
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -308,7 +299,7 @@ class _Pass:
             self._logdets.append(solution.logdet[-1])
         self.health += solution.health
         self._next_steps.append(solution.next_step)
-        self._nfe += solution.stats.nfe
+        self.nfe += solution.stats.nfe
         self._steps += solution.stats.steps
         for penalty in self._followed:
             self._add(penalty, solution.penalties[penalty.name], solution.stats.steps, index + 1)
@@ -335,14 +326,21 @@ class _Pass:
         else:
             self._totals[penalty.name] = before + value
 
-    def output(self, end: Tensor, logdet: Tensor, x: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
-        """The output for the samples ``x`` of a pass to ``end``; ``logdet`` and ``health`` exclude the blocks."""
+    def output(self, x: Tensor, z: Tensor, logdet: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
+        """The output of a pass between ``x`` and ``z``; ``logdet``, in its direction."""
         for of_block in self._logdets:
             logdet = logdet + of_block
         if self._policy is not None and self._penalized:
             self._totals[self._policy.name] = self._policy(x)
-        checks = (*health, *self.health)
-        return FlowOutput(end, logdet, self._totals, self._nfe, checks, tuple(self._next_steps))
+        return FlowOutput(
+            x=x,
+            z=z,
+            logdet=-logdet if self._backward else logdet,
+            regularization=self._totals,
+            nfe=self.nfe,
+            health=(*health, *self.health),
+            next_steps=tuple(self._next_steps),
+        )
 
 
 def _registered(name: str) -> Any:

@@ -262,16 +262,9 @@ class MultiscaleFlow(BlockFlow):
         """
         return bits_per_dim(self.log_prob(x, noise=noise), dims=self.dims, levels=self.levels)
 
-    @torch.no_grad()
-    def sample(self, n: int, temperature: float = 1.0, **options: Any) -> Tensor:
-        """Draw ``n`` images ``(n, C, H, W)`` in [0, 1].
-
-        Args:
-            n: number of images.
-            temperature: standard deviation of the latents.
-            options: further arguments of :meth:`DensityModel.sample`.
-        """
-        return super().sample(n, temperature, **options).clamp(0, 1)
+    def in_range(self, x: Tensor) -> Tensor:
+        """Images clamped to [0, 1], which :meth:`inverse` leaves by up to ``alpha / (1 - 2 alpha)``."""
+        return x.clamp(0, 1)
 
 
 def _range_check(x: Tensor, margin: float) -> HealthCheck:

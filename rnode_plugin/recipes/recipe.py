@@ -31,8 +31,8 @@ from .settings import Model, Optimizer, Paper, TableModel, Training
 from .task import Task
 
 if TYPE_CHECKING:
+    from ..core.distribution import DensityModel
     from ..data import ImageData, Table
-    from ..flows.base import BlockFlow
 
 __all__ = ["Data", "Model", "Optimizer", "Paper", "Recipe", "TableData", "TableModel", "Training",
            "as_text", "get_recipe", "is_recipe_file", "read_recipe", "read_strength"]  # fmt: skip
@@ -270,16 +270,18 @@ class Recipe:
         """Names of the penalties that the flow integrates."""
         return tuple(dict.fromkeys([*_ALWAYS_MEASURED, *self.regularizers]))
 
-    def build_flow(self) -> BlockFlow:
-        """A fresh flow, whose solver is ``test_solver``. A training step passes its solver.
+    def build_flow(self) -> DensityModel:
+        """A fresh model, whose solver is ``test_solver``. A training step passes its solver.
 
         Returns:
             A :class:`~rnode_plugin.MultiscaleFlow` for images, a :class:`~rnode_plugin.TableFlow` for a table, or
-            the flow of a plugin in their place.
+            the model of a plugin in their place.
 
         Raises:
             PluginError: the plugin that offers the model failed, or returned something else.
         """
+        from ..core.distribution import DensityModel
+
         flow = registry.call(
             "models",
             self.model.name,
@@ -289,9 +291,10 @@ class Recipe:
             solver=self.test_solver,
             regularizers=self.measured,
         )
-        if not callable(getattr(flow, "log_prob", None)):
+        if not isinstance(flow, DensityModel):
             raise PluginError(
-                f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a flow with `log_prob`."
+                f"model {self.model.name!r}: its plugin returned {type(flow).__name__}, not a DensityModel. See "
+                "'Write a model' in the docs."
             )
         return flow
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class FlowInput(NamedTuple):
-    """The arguments of a flow: samples ``x (B, *event)``, and options such as a context."""
+    """The arguments of a model: samples ``x (B, *event)``, and their contexts if it is conditional."""
 
     x: Tensor
-    options: dict[str, Tensor]
+    context: Tensor | None = None
 
 
 class Quantity(NamedTuple):
@@ -157,18 +157,18 @@ class ImageTask(Task):
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
         from ..flows.multiscale import dequantize
 
-        return FlowInput(dequantize(batch, self.levels, clean=quantity == 1), {})
+        return FlowInput(dequantize(batch, self.levels, clean=quantity == 1))
 
     def training_inputs(self, batch: Tensor) -> FlowInput:
         from ..flows.multiscale import random_flip
 
         inputs = self.inputs(batch)
-        return FlowInput(random_flip(inputs.x), {}) if self._flip else inputs
+        return FlowInput(random_flip(inputs.x)) if self._flip else inputs
 
     def random_inputs(self, count: int) -> FlowInput:
         import torch
 
-        return FlowInput(torch.rand(count, *self.event), {})
+        return FlowInput(torch.rand(count, *self.event))
 
     def scores(self, log_prob: Tensor) -> Tensor:
         from ..core.objective import bits_per_dim
@@ -212,8 +212,7 @@ class TableTask(Task):
         return batch[:, self.dims :] if self.columns[1] else None
 
     def inputs(self, batch: Tensor, quantity: int = 0) -> FlowInput:
-        context = self.context(batch)
-        return FlowInput(batch[:, : self.dims], {} if context is None else {"context": context})
+        return FlowInput(batch[:, : self.dims], self.context(batch))
 
     def random_inputs(self, count: int) -> FlowInput:
         import torch

@@ -54,9 +54,6 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             ``solver_adjoint``, ``atol_adjoint``, ``rtol_adjoint`` and ``max_nfe`` as in
             :class:`~rnode_plugin.NeuralODE`.
 
-    Attributes:
-        nfe: evaluations of the net in the last solve, also of :meth:`sample`.
-
     Raises:
         ConfigError: for shapes that do not fit together, times that do not run one way, and a solver, a number or
             a name that :class:`~rnode_plugin.NeuralODE` refuses.
@@ -75,7 +72,6 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
     net: Any
     solver: Solver
     t_span: Tensor
-    nfe: int = 0
 
     def __init__(
         self,
@@ -93,13 +89,12 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         super().__init__()
         self.base, self.event_shape = _base_and_shape(base, event_shape)
         self.context_shape = None if context_shape is None else check_shape(context_shape, "context_shape")
-        self.dims = self.event_shape.numel()
         if self.context_shape is not None and not accepts(net, None, None, None):
             raise ConfigError("a conditional net is called net(t, z, context), but this one does not take that.")
         refuse_state_first(net, "RegularizedCNF")
         self.net, self.estimator = net, get_estimator(trace_estimator)
         self._penalties = Penalties(resolve_regularizers(regularizers))
-        self._keep_regularizers(entry.regularizer for entry in self._penalties.weighted.values())
+        self.keep_regularizers(self._penalties.weighted)
         self.objects, self.solver = _objects_and_solver(solver, **options)
         steps = [regularizer for regularizer in self.regularizers if regularizer.kind == "step"]
         check_steps(steps, self.solver.method)
@@ -184,15 +179,10 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             estimator: of the trace; None: the model's.
             regularizers: the penalties that the copy follows. An end time that is learned stays.
         """
-        if solver is not None:
-            same = solver.method == self.solver.name
-            solver = dataclasses.replace(
-                solver, quadrature="full", method=self.solver.method if same else solver.method
-            )
+        solver, times = self._on_grid(solver)
         twin = super().solved_with(solver=solver, estimator=estimator, regularizers=regularizers)
         twin._penalties = Penalties(resolve_regularizers(twin.regularizers))
-        if solver is not None and (solver.adaptive or solver.step is not None):
-            twin.t_span = self.t_span[[0, -1]]
+        twin.t_span = times
         return twin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -200,34 +190,81 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         return self.log_prob(x, context=context)
 
     def encode(
-        self, x: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
+        solver: Solver | None = None,
+        check: bool = True,
     ) -> FlowOutput:
         """Latents ``(B, *event_shape)`` of samples ``x``; see :meth:`DensityModel.encode`.
 
         Args:
-            x, context, noise: as there.
+            x, context, noise, check: as there.
             penalties: whether to follow the penalties, which stay for :meth:`reg_loss`; None: in training mode with
                 gradients enabled.
+            solver: as in :meth:`solved_with`.
 
         Raises:
             ConfigError: for another shape, for samples that are not floating-point numbers, for noise that the
                 trace does not take, and for a context that is missing, misshapen or not asked for.
             SolverError: from the solve.
         """
-        return self._carry(x, context, noise, penalties, backward=False)
+        return self._carry(x, context, noise, penalties, solver, check=check, backward=False)
 
     def decode(
-        self, z: Tensor, *, context: Tensor | None = None, noise: Any = None, penalties: bool | None = None
+        self,
+        z: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
+        solver: Solver | None = None,
+        check: bool = True,
     ) -> FlowOutput:
         """Samples ``(B, *event_shape)`` of latents ``z``; arguments and errors as for :meth:`encode`."""
-        return self._carry(z, context, noise, penalties, backward=True)
+        return self._carry(z, context, noise, penalties, solver, check=check, backward=True)
 
-    def inverse(self, z: Tensor, *, context: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
+    ) -> Tensor:
+        """``log p(x) (B,)`` in nats (eq. 4), unbiased with Hutchinson's estimator.
+
+        Arguments and errors as for :meth:`encode`; the penalties stay for :meth:`reg_loss`.
+        """
+        solver = self.full_quadrature()
+        return self.log_prob_of(self.encode(x, context=context, noise=noise, penalties=penalties, solver=solver))
+
+    def inverse(self, z: Tensor, *, context: Tensor | None = None, solver: Solver | None = None) -> Tensor:
         """The samples of latents ``z``, without a product with the Jacobian; errors as for :meth:`encode`.
 
         It follows no penalties, and the penalties of the last solve stay, as after :meth:`sample`.
         """
-        return self._states(z, self._times(z, backward=True), context)[-1]
+        solver, times = self._on_grid(solver)
+        return self._states(z, self._times(z, times, backward=True), context, solver)[-1]
+
+    def inverse_and_log_prob(
+        self,
+        z: Tensor,
+        *,
+        context: Tensor | None = None,
+        noise: Sequence[Tensor | None] | None = None,
+        penalties: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The samples of latents ``z`` and their ``log p(x) (B,)`` in nats, from one solve.
+
+        Arguments and errors as for :meth:`encode`; the penalties stay for :meth:`reg_loss`.
+        """
+        solver = self.full_quadrature()
+        output = self.decode(z, context=context, noise=noise, penalties=penalties, solver=solver)
+        return output.x, self.log_prob_of(output)
 
     def trajectory(self, x: Tensor, t_span: Tensor | None = None, *, context: Tensor | None = None) -> Tensor:
         """The states ``(T, B, *event_shape)`` on the way from samples ``x`` to their latents, without penalties.
@@ -237,7 +274,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             t_span: times of the output; None: the model's.
             context: as for :meth:`encode`.
         """
-        return self._states(x, self._times(x, t_span), context)
+        times = self.t_span if t_span is None else t_span
+        return self._states(x, self._times(x, times), context, self.solver)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
@@ -260,25 +298,44 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self.base = _moved(self.base, fn, {})
         return self
 
+    def _on_grid(self, solver: Solver | None) -> tuple[Solver, Tensor]:
+        """The solver of a call, with torchdyn's steps if it has their method, and the times of its solve."""
+        if solver is None:
+            return self.solver, self.t_span
+        if solver.method == self.solver.name:
+            solver = dataclasses.replace(solver, method=self.solver.method)
+        return solver, self.t_span[[0, -1]] if solver.adaptive or solver.step is not None else self.t_span
+
     def _carry(
-        self, x: Tensor, context: Tensor | None, noise: Any, penalties: bool | None, *, backward: bool
+        self,
+        start: Tensor,
+        context: Tensor | None,
+        noise: Sequence[Tensor | None] | None,
+        penalties: bool | None,
+        solver: Solver | None,
+        *,
+        check: bool,
+        backward: bool,
     ) -> FlowOutput:
-        """Solve from ``x``, follow the density, and keep the penalties for :meth:`reg_loss`."""
+        """Solve from ``start``, follow the density, and keep the penalties for :meth:`reg_loss`."""
         left = self._penalties
         left.begin()
-        self._check(x)
+        self._check(start)
         if noise is not None:
-            self._check_noise(noise, x)
-        training = self.training and torch.is_grad_enabled()
-        penalties = training if penalties is None else penalties
-        with outside_inference(x, self.context_rows(context, x), noise) as (x, rows, noise):
-            times = self._times(x, backward=backward, training=penalties and training)
+            self.check_noise(noise, start)
+        penalties = self.follows_penalties(penalties)
+        solver, times = self._on_grid(solver)
+        with outside_inference(start, self.context_rows(context, start), noise) as (x, rows, noise):
+            training = penalties and self.follows_penalties(None)
+            times = self._times(x, times, backward=backward, training=training)
             dynamics = NetDynamics(
-                self.net, x, rows, self.solver, regularizers=left.regularizers if penalties else (),
+                self.net, x, rows, solver, regularizers=left.regularizers if penalties else (),
                 estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
-            solution = solve(bound, x.clone(), times, self.solver).check()
+            solution = solve(bound, x.clone(), times, solver)
+            if check:
+                solution.check()
             assert solution.logdet is not None
             integrals = dict(solution.penalties)
             if left.policy is not None and penalties:
@@ -286,23 +343,30 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             end, integrals = attach(solution.z[-1], integrals)
             left.add(integrals, self.dims)
             self.nfe = solution.stats.nfe
-            return FlowOutput(end, solution.logdet[-1], integrals, solution.stats.nfe)
+            logdet = solution.logdet[-1]
+            return FlowOutput(
+                x=end if backward else start,
+                z=start if backward else end,
+                logdet=-logdet if backward else logdet,
+                regularization=integrals,
+                nfe=self.nfe,
+                health=solution.health,
+            )
 
-    def _states(self, x: Tensor, times: Tensor, context: Tensor | None) -> Tensor:
+    def _states(self, x: Tensor, times: Tensor, context: Tensor | None, solver: Solver) -> Tensor:
         """The states alone at ``times``."""
         self._check(x)
         with outside_inference(x, self.context_rows(context, x), times) as (x, rows, times):
-            dynamics = NetDynamics(self.net, x, rows, self.solver, divergence=False)
-            solution = solve(dynamics.bind(None), x.clone(), times, self.solver).check()
+            dynamics = NetDynamics(self.net, x, rows, solver, divergence=False)
+            solution = solve(dynamics.bind(None), x.clone(), times, solver).check()
             self.nfe = solution.stats.nfe
             return solution.z
 
-    def _times(
-        self, like: Tensor, t_span: Tensor | None = None, *, backward: bool = False, training: bool = False
-    ) -> Tensor:
+    def _times(self, like: Tensor, times: Tensor, *, backward: bool = False, training: bool = False) -> Tensor:
+        """The times of a solve from ``like``."""
         policy = self._penalties.policy
         with on_host():
-            times = (self.t_span if t_span is None else t_span).to(like)
+            times = times.to(like)
             times = times.flip(0) if backward else times
             return times if policy is None else policy.times(times, training=training)
 

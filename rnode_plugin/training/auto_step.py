@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.objective import FlowOutput, output_log_prob
+from ..core.distribution import DensityModel
+from ..core.objective import FlowOutput
 from ..core.random_streams import Stream, seeded
 from ..errors import SolverError
 from ..evaluation.measures import batch_of, measure_solver_gap
@@ -55,7 +56,7 @@ class StepRow:
 
 @torch.no_grad()
 def tune_step(
-    flow: Any,
+    flow: DensityModel,
     inputs: FlowInput,
     *,
     task: Task,
@@ -80,19 +81,19 @@ def tune_step(
     Raises:
         SolverError: the adaptive solve itself fails.
     """
-    x, given = inputs
+    x, context = inputs
     noise = flow.draw_noise(len(x))
     exact = all(probe is None for probe in noise)
 
     def encode(solver: Solver) -> FlowOutput:
-        return flow(x, **given, noise=None if exact else noise, solver=solver, penalties=False)
+        return flow.encode(x, context=context, noise=None if exact else noise, solver=solver, penalties=False)
 
     def scores(output: FlowOutput) -> Tensor:
-        return task.scores(output_log_prob(output)).cpu().double()
+        return task.scores(flow.log_prob_of(output)).cpu().double()
 
     def there_and_back(solver: Solver) -> tuple[FlowOutput, Tensor]:
         output = encode(solver)
-        return output, flow.solved_with(solver=reference).inverse(output.z, **given)
+        return output, flow.inverse(output.z, context=context, solver=reference)
 
     accurate = scores(encode(reference))
     rows: list[StepRow] = []
@@ -141,9 +142,9 @@ class AutoStep:
         flow.eval()
         try:
             with seeded(self._seed, Stream.TUNE):
-                x, given = self._task.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
+                x, context = self._task.inputs(batch_of(samples, slice(0, _SAMPLES)).to(device))
                 kind = next(flow.parameters(), x).dtype  # of 64-true
-                inputs = FlowInput(x.to(kind), {name: each.to(kind) for name, each in given.items()})
+                inputs = FlowInput(x.to(kind), None if context is None else context.to(kind))
                 return tune_step(flow, inputs, task=self._task, solver=self._solver)
         except SolverError:
             return None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..flows.base import BlockFlow
+    from ..core.distribution import DensityModel
     from ..recipes.recipe import Recipe
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
@@ -76,7 +76,7 @@ def checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     return digest.hexdigest()
 
 
-def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> BlockFlow:
+def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> DensityModel:
     """The flow of a run folder (its best checkpoint, else its last), or of a ``.ckpt`` or ``.safetensors`` file.
 
     ``"mnist-pretrained"`` are weights that come with the package.
@@ -105,7 +105,7 @@ def load_flow(path: str | os.PathLike[str], *, map_location: str | torch.device 
 
 def load_with_recipe(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
-) -> tuple[BlockFlow, Recipe]:
+) -> tuple[DensityModel, Recipe]:
     """As :func:`load_flow`, with the recipe that the flow was trained by; arguments and errors are the same.
 
     ``recipe.solver`` has the step that ``auto`` found last.

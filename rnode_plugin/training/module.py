@@ -16,7 +16,6 @@ from ..core.random_streams import Stream, seed_everything, seeded
 from ..errors import ConfigError, LocalError, SolverError, TrainingError
 from ..fields import compile_fields
 from ..flows.base import BlockFlow
-from ..flows.table import TableFlow
 from ..recipes.recipe import Recipe
 from ..solvers import Solver
 from .auto_step import AutoStep
@@ -163,9 +162,9 @@ class RnodeModule(L.LightningModule):
     # before a step ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Give the flow of a table the mean and the deviation of the training rows."""
+        """Give the model of a table the training rows."""
         data = self._data()
-        if stage == "fit" and isinstance(self.flow, TableFlow) and data is not None:
+        if stage == "fit" and self.task.samples == "rows" and data is not None:
             self.flow.standardize(torch.from_numpy(data.data.train))
 
     def _data(self) -> RecipeDataModule[Any] | None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..core.objective import FlowOutput, objective, output_log_prob
+from ..core.distribution import DensityModel
+from ..core.objective import FlowOutput, objective
 from ..core.random_streams import Stream, seeded
 from ..core.regularizers import undivided
 from ..core.schedules import final_strength, strength_at
 from ..errors import SolverError
 from ..evaluation.measures import measure_solver_gap
+from ..flows.base import BlockFlow
 from ..recipes.task import FlowInput
 from ..solvers import HealthCheck, Solver, all_finite, check_all
 
@@ -51,7 +53,7 @@ class StepTerms:
 class StepObjective:
     """Equation 17 for a flow and the regularizers of a recipe."""
 
-    def __init__(self, flow: Any, recipe: Recipe) -> None:
+    def __init__(self, flow: DensityModel, recipe: Recipe) -> None:
         self._flow, self._measured, self._task = flow, recipe.measured, recipe.task
         self._lambdas = {name: each for name, each in recipe.regularizers.items() if final_strength(each) > 0}
 
@@ -63,15 +65,17 @@ class StepObjective:
         dims, metric = self._task.dims, self._task.metric
         penalized = bool(self._lambdas)
         try:
-            output = self._flow(inputs.x, **inputs.options, solver=solver, penalties=penalized, check=False)
+            output = self._flow.encode(
+                inputs.x, context=inputs.context, solver=solver, penalties=penalized, check=False
+            )
         except SolverError as error:
             # every process of a run needs a gradient and an equal row
             loss = torch.nan * torch.stack([parameter.sum() for parameter in self._flow.parameters()]).sum()
             nan = torch.full_like(loss.detach(), torch.nan)
             penalties = dict.fromkeys(self._measured if penalized else (), nan)
             return StepTerms(loss, {"loss": nan, metric: nan, "nfe": float(error.nfe), **penalties}, failure=error)
-        log_prob = output_log_prob(output)
-        whole = undivided(getattr(self._flow, "regularizers", ()))
+        log_prob = self._flow.log_prob_of(output)
+        whole = undivided(self._flow.regularizers)
         lambdas = {name: strength_at(name, strength, step) for name, strength in self._lambdas.items()}
         goal = objective(log_prob, output.regularization, lambdas=lambdas, dims=dims, undivided=whole)
         # a factor of NaN makes the gradient NaN too, so that all processes of the run skip the step
@@ -87,13 +91,15 @@ class StepObjective:
 
     def matching(self, inputs: FlowInput) -> StepTerms:
         """The terms of a step of flow matching: the squared error per dimension, one evaluation per block."""
-        loss = self._flow.matching_loss(inputs.x, **inputs.options).mean() / self._task.dims
+        flow = self._flow
+        assert isinstance(flow, BlockFlow)  # RnodeModule has refused others
+        loss = flow.matching_loss(inputs.x, context=inputs.context).mean() / self._task.dims
         loss = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan) * loss
-        return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(self._flow.fields))})
+        return StepTerms(loss, {"matching": loss.detach(), "nfe": float(len(flow.fields))})
 
 
 def measure_batch(
-    flow: Any, recipe: Recipe, batch: Tensor, *, index: int, rank: int, training_solver: Solver
+    flow: DensityModel, recipe: Recipe, batch: Tensor, *, index: int, rank: int, training_solver: Solver
 ) -> dict[str, Tensor | float]:
     """Means over a batch of held-out samples by the flow's own solver: score, ``nfe``, penalties per dimension.
 
@@ -105,22 +111,22 @@ def measure_batch(
     """
     task = recipe.task
 
-    def scored(**options: Any) -> tuple[Tensor, FlowOutput]:
+    def scored(solver: Solver | None = None, *, penalties: bool) -> tuple[Tensor, FlowOutput]:
         with seeded(recipe.training.seed, Stream.VALIDATE, rank, index):
-            x, given = task.inputs(batch)
-            output = flow(x, **given, **options)
-        return task.scores(output_log_prob(output)), output
+            x, context = task.inputs(batch)
+            output = flow.encode(x, context=context, solver=flow.full_quadrature(solver), penalties=penalties)
+        return task.scores(flow.log_prob_of(output)), output
 
     # rounded to 8 or 11 bits a field is too rough for an adaptive method, which may never end
     with torch.autocast(batch.device.type, enabled=False):
-        scores, output = scored()
-    whole = undivided(getattr(flow, "regularizers", ()))
+        scores, output = scored(penalties=True)
+    whole = undivided(flow.regularizers)
     means = {name: value.mean() for name, value in output.regularization.items()}
     row = {task.metric: scores.mean(), "nfe": float(output.nfe)}
     row |= {name: mean if name in whole else mean / task.dims for name, mean in means.items()}
     if index == 0 and not training_solver.adaptive:
         gap = measure_solver_gap(
-            lambda solver: scored(solver=solver, penalties=False)[0], lambda coarse: coarse, training_solver, scores
+            lambda solver: scored(solver, penalties=False)[0], lambda coarse: coarse, training_solver, scores
         )
         row["gap"] = gap.mean
     return row

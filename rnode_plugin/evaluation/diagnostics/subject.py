@@ -82,8 +82,11 @@ class Subject:
         """Push the data to the latent, batch by batch, with the same noise at each call."""
         model = self.model.solved_with(solver=solver, estimator=estimator)
         with data.noise():
-            outputs = [model.encode(part, context=given) for part, given in self._batches(data.x, data.context)]
-        log_prob = torch.cat([(model.base.log_prob(each.z) + each.logdet).cpu().double() for each in outputs])
+            outputs = [
+                model.encode(part, context=given, penalties=False, solver=model.full_quadrature())
+                for part, given in self._batches(data.x, data.context)
+            ]
+        log_prob = torch.cat([model.log_prob_of(each).cpu().double() for each in outputs])
         nfe = sum(each.nfe for each in outputs) / len(outputs)
         return Encoded(torch.cat([each.z.flatten(1) for each in outputs]), log_prob, -log_prob / self.dims, nfe)
 

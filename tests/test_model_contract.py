@@ -1,0 +1,198 @@
+"""The contract of density models, which docs/write_a_model.md states, held by each model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from density_models import ACCURATE, MODELS, make
+from torch import Tensor, nn
+
+from rnode_plugin import FlowOutput, RegularizedCNF, Solver
+from rnode_plugin.errors import SolverError
+from rnode_plugin.solvers import GRADIENTS
+
+QUICK = Solver("rk4_38", step=0.5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_latents_and_their_density(name: str) -> None:
+    model, x, given = make(name)
+    output = model.encode(x, **given)
+
+    def latents(x: Tensor) -> Tensor:
+        return model.encode(x, **given, penalties=False).z.flatten(1).sum(0)
+
+    jacobian: Any = torch.autograd.functional.jacobian(latents, x)  # (D, B, *event): samples do not mix
+    exact = torch.linalg.slogdet(jacobian.flatten(2).transpose(0, 1)).logabsdet
+    assert float(exact.abs().min()) > 0.01
+    torch.testing.assert_close(output.logdet, exact, rtol=1e-6, atol=1e-6)
+    log_prob = model.base.log_prob(output.z) + exact
+    torch.testing.assert_close(model.log_prob(x, **given), log_prob, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.log_prob_of(output), log_prob, rtol=1e-6, atol=1e-6)
+    z = output.z
+    assert output.x is x
+    assert z.shape == (3, *model.base.event_shape)
+    torch.testing.assert_close(model.inverse(z, **given), x, rtol=1e-6, atol=1e-6)
+    back, of_back = model.inverse_and_log_prob(z, **given)
+    torch.testing.assert_close((back, of_back), (x, log_prob), rtol=1e-6, atol=1e-6)
+    encoded, decoded = model.encode(x, **given, penalties=True), model.decode(z, **given, penalties=True)
+    assert decoded.z is z
+    torch.testing.assert_close(decoded.x, x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.log_prob_of(decoded), log_prob, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decoded.logdet, encoded.logdet, rtol=1e-6, atol=1e-6)  # of one map, from x to z
+    torch.testing.assert_close(decoded.regularization, encoded.regularization, rtol=1e-4, atol=1e-6)
+    if given:  # one context for all counts for each sample, and matters
+        one = given["context"][0]
+        torch.testing.assert_close(model.log_prob(x, context=one), model.log_prob(x, context=one.expand(3, 2)))
+        assert not torch.allclose(model.log_prob(x, context=one + 1), model.log_prob(x, context=one))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_penalties_are_followed_if_asked_for_or_in_training(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    names = {each.name for each in model.regularizers}
+    assert names == {"kinetic", "jacfrob"}
+    for carry in (model.encode, model.decode):
+        start = x if carry == model.encode else model.encode(x, **given).z.detach()
+        for training, gradients in ((True, True), (True, False), (False, True)):
+            model.train(training)
+            with torch.set_grad_enabled(gradients):
+                found = [set(carry(start, **given, penalties=each).regularization) for each in (None, True, False)]
+            assert found == [names if training and gradients else set(), names, set()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_solver_of_a_call(name: str) -> None:
+    model, x, given = make(name)
+    euler = Solver("euler", step=0.25)
+    twin, z = model.solved_with(solver=euler), model.encode(x, **given).z
+    for one, other in (
+        (model.encode(x, **given, solver=euler), twin.encode(x, **given)),
+        (model.decode(z, **given, solver=euler), twin.decode(z, **given)),
+    ):
+        for each in ("x", "z", "logdet"):
+            torch.testing.assert_close(getattr(one, each), getattr(other, each), rtol=1e-12, atol=1e-12)
+        assert one.nfe == 4 * len(model.block_shapes)
+    torch.testing.assert_close(
+        model.inverse(z, **given, solver=euler), twin.inverse(z, **given), rtol=1e-12, atol=0
+    )
+    assert model.solver is ACCURATE
+    assert not torch.allclose(model.encode(x, **given, solver=euler).z, z)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_density_takes_the_trace_everywhere_and_training_as_its_solver_says(name: str) -> None:
+    model, x, given = make(name, dataclasses.replace(QUICK, quadrature="sampled"))
+    full = model.encode(x, **given, solver=QUICK)
+    close: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(model.log_prob(x, **given), model.log_prob_of(full), **close)
+    _, found = model.inverse_and_log_prob(full.z, **given)
+    torch.testing.assert_close(found, model.log_prob_of(model.decode(full.z, **given, solver=QUICK)), **close)
+    sampled = model.encode(x, **given)
+    assert not torch.allclose(sampled.logdet, full.logdet)
+    torch.testing.assert_close(sampled.z, full.z)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_solve_that_fails_raises_at_once_or_when_its_health_is_read(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    z = model.encode(x, **given).z.detach()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, math.nan)
+    for carry, start in ((model.encode, x), (model.decode, z)):
+        with pytest.raises(SolverError):
+            carry(start, **given)
+        output = carry(start, **given, check=False)
+        with pytest.raises(SolverError):
+            output.check()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluations_of_the_last_solve(name: str) -> None:
+    model, x, given = make(name, QUICK)
+    nfe = 8 * len(model.block_shapes)
+    assert model.encode(x, **given).nfe == model.nfe == nfe
+    model.sample(2, **{key: value[:2] for key, value in given.items()})
+    assert model.nfe == nfe
+    output = model.encode(x, **given, solver=Solver("euler", step=0.5))
+    assert output.nfe == model.nfe == nfe // 4
+    called = model(x, *given.values()) if isinstance(model, RegularizedCNF) else model(x, **given)
+    if isinstance(model, RegularizedCNF):  # what its users wrap
+        torch.testing.assert_close(called, model.log_prob(x, **given))
+    else:
+        assert isinstance(called, FlowOutput)
+        torch.testing.assert_close(called.logdet, model.encode(x, **given).logdet)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_latents_are_drawn_from_the_base(name: str) -> None:
+    model, _, given = make(name, QUICK)
+    one = {key: value[0] for key, value in given.items()}
+    torch.manual_seed(1)
+    x = model.sample(40, **one)
+    torch.manual_seed(1)
+    z = model.base.sample(torch.Size([40]))
+    torch.testing.assert_close(x, model.in_range(model.inverse(z, **one)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_autograd_in_every_mode(name: str) -> None:
+    found = []
+    for mode in GRADIENTS:
+        model, x, given = make(name, dataclasses.replace(ACCURATE, gradient=mode))
+        variables = [x, *given.values(), *model.parameters()]
+        for variable in variables:
+            variable.requires_grad_()
+        loss = model.log_prob(x, **given).sum()
+        gradients = torch.autograd.grad(loss, variables, allow_unused=True)
+        found.append([torch.zeros(()) if g is None else g for g in gradients])
+        close = 1e-10 if mode == "checkpointed" else 1e-4
+        torch.testing.assert_close(found[-1], found[0], rtol=close, atol=close, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_weights_of_its_own_density_are_one(name: str) -> None:
+    model, _, given = make(name)
+    found = model.importance_sample(lambda x: model.log_prob(x, **given), 3, **given)
+    assert found.x.shape == (3, *model.event_shape)
+    torch.testing.assert_close(found.log_weights, torch.zeros(3).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_another_solver_shares_the_parameters(name: str) -> None:
+    model, x, given = make(name)
+    other = model.solved_with(solver=Solver("euler", step=0.5))
+    before, blocks = model.log_prob(x, **given), len(model.block_shapes)
+    assert other.encode(x, **given).nfe == 2 * blocks
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    assert not torch.allclose(model.log_prob(x, **given), before)
+    assert model.solver is ACCURATE
+
+
+def saved(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved])
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_are_independent(name: str, copied: Callable[[Any], Any]) -> None:
+    model, x, given = make(name, Solver("rk4_38", step=0.5))
+    before = model.log_prob(x, **given).detach()
+    twin = copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(twin.log_prob(x, **given), before)
+    assert not torch.equal(model.log_prob(x, **given), before)

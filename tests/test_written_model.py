@@ -1,0 +1,143 @@
+"""Models of a third party, whose base is not a standard normal, through training and every command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from density_models import MODELS, HeavyTails, make
+from scipy import stats
+from tiny_runs import rnode, rows, run
+from torch.distributions import Distribution, Normal
+from written_model import LaplaceFlow
+
+from rnode_plugin import Solver, TableFlow, get_recipe, hookimpl, load_flow, plugins
+from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.evaluation.likelihood import evaluate
+from rnode_plugin.recipes.recipe import Recipe
+from rnode_plugin.recipes.task import FlowInput, TableTask
+from rnode_plugin.training.step import StepObjective, measure_batch
+
+SETTINGS = [
+    "model.hidden=8", "solver.step=none", "test_solver.method=rk4", "test_solver.step=0.5", "data.batch_size=40",
+    "training.max_steps=8", "training.val_every_steps=4", "training.sample_images=20", "training.save_every=1",
+    "training.log_every=1", "optimizer.name=adam",
+]  # fmt: skip
+
+
+class Plugin:
+    @hookimpl
+    def rnode_register_models(self) -> dict[str, Any]:
+        return {"laplace": LaplaceFlow, "student": HeavyTails, "nothing": lambda *event, **options: torch.nn.Tanh()}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    plugins.register(Plugin(), name="third party")
+    yield
+    plugins.unregister("third party")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Of a table of 300 rows with heavy tails, whose columns have different units."""
+    data = stats.t(3).rvs((300, 2), random_state=0) * [0.1, 20] + [1, -50]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["a", "b"], *data.tolist()])
+    return get_recipe("table").override([f"data.root={tmp_path / 'rows.csv'}", *SETTINGS])
+
+
+def log_base(name: str, z: np.ndarray) -> np.ndarray:
+    """The log-density of the latents by scipy."""
+    base: Any = stats.laplace() if name == "laplace" else stats.t(4)
+    return base.logpdf(z).sum(1)
+
+
+@pytest.mark.parametrize("name", ["laplace", "student"])
+def test_through_training_evaluation_diagnosis_samples_and_a_report(
+    name: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = recipe.override([f"model.name={name}"])
+    made = run(recipe, tmp_path / "runs").folder.path
+    flow = load_flow(made)
+    assert isinstance(flow, LaplaceFlow if name == "laplace" else HeavyTails)
+    data = recipe.table.load()
+    torch.testing.assert_close(flow.mean, torch.from_numpy(data.train.mean(0)), rtol=1e-4, atol=0)
+
+    def nll(rows: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            output = flow.encode(torch.from_numpy(rows))
+        return -(log_base(name, output.z.numpy()) + output.logdet.numpy())
+
+    expected = nll(data.held_out)
+    result = json.loads((made / "result.json").read_text())["evaluation"]
+    assert result["means"]["nll"]["mean"] == pytest.approx(expected.mean(), abs=1e-4)
+    with (made / "rows.csv").open() as file:
+        assert [float(row["nll"]) for row in csv.DictReader(file)] == pytest.approx(expected, abs=1e-4)
+    validated = [float(row["val/nll"]) for row in rows(made) if "val/nll" in row]
+    assert min(validated) == pytest.approx(nll(data.val).mean(), abs=1e-4)  # of the best weights
+    found = rnode("eval", made, "--json")
+    assert json.loads(found.stdout)["means"]["nll"]["mean"] == pytest.approx(expected.mean(), abs=1e-4)
+    found = rnode("diagnose", made, "--json")
+    checks = {each["name"]: each for each in json.loads(found.stdout)["checks"]}
+    assert checks["normalisation"]["verdict"] == checks["invertibility"]["verdict"] == "ok"
+    assert checks["gaussian"]["numbers"]["nll"] == pytest.approx(expected.mean() / 2, abs=1e-4)
+    drawn = tmp_path / "drawn.csv"
+    for words in (("sample", made, "--out", drawn, "-n", 5), ("report", made, "--out", tmp_path / "report")):
+        done = rnode(*words)
+        assert done.exit_code == 0, done.output
+    assert len(drawn.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "image" not in name])
+def test_a_step_a_validation_and_an_evaluation_take_the_density_of_the_model(name: str) -> None:
+    """Its log-density is compared with a dense Jacobian in test_model_contract."""
+    grid = Solver("rk4_38", step=0.5)
+    model, x, given = make(name, grid)
+    task = TableTask(("a", "b"), ("c", "d") if given else ())
+    settings: Any = SimpleNamespace(
+        task=task, regularizers={"kinetic": 0.1}, measured=(), training=get_recipe("table").training
+    )
+    inputs, batch = FlowInput(x, given.get("context")), torch.cat([x, *given.values()], 1)
+    nll = -model.log_prob(x, **given)
+    kinetic = model.encode(x, **given).regularization["kinetic"]
+    terms = StepObjective(model, settings)(inputs, grid)
+    assert float(terms.row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad((nll + 0.1 * kinetic).mean() / 2, parameters, allow_unused=True)
+    for found, exact in zip(torch.autograd.grad(terms.loss, parameters, allow_unused=True), wanted, strict=True):
+        torch.testing.assert_close(found, exact)
+    model.eval()
+    with torch.no_grad():
+        row = measure_batch(model, settings, batch, index=0, rank=0, training_solver=Solver("euler", step=0.5))
+        coarse = -model.log_prob_of(model.encode(x, **given, solver=Solver("euler", step=0.5)))
+    assert float(row["nll"]) == pytest.approx(float(nll.mean()), rel=1e-9)
+    assert float(row["gap"]) == pytest.approx(float((coarse - nll).mean()), rel=1e-9)
+    assert float(row["kinetic"]) == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
+    result = evaluate(model, batch, measure=task, batch_size=2)
+    assert result.means["nll"].samples == pytest.approx(nll.tolist(), rel=1e-9)
+    assert result.penalties["kinetic"] == pytest.approx(float(kinetic.mean()) / 2, rel=1e-9)
+
+
+def test_a_base_of_single_columns_is_refused() -> None:
+    """Three samples of three columns would be broadcast."""
+
+    class Columns(TableFlow):
+        @property
+        def base(self) -> Distribution:
+            return Normal(torch.zeros(3), torch.ones(3))
+
+    with pytest.raises(ConfigError, match=r"log-density of the base has shape \(3, 3\).*Independent"):
+        Columns(3, hidden=4).log_prob(torch.zeros(3, 3))
+
+
+def test_a_model_that_is_no_density_model(recipe: Recipe) -> None:
+    with pytest.raises(PluginError, match=r"'nothing'.*not a DensityModel.*Write a model"):
+        recipe.override(["model.name=nothing"]).build_flow()
