@@ -80,7 +80,7 @@ SIDEBAR = {
     "faq": "troubleshooting cli glossary",
     "api/index": "api/types api/torchdyn api/torchdiffeq api/flow_matching api/core api/solvers api/fields"
     " api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins api/errors",
-    "contributing": "plugins third_party_plugin maf_tables parquet_pictures architecture changelog"
+    "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures architecture changelog"
     " code_of_conduct security",
 }
 TITLES = {  # shorter ones, for the sidebar

@@ -45,11 +45,8 @@ def rnode_register_regularizers() -> Mapping[str, Any]:
 def rnode_register_models() -> Mapping[str, Any]:
     """Models that a recipe can name.
 
-    A model derives from :class:`~rnode_plugin.core.distribution.DensityModel`, whose page lists what diagnosis and
-    export need. A model of a table has the arguments and methods of :class:`~rnode_plugin.flows.table.TableFlow`. A
-    model of images takes the image shape ``(C, H, W)`` and keyword-only options, and has the methods of
-    :class:`~rnode_plugin.flows.multiscale.MultiscaleFlow`: called with dequantized images ``x (B, C, H, W)`` in
-    ``[0, 1]``, it returns a :class:`~rnode_plugin.core.objective.FlowOutput` whose ``logdet (B,)`` is in nats.
+    A model is a callable that takes the shape of an image or the number of columns, and the settings of the recipe
+    by name. It returns a :class:`~rnode_plugin.DensityModel`. The page "Write a model" states the contract.
     """
     ...
 
