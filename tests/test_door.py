@@ -494,7 +494,7 @@ def test_hooks_of_all_modules_are_seen_in_a_recognised_stack() -> None:
 
 
 class Accumulating(nn.Module):
-    """A field that keeps penalties of its own in the first columns."""
+    """A field that accumulates a cost in the first columns."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -521,13 +521,13 @@ def test_columns_that_the_field_never_reads_are_named_once(columns: int) -> None
         NeuralODE(Net(), solver="rk4", regularizers=["kinetic"])(states(), SPAN)
 
 
-@pytest.mark.parametrize("beside", [[], ["jacfrob"]])
-def test_a_rate_sees_what_it_declared_and_nothing_else(beside: list[str]) -> None:
+@pytest.mark.parametrize("others", [[], ["jacfrob"]])
+def test_a_rate_sees_what_it_declared_and_nothing_else(others: list[str]) -> None:
     rate = FunctionRegularizer("undeclared", lambda evaluation: evaluation.squared_frobenius())
     with pytest.raises(ConfigError, match=r'needs = \{"vjp"\}'):
-        penalties_at(Net(), 0.0, states(), [*beside, rate])
+        penalties_at(Net(), 0.0, states(), [*others, rate])
     declared = FunctionRegularizer("declared", lambda evaluation: evaluation.squared_frobenius(), needs={"vjp"})
-    penalties_at(Net(), 0.0, states(), [*beside, declared])
+    penalties_at(Net(), 0.0, states(), [*others, declared])
 
 
 def test_a_rate_that_differentiates_the_velocity_is_told_what_to_declare() -> None:

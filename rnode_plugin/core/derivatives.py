@@ -151,7 +151,7 @@ class AutogradField:
             ``dz`` of :meth:`linearize` is the velocity of the whole state, everything else belongs to the part.
         aux: maps ``(t, z)`` to values by name that the field offers. None takes the function's method ``aux``, if
             it has one.
-        around: what the function reads and changes beside its arguments.
+        around: what the function reads and changes in addition to its arguments.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class AutogradField:
             dz = f(t, z)
             if looks:
                 known.twice_differentiable = check_second_derivative(
-                    dz, z, start, self._beside(f, t, z), t, net=self._around.net, jvp=ask.jvp
+                    dz, z, start, self._elsewhere(f, t, z), t, net=self._around.net, jvp=ask.jvp
                 )
 
             def pull(v: Tensor) -> Tensor:
@@ -247,14 +247,14 @@ class AutogradField:
             products = None if products is None else without_graph(products)
         return Linearization(found, products, jvp, divergence, aux, _later(pull, keep=keep) if ask.pull else None)
 
-    def _beside(self, f: Velocity, t: Tensor, z: Tensor) -> Velocity:
+    def _elsewhere(self, f: Velocity, t: Tensor, z: Tensor) -> Velocity:
         """``f`` at other states, without a trace of the evaluation in the net or in the random numbers."""
 
-        def beside(time: Tensor, state: Tensor) -> Tensor:
+        def elsewhere(time: Tensor, state: Tensor) -> Tensor:
             with self._around.aside(z):
                 return f(time, state)
 
-        return beside
+        return elsewhere
 
     def _zero(self, f: Velocity, t: Tensor, z: Tensor, dz: Tensor) -> Tensor:
         """The product with the Jacobian of a field whose graph does not reach its state: zero.
@@ -272,7 +272,7 @@ class AutogradField:
             # another value in each entry, so that no symmetry of the field hides the change
             shift = torch.linspace(0.1, 0.3, max(state.numel(), 1), dtype=state.real.dtype, device=state.device)
             moved = state + shift[: state.numel()].reshape(state.shape) * (1 + state.abs())
-            there = self._beside(f, t, z)(t.detach(), moved)
+            there = self._elsewhere(f, t, z)(t.detach(), moved)
         if not torch.equal(there, dz):
             raise ConfigError(
                 "the vector field runs without a graph (no_grad, detach or numpy inside it), so its Jacobian would "

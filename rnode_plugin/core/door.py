@@ -114,7 +114,7 @@ class Door:
 
 
 def _explained(error: RuntimeError | AttributeError) -> ConfigError | None:
-    """An error that says what to do about a gradient inside a field; None for another error."""
+    """An error that names the remedy for a gradient inside a field; None for another error."""
     text = str(error)
     if isinstance(error, AttributeError):
         return ConfigError(_RUNS_ONCE.format(text)) if "Backward' object has no attribute" in text else None

@@ -37,7 +37,7 @@ def check_second_derivative(
     dz: Tensor,
     z: Tensor,
     start: int,
-    beside: Callable[[Tensor, Tensor], Tensor],
+    elsewhere: Callable[[Tensor, Tensor], Tensor],
     t: Tensor,
     *,
     net: nn.Module | None,
@@ -51,7 +51,7 @@ def check_second_derivative(
     Args:
         dz: the velocity at ``z``, a variable, with its graph.
         start: number of the first node of that graph.
-        beside: the same field at other times and states.
+        elsewhere: the same field at other times and states.
         t: the time.
         net: the module of the field; its functions are compared once.
         jvp: whether derivatives along directions are asked for, which take a second derivative for their value.
@@ -75,7 +75,7 @@ def check_second_derivative(
     new = {function for function in foreign if function not in known}
     if not new or half:
         return True
-    found = _compare(dz, z, beside, t)
+    found = _compare(dz, z, elsewhere, t)
     if found is False:
         names = " and ".join(sorted({foreign[each] for each in new}))
         raise ConfigError(
@@ -133,7 +133,7 @@ def _functions(dz: Tensor, z: Tensor, start: int) -> tuple[dict[Any, str], bool]
     return {function: name for node, (function, name) in suspects.items() if node in between}, depends
 
 
-def _compare(dz: Tensor, z: Tensor, beside: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> bool | None:
+def _compare(dz: Tensor, z: Tensor, elsewhere: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> bool | None:
     """Whether the second derivative by autograd is right; None where differences cannot show it, as at kinks."""
     generator = torch.Generator().manual_seed(0)
     v, w = (torch.randint(2, dz.shape, generator=generator).to(dz) * 2 - 1 for _ in range(2))
@@ -142,7 +142,7 @@ def _compare(dz: Tensor, z: Tensor, beside: Callable[[Tensor, Tensor], Tensor], 
 
     def product(state: Tensor, *, again: bool = False) -> Tensor | None:
         # a separate evaluation, because some backward passes run only once
-        velocity = beside(t, state)
+        velocity = elsewhere(t, state)
         return torch.autograd.grad(velocity, state, v, create_graph=again, allow_unused=True)[0]
 
     def difference(step: Tensor) -> Tensor:

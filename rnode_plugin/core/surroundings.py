@@ -1,4 +1,4 @@
-"""Surroundings: what an evaluation of a net reads and changes beside its arguments."""
+"""Surroundings: what an evaluation of a net reads and changes in addition to its arguments."""
 
 from __future__ import annotations
 

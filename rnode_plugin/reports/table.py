@@ -159,7 +159,7 @@ def _score(name: str) -> _Cell:
 
 
 def _unit(task: Task) -> str:
-    """The unit beside a number: ``bits/dim`` or ``nats``; the meaning of a row has what it counts per."""
+    """The unit next to a number: ``bits/dim`` or ``nats``; the meaning of a row has what it counts per."""
     return task.unit.partition(" ")[0]
 
 

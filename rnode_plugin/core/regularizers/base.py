@@ -93,9 +93,9 @@ class Regularizer:
             the event.
         time_gradient: whether a sum over the steps of a solve has the right gradient by the times of the solve. It
             has not for a rate that holds a part of itself fixed.
-        repeats: whether a rate evaluates the field again beside :meth:`velocity
-            <rnode_plugin.core.field_evaluation.FieldEvaluation.velocity>`, for ``jacobian()`` with a random
-            estimator or a ``total_derivative()`` above order 2. Then each evaluation notes its random draws.
+        repeats: whether a rate evaluates the field again for ``jacobian()`` with a random estimator or a
+            ``total_derivative()`` above order 2. Then each evaluation notes its random draws, as it does for the
+            need ``"field"``.
         needs: what a rate reads of an evaluation beyond ``t, z, dz, noise``: ``"vjp"``, ``"jvp"``, ``"aux"``,
             ``"field"``. Without a need, and without a density, an evaluation costs no product with the Jacobian.
         uses: what a step penalty reads that not every method has: ``"error"``, the embedded error estimate, and
