@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from rnode_plugin import MultiscaleFlow, RegularizedCNF, Solver, diagnose
+from rnode_plugin.core.derivatives import AutogradField
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.evaluation.diagnostics import checks, texts
 from rnode_plugin.evaluation.diagnostics.diagnose import compared_for, samples_for
@@ -36,7 +37,10 @@ from rnode_plugin.evaluation.diagnostics.result import Check, Diagnosis
 from rnode_plugin.evaluation.diagnostics.subject import HeldOut, Subject
 from rnode_plugin.flows.table import TableFlow
 
-NAMES = [texts.SOLVER_GAP, texts.TOLERANCE, texts.INVERTIBILITY, texts.NORMALISATION, texts.SAMPLES, texts.GAUSSIAN]
+NAMES = [
+    texts.SOLVER_GAP, texts.TOLERANCE, texts.INVERTIBILITY, texts.NORMALISATION, texts.GRADIENT, texts.SAMPLES,
+    texts.GAUSSIAN,
+]  # fmt: skip
 X = gaussian(MATRIX, 200)
 IMAGES = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(1))
 
@@ -99,7 +103,7 @@ def test_a_density_in_closed_form_passes() -> None:
     # the data are Gaussian, so no model is better than a Gaussian
     assert verdicts == {**dict.fromkeys(NAMES, "ok"), texts.GAUSSIAN: "cannot tell"}
     assert (found.samples, found.dims, found.failed, found.seed) == (256, 2, False, 0)
-    assert found.checks[4].numbers["samples"] == 300  # all that there are
+    assert found.checks[5].numbers["samples"] == 300  # all that there are
     assert found.solver == "dopri5, tolerance 1e-05"
     exact = -gaussian_log_prob(MATRIX, x[:256]).mean() / 2
     # a trace estimate with Gaussian noise is off by chance: of A the deviation is |A + A^T| / sqrt(2)
@@ -108,7 +112,8 @@ def test_a_density_in_closed_form_passes() -> None:
 
 
 def test_a_posterior_in_closed_form_passes() -> None:
-    found = {name: of(name, posterior(), *posterior_pairs(60)).verdict for name in NAMES}
+    names = [name for name in NAMES if name != texts.GRADIENT]  # it has no parameters
+    found = {name: of(name, posterior(), *posterior_pairs(60)).verdict for name in names}
     assert set(found.values()) <= {"ok", "cannot tell"}  # of 60 samples
 
 
@@ -235,6 +240,35 @@ def test_a_tolerance_that_is_converged_loose_or_out_of_reach() -> None:
     blows = of("tolerance", density(Blows()), torch.full((10, 2), 3.0))
     assert blows.verdict == "failed"
     assert "fails at tolerance 0.01" in blows.sentence
+
+
+# gradient -------------------------------------------------------------------------------------------------------
+
+
+class LostGraph(Linear):
+    """A field whose own product with the Jacobian has no graph, which loses the gradient of the log-determinant."""
+
+    def linearize(self, t: Tensor, z: Tensor, noise: Any = None, *, ask: Any = None) -> Any:
+        found = AutogradField(self.forward).linearize(t, z, noise, ask=ask)
+        products, divergence = (None if x is None else x.detach() for x in (found.products, found.divergence))
+        return found._replace(products=products, divergence=divergence)
+
+
+@pytest.mark.parametrize("model", [density(), image_flow(), table_flow()], ids=["density", "images", "table"])
+def test_a_gradient_that_agrees_with_differences_passes(model: nn.Module) -> None:
+    data = IMAGES if isinstance(model, MultiscaleFlow) else X * 0.1 + 10 if isinstance(model, TableFlow) else X
+    found = of("gradient", model, data)
+    assert found.verdict == "ok", found.sentence
+    assert found.numbers["difference"] < 0.02
+
+
+def test_a_product_without_a_graph_is_found() -> None:
+    found = of("gradient", density(LostGraph()))
+    assert (found.verdict, "lose their graph" in found.sentence) == ("failed", True)
+
+
+def test_a_model_without_parameters_has_no_gradient() -> None:
+    assert of("gradient", density(Still())).verdict == "left out"
 
 
 # invertibility, normalisation ----------------------------------------------------------------------------------

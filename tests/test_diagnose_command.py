@@ -25,7 +25,7 @@ from rnode_plugin.reports.diagnosis import draw_check
 from rnode_plugin.reports.runs import read_run
 from rnode_plugin.training.runs import RunFolder
 
-NAMES = ["solver gap", "tolerance", "invertibility", "normalisation", "samples", "gaussian"]
+NAMES = ["solver gap", "tolerance", "invertibility", "normalisation", "gradient", "samples", "gaussian"]
 
 
 @pytest.fixture(scope="module")

@@ -140,10 +140,10 @@ def diagnose(ctx: click.Context, *, run: str, quiet: bool, as_json: bool, **opti
     \b
     rnode-cli diagnose runs/digits/0
 
-    Six checks on held-out images or rows: the training solver against an accurate one, the NLL against the
+    Seven checks on held-out images or rows: the training solver against an accurate one, the NLL against the
     tolerance, the error after a round trip through the latent, the log-determinant against the Jacobian of the
-    map, a classifier that separates samples from data, and the score against a Gaussian. Each check has a verdict
-    and a sentence with its meaning and advice.
+    map, the gradient against difference quotients, a classifier that separates samples from data, and the score
+    against a Gaussian. Each check has a verdict and a sentence with its meaning and advice.
 
     Writes diagnosis.json and diagnosis/ (PNG and SVG). `rnode-cli report` shows the diagnosis of the best weights
     of a run. The exit code is 3 if a check failed.

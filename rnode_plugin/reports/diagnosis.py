@@ -88,6 +88,12 @@ _PAINTERS: Mapping[str, Callable[[Any, Check], None]] = {
     texts.NORMALISATION: _differences(
         "by_jacobian", "reported", "log-density by the Jacobian of the map [nats]", "model minus Jacobian [nats]"
     ),
+    texts.GRADIENT: _differences(
+        "by_differences",
+        "by_autograd",
+        "slope of the log-density by differences [nats]",
+        "autograd minus differences",
+    ),
     texts.SAMPLES: _samples,
     texts.GAUSSIAN: _differences(
         "nll_gaussian", "nll", "NLL of a Gaussian [nats/dim]", "model minus Gaussian [nats/dim]"

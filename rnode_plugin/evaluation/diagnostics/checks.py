@@ -1,7 +1,8 @@
-"""The six checks: each measures a model on held-out data and gives a verdict; ``texts`` has the sentences."""
+"""The seven checks: each measures a model on held-out data and gives a verdict; ``texts`` has the sentences."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,19 +12,23 @@ from torch import Tensor
 
 from ...core.trace_estimators import Exact
 from ...data.tables import gaussian_scores
-from ...errors import SolverError
+from ...errors import ConfigError, SolverError
 from ...solvers import Solver
 from ...solvers.config import solver_text
 from ..measures import measure_solver_gap, standard_error
 from .result import Check, Verdict
 from .subject import Encoded, HeldOut, Subject
-from .texts import GAUSSIAN, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE, text_of
+from .texts import GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE, text_of
 
 # thresholds: warning and failed
 GAP = 0.005, 0.05  # nats per dimension
 LOST = 1e-3, 1e-2  # of the data's spread
 UNEXPLAINED = 1e-3  # nats per dimension: more than rounding
 VISIBLE, SEPARATED = 0.6, 0.9  # accuracies of the classifier
+WRONG, ROUGH = (
+    0.02,
+    0.1,
+)  # of the size of a gradient: more than difference quotients explain, and too rough for them
 FALSE_ALARM = 1e-3  # probability in each check that is statistical
 # sizes
 BUDGET = 20_000  # evaluations of one solve
@@ -156,6 +161,60 @@ def _by_jacobian(subject: Subject, z: Tensor, context: Tensor | None, solver: So
         rows = [torch.autograd.grad(x[:, k].sum(), z, retain_graph=True)[0] for k in range(subject.dims)]
     logdet = torch.linalg.slogdet(torch.stack(rows, 1).cpu().double()).logabsdet
     return base.log_prob(z.detach().reshape(len(z), *base.event_shape)).cpu().double() - logdet
+
+
+def gradient(subject: Subject, data: HeldOut) -> Check:
+    """The gradient of the log-density by the parameters, against difference quotients along random directions.
+
+    A fixed grid and fixed noise make the log-density a smooth function of the parameters. Quotients with two
+    lengths show how far they can be trusted.
+    """
+    few, directions = data.first(4), 4
+    twin = copy.deepcopy(subject.model)
+    model = twin.solved_with(solver=Solver(method="rk4_38", step=0.25))
+    parameters = [p for p in twin.parameters() if p.is_floating_point()]
+    if not parameters:
+        return _check(GRADIENT, "left out", "no parameters", {}, {})
+    starts = [p.detach().clone() for p in parameters]
+
+    def log_prob() -> Tensor:
+        with few.noise():
+            return model.log_prob_of(model.encode(few.x, context=few.context)).sum()
+
+    def moved(ways: list[Tensor], length: float) -> float:
+        for parameter, start, way in zip(parameters, starts, ways, strict=True):
+            parameter.copy_(start + length * way)
+        return float(log_prob())
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            twin.requires_grad_(True)
+            found = torch.autograd.grad(log_prob(), parameters, allow_unused=True)
+    except (ConfigError, RuntimeError) as error:
+        return _check(GRADIENT, "failed", "refused", {"failure": str(error)}, {})
+    generator = torch.Generator().manual_seed(data.seed)
+    by_autograd, fine, coarse = [], [], []
+    with torch.no_grad():
+        for _ in range(directions):
+            ways = [
+                torch.randn(p.shape, generator=generator).to(p) * p.square().mean().sqrt().clamp(min=0.01)
+                for p in starts
+            ]
+            slopes = [float((g * way).sum()) for g, way in zip(found, ways, strict=True) if g is not None]
+            by_autograd.append(sum(slopes))
+            for quotients, length in ((fine, 0.005), (coarse, 0.01)):
+                quotients.append((moved(ways, length) - moved(ways, -length)) / (2 * length))
+    exact, near, far = (np.array(each) for each in (by_autograd, fine, coarse))
+    size = max(float(np.sqrt(np.square(near).mean())), 1e-6)
+    difference, doubt = (float(np.abs(each - near).max() / size) for each in (exact, far))
+    allowed = WRONG + 3 * doubt
+    verdict, outcome = ("ok", "right") if difference <= allowed else ("failed", "wrong")
+    if doubt > ROUGH:
+        verdict, outcome = "cannot tell", "rough"
+    return _check(
+        GRADIENT, verdict, outcome, {}, {"by_autograd": by_autograd, "by_differences": fine},
+        difference=difference, allowed=allowed, doubt=doubt, directions=directions,
+    )  # fmt: skip
 
 
 def samples(subject: Subject, data: HeldOut) -> Check:

@@ -19,7 +19,7 @@ from ..loading import load_for_evaluation
 from . import checks
 from .result import Check, Diagnosis
 from .subject import HeldOut, Subject
-from .texts import FAILED, GAUSSIAN, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE
+from .texts import FAILED, GAUSSIAN, GRADIENT, INVERTIBILITY, NORMALISATION, SAMPLES, SOLVER_GAP, TOLERANCE
 
 
 def samples_for(dims: int) -> int:
@@ -75,9 +75,9 @@ def diagnose(
         progress: called with the name of each check before it is made.
 
     Returns:
-        Diagnosis: solver gap, tolerance, invertibility, normalisation, samples and gaussian. NLL and gaps are in
-        nats per dimension. A check in which a solver fails has failed. The last two checks are statistical and fail
-        a correct model about once in 1000 times each.
+        Diagnosis: solver gap, tolerance, invertibility, normalisation, gradient, samples and gaussian. NLL and gaps
+        are in nats per dimension. A check in which a solver fails has failed. The last two checks are statistical
+        and fail a correct model about once in 1000 times each.
 
     Raises:
         ConfigError: for another class of model, fewer than two samples, values that are not finite, and a context
@@ -109,6 +109,7 @@ def diagnose(
         TOLERANCE: lambda: checks.tolerance(subject, data),
         INVERTIBILITY: lambda: checks.invertibility(subject, data),
         NORMALISATION: lambda: checks.normalisation(subject, data),
+        GRADIENT: lambda: checks.gradient(subject, data),
         SAMPLES: lambda: checks.samples(subject, everything),
         GAUSSIAN: lambda: checks.gaussian(subject, data, everything),
     }

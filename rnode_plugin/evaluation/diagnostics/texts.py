@@ -6,6 +6,7 @@ SOLVER_GAP = "solver gap"
 TOLERANCE = "tolerance"
 INVERTIBILITY = "invertibility"
 NORMALISATION = "normalisation"
+GRADIENT = "gradient"
 SAMPLES = "samples"
 GAUSSIAN = "gaussian"
 
@@ -30,6 +31,11 @@ FOUND = {
         "The log-density of the model differs by at most {difference:+.2g} nats from the change of variables with "
         "the Jacobian of the whole map. {allowed:.2g} nats are allowed, for {samples:.0f} samples with exact "
         "traces and an accurate solver. "
+    ),
+    GRADIENT: (
+        "The gradient of the log-density by automatic differentiation differs by at most {difference:.2g} of its "
+        "size from difference quotients along {directions:.0f} random directions of the parameters. {allowed:.2g} "
+        "is allowed. "
     ),
     SAMPLES: (
         "A classifier separates samples from held-out data in {percent:.0f} % of cases. Guessing gives "
@@ -75,6 +81,15 @@ MEANING = {
         "The density does not integrate to one. Look for a missing or doubled term of the log-determinant, such as "
         "a scale or a logit, for its sign, and for an error in the products that the field computes."
     ),
+    (GRADIENT, "right"): "Training follows the density that the model reports.",
+    (GRADIENT, "wrong"): (
+        "Training follows something else. Look for a layer whose backward pass is a kernel or runs under no_grad, "
+        "and for a field whose own products lose their graph."
+    ),
+    (GRADIENT, "rough"): (
+        "The quotients of two lengths differ by {doubt:.2g}, because the log-density is not smooth enough in the "
+        "parameters or in single precision."
+    ),
     (SAMPLES, "same"): "No difference is seen.",
     (SAMPLES, "too few"): (
         "Smaller differences cannot be seen. Take more held-out data (in a run, by a larger data.held_out of a "
@@ -107,6 +122,8 @@ INSTEAD = {
         "The Jacobian of the whole map takes {dims:.0f} backward passes through a solve, and the limit is "
         "{limit:.0f}. Check a smaller model with the same layers."
     ),
+    (GRADIENT, "refused"): "The log-density has no gradient: {failure}",
+    (GRADIENT, "no parameters"): "The model has no parameters to differentiate by.",
     (SAMPLES, "left out"): (
         "{samples:.0f} held-out samples are too few to train a classifier. Use at least {fewest:.0f}."
     ),
