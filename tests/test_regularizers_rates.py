@@ -19,6 +19,7 @@ from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal
 from rnode_plugin.core.regularizers import FunctionRegularizer, Taylor
 from rnode_plugin.core.trace_estimators import Hutchinson, HutchPlusPlus, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
+from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
@@ -386,7 +387,30 @@ def test_bits_per_dim_of_known_densities() -> None:
     # uniform on [0, 1]^d: every one of 256 levels has probability 1/256, that is 8 bits
     assert bits_per_dim(torch.zeros(3), dims=5, levels=256).tolist() == [8.0] * 3
     # log2 of a density that is 2^10 in 5 dimensions
-    assert float(bits_per_dim(torch.tensor(10 * 0.6931471805599453).double(), dims=5)) == pytest.approx(-2.0)
+    found = bits_per_dim(torch.tensor(10 * 0.6931471805599453).double(), dims=5, levels=1)
+    assert float(found) == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 1.0), (-1 - 1 / 3, 1 + 1 / 3)])
+def test_bits_per_dim_of_any_range_are_the_bits_of_the_values(low: float, high: float) -> None:
+    """A density that is constant in each bin needs the bits of the discrete values, whatever the noise."""
+    chances = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    images = torch.tensor([0, 1, 2, 3], dtype=torch.uint8).reshape(4, 1, 1, 1)
+    x = dequantize(images, 4, low=low, high=high)
+    assert bool(((x >= low) & (x <= high)).all())
+    k = ((x.double() - low) / (high - low) * 4).floor().long().flatten()
+    log_prob = (chances[k] * 4 / (high - low)).log()
+    bits = bits_per_dim(log_prob, dims=1, levels=4, low=low, high=high)
+    torch.testing.assert_close(bits, -chances.log2())
+    # values that a model sees in the middle of their bins, k / 1.5 - 1, need the edges -1 - 1/3 and 1 + 1/3
+    if high > 1:
+        middle = dequantize(images, 4, low=low, high=high, clean=True)
+        torch.testing.assert_close(middle, images / 1.5 - 1)
+
+
+def test_bits_per_dim_of_an_empty_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="high must be above low"):
+        bits_per_dim(torch.zeros(3), dims=5, levels=256, low=1, high=-1)
 
 
 def test_standard_normal_log_prob() -> None:

@@ -131,22 +131,35 @@ def objective(
     return Objective(loss, nll, terms)
 
 
-def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int = 1) -> Tensor:
-    """``-log2 p / d`` of each sample for pixel values in bins: ``(B,)``.
+def bits_per_dim(log_prob: Tensor, *, dims: int, levels: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """``-log2 p / d`` of each sample for values in bins: ``(B,)``.
+
+    The log-density belongs to dequantised data ``low + (high - low) (k + u) / levels`` of values ``k`` in
+    ``0 .. levels - 1`` and uniform noise ``u`` in [0, 1), as
+    :func:`~rnode_plugin.flows.multiscale.dequantize` gives them. In expectation over u the result is then an upper
+    bound on the bits that the values themselves need. It is ``-log2 p / d + log2(levels / (high - low))``.
 
     Args:
-        log_prob: log-density ``(B,)`` in nats with respect to data scaled to [0, 1].
+        log_prob: log-density ``(B,)`` in nats with respect to the data that the model was given.
         dims: number of dimensions d of one sample.
-        levels: number of values a pixel can take; a bin is 1/levels wide, so the density of the unscaled data
-            is 1/levels of the density here in each dimension. 1 for data that was never binned.
+        levels: number of values that a pixel can take, 256 for images of 8 bits; 1 for data that was never binned.
+        low, high: the outer edges of the first and the last bin. A model whose images are ``k / 127.5 - 1`` has
+            its values in the middle of bins of width 2/255, so its edges are ``-1 - 1/255`` and ``1 + 1/255``.
+
+    Raises:
+        ConfigError: for a ``high`` that is not above ``low``.
 
     Example:
-        >>> import torch
+        >>> import math, torch
         >>> uniform = torch.zeros(2)  # log-density 0 on [0, 1]: each of 256 levels is equally likely
         >>> bits_per_dim(uniform, dims=784, levels=256)
         tensor([8., 8.])
+        >>> bits_per_dim(uniform - 784 * math.log(2), dims=784, levels=256, low=-1, high=1)
+        tensor([8., 8.])
     """
-    return math.log2(levels) - log_prob / (dims * math.log(2))
+    if not high > low:
+        raise ConfigError(f"high must be above low, the edges of the data's range: {high!r} is not above {low!r}.")
+    return math.log2(levels / (high - low)) - log_prob / (dims * math.log(2))
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:

@@ -56,19 +56,26 @@ def plan_stages(image_shape: Shape) -> list[Stage]:
 
 
 def dequantize(
-    images: Tensor, levels: int = 256, *, clean: bool = False, generator: torch.Generator | None = None
+    images: Tensor,
+    levels: int = 256,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    clean: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``(images + u) / levels`` as float32: a density for values that come in bins.
+    """``low + (high - low) (images + u) / levels`` as float32: a density for values that come in bins.
 
     Args:
         images: uint8 ``(B, C, H, W)`` with values 0..levels-1.
         levels: number of values a pixel can take, 1 to 256.
+        low, high: the outer edges of the first and the last bin, as for :func:`~rnode_plugin.bits_per_dim`.
         clean: ``u = 1/2``, the bins' centres: a density there is not a bound on the likelihood of the
             discrete image. Otherwise u is uniform in [0, 1), which bounds it from below in expectation.
         generator: draws u; of the images' device.
 
     Returns:
-        Values in [0, 1], of the shape of ``images``.
+        Values from ``low`` to ``high``, of the shape of ``images``.
 
     Raises:
         ConfigError: for another dtype.
@@ -77,7 +84,7 @@ def dequantize(
         raise ConfigError(f"dequantize takes uint8 images with values 0..{levels - 1}, not {images.dtype}.")
     x = images.to(torch.float32)
     u = 0.5 if clean else torch.rand(x.shape, device=x.device, generator=generator)
-    return (x + u) / levels
+    return low + (high - low) * ((x + u) / levels)
 
 
 def random_flip(x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
