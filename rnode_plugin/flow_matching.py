@@ -1,4 +1,4 @@
-"""Velocities trained without a solve: penalties at points, and flow_matching's ``ODESolver`` by our solver."""
+"""Velocities trained without a solve: penalties and scores at points, and flow_matching's ``ODESolver``."""
 
 from __future__ import annotations
 
@@ -84,6 +84,44 @@ def penalties_at(
         field = _Evaluated(field, velocity, view)
     dynamics = Dynamics(field, regularizers=rates, estimator=trace_noise, divergence=False, view=view, net=net)
     return dynamics.bind(dynamics.draw(dynamics.door.part(z))).evaluate(t, z).penalties
+
+
+def score(v: Callable[..., Tensor], t: Tensor | float, x: Tensor, noise_time: float = 1.0) -> Tensor:
+    """``grad log p_t(x)``, the score, from a velocity that was trained on straight paths between noise and data.
+
+    For ``x_t = (1 - t) data + t noise`` with standard normal noise, paired with the data at random, it is
+    ``-(x + (1 - t) v(t, x)) / t`` (arXiv 2303.08797). Unless the velocity is exact, this differs from the score of
+    the density that it samples: for that differentiate ``log_prob`` of :meth:`RegularizedCNF.from_velocity`.
+
+    Args:
+        v: the velocity, called by the names of its parameters, as ``(t, x)`` if these are not informative.
+        t: a number, or one time per sample, ``(B,)`` or ``(B, 1)``, as the velocity takes it.
+        x: states ``(B, *event)``.
+        noise_time: 1 for noise at time 1, 0 for noise at time 0, as in flow_matching and torchcfm.
+
+    Returns:
+        The score ``(B, *event)``.
+
+    Raises:
+        ConfigError: for another ``noise_time``, and for times where the state holds less than 1e-4 of the noise.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.flow_matching import score
+        >>> x = torch.ones(1, 2)
+        >>> score(lambda t, x: x / t, 0.5, x)  # the data are all zero: x_t = t noise
+        tensor([[-4., -4.]])
+    """
+    if noise_time not in (0, 1):
+        raise ConfigError(f"noise_time must be 0 or 1, not {noise_time!r}: the paths are straight between these.")
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    velocity = call_of(time_first(v))(t, x)
+    noise = t if noise_time == 1 else 1 - t
+    if not bool((noise >= 1e-4).all()):
+        raise ConfigError(f"the score is singular at the data, time {1 - noise_time:g}: give other times.")
+    noise = noise.reshape(-1, *(1,) * (x.ndim - 1)) if noise.ndim else noise
+    sign = 1 if noise_time == 1 else -1
+    return -(x + sign * (1 - noise) * velocity) / noise
 
 
 class _Evaluated(AutogradField):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rnode_plugin import RegularizedCNF, penalties_at
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.stack import linear_field
-from rnode_plugin.flow_matching import ODESolver
+from rnode_plugin.flow_matching import ODESolver, score
 
 SCALES = torch.tensor([0.5, -0.3, 1.0], dtype=torch.float64)
 
@@ -218,3 +218,62 @@ def test_a_velocity_without_time() -> None:
     z = points(4, 3)
     found = penalties_at(lambda x: 2 * x, 0.5, z, ["kinetic"])["kinetic"]
     torch.testing.assert_close(found, 4 * z.square().sum(1))
+
+
+def mixture_on_straight_paths(noise: Tensor) -> torch.distributions.Distribution:
+    """The distribution of ``(1 - noise) data + noise * normal`` for data from two Gaussians in the plane."""
+    means = torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
+    width = ((0.5 * (1 - noise)) ** 2 + noise**2).sqrt()
+    normals = torch.distributions.Normal((1 - noise) * means, width.expand(2, 2))
+    return torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.tensor([0.7, 0.3], dtype=torch.float64)),
+        torch.distributions.Independent(normals, 1),
+    )
+
+
+def velocity_on_straight_paths(x: Tensor, noise: Tensor) -> Tensor:
+    """The mean of normal - data at a state, by Bayes' rule over the two Gaussians, without a score."""
+    components: Any = mixture_on_straight_paths(noise)
+    inner = components.component_distribution
+    logits = inner.log_prob(x[:, None]) + components.mixture_distribution.logits
+    shift = x[:, None] - inner.base_dist.loc
+    variance = inner.base_dist.variance
+    normal = noise / variance * shift
+    data = inner.base_dist.loc / (1 - noise) + 0.25 * (1 - noise) / variance * shift
+    return (logits.softmax(1)[..., None] * (normal - data)).sum(1)
+
+
+@pytest.mark.parametrize("noise_time", [0, 1])
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_the_score_is_the_gradient_of_the_log_density(t: float, noise_time: int) -> None:
+    x = points(6, 2).requires_grad_()
+    sign = 1 if noise_time else -1
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        noise = t if noise_time else 1 - t
+        return sign * velocity_on_straight_paths(x, noise)
+
+    noise = torch.tensor(t if noise_time else 1 - t, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(mixture_on_straight_paths(noise).log_prob(x).sum(), x)
+    torch.testing.assert_close(score(velocity, t, x, noise_time=noise_time), expected)
+
+
+def test_a_score_at_one_time_per_sample() -> None:
+    x = points(4, 3, 2, 2)
+    t = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return x * (1 + t.reshape(-1, 1, 1, 1))
+
+    found = score(velocity, t, x)
+    each = torch.cat([score(velocity, float(s), x[i : i + 1]) for i, s in enumerate(t)])
+    torch.testing.assert_close(found, each)
+    torch.testing.assert_close(score(velocity, t[:, None], x), each)
+
+
+def test_a_score_where_there_is_none_is_refused() -> None:
+    for t, noise_time in ((0.0, 1.0), (1.0, 0.0), (torch.tensor([0.5, 0.0]), 1.0)):
+        with pytest.raises(ConfigError, match="the score is singular"):
+            score(lambda t, x: x, t, torch.randn(2, 2), noise_time=noise_time)
+    with pytest.raises(ConfigError, match="noise_time must be 0 or 1"):
+        score(lambda t, x: x, 0.5, torch.randn(2, 2), noise_time=0.999)
