@@ -36,6 +36,7 @@ _PUBLIC = {
     "export_program": "evaluation.programs",
     "save_program": "evaluation.programs",
     "penalties_at": "flow_matching",
+    "velocity_from_noise": "diffusion",
     "install": "torchdyn.neural_ode",
     "uninstall": "torchdyn.neural_ode",
     "hookimpl": "plugins.hookspecs",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .core.objective import FlowOutput, bits_per_dim, objective
     from .core.regularizers import Regularizer
     from .core.trace_estimators import Exact, Hutchinson
+    from .diffusion import velocity_from_noise
     from .errors import RnodeError, SolverError
     from .evaluation.diagnostics.diagnose import diagnose
     from .evaluation.programs import export_program, save_program

@@ -151,6 +151,9 @@ class ODESolver:
         time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a model that takes one time for each sample in this shape; None:
             a scalar.
 
+    Raises:
+        ConfigError: for the velocity of a diffusion model, whose data are at time 0.
+
     Attributes:
         nfe: evaluations of the velocity in the last call.
 
@@ -165,6 +168,11 @@ class ODESolver:
     """
 
     def __init__(self, velocity_model: Callable[..., Tensor], *, time_shape: str | None = None) -> None:
+        if hasattr(velocity_model, "check_ends"):
+            raise ConfigError(
+                "ODESolver has the noise at time 0 and the data at 1, and a diffusion model the other way round: "
+                "give its velocity to RegularizedCNF.from_velocity, with data_time= and noise_time=."
+            )
         self.velocity_model, self.time_shape = velocity_model, time_shape
         self.nfe = 0
 

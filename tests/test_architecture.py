@@ -17,7 +17,7 @@ ROOMS = {
     "core", "solvers", "fields", "plugins", "torchdiffeq", "torchdyn", "flows", "data", "recipes", "evaluation",
     "training", "reports", "comparison", "cli",
 }  # fmt: skip
-FLOORS = {"__init__", "__main__", "_version", "errors", "files", "flow_matching", "text"}
+FLOORS = {"__init__", "__main__", "_version", "diffusion", "errors", "files", "flow_matching", "text"}
 
 try:
     import tomllib

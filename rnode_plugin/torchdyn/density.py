@@ -140,8 +140,11 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             options: further arguments of the class, such as ``event_shape`` or ``base``; ``regularizers`` are none
                 unless given.
 
+        A net with a method ``check_ends(data_time, noise_time, *, base=None)`` may refuse times there, as those of
+        :func:`~rnode_plugin.velocity_from_noise` do where they are singular.
+
         Raises:
-            ConfigError: for all that the class refuses, for a fixed-step solver without ``steps``, for ``t_span``,
+            ConfigError: for all that the class or the net refuses, for a fixed-step solver without ``steps``, for ``t_span``,
                 which ``data_time``, ``noise_time`` and ``steps`` make, and for a velocity whose names do not say
                 how it is called.
         """
@@ -151,6 +154,8 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
                 "steps=, the steps of a fixed-step solver between them."
             )
         noise_time = 1.0 - data_time if noise_time is None else noise_time
+        if hasattr(net, "check_ends"):
+            net.check_ends(data_time, noise_time, base=options.get("base"))  # pyright: ignore[reportCallIssue]
         options = {"regularizers": (), **options}
         context = options.get("context_shape") is not None
         net = time_first(net, call=call, time_shape=time_shape, with_context=context)

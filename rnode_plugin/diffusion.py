@@ -1,0 +1,270 @@
+"""The velocity of a diffusion model, its probability-flow ODE, from a network that predicts noise or data."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core.signature import field_takes, time_first
+from .errors import ConfigError, suggest
+
+Level = Callable[[Tensor], Tensor]
+"""How much data or noise a state holds: a function of the time, tensor to tensor of the same shape."""
+
+PREDICTIONS = ("noise", "data", "score", "v")
+_LEAST = 1e-4  # the velocity divides by alpha and sigma
+_MOST_DATA = 0.1  # alpha / sigma at the noise end, where the base counts the state as noise alone
+
+
+def velocity_from_noise(
+    net: Callable[..., Any],
+    alpha: Level,
+    sigma: Level,
+    *,
+    predicts: str = "noise",
+    time_scale: float | None = None,
+    call: Callable[..., Tensor] | None = None,
+    time_shape: str | None = None,
+) -> DiffusionVelocity:
+    """The velocity of a diffusion model, for :meth:`RegularizedCNF.from_velocity` and its likelihoods.
+
+    The model was trained on states ``x_t = alpha(t) x + sigma(t) e`` of data ``x`` and noise ``e ~ N(0, I)``. Its
+    probability-flow ODE has the same distribution at each time (Song et al. 2021, arXiv 2011.13456)::
+
+        dx_t/dt = alpha'(t) x_hat + sigma'(t) e_hat
+
+    with the data and the noise that the network predicts. The base of the density is at the time of the noise.
+
+    Args:
+        net: the network, called by the names of its parameters, as in :meth:`RegularizedCNF.from_velocity`.
+        alpha, sigma: the schedule. Ready ones are ``*cosine()``, ``*linear_beta(0.1, 20)``, ``*from_betas(betas)``.
+        predicts: what the network returns, of the shape of ``x``: ``"noise"``, e; ``"data"``, x; ``"score"``, the
+            gradient of log p(x_t), which is ``-e / sigma``; ``"v"``, ``alpha e - sigma x`` (arXiv 2202.00512).
+        time_scale: the network gets ``t * time_scale``. None: the number of betas less one with :func:`from_betas`,
+            whose network takes the index of a step, otherwise 1.
+        call: calls the network instead, as ``call(net, time, x)`` or ``call(net, time, x, context)`` with a scalar
+            time, such as ``lambda net, t, x: net(x, t).sample`` for the models of diffusers.
+        time_shape: ``"(B,)"`` or ``"(B, 1)"`` for a network that takes one time for each sample in this shape.
+
+    Raises:
+        ConfigError: for an unknown prediction, a schedule that does not return tensors, and a network without a
+            time. When called, for a network whose output has another shape than ``x``.
+
+    Example:
+        >>> import torch
+        >>> from rnode_plugin.diffusion import cosine
+        >>> v = velocity_from_noise(lambda x, t: 0 * x, *cosine(), predicts="data")  # the data are all zero
+        >>> model = RegularizedCNF.from_velocity(v, data_time=0.01, event_shape=2, trace_estimator="exact")
+        >>> noise = torch.distributions.Normal(0.0, v.sigma(torch.tensor(0.01)))
+        >>> x = noise.sample((4, 2))
+        >>> torch.allclose(model.log_prob(x), noise.log_prob(x).sum(1), atol=0.01)
+        True
+    """
+    if predicts not in PREDICTIONS:
+        raise ConfigError(suggest(predicts, PREDICTIONS, "prediction"))
+    if call is None and field_takes(net).order == "x":
+        raise ConfigError(
+            "no parameter of the network has the name of a time, such as t or timestep: give call=, such as "
+            "lambda net, t, x: net(x, sigma=t)."
+        )
+    if not all(isinstance(level(torch.tensor(0.5)), Tensor) for level in (alpha, sigma)):
+        raise ConfigError("alpha and sigma must be functions of a tensor that return one, such as torch.cos.")
+    scale = getattr(alpha, "time_scale", 1.0) if time_scale is None else time_scale
+    return DiffusionVelocity(time_first(net, call=call, time_shape=time_shape), alpha, sigma, predicts, scale)
+
+
+class DiffusionVelocity(nn.Module):
+    """What :func:`velocity_from_noise` returns: the velocity, called ``(t, x)`` or ``(t, x, context)``.
+
+    Attributes:
+        net: the network, called ``(time, x)`` or ``(time, x, context)``.
+        alpha, sigma, predicts, time_scale: as there.
+    """
+
+    def __init__(self, net: Any, alpha: Level, sigma: Level, predicts: str, time_scale: float) -> None:
+        super().__init__()
+        self.net, self.alpha, self.sigma, self.predicts, self.time_scale = net, alpha, sigma, predicts, time_scale
+
+    def forward(self, t: Tensor, x: Tensor, *context: Tensor) -> Tensor:
+        """The velocity ``(B, *event)`` at states ``x`` and ``t``, a scalar or one time per sample."""
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        both: Any = torch.func.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (torch.ones_like(t),))
+        levels, (alpha_rate, sigma_rate) = both
+        data, noise = self._data_and_noise(t, x, context, *levels)
+        return _rows(alpha_rate, x) * data + _rows(sigma_rate, x) * noise
+
+    def data_and_noise(self, t: Tensor | float, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        """The data and the noise, each ``(B, *event)``, that the network predicts for states ``x`` at ``t``.
+
+        On noised data ``alpha(t) data + sigma(t) noise`` the mean squared error of the noise is the training loss
+        if schedule, prediction and time scale are as in training.
+        """
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        return self._data_and_noise(t, x, context, self.alpha(t), self.sigma(t))
+
+    def check_ends(self, data_time: float, noise_time: float, *, base: object = None) -> None:
+        """Refuse times between which there is no density; ``from_velocity`` calls it.
+
+        Args:
+            data_time, noise_time: as there.
+            base: the distribution at the noise; None: the standard normal.
+
+        Raises:
+            ConfigError: where alpha or sigma is below 1e-4, where the state at ``noise_time`` holds data or its
+                noise has another scale than the base, and for times that are exchanged.
+        """
+        (alpha, sigma), (last_alpha, last_sigma) = self._levels(data_time), self._levels(noise_time)
+        if not (self._is_regular(data_time) and self._is_regular(noise_time)):
+            wrong = "alpha or sigma is below 1e-4 there, where the velocity is singular"
+        elif last_alpha > _MOST_DATA * last_sigma:
+            wrong = f"at noise_time the state holds data (alpha {last_alpha:.3g}, sigma {last_sigma:.3g})"
+        elif alpha * last_sigma <= last_alpha * sigma:
+            wrong = "at data_time the state holds no more data than at noise_time"
+        elif base is None and abs(last_sigma - 1) > _MOST_DATA:
+            raise ConfigError(
+                f"at noise_time={noise_time:g} the noise has the standard deviation {last_sigma:g}, not 1: give "
+                f"base=Independent(Normal(0 * ones, {last_sigma:g} * ones), ones.ndim), where ones is "
+                "torch.ones(event_shape)."
+            )
+        else:
+            return
+        raise ConfigError(
+            f"no density from data_time={data_time:g} to noise_time={noise_time:g}: {wrong}. {self._advice()}"
+        )
+
+    def _data_and_noise(
+        self, t: Tensor, x: Tensor, context: Sequence[Tensor], alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        found = self.net(t * self.time_scale, x, *context)
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(
+                f"the network returned {got} for states {tuple(x.shape)}: give a call= that picks the prediction, "
+                "such as lambda net, t, x: net(x, t).sample, or net(x, t).chunk(2, 1)[0] with a learned variance."
+            )
+        alpha, sigma = _rows(alpha, x), _rows(sigma, x)
+        if self.predicts == "data":
+            return found, (x - alpha * found) / sigma
+        if self.predicts == "v":
+            square = alpha**2 + sigma**2
+            return (alpha * x - sigma * found) / square, (sigma * x + alpha * found) / square
+        noise = found if self.predicts == "noise" else -sigma * found
+        return (x - sigma * noise) / alpha, noise
+
+    def _levels(self, t: float) -> tuple[float, float]:
+        time = torch.tensor(t, dtype=torch.float64)
+        return float(self.alpha(time)), float(self.sigma(time))
+
+    def _is_regular(self, t: float) -> bool:
+        return all(level >= _LEAST for level in self._levels(t))  # false too outside of a table, for nan
+
+    def _advice(self) -> str:
+        """The times of [0, 1] to give."""
+        data = next(filter(self._is_regular, (0.0, 1e-3, 1e-2)), 0.0)
+        noise = next(filter(self._is_regular, (1.0, 0.999, 0.99)), 1.0)
+        alpha, sigma = self._levels(noise)
+        if self._is_regular(data) and alpha <= _MOST_DATA * sigma:
+            return f"Give data_time={data:g}, noise_time={noise:g}."
+        return (
+            "Give the times of your schedule's data and noise. A beta of continuous time is the discrete one times "
+            "the number of steps: linear_beta(0.1, 20) for 1,000 steps from 1e-4 to 0.02."
+        )
+
+
+def _rows(level: Tensor, x: Tensor) -> Tensor:
+    """A scalar, or one number for each sample in the shape of ``x``."""
+    return level if level.ndim == 0 else level.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+# schedules ------------------------------------------------------------------------------------------------------
+
+
+def cosine() -> tuple[Level, Level]:
+    """``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``, of the continuous time 0 to 1.
+
+    For a network that was trained on Nichol and Dhariwal's discrete cosine schedule give its betas to
+    :func:`from_betas`.
+    """
+    return _cosine, _sine
+
+
+def linear_beta(low: float = 0.1, high: float = 20.0) -> tuple[Level, Level]:
+    """The variance-preserving SDE with ``beta(t) = low + t (high - low)``, of the continuous time 0 to 1.
+
+    ``alpha = exp(-t low / 2 - t^2 (high - low) / 4)`` and ``sigma = sqrt(1 - alpha^2)`` (arXiv 2011.13456, eq. 33).
+
+    Args:
+        low, high: beta at 0 and 1. They are the betas of N discrete steps times N.
+    """
+    of_time = functools.partial(_log_alpha_of_linear_beta, low=float(low), high=float(high))
+    return functools.partial(_alpha, of_time), functools.partial(_sigma, of_time)
+
+
+def from_betas(betas: Tensor | Sequence[float]) -> tuple[Level, Level]:
+    """The schedule of a network that was trained on discrete steps, such as DDPM's.
+
+    At the time ``t = k / (T - 1)`` of step ``k = 0 .. T - 1``, ``alpha`` is the square root of the product of
+    ``1 - beta`` up to and with step k, as in training. Its logarithm is a cubic spline between the steps.
+    :func:`velocity_from_noise` then gives the network ``k``, its fractions too.
+
+    Args:
+        betas: ``(T,)``, between 0 and 1, such as ``scheduler.betas`` of diffusers.
+
+    Raises:
+        ConfigError: for fewer than two betas, and for one that is not between 0 and 1.
+    """
+    from scipy.interpolate import CubicSpline  # slow to import
+
+    table = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+    if table.ndim != 1 or len(table) < 2 or not bool(((table > 0) & (table < 1)).all()):
+        raise ConfigError("betas must be a row of at least two numbers between 0 and 1, one for each step.")
+    curve = CubicSpline(range(len(table)), torch.log1p(-table).cumsum(0).numpy() / 2)
+    pieces = torch.as_tensor(curve.c)
+    return _Discrete(_alpha, pieces), _Discrete(_sigma, pieces)
+
+
+class _Discrete(nn.Module):
+    """A level of discrete steps. Between two of them ``log alpha`` is a cubic with the coefficients ``pieces``."""
+
+    pieces: Tensor
+
+    def __init__(self, level: Callable[[Level, Tensor], Tensor], pieces: Tensor) -> None:
+        super().__init__()
+        self.level, self.time_scale = level, pieces.shape[1]
+        self.register_buffer("pieces", pieces, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.level(self._log_alpha, t)
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        place = t * self.time_scale
+        piece = place.floor().clamp(0, self.time_scale - 1).long()
+        a, b, c, d = self.pieces.to(t).index_select(1, piece.reshape(-1)).reshape(4, *t.shape)
+        part = place - piece
+        inside = (part - 0.5).abs() < 0.51  # the last time of a solve may be rounded up
+        return torch.where(inside, ((a * part + b) * part + c) * part + d, math.nan)
+
+
+def _cosine(t: Tensor) -> Tensor:
+    return torch.cos(math.pi / 2 * t)
+
+
+def _sine(t: Tensor) -> Tensor:
+    return torch.sin(math.pi / 2 * t)
+
+
+def _log_alpha_of_linear_beta(t: Tensor, *, low: float, high: float) -> Tensor:
+    return -0.5 * t * low - 0.25 * t**2 * (high - low)
+
+
+def _alpha(log_alpha: Level, t: Tensor) -> Tensor:
+    return log_alpha(t).exp()
+
+
+def _sigma(log_alpha: Level, t: Tensor) -> Tensor:
+    return (-torch.expm1(2 * log_alpha(t))).sqrt()
