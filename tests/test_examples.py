@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rnode_plugin import NeuralODE
+from rnode_plugin import NeuralODE, Solver
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -21,6 +21,10 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 # each with a number of steps that takes a second or so, and the rows that its table must have
 TABLES = {
     "density_2d": (2, ["exact +none", "exact +kinetic", "gaussian", "rademacher"]),
+    "diffusion_likelihood": (
+        2,
+        [r"NLL of 2000 held-out points, truth: 2\.21", "perfect", "trained", "a mode of weight 8", "uniform"],
+    ),
     "drop_in_classifier": (2, ["none", r"\['kinetic', 'jacfrob'\]", r"\{'kinetic': 1, 'jacfrob': 1\}"]),
     "fine_tune_flow_matching": (1, ["flow matching", "fine-tuned, no penalty", "fine-tuned, both penalties"]),
     "few_steps": (2, ["none +0", r"total_derivative +2", r"finite_difference:0.1 +2"]),
@@ -87,6 +91,21 @@ def test_the_optimal_map_between_gaussians_is_the_closed_form():
     moved = linear - torch.eye(2)
     expected = (p.mean - q.mean).square().sum() + torch.trace(moved @ p.covariance_matrix @ moved.T)
     assert torch.allclose(cost, expected, rtol=1e-5)
+
+
+def test_the_perfect_noise_gives_the_density_of_the_data():
+    example = part_of("diffusion_likelihood")
+    schedule, data = example["from_betas"](example["BETAS"]), example["mixture"]()
+    torch.manual_seed(0)
+    x = data.sample((200,))
+    model = example["density"](example["perfect"](schedule), schedule, 0.0)
+    model = model.solved_with(solver=Solver("dopri5", atol=1e-6, rtol=1e-6))
+    with torch.no_grad():
+        found = model.log_prob(x)
+    # at data_time the data have the noise of the first step
+    noised = example["mixture"](*(float(level(torch.zeros(()))) for level in schedule))
+    assert (found - noised.log_prob(x)).abs().max() < 1e-3
+    assert abs((found - data.log_prob(x)).mean()) < 1e-3
 
 
 def test_the_grid_gives_log_z():
