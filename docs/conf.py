@@ -70,7 +70,7 @@ if not os.environ.get("DOCS_ONLINE"):
 
 # The sidebar: the pages of the first level, and the pages below each. Here, so that GitHub shows plain Markdown.
 SIDEBAR = {
-    "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching",
+    "start/first_steps": "start/install start/torchdyn start/torchdiffeq start/flow_matching start/diffusion",
     "gallery": "start/two_moons notebooks/classifier notebooks/flow_matching notebooks/table_density"
     " notebooks/image_flow",
     "which_penalty": "regularizers mathematics comparison",
@@ -78,8 +78,8 @@ SIDEBAR = {
     "torchdyn": "diagnose export",
     "images": "tables training scaling reports reproduce",
     "faq": "troubleshooting cli glossary",
-    "api/index": "api/types api/torchdyn api/torchdiffeq api/flow_matching api/core api/solvers api/fields"
-    " api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins api/errors",
+    "api/index": "api/types api/torchdyn api/torchdiffeq api/flow_matching api/diffusion api/core api/solvers"
+    " api/fields api/flows api/data api/recipes api/training api/evaluation api/reports api/plugins api/errors",
     "contributing": "plugins write_a_model third_party_plugin maf_tables parquet_pictures architecture changelog"
     " code_of_conduct security",
 }
