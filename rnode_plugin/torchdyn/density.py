@@ -144,9 +144,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         :func:`~rnode_plugin.velocity_from_noise` do where they are singular.
 
         Raises:
-            ConfigError: for all that the class or the net refuses, for a fixed-step solver without ``steps``, for ``t_span``,
-                which ``data_time``, ``noise_time`` and ``steps`` make, and for a velocity whose names do not say
-                how it is called.
+            ConfigError: for all that the class or the net refuses, for a fixed-step solver without ``steps``, for
+                ``t_span``, which ``data_time``, ``noise_time`` and ``steps`` make, and for a velocity whose names
+                do not say how it is called.
         """
         if "t_span" in options:
             raise ConfigError(
