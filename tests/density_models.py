@@ -14,6 +14,14 @@ from written_model import LaplaceFlow
 from rnode_plugin import DensityModel, MultiscaleFlow, RegularizedCNF, Solver, TableFlow
 
 ACCURATE = Solver("dopri5", atol=1e-8, rtol=1e-8)
+TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
+
+
+def linear(matrix: Tensor) -> nn.Module:
+    net = nn.Linear(len(matrix), len(matrix), bias=False).double()
+    with torch.no_grad():
+        net.weight.copy_(matrix)
+    return net
 
 
 class Conditional(nn.Module):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from density_models import MODELS, make
+from density_models import MODELS, TIGHT, linear, make
 from torch import Tensor, nn
 from torch.distributions import (
     AffineTransform,
@@ -31,15 +30,6 @@ from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
 from rnode_plugin.solvers import GRADIENTS
-
-TIGHT: dict[str, Any] = {"atol": 1e-10, "rtol": 1e-10}
-
-
-def linear(matrix: Tensor) -> nn.Module:
-    net = nn.Linear(len(matrix), len(matrix), bias=False).double()
-    with torch.no_grad():
-        net.weight.copy_(matrix)
-    return net
 
 
 @pytest.mark.parametrize("trace_estimator", ["exact", "rademacher"])
@@ -458,51 +448,3 @@ def test_without_an_absolute_tolerance() -> None:
     nn.init.zeros_(net.weight)
     model, x = RegularizedCNF(net, event_shape=2, solver="dopri5", atol=0.0, rtol=1e-5), torch.randn(3, 2)
     torch.testing.assert_close(model.log_prob(x), model.base.log_prob(x))
-
-
-# --- importance sampling ---
-
-
-class Mixing(nn.Module):
-    """``f(t, z) = tanh(B z)``: an off-diagonal Jacobian, so that the trace of one probe is noisy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = nn.Parameter(torch.tensor([[0.0, 0.5], [0.5, 0.0]]).double())
-
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return torch.tanh(z @ self.matrix.T)
-
-
-def test_weights_of_a_known_ratio() -> None:
-    """The density is N(0, e^-2a) and the target 3 N(0, s^2): each weight and log Z = log 3 are known."""
-    a = torch.diag(torch.tensor([0.2, -0.3], dtype=torch.float64))
-    model = RegularizedCNF(linear(a), event_shape=2, trace_estimator="exact", **TIGHT).double()
-    own = Independent(Normal(torch.zeros(2).double(), torch.exp(-a.diagonal())), 1)
-    target = Independent(Normal(torch.zeros(2).double(), 0.8), 1)
-    torch.manual_seed(0)
-    found = model.importance_sample(lambda x: target.log_prob(x) + math.log(3), 4000)
-    assert model.nfe > 0  # of this solve
-    expected = target.log_prob(found.x) + math.log(3) - own.log_prob(found.x)
-    torch.testing.assert_close(found.log_weights, expected, rtol=1e-6, atol=1e-6)
-    w = expected.exp()
-    torch.testing.assert_close(found.ess, w.sum() ** 2 / w.square().sum())
-    torch.testing.assert_close(found.log_z_error, w.std() / (w.mean() * 4000**0.5), rtol=1e-3, atol=0)
-    assert abs(float(found.log_z) - math.log(3)) < 4 * float(found.log_z_error)
-    second = (found.weights[:, None] * found.x.square()).sum(0)
-    torch.testing.assert_close(second, torch.full((2,), 0.64).double(), rtol=0.1, atol=0)
-
-
-@pytest.mark.parametrize("probes", [1, 4, 16])
-def test_log_z_is_not_biased_by_the_noise_of_the_probes(probes: int) -> None:
-    """The target is the density itself, log Z = 0; the mean of ``exp(log p - noisy log p)`` is off."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"event_shape": 2, "solver": "rk4_38", "t_span": torch.linspace(0, 1, 5)}
-    exact = RegularizedCNF(Mixing(), trace_estimator="exact", **options).double()
-    model = exact.solved_with(estimator=Hutchinson("rademacher", probes=probes))
-    found = model.importance_sample(exact.log_prob, 6000)
-    bound = 4 * float(found.log_z_error)
-    assert abs(float(found.log_z)) < bound
-    x, noisy = model.inverse_and_log_prob(torch.randn(6000, 2).double())
-    naive = (exact.log_prob(x) - noisy).logsumexp(0) - math.log(6000)
-    assert float(naive.detach()) > 1.5 * bound

@@ -7,7 +7,6 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..errors import ConfigError, check_count
 from .citations import citation
+from .importance_sampling import EXACT_DIMS, MOST_PROBES, PROBES, ImportanceSample, weigh
 from .objective import FlowOutput, standard_normal_log_prob
 from .regularizers import Weighted, span_policy
 from .trace_estimators import Exact, Hutchinson, TraceEstimator
@@ -222,10 +222,11 @@ class DensityModel(nn.Module, ABC):
     ) -> ImportanceSample:
         """Samples weighted by an unnormalised target: its normalising constant, and expectations under it.
 
-        With a random trace estimator ``exp(-log p)`` would be biased, by the factor ``exp(s^2 / 2)`` for a noise of
-        variance ``s^2`` in ``log p``. So each sample is solved with as many probes as the estimator has, at least
-        four, and half the variance of their mean is subtracted from the log-weight (arXiv 2602.18482). What is left
-        is of higher order in ``s^2`` over the number of probes.
+        A noisy ``log p`` would bias ``exp(-log p)``. So the trace is exact in up to 64 dimensions, or where the
+        estimator has as many probes as there are dimensions. In more, each sample is solved with at least four
+        probes, and with more until what their noise does to log Z is below a quarter of its standard error, see
+        :func:`~rnode_plugin.core.importance_sampling.weigh`. If more than 64 were needed (or more than the
+        estimator has), the answer is a ConfigError.
 
         Args:
             log_target: logarithm of the target's unnormalised density: ``(n, *event_shape)`` to ``(n,)``.
@@ -233,8 +234,8 @@ class DensityModel(nn.Module, ABC):
             context: ``context_shape`` for all samples or ``(n, *context_shape)``; only for a conditional density.
 
         Raises:
-            ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, and as in
-                :meth:`encode`.
+            ConfigError: for a number below one, a ``log_target`` that does not give ``(n,)``, a trace that is too
+                noisy, and as in :meth:`encode`.
             SolverError: from the solve.
 
         Example:
@@ -245,26 +246,32 @@ class DensityModel(nn.Module, ABC):
             >>> bool(error.abs() < 5 * found.log_z_error), bool(found.ess > 500)
             (True, True)
         """
-        model, probes = self, 1
-        if isinstance(self.estimator, Hutchinson):
-            probes = max(4, self.estimator.count)
-            model = self.solved_with(estimator=Hutchinson(self.estimator.noise))
-        elif not isinstance(self.estimator, Exact):
-            probes = 4
+        estimator = self.estimator
+        probes = estimator.count if isinstance(estimator, Hutchinson) else 1
+        exact = isinstance(estimator, Exact) or self.dims <= max(EXACT_DIMS, probes)
+        if exact:
+            model = self if isinstance(estimator, Exact) else self.solved_with(estimator=Exact())
+        else:  # probes of one sample are separate solves, whose spread is the noise
+            one = Hutchinson(estimator.noise) if isinstance(estimator, Hutchinson) else None
+            model = self.solved_with(estimator=one)
         z = self._draw_latents(check_count(n, "the number of samples"), None)
-        rows = self.context_rows(context, z)
-        rows = None if rows is None else rows.repeat_interleave(probes, 0)
-        x, log_prob = model.inverse_and_log_prob(z.repeat_interleave(probes, 0), context=rows)
-        x, log_prob = x[::probes], log_prob.double().reshape(n, probes)
+        rows, repeated = self.context_rows(context, z), 1 if exact else PROBES
+
+        def solved() -> tuple[Tensor, Tensor]:
+            many = None if rows is None else rows.repeat_interleave(repeated, 0)
+            x, log_prob = model.inverse_and_log_prob(z.repeat_interleave(repeated, 0), context=many)
+            self.nfe = model.nfe
+            return x[::repeated], log_prob.double().reshape(n, repeated)
+
+        x, log_prob = solved()
         log_target_x = log_target(x)
         if log_target_x.shape != (n,):
             raise ConfigError(
                 f"log_target must give one number per sample, ({n},), not {tuple(log_target_x.shape)}."
             )
-        log_weights = log_target_x.double() - log_prob.mean(1)
-        if probes > 1:
-            log_weights = log_weights - log_prob.var(1) / (2 * probes)
-        return ImportanceSample(x, log_weights)
+        if exact:
+            return ImportanceSample(x, log_target_x.double() - log_prob[:, 0])
+        return weigh(x, log_target_x, log_prob, lambda: solved()[1], least=probes, most=max(MOST_PROBES, probes))
 
     def distribution(self, context: Tensor | None = None) -> FlowDistribution:
         """The density as a :class:`torch.distributions.Distribution` with the batch shape of the contexts.
@@ -417,40 +424,6 @@ class DensityModel(nn.Module, ABC):
     def _like(self) -> Tensor:
         """A tensor of the dtype and on the device of this model; of torch's defaults where it has none."""
         return next(self.parameters(), next(self.buffers(), torch.empty(0)))
-
-
-@dataclass(frozen=True)
-class ImportanceSample:
-    """Samples of a density, weighted by a target.
-
-    Attributes:
-        x: samples ``(n, *event_shape)``.
-        log_weights: ``log p~(x) - log q(x) (n,)`` of the unnormalised target and the density, in double precision.
-    """
-
-    x: Tensor
-    log_weights: Tensor
-
-    @property
-    def weights(self) -> Tensor:
-        """Weights ``(n,)`` that sum to one: ``(weights * f(x)).sum()`` estimates the target's mean of ``f``."""
-        return self.log_weights.softmax(0)
-
-    @property
-    def ess(self) -> Tensor:
-        """Effective sample size, 1 to n: how many samples of the target these are worth."""
-        return 1 / self.weights.square().sum()
-
-    @property
-    def log_z(self) -> Tensor:
-        """Estimate of the logarithm of the target's normalising constant."""
-        return self.log_weights.logsumexp(0) - math.log(len(self.log_weights))
-
-    @property
-    def log_z_error(self) -> Tensor:
-        """Standard error of :attr:`log_z`, the relative one of the mean weight."""
-        n = len(self.log_weights)
-        return ((n / self.ess - 1).clamp(min=0) / (n - 1)).sqrt()
 
 
 def check_floating(x: Tensor, what: str) -> None:
