@@ -39,12 +39,6 @@ if TYPE_CHECKING:
     from ..training.fit import FitResult
 
 
-def _installed(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of loggers, or an error before anything heavy is imported."""
-    check_loggers(names)
-    return names
-
-
 @click.command()
 @click.argument("recipe", required=False, shell_complete=complete("recipes"))
 @short("data", "data-root", "size", "max-steps", "max-epochs")
@@ -63,14 +57,13 @@ def _installed(ctx: click.Context, param: click.Parameter, names: tuple[str, ...
 @click.option("--compile/--no-compile", default=None, help="Use torch.compile, which takes a minute at first.")
 @click.option("--runs", default="runs", show_default=True, metavar="FOLDER", help="Folder of all runs.")
 @click.option("--run-folder", metavar="FOLDER", help="Folder of a new run, instead of one under --runs.")
-@click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS), callback=_installed,
+@click.option("--logger", "loggers", multiple=True, metavar="|".join(LOGGERS),
               shell_complete=complete_one_of(*LOGGERS),
               help="Log there too, in addition to metrics.csv. May be repeated.")  # fmt: skip
 @click.option("--callback", "callbacks", multiple=True, metavar="MODULE:NAME",
               help="Use a callback of Lightning: an object, a class or a function. May be repeated.")  # fmt: skip
-@click.option(
-    "--num-nodes", type=click.IntRange(1), default=1, show_default=True, help="Machines of a distributed run."
-)
+@click.option("--num-nodes", type=click.IntRange(1), default=1, show_default=True, metavar="N",
+              help="Machines of a distributed run.")  # fmt: skip
 @download
 @click.option("--next/--no-next", "next_steps", default=True, hidden=True)  # of a run that `compare` reports on
 @click.pass_context
@@ -98,6 +91,7 @@ def train(
     from there on, and a recipe.json changes all of them.
     """
     try:
+        check_loggers(options["loggers"])
         found, resume = _chosen(recipe, resume, ctx, ffjord=options.pop("ffjord"))
         chosen = changed(found, options)
         if resume is None and chosen.training.weights is not None:
