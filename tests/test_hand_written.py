@@ -1,0 +1,123 @@
+"""The factors of lambda on the page of hand-written penalties, against the formulas of the projects it names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rnode_plugin import RegularizedCNF, penalties_at
+from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.torchdiffeq import odeint
+
+PAGE = Path(__file__).parents[1] / "docs" / "start" / "hand_written.md"
+D, C = 3, 0.37
+
+
+def from_the_page() -> dict[str, Any]:
+    """The functions that the page defines."""
+    (code,) = re.findall(r"<!-- run -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(code, names)
+    names["u"] = torch.sin  # which `relative` reads
+    return names
+
+
+Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
+# rate of a sample by the state, the velocity and the Jacobian (B, D, D), and our regularizers with their lambda
+ROWS: dict[str, tuple[Formula, Callable[[dict[str, Any]], Mapping[Any, float]]]] = {
+    "l1int": (lambda z, f, j: f.abs().mean(1), lambda page: {"l1": C}),
+    "l2int": (lambda z, f, j: f.norm(dim=1) / D**0.5, lambda page: {page["rms"]: C * D}),
+    "sl2int": (lambda z, f, j: f.norm(dim=1) ** 2, lambda page: {"kinetic": C * D}),
+    "dl2int": (
+        lambda z, f, j: torch.einsum("bij,bi->bj", j, f).norm(dim=1) / D**0.5,
+        lambda page: {page["rms_directional"]: C * D},
+    ),
+    "JFrobint": (lambda z, f, j: j.flatten(1).norm(dim=1) / D, lambda page: {page["rms_jacobian"]: C * D}),
+    "torchcfm, two": (
+        lambda z, f, j: (f.norm(dim=1) ** 2 + j.flatten(1).norm(dim=1) / D) / 2,
+        lambda page: {"kinetic": C * D / 2, page["rms_jacobian"]: C * D / 2},
+    ),
+    "curly": (lambda z, f, j: (f - z.sin()).norm(dim=1) ** 2, lambda page: {page["relative"]: C * D}),
+    "tfep": (
+        lambda z, f, j: f.norm(dim=1) ** 2 + j.flatten(1).norm(dim=1) ** 2,
+        lambda page: {"kinetic": C * D, "jacfrob": C * D},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_terms_of_the_loss_are_equal(name: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, D)).double()
+    z = torch.randn(6, D, dtype=torch.float64)
+    formula, ours = ROWS[name]
+    jacobian = torch.func.vmap(torch.func.jacrev(net))(z)
+    theirs = C * formula(z, net(z), jacobian).mean()
+    # one step of Euler over [0, 1] integrates the rate at its start
+    span = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    _, found = odeint(
+        lambda t, y: net(y), z, span, method="euler", regularizers=ours(from_the_page()), trace_noise="exact"
+    )
+    weights = list(net.parameters())
+    torch.testing.assert_close(found.loss(), theirs)
+    ours_by_weight, theirs_by_weight = (
+        torch.autograd.grad(each, weights, allow_unused=True, materialize_grads=True)
+        for each in (found.loss(), theirs)
+    )
+    torch.testing.assert_close(ours_by_weight, theirs_by_weight)
+
+
+def test_the_action_with_growth_is_cytobridges() -> None:
+    x, log_weight = torch.randn(6, D, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+    velocity, growth = torch.sin(x), torch.cos(x[:, :1])
+    theirs = C * ((velocity.square().sum(1, keepdim=True) / 2 + growth**2) * log_weight.exp()).mean()
+    _, found = odeint(
+        lambda t, y: (torch.sin(y[0]), torch.cos(y[0][:, :1])), (x, log_weight), torch.tensor([0.0, 1.0]),
+        method="euler", regularizers={from_the_page()["action"]: C * (D + 1)}, penalized=(0, 1),
+    )  # fmt: skip
+    torch.testing.assert_close(found.loss(), theirs)
+
+
+def test_the_mean_over_a_time_grid_is_mioflows() -> None:
+    x, times = torch.randn(6, D, dtype=torch.float64), torch.linspace(0.5, 2.5, 2001, dtype=torch.float64)
+    rate = -0.3
+    on_the_grid = (rate * x * torch.exp(rate * (times[:, None, None] - 0.5))).square().sum(2)
+    _, found = odeint(lambda t, y: rate * y, x, times[[0, -1]], regularizers={"kinetic": C * D / 2})
+    torch.testing.assert_close(found.loss(), C * on_the_grid.mean(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("alph", [(1.0, 100.0, 5.0), (2.0, 50.0, 3.0)])
+def test_the_loss_of_ot_flow_is_ours_times_its_weight(alph: tuple[float, float, float]) -> None:
+    torch.manual_seed(0)
+    field = PotentialField(D, hidden=8).double()
+    x = torch.randn(6, D, dtype=torch.float64)
+    model = RegularizedCNF(
+        field, event_shape=D, trace_estimator="exact", solver="euler",
+        regularizers={"kinetic": alph[0] / (2 * alph[1]), "hjb": alph[0] * alph[2] / (alph[1] * D)},
+    )  # fmt: skip
+    nll = -model.log_prob(x)
+    ours = nll.mean() / D + model.reg_loss()
+    # their potential is a0 times the field's
+    t = torch.zeros((), dtype=torch.float64)
+    f, rate = (
+        field(t, x),
+        torch.func.vmap(torch.func.grad(lambda t, z: alph[0] * field.potential(t, z[None])[0]), in_dims=(None, 0))(
+            t, x
+        ),
+    )
+    cost = f.square().sum(1) / 2
+    residual = (-rate + alph[0] * cost).abs()
+    theirs = (alph[0] * cost + alph[1] * nll + alph[2] * residual).mean()
+    torch.testing.assert_close(ours * alph[1] * D, theirs)
+
+
+def test_penalties_at_points_take_the_mean_over_the_samples() -> None:
+    z = torch.randn(6, D, dtype=torch.float64)
+    rates = penalties_at(lambda t, x: torch.sin(x), 0.5, z, ["kinetic"])
+    torch.testing.assert_close(rates["kinetic"].mean(), z.sin().norm(dim=1).square().mean())
