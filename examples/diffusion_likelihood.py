@@ -87,7 +87,7 @@ def density(net, schedule, data_time):
 def measure(model, x):
     """Log-densities ``(B,)`` in nats and kinetic energies ``(B,)`` per dimension."""
     found = model.encode(x, penalties=True)
-    return model.latent_log_prob(found.z) + found.logdet, found.regularization["kinetic"] / 2
+    return model.log_prob_of(found), found.regularization["kinetic"] / 2
 
 
 def draw(model, x, energy, far, far_energy, output):
