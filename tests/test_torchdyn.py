@@ -326,13 +326,18 @@ def test_a_solve_leaves_no_reference_cycle() -> None:
     kinds = ("autograd", "adjoint", "odeint", "cnf")
     for kind in kinds:
         _solve_of(kind, x, net).backward()
+
+    def garbage_of(kind: str) -> int:
+        _solve_of(kind, x, net).backward()
+        return gc.collect()
+
     gc.collect()
     gc.disable()
     gc.freeze()  # the collections below look at nothing older
     try:
         for kind in kinds:
-            _solve_of(kind, x, net).backward()
-            assert gc.collect() == 0, kind
+            # A tool that counts covered lines leaves cycles now and then, a cycle of the solve is there each time.
+            assert min(garbage_of(kind) for _ in range(3)) == 0, kind
     finally:
         gc.unfreeze()
         gc.enable()
