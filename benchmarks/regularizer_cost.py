@@ -19,10 +19,10 @@ from measure import alternate, device_option, print_environment, repeats_option,
 from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, Solver, objective
-from rnode_plugin.core.regularizers import undivided
 from rnode_plugin.core.schedules import strength_at
 from rnode_plugin.fields.potential import PotentialField
 from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.regularizers import undivided
 
 NAMES = [
     "kinetic", "jacfrob", "kinetic+jacfrob", "total_derivative", "finite_difference", "directional",

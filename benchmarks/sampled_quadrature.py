@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchdyn.datasets import ToyDataset
 
 from rnode_plugin import Dynamics, Exact, NeuralODE, Solver
-from rnode_plugin.core.regularizers import jacfrob, total_derivative
+from rnode_plugin.regularizers import jacfrob, total_derivative
 from rnode_plugin.solvers import ADAPTIVE_METHODS, solve
 from rnode_plugin.torchdyn.solver_names import method_from_torchdyn, resolve_solver
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rnode_plugin.core.regularizers import BUILTIN, KINDS
-from rnode_plugin.plugins.registry import get
+from rnode_plugin.plugins.registry import get_regularizer
+from rnode_plugin.regularizers import BUILTIN, KINDS, kind_of
 
 PAGE = Path(__file__).with_name("regularizers.md")
 _HEADERS = {
@@ -19,12 +19,12 @@ _HEADERS = {
 
 def with_tables(page: str) -> str:
     """``page`` with each table, between ``<!-- table: KIND -->`` and ``<!-- end -->``, made again."""
-    found = {name: get("regularizers", name) for name in BUILTIN}
+    found = {name: get_regularizer(name) for name in BUILTIN}
     for kind in KINDS:
         rows = [
             f"| `{name}` | {each.formula} | {each.cost or 'none'} | {each.source} |"
             for name, each in found.items()
-            if each.kind == kind
+            if kind_of(each) == kind
         ]
         table = "\n".join([_HEADERS[kind], "|---|---|---|---|", *rows])
         page = re.sub(

@@ -13,7 +13,7 @@ from torchdyn.datasets import ToyDataset
 from rnode_plugin import Dynamics, Solver, objective
 from rnode_plugin.core.objective import standard_normal_log_prob
 from rnode_plugin.core.random_streams import Stream, seeded
-from rnode_plugin.core.regularizers import jacfrob, kinetic
+from rnode_plugin.regularizers import jacfrob, kinetic
 from rnode_plugin.solvers import solve
 
 MEANS, DEVIATION = torch.tensor([-1.5, 1.5]), 0.35

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from rnode_plugin import NeuralODE
-from rnode_plugin.core.regularizers import FunctionRegularizer
 from rnode_plugin.fields import linear_field
+from rnode_plugin.regularizers import FunctionRegularizer
 
 
 def slow(t, z, dz):

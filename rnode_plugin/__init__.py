@@ -22,7 +22,7 @@ _PUBLIC = {
     "Solution": "solvers.solution",
     "Solver": "solvers",
     "Dynamics": "core.dynamics",
-    "Regularizer": "core.regularizers",
+    "Regularizer": "regularizers",
     "Exact": "core.trace_estimators",
     "Hutchinson": "core.trace_estimators",
     "objective": "core.objective",
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from .core.distribution import DensityModel
     from .core.dynamics import Dynamics
     from .core.objective import FlowOutput, bits_per_dim, objective
-    from .core.regularizers import Regularizer
     from .core.trace_estimators import Exact, Hutchinson
     from .diffusion import velocity_from_noise
     from .errors import RnodeError, SolverError
@@ -61,6 +60,7 @@ if TYPE_CHECKING:
     from .flows.table import TableFlow
     from .plugins.hookspecs import hookimpl
     from .recipes.recipe import get_recipe
+    from .regularizers import Regularizer
     from .solvers import Solver
     from .solvers.solution import Solution
     from .torchdyn.cnf import CNF

@@ -13,10 +13,10 @@ from torch import Tensor
 from .core.derivatives import VELOCITY, Ask, AutogradField, Linearization, as_field
 from .core.distribution import check_floating
 from .core.dynamics import Dynamics
-from .core.regularizers import check_batch_dim
+from .core.regularizer import Rate
 from .core.signature import call_of, time_first
 from .core.surroundings import module_of
-from .core.view import View
+from .core.view import View, check_batch_dim
 from .errors import ConfigError
 from .plugins.registry import resolve_regularizers
 from .solvers import Solver, solve
@@ -71,13 +71,13 @@ def penalties_at(
         raise ConfigError("penalties_at applies no lambda: give the names alone and weigh the rates by lambda / D.")
     weighted = resolve_regularizers(regularizers)
     check_batch_dim(batch_dim)
-    for name, entry in weighted.items():
-        if entry.regularizer.kind != "rate":
-            raise ConfigError(f"{name!r} is not a rate: it needs a solve, which penalties_at does not make.")
     t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
     if t.ndim and (t.numel(), t.shape[:1]) != (len(z), z.shape[:1]):
         raise ConfigError(f"t must be a number or of shape ({len(z)},) or ({len(z)}, 1), not {tuple(t.shape)}.")
     rates = [entry.regularizer for entry in weighted.values()]
+    for each in rates:
+        if not isinstance(each, Rate):
+            raise ConfigError(f"{each.name!r} is not a rate: it needs a solve, which penalties_at does not make.")
     net, field = module_of(field), call_of(time_first(field, with_context=False))
     view = None if batch_dim == 0 else View(batch_dim=None)
     if velocity is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-
-from rnode_plugin.core.regularizers import FunctionRegularizer
 
 
 class Linear(nn.Module):
@@ -50,9 +47,6 @@ class Wave(nn.Module):
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return self.w * torch.cos(t) * torch.tanh(z @ self.a.T + self.b)
-
-
-step_penalty = functools.partial(FunctionRegularizer, kind="step", divided_by_dims=False)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from rnode_plugin import MultiscaleFlow, NeuralODE, RegularizedCNF, Solver
 from rnode_plugin.cli import main
 from rnode_plugin.core.citations import _entries
-from rnode_plugin.core.regularizers import Source
 from rnode_plugin.plugins.registry import get, names
+from rnode_plugin.regularizers import Source
 
 
 def keys(text: str) -> list[str]:

@@ -6,27 +6,34 @@ import copy
 import importlib.util
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from rnode_plugin import hookimpl
+from rnode_plugin import Dynamics, NeuralODE, TableFlow, hookimpl, regularizers
 from rnode_plugin.cli import main
-from rnode_plugin.core import regularizers
-from rnode_plugin.core.regularizers import (
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.plugins.registry import get, get_regularizer, register, unregister
+from rnode_plugin.regularizers import (
     BUILTIN,
     FunctionRegularizer,
+    FunctionStepPenalty,
+    Rate,
     Regularizer,
+    kind_of,
     kinetic,
     local_error,
     paths,
+    rate,
     rates,
-    regularizer,
+    spans,
+    steps,
 )
-from rnode_plugin.plugins.registry import get, get_regularizer, register, unregister
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -52,13 +59,13 @@ def test_what_is_declared_is_registered_and_listed() -> None:
         assert get_regularizer(name).name == name
         assert isinstance(get_regularizer(name), Regularizer)
         assert declared.formula
-        assert (rows[name]["kind"], rows[name]["formula"]) == (declared.kind, declared.formula)
+        assert (rows[name]["kind"], rows[name]["formula"]) == (kind_of(get_regularizer(name)), declared.formula)
         assert rows[name]["source"] == str(declared.source)
 
 
-@pytest.mark.parametrize("module", [rates, paths])
+@pytest.mark.parametrize("module", [rates, steps, paths, spans])
 def test_every_declared_regularizer_has_its_line_in_the_list(module: ModuleType) -> None:
-    """If this fails, correct ``BUILTIN`` in ``rnode_plugin/core/regularizers/__init__.py``."""
+    """If this fails, correct ``BUILTIN`` in ``rnode_plugin/regularizers/__init__.py``."""
     room = module.__name__.rpartition(".")[2]
     declared = {f"{room}:{attribute}" for attribute, value in vars(module).items() if is_declared(value, module)}
     assert declared == {place for place in BUILTIN.values() if place.startswith(room)}
@@ -72,7 +79,9 @@ def is_declared(value: object, module: ModuleType) -> bool:
 def test_the_package_exports_every_regularizer_of_the_list() -> None:
     for place in BUILTIN.values():
         module, _, attribute = place.partition(":")
-        assert getattr(regularizers, attribute) is getattr({"rates": rates, "paths": paths}[module], attribute)
+        assert getattr(regularizers, attribute) is getattr(
+            importlib.import_module(f"rnode_plugin.regularizers.{module}"), attribute
+        )
         assert attribute in regularizers.__all__
         assert attribute in dir(regularizers), "the reference documents it"
     assert not hasattr(regularizers, "kinetik")
@@ -91,7 +100,7 @@ def test_copies_and_pickles_of_a_declared_function_are_the_same_object(declared:
     assert pickle.loads(pickle.dumps(declared)) is declared
 
 
-class Speed(nn.Module, Regularizer):
+class Speed(nn.Module, Rate):
     name = "speed"
     needs = frozenset({"jvp"})
 
@@ -105,7 +114,7 @@ class Described(Speed):
     """
 
 
-@regularizer("length", formula="the length", cost="nothing", source="a thesis")
+@rate("length", formula="the length", cost="nothing", source="a thesis")
 def length(evaluation: object) -> Tensor: ...
 
 
@@ -129,3 +138,39 @@ def test_a_plugins_regularizer_is_listed_as_it_declares_itself() -> None:
     assert shown["length"] == ["the length", "nothing", "a thesis"]
     assert shown["plain"] == ["one", "none", "two"]
     assert pickle.loads(pickle.dumps(length)) is length
+
+
+class OfNoKind(Regularizer):
+    name = "lost"
+
+    def __call__(self, record: object, /) -> Tensor: ...
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lost: NeuralODE(nn.Linear(2, 2), regularizers=[lost]),
+        lambda lost: Dynamics(nn.Linear(2, 2), regularizers=[lost]),
+        lambda lost: TableFlow(2, regularizers=[lost]),
+    ],
+)
+def test_a_regularizer_of_no_kind_is_refused(make: Callable[[Regularizer], object]) -> None:
+    with pytest.raises(ConfigError, match="derive from one of Rate, StepPenalty, TrajectoryPenalty, SpanPolicy"):
+        make(OfNoKind())
+
+
+def test_penalties_of_several_solves_are_joined_by_their_reduction() -> None:
+    """Three solves of 1, 1 and 2 steps with one value each."""
+    values, shares = [torch.tensor([x]) for x in (1.0, 2.0, 6.0)], (1.0, 1 / 2, 2 / 4)
+
+    def joined(penalty: Regularizer) -> float:
+        total = values[0]
+        for k in (1, 2):
+            total = penalty.join(total, values[k], solves=k + 1, share=shares[k])
+        return float(total)
+
+    assert joined(kinetic) == 9
+    assert joined(FunctionStepPenalty("sum", lambda step: step.h)) == 9
+    assert joined(FunctionStepPenalty("max", lambda step: step.h, reduction="max")) == 6
+    assert joined(FunctionStepPenalty("mean", lambda step: step.h, reduction="mean")) == (1 + 2 + 2 * 6) / 4
+    assert joined(FunctionStepPenalty("extra", lambda step: step.h, reduction="mean", local=True)) == 3

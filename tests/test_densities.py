@@ -26,9 +26,9 @@ from torchdyn_fields import mlp
 
 from rnode_plugin import Hutchinson, NeuralODE, RegularizedCNF, Solver, TableFlow
 from rnode_plugin.core.distribution import FlowDistribution
-from rnode_plugin.core.regularizers import LearnedEndTime, Steer
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
+from rnode_plugin.regularizers import LearnedEndTime, Steer
 from rnode_plugin.solvers import GRADIENTS
 
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
-from rnode_plugin.core.regularizers import LearnedEndTime
+from rnode_plugin.regularizers import LearnedEndTime
 from rnode_plugin.torchdiffeq import odeint
 
 DOUBLE = torch.float64

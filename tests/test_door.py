@@ -19,10 +19,10 @@ from torchdyn.nn import DataControl, DepthCat
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
 from rnode_plugin.core.derivatives import AutogradField
 from rnode_plugin.core.door import Door
-from rnode_plugin.core.regularizers import FunctionRegularizer
 from rnode_plugin.core.trace_estimators import Difference, Exact
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.flow_matching import ODESolver
+from rnode_plugin.regularizers import FunctionRegularizer
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
 SPAN = torch.tensor([0.0, 1.0])

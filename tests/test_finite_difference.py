@@ -10,7 +10,7 @@ from problems import Wave
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF, penalties_at
-from rnode_plugin.core.regularizers import FiniteDifference
+from rnode_plugin.regularizers import FiniteDifference
 from rnode_plugin.torchdiffeq import odeint, odeint_adjoint
 
 EPS = 0.01

@@ -23,12 +23,12 @@ from click.testing import CliRunner
 
 from rnode_plugin import NeuralODE, get_recipe, hookimpl
 from rnode_plugin.cli import main
-from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.data import ImageData, Table, get_dataset
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.plugins import builtin
 from rnode_plugin.plugins import registry as plugins
 from rnode_plugin.plugins.registry import KINDS, Plugin, Registry, get_regularizer
+from rnode_plugin.regularizers import Rate
 
 ROOT = Path(__file__).parents[1]
 REGULARIZERS = sorted(builtin.rnode_register_regularizers())
@@ -222,7 +222,7 @@ def test_objects_of_this_process():
         assert "x" not in [each.name for each in registry.report()], "nothing of it is left"
 
 
-class Gain(torch.nn.Module, Regularizer):
+class Gain(torch.nn.Module, Rate):
     name = "gain"
 
     def __init__(self, name: str = "gain") -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.dynamics import Dynamics
-from rnode_plugin.core.regularizers import curl, hjb
 from rnode_plugin.errors import ConfigError
 from rnode_plugin.fields.potential import PotentialField
+from rnode_plugin.regularizers import curl, hjb
 
 
 def test_velocity_and_rate_are_the_derivatives_of_the_potential() -> None:

@@ -12,8 +12,8 @@ from tiny_runs import BeforeStep, rows, run, tiny_recipe
 from rnode_plugin import Solver, get_recipe, load_flow
 from rnode_plugin.core.dynamics import Dynamics
 from rnode_plugin.core.random_streams import Stream, seeded
-from rnode_plugin.core.regularizers import kinetic
 from rnode_plugin.flows.multiscale import dequantize
+from rnode_plugin.regularizers import kinetic
 from rnode_plugin.solvers import solve
 from rnode_plugin.training import trainer
 from rnode_plugin.training.checkpoints import load_with_recipe

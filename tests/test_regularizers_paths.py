@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from rnode_plugin import MultiscaleFlow, NeuralODE, Solver
 from rnode_plugin.core.dynamics import Dynamics
-from rnode_plugin.core.regularizers import (
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.regularizers import (
     LearnedEndTime,
-    Regularizer,
     Steer,
     Straightness,
+    TrajectoryPenalty,
     TrajectoryPolynomial,
     linear_warmup,
 )
-from rnode_plugin.errors import ConfigError
-from rnode_plugin.plugins.registry import resolve_regularizers
 from rnode_plugin.solvers import GRADIENTS
 
 TIGHT: dict[str, Any] = {"atol": 1e-9, "rtol": 1e-9, "atol_adjoint": 1e-9, "rtol_adjoint": 1e-9}
@@ -100,8 +100,8 @@ def test_extra_times_are_no_outputs_on_a_fixed_grid_either() -> None:
 
 
 def test_times_of_a_penalty_may_be_outputs_too_but_not_outside() -> None:
-    class At(Regularizer):
-        name, kind = "at", "trajectory"
+    class At(TrajectoryPenalty):
+        name = "at"
 
         def __init__(self, *times: float) -> None:
             self.wanted = times

@@ -16,11 +16,11 @@ from rnode_plugin import NeuralODE, RegularizedCNF
 from rnode_plugin.core.derivatives import VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import Dynamics, Rates
 from rnode_plugin.core.objective import bits_per_dim, objective, standard_normal_log_prob
-from rnode_plugin.core.regularizers import FunctionRegularizer, Taylor
 from rnode_plugin.core.trace_estimators import Hutchinson, HutchPlusPlus, get_estimator
 from rnode_plugin.errors import ConfigError, PluginError
 from rnode_plugin.flows.multiscale import dequantize
 from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.regularizers import FunctionRegularizer, Taylor
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
 

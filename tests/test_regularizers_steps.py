@@ -7,22 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Linear, Wave, difference, directions, slope, step_penalty
+from problems import Linear, Wave, difference, directions, slope
 from scipy.integrate._ivp.rk import RK45
 from torch import Tensor, nn
 
 from rnode_plugin import NeuralODE, Solver, TableFlow
 from rnode_plugin.core.dynamics import Dynamics
-from rnode_plugin.core.regularizers import (
-    Regularizer,
+from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import (
+    FunctionStepPenalty,
     StepRecord,
     error,
     local_error,
     local_stiffness,
-    regularizer,
+    rate,
+    step_penalty,
     stiffness,
 )
-from rnode_plugin.errors import ConfigError
 from rnode_plugin.solvers import solve
 
 T = torch.tensor([0.0, 2.0], dtype=torch.float64)
@@ -36,10 +37,9 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "divided"), [({"kind": "step"}, False), ({}, True)])
-def test_a_function_is_divided_by_the_dimensions_if_it_is_a_rate(options: dict[str, str], divided: bool) -> None:
-    made: Regularizer = regularizer("mine", **options)(lambda record: record)
-    assert made.divided_by_dims is divided
+def test_a_function_is_divided_by_the_dimensions_if_it_is_a_rate() -> None:
+    assert rate("mine")(lambda evaluation: evaluation.dz).divided_by_dims
+    assert not step_penalty("mine")(lambda step: step.h).divided_by_dims
 
 
 def states(batch: int = 3) -> Tensor:
@@ -70,7 +70,7 @@ def replay(field: nn.Module, z: Tensor, times: Tensor) -> dict[str, Tensor]:
 def one_step(field: nn.Module, z: Tensor, times: Tensor) -> StepRecord:
     """One step of tsit5 between two times."""
     steps: list[StepRecord] = []
-    watch = step_penalty("watch", lambda step: steps.append(step) or step.z0[:, 0])
+    watch = FunctionStepPenalty("watch", lambda step: steps.append(step) or step.z0[:, 0])
     solver = Solver("tsit5", first_step=float(times.diff()), atol=1e3, rtol=1e3)
     solve(Dynamics(field, regularizers=[watch], divergence=False).bind(None), z, times, solver)
     (step,) = steps
@@ -80,7 +80,7 @@ def one_step(field: nn.Module, z: Tensor, times: Tensor) -> StepRecord:
 @functools.cache
 def accepted_times() -> Tensor:
     seen: list[Tensor] = []
-    watch = step_penalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
+    watch = FunctionStepPenalty("watch", lambda step: seen.append(step.t.reshape(())) or step.z0[:, 0])
     with torch.no_grad():
         solve(Dynamics(Wave(), regularizers=[watch], divergence=False).bind(None), states(), T, TIGHT)
     # a rejected step begins where the next one does
@@ -119,7 +119,7 @@ def test_reductions_and_what_a_step_shows() -> None:
         seen.append(step)
         return step.h * step.z0[:, 0].square()
 
-    penalties = [step_penalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
+    penalties = [FunctionStepPenalty(reduction, value, reduction=reduction) for reduction in ("sum", "mean", "max")]
     dynamics = Dynamics(Wave(), regularizers=penalties, divergence=False)
     found = solve(dynamics.bind(None), states(), T, Solver("rk4_38", step=0.5, atol=1e-3, rtol=1e-2))
     assert len(seen) == 12
@@ -232,7 +232,7 @@ def test_what_cannot_work_together_names_what_does(name: str, solver: str, mode:
 
 def test_stages_at_one_time_are_found_in_torchdyns_rk4() -> None:
     seen: list[StepRecord] = []
-    watch = step_penalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
+    watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], uses={"pair"})
     NeuralODE(Wave(), "rk4", regularizers=[watch])(states(), torch.linspace(0, 1, 3))
     for step in seen:
         a, b = step.pair  # pyright: ignore[reportGeneralTypeIssues]
@@ -250,10 +250,10 @@ def test_means_and_maxima_of_a_flow_are_those_of_all_its_steps(method: str) -> N
         return seen[-1]
 
     penalties = [
-        step_penalty("max", speed, reduction="max"),
-        step_penalty("sum", lambda step: step.velocities[0].square().mean(1)),
-        step_penalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
-        step_penalty("steps", lambda step: torch.ones(len(step.z0))),
+        FunctionStepPenalty("max", speed, reduction="max"),
+        FunctionStepPenalty("sum", lambda step: step.velocities[0].square().mean(1)),
+        FunctionStepPenalty("mean", lambda step: step.velocities[0].square().mean(1), reduction="mean"),
+        FunctionStepPenalty("steps", lambda step: torch.ones(len(step.z0))),
     ]
     flow = TableFlow(2, blocks=3, hidden=4, solver=Solver(method, step=None if method == "dopri5" else 0.5),
                      regularizers=penalties)  # fmt: skip
@@ -309,7 +309,7 @@ def test_images_have_the_penalties_of_flat_states(mode: str) -> None:
 def test_gradients_of_local_penalties_against_a_frozen_start() -> None:
     """The extra step again from the state that it started from, with parameters moved: that state stays."""
     seen: list[StepRecord] = []
-    watch = step_penalty("watch", lambda step: seen.append(step) or step.z0[:, 0], local=True)
+    watch = FunctionStepPenalty("watch", lambda step: seen.append(step) or step.z0[:, 0], local=True)
     field, z = Wave(3), torch.randn(2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     parameters, along = list(field.parameters()), directions(list(field.parameters()))
     names = ["local_error", "local_stiffness"]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rnode_plugin.core.derivatives import RATES, VELOCITY, Ask, AutogradField, Linearization
 from rnode_plugin.core.dynamics import BoundDynamics, Dynamics, FunctionDynamics, Rates
-from rnode_plugin.core.regularizers import Regularizer, jacfrob, kinetic
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
 from rnode_plugin.plugins.registry import resolve_regularizers
+from rnode_plugin.regularizers import Rate, jacfrob, kinetic
 from rnode_plugin.solvers import ADAPTIVE_METHODS, GRADIENTS, METHODS, Adjoint, Solver, check_all, get_method, solve
 
 # the step at which each fixed method's error on these problems is far below the tolerance that it is held to
@@ -98,7 +98,7 @@ def test_gradcheck_of_the_discrete_solve(method: str) -> None:
 def test_a_penalty_that_holds_the_fields_parameters_counts_them_once() -> None:
     """The adjoint takes each parameter once, or each of its gradients would be the whole."""
 
-    class Weight(nn.Module, Regularizer):
+    class Weight(nn.Module, Rate):
         name = "weight"
 
         def __init__(self, field: Wave) -> None:

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Linear, Wave, step_penalty
+from problems import Linear, Wave
 from torch import Tensor
 
 from rnode_plugin.core.dynamics import Dynamics, FunctionDynamics, Rates
-from rnode_plugin.core.regularizers import Regularizer, jacfrob, kinetic
-from rnode_plugin.core.regularizers.base import Trajectory
 from rnode_plugin.core.trace_estimators import Exact
 from rnode_plugin.errors import ConfigError, SolverError
+from rnode_plugin.regularizers import FunctionStepPenalty, Trajectory, TrajectoryPenalty, jacfrob, kinetic
 from rnode_plugin.solvers import (
     ADAPTIVE_METHODS,
     GRADIENTS,
@@ -55,8 +54,8 @@ def test_the_penalty_that_is_not_finite_is_named(method: str) -> None:
     assert "exploded" not in str(caught.value)
 
 
-class _BrokenTrajectory:
-    name, kind, rates = "bad", "trajectory", ()
+class _BrokenTrajectory(TrajectoryPenalty):
+    name = "bad"
 
     def times(self, t0: Tensor, t1: Tensor) -> Tensor:
         return torch.stack([(t0 + t1) / 2])
@@ -65,8 +64,8 @@ class _BrokenTrajectory:
         return trajectory.z[0][:, 0] * torch.nan
 
 
-def _broken_step(*, local: bool) -> Regularizer:
-    return step_penalty("bad", lambda step: step.z0[:, 0] * torch.nan, local=local)
+def _broken_step(*, local: bool) -> FunctionStepPenalty:
+    return FunctionStepPenalty("bad", lambda step: step.z0[:, 0] * torch.nan, local=local)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def test_each_attempted_step_reads_one_number(method: str) -> None:
 def step_lengths(t: Tensor, method: Method) -> list[float]:
     """Of the accepted steps."""
     seen: dict[float, float] = {}  # by the time of its start; a rejected step is followed by a shorter one
-    watch = step_penalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
+    watch = FunctionStepPenalty("watch", lambda step: seen.update({float(step.t): float(step.h)}) or step.z0[:, 0])
     bound = Dynamics(Wave(), regularizers=[watch]).bind(torch.ones(2, 3, dtype=torch.float64))
     solver = Solver(method, atol=1e-6, rtol=1e-6, first_step=0.37)
     solve(bound, torch.ones(2, 3, dtype=torch.float64), t, solver)

@@ -11,8 +11,8 @@ from problems import Wave
 from torch import Tensor
 
 from rnode_plugin.core.dynamics import Dynamics
-from rnode_plugin.core.regularizers import jacfrob, kinetic
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import jacfrob, kinetic
 from rnode_plugin.solvers import FIXED_METHODS, Solver, solve
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)

@@ -18,8 +18,8 @@ import torchdiffeq
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
-from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import Rate
 from rnode_plugin.torchdiffeq import install, odeint, odeint_adjoint, regularize, uninstall
 
 theirs: Any = torchdiffeq  # its functions have no annotations
@@ -470,7 +470,7 @@ def test_the_adjoint_may_have_a_method_of_its_own() -> None:
 def test_parameters_of_field_and_regularizer_count_once_in_the_adjoint() -> None:
     field = Field()
 
-    class OfTheField(nn.Module, Regularizer):
+    class OfTheField(nn.Module, Rate):
         name = "weighted"
 
         def __init__(self) -> None:

@@ -28,8 +28,8 @@ from torchdyn.numerics.solvers.ode import DormandPrince45, Euler, MSZero, RungeK
 from torchdyn_fields import WithTime, mlp
 
 from rnode_plugin import CNF, Exact, NeuralODE, RegularizedCNF, SolverError
-from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 from rnode_plugin.torchdiffeq import odeint
 
@@ -527,7 +527,7 @@ def test_stale_penalties_are_refused(sensitivity: str) -> None:
 
 
 def test_regularizer_with_parameters_is_trained_in_every_mode() -> None:
-    class Learned(nn.Module, Regularizer):
+    class Learned(nn.Module, Rate):
         name = "learned"
 
         def __init__(self) -> None:

@@ -24,9 +24,9 @@ from torchdyn.core.neuralde import NeuralODE as TorchdynNeuralODE
 import rnode_plugin
 from rnode_plugin import CNF, NeuralODE, RegularizedCNF, get_recipe
 from rnode_plugin.core.objective import objective
-from rnode_plugin.core.regularizers import Regularizer
 from rnode_plugin.core.trace_estimators import Hutchinson
 from rnode_plugin.errors import ConfigError
+from rnode_plugin.regularizers import Rate
 from rnode_plugin.solvers import GRADIENTS
 
 pytestmark = pytest.mark.ddp
@@ -62,7 +62,7 @@ class Field(nn.Module):
         return self.last(torch.tanh(self.first(torch.cat([z, t * torch.ones_like(z[:, :1])], 1))))
 
 
-class Learned(nn.Module, Regularizer):
+class Learned(nn.Module, Rate):
     """A penalty with its own parameter, which the states do not depend on."""
 
     name = "learned"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.regularizer import kind_of
 from ..errors import ConfigError, RnodeError, first_line
 from ..plugins import registry
 from ..text import counted, significant, table
@@ -128,8 +129,8 @@ def regularizers(*, as_json: bool) -> None:
         for name in sorted(plugin.registers["regularizers"]):
             try:
                 found = registry.get("regularizers", name)
-                cost = found.cost or ", ".join(sorted(found.needs)) or "none"
-                row = {"kind": found.kind, "formula": found.formula, "cost": cost, "source": str(found.source)}
+                cost = found.cost or ", ".join(sorted(getattr(found, "needs", ()))) or "none"
+                row = {"kind": kind_of(found), "formula": found.formula, "cost": cost, "source": str(found.source)}
             except RnodeError as error:
                 row = {"kind": "?", "formula": str(error), "cost": "?", "source": "?"}
             source = plugin.name if plugin.distribution is None else f"{plugin.distribution} {plugin.version}"

@@ -334,7 +334,7 @@ def cite(*, run: str | None) -> None:
 
     checkpoint = None if run is None else find_checkpoint(run)  # before torch is imported
     from ..core.citations import citation
-    from ..core.regularizers import jacfrob, kinetic
+    from ..regularizers import jacfrob, kinetic
 
     if checkpoint is None:
         click.echo(citation([kinetic, jacfrob]))

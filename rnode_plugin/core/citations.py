@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .regularizers.base import Regularizer, Source
+from .regularizer import Regularizer, Source
 from .trace_estimators import Hutchinson, HutchPlusPlus
 
 _ESTIMATORS = {Hutchinson: "hutchinson1989stochastic", HutchPlusPlus: "meyer2021hutch"}

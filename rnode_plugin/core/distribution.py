@@ -15,10 +15,12 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 from ..errors import ConfigError, check_count
 from .citations import citation
+from .followed_solve import Kinds
 from .importance_sampling import EXACT_DIMS, MOST_PROBES, PROBES, ImportanceSample, weigh
 from .objective import FlowOutput, standard_normal_log_prob
-from .regularizers import Weighted, span_policy
+from .regularizer import Regularizer
 from .trace_estimators import Exact, Hutchinson, TraceEstimator
+from .weighing import Weighted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,7 +84,7 @@ class DensityModel(nn.Module, ABC):
     base: Distribution
     solver: Any
     estimator: TraceEstimator
-    regularizers: Sequence[Any] = ()
+    regularizers: Sequence[Regularizer] = ()
     nfe: int = 0
 
     @abstractmethod
@@ -285,7 +287,11 @@ class DensityModel(nn.Module, ABC):
         return FlowDistribution(self, context)
 
     def solved_with(
-        self, *, solver: Any = None, estimator: TraceEstimator | None = None, regularizers: Sequence[Any] = ()
+        self,
+        *,
+        solver: Any = None,
+        estimator: TraceEstimator | None = None,
+        regularizers: Sequence[Regularizer] = (),
     ) -> Self:
         """A copy that shares the parameters, with another solver, trace estimator or penalties.
 
@@ -297,7 +303,7 @@ class DensityModel(nn.Module, ABC):
         twin = copy.copy(self)
         twin._modules, twin._buffers = dict(self._modules), dict(self._buffers)  # assignments stay in the copy
         twin.solver, twin.estimator = solver or self.solver, estimator or self.estimator
-        policy = span_policy(self.regularizers)
+        policy = Kinds.of(self.regularizers).span
         twin.regularizers = (*regularizers, *(() if policy is None else (policy,)))
         return twin
 

@@ -23,7 +23,8 @@ from ..errors import ConfigError, PluginError, RnodeError
 from .derivatives import RATES, VELOCITY, Ask, AutogradField, Velocity, as_field
 from .door import Door
 from .field_evaluation import FieldEvaluation, Record
-from .regularizers.base import Regularizer, StepRecord, Trajectory, needs_of
+from .followed_solve import Kinds
+from .regularizer import Rate, Regularizer, StepPenalty, StepRecord, Trajectory, TrajectoryPenalty
 from .surroundings import module_of
 from .trace_estimators import Difference, Exact, Hutchinson, HutchPlusPlus, TraceEstimator, get_estimator
 from .view import View
@@ -114,11 +115,11 @@ class PathPenalties:
         hidden: keys of those that are integrated for trajectory penalties alone.
     """
 
-    steps: Sequence[Any]
-    local: Sequence[Any]
-    trajectories: Sequence[Any]
+    steps: Sequence[StepPenalty]
+    local: Sequence[StepPenalty]
+    trajectories: Sequence[TrajectoryPenalty]
     event: Callable[[Tensor], Tensor]
-    rates: Mapping[str, Any]
+    rates: Mapping[str, Rate]
     hidden: frozenset[str]
 
     def of_step(self, record: StepRecord, *, local: bool = False) -> dict[str, tuple[str, Tensor]]:
@@ -199,7 +200,7 @@ class Dynamics(BoundDynamics):
 
     Example:
         >>> import torch
-        >>> from rnode_plugin.core.regularizers import jacfrob, kinetic
+        >>> from rnode_plugin.regularizers import jacfrob, kinetic
         >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic, jacfrob], estimator="exact")
         >>> rates = dynamics.evaluate(torch.tensor(0.0), torch.ones(1, 3))
         >>> rates.dlogdet.item(), rates.penalties["kinetic"].item(), rates.penalties["jacfrob"].item()
@@ -224,33 +225,29 @@ class Dynamics(BoundDynamics):
         self.divergence = divergence
         self.noise: Tensor | None = None
         self._given = field
-        kinds: dict[str, list[Any]] = {"rate": [], "step": [], "trajectory": [], "span": []}
-        for regularizer in self.regularizers:
-            kinds[regularizer.kind].append(regularizer)
-        if kinds["span"]:
+        kinds = Kinds.of(self.regularizers)
+        if kinds.span is not None:
             raise ConfigError(
-                f"{kinds['span'][0].name!r} changes the times of a solve, which Dynamics does not choose: give it "
+                f"{kinds.span.name!r} changes the times of a solve, which Dynamics does not choose: give it "
                 "to NeuralODE, RegularizedCNF or a flow, or call its `times(t_span, training=...)`."
             )
-        self.rates: dict[str, Any] = {}
-        for rate in kinds["rate"]:
-            self.rates[rate.name] = rate
-        hidden: dict[str, Any] = {}  # rates that trajectory penalties alone read, by names that no other rate has
-        for penalty in kinds["trajectory"]:
+        self.rates: dict[str, Rate] = {rate.name: rate for rate in kinds.rates}
+        hidden: dict[str, Rate] = {}  # rates that trajectory penalties alone read, by names that no other rate has
+        for penalty in kinds.trajectories:
             known = [*self.rates.values(), *hidden.values()]
             new = [rate for rate in penalty.rates if rate not in known]
             hidden |= {f"<{rate.name} of {penalty.name}>": rate for rate in new}
         self.rates |= hidden
-        if kinds["step"] or kinds["trajectory"]:
+        if kinds.steps or kinds.trajectories:
             self.path = PathPenalties(
-                [r for r in kinds["step"] if not r.local],
-                [r for r in kinds["step"] if r.local],
-                kinds["trajectory"],
+                [penalty for penalty in kinds.steps if not penalty.local],
+                [penalty for penalty in kinds.steps if penalty.local],
+                kinds.trajectories,
                 event=event or (view.of if view is not None else lambda state: state),
                 rates=self.rates,
                 hidden=frozenset(hidden),
             )
-        self.needs = needs_of(self.rates.values())
+        self.needs = kinds.needs
         self.held = [rate.name for rate in self.rates.values() if not rate.time_gradient]
         self.needs_products = divergence or "vjp" in self.needs
         self._noisy = self.needs_products and isinstance(self.estimator, (Hutchinson, HutchPlusPlus, Difference))
@@ -346,7 +343,7 @@ _WRITES = (
 )
 
 
-def _checked(regularizer: Any, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
+def _checked(regularizer: Regularizer, record: Any, untouched: Sequence[Tensor], like: Tensor) -> Tensor:
     """``regularizer(record)``, a real floating-point tensor ``(B,)``; an error names the regularizer.
 
     ``untouched`` are tensors of ``record`` with which the solve continues, ``like`` is a state ``(B, *event)``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +74,7 @@ class FieldEvaluation:
 
     __slots__ = ("_needs", "_record")
 
-    def __init__(self, record: Record, needs: Set[str]) -> None:
+    def __init__(self, record: Record, needs: Collection[str]) -> None:
         self._record, self._needs = record, needs
 
     @property

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..errors import ConfigError, suggest
 from .modes import escaped, transforms_active
 from .objective import penalty
-from .regularizers import Weighted, span_policy, undivided
+from .regularizer import Regularizer
 from .schedules import check_lambda, strength_at
+from .weighing import Weighted, undivided
 
 
 class _Solve(NamedTuple):
@@ -48,8 +49,7 @@ class Penalties(Mapping[str, Tensor]):
         absent: why there may be no penalties yet and what to do, for the message of the error.
 
     Attributes:
-        policy: the span policy among them; None if there is none.
-        regularizers: the others.
+        regularizers: the regularizers themselves.
     """
 
     _storage: type[Any] = _FollowedByThread
@@ -61,9 +61,7 @@ class Penalties(Mapping[str, Tensor]):
         absent: str = "call the model first, in this thread.",
     ) -> None:
         self.weighted, self._absent = dict(weighted or {}), absent
-        given = [each.regularizer for each in self.weighted.values()]
-        self.policy = span_policy(given)
-        self.regularizers = [each for each in given if each is not self.policy]
+        self.regularizers: list[Regularizer] = [each.regularizer for each in self.weighted.values()]
         self._followed = self._storage()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Penalties:
@@ -152,7 +150,7 @@ class Penalties(Mapping[str, Tensor]):
                 raise ConfigError(suggest(name, strengths, "penalty"))
             strengths[name] = check_lambda(name, strength)
         numbers = {name: strength_at(name, s, step) for name, s in strengths.items()}
-        whole = undivided([w.regularizer for w in self.weighted.values()])
+        whole = undivided(self.regularizers)
         losses: list[Tensor] = []
         for integrals, dims, *_ in self._solves():
             if any(len(value) == 0 for value in integrals.values()):

@@ -17,6 +17,12 @@ Columns = slice | Tensor
 """A slice of the first dimension of a sample, or a mask of booleans over its first dimensions."""
 
 
+def check_batch_dim(batch_dim: object) -> None:
+    """Refuse a dimension of the samples other than 0, or None for a state that is one sample."""
+    if batch_dim not in (0, None):
+        raise ConfigError(f"batch_dim must be 0, or None for a state that is one sample, not {batch_dim!r}.")
+
+
 def as_columns(penalized: Any) -> Columns | None:
     """``penalized`` as a slice or a mask, on the CPU; None if it is neither."""
     if isinstance(penalized, slice):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..core.distribution import DensityModel
+from ..core.followed_solve import Kinds
 from ..core.objective import FlowOutput
 from ..core.random_streams import Stream, seeded
-from ..core.regularizers import undivided
 from ..core.trace_estimators import Exact, Hutchinson
+from ..core.weighing import undivided
 from ..errors import ConfigError
 from ..flows.multiscale import MultiscaleFlow
 from ..recipes.task import ImageTask, Task
@@ -147,7 +148,8 @@ class _Solves:
         self.scores: dict[tuple[int, int, int], Tensor] = {}
         self._pilot = min(len(self.batches), math.ceil(_PILOT / batch_size))
         # penalties of steps and trajectories may evaluate the field, which counts in no other solve
-        self._apart = any(each.kind != "rate" for each in flow.regularizers)
+        kinds = Kinds.of(flow.regularizers)
+        self._apart = bool(kinds.steps or kinds.trajectories or kinds.span)
         self._kinds = range(len(measure.quantities))
         self._integrals: dict[tuple[int, int], dict[str, float]] = {}  # by draw and batch
         self._device = next(flow.parameters()).device

@@ -12,11 +12,12 @@ from torch.distributions import Distribution
 
 from ..core.distribution import DensityModel, StandardNormal
 from ..core.dynamics import Dynamics
+from ..core.followed_solve import FollowedSolve
 from ..core.modes import on_host
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice
-from ..core.regularizers import weigh_regularizers
 from ..core.trace_estimators import TraceEstimator, get_estimator
+from ..core.weighing import weigh_regularizers
 from ..errors import ConfigError
 from ..fields.stack import AtContext, StackField
 from ..solvers import HealthCheck, Solver, check_all, gradient_of, solve
@@ -266,16 +267,9 @@ class _Pass:
     ) -> None:
         self._blocks, self._solver, self._first_steps = enumerate(blocks), solver, first_steps
         self._backward = backward
-        self._training = penalties and flow.training and torch.is_grad_enabled()
-        self._policy: Any = None
-        self._followed: list[Any] = []
-        for each in flow.regularizers:
-            if each.kind == "span":
-                self._policy = each
-            elif penalties:
-                self._followed.append(each)
-        self._options = {"divergence": divergence, "estimator": flow.estimator, "regularizers": self._followed}
-        self._penalized = penalties
+        training = flow.training and torch.is_grad_enabled()
+        self._followed = FollowedSolve.of(flow.regularizers, penalized=penalties, training=training)
+        self._divergence, self._estimator = divergence, flow.estimator
         self._logdets: list[Tensor] = []
         self._totals: dict[str, Tensor] = {}
         self._next_steps: list[float | None] = []
@@ -292,7 +286,9 @@ class _Pass:
                 if noise is not None and noise.shape == z.shape:  # not the noise of several probes
                     noise = field.layout(noise)
             field = field.prepare(z, noise)
-        dynamics = Dynamics(field, **self._options)
+        dynamics = Dynamics(
+            field, regularizers=self._followed.penalties, estimator=self._estimator, divergence=self._divergence
+        )
         first_step = self._first_steps[index] if self._first_steps else None
         solution = solve(dynamics.bind(noise), z, self._times(z), self._solver, first_step=first_step)
         if solution.logdet is not None:
@@ -301,42 +297,28 @@ class _Pass:
         self._next_steps.append(solution.next_step)
         self.nfe += solution.stats.nfe
         self._steps += solution.stats.steps
-        for penalty in self._followed:
-            self._add(penalty, solution.penalties[penalty.name], solution.stats.steps, index + 1)
+        for penalty in self._followed.penalties:
+            before, value = self._totals.get(penalty.name), solution.penalties[penalty.name]
+            if before is not None:
+                value = penalty.join(before, value, solves=index + 1, share=solution.stats.steps / self._steps)
+            self._totals[penalty.name] = value
         return solution.z[-1]
 
     def _times(self, z: Tensor) -> Tensor:
         """The times of one block ``(2,)``, on the CPU: the host reads them without waiting for the device."""
         with on_host():
-            times = torch.tensor((0.0, 1.0), dtype=z.dtype)
-            if self._policy is not None:
-                times = self._policy.times(times, training=self._training)
+            times = self._followed.times(torch.tensor((0.0, 1.0), dtype=z.dtype))
             return times.flip(0) if self._backward else times
-
-    def _add(self, penalty: Any, value: Tensor, steps: int, blocks: int) -> None:
-        """Add the penalty of a block: a mean or a maximum over steps is one over the steps of all blocks."""
-        before = self._totals.get(penalty.name)
-        if before is None:
-            self._totals[penalty.name] = value
-        elif penalty.reduction == "max":
-            self._totals[penalty.name] = torch.maximum(before, value)
-        elif penalty.reduction == "mean":
-            share = 1 / blocks if penalty.local else steps / self._steps
-            self._totals[penalty.name] = before + (value - before) * share
-        else:
-            self._totals[penalty.name] = before + value
 
     def output(self, x: Tensor, z: Tensor, logdet: Tensor, health: tuple[HealthCheck, ...] = ()) -> FlowOutput:
         """The output of a pass between ``x`` and ``z``; ``logdet``, in its direction."""
         for of_block in self._logdets:
             logdet = logdet + of_block
-        if self._policy is not None and self._penalized:
-            self._totals[self._policy.name] = self._policy(x)
         return FlowOutput(
             x=x,
             z=z,
             logdet=-logdet if self._backward else logdet,
-            regularization=self._totals,
+            regularization=self._followed.complete(self._totals, x),
             nfe=self.nfe,
             health=(*health, *self.health),
             next_steps=tuple(self._next_steps),

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.objective import bits_per_dim
-from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError
 from ..fields import conv_field
+from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver, check_all
 from .base import BlockFlow
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.regularizers import jacfrob, kinetic
 from ..core.trace_estimators import TraceEstimator
 from ..errors import ConfigError, suggest
 from ..fields import linear_field
 from ..fields.potential import PotentialField
 from ..fields.stack import AtContext
+from ..regularizers import jacfrob, kinetic
 from ..solvers import HealthCheck, Solver
 from .base import BlockFlow
 

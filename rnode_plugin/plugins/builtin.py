@@ -5,7 +5,7 @@ Each object is given by its place, because the names are listed without an impor
 
 from __future__ import annotations
 
-from ..core.regularizers import BUILTIN
+from ..regularizers import BUILTIN
 from .hookspecs import hookimpl
 
 __all__: list[str] = []
@@ -13,7 +13,7 @@ __all__: list[str] = []
 
 @hookimpl
 def rnode_register_regularizers() -> dict[str, str]:
-    return {name: f"rnode_plugin.core.regularizers.{place}" for name, place in BUILTIN.items()}
+    return {name: f"rnode_plugin.regularizers.{place}" for name, place in BUILTIN.items()}
 
 
 @hookimpl

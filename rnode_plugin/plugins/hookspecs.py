@@ -34,7 +34,7 @@ def rnode_register_regularizers() -> Mapping[str, Any]:
     """Regularizers for ``regularizers=["length"]`` and for the ``regularizers`` group of a recipe.
 
     A regularizer is a callable whose ``name`` is the registered one, or a class of such objects that takes options
-    and ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.core.regularizers` states the contract of each
+    and ``name=``, for names like ``"taylor:3"``. :mod:`rnode_plugin.regularizers` states the contract of each
     kind. A rate is called with an evaluation of the field and returns ``(B,)``, the rate per unit of time and per
     sample: a sum over the event, not a mean.
     """

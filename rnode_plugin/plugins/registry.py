@@ -30,8 +30,8 @@ from ..errors import ConfigError, PluginError, RnodeError, suggest
 from . import builtin, hookspecs
 
 if TYPE_CHECKING:
-    from ..core.regularizers import Weighted
     from ..core.schedules import Strength
+    from ..core.weighing import Weighted
 
 KINDS = {
     "regularizers": "regularizer",
@@ -241,8 +241,8 @@ unregister = _shared.unregister
 
 
 def resolve_regularizers(spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None) -> dict[str, Weighted]:
-    """:func:`~rnode_plugin.core.regularizers.weigh_regularizers` with the registered names."""
-    from ..core.regularizers import weigh_regularizers  # imports torch
+    """:func:`~rnode_plugin.core.weighing.weigh_regularizers` with the registered names."""
+    from ..core.weighing import weigh_regularizers  # imports torch
 
     return weigh_regularizers(spec, by_name=get_regularizer)
 

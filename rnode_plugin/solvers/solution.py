@@ -59,7 +59,7 @@ class Solution:
     Example:
         >>> import torch
         >>> from rnode_plugin import Dynamics, Solver
-        >>> from rnode_plugin.core.regularizers import kinetic
+        >>> from rnode_plugin.regularizers import kinetic
         >>> from rnode_plugin.solvers import solve
         >>> dynamics = Dynamics(lambda t, z: -z, regularizers=[kinetic], estimator="exact")
         >>> z0, times = torch.ones(1, 2), torch.linspace(0, 1, 2)

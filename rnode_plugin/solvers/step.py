@@ -16,7 +16,7 @@ from ..core.derivatives import RATES, VELOCITY
 from ..core.dynamics import BoundDynamics, Rates
 from ..core.health import HealthCheck
 from ..core.modes import constant, read, transforms_active
-from ..core.regularizers import StepRecord
+from ..core.regularizer import StepRecord
 from ..errors import SolverError
 from .config import Solver
 from .solution import Solution, SolveStats, Steps

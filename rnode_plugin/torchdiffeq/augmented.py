@@ -15,6 +15,7 @@ from torchdiffeq._impl.misc import _mixed_norm, _rms_norm
 
 from ..core.derivatives import RATES, VELOCITY, AutogradField
 from ..core.dynamics import Dynamics
+from ..core.regularizer import Regularizer
 from ..core.surroundings import module_of
 from ..errors import ConfigError
 from .followed import Follow, Layout
@@ -36,14 +37,15 @@ class Augmented:
     What its callers read off ``func`` (callbacks, counters) is still there.
     """
 
-    def __init__(self, func: Any, layout: Layout, wanted: Follow, z0: Tensor, t: Tensor) -> None:
+    def __init__(
+        self, func: Any, layout: Layout, wanted: Follow, penalties: Sequence[Regularizer], z0: Tensor, t: Tensor
+    ) -> None:
         self.func, self.layout = func, layout
         self._sign = -1.0 if len(t) > 1 and bool(t[0] > t[1]) else 1.0  # integrals are along the path
-        followed = [r for r in wanted.regularizers if r.kind != "span"]
         lone = layout.view.is_whole and not layout.view.is_tuple
         field = AutogradField(func) if lone else func
         self.dynamics = Dynamics(
-            field, regularizers=followed, estimator=wanted.estimator, divergence=False,
+            field, regularizers=penalties, estimator=wanted.estimator, divergence=False,
             view=None if lone else layout.view, net=module_of(func),
         )  # fmt: skip
         self.dynamics = self.dynamics.bind(self.dynamics.draw(z0))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core.modes import transforms_active
-from ..core.regularizers import Weighted
+from ..core.regularizer import Regularizer, StepPenalty
 from ..core.trace_estimators import TraceEstimator, get_estimator
 from ..core.view import Columns, View, as_columns, places_of
+from ..core.weighing import Weighted
 from ..errors import ConfigError, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import QUADRATURES
@@ -34,7 +35,7 @@ class Follow:
     sampled: bool
 
     @property
-    def regularizers(self) -> list[Any]:
+    def regularizers(self) -> list[Regularizer]:
         return [w.regularizer for w in self.weighted.values()]
 
 
@@ -48,7 +49,7 @@ def follow(
 ) -> Follow:
     """The arguments that :func:`odeint` adds, checked as far as no state is needed."""
     weighted = resolve_regularizers(regularizers)
-    steps = [name for name, w in weighted.items() if w.regularizer.kind == "step"]
+    steps = [name for name, w in weighted.items() if isinstance(w.regularizer, StepPenalty)]
     if steps:
         raise ConfigError(
             f"{steps[0]!r} is a penalty on the solver's steps, which torchdiffeq does not show: use "

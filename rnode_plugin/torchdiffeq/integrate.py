@@ -15,8 +15,9 @@ import torchdiffeq
 from torch import Tensor
 
 from ..core.dynamics import refuse_held
+from ..core.followed_solve import FollowedSolve
 from ..core.penalties import ReturnedPenalties, attach
-from ..core.regularizers import span_policy, warn_of_flat_state
+from ..core.weighing import warn_of_flat_state
 from ..errors import ConfigError
 from .augmented import Augmented, extended, to_event
 from .followed import Follow, Layout, Penalized, follow
@@ -177,19 +178,18 @@ def solve(
             "odeint_adjoint's backward solve would see the draws."
         )
     layout = Layout.of(y0, wanted)
-    policy = span_policy(wanted.regularizers)
     event_fn: Any = given["event_fn"]
-    if policy is not None:
-        training = torch.is_grad_enabled() and getattr(func, "training", True)
-        t = policy.times(t, training=training)
+    training = torch.is_grad_enabled() and getattr(func, "training", True)
+    followed = FollowedSolve.of(wanted.regularizers, penalized=True, training=training)
+    t = followed.times(t)
     z0 = layout.view.of(y0)
     if z0.ndim == 1:
         warn_of_flat_state(z0, wanted.regularizers)
-    system = Augmented(func, layout, wanted, z0, t)
+    system = Augmented(func, layout, wanted, followed.penalties, z0, t)
     rates, path = system.dynamics.rates, system.dynamics.path
     if name == "odeint":
         refuse_held(system.dynamics.held, t)
-    if event_fn is not None and (path is not None or policy is not None):
+    if event_fn is not None and (path is not None or followed.policy is not None):
         raise ConfigError(
             "a penalty of the trajectory or its times needs the end of the solve, which event_fn decides."
         )
@@ -211,8 +211,6 @@ def solve(
             key, value = path.of_trajectory(number, times[places], states, integrals)
             integrals[key] = value
         integrals = {key: value for key, value in integrals.items() if key not in path.hidden}
-    if policy is not None:
-        integrals[policy.name] = policy(z0)
-    kept[0], integrals = attach(kept[0], integrals)
+    kept[0], integrals = attach(kept[0], followed.complete(integrals, z0))
     solution = layout.of_user(kept)
     return (solution if event_t is None else (event_t, solution)), integrals, math.prod(z0.shape[1:])

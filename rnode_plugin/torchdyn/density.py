@@ -15,6 +15,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.distributions.transforms import Transform
 
 from ..core.distribution import DensityModel, check_floating
+from ..core.followed_solve import FollowedSolve, Kinds
 from ..core.modes import on_host, outside_inference
 from ..core.objective import FlowOutput
 from ..core.penalties import OneProcessADevice, Penalties, attach
@@ -96,7 +97,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         self._penalties = Penalties(resolve_regularizers(regularizers))
         self.keep_regularizers(self._penalties.weighted)
         self.objects, self.solver = _objects_and_solver(solver, **options)
-        steps = [regularizer for regularizer in self.regularizers if regularizer.kind == "step"]
+        steps = Kinds.of(self.regularizers).steps
         check_steps(steps, self.solver.method)
         gradient_of(self.solver).check_penalties(steps)
         if isinstance(net, nn.Module):
@@ -253,7 +254,9 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         It follows no penalties, and the penalties of the last solve stay, as after :meth:`sample`.
         """
         solver, times = self._on_grid(solver)
-        return self._states(z, self._times(z, times, backward=True), context, solver)[-1]
+        return self._states(
+            z, self._times(z, times, FollowedSolve.of(self.regularizers), backward=True), context, solver
+        )[-1]
 
     def inverse_and_log_prob(
         self,
@@ -280,7 +283,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             context: as for :meth:`encode`.
         """
         times = self.t_span if t_span is None else t_span
-        return self._states(x, self._times(x, times), context, self.solver)
+        return self._states(x, self._times(x, times, FollowedSolve.of(self.regularizers)), context, self.solver)
 
     def collect_penalties(self) -> AbstractContextManager[Penalties]:
         """The penalties of several :meth:`log_prob`; see :meth:`NeuralODE.collect_penalties`."""
@@ -331,10 +334,11 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
         penalties = self.follows_penalties(penalties)
         solver, times = self._on_grid(solver)
         with outside_inference(start, self.context_rows(context, start), noise) as (x, rows, noise):
-            training = penalties and self.follows_penalties(None)
-            times = self._times(x, times, backward=backward, training=training)
+            training = self.follows_penalties(None)
+            followed = FollowedSolve.of(left.regularizers, penalized=penalties, training=training)
+            times = self._times(x, times, followed, backward=backward)
             dynamics = NetDynamics(
-                self.net, x, rows, solver, regularizers=left.regularizers if penalties else (),
+                self.net, x, rows, solver, regularizers=followed.penalties,
                 estimator=self.estimator,
             )  # fmt: skip
             bound = dynamics.bind(dynamics.draw(x) if noise is None else noise[0])
@@ -342,10 +346,7 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             if check:
                 solution.check()
             assert solution.logdet is not None
-            integrals = dict(solution.penalties)
-            if left.policy is not None and penalties:
-                integrals[left.policy.name] = left.policy(x)
-            end, integrals = attach(solution.z[-1], integrals)
+            end, integrals = attach(solution.z[-1], followed.complete(solution.penalties, x))
             left.add(integrals, self.dims)
             self.nfe = solution.stats.nfe
             logdet = solution.logdet[-1]
@@ -367,13 +368,11 @@ class RegularizedCNF(OneProcessADevice, DensityModel):
             self.nfe = solution.stats.nfe
             return solution.z
 
-    def _times(self, like: Tensor, times: Tensor, *, backward: bool = False, training: bool = False) -> Tensor:
+    def _times(self, like: Tensor, times: Tensor, followed: FollowedSolve, *, backward: bool = False) -> Tensor:
         """The times of a solve from ``like``."""
-        policy = self._penalties.policy
         with on_host():
             times = times.to(like)
-            times = times.flip(0) if backward else times
-            return times if policy is None else policy.times(times, training=training)
+            return followed.times(times.flip(0) if backward else times)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor) or x.shape[1:] != self.event_shape:

@@ -19,8 +19,9 @@ from torchdyn.nn.galerkin import GalLayer
 
 from ..core.derivatives import RATES, Ask, AutogradField, Field, has_hooks
 from ..core.dynamics import BoundDynamics, Dynamics, PathPenalties, Rates
+from ..core.followed_solve import Kinds
 from ..core.modes import transforms_active
-from ..core.regularizers import Regularizer, needs_of
+from ..core.regularizer import Regularizer
 from ..core.signature import COMPILED_FUNCTION, COMPILED_IN_PLACE, COMPILED_MODULE, Takes, call_of, field_takes
 from ..core.surroundings import lock_of
 from ..core.trace_estimators import Exact, TraceEstimator, get_estimator
@@ -178,7 +179,7 @@ def field_of(
         args: handed to a net that takes ``args``.
         takes: how the net is called.
         order: order of the differential equation.
-        needs: what is read of an evaluation; see :class:`~rnode_plugin.core.regularizers.Regularizer`.
+        needs: what is read of an evaluation; see :class:`~rnode_plugin.core.regularizer.Rate`.
     """
     is_plain = takes.order == "t, x" and not takes.args
     function = net if is_plain else call_of(net, args, takes)
@@ -216,7 +217,7 @@ class NetDynamics(Dynamics):
     ) -> None:
         self._net, self._context = net, context
         modules = list(net.modules()) if isinstance(net, nn.Module) else []
-        slots, needs = Slots(modules, z), needs_of(regularizers) | ({"vjp"} if divergence else set())
+        slots, needs = Slots(modules, z), Kinds.of(regularizers).needs | ({"vjp"} if divergence else set())
         estimator = get_estimator(estimator)
         differentiates = divergence and estimator.asks != ""
         if context is None:
@@ -422,7 +423,7 @@ def system_of(
     traced = len(cnfs) == 1 and followed.penalized is None and _is_transparent(net, state)
     slots = Slots(modules, x, ahead=0 if cost is None else 1, cnf=net if traced else None)
     regularizers, estimator = followed.regularizers, followed.estimator
-    needs = needs_of(regularizers) | ({"vjp"} if cnfs else set())
+    needs = Kinds.of(regularizers).needs | ({"vjp"} if cnfs else set())
     if estimator.asks == "" and not cnfs:  # differences of the velocity, which a compiled net can give
         needs -= {"vjp"}
 

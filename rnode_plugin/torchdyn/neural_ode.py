@@ -20,13 +20,14 @@ from torchdyn.core.problems import ODEProblem
 from torchdyn.numerics.interpolators import INTERP_DICT
 
 from ..core.citations import citation
+from ..core.followed_solve import FollowedSolve, Kinds
 from ..core.modes import on_host, outside_inference
 from ..core.penalties import OneProcessADevice, Penalties, attach
-from ..core.regularizers import check_batch_dim, needs_of, warn_of_flat_state
 from ..core.signature import Takes, field_takes, refuse_state_first
 from ..core.tally import Tally
 from ..core.trace_estimators import Hutchinson, TraceEstimator, get_estimator
-from ..core.view import as_columns
+from ..core.view import as_columns, check_batch_dim
+from ..core.weighing import warn_of_flat_state
 from ..errors import ConfigError, check_count, suggest
 from ..plugins.registry import resolve_regularizers
 from ..solvers import Autograd, Solver, get_method, solve
@@ -191,11 +192,11 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         self._named = tuple((made, name, tableau_of(made)) for made, name in built if isinstance(name, str))
         if weighted:
             refuse_leapfrog(forward)
-        with_parameters = [w.regularizer for w in weighted.values() if isinstance(w.regularizer, nn.Module)]
+        with_parameters = [each for each in self._penalties.regularizers if isinstance(each, nn.Module)]
         if with_parameters:
             self.regularizer_modules = nn.ModuleList(with_parameters)
         made = self._solver({})  # checks what it is made of
-        steps = [w.regularizer for w in weighted.values() if w.regularizer.kind == "step"]
+        steps = Kinds.of(self._penalties.regularizers).steps
         check_steps(steps, made.method)
         made.gradient.check_penalties(steps)
         made.gradient.check_field(self.vf)
@@ -250,9 +251,12 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 raise ConfigError("penalties need a state that is one tensor (B, ...), not a dict of them.")
             return ODEProblem.odeint(self, x, t_span, save_at, args)  # pyright: ignore[reportArgumentType]
         penalties = training if penalties is None else penalties
-        followed = replace(self._followed, regularizers=left.regularizers if penalties else ())
+        of_solve = FollowedSolve.of(left.regularizers, penalized=penalties, training=training)
+        followed = replace(self._followed, regularizers=of_solve.penalties)
         with outside_inference(x, t_span, args) as (x, t_span, args):
-            x, t_span = self._start(x, t_span, training=penalties and training)
+            x, t_span = self._start(x, t_span)
+            with on_host():
+                t_span = of_solve.times(t_span)
             if penalties and x.ndim == 1 and followed.batch_dim == 0:
                 warn_of_flat_state(x, left.regularizers)
             solver, kept = self._solver(args), None
@@ -280,7 +284,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
             self.vf.nfe = nfe + solution.stats.nfe  # without evaluations that prepare a replay
             if kept is not None:
                 solution = replace(solution, t=solution.t[kept], z=solution.z[kept])
-            return solution.t, self._record(x, t_span, system, solution, penalties=penalties)
+            return solution.t, self._record(x, t_span, system, solution, of_solve)
 
     def trajectory(self, x: Tensor, t_span: Tensor) -> Tensor:
         """The solution ``(T, B, ...)`` at ``t_span`` alone, differentiable through the steps, without penalties.
@@ -288,7 +292,9 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
         :meth:`reg_loss` and :attr:`regularization` still belong to the last call of the model itself.
         """
         with outside_inference(x, t_span) as (x, t_span):
-            x, t_span = self._start(x, t_span, training=False)
+            x, t_span = self._start(x, t_span)
+            with on_host():
+                t_span = FollowedSolve.of(self._penalties.regularizers).times(t_span)
             solver = self._solver({})
             solver = replace(solver, method=replace(solver.method, interpolate=None), gradient=Autograd())
             system = system_of(self.vf, x, {}, replace(self._followed, regularizers=()), one_graph=True)
@@ -337,8 +343,8 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
 
     def citation(self) -> str:
         """BibTeX of the papers behind the penalties, the trace estimator and the solver of this model."""
-        given = [each.regularizer for each in self._penalties.weighted.values()]
-        estimator = self._followed.estimator if "vjp" in needs_of(given) else None
+        given = self._penalties.regularizers
+        estimator = self._followed.estimator if "vjp" in Kinds.of(given).needs else None
         return citation(given, estimator=estimator, methods=[solver_name(self.solver)])
 
     @property
@@ -353,7 +359,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
     def vf_params(self, value: Tensor) -> None:
         """torchdyn's constructor and solves assign it; there is nothing to keep."""
 
-    def _start(self, x: Any, t_span: Any, *, training: bool) -> tuple[Tensor, Tensor]:
+    def _start(self, x: Any, t_span: Any) -> tuple[Tensor, Tensor]:
         """The checked state and times of a solve, which a field or a penalty may mark or write into."""
         if not isinstance(x, Tensor):
             raise ConfigError(
@@ -362,7 +368,7 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 "rnode_plugin.torchdiffeq.odeint takes tuples."
             )
         x = x.clone() if x.is_floating_point() or x.is_complex() else x.to(torch.get_default_dtype())
-        policy, precision = self._penalties.policy, x.real.dtype
+        precision = x.real.dtype
         with on_host():
             try:
                 times = t_span
@@ -384,19 +390,17 @@ class NeuralODE(OneProcessADevice, torchdyn_neuralde.NeuralODE):
                 and torch.promote_types(times.dtype, precision) != precision
             )
             times = times.to(precision) if raises or not times.is_floating_point() else times
-            times = times.to(x.device, copy=True)
-            return x, times if policy is None else policy.times(times, training=training)
+            return x, times.to(x.device, copy=True)
 
     def _record(
-        self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, *, penalties: bool
+        self, x: Tensor, t_span: Tensor, system: TorchdynSystem, solution: Solution, followed: FollowedSolve
     ) -> Tensor:
         """The states of a solution, tied to its penalties, which stay for :meth:`reg_loss`."""
         left, integrals = self._penalties, dict(solution.penalties)
         cost = integrals.pop(INTEGRAL_LOSS, None)
         if cost is not None and bool(t_span[-1] < t_span[0]):
             cost = -cost  # an integral over time, like the column it is with autograd; not one along the path
-        if left.policy is not None and penalties:
-            integrals[left.policy.name] = left.policy(x if self._followed.batch_dim == 0 else x.unsqueeze(0))
+        integrals = followed.complete(integrals, x if self._followed.batch_dim == 0 else x.unsqueeze(0))
         if self._tally is not None and integrals:
             penalties_of_all = Penalties(left.weighted)
             penalties_of_all.add(integrals, system.dims)

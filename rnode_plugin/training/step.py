@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core.distribution import DensityModel
 from ..core.objective import FlowOutput, objective
 from ..core.random_streams import Stream, seeded
-from ..core.regularizers import undivided
 from ..core.schedules import final_strength, strength_at
+from ..core.weighing import undivided
 from ..errors import SolverError
 from ..evaluation.measures import measure_solver_gap
 from ..flows.base import BlockFlow

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rnode_plugin.core.dynamics import FieldEvaluation
-from rnode_plugin.core.regularizers import FunctionRegularizer, StepRecord
+from rnode_plugin.regularizers import FunctionRegularizer, FunctionStepPenalty, StepRecord
 
 __all__ = ["arclength", "chordlength"]
 
@@ -28,4 +28,4 @@ def _chord(step: StepRecord) -> Tensor:
     return torch.linalg.vector_norm((step.z1 - step.z0).flatten(1), dim=1)
 
 
-chordlength = FunctionRegularizer("chordlength", _chord, kind="step")
+chordlength = FunctionStepPenalty("chordlength", _chord)

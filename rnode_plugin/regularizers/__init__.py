@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ..schedules import linear_warmup
-from . import base
-from .base import *  # noqa: F403
+from ..core import regularizer as _contract
+from ..core.regularizer import *  # noqa: F403
+from ..core.schedules import linear_warmup
 
 if TYPE_CHECKING:
     from .paths import *  # noqa: F403
     from .rates import *  # noqa: F403
+    from .spans import *  # noqa: F403
+    from .steps import *  # noqa: F403
 
 # name -> "module:attribute", in the order of the tables in docs/regularizers.md
 BUILTIN = {
@@ -31,19 +33,19 @@ BUILTIN = {
     "curl": "rates:curl",
     "strain": "rates:strain",
     "hjb": "rates:hjb",
-    "error": "paths:error",
-    "stiffness": "paths:stiffness",
-    "local_error": "paths:local_error",
-    "local_stiffness": "paths:local_stiffness",
+    "error": "steps:error",
+    "stiffness": "steps:stiffness",
+    "local_error": "steps:local_error",
+    "local_stiffness": "steps:local_stiffness",
     "straightness": "paths:Straightness",
     "trajectory_polynomial": "paths:TrajectoryPolynomial",
-    "steer": "paths:Steer",
-    "learned_end_time": "paths:LearnedEndTime",
+    "steer": "spans:Steer",
+    "learned_end_time": "spans:LearnedEndTime",
 }
 _MODULES = {attribute: module for module, _, attribute in (place.partition(":") for place in BUILTIN.values())}
 
 __all__ = ["BUILTIN", "linear_warmup", *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
-__all__ += base.__all__
+__all__ += _contract.__all__
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
-from ..chains import sum_event, sum_squares
-from .base import Regularizer, Source, regularizer
+from ..core.chains import sum_event, sum_squares
+from ..core.regularizer import Rate, Source, rate
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..field_evaluation import FieldEvaluation
+    from ..core.field_evaluation import FieldEvaluation
 
 _RNODE = Source("RNODE", "Finlay et al.", 2020, "finlay2020how")
 _FFJORD = Source("FFJORD", "Grathwohl et al.", 2019, "grathwohl2019ffjord", "code")
@@ -27,7 +27,7 @@ _SHARED = "the shared product"
 _EACH = "D products, for small D"
 
 
-@regularizer("kinetic", formula="‖f‖², the squared speed", source=_RNODE.at("eq. 9a"))
+@rate("kinetic", formula="‖f‖², the squared speed", source=_RNODE.at("eq. 9a"))
 def kinetic(evaluation: FieldEvaluation) -> Tensor:
     """``||f(t, z)||^2``, the integrand of the kinetic energy (RNODE, eq. 9a). No product.
 
@@ -36,7 +36,7 @@ def kinetic(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.dz)
 
 
-@regularizer("jacfrob", formula="‖J‖²_F", cost=_SHARED, source=_RNODE.at("eqs. 13 and 16"), needs={"vjp"})
+@rate("jacfrob", formula="‖J‖²_F", cost=_SHARED, source=_RNODE.at("eqs. 13 and 16"), needs={"vjp"})
 def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     """``||v^T J||^2`` (RNODE, eq. 16), or ``||J||_F^2`` itself (eq. 13) with the exact estimator.
 
@@ -46,7 +46,7 @@ def jacfrob(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.squared_frobenius()
 
 
-@regularizer(
+@rate(
     "total_derivative", formula="‖J f + ∂f/∂t‖², the squared acceleration", cost="one jvp", needs={"jvp"},
     source=_RNODE.at("eq. 7"),
 )  # fmt: skip
@@ -59,15 +59,13 @@ def total_derivative(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.total_derivative(2))
 
 
-@regularizer(
-    "directional", formula="‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7"), needs={"jvp"}
-)
+@rate("directional", formula="‖J f‖², without ∂f/∂t", cost="one jvp", source=_RNODE.at("eq. 7"), needs={"jvp"})
 def directional(evaluation: FieldEvaluation) -> Tensor:
     """``||J f||^2``, the first term of RNODE's eq. 7. One jvp along f."""
     return sum_squares(evaluation.jvp(evaluation.dz))
 
 
-@regularizer("directional_vjp", formula="‖Jᵀ f‖²", cost="one vjp", source=_RNODE.at('code ("directional")'),
+@rate("directional_vjp", formula="‖Jᵀ f‖²", cost="one vjp", source=_RNODE.at('code ("directional")'),
              needs={"vjp"})  # fmt: skip
 def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
     """``||J^T f||^2``, what RNODE's and FFJORD's codes compute under the name "directional". One vjp with f.
@@ -77,14 +75,8 @@ def directional_vjp(evaluation: FieldEvaluation) -> Tensor:
     return sum_squares(evaluation.vjp(evaluation.dz))
 
 
-@regularizer(
-    "finite_difference", needs=frozenset({"field"}), time_gradient=False,
-    cost="one evaluation without a gradient",
-    formula="‖f(t, z) − sg[f(t + ε, z + ε f)]‖² / ε², sg without a gradient: `finite_difference:0.01`",
-    source=Source("Iso-FM", "Khan", 2026, "khan2026isokinetic"),
-)  # fmt: skip
 @dataclass(frozen=True)
-class FiniteDifference(Regularizer):
+class FiniteDifference(Rate):
     """``||f(t, z) - sg[f(t + eps, z + eps f)]||^2 / eps^2``, with ``sg`` held fixed (Iso-FM; Khan, 2026).
 
     Its value tends to ``total_derivative`` as eps goes to 0. Its gradient is about
@@ -104,6 +96,12 @@ class FiniteDifference(Regularizer):
         ConfigError: for a step that is not a positive number.
     """
 
+    formula = "‖f(t, z) − sg[f(t + ε, z + ε f)]‖² / ε², sg without a gradient: `finite_difference:0.01`"
+    cost = "one evaluation without a gradient"
+    source = Source("Iso-FM", "Khan", 2026, "khan2026isokinetic")
+    needs = frozenset({"field"})
+    time_gradient = False
+
     eps: float = 0.01
     name: str = "finite_difference"
 
@@ -119,13 +117,8 @@ class FiniteDifference(Regularizer):
         return sum_squares(evaluation.dz - later) / self.eps**2
 
 
-@regularizer(
-    "taylor", formula="‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`",
-    cost="K − 1 nested jvps, each about three times the one before",
-    source=Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning"), needs=frozenset({"jvp"}), repeats=True,
-)  # fmt: skip
 @dataclass(frozen=True)
-class Taylor(Regularizer):
+class Taylor(Rate):
     """``||d^K z/dt^K||^2`` (TayNODE; Kelly et al., 2020), summed over the event.
 
     ``K - 1`` nested jvps through the field's plain path, each about three times the cost of the one before; order 2
@@ -140,6 +133,12 @@ class Taylor(Regularizer):
         ConfigError: for another order.
     """
 
+    formula = "‖dᴷz/dtᴷ‖² of order K, 2 to 5: `taylor:3`"
+    cost = "K − 1 nested jvps, each about three times the one before"
+    source = Source("TayNODE", "Kelly et al.", 2020, "kelly2020learning")
+    needs = frozenset({"jvp"})
+    repeats = True
+
     order: int = 3
     name: str = ""
 
@@ -153,13 +152,13 @@ class Taylor(Regularizer):
         return sum_squares(evaluation.total_derivative(self.order))
 
 
-@regularizer("l1", formula="‖f‖₁", source=_FFJORD)
+@rate("l1", formula="‖f‖₁", source=_FFJORD)
 def l1(evaluation: FieldEvaluation) -> Tensor:
     """``||f||_1`` (FFJORD's code, which takes the mean). No product."""
     return sum_event(evaluation.dz.abs())
 
 
-@regularizer("jacdiag", formula="Σ J_ii²", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
+@rate("jacdiag", formula="Σ J_ii²", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
 def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_i J_ii^2``. The exact Jacobian: D products, for small D.
 
@@ -168,14 +167,14 @@ def jacdiag(evaluation: FieldEvaluation) -> Tensor:
     return evaluation.jacobian().diagonal(dim1=1, dim2=2).square().sum(1)
 
 
-@regularizer("jacoffdiag", formula="Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
+@rate("jacoffdiag", formula="Σ J_ij² over i ≠ j", cost=_EACH, source=_FFJORD, needs={"vjp"}, repeats=True)
 def jacoffdiag(evaluation: FieldEvaluation) -> Tensor:
     """``sum_{i != j} J_ij^2`` (FFJORD's code, which takes the mean). The exact Jacobian: D products."""
     squares = evaluation.jacobian().square()
     return squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
 
 
-@regularizer("curl", formula="‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_TAO,
+@rate("curl", formula="‖J − Jᵀ‖²_F; 0 for gradient fields", cost=f"{_SHARED} and one jvp", source=_TAO,
              needs={"vjp", "jvp"})  # fmt: skip
 def curl(evaluation: FieldEvaluation) -> Tensor:
     """``||J - J^T||_F^2``, estimated as ``||v^T J - J v||^2``; 0 for gradient fields (optimal transport maps).
@@ -185,7 +184,7 @@ def curl(evaluation: FieldEvaluation) -> Tensor:
     return _with_transpose(evaluation, -1.0)
 
 
-@regularizer("strain", formula="‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_TAO,
+@rate("strain", formula="‖(J + Jᵀ)/2‖²_F; 0 for rigid motions", cost=f"{_SHARED} and one jvp", source=_TAO,
              needs={"vjp", "jvp"})  # fmt: skip
 def strain(evaluation: FieldEvaluation) -> Tensor:
     """``||(J + J^T)/2||_F^2``, estimated as ``||v^T J + J v||^2 / 4``; 0 for rigid motions.
@@ -208,7 +207,7 @@ def _with_transpose(evaluation: FieldEvaluation, sign: float) -> Tensor:
     return total
 
 
-@regularizer(
+@rate(
     "hjb", formula="abs(∂Φ/∂t − ‖∇Φ‖²/2) for a potential field f = −∇Φ, not divided by D", needs={"aux"},
     divided_by_dims=False, source=Source("OT-Flow", "Onken et al.", 2021, "onken2021otflow"),
 )  # fmt: skip

@@ -1,0 +1,119 @@
+"""Regularizers sorted by kind, and what one solve follows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import ConfigError
+from .regularizer import KINDS, Rate, Regularizer, SpanPolicy, StepPenalty, TrajectoryPenalty
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Regularizers, sorted by what they see of a solve; each group keeps its order.
+
+    Attributes:
+        penalties: all that a solve follows: rates, step penalties and trajectory penalties.
+        rates, steps, trajectories: each of the three.
+        span: the one span policy; None if there is none.
+    """
+
+    penalties: tuple[Regularizer, ...] = ()
+    rates: tuple[Rate, ...] = ()
+    steps: tuple[StepPenalty, ...] = ()
+    trajectories: tuple[TrajectoryPenalty, ...] = ()
+    span: SpanPolicy | None = None
+
+    @classmethod
+    def of(cls, regularizers: Iterable[Regularizer]) -> Kinds:
+        """The sorted regularizers.
+
+        Raises:
+            ConfigError: for an object of none of the four classes, and for two span policies.
+        """
+        followed: list[Regularizer] = []
+        rates: list[Rate] = []
+        steps: list[StepPenalty] = []
+        trajectories: list[TrajectoryPenalty] = []
+        span: SpanPolicy | None = None
+        for each in regularizers:
+            if not isinstance(each, SpanPolicy):
+                followed.append(each)
+            if isinstance(each, Rate):
+                rates.append(each)
+            elif isinstance(each, StepPenalty):
+                steps.append(each)
+            elif isinstance(each, TrajectoryPenalty):
+                trajectories.append(each)
+            elif not isinstance(each, SpanPolicy):
+                kinds = ", ".join(kind.__name__ for kind in KINDS.values())
+                raise ConfigError(f"{each!r} is no regularizer: its class must derive from one of {kinds}.")
+            elif span is not None:
+                raise ConfigError(f"{span.name} and {each.name} both change the times of a solve: choose one.")
+            else:
+                span = each
+        return cls(tuple(followed), tuple(rates), tuple(steps), tuple(trajectories), span)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the rates, and the rates that trajectory penalties read, need of an evaluation."""
+        needs: set[str] = set()
+        for rate in self.rates:
+            needs.update(rate.needs)
+        for penalty in self.trajectories:
+            for rate in penalty.rates:
+                needs.update(rate.needs)
+        return frozenset(needs)
+
+
+@dataclass(frozen=True)
+class FollowedSolve:
+    """The regularizers of one solve: penalties for its dynamics, and a span policy for its times.
+
+    Every interface asks it in this order: :meth:`times` before the solve, ``penalties`` for the dynamics, and
+    :meth:`complete` after the solve.
+
+    Attributes:
+        penalties: the rates, step penalties and trajectory penalties that the dynamics follow.
+        policy: what changes the times; None if they stay.
+        training: whether the policy may draw times.
+        penalized: whether the policy's own penalty is wanted.
+    """
+
+    penalties: tuple[Regularizer, ...] = ()
+    policy: SpanPolicy | None = None
+    training: bool = False
+    penalized: bool = False
+
+    @classmethod
+    def of(
+        cls, regularizers: Iterable[Regularizer], *, penalized: bool = False, training: bool = False
+    ) -> FollowedSolve:
+        """What a solve follows of the regularizers of a model.
+
+        Args:
+            regularizers: all of them.
+            penalized: whether to follow the penalties. A span policy acts in any case, since a solve to the learned
+                end time is the model.
+            training: whether a span policy may draw times.
+        """
+        kinds = Kinds.of(regularizers)
+        return cls(kinds.penalties if penalized else (), kinds.span, training and penalized, penalized)
+
+    def times(self, t_span: Tensor) -> Tensor:
+        """The times ``(T,)`` to solve through, in the direction of ``t_span (T,)``.
+
+        Raises:
+            ConfigError: from the policy, for a span that it cannot change.
+        """
+        return t_span if self.policy is None else self.policy.times(t_span, training=self.training)
+
+    def complete(self, integrals: Mapping[str, Tensor], z: Tensor) -> dict[str, Tensor]:
+        """The penalties ``(B,)`` of the solve by name: of its dynamics, and the policy's for ``z (B, *event)``."""
+        completed = dict(integrals)
+        if self.policy is not None and self.penalized:
+            completed[self.policy.name] = self.policy(z)
+        return completed

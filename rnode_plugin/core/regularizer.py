@@ -1,0 +1,410 @@
+"""The contract of a regularizer: a class for each of the four things that a penalty can see of a solve.
+
+- A :class:`Rate` is a number per unit of time; its integral along the trajectory is the penalty.
+- A :class:`StepPenalty` sees each accepted step of the solver.
+- A :class:`TrajectoryPenalty` sees states at times that it chooses.
+- A :class:`SpanPolicy` changes the times of the solve.
+
+The objective (eq. 17) adds the penalties, each per sample ``(B,)``. Another package offers its regularizers through
+the hook ``rnode_register_regularizers``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .field_evaluation import FieldEvaluation
+
+__all__ = [
+    "KINDS",
+    "FunctionRegularizer",
+    "FunctionStepPenalty",
+    "Rate",
+    "Regularizer",
+    "Source",
+    "SpanPolicy",
+    "StepPenalty",
+    "StepRecord",
+    "Trajectory",
+    "TrajectoryPenalty",
+    "kind_of",
+    "rate",
+    "step_penalty",
+]
+
+Reduction = Literal["sum", "mean", "max"]
+
+
+class Source(NamedTuple):
+    """Who proposed a regularizer.
+
+    Attributes:
+        method: the name of the method, such as ``"RNODE"``; ``""`` if it has none.
+        authors: such as ``"Finlay et al."``.
+        year: year of the paper.
+        key: key of its BibTeX entry.
+        place: where in the paper, such as ``"eq. 9a"``, or ``"code"``.
+    """
+
+    method: str
+    authors: str = ""
+    year: int = 0
+    key: str = ""
+    place: str = ""
+
+    def at(self, place: str, *, method: str = "") -> Source:
+        """The same at a place, or for another method of the paper."""
+        return self._replace(place=place, method=method or self.method)
+
+    def __str__(self) -> str:
+        paper = f"{self.authors}, {self.year}" if self.authors else ""
+        text = f"{self.method} ({paper})" if self.method and paper else self.method or paper
+        return f"{text}, {self.place}" if self.place else text
+
+
+def _first_line(described: object) -> str:
+    lines = inspect.cleandoc(described.__doc__ or "").splitlines()
+    return lines[0] if lines else ""
+
+
+class Regularizer:
+    """What the four kinds of regularizers share. Derive a regularizer from one of them, not from this class.
+
+    A regularizer that is a ``torch.nn.Module`` as well trains its parameters.
+
+    Attributes:
+        name: the key of its penalty in every result.
+        divided_by_dims: whether the objective divides the penalty by the number of dimensions, as it must for a sum
+            over the event.
+        formula: what is penalized, in one line; the first line of the docstring if it is left out.
+        cost: what an evaluation costs beyond the velocity, or what a penalty needs of the solve.
+        source: who proposed it.
+    """
+
+    name: str
+    divided_by_dims: bool = True
+    formula: str = ""
+    cost: str = ""
+    source: str | Source = ""
+
+    if TYPE_CHECKING:  # a definition would hide the call of a module
+
+        def __call__(self, record: Any, /) -> Tensor: ...
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "formula" not in vars(cls):
+            cls.formula = _first_line(cls)
+
+    def check(self) -> None:
+        """Refuse a declaration that is incomplete. A solve does not check it again.
+
+        Raises:
+            ConfigError: if it has no ``name`` or no call, or an attribute has a value that it cannot have.
+        """
+        if not hasattr(self, "name") or not callable(self):
+            raise ConfigError(f"the regularizer {self!r} lacks a `name` or a call.")
+
+    def join(self, before: Tensor, last: Tensor, *, solves: int, share: float) -> Tensor:
+        """The penalty ``(B,)`` of several solves one after the other, such as the blocks of a flow.
+
+        Args:
+            before: penalty of all solves but the last, ``(B,)``.
+            last: penalty of the last one.
+            solves: how many there are.
+            share: the last one's share of all steps, between 0 and 1.
+        """
+        return before + last
+
+
+def _refuse_others(
+    regularizer: Regularizer, attribute: str, given: Collection[str], allowed: Collection[str]
+) -> None:
+    if not set(given) <= set(allowed):
+        found, choices = ", ".join(sorted(map(repr, given))), ", ".join(sorted(allowed))
+        raise ConfigError(f"{regularizer.name!r} has {attribute} {found}; it can be of {choices}.")
+
+
+class Rate(Regularizer):
+    """A rate per unit of time, whose integral along the trajectory is the penalty.
+
+    A call gives the rate ``(B,)`` of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation`.
+
+    Attributes:
+        needs: what it reads of an evaluation beyond ``t, z, dz, noise``: ``"vjp"``, ``"jvp"``, ``"aux"``,
+            ``"field"``. Without a need, and without a density, an evaluation computes no product with the Jacobian.
+        repeats: whether it evaluates the field again, for ``jacobian()`` with a random estimator or for a
+            ``total_derivative()`` above order 2. Then each evaluation notes its random draws, as it does for the
+            need ``"field"``.
+        time_gradient: whether a sum over the steps of a solve has the right gradient by the times of the solve. It
+            has not for a rate that holds a part of itself fixed.
+
+    Example:
+        >>> from rnode_plugin.regularizers import Rate
+        >>> class L1(Rate):
+        ...     name = "l1"
+        ...     def __call__(self, evaluation):
+        ...         return evaluation.dz.abs().flatten(1).sum(1)
+    """
+
+    needs: Collection[str] = frozenset()
+    repeats: bool = False
+    time_gradient: bool = True
+
+    if TYPE_CHECKING:
+
+        def __call__(self, evaluation: FieldEvaluation, /) -> Tensor: ...
+
+    def check(self) -> None:
+        super().check()
+        _refuse_others(self, "needs", self.needs, ("vjp", "jvp", "aux", "field"))
+
+
+class StepPenalty(Regularizer):
+    """A penalty on the steps that the solver accepts.
+
+    A call gives the value ``(B,)`` of a :class:`StepRecord`. By default the objective does not divide it by the
+    number of dimensions, because a solver's error norm is a mean over them.
+
+    Attributes:
+        uses: what it reads that not every method has: ``"error"``, the embedded error estimate, and ``"pair"``, two
+            stages at the same time.
+        reduction: ``"sum"``, ``"mean"`` or ``"max"`` over the steps.
+        local: whether it sees one extra step instead, from a uniformly random time. It is unbiased for the time
+            average of a step's value. The step's start is detached.
+    """
+
+    divided_by_dims: bool = False
+    uses: Collection[str] = frozenset()
+    reduction: Reduction = "sum"
+    local: bool = False
+
+    if TYPE_CHECKING:
+
+        def __call__(self, step: StepRecord, /) -> Tensor: ...
+
+    def check(self) -> None:
+        super().check()
+        _refuse_others(self, "uses", self.uses, ("error", "pair"))
+        _refuse_others(self, "reduction", {self.reduction}, ("sum", "mean", "max"))
+
+    def join(self, before: Tensor, last: Tensor, *, solves: int, share: float) -> Tensor:
+        if self.reduction == "max":
+            return before.maximum(last)
+        if self.reduction == "sum":
+            return before + last
+        return before + (last - before) * (1 / solves if self.local else share)
+
+
+class TrajectoryPenalty(Regularizer):
+    """A penalty on states at times that it chooses. A call gives the value ``(B,)`` of a :class:`Trajectory`.
+
+    Attributes:
+        rates: the rates whose integrals it reads.
+    """
+
+    rates: Sequence[Rate] = ()
+
+    if TYPE_CHECKING:
+
+        def __call__(self, trajectory: Trajectory, /) -> Tensor: ...
+
+        def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
+            """Times ``(k,)`` between both ends at which it wants states; asked for before each solve."""
+            ...
+
+    def check(self) -> None:
+        super().check()
+        if not hasattr(self, "times"):
+            raise ConfigError(f"{self.name!r} lacks `times`, which a trajectory penalty has.")
+
+
+class SpanPolicy(Regularizer):
+    """A rule that changes the times of a solve. A call gives its penalty ``(B,)`` for a state ``(B, *event)``.
+
+    Attributes:
+        penalized: whether it has a penalty, and so takes a lambda.
+    """
+
+    divided_by_dims: bool = False
+    penalized: bool = True
+
+    if TYPE_CHECKING:
+
+        def __call__(self, z: Tensor, /) -> Tensor: ...
+
+        def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
+            """The times to solve through instead of ``t_span (T,)``: as many, in the same direction."""
+            ...
+
+    def check(self) -> None:
+        super().check()
+        if not hasattr(self, "times"):
+            raise ConfigError(f"{self.name!r} lacks `times`, which a span policy has.")
+
+
+KINDS: Mapping[str, type[Regularizer]] = {
+    "rate": Rate, "step": StepPenalty, "trajectory": TrajectoryPenalty, "span": SpanPolicy,
+}  # fmt: skip
+"""The four classes by the word that lists and tables show."""
+
+
+def kind_of(regularizer: Regularizer | type[Regularizer]) -> str:
+    """The word in :data:`KINDS` of a regularizer, or of a class that makes one."""
+    made = regularizer if isinstance(regularizer, type) else type(regularizer)
+    return next(word for word, kind in KINDS.items() if issubclass(made, kind))
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a solve, as a step penalty sees it.
+
+    Attributes:
+        t: time at its start, a tensor of one entry.
+        h: its length, positive, a tensor of one entry.
+        z0, z1: states ``(B, *event)`` at its two ends.
+        times, states, velocities: one for each stage, in the order of their evaluation.
+        error: the embedded estimate of the error of ``z1``, ``(B, *event)``; None if the method has none.
+        pair: indices of two stages at the same time; None if the method has no two.
+        atol, rtol: the solve's tolerances; a fixed grid does not use them.
+    """
+
+    t: Tensor
+    h: Tensor
+    z0: Tensor
+    z1: Tensor
+    times: Sequence[Tensor]
+    states: Sequence[Tensor]
+    velocities: Sequence[Tensor]
+    error: Tensor | None
+    pair: tuple[int, int] | None
+    atol: float
+    rtol: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """States along one solve, as a trajectory penalty sees them.
+
+    Attributes:
+        t: times ``(T,)`` in the order of the solve: both ends, and between them those that the penalty asked for.
+        z: states at them, ``(T, B, *event)``.
+        integrals: integral along the path of each rate that the penalty asked for by name, ``(B,)``.
+    """
+
+    t: Tensor
+    z: Tensor
+    integrals: Mapping[str, Tensor]
+
+
+# from functions -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FunctionRegularizer(Rate):
+    """A rate from a function. One that :func:`rate` made is copied by reference.
+
+    Args:
+        name: the key of its penalty in every result.
+        function: of a :class:`~rnode_plugin.core.field_evaluation.FieldEvaluation` to ``(B,)``.
+        formula: what is penalized; the first line of the function's docstring if it is left out.
+        needs, repeats, time_gradient, divided_by_dims, cost, source: see :class:`Rate` and :class:`Regularizer`.
+
+    Example:
+        >>> from rnode_plugin.regularizers import FunctionRegularizer
+        >>> l1 = FunctionRegularizer("l1", lambda evaluation: evaluation.dz.abs().flatten(1).sum(1))
+        >>> l1.name, l1.divided_by_dims
+        ('l1', True)
+    """
+
+    name: str
+    function: Callable[[FieldEvaluation], Tensor]
+    needs: Collection[str] = frozenset()
+    repeats: bool = False
+    time_gradient: bool = True
+    divided_by_dims: bool = True
+    formula: str = ""
+    cost: str = ""
+    source: str | Source = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", frozenset(self.needs))  # hashable: a key of {regularizer: lambda}
+        object.__setattr__(self, "formula", self.formula or _first_line(self.function))
+
+    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
+        return self.function(evaluation)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _by_reference(self) or super().__reduce__()
+
+
+@dataclass(frozen=True)
+class FunctionStepPenalty(StepPenalty):
+    """A step penalty from a function. One that :func:`step_penalty` made is copied by reference.
+
+    Args:
+        name: the key of its penalty in every result.
+        function: of a :class:`StepRecord` to ``(B,)``.
+        formula: what is penalized; the first line of the function's docstring if it is left out.
+        uses, reduction, local, divided_by_dims, cost, source: see :class:`StepPenalty` and :class:`Regularizer`.
+    """
+
+    name: str
+    function: Callable[[StepRecord], Tensor]
+    uses: Collection[str] = frozenset()
+    reduction: Reduction = "sum"
+    local: bool = False
+    divided_by_dims: bool = False
+    formula: str = ""
+    cost: str = ""
+    source: str | Source = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uses", frozenset(self.uses))
+        object.__setattr__(self, "formula", self.formula or _first_line(self.function))
+
+    def __call__(self, step: StepRecord, /) -> Tensor:
+        return self.function(step)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _by_reference(self) or super().__reduce__()
+
+
+_Made = TypeVar("_Made", FunctionRegularizer, FunctionStepPenalty)
+
+
+def rate(name: str, **attributes: Any) -> Callable[[Callable[[FieldEvaluation], Tensor]], FunctionRegularizer]:
+    """Decorator that makes a function the rate ``name``, with the arguments of :class:`FunctionRegularizer`."""
+
+    def declare(function: Callable[[FieldEvaluation], Tensor]) -> FunctionRegularizer:
+        return _standing_for(function, FunctionRegularizer(name, function, **attributes))
+
+    return declare
+
+
+def step_penalty(name: str, **attributes: Any) -> Callable[[Callable[[StepRecord], Tensor]], FunctionStepPenalty]:
+    """Decorator that makes a function the step penalty ``name``, with those of :class:`FunctionStepPenalty`."""
+
+    def declare(function: Callable[[StepRecord], Tensor]) -> FunctionStepPenalty:
+        return _standing_for(function, FunctionStepPenalty(name, function, **attributes))
+
+    return declare
+
+
+def _standing_for(function: Callable[..., Tensor], made: _Made) -> _Made:
+    object.__setattr__(made, "__module__", function.__module__)
+    object.__setattr__(made, "__doc__", function.__doc__)
+    return made
+
+
+def _by_reference(made: FunctionRegularizer | FunctionStepPenalty) -> str:
+    """The name by which pickle finds a regularizer that stands in its function's place; else ``""``."""
+    return made.function.__name__ if "__module__" in vars(made) else ""

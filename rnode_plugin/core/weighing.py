@@ -1,0 +1,111 @@
+"""From what a user writes as ``regularizers=`` to objects by name with their strengths, sorted by kind."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import ConfigError
+from .followed_solve import Kinds
+from .regularizer import FunctionRegularizer, Regularizer, SpanPolicy
+from .schedules import DEFAULT_LAMBDA, Strength, check_lambda
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .field_evaluation import FieldEvaluation
+
+
+class Weighted(NamedTuple):
+    """A regularizer and its strength lambda in the objective: a number, or a function of the optimizer's step."""
+
+    regularizer: Regularizer
+    strength: Strength
+
+
+def warn_of_flat_state(z: Tensor, regularizers: Iterable[Regularizer]) -> None:
+    """Warn of a state ``(D,)``, which counts as D samples, if a penalty reads derivatives: they may be between."""
+    if len(z) > 1 and Kinds.of(regularizers).needs:
+        warnings.warn(  # Python shows it once
+            f"a state of shape {tuple(z.shape)} counts as {len(z)} samples of one dimension, which must not depend "
+            "on each other: give one sample as (1, D), or batch_dim=None.",
+            stacklevel=5,
+        )
+
+
+def undivided(regularizers: Iterable[Regularizer]) -> frozenset[str]:
+    """Names of those whose penalty the objective does not divide by the number of dimensions."""
+    return frozenset(r.name for r in regularizers if not r.divided_by_dims)
+
+
+def weigh_regularizers(
+    spec: Mapping[Any, Strength | None] | Iterable[Any] | Any | None,
+    *,
+    by_name: Callable[[str], Any],
+) -> dict[str, Weighted]:
+    """Regularizers by name with their strengths.
+
+    Args:
+        spec: names, :class:`Regularizer` objects or plain functions ``rate(t, z, dz) -> (B,)``, one or several,
+            or a mapping from any of these to lambda: a number, a function of the optimizer's step, or None for
+            :data:`~rnode_plugin.core.schedules.DEFAULT_LAMBDA`.
+        by_name: looks up the regularizer of a name; ``rnode_plugin.plugins.registry.get_regularizer`` is one.
+
+    Raises:
+        ConfigError: for an unknown name, a name used twice, a lambda that is negative or not finite, a lambda of a
+            regularizer that has no penalty, two span policies, or an object that is none of the three.
+    """
+    if spec is None:
+        return {}
+    if isinstance(spec, Mapping):
+        items = list(spec.items())
+    else:
+        several = isinstance(spec, Iterable) and not (isinstance(spec, str) or callable(spec))
+        items = [(entry, None) for entry in (spec if several else [spec])]
+    resolved: dict[str, Weighted] = {}
+    for entry, strength in items:
+        found = _regularizer(entry, by_name)
+        if found.name in resolved:
+            raise ConfigError(f"the regularizer {found.name!r} is named twice; name each once.")
+        resolved[found.name] = Weighted(found, _strength(found, strength))
+    Kinds.of(entry.regularizer for entry in resolved.values())
+    return resolved
+
+
+def _strength(regularizer: Regularizer, strength: Strength | None) -> Strength:
+    if not isinstance(regularizer, SpanPolicy) or regularizer.penalized:
+        return check_lambda(regularizer.name, DEFAULT_LAMBDA if strength is None else strength)
+    if strength is not None and strength != 1:
+        raise ConfigError(
+            f"{regularizer.name!r} has no penalty and takes no lambda: give None, or 1. Its strength is an option, "
+            f"as in 'steer:0.25'."
+        )
+    return 1.0
+
+
+def _regularizer(entry: Any, by_name: Callable[[str], Any]) -> Regularizer:
+    if isinstance(entry, str):
+        entry = by_name(entry)
+    if isinstance(entry, Regularizer):
+        entry.check()
+        return entry
+    if not callable(entry) or isinstance(entry, type) or hasattr(entry, "name"):
+        raise ConfigError(
+            f"{entry!r} is not a regularizer: give a name, a function rate(t, z, dz) -> (B,), or an object, not a "
+            "class, of a class derived from rnode_plugin.regularizers.Rate or another of the four kinds there."
+        )
+    name = entry.__name__ if inspect.isroutine(entry) else type(entry).__name__
+    return FunctionRegularizer(name, _OfPlainFunction(entry))
+
+
+@dataclass(frozen=True)
+class _OfPlainFunction:
+    """A function of ``(t, z, dz)`` as a function of an evaluation; a class, because pickle takes no closure."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, evaluation: FieldEvaluation, /) -> Tensor:
+        return self.function(evaluation.t, evaluation.z, evaluation.dz)

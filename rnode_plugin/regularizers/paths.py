@@ -1,0 +1,83 @@
+"""Trajectory penalties: of the states at some times of the path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.chains import sum_squares
+from ..core.regularizer import Source, Trajectory, TrajectoryPenalty
+from ..errors import ConfigError, check_count
+from .rates import kinetic
+
+
+@dataclass(frozen=True)
+class Straightness(TrajectoryPenalty):
+    """``int ||f||^2 dt - ||z(T) - z(0)||^2 / T``: 0 for straight paths at constant speed, summed over the event.
+
+    Rectified flow's measure. By Cauchy and Schwarz it is never negative in the limit of small steps; on a grid
+    that is guaranteed only for methods without negative weights (dopri5 and tsit5 have some). No product.
+    """
+
+    formula = "∫‖f‖² dt − ‖z(T) − z(0)‖²/T; 0 for straight paths at constant speed"
+    cost = "nothing"
+    source = Source("rectified flow", "Liu et al.", 2023, "liu2023flow")
+    rates = (kinetic,)
+
+    name: str = "straightness"
+
+    def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
+        return t0.new_empty(0)
+
+    def __call__(self, trajectory: Trajectory, /) -> Tensor:
+        length = (trajectory.t[-1] - trajectory.t[0]).abs()
+        distance = sum_squares(trajectory.z[-1] - trajectory.z[0])
+        return trajectory.integrals["kinetic"] - distance / length
+
+
+@dataclass(frozen=True)
+class TrajectoryPolynomial(TrajectoryPenalty):
+    """Squared residual of the least-squares polynomial in time through both ends and random times between them.
+
+    TPR (Huang and Yeh, 2021), summed over the times and the event; lambda 5 and order 1 in the paper. The random
+    times become stops of the solve. No product.
+
+    Args:
+        order: of the polynomial.
+        points: random times; at least ``order``, for otherwise the polynomial goes through all of them.
+        name: the key of its penalty; ``"trajectory_polynomial"`` if left out.
+
+    Raises:
+        ConfigError: for an order below 1 or too few points.
+    """
+
+    formula = "squared residual of the least-squares polynomial through both ends and random times"
+    cost = "stops at the random times"
+    source = Source("TPR", "Huang and Yeh", 2021, "huang2021accelerating")
+
+    order: int = 1
+    points: int = 2
+    name: str = "trajectory_polynomial"
+
+    def __post_init__(self) -> None:
+        for what, value in (("order", self.order), ("points", self.points)):
+            check_count(value, f"trajectory_polynomial's {what}")
+        if self.points < self.order:
+            raise ConfigError(
+                f"trajectory_polynomial: a polynomial of order {self.order} goes through both ends and "
+                f"{self.order - 1} times between them; give at least points={self.order}."
+            )
+
+    def times(self, t0: Tensor, t1: Tensor, /) -> Tensor:
+        # drawn on the CPU, so that one seed gives the same times on every device
+        return t0 + (t1 - t0) * torch.rand(self.points, dtype=torch.float64).to(t0)
+
+    def __call__(self, trajectory: Trajectory, /) -> Tensor:
+        t, z = trajectory.t.double(), trajectory.z
+        x = 2 * (t - t[0]) / (t[-1] - t[0]) - 1
+        q = torch.linalg.qr(torch.stack([x**k for k in range(self.order + 1)], 1))[0]
+        project = (torch.eye(len(t), dtype=q.dtype, device=q.device) - q @ q.mT).to(z.dtype)
+        residual = torch.tensordot(project, z, dims=1)
+        return sum_squares(residual.transpose(0, 1))

@@ -1,0 +1,109 @@
+"""Span policies: rules that change the times of a solve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.regularizer import Source, SpanPolicy
+from ..errors import ConfigError
+
+
+def with_end_time(t_span: Tensor, end: Tensor) -> Tensor:
+    """``t_span (T,)`` stretched so that its later end lies at ``end``; its earlier end stays.
+
+    A solve backward in time, as for samples, starts there.
+    """
+    backward = bool(t_span[-1] < t_span[0])
+    first, last = (t_span[-1], t_span[0]) if backward else (t_span[0], t_span[-1])
+    end = end.to(t_span)
+    stretched = first + (t_span - first) * ((end - first) / (last - first))
+    # the two ends to the bit
+    if backward:
+        return torch.cat([end[None], stretched[1:-1], first[None]])
+    return torch.cat([first[None], stretched[1:-1], end[None]])
+
+
+@dataclass(frozen=True)
+class Steer(SpanPolicy):
+    """STEER (Ghosh et al., 2020): in training the end time T is drawn from U(T - b, T + b) for each solve.
+
+    Times between the ends move in proportion. Evaluation and sampling end at T. It has no penalty and takes no
+    lambda; its strength is the width.
+
+    Args:
+        width: b, smaller than the length of the solve.
+        name: its key; ``"steer"`` if left out.
+
+    Raises:
+        ConfigError: for a width that is not a positive number; when solving, for one that is not smaller than the
+            length of the solve.
+    """
+
+    formula = "in training, the end time is drawn from U(T − b, T + b): `steer:0.25`"
+    cost = "no penalty, and no λ"
+    source = Source("STEER", "Ghosh et al.", 2020, "ghosh2020steer")
+    penalized = False
+
+    width: float = 0.25
+    name: str = "steer"
+
+    def __post_init__(self) -> None:
+        width = self.width
+        if isinstance(width, bool) or not (isinstance(width, (int, float)) and math.isfinite(width) and width > 0):
+            raise ConfigError(f"steer: the width must be a number > 0, not {width!r}: 'steer:0.25'.")
+
+    def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
+        if not training:
+            return t_span
+        last, first = t_span.detach().max(), t_span.detach().min()
+        if bool(last - first <= self.width):
+            raise ConfigError(
+                f"steer: the width {self.width} must be smaller than the solve's length, {float(last - first):.6g}."
+            )
+        shift = (2 * torch.rand((), dtype=torch.float64) - 1) * self.width
+        return with_end_time(t_span, t_span.max() + shift.to(t_span))
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        return z.new_zeros(len(z))
+
+
+class LearnedEndTime(nn.Module, SpanPolicy):
+    """The end time T is a parameter, in evaluation too, with penalty ``T^2 / 2`` (SNOpt; Liu et al., 2021).
+
+    Lambda is the paper's c. Times between the ends move in proportion. Every solve, with any ``t_span``, ends at
+    T, or starts there if it goes backward. Not divided by D.
+
+    Args:
+        end: the first value of T.
+        name: its key; ``"learned_end_time"`` if left out.
+
+    Raises:
+        ConfigError: for an end that is not a finite number; when solving, for a T that has fallen to the start.
+    """
+
+    formula = "the end time T is a parameter, also in evaluation"
+    cost = "penalty T²/2, not divided by D"
+    source = Source("SNOpt", "Liu et al.", 2021, "liu2021second")
+
+    def __init__(self, end: float = 1.0, *, name: str = "learned_end_time") -> None:
+        super().__init__()
+        if isinstance(end, bool) or not isinstance(end, (int, float)) or not math.isfinite(end):
+            raise ConfigError(f"learned_end_time: the first end time must be a finite number, not {end!r}.")
+        self.name = name
+        self.end = nn.Parameter(torch.tensor(float(end)))
+
+    def times(self, t_span: Tensor, /, *, training: bool) -> Tensor:
+        if bool(self.end.detach() <= t_span.detach().min()):
+            raise ConfigError(
+                f"learned_end_time: the end time has fallen to {self.end.item():.6g}, the start of the solve; "
+                "lower its lambda or its learning rate."
+            )
+        return with_end_time(t_span, self.end)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """``T^2 / 2`` for each sample, ``(B,)``."""
+        return (self.end.square() / 2).to(z).expand(len(z))

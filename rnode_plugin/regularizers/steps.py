@@ -1,0 +1,79 @@
+"""Step penalties: what the solver's own steps say about the vector field.
+
+Each is ``(B,)`` and not divided by D: norms over the event are root mean squares, as in a solver's own error norm.
+They need a gradient mode that differentiates through the steps (``autograd``, ``checkpointed``). The local ones
+work in every mode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core.regularizer import Source, StepRecord, step_penalty
+
+_PAL = Source("", "Pal et al.", 2021, "pal2021opening")
+_LOCAL = Source("", "Pal et al.", 2023, "pal2023locally")
+_EXTRA = "one extra step of `tsit5`"
+
+
+@step_penalty(
+    "error", formula="Σ E h over the steps, E the norm of the embedded error estimate",
+    cost="an adaptive method", source=_PAL.at("", method="ERNODE"), uses={"error"},
+)  # fmt: skip
+def error(step: StepRecord) -> Tensor:
+    """``sum_j E_j h_j`` over the accepted steps (ERNODE; Pal et al., 2021). Needs an adaptive method.
+
+    ``E`` is the root mean square of the embedded error estimate, ``h`` the step's length. The authors' code divides
+    the estimate by ``atol + rtol |z|`` first, as their solver's norm does. At an estimate of 0 the gradient of the
+    root is 0.
+    """
+    assert step.error is not None
+    return _rms(step.error) * step.h
+
+
+@step_penalty(
+    "stiffness", formula="mean over the steps of ‖f(b) − f(a)‖ / ‖b − a‖ for two stages at one time",
+    cost="`dopri5`, `tsit5` or `rk4`", source=_PAL.at("", method="SRNODE"), uses={"pair"}, reduction="mean",
+)  # fmt: skip
+def stiffness(step: StepRecord) -> Tensor:
+    """The mean over the accepted steps, of all blocks of a flow, of an estimate of the Jacobian's norm.
+
+    ``||f(b) - f(a)|| / ||b - a||`` of two stages a, b at one time (SRNODE; Pal et al., 2021): the last two of
+    dopri5 and tsit5, the two at the midpoint of rk4. torchdyn's rk4 has its last two at its midpoint, so its value
+    differs. Safe form: 0 with the gradient 0 where the stages coincide, as at f = 0.
+    """
+    assert step.pair is not None
+    a, b = step.pair
+    apart = _rms(step.states[b] - step.states[a])
+    change = _rms(step.velocities[b] - step.velocities[a])
+    same = apart == 0
+    return torch.where(same, torch.zeros_like(apart), change / torch.where(same, torch.ones_like(apart), apart))
+
+
+@step_penalty(
+    "local_error", formula="E h of one extra step from a random time", cost=_EXTRA, source=_LOCAL,
+    uses={"error"}, local=True,
+)  # fmt: skip
+def local_error(step: StepRecord) -> Tensor:
+    """``E h`` of one extra step of tsit5 from a uniformly random time, with a detached start (Pal et al., 2023)."""
+    return error(step)
+
+
+@step_penalty(
+    "local_stiffness", formula="the stiffness of one extra step from a random time", cost=_EXTRA,
+    source=_LOCAL, uses={"pair"}, local=True, reduction="mean",
+)  # fmt: skip
+def local_stiffness(step: StepRecord) -> Tensor:
+    """``||f(b) - f(a)|| / ||b - a||`` of one extra step of tsit5 from a uniformly random time (Pal et al., 2023).
+
+    Its start is detached, a and b are as in :func:`stiffness`; of several blocks it is the mean over the blocks.
+    """
+    return stiffness(step)
+
+
+def _rms(x: Tensor) -> Tensor:
+    """The root mean square over the event, ``(B,)``: 0 with the gradient 0 for ``x = 0``."""
+    square = x.reshape(x.shape[0], -1).square().mean(1)
+    zero = square == 0
+    return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
